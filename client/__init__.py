@@ -1,0 +1,1 @@
+"""What talks to a running server, and the `paged` command."""

@@ -1,0 +1,87 @@
+"""What crosses between the scheduler (no tensors) and the runner (no policy): one `Batch` down, one `StepResult` up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paged_backend.request import Finish, SamplingParams
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """A sequence takes a row: everything the device must know about it before the step that first uses the row."""
+
+    row: int
+    token_ids: Int32  # [num_tokens] prompt, and after a preemption the answer so far
+    prompt_len: int
+    sampling: SamplingParams
+    seed: int  # 64 bits; the caller's, or drawn by the scheduler
+    stop_ids: tuple[int, ...]  # tokens that end the sequence: banned before prompt_len + min_tokens
+    bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: which rows run, how many tokens of each, and what changed since the step before.
+
+    A row stays with its sequence from admission to finish or preemption. Positions start at 0.
+    The new token ids are not here: the device has every token of a row, the sampled ones included.
+    """
+
+    step: int
+    rows: Int32  # [num_sequences] distinct
+    starts: Int32  # [num_sequences] first position computed
+    counts: Int32  # [num_sequences] tokens computed, >= 1
+    samples: NDArray[np.bool_]  # [num_sequences] the last computed token is the newest: sample its successor
+    request_ids: Int64  # [num_sequences] who held the row when the step was scheduled
+    new_rows: tuple[NewRow, ...] = ()  # to be applied before the page updates
+    page_updates: Int32 = field(default_factory=lambda: np.empty((0, 3), np.int32))  # [k, 3] (row, index in its page table, page id)
+    features: int = 0  # union of the rows' `Feature` bits: what the sampler must do beyond argmax
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts.sum())
+
+
+class Feature:
+    """Bits of `Batch.features`: each names a piece of sampler work that a batch without it skips."""
+
+    RANDOM = 1  # some row has temperature > 0
+    TRUNCATE = 2  # some row has top_k, top_p or min_p
+    PENALTY = 4  # some row has a repetition, presence or frequency penalty
+    BIAS = 8  # some row has logit_bias, or stop ids to ban while under min_tokens
+    BAD_WORDS = 16
+    LOGPROBS = 32  # some row wants logprobs of the chosen token
+    TOP_LOGPROBS = 64  # some row wants the n most likely tokens too
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step sampled: one entry per batch row with `samples`, in the batch's order."""
+
+    token_ids: Int32  # [num_sampled]
+    logprobs: NDArray[np.float32] | None = None  # [num_sampled] log-softmax of the raw logits at the chosen token, if LOGPROBS
+    top_ids: Int32 | None = None  # [num_sampled, n] most likely first, if TOP_LOGPROBS; n = largest asked for in the batch
+    top_logprobs: NDArray[np.float32] | None = None  # [num_sampled, n]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step, or the refusal of requests, means for callers: parallel arrays, one entry per request that got a token."""
+
+    request_ids: Int64  # [k]
+    token_ids: Int32  # [k]
+    logprobs: NDArray[np.float32] | None = None  # [k]
+    top_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # entry -> token id -> logprob
+    started: dict[int, int] = field(default_factory=dict)  # request id -> prompt tokens found in the prefix cache
+    finishes: tuple[Finish, ...] = ()  # after the tokens above

@@ -1,0 +1,260 @@
+"""The engine process: `python -m paged_backend.engine_process DIRECTORY`, one for all front ends of a model.
+
+Started by a front end (engine_client.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is
+gone. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`; each front end is answered at the address it said hello with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from paged_backend.batch import StepOutput
+from paged_backend.config import EngineConfig
+from paged_backend.engine import Engine
+from paged_backend.errors import EngineError
+from paged_backend.messages import (
+    Abort,
+    Failed,
+    FromEngine,
+    Goodbye,
+    Hello,
+    Ready,
+    Shutdown,
+    Submit,
+    ToEngine,
+    Tokens,
+    decode_to_engine,
+    encode,
+    front_end_of,
+)
+from paged_backend.request import Finish
+from paged_backend.scheduler import Scheduler, SchedulerLimits
+
+_STATS_SECONDS = 0.25
+_IDLE_WAIT_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger("paged")
+
+
+class Inbox:
+    """What front ends say, in order of arrival."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+
+    def drain(self) -> Iterator[ToEngine]:
+        """Every message that has arrived; never waits."""
+        while self._socket.poll(0):
+            yield decode_to_engine(self._socket.recv())
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a message has arrived, or after `seconds`."""
+        self._socket.poll(int(seconds * 1000))
+
+
+class Outbox:
+    """One PUSH socket per front end. Unbounded and never waiting: a slow front end holds up nobody (the streamer bounds what it keeps)."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+
+    @property
+    def front_ends(self) -> list[int]:
+        return sorted(self._sockets)
+
+    def connect(self, front_end: int, address: str) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(address)
+        self._sockets[front_end] = socket
+
+    def disconnect(self, front_end: int) -> None:
+        socket = self._sockets.pop(front_end, None)
+        if socket is not None:
+            socket.close()
+
+    def send(self, front_end: int, message: FromEngine) -> None:
+        socket = self._sockets.get(front_end)
+        if socket is not None:
+            socket.send(encode(message))
+
+    def put(self, output: StepOutput) -> None:
+        """Tells each front end what the step brought for its own requests."""
+        owners = front_end_of(output.request_ids)
+        for front_end in self._sockets:
+            mine = owners == front_end
+            finishes = tuple(finish for finish in output.finishes if front_end_of(finish.request_id) == front_end)
+            if finishes or mine.any():
+                self.send(front_end, _tokens(output, mine, finishes))
+
+
+def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish, ...]) -> Tokens:
+    """The part of an output that belongs to one front end."""
+    request_ids = output.request_ids[mine]
+    started = {key: value for key, value in output.started.items() if key in set(request_ids.tolist())} if output.started else {}
+    tops = {}
+    if output.top_logprobs:
+        tops = {position: output.top_logprobs[entry] for position, entry in enumerate(np.flatnonzero(mine).tolist()) if entry in output.top_logprobs}
+    return Tokens(
+        request_ids=request_ids.tobytes(),
+        token_ids=output.token_ids[mine].tobytes(),
+        logprobs=b"" if output.logprobs is None else output.logprobs[mine].tobytes(),
+        top_logprobs=tops,
+        started=started,
+        finishes=finishes,
+    )
+
+
+class EngineProcess:
+    """The loop: messages in, a step, tokens out. Ends on Shutdown, once the other front ends have said goodbye or patience is over."""
+
+    def __init__(self, directory: Path) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._directory = directory
+        self._inbox = Inbox(context, f"ipc://{directory}/engine.sock")  # bound before the slow load: nobody's hello is lost
+        self._outbox = Outbox(context)
+        self._end_by: float | None = None
+        self._next_stats = 0.0
+
+    def run(self, load: Callable[[Path], tuple[Engine, Ready]]) -> int:
+        """Loads and serves. Returns the exit status."""
+        try:
+            self._engine, self._ready = load(self._directory)
+        except EngineError as error:
+            log.error("error: %s", error)
+            self._refuse(str(error))
+            return 1
+        gc.collect()
+        gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again
+        while not self._over():
+            self._turn()
+        return 0
+
+    def _turn(self) -> None:
+        for message in self._inbox.drain():
+            self._receive(message)
+        if self._engine.idle:
+            self._inbox.wait(_IDLE_WAIT_SECONDS)
+        else:
+            for output in self._engine.step():
+                self._outbox.put(output)
+        self._tell_stats()
+
+    def _receive(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._engine.submit(message)
+            case Abort():
+                self._engine.abort(message.request_id)
+            case Hello():
+                self._outbox.connect(message.front_end, message.address)
+                self._outbox.send(message.front_end, self._ready)
+            case Goodbye():
+                self._outbox.disconnect(message.front_end)
+            case Shutdown():
+                self._end_by = time.monotonic() + message.patience_seconds
+
+    def _over(self) -> bool:
+        return self._end_by is not None and (not self._outbox.front_ends or time.monotonic() > self._end_by)
+
+    def _tell_stats(self) -> None:
+        """To one front end: they publish to the same series, and counters would add up."""
+        now = time.monotonic()
+        if now >= self._next_stats and self._outbox.front_ends:
+            self._next_stats = now + _STATS_SECONDS
+            self._outbox.send(self._outbox.front_ends[0], self._engine.stats())
+
+    def _refuse(self, sentence: str) -> None:
+        """Tells every front end that says hello within two seconds why there is no engine; later ones find the process gone."""
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            self._inbox.wait(0.1)
+            for message in self._inbox.drain():
+                if isinstance(message, Hello):
+                    self._outbox.connect(message.front_end, message.address)
+                    self._outbox.send(message.front_end, Failed(sentence))
+
+
+def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Ready]:
+    """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
+
+    Raises:
+        EngineError: one sentence for the operator.
+    """
+    from paged_backend.model_runner import ModelRunner
+    from paged_backend.models.tokenizer import export_tokenizer
+
+    started = time.monotonic()
+    runner = ModelRunner.load(config, log.info)
+    limits = runner.limits
+    tokenizer_path = export_tokenizer(runner.folder, directory / "tokenizer.json")
+    if tokenizer_path is None:
+        log.info("no tokenizer beside the checkpoint: requests must bring input_ids")
+    scheduler = Scheduler(
+        SchedulerLimits(
+            page_size=config.page_size,
+            num_pages=limits.num_pages,
+            max_model_len=limits.max_model_len,
+            max_num_sequences=config.max_num_sequences,
+            max_batched_tokens=config.max_batched_tokens,
+            max_queue_size=config.max_queue_size,
+            max_waiting_seconds=config.max_waiting_seconds,
+            request_deadline_seconds=config.request_deadline_seconds,
+            prefix_cache=config.prefix_cache,
+            preemption=config.preemption,
+            eos_ids=limits.eos_ids,
+            seed=config.seed,
+        )
+    )
+    log.info("engine ready after %.1f s", time.monotonic() - started)
+    ready = Ready(
+        tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
+        max_pool_tokens=limits.num_pages * config.page_size,
+        page_size=config.page_size,
+        num_pages=limits.num_pages,
+    )
+    return Engine(scheduler, runner, steps_ahead=1 if runner.device.type == "cuda" else 0), ready
+
+
+def _die_with_parent(life_line: TextIO) -> None:
+    """A killed parent cannot say goodbye: the kernel tells us (prctl), and so does the end of stdin."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def wait_for_the_end() -> None:
+        life_line.read()
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_end, name="life-line", daemon=True).start()
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the server decides when we end
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="paged: %(message)s")
+    config = EngineConfig.model_validate_json(sys.stdin.readline())
+    _die_with_parent(sys.stdin)
+    return EngineProcess(Path(sys.argv[1])).run(lambda directory: load_engine(config, directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The two kinds of failure: a caller's mistake or misfortune (`RequestError`), and ours (`EngineError`)."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class ErrorKind(str, Enum):
+    """Why a request failed. `triton_io` translates each to one of Triton Server's error codes, in one place."""
+
+    INVALID = "invalid"  # the caller must change the request
+    OVERLOADED = "overloaded"  # the same request may succeed later
+    CANCELLED = "cancelled"  # the caller left, or a deadline passed
+    INTERNAL = "internal"  # our fault
+
+
+class RequestError(Exception):
+    """One request cannot be served; every other request goes on.
+
+    The message is for the caller: it names the field, the value and the limit, and carries no path and no traceback.
+    """
+
+    def __init__(self, message: str, kind: ErrorKind = ErrorKind.INVALID) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class EngineError(Exception):
+    """The engine cannot start or go on. The message is one sentence for the operator."""

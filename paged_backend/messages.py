@@ -1,0 +1,110 @@
+"""What front ends and the engine process say to each other: msgspec structs in msgpack over ZeroMQ ipc sockets.
+
+A front end binds a PULL socket and announces it with `Hello`; the engine binds the inbox. Nobody speaks of another front end's requests:
+a request id carries its front end in the upper bits.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from paged_backend.request import Finish, SamplingParams
+
+_FRONT_END_SHIFT = 40
+
+
+def request_id_of(front_end: int, serial: int) -> int:
+    """The id of a front end's `serial`-th request: unique in the engine, 63 bits."""
+    return front_end << _FRONT_END_SHIFT | serial
+
+
+def front_end_of(request_id: int) -> int:
+    """Works on integers and on int64 arrays."""
+    return request_id >> _FRONT_END_SHIFT
+
+
+# front end -> engine
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    front_end: int
+    address: str  # the ZeroMQ address of the front end's inbox
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    request_id: int
+    prompt_ids: bytes  # int32, native byte order: [prompt_len]
+    sampling: SamplingParams  # max_tokens is set
+    bad_words: tuple[tuple[int, ...], ...]  # sampling.bad_words as token ids
+    cache_salt: str
+    arrival: float  # seconds, CLOCK_MONOTONIC: the same clock in every process of the machine
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_id: int
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    front_end: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Ends the engine once every other front end has said goodbye, or after `patience_seconds`."""
+
+    patience_seconds: float
+
+
+ToEngine = Hello | Submit | Abort | Goodbye | Shutdown
+
+# engine -> front end
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Hello: everything a front end must know to check requests and speak the model's language."""
+
+    tokenizer_path: str | None  # a tokenizer.json written by the engine; None: the checkpoint has none, input_ids only
+    vocab_size: int  # ids below this are embeddings
+    max_model_len: int
+    max_pool_tokens: int  # num_pages * page_size
+    page_size: int
+    num_pages: int
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """What a step (or several) brought to one front end's requests: parallel arrays, at most one entry per request and step."""
+
+    request_ids: bytes  # int64 [k]
+    token_ids: bytes  # int32 [k]
+    logprobs: bytes = b""  # float32 [k], or empty if nobody asked
+    top_logprobs: dict[int, dict[int, float]] = {}  # entry -> token id -> logprob, most likely first
+    started: dict[int, int] = {}  # request id -> num_cached_tokens, with a request's first token
+    finishes: tuple[Finish, ...] = ()  # after the tokens above
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """The engine's gauges and counters, sent a few times a second."""
+
+    pages_free: int
+    pages_held: int
+    pages_cached: int
+    live_tokens: int  # tokens of running sequences whose K and V are in the pool
+    num_running: int
+    num_waiting: int
+    num_preemptions: int  # since the start
+    prefix_queries: int  # prompt tokens looked up since the start
+    prefix_hits: int  # of which were found
+    num_steps: int
+    queue_times: tuple[float, ...] = ()  # seconds from arrival to admission, of requests admitted since the last Stats
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start or go on; the sentence is for the operator."""
+
+    message: str
+
+
+FromEngine = Ready | Tokens | Stats | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,34 @@
+"""Exports a checkpoint's tokenizer in the one format that needs neither transformers nor torch to read: tokenizer.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paged_backend.errors import EngineError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def export_tokenizer(folder: Path, path: Path) -> Path | None:
+    """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the folder has no tokenizer.
+
+    Front ends read that file with the `tokenizers` package alone, which keeps them small (no torch in any of them), and they tokenise exactly as
+    transformers does, whatever the checkpoint's own format is.
+
+    Raises:
+        EngineError: the folder has tokenizer files, but transformers cannot make a fast tokenizer of them.
+    """
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # transformers raises whatever the parser of the day raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EngineError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    backend.save(str(path))
+    return path

@@ -1,0 +1,149 @@
+"""What a caller asks for: plain data, validated here. Names follow vLLM's sampling parameters, so its clients work unchanged."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from paged_backend.errors import ErrorKind, RequestError
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_TOKENS = 64
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 16
+MAX_LOGIT_BIAS = 1024
+MAX_WORD_CHARS = 1024
+MAX_LOGPROBS = 20
+
+Word = Annotated[str, Meta(min_length=1, max_length=MAX_WORD_CHARS)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How to choose tokens and when to stop. `None` for max_tokens and seed means: the engine's default."""
+
+    n: Annotated[int, Meta(ge=1, le=1)] = 1
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0: greedy
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0  # 0 or -1: off
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: int | None = None  # 64 bits, signed or not
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    stop: Annotated[tuple[Word, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)] = {}
+    bad_words: Annotated[tuple[Word, ...], Meta(max_length=MAX_BAD_WORDS)] = ()
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: none; 0: the chosen token's; n: the n most likely too
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class Outputs(msgspec.Struct, frozen=True, kw_only=True):
+    """Which optional output tensors the caller asked for."""
+
+    finish_reason: bool = False
+    cumulative_logprob: bool = False
+    logprobs: bool = False
+    num_input_tokens: bool = False
+    num_output_tokens: bool = False
+    output_ids: bool = False
+    num_cached_tokens: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One caller's question after the tensors were read: either `text` or `input_ids` is set."""
+
+    text: str | None
+    input_ids: tuple[int, ...] | None
+    sampling: SamplingParams
+    outputs: Outputs
+    stream: bool
+    prepend_prompt: bool  # text_output begins with the prompt (stream=false without exclude_input_in_output)
+    cache_salt: str = ""
+    arrival: float  # seconds, time.monotonic()
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """A request's end, as the engine tells it: `reason` "stop" or "length", or `error` with a message for the caller."""
+
+    request_id: int
+    reason: str = ""
+    error: ErrorKind | None = None
+    message: str = ""
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of answer, ready to send. The last delta of a request has `finish_reason` or `error`."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[dict[int, float], ...] = ()  # per token: token id -> logprob, the chosen one first
+    cumulative_logprob: float = 0.0  # of the sequence so far
+    num_input_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None  # "stop" | "length"
+    error: RequestError | None = None
+
+
+def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
+    """Checks and coerces `options` (numbers may be strings, as genai-perf sends them; one string may stand for a list of one).
+
+    Raises:
+        RequestError: names the key, the value and what is allowed.
+    """
+    given = {key: [value] if key in ("stop", "bad_words") and isinstance(value, str) else value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if key not in SamplingParams.__struct_fields__:
+            raise RequestError(f"unknown sampling parameter '{_shorten(key)}'; known: {', '.join(SamplingParams.__struct_fields__)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{key}: {value} is not a finite number")
+    try:
+        sampling = msgspec.convert(given, SamplingParams, strict=False)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise RequestError(_explain(str(error), given)) from None
+    _require_finite(sampling)
+    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
+        raise RequestError(f"seed: expected 64 bits, got {_shorten(str(sampling.seed))}")
+    if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+        raise RequestError(f"min_tokens: {sampling.min_tokens} is more than max_tokens ({sampling.max_tokens})")
+    return sampling
+
+
+def _require_finite(sampling: SamplingParams) -> None:
+    """Strings such as "nan" become numbers in coercion, and no range check refuses NaN."""
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if not math.isfinite(getattr(sampling, name)):
+            raise RequestError(f"{name}: {getattr(sampling, name)} is not a finite number")
+    for token_id, bias in sampling.logit_bias.items():
+        if not math.isfinite(bias):
+            raise RequestError(f"logit_bias: {bias} for token {token_id} is not a finite number")
+
+
+def _explain(message: str, given: Mapping[str, Any]) -> str:
+    """msgspec says "Expected `float` >= 0.0 - at `$.temperature`"; the caller reads "temperature: expected float >= 0.0, got -1"."""
+    what = message.split(" - at `")[0]
+    found = re.search(r"\$\.(\w+)", message)
+    name = found[1] if found else "sampling_parameters"
+    what = what.replace("`", "").replace("Expected", "expected", 1)
+    value = given.get(name)
+    if isinstance(value, (list, tuple, dict)):
+        return f"{name}: {what}, got {len(value)} entries"
+    return f"{name}: {what}, got {_shorten(repr(value))}"
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

@@ -1,0 +1,470 @@
+"""Decides what each step computes. Touches no tensor: rows, lengths and page ids go down in a `Batch`, token ids come back in a `StepResult`.
+
+One loop without phases: every sequence has tokens that are not computed yet, one of them while it decodes and many while its prompt is read;
+a step is a share-out of `max_batched_tokens` among them. Steps may be scheduled before the results of earlier ones are known: a token that is
+still in flight counts as present (`Rows.num_tokens`), only its id is missing, and the device knows it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from paged_backend.batch import Batch, Feature, Int32, NewRow, StepOutput, StepResult
+from paged_backend.errors import ErrorKind
+from paged_backend.messages import Submit
+from paged_backend.page_pool import PagePool
+from paged_backend.prefix_cache import PrefixCache
+from paged_backend.request import Finish
+from paged_backend.sequence import Rows, Sequence, Status
+
+_OVERDUE_CHECK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """What the scheduler must know of config, checkpoint and pool."""
+
+    page_size: int
+    num_pages: int
+    max_model_len: int  # <= num_pages * page_size: the longest sequence alone always fits
+    max_num_sequences: int
+    max_batched_tokens: int
+    max_queue_size: int = 4096
+    max_waiting_seconds: float = 600.0
+    request_deadline_seconds: float = 3600.0
+    prefix_cache: bool = True
+    preemption: bool = True
+    eos_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+class Scheduler:
+    """Owns the sequences, their rows and their pages.
+
+    Invariant (`check`): every page's count is the number of running sequences whose page list names it; a waiting sequence holds no page.
+    """
+
+    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        # every running sequence must fit into a step, or decoding sequences would wait for each other in turns
+        max_running = min(limits.max_num_sequences, limits.max_batched_tokens)
+        self._limits = limits
+        self._clock = clock
+        self.pool = PagePool(limits.num_pages)
+        self.prefix_cache = PrefixCache(self.pool, limits.page_size)
+        self._rows = Rows(max_running, limits.max_model_len, limits.page_size, limits.prefix_cache)
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; entries of aborted sequences are skipped when met
+        self._num_waiting = 0
+        self._running: list[Sequence] = []
+        self._running_rows: Int32 | None = None  # of _running, in its order; None: to be gathered again
+        self._finishes: list[Finish] = []  # of requests that ended without a step
+        self._started: dict[int, int] = {}
+        self._new_rows: list[NewRow] = []
+        self._page_updates: list[tuple[int, int, int]] = []
+        self._serial = 0
+        self._step = 0
+        self._next_overdue_check = 0.0
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.queue_times: list[float] = []
+
+    # ---- requests come and go
+
+    def submit(self, request: Submit) -> None:
+        """Queues a request, or ends it at once with an error that says which limit it met."""
+        token_ids = np.frombuffer(request.prompt_ids, np.int32)
+        refusal = self._refusal(token_ids)
+        if refusal is not None:
+            self._finishes.append(Finish(request.request_id, error=refusal[0], message=refusal[1]))
+            return
+        sampling = request.sampling
+        serial = self._serial = self._serial + 1
+        eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
+        sequence = Sequence(
+            request_id=request.request_id,
+            serial=serial,
+            token_ids=token_ids,
+            prompt_len=len(token_ids),
+            length_limit=min(len(token_ids) + (sampling.max_tokens or self._limits.max_model_len), self._limits.max_model_len),
+            sampling=sampling,
+            seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
+            stop_ids=tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids)),
+            bad_words=request.bad_words,
+            cache_salt=request.cache_salt,
+            arrival=request.arrival,
+        )
+        self._sequences[sequence.request_id] = sequence
+        self._enqueue(sequence)
+
+    def abort(self, request_id: int) -> None:
+        """Forgets a request and frees its pages; nothing more is said of it. Unknown ids (already over) are fine."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._leave(sequence)
+        else:
+            self._finishes = [finish for finish in self._finishes if finish.request_id != request_id]
+
+    def _refusal(self, token_ids: Int32) -> tuple[ErrorKind, str] | None:
+        limits = self._limits
+        if self._num_waiting >= limits.max_queue_size:
+            return ErrorKind.OVERLOADED, f"{self._num_waiting} requests are waiting, the limit is {limits.max_queue_size} (max_queue_size)"
+        if not 0 < len(token_ids) < limits.max_model_len:
+            return ErrorKind.INVALID, f"prompt: {len(token_ids)} tokens, expected 1 to {limits.max_model_len - 1} (max_model_len - 1)"
+        return None
+
+    def _own_seed(self, serial: int) -> int:
+        return int.from_bytes(blake2b(f"{self._limits.seed}/{serial}".encode(), digest_size=8).digest(), "little")
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        heapq.heappush(self._waiting, (sequence.wait_order(), sequence))
+        self._num_waiting += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        """The end of a sequence, whatever it was doing."""
+        if sequence.status is Status.RUNNING:
+            self._stop_running(sequence)
+        else:
+            self._num_waiting -= 1
+            if len(self._waiting) > 2 * self._num_waiting + 64:  # mostly entries of aborted sequences
+                self._waiting = [entry for entry in self._waiting if entry[1].status is Status.WAITING and entry[1] is not sequence]
+                heapq.heapify(self._waiting)
+        sequence.status = Status.FINISHED
+        del self._sequences[sequence.request_id]
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self._rows.vacate(sequence)
+        self.pool.release(reversed(sequence.pages))  # leaves first: a page is never evicted before those that extend it
+        sequence.pages.clear()
+        self._running.remove(sequence)
+        self._running_rows = None
+
+    # ---- what the next step computes
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if nothing can be computed before a result comes back or a request arrives."""
+        self._end_overdue()
+        rows, counts = self._share_budget()
+        rows, counts = self._secure_pages(rows, counts)
+        rows, counts = self._admit(rows, counts)
+        if len(rows) == 0:
+            return None
+        table = self._rows
+        starts = table.num_computed[rows]
+        ends = starts + counts
+        samples = ends == table.num_tokens[rows]
+        table.num_computed[rows] = ends
+        table.num_tokens[rows] += samples
+        for row in rows[(counts > 1) & (ends >= table.publish_at[rows])].tolist():  # prompts: their ids are known before they are computed
+            self._publish(row)
+        self._step += 1
+        batch = Batch(
+            step=self._step,
+            rows=rows,
+            starts=starts,
+            counts=counts,
+            samples=samples,
+            request_ids=table.request_id[rows],
+            new_rows=tuple(self._new_rows),
+            page_updates=np.array(self._page_updates, np.int32).reshape(-1, 3),
+            features=int(np.bitwise_or.reduce(table.features[rows])),
+        )
+        self._new_rows.clear()
+        self._page_updates.clear()
+        return batch
+
+    def _share_budget(self) -> tuple[Int32, Int32]:
+        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission."""
+        rows = self._gather_running_rows()
+        table = self._rows
+        num_tokens = table.num_tokens[rows]
+        wanted = num_tokens - table.num_computed[rows]
+        wanted[num_tokens >= table.length_limit[rows]] = 0  # its last token is in flight and need not be computed
+        if (wanted == 1).all():
+            return rows, wanted
+        rows = rows[wanted > 0]
+        wanted = wanted[wanted > 0]
+        order = np.argsort(wanted > 1, kind="stable")
+        rows, wanted = rows[order], wanted[order]
+        before = np.cumsum(wanted) - wanted
+        counts = np.clip(self._limits.max_batched_tokens - before, 0, wanted).astype(np.int32)
+        return rows[counts > 0], counts[counts > 0]
+
+    def _gather_running_rows(self) -> Int32:
+        if self._running_rows is None:
+            self._running_rows = np.array([sequence.row for sequence in self._running], np.int32)
+        return self._running_rows
+
+    def _secure_pages(self, rows: Int32, counts: Int32) -> tuple[Int32, Int32]:
+        """Gives every row the pages its tokens need. Who finds none left goes without a step; who is preempted drops out."""
+        table = self._rows
+        short = rows[table.num_computed[rows] + counts > table.capacity[rows]]
+        if len(short) == 0:
+            return rows, counts
+        stalled = set()
+        num_preemptions = self.num_preemptions
+        for row in short.tolist():
+            sequence = table.sequences[row]
+            if sequence is not None and not self._grow(sequence):
+                stalled.add(row)
+        if stalled or self.num_preemptions != num_preemptions:
+            keep = np.array([table.sequences[row] is not None and row not in stalled for row in rows.tolist()], np.bool_)
+            rows, counts = rows[keep], counts[keep]
+        return rows, counts
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """One more page for a running sequence, at the cost of the youngest others if need be."""
+        pages = self.pool.take(1)
+        while pages is None:
+            victim = max(self._running, key=Sequence.youth)
+            if victim is sequence:
+                return False  # it keeps what it has and waits: whoever is older will finish
+            self._preempt(victim)
+            pages = self.pool.take(1)
+        row = sequence.row
+        assert row is not None
+        self._page_updates.append((row, len(sequence.pages), pages[0]))
+        sequence.pages += pages
+        self._rows.capacity[row] += self._limits.page_size
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a running sequence's pages; it waits again and recomputes, from the prefix cache where its pages survive."""
+        row = sequence.row
+        assert row is not None
+        sequence.awaits_token = bool(self._rows.num_tokens[row] > self._rows.num_known[row])
+        self._stop_running(sequence)
+        self._new_rows = [new for new in self._new_rows if new.row != row]
+        self._page_updates = [update for update in self._page_updates if update[0] != row]
+        self._enqueue(sequence)
+        self.num_preemptions += 1
+
+    def _admit(self, rows: Int32, counts: Int32) -> tuple[Int32, Int32]:
+        """Lets waiting sequences start, oldest first, while rows, budget and pages last. Nobody overtakes the first in the queue."""
+        budget = self._limits.max_batched_tokens - int(counts.sum())
+        new_rows: list[int] = []
+        new_counts: list[int] = []
+        while budget > 0 and self._num_waiting and self._rows.num_free:
+            sequence = self._first_waiting()
+            num_computed = None if sequence.awaits_token else self._take_pages(sequence)
+            if num_computed is None:
+                break
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            row = self._start(sequence, num_computed)
+            new_rows.append(row)
+            new_counts.append(min(budget, int(self._rows.num_tokens[row] - self._rows.num_computed[row])))
+            budget -= new_counts[-1]
+        if not new_rows:
+            return rows, counts
+        return np.concatenate([rows, np.array(new_rows, np.int32)]), np.concatenate([counts, np.array(new_counts, np.int32)])
+
+    def _first_waiting(self) -> Sequence:
+        while self._waiting[0][1].status is not Status.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1]
+
+    def _take_pages(self, sequence: Sequence) -> int | None:
+        """Holds the pages of all known tokens, those in the prefix cache first. Returns how many tokens these save, None if pages are short."""
+        size = self._limits.page_size
+        num_tokens = len(sequence.token_ids)
+        shared: list[int] = []
+        if self._limits.prefix_cache:
+            reusable = (num_tokens - 1) // size  # the newest token is always computed: its logits are wanted
+            self.prefix_cache.extend(sequence.hashes, sequence.token_ids, reusable, sequence.cache_salt)
+            shared = self.prefix_cache.match(sequence.hashes[:reusable])
+        needed = num_tokens if self._limits.preemption else sequence.length_limit - 1
+        num_new = -(-needed // size) - len(shared)
+        for page in shared:
+            self.pool.hold(page)
+        new = self.pool.take(num_new) if num_new + self._headroom() <= self.pool.num_available else None
+        if new is None:
+            self.pool.release(reversed(shared))
+            return None
+        sequence.pages = shared + new
+        return len(shared) * size
+
+    def _headroom(self) -> int:
+        """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not cost a preemption soon."""
+        rows = self._gather_running_rows()
+        return int((self._rows.capacity[rows] < self._rows.length_limit[rows] - 1).sum())
+
+    def _start(self, sequence: Sequence, num_computed: int) -> int:
+        """Puts a sequence that holds its pages onto a row; the device learns of it with this step's batch."""
+        row = self._rows.occupy(sequence, num_computed)
+        self._running.append(sequence)
+        self._running_rows = None
+        new = NewRow(
+            row=row,
+            token_ids=sequence.token_ids,
+            prompt_len=sequence.prompt_len,
+            sampling=sequence.sampling,
+            seed=sequence.seed,
+            stop_ids=sequence.stop_ids,
+            bad_words=sequence.bad_words,
+        )
+        self._new_rows.append(new)
+        self._page_updates.extend((row, index, page) for index, page in enumerate(sequence.pages))
+        if sequence.admitted is None:
+            sequence.admitted = self._clock()
+            sequence.num_cached_tokens = num_computed
+            self.prefix_queries += sequence.prompt_len
+            self.prefix_hits += num_computed
+            self.queue_times.append(max(0.0, sequence.admitted - sequence.arrival))
+        return row
+
+    def _publish(self, row: int) -> None:
+        """Makes a row's pages findable as far as their tokens are known and computed."""
+        table, size = self._rows, self._limits.page_size
+        sequence = table.sequences[row]
+        assert sequence is not None
+        first = int(table.publish_at[row]) // size - 1
+        end = int(min(table.num_computed[row], table.num_known[row])) // size
+        self.prefix_cache.extend(sequence.hashes, table.token_ids[row], end, sequence.cache_salt)
+        for index in range(first, end):
+            self.prefix_cache.publish(sequence.pages[index], sequence.hashes[index])
+        table.publish_at[row] = (end + 1) * size
+
+    # ---- what a step brought
+
+    def commit(self, batch: Batch, result: StepResult) -> StepOutput:
+        """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their limit."""
+        rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
+        present = self._rows.request_id[rows] == request_ids
+        entries = np.flatnonzero(present)
+        tops = self._top_logprobs(result, rows, entries) if batch.features & Feature.TOP_LOGPROBS else {}
+        self._append(rows[entries], token_ids[entries])
+        if len(entries) < len(rows):  # aborted, ended or preempted while the step was in flight
+            landed = [entry for entry in np.flatnonzero(~present).tolist() if self._land(int(request_ids[entry]), int(token_ids[entry]))]
+            entries = np.concatenate([entries, np.array(landed, np.intp)])
+        started, self._started = self._started, {}
+        return StepOutput(
+            request_ids=request_ids[entries],
+            token_ids=token_ids[entries],
+            logprobs=None if result.logprobs is None else result.logprobs[entries],
+            top_logprobs=tops,
+            started=started,
+            finishes=self._drain_finishes(),
+        )
+
+    def refusals(self) -> StepOutput | None:
+        """Ends of requests that no step brought: refused, overdue."""
+        if not self._finishes:
+            return None
+        return StepOutput(np.empty(0, np.int64), np.empty(0, np.int32), finishes=self._drain_finishes())
+
+    def _append(self, rows: Int32, token_ids: Int32) -> None:
+        table = self._rows
+        known = table.num_known[rows]
+        table.token_ids[rows, known] = token_ids
+        known = known + 1
+        table.num_known[rows] = known
+        for row in rows[table.unanswered[rows]].tolist():
+            table.unanswered[row] = False
+            self._tell_start(table.sequences[row])
+        for row in rows[np.minimum(known, table.num_computed[rows]) >= table.publish_at[rows]].tolist():
+            self._publish(row)
+        stopped = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
+        ended = stopped | (known >= table.length_limit[rows])
+        for row, stop in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
+            self._finish(table.sequences[row], stop)
+
+    def _land(self, request_id: int, token_id: int) -> bool:
+        """A token for a sequence that is not on its row any more: kept if the sequence was preempted, dropped if it is over."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not sequence.awaits_token:
+            return False
+        sequence.awaits_token = False
+        sequence.token_ids = np.append(sequence.token_ids, np.int32(token_id))
+        if not sequence.answered:
+            self._tell_start(sequence)
+        stop = token_id in sequence.stop_ids
+        if stop or len(sequence.token_ids) >= sequence.length_limit:
+            self._finish(sequence, stop)
+        return True
+
+    def _tell_start(self, sequence: Sequence | None) -> None:
+        assert sequence is not None
+        sequence.answered = True
+        self._started[sequence.request_id] = sequence.num_cached_tokens
+
+    def _finish(self, sequence: Sequence | None, stop: bool) -> None:
+        assert sequence is not None
+        self._leave(sequence)
+        self._finishes.append(Finish(sequence.request_id, "stop" if stop else "length"))
+
+    def _top_logprobs(self, result: StepResult, rows: Int32, entries: Int32) -> dict[int, dict[int, float]]:
+        """Output entry → its most likely tokens, for the sequences that asked for them."""
+        assert result.top_ids is not None and result.top_logprobs is not None
+        tops = {}
+        for position, entry in enumerate(entries.tolist()):
+            sequence = self._rows.sequences[rows[entry]]
+            n = sequence.sampling.logprobs if sequence is not None else None
+            if n:
+                tops[position] = dict(zip(result.top_ids[entry, :n].tolist(), result.top_logprobs[entry, :n].tolist(), strict=True))
+        return tops
+
+    def _drain_finishes(self) -> tuple[Finish, ...]:
+        finishes, self._finishes = tuple(self._finishes), []
+        return finishes
+
+    def _end_overdue(self) -> None:
+        """Ends requests that waited or lived too long. Looked at now and then: a limit of seconds needs no more."""
+        now = self._clock()
+        if now < self._next_overdue_check:
+            return
+        self._next_overdue_check = now + _OVERDUE_CHECK_SECONDS
+        limits = self._limits
+        for sequence in list(self._sequences.values()):
+            age = now - sequence.arrival
+            if age > limits.request_deadline_seconds:
+                error, message = ErrorKind.CANCELLED, f"not finished after {limits.request_deadline_seconds:g} s (request_deadline_seconds)"
+            elif sequence.admitted is None and age > limits.max_waiting_seconds:
+                error, message = ErrorKind.OVERLOADED, f"not started after {limits.max_waiting_seconds:g} s (max_waiting_seconds)"
+            else:
+                continue
+            self._leave(sequence)
+            self._finishes.append(Finish(sequence.request_id, error=error, message=message))
+
+    # ---- what it looks like
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._finishes)
+
+    def live_tokens(self) -> int:
+        """Slots of held pages that hold a token; a page shared by several sequences counts once."""
+        rows = self._gather_running_rows()
+        unused = int((self._rows.capacity[rows] - np.minimum(self._rows.num_computed[rows], self._rows.capacity[rows])).sum())
+        return self.pool.num_held * self._limits.page_size - unused
+
+    def check(self) -> None:
+        """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
+        self.pool.check()
+        self.prefix_cache.check()
+        counts = [0] * self.pool.num_pages
+        for sequence in self._running:
+            assert sequence.status is Status.RUNNING and sequence.row is not None and self._rows.sequences[sequence.row] is sequence
+            assert self._rows.capacity[sequence.row] == len(sequence.pages) * self._limits.page_size
+            assert self._rows.num_computed[sequence.row] <= self._rows.capacity[sequence.row], "computed tokens without a slot"
+            for page in sequence.pages:
+                counts[page] += 1
+        assert counts == [self.pool.count(page) for page in range(self.pool.num_pages)], "a page's count is not its number of holders"
+        waiting = [sequence for sequence in self._sequences.values() if sequence.status is Status.WAITING]
+        assert len(waiting) == self._num_waiting and not any(sequence.pages or sequence.row is not None for sequence in waiting)
+        assert len(waiting) + len(self._running) == len(self._sequences), "a sequence is neither waiting nor running"

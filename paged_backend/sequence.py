@@ -1,0 +1,143 @@
+"""A sequence (one generation in flight), and the table of rows in which running sequences keep what every step touches.
+
+A running sequence owns a row. The per-step facts of all rows are columns of one table, so that a step over 256 sequences is a handful of
+array operations; the same rows exist on the device (step_tensors.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from paged_backend.batch import Feature, Int32
+from paged_backend.request import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One generation. While it runs, its tokens and lengths are in its row; while it waits, `token_ids` has them all.
+
+    Invariant: `pages` are held by this sequence, in order; `hashes` are those of its first full pages; `row` is set exactly while it runs.
+    """
+
+    request_id: int
+    serial: int  # order of arrival in the engine: the higher, the younger
+    token_ids: Int32  # [num_tokens] known tokens, as of the last time it waited
+    prompt_len: int
+    length_limit: int  # finish ("length") at this many tokens
+    sampling: SamplingParams
+    seed: int
+    stop_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
+    cache_salt: str
+    arrival: float  # seconds, CLOCK_MONOTONIC
+    priority: int = 0  # the higher, the later it is preempted
+    status: Status = Status.WAITING
+    row: int | None = None
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it first started
+    awaits_token: bool = False  # preempted while a sampled token was in flight: must not start before it lands
+    admitted: float | None = None  # when it first left the queue
+    answered: bool = False  # its first token has been told
+
+    @property
+    def features(self) -> int:
+        """The `Feature` bits this sequence asks of the sampler."""
+        s = self.sampling
+        bits = 0
+        if not s.greedy:
+            bits |= Feature.RANDOM
+            if s.top_k > 0 or s.top_p < 1 or s.min_p > 0:
+                bits |= Feature.TRUNCATE
+        if s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0:
+            bits |= Feature.PENALTY
+        if s.logit_bias or (s.min_tokens > 0 and self.stop_ids):
+            bits |= Feature.BIAS
+        if self.bad_words:
+            bits |= Feature.BAD_WORDS
+        if s.logprobs is not None:
+            bits |= Feature.LOGPROBS | (Feature.TOP_LOGPROBS if s.logprobs > 0 else 0)
+        return bits
+
+    def youth(self) -> tuple[int, int]:
+        """Who is preempted first: the largest, i.e. the youngest of the lowest priority."""
+        return (-self.priority, self.serial)
+
+    def wait_order(self) -> tuple[int, int]:
+        """Who is admitted first: the smallest, i.e. the oldest of the highest priority."""
+        return (-self.priority, self.serial)
+
+
+_FREE = -1
+_NEVER = np.iinfo(np.int32).max
+
+
+class Rows:
+    """Columns of per-step facts, one row per running sequence.
+
+    num_tokens counts a token from the moment its sampling is launched, num_known from the moment its id has come back;
+    num_computed counts tokens whose K and V are in the pool or will be when the launched steps are over.
+    """
+
+    def __init__(self, max_num_sequences: int, max_model_len: int, page_size: int, publishes: bool) -> None:
+        self.page_size = page_size
+        self.publishes = publishes
+        self.sequences: list[Sequence | None] = [None] * max_num_sequences
+        self.request_id = np.full(max_num_sequences, _FREE, np.int64)
+        self.token_ids = np.zeros((max_num_sequences, max_model_len + 1), np.int32)
+        self.num_tokens = np.zeros(max_num_sequences, np.int32)
+        self.num_known = np.zeros(max_num_sequences, np.int32)
+        self.num_computed = np.zeros(max_num_sequences, np.int32)
+        self.length_limit = np.zeros(max_num_sequences, np.int32)
+        self.capacity = np.zeros(max_num_sequences, np.int32)  # slots in held pages
+        self.publish_at = np.zeros(max_num_sequences, np.int32)  # known and computed tokens that make the next page publishable
+        self.stop_ids = np.full((max_num_sequences, 4), -1, np.int32)  # widened on demand
+        self.features = np.zeros(max_num_sequences, np.int32)
+        self.unanswered = np.zeros(max_num_sequences, np.bool_)
+        self._free = list(range(max_num_sequences - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def occupy(self, sequence: Sequence, num_computed: int) -> int:
+        """Moves a waiting sequence, whose pages are held and whose first `num_computed` tokens are in them, onto a free row."""
+        row = self._free.pop()
+        num_tokens = len(sequence.token_ids)
+        self.sequences[row] = sequence
+        self.request_id[row] = sequence.request_id
+        self.token_ids[row, :num_tokens] = sequence.token_ids
+        self.num_tokens[row] = self.num_known[row] = num_tokens
+        self.num_computed[row] = num_computed
+        self.length_limit[row] = sequence.length_limit
+        self.capacity[row] = len(sequence.pages) * self.page_size
+        self.publish_at[row] = num_computed + self.page_size if self.publishes else _NEVER
+        width = len(sequence.stop_ids)
+        if width > self.stop_ids.shape[1]:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, width - self.stop_ids.shape[1])), constant_values=-1)
+        self.stop_ids[row, :width] = sequence.stop_ids
+        self.features[row] = sequence.features
+        self.unanswered[row] = not sequence.answered
+        sequence.row, sequence.status = row, Status.RUNNING
+        return row
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Takes a sequence off its row; its known tokens go back into `sequence.token_ids`."""
+        row = sequence.row
+        assert row is not None
+        sequence.token_ids = self.token_ids[row, : self.num_known[row]].copy()
+        self.sequences[row] = None
+        self.request_id[row] = _FREE
+        self.num_tokens[row] = self.num_known[row] = self.num_computed[row] = self.capacity[row] = 0
+        self.stop_ids[row] = -1
+        self._free.append(row)
+        sequence.row = None

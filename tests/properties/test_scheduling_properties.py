@@ -1,0 +1,125 @@
+"""hypothesis drives scheduler, pool and prefix cache as one state machine; every rule is followed by `check()`."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from paged_backend.batch import StepOutput
+from paged_backend.engine import Engine
+from paged_backend.messages import Submit
+from paged_backend.request import SamplingParams
+from paged_backend.scheduler import Scheduler, SchedulerLimits
+from tests.simulated_runner import SimulatedRunner, solo
+
+EOS = 5
+
+
+class Scheduling(RuleBasedStateMachine):
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4, 16]),
+        spare_pages=st.integers(0, 12),
+        max_model_len=st.integers(2, 40),
+        rows=st.integers(1, 6),
+        budget=st.integers(1, 48),
+        steps_ahead=st.integers(0, 1),
+        prefix_cache=st.booleans(),
+        preemption=st.booleans(),
+    )
+    def start(
+        self, page_size: int, spare_pages: int, max_model_len: int, rows: int, budget: int, steps_ahead: int, prefix_cache: bool, preemption: bool
+    ) -> None:
+        num_pages = -(-max_model_len // page_size) + spare_pages
+        self.now = 0.0
+        self.limits = SchedulerLimits(
+            page_size=page_size,
+            num_pages=num_pages,
+            max_model_len=max_model_len,
+            max_num_sequences=rows,
+            max_batched_tokens=budget,
+            max_queue_size=8,
+            max_waiting_seconds=1000,
+            request_deadline_seconds=2000,
+            prefix_cache=prefix_cache,
+            preemption=preemption,
+            eos_ids=(EOS,),
+        )
+        self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
+        self.runner = SimulatedRunner(rows, num_pages, page_size, max_model_len, budget)
+        self.engine = Engine(self.scheduler, self.runner, steps_ahead)
+        self.expected: dict[int, tuple[list[int], str]] = {}
+        self.answers: dict[int, list[int]] = {}
+        self.serial = 0
+
+    @rule(
+        prompt=st.lists(st.integers(6, 8), min_size=1, max_size=39),  # few tokens: many common prefixes
+        max_tokens=st.integers(1, 30),
+        ignore_eos=st.booleans(),
+        salt=st.sampled_from(["", "", "tenant"]),
+    )
+    def submit(self, prompt: list[int], max_tokens: int, ignore_eos: bool, salt: str) -> None:
+        self.serial += 1
+        request_id = self.serial
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, temperature=0.0)
+        refused = self.scheduler.num_waiting >= self.limits.max_queue_size or len(prompt) >= self.limits.max_model_len
+        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), salt, self.now))
+        if refused:
+            self.expected[request_id] = ([], "")
+        else:
+            length = min(max_tokens, self.limits.max_model_len - len(prompt))
+            answer = solo(prompt, length, () if ignore_eos else (EOS,), self.runner.vocab_size)
+            self.expected[request_id] = (answer, "stop" if answer[-1] == EOS and not ignore_eos else "length")
+        self.answers[request_id] = []
+
+    @rule()
+    def step(self) -> None:
+        self.now += 0.02
+        for output in self.engine.step():
+            self.receive(output)
+
+    @precondition(lambda self: self.answers)
+    @rule(index=st.integers(0, 10**6))
+    def abort(self, index: int) -> None:
+        request_id = sorted(self.answers)[index % len(self.answers)]
+        self.engine.abort(request_id)
+        del self.answers[request_id], self.expected[request_id]
+
+    @rule()
+    def run_dry(self) -> None:
+        self.drain()
+
+    def receive(self, output: StepOutput) -> None:
+        assert len(set(output.request_ids.tolist())) == len(output.request_ids), "two tokens of one request in one step"
+        for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
+            assert request_id in self.answers, "a token for a request that is over"
+            if not self.answers[request_id]:
+                assert request_id in output.started
+            self.answers[request_id].append(token)
+        for finish in output.finishes:
+            answer, reason = self.expected.pop(finish.request_id)
+            assert self.answers.pop(finish.request_id) == answer
+            assert finish.reason == reason
+
+    def drain(self) -> None:
+        for _ in range(5000):
+            if self.engine.idle:
+                break
+            self.step()
+        assert self.engine.idle, "starvation: admitted requests do not finish"
+        assert not self.answers and not self.expected
+        assert self.scheduler.pool.num_available == self.limits.num_pages, "idle, but pages are held"
+
+    @invariant()
+    def invariants_hold(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.drain()
+
+
+TestScheduling = Scheduling.TestCase
+TestScheduling.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))

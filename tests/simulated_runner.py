@@ -1,0 +1,70 @@
+"""A runner without a model: its KV store holds token ids, its "model" hashes whatever the page table leads to.
+
+A page that is handed out twice, freed too early or shared wrongly changes the tokens that come out, so comparing with `solo` finds it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from zlib import crc32
+
+import numpy as np
+
+from paged_backend.batch import Batch, StepResult
+
+
+def next_token(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> int:
+    return crc32(np.asarray(tokens, np.int32).tobytes()) % vocab_size
+
+
+def solo(prompt: Sequence[int], length: int, stop_ids: Sequence[int], vocab_size: int) -> list[int]:
+    """The answer a request must get, whatever runs beside it."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + length:
+        tokens.append(next_token(tokens, vocab_size))
+        if tokens[-1] in stop_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+class SimulatedRunner:
+    def __init__(self, num_rows: int, num_pages: int, page_size: int, max_model_len: int, max_batched_tokens: int, vocab_size: int = 97) -> None:
+        self.vocab_size = vocab_size
+        self._page_size = page_size
+        self._budget = max_batched_tokens
+        self._kv = np.full((num_pages, page_size), -1, np.int32)
+        self._history = np.full((num_rows, max_model_len + 1), -1, np.int32)
+        self._tables: list[dict[int, int]] = [{} for _ in range(num_rows)]
+        self._in_flight: deque[tuple[Batch, StepResult]] = deque()
+        self.num_tokens_computed = 0
+
+    def launch(self, batch: Batch) -> None:
+        assert len(set(batch.rows.tolist())) == len(batch.rows), "a row twice in one step"
+        assert 0 < batch.num_tokens <= self._budget, "the token budget is exceeded, or the step is empty"
+        for new in batch.new_rows:
+            self._history[new.row] = -1
+            self._history[new.row, : len(new.token_ids)] = new.token_ids
+            self._tables[new.row] = {}
+        for row, index, page in batch.page_updates.tolist():
+            self._tables[row][index] = page
+        steps = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist(), strict=True))
+        for row, start, count, _ in steps:  # all writes before all reads, as the layers do it
+            for position in range(start, start + count):
+                self._kv[self._slot(row, position)] = self._history[row, position]
+        sampled = []
+        for row, start, count, samples in steps:
+            end = start + count
+            if samples:
+                token = next_token([self._kv[self._slot(row, position)] for position in range(end)], self.vocab_size)
+                self._history[row, end] = token
+                sampled.append(token)
+        self.num_tokens_computed += batch.num_tokens
+        self._in_flight.append((batch, StepResult(np.array(sampled, np.int32))))
+
+    def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
+        while len(self._in_flight) > keep:
+            yield self._in_flight.popleft()
+
+    def _slot(self, row: int, position: int) -> tuple[int, int]:
+        return self._tables[row][position // self._page_size], position % self._page_size
