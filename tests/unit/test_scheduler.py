@@ -1,0 +1,287 @@
+"""Scheduling at its borders: page edges, budgets, one page too few, preemption, limits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from paged_backend.batch import Batch, StepResult
+from paged_backend.engine import Engine
+from paged_backend.errors import ErrorKind
+from paged_backend.messages import Submit
+from paged_backend.request import Finish, SamplingParams
+from paged_backend.scheduler import Scheduler, SchedulerLimits
+from tests.simulated_runner import SimulatedRunner, solo
+
+VOCAB = 97
+
+
+class Bench:
+    """An engine on a simulated runner, and what its callers have heard."""
+
+    def __init__(self, *, steps_ahead: int = 0, **limits: object) -> None:
+        defaults = {"page_size": 4, "num_pages": 16, "max_model_len": 64, "max_num_sequences": 8, "max_batched_tokens": 64}
+        self.limits = SchedulerLimits(**(defaults | limits))  # type: ignore[arg-type]
+        self.now = 0.0
+        self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
+        self.batches: list[Batch] = []
+        runner = SimulatedRunner(self.limits.max_num_sequences, self.limits.num_pages, self.limits.page_size, self.limits.max_model_len, 10**6, VOCAB)
+        self.runner = runner
+        launch = runner.launch
+        runner.launch = lambda batch: (self.batches.append(batch), launch(batch))[1]  # type: ignore[method-assign]
+        self.engine = Engine(self.scheduler, runner, steps_ahead)
+        self.tokens: dict[int, list[int]] = {}
+        self.finishes: dict[int, Finish] = {}
+        self.started: dict[int, int] = {}
+
+    def submit(self, request_id: int, prompt: list[int], salt: str = "", **sampling: object) -> None:
+        params = SamplingParams(**({"max_tokens": 4, "temperature": 0.0} | sampling))  # type: ignore[arg-type]
+        self.tokens[request_id] = []
+        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), params, (), salt, self.now))
+
+    def step(self, n: int = 1) -> None:
+        for _ in range(n):
+            for output in self.engine.step():
+                for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
+                    self.tokens[request_id].append(token)
+                self.started |= output.started
+                self.finishes |= {finish.request_id: finish for finish in output.finishes}
+            self.engine.check()
+
+    def run(self) -> None:
+        for _ in range(2000):
+            if self.engine.idle:
+                return
+            self.step()
+        raise AssertionError("the engine does not come to rest")
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+@pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8, 59])
+def test_a_sequence_gets_its_answer_whatever_its_length_is_to_the_page(prompt_len: int, steps_ahead: int) -> None:
+    bench = Bench(steps_ahead=steps_ahead)
+    bench.submit(1, list(range(prompt_len)), max_tokens=5)
+    bench.run()
+    assert bench.tokens[1] == solo(range(prompt_len), 5, (), VOCAB)
+    assert bench.finishes[1].reason == "length"
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget_while_others_decode() -> None:
+    bench = Bench(max_batched_tokens=10, prefix_cache=False)
+    bench.submit(1, [1, 2], max_tokens=12)
+    bench.step()
+    bench.submit(2, list(range(30)), max_tokens=2)
+    bench.run()
+    assert [batch.counts.tolist() for batch in bench.batches[1:5]] == [[1, 9], [1, 9], [1, 9], [1, 3]]
+    assert bench.tokens[2] == solo(range(30), 2, (), VOCAB)
+
+
+def test_a_budget_smaller_than_the_rows_limits_who_runs_and_nobody_starves() -> None:
+    bench = Bench(max_batched_tokens=2, max_num_sequences=8)
+    for request_id in range(6):
+        bench.submit(request_id, [request_id, 1, 2], max_tokens=3)
+    bench.run()
+    assert max(batch.num_tokens for batch in bench.batches) <= 2
+    assert all(bench.tokens[i] == solo([i, 1, 2], 3, (), VOCAB) for i in range(6))
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_one_page_too_few_preempts_the_youngest_and_both_answers_are_right(steps_ahead: int) -> None:
+    bench = Bench(num_pages=5, max_model_len=20, steps_ahead=steps_ahead)
+    bench.submit(1, [1, 2, 3], max_tokens=14)
+    bench.submit(2, [4, 5, 6], max_tokens=14)
+    bench.run()
+    assert bench.scheduler.num_preemptions > 0
+    assert bench.tokens == {1: solo([1, 2, 3], 14, (), VOCAB), 2: solo([4, 5, 6], 14, (), VOCAB)}
+    assert list(bench.finishes) == [1, 2]  # the older one was not held up
+
+
+def test_a_preempted_sequence_resumes_from_its_cached_pages() -> None:
+    with_cache, without = Bench(num_pages=8, max_model_len=32), Bench(num_pages=8, max_model_len=32, prefix_cache=False)
+    for bench in (with_cache, without):
+        bench.submit(1, [1] * 9, max_tokens=16)
+        bench.submit(2, [2] * 9, max_tokens=16)
+        bench.run()
+        assert bench.scheduler.num_preemptions > 0
+    assert with_cache.runner.num_tokens_computed < without.runner.num_tokens_computed
+
+
+def test_without_preemption_a_sequence_starts_only_when_its_longest_answer_fits() -> None:
+    bench = Bench(num_pages=5, max_model_len=20, preemption=False)
+    bench.submit(1, [1, 2, 3], max_tokens=14)
+    bench.submit(2, [4, 5, 6], max_tokens=14)
+    bench.run()
+    assert bench.scheduler.num_preemptions == 0
+    assert max(batch.num_sequences for batch in bench.batches) == 1
+    assert bench.tokens[2] == solo([4, 5, 6], 14, (), VOCAB)
+
+
+def test_nobody_overtakes_the_first_in_the_queue() -> None:
+    bench = Bench(num_pages=4, max_model_len=16)
+    bench.submit(1, [1] * 9, max_tokens=2)
+    bench.step()
+    bench.submit(2, [2] * 12, max_tokens=2)  # does not fit beside 1
+    bench.submit(3, [3], max_tokens=2)  # would
+    bench.run()
+    first = next(batch for batch in bench.batches if 3 in batch.request_ids)
+    assert 2 in first.request_ids or any(2 in batch.request_ids for batch in bench.batches[: bench.batches.index(first)])
+
+
+def test_the_last_prompt_token_is_computed_even_if_all_pages_are_cached() -> None:
+    bench = Bench()
+    prompt = list(range(8))  # two full pages
+    bench.submit(1, prompt)
+    bench.run()
+    bench.submit(2, prompt)
+    bench.run()
+    assert bench.started == {1: 0, 2: 4}
+    assert bench.tokens[2] == bench.tokens[1]
+
+
+def test_prompts_share_pages_while_their_owner_still_runs() -> None:
+    bench = Bench()
+    bench.submit(1, list(range(9)), max_tokens=8)
+    bench.step()
+    bench.submit(2, [*range(8), 50], max_tokens=8)
+    bench.step()
+    assert bench.started[2] == 8
+    assert bench.scheduler.pool.num_held == 4  # two shared, and one each
+    bench.run()
+    assert bench.tokens[2] == solo([*range(8), 50], 8, (), VOCAB)
+
+
+def test_salted_prompts_share_nothing() -> None:
+    bench = Bench()
+    bench.submit(1, list(range(9)), salt="a")
+    bench.run()
+    bench.submit(2, list(range(9)), salt="b")
+    bench.run()
+    assert bench.started[2] == 0
+
+
+def test_a_stop_token_ends_the_sequence_and_is_part_of_the_answer() -> None:
+    answer = solo([1, 2], 8, (), VOCAB)
+    bench = Bench()
+    bench.submit(1, [1, 2], max_tokens=8, stop_token_ids=(answer[3],))
+    bench.run()
+    assert bench.tokens[1] == answer[: answer.index(answer[3]) + 1]
+    assert bench.finishes[1].reason == "stop"
+
+
+def test_eos_ends_a_sequence_unless_it_is_ignored() -> None:
+    answer = solo([1, 2], 8, (), VOCAB)
+    bench = Bench(eos_ids=(answer[2],))
+    bench.submit(1, [1, 2], max_tokens=8)
+    bench.submit(2, [1, 2], max_tokens=8, ignore_eos=True)
+    bench.run()
+    assert (bench.tokens[1], bench.tokens[2]) == (answer[:3], answer)
+
+
+def test_the_model_length_ends_a_sequence() -> None:
+    bench = Bench(max_model_len=10)
+    bench.submit(1, [1, 2, 3, 4], max_tokens=100)
+    bench.run()
+    assert bench.tokens[1] == solo([1, 2, 3, 4], 6, (), VOCAB)
+    assert bench.finishes[1].reason == "length"
+
+
+def test_a_step_ahead_wastes_at_most_one_token_a_sequence_and_none_at_the_length_limit() -> None:
+    ahead = Bench(steps_ahead=1)
+    ahead.submit(1, [1, 2], max_tokens=6)
+    ahead.run()
+    assert ahead.runner.num_tokens_computed == 2 + 5  # the last token's K and V are never needed
+    answer = solo([1, 2], 8, (), VOCAB)
+    stopped = Bench(steps_ahead=1, eos_ids=(answer[2],))
+    stopped.submit(1, [1, 2], max_tokens=8)
+    stopped.run()
+    assert stopped.tokens[1] == answer[:3]
+    assert stopped.runner.num_tokens_computed == 2 + 2 + 1
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 3])
+def test_abort_frees_the_pages_at_every_stage(when: int) -> None:
+    bench = Bench(max_batched_tokens=8, steps_ahead=1, prefix_cache=False)
+    bench.submit(1, list(range(12)), max_tokens=20)
+    bench.step(when)
+    bench.engine.abort(1)
+    bench.engine.check()
+    assert bench.scheduler.pool.num_free == 16 and bench.engine.idle
+    heard = len(bench.tokens[1])
+    bench.submit(2, [9, 9], max_tokens=4)
+    bench.run()
+    assert len(bench.tokens[1]) == heard and 1 not in bench.finishes
+    assert bench.tokens[2] == solo([9, 9], 4, (), VOCAB)
+
+
+def test_aborting_what_is_over_is_harmless() -> None:
+    bench = Bench()
+    bench.submit(1, [1])
+    bench.run()
+    bench.engine.abort(1)
+    bench.engine.abort(77)
+    bench.engine.check()
+
+
+def test_one_request_more_than_the_queue_holds_is_refused_with_the_numbers() -> None:
+    bench = Bench(max_queue_size=2)
+    for request_id in range(3):
+        bench.submit(request_id, [1])
+    bench.step()
+    assert bench.finishes[2].error is ErrorKind.OVERLOADED
+    assert "2 requests are waiting" in bench.finishes[2].message and "max_queue_size" in bench.finishes[2].message
+
+
+def test_a_request_that_waited_too_long_is_refused_and_one_that_lives_too_long_is_ended() -> None:
+    bench = Bench(max_num_sequences=1, max_waiting_seconds=10, request_deadline_seconds=30)
+    bench.submit(1, [1], max_tokens=60)
+    bench.submit(2, [2])
+    bench.step()
+    bench.now = 11
+    bench.step()
+    assert bench.finishes[2].error is ErrorKind.OVERLOADED and "max_waiting_seconds" in bench.finishes[2].message
+    bench.now = 31
+    bench.step()
+    assert bench.finishes[1].error is ErrorKind.CANCELLED and "request_deadline_seconds" in bench.finishes[1].message
+    assert bench.engine.idle and bench.scheduler.pool.num_held == 0
+
+
+def test_prompts_outside_the_model_are_refused_with_the_limit() -> None:
+    bench = Bench(max_model_len=8)
+    bench.submit(1, [1] * 8)
+    bench.submit(2, [])
+    bench.step()
+    assert {i: finish.error for i, finish in bench.finishes.items()} == {1: ErrorKind.INVALID, 2: ErrorKind.INVALID}
+    assert "1 to 7" in bench.finishes[1].message
+
+
+def test_reservation_is_the_same_code_with_one_page_a_sequence() -> None:
+    bench = Bench(page_size=20, max_model_len=20, num_pages=3)
+    for request_id in range(5):
+        bench.submit(request_id, [request_id + 1], max_tokens=10)
+    bench.run()
+    assert max(batch.num_sequences for batch in bench.batches) == 3
+    assert bench.scheduler.num_preemptions == 0
+    assert all(bench.tokens[i] == solo([i + 1], 10, (), VOCAB) for i in range(5))
+
+
+def test_utilisation_counts_a_shared_page_once() -> None:
+    bench = Bench()
+    bench.submit(1, list(range(9)), max_tokens=8)
+    bench.submit(2, list(range(9)), max_tokens=8)
+    bench.step()
+    assert bench.scheduler.live_tokens() <= bench.scheduler.pool.num_held * 4
+    bench.run()
+    assert bench.scheduler.live_tokens() == 0
+
+
+def test_a_wanted_logprob_goes_to_the_sequence_that_asked() -> None:
+    scheduler = Bench().scheduler
+    for request_id, wanted in ((1, None), (2, 2)):
+        sampling = SamplingParams(max_tokens=2, temperature=0.0, logprobs=wanted)
+        scheduler.submit(Submit(request_id, np.array([1], np.int32).tobytes(), sampling, (), "", 0.0))
+    batch = scheduler.schedule()
+    assert batch is not None and batch.features == 96
+    tops = np.array([[3, 4], [5, 6]], np.int32)
+    result = StepResult(np.array([3, 5], np.int32), np.array([-1, -2], np.float32), tops, np.array([[-1, -3], [-2, -4]], np.float32))
+    output = scheduler.commit(batch, result)
+    assert output.top_logprobs == {1: {5: -2.0, 6: -4.0}}
