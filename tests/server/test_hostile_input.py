@@ -1,0 +1,121 @@
+"""Every wrong request gets its own clear error, and a stream that runs meanwhile does not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import tritonclient.grpc as sync_grpc
+import tritonclient.grpc.aio as grpc
+
+from paged_backend.launch import Server, ServerSettings
+from tests.server.calls import MODEL, Answer, stream
+
+pytestmark = pytest.mark.server
+
+VOCAB_PAST_END = 1_000_000
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(ServerSettings(instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64})) as running:
+        yield running
+
+
+def sampling(**keys: object) -> dict[str, object]:
+    return {"text_input": "a", "sampling_parameters": json.dumps(keys)}
+
+
+CASES = {
+    "empty prompt": ({"text_input": ""}, "text_input"),
+    "no prompt": ({}, "text_input"),
+    "two prompts": ({"text_input": "a", "input_ids": [1]}, "input_ids"),
+    "prompt longer than the model": ({"input_ids": [5] * 512}, "512"),
+    "prompt far longer than the pool": ({"input_ids": [5] * 5000}, "5000"),
+    "50 MB of text": ({"text_input": "x" * 50_000_000}, "max_prompt_bytes"),
+    "invalid UTF-8": ({"text_input": b"\xff\xfe\xfa"}, "UTF-8"),
+    "negative temperature": (sampling(temperature=-1), "temperature"),
+    "NaN in JSON": ({"text_input": "a", "sampling_parameters": '{"temperature": NaN}'}, "sampling_parameters"),
+    "NaN as a string": (sampling(temperature="nan"), "temperature"),
+    "NaN in a tensor": ({"text_input": "a", "temperature": float("nan")}, "temperature"),
+    "top_p above one": (sampling(top_p=1.5), "top_p"),
+    "negative top_k": (sampling(top_k=-2), "top_k"),
+    "a list for a number": (sampling(temperature=[1]), "temperature"),
+    "text for a number": (sampling(max_tokens="many"), "max_tokens"),
+    "JSON 10,000 levels deep": ({"text_input": "a", "sampling_parameters": "[" * 10_000 + "]" * 10_000}, "sampling_parameters"),
+    "an object 10,000 levels deep": ({"text_input": "a", "sampling_parameters": '{"stop":' * 10_000 + "1" + "}" * 10_000}, "sampling_parameters"),
+    "JSON that is no object": ({"text_input": "a", "sampling_parameters": "[1]"}, "sampling_parameters"),
+    "no JSON": ({"text_input": "a", "sampling_parameters": "{"}, "sampling_parameters"),
+    "an unknown key": (sampling(temprature=1), "temprature"),
+    "max_tokens 0": (sampling(max_tokens=0), "max_tokens"),
+    "max_tokens 2^31": (sampling(max_tokens=2**31), "max_tokens"),
+    "max_tokens above the model": (sampling(max_tokens=513), "512"),
+    "100,000 stop words": (sampling(stop=["x"] * 100_000), "stop"),
+    "100,000 stop words in a tensor": ({"text_input": "a", "stop_words": ["x"] * 100_000}, "stop"),
+    "an empty stop word": (sampling(stop=[""]), "stop"),
+    "an id past the vocabulary": ({"input_ids": [5, VOCAB_PAST_END]}, str(VOCAB_PAST_END)),
+    "a negative id": ({"input_ids": [-1]}, "-1"),
+    "streaming with the prompt in front": ({"text_input": "a", "exclude_input_in_output": False}, "exclude_input_in_output"),
+    "an unknown parameter": ({"text_input": "a", "parameters": {"temprature": 1}}, "temprature"),
+    "n of two": (sampling(n=2), "n"),
+}
+
+
+async def among_others(address: str, case: dict[str, object]) -> tuple[Answer, Answer]:
+    async with grpc.InferenceServerClient(address) as client:
+        bystander = asyncio.create_task(stream(client, text_input="A bystander", max_tokens=40, sampling_parameters=GREEDY))
+        await asyncio.sleep(0.02)
+        wrong = await asyncio.wait_for(stream(client, **case), 30)
+        return wrong, await bystander
+
+
+@pytest.mark.parametrize(("case", "named"), CASES.values(), ids=CASES)
+def test_a_wrong_request_is_refused_alone(server: Server, case: dict[str, object], named: str) -> None:
+    wrong, bystander = asyncio.run(among_others(server.addresses.grpc_url, case))
+    assert wrong.code in ("StatusCode.INVALID_ARGUMENT", "3") or (wrong.error is not None and "INVALID_ARG" in str(wrong.error)), wrong
+    message = wrong.error.message()
+    assert named in message, message
+    assert len(message) < 1000 and "Traceback" not in message and "/" + "work" not in message
+    assert len(bystander.token_ids) == 40 and bystander.num_finals == 1
+
+
+def test_a_tensor_of_the_wrong_type_or_shape_is_refused(server: Server) -> None:
+    with sync_grpc.InferenceServerClient(server.addresses.grpc_url) as client:
+        for name, array, kind in [("max_tokens", np.array([1.5], np.float32), "FP32"), ("temperature", np.array([[1.0]], np.float32), "FP32")]:
+            made = sync_grpc.InferInput(name, list(array.shape), kind)
+            made.set_data_from_numpy(array)
+            text = sync_grpc.InferInput("text_input", [1], "BYTES")
+            text.set_data_from_numpy(np.array(["a"], object))
+            errors: list[object] = []
+            client.start_stream(lambda result, error, errors=errors: errors.append(error))
+            client.async_stream_infer(MODEL, [text, made])
+            client.stop_stream()
+            assert errors and errors[0] is not None and name in str(errors[0])
+
+
+def test_http_answers_a_wrong_request_with_400_and_the_reason(server: Server) -> None:
+    body = json.dumps({"text_input": "a", "max_tokens": 0}).encode()
+    call = urllib.request.Request(f"{server.addresses.http_url}/v2/models/{MODEL}/generate", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(call, timeout=30)
+    assert caught.value.code == 400
+    assert "max_tokens" in json.loads(caught.value.read())["error"]
+
+
+def test_one_request_more_than_the_queue_holds_is_unavailable_and_the_others_finish(server: Server) -> None:
+    async def flood() -> list[Answer]:
+        async with grpc.InferenceServerClient(server.addresses.grpc_url) as client:
+            requests = (stream(client, text_input="a", max_tokens=100, sampling_parameters=GREEDY) for _ in range(400))
+            return await asyncio.wait_for(asyncio.gather(*requests), 120)
+
+    answers = asyncio.run(flood())
+    refused = [answer for answer in answers if answer.error is not None]
+    assert all("max_queue_size" in answer.error.message() for answer in refused)
+    assert refused and len(refused) < 400
+    assert all(len(answer.token_ids) == 100 and answer.num_finals == 1 for answer in answers if answer.error is None)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_strings_are_read_as_config_pbtxt_writes_them() -> None:
+    config = EngineConfig.parse({"page_size": "32", "prefix_cache": "false", "pool_memory_fraction": "0.5", "dtype": "", "device": "cuda:1"})
+    assert (config.page_size, config.prefix_cache, config.pool_memory_fraction, config.dtype, config.device) == (32, False, 0.5, "auto", "cuda:1")
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(EngineError, match=r"unknown parameter 'pagesize': did you mean 'page_size'\?"):
+        EngineConfig.parse({"pagesize": 16})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("page_size", "0"),
+        ("page_size", "24"),
+        ("page_size", "x"),
+        ("dtype", "int4"),
+        ("device", "tpu"),
+        ("pool_memory_fraction", "1.5"),
+        ("max_waiting_seconds", "nan"),
+        ("max_num_sequences", "0"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name_and_itself(name: str, value: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        EngineConfig.parse({name: value})
+    assert name in str(caught.value) and value in str(caught.value)
+
+
+def test_one_page_a_sequence_is_allowed_whatever_its_length() -> None:
+    assert EngineConfig.parse({"page_size": 1000, "max_model_len": 1000}).page_size == 1000
+
+
+def test_the_readme_tells_every_tunable_with_its_default() -> None:
+    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", README.read_text(), re.MULTILINE))
+    names = {True: "on", False: "off", None: "unset"}
+    for name, field in EngineConfig.model_fields.items():
+        default = names[field.default] if field.default is None or isinstance(field.default, bool) else str(field.default)
+        assert told.get(name) == default, name

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paged_backend.errors import RequestError
+from paged_backend.request import SamplingParams, parse_sampling
+
+
+def test_numbers_may_be_strings_and_one_stop_string_may_stand_alone() -> None:
+    parsed = parse_sampling({"max_tokens": "16", "temperature": "0.5", "top_k": 5, "stop": "end", "logit_bias": {"7": "-3"}, "ignore_eos": "true"})
+    assert parsed == SamplingParams(max_tokens=16, temperature=0.5, top_k=5, stop=("end",), logit_bias={7: -3.0}, ignore_eos=True)
+
+
+def test_none_means_default() -> None:
+    assert parse_sampling({"max_tokens": None, "stop": None, "seed": None}) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": -1}, "temperature: expected float >= 0.0, got -1"),
+        ({"temperature": "nan"}, "temperature: "),
+        ({"temperature": float("inf")}, "temperature: inf is not a finite number"),
+        ({"max_tokens": 0}, "max_tokens: expected int >= 1, got 0"),
+        ({"max_tokens": 2**31}, "max_tokens: expected int <= 2147483647, got 2147483648"),
+        ({"max_tokens": 1.5}, "max_tokens: "),
+        ({"max_tokens": 10**400}, "max_tokens: "),
+        ({"top_p": 0}, "top_p: expected float > 0.0"),
+        ({"top_k": -2}, "top_k: expected int >= -1, got -2"),
+        ({"stop": ["x"] * 65}, "stop: expected array of length <= 64, got 65 entries"),
+        ({"stop": [""]}, "stop: "),
+        ({"logit_bias": {"x": 1}}, "logit_bias: "),
+        ({"logit_bias": {"1": 200}}, "logit_bias: "),
+        ({"seed": 2**64}, "seed: expected 64 bits"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens: 9 is more than max_tokens (8)"),
+        ({"n": 2}, "n: expected int <= 1, got 2"),
+        ({"temprature": 1}, "unknown sampling parameter 'temprature'"),
+        ({"x" * 10_000: 1}, "unknown sampling parameter 'xxx"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_key_limit_and_value(options: dict[str, object], said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_sampling(options)
+    assert str(caught.value).startswith(said)
+    assert len(str(caught.value)) < 600
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+
+
+@given(st.dictionaries(st.sampled_from(SamplingParams.__struct_fields__) | st.text(max_size=5), JSON, max_size=4))
+def test_anything_at_all_is_parsed_or_refused_with_a_request_error(options: dict[str, object]) -> None:
+    try:
+        parsed = parse_sampling(options)
+    except RequestError as error:
+        assert str(error)
+    else:
+        assert isinstance(parsed, SamplingParams) and 0 <= parsed.temperature <= 100 and 0 < parsed.top_p <= 1
