@@ -1,5 +1,235 @@
+"""The `paged` command: `paged serve` and `paged demo`."""
+
 from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.status import Status
+
+from paged_backend.errors import EngineError
+from paged_backend.launch import Server, ServerSettings, StoppedEarlyError
+from paged_client.demo import DEMO_PROMPT, run_demo
+
+_HURRIED_EXIT = 130
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_WAIT_SECONDS = 0.2
+
+app = typer.Typer(
+    name="paged",
+    help="Large language models on NVIDIA Triton Inference Server, from a paged KV pool.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="FOLDER_OR_HUB_ID", help="Checkpoint: a folder, or an id on the Hugging Face hub; 'demo' comes with paged."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Any tunable of config.pbtxt, such as page_size=32 or max_model_len=8192; repeatable."),
+]
+Verbose = Annotated[bool, typer.Option("--log-verbose", "-v", help="Show tritonserver's own log too.")]
+
+
+def _port(service: str) -> Any:
+    return typer.Option(metavar="PORT", min=0, max=65535, help=f"{service}; 0: a free one.")
 
 
 def main() -> None:
-    raise SystemExit("paged: error: not built yet")
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"paged {importlib.metadata.version('paged-backend')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def serve(
+    context: typer.Context,
+    model: Model = "demo",
+    options: Settings = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen: IPv4 address or name; 0.0.0.0: every network.")] = "127.0.0.1",
+    http_port: Annotated[int, _port("HTTP")] = 8000,
+    grpc_port: Annotated[int, _port("gRPC")] = 8001,
+    metrics_port: Annotated[int, _port("Prometheus metrics")] = 8002,
+    model_name: Annotated[str, typer.Option(metavar="NAME", help="What clients call the model.")] = "paged_llm",
+    instances: Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Front ends (they tokenise and stream) on the one engine.")] = None,
+    drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for requests in flight.")] = 30,
+    log_verbose: Verbose = False,
+) -> None:
+    """Serve a model over HTTP and gRPC until Ctrl-C.
+
+    Uses the tritonserver on PATH if there is one, else the one that comes with paged-backend[serve].
+    Listens on this machine only, unless --host says otherwise.
+
+    Ctrl-C or SIGTERM waits for the requests in flight and exits with 0; a second Ctrl-C hurries.
+
+    Arguments after -- go to tritonserver as they are, such as
+    paged serve -- --log-verbose=1
+    """
+    settings = ServerSettings(
+        model=model,
+        options=parse_options(options or []),
+        model_name=model_name,
+        instances=instances,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        drain_seconds=drain_seconds,
+        show_log=log_verbose,
+        arguments=tuple(context.args),
+    )
+    with _one_sentence_on_failure(), _running(settings) as server:
+        print(ready_text(server), flush=True)
+        while server.wait(_WAIT_SECONDS) is None and not server.stopping:
+            pass
+
+
+@app.command()
+def demo(
+    model: Model = "demo",
+    options: Settings = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What the model continues.")] = DEMO_PROMPT,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the answer in tokens.")] = 160,
+    log_verbose: Verbose = False,
+) -> None:
+    """See it work: start a server on free ports, stream one answer to the terminal, print speed and memory use, stop.
+
+    Needs no GPU and no download: the small model comes with paged.
+    """
+    settings = ServerSettings(model=model, options=parse_options(options or []), instances=1, show_log=log_verbose)
+    with _one_sentence_on_failure(), _running(settings) as server:
+        run_demo(server, prompt, max_tokens, Console(highlight=False))
+
+
+def parse_options(options: list[str]) -> dict[str, str]:
+    """["page_size=32"] -> {"page_size": "32"}.
+
+    Raises:
+        typer.BadParameter: not of the form KEY=VALUE, or a key given twice.
+    """
+    parsed: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"'{option}' is not of the form KEY=VALUE", param_hint="--set")
+        if key in parsed:
+            raise typer.BadParameter(f"'{key}' is given twice", param_hint="--set")
+        parsed[key] = value
+    return parsed
+
+
+def ready_text(server: Server) -> str:
+    """Where the server answers, and a command to paste."""
+    addresses = server.addresses
+    question = {"text_input": DEMO_PROMPT, "max_tokens": 64, "stream": True, "exclude_input_in_output": True}
+    url = f"{addresses.http_url}/v2/models/{server.settings.model_name}/generate_stream"
+    return "\n".join(
+        [
+            f"paged: ready, serving {server.settings.model_name} on {server.settings.host}",
+            f"  HTTP     {addresses.http_url}",
+            f"  gRPC     {addresses.grpc_url}",
+            f"  metrics  {addresses.metrics_url}",
+            "",
+            f"  curl -N {url} -d {shlex.quote(json.dumps(question))}",
+            "",
+            "Ctrl-C stops it.",
+        ]
+    )
+
+
+class _Narrator:
+    """Shows log lines on stderr; on a terminal, progress ("… 45 % …") replaces itself until the server is ready."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._status: Status | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        if not self._console.is_terminal:
+            yield
+            return
+        with self._console.status("starting tritonserver", spinner="dots") as self._status:
+            yield
+        self._status = None
+
+    def show(self, line: str) -> None:
+        if self._status is not None and re.search(r"\d ?%", line) and line.startswith("paged: "):
+            self._status.update(line.removeprefix("paged: "))
+        else:
+            self._console.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _running(settings: ServerSettings) -> Iterator[Server]:
+    """A started server that SIGINT, SIGTERM and SIGHUP end: the first drains, a second hurries."""
+    narrator = _Narrator()
+    server = Server(settings, narrator.show)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if server.stopping:
+            server.kill()
+        else:
+            server.terminate()
+
+    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS}
+    try:
+        with narrator.waiting():
+            server.start()
+        yield server
+        if not server.stopping and server.wait(0) is not None:
+            raise EngineError(server.failure())
+        narrator.show("paged: stopping: waiting for requests in flight (Ctrl-C again to hurry)")
+        exit_code = server.stop()
+        if exit_code == -signal.SIGKILL:
+            raise typer.Exit(_HURRIED_EXIT)
+        if exit_code != 0:
+            raise EngineError(server.failure())
+        narrator.show("paged: stopped")
+    except StoppedEarlyError:
+        narrator.show("paged: stopped")
+        raise typer.Exit() from None
+    finally:
+        server.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _one_sentence_on_failure() -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        sys.stdout.flush()
+        print(f"paged: error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    main()

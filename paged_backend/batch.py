@@ -65,6 +65,25 @@ class Feature:
     TOP_LOGPROBS = 64  # some row wants the n most likely tokens too
 
 
+def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...]) -> int:
+    """The `Feature` bits a sequence asks of the sampler."""
+    s = sampling
+    bits = 0
+    if not s.greedy:
+        bits |= Feature.RANDOM
+        if s.top_k > 0 or s.top_p < 1 or s.min_p > 0:
+            bits |= Feature.TRUNCATE
+    if s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0:
+        bits |= Feature.PENALTY
+    if s.logit_bias or (s.min_tokens > 0 and stop_ids):
+        bits |= Feature.BIAS
+    if bad_words:
+        bits |= Feature.BAD_WORDS
+    if s.logprobs is not None:
+        bits |= Feature.LOGPROBS | (Feature.TOP_LOGPROBS if s.logprobs > 0 else 0)
+    return bits
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step sampled: one entry per batch row with `samples`, in the batch's order."""

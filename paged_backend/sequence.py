@@ -11,7 +11,7 @@ from enum import Enum
 
 import numpy as np
 
-from paged_backend.batch import Feature, Int32
+from paged_backend.batch import Int32, features_of
 from paged_backend.request import SamplingParams
 
 
@@ -48,25 +48,6 @@ class Sequence:
     awaits_token: bool = False  # preempted while a sampled token was in flight: must not start before it lands
     admitted: float | None = None  # when it first left the queue
     answered: bool = False  # its first token has been told
-
-    @property
-    def features(self) -> int:
-        """The `Feature` bits this sequence asks of the sampler."""
-        s = self.sampling
-        bits = 0
-        if not s.greedy:
-            bits |= Feature.RANDOM
-            if s.top_k > 0 or s.top_p < 1 or s.min_p > 0:
-                bits |= Feature.TRUNCATE
-        if s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0:
-            bits |= Feature.PENALTY
-        if s.logit_bias or (s.min_tokens > 0 and self.stop_ids):
-            bits |= Feature.BIAS
-        if self.bad_words:
-            bits |= Feature.BAD_WORDS
-        if s.logprobs is not None:
-            bits |= Feature.LOGPROBS | (Feature.TOP_LOGPROBS if s.logprobs > 0 else 0)
-        return bits
 
     def youth(self) -> tuple[int, int]:
         """Who is preempted first: the largest, i.e. the youngest of the lowest priority."""
@@ -125,7 +106,7 @@ class Rows:
         if width > self.stop_ids.shape[1]:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, width - self.stop_ids.shape[1])), constant_values=-1)
         self.stop_ids[row, :width] = sequence.stop_ids
-        self.features[row] = sequence.features
+        self.features[row] = features_of(sequence.sampling, sequence.stop_ids, sequence.bad_words)
         self.unanswered[row] = not sequence.answered
         sequence.row, sequence.status = row, Status.RUNNING
         return row

@@ -1,0 +1,134 @@
+"""`paged demo`: one question over gRPC, the answer as it arrives, and what it took."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from paged_backend.errors import EngineError
+from paged_backend.launch import Server
+
+DEMO_PROMPT = "Once upon a time"
+_METRIC = re.compile(r"^(?P<name>paged_\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
+_POLL_SECONDS = 0.1
+_ANSWER_SECONDS = 120.0
+
+
+def run_demo(server: Server, prompt: str, max_tokens: int, console: Console) -> None:
+    """Streams one answer to `console`, then prints tokens/s and what the pool held.
+
+    Raises:
+        EngineError: the server refused or broke off the answer.
+    """
+    console.print(f"[bold]{prompt}[/bold]" if "[" not in prompt else prompt, end="")
+    num_tokens = 0
+    started = time.monotonic()
+    first_seconds = 0.0
+    with PoolWatch(server.addresses.metrics_url) as pool:
+        for text, count in stream_answer(server.addresses.grpc_url, server.settings.model_name, prompt, max_tokens):
+            first_seconds = first_seconds or time.monotonic() - started
+            num_tokens += count
+            console.print(text, end="", markup=False, soft_wrap=True)
+        seconds = time.monotonic() - started
+    console.print(f"\n\n{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} tokens/s, the first after {1000 * first_seconds:.0f} ms")
+    console.print(pool.summary())
+
+
+def stream_answer(url: str, model_name: str, prompt: str, max_tokens: int) -> Iterator[tuple[str, int]]:
+    """Yields (text, number of tokens) as responses arrive.
+
+    Raises:
+        EngineError: the server answered with an error, or not at all.
+    """
+    import numpy as np
+    from tritonclient import grpc
+
+    def tensor(name: str, datatype: str, value: object) -> grpc.InferInput:
+        made = grpc.InferInput(name, [1], datatype)
+        made.set_data_from_numpy(np.array([value], dtype=object if datatype == "BYTES" else bool))
+        return made
+
+    inputs = [
+        tensor("text_input", "BYTES", prompt.encode()),
+        tensor("stream", "BOOL", True),
+        tensor("exclude_input_in_output", "BOOL", True),
+        tensor("return_num_output_tokens", "BOOL", True),
+        tensor("sampling_parameters", "BYTES", json.dumps({"max_tokens": max_tokens, "temperature": 0.7, "seed": 1}).encode()),
+    ]
+    answers: queue.Queue[tuple[grpc.InferResult | None, Exception | None]] = queue.Queue()
+    with grpc.InferenceServerClient(url) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer(model_name, inputs, enable_empty_final_response=True)
+        while True:
+            try:
+                result, error = answers.get(timeout=_ANSWER_SECONDS)
+            except queue.Empty:
+                raise EngineError(f"no answer within {_ANSWER_SECONDS:.0f} s") from None
+            if error is not None or result is None:
+                raise EngineError(f"the server refused the question: {error}")
+            text, count = result.as_numpy("text_output"), result.as_numpy("num_output_tokens")
+            if text is not None and text.size:
+                yield text[0].decode(errors="replace"), 0 if count is None else int(count[0])
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                return
+
+
+@dataclass
+class PoolWatch:
+    """Reads the pool's gauges while the answer runs and keeps the fullest moment."""
+
+    url: str
+    gauges: dict[str, float] = field(default_factory=dict)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> PoolWatch:
+        self._thread = threading.Thread(target=self._poll, name="pool-watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        assert self._thread is not None
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while True:
+            gauges = read_gauges(self.url)
+            if gauges.get(_HELD, 0.0) >= self.gauges.get(_HELD, 0.0):
+                self.gauges = gauges
+            if self._done.wait(_POLL_SECONDS):
+                return
+
+    def summary(self) -> str:
+        """One line on the fullest moment: pages held, and live tokens per slot held."""
+        total, held = self.gauges.get("paged_pages_total"), self.gauges.get(_HELD)
+        if total is None or held is None:
+            return "pool: no metrics"
+        utilisation = 100 * self.gauges.get("paged_utilisation", 0.0)
+        return f"pool: {held:.0f} of {total:.0f} pages held at most, utilisation {utilisation:.0f} % (live tokens / slots held)"
+
+
+_HELD = 'paged_pages{state="held"}'
+
+
+def read_gauges(url: str) -> dict[str, float]:
+    """`paged_…` series of a metrics page; labels other than the pool's state are dropped. Empty if the page cannot be read."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            page = answer.read().decode()
+    except OSError:
+        return {}
+    gauges = {}
+    for found in _METRIC.finditer(page):
+        state = re.search(r'state="\w+"', found["labels"] or "")
+        gauges[found["name"] + (f"{{{state[0]}}}" if state else "")] = float(found["value"])
+    return gauges

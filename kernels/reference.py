@@ -1,0 +1,292 @@
+"""Every op of the engine in plain torch: the specification of the kernels beside it, and what runs where there is no GPU.
+
+Shapes: T tokens of a step, S sequences, P pages in a page-table row, M sampled rows, V vocabulary, D head dimension.
+One layer's KV store is `kv_pages` [num_pages, 2, num_kv_heads, page_size, D]; 0 is K, 1 is V. Index tensors are int32 or int64.
+Attention and softmax are computed in float32 whatever the type of the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_GATHER_BYTES = 64 * 2**20  # of K and V that decode attention has in hand at once
+_LARGEST_TILE = 64  # tokens
+
+
+# ---- dense
+
+
+def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
+    """[T] ids, [V, hidden] -> [T, hidden]."""
+    return functional.embedding(token_ids, table)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[T, in], [out, in], [out] -> [T, out]."""
+    return functional.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., n], [n] -> [..., n]: x / sqrt(mean(x²) + eps) in float32, back in x's type, times weight (Zhang and Sennrich, 2019)."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[T, hidden] twice -> (rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[T, 2 n] -> [T, n]: silu(first half) * second half (SwiGLU, Shazeer, 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+# ---- positions and the KV store
+
+
+def apply_rope(x: Tensor, rope_table: Tensor, positions: Tensor) -> Tensor:
+    """Rotates [T, heads, D] by position; rope_table is [max_len, D] float32: cosines in the first half of a row, sines in the second.
+
+    Pairs are (i, i + D/2), as in Hugging Face checkpoints (Su et al., 2021). Computed in float32, returned in x's type.
+    """
+    cos, sin = rope_table[positions][:, None].chunk(2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, kv_pages: Tensor, slot_mapping: Tensor) -> None:
+    """Stores k and v [T, num_kv_heads, D] at their slots: `page_id * page_size + offset`, -1 for padding, which is not stored."""
+    page_size = kv_pages.shape[3]
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored].long()
+    pages, offsets = slots // page_size, slots % page_size
+    kv_pages[pages, 0, :, offsets] = k[stored].to(kv_pages.dtype)
+    kv_pages[pages, 1, :, offsets] = v[stored].to(kv_pages.dtype)
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    num_heads: int,
+    qk_norm: tuple[Tensor, Tensor, float] | None,
+    rope_table: Tensor,
+    positions: Tensor,
+    kv_pages: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """Splits qkv [T, (num_heads + 2 num_kv_heads) D] into heads, norms q and k (weight of q [D], of k [D], eps) if asked to,
+    rotates them, stores k and v, returns q [T, num_heads, D]."""
+    num_kv_heads, head_dim = kv_pages.shape[2], kv_pages.shape[4]
+    q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if qk_norm is not None:
+        q_weight, k_weight, eps = qk_norm
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    write_kv(apply_rope(k, rope_table, positions), v, kv_pages, slot_mapping)
+    return apply_rope(q, rope_table, positions)
+
+
+# ---- attention
+
+
+def decode_attention(
+    q: Tensor, kv_pages: Tensor, page_table: Tensor, seq_lens: Tensor, max_seq_len: int, scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """The newest token of each sequence attends to the sequence's last `sliding_window` tokens (None: to all), itself included.
+
+    q [S, num_heads, D]; page_table [S, P]; seq_lens [S] (0: an empty row, its result is 0); max_seq_len >= every length -> [S, num_heads, D].
+    Goes along the context in chunks of all sequences that reach that far and merges them by running maximum and sum (Milakov and Gimelshein, 2018),
+    so that no more than _GATHER_BYTES of K and V are gathered at once. Asks the device which sequences reach a chunk: on CUDA the host waits.
+    """
+    num_sequences, num_heads, head_dim = q.shape
+    num_kv_heads = kv_pages.shape[2]
+    queries = q.float().view(num_sequences, num_kv_heads, -1, head_dim) * scale
+    seq_lens = seq_lens.long()
+    firsts = torch.zeros_like(seq_lens) if sliding_window is None else (seq_lens - sliding_window).clamp(min=0)
+    top = queries.new_full((*queries.shape[:3], 1), -torch.inf)
+    mass, acc = torch.zeros_like(top), torch.zeros_like(queries)
+    tile = math.gcd(kv_pages.shape[3], _LARGEST_TILE)
+    chunk = max(_GATHER_BYTES // (8 * num_sequences * num_kv_heads * head_dim) // tile, 1) * tile
+    for begin in range(0, max_seq_len, chunk):
+        end = min(begin + chunk, -(-max_seq_len // tile) * tile)
+        live = torch.nonzero((seq_lens > begin) & (firsts < end)).squeeze(1)
+        if len(live) == 0:
+            continue
+        positions = torch.arange(begin, end, device=q.device)
+        hidden = (positions >= seq_lens[live, None]) | (positions < firsts[live, None])
+        k, v = _gather(kv_pages, page_table[live], begin, end, tile)
+        v = v.masked_fill(hidden[:, None, :, None], 0)  # 0 * NaN is NaN: what another sequence left in a slot must not matter
+        scores = (queries[live] @ k.transpose(-1, -2)).masked_fill(hidden[:, None, None, :], -torch.inf)
+        new_top = torch.maximum(top[live], scores.amax(-1, keepdim=True))
+        weights = torch.exp(scores - new_top)
+        decay = torch.exp(top[live] - new_top)
+        mass[live] = mass[live] * decay + weights.sum(-1, keepdim=True)
+        acc[live] = acc[live] * decay + weights @ v
+        top[live] = new_top
+    return (acc / torch.where(mass > 0, mass, 1)).view(num_sequences, num_heads, head_dim).to(q.dtype)
+
+
+def prefill_attention(
+    q: Tensor, kv_pages: Tensor, page_table: Tensor, lens: Sequence[tuple[int, int]], scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """The newest tokens of each sequence attend to the tokens before them, at most the last `sliding_window`, and to themselves.
+
+    q [T, num_heads, D], sequence after sequence; page_table [S, P]; lens: (query_len, seq_len) of each sequence, on the host -> [T, num_heads, D].
+    K and V of the query tokens are already in the store.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = kv_pages.shape[2]
+    tile = math.gcd(kv_pages.shape[3], _LARGEST_TILE)
+    out = torch.empty_like(q)
+    at = 0
+    for index, (query_len, seq_len) in enumerate(lens):
+        start = seq_len - query_len
+        begin = 0 if sliding_window is None else max(start + 1 - sliding_window, 0) // tile * tile
+        k, v = (x[0, :, : seq_len - begin] for x in _gather(kv_pages, page_table[index : index + 1], begin, -(-seq_len // tile) * tile, tile))
+        queries = q[at : at + query_len].float().view(query_len, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        shape = (num_kv_heads, queries.shape[1], seq_len - begin, head_dim)
+        query_at = torch.arange(start, seq_len, device=q.device)[:, None]
+        key_at = torch.arange(begin, seq_len, device=q.device)
+        visible = key_at <= query_at
+        if sliding_window is not None:
+            visible &= key_at > query_at - sliding_window
+        result = functional.scaled_dot_product_attention(queries, k[:, None].expand(shape), v[:, None].expand(shape), attn_mask=visible, scale=scale)
+        out[at : at + query_len] = result.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim).to(q.dtype)
+        at += query_len
+    return out
+
+
+def _gather(kv_pages: Tensor, page_table: Tensor, begin: int, end: int, tile: int) -> tuple[Tensor, Tensor]:
+    """K and V of positions [begin, end), multiples of `tile`, which divides the page size: twice [S, num_kv_heads, end - begin, D] float32."""
+    _, _, num_kv_heads, page_size, head_dim = kv_pages.shape
+    tiles_per_page = page_size // tile
+    tiles = torch.arange(begin // tile, end // tile, device=page_table.device)
+    pages = page_table[:, tiles // tiles_per_page].long()
+    heads = torch.arange(num_kv_heads, device=page_table.device)
+    rows = ((pages * 2 * num_kv_heads)[:, None] + heads[:, None]) * tiles_per_page + tiles % tiles_per_page
+    flat = kv_pages.view(-1, tile * head_dim)
+    shape = (len(page_table), num_kv_heads, end - begin, head_dim)
+    k = flat.index_select(0, rows.flatten()).view(shape)
+    v = flat.index_select(0, rows.flatten() + num_kv_heads * tiles_per_page).view(shape)
+    return k.float(), v.float()
+
+
+# ---- sampling: each takes float32 logits [M, V] and returns new ones, rows independent of each other
+
+
+def add_bias(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """Adds values [M, W] float32 to the logits of ids [M, W]; ids outside the vocabulary count for nothing. -inf bans a token."""
+    inside = (ids >= 0) & (ids < logits.shape[1])
+    return logits.scatter_add(1, torch.where(inside, ids, 0).long(), torch.where(inside, values, 0.0))
+
+
+def ban_bad_words(logits: Tensor, words: Tensor, recent: Tensor) -> Tensor:
+    """Bans the token that would complete a bad word, the others of which are the sequence's newest tokens.
+
+    words [M, N, L] are right-aligned and filled with -1 on the left; a word of -1 alone is none. recent [M, L - 1]: the newest tokens, the newest last,
+    filled with -2 on the left.
+    """
+    prefix, last = words[:, :, :-1], words[:, :, -1]
+    complete = ((prefix == recent[:, None]) | (prefix < 0)).all(-1)
+    return add_bias(logits, last, torch.where(complete, -torch.inf, 0.0))
+
+
+def apply_penalties(
+    logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> Tensor:
+    """Repetition penalty on every token of the sequence (Keskar et al., 2019), presence and frequency on those of its answer (OpenAI's definition).
+
+    history [M, H] holds num_tokens [M] tokens, the first prompt_lens [M] of them the prompt; the penalties are [M] float32.
+    """
+    at = torch.arange(history.shape[1], device=logits.device)
+    known = at < num_tokens[:, None]
+    ids = torch.where(known & (history >= 0) & (history < logits.shape[1]), history, 0).long()
+    seen = torch.zeros_like(logits).scatter_add_(1, ids, known.float()) > 0
+    answered = torch.zeros_like(logits).scatter_add_(1, ids, (known & (at >= prompt_lens[:, None])).float())
+    scaled = torch.where(logits > 0, logits / repetition[:, None], logits * repetition[:, None])
+    logits = torch.where(seen, scaled, logits)
+    return logits - frequency[:, None] * answered - presence[:, None] * (answered > 0)
+
+
+def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_top_k: int) -> Tensor:
+    """Sets to -inf what is unlikely: first probabilities below min_p times the largest, then logits below the top_k-th (top_k <= 0: none),
+    then tokens such that more likely ones already have probability top_p among those that are left. Ties stay or go together.
+
+    top_k [M] int, top_p and min_p [M] float32; max_top_k: no row's top_k is larger; 0 if some row has none.
+    """
+    highest = logits.amax(-1, keepdim=True)
+    logits = logits.masked_fill(logits < highest + torch.log(min_p)[:, None], -torch.inf)
+    vocab_size = logits.shape[1]
+    depth = min(max_top_k, vocab_size) if max_top_k > 0 else vocab_size
+    ordered = logits.topk(depth, dim=-1).values if depth < vocab_size else logits.sort(dim=-1, descending=True).values
+    kth = torch.where(top_k > 0, top_k, vocab_size).clamp(max=depth).long() - 1
+    logits = logits.masked_fill(logits < ordered.gather(1, kth[:, None]), -torch.inf)
+    probabilities = torch.exp(ordered - logits.logsumexp(-1, keepdim=True))
+    before = probabilities.cumsum(-1) - probabilities
+    kept = (before < top_p[:, None]).sum(-1).clamp(min=1) - 1  # `before` never falls, so the kept ones come first
+    kept = torch.where(top_p < 1, torch.minimum(kept, kth), kth)
+    return logits.masked_fill(logits < ordered.gather(1, kept[:, None]), -torch.inf)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """[M, V] -> [M] int64: the most likely token."""
+    return logits.argmax(-1)
+
+
+def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits / temperature: [M, V], [M] float32 > 0."""
+    return logits / temperature[:, None]
+
+
+def sample(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draws a token from softmax(logits): [M, V], [M] int64, [M] int -> [M] int64.
+
+    An exponential race: token t finishes at E(t) / p(t) with E(t) = -log(1 - v(t)), and the first to finish wins, which is the argmax of
+    logit - log E(t) (Gumbel-max). v(t) is a hash of seed, position and t, so that a sequence's tokens depend on nothing else, and no
+    state is kept:
+
+        key  = splitmix64's output number `position`, seeded with `seed` (Steele et al., 2014): k0 its lower, k1 its upper 32 bits
+        h(t) = fmix32(fmix32(t * 0x9E3779B1 + k0) ^ k1), with murmur3's finaliser fmix32, everything modulo 2^32
+        v(t) = min((float32(h) + 0.5) * 2^-32, 1 - 2^-24)
+    """
+    key = _splitmix64(seeds, positions)
+    low, high = (key & 0xFFFFFFFF)[:, None], (key >> 32 & 0xFFFFFFFF)[:, None]
+    hashed = torch.arange(logits.shape[1], device=logits.device) * 0x9E3779B1 + low & 0xFFFFFFFF
+    hashed = _fmix32(_fmix32(hashed) ^ high)
+    uniform = ((hashed.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return (logits - torch.log(-torch.log1p(-uniform))).argmax(-1)
+
+
+def _splitmix64(seeds: Tensor, positions: Tensor) -> Tensor:
+    """int64 stands for uint64: sums and products wrap alike, right shifts need a mask."""
+    z = seeds + (positions.long() + 1) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ z >> 30 & (1 << 34) - 1) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> 27 & (1 << 37) - 1) * _signed(0x94D049BB133111EB)
+    return z ^ z >> 31 & (1 << 33) - 1
+
+
+def _fmix32(h: Tensor) -> Tensor:
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """log softmax(logits) at token_ids: [M, V], [M] -> [M] float32."""
+    return logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+
+def top_logprobs(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of log softmax(logits), largest first: [M, V] -> ids [M, n] int64, logprobs [M, n] float32."""
+    top = logits.topk(n, dim=-1)
+    return top.indices, top.values - logits.logsumexp(-1, keepdim=True)

@@ -1,0 +1,171 @@
+"""Which front end starts the engine: those of one model initialise in parallel, in any order, and must end up with one engine.
+
+A private folder per model holds a state file; whoever holds its lock reads it and takes a seat. Front ends come in *generations*: a reload
+starts a new one while the old one still drains, and an engine that failed to load leaves nothing behind for the next attempt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from paged_backend.errors import EngineError
+
+_LONGEST_ADDRESS = 100  # bytes of an ipc address; sockaddr_un ends at 107
+
+
+class ProcessId(msgspec.Struct, frozen=True):
+    """A process that cannot be mistaken for a later one with the same number."""
+
+    pid: int
+    started: int  # clock ticks after boot, from /proc
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """None if there is no such process, or only its exit status is left."""
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
+
+    @property
+    def alive(self) -> bool:
+        return ProcessId.of(self.pid) == self
+
+
+class _Generation(msgspec.Struct):
+    """The state file: the newest generation of front ends."""
+
+    number: int = 0
+    arrivals: int = 0
+    owner: ProcessId | None = None
+    engine: ProcessId | None = None
+    over: bool = True  # the load failed or the owner left: nobody may join
+
+    def may_join(self, num_front_ends: int) -> bool:
+        if self.over or self.owner is None or self.engine is None:
+            return False
+        return self.arrivals < num_front_ends and self.owner.alive and self.engine.alive
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A front end's place: its number among those of one engine, and where their sockets are."""
+
+    folder: Path  # private to the user; holds engine.sock and one socket per front end
+    generation: int
+    front_end: int
+    engine: ProcessId
+    owner: bool  # this front end started the engine, and ends it
+
+
+class Election:
+    """The front ends of one model in one server. `key` names both."""
+
+    def __init__(self, key: str, num_front_ends: int) -> None:
+        self._folder = _temporary_folder() / f"paged-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        self._num_front_ends = num_front_ends
+
+    def take_seat(self, start_engine: Callable[[Path], int]) -> Seat:
+        """Joins the newest generation if it has a seat left, else opens the next and starts its engine.
+
+        start_engine: given the generation's folder, starts the engine there and returns its process number. Called under the lock, so it must
+        not wait for the engine to load.
+
+        Raises:
+            EngineError: the folder for the sockets is not ours alone, or the engine cannot be started.
+        """
+        with self._locked() as file:
+            state = _read(file)
+            if state.may_join(self._num_front_ends):
+                state.arrivals += 1
+                owner = False
+            else:
+                state = self._open_generation(state.number + 1, start_engine)
+                owner = True
+            _write(file, state)
+        assert state.engine is not None
+        return Seat(self._folder / str(state.number), state.number, state.arrivals - 1, state.engine, owner)
+
+    def _open_generation(self, number: int, start_engine: Callable[[Path], int]) -> _Generation:
+        folder = self._folder / str(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        pid = start_engine(folder)
+        engine = ProcessId.of(pid) or ProcessId(pid, -1)  # one that died at once is noticed like one that dies later
+        return _Generation(number=number, arrivals=1, owner=ProcessId.of(os.getpid()), engine=engine, over=False)
+
+    def end(self, seat: Seat) -> None:
+        """Nobody joins the seat's generation from now on."""
+        with self._locked() as file:
+            state = _read(file)
+            if state.number == seat.generation:
+                state.over = True
+                _write(file, state)
+
+    def ended(self, seat: Seat) -> bool:
+        """The seat's generation was ended, by whomever: its engine's exit is no surprise."""
+        with self._locked() as file:
+            state = _read(file)
+            return state.over or state.number > seat.generation
+
+    def remove(self, seat: Seat) -> None:
+        """Deletes the generation's sockets, and the state file with the last of them. Call after the engine is gone."""
+        shutil.rmtree(seat.folder, ignore_errors=True)
+        with self._locked():
+            if {path.name for path in self._folder.iterdir()} == {"state.json"}:
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The state file, locked. Opened again if it was deleted while we waited for the lock."""
+        while True:
+            _make_private(self._folder)
+            try:
+                file = (self._folder / "state.json").open("a+b")
+            except FileNotFoundError:
+                continue
+            with file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_nlink:
+                    yield file
+                    return
+
+
+def _read(file: IO[bytes]) -> _Generation:
+    file.seek(0)
+    text = file.read()
+    return msgspec.json.decode(text, type=_Generation) if text else _Generation()
+
+
+def _write(file: IO[bytes], state: _Generation) -> None:
+    file.truncate(0)
+    file.write(msgspec.json.encode(state))
+    file.flush()
+
+
+def _temporary_folder() -> Path:
+    """The system's, unless its name is too long for a socket's address."""
+    folder = Path(tempfile.gettempdir())
+    longest = folder / f"paged-{os.getuid()}-{'0' * 12}" / "9999" / "front_end_9999.sock"
+    return folder if len(str(longest)) + len("ipc://") <= _LONGEST_ADDRESS else Path("/tmp")
+
+
+def _make_private(folder: Path) -> None:
+    """Others on the machine must not plant a socket where we expect the engine's."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise EngineError(f"'{folder}' is not a private folder of this user: remove it")

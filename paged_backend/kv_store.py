@@ -1,0 +1,157 @@
+"""The memory behind the pages: K and V of all layers, and how many pages fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.models.architecture import Architecture
+from paged_backend.sampler import SAMPLER_BYTES
+from paged_backend.units import spell_bytes
+
+_DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
+_STEP_RESERVE_BYTES = 64 * 2**20  # what libraries allocate on their own when a step first runs
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """How large the pool is, and which option made it so."""
+
+    num_pages: int
+    page_bytes: int  # K and V of one page in all layers
+    max_model_len: int  # tokens; not more than the pool holds
+    decided_by: str  # sentences for the operator
+
+
+def allocate_kv_store(size: PoolSize, architecture: Architecture, page_size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] a layer; zeros, so that what was never written is finite.
+
+    Raises:
+        EngineError: the device has not that much memory after all.
+    """
+    shape = (size.num_pages, 2, architecture.num_kv_heads, page_size, architecture.head_dim)
+    try:
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.num_layers)]
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise EngineError(f"the pool of {spell_bytes(size.num_pages * size.page_bytes)} does not fit: {str(error).splitlines()[0]}") from None
+
+
+def size_pool(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> PoolSize:
+    """Decides num_pages and max_model_len. To be asked when the weights are in memory: what is free then is shared out.
+
+    num_pages and pool_bytes are taken as given if they fit; else the pool takes its fraction of the memory left after weights and the largest
+    step, but not more than max_num_sequences sequences of max_model_len tokens can use.
+
+    Raises:
+        EngineError: the pool asked for does not fit, or not even one page does, or max_model_len is beyond what the checkpoint allows.
+    """
+    max_model_len = _wanted_length(config, architecture)
+    page_bytes = page_bytes_of(architecture, config.page_size, kv_dtype)
+    free = free_bytes(device)
+    reserved = step_bytes(config, architecture, dtype, max_model_len)
+    available = max(free - reserved, 0)
+    num_pages, reason = _decide(config, page_bytes, available, max_model_len, device)
+    detail = f"{spell_bytes(free)} free after the weights, of which the largest step needs {spell_bytes(reserved)}"
+    if num_pages < 1:
+        raise EngineError(f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): {reason}; {detail}")
+    if num_pages * page_bytes > available:
+        raise EngineError(
+            f"the pool does not fit: {num_pages} pages of {spell_bytes(page_bytes)} are {spell_bytes(num_pages * page_bytes)} ({reason}); {detail}"
+        )
+    num_tokens = num_pages * config.page_size
+    shrunk = ""
+    if num_tokens < max_model_len:
+        shrunk = f"; max_model_len is {num_tokens} instead of {max_model_len}, the pool holds no more"
+        max_model_len = num_tokens
+    pages_of_one = -(-max_model_len // config.page_size)
+    decided_by = (
+        f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens, {spell_bytes(num_pages * page_bytes)}, "
+        f"room for {num_pages // pages_of_one} sequences of {max_model_len} tokens; decided by {reason} ({detail}){shrunk}"
+    )
+    return PoolSize(num_pages, page_bytes, max_model_len, decided_by)
+
+
+def page_bytes_of(architecture: Architecture, page_size: int, kv_dtype: torch.dtype) -> int:
+    """K and V of page_size tokens in all layers."""
+    return 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * page_size * kv_dtype.itemsize
+
+
+def step_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, max_model_len: int) -> int:
+    """Upper bound of what a step of max_batched_tokens allocates beyond weights and pool, and of the rows' persistent tensors."""
+    a, num_tokens = architecture, config.max_batched_tokens
+    num_rows = min(config.max_num_sequences, num_tokens)
+    q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    wide = 4 * a.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * a.intermediate_size  # alive at once in a layer, per token
+    float32 = 3 * max(a.hidden_size, q_size)  # of norm, rotation and attention
+    gathered = 2 * 4 * kv_size * max_model_len + num_tokens * max_model_len  # one sequence's K and V, and its mask
+    rows = num_rows * 4 * (max_model_len + 1 + -(-max_model_len // config.page_size)) + max_model_len * a.head_dim * 4
+    logits = num_rows * a.vocab_size * (dtype.itemsize + 8)
+    return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + min(SAMPLER_BYTES, 6 * logits) + _STEP_RESERVE_BYTES
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be allocated on the device now. On a CPU the container's limit counts as well as the machine's memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    rooms = [_meminfo_available(), *_cgroup_rooms()]
+    return min((room for room in rooms if room is not None), default=0)
+
+
+def _wanted_length(config: EngineConfig, architecture: Architecture) -> int:
+    allowed = architecture.rope.max_len
+    if config.max_model_len > allowed:
+        raise EngineError(f"max_model_len: {config.max_model_len} is more than the checkpoint allows ({allowed})")
+    return config.max_model_len or allowed
+
+
+def _decide(config: EngineConfig, page_bytes: int, available: int, max_model_len: int, device: torch.device) -> tuple[int, str]:
+    if config.num_pages > 0:
+        return config.num_pages, "num_pages"
+    if config.pool_bytes > 0:
+        return config.pool_bytes // page_bytes, f"pool_bytes = {spell_bytes(config.pool_bytes)}"
+    fraction = config.pool_memory_fraction or _DEFAULT_FRACTION[device.type]
+    num_pages = int(available * fraction) // page_bytes
+    useful = config.max_num_sequences * -(-max_model_len // config.page_size)
+    if num_pages > useful:
+        return useful, f"max_num_sequences ({config.max_num_sequences}) sequences of max_model_len ({max_model_len}) tokens, more is of no use"
+    return num_pages, f"pool_memory_fraction = {fraction:g}"
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
+
+
+def _cgroup_rooms() -> list[int | None]:
+    """Room under this process's control groups. Versions 2 and 1 differ in the names of folders and files; a container sees its own group as the root."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    roots = [(Path("/sys/fs/cgroup") / controllers, path.lstrip("/")) for _, controllers, path in groups if controllers in ("", "memory")]
+    return [_room(folder) for root, path in roots for folder in {root / path, root}]
+
+
+def _room(folder: Path) -> int | None:
+    """Bytes below a control group's limit, file pages that can be dropped counted as free; None if it has no limit."""
+    for limit_name, usage_name, droppable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, usage = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return None if limit == "max" else max(int(limit) - usage + int(stat.get(droppable, 0)), 0)
+    return None

@@ -1,0 +1,170 @@
+"""Batch -> StepResult: a step's forward pass and sampling. Launches without waiting; results are read in order, when asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import paged_kernels.reference as reference
+from paged_backend.batch import Batch, Feature, StepResult
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.kv_store import allocate_kv_store, size_pool
+from paged_backend.models.architecture import Architecture
+from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.models.decoder import Decoder
+from paged_backend.models.rope import rope_table
+from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights
+from paged_backend.sampler import Sampled, Sampler
+from paged_backend.step_tensors import DeviceRows
+
+
+@dataclass(frozen=True)
+class RunnerLimits:
+    """What the rest of the engine must know of the checkpoint and the pool."""
+
+    max_model_len: int  # tokens; at most num_pages * page_size
+    num_pages: int
+    page_size: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched step, and where its result will be."""
+
+    batch: Batch
+    columns: Tensor  # int32 [num_sampled, columns] in host memory: token id, logprob bits, top ids, top logprob bits
+    num_tops: int
+    arrived: torch.cuda.Event | None  # None: it is there already
+
+
+class ModelRunner:
+    """Owns the decoder, the KV store and the device rows. Steps run on the device in the order of their launch."""
+
+    def __init__(
+        self, folder: Path, architecture: Architecture, limits: RunnerLimits, decoder: Decoder, kv_pages: list[Tensor], rows: DeviceRows, device: torch.device
+    ) -> None:
+        self.folder = folder  # the checkpoint's
+        self.architecture = architecture
+        self.limits = limits
+        self.device = device
+        self._decoder = decoder
+        self._kv_pages = kv_pages
+        self._rows = rows
+        self._sampler = Sampler(reference)
+        self._in_flight: deque[_Flight] = deque()
+
+    @classmethod
+    @torch.inference_mode()
+    def load(cls, config: EngineConfig, tell: Callable[[str], None]) -> ModelRunner:
+        """Reads the checkpoint, sizes the pool, allocates everything a step needs. `tell` hears of progress and of every decision, a sentence each.
+
+        Raises:
+            EngineError: the checkpoint cannot be run, or does not fit; one sentence for the operator.
+        """
+        device = _device(config.device)
+        checkpoint = open_checkpoint(config)
+        a = checkpoint.architecture
+        dtype, kv_dtype = _dtypes(config, a, device)
+        tell(f"model: {a.name}, {a.num_layers} layers, vocabulary {a.vocab_size}, on {_name(device)} in {_dtype_name(dtype)}, KV in {_dtype_name(kv_dtype)}")
+        weights = allocate_weights(a, dtype, device)
+        if config.load_format == "dummy":
+            tell(randomise_weights(weights, a, config.seed))
+        else:
+            tell(load_weights(weights, a, checkpoint.folder, tell))
+        size = size_pool(config, a, dtype, kv_dtype, device)
+        tell(size.decided_by)
+        kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
+        limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, checkpoint.eos_ids, checkpoint.bos_id)
+        rows = DeviceRows(min(config.max_num_sequences, config.max_batched_tokens), size.max_model_len, config.page_size, len(limits.eos_ids), device)
+        decoder = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), reference)
+        return cls(checkpoint.folder, a, limits, decoder, kv_pages, rows, device)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> None:
+        """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
+        step = self._rows.apply(batch)
+        logits = self._decoder.forward(step, self._kv_pages)
+        sampled = self._sampler.sample(logits, step.sampling, self._rows)
+        self._in_flight.append(self._send_back(batch, sampled))
+
+    def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
+        """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""
+        while len(self._in_flight) > keep:
+            flight = self._in_flight.popleft()
+            if flight.arrived is not None:
+                flight.arrived.synchronize()
+            yield flight.batch, _result(flight)
+
+    def _send_back(self, batch: Batch, sampled: Sampled) -> _Flight:
+        """One copy to the host, floats as their bits."""
+        columns = [sampled.token_ids.int()[:, None]]
+        if sampled.logprobs is not None:
+            columns.append(sampled.logprobs.view(torch.int32)[:, None])
+        num_tops = 0
+        if sampled.top_ids is not None and sampled.top_logprobs is not None:
+            columns += [sampled.top_ids.int(), sampled.top_logprobs.view(torch.int32)]
+            num_tops = sampled.top_ids.shape[1]
+        packed = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        if self.device.type != "cuda":
+            return _Flight(batch, packed, num_tops, None)
+        host = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)  # torch keeps freed pinned memory for the next step
+        host.copy_(packed, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return _Flight(batch, host, num_tops, arrived)
+
+
+def _result(flight: _Flight) -> StepResult:
+    columns, n = flight.columns.numpy(), flight.num_tops
+    token_ids = np.ascontiguousarray(columns[:, 0])
+    if columns.shape[1] == 1:
+        return StepResult(token_ids)
+    logprobs = np.ascontiguousarray(columns[:, 1]).view(np.float32)
+    if not flight.batch.features & Feature.TOP_LOGPROBS:
+        return StepResult(token_ids, logprobs)
+    return StepResult(token_ids, logprobs, columns[:, 2 : 2 + n], np.ascontiguousarray(columns[:, 2 + n :]).view(np.float32))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise EngineError(f"device: {name} is asked for, but torch finds no CUDA device")
+        device = torch.device(name if ":" in name else "cuda:0")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise EngineError(f"device: {name} is asked for, but there are {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Types of weights and activations, and of the KV store."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else architecture.dtype  # type: ignore[assignment]
+    kv_name = name if config.kv_dtype == "auto" else config.kv_dtype
+    return getattr(torch, name), getattr(torch, kv_name)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

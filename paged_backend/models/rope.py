@@ -1,0 +1,52 @@
+"""Rotary positions as one table of cosines and sines, so that the decoder knows nothing of their scaling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from paged_backend.models.architecture import Rope
+
+_CHUNK = 65_536  # positions computed at once: bounds the memory that the table's making needs
+
+
+def rope_table(rope: Rope, max_len: int, device: torch.device) -> Tensor:
+    """[max_len, head_dim] float32: a row has the cosines of position p's head_dim / 2 angles, then the sines, times the attention factor of yarn.
+
+    Dynamic scaling (NTK) gives position p the frequencies of a sequence of p + 1 tokens, so that K depends on the tokens up to p alone and pages
+    can be shared. transformers does the same while it decodes; only for a prompt longer than the original length does it use the frequencies of the
+    whole prompt for all of it.
+    """
+    table = torch.empty(max_len, rope.head_dim, dtype=torch.float32, device=device)
+    half = rope.head_dim // 2
+    for begin in range(0, max_len, _CHUNK):
+        positions = torch.arange(begin, min(begin + _CHUNK, max_len))
+        frequencies, factor = _frequencies(rope, positions)
+        angles = positions[:, None].float() * frequencies
+        rows = table[begin : begin + _CHUNK]
+        rows[:, :half] = angles.cos() * factor
+        rows[:, half:] = angles.sin() * factor
+    return table
+
+
+def _frequencies(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:
+    """Angles per position: [head_dim / 2], or [positions, head_dim / 2] where they depend on it; and the attention factor."""
+    if rope.rope_type == "default":
+        return _powers(torch.tensor(float(rope.parameters["rope_theta"])), rope.head_dim), 1.0
+    if rope.rope_type == "dynamic":
+        return _dynamic(rope, positions), 1.0
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.rope_type](rope.config, torch.device("cpu"))
+    return frequencies, float(factor)
+
+
+def _dynamic(rope: Rope, positions: Tensor) -> Tensor:
+    """transformers' `_compute_dynamic_ntk_parameters` for a sequence that ends at each position. In float64 up to the base, as Python's floats there."""
+    theta, factor, original = float(rope.parameters["rope_theta"]), float(rope.parameters["factor"]), rope.max_position_embeddings
+    lengths = (positions + 1).clamp(min=original).double()
+    bases = theta * (factor * lengths / original - (factor - 1)) ** (rope.head_dim / (rope.head_dim - 2))
+    return _powers(bases[:, None].float(), rope.head_dim)
+
+
+def _powers(base: Tensor, head_dim: int) -> Tensor:
+    return 1.0 / base ** (torch.arange(0, head_dim, 2).float() / head_dim)

@@ -1,0 +1,149 @@
+"""Text to token ids, on threads of its own: never on the engine's, and never in `execute`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.messages import Ready
+from paged_backend.request import MAX_BAD_WORD_TOKENS, Request, SamplingParams
+
+_NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine needs to know of a request, all limits checked."""
+
+    token_ids: NDArray[np.int32]  # [prompt_len], prompt_len >= 1
+    sampling: SamplingParams  # max_tokens set, and such that prompt and answer fit into max_model_len
+    bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
+
+
+class PromptReader:
+    """The model's tokenizer, and the limits a prompt must keep."""
+
+    def __init__(self, config: EngineConfig, ready: Ready) -> None:
+        """
+        Raises:
+            EngineError: the tokenizer's file cannot be read.
+        """
+        self._config = config
+        self._ready = ready
+        self.tokenizer = None if ready.tokenizer_path is None else load_tokenizer(Path(ready.tokenizer_path))
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
+
+    def later(self, task: Callable[[], None]) -> None:
+        """Runs `task`, which calls `read`, on one of the reader's threads. Tasks start in the order they came."""
+        self._threads.submit(task)
+
+    def close(self) -> None:
+        """Forgets the tasks that have not started and waits for those that have."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, request: Request) -> Prompt:
+        """
+        Raises:
+            RequestError: what the caller must change, with the limit.
+        """
+        sampling = request.sampling
+        max_tokens = self._config.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
+        if sampling.max_tokens is not None and max_tokens > self._ready.max_model_len:
+            raise RequestError(f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self._ready.max_model_len})")
+        if self.tokenizer is None and sampling.stop:
+            raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
+        token_ids = self._token_ids(request)
+        self._check_length(len(token_ids))
+        max_tokens = min(max_tokens, self._ready.max_model_len - len(token_ids))
+        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))
+        return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words))
+
+    def text_of(self, request: Request) -> str:
+        """The prompt as text, to be put before an answer."""
+        if request.text is not None:
+            return request.text
+        assert request.input_ids is not None
+        return "" if self.tokenizer is None else self.tokenizer.decode(list(request.input_ids), skip_special_tokens=True)
+
+    def _token_ids(self, request: Request) -> NDArray[np.int32]:
+        if request.input_ids is not None:
+            return self._checked_ids(request.input_ids)
+        assert request.text is not None
+        num_bytes = len(request.text.encode())
+        if num_bytes > self._config.max_prompt_bytes:
+            raise RequestError(f"text_input: the prompt has {num_bytes} bytes; the longest allowed is {self._config.max_prompt_bytes} (max_prompt_bytes)")
+        if not request.text:
+            raise RequestError("text_input: the prompt is empty")
+        if self.tokenizer is None:
+            raise RequestError("text_input: this model has no tokenizer; send input_ids")
+        token_ids = np.array(_encode(self.tokenizer, request.text, add_special_tokens=True), np.int32)
+        if not len(token_ids):
+            raise RequestError("text_input: the prompt has no tokens")
+        return token_ids
+
+    def _checked_ids(self, input_ids: tuple[int, ...]) -> NDArray[np.int32]:
+        if not input_ids:
+            raise RequestError("input_ids: the prompt is empty")
+        token_ids = np.array(input_ids, np.int64)
+        unknown = token_ids[(token_ids < 0) | (token_ids >= self._ready.vocab_size)]
+        if len(unknown):
+            raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
+        return token_ids.astype(np.int32)
+
+    def _check_length(self, prompt_len: int) -> None:
+        if prompt_len > self._ready.max_model_len - 1:
+            longest = self._ready.max_model_len - 1
+            raise RequestError(f"the prompt has {prompt_len} tokens; the longest this model takes is {longest} (max_model_len − 1)")
+        if prompt_len > self._ready.max_pool_tokens:
+            pages = f"{self._ready.num_pages} pages of {self._ready.page_size}"
+            raise RequestError(f"the prompt has {prompt_len} tokens; the page pool holds {self._ready.max_pool_tokens} ({pages})")
+
+    def _bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it is spelled at a text's beginning and, with a space before it, inside a text."""
+        if not words:
+            return ()
+        if self.tokenizer is None:
+            raise RequestError("bad_words: this model has no tokenizer")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for spelling in (word.lstrip() or word, f" {word.lstrip()}"):
+                token_ids = tuple(_encode(self.tokenizer, spelling, add_special_tokens=False))
+                if len(token_ids) > MAX_BAD_WORD_TOKENS:
+                    raise RequestError(f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is {MAX_BAD_WORD_TOKENS}")
+                if token_ids:
+                    found[token_ids] = None
+        return tuple(found)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """
+    Raises:
+        EngineError: the file is missing or broken.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time has nothing to share out among the processors
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise EngineError(f"the tokenizer '{path}' cannot be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """`encode` would keep every other thread of this process waiting; the batch call lets go of the interpreter."""
+    try:
+        encoding = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+    except Exception as error:  # a model without byte fallback and without an unknown token cannot spell every text
+        raise RequestError(f"the text cannot be tokenised: {error}", ErrorKind.INVALID) from None
+    return list(encoding.ids)

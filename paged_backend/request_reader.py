@@ -1,0 +1,162 @@
+"""A caller's tensors and parameters to a Request. A value is taken from the first that has it: tensor, sampling_parameters, request parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from paged_backend.errors import RequestError
+from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Outputs, Request, SamplingParams, parse_sampling
+
+MAX_JSON_BYTES = 1_048_576
+MAX_WORDS = max(MAX_STOP_STRINGS, MAX_BAD_WORDS)
+
+Tensor = NDArray[Any]
+Tensors = Mapping[str, Tensor]
+
+_OUTPUT_SWITCHES = {f"return_{name}": name for name in Outputs.__struct_fields__}
+_SAMPLING_TENSORS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+_WORD_TENSORS = {"stop_words": "stop", "bad_words": "bad_words"}
+_SWITCHES = ("stream", "exclude_input_in_output", *_OUTPUT_SWITCHES)
+# Names that the server itself gives a meaning, or that its clients send along.
+_RESERVED = frozenset(
+    ["priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output", "classification", "unary", "content_length"]
+)
+
+
+def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
+    """Checks shapes, types and values.
+
+    tensors: by name; BYTES tensors hold bytes objects. parameters: the request's parameters as a JSON object, as the server writes them.
+
+    Raises:
+        RequestError: names the tensor, key or parameter, and what is allowed.
+    """
+    given = _read_parameters(parameters)
+    outputs = Outputs(**{name: bool(_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
+    stream = bool(_switch(tensors, given, "stream"))
+    exclude_prompt = _switch(tensors, given, "exclude_input_in_output")
+    if stream and exclude_prompt is False:
+        raise RequestError("exclude_input_in_output: false is not possible with stream: the prompt cannot be part of a streamed answer")
+    text, input_ids = _read_prompt(tensors)
+    return Request(
+        text=text,
+        input_ids=input_ids,
+        sampling=_read_sampling(tensors, given, outputs),
+        outputs=outputs,
+        stream=stream,
+        prepend_prompt=not stream and not exclude_prompt,
+        cache_salt=_cache_salt(given),
+        arrival=arrival,
+    )
+
+
+def _read_prompt(tensors: Tensors) -> tuple[str | None, tuple[int, ...] | None]:
+    text, ids = tensors.get("text_input"), tensors.get("input_ids")
+    if text is not None and ids is not None:
+        raise RequestError("text_input and input_ids: send one of them, not both")
+    if text is not None:
+        return _string("text_input", _only("text_input", text)), None
+    if ids is None:
+        raise RequestError("text_input: missing; send the prompt as text_input or input_ids")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RequestError(f"input_ids: expected a list of integers, got shape {list(ids.shape)}")
+    return None, tuple(ids.tolist())
+
+
+def _read_parameters(text: str) -> dict[str, Any]:
+    """The request's parameters that mean something here."""
+    given = _read_json("parameters", text.encode()) if text else {}
+    known = (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, "cache_salt")
+    for name in list(given):
+        if name in _RESERVED or name.startswith("triton_"):
+            del given[name]
+        elif name not in known:
+            raise RequestError(f"unknown request parameter '{name[:80]}'; known: {', '.join(known)}")
+    return given
+
+
+def _read_sampling(tensors: Tensors, given: Mapping[str, Any], outputs: Outputs) -> SamplingParams:
+    options = {_WORD_TENSORS.get(name, name): value for name, value in given.items() if name not in _SWITCHES and name != "cache_salt"}
+    text = tensors.get("sampling_parameters")
+    if text is not None:
+        members = _read_json("sampling_parameters", _bytes("sampling_parameters", _only("sampling_parameters", text)))
+        options.update({name: value for name, value in members.items() if value is not None})
+    for name in _SAMPLING_TENSORS:
+        if name in tensors:
+            options[name] = _only(name, tensors[name])
+    for tensor, name in _WORD_TENSORS.items():
+        if tensor in tensors:
+            options[name] = _words(tensor, tensors[tensor])
+    if options.get("logprobs") is None and (outputs.logprobs or outputs.cumulative_logprob):
+        options["logprobs"] = 0
+    return parse_sampling(options)
+
+
+def _read_json(name: str, text: bytes) -> dict[str, Any]:
+    if len(text) > MAX_JSON_BYTES:
+        raise RequestError(f"{name}: {len(text)} bytes of JSON; the most allowed is {MAX_JSON_BYTES}")
+    try:
+        members = msgspec.json.decode(text)
+    except RecursionError:
+        raise RequestError(f"{name}: the JSON is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{name}: not valid JSON: {error}") from None
+    if not isinstance(members, dict):
+        raise RequestError(f"{name}: expected a JSON object")
+    return members
+
+
+def _switch(tensors: Tensors, given: Mapping[str, Any], name: str) -> bool | None:
+    """A boolean; None if not given."""
+    if name in tensors:
+        value = _only(name, tensors[name])
+    elif name in given:
+        value = given[name]
+    else:
+        return None
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise RequestError(f"{name}: expected true or false, got {str(value)[:80]!r}")
+
+
+def _cache_salt(given: Mapping[str, Any]) -> str:
+    salt = given.get("cache_salt", "")
+    if not isinstance(salt, str) or len(salt) > 1024:
+        raise RequestError("cache_salt: expected a string of at most 1024 characters")
+    return salt
+
+
+def _words(name: str, tensor: Tensor) -> list[str]:
+    """Empty strings mean nothing: LiteLLM sends [""] for none."""
+    if tensor.size > MAX_WORDS:
+        raise RequestError(f"{name}: {tensor.size} strings; the most allowed is {MAX_WORDS}")
+    return [word for word in (_string(name, item) for item in tensor.ravel().tolist()) if word]
+
+
+def _only(name: str, tensor: Tensor) -> Any:
+    """The one element of a tensor of shape [1], or [1, 1] as some clients send."""
+    if tensor.size != 1:
+        raise RequestError(f"{name}: expected one element, got shape {list(tensor.shape)}")
+    return tensor.ravel()[0] if tensor.dtype == np.object_ else tensor.ravel()[0].item()
+
+
+def _bytes(name: str, value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape")
+    if not isinstance(value, bytes):
+        raise RequestError(f"{name}: expected a string")
+    return value
+
+
+def _string(name: str, value: Any) -> str:
+    try:
+        return _bytes(name, value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name}: not valid UTF-8 at byte {error.start}") from None

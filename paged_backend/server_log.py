@@ -1,0 +1,64 @@
+"""What tritonserver and the processes under it write: which lines are for the operator, and what a failure means in one sentence."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections import deque
+
+_OURS = "paged: "
+_ERROR = "paged: error: "
+_TAIL_LINES = 200
+_BUSY = re.compile(r"Socket '(?P<host>[^']*):(?P<port>\d+)' already in use")
+_NOT_LOADED = re.compile(r"failed to load '[^']*' version \d+: \w+(?: \w+)*: (?P<why>.*?)(?:\\n.*)?\"?$")
+_CREATING = re.compile(r"^error: creating server: (?P<why>.*)")
+_SERVICE = re.compile(r"failed to start (?P<what>\w+) service: (?P<why>.*?)\"?$")
+
+
+class ServerLog:
+    """Reads tritonserver's output line by line. Thread-safe; keeps the last lines and the first error of ours."""
+
+    def __init__(self, show_all: bool) -> None:
+        self._show_all = show_all
+        self._lock = threading.Lock()
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._error: str | None = None
+
+    def add(self, line: str) -> bool:
+        """Keeps `line`; True if the operator should see it now. Errors of ours are left to `failure`, which tells them once."""
+        with self._lock:
+            self._tail.append(line)
+            if line.startswith(_ERROR) and self._error is None:
+                self._error = line.removeprefix(_ERROR).strip()
+        return self._show_all or (line.startswith(_OURS) and not line.startswith(_ERROR))
+
+    def tail(self) -> list[str]:
+        """The last lines, oldest first."""
+        with self._lock:
+            return list(self._tail)
+
+    def listens(self) -> bool:
+        """tritonserver said that its HTTP service is up."""
+        return any("Started HTTPService" in line for line in self.tail())
+
+    def busy_port(self) -> int | None:
+        """The port that tritonserver could not listen on, if that is why it ended."""
+        return next((int(found["port"]) for line in self.tail() if (found := _BUSY.search(line))), None)
+
+    def failure(self, exit_code: int) -> str:
+        """One sentence on why tritonserver ended with `exit_code` (negative: minus the signal), best source first."""
+        if self._error is not None:
+            return self._error
+        lines = self.tail()
+        for pattern, sentence in (
+            (_BUSY, "port {port} on {host} is already in use"),
+            (_NOT_LOADED, "the model could not be loaded: {why}"),
+            (_SERVICE, "tritonserver could not start its {what} service: {why}"),
+            (_CREATING, "tritonserver could not start: {why}"),
+        ):
+            for line in lines:
+                if found := pattern.search(line):
+                    return sentence.format(**found.groupdict())
+        how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        return f"tritonserver {how}; --log-verbose shows its log"

@@ -1,0 +1,295 @@
+"""Batch -> device tensors: the rows that live on the device, and the only copy from host to device a step makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from paged_backend.batch import Batch, Feature, Int32, NewRow, features_of
+from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+from paged_backend.staging import Staging
+
+_MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbers anyway, and may overflow
+_MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
+
+# columns of a row's parameters; the floats are stored as their bits
+_COLUMNS = ("prompt_len", "min_len", "top_k", "seed_low", "seed_high", "num_bias", "num_stop", "num_bad_words")
+_FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_COLUMN = {name: index for index, name in enumerate(_COLUMNS + _FLOAT_COLUMNS)}
+
+
+@dataclass(frozen=True)
+class SampleTensors:
+    """What the sampler needs of a step: M sampled rows, in the batch's order."""
+
+    rows: Tensor  # int64 [M]
+    positions: Tensor  # int64 [M] of the token to sample: how many tokens the sequence has
+    features: int  # Batch.features
+    entries: Mapping[int, Tensor]  # feature bit -> int64 [k] indices into M of the rows that have it; without the bit: none has
+    max_len: int  # the largest position
+    num_bias: int  # widest of the rows' tables
+    num_stop: int
+    num_bad_words: int
+    max_top_k: int  # largest top_k of the truncating rows; 0 if one of them has none
+    num_top_logprobs: int
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """One step for the decoder. Sequences that compute one token come first, the others (prefill) after them; T tokens, S sequences, M sampled rows."""
+
+    input_ids: Tensor  # int32 [T]
+    positions: Tensor  # int64 [T]
+    slot_mapping: Tensor  # int64 [T] page_id * page_size + offset; -1 for padding
+    query_starts: Tensor  # int32 [S + 1] first token of each sequence, and T
+    seq_lens: Tensor  # int32 [S] after this step
+    page_table: Tensor  # int32 [S, pages of the longest sequence]
+    logit_indices: Tensor  # int64 [M] tokens whose successors are sampled
+    num_decodes: int  # sequences with one token
+    max_decode_len: int  # longest of them, after this step
+    prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of the others
+    sampling: SampleTensors
+
+    @property
+    def decode_only(self) -> bool:
+        return not self.prefill_lens
+
+
+@dataclass(frozen=True)
+class RowParameters:
+    """Parameters of chosen rows, one entry each."""
+
+    block: Tensor  # int32 [k, columns]
+
+    def integers(self, name: str) -> Tensor:
+        return self.block[:, _COLUMN[name]]
+
+    def floats(self, name: str) -> Tensor:
+        return self.block.view(torch.float32)[:, _COLUMN[name]]
+
+    def seeds(self) -> Tensor:
+        """int64 [k]: all 64 bits."""
+        return self.integers("seed_high").long() << 32 | self.integers("seed_low").long() & 0xFFFFFFFF
+
+
+class DeviceRows:
+    """What the device knows of each running sequence: its tokens, its page table, its sampling parameters.
+
+    Invariant: after `apply(batch)` a row has every token up to batch.starts + batch.counts, and the pages of those tokens.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, page_size: int, num_eos_ids: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.token_ids = zeros(num_rows, max_model_len + 1)  # prompt and sampled tokens
+        self.page_table = zeros(num_rows, -(-max_model_len // page_size))
+        self._page_size = page_size
+        self._parameters = zeros(num_rows, len(_COLUMN))
+        self._zeros = zeros
+        self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
+        self._table_shapes = {
+            "bias_ids": (num_rows, MAX_LOGIT_BIAS),
+            "bias_values": (num_rows, MAX_LOGIT_BIAS),  # float32 bits
+            "stop_ids": (num_rows, MAX_STOP_TOKENS + num_eos_ids),
+            "bad_words": (num_rows, _MAX_BAD_WORD_ENTRIES, MAX_BAD_WORD_TOKENS),
+        }
+        self._staging = Staging(device)
+        # what the host must know of a row to size a step's sampling
+        self._features = np.zeros(num_rows, np.int32)
+        self._sizes = {name: np.zeros(num_rows, np.int32) for name in ("num_bias", "num_stop", "num_bad_words", "top_k", "num_top_logprobs")}
+
+    # ---- reading rows
+
+    def parameters(self, rows: Tensor) -> RowParameters:
+        return RowParameters(self._parameters[rows])
+
+    def history(self, rows: Tensor, max_len: int) -> Tensor:
+        """int32 [k, max_len]: the rows' first tokens."""
+        return self.token_ids[:, :max_len].index_select(0, rows)
+
+    def recent(self, rows: Tensor, positions: Tensor, count: int) -> Tensor:
+        """int32 [k, count]: the tokens before `positions`, -2 where there are none."""
+        at = positions[:, None] - torch.arange(count, 0, -1, device=rows.device)
+        return torch.where(at >= 0, self.token_ids[rows[:, None], at.clamp(min=0)], -2)
+
+    def bias(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """logit_bias: ids int32 [k, width], -1 where there are fewer; values float32 [k, width]."""
+        return self._entries("bias_ids", "num_bias", rows, width), self._tables["bias_values"][rows, :width].view(torch.float32)
+
+    def stop_ids(self, rows: Tensor, width: int) -> Tensor:
+        """int32 [k, width], -1 where there are fewer."""
+        return self._entries("stop_ids", "num_stop", rows, width)
+
+    def bad_words(self, rows: Tensor, width: int) -> Tensor:
+        """int32 [k, width, MAX_BAD_WORD_TOKENS], right-aligned, -1 where there are fewer."""
+        return self._entries("bad_words", "num_bad_words", rows, width)
+
+    def _entries(self, table: str, count: str, rows: Tensor, width: int) -> Tensor:
+        entries = self._tables[table][rows, :width]
+        absent = torch.arange(width, device=rows.device) >= self.parameters(rows).integers(count)[:, None]
+        return entries.masked_fill(absent.view(*absent.shape, *[1] * (entries.dim() - 2)), -1)
+
+    # ---- writing rows
+
+    def append(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """Stores sampled tokens: all [M]."""
+        self.token_ids[rows, positions] = token_ids.int()
+
+    def apply(self, batch: Batch) -> StepTensors:
+        """Brings the rows up to date with a batch and gathers what the step computes. Copies to the device once."""
+        for new in batch.new_rows:
+            self._note(new)
+        order = np.argsort(batch.counts > 1, kind="stable")
+        plan = _plan(batch, order)
+        entries = self._feature_entries(batch)
+        sections = {**plan, **{f"entries_{bit}": index for bit, index in entries.items()}, "page_updates": batch.page_updates.T}
+        if batch.new_rows:
+            sections |= _new_row_sections(batch.new_rows)
+        sent = self._staging.send(sections)
+        self._write(batch, sent)
+        return self._gather(batch, order, plan, sent, entries)
+
+    def _note(self, new: NewRow) -> None:
+        self._features[new.row] = features_of(new.sampling, new.stop_ids, new.bad_words)
+        s = new.sampling
+        sizes = (len(s.logit_bias), _num_stop(new), len(new.bad_words), max(s.top_k, 0), s.logprobs or 0)
+        for column, size in zip(self._sizes.values(), sizes, strict=True):
+            column[new.row] = size
+
+    def _feature_entries(self, batch: Batch) -> dict[int, Int32]:
+        """Which sampled rows need which piece of the sampler's work. RANDOM has those without TRUNCATE, so that each row is drawn once."""
+        if not batch.features:
+            return {}
+        features = self._features[batch.rows[batch.samples]]
+        features = np.where(features & Feature.TRUNCATE, features & ~Feature.RANDOM, features)
+        bits = (Feature.RANDOM, Feature.TRUNCATE, Feature.PENALTY, Feature.BIAS, Feature.BAD_WORDS)
+        found = {bit: np.flatnonzero(features & bit).astype(np.int32) for bit in bits}
+        return {bit: index for bit, index in found.items() if len(index)}
+
+    def _write(self, batch: Batch, sent: Mapping[str, Tensor]) -> None:
+        if batch.new_rows:
+            rows, lens = sent["new_rows"], sent["new_lens"]
+            self._parameters[rows] = sent["new_parameters"]
+            tokens = sent["new_tokens"]
+            firsts = torch.cumsum(lens, 0) - lens
+            which = torch.repeat_interleave(lens, output_size=len(tokens))
+            self.token_ids[rows[which], torch.arange(len(tokens), device=tokens.device) - firsts[which]] = tokens
+            for name in self._table_shapes:
+                if name in sent:
+                    if name not in self._tables:
+                        self._tables[name] = self._zeros(*self._table_shapes[name])
+                    *where, values = sent[name]
+                    self._tables[name][tuple(where)] = values
+        if len(batch.page_updates):
+            rows, at, pages = sent["page_updates"]
+            self.page_table[rows, at] = pages
+
+    def _gather(
+        self, batch: Batch, order: NDArray[np.intp], plan: Mapping[str, Int32], sent: Mapping[str, Tensor], entries: Mapping[int, Int32]
+    ) -> StepTensors:
+        rows, query_starts = sent["rows"], sent["query_starts"]
+        num_decodes = int((batch.counts == 1).sum())
+        if num_decodes == batch.num_sequences:
+            token_rows, positions = rows, sent["starts"].long()
+        else:
+            which = torch.repeat_interleave(query_starts.diff(), output_size=batch.num_tokens)
+            token_rows = rows[which]
+            positions = (sent["starts"] - query_starts[:-1])[which] + torch.arange(batch.num_tokens, device=rows.device)
+        pages = self.page_table[token_rows, positions // self._page_size].long()
+        lens = plan["seq_lens"]
+        width = -(-int(lens.max()) // self._page_size)
+        prefills = slice(num_decodes, None)
+        return StepTensors(
+            input_ids=self.token_ids[token_rows, positions],
+            positions=positions,
+            slot_mapping=pages * self._page_size + positions % self._page_size,
+            query_starts=query_starts,
+            seq_lens=sent["seq_lens"],
+            page_table=self.page_table[:, :width].index_select(0, rows),
+            logit_indices=sent["logit_indices"].long(),
+            num_decodes=num_decodes,
+            max_decode_len=int(lens[:num_decodes].max(initial=0)),
+            prefill_lens=tuple(zip(batch.counts[order][prefills].tolist(), lens[prefills].tolist(), strict=True)),
+            sampling=self._sample_tensors(batch, plan, sent, entries),
+        )
+
+    def _sample_tensors(self, batch: Batch, plan: Mapping[str, Int32], sent: Mapping[str, Tensor], entries: Mapping[int, Int32]) -> SampleTensors:
+        sampled = plan["sample_rows"]
+        top_k = self._sizes["top_k"][sampled[entries[Feature.TRUNCATE]]] if Feature.TRUNCATE in entries else np.zeros(1, np.int32)
+        return SampleTensors(
+            rows=sent["sample_rows"].long(),
+            positions=sent["sample_positions"].long(),
+            features=batch.features,
+            entries={bit: sent[f"entries_{bit}"].long() for bit in entries},
+            max_len=int(plan["sample_positions"].max(initial=0)),
+            num_bias=self._widest("num_bias", sampled),
+            num_stop=self._widest("num_stop", sampled),
+            num_bad_words=self._widest("num_bad_words", sampled),
+            max_top_k=int(top_k.max()) if top_k.all() else 0,
+            num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if batch.features & Feature.TOP_LOGPROBS else 0,
+        )
+
+    def _widest(self, name: str, rows: Int32) -> int:
+        return int(self._sizes[name][rows].max(initial=0))
+
+
+def _plan(batch: Batch, order: NDArray[np.intp]) -> dict[str, Int32]:
+    """The step's lengths and rows with single tokens first; samples stay in the batch's order."""
+    counts = batch.counts[order]
+    ends = np.cumsum(counts, dtype=np.int32)
+    last = np.empty_like(ends)
+    last[order] = ends - 1  # of each batch entry
+    return {
+        "rows": batch.rows[order],
+        "starts": batch.starts[order],
+        "seq_lens": batch.starts[order] + counts,
+        "query_starts": np.concatenate([np.zeros(1, np.int32), ends]),
+        "logit_indices": last[batch.samples],
+        "sample_rows": batch.rows[batch.samples],
+        "sample_positions": (batch.starts + batch.counts)[batch.samples],
+    }
+
+
+def _new_row_sections(new_rows: tuple[NewRow, ...]) -> dict[str, Int32]:
+    """Everything about rows that were taken since the step before. Table entries are columns: row, place(s) in the row, value."""
+    sections = {
+        "new_rows": np.array([new.row for new in new_rows], np.int32),
+        "new_lens": np.array([len(new.token_ids) for new in new_rows], np.int32),
+        "new_tokens": np.concatenate([new.token_ids for new in new_rows]),
+        "new_parameters": np.stack([_parameter_block(new) for new in new_rows]),
+    }
+    tables: dict[str, list[Any]] = {"bias_ids": [], "stop_ids": [], "bad_words": []}
+    values: list[float] = []
+    for new in new_rows:
+        tables["bias_ids"] += [(new.row, index, token_id) for index, token_id in enumerate(new.sampling.logit_bias)]
+        values += new.sampling.logit_bias.values()
+        tables["stop_ids"] += [(new.row, index, token_id) for index, token_id in enumerate(new.stop_ids[: _num_stop(new)])]
+        for index, word in enumerate(new.bad_words):
+            padded = [-1] * (MAX_BAD_WORD_TOKENS - len(word)) + list(word)
+            tables["bad_words"] += [(new.row, index, place, token_id) for place, token_id in enumerate(padded)]
+    sections |= {name: np.array(entries, np.int32).T for name, entries in tables.items() if entries}
+    if values:
+        sections["bias_values"] = np.concatenate([sections["bias_ids"][:2], np.array([values], np.float32).view(np.int32)])
+    return sections
+
+
+def _parameter_block(new: NewRow) -> Int32:
+    """One row's parameters in the order of the columns: int32 [columns]."""
+    s = new.sampling
+    seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
+    min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
+    integers = [new.prompt_len, min_len, max(s.top_k, 0), *seed.tolist(), len(s.logit_bias), _num_stop(new), len(new.bad_words)]
+    floats = [max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
+    return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
+
+
+def _num_stop(new: NewRow) -> int:
+    """Stop ids that the sampler must know: without min_tokens, none."""
+    return len(new.stop_ids) if new.sampling.min_tokens > 0 else 0

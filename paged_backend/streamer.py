@@ -1,0 +1,213 @@
+"""Sends answers on threads of its own, each request's pieces in order, and joins what piles up while a send is under way.
+
+A send is a blocking round trip to the server, and the tokens come faster than round trips when many requests run. So a request with text to
+send stands in line once, and whichever sender takes it sends all its text as one response: the slower the sending, the larger the pieces.
+First tokens and final pieces stand in a line of their own that goes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+
+from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.request import Delta
+
+NUM_SENDERS = 4  # measured with 4 front ends on 16 cores: 20,000 responses/s with one sender each, 37,000 with four
+
+log = logging.getLogger("paged")
+
+Send = Callable[[Delta, bool], None]
+"""Sends one response; True marks the request's last."""
+
+
+class _Place(Enum):
+    NOWHERE = 0
+    URGENT = 1
+    REGULAR = 2
+    SENDING = 3
+
+
+class Channel:
+    """One request's way out. Owned by the streamer; only it touches the fields."""
+
+    __slots__ = ("closed", "deltas", "due", "eager", "on_end", "place", "send", "started", "stream", "waiting_since")
+
+    def __init__(self, send: Send, on_end: Callable[[bool], None], stream: bool, eager: bool) -> None:
+        self.send: Send | None = send
+        self.on_end: Callable[[bool], None] | None = on_end
+        self.stream = stream
+        self.eager = eager
+        self.deltas: list[Delta] = []  # not sent yet
+        self.place = _Place.NOWHERE
+        self.due = False  # there is something among `deltas` worth a response
+        self.started = False  # a response was sent
+        self.closed = False  # the last delta came; later ones are ignored
+        self.waiting_since = 0.0
+
+
+class Streamer:
+    """Sender threads and the two lines before them. Every channel gets exactly one final response."""
+
+    def __init__(self, max_delay_seconds: float, num_senders: int = NUM_SENDERS) -> None:
+        """max_delay_seconds: a continuation that waited this long takes turns with the first and last pieces that would go before it."""
+        self._max_delay = max_delay_seconds
+        self._lock = threading.Lock()
+        self._lined_up = threading.Condition(self._lock)
+        self._ended = threading.Condition(self._lock)
+        self._urgent: deque[Channel] = deque()
+        self._regular: deque[Channel] = deque()
+        self._urgent_was_last = False
+        self._num_open = 0
+        self._stopping = False
+        self._threads = [threading.Thread(target=self._run, name=f"send-{number}", daemon=True) for number in range(num_senders)]
+        for thread in self._threads:
+            thread.start()
+
+    def open(self, send: Send, on_end: Callable[[bool], None], stream: bool, eager: bool = False) -> Channel:
+        """A new request's channel.
+
+        send: may raise; then the request ends with an error.
+        on_end: called once, on a sender thread, after the final response; False if sending failed before.
+        stream: False gathers everything for one response at the end.
+        eager: a delta without text is worth a response too (the caller asked for token ids or logprobs).
+        """
+        with self._lock:
+            self._num_open += 1
+        return Channel(send, on_end, stream, eager)
+
+    def put(self, channel: Channel, delta: Delta) -> bool:
+        """Adds a piece; one with a finish_reason or an error is the last. False if the channel had its last piece already."""
+        last = delta.finish_reason is not None or delta.error is not None
+        with self._lock:
+            if channel.closed:
+                return False
+            channel.deltas.append(delta)
+            channel.closed = last
+            if last or (channel.stream and (delta.text or channel.eager)):
+                channel.due = True
+                self._line_up(channel)
+        return True
+
+    def wait_until_all_ended(self, seconds: float) -> bool:
+        """True if every channel had its final response within `seconds`."""
+        with self._lock:
+            return self._ended.wait_for(lambda: self._num_open == 0, seconds)
+
+    def close(self) -> None:
+        """Sends what is in line, then stops the threads."""
+        with self._lock:
+            self._stopping = True
+            self._lined_up.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _line_up(self, channel: Channel) -> None:
+        """Puts a channel with something due in the line where it belongs; one that is being sent comes back by itself."""
+        urgent = channel.closed or not channel.started
+        if channel.place is _Place.NOWHERE:
+            channel.waiting_since = time.monotonic()
+            channel.place = _Place.URGENT if urgent else _Place.REGULAR
+            (self._urgent if urgent else self._regular).append(channel)
+            self._lined_up.notify()
+        elif channel.place is _Place.REGULAR and urgent:
+            channel.place = _Place.URGENT  # its entry in the other line is skipped
+            self._urgent.append(channel)
+
+    def _run(self) -> None:
+        while self._send_next():
+            pass
+
+    def _send_next(self) -> bool:
+        """One response. A frame of its own, so that an idle sender holds on to no request. False when there is nothing left to do."""
+        with self._lock:
+            channel = self._take()
+            if channel is None:
+                return False
+            deltas, channel.deltas = channel.deltas, []
+            final = channel.closed
+            channel.due = False
+        sent = self._send(channel, deltas, final)
+        with self._lock:
+            channel.started = True
+            channel.place = _Place.NOWHERE
+            if not sent:
+                channel.closed = final = True
+            elif channel.due:
+                self._line_up(channel)
+        if final:
+            self._end(channel, sent)
+        return True
+
+    def _take(self) -> Channel | None:
+        """Waits for a channel. None when stopping and both lines are empty."""
+        while True:
+            while self._regular and self._regular[0].place is not _Place.REGULAR:
+                self._regular.popleft()
+            if self._urgent or self._regular:
+                break
+            if self._stopping:
+                return None
+            self._lined_up.wait()
+        regular_is_late = bool(self._regular) and time.monotonic() - self._regular[0].waiting_since > self._max_delay
+        take_urgent = bool(self._urgent) and not (self._urgent_was_last and regular_is_late)
+        self._urgent_was_last = take_urgent
+        channel = (self._urgent if take_urgent else self._regular).popleft()
+        channel.place = _Place.SENDING
+        return channel
+
+    def _send(self, channel: Channel, deltas: list[Delta], final: bool) -> bool:
+        """False if the channel's send raised."""
+        assert channel.send is not None
+        delta = joined(deltas)
+        try:
+            if final and delta.error is not None and channel.stream and delta.text and delta.error.kind is not ErrorKind.CANCELLED:
+                channel.send(joined(deltas[:-1]), False)  # an error's response carries no text
+            channel.send(delta, final)
+            return True
+        except Exception:  # whatever the server's library raises
+            log.exception("a response could not be sent")
+        return self._give_up(channel)
+
+    def _give_up(self, channel: Channel) -> bool:
+        """The request has had no final response yet, and without one the server waits for ever."""
+        assert channel.send is not None
+        try:
+            channel.send(Delta(error=RequestError("the response could not be sent", ErrorKind.INTERNAL)), True)
+        except Exception:
+            log.exception("a final response could not be sent")
+        return False
+
+    def _end(self, channel: Channel, sent: bool) -> None:
+        """Drops every reference to the caller's response sender: the server unloads the model only when they are gone."""
+        on_end, channel.on_end, channel.send = channel.on_end, None, None
+        channel.deltas.clear()
+        assert on_end is not None
+        try:
+            on_end(sent)
+        except Exception:
+            log.exception("a request's end could not be recorded")
+        with self._lock:
+            self._num_open -= 1
+            self._ended.notify_all()
+
+
+def joined(deltas: list[Delta]) -> Delta:
+    """Consecutive pieces of one answer as one piece. At least one is given."""
+    last = deltas[-1]
+    if len(deltas) == 1:
+        return last
+    return Delta(
+        text="".join([delta.text for delta in deltas]),
+        token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
+        logprobs=tuple([logprob for delta in deltas for logprob in delta.logprobs]),
+        cumulative_logprob=last.cumulative_logprob,
+        num_input_tokens=last.num_input_tokens,
+        num_cached_tokens=last.num_cached_tokens,
+        finish_reason=last.finish_reason,
+        error=last.error,
+    )

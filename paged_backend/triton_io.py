@@ -1,0 +1,207 @@
+"""Triton Server's side of a front end, and the only importer of its Python library: tensors to Request, Delta to response, errors to codes, metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from paged_backend.config import EngineConfig
+from paged_backend.election import ProcessId
+from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.front_end import FrontEnd
+from paged_backend.metrics import FAMILIES, Family, Kind, Series, Tally
+from paged_backend.request import Delta, Outputs
+from paged_backend.request_reader import read_request
+
+_PUBLISH_SECONDS = 0.25
+
+_CODES = {  # by name: the stub adds its classes to the library only after it has imported the model
+    ErrorKind.INVALID: "INVALID_ARG",
+    ErrorKind.OVERLOADED: "UNAVAILABLE",
+    ErrorKind.CANCELLED: "CANCELLED",
+    ErrorKind.INTERNAL: "INTERNAL",
+}
+
+
+class TritonPythonModel:
+    """One instance of the model: a front end of the engine that all instances share."""
+
+    engine_command: Sequence[str] | None = None  # tests put another engine here
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """
+        Raises:
+            TritonModelException: one sentence that says why the model cannot be served.
+        """
+        _log_to_server()
+        model_config = json.loads(args["model_config"])
+        try:
+            config = EngineConfig.parse(engine_options(model_config["parameters"]))
+            self._front_end = FrontEnd(config, _key(args), _num_instances(model_config), self.engine_command)
+        except EngineError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        self._publisher = Publisher(self._front_end.tally, {"model": args["model_name"], "version": args["model_version"]})
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Reads the requests and returns at once; each is answered through its own response sender."""
+        for request in requests:
+            self._accept(request)
+
+    def is_ready(self) -> bool:
+        """Asked by servers from 26.03 on."""
+        return self._front_end.alive
+
+    def finalize(self) -> None:
+        """Waits for live requests, ends what is left after 20 s, and with the last front end the engine."""
+        self._front_end.close()
+        self._publisher.close()
+
+    def _accept(self, inference: Any) -> None:
+        sender = inference.get_response_sender()
+        try:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
+            request = read_request(tensors, inference.parameters(), time.monotonic())
+        except RequestError as error:
+            self._front_end.refuse(error, _send_to(sender, Outputs(), self._front_end.token_text))
+            return
+        except Exception:
+            logging.getLogger("paged").exception("a request could not be read")
+            self._front_end.refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), _send_to(sender, Outputs(), self._front_end.token_text))
+            return
+        self._front_end.ask(request, _send_to(sender, request.outputs, self._front_end.token_text), sender.is_cancelled)
+
+
+def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """config.pbtxt's parameters without those of the Python backend itself, which are written in capitals (EXECUTION_ENV_PATH)."""
+    return {name: value["string_value"] for name, value in parameters.items() if not name.isupper()}
+
+
+def _key(args: Mapping[str, str]) -> str:
+    """Names this model in this server: instances with the same key share an engine. A stub's parent is the server."""
+    server = ProcessId.of(os.getppid())
+    return "\n".join([repr(server), args["model_repository"], args["model_name"], args["model_version"]])
+
+
+def _num_instances(model_config: Mapping[str, Any]) -> int:
+    return sum(group["count"] * max(1, len(group["gpus"]) if group["kind"] == "KIND_GPU" else 1) for group in model_config["instance_group"])
+
+
+def _send_to(sender: Any, outputs: Outputs, token_text: Callable[[int], str]) -> Callable[[Delta, bool], None]:
+    def send(delta: Delta, final: bool) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        sender.send(response_of(delta, outputs, token_text), flags=flags)
+
+    return send
+
+
+def response_of(delta: Delta, outputs: Outputs, token_text: Callable[[int], str]) -> Any:
+    """The InferenceResponse for a delta: text_output always, the others as asked for. One entry per sequence (there is one)."""
+    if delta.error is not None:
+        code = getattr(pb_utils.TritonError, _CODES[delta.error.kind])
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(delta.error), code))
+    tensors = [_strings("text_output", delta.text)]
+    if outputs.finish_reason:
+        tensors.append(_strings("finish_reason", str(delta.finish_reason)))
+    if outputs.cumulative_logprob:
+        tensors.append(pb_utils.Tensor("cumulative_logprob", np.array([delta.cumulative_logprob], np.float32)))
+    if outputs.logprobs:
+        tensors.append(_strings("logprobs", json.dumps([_logprob_entries(entry, token_text) for entry in delta.logprobs])))
+    if outputs.num_input_tokens:
+        tensors.append(pb_utils.Tensor("num_input_tokens", np.array([delta.num_input_tokens], np.uint32)))
+    if outputs.num_output_tokens:
+        tensors.append(pb_utils.Tensor("num_output_tokens", np.array([len(delta.token_ids)], np.uint32)))
+    if outputs.output_ids:
+        tensors.append(pb_utils.Tensor("output_ids", np.array(delta.token_ids, np.int32)))
+    if outputs.num_cached_tokens:
+        tensors.append(pb_utils.Tensor("num_cached_tokens", np.array([delta.num_cached_tokens], np.uint32)))
+    return pb_utils.InferenceResponse(tensors)
+
+
+def _strings(name: str, text: str) -> Any:
+    return pb_utils.Tensor(name, np.array([text.encode()], np.object_))
+
+
+def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str]) -> dict[str, dict[str, Any]]:
+    """As NVIDIA's vLLM backend writes them. The rank counts among the tokens listed, so the chosen one's may be better than its true rank."""
+    ranked = sorted(entry.values(), reverse=True)
+    return {str(token): {"logprob": logprob, "rank": ranked.index(logprob) + 1, "decoded_token": token_text(token)} for token, logprob in entry.items()}
+
+
+class Publisher:
+    """Brings a tally's numbers to the server's `/metrics`, on a thread of its own."""
+
+    def __init__(self, tally: Tally, labels: Mapping[str, str]) -> None:
+        self._tally = tally
+        self._families = {family.name: _create(family) for family in FAMILIES}  # the server forgets a family that nobody refers to
+        self._series = {
+            (family.name, value): _metric(self._families[family.name], family, {**labels, family.label: value} if family.label else dict(labels))
+            for family in FAMILIES
+            for value in family.values
+        }
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Publishes the last numbers."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.wait(_PUBLISH_SECONDS):
+                self._publish()
+            self._publish()
+        except Exception:  # metrics are no reason to stop serving
+            logging.getLogger("paged").exception("metrics cannot be published any more")
+
+    def _publish(self) -> None:
+        measurements = self._tally.drain()
+        for series, value in measurements.gauges.items():
+            self._of(series).set(value)
+        for series, amount in measurements.increments.items():
+            if amount:
+                self._of(series).increment(amount)
+        for series, values in measurements.observations.items():
+            for value in values:
+                self._of(series).observe(value)
+
+    def _of(self, series: Series) -> Any:
+        return self._series[series]
+
+
+def _create(family: Family) -> Any:
+    kinds = {Kind.COUNTER: pb_utils.MetricFamily.COUNTER, Kind.GAUGE: pb_utils.MetricFamily.GAUGE, Kind.HISTOGRAM: pb_utils.MetricFamily.HISTOGRAM}
+    return pb_utils.MetricFamily(name=family.name, description=family.description, kind=kinds[family.kind])
+
+
+def _metric(created: Any, family: Family, labels: dict[str, str]) -> Any:
+    return created.Metric(labels=labels, buckets=list(family.buckets)) if family.kind is Kind.HISTOGRAM else created.Metric(labels=labels)
+
+
+class _ServerLog(logging.Handler):
+    """Our log lines in the server's log, in its format."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"paged: {self.format(record)}"
+        if record.levelno >= logging.ERROR:
+            pb_utils.Logger.log_error(line)
+        elif record.levelno >= logging.WARNING:
+            pb_utils.Logger.log_warn(line)
+        else:
+            pb_utils.Logger.log_info(line)
+
+
+def _log_to_server() -> None:
+    log = logging.getLogger("paged")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [_ServerLog()]

@@ -1,0 +1,89 @@
+"""The whole engine, without a server: whatever its pages, budget and cache are, the tokens are those of transformers in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine import Engine
+from paged_backend.engine_process import load_engine
+from paged_backend.messages import Submit
+from paged_backend.request import SamplingParams
+from tests.oracle import Oracle, random_prompts, save_checkpoint
+
+LENGTHS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 200]
+MAX_TOKENS = 12
+LONG_ANSWER = 48  # several pages, so that sequences outgrow what they started with
+CHECKPOINTS = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "mistral sliding": ("MistralForCausalLM", {"sliding_window": 20}),
+    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 4}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS.values(), ids=CHECKPOINTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray], list[list[int]]]:
+    architecture, options = request.param
+    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **options)
+    prompts = random_prompts(LENGTHS)
+    prompts += [np.concatenate([prompts[-1][:130], prompt[:5]]) for prompt in prompts[4:8]]  # common beginnings
+    return folder, prompts, Oracle(folder).greedy(prompts, LONG_ANSWER)
+
+
+def answers(engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], None] = lambda: None, **sampling: object) -> list[list[int]]:
+    params = SamplingParams(**({"max_tokens": MAX_TOKENS, "temperature": 0.0} | sampling))  # type: ignore[arg-type]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for request_id, prompt in enumerate(prompts):
+        engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", 1e18))
+    while not engine.idle:
+        for output in engine.step():
+            for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
+                tokens[request_id].append(token)
+        engine.check()
+        after_step()
+    return tokens
+
+
+def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
+    engine, _ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "max_num_sequences": 24, **options}), tmp_path)
+    return engine
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("budget", [32, 4096])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_greedy_tokens_are_those_of_transformers(
+    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path, page_size: int, budget: int, prefix_cache: bool
+) -> None:
+    folder, prompts, expected = checkpoint
+    engine = load(folder, tmp_path, page_size=page_size, num_pages=4096 // page_size, max_batched_tokens=budget, prefix_cache=prefix_cache)
+    short = [answer[:MAX_TOKENS] for answer in expected]
+    assert answers(engine, prompts) == short
+    assert answers(engine, prompts) == short  # now with what the first round left in the cache
+    assert (engine.stats().prefix_hits > 0) == prefix_cache
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_preemption_changes_no_token(checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path, page_size: int, prefix_cache: bool) -> None:
+    folder, prompts, expected = checkpoint
+    num_pages = {1: 330, 16: 24, 64: 8}[page_size]
+    options = {"page_size": page_size, "num_pages": num_pages, "max_model_len": 300, "max_batched_tokens": 64, "prefix_cache": prefix_cache}
+    engine = load(folder, tmp_path, **options)
+    assert answers(engine, prompts, max_tokens=LONG_ANSWER) == expected
+    assert engine.stats().num_preemptions > 0
+
+
+def test_seeded_tokens_do_not_depend_on_company_pages_or_preemption(checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path) -> None:
+    folder, prompts, _ = checkpoint
+    sampling = {"temperature": 0.9, "seed": 11, "top_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 40}
+    roomy = load(folder, tmp_path, num_pages=512)
+    alone = [answers(roomy, [prompt], **sampling)[0] for prompt in prompts]
+    tight = load(folder, tmp_path, num_pages=24, max_model_len=300, max_batched_tokens=48)
+    assert answers(tight, prompts, **sampling) == alone
+    assert tight.stats().num_preemptions > 0

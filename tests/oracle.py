@@ -1,0 +1,80 @@
+"""Small random checkpoints and what transformers generates from them: the truth that the engine's tokens are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paged_backend.batch import Int32
+
+_MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_SMALL = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,  # wide, so that the largest logit leads by more than rounding
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def save_checkpoint(folder: Path, architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **options: Any) -> Path:
+    """Writes a random checkpoint of `architecture` with transformers' save_pretrained; `options` are entries of its config.
+
+    Biases and norms are random too: transformers starts them at 0 and 1, which would hide that they are forgotten.
+    """
+    config = AutoConfig.for_model(_MODEL_TYPES[architecture], **{**_SMALL, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, 0, 0.2)
+            elif "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def random_prompts(lengths: Sequence[int], vocab_size: int = _SMALL["vocab_size"], seed: int = 0) -> list[Int32]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, vocab_size, length, dtype=np.int32) for length in lengths]
+
+
+class Oracle:
+    """transformers' own model on a checkpoint, in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.model = self._load()
+
+    def _load(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def greedy(self, prompts: Sequence[Sequence[int] | Int32], max_tokens: int) -> list[list[int]]:
+        """The answers to the prompts, each generated alone: max_tokens tokens, or fewer if the checkpoint's EOS comes first (it is included)."""
+        return [self._greedy(prompt, max_tokens) for prompt in prompts]
+
+    def _greedy(self, prompt: Sequence[int] | Int32, max_tokens: int) -> list[int]:
+        if self.model.config.rope_parameters["rope_type"] == "dynamic":
+            self.model = self._load()  # it keeps the frequencies of the longest sequence it has seen
+        ids = torch.as_tensor(np.asarray(prompt, np.int64))[None]
+        with torch.inference_mode():
+            answer = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
+        return answer[0, ids.shape[1] :].tolist()
+
+    def logits(self, token_ids: Sequence[int] | Int32) -> torch.Tensor:
+        """[len(token_ids), vocab] float32."""
+        with torch.inference_mode():
+            return self.model(torch.as_tensor(np.asarray(token_ids, np.int64))[None]).logits[0]

@@ -1,0 +1,118 @@
+"""Drives a ModelRunner with hand-made batches: a stand-in for the scheduler that scatters pages, chunks prompts and mixes steps as it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paged_backend.batch import Batch, Int32, NewRow, features_of
+from paged_backend.config import EngineConfig
+from paged_backend.model_runner import ModelRunner
+from paged_backend.request import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def load_runner(folder: Path, **options: Any) -> ModelRunner:
+    """A float32 runner on the CPU; `options` are those of EngineConfig."""
+    return ModelRunner.load(EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), lambda sentence: None)
+
+
+class _Live:
+    """A sequence as the driver sees it."""
+
+    def __init__(self, index: int, row: int, new: NewRow, max_tokens: int) -> None:
+        self.index, self.row, self.new, self.max_tokens = index, row, new, max_tokens
+        self.num_tokens, self.num_computed, self.num_pages = len(new.token_ids), 0, 0
+        self.pages: list[int] = []
+        self.launched = 0  # tokens sampled or in flight
+
+
+class Driver:
+    """Sequences get rows in random order and pages at random, a page at a time, as their tokens need them; both come back when a sequence ends."""
+
+    def __init__(self, runner: ModelRunner, seed: int = 0, num_rows: int = 64) -> None:
+        self.runner = runner
+        self._random = np.random.default_rng(seed)
+        self._free_rows = list(self._random.permutation(num_rows))
+        self._free_pages = list(self._random.permutation(runner.limits.num_pages))
+        self._steps = 0
+        self.results: list[Any] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Int32],
+        max_tokens: int,
+        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        chunk: int = 10_000,
+        arrive_every: int = 0,
+        steps_ahead: int = 0,
+        seeds: Sequence[int] | None = None,
+        stop_ids: tuple[int, ...] = (),
+        bad_words: tuple[tuple[int, ...], ...] = (),
+    ) -> list[list[int]]:
+        """Answers of exactly max_tokens tokens. A prompt is computed `chunk` tokens a step; a new one starts every `arrive_every` steps (0: all at once)."""
+        samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        waiting = [
+            NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words)
+            for prompt, params, seed in zip(prompts, samplings, seeds or range(len(prompts)), strict=True)
+        ]
+        answers: list[list[int]] = [[] for _ in prompts]
+        live: list[_Live] = []
+        started, turn = 0, 0
+        while live or started < len(waiting) or self.runner.num_in_flight:
+            new_rows = []
+            while started < len(waiting) and (arrive_every == 0 or started <= turn // arrive_every) and self._free_rows:
+                new = waiting[started]
+                row = int(self._free_rows.pop())
+                new_rows.append(NewRow(row, new.token_ids, new.prompt_len, new.sampling, new.seed, new.stop_ids, new.bad_words))
+                live.append(_Live(started, row, new_rows[-1], max_tokens))
+                started += 1
+            turn += 1
+            running = [sequence for sequence in live if sequence.launched < sequence.max_tokens]
+            if running:
+                self.runner.launch(self._batch(running, new_rows, chunk))
+            for batch, result in self.runner.finished(steps_ahead if running else 0):
+                self.results.append((batch, result))
+                for index, token in zip(batch.request_ids[batch.samples].tolist(), result.token_ids.tolist(), strict=True):
+                    answers[index].append(token)
+            live = self._drop_finished(live, answers)
+        return answers
+
+    def _batch(self, running: list[_Live], new_rows: list[NewRow], chunk: int) -> Batch:
+        updates, starts, counts, samples = [], [], [], []
+        for sequence in running:
+            starts.append(sequence.num_computed)
+            counts.append(min(chunk, sequence.num_tokens - sequence.num_computed))
+            sequence.num_computed += counts[-1]
+            while len(sequence.pages) * self.runner.limits.page_size < sequence.num_computed:
+                sequence.pages.append(int(self._free_pages.pop()))
+                updates.append((sequence.row, len(sequence.pages) - 1, sequence.pages[-1]))
+            samples.append(sequence.num_computed == sequence.num_tokens)
+            sequence.num_tokens += samples[-1]
+            sequence.launched += samples[-1]
+        self._steps += 1
+        features = 0
+        for sequence in running:
+            features |= features_of(sequence.new.sampling, sequence.new.stop_ids, sequence.new.bad_words)
+        return Batch(
+            step=self._steps,
+            rows=np.array([sequence.row for sequence in running], np.int32),
+            starts=np.array(starts, np.int32),
+            counts=np.array(counts, np.int32),
+            samples=np.array(samples, np.bool_),
+            request_ids=np.array([sequence.index for sequence in running], np.int64),
+            new_rows=tuple(new_rows),
+            page_updates=np.array(updates, np.int32).reshape(-1, 3),
+            features=features,
+        )
+
+    def _drop_finished(self, live: list[_Live], answers: list[list[int]]) -> list[_Live]:
+        for sequence in live:
+            if len(answers[sequence.index]) == sequence.max_tokens:
+                self._free_rows.append(sequence.row)
+                self._free_pages = [*self._random.permutation([*self._free_pages, *sequence.pages])]
+        return [sequence for sequence in live if len(answers[sequence.index]) < sequence.max_tokens]

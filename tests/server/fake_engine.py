@@ -1,0 +1,168 @@
+"""An engine process without a model, for tests of the front ends: `python fake_engine.py DIRECTORY`, spoken to like the real one.
+
+The option `model` says how to load: "fake", "broken" (answers Failed), "crash" (dies without a word), "slow" (takes a second).
+A prompt says how to answer: words such as `tokens=20 delay=0.01`, and one of `silent` (never answers), `die` (kills the engine), `error`.
+The answer repeats the prompt and counts, so that every request can be told from the others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import zmq
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import ErrorKind
+from paged_backend.messages import Abort, Failed, FromEngine, Goodbye, Hello, Ready, Shutdown, Stats, Submit, Tokens, decode_to_engine, encode, front_end_of
+from paged_backend.request import Finish
+
+EOS = "<eos>"
+MAX_MODEL_LEN = 512
+NUM_PAGES = 64
+PAGE_SIZE = 16
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level, with a few merges so that tokens have several characters; the same in every process."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[EOS], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    tokenizer.train_from_iterator(["the answer to tokens and delay is one two three four five six seven eight nine ten"], trainer)
+    return tokenizer
+
+
+def answer_ids(tokenizer: Tokenizer, prompt: str, num_tokens: int) -> list[int]:
+    """What the fake engine says to `prompt`."""
+    text = f" you said «{prompt}» 😀 " + " ".join(f"w{number}" for number in range(num_tokens))
+    return tokenizer.encode(text).ids[:num_tokens]
+
+
+def directives(prompt: str) -> dict[str, str]:
+    return {word.partition("=")[0]: word.partition("=")[2] for word in prompt.split()}
+
+
+class _Job:
+    def __init__(self, tokenizer: Tokenizer, submit: Submit) -> None:
+        prompt = tokenizer.decode(np.frombuffer(submit.prompt_ids, np.int32).tolist())
+        said = directives(prompt)
+        num_tokens = min(int(said.get("tokens", "8")), submit.sampling.max_tokens or 0)
+        self.ids = answer_ids(tokenizer, prompt, num_tokens)
+        if "eos" in said:
+            self.ids[-1] = tokenizer.token_to_id(EOS)
+        self.reason = "stop" if "eos" in said else "length"
+        self.delay = float(said.get("delay", "0"))
+        self.said = said
+        self.num_sent = 0
+        self.next_time = time.monotonic() + self.delay
+        self.prompt_len = len(submit.prompt_ids) // 4
+
+
+class FakeEngine:
+    def __init__(self, directory: Path, config: EngineConfig) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.bind(f"ipc://{directory}/engine.sock")
+        self._outboxes: dict[int, zmq.Socket[bytes]] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._config = config
+        self._tokenizer = make_tokenizer()
+        self._tokenizer_path = directory / "tokenizer.json"
+        self._tokenizer.save(str(self._tokenizer_path))
+        self._next_stats = 0.0
+        self._num_steps = 0
+        self._end_by: float | None = None
+
+    def run(self) -> int:
+        if self._config.model == "crash":
+            return 3
+        if self._config.model == "slow":
+            time.sleep(1)
+        while self._end_by is None or (self._outboxes and time.monotonic() < self._end_by):
+            self._inbox.poll(2)
+            while self._inbox.poll(0):
+                self._receive(decode_to_engine(self._inbox.recv()))
+            self._step()
+        return 0
+
+    def _send(self, front_end: int, message: FromEngine) -> None:
+        if front_end in self._outboxes:
+            self._outboxes[front_end].send(encode(message))
+
+    def _receive(self, message: object) -> None:
+        match message:
+            case Hello():
+                socket = self._outboxes[message.front_end] = self._context.socket(zmq.PUSH)
+                socket.set_hwm(0)
+                socket.connect(message.address)
+                self._send(message.front_end, self._welcome())
+            case Submit():
+                job = _Job(self._tokenizer, message)
+                if "die" in job.said:
+                    os._exit(9)
+                self._jobs[message.request_id] = job
+            case Abort():
+                self._jobs.pop(message.request_id, None)
+            case Goodbye():
+                self._outboxes.pop(message.front_end).close()
+            case Shutdown():
+                self._end_by = time.monotonic() + message.patience_seconds
+
+    def _welcome(self) -> FromEngine:
+        if self._config.model == "broken":
+            return Failed("model 'broken': the checkpoint is broken")
+        return Ready(str(self._tokenizer_path), self._tokenizer.get_vocab_size(), MAX_MODEL_LEN, NUM_PAGES * PAGE_SIZE, PAGE_SIZE, NUM_PAGES)
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        due = {request_id: job for request_id, job in self._jobs.items() if job.next_time <= now and "silent" not in job.said}
+        for front_end in self._outboxes:
+            mine = {request_id: job for request_id, job in due.items() if front_end_of(request_id) == front_end}
+            if mine:
+                self._send(front_end, self._advance(mine, now))
+        self._num_steps += bool(due)
+        if now > self._next_stats and self._outboxes:
+            self._next_stats = now + 0.1
+            self._send(min(self._outboxes), self._stats())
+
+    def _advance(self, jobs: dict[int, _Job], now: float) -> Tokens:
+        request_ids, token_ids, started, finishes = [], [], {}, []
+        for request_id, job in jobs.items():
+            if "error" in job.said:
+                finishes.append(Finish(request_id, "", ErrorKind.OVERLOADED, "the queue is full"))
+                continue
+            if not job.num_sent:
+                started[request_id] = 3
+            request_ids.append(request_id)
+            token_ids.append(job.ids[job.num_sent])
+            job.num_sent += 1
+            job.next_time = now + job.delay
+            if job.num_sent == len(job.ids):
+                finishes.append(Finish(request_id, job.reason))
+        for finish in finishes:
+            del self._jobs[finish.request_id]
+        ids = np.array(token_ids, np.int32)
+        logprobs = np.full(len(ids), -0.5, np.float32).tobytes()
+        top = {entry: {int(token): -0.5, int(token) + 1: -1.5} for entry, token in enumerate(token_ids)}
+        return Tokens(np.array(request_ids, np.int64).tobytes(), ids.tobytes(), logprobs, top, started, tuple(finishes))
+
+    def _stats(self) -> Stats:
+        held = min(len(self._jobs), NUM_PAGES)
+        return Stats(NUM_PAGES - held, held, 0, held * 8, len(self._jobs), 0, 0, 160, 48, self._num_steps, (0.001,))
+
+
+def _die_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    given = EngineConfig.model_validate_json(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    sys.exit(FakeEngine(Path(sys.argv[1]), given).run())

@@ -1,0 +1,214 @@
+"""A real tritonserver whose model has the fake engine behind its front ends."""
+
+from __future__ import annotations
+
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
+from paged_backend import server_files
+
+MODEL = "paged_llm"
+FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
+_MODEL_PY = f"""
+from paged_backend import triton_io
+
+
+class TritonPythonModel(triton_io.TritonPythonModel):
+    engine_command = [{sys.executable!r}, {str(FAKE_ENGINE)!r}]
+"""
+
+
+@dataclass
+class Answer:
+    """Everything a client got for one request."""
+
+    texts: list[str] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+    error: InferenceServerException | None = None
+    num_finals: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class FrontEndServer:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, ports: list[int]) -> None:
+        self.process = process
+        self.log = log
+        self.http, self.grpc, self.metrics = (f"127.0.0.1:{port}" for port in ports)
+
+    def wait_until_live(self) -> None:
+        with closing(grpc.InferenceServerClient(self.grpc)) as client:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    if client.is_server_live():
+                        return
+                except InferenceServerException:
+                    pass
+                assert self.process.poll() is None, self.log.read_text(errors="replace")
+                assert time.monotonic() < deadline, self.log.read_text(errors="replace")
+                time.sleep(0.05)
+
+    def load(self) -> None:
+        with closing(grpc.InferenceServerClient(self.grpc)) as client:
+            client.load_model(MODEL)
+
+    def unload(self) -> float:
+        """Seconds until the model is gone."""
+        started = time.monotonic()
+        with closing(grpc.InferenceServerClient(self.grpc)) as client:
+            client.unload_model(MODEL)
+            while self.state() != "unloaded":
+                assert time.monotonic() < started + 40, "the model does not unload"
+                time.sleep(0.05)
+        return time.monotonic() - started
+
+    def state(self) -> str:
+        with closing(grpc.InferenceServerClient(self.grpc)) as client:
+            (model,) = client.get_model_repository_index(as_json=True)["models"]
+            return model.get("reason") or model.get("state", "")
+
+    def scrape(self) -> dict[str, float]:
+        """Series of /metrics by name and labels, without model and version."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics") as page:
+            lines = page.read().decode().splitlines()
+        series = {}
+        for line in lines:
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                series[re.sub(r'(model|version)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")] = float(value)
+        return series
+
+    def wait_for(self, series: str, value: float, seconds: float = 5) -> None:
+        deadline = time.monotonic() + seconds
+        while self.scrape().get(series) != value:
+            assert time.monotonic() < deadline, f"{series} is {self.scrape().get(series)}, not {value}"
+            time.sleep(0.05)
+
+    def engine_pids(self) -> list[int]:
+        """Engine processes of this server's front ends."""
+        listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+        rows = [line.split(None, 2) for line in listing]
+        stubs = {int(pid) for pid, parent, _ in rows if int(parent) == self.process.pid}
+        return [int(pid) for pid, parent, arguments in rows if int(parent) in stubs and "fake_engine" in arguments]
+
+    def ask(self, prompt: str, *, stream: bool = True, **options: Any) -> Answer:
+        return self.ask_all([prompt], stream=stream, **options)[0]
+
+    def ask_all(self, prompts: list[str], *, seconds: float = 60, **options: Any) -> list[Answer]:
+        """Asks at once over one gRPC stream and waits for every answer's final response."""
+        arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        answers = [Answer() for _ in prompts]
+        with closing(grpc.InferenceServerClient(self.grpc)) as client:
+            client.start_stream(lambda result, error: arrived.put((result, error)))
+            for number, prompt in enumerate(prompts):
+                send(client, prompt, request_id=str(number), **options)
+            deadline = time.monotonic() + seconds
+            while any(not answer.num_finals for answer in answers):
+                take(arrived.get(timeout=deadline - time.monotonic()), answers)
+            client.stop_stream()
+            while not arrived.empty():
+                take(arrived.get(), answers)
+        return answers
+
+
+def take(arrival: tuple[Any, Any], answers: list[Answer]) -> None:
+    result, error = arrival
+    if error is not None:
+        number = re.search(r"request id: (\d+)", str(error))
+        answer = answers[int(number[1]) if number else 0]
+        answer.error = error
+        answer.num_finals += 1
+        return
+    response = result.get_response()
+    answer = answers[int(response.id)]
+    answer.num_finals += response.parameters["triton_final_response"].bool_param
+    if result.as_numpy("text_output") is not None:
+        answer.texts.append(result.as_numpy("text_output")[0].decode())
+        answer.results.append(result)
+
+
+_TYPES = {"max_tokens": "INT32", "top_k": "INT32", "input_ids": "INT32", "temperature": "FP32", "top_p": "FP32", "seed": "UINT64"}
+_NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "BYTES": np.object_}
+
+
+def tensors(**values: Any) -> list[grpc.InferInput]:
+    """Inputs by name: a bool, number, string, bytes, or list of them."""
+    inputs = []
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        kind = _TYPES.get(name) or ("BOOL" if isinstance(value, bool) else "BYTES")
+        array = np.array([item.encode() if isinstance(item, str) else item for item in items], _NUMPY[kind])
+        inputs.append(grpc.InferInput(name, list(array.shape), kind).set_data_from_numpy(array))
+    return inputs
+
+
+def send(client: grpc.InferenceServerClient, prompt: str, *, request_id: str = "0", parameters: Mapping[str, Any] | None = None, **values: Any) -> None:
+    given = {"text_input": prompt, **values} if "input_ids" not in values else values
+    client.async_stream_infer(MODEL, tensors(**given), request_id=request_id, enable_empty_final_response=True, parameters=dict(parameters or {}))
+
+
+@contextmanager
+def serving(folder: Path, *, instances: int = 1, load: bool = True, options: Mapping[str, str] | None = None) -> Iterator[FrontEndServer]:
+    """Starts a server in `folder`, with the model loaded unless `load` says no."""
+    folder.mkdir(exist_ok=True, parents=True)
+    installation = server_files.find_installation()
+    backends = server_files.prepare_backends(installation, folder)
+    environment = server_files.prepare_environment(installation, folder)
+    repository = server_files.prepare_repository(folder, model_name=MODEL, options={"model": "fake", **(options or {})}, instances=instances)
+    version = repository / MODEL / "1"
+    version.unlink()
+    version.mkdir()
+    (version / "model.py").write_text(_MODEL_PY)
+    ports = _free_ports(3)
+    command = [
+        str(installation.executable),
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        "--model-control-mode=explicit",
+        "--disable-auto-complete-config",
+        *(f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)),
+        *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
+        *([f"--load-model={MODEL}"] if load else []),
+    ]
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    server = FrontEndServer(process, log, ports)
+    try:
+        server.wait_until_live()
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(40)
+        finally:
+            process.kill()
+            shutil.rmtree(folder / "repository", ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
