@@ -18,7 +18,10 @@ from paged_backend.launch import Server
 
 DEMO_PROMPT = "Once upon a time"
 _METRIC = re.compile(r"^(?P<name>paged_\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
-_POLL_SECONDS = 0.1
+_HELD = 'paged_pages{state="held"}'
+_CACHED = 'paged_pages{state="cached"}'
+_POLL_SECONDS = 0.05
+_SETTLE_SECONDS = 0.6  # gauges are published a few times a second
 _ANSWER_SECONDS = 120.0
 
 
@@ -28,18 +31,20 @@ def run_demo(server: Server, prompt: str, max_tokens: int, console: Console) -> 
     Raises:
         EngineError: the server refused or broke off the answer.
     """
-    console.print(f"[bold]{prompt}[/bold]" if "[" not in prompt else prompt, end="")
-    num_tokens = 0
-    started = time.monotonic()
-    first_seconds = 0.0
+    console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
+    num_tokens, num_first = 0, 0
+    started = first = last = time.monotonic()
     with PoolWatch(server.addresses.metrics_url) as pool:
         for text, count in stream_answer(server.addresses.grpc_url, server.settings.model_name, prompt, max_tokens):
-            first_seconds = first_seconds or time.monotonic() - started
+            last = time.monotonic()
+            if num_tokens == 0:
+                first, num_first = last, count
             num_tokens += count
             console.print(text, end="", markup=False, soft_wrap=True)
-        seconds = time.monotonic() - started
-    console.print(f"\n\n{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} tokens/s, the first after {1000 * first_seconds:.0f} ms")
-    console.print(pool.summary())
+        console.print()
+    speed = f", then {(num_tokens - num_first) / (last - first):.0f} tokens/s" if num_tokens > num_first else ""
+    console.print(f"\n{num_tokens} tokens: the first after {1000 * (first - started):.0f} ms{speed}", soft_wrap=True)
+    console.print(pool.summary(), soft_wrap=True)
 
 
 def stream_answer(url: str, model_name: str, prompt: str, max_tokens: int) -> Iterator[tuple[str, int]]:
@@ -83,10 +88,11 @@ def stream_answer(url: str, model_name: str, prompt: str, max_tokens: int) -> It
 
 @dataclass
 class PoolWatch:
-    """Reads the pool's gauges while the answer runs and keeps the fullest moment."""
+    """Reads the pool's gauges while the answer runs and keeps the fullest moment and the last."""
 
     url: str
-    gauges: dict[str, float] = field(default_factory=dict)
+    fullest: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
     _done: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -96,28 +102,27 @@ class PoolWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        time.sleep(_SETTLE_SECONDS)
         self._done.set()
         assert self._thread is not None
         self._thread.join()
 
     def _poll(self) -> None:
-        while True:
-            gauges = read_gauges(self.url)
-            if gauges.get(_HELD, 0.0) >= self.gauges.get(_HELD, 0.0):
-                self.gauges = gauges
-            if self._done.wait(_POLL_SECONDS):
-                return
+        while not self._done.wait(_POLL_SECONDS):
+            self.last = read_gauges(self.url)
+            if self.last.get(_HELD, 0.0) > self.fullest.get(_HELD, 0.0):
+                self.fullest = self.last
 
     def summary(self) -> str:
-        """One line on the fullest moment: pages held, and live tokens per slot held."""
-        total, held = self.gauges.get("paged_pages_total"), self.gauges.get(_HELD)
-        if total is None or held is None:
+        """One line on the pool: its size, its fullest moment, and what stays cached."""
+        total = self.last.get("paged_pages_total")
+        if not total:
             return "pool: no metrics"
-        utilisation = 100 * self.gauges.get("paged_utilisation", 0.0)
-        return f"pool: {held:.0f} of {total:.0f} pages held at most, utilisation {utilisation:.0f} % (live tokens / slots held)"
-
-
-_HELD = 'paged_pages{state="held"}'
+        held, utilisation = self.fullest.get(_HELD, 0.0), 100 * self.fullest.get("paged_utilisation", 0.0)
+        fullest = (
+            f"{held:.0f} held at most, {utilisation:.0f} % of their slots with live tokens (utilisation)" if held else "none held when the gauges were read"
+        )
+        return f"pool: {total:.0f} pages of {self.last.get('paged_page_size', 0):.0f} tokens; {fullest}; {self.last.get(_CACHED, 0):.0f} cached now"
 
 
 def read_gauges(url: str) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """Paged decode attention: one new token per sequence against its keys and values in the page pool.
 
-The picture. Every (sequence, KV head) is an *item*, cut into tiles of `tile` tokens. All items' tiles lie in one line, items in order of sequence, then head.
-Program p of a fixed grid walks tiles [p * tiles_per_program, (p + 1) * tiles_per_program) of that line in one software-pipelined loop that runs on across
-item borders, so the memory pipe never drains. A piece that is a whole item goes straight to `out`; pieces of an item that several programs share go to a
-workspace, and the last of these programs to arrive merges them by log-sum-exp, in the items' order, so results do not depend on who came last.
+The picture. Every sequence is cut into tiles of `tile` tokens and all tiles lie in one line. Slot s of a fixed number of slots walks tiles
+[s * share, (s + 1) * share) of that line, for each KV head in a program of its own, in one software-pipelined loop that runs on across the borders of
+sequences, so the memory pipe never drains. A sequence that lies in one slot goes straight to `out`; pieces of a sequence that several slots share go to a
+workspace, and the last of its programs to arrive merges them by log-sum-exp, in the line's order, so results do not depend on who came last.
 
-    line      |  item 0 (8 tiles)   | 1 (3)  |    item 2 (6)   |  ...
-    programs  |   p0    |    p1    |    p2    |    p3    |            p1 finishes item 0 with p0, does all of item 1 ...
+    line    | sequence 0 (8 tiles) | 1 (3)  |   sequence 2 (6)   |  ...
+    slots   |   s0    |    s1    |    s2    |    s3    |             s1 finishes sequence 0 with s0, does all of 1, and begins 2
+
+The programs of a slot read the same pages at the same time, each its head: a page's heads are neighbours in memory.
 
 `plan_decode_attention` derives the line from the device's lengths once per step (and per sliding window); all layers share the plan. No length is ever read
 by the host, the grid is fixed and nothing is allocated: both launches can be captured in a CUDA graph.
@@ -40,26 +42,25 @@ def _num_tiles(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _locate(place, begins, ends, length, record, num_kv_heads, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """What lies at each `place` [places] of the line: record, sequence, length, head, tile in the item, tiles of the item."""
-    here = (begins[None, :] * num_kv_heads <= place[:, None]) & (place[:, None] < ends[None, :] * num_kv_heads)
+def _locate(place, begins, ends, length, record, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """What lies at each `place` [places] of the line: record, sequence, its length, tile in it, its number of tiles."""
+    here = (begins[None, :] <= place[:, None]) & (place[:, None] < ends[None, :])
     seq = tl.sum(tl.where(here, tl.arange(0, length.shape[0])[None, :], 0), 1)
     of_length = tl.sum(tl.where(here, length[None, :], 0), 1)
-    inside = place - tl.sum(tl.where(here, begins[None, :], 0), 1) * num_kv_heads
-    tiles = tl.maximum(_num_tiles(of_length, TILE, WINDOW), 1)
-    return tl.sum(tl.where(here, record[None, :], 0), 1), seq, of_length, inside // tiles, inside % tiles, tiles
+    tile = place - tl.sum(tl.where(here, begins[None, :], 0), 1)
+    return tl.sum(tl.where(here, record[None, :], 0), 1), seq, of_length, tile, _num_tiles(of_length, TILE, WINDOW)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_programs", "num_kv_heads"])
+@triton.jit(do_not_specialize=["num_sequences", "num_slots"])
 def _plan_kernel(
-    seq_lens, line, starts, records, num_sequences, num_programs, num_kv_heads,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, PROGRAMS: tl.constexpr,
+    seq_lens, line, starts, records, num_sequences, num_slots,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Each program places PROGRAMS attention programs on the line; the first one also writes the records.
+    """Each program places SLOTS slots on the line; the first one also writes the records.
 
-    line: [2] tiles per program, tiles in the line. records: [sequences, 2] id and length of the non-empty sequences, in order.
-    starts: [programs, 10] where a program begins: record, sequence, length, head, tile; the item it begins inside of is shared by programs [5] to [6];
-    the item it stops inside of, if it began that too, is of sequence [7], head [8] and shared up to program [9], which is the program itself if there is none.
+    line: [2] tiles per slot, tiles in the line. records: [sequences, 2] id and length of the non-empty sequences, in order.
+    starts: [slots, 8] where a slot begins: record, sequence, length, tile; the sequence it begins inside of is shared by slots [4] to [5]; the sequence that
+    it begins and stops inside of is [6] and shared up to slot [7], which is the slot itself if there is none.
     """
     part = tl.program_id(0)
     seq = tl.arange(0, SEQUENCES)
@@ -69,28 +70,25 @@ def _plan_kernel(
     begins = ends - tiles
     filled = (length > 0).to(tl.int32)
     record = tl.cumsum(filled, 0) - filled
-    total = tl.sum(tiles, 0) * num_kv_heads
-    share = tl.maximum((total + num_programs - 1) // num_programs, 1)
+    total = tl.sum(tiles, 0)
+    share = tl.maximum((total + num_slots - 1) // num_slots, 1)
 
-    program = part * PROGRAMS + tl.arange(0, PROGRAMS)
-    mine = program < num_programs
-    place = program * share
-    at_record, at_seq, at_length, at_head, at_tile, at_tiles = _locate(place, begins, ends, length, record, num_kv_heads, TILE, WINDOW)
-    item = place - at_tile
-    cell = starts + program * 10
+    slot = part * SLOTS + tl.arange(0, SLOTS)
+    mine = slot < num_slots
+    place = slot * share
+    at_record, at_seq, at_length, at_tile, at_tiles = _locate(place, begins, ends, length, record, TILE, WINDOW)
+    cell = starts + slot * 8
     tl.store(cell + 0, at_record, mask=mine)
     tl.store(cell + 1, at_seq, mask=mine)
     tl.store(cell + 2, at_length, mask=mine)
-    tl.store(cell + 3, at_head, mask=mine)
-    tl.store(cell + 4, at_tile, mask=mine)
-    tl.store(cell + 5, item // share, mask=mine)
-    tl.store(cell + 6, (item + at_tiles - 1) // share, mask=mine)
+    tl.store(cell + 3, at_tile, mask=mine)
+    tl.store(cell + 4, (place - at_tile) // share, mask=mine)
+    tl.store(cell + 5, (place - at_tile + at_tiles - 1) // share, mask=mine)
     last = tl.minimum(place + share, total) - 1
-    _, at_seq, _, at_head, at_tile, at_tiles = _locate(last, begins, ends, length, record, num_kv_heads, TILE, WINDOW)
-    item = last - at_tile
-    tl.store(cell + 7, at_seq, mask=mine)
-    tl.store(cell + 8, at_head, mask=mine)
-    tl.store(cell + 9, tl.where(item >= place, (item + at_tiles - 1) // share, program), mask=mine)
+    _, at_seq, _, at_tile, at_tiles = _locate(last, begins, ends, length, record, TILE, WINDOW)
+    begin = last - at_tile
+    tl.store(cell + 6, at_seq, mask=mine)
+    tl.store(cell + 7, tl.where(begin >= place, (begin + at_tiles - 1) // share, slot), mask=mine)
     if part == 0:
         tl.store(line, share)
         tl.store(line + 1, total)
@@ -100,28 +98,28 @@ def _plan_kernel(
 
 @triton.jit
 def _merge(
-    first_program, last_program, out_rows, partial_acc, partial_lse,
+    first_slot, last_slot, head, num_kv_heads, out_rows, partial_acc, partial_lse,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the item's partial outputs by their softmax mass, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32."""
+    """Weigh a sequence's partial outputs by their softmax mass, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32."""
     row = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)
     dim = tl.arange(0, HEAD_PAD)
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     mass = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    for program in range(first_program, last_program + 1, PARTS):
-        at = program + tl.arange(0, PARTS)
-        there = at <= last_program
-        cell = (tl.where(at == first_program, 2 * at + 1, 2 * at)[:, None]) * GROUP + row[None, :]
-        lse = tl.load(partial_lse + cell, mask=there[:, None], other=float("-inf"), cache_modifier=".cg")
-        piece = tl.load(
-            partial_acc + cell[:, :, None] * HEAD_DIM + dim[None, None, :],
+    for slot in range(first_slot, last_slot + 1, PARTS):
+        at = slot + tl.arange(0, PARTS)
+        there = at <= last_slot
+        piece = (tl.where(at == first_slot, 2 * at + 1, 2 * at) * num_kv_heads + head)[:, None] * GROUP + row[None, :]
+        lse = tl.load(partial_lse + piece, mask=there[:, None], other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            partial_acc + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
             mask=there[:, None, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(lse, 0))
         weight = tl.exp2(lse - new_top[None, :])
         fade = tl.exp2(top - new_top)
-        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * piece, 0)
+        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * part, 0)
         mass = mass * fade + tl.sum(weight, 0)
         top = new_top
     rows = tl.arange(0, GROUP_PAD)
@@ -131,15 +129,16 @@ def _merge(
 
 @triton.jit
 def _arrive(
-    first_program, last_program, out_rows, arrivals, partial_acc, partial_lse,
+    first_slot, last_slot, head, num_kv_heads, out_rows, arrivals, partial_acc, partial_lse,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Count this program in at an item it shares; the last of the item's programs merges and leaves the counter at zero for the next launch."""
+    """Count this program in at a sequence it shares; the last of its programs merges and leaves the counter at zero for the next launch."""
+    counter = arrivals + first_slot * num_kv_heads + head
     tl.debug_barrier()  # every thread's partial stores come before the release below
-    earlier = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel", scope="gpu")
-    if earlier == last_program - first_program:
-        _merge(first_program, last_program, out_rows, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)
-        tl.store(arrivals + first_program, 0)
+    earlier = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if earlier == last_slot - first_slot:
+        _merge(first_slot, last_slot, head, num_kv_heads, out_rows, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)
+        tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "table_stride"])
@@ -154,19 +153,20 @@ def _decode_kernel(
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
+    head = tl.program_id(0) % num_kv_heads
+    slot = tl.program_id(0) // num_kv_heads
     share = tl.load(line)
-    total = tl.load(line + 1)
-    begin = program * share
-    count = tl.minimum(total - begin, share)
+    count = tl.minimum(tl.load(line + 1) - slot * share, share)
     if count <= 0:
         return
-    record = tl.load(starts + program * 10 + 0)
-    seq = tl.load(starts + program * 10 + 1)
-    length = tl.load(starts + program * 10 + 2)
-    head = tl.load(starts + program * 10 + 3)
-    tile = tl.load(starts + program * 10 + 4)
-    first_seq, first_head, first_tile = seq, head, tile
+    record = tl.load(starts + slot * 8 + 0)
+    seq = tl.load(starts + slot * 8 + 1)
+    length = tl.load(starts + slot * 8 + 2)
+    tile = tl.load(starts + slot * 8 + 3)
+    first_seq, first_tile = seq, tile
+    q += head * (GROUP * HEAD_DIM)
+    out += head * (GROUP * HEAD_DIM)
+    kv_pages += head * head_stride
 
     token = tl.arange(0, TILE)
     dim = tl.arange(0, HEAD_PAD)
@@ -184,24 +184,21 @@ def _decode_kernel(
     masses = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when an item ends: a reduction across warps costs three barriers
     acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
     for step in range(0, count):
-        now_seq, now_head, now_length, now_tile, now_position, now_page = seq, head, length, tile, position, page
+        now_seq, now_length, now_tile, now_position, now_page = seq, length, tile, position, page
         # The tile after this one. Its page ids are read before this tile's keys: loads return in order, and a load behind them would come too late.
-        item_ends = (tile + 1) >= _num_tiles(length, TILE, WINDOW)
-        sequence_ends = item_ends & (head + 1 == num_kv_heads)
-        head = tl.where(sequence_ends, 0, tl.where(item_ends, head + 1, head))
-        tile = tl.where(item_ends, 0, tile + 1)
-        record = tl.where(sequence_ends, record + 1, record)
-        seq = tl.where(sequence_ends, next_seq, seq)
-        length = tl.where(sequence_ends, next_length, length)
+        ends = (tile + 1) >= _num_tiles(length, TILE, WINDOW)
+        tile = tl.where(ends, 0, tile + 1)
+        record = tl.where(ends, record + 1, record)
+        seq = tl.where(ends, next_seq, seq)
+        length = tl.where(ends, next_length, length)
         position = _first_token(length, WINDOW) + tile * TILE + token
         page = tl.load(page_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=position < tl.where(step + 1 < count, length, 0), other=0)
         next_seq = tl.load(records + (record + 1) * 2)
         next_length = tl.load(records + (record + 1) * 2 + 1)
 
         valid = now_position < now_length
-        cell = now_page.to(tl.int64) * page_stride + (now_head * head_stride + (now_position % PAGE_SIZE) * HEAD_DIM)
-        where = kv_pages + cell[:, None] + dim[None, :]
-        queries = tl.load(q + now_seq.to(tl.int64) * q_stride + now_head * (GROUP * HEAD_DIM) + q_offset, mask=in_head, other=0.0)
+        where = kv_pages + (now_page.to(tl.int64) * page_stride + (now_position % PAGE_SIZE) * HEAD_DIM)[:, None] + dim[None, :]
+        queries = tl.load(q + now_seq.to(tl.int64) * q_stride + q_offset, mask=in_head, other=0.0)
         keys = tl.load(where, mask=valid[:, None] & in_head, other=0.0, eviction_policy="evict_first")
         values = tl.load(where + value_stride, mask=valid[:, None] & in_head, other=0.0, eviction_policy="evict_first")
 
@@ -218,46 +215,44 @@ def _decode_kernel(
         acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
 
-        ends = (now_tile + 1) >= _num_tiles(now_length, TILE, WINDOW)
         if ends | (step + 1 == count):
             begins = now_tile <= step
             mass = tl.sum(masses, 1)
             result = acc / mass[:, None]
             if ends & begins:
-                target = out + now_seq.to(tl.int64) * out_stride + now_head * (GROUP * HEAD_DIM)
+                target = out + now_seq.to(tl.int64) * out_stride
                 tl.store(target + row[:, None] * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), mask=in_group & in_head)
             else:
-                slot = 2 * program + begins.to(tl.int32)
-                tl.store(partial_lse + slot * GROUP + row, top + tl.log2(mass), mask=row < GROUP)
-                tl.store(partial_acc + (slot * GROUP + row[:, None]) * HEAD_DIM + dim[None, :], result, mask=in_group & in_head)
+                piece = ((2 * slot + begins.to(tl.int32)) * num_kv_heads + head) * GROUP
+                tl.store(partial_lse + piece + row, top + tl.log2(mass), mask=row < GROUP)
+                tl.store(partial_acc + (piece + row[:, None]) * HEAD_DIM + dim[None, :], result, mask=in_group & in_head)
             top = tl.full([ROWS], float("-inf"), tl.float32)
             masses = tl.zeros([ROWS, TILE], tl.float32)
             acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
 
-    if first_tile > 0:  # began inside an item
-        target = out + first_seq.to(tl.int64) * out_stride + first_head * (GROUP * HEAD_DIM)
-        _arrive(tl.load(starts + program * 10 + 5), tl.load(starts + program * 10 + 6), target, arrivals, partial_acc, partial_lse,
-                GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
-    last_sharer = tl.load(starts + program * 10 + 9)
-    if last_sharer > program:  # stopped inside an item begun here
-        target = out + tl.load(starts + program * 10 + 7).to(tl.int64) * out_stride + tl.load(starts + program * 10 + 8) * (GROUP * HEAD_DIM)
-        _arrive(program, last_sharer, target, arrivals, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)
+    if first_tile > 0:  # began inside a sequence
+        _arrive(tl.load(starts + slot * 8 + 4), tl.load(starts + slot * 8 + 5), head, num_kv_heads, out + first_seq.to(tl.int64) * out_stride,
+                arrivals, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
+    last_sharer = tl.load(starts + slot * 8 + 7)
+    if last_sharer > slot:  # stopped inside a sequence begun here
+        _arrive(slot, last_sharer, head, num_kv_heads, out + tl.load(starts + slot * 8 + 6).to(tl.int64) * out_stride,
+                arrivals, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
     """Scratch of one model's decode attention on one device; layers that run one after another share it.
 
-    arrivals: int32 [num_programs], all zero between launches. partial_acc: float32 [2 * num_programs, group, head_dim]: normalised outputs of pieces, slot
-    2p + 1 for the piece that begins an item in program p, 2p for the one that goes on with an earlier program's. partial_lse: float32
-    [2 * num_programs, group]: their log2-sum-exp2. tile: tokens per tile.
+    arrivals: int32 [num_slots, num_kv_heads], all zero between launches. partial_acc: float32 [2 * num_slots, num_kv_heads, group, head_dim]: normalised
+    outputs of pieces, 2s + 1 for the one that begins a sequence in slot s, 2s for the one that goes on with an earlier slot's. partial_lse: float32
+    [2 * num_slots, num_kv_heads, group]: their log2-sum-exp2. tile: tokens per tile.
     """
 
     num_kv_heads: int
     group: int
     head_dim: int
     tile: int
-    num_programs: int
+    num_slots: int
     num_warps: int
     num_stages: int
     arrivals: torch.Tensor
@@ -290,18 +285,18 @@ def make_decode_workspace(
     group = num_q_heads // num_kv_heads
     tuned_tile, tuned_programs, tuned_stages = _launch_shape(head_dim, dtype)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    num_programs = (programs_per_multiprocessor or tuned_programs) * multiprocessors
+    num_slots = max(1, (programs_per_multiprocessor or tuned_programs) * multiprocessors // num_kv_heads)
     return DecodeWorkspace(
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
         tile=tile or tuned_tile,
-        num_programs=num_programs,
+        num_slots=num_slots,
         num_warps=num_warps,
         num_stages=num_stages or tuned_stages,
-        arrivals=torch.zeros(num_programs, dtype=torch.int32, device=device),
-        partial_acc=torch.empty(2 * num_programs, group, head_dim, dtype=torch.float32, device=device),
-        partial_lse=torch.empty(2 * num_programs, group, dtype=torch.float32, device=device),
+        arrivals=torch.zeros(num_slots, num_kv_heads, dtype=torch.int32, device=device),
+        partial_acc=torch.empty(2 * num_slots, num_kv_heads, group, head_dim, dtype=torch.float32, device=device),
+        partial_lse=torch.empty(2 * num_slots, num_kv_heads, group, dtype=torch.float32, device=device),
     )
 
 
@@ -319,7 +314,7 @@ def make_decode_plan(workspace: DecodeWorkspace, max_sequences: int, sliding_win
         max_sequences=max_sequences,
         sliding_window=sliding_window,
         line=torch.zeros(2, dtype=torch.int32, device=device),
-        starts=torch.zeros(workspace.num_programs, 10, dtype=torch.int32, device=device),
+        starts=torch.zeros(workspace.num_slots, 8, dtype=torch.int32, device=device),
         records=torch.zeros(max_sequences + 2, 2, dtype=torch.int32, device=device),
     )
 
@@ -333,10 +328,10 @@ def plan_decode_attention(seq_lens: torch.Tensor, plan: DecodePlan) -> None:
     if num_sequences > plan.max_sequences:
         raise ValueError(f"{num_sequences} sequences, but the plan holds {plan.max_sequences}")
     workspace = plan.workspace
-    programs = 16
-    _plan_kernel[(triton.cdiv(workspace.num_programs, programs),)](
-        seq_lens, plan.line, plan.starts, plan.records, num_sequences, workspace.num_programs, workspace.num_kv_heads,
-        TILE=workspace.tile, WINDOW=plan.sliding_window, SEQUENCES=triton.next_power_of_2(max(num_sequences, 16)), PROGRAMS=programs,
+    slots = 8
+    _plan_kernel[(triton.cdiv(workspace.num_slots, slots),)](
+        seq_lens, plan.line, plan.starts, plan.records, num_sequences, workspace.num_slots,
+        TILE=workspace.tile, WINDOW=plan.sliding_window, SEQUENCES=triton.next_power_of_2(max(num_sequences, 16)), SLOTS=slots,
     )  # fmt: skip
 
 
@@ -356,7 +351,7 @@ def paged_decode_attention(
     _check(q, kv_pages, page_table, out, workspace)
     group_pad, head_pad = triton.next_power_of_2(workspace.group), triton.next_power_of_2(head_dim)
     pdl = {"launch_pdl": True} if launch_pdl else {}
-    _decode_kernel[(workspace.num_programs,)](
+    _decode_kernel[(workspace.num_slots * workspace.num_kv_heads,)](
         q, kv_pages, page_table, out, plan.line, plan.starts, plan.records, workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
         scale, soft_cap,
         workspace.num_kv_heads, q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), kv_pages.stride(1), kv_pages.stride(2),

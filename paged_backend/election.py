@@ -46,18 +46,24 @@ class ProcessId(msgspec.Struct, frozen=True):
 
 
 class _Generation(msgspec.Struct):
-    """The state file: the newest generation of front ends."""
+    """The front ends of one engine."""
 
-    number: int = 0
-    arrivals: int = 0
-    owner: ProcessId | None = None
-    engine: ProcessId | None = None
-    over: bool = True  # the load failed or the owner left: nobody may join
+    owner: ProcessId
+    engine: ProcessId
+    arrivals: int = 1
+    departures: int = 0
+    over: bool = False  # the load failed, the engine died or the owner left: nobody may join
+    reason: str = ""  # why the load failed
 
     def may_join(self, num_front_ends: int) -> bool:
-        if self.over or self.owner is None or self.engine is None:
-            return False
-        return self.arrivals < num_front_ends and self.owner.alive and self.engine.alive
+        return not self.over and self.arrivals < num_front_ends and self.owner.alive and self.engine.alive
+
+
+class _State(msgspec.Struct):
+    """The state file. A generation is in it until its last front end has left."""
+
+    newest: int = 0
+    generations: dict[int, _Generation] = {}
 
 
 @dataclass(frozen=True)
@@ -87,50 +93,68 @@ class Election:
         Raises:
             EngineError: the folder for the sockets is not ours alone, or the engine cannot be started.
         """
-        with self._locked() as file:
-            state = _read(file)
-            if state.may_join(self._num_front_ends):
-                state.arrivals += 1
+        with self._locked() as state:
+            generation = state.generations.get(state.newest)
+            if generation is not None and generation.may_join(self._num_front_ends):
+                generation.arrivals += 1
                 owner = False
             else:
-                state = self._open_generation(state.number + 1, start_engine)
+                state.newest += 1
+                generation = state.generations[state.newest] = self._open_generation(state.newest, start_engine)
                 owner = True
-            _write(file, state)
-        assert state.engine is not None
-        return Seat(self._folder / str(state.number), state.number, state.arrivals - 1, state.engine, owner)
+            return Seat(self._folder / str(state.newest), state.newest, generation.arrivals - 1, generation.engine, owner)
 
     def _open_generation(self, number: int, start_engine: Callable[[Path], int]) -> _Generation:
         folder = self._folder / str(number)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
-        pid = start_engine(folder)
-        engine = ProcessId.of(pid) or ProcessId(pid, -1)  # one that died at once is noticed like one that dies later
-        return _Generation(number=number, arrivals=1, owner=ProcessId.of(os.getpid()), engine=engine, over=False)
+        try:
+            pid = start_engine(folder)
+        except BaseException:
+            folder.rmdir()
+            raise
+        owner = ProcessId.of(os.getpid())
+        assert owner is not None
+        return _Generation(owner, ProcessId.of(pid) or ProcessId(pid, -1))  # an engine that died at once is noticed like one that dies later
 
-    def end(self, seat: Seat) -> None:
-        """Nobody joins the seat's generation from now on."""
-        with self._locked() as file:
-            state = _read(file)
-            if state.number == seat.generation:
-                state.over = True
-                _write(file, state)
+    def end(self, seat: Seat, reason: str = "") -> str | None:
+        """Nobody joins the seat's generation from now on. The reason it was ended for before, or None if it was not."""
+        with self._locked() as state:
+            generation = state.generations[seat.generation]
+            if generation.over:
+                return generation.reason
+            generation.over = True
+            generation.reason = reason
+        return None
 
-    def ended(self, seat: Seat) -> bool:
-        """The seat's generation was ended, by whomever: its engine's exit is no surprise."""
-        with self._locked() as file:
-            state = _read(file)
-            return state.over or state.number > seat.generation
-
-    def remove(self, seat: Seat) -> None:
-        """Deletes the generation's sockets, and the state file with the last of them. Call after the engine is gone."""
-        shutil.rmtree(seat.folder, ignore_errors=True)
-        with self._locked():
-            if {path.name for path in self._folder.iterdir()} == {"state.json"}:
-                shutil.rmtree(self._folder, ignore_errors=True)
+    def leave(self, seat: Seat) -> None:
+        """Gives the seat up; the last one removes the generation's sockets. To be called once."""
+        with self._locked() as state:
+            generation = state.generations[seat.generation]
+            generation.departures += 1
+            if generation.departures == generation.arrivals and generation.over:
+                del state.generations[seat.generation]
+                shutil.rmtree(seat.folder, ignore_errors=True)
 
     @contextmanager
-    def _locked(self) -> Iterator[IO[bytes]]:
-        """The state file, locked. Opened again if it was deleted while we waited for the lock."""
+    def _locked(self) -> Iterator[_State]:
+        """The state, written back at the end, and its folder removed when nobody is left in it."""
+        with self._opened() as file:
+            file.seek(0)
+            text = file.read()
+            state = msgspec.json.decode(text, type=_State) if text else _State()
+            try:
+                yield state
+            finally:
+                file.truncate(0)
+                file.write(msgspec.json.encode(state))
+                file.flush()
+                if not state.generations:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """The state file, locked. Opened again if it was removed while we waited for the lock."""
         while True:
             _make_private(self._folder)
             try:
@@ -142,18 +166,6 @@ class Election:
                 if os.fstat(file.fileno()).st_nlink:
                     yield file
                     return
-
-
-def _read(file: IO[bytes]) -> _Generation:
-    file.seek(0)
-    text = file.read()
-    return msgspec.json.decode(text, type=_Generation) if text else _Generation()
-
-
-def _write(file: IO[bytes], state: _Generation) -> None:
-    file.truncate(0)
-    file.write(msgspec.json.encode(state))
-    file.flush()
 
 
 def _temporary_folder() -> Path:

@@ -176,8 +176,8 @@ class EngineClient:
         self._inbox.close(linger=0)
         if self._engine is not None:
             _wait_for_exit(self._engine)
-            self._election.remove(self._seat)
         self._context.term()
+        self._election.leave(self._seat)
 
     def _send(self, message: ToEngine) -> None:
         with self._lock:
@@ -195,11 +195,11 @@ class EngineClient:
             if isinstance(message, Ready):
                 return message
             if isinstance(message, Failed):
-                self._election.end(self._seat)
+                self._election.end(self._seat, message.message)
                 raise EngineError(message.message)
             if message is None and not self._engine_runs() and not self._inbox.poll(0):
-                self._election.end(self._seat)
-                raise EngineError(f"the engine process ended {self._exit_words()} before it was ready; its log lines say why")
+                reason = f"the engine process ended {self._exit_words()} before it was ready; its log lines say why"
+                raise EngineError(self._election.end(self._seat, reason) or reason)  # another front end may have heard more
 
     def _next_message(self) -> FromEngine | None:
         """None if nothing came for a while."""
@@ -269,8 +269,7 @@ class EngineClient:
         """Every live request ends with one clear error. (A later version starts another engine and submits them again.)"""
         with self._lock:
             self._alive = False
-        if not self._election.ended(self._seat):
-            self._election.end(self._seat)
+        if self._election.end(self._seat) is None:  # else its end was wanted, or another front end has said so already
             log.error("error: the engine stopped: %s", reason)
         for request_id in list(self._live):
             self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.OVERLOADED, ENGINE_GONE)))

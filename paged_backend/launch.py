@@ -91,9 +91,9 @@ class Server:
         assert self._child is not None, "the server is not started"
         return self._child.pid
 
-    def log_tail(self) -> list[str]:
-        """The last lines that tritonserver and its processes wrote, shown or not."""
-        return self._log.tail()
+    def log_lines(self) -> list[str]:
+        """The first and last lines that tritonserver and its processes wrote, shown or not."""
+        return self._log.lines()
 
     def start(self, timeout_seconds: float | None = None) -> Addresses:
         """Checks everything that can be checked beforehand, starts tritonserver and waits until the model is ready.

@@ -9,52 +9,59 @@ from collections import deque
 
 _OURS = "paged: "
 _ERROR = "paged: error: "
+_HEAD_LINES = 100
 _TAIL_LINES = 200
 _BUSY = re.compile(r"Socket '(?P<host>[^']*):(?P<port>\d+)' already in use")
 _NOT_LOADED = re.compile(r"failed to load '[^']*' version \d+: \w+(?: \w+)*: (?P<why>.*?)(?:\\n.*)?\"?$")
 _CREATING = re.compile(r"^error: creating server: (?P<why>.*)")
+_OPTION = re.compile(r"unrecognized option '(?P<option>[^']*)'")
 _SERVICE = re.compile(r"failed to start (?P<what>\w+) service: (?P<why>.*?)\"?$")
 
 
 class ServerLog:
-    """Reads tritonserver's output line by line. Thread-safe; keeps the last lines and the first error of ours."""
+    """Reads tritonserver's output line by line. Thread-safe; keeps the first and last lines, and the first error of ours."""
 
     def __init__(self, show_all: bool) -> None:
         self._show_all = show_all
         self._lock = threading.Lock()
+        self._head: list[str] = []
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._error: str | None = None
 
     def add(self, line: str) -> bool:
         """Keeps `line`; True if the operator should see it now. Errors of ours are left to `failure`, which tells them once."""
         with self._lock:
-            self._tail.append(line)
+            if len(self._head) < _HEAD_LINES:
+                self._head.append(line)
+            else:
+                self._tail.append(line)
             if line.startswith(_ERROR) and self._error is None:
                 self._error = line.removeprefix(_ERROR).strip()
         return self._show_all or (line.startswith(_OURS) and not line.startswith(_ERROR))
 
-    def tail(self) -> list[str]:
-        """The last lines, oldest first."""
+    def lines(self) -> list[str]:
+        """The first lines and the last ones, oldest first."""
         with self._lock:
-            return list(self._tail)
+            return [*self._head, *self._tail]
 
     def listens(self) -> bool:
         """tritonserver said that its HTTP service is up."""
-        return any("Started HTTPService" in line for line in self.tail())
+        return any("Started HTTPService" in line for line in self.lines())
 
     def busy_port(self) -> int | None:
         """The port that tritonserver could not listen on, if that is why it ended."""
-        return next((int(found["port"]) for line in self.tail() if (found := _BUSY.search(line))), None)
+        return next((int(found["port"]) for line in self.lines() if (found := _BUSY.search(line))), None)
 
     def failure(self, exit_code: int) -> str:
         """One sentence on why tritonserver ended with `exit_code` (negative: minus the signal), best source first."""
         if self._error is not None:
             return self._error
-        lines = self.tail()
+        lines = self.lines()
         for pattern, sentence in (
             (_BUSY, "port {port} on {host} is already in use"),
             (_NOT_LOADED, "the model could not be loaded: {why}"),
             (_SERVICE, "tritonserver could not start its {what} service: {why}"),
+            (_OPTION, "tritonserver has no option {option}"),
             (_CREATING, "tritonserver could not start: {why}"),
         ):
             for line in lines:

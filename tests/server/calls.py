@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.request import urlopen
@@ -116,3 +117,13 @@ def metrics(url: str) -> dict[str, float]:
                 key = f"{name}{{{','.join(kept)}}}" if kept else name
                 values[key] = values.get(key, 0.0) + float(value)
     return values
+
+
+def wait_for_metrics(url: str, holds: Callable[[dict[str, float]], bool], seconds: float = 2.0) -> bool:
+    """Whether the metrics, which are published a few times a second, come to satisfy a condition in time."""
+    end = time.monotonic() + seconds
+    while not holds(metrics(url)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True

@@ -7,14 +7,13 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 import tritonclient.grpc.aio as grpc
 
 from paged_backend.launch import Server, ServerSettings
-from tests.server.calls import Answer, metrics, run_all, stream
+from tests.server.calls import Answer, run_all, stream, wait_for_metrics
 
 pytestmark = pytest.mark.server
 
@@ -50,16 +49,14 @@ def wishes(count: int) -> list[dict[str, object]]:
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
-def pages_come_back(server: Server, within: float = 2.0) -> bool:
-    """free + cached = total, in the metrics, which are published a few times a second."""
-    end = time.monotonic() + within
-    while time.monotonic() < end:
-        values = metrics(server.addresses.metrics_url)
-        idle = values['paged_requests{state="running"}'] == values['paged_requests{state="waiting"}'] == 0
-        if idle and values['paged_pages{state="free"}'] + values['paged_pages{state="cached"}'] == values["paged_pages_total"] == NUM_PAGES:
-            return True
-        time.sleep(0.1)
-    return False
+def pages_come_back(server: Server) -> bool:
+    """Within two seconds nothing runs or waits, and free + cached = total."""
+
+    def idle(values: dict[str, float]) -> bool:
+        busy = values['paged_requests{state="running"}'] + values['paged_requests{state="waiting"}']
+        return busy == 0 and values['paged_pages{state="free"}'] + values['paged_pages{state="cached"}'] == values["paged_pages_total"] == NUM_PAGES
+
+    return wait_for_metrics(server.addresses.metrics_url, idle, seconds=2.0)
 
 
 async def storm(address: str, requests: list[dict[str, object]]) -> list[Answer]:

@@ -19,6 +19,7 @@ NOISE = 'E1122 21:19:28.000000 5897 server.cc:241] "CudaDriverHelper has not bee
         pytest.param([NOISE, NOT_LOADED, CREATING], 1, "the model could not be loaded: RuntimeError: no room", id="model not loaded"),
         pytest.param([NOISE, BUSY], 1, "port 8000 on 127.0.0.1 is already in use", id="busy port"),
         pytest.param([NOISE, CREATING], 1, "tritonserver could not start: Internal - failed to load all models", id="server not created"),
+        pytest.param(["tritonserver: unrecognized option '--x'", *["help"] * 1000], 1, "tritonserver has no option --x", id="unknown option"),
         pytest.param([NOISE], 3, "tritonserver ended with exit code 3; --log-verbose shows its log", id="exit code"),
         pytest.param([], -9, "tritonserver was killed by SIGKILL; --log-verbose shows its log", id="signal"),
     ],
@@ -43,9 +44,9 @@ def test_only_our_lines_are_shown_unless_all_are_wanted(line: str, quiet: bool, 
     assert (ServerLog(show_all=False).add(line), ServerLog(show_all=True).add(line)) == (quiet, verbose)
 
 
-def test_the_tail_is_bounded() -> None:
+def test_the_first_and_the_last_lines_are_kept() -> None:
     log = ServerLog(show_all=False)
     for number in range(10_000):
         log.add(f"line {number}")
-    assert len(log.tail()) < 1000
-    assert log.tail()[-1] == "line 9999"
+    assert len(log.lines()) < 1000
+    assert (log.lines()[0], log.lines()[-1]) == ("line 0", "line 9999")

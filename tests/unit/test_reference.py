@@ -14,6 +14,11 @@ import paged_kernels.reference as reference
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_run() -> None:
+    torch.manual_seed(0)
+
+
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     error = (actual.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt()
     assert error < TOLERANCE
@@ -86,7 +91,8 @@ def test_prefill_attention_equals_softmax_in_float64(page_size: int, window: int
     out = reference.prefill_attention(q, store.kv_pages, store.page_table, lens, 0.3, window)
     expected = []
     for index, (query_len, seq_len) in enumerate(lens):
-        expected += [store.attend(q[len(expected)], index, position, 0.3, window) for position in range(seq_len - query_len, seq_len)]
+        for position in range(seq_len - query_len, seq_len):
+            expected.append(store.attend(q[len(expected)], index, position, 0.3, window))
     assert_close(out, torch.stack(expected))
 
 

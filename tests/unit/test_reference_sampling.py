@@ -15,6 +15,11 @@ import paged_kernels.reference as reference
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_run() -> None:
+    torch.manual_seed(0)
+
+
 def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     rows = len(logits)
     settings = torch.full((rows,), top_k), torch.full((rows,), top_p), torch.full((rows,), min_p)

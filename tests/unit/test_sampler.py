@@ -137,7 +137,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_a_new_sequence_on_a_row_inherits_nothing() -> None:
     rows = DeviceRows(16, 64, 16, 2, CPU)
     logits = logits_of(1)
-    busy = {"logit_bias": {token: -100.0 for token in range(30)}, "min_tokens": 9, "repetition_penalty": 5.0, "top_k": 2}
+    busy = {"logit_bias": dict.fromkeys(range(30), -100.0), "min_tokens": 9, "repetition_penalty": 5.0, "top_k": 2}
     sample([new_row(3, range(20), prompt_len=1, seed=5, stop_ids=(30, 31), bad_words=((32,), (33,)), **busy)], logits, rows)
     for options in ({"seed": 1}, {"seed": 1, "bad_words": ((9,),)}, {"seed": 1, "logit_bias": {1: 1.0}}):
         assert torch.equal(sample([new_row(3, [5], **options)], logits, rows).token_ids, sample([new_row(3, [5], **options)], logits).token_ids)

@@ -79,13 +79,16 @@ def test_every_request_gets_its_pieces_once_in_order_and_one_final(lengths: list
 
 
 def test_pieces_that_wait_for_a_busy_sender_become_one_response(streamer: Streamer) -> None:
-    client = Client(delay=0.05)
-    channel = _open(streamer, client)
-    for piece in range(10):
+    client = Client()
+    started, go_on = threading.Event(), threading.Event()
+    channel = streamer.open(_slowed(client.send, started, go_on), client.on_end, stream=True)
+    streamer.put(channel, Delta(text="0"))
+    assert started.wait(5)
+    for piece in range(1, 10):
         streamer.put(channel, Delta(text=str(piece), finish_reason="length" if piece == 9 else None))
+    go_on.set()
     assert client.ended.wait(5)
-    assert len(client.sent) == 2
-    assert client.text == "0123456789"
+    assert [delta.text for delta, _ in client.sent] == ["0", "123456789"]
 
 
 def test_an_unstreamed_answer_is_one_response(streamer: Streamer) -> None:
@@ -177,10 +180,9 @@ def test_a_continuation_that_waited_too_long_takes_turns_with_first_tokens() -> 
 
 def test_an_error_is_sent_after_the_text_before_it(streamer: Streamer) -> None:
     client = Client()
-    channel = _open(streamer, client)
     error = RequestError("the engine stopped", ErrorKind.OVERLOADED)
     started, go_on = threading.Event(), threading.Event()
-    channel.send = _slowed(client.send, started, go_on)
+    channel = streamer.open(_slowed(client.send, started, go_on), client.on_end, stream=True)
     streamer.put(channel, Delta(text="a"))
     assert started.wait(5)
     streamer.put(channel, Delta(text="b"))
@@ -267,7 +269,9 @@ def test_close_sends_what_is_in_line() -> None:
 
 def test_joined_pieces_keep_every_token_and_the_last_totals() -> None:
     first = Delta(text="a", token_ids=(1,), logprobs=({1: -1.0},), cumulative_logprob=-1.0, num_input_tokens=7, num_cached_tokens=3)
-    second = Delta(text="b", token_ids=(2, 3), logprobs=({2: -2.0}, {3: -0.5}), cumulative_logprob=-3.5, num_input_tokens=7, num_cached_tokens=3, finish_reason="stop")
+    second = Delta(
+        text="b", token_ids=(2, 3), logprobs=({2: -2.0}, {3: -0.5}), cumulative_logprob=-3.5, num_input_tokens=7, num_cached_tokens=3, finish_reason="stop"
+    )
     assert joined([first, second]) == Delta(
         text="ab",
         token_ids=(1, 2, 3),

@@ -1,0 +1,118 @@
+"""What happens between the QKV product and attention, in one launch: split into heads, norm of queries and keys, rotation, K and V into their pages.
+
+A program has one token and HEADS of its heads, each as two halves, because position i of a head is rotated against position i + head_dim / 2.
+Rounding is the reference's: the normalised head, its product with the weight and the rotated head are rounded to the input's type.
+Sources: rotary embedding, Su et al., 2021, paired as in Hugging Face checkpoints; norm of queries and keys, Henry et al., 2020, as in Qwen3.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_HALF_HEAD_ELEMENTS = 1024  # of a program
+
+
+@triton.jit
+def _norm_halves(first, second, q_weight, k_weight, is_query, dim, eps, DTYPE: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of [HEADS, head_dim] float32, normed together, rounded to DTYPE twice, float32 again."""
+    inside = dim < HALF
+    q_first = tl.load(q_weight + dim, mask=inside, other=0.0).to(tl.float32)
+    q_second = tl.load(q_weight + HALF + dim, mask=inside, other=0.0).to(tl.float32)
+    k_first = tl.load(k_weight + dim, mask=inside, other=0.0).to(tl.float32)
+    k_second = tl.load(k_weight + HALF + dim, mask=inside, other=0.0).to(tl.float32)
+    shrink = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
+    first = (first * shrink).to(DTYPE).to(tl.float32) * tl.where(is_query[:, None], q_first[None, :], k_first[None, :])
+    second = (second * shrink).to(DTYPE).to(tl.float32) * tl.where(is_query[:, None], q_second[None, :], k_second[None, :])
+    return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _rope_write_kv_kernel(
+    qkv, out, q_weight, k_weight, rope_table, positions, kv_pages, slot_mapping, eps,
+    qkv_stride, out_stride, rope_stride, page_stride, value_stride, head_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEADS: tl.constexpr, NORM: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
+    DTYPE: tl.constexpr = qkv.dtype.element_ty
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    dim = tl.arange(0, HALF_PAD)
+    is_query = head < NUM_HEADS
+    is_value = head >= NUM_HEADS + NUM_KV_HEADS
+    inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & (dim < HALF)[None, :]
+
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    angle = rope_table + tl.load(positions + token).to(tl.int64) * rope_stride + dim
+    cell = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + dim[None, :]
+    raw_first = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
+    raw_second = tl.load(cell + HALF, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(angle, mask=dim < HALF, other=0.0)[None, :]
+    sin = tl.load(angle + HALF, mask=dim < HALF, other=0.0)[None, :]
+
+    first, second = raw_first, raw_second
+    if NORM:
+        first, second = _norm_halves(first, second, q_weight, k_weight, is_query, dim, eps, DTYPE, HALF)
+    rotated_first = tl.where(is_value[:, None], raw_first, first * cos - second * sin).to(DTYPE)
+    rotated_second = tl.where(is_value[:, None], raw_second, second * cos + first * sin).to(DTYPE)
+
+    to_query = inside & is_query[:, None]
+    query = out + token * out_stride + head[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(query, rotated_first, mask=to_query)
+    tl.store(query + HALF, rotated_second, mask=to_query)
+    to_store = inside & (head >= NUM_HEADS)[:, None] & (slot >= 0)
+    kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
+    place = slot // PAGE_SIZE * page_stride + is_value.to(tl.int64) * value_stride + kv_head * head_stride + slot % PAGE_SIZE * HEAD_DIM
+    target = kv_pages + place[:, None] + dim[None, :]
+    tl.store(target, rotated_first.to(kv_pages.dtype.element_ty), mask=to_store)
+    tl.store(target + HALF, rotated_second.to(kv_pages.dtype.element_ty), mask=to_store)
+
+
+def rope_write_kv(
+    qkv: torch.Tensor, num_heads: int, qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None, rope_table: torch.Tensor, positions: torch.Tensor,
+    kv_pages: torch.Tensor, slot_mapping: torch.Tensor, *, out: torch.Tensor | None = None, launch_pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Rotates the queries into out [T, num_heads, D], stores keys (rotated) and values at their slots; returns out.
+
+    qkv: [T, (num_heads + 2 num_kv_heads) D], rows may be strided. qk_norm: weight [D] of the queries, of the keys, eps; same dtype as qkv. rope_table: [max_len, D]
+    float32, cosines in the first half of a row, sines in the second. positions: [T] integers < max_len. kv_pages: [num_pages, 2, num_kv_heads, page_size, D],
+    any floating dtype. slot_mapping: [T] integers, page_id * page_size + offset; -1 stores nothing (its query is computed all the same).
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
+    Raises ValueError for shapes, strides or dtypes that do not fit.
+    """
+    num_tokens = qkv.shape[0]
+    num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
+    out = qkv.new_empty(num_tokens, num_heads, head_dim) if out is None else out
+    _check(qkv, num_heads, rope_table, positions, kv_pages, slot_mapping, out)
+    if num_tokens == 0:
+        return out
+    q_weight, k_weight, eps = (qkv, qkv, 0.0) if qk_norm is None else qk_norm
+    half_pad = triton.next_power_of_2(head_dim // 2)
+    heads = min(max(1, _HALF_HEAD_ELEMENTS // half_pad), triton.next_power_of_2(num_heads + 2 * num_kv_heads))
+    pdl = {"launch_pdl": True} if launch_pdl else {}
+    _rope_write_kv_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
+        qkv, out, q_weight, k_weight, rope_table, positions, kv_pages, slot_mapping, eps,
+        qkv.stride(0), out.stride(0), rope_table.stride(0), kv_pages.stride(0), kv_pages.stride(1), kv_pages.stride(2),
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF_PAD=half_pad, PAGE_SIZE=page_size,
+        HEADS=heads, NORM=qk_norm is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    qkv: torch.Tensor, num_heads: int, rope_table: torch.Tensor, positions: torch.Tensor, kv_pages: torch.Tensor, slot_mapping: torch.Tensor, out: torch.Tensor
+) -> None:
+    _, _, num_kv_heads, _, head_dim = kv_pages.shape
+    if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim or head_dim % 2:
+        raise ValueError(f"qkv rows of {qkv.shape[1]} are not {num_heads} + 2 * {num_kv_heads} heads of {head_dim}")
+    if out.shape != (len(qkv), num_heads, head_dim) or out.dtype != qkv.dtype or rope_table.shape[1] != head_dim or rope_table.dtype != torch.float32:
+        raise ValueError(f"out {tuple(out.shape)} {out.dtype} or rope_table {tuple(rope_table.shape)} {rope_table.dtype} do not fit qkv or the heads")
+    if positions.shape != (len(qkv),) or slot_mapping.shape != (len(qkv),):
+        raise ValueError(f"{len(qkv)} tokens, but positions {tuple(positions.shape)} and slot_mapping {tuple(slot_mapping.shape)}")
+    if kv_pages.stride()[3:] != (head_dim, 1) or qkv.stride(1) != 1 or out.stride()[1:] != (head_dim, 1) or rope_table.stride(1) != 1:
+        raise ValueError("rows, heads and pages must be contiguous")

@@ -1,0 +1,156 @@
+"""Keeps the rows: what the host says about a step goes into the rows' state, a step's inputs come out of it, and sampled tokens go back.
+
+A *row* is a running sequence's place in persistent device tensors: `history` [rows, max_len] has its tokens, `page_tables` [rows, max_pages] its pages.
+The host sends a step as slices of one small buffer; these kernels read the slices where they lie. Everywhere a row of -1 is padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _write_spans_kernel(target, spans, values, target_stride, spans_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    span = spans + tl.program_id(0).to(tl.int64) * spans_stride
+    row = tl.load(span).to(tl.int64)
+    column = tl.load(span + 1).to(tl.int64)
+    start = tl.load(span + 2).to(tl.int64)
+    length = tl.where(row < 0, 0, tl.load(span + 3))
+    for begin in range(tl.program_id(1) * BLOCK, length, tl.num_programs(1) * BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        value = tl.load(values + start + index, mask=index < length)
+        tl.store(target + row * target_stride + column + index, value.to(target.dtype.element_ty), mask=index < length)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _update_page_tables_kernel(page_tables, updates, count, tables_stride, updates_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    update = updates + index.to(tl.int64) * updates_stride
+    row = tl.load(update, mask=index < count, other=-1).to(tl.int64)
+    column = tl.load(update + 1, mask=row >= 0, other=0)
+    page = tl.load(update + 2, mask=row >= 0, other=0)
+    tl.store(page_tables + row * tables_stride + column, page, mask=row >= 0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _write_tokens_kernel(
+    history, num_tokens, rows, positions, token_ids, count, history_stride, BLOCK: tl.constexpr, COUNTS: tl.constexpr, LAUNCH_PDL: tl.constexpr
+):
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + index, mask=index < count, other=-1).to(tl.int64)
+    position = tl.load(positions + index, mask=row >= 0, other=0)
+    token = tl.load(token_ids + index, mask=row >= 0, other=0)
+    tl.store(history + row * history_stride + position, token.to(history.dtype.element_ty), mask=row >= 0)
+    if COUNTS:
+        tl.store(num_tokens + row, (position + 1).to(num_tokens.dtype.element_ty), mask=row >= 0)
+
+
+@triton.jit
+def _gather_step_kernel(
+    rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
+    history_stride, tables_stride, table_stride, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sequence = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + sequence).to(tl.int64)
+    real = row >= 0
+    start = tl.where(real, tl.load(starts + sequence), 0)
+    count = tl.load(counts + sequence)
+    offset = tl.load(offsets + sequence)
+    length = tl.where(real, start + count, 0)
+    tl.store(seq_lens + sequence, length)
+    for begin in range(0, count, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        mine = index < count
+        position = tl.where(real, start + index, 0)
+        page = tl.load(page_tables + row * tables_stride + position // PAGE_SIZE, mask=mine & real, other=0)
+        slot = tl.where(real, page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, -1)
+        token = tl.load(history + row * history_stride + position, mask=mine & real, other=0)
+        tl.store(input_ids + offset + index, token.to(input_ids.dtype.element_ty), mask=mine)
+        tl.store(positions + offset + index, position.to(positions.dtype.element_ty), mask=mine)
+        tl.store(slot_mapping + offset + index, slot.to(slot_mapping.dtype.element_ty), mask=mine)
+    num_pages = (length + PAGE_SIZE - 1) // PAGE_SIZE
+    for begin in range(0, num_pages, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        page = tl.load(page_tables + row * tables_stride + index, mask=index < num_pages, other=0)
+        tl.store(page_table + sequence * table_stride + index, page, mask=index < num_pages)
+
+
+def write_spans(target: torch.Tensor, spans: torch.Tensor, values: torch.Tensor, *, launch_pdl: bool = False) -> None:
+    """target[row, column : column + length] = values[start : start + length] for every (row, column, start, length) of spans: new rows' prompts, pages, lists.
+
+    target: [R, W] and values: [N], any dtypes that convert, last dimension contiguous; spans: int32 [k, 4], rows contiguous; spans of one launch must not overlap.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
+    """
+    if len(spans) == 0:
+        return
+    pdl = {"launch_pdl": True} if launch_pdl else {}
+    parts = min(8, triton.cdiv(target.shape[1], _BLOCK))
+    _write_spans_kernel[(len(spans), parts)](
+        target, spans, values, target.stride(0), spans.stride(0), BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl
+    )
+
+
+def update_page_tables(page_tables: torch.Tensor, updates: torch.Tensor, *, launch_pdl: bool = False) -> None:
+    """page_tables[row, index] = page for every (row, index, page) of updates.
+
+    page_tables: int32 [R, P]; updates: int32 [k, 3], rows contiguous, no (row, index) twice. launch_pdl: as in `write_spans`.
+    """
+    if len(updates) == 0:
+        return
+    pdl = {"launch_pdl": True} if launch_pdl else {}
+    block = min(_BLOCK, max(32, triton.next_power_of_2(len(updates))))
+    _update_page_tables_kernel[(triton.cdiv(len(updates), block),)](
+        page_tables, updates, len(updates), page_tables.stride(0), updates.stride(0), BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32), **pdl
+    )
+
+
+def write_tokens(
+    history: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, *, num_tokens: torch.Tensor | None = None, launch_pdl: bool = False
+) -> None:
+    """history[rows[m], positions[m]] = token_ids[m], and num_tokens[rows[m]] = positions[m] + 1 if given.
+
+    history: [R, H] and num_tokens: [R], int32 or int64; rows, positions, token_ids: [M] integers; rows distinct. launch_pdl: as in `write_spans`.
+    """
+    if len(rows) == 0:
+        return
+    pdl = {"launch_pdl": True} if launch_pdl else {}
+    block = min(_BLOCK, max(32, triton.next_power_of_2(len(rows))))
+    _write_tokens_kernel[(triton.cdiv(len(rows), block),)](
+        history, history if num_tokens is None else num_tokens, rows, positions, token_ids, len(rows), history.stride(0),
+        BLOCK=block, COUNTS=num_tokens is not None, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32), **pdl,
+    )  # fmt: skip
+
+
+def gather_step(
+    rows: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, history: torch.Tensor, page_tables: torch.Tensor, page_size: int,
+    *, input_ids: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, launch_pdl: bool = False,
+) -> None:  # fmt: skip
+    """A step's inputs from the rows' state: sequence s computes positions starts[s] ... starts[s] + counts[s] - 1 of rows[s], as tokens offsets[s] ... of the step.
+
+    rows, starts, counts, offsets: int32 [S]. history: [R, H]; page_tables: int32 [R, P]. Written: input_ids, positions, slot_mapping [T]; seq_lens [S], the
+    tokens after the step; page_table int32 [S, P], of each row only the entries of pages in use. A padding sequence gets length 0 and for each of its counts[s]
+    tokens id 0, position 0 and slot -1. launch_pdl: as in `write_spans`.
+    """
+    if len(rows) == 0:
+        return
+    pdl = {"launch_pdl": True} if launch_pdl else {}
+    _gather_step_kernel[(len(rows),)](
+        rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
+        history.stride(0), page_tables.stride(0), page_table.stride(0), PAGE_SIZE=page_size, BLOCK=256, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+    )  # fmt: skip

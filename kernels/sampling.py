@@ -1,0 +1,299 @@
+"""From logits to tokens without a sort, the vocabulary split over programs: argmax, seeded sampling, log-probabilities, the n most likely tokens.
+
+A row of logits is cut into chunks, one program each. A program leaves its chunk's result in the workspace; the last of a row to arrive merges them in the order
+of the chunks and sets the row's counter back to zero. Chunks have one size whatever the batch, so a row's result does not depend on the rows beside it.
+Which tokens may be drawn is a threshold per row (truncation.py); penalties, biases and bad words change the logits before (logit_edits.py).
+
+Sources: Gumbel-max with a counter-based hash as written down in reference.sample; splitmix64, Steele et al., 2014; murmur3's finaliser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_TOP = 20  # of top_logprobs, fits in _TOP_PAD
+_TOP_PAD = 32
+_GREEDY, _RANDOM, _GIVEN = 0, 1, 2
+
+
+@triton.jit
+def _fmix32(h):
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _token_hash(seed, position, token):
+    """uint32 h(token) of reference.sample; seed and position are scalars."""
+    z = seed.to(tl.uint64, bitcast=True) + (position.to(tl.int64) + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    key = z ^ (z >> 31)
+    low = (key & 0xFFFFFFFF).to(tl.uint32)
+    high = (key >> 32).to(tl.uint32)
+    return _fmix32(_fmix32(token.to(tl.uint32) * 0x9E3779B1 + low) ^ high)
+
+
+@triton.jit
+def _gumbel(hashed):
+    """-log E of reference.sample, to 1e-5: E = -log(1 - v) by its series where 1 - v would lose v's digits."""
+    v = tl.minimum((hashed.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)
+    series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * (0.25 + v * 0.2))))
+    e = tl.where(v < 0.03125, series, tl.log2(1.0 - v) * -0.6931471805599453)
+    return tl.log2(e) * -0.6931471805599453
+
+
+@triton.jit
+def _arrive(arrivals, num_chunks):
+    """Whether this program is the last of its row: then all the others' results can be read past the L1 cache."""
+    tl.debug_barrier()  # every thread's stores are before the release below
+    return tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_chunks - 1
+
+
+@triton.jit
+def _log_mass(x, top):
+    """Sum of exp(x - top), 0 if there is nothing but -inf."""
+    return tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), 0)
+
+
+@triton.jit
+def _merge_log_mass(partial, chunk, num_chunks):
+    """log of the sum of exp over a row from its chunks' (maximum, mass)."""
+    tops = tl.load(partial + chunk * 2, mask=chunk < num_chunks, other=float("-inf"), cache_modifier=".cg")
+    masses = tl.load(partial + chunk * 2 + 1, mask=chunk < num_chunks, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log(tl.sum(masses * tl.exp(tops - top), 0))
+
+
+@triton.jit
+def _choose_kernel(
+    logits, rows, temperature, seeds, positions, thresholds, tokens, logprobs, arrivals, best_scores, best_tokens, masses, logits_stride,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    PICK: tl.constexpr, TRUNCATED: tl.constexpr, LOGPROBS: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    part = tl.program_id(0)
+    m = tl.program_id(1).to(tl.int64)
+    state = m
+    if HAS_ROWS:
+        state = tl.load(rows + m).to(tl.int64)
+        if state < 0:
+            return
+    token = part * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+    chunk = tl.arange(0, CHUNKS_PAD)
+    if PICK != 2:
+        score = x
+        if PICK == 1:
+            t = tl.load(temperature + state)
+            if t > 0:
+                if TRUNCATED:
+                    score = tl.where(x >= tl.load(thresholds + m), x, float("-inf"))
+                    if tl.max(score, 0) > float("-inf"):
+                        score = tl.div_rn(score, t) + _gumbel(_token_hash(tl.load(seeds + state), tl.load(positions + state), token))
+                else:
+                    score = tl.div_rn(score, t) + _gumbel(_token_hash(tl.load(seeds + state), tl.load(positions + state), token))
+        best, where = tl.max(score, 0, return_indices=True)
+        tl.store(best_scores + m * CHUNKS + part, best)
+        tl.store(best_tokens + m * CHUNKS + part, part * CHUNK + where)
+    if LOGPROBS:
+        top = tl.max(x, 0)
+        tl.store(masses + (m * CHUNKS + part) * 2, top)
+        tl.store(masses + (m * CHUNKS + part) * 2 + 1, _log_mass(x, top))
+
+    if _arrive(arrivals + m, CHUNKS):
+        if PICK == 2:
+            chosen = tl.load(tokens + m).to(tl.int32)
+        else:
+            bests = tl.load(best_scores + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg")
+            of_chunk = tl.load(best_tokens + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=0, cache_modifier=".cg")
+            _, which = tl.max(bests, 0, return_indices=True)
+            chosen = tl.sum(tl.where(chunk == which, of_chunk, 0), 0)
+            tl.store(tokens + m, chosen.to(tokens.dtype.element_ty))
+        if LOGPROBS:
+            raw = tl.load(logits + m * logits_stride + chosen).to(tl.float32)
+            tl.store(logprobs + m, raw - _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS))
+        tl.store(arrivals + m, 0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _top_kernel(
+    logits, ids, logprobs, arrivals, candidates, masses, n, logits_stride, ids_stride, logprobs_stride,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, TOP_PAD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the likelier, then the smaller token."""
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    part = tl.program_id(0)
+    m = tl.program_id(1).to(tl.int64)
+    token = part * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 0)
+    tl.store(masses + (m * CHUNKS + part) * 2, top)
+    tl.store(masses + (m * CHUNKS + part) * 2 + 1, _log_mass(x, top))
+    NOTHING: tl.constexpr = -(2**63)
+    bits = x.to(tl.int32, bitcast=True)
+    packed = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    packed = tl.where(token < VOCAB, packed, NOTHING)
+    mine = candidates + (m * CHUNKS + part) * TOP_PAD
+    for i in range(n):
+        best = tl.max(packed, 0)
+        tl.store(mine + i, best)
+        packed = tl.where(packed == best, NOTHING, packed)
+
+    if _arrive(arrivals + m, CHUNKS):
+        rank = tl.arange(0, TOP_PAD)
+        chunk = tl.arange(0, CHUNKS_PAD)
+        log_mass = _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS)
+        cell = candidates + (m * CHUNKS + chunk[:, None]) * TOP_PAD + rank[None, :]
+        left = tl.load(cell, mask=(chunk < CHUNKS)[:, None] & (rank < n)[None, :], other=NOTHING, cache_modifier=".cg")
+        for i in range(n):
+            best = tl.max(tl.max(left, 1), 0)
+            left = tl.where(left == best, NOTHING, left)
+            winner = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+            order = (best >> 32).to(tl.int32)
+            value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            tl.store(ids + m * ids_stride + i, winner.to(ids.dtype.element_ty))
+            tl.store(logprobs + m * logprobs_stride + i, value - log_mass)
+        tl.store(arrivals + m, 0)
+
+
+@dataclass(frozen=True)
+class SamplingWorkspace:
+    """Scratch of sampling up to max_rows rows of vocab_size logits; launches that run one after another share it.
+
+    arrivals: int32 [max_rows], zero between launches. best_scores float32, best_tokens int32 [max_rows, chunks]: a chunk's winner. masses: float32
+    [max_rows, chunks, 2]: its maximum and sum of exp(logit - maximum). candidates: int64 [max_rows, chunks, 32]: its largest; in a search, masses above pivots.
+    search: int64 [max_rows, 8], pivots: int32 [max_rows, 8], gathered: float32 [max_rows, chunk]: see truncation.py.
+    """
+
+    max_rows: int
+    vocab_size: int
+    chunk: int
+    arrivals: torch.Tensor
+    best_scores: torch.Tensor
+    best_tokens: torch.Tensor
+    masses: torch.Tensor
+    candidates: torch.Tensor
+    search: torch.Tensor
+    pivots: torch.Tensor
+    gathered: torch.Tensor
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.vocab_size, self.chunk)
+
+
+def make_sampling_workspace(max_rows: int, vocab_size: int, device: torch.device, *, chunk: int = 4096) -> SamplingWorkspace:
+    """Allocate it; 256 rows of 128,256 tokens take 7 MB. chunk: tokens per program, a power of two up to 4096 (smaller ones are for tests).
+
+    Raises ValueError for another chunk.
+    """
+    if chunk & (chunk - 1) or not 1 <= chunk <= 4096:
+        raise ValueError(f"chunk {chunk} is no power of two up to 4096")
+    chunks = triton.cdiv(vocab_size, chunk)
+
+    def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(max_rows, *shape, dtype=dtype, device=device)
+
+    return SamplingWorkspace(
+        max_rows=max_rows, vocab_size=vocab_size, chunk=chunk,
+        arrivals=scratch(dtype=torch.int32), best_scores=scratch(chunks, dtype=torch.float32), best_tokens=scratch(chunks, dtype=torch.int32),
+        masses=scratch(chunks, 2, dtype=torch.float32), candidates=scratch(chunks, _TOP_PAD, dtype=torch.int64),
+        search=scratch(8, dtype=torch.int64), pivots=scratch(8, dtype=torch.int32), gathered=scratch(chunk, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def argmax(
+    logits: torch.Tensor, *, workspace: SamplingWorkspace, out: torch.Tensor | None = None, logprobs_out: torch.Tensor | None = None, launch_pdl: bool = False
+) -> torch.Tensor:
+    """out[m] = the most likely token of row m, the smallest of equals; logprobs_out[m] its log-probability, in the same pass.
+
+    logits: [M, V], any floating dtype, rows contiguous, may be strided. out: [M] int32 or int64 (made as int64). logprobs_out: float32 [M].
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
+    Raises ValueError if logits do not fit the workspace.
+    """
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
+    _choose(logits, _GREEDY, None, None, None, None, None, out, logprobs_out, workspace, launch_pdl)
+    return out
+
+
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, workspace: SamplingWorkspace,
+    thresholds: torch.Tensor | None = None, rows: torch.Tensor | None = None, out: torch.Tensor | None = None, logprobs_out: torch.Tensor | None = None,
+    launch_pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """out[m] = a token drawn from softmax(logits[m] / temperature), the same for the same seed and position: reference.sample's race. 0: the most likely one.
+
+    logits, out, logprobs_out, launch_pdl: as in `argmax`; logprobs_out is of the logits as they are, at temperature 1, nothing cut off. temperature: float32,
+    seeds: int64, positions: int32 or int64, each [M], or [R] if rows [M] says which entry is row m's (-1: padding, out[m] is left as it is).
+    thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
+    """
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
+    _choose(logits, _RANDOM, rows, temperature, seeds, positions, thresholds, out, logprobs_out, workspace, launch_pdl)
+    return out
+
+
+def logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, *, workspace: SamplingWorkspace, out: torch.Tensor | None = None, launch_pdl: bool = False
+) -> torch.Tensor:
+    """out[m] = log softmax(logits[m]) at token_ids[m]: [M, V], [M] integers -> [M] float32. As `argmax` otherwise."""
+    out = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if out is None else out
+    _choose(logits, _GIVEN, None, None, None, None, None, token_ids, out, workspace, launch_pdl)
+    return out
+
+
+def top_logprobs(
+    logits: torch.Tensor, n: int, *, workspace: SamplingWorkspace, out: tuple[torch.Tensor, torch.Tensor] | None = None, launch_pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The n largest of log softmax(logits[m]), largest first, of equals the smaller token first: ids [M, n] int64 (or int32), log-probabilities [M, n] float32.
+
+    1 <= n <= MAX_TOP and n <= V. As `argmax` otherwise. Raises ValueError for another n.
+    """
+    if not 1 <= n <= min(MAX_TOP, workspace.vocab_size):
+        raise ValueError(f"n {n} is not between 1 and {min(MAX_TOP, workspace.vocab_size)}")
+    shape = (len(logits), n)
+    ids, values = (logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)) if out is None else out
+    check_logits(logits, workspace)
+    if len(logits):
+        pdl = {"launch_pdl": True} if launch_pdl else {}
+        _top_kernel[(workspace.chunks, len(logits))](
+            logits, ids, values, workspace.arrivals, workspace.candidates, workspace.masses, n, logits.stride(0), ids.stride(0), values.stride(0),
+            VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks, CHUNKS_PAD=triton.next_power_of_2(workspace.chunks), TOP_PAD=_TOP_PAD,
+            LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        )  # fmt: skip
+    return ids, values
+
+
+def check_logits(logits: torch.Tensor, workspace: SamplingWorkspace) -> None:
+    """Raises ValueError if the workspace is not made for these logits."""
+    if logits.ndim != 2 or logits.shape[1] != workspace.vocab_size or len(logits) > workspace.max_rows:
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit a workspace of {workspace.max_rows} rows of {workspace.vocab_size}")
+    if logits.stride(1) != 1:
+        raise ValueError("rows of logits must be contiguous")
+
+
+def _choose(
+    logits: torch.Tensor, pick: int, rows: torch.Tensor | None, temperature: torch.Tensor | None, seeds: torch.Tensor | None, positions: torch.Tensor | None,
+    thresholds: torch.Tensor | None, tokens: torch.Tensor, logprobs: torch.Tensor | None, workspace: SamplingWorkspace, launch_pdl: bool,
+) -> None:  # fmt: skip
+    check_logits(logits, workspace)
+    if len(logits) == 0:
+        return
+    unused = workspace.arrivals
+    pdl = {"launch_pdl": True} if launch_pdl else {}
+    _choose_kernel[(workspace.chunks, len(logits))](
+        logits, *(unused if given is None else given for given in (rows, temperature, seeds, positions, thresholds)),
+        tokens, unused if logprobs is None else logprobs, workspace.arrivals, workspace.best_scores, workspace.best_tokens, workspace.masses, logits.stride(0),
+        VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks, CHUNKS_PAD=triton.next_power_of_2(workspace.chunks),
+        PICK=pick, TRUNCATED=thresholds is not None, LOGPROBS=logprobs is not None, HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+    )  # fmt: skip

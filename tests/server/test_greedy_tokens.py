@@ -1,0 +1,116 @@
+"""Through a real server: greedy tokens are those of transformers in float32, whatever the tunables are.
+
+Every pair of (page size, budget, cache, pool, front ends) values meets somewhere in the cases; the full product runs without a server in tests/e2e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paged_backend.launch import Server, ServerSettings
+from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.server.calls import run_all, wait_for_metrics
+
+pytestmark = pytest.mark.server
+
+NUM_PROMPTS = 64
+MAX_TOKENS = 20
+LONG_ANSWERS, LONG = 10, 180  # so many prompts get so long an answer: sequences outgrow the pages they started with
+MAX_MODEL_LEN = 768
+
+CHECKPOINTS = {
+    "llama, tied, llama3 rope": (
+        "LlamaForCausalLM",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "mistral, window 64": ("MistralForCausalLM", {"sliding_window": 64}),
+    "qwen2, MHA, linear rope": (
+        "Qwen2ForCausalLM",
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "qwen3, head_dim 32, yarn": (
+        "Qwen3ForCausalLM",
+        {
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 256},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    checkpoint: str
+    page_size: int
+    budget: int
+    prefix_cache: bool
+    scarce: bool  # a pool so small that sequences are preempted
+    front_ends: int
+
+
+CASES = [
+    Case("llama, tied, llama3 rope", 16, 4096, True, False, 4),
+    Case("llama, tied, llama3 rope", 1, 32, False, True, 1),
+    Case("llama, tied, llama3 rope", 64, 32, True, True, 1),
+    Case("mistral, window 64", 16, 32, False, False, 1),
+    Case("mistral, window 64", 1, 4096, True, True, 4),
+    Case("mistral, window 64", 64, 4096, False, True, 1),
+    Case("qwen2, MHA, linear rope", 16, 4096, False, True, 1),
+    Case("qwen2, MHA, linear rope", 1, 32, True, False, 1),
+    Case("qwen2, MHA, linear rope", 64, 4096, True, False, 4),
+    Case("qwen3, head_dim 32, yarn", 16, 32, True, True, 4),
+    Case("qwen3, head_dim 32, yarn", 1, 4096, False, False, 1),
+    Case("qwen3, head_dim 32, yarn", 64, 32, False, False, 1),
+]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[np.ndarray], list[list[int]]]:
+    architecture, options = CHECKPOINTS[request.param]
+    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **options)
+    lengths = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 700, 699, *np.random.default_rng(3).integers(1, 700, NUM_PROMPTS - 21).tolist()]
+    prompts = random_prompts(lengths)
+    prompts += [np.concatenate([prompts[11][:300], prompt[:9]]) for prompt in prompts[13:21]]  # common beginnings
+    assert len(prompts) == NUM_PROMPTS
+    oracle = Oracle(folder)
+    return request.param, folder, prompts, oracle.greedy(prompts[:LONG_ANSWERS], LONG) + oracle.greedy(prompts[LONG_ANSWERS:], MAX_TOKENS)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_greedy_tokens_are_those_of_transformers(checkpoint: tuple[str, Path, list[np.ndarray], list[list[int]]], number: int) -> None:
+    name, folder, prompts, expected = checkpoint
+    case = [case for case in CASES if case.checkpoint == name][number]
+    pool_tokens = 832 if case.scarce else 65_536
+    options = {
+        "page_size": case.page_size,
+        "num_pages": pool_tokens // case.page_size,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_batched_tokens": case.budget,
+        "prefix_cache": case.prefix_cache,
+    }
+    requests = [
+        {"input_ids": prompt.tolist(), "max_tokens": len(answer), "temperature": 0.0} for prompt, answer in zip(prompts, expected, strict=True)
+    ]
+    with Server(ServerSettings(model=str(folder), options=options, instances=case.front_ends)) as server:
+        answers = run_all(server.addresses.grpc_url, requests)
+        wanted = (lambda values: values["paged_preemptions_total"] > 0) if case.scarce else (lambda values: True)
+        assert wait_for_metrics(server.addresses.metrics_url, wanted)
+    assert [answer.error for answer in answers] == [None] * NUM_PROMPTS
+    assert [answer.token_ids for answer in answers] == expected
+    assert {answer.num_finals for answer in answers} == {1}
+    if not case.prefix_cache:
+        assert not any(answer.num_cached_tokens for answer in answers)

@@ -1,0 +1,302 @@
+"""Front ends and their engine process: one engine for all, however they arrive; clear errors when it fails; nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paged_backend.config import EngineConfig
+from paged_backend.election import Election, ProcessId
+from paged_backend.engine_client import EngineClient, Piece, engine_command
+from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.messages import Stats
+from paged_backend.prompt import Prompt
+from paged_backend.request import SamplingParams
+from tests.server import fake_engine
+
+COMMAND = [sys.executable, str(Path(fake_engine.__file__))]
+TOKENIZER = fake_engine.make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short temporary folder: socket addresses end at 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
+
+
+@pytest.fixture
+def key() -> str:
+    return uuid.uuid4().hex
+
+
+def _connect(key: str, num_front_ends: int = 1, model: str = "fake") -> EngineClient:
+    client = EngineClient.connect(EngineConfig(model=model), key, num_front_ends, COMMAND)
+    client.start(lambda stats: None)
+    return client
+
+
+def _connect_all(key: str, num_front_ends: int, model: str = "fake") -> list[EngineClient]:
+    """At the same time, as instances initialise."""
+    with ThreadPoolExecutor(num_front_ends) as threads:
+        return list(threads.map(lambda _: _connect(key, num_front_ends, model), range(num_front_ends)))
+
+
+def _close_all(clients: list[EngineClient]) -> None:
+    """One after another, as instances are finalized."""
+    for client in clients:
+        client.close()
+
+
+def _prompt(text: str, **sampling: object) -> Prompt:
+    params = SamplingParams(**{"max_tokens": 64, **sampling})  # type: ignore[arg-type]
+    return Prompt(np.array(TOKENIZER.encode(text).ids, np.int32), params, ())
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.finished = threading.Event()
+
+    def __call__(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        if piece.finish is not None:
+            self.finished.set()
+
+    @property
+    def ids(self) -> list[int]:
+        return [token_id for piece in self.pieces for token_id in piece.token_ids]
+
+
+def _ask(client: EngineClient, text: str, **sampling: object) -> tuple[int, Inbox]:
+    inbox = Inbox()
+    return client.submit(_prompt(text, **sampling), "", time.monotonic(), inbox), inbox
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _engine_pid(client: EngineClient) -> int:
+    return client._seat.engine.pid
+
+
+def test_front_ends_that_arrive_together_share_one_engine_and_have_their_own_numbers(key: str) -> None:
+    clients = _connect_all(key, 4)
+    try:
+        assert len({_engine_pid(client) for client in clients}) == 1
+        assert sorted(client.front_end for client in clients) == [0, 1, 2, 3]
+        answers = [_ask(client, f"tokens=9 {client.front_end}")[1] for client in clients for _ in range(5)]
+        assert all(inbox.finished.wait(5) for inbox in answers)
+        for number, inbox in enumerate(answers):
+            assert inbox.ids == fake_engine.answer_ids(TOKENIZER, f"tokens=9 {clients[number // 5].front_end}", 9)
+    finally:
+        _close_all(clients)
+
+
+def test_the_last_token_and_the_finish_come_in_one_piece(key: str) -> None:
+    client = _connect(key)
+    try:
+        _, inbox = _ask(client, "tokens=3 delay=0.01", logprobs=2)
+        assert inbox.finished.wait(5)
+        assert [len(piece.token_ids) for piece in inbox.pieces] == [1, 1, 1]
+        assert [piece.num_cached_tokens for piece in inbox.pieces] == [3, None, None]
+        assert [piece.finish is not None for piece in inbox.pieces] == [False, False, True]
+        token = inbox.ids[0]
+        assert list(inbox.pieces[0].logprobs[0].items()) == [(token, -0.5), (token + 1, -1.5)]
+    finally:
+        client.close()
+
+
+def test_nothing_is_left_after_the_last_close(key: str, folder: Path) -> None:
+    clients = _connect_all(key, 3)
+    engine = ProcessId.of(_engine_pid(clients[0]))
+    assert engine is not None
+    _close_all(clients)
+    assert not engine.alive
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", ["owner first", "owner last"])
+def test_closing_takes_little_time_in_any_order(key: str, order: str) -> None:
+    clients = sorted(_connect_all(key, 3), key=lambda client: client.front_end, reverse=order == "owner last")
+    started = time.monotonic()
+    _close_all(clients)
+    assert time.monotonic() - started < 4
+
+
+def test_a_reload_gets_its_own_engine_while_the_old_front_ends_run(key: str) -> None:
+    old = _connect_all(key, 2)
+    new = _connect_all(key, 2)
+    try:
+        assert _engine_pid(old[0]) == _engine_pid(old[1]) != _engine_pid(new[0]) == _engine_pid(new[1])
+        _close_all(old)
+        _, inbox = _ask(new[1], "tokens=3")
+        assert inbox.finished.wait(5)
+    finally:
+        _close_all(old + new)
+
+
+def test_a_front_end_that_arrives_after_the_owner_left_starts_anew(key: str) -> None:
+    first = _connect(key, 3)
+    first.close()
+    second = _connect(key, 3)
+    try:
+        assert second.front_end == 0
+    finally:
+        second.close()
+
+
+def test_a_broken_load_tells_every_front_end_why_and_does_not_poison_the_next(key: str) -> None:
+    errors = []
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(_connect, key, 4, "broken") for _ in range(4)]:
+            with pytest.raises(EngineError) as caught:
+                future.result()
+            errors.append(str(caught.value))
+    assert errors == ["model 'broken': the checkpoint is broken"] * 4
+    _close_all(_connect_all(key, 4))
+
+
+def test_an_engine_that_dies_while_loading_is_noticed(key: str) -> None:
+    with pytest.raises(EngineError, match="ended with status 3 before it was ready"):
+        _connect(key, model="crash")
+
+
+def test_an_engine_that_cannot_be_started_is_an_error(key: str, folder: Path) -> None:
+    with pytest.raises(EngineError, match="cannot be started: No such file"):
+        EngineClient.connect(EngineConfig(), key, 1, [str(folder / "nothing")])
+    with pytest.raises(EngineError, match="cannot be started"):
+        EngineClient.connect(EngineConfig(), key, 1, [str(folder / "nothing")])
+
+
+def test_every_live_request_ends_with_one_error_when_the_engine_is_killed(key: str) -> None:
+    clients = _connect_all(key, 2)
+    try:
+        inboxes = [_ask(client, "silent")[1] for client in clients for _ in range(10)]
+        _, streaming = _ask(clients[0], "tokens=60 delay=0.01")
+        _wait(lambda: len(streaming.ids) > 3)
+        os.kill(_engine_pid(clients[0]), signal.SIGKILL)
+        for inbox in [*inboxes, streaming]:
+            assert inbox.finished.wait(2)
+        time.sleep(0.05)
+        for inbox in [*inboxes, streaming]:
+            finishes = [piece.finish for piece in inbox.pieces if piece.finish is not None]
+            assert [(finish.error, finish.message) for finish in finishes] == [(ErrorKind.OVERLOADED, "the engine stopped; try again later")]
+        assert not any(client.alive for client in clients)
+        with pytest.raises(RequestError, match="the engine stopped") as caught:
+            _ask(clients[1], "tokens=3")
+        assert caught.value.kind is ErrorKind.OVERLOADED
+    finally:
+        started = time.monotonic()
+        _close_all(clients)
+        assert time.monotonic() - started < 2
+
+
+def test_nothing_is_heard_of_an_aborted_request(key: str) -> None:
+    client = _connect(key)
+    try:
+        request_id, inbox = _ask(client, "tokens=60 delay=0.005")
+        _wait(lambda: len(inbox.pieces) > 2)
+        client.abort(request_id)
+        num_pieces = len(inbox.pieces)
+        client.abort(request_id)
+        time.sleep(0.1)
+        assert len(inbox.pieces) <= num_pieces + 1  # one may have been on its way to the receiver
+        assert not inbox.finished.is_set()
+    finally:
+        client.close()
+
+
+def test_a_failing_receiver_does_not_silence_other_requests(key: str) -> None:
+    client = _connect(key)
+    try:
+
+        def fail(piece: Piece) -> None:
+            raise ValueError("broken")
+
+        client.submit(_prompt("tokens=5"), "", time.monotonic(), fail)
+        _, inbox = _ask(client, "tokens=5")
+        assert inbox.finished.wait(5)
+    finally:
+        client.close()
+
+
+def test_requests_of_many_threads_arrive_whole(key: str) -> None:
+    client = _connect(key)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda number: _ask(client, f"tokens=20 {number}"), range(100)))
+        assert all(inbox.finished.wait(10) for _, inbox in answers)
+        assert len({request_id for request_id, _ in answers}) == 100
+        for number, (_, inbox) in enumerate(answers):
+            assert inbox.ids == fake_engine.answer_ids(TOKENIZER, f"tokens=20 {number}", 20)
+    finally:
+        client.close()
+
+
+def test_the_engines_numbers_reach_one_front_end_only(key: str) -> None:
+    """Two would add up the same counters."""
+    seen: dict[int, list[Stats]] = {}
+    with ExitStack() as stack:
+        for _ in range(3):
+            client = EngineClient.connect(EngineConfig(model="fake"), key, 3, COMMAND)
+            stack.callback(client.close)
+            client.start(seen.setdefault(client.front_end, []).append)
+        _wait(lambda: len(seen[0]) > 2)
+        assert not seen[1]
+        assert not seen[2]
+
+
+def test_a_stranger_cannot_provide_the_folder_of_the_sockets(key: str, folder: Path) -> None:
+    election = Election(key, 1)
+    election._folder.symlink_to(folder)
+    with pytest.raises(EngineError, match="not a private folder"):
+        election.take_seat(lambda _: os.getpid())
+    election._folder.unlink()
+    election._folder.mkdir(mode=0o755)
+    with pytest.raises(EngineError, match="not a private folder"):
+        election.take_seat(lambda _: os.getpid())
+
+
+def test_socket_addresses_fit_even_if_the_temporary_folder_has_a_long_name(key: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = folder / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    client = _connect(key)
+    client.close()
+
+
+def test_a_zombie_is_not_alive() -> None:
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    deadline = time.monotonic() + 5
+    while ProcessId.of(pid) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.waitpid(pid, 0)
+
+
+def test_the_engine_is_started_with_this_interpreter_or_the_one_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_command()[0] == sys.executable
+    assert engine_command()[-2:] == ["-m", "paged_backend.engine_process"]
+    monkeypatch.setattr(sys, "executable", "")
+    assert Path(engine_command()[0]).name == "python3"
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(EngineError, match="python3"):
+        engine_command()
