@@ -98,7 +98,7 @@ def _plan_kernel(
 
 @triton.jit
 def _merge(
-    first_slot, last_slot, head, num_kv_heads, out_rows, partial_acc, partial_lse,
+    first_slot, last_slot, head, num_kv_heads, out_rows, arrivals, partial_acc, partial_lse,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Weigh a sequence's partial outputs by their softmax mass, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32."""
@@ -125,20 +125,7 @@ def _merge(
     rows = tl.arange(0, GROUP_PAD)
     where = out_rows + rows[:, None] * HEAD_DIM + dim[None, :]
     tl.store(where, (acc / mass[:, None]).to(out_rows.dtype.element_ty), mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def _arrive(
-    first_slot, last_slot, head, num_kv_heads, out_rows, arrivals, partial_acc, partial_lse,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Count this program in at a sequence it shares; the last of its programs merges and leaves the counter at zero for the next launch."""
-    counter = arrivals + first_slot * num_kv_heads + head
-    tl.debug_barrier()  # every thread's partial stores come before the release below
-    earlier = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    if earlier == last_slot - first_slot:
-        _merge(first_slot, last_slot, head, num_kv_heads, out_rows, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)
-        tl.store(counter, 0)
+    tl.store(arrivals + first_slot * num_kv_heads + head, 0)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "table_stride"])
@@ -148,11 +135,10 @@ def _decode_kernel(
     num_kv_heads, q_stride, out_stride, table_stride, page_stride, value_stride, head_stride,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr, PLAN_SETTLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if LAUNCH_PDL:
+    if LAUNCH_PDL and not PLAN_SETTLED:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % num_kv_heads
     slot = tl.program_id(0) // num_kv_heads
     share = tl.load(line)
@@ -164,6 +150,10 @@ def _decode_kernel(
     length = tl.load(starts + slot * 8 + 2)
     tile = tl.load(starts + slot * 8 + 3)
     first_seq, first_tile = seq, tile
+    first_slot = tl.load(starts + slot * 8 + 4)
+    first_last_slot = tl.load(starts + slot * 8 + 5)
+    last_seq = tl.load(starts + slot * 8 + 6)
+    last_slot = tl.load(starts + slot * 8 + 7)
     q += head * (GROUP * HEAD_DIM)
     out += head * (GROUP * HEAD_DIM)
     kv_pages += head * head_stride
@@ -179,6 +169,11 @@ def _decode_kernel(
     page = tl.load(page_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=position < length, other=0)
     next_seq = tl.load(records + (record + 1) * 2)
     next_length = tl.load(records + (record + 1) * 2 + 1)
+
+    if LAUNCH_PDL:
+        if PLAN_SETTLED:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     masses = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when an item ends: a reduction across warps costs three barriers
@@ -230,13 +225,23 @@ def _decode_kernel(
             masses = tl.zeros([ROWS, TILE], tl.float32)
             acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
 
-    if first_tile > 0:  # began inside a sequence
-        _arrive(tl.load(starts + slot * 8 + 4), tl.load(starts + slot * 8 + 5), head, num_kv_heads, out + first_seq.to(tl.int64) * out_stride,
-                arrivals, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
-    last_sharer = tl.load(starts + slot * 8 + 7)
-    if last_sharer > slot:  # stopped inside a sequence begun here
-        _arrive(slot, last_sharer, head, num_kv_heads, out + tl.load(starts + slot * 8 + 6).to(tl.int64) * out_stride,
-                arrivals, partial_acc, partial_lse, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
+    # Count this program in at the sequence it began inside of (0) and at the one it stopped inside of (1); the last of a sequence's programs to come merges
+    # its pieces and leaves the counter at zero for the next launch.
+    began_inside = first_tile > 0
+    stopped_inside = last_slot > slot
+    if began_inside | stopped_inside:
+        which = tl.arange(0, 2)
+        counters = arrivals + tl.where(which == 0, first_slot, slot) * num_kv_heads + head
+        tl.debug_barrier()  # every thread's partial stores come before the release below
+        earlier = tl.atomic_add(counters, 1, mask=tl.where(which == 0, first_tile, last_slot - slot) > 0, sem="acq_rel", scope="gpu")
+        begun_by_others = tl.sum(tl.where(which == 0, earlier, 0), 0)
+        begun_here = tl.sum(tl.where(which == 0, 0, earlier), 0)
+        if began_inside & (begun_by_others == first_last_slot - first_slot):
+            _merge(first_slot, first_last_slot, head, num_kv_heads, out + first_seq.to(tl.int64) * out_stride, arrivals, partial_acc, partial_lse,
+                   GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
+        if stopped_inside & (begun_here == last_slot - slot):
+            _merge(slot, last_slot, head, num_kv_heads, out + last_seq.to(tl.int64) * out_stride, arrivals, partial_acc, partial_lse,
+                   GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,7 @@ class DecodeWorkspace:
     num_slots: int
     num_warps: int
     num_stages: int
+    max_registers: int | None
     arrivals: torch.Tensor
     partial_acc: torch.Tensor
     partial_lse: torch.Tensor
@@ -275,6 +281,7 @@ class DecodePlan:
 def make_decode_workspace(
     num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
     *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int = 4, num_stages: int | None = None,
+    max_registers: int | None = None,
 ) -> DecodeWorkspace:  # fmt: skip
     """Allocate the scratch for a geometry; the keyword arguments override the tuned launch shape (tests, benchmarks).
 
@@ -294,6 +301,7 @@ def make_decode_workspace(
         num_slots=num_slots,
         num_warps=num_warps,
         num_stages=num_stages or tuned_stages,
+        max_registers=max_registers,
         arrivals=torch.zeros(num_slots, num_kv_heads, dtype=torch.int32, device=device),
         partial_acc=torch.empty(2 * num_slots, num_kv_heads, group, head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(2 * num_slots, num_kv_heads, group, dtype=torch.float32, device=device),
@@ -303,7 +311,7 @@ def make_decode_workspace(
 def _launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(tile, programs per multiprocessor, stages): a tile of keys is 16 KiB."""
     tile = max(16, 16384 // (triton.next_power_of_2(head_dim) * dtype.itemsize))
-    return tile, 2, 3
+    return tile, 2, 2
 
 
 def make_decode_plan(workspace: DecodeWorkspace, max_sequences: int, sliding_window: int = 0) -> DecodePlan:
@@ -337,14 +345,15 @@ def plan_decode_attention(seq_lens: torch.Tensor, plan: DecodePlan) -> None:
 
 def paged_decode_attention(
     q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, plan: DecodePlan,
-    *, scale: float, soft_cap: float = 0.0, launch_pdl: bool = False,
+    *, scale: float, soft_cap: float = 0.0, launch_pdl: bool = False, plan_settled: bool = False,
 ) -> None:  # fmt: skip
     """out[s, h] = softmax(cap(q[s, h] . K[s] * scale)) . V[s] over the last `sliding_window` tokens of sequence s, as planned.
 
     q, out: [num_sequences, num_q_heads, head_dim], rows may be strided. kv_pages: [num_pages, 2, num_kv_heads, page_size, head_dim], keys then values, page_size
     a power of two. page_table: int32 [num_sequences, max_pages]; entries past a sequence's length are never read. All of one dtype (bfloat16, float16 or
     float32; sums in float32) and 16-byte aligned rows. Rows of length 0 are left as they are. cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0.
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete; with plan_settled, the
+    plan and the page table are read earlier: only for when neither was written by the kernel before, nor by one that it did not wait for.
     """
     workspace = plan.workspace
     page_size, head_dim = kv_pages.shape[3:]
@@ -356,9 +365,9 @@ def paged_decode_attention(
         scale, soft_cap,
         workspace.num_kv_heads, q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), kv_pages.stride(1), kv_pages.stride(2),
         GROUP=workspace.group, GROUP_PAD=group_pad, HEAD_DIM=head_dim, HEAD_PAD=head_pad, PAGE_SIZE=page_size,
-        TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, ROWS=max(16, group_pad), PARTS=max(1, 8192 // (group_pad * head_pad)),
-        LAUNCH_PDL=launch_pdl, PRECISION="ieee",
-        num_warps=workspace.num_warps, num_stages=workspace.num_stages, **pdl,
+        TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, ROWS=max(16, group_pad), PARTS=max(1, 16384 // (group_pad * head_pad)),
+        LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, PRECISION="ieee",
+        num_warps=workspace.num_warps, num_stages=workspace.num_stages, maxnreg=workspace.max_registers, **pdl,
     )  # fmt: skip
 
 

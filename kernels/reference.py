@@ -121,8 +121,8 @@ def decode_attention(
         positions = torch.arange(begin, end, device=q.device)
         hidden = (positions >= seq_lens[live, None]) | (positions < firsts[live, None])
         k, v = _gather(kv_pages, page_table[live], begin, end, tile)
-        v = v.masked_fill(hidden[:, None, :, None], 0)  # 0 * NaN is NaN: what another sequence left in a slot must not matter
-        scores = (queries[live] @ k.transpose(-1, -2)).masked_fill(hidden[:, None, None, :], -torch.inf)
+        v.transpose(1, 2)[hidden] = 0  # 0 * NaN is NaN: what another sequence left in a slot must not matter
+        scores = (queries[live] @ k.transpose(-1, -2)).masked_fill_(hidden[:, None, None, :], -torch.inf)
         new_top = torch.maximum(top[live], scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - new_top)
         decay = torch.exp(top[live] - new_top)

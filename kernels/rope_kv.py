@@ -65,7 +65,8 @@ def _rope_write_kv_kernel(
     query = out + token * out_stride + head[:, None] * HEAD_DIM + dim[None, :]
     tl.store(query, rotated_first, mask=to_query)
     tl.store(query + HALF, rotated_second, mask=to_query)
-    to_store = inside & (head >= NUM_HEADS)[:, None] & (slot >= 0)
+    stored = tl.where(slot >= 0, NUM_HEADS + 2 * NUM_KV_HEADS, 0)
+    to_store = inside & ((head >= NUM_HEADS) & (head < stored))[:, None]
     kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
     place = slot // PAGE_SIZE * page_stride + is_value.to(tl.int64) * value_stride + kv_head * head_stride + slot % PAGE_SIZE * HEAD_DIM
     target = kv_pages + place[:, None] + dim[None, :]
@@ -79,9 +80,10 @@ def rope_write_kv(
 ) -> torch.Tensor:  # fmt: skip
     """Rotates the queries into out [T, num_heads, D], stores keys (rotated) and values at their slots; returns out.
 
-    qkv: [T, (num_heads + 2 num_kv_heads) D], rows may be strided. qk_norm: weight [D] of the queries, of the keys, eps; same dtype as qkv. rope_table: [max_len, D]
-    float32, cosines in the first half of a row, sines in the second. positions: [T] integers < max_len. kv_pages: [num_pages, 2, num_kv_heads, page_size, D],
-    any floating dtype. slot_mapping: [T] integers, page_id * page_size + offset; -1 stores nothing (its query is computed all the same).
+    qkv: [T, (num_heads + 2 num_kv_heads) D], rows may be strided. qk_norm: weight [D] of the queries, of the keys, eps; dtype of qkv.
+    rope_table: [max_len, D] float32, cosines in the first half of a row, sines in the second. positions: [T] integers < max_len.
+    kv_pages: [num_pages, 2, num_kv_heads, page_size, D], any floating dtype. slot_mapping: [T] integers, page_id * page_size + offset; -1 stores nothing
+    (its query is computed all the same).
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
     Raises ValueError for shapes, strides or dtypes that do not fit.
     """

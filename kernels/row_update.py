@@ -72,15 +72,16 @@ def _gather_step_kernel(
     start = tl.where(real, tl.load(starts + sequence), 0)
     count = tl.load(counts + sequence)
     offset = tl.load(offsets + sequence)
-    length = tl.where(real, start + count, 0)
+    known = tl.where(real, count, 0)
+    length = start + known
     tl.store(seq_lens + sequence, length)
     for begin in range(0, count, BLOCK):
         index = begin + tl.arange(0, BLOCK)
         mine = index < count
         position = tl.where(real, start + index, 0)
-        page = tl.load(page_tables + row * tables_stride + position // PAGE_SIZE, mask=mine & real, other=0)
+        page = tl.load(page_tables + row * tables_stride + position // PAGE_SIZE, mask=index < known, other=0)
         slot = tl.where(real, page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, -1)
-        token = tl.load(history + row * history_stride + position, mask=mine & real, other=0)
+        token = tl.load(history + row * history_stride + position, mask=index < known, other=0)
         tl.store(input_ids + offset + index, token.to(input_ids.dtype.element_ty), mask=mine)
         tl.store(positions + offset + index, position.to(positions.dtype.element_ty), mask=mine)
         tl.store(slot_mapping + offset + index, slot.to(slot_mapping.dtype.element_ty), mask=mine)
@@ -94,16 +95,14 @@ def _gather_step_kernel(
 def write_spans(target: torch.Tensor, spans: torch.Tensor, values: torch.Tensor, *, launch_pdl: bool = False) -> None:
     """target[row, column : column + length] = values[start : start + length] for every (row, column, start, length) of spans: new rows' prompts, pages, lists.
 
-    target: [R, W] and values: [N], any dtypes that convert, last dimension contiguous; spans: int32 [k, 4], rows contiguous; spans of one launch must not overlap.
+    target: [R, W] and values: [N], any dtypes that convert, last dimension contiguous. spans: int32 [k, 4], rows contiguous, not overlapping.
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
     """
     if len(spans) == 0:
         return
     pdl = {"launch_pdl": True} if launch_pdl else {}
     parts = min(8, triton.cdiv(target.shape[1], _BLOCK))
-    _write_spans_kernel[(len(spans), parts)](
-        target, spans, values, target.stride(0), spans.stride(0), BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl
-    )
+    _write_spans_kernel[(len(spans), parts)](target, spans, values, target.stride(0), spans.stride(0), BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl)
 
 
 def update_page_tables(page_tables: torch.Tensor, updates: torch.Tensor, *, launch_pdl: bool = False) -> None:
@@ -121,8 +120,9 @@ def update_page_tables(page_tables: torch.Tensor, updates: torch.Tensor, *, laun
 
 
 def write_tokens(
-    history: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, *, num_tokens: torch.Tensor | None = None, launch_pdl: bool = False
-) -> None:
+    history: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor,
+    *, num_tokens: torch.Tensor | None = None, launch_pdl: bool = False,
+) -> None:  # fmt: skip
     """history[rows[m], positions[m]] = token_ids[m], and num_tokens[rows[m]] = positions[m] + 1 if given.
 
     history: [R, H] and num_tokens: [R], int32 or int64; rows, positions, token_ids: [M] integers; rows distinct. launch_pdl: as in `write_spans`.
@@ -141,11 +141,11 @@ def gather_step(
     rows: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, history: torch.Tensor, page_tables: torch.Tensor, page_size: int,
     *, input_ids: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, launch_pdl: bool = False,
 ) -> None:  # fmt: skip
-    """A step's inputs from the rows' state: sequence s computes positions starts[s] ... starts[s] + counts[s] - 1 of rows[s], as tokens offsets[s] ... of the step.
+    """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position starts[s], as tokens offsets[s] ... of the step.
 
     rows, starts, counts, offsets: int32 [S]. history: [R, H]; page_tables: int32 [R, P]. Written: input_ids, positions, slot_mapping [T]; seq_lens [S], the
-    tokens after the step; page_table int32 [S, P], of each row only the entries of pages in use. A padding sequence gets length 0 and for each of its counts[s]
-    tokens id 0, position 0 and slot -1. launch_pdl: as in `write_spans`.
+    tokens after the step; page_table int32 [S, P], of each row only the entries of pages in use. A padding sequence gets length 0 and for each of its
+    counts[s] tokens id 0, position 0 and slot -1. launch_pdl: as in `write_spans`.
     """
     if len(rows) == 0:
         return

@@ -15,9 +15,29 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_TOP = 20  # of top_logprobs, fits in _TOP_PAD
+MAX_TOP = 20  # of top_logprobs; fits in _TOP_PAD
 _TOP_PAD = 32
-_GREEDY, _RANDOM, _GIVEN = 0, 1, 2
+_NOTHING = tl.constexpr(-(2**63))  # less than any candidate
+
+
+@triton.jit
+def order_of(x):
+    """int32 keys that order as float32 x does."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value_of(key):
+    """The float32 of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def arrive(arrivals, num_chunks):
+    """Whether this program is the last of its row: then the others' results can be read, past the L1 cache."""
+    tl.debug_barrier()  # every thread's stores are before the release below
+    return tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_chunks - 1
 
 
 @triton.jit
@@ -49,13 +69,6 @@ def _gumbel(hashed):
 
 
 @triton.jit
-def _arrive(arrivals, num_chunks):
-    """Whether this program is the last of its row: then all the others' results can be read past the L1 cache."""
-    tl.debug_barrier()  # every thread's stores are before the release below
-    return tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_chunks - 1
-
-
-@triton.jit
 def _log_mass(x, top):
     """Sum of exp(x - top), 0 if there is nothing but -inf."""
     return tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), 0)
@@ -75,7 +88,7 @@ def _merge_log_mass(partial, chunk, num_chunks):
 def _choose_kernel(
     logits, rows, temperature, seeds, positions, thresholds, tokens, logprobs, arrivals, best_scores, best_tokens, masses, logits_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    PICK: tl.constexpr, TRUNCATED: tl.constexpr, LOGPROBS: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    RANDOM: tl.constexpr, GIVEN: tl.constexpr, TRUNCATED: tl.constexpr, LOGPROBS: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
@@ -90,9 +103,9 @@ def _choose_kernel(
     token = part * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
     chunk = tl.arange(0, CHUNKS_PAD)
-    if PICK != 2:
+    if not GIVEN:
         score = x
-        if PICK == 1:
+        if RANDOM:
             t = tl.load(temperature + state)
             if t > 0:
                 if TRUNCATED:
@@ -109,8 +122,8 @@ def _choose_kernel(
         tl.store(masses + (m * CHUNKS + part) * 2, top)
         tl.store(masses + (m * CHUNKS + part) * 2 + 1, _log_mass(x, top))
 
-    if _arrive(arrivals + m, CHUNKS):
-        if PICK == 2:
+    if arrive(arrivals + m, CHUNKS):
+        if GIVEN:
             chosen = tl.load(tokens + m).to(tl.int32)
         else:
             bests = tl.load(best_scores + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg")
@@ -140,28 +153,25 @@ def _top_kernel(
     top = tl.max(x, 0)
     tl.store(masses + (m * CHUNKS + part) * 2, top)
     tl.store(masses + (m * CHUNKS + part) * 2 + 1, _log_mass(x, top))
-    NOTHING: tl.constexpr = -(2**63)
-    bits = x.to(tl.int32, bitcast=True)
-    packed = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
-    packed = tl.where(token < VOCAB, packed, NOTHING)
+    packed = (order_of(x).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    packed = tl.where(token < VOCAB, packed, _NOTHING)
     mine = candidates + (m * CHUNKS + part) * TOP_PAD
     for i in range(n):
         best = tl.max(packed, 0)
         tl.store(mine + i, best)
-        packed = tl.where(packed == best, NOTHING, packed)
+        packed = tl.where(packed == best, _NOTHING, packed)
 
-    if _arrive(arrivals + m, CHUNKS):
+    if arrive(arrivals + m, CHUNKS):
         rank = tl.arange(0, TOP_PAD)
         chunk = tl.arange(0, CHUNKS_PAD)
         log_mass = _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS)
         cell = candidates + (m * CHUNKS + chunk[:, None]) * TOP_PAD + rank[None, :]
-        left = tl.load(cell, mask=(chunk < CHUNKS)[:, None] & (rank < n)[None, :], other=NOTHING, cache_modifier=".cg")
+        left = tl.load(cell, mask=(chunk < CHUNKS)[:, None] & (rank < n)[None, :], other=_NOTHING, cache_modifier=".cg")
         for i in range(n):
             best = tl.max(tl.max(left, 1), 0)
-            left = tl.where(left == best, NOTHING, left)
+            left = tl.where(left == best, _NOTHING, left)
             winner = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-            order = (best >> 32).to(tl.int32)
-            value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            value = value_of((best >> 32).to(tl.int32))
             tl.store(ids + m * ids_stride + i, winner.to(ids.dtype.element_ty))
             tl.store(logprobs + m * logprobs_stride + i, value - log_mass)
         tl.store(arrivals + m, 0)
@@ -223,7 +233,7 @@ def argmax(
     Raises ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
-    _choose(logits, _GREEDY, None, None, None, None, None, out, logprobs_out, workspace, launch_pdl)
+    _choose(logits, None, None, None, None, None, out, logprobs_out, workspace, launch_pdl)
     return out
 
 
@@ -239,7 +249,7 @@ def sample(
     thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
-    _choose(logits, _RANDOM, rows, temperature, seeds, positions, thresholds, out, logprobs_out, workspace, launch_pdl)
+    _choose(logits, rows, temperature, seeds, positions, thresholds, out, logprobs_out, workspace, launch_pdl)
     return out
 
 
@@ -248,7 +258,7 @@ def logprobs(
 ) -> torch.Tensor:
     """out[m] = log softmax(logits[m]) at token_ids[m]: [M, V], [M] integers -> [M] float32. As `argmax` otherwise."""
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if out is None else out
-    _choose(logits, _GIVEN, None, None, None, None, None, token_ids, out, workspace, launch_pdl)
+    _choose(logits, None, None, None, None, None, token_ids, out, workspace, launch_pdl, given=True)
     return out
 
 
@@ -283,8 +293,8 @@ def check_logits(logits: torch.Tensor, workspace: SamplingWorkspace) -> None:
 
 
 def _choose(
-    logits: torch.Tensor, pick: int, rows: torch.Tensor | None, temperature: torch.Tensor | None, seeds: torch.Tensor | None, positions: torch.Tensor | None,
-    thresholds: torch.Tensor | None, tokens: torch.Tensor, logprobs: torch.Tensor | None, workspace: SamplingWorkspace, launch_pdl: bool,
+    logits: torch.Tensor, rows: torch.Tensor | None, temperature: torch.Tensor | None, seeds: torch.Tensor | None, positions: torch.Tensor | None,
+    thresholds: torch.Tensor | None, tokens: torch.Tensor, logprobs: torch.Tensor | None, workspace: SamplingWorkspace, launch_pdl: bool, given: bool = False,
 ) -> None:  # fmt: skip
     check_logits(logits, workspace)
     if len(logits) == 0:
@@ -292,8 +302,9 @@ def _choose(
     unused = workspace.arrivals
     pdl = {"launch_pdl": True} if launch_pdl else {}
     _choose_kernel[(workspace.chunks, len(logits))](
-        logits, *(unused if given is None else given for given in (rows, temperature, seeds, positions, thresholds)),
+        logits, *(unused if tensor is None else tensor for tensor in (rows, temperature, seeds, positions, thresholds)),
         tokens, unused if logprobs is None else logprobs, workspace.arrivals, workspace.best_scores, workspace.best_tokens, workspace.masses, logits.stride(0),
         VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks, CHUNKS_PAD=triton.next_power_of_2(workspace.chunks),
-        PICK=pick, TRUNCATED=thresholds is not None, LOGPROBS=logprobs is not None, HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        RANDOM=temperature is not None, GIVEN=given, TRUNCATED=thresholds is not None, LOGPROBS=logprobs is not None, HAS_ROWS=rows is not None,
+        LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
     )  # fmt: skip

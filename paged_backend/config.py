@@ -24,25 +24,40 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = Field(DEMO_MODEL, min_length=1, description="Folder or hub id of a Hugging Face checkpoint; 'demo' is the model that comes with paged.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type of weights and activations; auto: the checkpoint's own on a GPU, float32 on a CPU.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and activations; auto: the checkpoint's own on a GPU, float32 on a CPU."
+    )
     load_format: Literal["auto", "dummy"] = Field("auto", description="auto: safetensors; dummy: random weights from config.json alone, for benchmarks.")
-    page_size: int = Field(16, ge=1, description="Tokens a page: the unit in which KV memory is handed out. A power of two, or max_model_len itself (one page a sequence: reservation).")
+    page_size: int = Field(
+        16,
+        ge=1,
+        description="Tokens a page: the unit in which KV memory is handed out. A power of two, or max_model_len itself (one page a sequence: reservation).",
+    )
     num_pages: int = Field(0, ge=0, description="Pages in the pool; 0 sizes it from memory.")
-    pool_memory_fraction: float | None = Field(None, gt=0, le=1, description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 on a GPU, 0.25 on a CPU.")
+    pool_memory_fraction: float | None = Field(
+        None, gt=0, le=1, description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 on a GPU, 0.25 on a CPU."
+    )
     pool_bytes: int = Field(0, ge=0, description="Size of the pool in bytes; 0: pool_memory_fraction decides.")
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type of the KV store; auto: same as dtype.")
-    max_model_len: int = Field(0, ge=0, description="Longest sequence, prompt and answer together; 0: what the checkpoint was trained for, less if the pool is smaller.")
+    max_model_len: int = Field(
+        0, ge=0, description="Longest sequence, prompt and answer together; 0: what the checkpoint was trained for, less if the pool is smaller."
+    )
     max_num_sequences: int = Field(256, ge=1, le=4096, description="Sequences that may run at once.")
     max_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks.")
     max_queue_size: int = Field(4096, ge=1, description="Requests that may wait; one more is refused as UNAVAILABLE.")
     max_waiting_seconds: float = Field(600.0, gt=0, description="A request that has not started after this long is refused as UNAVAILABLE.")
     request_deadline_seconds: float = Field(3600.0, gt=0, description="A request still running after this long is ended as CANCELLED, its pages freed.")
     prefix_cache: bool = Field(True, description="Keep full pages of finished sequences and share them with requests that begin alike.")
-    preemption: bool = Field(True, description="With no page left, take those of the youngest sequence and recompute it later; off: a sequence starts only when its longest possible answer fits.")
+    preemption: bool = Field(
+        True,
+        description="With no page left, take the youngest sequence's and recompute it later; off: start a sequence only when its longest answer fits.",
+    )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none.")
     max_prompt_bytes: int = Field(4_194_304, ge=1, description="Longest prompt text in bytes; longer ones are refused before tokenisation.")
     cuda_graphs: bool = Field(True, description="Capture decode steps as CUDA graphs (no effect on a CPU).")
-    stream_max_delay_ms: float = Field(50.0, ge=0, description="Longest time in milliseconds that text which is ready may wait to be joined with later text when the sender falls behind.")
+    stream_max_delay_ms: float = Field(
+        50.0, ge=0, description="Longest time in milliseconds that text which is ready may wait to be joined with later text when the sender falls behind."
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one, else cpu.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds the random numbers of requests that bring no seed of their own.")
     log_requests: bool = Field(False, description="Log one line per finished request: lengths and times, never text.")

@@ -105,6 +105,7 @@ class Election:
             return Seat(self._folder / str(state.newest), state.newest, generation.arrivals - 1, generation.engine, owner)
 
     def _open_generation(self, number: int, start_engine: Callable[[Path], int]) -> _Generation:
+        _sweep(self._folder)
         folder = self._folder / str(number)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
@@ -166,6 +167,22 @@ class Election:
                 if os.fstat(file.fileno()).st_nlink:
                     yield file
                     return
+
+
+def _sweep(mine: Path) -> None:
+    """Removes what killed servers of this user left behind."""
+    for folder in mine.parent.glob(f"paged-{os.getuid()}-*"):
+        if folder == mine:
+            continue
+        try:
+            _make_private(folder)
+            with (folder / "state.json").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                state = msgspec.json.decode(file.read(), type=_State)
+                if not any(generation.owner.alive or generation.engine.alive for generation in state.generations.values()):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, msgspec.DecodeError, EngineError):
+            continue  # somebody is just writing it, or it is none of ours
 
 
 def _temporary_folder() -> Path:

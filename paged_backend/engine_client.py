@@ -211,7 +211,7 @@ class EngineClient:
         return self._seat.engine.alive
 
     def _exit_words(self) -> str:
-        return f"with status {self._engine.returncode}" if self._engine is not None else "without a word"
+        return f"with status {self._engine.returncode}" if self._engine is not None else "by itself"
 
     def _receive(self, on_stats: Callable[[Stats], None]) -> None:
         """The receive thread."""

@@ -40,6 +40,7 @@ from paged_backend.messages import (
     decode_to_engine,
     encode,
     front_end_of,
+    front_ends_of,
 )
 from paged_backend.request import Finish
 from paged_backend.scheduler import Scheduler, SchedulerLimits
@@ -99,9 +100,9 @@ class Outbox:
 
     def put(self, output: StepOutput) -> None:
         """Tells each front end what the step brought for its own requests."""
-        owners = front_end_of(output.request_ids)
+        owners = front_ends_of(output.request_ids)
         for front_end in self._sockets:
-            mine = owners == front_end
+            mine: NDArray[np.bool_] = owners == front_end
             finishes = tuple(finish for finish in output.finishes if front_end_of(finish.request_id) == front_end)
             if finishes or mine.any():
                 self.send(front_end, _tokens(output, mine, finishes))

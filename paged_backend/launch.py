@@ -106,6 +106,7 @@ class Server:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         options = engine_options(self.settings)
         server_files.check_checkpoint(EngineConfig.parse(options))
+        resolve_host(self.settings.host)
         installation = server_files.find_installation()
         try:
             for _ in range(_ATTEMPTS):

@@ -7,6 +7,8 @@ a request id carries its front end in the upper bits.
 from __future__ import annotations
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from paged_backend.request import Finish, SamplingParams
 
@@ -19,8 +21,11 @@ def request_id_of(front_end: int, serial: int) -> int:
 
 
 def front_end_of(request_id: int) -> int:
-    """Works on integers and on int64 arrays."""
     return request_id >> _FRONT_END_SHIFT
+
+
+def front_ends_of(request_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    return request_ids >> _FRONT_END_SHIFT
 
 
 # front end -> engine

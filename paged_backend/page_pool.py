@@ -1,8 +1,8 @@
 """Who holds which page. Pages are numbers here; the memory behind them belongs to the KV store.
 
-    free --take--> held --release--> free, or cached if its content was published
-                    ^                              |
-                    +------------hold--------------+--evict--> taken again
+free --take--> held --release--> free, or cached if its content was published
+                ^                              |
+                +------------hold--------------+--evict--> taken again
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from paged_backend.request import Delta, Outputs
 from paged_backend.request_reader import read_request
 
 _PUBLISH_SECONDS = 0.25
+_SERVER_POLL_SECONDS = 0.5
 
 _CODES = {  # by name: the stub adds its classes to the library only after it has imported the model
     ErrorKind.INVALID: "INVALID_ARG",
@@ -42,6 +43,7 @@ class TritonPythonModel:
             TritonModelException: one sentence that says why the model cannot be served.
         """
         _log_to_server()
+        threading.Thread(target=_exit_with_server, args=(os.getppid(),), name="server", daemon=True).start()
         model_config = json.loads(args["model_config"])
         try:
             config = EngineConfig.parse(engine_options(model_config["parameters"]))
@@ -88,6 +90,13 @@ def _key(args: Mapping[str, str]) -> str:
     """Names this model in this server: instances with the same key share an engine. A stub's parent is the server."""
     server = ProcessId.of(os.getppid())
     return "\n".join([repr(server), args["model_repository"], args["model_name"], args["model_version"]])
+
+
+def _exit_with_server(server: int) -> None:
+    """A stub outlives a server that was killed, by minutes; and with it its engine, which holds the GPU's memory."""
+    while os.getppid() == server:
+        time.sleep(_SERVER_POLL_SECONDS)
+    os._exit(1)
 
 
 def _num_instances(model_config: Mapping[str, Any]) -> int:

@@ -4,7 +4,7 @@
 
 floor_us: the bytes of K and V over the measured read bandwidth. Each case replays a CUDA graph of launches over several KV stores, together larger than
 the L2 cache, with shuffled pages; medians. The plan, shared by a step's layers, is timed apart (plan_us). error: relative RMS against float64.
---shape tile:stages:programs per multiprocessor:warps tries other launch shapes than the tuned one.
+--shape tile:stages:programs per multiprocessor:warps[:registers] tries other launch shapes than the tuned one.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def float64_attention(case: Case, stores: Stores) -> torch.Tensor:
 
 
 def make_plan(case: Case, shape: str | None) -> DecodePlan:
-    tile, stages, programs, warps = (int(n) for n in shape.split(":")) if shape else (None, None, None, 4)
+    tile, stages, programs, warps, registers = [*(int(n) for n in shape.split(":")), None][:5] if shape else (None, None, None, 4, None)
     workspace = make_decode_workspace(
         case.num_q_heads, case.num_kv_heads, case.head_dim, torch.bfloat16, torch.device("cuda"),
-        tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps,
+        tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps, max_registers=registers,
     )  # fmt: skip
     return make_decode_plan(workspace, len(case.lengths))
 
@@ -155,7 +155,7 @@ def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor
     def launch(i: int) -> None:
         which = i % len(stores.kv_pages)
         paged_decode_attention(
-            stores.q, stores.kv_pages[which], stores.page_tables[which], out, plan, scale=case.head_dim**-0.5, launch_pdl=pdl
+            stores.q, stores.kv_pages[which], stores.page_tables[which], out, plan, scale=case.head_dim**-0.5, launch_pdl=pdl, plan_settled=pdl
         )
 
     plan_decode_attention(stores.seq_lens, plan)
@@ -175,7 +175,7 @@ def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=";".join(CASES), help="names joined by ';'")
-    parser.add_argument("--shape", action="append", help="tile:stages:programs per multiprocessor:warps; may be repeated")
+    parser.add_argument("--shape", action="append", help="tile:stages:programs per multiprocessor:warps[:registers]; may be repeated")
     parser.add_argument("--pdl", action="store_true")
     options = parser.parse_args()
     bandwidth = read_bandwidth()
@@ -185,7 +185,7 @@ def main() -> None:
         for shape in options.shape or [None]:
             row = measure(name, shape, stores, expected, bandwidth, options.pdl)
             print(json.dumps(row), flush=True)
-            print("{case:20} {shape:12} {us:8.1f} us  floor {floor_us:7.1f}  {share:.3f} (target {target})  error {error:.5f}".format(**row), file=sys.stderr)
+            print("{case:20} {shape:14} {us:8.1f} us  floor {floor_us:7.1f}  {share:.3f} (target {target})  error {error:.5f}".format(**row), file=sys.stderr)
         del stores, expected
         torch.cuda.empty_cache()
 

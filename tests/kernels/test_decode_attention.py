@@ -95,12 +95,10 @@ def plan_for(case: Case, max_sequences: int | None = None) -> DecodePlan:
     return make_decode_plan(workspace, max_sequences or len(case.lengths), case.window)
 
 
-def attend(case: Case, tensors: Tensors, plan: DecodePlan, launch_pdl: bool = False) -> torch.Tensor:
+def attend(case: Case, tensors: Tensors, plan: DecodePlan, **launch: bool) -> torch.Tensor:
     out = torch.full_like(tensors.q, float("nan"))
     plan_decode_attention(tensors.seq_lens, plan)
-    paged_decode_attention(
-        tensors.q, tensors.kv_pages, tensors.page_table, out, plan, scale=tensors.scale, soft_cap=case.soft_cap, launch_pdl=launch_pdl
-    )
+    paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, out, plan, scale=tensors.scale, soft_cap=case.soft_cap, **launch)
     return out
 
 
@@ -200,30 +198,36 @@ def test_equals_float64_on_the_gpu(case: Case) -> None:
     assert_close(case, attend(case, tensors, plan_for(case)), oracle(case, tensors))
 
 
+OVERLAP = {"one after the other": {}, "overlapping": {"launch_pdl": True}, "overlapping, plan read early": {"launch_pdl": True, "plan_settled": True}}
+
+
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("launch_pdl", [False, True], ids=["plain", "pdl"])
-def test_repeated_launches_are_bit_equal(launch_pdl: bool) -> None:
-    """Pieces are merged in the items' order, whoever comes last; launches that overlap share the workspace."""
+@pytest.mark.parametrize("launch", OVERLAP.values(), ids=OVERLAP.keys())
+def test_repeated_launches_are_bit_equal(launch: dict[str, bool]) -> None:
+    """Pieces are merged in the line's order, whoever comes last; launches that overlap share the workspace."""
     case = Case((9000, 300, 17, 2500), 32, 8, 128, dtype=torch.bfloat16)
     tensors, plan = make(case, seed=6), plan_for(case)
-    first = attend(case, tensors, plan, launch_pdl)
+    first = attend(case, tensors, plan)
     assert_close(case, first, oracle(case, tensors))
-    outs = [attend(case, tensors, plan, launch_pdl) for _ in range(200)]
+    outs = [torch.full_like(first, float("nan")) for _ in range(200)]
+    torch.cuda.synchronize()
+    for out in outs:
+        paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, out, plan, scale=tensors.scale, **launch)
     assert all(torch.equal(first, out) for out in outs)
 
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("launch_pdl", [False, True], ids=["plain", "pdl"])
+@pytest.mark.parametrize("launch_pdl", [False, True], ids=["one after the other", "overlapping"])
 def test_a_captured_graph_follows_the_device_lengths(launch_pdl: bool) -> None:
     longest = Case((2000, 2000, 2000, 2000), 32, 8, 128, dtype=torch.bfloat16)
     tensors, plan = make(longest, seed=7), plan_for(longest)
-    attend(longest, tensors, plan, launch_pdl)
+    attend(longest, tensors, plan, launch_pdl=launch_pdl)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend(longest, tensors, plan, launch_pdl)
+        out = attend(longest, tensors, plan, launch_pdl=launch_pdl)
     for lengths in ((2000, 1, 0, 77), (5, 0, 0, 0), (1999, 2000, 64, 1025)):
         case = Case(lengths, 32, 8, 128, dtype=torch.bfloat16)
         tensors.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))

@@ -102,9 +102,7 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint: tuple[str, Path, li
         "max_batched_tokens": case.budget,
         "prefix_cache": case.prefix_cache,
     }
-    requests = [
-        {"input_ids": prompt.tolist(), "max_tokens": len(answer), "temperature": 0.0} for prompt, answer in zip(prompts, expected, strict=True)
-    ]
+    requests = [{"input_ids": prompt.tolist(), "max_tokens": len(answer), "temperature": 0.0} for prompt, answer in zip(prompts, expected, strict=True)]
     with Server(ServerSettings(model=str(folder), options=options, instances=case.front_ends)) as server:
         answers = run_all(server.addresses.grpc_url, requests)
         wanted = (lambda values: values["paged_preemptions_total"] > 0) if case.scarce else (lambda values: True)

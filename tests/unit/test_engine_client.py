@@ -283,6 +283,22 @@ def test_socket_addresses_fit_even_if_the_temporary_folder_has_a_long_name(key: 
     client.close()
 
 
+def test_what_killed_servers_left_behind_is_swept_but_not_what_live_ones_use(key: str, folder: Path) -> None:
+    live = _connect(key)
+    dead = Election("a dead server", 1)
+    seat = dead.take_seat(lambda _: 2**22 + 1)  # no process has this number
+    assert seat.folder.exists()
+    state = dead._folder / "state.json"
+    state.write_text(state.read_text().replace(f'"pid":{os.getpid()}', f'"pid":{2**22 + 2}'))
+    other = _connect("another")
+    try:
+        assert not dead._folder.exists()
+        assert live._seat.folder.exists()
+    finally:
+        _close_all([live, other])
+    assert list(folder.iterdir()) == []
+
+
 def test_a_zombie_is_not_alive() -> None:
     pid = os.posix_spawn("/bin/true", ["true"], {})
     deadline = time.monotonic() + 5

@@ -146,7 +146,12 @@ def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
 def test_tokenisation_does_not_stop_other_threads(tmp_path: Path) -> None:
     reader = _reader(byte_level(), tmp_path, max_model_len=10_000_000, max_pool_tokens=10_000_000)
     done = threading.Event()
-    reader.later(lambda: (_read(reader, "some long text " * 100_000), done.set()) and None)
+
+    def read() -> None:
+        _read(reader, "some long text " * 100_000)
+        done.set()
+
+    reader.later(read)
     longest, last = 0.0, time.perf_counter()
     while not done.is_set():
         time.sleep(0.001)

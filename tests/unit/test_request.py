@@ -47,14 +47,14 @@ def test_a_wrong_value_is_refused_with_key_limit_and_value(options: dict[str, ob
     assert len(str(caught.value)) < 600
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
 
 
 @given(st.dictionaries(st.sampled_from(SamplingParams.__struct_fields__) | st.text(max_size=5), JSON, max_size=4))
 def test_anything_at_all_is_parsed_or_refused_with_a_request_error(options: dict[str, object]) -> None:
     try:
         parsed = parse_sampling(options)
-    except RequestError as error:
-        assert str(error)
-    else:
-        assert isinstance(parsed, SamplingParams) and 0 <= parsed.temperature <= 100 and 0 < parsed.top_p <= 1
+    except RequestError:
+        return
+    assert 0 <= parsed.temperature <= 100 and 0 < parsed.top_p <= 1 and parsed.n == 1

@@ -136,11 +136,13 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 def test_a_new_sequence_on_a_row_inherits_nothing() -> None:
     rows = DeviceRows(16, 64, 16, 2, CPU)
-    logits = logits_of(1)
     busy = {"logit_bias": dict.fromkeys(range(30), -100.0), "min_tokens": 9, "repetition_penalty": 5.0, "top_k": 2}
-    sample([new_row(3, range(20), prompt_len=1, seed=5, stop_ids=(30, 31), bad_words=((32,), (33,)), **busy)], logits, rows)
-    for options in ({"seed": 1}, {"seed": 1, "bad_words": ((9,),)}, {"seed": 1, "logit_bias": {1: 1.0}}):
-        assert torch.equal(sample([new_row(3, [5], **options)], logits, rows).token_ids, sample([new_row(3, [5], **options)], logits).token_ids)
+    sample([new_row(3, range(20), prompt_len=1, seed=5, stop_ids=(30, 31), bad_words=((32,), (33,)), **busy)], logits_of(1), rows)
+    wide = new_row(4, [1], stop_ids=(1, 2), bad_words=((1,), (2,), (3,)), logit_bias=dict.fromkeys(range(40), 1.0), min_tokens=3)
+    for options in ({}, {"bad_words": ((9,),)}, {"logit_bias": {1: 1.0}}, {"min_tokens": 2, "stop_ids": (8,)}):
+        for draw in range(20):
+            new = [new_row(3, [5], seed=draw, **options), wide]
+            assert torch.equal(sample(new, logits_of(2, draw), rows).token_ids, sample(new, logits_of(2, draw)).token_ids)
 
 
 def test_seeds_of_64_bits_differ_in_every_bit() -> None:

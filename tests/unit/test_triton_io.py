@@ -299,9 +299,10 @@ def test_metrics_reach_the_server(model: Any) -> None:
     assert _series("paged_page_size").value == fake_engine.PAGE_SIZE
     assert _series("nv_trt_llm_kv_cache_block_metrics", kv_cache_block_type="max").value == fake_engine.NUM_PAGES
     (first,) = _series("paged_time_to_first_token_seconds").observed
-    (whole,) = _series("paged_request_seconds").observed
+    whole, refused = _series("paged_request_seconds").observed
     (per_token,) = _series("paged_time_per_output_token_seconds").observed
     assert 0 < first < whole
+    assert 0 <= refused < whole
     assert 0.005 < per_token < whole
     assert _series("paged_queue_seconds").observed
 

@@ -1,0 +1,185 @@
+"""What a request wants changed before a token is chosen: biases, bad words, penalties. Each changes float32 logits [M, V] in place where it must, nothing else.
+
+Every tensor with one entry per row is [M], or [R] (all rows' state) if `rows` [M] says which entry belongs to row m of the logits (-1: padding, left as it is).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1024
+_PARTS = 8  # programs along one history
+
+
+@triton.jit
+def _state_of(rows, m, HAS_ROWS: tl.constexpr):
+    state = m
+    if HAS_ROWS:
+        state = tl.load(rows + m).to(tl.int64)
+    return state
+
+
+@triton.jit
+def _add_bias_kernel(
+    logits, rows, ids, values, width, logits_stride, ids_stride, values_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(0).to(tl.int64)
+    state = _state_of(rows, m, HAS_ROWS)
+    if state < 0:
+        return
+    for begin in range(0, width, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        token = tl.load(ids + state * ids_stride + at, mask=at < width, other=-1)
+        inside = (token >= 0) & (token < VOCAB)
+        value = tl.load(values + state * values_stride + at, mask=inside, other=0.0)
+        tl.atomic_add(logits + m * logits_stride + token, value, mask=inside, sem="relaxed")  # a token may be there twice
+
+
+@triton.jit
+def _ban_bad_words_kernel(
+    logits, rows, words, history, num_tokens, num_words, logits_stride, words_stride, history_stride,
+    LENGTH: tl.constexpr, LENGTH_PAD: tl.constexpr, WORDS: tl.constexpr, VOCAB: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(0).to(tl.int64)
+    state = _state_of(rows, m, HAS_ROWS)
+    if state < 0:
+        return
+    word = tl.arange(0, WORDS)
+    at = tl.arange(0, LENGTH_PAD)
+    position = tl.load(num_tokens + state).to(tl.int64) - (LENGTH - 1) + at
+    recent = tl.load(history + state * history_stride + position, mask=(at < LENGTH - 1) & (position >= 0), other=-2)  # -2 equals nothing
+    cell = words + state * words_stride + word[:, None] * LENGTH + at[None, :]
+    prefix = tl.load(cell, mask=(word < num_words)[:, None] & (at < LENGTH - 1)[None, :], other=-1)
+    differs = tl.max(((prefix != recent[None, :]) & (prefix >= 0)).to(tl.int32), 1)
+    last = tl.load(words + state * words_stride + word * LENGTH + LENGTH - 1, mask=word < num_words, other=-1)
+    tl.store(logits + m * logits_stride + last, float("-inf"), mask=(differs == 0) & (last >= 0) & (last < VOCAB))
+
+
+@triton.jit
+def _count_tokens_kernel(
+    counts, rows, history, prompt_lens, num_tokens, repetition, presence, frequency, history_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    """counts[m, token] |= 1 for a token of the sequence, += 2 for every occurrence in its answer."""
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(1).to(tl.int64)
+    state = _state_of(rows, m, HAS_ROWS)
+    if state < 0:
+        return
+    if (tl.load(repetition + state) == 1.0) & (tl.load(presence + state) == 0.0) & (tl.load(frequency + state) == 0.0):
+        return
+    length = tl.load(num_tokens + state).to(tl.int32)
+    prompt_len = tl.load(prompt_lens + state).to(tl.int32)
+    for begin in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        token = tl.load(history + state * history_stride + at, mask=at < length, other=-1)
+        inside = (token >= 0) & (token < VOCAB)
+        tl.atomic_or(counts + m * VOCAB + token, 1, mask=inside & (at < prompt_len), sem="relaxed")
+        tl.atomic_add(counts + m * VOCAB + token, 2, mask=inside & (at >= prompt_len), sem="relaxed")
+
+
+@triton.jit
+def _penalise_kernel(
+    logits, counts, rows, history, num_tokens, repetition, presence, frequency, logits_stride, history_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    """Whoever takes a token's count away applies the penalty: once per token, and the counts are zero again."""
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(1).to(tl.int64)
+    state = _state_of(rows, m, HAS_ROWS)
+    if state < 0:
+        return
+    factor, offset, slope = tl.load(repetition + state), tl.load(presence + state), tl.load(frequency + state)
+    if (factor == 1.0) & (offset == 0.0) & (slope == 0.0):
+        return
+    length = tl.load(num_tokens + state).to(tl.int32)
+    for begin in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        token = tl.load(history + state * history_stride + at, mask=at < length, other=-1)
+        inside = (token >= 0) & (token < VOCAB)
+        count = tl.atomic_xchg(counts + m * VOCAB + token, 0, mask=inside, sem="relaxed")
+        mine = inside & (count > 0)
+        x = tl.load(logits + m * logits_stride + token, mask=mine, other=0.0)
+        x = tl.where(x > 0, tl.div_rn(x, factor), x * factor)
+        answered = count >> 1
+        x -= slope * answered.to(tl.float32) + tl.where(answered > 0, offset, 0.0)
+        tl.store(logits + m * logits_stride + token, x, mask=mine)
+
+
+def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, rows: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+    """Adds values [M, W] float32 to the logits of ids [M, W], in place; ids outside the vocabulary count for nothing. -inf bans a token. Returns logits.
+
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
+    Raises ValueError if logits are not float32 with contiguous rows.
+    """
+    _check(logits)
+    width = ids.shape[1]
+    if len(logits) and width:
+        pdl = {"launch_pdl": True} if launch_pdl else {}
+        _add_bias_kernel[(len(logits),)](
+            logits, logits if rows is None else rows, ids, values, width, logits.stride(0), ids.stride(0), values.stride(0),
+            VOCAB=logits.shape[1], BLOCK=min(_BLOCK, triton.next_power_of_2(width)), HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        )  # fmt: skip
+    return logits
+
+
+def ban_bad_words(
+    logits: torch.Tensor, words: torch.Tensor, history: torch.Tensor, num_tokens: torch.Tensor, *, rows: torch.Tensor | None = None, launch_pdl: bool = False
+) -> torch.Tensor:
+    """Sets to -inf, in place, the token that would complete a bad word: its other tokens are the last of the num_tokens [M] in history [M, H]. Returns logits.
+
+    words: [M, N, L] integers, contiguous, right-aligned, filled with -1 on the left; a word of -1 alone is none. As `add_bias` otherwise.
+    """
+    _check(logits)
+    _, num_words, length = words.shape
+    if len(logits) and num_words and length:
+        pdl = {"launch_pdl": True} if launch_pdl else {}
+        _ban_bad_words_kernel[(len(logits),)](
+            logits, logits if rows is None else rows, words, history, num_tokens, num_words, logits.stride(0), words.stride(0), history.stride(0),
+            LENGTH=length, LENGTH_PAD=triton.next_power_of_2(length), WORDS=triton.next_power_of_2(num_words), VOCAB=logits.shape[1],
+            HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        )  # fmt: skip
+    return logits
+
+
+def apply_penalties(
+    logits: torch.Tensor, history: torch.Tensor, prompt_lens: torch.Tensor, num_tokens: torch.Tensor, repetition: torch.Tensor, presence: torch.Tensor,
+    frequency: torch.Tensor, *, counts: torch.Tensor, rows: torch.Tensor | None = None, launch_pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Repetition penalty on every token of the sequence, presence and frequency penalty on those of its answer, in place; returns logits.
+
+    history: [M, H] integers, num_tokens: [M] of them known, the first prompt_lens [M] the prompt; repetition, presence, frequency: float32 [M]. counts: int32
+    [at least M, V], all zero, and all zero again afterwards. Time grows with the known tokens, not with the vocabulary. As `add_bias` otherwise.
+    Sources: Keskar et al., 2019 (repetition); OpenAI's API reference (presence, frequency).
+    """
+    _check(logits)
+    num_rows, vocab_size = logits.shape
+    if counts.dtype != torch.int32 or counts.shape[1] != vocab_size or len(counts) < num_rows or not counts.is_contiguous():
+        raise ValueError(f"counts {tuple(counts.shape)} {counts.dtype} do not fit logits {tuple(logits.shape)}")
+    if num_rows == 0:
+        return logits
+    rows_of = logits if rows is None else rows
+    flags = {"VOCAB": vocab_size, "BLOCK": _BLOCK, "HAS_ROWS": rows is not None, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
+    flags |= {"launch_pdl": True} if launch_pdl else {}
+    grid = (min(_PARTS, triton.cdiv(history.shape[1], _BLOCK)), num_rows)
+    _count_tokens_kernel[grid](counts, rows_of, history, prompt_lens, num_tokens, repetition, presence, frequency, history.stride(0), **flags)
+    _penalise_kernel[grid](logits, counts, rows_of, history, num_tokens, repetition, presence, frequency, logits.stride(0), history.stride(0), **flags)
+    return logits
+
+
+def _check(logits: torch.Tensor) -> None:
+    if logits.dtype != torch.float32 or logits.ndim != 2 or logits.stride(1) != 1:
+        raise ValueError(f"logits must be float32 rows, contiguous, not {tuple(logits.shape)} {logits.dtype} of strides {logits.stride()}")

@@ -1,0 +1,92 @@
+"""RMS norm, alone and after an addition, against float64. Rounding of the output alone is 1.1e-3 in bfloat16 and 1.4e-4 in float16; it happens twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paged_kernels import reference
+from paged_kernels.norm import add_rms_norm, rms_norm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
+EPS = 1e-5
+
+
+def oracle(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = x.double()
+    return weight.double() * wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    error, size = (out.double() - expected).norm(), expected.norm()
+    assert error <= TOLERANCE[out.dtype] * size, f"relative RMS error {error / size:.2e}"  # NaN fails too
+
+
+TINY = [(1, 8, torch.float32), (3, 24, torch.float32), (2, 257, torch.float32), (2, 64, torch.float16)]
+LARGE = [
+    pytest.param(rows, size, dtype, marks=pytest.mark.gpu)
+    for rows in (1, 33, 256)
+    for size, dtype in ((2048, torch.bfloat16), (4096, torch.bfloat16), (896, torch.bfloat16), (5120, torch.float16), (16384, torch.bfloat16), (3000, torch.float32))
+]
+
+
+@pytest.mark.parametrize(("rows", "size", "dtype"), TINY + LARGE)
+def test_equals_float64(rows: int, size: int, dtype: torch.dtype) -> None:
+    x, residual, weight = randn(rows, size, dtype=dtype) * 3, randn(rows, size, dtype=dtype, seed=1), randn(size, dtype=dtype, seed=2)
+    out, total = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    assert rms_norm(x, weight, EPS, out=out) is out
+    assert_close(out, oracle(x, weight))
+    out.fill_(float("nan"))
+    add_rms_norm(x, residual, weight, EPS, out=out, residual_out=total)
+    assert torch.equal(total, x + residual)
+    assert_close(out, oracle(total, weight))
+    assert_close(out, reference.add_rms_norm(x, residual, weight, EPS)[0].double())
+
+
+def test_works_in_place_and_on_strided_rows() -> None:
+    wide, weight = randn(4, 40), randn(32, seed=2)
+    x, residual = wide[:, :32], randn(4, 32, seed=1)
+    expected, total = reference.add_rms_norm(x.clone(), residual.clone(), weight, EPS)
+    beside = wide[:, 32:].clone()
+    out, residual_out = add_rms_norm(x, residual, weight, EPS, out=x, residual_out=residual)
+    assert out.data_ptr() == wide.data_ptr()
+    assert residual_out is residual
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(residual, total)
+    assert torch.equal(wide[:, 32:], beside)
+
+
+def test_leading_dimensions_are_rows() -> None:
+    x, weight = randn(2, 3, 16), randn(16, seed=2)
+    torch.testing.assert_close(rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS))
+    assert rms_norm(x[:0], weight, EPS).shape == (0, 3, 16)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="do not fit a weight"):
+        rms_norm(randn(2, 8), randn(4), EPS)
+    with pytest.raises(ValueError, match="do not fit a weight"):
+        rms_norm(randn(2, 8), randn(8).half(), EPS)
+    with pytest.raises(ValueError, match="one shape"):
+        add_rms_norm(randn(2, 8), randn(1, 8), randn(8), EPS)
+    with pytest.raises(ValueError, match="contiguous"):
+        rms_norm(randn(8, 2).T, randn(8), EPS)
+
+
+@pytest.mark.gpu
+def test_a_chain_of_dependent_launches_is_bit_equal_to_a_plain_one() -> None:
+    """Programmatic dependent launch overlaps each kernel with the end of the one before; nothing may be read too early."""
+    x, weight = randn(200, 4096, dtype=torch.bfloat16), randn(4096, dtype=torch.bfloat16, seed=2)
+    results = []
+    for launch_pdl in (False, True):
+        out, residual = x.clone(), x.clone()
+        for _ in range(100):
+            add_rms_norm(out, residual, weight, EPS, out=out, residual_out=residual, launch_pdl=launch_pdl)
+        results.append((out, residual))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -1,0 +1,164 @@
+"""Front ends from load to unload in a real tritonserver: broken engines, reloads, drains, kills."""
+
+from __future__ import annotations
+
+import glob
+import os
+import queue
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
+from paged_backend.election import ProcessId
+from tests.server import fake_engine
+from tests.server.front_end_server import MODEL, Answer, FrontEndServer, send, serving, take
+
+pytestmark = pytest.mark.server
+TOKENIZER = fake_engine.make_tokenizer()
+
+
+def _expected(prompt: str, num_tokens: int) -> str:
+    return TOKENIZER.decode(fake_engine.answer_ids(TOKENIZER, prompt, num_tokens))
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _configure(server: FrontEndServer, model: str) -> None:
+    path = server.log.parent / "repository" / MODEL / "config.pbtxt"
+    lines = path.read_text()
+    start = lines.index("string_value", lines.index('"model"'))
+    path.write_text(lines[:start] + f'string_value: "{model}"' + lines[lines.index("\n", start) :])
+
+
+def _sockets() -> set[str]:
+    return set(glob.glob(f"{tempfile.gettempdir()}/paged-{os.getuid()}-*"))
+
+
+class _Streams:
+    """Requests in the background, each on a gRPC stream of its own (an error does not say which request it is about), and what came of them."""
+
+    def __init__(self, server: FrontEndServer, prompts: list[str]) -> None:
+        self.answers = [Answer() for _ in prompts]
+        self._arrived: queue.Queue[tuple[int, Any, Any]] = queue.Queue()
+        self._clients = [grpc.InferenceServerClient(server.grpc) for _ in prompts]
+        for number, (client, prompt) in enumerate(zip(self._clients, prompts, strict=True)):
+            client.start_stream(lambda result, error, number=number: self._arrived.put((number, result, error)))
+            send(client, prompt, stream=True)
+
+    def wait(self, seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        try:
+            while any(not answer.num_finals for answer in self.answers):
+                number, result, error = self._arrived.get(timeout=max(0, deadline - time.monotonic()))
+                take((result, error), [self.answers[number]])
+        finally:
+            for client in self._clients:
+                client.stop_stream(cancel_requests=True)
+                client.close()
+
+
+@pytest.mark.parametrize("instances", [1, 4])
+def test_a_killed_engine_ends_every_stream_once_and_a_reload_brings_it_back(tmp_path: Path, instances: int) -> None:
+    with serving(tmp_path, instances=instances) as server:
+        streams = _Streams(server, ["tokens=400 delay=0.01"] * 8 + ["silent"] * 8)
+        server.wait_for('paged_requests{state="running"}', 16)
+        started = time.monotonic()
+        os.kill(server.engine_pids()[0], signal.SIGKILL)
+        streams.wait()
+        assert time.monotonic() - started < 1.5
+        for answer in streams.answers:
+            assert answer.num_finals == 1
+            assert "the engine stopped; try again later" in str(answer.error)
+        assert "the engine stopped" in str(server.ask("tokens=3").error)
+        assert server.unload() < 3 + 1.5 * instances
+        server.load()
+        assert server.ask("tokens=3").text == _expected("tokens=3", 3)
+
+
+def test_a_broken_load_says_why_and_does_not_poison_the_next(tmp_path: Path) -> None:
+    with serving(tmp_path, instances=3, load=False) as server:
+        for model, sentence in (("broken", "model 'broken': the checkpoint is broken"), ("crash", "the engine process ended .* before it was ready")):
+            _configure(server, model)
+            with pytest.raises(InferenceServerException, match=sentence):
+                server.load()
+        _configure(server, "fake")
+        server.load()
+        assert server.ask("tokens=3").text == _expected("tokens=3", 3)
+        assert len(server.engine_pids()) == 1
+
+
+def test_an_unload_lets_live_requests_finish(tmp_path: Path) -> None:
+    with serving(tmp_path, instances=2) as server:
+        prompts = [f"tokens=100 delay=0.01 {number}" for number in range(8)]
+        streams = _Streams(server, prompts)
+        server.wait_for('paged_requests{state="running"}', 8)
+        unloading = threading.Thread(target=server.unload)
+        unloading.start()
+        streams.wait()
+        for prompt, answer in zip(prompts, streams.answers, strict=True):
+            assert (answer.error, answer.text) == (None, _expected(prompt, 100))
+        unloading.join(10)
+        assert not unloading.is_alive()
+        assert server.engine_pids() == []
+
+
+def test_unload_is_quick_after_errors_and_cancellations(tmp_path: Path) -> None:
+    """A response sender that anybody still refers to would keep the model from unloading."""
+    before = _sockets()
+    with serving(tmp_path, instances=1) as server:
+        server.ask("")
+        server.ask("error")
+        server.ask("tokens=50 delay=0.002", stop_words=["w0"])
+        with closing(grpc.InferenceServerClient(server.grpc)) as client:
+            client.start_stream(lambda result, error: None)
+            for number in range(10):
+                send(client, "silent", request_id=str(number), stream=True)
+            server.wait_for('paged_requests{state="running"}', 10)
+            client.stop_stream(cancel_requests=True)
+        server.wait_for('paged_requests{state="running"}', 0)
+        assert server.unload() < 4
+        assert server.engine_pids() == []
+        assert _sockets() == before
+
+
+def test_a_reload_while_requests_run_serves_both(tmp_path: Path) -> None:
+    with serving(tmp_path, instances=2) as server:
+        old = _Streams(server, ["tokens=150 delay=0.01"] * 4)
+        server.wait_for('paged_requests{state="running"}', 4)
+        (tmp_path / "repository" / MODEL / "1" / "model.py").touch()
+        server.load()
+        assert server.ask("tokens=3").text == _expected("tokens=3", 3)
+        old.wait()
+        assert all(answer.text == _expected("tokens=150 delay=0.01", 150) for answer in old.answers)
+        _wait(lambda: len(server.engine_pids()) == 1, 8)
+
+
+def test_a_terminated_server_leaves_no_engine_and_no_sockets(tmp_path: Path) -> None:
+    before = _sockets()
+    with serving(tmp_path, instances=2) as server:
+        engines = server.engine_pids()
+        server.process.terminate()
+        assert server.process.wait(15) == 0
+        assert not any(ProcessId.of(pid) for pid in engines)
+    assert _sockets() == before
+
+
+def test_a_killed_server_takes_its_engine_with_it(tmp_path: Path) -> None:
+    with serving(tmp_path, instances=2) as server:
+        engines = server.engine_pids()
+        server.process.kill()
+        _wait(lambda: not any(ProcessId.of(pid) for pid in engines), 3)
