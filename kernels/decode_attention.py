@@ -28,17 +28,37 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _first_token(length, WINDOW: tl.constexpr):
-    """First visible position of a sequence whose last position is length - 1."""
+def _first_token(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Where the first tile begins of a sequence whose last position is length - 1: at its first visible position or less than a tile before."""
     first = length * 0
     if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0)
+        first = tl.maximum(length - WINDOW, 0) // TILE * TILE
     return first
 
 
 @triton.jit
 def _num_tiles(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    return (length - _first_token(length, WINDOW) + TILE - 1) // TILE
+    return (length - _first_token(length, TILE, WINDOW) + TILE - 1) // TILE
+
+
+@triton.jit
+def _visible(base, length, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Which tokens of the tile that begins at position `base` are to be read: [TILE]."""
+    token = tl.arange(0, TILE)
+    visible = token < length - base
+    if WINDOW > 0:
+        visible = visible & (token >= length - WINDOW - base)
+    return visible
+
+
+@triton.jit
+def _load_pages(pages, base, length, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """The page ids of a tile's tokens: [TILE], or one if a page holds whole tiles. Nothing is read if length is 0."""
+    if PAGE_SIZE >= TILE:
+        page = tl.load(pages + base // PAGE_SIZE, mask=length > 0, other=0)
+    else:
+        page = tl.load(pages + base // PAGE_SIZE + tl.arange(0, TILE) // PAGE_SIZE, mask=_visible(base, length, TILE, WINDOW), other=0)
+    return page
 
 
 @triton.jit
@@ -98,10 +118,13 @@ def _plan_kernel(
 
 @triton.jit
 def _merge(
-    first_slot, last_slot, head, num_kv_heads, out_rows, arrivals, partial_acc, partial_lse,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
+    first_slot, last_slot, head, out_rows, partial_acc, partial_lse,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh a sequence's partial outputs by their softmax mass, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32."""
+    """Weigh a sequence's partial outputs by their softmax mass, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32.
+
+    Little code: it runs once, at the end, where every line of it is an instruction cache miss.
+    """
     row = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)
     dim = tl.arange(0, HEAD_PAD)
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -110,12 +133,12 @@ def _merge(
     for slot in range(first_slot, last_slot + 1, PARTS):
         at = slot + tl.arange(0, PARTS)
         there = at <= last_slot
-        piece = (tl.where(at == first_slot, 2 * at + 1, 2 * at) * num_kv_heads + head)[:, None] * GROUP + row[None, :]
-        lse = tl.load(partial_lse + piece, mask=there[:, None], other=float("-inf"), cache_modifier=".cg")
+        piece = (tl.where(at == first_slot, 2 * at + 1, 2 * at) * HEADS + head)[:, None] * GROUP + row[None, :]
         part = tl.load(
             partial_acc + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
             mask=there[:, None, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
+        lse = tl.load(partial_lse + piece, mask=there[:, None], other=float("-inf"), cache_modifier=".cg")
         new_top = tl.maximum(top, tl.max(lse, 0))
         weight = tl.exp2(lse - new_top[None, :])
         fade = tl.exp2(top - new_top)
@@ -124,23 +147,22 @@ def _merge(
         top = new_top
     rows = tl.arange(0, GROUP_PAD)
     where = out_rows + rows[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(where, (acc / mass[:, None]).to(out_rows.dtype.element_ty), mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
-    tl.store(arrivals + first_slot * num_kv_heads + head, 0)
+    tl.store(where, (acc * (1.0 / mass)[:, None]).to(out_rows.dtype.element_ty), mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
     q, kv_pages, page_table, out, line, starts, records, arrivals, partial_acc, partial_lse,
-    scale, soft_cap,
-    num_kv_heads, q_stride, out_stride, table_stride, page_stride, value_stride, head_stride,
+    scale, soft_cap, q_stride, out_stride, table_stride,
+    HEADS: tl.constexpr, PAGE_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PLAN_SETTLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if LAUNCH_PDL and not PLAN_SETTLED:
         tl.extra.cuda.gdc_wait()
-    head = tl.program_id(0) % num_kv_heads
-    slot = tl.program_id(0) // num_kv_heads
+    head = tl.program_id(0) % HEADS
+    slot = tl.program_id(0) // HEADS
     share = tl.load(line)
     count = tl.minimum(tl.load(line + 1) - slot * share, share)
     if count <= 0:
@@ -149,14 +171,14 @@ def _decode_kernel(
     seq = tl.load(starts + slot * 8 + 1)
     length = tl.load(starts + slot * 8 + 2)
     tile = tl.load(starts + slot * 8 + 3)
-    first_seq, first_tile = seq, tile
+    first_seq = seq
     first_slot = tl.load(starts + slot * 8 + 4)
     first_last_slot = tl.load(starts + slot * 8 + 5)
     last_seq = tl.load(starts + slot * 8 + 6)
     last_slot = tl.load(starts + slot * 8 + 7)
     q += head * (GROUP * HEAD_DIM)
     out += head * (GROUP * HEAD_DIM)
-    kv_pages += head * head_stride
+    kv_pages += head * HEAD_STRIDE
 
     token = tl.arange(0, TILE)
     dim = tl.arange(0, HEAD_PAD)
@@ -164,9 +186,10 @@ def _decode_kernel(
     in_head = (dim < HEAD_DIM)[None, :]
     in_group = (row < GROUP)[:, None]
     q_offset = tl.minimum(row, GROUP - 1)[:, None] * HEAD_DIM + dim[None, :]
+    in_page = kv_pages + ((token % PAGE_SIZE) * HEAD_DIM)[:, None] + dim[None, :]  # a tile begins at a multiple of TILE
 
-    position = _first_token(length, WINDOW) + tile * TILE + token
-    page = tl.load(page_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=position < length, other=0)
+    base = _first_token(length, TILE, WINDOW) + tile * TILE
+    page = _load_pages(page_table + seq.to(tl.int64) * table_stride, base, length, PAGE_SIZE, TILE, WINDOW)
     next_seq = tl.load(records + (record + 1) * 2)
     next_length = tl.load(records + (record + 1) * 2 + 1)
 
@@ -176,33 +199,38 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    masses = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when an item ends: a reduction across warps costs three barriers
+    masses = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when a sequence ends: a reduction across warps costs three barriers
     acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    for step in range(0, count):
-        now_seq, now_length, now_tile, now_position, now_page = seq, length, tile, position, page
+    came_last = first_slot * 0
+    for step in range(count):
+        now_seq, now_length, now_tile, now_base, now_page = seq, length, tile, base, page
         # The tile after this one. Its page ids are read before this tile's keys: loads return in order, and a load behind them would come too late.
-        ends = (tile + 1) >= _num_tiles(length, TILE, WINDOW)
+        ends = base + TILE >= length
         tile = tl.where(ends, 0, tile + 1)
         record = tl.where(ends, record + 1, record)
         seq = tl.where(ends, next_seq, seq)
         length = tl.where(ends, next_length, length)
-        position = _first_token(length, WINDOW) + tile * TILE + token
-        page = tl.load(page_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=position < tl.where(step + 1 < count, length, 0), other=0)
+        base = tl.where(ends, _first_token(length, TILE, WINDOW), base + TILE)
+        pages = page_table + seq.to(tl.int64) * table_stride
+        page = _load_pages(pages, base, tl.where(step + 1 < count, length, 0), PAGE_SIZE, TILE, WINDOW)
         next_seq = tl.load(records + (record + 1) * 2)
         next_length = tl.load(records + (record + 1) * 2 + 1)
 
-        valid = now_position < now_length
-        where = kv_pages + (now_page.to(tl.int64) * page_stride + (now_position % PAGE_SIZE) * HEAD_DIM)[:, None] + dim[None, :]
+        visible = _visible(now_base, now_length, TILE, WINDOW)
+        if PAGE_SIZE >= TILE:
+            where = in_page + (now_page.to(tl.uint32).to(tl.int64) * PAGE_STRIDE + (now_base % PAGE_SIZE) * HEAD_DIM)
+        else:
+            where = in_page + (now_page.to(tl.uint32).to(tl.int64) * PAGE_STRIDE)[:, None]
         queries = tl.load(q + now_seq.to(tl.int64) * q_stride + q_offset, mask=in_head, other=0.0)
-        keys = tl.load(where, mask=valid[:, None] & in_head, other=0.0, eviction_policy="evict_first")
-        values = tl.load(where + value_stride, mask=valid[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+        keys = tl.load(where, mask=visible[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+        values = tl.load(where + VALUE_STRIDE, mask=visible[:, None] & in_head, other=0.0, eviction_policy="evict_first")
 
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if SOFT_CAP:
             scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * 1.4426950408889634) / soft_cap)) + 1.0)) * 1.4426950408889634
         else:
             scores = scores * (scale * 1.4426950408889634)
-        scores = tl.where(valid[None, :], scores, float("-inf"))
+        scores = tl.where(visible[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         fade = tl.exp2(top - new_top)
@@ -213,35 +241,34 @@ def _decode_kernel(
         if ends | (step + 1 == count):
             begins = now_tile <= step
             mass = tl.sum(masses, 1)
-            result = acc / mass[:, None]
+            result = acc * (1.0 / mass)[:, None]
             if ends & begins:
                 target = out + now_seq.to(tl.int64) * out_stride
                 tl.store(target + row[:, None] * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), mask=in_group & in_head)
             else:
-                piece = ((2 * slot + begins.to(tl.int32)) * num_kv_heads + head) * GROUP
+                piece = ((2 * slot + begins.to(tl.int32)) * HEADS + head) * GROUP
                 tl.store(partial_lse + piece + row, top + tl.log2(mass), mask=row < GROUP)
                 tl.store(partial_acc + (piece + row[:, None]) * HEAD_DIM + dim[None, :], result, mask=in_group & in_head)
+                tl.debug_barrier()  # every thread's partial stores come before the release
+                earlier = tl.atomic_add(arrivals + tl.where(begins, slot, first_slot) * HEADS + head, 1, sem="acq_rel", scope="gpu")
+                if begins:
+                    came_last += (earlier == last_slot - slot).to(tl.int32) * 2
+                else:
+                    came_last += (earlier == first_last_slot - first_slot).to(tl.int32)
             top = tl.full([ROWS], float("-inf"), tl.float32)
             masses = tl.zeros([ROWS, TILE], tl.float32)
             acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
 
-    # Count this program in at the sequence it began inside of (0) and at the one it stopped inside of (1); the last of a sequence's programs to come merges
-    # its pieces and leaves the counter at zero for the next launch.
-    began_inside = first_tile > 0
-    stopped_inside = last_slot > slot
-    if began_inside | stopped_inside:
-        which = tl.arange(0, 2)
-        counters = arrivals + tl.where(which == 0, first_slot, slot) * num_kv_heads + head
-        tl.debug_barrier()  # every thread's partial stores come before the release below
-        earlier = tl.atomic_add(counters, 1, mask=tl.where(which == 0, first_tile, last_slot - slot) > 0, sem="acq_rel", scope="gpu")
-        begun_by_others = tl.sum(tl.where(which == 0, earlier, 0), 0)
-        begun_here = tl.sum(tl.where(which == 0, 0, earlier), 0)
-        if began_inside & (begun_by_others == first_last_slot - first_slot):
-            _merge(first_slot, first_last_slot, head, num_kv_heads, out + first_seq.to(tl.int64) * out_stride, arrivals, partial_acc, partial_lse,
-                   GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
-        if stopped_inside & (begun_here == last_slot - slot):
-            _merge(slot, last_slot, head, num_kv_heads, out + last_seq.to(tl.int64) * out_stride, arrivals, partial_acc, partial_lse,
-                   GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
+    # The last of a sequence's programs to come merges its pieces and leaves the counter at zero for the next launch: of the sequence this slot began inside
+    # of (1), and of the one it stopped inside of (2).
+    if came_last > 0:
+        for turn in range(1, 3):
+            if (came_last & turn) > 0:
+                first = tl.where(turn == 1, first_slot, slot)
+                target = out + tl.where(turn == 1, first_seq, last_seq).to(tl.int64) * out_stride
+                _merge(first, tl.where(turn == 1, first_last_slot, last_slot), head, target, partial_acc, partial_lse,
+                       HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)  # fmt: skip
+                tl.store(arrivals + first * HEADS + head, 0)
 
 
 @dataclass(frozen=True)
@@ -362,10 +389,10 @@ def paged_decode_attention(
     pdl = {"launch_pdl": True} if launch_pdl else {}
     _decode_kernel[(workspace.num_slots * workspace.num_kv_heads,)](
         q, kv_pages, page_table, out, plan.line, plan.starts, plan.records, workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
-        scale, soft_cap,
-        workspace.num_kv_heads, q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), kv_pages.stride(1), kv_pages.stride(2),
+        scale, soft_cap, q.stride(0), out.stride(0), page_table.stride(0),
+        HEADS=workspace.num_kv_heads, PAGE_STRIDE=kv_pages.stride(0), VALUE_STRIDE=kv_pages.stride(1), HEAD_STRIDE=kv_pages.stride(2),
         GROUP=workspace.group, GROUP_PAD=group_pad, HEAD_DIM=head_dim, HEAD_PAD=head_pad, PAGE_SIZE=page_size,
-        TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, ROWS=max(16, group_pad), PARTS=max(1, 16384 // (group_pad * head_pad)),
+        TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, ROWS=max(16, group_pad), PARTS=max(2, 8192 // (group_pad * head_pad)),
         LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, PRECISION="ieee",
         num_warps=workspace.num_warps, num_stages=workspace.num_stages, maxnreg=workspace.max_registers, **pdl,
     )  # fmt: skip

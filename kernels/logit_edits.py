@@ -1,6 +1,7 @@
 """What a request wants changed before a token is chosen: biases, bad words, penalties. Each changes float32 logits [M, V] in place where it must, nothing else.
 
-Every tensor with one entry per row is [M], or [R] (all rows' state) if `rows` [M] says which entry belongs to row m of the logits (-1: padding, left as it is).
+What a row asked for, and its tokens, are [M, ...], or [R, ...] (the state of all rows) if `rows` [M] says which entry is row m's (-1: padding, left alone).
+How many tokens a row has is [M] in any case.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _ban_bad_words_kernel(
         return
     word = tl.arange(0, WORDS)
     at = tl.arange(0, LENGTH_PAD)
-    position = tl.load(num_tokens + state).to(tl.int64) - (LENGTH - 1) + at
+    position = tl.load(num_tokens + m).to(tl.int64) - (LENGTH - 1) + at
     recent = tl.load(history + state * history_stride + position, mask=(at < LENGTH - 1) & (position >= 0), other=-2)  # -2 equals nothing
     cell = words + state * words_stride + word[:, None] * LENGTH + at[None, :]
     prefix = tl.load(cell, mask=(word < num_words)[:, None] & (at < LENGTH - 1)[None, :], other=-1)
@@ -66,7 +67,7 @@ def _ban_bad_words_kernel(
 
 @triton.jit
 def _count_tokens_kernel(
-    counts, rows, history, prompt_lens, num_tokens, repetition, presence, frequency, history_stride,
+    counts, rows, history, prompt_lens, num_tokens, repetition, presence, frequency, history_stride, state_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """counts[m, token] |= 1 for a token of the sequence, += 2 for every occurrence in its answer."""
@@ -77,10 +78,14 @@ def _count_tokens_kernel(
     state = _state_of(rows, m, HAS_ROWS)
     if state < 0:
         return
-    if (tl.load(repetition + state) == 1.0) & (tl.load(presence + state) == 0.0) & (tl.load(frequency + state) == 0.0):
+    if (
+        (tl.load(repetition + state * state_stride) == 1.0)
+        & (tl.load(presence + state * state_stride) == 0.0)
+        & (tl.load(frequency + state * state_stride) == 0.0)
+    ):
         return
-    length = tl.load(num_tokens + state).to(tl.int32)
-    prompt_len = tl.load(prompt_lens + state).to(tl.int32)
+    length = tl.load(num_tokens + m).to(tl.int32)
+    prompt_len = tl.load(prompt_lens + state * state_stride).to(tl.int32)
     for begin in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         at = begin + tl.arange(0, BLOCK)
         token = tl.load(history + state * history_stride + at, mask=at < length, other=-1)
@@ -91,7 +96,7 @@ def _count_tokens_kernel(
 
 @triton.jit
 def _penalise_kernel(
-    logits, counts, rows, history, num_tokens, repetition, presence, frequency, logits_stride, history_stride,
+    logits, counts, rows, history, num_tokens, repetition, presence, frequency, logits_stride, history_stride, state_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """Whoever takes a token's count away applies the penalty: once per token, and the counts are zero again."""
@@ -102,10 +107,10 @@ def _penalise_kernel(
     state = _state_of(rows, m, HAS_ROWS)
     if state < 0:
         return
-    factor, offset, slope = tl.load(repetition + state), tl.load(presence + state), tl.load(frequency + state)
+    factor, offset, slope = tl.load(repetition + state * state_stride), tl.load(presence + state * state_stride), tl.load(frequency + state * state_stride)
     if (factor == 1.0) & (offset == 0.0) & (slope == 0.0):
         return
-    length = tl.load(num_tokens + state).to(tl.int32)
+    length = tl.load(num_tokens + m).to(tl.int32)
     for begin in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         at = begin + tl.arange(0, BLOCK)
         token = tl.load(history + state * history_stride + at, mask=at < length, other=-1)
@@ -161,22 +166,28 @@ def apply_penalties(
 ) -> torch.Tensor:  # fmt: skip
     """Repetition penalty on every token of the sequence, presence and frequency penalty on those of its answer, in place; returns logits.
 
-    history: [M, H] integers, num_tokens: [M] of them known, the first prompt_lens [M] the prompt; repetition, presence, frequency: float32 [M]. counts: int32
-    [at least M, V], all zero, and all zero again afterwards. Time grows with the known tokens, not with the vocabulary. As `add_bias` otherwise.
+    history: [M, H] integers, num_tokens: [M] of them known, the first prompt_lens [M] the prompt; repetition, presence, frequency: float32 [M], of one stride
+    with prompt_lens. counts: int32 [at least M, V], all zero, and all zero again afterwards. Time grows with the known tokens, not with the vocabulary.
+    As `add_bias` otherwise.
     Sources: Keskar et al., 2019 (repetition); OpenAI's API reference (presence, frequency).
     """
     _check(logits)
     num_rows, vocab_size = logits.shape
     if counts.dtype != torch.int32 or counts.shape[1] != vocab_size or len(counts) < num_rows or not counts.is_contiguous():
         raise ValueError(f"counts {tuple(counts.shape)} {counts.dtype} do not fit logits {tuple(logits.shape)}")
+    state_stride = repetition.stride(0)
+    if any(tensor.stride(0) != state_stride for tensor in (prompt_lens, presence, frequency)):
+        raise ValueError("prompt_lens, repetition, presence and frequency must have one stride")
     if num_rows == 0:
         return logits
     rows_of = logits if rows is None else rows
     flags = {"VOCAB": vocab_size, "BLOCK": _BLOCK, "HAS_ROWS": rows is not None, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
     flags |= {"launch_pdl": True} if launch_pdl else {}
     grid = (min(_PARTS, triton.cdiv(history.shape[1], _BLOCK)), num_rows)
-    _count_tokens_kernel[grid](counts, rows_of, history, prompt_lens, num_tokens, repetition, presence, frequency, history.stride(0), **flags)
-    _penalise_kernel[grid](logits, counts, rows_of, history, num_tokens, repetition, presence, frequency, logits.stride(0), history.stride(0), **flags)
+    _count_tokens_kernel[grid](counts, rows_of, history, prompt_lens, num_tokens, repetition, presence, frequency, history.stride(0), state_stride, **flags)
+    _penalise_kernel[grid](
+        logits, counts, rows_of, history, num_tokens, repetition, presence, frequency, logits.stride(0), history.stride(0), state_stride, **flags
+    )
     return logits
 
 

@@ -25,7 +25,7 @@ def _copy_pages_kernel(addresses, copies, copies_stride, PAGE_WORDS: tl.constexp
     target = tl.load(pair + 1).to(tl.int64)
     if source < 0:
         return
-    layer = tl.multiple_of(tl.load(addresses + tl.program_id(2)), ALIGNMENT).to(tl.pointer_type(tl.int32))
+    layer = tl.multiple_of(tl.load(addresses + tl.program_id(2)).to(tl.pointer_type(tl.int32)), ALIGNMENT)
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     content = tl.load(layer + source * PAGE_WORDS + word, mask=word < PAGE_WORDS)
     tl.store(layer + target * PAGE_WORDS + word, content, mask=word < PAGE_WORDS)

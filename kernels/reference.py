@@ -95,6 +95,10 @@ def rope_write_kv(
 # ---- attention
 
 
+def plan_decode_attention(seq_lens: Tensor) -> None:
+    """Called once a step with the lengths of all its decode_attention calls, [S]: kernels share out the work here, plain torch needs no plan."""
+
+
 def decode_attention(
     q: Tensor, kv_pages: Tensor, page_table: Tensor, seq_lens: Tensor, max_seq_len: int, scale: float, sliding_window: int | None = None
 ) -> Tensor:

@@ -33,7 +33,7 @@ _PASSES = 3
 def _mass(x, highest, temperature):
     """int64 exp((x - highest) / temperature) * 2^37."""
     safe = tl.where(highest == float("-inf"), 0.0, highest)
-    return (tl.exp((x - safe) / temperature) * 137438953472.0).to(tl.int64)
+    return (tl.exp2((x - safe) * (1.4426950408889634 / temperature)) * 137438953472.0).to(tl.int64)
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _remaining(search):
 
 @triton.jit
 def _start_kernel(
-    logits, rows, temperature, top_k, top_p, min_p, thresholds, arrivals, highests, search, pivots, logits_stride,
+    logits, rows, temperature, top_k, top_p, min_p, thresholds, arrivals, highests, search, pivots, logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -68,10 +68,10 @@ def _start_kernel(
     search += m * 8
     t = 1.0
     if HEATED:
-        t = tl.load(temperature + tl.maximum(state, 0))
-    k = tl.load(top_k + tl.maximum(state, 0))
-    p = tl.load(top_p + tl.maximum(state, 0))
-    least = tl.load(min_p + tl.maximum(state, 0))
+        t = tl.load(temperature + tl.maximum(state, 0) * state_stride)
+    k = tl.load(top_k + tl.maximum(state, 0) * state_stride)
+    p = tl.load(top_p + tl.maximum(state, 0) * state_stride)
+    least = tl.load(min_p + tl.maximum(state, 0) * state_stride)
     by_rank = (k > 0) & (k < VOCAB)
     if (state < 0) | (t <= 0) | ((p >= 1) & (least <= 0) & (by_rank == 0)):
         if part == 0:
@@ -107,15 +107,16 @@ def _spread(lo, hi, highest, temperature):
     step = tl.arange(0, 8).to(tl.float32)
     low, high = value_of(lo), value_of(hi)
     distance = tl.maximum(highest - high, 0.3 * temperature)
-    even = low + (high - low) * ((step + 1.0) / 9.0)
+    bounded = low > -1e30
+    even = high - (high - tl.where(bounded, low, high)) * ((8.0 - step) / 9.0)
     growing = highest - distance * tl.exp2(0.4 * (step + 1.0))
-    pivot = order_of(tl.where(low > -1e30, even, growing))
+    pivot = order_of(tl.where(bounded, even, growing))
     return tl.minimum(tl.maximum(pivot, lo), hi)
 
 
 @triton.jit
 def _narrow_kernel(
-    logits, rows, temperature, top_k, top_p, arrivals, highests, search, pivots, partial, logits_stride,
+    logits, rows, temperature, top_k, top_p, arrivals, highests, search, pivots, partial, logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, STRIDE: tl.constexpr,
     FIRST: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -136,15 +137,14 @@ def _narrow_kernel(
         state = tl.load(rows + m).to(tl.int64)
     t = 1.0
     if HEATED:
-        t = tl.load(temperature + state)
+        t = tl.load(temperature + state * state_stride)
     highest = tl.load(highests + m * CHUNKS)
     token = part * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
     key = tl.where(token < VOCAB, order_of(x), -2147483648)
     packed = _mass(x, highest, t) + (1 << 50)
-    for j in tl.static_range(8):
-        above = tl.sum(tl.where(key > tl.load(pivots + j), packed, 0), 0)
-        tl.store(partial + (m * CHUNKS + part) * STRIDE + j, above)
+    for i in tl.static_range(8):
+        tl.store(partial + (m * CHUNKS + part) * STRIDE + i, tl.sum(tl.where(key > tl.load(pivots + i), packed, 0), 0))
 
     if arrive(arrivals + m, CHUNKS):
         chunk = tl.arange(0, CHUNKS_PAD)
@@ -158,9 +158,9 @@ def _narrow_kernel(
         hi = tl.load(search + 2).to(tl.int32)
         bound = tl.load(search + 6)
         if FIRST:
-            bound = _share(tl.load(top_p + state), tl.max(mass, 0))  # of the mass above the floor
+            bound = _share(tl.load(top_p + state * state_stride), tl.max(mass, 0))  # of the mass above the floor
             tl.store(search + 6, bound)
-        holds = tl.where(aim == 1, above < tl.load(top_k + state).to(tl.int64), mass < bound) & (pivot > lo)
+        holds = tl.where(aim == 1, above < tl.load(top_k + state * state_stride).to(tl.int64), mass < bound) & (pivot > lo)
         new_lo = tl.maximum(lo, tl.max(tl.where(holds, lo, pivot), 0))
         new_hi = tl.minimum(hi, tl.min(tl.where(holds, pivot, hi), 0))
         tl.store(search + 1, new_lo)
@@ -229,7 +229,7 @@ def _find(logits, gathered, num_gathered, aim, lo, hi, base, bound, k, p, highes
 
 @triton.jit
 def _finish_kernel(
-    logits, rows, temperature, top_k, top_p, thresholds, arrivals, highests, search, gathered, logits_stride,
+    logits, rows, temperature, top_k, top_p, thresholds, arrivals, highests, search, gathered, logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """Gather what is left, in any order, and bisect it."""
@@ -260,10 +260,10 @@ def _finish_kernel(
             state = tl.load(rows + m).to(tl.int64)
         t = 1.0
         if HEATED:
-            t = tl.load(temperature + state)
+            t = tl.load(temperature + state * state_stride)
         base = tl.where(aim == 1, 0, tl.load(search + 5))
-        k = tl.load(top_k + state).to(tl.int64)
-        p = tl.load(top_p + state)
+        k = tl.load(top_k + state * state_stride).to(tl.int64)
+        p = tl.load(top_p + state * state_stride)
         highest = tl.load(highests + m * CHUNKS)
         found = _find(logits + m * logits_stride, gathered, left, aim, lo, hi, base, tl.load(search + 6), k, p, highest, t, VOCAB, CHUNK)
         tl.store(thresholds + m, value_of(found))
@@ -277,28 +277,31 @@ def truncation_thresholds(
     """out[m]: reference.truncate(logits / temperature, ...) keeps the logits of row m that are at least out[m] (-inf: all); float32 [M].
 
     logits: [M, V], any floating dtype, rows contiguous, may be strided. top_k (integers; <= 0 or >= V: none), top_p, min_p, temperature (float32; 0: the row is
-    not sampled, nothing is cut; None: 1 everywhere): [M], or [R] if rows [M] says which entry is row m's (-1: padding). Five launches; what a row does not
-    need is skipped on the device. top_k above the workspace's chunk works, slowly. launch_pdl: begin while the kernel before drains (programmatic dependent
-    launch); reads nothing before that kernel is complete. Raises ValueError if logits do not fit the workspace.
+    not sampled, nothing is cut; None: 1 everywhere): of one stride, [M], or [R] if rows [M] says which entry is row m's (-1: padding). Five launches; what a
+    row does not need is skipped on the device. top_k above the workspace's chunk works, slowly. launch_pdl: begin while the kernel before drains
+    (programmatic dependent launch); reads nothing before that kernel is complete. Raises ValueError if logits do not fit the workspace.
     """
-    check_logits(logits, workspace)
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if out is None else out
+    check_logits(logits, workspace, rows, out)
     if len(logits) == 0:
         return out
+    state_stride = top_k.stride(0)
+    if any(tensor is not None and tensor.stride(0) != state_stride for tensor in (top_p, min_p, temperature)):
+        raise ValueError("top_k, top_p, min_p and temperature must have one stride")
     w, unused = workspace, workspace.arrivals
     rows_of, heat = unused if rows is None else rows, unused if temperature is None else temperature
     flags = {"HEATED": temperature is not None, "HAS_ROWS": rows is not None, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
     sizes = {"VOCAB": w.vocab_size, "CHUNK": w.chunk, "CHUNKS": w.chunks}
     pad = triton.next_power_of_2(w.chunks)
     flags |= {"launch_pdl": True} if launch_pdl else {}
-    grid, stride = (w.chunks, len(logits)), logits.stride(0)
+    grid, strides = (w.chunks, len(logits)), (logits.stride(0), state_stride)
     _start_kernel[grid](
-        logits, rows_of, heat, top_k, top_p, min_p, out, w.arrivals, w.best_scores, w.search, w.pivots, stride, CHUNKS_PAD=pad, **sizes, **flags
+        logits, rows_of, heat, top_k, top_p, min_p, out, w.arrivals, w.best_scores, w.search, w.pivots, *strides, CHUNKS_PAD=pad, **sizes, **flags
     )
     for index in range(_PASSES):
         _narrow_kernel[grid](
-            logits, rows_of, heat, top_k, top_p, w.arrivals, w.best_scores, w.search, w.pivots, w.candidates, stride,
+            logits, rows_of, heat, top_k, top_p, w.arrivals, w.best_scores, w.search, w.pivots, w.candidates, *strides,
             CHUNKS_PAD=pad, STRIDE=w.candidates.shape[2], FIRST=index == 0, **sizes, **flags,
         )  # fmt: skip
-    _finish_kernel[grid](logits, rows_of, heat, top_k, top_p, out, w.arrivals, w.best_scores, w.search, w.gathered, stride, **sizes, **flags)
+    _finish_kernel[grid](logits, rows_of, heat, top_k, top_p, out, w.arrivals, w.best_scores, w.search, w.gathered, *strides, **sizes, **flags)
     return out

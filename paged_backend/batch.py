@@ -52,6 +52,11 @@ class Batch:
     def num_tokens(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def decode_only(self) -> bool:
+        """Every sequence computes its newest token and nothing else."""
+        return bool((self.counts == 1).all() and self.samples.all())
+
 
 class Feature:
     """Bits of `Batch.features`: each names a piece of sampler work that a batch without it skips."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from paged_backend.models.rope import rope_table
 from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights
 from paged_backend.sampler import Sampled, Sampler
 from paged_backend.step_tensors import DeviceRows
+
+if TYPE_CHECKING:
+    from paged_backend.cuda_graphs import DecodeGraphs
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,16 @@ class ModelRunner:
     """Owns the decoder, the KV store and the device rows. Steps run on the device in the order of their launch."""
 
     def __init__(
-        self, folder: Path, architecture: Architecture, limits: RunnerLimits, decoder: Decoder, kv_pages: list[Tensor], rows: DeviceRows, device: torch.device
+        self,
+        folder: Path,
+        architecture: Architecture,
+        limits: RunnerLimits,
+        decoder: Decoder,
+        sampler: Sampler,
+        kv_pages: list[Tensor],
+        rows: DeviceRows,
+        device: torch.device,
+        graphs: DecodeGraphs | None,
     ) -> None:
         self.folder = folder  # the checkpoint's
         self.architecture = architecture
@@ -60,7 +73,8 @@ class ModelRunner:
         self._decoder = decoder
         self._kv_pages = kv_pages
         self._rows = rows
-        self._sampler = Sampler(reference)
+        self._sampler = sampler
+        self._graphs = graphs  # None: every step is launched kernel by kernel
         self._in_flight: deque[_Flight] = deque()
 
     @classmethod
@@ -85,9 +99,16 @@ class ModelRunner:
         tell(size.decided_by)
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
         limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, checkpoint.eos_ids, checkpoint.bos_id)
-        rows = DeviceRows(min(config.max_num_sequences, config.max_batched_tokens), size.max_model_len, config.page_size, len(limits.eos_ids), device)
-        decoder = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), reference)
-        return cls(checkpoint.folder, a, limits, decoder, kv_pages, rows, device)
+        max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
+        rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device)
+        ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
+        decoder = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops)
+        graphs = None
+        if config.cuda_graphs and ops is not reference:
+            from paged_backend.cuda_graphs import DecodeGraphs  # needs the Triton language, which a CPU has no use for
+
+            graphs = DecodeGraphs(decoder, kv_pages, rows, max_sequences, tell)
+        return cls(checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, device, graphs)
 
     @property
     def num_in_flight(self) -> int:
@@ -96,9 +117,14 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
-        step = self._rows.apply(batch)
-        logits = self._decoder.forward(step, self._kv_pages)
-        sampled = self._sampler.sample(logits, step.sampling, self._rows)
+        if self._graphs is not None and batch.decode_only:
+            inputs, sampling = self._rows.apply_decode(batch, self._graphs.bucket(batch.num_sequences))
+            logits = self._graphs.replay(inputs, batch.num_sequences)
+        else:
+            step = self._rows.apply(batch)
+            assert step.sampling is not None
+            logits, sampling = self._decoder.forward(step, self._kv_pages), step.sampling
+        sampled = self._sampler.sample(logits, sampling, self._rows)
         self._in_flight.append(self._send_back(batch, sampled))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
@@ -151,6 +177,29 @@ def _device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def _make_ops(
+    config: EngineConfig, a: Architecture, max_sequences: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, tell: Callable[[str], None]
+) -> Any:
+    """Kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
+    if device.type != "cuda":
+        return reference
+    if config.page_size & (config.page_size - 1) or kv_dtype != dtype:
+        tell("kernels: off, they want a page_size that is a power of two, and K and V in the type of the weights; plain torch computes, slowly")
+        return reference
+    from paged_kernels.cuda_ops import CudaOps
+
+    return CudaOps(
+        num_heads=a.num_heads,
+        num_kv_heads=a.num_kv_heads,
+        head_dim=a.head_dim,
+        sliding_windows=a.sliding_windows,
+        vocab_size=a.vocab_size,
+        max_sequences=max_sequences,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -50,11 +50,11 @@ class StepTensors:
     query_starts: Tensor  # int32 [S + 1] first token of each sequence, and T
     seq_lens: Tensor  # int32 [S] after this step
     page_table: Tensor  # int32 [S, pages of the longest sequence]
-    logit_indices: Tensor  # int64 [M] tokens whose successors are sampled
+    logit_indices: Tensor | None  # int64 [M] tokens whose successors are sampled; None: all
     num_decodes: int  # sequences with one token
     max_decode_len: int  # longest of them, after this step
     prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of the others
-    sampling: SampleTensors
+    sampling: SampleTensors | None  # None: whoever launches the step knows
 
     @property
     def decode_only(self) -> bool:
@@ -90,7 +90,7 @@ class DeviceRows:
 
         self.token_ids = zeros(num_rows, max_model_len + 1)  # prompt and sampled tokens
         self.page_table = zeros(num_rows, -(-max_model_len // page_size))
-        self._page_size = page_size
+        self.page_size = page_size
         self._parameters = zeros(num_rows, len(_COLUMN))
         self._zeros = zeros
         self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
@@ -144,17 +144,33 @@ class DeviceRows:
 
     def apply(self, batch: Batch) -> StepTensors:
         """Brings the rows up to date with a batch and gathers what the step computes. Copies to the device once."""
-        for new in batch.new_rows:
-            self._note(new)
         order = np.argsort(batch.counts > 1, kind="stable")
         plan = _plan(batch, order)
+        sent, sampling = self._send(batch, plan)
+        return self._gather(batch, order, plan, sent, sampling)
+
+    def apply_decode(self, batch: Batch, size: int) -> tuple[Tensor, SampleTensors]:
+        """The same for a batch that only decodes, padded to `size` sequences: int32 [2 * size], rows (-1: padding), then starts.
+
+        What the step computes is gathered by the captured step itself (cuda_graphs.py).
+        """
+        inputs = np.full((2, size), -1, np.int32)
+        inputs[0, : batch.num_sequences] = batch.rows
+        inputs[1, : batch.num_sequences] = batch.starts
+        sent, sampling = self._send(batch, {"inputs": inputs.reshape(-1), "sample_rows": batch.rows, "sample_positions": batch.starts + batch.counts})
+        return sent["inputs"], sampling
+
+    def _send(self, batch: Batch, plan: Mapping[str, Int32]) -> tuple[Mapping[str, Tensor], SampleTensors]:
+        """The one copy: a plan, and whatever is new; then the rows are up to date."""
+        for new in batch.new_rows:
+            self._note(new)
         entries = self._feature_entries(batch)
         sections = {**plan, **{f"entries_{bit}": index for bit, index in entries.items()}, "page_updates": batch.page_updates.T}
         if batch.new_rows:
             sections |= _new_row_sections(batch.new_rows)
         sent = self._staging.send(sections)
         self._write(batch, sent)
-        return self._gather(batch, order, plan, sent, entries)
+        return sent, self._sample_tensors(batch, plan, sent, entries)
 
     def _note(self, new: NewRow) -> None:
         self._features[new.row] = features_of(new.sampling, new.stop_ids, new.bad_words)
@@ -192,7 +208,7 @@ class DeviceRows:
             self.page_table[rows, at] = pages
 
     def _gather(
-        self, batch: Batch, order: NDArray[np.intp], plan: Mapping[str, Int32], sent: Mapping[str, Tensor], entries: Mapping[int, Int32]
+        self, batch: Batch, order: NDArray[np.intp], plan: Mapping[str, Int32], sent: Mapping[str, Tensor], sampling: SampleTensors
     ) -> StepTensors:
         rows, query_starts = sent["rows"], sent["query_starts"]
         num_decodes = int((batch.counts == 1).sum())
@@ -202,14 +218,14 @@ class DeviceRows:
             which = torch.repeat_interleave(query_starts.diff(), output_size=batch.num_tokens)
             token_rows = rows[which]
             positions = (sent["starts"] - query_starts[:-1])[which] + torch.arange(batch.num_tokens, device=rows.device)
-        pages = self.page_table[token_rows, positions // self._page_size].long()
+        pages = self.page_table[token_rows, positions // self.page_size].long()
         lens = plan["seq_lens"]
-        width = -(-int(lens.max()) // self._page_size)
+        width = -(-int(lens.max()) // self.page_size)
         prefills = slice(num_decodes, None)
         return StepTensors(
             input_ids=self.token_ids[token_rows, positions],
             positions=positions,
-            slot_mapping=pages * self._page_size + positions % self._page_size,
+            slot_mapping=pages * self.page_size + positions % self.page_size,
             query_starts=query_starts,
             seq_lens=sent["seq_lens"],
             page_table=self.page_table[:, :width].index_select(0, rows),
@@ -217,7 +233,7 @@ class DeviceRows:
             num_decodes=num_decodes,
             max_decode_len=int(lens[:num_decodes].max(initial=0)),
             prefill_lens=tuple(zip(batch.counts[order][prefills].tolist(), lens[prefills].tolist(), strict=True)),
-            sampling=self._sample_tensors(batch, plan, sent, entries),
+            sampling=sampling,
         )
 
     def _sample_tensors(self, batch: Batch, plan: Mapping[str, Int32], sent: Mapping[str, Tensor], entries: Mapping[int, Int32]) -> SampleTensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from paged_backend.request import Delta, Outputs
 from paged_backend.request_reader import read_request
 
 _PUBLISH_SECONDS = 0.25
+_PUBLISH_ALARM_SECONDS = 30  # a publication takes milliseconds
 _SERVER_POLL_SECONDS = 0.5
 
 _CODES = {  # by name: the stub adds its classes to the library only after it has imported the model
@@ -42,7 +44,7 @@ class TritonPythonModel:
         Raises:
             TritonModelException: one sentence that says why the model cannot be served.
         """
-        _log_to_server()
+        _log_to_stderr()
         threading.Thread(target=_exit_with_server, args=(os.getppid(),), name="server", daemon=True).start()
         model_config = json.loads(args["model_config"])
         try:
@@ -149,6 +151,7 @@ class Publisher:
 
     def __init__(self, tally: Tally, labels: Mapping[str, str]) -> None:
         self._tally = tally
+        self._server = os.getppid()
         self._families = {family.name: _create(family) for family in FAMILIES}  # the server forgets a family that nobody refers to
         self._series = {
             (family.name, value): _metric(self._families[family.name], family, {**labels, family.label: value} if family.label else dict(labels))
@@ -167,10 +170,22 @@ class Publisher:
     def _run(self) -> None:
         try:
             while not self._stopping.wait(_PUBLISH_SECONDS):
-                self._publish()
-            self._publish()
+                self._publish_or_die()
+            self._publish_or_die()
         except Exception:  # metrics are no reason to stop serving
             logging.getLogger("paged").exception("metrics cannot be published any more")
+
+    def _publish_or_die(self) -> None:
+        """A metric call to a server that was killed never returns, and as it holds the interpreter's lock, no other thread would ever notice:
+        the alarm's default action ends the process instead.
+        """
+        if os.getppid() != self._server:
+            return
+        signal.alarm(_PUBLISH_ALARM_SECONDS)
+        try:
+            self._publish()
+        finally:
+            signal.alarm(0)
 
     def _publish(self) -> None:
         measurements = self._tally.drain()
@@ -196,21 +211,11 @@ def _metric(created: Any, family: Family, labels: dict[str, str]) -> Any:
     return created.Metric(labels=labels, buckets=list(family.buckets)) if family.kind is Kind.HISTOGRAM else created.Metric(labels=labels)
 
 
-class _ServerLog(logging.Handler):
-    """Our log lines in the server's log, in its format."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = f"paged: {self.format(record)}"
-        if record.levelno >= logging.ERROR:
-            pb_utils.Logger.log_error(line)
-        elif record.levelno >= logging.WARNING:
-            pb_utils.Logger.log_warn(line)
-        else:
-            pb_utils.Logger.log_info(line)
-
-
-def _log_to_server() -> None:
+def _log_to_stderr() -> None:
+    """Beside the engine's lines. The library's own Logger waits for the server with the interpreter's lock held."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("paged: %(message)s"))
     log = logging.getLogger("paged")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [_ServerLog()]
+    log.handlers = [handler]

@@ -31,6 +31,7 @@ class DecoderOps(Protocol):
         kv_pages: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor: ...
+    def plan_decode_attention(self, seq_lens: Tensor) -> None: ...
     def decode_attention(
         self, q: Tensor, kv_pages: Tensor, page_table: Tensor, seq_lens: Tensor, max_seq_len: int, scale: float, sliding_window: int | None = None
     ) -> Tensor: ...
@@ -53,6 +54,8 @@ class Decoder:
         """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,
         [M, vocab] float32."""
         ops, eps = self._ops, self._architecture.rms_norm_eps
+        if step.num_decodes:
+            ops.plan_decode_attention(step.seq_lens[: step.num_decodes])
         residual = ops.embedding(step.input_ids, self._weights.embedding)
         x = ops.rms_norm(residual, self._weights.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self._weights.layers[1:]] + [self._weights.final_norm]
@@ -62,7 +65,8 @@ class Decoder:
             x, residual = ops.add_rms_norm(x, residual, layer.post_norm, eps)
             x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
             x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
-        return ops.linear(x[step.logit_indices], self._weights.head).float()
+        wanted = x if step.logit_indices is None else x[step.logit_indices]
+        return ops.linear(wanted, self._weights.head).float()
 
     def _attention(self, layer: LayerWeights, window: int | None, x: Tensor, step: StepTensors, pages: Tensor) -> Tensor:
         ops, a = self._ops, self._architecture

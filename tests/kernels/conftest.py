@@ -1,4 +1,4 @@
-"""Without a CUDA device the kernels run in the Triton language's interpreter, which must be asked for before their modules are imported; gpu tests are skipped."""
+"""Without a CUDA device kernels run in the Triton language's interpreter, which must be asked for before their modules are imported; gpu tests are skipped."""
 
 from __future__ import annotations
 

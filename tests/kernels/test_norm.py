@@ -31,7 +31,14 @@ TINY = [(1, 8, torch.float32), (3, 24, torch.float32), (2, 257, torch.float32), 
 LARGE = [
     pytest.param(rows, size, dtype, marks=pytest.mark.gpu)
     for rows in (1, 33, 256)
-    for size, dtype in ((2048, torch.bfloat16), (4096, torch.bfloat16), (896, torch.bfloat16), (5120, torch.float16), (16384, torch.bfloat16), (3000, torch.float32))
+    for size, dtype in (
+        (2048, torch.bfloat16),
+        (4096, torch.bfloat16),
+        (896, torch.bfloat16),
+        (5120, torch.float16),
+        (16384, torch.bfloat16),
+        (3000, torch.float32),
+    )
 ]
 
 

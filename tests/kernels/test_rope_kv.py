@@ -82,9 +82,7 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def call(case: Case, tensors: Tensors, **options: object) -> torch.Tensor:
-    return rope_write_kv(
-        tensors.qkv, case.num_heads, tensors.qk_norm, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping, **options
-    )
+    return rope_write_kv(tensors.qkv, case.num_heads, tensors.qk_norm, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping, **options)
 
 
 CASES = {

@@ -12,6 +12,8 @@ from urllib.request import urlopen
 
 import numpy as np
 import tritonclient.grpc.aio as grpc
+from grpc import RpcError
+from grpc.aio import AioRpcError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 MODEL = "paged_llm"
@@ -26,11 +28,20 @@ class Answer:
     finish_reasons: list[str] = field(default_factory=list)
     num_finals: int = 0
     num_cached_tokens: int = 0
-    error: InferenceServerException | None = None
+    error: InferenceServerException | AioRpcError | None = None
 
     @property
     def code(self) -> str | None:
-        return None if self.error is None else str(self.error.status())
+        """gRPC's name of the error's status."""
+        if self.error is None:
+            return None
+        return self.error.code().name if isinstance(self.error, AioRpcError) else str(self.error.status()).removeprefix("StatusCode.")
+
+    @property
+    def message(self) -> str:
+        if self.error is None:
+            return ""
+        return self.error.details() or "" if isinstance(self.error, AioRpcError) else self.error.message()
 
 
 def tensor(name: str, value: Any) -> grpc.InferInput:
@@ -58,7 +69,7 @@ async def stream(
         inputs = [tensor(name, value) for name, value in wanted.items() if value is not None]
         yield {"model_name": MODEL, "inputs": inputs, "enable_empty_final_response": True, "parameters": parameters}
 
-    responses = client.stream_infer(requests())
+    responses = client.stream_infer(requests(), headers={"triton_grpc_error": "true"})  # errors come as gRPC statuses, not as text alone
 
     async def listen() -> None:
         async for result, error in responses:
@@ -77,7 +88,7 @@ async def stream(
     except asyncio.CancelledError:
         responses.cancel()
         raise
-    except InferenceServerException as error:
+    except (InferenceServerException, RpcError) as error:
         answer.error = error
     return answer
 

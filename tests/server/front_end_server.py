@@ -104,10 +104,18 @@ class FrontEndServer:
 
     def engine_pids(self) -> list[int]:
         """Engine processes of this server's front ends."""
-        listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+        return [pid for pid, _ in self._engines()]
+
+    def socket_folder(self) -> Path:
+        """Of the one engine that runs."""
+        ((_, arguments),) = self._engines()
+        return Path(arguments.split()[-1]).parent
+
+    def _engines(self) -> list[tuple[int, str]]:
+        listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
         rows = [line.split(None, 2) for line in listing]
         stubs = {int(pid) for pid, parent, _ in rows if int(parent) == self.process.pid}
-        return [int(pid) for pid, parent, arguments in rows if int(parent) in stubs and "fake_engine" in arguments]
+        return [(int(pid), arguments) for pid, parent, arguments in rows if int(parent) in stubs and "fake_engine" in arguments]
 
     def ask(self, prompt: str, *, stream: bool = True, **options: Any) -> Answer:
         return self.ask_all([prompt], stream=stream, **options)[0]

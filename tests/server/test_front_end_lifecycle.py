@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import queue
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -42,10 +40,6 @@ def _configure(server: FrontEndServer, model: str) -> None:
     lines = path.read_text()
     start = lines.index("string_value", lines.index('"model"'))
     path.write_text(lines[:start] + f'string_value: "{model}"' + lines[lines.index("\n", start) :])
-
-
-def _sockets() -> set[str]:
-    return set(glob.glob(f"{tempfile.gettempdir()}/paged-{os.getuid()}-*"))
 
 
 class _Streams:
@@ -118,8 +112,8 @@ def test_an_unload_lets_live_requests_finish(tmp_path: Path) -> None:
 
 def test_unload_is_quick_after_errors_and_cancellations(tmp_path: Path) -> None:
     """A response sender that anybody still refers to would keep the model from unloading."""
-    before = _sockets()
     with serving(tmp_path, instances=1) as server:
+        folder = server.socket_folder()
         server.ask("")
         server.ask("error")
         server.ask("tokens=50 delay=0.002", stop_words=["w0"])
@@ -132,7 +126,7 @@ def test_unload_is_quick_after_errors_and_cancellations(tmp_path: Path) -> None:
         server.wait_for('paged_requests{state="running"}', 0)
         assert server.unload() < 4
         assert server.engine_pids() == []
-        assert _sockets() == before
+        assert not folder.exists()
 
 
 def test_a_reload_while_requests_run_serves_both(tmp_path: Path) -> None:
@@ -148,13 +142,12 @@ def test_a_reload_while_requests_run_serves_both(tmp_path: Path) -> None:
 
 
 def test_a_terminated_server_leaves_no_engine_and_no_sockets(tmp_path: Path) -> None:
-    before = _sockets()
     with serving(tmp_path, instances=2) as server:
-        engines = server.engine_pids()
+        engines, folder = server.engine_pids(), server.socket_folder()
         server.process.terminate()
         assert server.process.wait(15) == 0
         assert not any(ProcessId.of(pid) for pid in engines)
-    assert _sockets() == before
+        assert not folder.exists()
 
 
 def test_a_killed_server_takes_its_engine_with_it(tmp_path: Path) -> None:

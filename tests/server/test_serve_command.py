@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -289,6 +290,20 @@ def test_log_verbose_shows_the_servers_own_log_and_arguments_are_passed_on(start
     exit_code, stderr = command.finish()
     assert exit_code == 0
     assert "Started HTTPService" in stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="nvidia-pytriton is not installed")
+def test_a_tritonserver_on_path_serves_with_its_own_backends(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    wheel = server_files.find_installation()
+    backends = server_files.prepare_backends(wheel, tmp_path)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "tritonserver").write_text(f'#!/bin/sh\ntouch {tmp_path}/used\nLD_LIBRARY_PATH={wheel.libraries} exec {wheel.executable} "$@"\n')
+    (programs / "tritonserver").chmod(0o755)
+    command = start(PATH=f"{programs}:/usr/bin:/bin", TRITON_BACKENDS=str(backends))
+    assert ask(command.wait_until_ready()["HTTP"], "from path") == "from path"
+    assert (tmp_path / "used").exists()
 
 
 def test_a_wrong_argument_for_the_server_is_a_failure(start: Start) -> None:

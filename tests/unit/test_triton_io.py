@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -123,8 +125,6 @@ class FakeRequest:
 def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """The module, imported with a stand-in for the stub's library."""
     library = types.ModuleType("triton_python_backend_utils")
-    logger = types.SimpleNamespace(**{name: lambda line: lines.append(line) for name in ("log_info", "log_warn", "log_error")})
-    lines: list[str] = []
     FakeFamily.created = {}
     for name, value in {
         "Tensor": FakeTensor,
@@ -133,8 +133,6 @@ def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
         "MetricFamily": FakeFamily,
         "TRITONSERVER_RESPONSE_COMPLETE_FINAL": 1,
         "TritonModelException": type("TritonModelException", (Exception,), {}),
-        "Logger": logger,
-        "lines": lines,
     }.items():
         setattr(library, name, value)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", library)
@@ -307,10 +305,14 @@ def test_metrics_reach_the_server(model: Any) -> None:
     assert _series("paged_queue_seconds").observed
 
 
-def test_a_logged_request_shows_lengths_and_times_but_no_text(model: Any, triton_io: types.ModuleType) -> None:
+def test_a_logged_request_shows_lengths_and_times_but_no_text(model: Any) -> None:
+    stream = io.StringIO()
+    (handler, *_) = logging.getLogger("paged").handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(stream)
     _answered(model, text_input="tokens=9 secret")
-    _wait(lambda: bool(triton_io.pb_utils.lines))
-    (line,) = triton_io.pb_utils.lines
+    _wait(lambda: _series("paged_requests_finished_total", reason="length").value == 1)
+    (line,) = stream.getvalue().splitlines()
     assert line.startswith("paged: request length: ")
     assert "9 out" in line
     assert "secret" not in line
