@@ -83,15 +83,27 @@ def _gumbel(hashed, ON_GPU: tl.constexpr):
 
 
 @triton.jit
-def _race(row, begin, temperature, key, threshold, VOCAB: tl.constexpr, CHUNK: tl.constexpr, TRUNCATED: tl.constexpr, ON_GPU: tl.constexpr):
-    """The best score of a chunk and its token: logit / temperature plus noise, or the logit alone at temperature 0. In tiles, to need few registers."""
+def _race(
+    row, begin, temperature, key, threshold,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, TRUNCATED: tl.constexpr, LOGPROBS: tl.constexpr, ON_GPU: tl.constexpr,
+):  # fmt: skip
+    """The best score of a chunk and its token: logit / temperature plus noise, or the logit alone at temperature 0; and its maximum and mass, if LOGPROBS.
+
+    In tiles, to need few registers. -1e30 stands for a maximum of nothing, so that no -inf is subtracted from another.
+    """
     cooled = 1.0 / tl.where(temperature > 0, temperature, 1.0)
     TILE: tl.constexpr = 1024 if CHUNK > 1024 else CHUNK
     best = tl.full([TILE], float("-inf"), tl.float32)
     best_token = begin + tl.arange(0, TILE)
+    top = tl.full([TILE], -1e30, tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
     for offset in range(0, CHUNK, TILE):
         token = begin + offset + tl.arange(0, TILE)
         score = tl.load(row + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+        if LOGPROBS:
+            new_top = tl.maximum(top, score)
+            mass = mass * tl.exp(top - new_top) + tl.exp(score - new_top)
+            top = new_top
         allowed = temperature > 0
         if TRUNCATED:
             score = tl.where(score >= threshold, score, float("-inf"))
@@ -101,11 +113,15 @@ def _race(row, begin, temperature, key, threshold, VOCAB: tl.constexpr, CHUNK: t
         best_token = tl.where(score > best, token, best_token)
         best = tl.maximum(score, best)
     highest = tl.max(best, 0)
-    return highest, tl.min(tl.where(best == highest, best_token, VOCAB - 1), 0)
+    token = tl.min(tl.where(best == highest, best_token, VOCAB - 1), 0)
+    if LOGPROBS:
+        return highest, token, tl.max(top, 0), tl.sum(mass * tl.exp(top - tl.max(top, 0)), 0)
+    else:
+        return highest, token, 0.0, 0.0
 
 
 @triton.jit
-def _log_mass(x, top):
+def _mass_below(x, top):
     """Sum of exp(x - top), 0 if there is nothing but -inf."""
     return tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), 0)
 
@@ -145,19 +161,21 @@ def _choose_kernel(
         if TRUNCATED:
             threshold = tl.load(thresholds + m)
         key = _row_key(tl.load(seeds + state * seeds_stride), tl.load(positions + m))
-        best, best_token = _race(row, part * CHUNK, t, key, threshold, VOCAB, CHUNK, TRUNCATED, ON_GPU)
-        tl.store(best_scores + m * CHUNKS + part, best)
-        tl.store(best_tokens + m * CHUNKS + part, best_token)
-    if LOGPROBS or not RANDOM:
+        best, best_token, top, mass = _race(row, part * CHUNK, t, key, threshold, VOCAB, CHUNK, TRUNCATED, LOGPROBS, ON_GPU)
+    else:
         token = part * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(row + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-        top, where = tl.max(x, 0, return_indices=True)
+        best, where = tl.max(x, 0, return_indices=True)
+        best_token = part * CHUNK + where
+        top, mass = best, 0.0
         if LOGPROBS:
-            tl.store(masses + (m * CHUNKS + part) * 2, top)
-            tl.store(masses + (m * CHUNKS + part) * 2 + 1, _log_mass(x, top))
-        if not RANDOM and not GIVEN:
-            tl.store(best_scores + m * CHUNKS + part, top)
-            tl.store(best_tokens + m * CHUNKS + part, part * CHUNK + where)
+            mass = _mass_below(x, top)
+    if not GIVEN:
+        tl.store(best_scores + m * CHUNKS + part, best)
+        tl.store(best_tokens + m * CHUNKS + part, best_token)
+    if LOGPROBS:
+        tl.store(masses + (m * CHUNKS + part) * 2, top)
+        tl.store(masses + (m * CHUNKS + part) * 2 + 1, mass)
 
     if arrive(arrivals + m, CHUNKS):
         chunk = tl.arange(0, CHUNKS_PAD)
@@ -175,43 +193,69 @@ def _choose_kernel(
         tl.store(arrivals + m, 0)
 
 
+@triton.jit
+def _peaks_kernel(logits, masses, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+    """Maximum and mass of every chunk."""
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 0)
+    cell = masses + (m * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(cell, top)
+    tl.store(cell + 1, _mass_below(x, top))
+
+
 @triton.jit(do_not_specialize=["n"])
 def _top_kernel(
-    logits, ids, logprobs, arrivals, candidates, masses, n, logits_stride, ids_stride, logprobs_stride,
+    logits, ids, logprobs, arrivals, candidates, num_candidates, masses, n, logits_stride, ids_stride, logprobs_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, TOP_PAD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the likelier, then the smaller token."""
+    """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the likelier, then the smaller token.
+
+    The n-th highest chunk has a logit that at least n logits reach, so a chunk takes only its logits that reach it, at most n: a few.
+    """
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     m = tl.program_id(1).to(tl.int64)
+    masses += m * CHUNKS * 2
+    candidates += m * CHUNKS * TOP_PAD
+    num_candidates += m * CHUNKS
+    chunk = tl.arange(0, CHUNKS_PAD)
+    peak = order_of(tl.load(masses + chunk * 2, mask=chunk < CHUNKS, other=float("-inf")))
+    higher = (peak[None, :] > peak[:, None]) | ((peak[None, :] == peak[:, None]) & (chunk[None, :] < chunk[:, None]))
+    rank = tl.sum(higher.to(tl.int32), 1)
+    least = tl.max(tl.where(rank == n - 1, peak, -2147483648), 0).to(tl.int64) << 32
+
     token = part * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    top = tl.max(x, 0)
-    tl.store(masses + (m * CHUNKS + part) * 2, top)
-    tl.store(masses + (m * CHUNKS + part) * 2 + 1, _log_mass(x, top))
     packed = (order_of(x).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
     packed = tl.where(token < VOCAB, packed, _NOTHING)
-    mine = candidates + (m * CHUNKS + part) * TOP_PAD
-    for i in range(n):
-        best = tl.max(packed, 0)
-        tl.store(mine + i, best)
+    taken = 0
+    best = tl.max(packed, 0)
+    while (taken < n) & (best >= least) & (best > _NOTHING):
+        tl.store(candidates + part * TOP_PAD + taken, best)
+        taken += 1
         packed = tl.where(packed == best, _NOTHING, packed)
+        best = tl.max(packed, 0)
+    tl.store(num_candidates + part, taken)
 
     if arrive(arrivals + m, CHUNKS):
-        rank = tl.arange(0, TOP_PAD)
-        chunk = tl.arange(0, CHUNKS_PAD)
-        log_mass = _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS)
-        cell = candidates + (m * CHUNKS + chunk[:, None]) * TOP_PAD + rank[None, :]
-        left = tl.load(cell, mask=(chunk < CHUNKS)[:, None] & (rank < n)[None, :], other=_NOTHING, cache_modifier=".cg")
+        place = tl.arange(0, TOP_PAD)
+        found = tl.load(num_candidates + chunk, mask=chunk < CHUNKS, other=0, cache_modifier=".cg")
+        cell = candidates + chunk[:, None] * TOP_PAD + place[None, :]
+        left = tl.load(cell, mask=place[None, :] < found[:, None], other=_NOTHING, cache_modifier=".cg")
+        log_mass = _merge_log_mass(masses, chunk, CHUNKS)
         for i in range(n):
             best = tl.max(tl.max(left, 1), 0)
             left = tl.where(left == best, _NOTHING, left)
             winner = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-            value = value_of((best >> 32).to(tl.int32))
             tl.store(ids + m * ids_stride + i, winner.to(ids.dtype.element_ty))
-            tl.store(logprobs + m * logprobs_stride + i, value - log_mass)
+            tl.store(logprobs + m * logprobs_stride + i, value_of((best >> 32).to(tl.int32)) - log_mass)
         tl.store(arrivals + m, 0)
 
 
@@ -220,8 +264,8 @@ class SamplingWorkspace:
     """Scratch of sampling up to max_rows rows of vocab_size logits; launches that run one after another share it.
 
     arrivals: int32 [max_rows], zero between launches. best_scores float32, best_tokens int32 [max_rows, chunks]: a chunk's winner. masses: float32
-    [max_rows, chunks, 2]: its maximum and sum of exp(logit - maximum). candidates: int64 [max_rows, chunks, 32]: its largest; in a search, masses above pivots.
-    search: int64 [max_rows, 8], pivots: int32 [max_rows, 8], gathered: float32 [max_rows, chunk]: see truncation.py.
+    [max_rows, chunks, 2]: its maximum and sum of exp(logit - maximum). candidates: int64 [max_rows, chunks, 32]: its largest. For truncation.py:
+    search, pivots: int32 [max_rows, 8]; levels: float32 [max_rows, 4]; above: float32 [max_rows, chunks, 16]; gathered: float32 [max_rows, chunk].
     """
 
     max_rows: int
@@ -234,6 +278,8 @@ class SamplingWorkspace:
     candidates: torch.Tensor
     search: torch.Tensor
     pivots: torch.Tensor
+    levels: torch.Tensor
+    above: torch.Tensor
     gathered: torch.Tensor
 
     @property
@@ -257,7 +303,8 @@ def make_sampling_workspace(max_rows: int, vocab_size: int, device: torch.device
         max_rows=max_rows, vocab_size=vocab_size, chunk=chunk,
         arrivals=scratch(dtype=torch.int32), best_scores=scratch(chunks, dtype=torch.float32), best_tokens=scratch(chunks, dtype=torch.int32),
         masses=scratch(chunks, 2, dtype=torch.float32), candidates=scratch(chunks, _TOP_PAD, dtype=torch.int64),
-        search=scratch(8, dtype=torch.int64), pivots=scratch(8, dtype=torch.int32), gathered=scratch(chunk, dtype=torch.float32),
+        search=scratch(8, dtype=torch.int32), pivots=scratch(8, dtype=torch.int32), levels=scratch(4, dtype=torch.float32),
+        above=scratch(chunks, 16, dtype=torch.float32), gathered=scratch(chunk, dtype=torch.float32),
     )  # fmt: skip
 
 
@@ -314,11 +361,12 @@ def top_logprobs(
     ids, values = (logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)) if out is None else out
     check_logits(logits, workspace)
     if len(logits):
-        pdl = {"launch_pdl": True} if launch_pdl else {}
-        _top_kernel[(workspace.chunks, len(logits))](
-            logits, ids, values, workspace.arrivals, workspace.candidates, workspace.masses, n, logits.stride(0), ids.stride(0), values.stride(0),
-            VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks, CHUNKS_PAD=triton.next_power_of_2(workspace.chunks), TOP_PAD=_TOP_PAD,
-            LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        w, pdl = workspace, {"launch_pdl": True} if launch_pdl else {}
+        flags = {"VOCAB": w.vocab_size, "CHUNK": w.chunk, "LAUNCH_PDL": launch_pdl, "num_warps": 4, **pdl}
+        _peaks_kernel[(w.chunks, len(logits))](logits, w.masses, logits.stride(0), **flags)
+        _top_kernel[(w.chunks, len(logits))](
+            logits, ids, values, w.arrivals, w.candidates, w.best_tokens, w.masses, n, logits.stride(0), ids.stride(0), values.stride(0),
+            CHUNKS=w.chunks, CHUNKS_PAD=triton.next_power_of_2(w.chunks), TOP_PAD=_TOP_PAD, **flags,
         )  # fmt: skip
     return ids, values
 

@@ -7,11 +7,11 @@ min-p's floor with
 
 Both left sides fall as v grows, so a search closes in on v: in (lo, hi], lo fails and hi holds. A pass over the logits counts what is above eight pivots and
 keeps the two around the threshold; when no more than a chunk of logits is left between them, these are gathered and one program bisects them in registers.
-Rows that need nothing, or no further pass, cost an empty program per chunk. Should too many logits be left after the last pass, the row's last program bisects
-over the whole row.
+Rows that need nothing, or no further pass, cost an empty program per chunk. Should too many logits be left after the last pass, that program bisects over the
+whole row.
 
-Masses are sums of integers, exp((logit - highest) / temperature) * 2^37, so they do not depend on the order of addition: the same row is cut at the same place
-in any batch. A pass packs both into one int64, the count above bit 50: a chunk has at most 2^12 logits.
+A row is cut at the same place in any batch: chunks have one size and are summed in one order, and gathered logits, whose order is left to chance, are summed
+as integers, exp((logit - highest) / temperature) * 2^37.
 
 Ideas: threshold instead of sort, FlashInfer's sampling kernels (Ye et al., 2025); pivots in passes, multi-way bisection.
 """
@@ -25,21 +25,21 @@ import triton.language as tl
 from paged_kernels.sampling import SamplingWorkspace, arrive, check_logits, order_of, value_of
 
 _PASSES = 3
-# Entries of workspace.search: what the search is for (0 nothing, 1 top-k, 2 top-p), its interval (keys), numbers of logits above both ends, mass above hi,
-# mass to stay below, number gathered so far. The highest logit is in workspace.best_scores.
+# Entries of workspace.search, int32: what the search is for (0 nothing, 1 top-k, 2 top-p), its interval (two keys), the numbers of logits above both ends,
+# the number gathered so far. Of workspace.levels, float32: the highest logit, the mass above the interval, the mass to stay below.
 
 
 @triton.jit
 def _mass(x, highest, temperature):
-    """int64 exp((x - highest) / temperature) * 2^37."""
+    """exp((x - highest) / temperature)."""
     safe = tl.where(highest == float("-inf"), 0.0, highest)
-    return (tl.exp2((x - safe) * (1.4426950408889634 / temperature)) * 137438953472.0).to(tl.int64)
+    return tl.exp2((x - safe) * (1.4426950408889634 / temperature))
 
 
 @triton.jit
-def _share(p, mass):
-    """p * mass, at least 1, so that nothing is too small a part of anything."""
-    return tl.maximum((p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64), 1)
+def _whole(mass):
+    """A mass in units of 2^-37, int64: sums do not depend on the order."""
+    return (mass * 137438953472.0).to(tl.int64)
 
 
 @triton.jit
@@ -51,8 +51,29 @@ def _remaining(search):
 
 
 @triton.jit
+def _above(key, mass, pivot, LANES: tl.constexpr):
+    """How many keys of [ROWS, WIDTH] are above the pivot, and their mass, summed as far as a thread has them at hand: [LANES, 2]."""
+    over = key > pivot
+    count = tl.sum(tl.where(over, 1.0, 0.0), 0)
+    mass = tl.sum(tl.where(over, mass, 0.0), 0)
+    EACH: tl.constexpr = key.shape[1] // LANES
+    return tl.join(tl.sum(tl.reshape(count, (LANES, EACH)), 1), tl.sum(tl.reshape(mass, (LANES, EACH)), 1))
+
+
+@triton.jit
+def _above_pivots(key, mass, pivots, LANES: tl.constexpr):
+    """[LANES, 16]: number of keys above each of eight pivots, then their masses."""
+    a = tl.join(_above(key, mass, tl.load(pivots), LANES), _above(key, mass, tl.load(pivots + 4), LANES))
+    b = tl.join(_above(key, mass, tl.load(pivots + 1), LANES), _above(key, mass, tl.load(pivots + 5), LANES))
+    c = tl.join(_above(key, mass, tl.load(pivots + 2), LANES), _above(key, mass, tl.load(pivots + 6), LANES))
+    d = tl.join(_above(key, mass, tl.load(pivots + 3), LANES), _above(key, mass, tl.load(pivots + 7), LANES))
+    joined = tl.join(tl.join(a, c), tl.join(b, d))  # [LANES, count or mass, 4's bit of the pivot, 2's bit, 1's bit]
+    return tl.reshape(joined, (LANES, 16))
+
+
+@triton.jit
 def _start_kernel(
-    logits, rows, temperature, top_k, top_p, min_p, thresholds, arrivals, highests, search, pivots, logits_stride, state_stride,
+    logits, rows, temperature, top_k, top_p, min_p, thresholds, arrivals, highests, search, levels, pivots, logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +87,7 @@ def _start_kernel(
     if HAS_ROWS:
         state = tl.load(rows + m).to(tl.int64)
     search += m * 8
+    levels += m * 4
     t = 1.0
     if HEATED:
         t = tl.load(temperature + tl.maximum(state, 0) * state_stride)
@@ -93,8 +115,8 @@ def _start_kernel(
         tl.store(search + 3, VOCAB)
         tl.store(search + 4, 0)
         tl.store(search + 5, 0)
-        tl.store(search + 7, 0)
-        tl.store(highests + m * CHUNKS, highest)
+        tl.store(levels, highest)
+        tl.store(levels + 1, 0.0)
         step = tl.arange(0, 8)  # the first pivot is the floor, the others are at growing distances from the highest logit
         distance = 0.3 * tl.exp2(0.85 * step.to(tl.float32)) * tl.where(by_rank, 1.0, t)
         tl.store(pivots + m * 8 + step, tl.where(step == 0, lo, tl.maximum(order_of(highest - distance), lo)))
@@ -116,8 +138,8 @@ def _spread(lo, hi, highest, temperature):
 
 @triton.jit
 def _narrow_kernel(
-    logits, rows, temperature, top_k, top_p, arrivals, highests, search, pivots, partial, logits_stride, state_stride,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, STRIDE: tl.constexpr,
+    logits, rows, temperature, top_k, top_p, arrivals, search, levels, pivots, above, logits_stride, state_stride,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
     FIRST: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """One pass: count and mass above each pivot, then the interval between the best two and new pivots in it."""
@@ -127,6 +149,7 @@ def _narrow_kernel(
     part = tl.program_id(0)
     m = tl.program_id(1).to(tl.int64)
     search += m * 8
+    levels += m * 4
     pivots += m * 8
     aim, left = _remaining(search)
     ENOUGH: tl.constexpr = -1 if FIRST else CHUNK
@@ -138,51 +161,82 @@ def _narrow_kernel(
     t = 1.0
     if HEATED:
         t = tl.load(temperature + state * state_stride)
-    highest = tl.load(highests + m * CHUNKS)
-    token = part * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    key = tl.where(token < VOCAB, order_of(x), -2147483648)
-    packed = _mass(x, highest, t) + (1 << 50)
-    for i in tl.static_range(8):
-        tl.store(partial + (m * CHUNKS + part) * STRIDE + i, tl.sum(tl.where(key > tl.load(pivots + i), packed, 0), 0))
+    highest = tl.load(levels)
+    TILE: tl.constexpr = 1024 if CHUNK > 1024 else CHUNK
+    sums = tl.zeros([LANES, 16], tl.float32)
+    for begin in range(part * CHUNK, part * CHUNK + CHUNK, TILE):
+        token = begin + tl.arange(0, TILE // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+        key = tl.where(token < VOCAB, order_of(x), -2147483648)
+        sums += _above_pivots(key, _mass(x, highest, t), pivots, LANES)
+    above += m * CHUNKS * 16
+    tl.store(above + part * 16 + tl.arange(0, 16), tl.sum(sums, 0))
 
     if arrive(arrivals + m, CHUNKS):
-        chunk = tl.arange(0, CHUNKS_PAD)
         j = tl.arange(0, 8)
-        cell = partial + (m * CHUNKS + chunk[:, None]) * STRIDE + j[None, :]
-        parts = tl.load(cell, mask=(chunk < CHUNKS)[:, None], other=0, cache_modifier=".cg")
-        above = tl.sum(parts >> 50, 0)
-        mass = tl.sum(parts & ((1 << 50) - 1), 0)
-        pivot = tl.load(pivots + j)
-        lo = tl.load(search + 1).to(tl.int32)
-        hi = tl.load(search + 2).to(tl.int32)
-        bound = tl.load(search + 6)
+        chunk = tl.arange(0, CHUNKS_PAD)
+        cell = above + chunk[:, None] * 16 + j[None, :]
+        there = (chunk < CHUNKS)[:, None]
+        count = tl.sum(tl.load(cell, mask=there, other=0.0, cache_modifier=".cg"), 0).to(tl.int32)
+        mass = tl.sum(tl.load(cell + 8, mask=there, other=0.0, cache_modifier=".cg"), 0)
         if FIRST:
-            bound = _share(tl.load(top_p + state * state_stride), tl.max(mass, 0))  # of the mass above the floor
-            tl.store(search + 6, bound)
-        holds = tl.where(aim == 1, above < tl.load(top_k + state * state_stride).to(tl.int64), mass < bound) & (pivot > lo)
+            bound = tl.load(top_p + state * state_stride) * tl.max(mass, 0)  # of the mass above the floor
+            tl.store(levels + 2, bound)
+        else:
+            bound = tl.load(levels + 2)
+        pivot = tl.load(pivots + j)
+        lo = tl.load(search + 1)
+        hi = tl.load(search + 2)
+        holds = tl.where(aim == 1, count < tl.load(top_k + state * state_stride), mass < bound) & (pivot > lo)
         new_lo = tl.maximum(lo, tl.max(tl.where(holds, lo, pivot), 0))
         new_hi = tl.minimum(hi, tl.min(tl.where(holds, pivot, hi), 0))
         tl.store(search + 1, new_lo)
         tl.store(search + 2, new_hi)
-        tl.store(search + 3, tl.minimum(tl.load(search + 3), tl.min(tl.where(holds, VOCAB, above), 0)))
-        tl.store(search + 4, tl.maximum(tl.load(search + 4), tl.max(tl.where(holds, above, 0), 0)))
-        tl.store(search + 5, tl.maximum(tl.load(search + 5), tl.max(tl.where(holds, mass, 0), 0)))
+        tl.store(search + 3, tl.minimum(tl.load(search + 3), tl.min(tl.where(holds, VOCAB, count), 0)))
+        tl.store(search + 4, tl.maximum(tl.load(search + 4), tl.max(tl.where(holds, count, 0), 0)))
+        tl.store(levels + 1, tl.maximum(tl.load(levels + 1), tl.max(tl.where(holds, mass, 0.0), 0)))
         tl.store(pivots + j, _spread(new_lo, new_hi, highest, t))
         tl.store(arrivals + m, 0)
 
 
 @triton.jit
+def _gather_kernel(
+    logits, search, gathered, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr
+):  # fmt: skip
+    """The logits that are left, if they fit, in any order."""
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(1).to(tl.int64)
+    search += m * 8
+    aim, left = _remaining(search)
+    if (aim == 0) | (left > CHUNK):
+        return
+    lo = tl.load(search + 1)
+    hi = tl.where(aim == 1, 2147483647, tl.load(search + 2))
+    TILE: tl.constexpr = 1024 if CHUNK > 1024 else CHUNK
+    for begin in range(tl.program_id(0) * CHUNK, tl.program_id(0) * CHUNK + CHUNK, TILE):
+        token = begin + tl.arange(0, TILE)
+        x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+        key = tl.where(token < VOCAB, order_of(x), -2147483648)
+        wanted = ((key > lo) & (key <= hi)).to(tl.int32)
+        count = tl.sum(wanted, 0)
+        if count > 0:
+            place = tl.atomic_add(search + 5, count, sem="relaxed") + tl.cumsum(wanted, 0) - 1
+            tl.store(gathered + m * CHUNK + place, x, mask=(wanted > 0) & (place < CHUNK))
+
+
+@triton.jit
 def _row_above(logits, key, highest, temperature, VOCAB: tl.constexpr, CHUNK: tl.constexpr):
-    """(count, mass) of a whole row's logits above key, by one program."""
+    """(count, mass in units of 2^-37) of a whole row's logits above key, by one program."""
     count = tl.full([], 0, tl.int64)
     mass = tl.full([], 0, tl.int64)
     for begin in range(0, VOCAB, CHUNK):
         token = begin + tl.arange(0, CHUNK)
         x = tl.load(logits + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
         over = (order_of(x) > key) & (token < VOCAB)
-        count += tl.sum(over.to(tl.int64), 0)
-        mass += tl.sum(tl.where(over, _mass(x, highest, temperature), 0), 0)
+        count += tl.sum(over.to(tl.int32), 0)
+        mass += tl.sum(tl.where(over, _whole(_mass(x, highest, temperature)), 0), 0)
     return count, mass
 
 
@@ -206,68 +260,51 @@ def _bisect(
 
 
 @triton.jit
-def _find(logits, gathered, num_gathered, aim, lo, hi, base, bound, k, p, highest, temperature, VOCAB: tl.constexpr, CHUNK: tl.constexpr):
-    """The threshold's key. gathered: the logits in question, if no more than CHUNK; else the whole row is looked at, again and again."""
-    in_registers = num_gathered <= CHUNK
-    at = tl.arange(0, CHUNK)
-    there = at < tl.where(in_registers, num_gathered, 0)
-    x = tl.load(gathered + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    key = tl.where(there, order_of(x), -2147483648)
-    masses = tl.where(there, _mass(x, highest, temperature), 0)
-    if aim == 1:
-        hi = _bisect(logits, key, masses, in_registers, lo, hi, base, k, highest, temperature, False, VOCAB, CHUNK)
-        lo = hi
-        if p < 1:  # among what top-k left
-            left = tl.sum(tl.where(key >= hi.to(tl.int32), masses, 0), 0)
-            if in_registers == 0:
-                _, left = _row_above(logits, hi.to(tl.int32) - 1, highest, temperature, VOCAB, CHUNK)
-            bound = _share(p, left)
-            lo = hi - 1
-            hi = order_of(highest).to(tl.int64)
-    return _bisect(logits, key, masses, in_registers, lo, hi, base, bound, highest, temperature, True, VOCAB, CHUNK).to(tl.int32)
-
-
-@triton.jit
 def _finish_kernel(
-    logits, rows, temperature, top_k, top_p, thresholds, arrivals, highests, search, gathered, logits_stride, state_stride,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    logits, rows, temperature, top_k, top_p, thresholds, search, levels, gathered, logits_stride, state_stride,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Gather what is left, in any order, and bisect it."""
+    """One program per row: bisect what was gathered, or else the row."""
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    part = tl.program_id(0)
-    m = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0).to(tl.int64)
     search += m * 8
-    gathered += m * CHUNK
+    levels += m * 4
+    logits += m * logits_stride
     aim, left = _remaining(search)
     if aim == 0:
         return
-    lo = tl.load(search + 1)
-    hi = tl.load(search + 2)
-    if left <= CHUNK:
-        token = part * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-        key = order_of(x)
-        wanted = ((key > lo) & ((aim == 1) | (key <= hi)) & (token < VOCAB)).to(tl.int32)
-        count = tl.sum(wanted, 0)
-        if count > 0:
-            place = tl.atomic_add(search + 7, count.to(tl.int64), sem="relaxed") + tl.cumsum(wanted, 0) - 1
-            tl.store(gathered + place, x, mask=(wanted > 0) & (place < CHUNK))
-    if arrive(arrivals + m, CHUNKS):
-        state = m
-        if HAS_ROWS:
-            state = tl.load(rows + m).to(tl.int64)
-        t = 1.0
-        if HEATED:
-            t = tl.load(temperature + state * state_stride)
-        base = tl.where(aim == 1, 0, tl.load(search + 5))
+    state = m
+    if HAS_ROWS:
+        state = tl.load(rows + m).to(tl.int64)
+    t = 1.0
+    if HEATED:
+        t = tl.load(temperature + state * state_stride)
+    lo, hi = tl.load(search + 1).to(tl.int64), tl.load(search + 2).to(tl.int64)
+    highest = tl.load(levels)
+    base, bound = _whole(tl.load(levels + 1)), tl.maximum(_whole(tl.load(levels + 2)), 1)
+    in_registers = left <= CHUNK
+    at = tl.arange(0, CHUNK)
+    there = at < tl.where(in_registers, left, 0)
+    x = tl.load(gathered + m * CHUNK + at, mask=there, other=float("-inf"))
+    key = tl.where(there, order_of(x), -2147483648)
+    masses = tl.where(there, _whole(_mass(x, highest, t)), 0)
+    if aim == 1:
         k = tl.load(top_k + state * state_stride).to(tl.int64)
+        hi = _bisect(logits, key, masses, in_registers, lo, hi, base, k, highest, t, False, VOCAB, CHUNK)
+        lo = hi
         p = tl.load(top_p + state * state_stride)
-        highest = tl.load(highests + m * CHUNKS)
-        found = _find(logits + m * logits_stride, gathered, left, aim, lo, hi, base, tl.load(search + 6), k, p, highest, t, VOCAB, CHUNK)
-        tl.store(thresholds + m, value_of(found))
-        tl.store(arrivals + m, 0)
+        if p < 1:  # among what top-k left
+            mass = tl.sum(tl.where(key >= hi.to(tl.int32), masses, 0), 0)
+            if in_registers == 0:
+                _, mass = _row_above(logits, hi.to(tl.int32) - 1, highest, t, VOCAB, CHUNK)
+            bound = tl.maximum((p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64), 1)
+            base = tl.full([], 0, tl.int64)
+            lo = hi - 1
+            hi = order_of(highest).to(tl.int64)
+    hi = _bisect(logits, key, masses, in_registers, lo, hi, base, bound, highest, t, True, VOCAB, CHUNK)
+    tl.store(thresholds + m, value_of(hi.to(tl.int32)))
 
 
 def truncation_thresholds(
@@ -277,7 +314,7 @@ def truncation_thresholds(
     """out[m]: reference.truncate(logits / temperature, ...) keeps the logits of row m that are at least out[m] (-inf: all); float32 [M].
 
     logits: [M, V], any floating dtype, rows contiguous, may be strided. top_k (integers; <= 0 or >= V: none), top_p, min_p, temperature (float32; 0: the row is
-    not sampled, nothing is cut; None: 1 everywhere): of one stride, [M], or [R] if rows [M] says which entry is row m's (-1: padding). Five launches; what a
+    not sampled, nothing is cut; None: 1 everywhere): of one stride, [M], or [R] if rows [M] says which entry is row m's (-1: padding). Six launches; what a
     row does not need is skipped on the device. top_k above the workspace's chunk works, slowly. launch_pdl: begin while the kernel before drains
     (programmatic dependent launch); reads nothing before that kernel is complete. Raises ValueError if logits do not fit the workspace.
     """
@@ -293,15 +330,22 @@ def truncation_thresholds(
     flags = {"HEATED": temperature is not None, "HAS_ROWS": rows is not None, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
     sizes = {"VOCAB": w.vocab_size, "CHUNK": w.chunk, "CHUNKS": w.chunks}
     pad = triton.next_power_of_2(w.chunks)
-    flags |= {"launch_pdl": True} if launch_pdl else {}
+    each = 16 // logits.element_size()  # loaded by a thread at once
+    lanes = min(128, w.chunk // each)  # threads
+    pdl = {"launch_pdl": True} if launch_pdl else {}
+    flags |= pdl
     grid, strides = (w.chunks, len(logits)), (logits.stride(0), state_stride)
     _start_kernel[grid](
-        logits, rows_of, heat, top_k, top_p, min_p, out, w.arrivals, w.best_scores, w.search, w.pivots, *strides, CHUNKS_PAD=pad, **sizes, **flags
-    )
+        logits, rows_of, heat, top_k, top_p, min_p, out, w.arrivals, w.best_scores, w.search, w.levels, w.pivots, *strides, CHUNKS_PAD=pad, **sizes, **flags
+    )  # fmt: skip
     for index in range(_PASSES):
         _narrow_kernel[grid](
-            logits, rows_of, heat, top_k, top_p, w.arrivals, w.best_scores, w.search, w.pivots, w.candidates, *strides,
-            CHUNKS_PAD=pad, STRIDE=w.candidates.shape[2], FIRST=index == 0, **sizes, **flags,
+            logits, rows_of, heat, top_k, top_p, w.arrivals, w.search, w.levels, w.pivots, w.above, *strides,
+            CHUNKS_PAD=pad, WIDTH=lanes * each, LANES=lanes, FIRST=index == 0, **sizes, **flags,
         )  # fmt: skip
-    _finish_kernel[grid](logits, rows_of, heat, top_k, top_p, out, w.arrivals, w.best_scores, w.search, w.gathered, *strides, **sizes, **flags)
+    _gather_kernel[grid](logits, w.search, w.gathered, logits.stride(0), VOCAB=w.vocab_size, CHUNK=w.chunk, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl)
+    _finish_kernel[(len(logits),)](
+        logits, rows_of, heat, top_k, top_p, out, w.search, w.levels, w.gathered, *strides,
+        VOCAB=w.vocab_size, CHUNK=w.chunk, **{**flags, "num_warps": 8},
+    )  # fmt: skip
     return out

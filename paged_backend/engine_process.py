@@ -258,4 +258,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    os._exit(status)  # libraries with threads and device memory take long to leave, and talk about it

@@ -60,11 +60,11 @@ class FrontEnd:
     def ask(self, request: Request, send: Send, is_cancelled: Callable[[], bool]) -> None:
         """Answers `request` by calls of `send` from other threads: deltas, the last one final, whatever happens.
 
-        is_cancelled: asked every few tens of milliseconds until then; True ends the request.
+        is_cancelled: asked every few tens of milliseconds, never during or after the final call of `send`; True ends the request.
         """
-        answer = _Answer(self, request, is_cancelled)
+        answer = _Answer(self, request, send, is_cancelled)
         eager = self.prompts.tokenizer is None or request.outputs.output_ids or request.outputs.logprobs
-        answer.channel = self.streamer.open(send, answer.ended, request.stream, eager)
+        answer.channel = self.streamer.open(answer.send, answer.ended, request.stream, eager)
         self._answers[id(answer)] = answer
         if self._open:
             self.prompts.later(answer.begin)
@@ -105,9 +105,10 @@ class FrontEnd:
 class _Answer:
     """One request on its way: read → submitted → pieces → final response. Its lock orders the threads that it passes through."""
 
-    def __init__(self, front_end: FrontEnd, request: Request, is_cancelled: Callable[[], bool]) -> None:
+    def __init__(self, front_end: FrontEnd, request: Request, send: Send, is_cancelled: Callable[[], bool]) -> None:
         self.channel: Channel
         self._text: AnswerText
+        self._send: Send | None = send
         self._front_end = front_end
         self._request = request
         self._is_cancelled: Callable[[], bool] | None = is_cancelled
@@ -194,14 +195,28 @@ class _Answer:
 
     def poll_cancellation(self) -> None:
         """On the side thread."""
-        is_cancelled = self._is_cancelled
-        try:
-            left = is_cancelled is not None and is_cancelled()
-        except Exception:
-            log.exception("the server cannot say whether a request was cancelled")
-            left = True
-        if left:
-            self.fail(RequestError("the request was cancelled", ErrorKind.CANCELLED))
+        with self._lock:
+            if self._over or self._is_cancelled is None:
+                return
+            try:
+                left = self._is_cancelled()
+            except Exception:
+                log.exception("the server cannot say whether a request was cancelled")
+                left = True
+            if left:
+                self._put(Delta(error=RequestError("the request was cancelled", ErrorKind.CANCELLED)))
+                self._abort()
+
+    def send(self, delta: Delta, final: bool) -> None:
+        """On a sender thread. Asking for cancellation during or after the final response crashes Triton Server (2.51: the question follows a
+        pointer to what the final response frees), so the final response waits for a question under way and forbids the next.
+        """
+        if final:
+            with self._lock:
+                self._over = True
+                self._is_cancelled = None
+        assert self._send is not None
+        self._send(delta, final)
 
     def fail(self, error: RequestError) -> None:
         """Ends the request with `error`, here and in the engine; no effect if it is over."""
@@ -220,18 +235,14 @@ class _Answer:
         elif delta.error is not None:
             self._outcome = "cancelled" if delta.error.kind is ErrorKind.CANCELLED else "error"
         self._over = delta.finish_reason is not None or delta.error is not None
-        if self._over:
-            self._is_cancelled = None  # it holds the server's response sender
-        if not self._front_end.streamer.put(self.channel, delta):
-            self._over = True
+        self._front_end.streamer.put(self.channel, delta)
 
     def ended(self, sent: bool) -> None:
         """On a sender thread, after the final response."""
         self._front_end.forget(self)
+        self._send = None
         with self._lock:
-            self._is_cancelled = None
             if not sent:
-                self._over = True
                 self._outcome = "error"
                 self._abort()
         self._record(time.monotonic())

@@ -213,9 +213,9 @@ def _metric(created: Any, family: Family, labels: dict[str, str]) -> Any:
 
 def _log_to_stderr() -> None:
     """Beside the engine's lines. The library's own Logger waits for the server with the interpreter's lock held."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("paged: %(message)s"))
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(logging.Formatter("paged: %(message)s"))
     log = logging.getLogger("paged")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [handler]
+    log.handlers = [stderr]

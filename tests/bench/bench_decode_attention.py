@@ -4,7 +4,7 @@
 
 floor_us: the bytes of K and V over the measured read bandwidth. Each case replays a CUDA graph of launches over several KV stores, together larger than
 the L2 cache, with shuffled pages; medians. The plan, shared by a step's layers, is timed apart (plan_us). error: relative RMS against float64.
---shape tile:stages:programs per multiprocessor:warps[:registers] tries other launch shapes than the tuned one.
+--shape tile:stages:programs per multiprocessor:warps tries other launch shapes than the tuned one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ROTATED_BYTES = 300 * 2**20
 
 
 @triton.jit
-def _read_kernel(source, sums, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):
+def _read_kernel(source, sums, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     start = tl.program_id(0).to(tl.int64) * PER_PROGRAM
     acc = tl.zeros([BLOCK], tl.int32)
     for i in range(0, PER_PROGRAM, BLOCK):
@@ -140,10 +140,10 @@ def float64_attention(case: Case, stores: Stores) -> torch.Tensor:
 
 
 def make_plan(case: Case, shape: str | None) -> DecodePlan:
-    tile, stages, programs, warps, registers = [*(int(n) for n in shape.split(":")), None][:5] if shape else (None, None, None, 4, None)
+    tile, stages, programs, warps = (int(n) for n in shape.split(":")) if shape else (None, 3, None, 4)
     workspace = make_decode_workspace(
         case.num_q_heads, case.num_kv_heads, case.head_dim, torch.bfloat16, torch.device("cuda"),
-        tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps, max_registers=registers,
+        tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps,
     )  # fmt: skip
     return make_decode_plan(workspace, len(case.lengths))
 
@@ -175,7 +175,7 @@ def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=";".join(CASES), help="names joined by ';'")
-    parser.add_argument("--shape", action="append", help="tile:stages:programs per multiprocessor:warps[:registers]; may be repeated")
+    parser.add_argument("--shape", action="append", help="tile:stages:programs per multiprocessor:warps; may be repeated")
     parser.add_argument("--pdl", action="store_true")
     options = parser.parse_args()
     bandwidth = read_bandwidth()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 import subprocess
 import sys
@@ -163,6 +164,16 @@ def test_the_engines_refusal_reaches_the_caller(server: FrontEndServer) -> None:
     answer = server.ask("error")
     assert "the queue is full" in str(answer.error)
     assert answer.num_finals == 1
+
+
+@pytest.mark.parametrize(("prompt", "code"), [("", "INVALID_ARGUMENT"), ("error", "UNAVAILABLE")])
+def test_a_client_that_asks_for_grpc_errors_gets_the_code(server: FrontEndServer, prompt: str, code: str) -> None:
+    """Without this header the server's gRPC streams carry an error's message only."""
+    errors: queue.Queue[Any] = queue.Queue()
+    with closing(grpc.InferenceServerClient(server.grpc)) as client:
+        client.start_stream(lambda result, error: errors.put(error), headers={"triton_grpc_error": "true"})
+        send(client, prompt, stream=True)
+        assert errors.get(timeout=5).status() == f"StatusCode.{code}"
 
 
 @pytest.mark.parametrize("prompt", ["silent", "tokens=400 delay=0.01"], ids=["queued", "streaming"])

@@ -79,18 +79,37 @@ class FakeFamily:
 
 
 class FakeSender:
+    """As strict as the server: it crashes if asked for cancellation during or after the final response."""
+
+    misuses: list[str] = []
+
     def __init__(self) -> None:
         self.responses: list[tuple[FakeResponse, int]] = []
         self.cancelled = False
         self.final = threading.Event()
+        self.fails = False
+        self._asking = False
+        self._ending = False
 
     def send(self, response: FakeResponse, flags: int = 0) -> None:
-        assert not self.final.is_set(), "a response after the final one"
+        if self._ending:
+            FakeSender.misuses.append("a response after the final one")
+        if flags and self._asking:
+            FakeSender.misuses.append("a final response during a question for cancellation")
+        self._ending = bool(flags)
+        time.sleep(0.0005)
         self.responses.append((response, flags))
         if flags:
             self.final.set()
+        elif self.fails:
+            raise RuntimeError("the client is gone")
 
     def is_cancelled(self) -> bool:
+        self._asking = True
+        time.sleep(0.0005)
+        if self._ending:
+            FakeSender.misuses.append("a question for cancellation during or after the final response")
+        self._asking = False
         return self.cancelled
 
     @property
@@ -155,8 +174,10 @@ def model(triton_io: types.ModuleType) -> Iterator[Any]:
     instance = triton_io.TritonPythonModel()
     instance.engine_command = COMMAND
     instance.initialize(_arguments(log_requests="true"))
+    FakeSender.misuses = []
     yield instance
     instance.finalize()
+    assert FakeSender.misuses == []
 
 
 def _answered(model: Any, **values: Any) -> FakeSender:
@@ -274,6 +295,21 @@ def test_execute_returns_before_the_answer(model: Any) -> None:
         assert request.sender.final.wait(2)
         assert request.sender.error is not None
         assert (request.sender.error.message, request.sender.error.code) == ("the request was cancelled", "CANCELLED")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["answered", "client gone"])
+def test_nobody_asks_for_cancellation_during_or_after_the_final_response(model: Any, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    monkeypatch.setattr("paged_backend.front_end._CANCEL_POLL_SECONDS", 0.0)
+    monkeypatch.setattr("paged_backend.front_end._CANCEL_POLL_SHARE", 1e9)
+    requests = [FakeRequest(text_input=f"tokens={5 + number % 20} delay=0.001", stream=True) for number in range(60)]
+    for request in requests:
+        request.sender.fails = fails
+    model.execute(requests)
+    for request in requests:
+        assert request.sender.final.wait(10)
+        assert (request.sender.error is not None) == (fails and len(request.sender.responses) > 1)  # a final response alone does not fail here
+    time.sleep(0.1)
+    assert FakeSender.misuses == []
 
 
 def test_wrong_requests_do_not_hurt_the_right_ones_beside_them(model: Any) -> None:

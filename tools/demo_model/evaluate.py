@@ -62,7 +62,9 @@ def print_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
         torch.manual_seed(seed)
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, pad_token_id=tokenizer.eos_token_id, **sampling)[0, ids.shape[1] :]
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, pad_token_id=tokenizer.eos_token_id, **sampling)[
+            0, ids.shape[1] :
+        ]
         ended = answer[-1] == tokenizer.eos_token_id
         print(f"[{prompt}]{tokenizer.decode(answer, skip_special_tokens=True)}  ({len(answer)} tokens, {'ended with EOS' if ended else 'did not end'})\n")
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import words
-from plots import ENDINGS, OPENINGS, PHRASES, PLOTS, Passage
+from plots import ENDINGS, FACTS, OPENINGS, PHRASES, PLOTS, Passage
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
@@ -20,9 +22,10 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _PHRASE = re.compile(r"<(\w+)>")
 _SENTENCE_START = re.compile(r"(^|[.!?] +|“)([a-z])")
 _BEFORE_A_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])")
-_QUESTION_SHARE = 0.65  # of the documents have questions; three in four of those are marked as such by a heading
+_QUESTION_SHARE = 0.65  # of the stories have questions; three in four of those are marked as such by a heading
 _HEADED_SHARE = 0.75  # so a story without a heading ends, more often than not, where it ends
 _HEADING = "Story: "
+_TURNS = (("hero", "friend", "third"), ("thing", "other", "last"), ("spot", "spot2", "spot3"))  # a sketch's facts are about these, in turn
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,20 @@ def write_story(rng: random.Random) -> Story:
     return Story(text, tuple(question for passage in passages for question in _questions(passage, slots)))
 
 
+def write_sketch(rng: random.Random) -> Story:
+    """One to three facts about different people. Questions with more than one answer are left out."""
+    actors = cast(rng)
+    sentences: list[str] = []
+    questions: list[Question] = []
+    for turn in range(rng.randint(1, len(_TURNS[0]))):
+        passage = rng.choice(FACTS)
+        slots = {**cast(rng), **{group[0]: actors[group[turn]] for group in _TURNS}}
+        sentences.append(_write(rng, passage.text, slots))
+        questions += _questions(passage, slots)
+    times = Counter(question.text for question in questions)
+    return Story(" ".join(sentences), tuple(question for question in questions if times[question.text] == 1))
+
+
 def cast(rng: random.Random) -> dict[str, object]:
     """One value for every slot; people, things and places that differ within a story."""
     hero, friend, third = rng.sample([*((name, True) for name in words.WOMEN), *((name, False) for name in words.MEN)], 3)
@@ -100,9 +117,17 @@ def cast(rng: random.Random) -> dict[str, object]:
     return {**people, **things, **holders, **places, **{slot: rng.choice(choices) for slot, choices in single.items()}}
 
 
-def document(rng: random.Random, story: Story) -> str:
-    """A training document: the story alone, or the story and up to three questions; the story alone and every answer end with EOS."""
-    if rng.random() >= _QUESTION_SHARE:
+def documents(seed: int, sketch_share: float) -> Iterator[str]:
+    """Yields training documents without end, this share of them sketches. Streams of different seeds are independent."""
+    rng = random.Random(seed)
+    while True:
+        is_sketch = rng.random() < sketch_share
+        yield document(rng, write_sketch(rng), question_share=1.0) if is_sketch else document(rng, write_story(rng), _QUESTION_SHARE)
+
+
+def document(rng: random.Random, story: Story, question_share: float) -> str:
+    """A training document: the story alone, or the story and up to three questions. The story alone and every answer end with EOS."""
+    if not story.questions or rng.random() >= question_share:
         return f"{BOS}{story.text}{EOS}"
     heading = _HEADING if rng.random() < _HEADED_SHARE else ""
     asked = rng.sample(story.questions, min(len(story.questions), rng.choice((2, 3, 3))))
@@ -140,6 +165,4 @@ def _sentence(text: str) -> str:
 
 
 if __name__ == "__main__":
-    shown = random.Random(0)
-    for _, made in zip(range(12), stories(seed=0), strict=False):
-        print(document(shown, made), end="\n\n")
+    print(*islice(documents(seed=0, sketch_share=0.3), 16), sep="\n\n")

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from itertools import islice
 
 import torch
-from generator import document, stories
 from tokenizers import Tokenizer
 from torch import Tensor
 
 IGNORED = -100  # transformers' loss leaves out labels of this value
 _OPEN_ROWS = 256
 _DOCUMENTS_AT_ONCE = 256
-
-
-def documents(seed: int) -> Iterator[str]:
-    """Yields training documents without end. Streams of different seeds are independent."""
-    rng = random.Random(f"documents {seed}")
-    for story in stories(seed):
-        yield document(rng, story)
 
 
 def token_rows(tokenizer: Tokenizer, texts: Iterator[str], row_len: int, eos_id: int) -> Iterator[tuple[Tensor, Tensor]]:

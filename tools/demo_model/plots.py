@@ -1,4 +1,4 @@
-"""What can happen in a story: openings, plots and endings, as templates.
+"""What can happen in a story: openings, plots, endings and single facts, as templates.
 
 `[a|b]` is one of several wordings (they nest, and one may be empty); `{slot}` is filled by `generator.cast`. `{hero}` is a name, `{hero.he}`, `{hero.his}`
 and `{hero.him}` its pronouns; `{thing}` is "red kite", `{thing.noun}` "kite", `{thing.colour}` "red". An answer stands in the story's own words.
@@ -196,6 +196,41 @@ SWAP = Passage(
     ),
 )
 PLOTS = (LOST_AND_FOUND, BIRTHDAY, PET, COOKING, STORM, VISIT, SECRET, TIDYING, GARDEN, RACE, LESSON, SWAP)
+
+# Single facts: a few of them, each with people of its own, make a very short story.
+FACTS = (
+    Passage(
+        "{hero} [put|left|hid] the {thing} {spot}.",
+        (
+            ("place", "Where is the {thing.noun}?", "{spot}"),
+            ("person", "Who had the {thing.noun}?", "{hero}"),
+            ("colour", "What colour is the {thing.noun}?", "{thing.colour}"),
+        ),
+    ),
+    Passage(
+        "{hero} has a {animal} called {pet}.",
+        (
+            ("pet", "What is the {animal} called?", "{pet}"),
+            ("person", "Who has a {animal}?", "{hero}"),
+            ("animal", "What kind of animal is {pet}?", "a {animal}"),
+        ),
+    ),
+    Passage("{hero} is a {job} and lives {near}.", (("job", "What is {hero}'s work?", "{hero.he} is a {job}"), ("home", "Where does {hero} live?", "{near}"))),
+    Passage("{hero} cooked {food} on {day}.", (("food", "What did {hero} cook?", "{food}"), ("day", "When did {hero} cook?", "on {day}"))),
+    Passage(
+        "{hero} bought a {thing} at the {destination}.",
+        (
+            ("thing", "What did {hero} buy?", "a {thing}"),
+            ("destination", "Where did {hero} buy the {thing.noun}?", "at the {destination}"),
+            ("colour", "What colour is the {thing.noun}?", "{thing.colour}"),
+        ),
+    ),
+    Passage("{hero} can {skill}.", (("skill", "What can {hero} do?", "{skill}"), ("person", "Who can {skill}?", "{hero}"))),
+    Passage(
+        "In {season} {hero} went away {vehicle}.", (("vehicle", "How did {hero} go away?", "{vehicle}"), ("season", "When did {hero} go away?", "in {season}"))
+    ),
+    Passage("{hero} is {feeling}.", (("feeling", "How does {hero} feel?", "{feeling}"),)),
+)
 
 _FEELING = (("feeling", "How did {hero} feel in the end?", "{feeling}"),)
 

@@ -10,21 +10,38 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from packing import batches, documents, token_rows
+from generator import documents
+from packing import batches, token_rows
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from vocabulary import BOS_ID, EOS_ID, for_transformers, train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 MODEL_FOLDER = HERE.parents[1] / "model_repository" / "paged_llm" / "1" / "demo_model"
-TRAIN_SEED, VALIDATION_SEED, TOKENIZER_SEED = 1, 2, 3
+TOKENIZER_SEED, VALIDATION_SEED, TRAIN_SEED = 1, 2, 10  # a stage's seed is TRAIN_SEED plus its number
+_ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training. Lengths in tokens."""
+
+    num_steps: int
+    num_rows: int  # in a step's batch
+    row_len: int
+    sketch_share: float  # of the documents
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, besides the generator. Lengths in tokens."""
+    """Everything that decides the weights, besides the generator.
+
+    Short rows of single facts come first: in long stories alone, a model this small does not find out within minutes that names and things are to be looked up.
+    """
 
     vocab_size: int = 1280
     hidden_size: int = 128
@@ -33,18 +50,25 @@ class Recipe:
     num_heads: int = 4  # of 32 each
     num_kv_heads: int = 2
     max_model_len: int = 2048
-    tokenizer_documents: int = 8000
-    row_len: int = 256
-    rows_per_step: int = 12
-    num_steps: int = 1300
-    warmup_steps: int = 60
-    peak_learning_rate: float = 4e-3
+    initial_deviation: float = 0.09  # 1 / sqrt(hidden_size)
+    stages: tuple[Stage, ...] = (Stage(400, 16, 64, sketch_share=1.0), Stage(900, 12, 256, sketch_share=0.3))
+    warmup_steps: int = 40
+    peak_learning_rate: float = 3e-3
     final_learning_rate: float = 1e-4
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
+    tokenizer_documents: int = 8000
     validation_rows: int = 128
     steps_between_validations: int = 100
     seed: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(stage.num_steps * stage.num_rows * stage.row_len for stage in self.stages)
 
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
@@ -59,16 +83,22 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
         head_dim=recipe.hidden_size // recipe.num_heads,
         max_position_embeddings=recipe.max_model_len,
         tie_word_embeddings=True,
+        initializer_range=recipe.initial_deviation,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # what the residual adds up, layer by layer
+                parameter.div_(math.sqrt(2 * recipe.num_layers))
+    return model
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Linear warm-up, then a cosine down to the final rate."""
     if step < recipe.warmup_steps:
-        return recipe.peak_learning_rate * (step + 1) / recipe.warmup_steps
+        return recipe.peak_learning_rate * step / recipe.warmup_steps
     share = (step - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
     return recipe.final_learning_rate + (recipe.peak_learning_rate - recipe.final_learning_rate) * (1 + math.cos(math.pi * share)) / 2
 
@@ -82,48 +112,65 @@ def make_optimizer(recipe: Recipe, model: LlamaForCausalLM) -> torch.optim.Optim
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor], rows_at_once: int) -> float:
+def mean_loss(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor]) -> float:
     """Mean loss in nats per token over `rows`: (ids, labels), each int64 [num_rows, row_len]."""
     total, count = 0.0, 0
-    for ids, labels in zip(rows[0].split(rows_at_once), rows[1].split(rows_at_once), strict=True):
+    for ids, labels in zip(rows[0].split(_ROWS_AT_ONCE), rows[1].split(_ROWS_AT_ONCE), strict=True):
         num_tokens = int((labels[:, 1:] >= 0).sum())
         total += float(model(input_ids=ids, labels=labels, use_cache=False).loss) * num_tokens
         count += num_tokens
     return total / count
 
 
-def train(recipe: Recipe, model: LlamaForCausalLM, training: Iterator[tuple[Tensor, Tensor]], validation: tuple[Tensor, Tensor], curve: Path) -> None:
+def training_batches(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (ids, labels) of every step, each int64 [num_rows, row_len]."""
+    for number, stage in enumerate(recipe.stages):
+        rows = token_rows(tokenizer, documents(TRAIN_SEED + number, stage.sketch_share), stage.row_len, EOS_ID)
+        yield from islice(batches(rows, stage.num_rows), stage.num_steps)
+
+
+def validation_rows(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Rows as those of the last stage, of documents that training does not see."""
+    stage = recipe.stages[-1]
+    rows = token_rows(tokenizer, documents(VALIDATION_SEED, stage.sketch_share), stage.row_len, EOS_ID)
+    return next(batches(rows, recipe.validation_rows))
+
+
+def train(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, curve: Path) -> None:
     """Trains `model` in place; `curve` gets one JSON line at every validation."""
     optimizer = make_optimizer(recipe, model)
-    started, since, losses = time.monotonic(), 0, 0.0
+    validation = validation_rows(recipe, tokenizer)
+    started, num_tokens = time.monotonic(), 0
+    losses: list[float] = []
     curve.write_text("")
-    for step in range(recipe.num_steps):
+    for step, (ids, labels) in enumerate(training_batches(recipe, tokenizer), start=1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        ids, labels = next(training)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses, since = losses + float(loss.detach()), since + 1
-        done = step + 1
-        if done % recipe.steps_between_validations and done != recipe.num_steps:
+        losses.append(float(loss.detach()))
+        num_tokens += ids.numel()
+        if step % recipe.steps_between_validations and step != recipe.num_steps:
             continue
         seconds = time.monotonic() - started
-        validation_loss = mean_loss(model, validation, recipe.rows_per_step)
-        point = {"step": done, "tokens": done * ids.numel(), "loss": round(losses / since, 4), "validation_loss": round(validation_loss, 4), "seconds": round(seconds)}
+        point = {"step": step, "tokens": num_tokens, "loss": fmean(losses), "validation_loss": mean_loss(model, validation), "seconds": round(seconds)}
+        losses.clear()
         with curve.open("a") as file:
             file.write(json.dumps(point) + "\n")
-        left = seconds / done * (recipe.num_steps - done)
-        print(f"step {done}/{recipe.num_steps}  loss {losses / since:.4f}  validation {validation_loss:.4f}  {seconds:.0f} s, {left:.0f} s left", flush=True)
-        losses, since = 0.0, 0
+        left = seconds / num_tokens * (recipe.num_tokens - num_tokens)
+        print(f"step {step}/{recipe.num_steps}  loss {point['loss']:.4f}  validation {point['validation_loss']:.4f}  {left:.0f} s left", flush=True)
 
 
-def save(recipe: Recipe, model: LlamaForCausalLM, tokenizer_folder: Path) -> None:
-    """Writes config, generation config and bfloat16 weights."""
-    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
-    model.to(torch.bfloat16).save_pretrained(tokenizer_folder)
+def save(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes configuration, tokenizer and bfloat16 weights."""
+    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for_transformers(tokenizer, recipe.max_model_len).save_pretrained(folder)
+    for file in sorted(folder.iterdir()):
+        print(f"{file.stat().st_size:9} {file.name}")
 
 
 def main() -> None:
@@ -132,23 +179,15 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=MODEL_FOLDER, help="folder for the model's files")
     options.add_argument("--curve", type=Path, default=HERE / "loss.jsonl", help="file for the losses")
     options.add_argument("--threads", type=int, default=2, help="the sums' order, and so the last digits, depend on it")
-    options.add_argument("--steps", type=int, default=Recipe.num_steps)
     chosen = options.parse_args()
-    recipe = Recipe(num_steps=chosen.steps)
+    recipe = Recipe()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(recipe.seed)
-    print("recipe", json.dumps(asdict(recipe)))
-
-    tokenizer = train_tokenizer(islice(documents(TOKENIZER_SEED), recipe.tokenizer_documents), recipe.vocab_size)
-    for_transformers(tokenizer, recipe.max_model_len).save_pretrained(chosen.output)
-    validation_texts = documents(VALIDATION_SEED)
-    validation = next(batches(token_rows(tokenizer, validation_texts, recipe.row_len, EOS_ID), recipe.validation_rows))
-    training = batches(token_rows(tokenizer, documents(TRAIN_SEED), recipe.row_len, EOS_ID), recipe.rows_per_step)
+    tokenizer = train_tokenizer(islice(documents(TOKENIZER_SEED, recipe.stages[-1].sketch_share), recipe.tokenizer_documents), recipe.vocab_size)
     model = build_model(recipe)
-    print(f"{model.num_parameters()} parameters")
-    train(recipe, model, training, validation, chosen.curve)
-    save(recipe, model, chosen.output)
-    print("bytes", {file.name: file.stat().st_size for file in sorted(chosen.output.iterdir())})
+    print(json.dumps(asdict(recipe)), f"{model.num_parameters()} parameters, {recipe.num_tokens} training tokens", sep="\n", flush=True)
+    train(recipe, model, tokenizer, chosen.curve)
+    save(recipe, model, tokenizer, chosen.output)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def for_transformers(tokenizer: Tokenizer, max_len: int) -> PreTrainedTokenizerFast:
     """The same tokenizer as transformers saves and loads it."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=max_len, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=max_len, clean_up_tokenization_spaces=False)
