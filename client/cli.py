@@ -198,7 +198,8 @@ def _running(settings: ServerSettings) -> Iterator[Server]:
         else:
             server.terminate()
 
-    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS}
+    wanted = [number for number in _STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, on_signal) for number in wanted}
     try:
         with narrator.waiting():
             server.start()

@@ -34,119 +34,63 @@ def _load_pages(pages, base, first_key, last_key, PAGE_SIZE: tl.constexpr, TILE:
 
 
 @triton.jit
-def _tile_pointers(in_page, page, base, page_stride, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Where the keys of the tile at `base` lie: [TILE, HEAD_PAD]."""
-    if PAGE_SIZE >= TILE:
-        where = in_page + (page.to(tl.int64) * page_stride + (base % PAGE_SIZE) * HEAD_DIM)
-    else:
-        where = in_page + (page.to(tl.int64) * page_stride)[:, None]
-    return where
-
-
-@triton.jit
-def _load_tile(where, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr):
-    if HEAD_PAD == HEAD_DIM:
-        tile = tl.load(where)
-    else:
-        tile = tl.load(where, mask=(tl.arange(0, HEAD_PAD) < HEAD_DIM)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _soften(scores, top, mass, scale, soft_cap, SOFT_CAP: tl.constexpr, MAY_BE_EMPTY: tl.constexpr):
-    """One step of the running softmax: weights of a tile's scores (-inf = masked), the factor that what came before fades by, new top and mass.
-
-    top: the greatest score so far, before `scale`; mass: the sum of the weights so far. MAY_BE_EMPTY: a row may have seen no key yet.
-    """
-    if SOFT_CAP:
-        factor = 1.4426950408889634
-    else:
-        factor = scale * 1.4426950408889634
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    offset = new_top * factor
-    if MAY_BE_EMPTY:
-        offset = tl.where(new_top == float("-inf"), 0.0, offset)
-    weights = tl.exp2(scores * factor - offset[:, None])
-    fade = tl.exp2(top * factor - offset)
-    return weights, fade, new_top, mass * fade + tl.sum(weights, 1)
-
-
-@triton.jit
-def _cap(scores, scale, soft_cap, SOFT_CAP: tl.constexpr):
-    if SOFT_CAP:
-        scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * 1.4426950408889634) / soft_cap)) + 1.0))
-    return scores
-
-
-@triton.jit
-def _attend_masked(
+def _attend(
     acc, top, mass, queries, position, in_page, pages, begin, end, first_key, last_key, scale, soft_cap, page_stride,
     VALUE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(acc, top, mass) after the tiles that begin in [begin, end), multiples of TILE; keys outside [first_key, last_key] are not read."""
+    """The running softmax (acc, top, mass) after the tiles that begin in [begin, end), multiples of TILE; keys outside [first_key, last_key] are not read.
+
+    top: the greatest score so far, before `scale`; mass: the sum of exp2 of the scores in units of log 2, less the top.
+    """
+    token = tl.arange(0, TILE)
+    dim = tl.arange(0, HEAD_PAD)
+    in_head = (dim < HEAD_DIM)[None, :]
     page = _load_pages(pages, begin, first_key, tl.where(begin < end, last_key, -1), PAGE_SIZE, TILE)
     for base in tl.range(begin, end, TILE):
-        where = _tile_pointers(in_page, page, base, page_stride, HEAD_DIM, PAGE_SIZE, TILE)
+        now_page = page
         # The page ids of the tile after this one, so that its keys' addresses are at hand when their turn to be copied comes.
         page = _load_pages(pages, base + TILE, first_key, tl.where(base + TILE < end, last_key, -1), PAGE_SIZE, TILE)
-        key = base + tl.arange(0, TILE)
-        to_read = ((key >= first_key) & (key <= last_key))[:, None] & (tl.arange(0, HEAD_PAD) < HEAD_DIM)[None, :]
-        keys = tl.load(where, mask=to_read, other=0.0)
-        values = tl.load(where + VALUE_STRIDE, mask=to_read, other=0.0)
-        scores = _cap(tl.dot(queries, tl.trans(keys), input_precision=PRECISION), scale, soft_cap, SOFT_CAP)
-        visible = key[None, :] <= position[:, None]
-        if WINDOW > 0:
-            visible = visible & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(visible, scores, float("-inf"))
-        weights, fade, top, mass = _soften(scores, top, mass, scale, soft_cap, SOFT_CAP, WINDOW > 0)
-        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
-    return acc, top, mass
+        if PAGE_SIZE >= TILE:
+            where = in_page + (now_page.to(tl.int64) * page_stride + (base % PAGE_SIZE) * HEAD_DIM)
+        else:
+            where = in_page + (now_page.to(tl.int64) * page_stride)[:, None]
+        key = base + token
+        to_read = (key >= first_key) & (key <= last_key)
+        if MASKED:
+            keys = tl.load(where, mask=to_read[:, None] & in_head, other=0.0)
+            values = tl.load(where + VALUE_STRIDE, mask=to_read[:, None] & in_head, other=0.0)
+        elif HEAD_PAD != HEAD_DIM:
+            keys = tl.load(where, mask=in_head, other=0.0)
+            values = tl.load(where + VALUE_STRIDE, mask=in_head, other=0.0)
+        else:
+            keys = tl.load(where)
+            values = tl.load(where + VALUE_STRIDE)
 
-
-@triton.jit
-def _attend_whole(
-    acc, top, mass, queries, in_page, pages, begin, end, scale, soft_cap, page_stride,
-    VALUE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, SOFT_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(acc, top, mass) after the tiles that begin in [begin, end), multiples of TILE, of which every row sees every key.
-
-    A turn multiplies the weights of the tile before with its values, sends off the product of the queries with the keys of the tile after, and softens this
-    tile's scores while the tensor cores work on that. The compiler lets that product run on until the next turn only because the other one, which it waits
-    for, comes first: see `scores` in the loop's TTGIR (`warp_group_dot` without a wait of its own).
-    """
-    if begin < end:
-        last = end - 1
-        page_before = _load_pages(pages, begin, begin, last, PAGE_SIZE, TILE)
-        page = _load_pages(pages, begin, begin, last, PAGE_SIZE, TILE)  # not `= page_before`: of two names for one value the loop would carry neither
-        page_after = _load_pages(pages, begin + TILE, begin, last, PAGE_SIZE, TILE)
-        keys = _load_tile(_tile_pointers(in_page, page, begin, page_stride, HEAD_DIM, PAGE_SIZE, TILE), HEAD_DIM, HEAD_PAD)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        weights = tl.zeros(scores.shape, queries.dtype)  # the first turn's tile before: the first tile again, for nothing
-        for base in tl.range(begin, end, TILE):
-            before = tl.maximum(base - TILE, begin)
-            values = _load_tile(
-                _tile_pointers(in_page, page_before, before, page_stride, HEAD_DIM, PAGE_SIZE, TILE) + VALUE_STRIDE, HEAD_DIM, HEAD_PAD
-            )
-            keys = _load_tile(_tile_pointers(in_page, page_after, base + TILE, page_stride, HEAD_DIM, PAGE_SIZE, TILE), HEAD_DIM, HEAD_PAD)
-            page_before = page
-            page = page_after
-            page_after = _load_pages(pages, base + 2 * TILE, begin, last, PAGE_SIZE, TILE)
-            acc = tl.dot(weights, values, acc, input_precision=PRECISION)
-            scores_after = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            soft, fade, top, mass = _soften(_cap(scores, scale, soft_cap, SOFT_CAP), top, mass, scale, soft_cap, SOFT_CAP, False)
-            acc = acc * fade[:, None]
-            weights = soft.to(queries.dtype)
-            scores = scores_after
-        values = _load_tile(
-            _tile_pointers(in_page, page_before, end - TILE, page_stride, HEAD_DIM, PAGE_SIZE, TILE) + VALUE_STRIDE, HEAD_DIM, HEAD_PAD
-        )
-        acc = tl.dot(weights, values, acc, input_precision=PRECISION)
+        if SOFT_CAP:
+            scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * 1.4426950408889634) / soft_cap)) + 1.0))
+            factor = 1.4426950408889634
+        else:
+            factor = scale * 1.4426950408889634
+        if MASKED:
+            visible = key[None, :] <= position[:, None]
+            if WINDOW > 0:
+                visible = visible & (key[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        offset = new_top * factor
+        if MASKED and WINDOW > 0:
+            offset = tl.where(new_top == float("-inf"), 0.0, offset)  # a row that has seen no key yet
+        weights = tl.exp2(scores * factor - offset[:, None])
+        fade = tl.exp2(top * factor - offset)
+        mass = mass * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+        top = new_top
     return acc, top, mass
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "table_stride"])
 def _prefill_kernel(
     q, kv_pages, page_table, query_starts, seq_lens, out, scale, soft_cap, q_stride, out_stride, table_stride, page_stride, num_tiles,
     HEADS: tl.constexpr, HEAD_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
@@ -188,17 +132,17 @@ def _prefill_kernel(
         first_key = tl.maximum(first_position + 1 - WINDOW, 0)
         begin = first_key // TILE * TILE
         whole_begin = tl.minimum((tl.maximum(last_position + 1 - WINDOW, 0) + TILE - 1) // TILE * TILE, whole_end)
-        acc, top, mass = _attend_masked(
+        acc, top, mass = _attend(
             acc, top, mass, queries, position, in_page, pages, begin, whole_begin, first_key, last_position, scale, soft_cap, page_stride,
-            VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, PRECISION,
+            VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
         )  # fmt: skip
-    acc, top, mass = _attend_whole(
-        acc, top, mass, queries, in_page, pages, whole_begin, whole_end, scale, soft_cap, page_stride,
-        VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, SOFT_CAP, PRECISION,
+    acc, top, mass = _attend(
+        acc, top, mass, queries, position, in_page, pages, whole_begin, whole_end, first_key, last_position, scale, soft_cap, page_stride,
+        VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, False, PRECISION,
     )  # fmt: skip
-    acc, top, mass = _attend_masked(
+    acc, top, mass = _attend(
         acc, top, mass, queries, position, in_page, pages, whole_end, last_position + 1, first_key, last_position, scale, soft_cap, page_stride,
-        VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, PRECISION,
+        VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
     )  # fmt: skip
     result = (acc * (1.0 / mass)[:, None]).to(out.dtype.element_ty)
     tl.store(out + (token * out_stride + at)[:, None] + dim[None, :], result, mask=to_store[:, None] & (dim < HEAD_DIM)[None, :])
@@ -220,9 +164,13 @@ def _launch_shape(head_dim: int, dtype: torch.dtype, num_rows: int) -> PrefillSh
     head_pad = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
         return PrefillShape(32, 32, 4, 1)
-    if num_rows <= 64 or head_pad >= 256:
-        return PrefillShape(64, 64, 4, 2)
-    return PrefillShape(128, 128, 8, 3)
+    if head_pad > 128:
+        return PrefillShape(128, 64, 8, 2)
+    if num_rows <= 64:
+        return PrefillShape(64, 64, 4, 3)
+    if head_pad <= 64:
+        return PrefillShape(128, 128, 8, 3, 128)  # registers for two programs on a multiprocessor: one softens scores while the other multiplies
+    return PrefillShape(128, 64, 8, 3)
 
 
 def paged_prefill_attention(

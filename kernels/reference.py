@@ -95,8 +95,11 @@ def rope_write_kv(
 # ---- attention
 
 
-def plan_decode_attention(seq_lens: Tensor) -> None:
-    """Called once a step with the lengths of all its decode_attention calls, [S]: kernels share out the work here, plain torch needs no plan."""
+def plan_attention(seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
+    """Called once a step, before its first attention: kernels share out the work here, plain torch needs no plan.
+
+    seq_lens [S] and query_starts [S + 1] of all sequences, the first num_decodes of which have one query; max_query_len: longest of the others.
+    """
 
 
 def decode_attention(

@@ -215,7 +215,7 @@ def _top_kernel(
 ):  # fmt: skip
     """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the likelier, then the smaller token.
 
-    The n-th highest chunk has a logit that at least n logits reach, so a chunk takes only its logits that reach it, at most n: a few.
+    At least n logits reach the maximum of the n-th highest chunk, so a chunk takes only those of its logits that reach it, at most n: a few.
     """
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
@@ -288,12 +288,12 @@ class SamplingWorkspace:
 
 
 def make_sampling_workspace(max_rows: int, vocab_size: int, device: torch.device, *, chunk: int = 4096) -> SamplingWorkspace:
-    """Allocate it; 256 rows of 128,256 tokens take 7 MB. chunk: tokens per program, a power of two up to 4096 (smaller ones are for tests).
+    """Allocate it; 256 rows of 128,256 tokens take 7 MB. chunk: tokens per program, a power of two from 16 to 4096 (smaller ones are for tests).
 
     Raises ValueError for another chunk.
     """
-    if chunk & (chunk - 1) or not 1 <= chunk <= 4096:
-        raise ValueError(f"chunk {chunk} is no power of two up to 4096")
+    if chunk & (chunk - 1) or not 16 <= chunk <= 4096:
+        raise ValueError(f"chunk {chunk} is no power of two from 16 to 4096")
     chunks = triton.cdiv(vocab_size, chunk)
 
     def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -330,9 +330,8 @@ def sample(
     """out[m] = a token drawn from softmax(logits[m] / temperature), the same for the same seed and position: reference.sample's race. 0: the most likely one.
 
     logits, out, logprobs_out, launch_pdl: as in `argmax`; logprobs_out is of the logits as they are, at temperature 1, nothing cut off.
-    positions: integers [M]. temperature: float32, seeds: int64, may be strided: [M], or [R] if rows [M] says which entry is row m's (-1: padding, out[m] is
-    left as it is).
-    thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
+    positions: integers [M]. temperature: float32, seeds: int64, may be strided: [M], or [R] if rows [M] says which entry is row m's (-1: padding, out[m]
+    stays as it is). thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
     _choose(logits, rows, temperature, seeds, positions, thresholds, out, logprobs_out, workspace, launch_pdl)

@@ -15,6 +15,7 @@ _BUSY = re.compile(r"Socket '(?P<host>[^']*):(?P<port>\d+)' already in use")
 _NOT_LOADED = re.compile(r"failed to load '[^']*' version \d+: \w+(?: \w+)*: (?P<why>.*?)(?:\\n.*)?\"?$")
 _CREATING = re.compile(r"^error: creating server: (?P<why>.*)")
 _OPTION = re.compile(r"unrecognized option '(?P<option>[^']*)'")
+_DRAIN = re.compile(r"Exit timeout expired")
 _SERVICE = re.compile(r"failed to start (?P<what>\w+) service: (?P<why>.*?)\"?$")
 
 
@@ -61,6 +62,7 @@ class ServerLog:
             (_BUSY, "port {port} on {host} is already in use"),
             (_NOT_LOADED, "the model could not be loaded: {why}"),
             (_SERVICE, "tritonserver could not start its {what} service: {why}"),
+            (_DRAIN, "requests were still running after the drain time and were cut off"),
             (_OPTION, "tritonserver has no option {option}"),
             (_CREATING, "tritonserver could not start: {why}"),
         ):

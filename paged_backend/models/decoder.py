@@ -31,7 +31,7 @@ class DecoderOps(Protocol):
         kv_pages: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor: ...
-    def plan_decode_attention(self, seq_lens: Tensor) -> None: ...
+    def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None: ...
     def decode_attention(
         self, q: Tensor, kv_pages: Tensor, page_table: Tensor, seq_lens: Tensor, max_seq_len: int, scale: float, sliding_window: int | None = None
     ) -> Tensor: ...
@@ -54,8 +54,8 @@ class Decoder:
         """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,
         [M, vocab] float32."""
         ops, eps = self._ops, self._architecture.rms_norm_eps
-        if step.num_decodes:
-            ops.plan_decode_attention(step.seq_lens[: step.num_decodes])
+        longest = max((query_len for query_len, _ in step.prefill_lens), default=0)
+        ops.plan_attention(step.seq_lens, step.query_starts, step.num_decodes, longest)
         residual = ops.embedding(step.input_ids, self._weights.embedding)
         x = ops.rms_norm(residual, self._weights.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self._weights.layers[1:]] + [self._weights.final_norm]

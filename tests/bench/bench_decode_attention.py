@@ -1,10 +1,11 @@
 """Paged decode attention on one GPU: microseconds and share of the read bandwidth measured in the same run. Prints JSON lines, and a table to stderr.
 
-    python -m tests.bench.bench_decode_attention [--cases 1x8k,32x2k] [--shape 64:3:2:4 ...] [--pdl]
+    python -m tests.bench.bench_decode_attention [--cases '1x8k;32x2k'] [--shape 64:3:2:4 ...] [--pdl]
 
 floor_us: the bytes of K and V over the measured read bandwidth. Each case replays a CUDA graph of launches over several KV stores, together larger than
 the L2 cache, with shuffled pages; medians. The plan, shared by a step's layers, is timed apart (plan_us). error: relative RMS against float64.
---shape tile:stages:programs per multiprocessor:warps tries other launch shapes than the tuned one.
+--shape tile:stages:programs per multiprocessor:warps tries other launch shapes than the tuned one. --pdl: as within a step, the launches overlap and the plan
+is older than the launch before.
 """
 
 from __future__ import annotations

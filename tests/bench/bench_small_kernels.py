@@ -145,7 +145,13 @@ def sampling_cases(batch: int) -> Iterator[Case]:
         "sample, logprob", lambda pdl: sample(peaked, temperature, seeds, positions, workspace=workspace, out=tokens, logprobs_out=values, launch_pdl=pdl)
     )
     thresholds = torch.empty_like(values)
-    cuts = {"top-k 50, top-p 0.9": (50, 0.9, 0.0), "top-p 0.9": (0, 0.9, 0.0), "min-p 0.05": (0, 1.0, 0.05), "no cut": (0, 1.0, 0.0)}
+    cuts = {
+        "top-k 50, top-p 0.9": (50, 0.9, 0.0),
+        "top-p 0.9": (0, 0.9, 0.0),
+        "min-p 0.05": (0, 1.0, 0.05),
+        "no cut": (0, 1.0, 0.0),
+        "top-k 6000": (6000, 1.0, 0.0),
+    }
     for logits, shape in ((peaked, "peaked"), (flat, "flat")):
         for label, (k, p, least) in cuts.items():
             top_k, top_p, min_p = torch.full_like(tokens, k), torch.full_like(values, p), torch.full_like(values, least)

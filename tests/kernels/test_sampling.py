@@ -88,7 +88,7 @@ def test_more_top_log_probabilities_than_a_chunk_has_tokens() -> None:
     logits = randn(2, 70)
     workspace = small(vocab_size=70, chunk=64)
     assert torch.equal(top_logprobs(logits, 20, workspace=workspace)[0], logits.topk(20).indices)
-    workspace = small(vocab_size=70, chunk=8)
+    workspace = small(vocab_size=70, chunk=16)
     assert torch.equal(top_logprobs(logits, 20, workspace=workspace)[0], logits.topk(20).indices)
 
 

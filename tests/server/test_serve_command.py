@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -225,6 +227,25 @@ def test_a_second_ctrl_c_hurries(start: Start) -> None:
     assert command.servers() == []
     assert list(command.temporary.iterdir()) == []
     assert not list(Path("/dev/shm").glob(shared_memory))
+
+
+def test_answers_that_outlast_the_drain_time_are_cut_off_and_told(start: Start) -> None:
+    command = start("--drain-seconds=1", WORD_SECONDS="5")
+    url = command.wait_until_ready()["HTTP"]
+
+    def ask_in_vain() -> None:
+        with contextlib.suppress(OSError, HTTPException):
+            answers.append(ask(url, "a b c"))
+
+    answers: list[str] = []
+    caller = threading.Thread(target=ask_in_vain)
+    caller.start()
+    time.sleep(1.0)
+    command.process.send_signal(signal.SIGTERM)
+    exit_code, stderr = command.finish(15)
+    caller.join()
+    assert (exit_code, answers) == (1, [])
+    assert stderr.splitlines()[-1] == "paged: error: requests were still running after the drain time and were cut off"
 
 
 def test_a_stop_while_the_model_loads_is_prompt_and_clean(start: Start) -> None:
