@@ -1,0 +1,79 @@
+"""The README's examples, run as written against a server on the ports they name; genai-perf only where it is installed (it wants an environment of its own)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from paged_backend.launch import Server, ServerSettings
+
+pytestmark = pytest.mark.server
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.DOTALL)
+PORTS = {"http_port": 8000, "grpc_port": 8001, "metrics_port": 8002}
+
+
+def block(language: str, containing: str) -> str:
+    (found,) = [text for kind, text in BLOCKS if kind == language and containing in text]
+    return found
+
+
+def in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    if any(in_use(port) for port in PORTS.values()):
+        pytest.skip("the README's ports are in use")
+    with Server(ServerSettings(instances=1, options={"num_pages": 2048}, **PORTS)) as running:
+        yield running
+
+
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    finished = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    return finished.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the reader stands: a checkout with a virtual environment in it."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "model_repository").symlink_to(ROOT / "model_repository")
+    return tmp_path
+
+
+def test_curl_gets_an_answer_and_a_stream(server: Server, folder: Path) -> None:
+    whole, streamed = run(["bash", "-e", "-c", block("sh", "curl -sN")], folder).split("data:", 1)
+    assert "Once there was a lamp" in whole
+    assert streamed.count('"text_output"') > 2
+
+
+def test_the_python_example_prints_an_answer(server: Server, folder: Path) -> None:
+    assert len(run([sys.executable, "-c", block("python", "start_stream")], folder)) > 20
+
+
+def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> None:
+    out = run(["bash", "-e", "-c", block("sh", "perf_analyzer -m")], folder)
+    assert "Successful request count: 24" in out
+    assert (folder / "profile.json").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not shutil.which("genai-perf"), reason="genai-perf is not installed")
+def test_genai_perf_measures_the_streams(server: Server, folder: Path) -> None:
+    preparation = block("sh", "perf_analyzer -m").split("\necho")[0]
+    command = block("sh", ".genai/bin/genai-perf").split("\n", 1)[1].replace(".genai/bin/genai-perf", "genai-perf")
+    out = run(["bash", "-e", "-c", f"{preparation}\n{command}"], folder, COLUMNS="200")
+    assert "Request Throughput" in out
