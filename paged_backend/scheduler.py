@@ -7,7 +7,6 @@ still in flight counts as present (`Rows.num_tokens`), only its id is missing, a
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from paged_backend.batch import Batch, Feature, Int32, NewRow, StepOutput, StepR
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Submit
 from paged_backend.page_pool import PagePool
-from paged_backend.prefix_cache import PrefixCache
 from paged_backend.request import Finish
 from paged_backend.sequence import Rows, Sequence, Status
+from paged_backend.sequence_pages import SequencePages
+from paged_backend.waiting_queue import WaitingQueue
 
 _OVERDUE_CHECK_SECONDS = 0.05
 
@@ -47,7 +47,7 @@ class SchedulerLimits:
 class Scheduler:
     """Owns the sequences, their rows and their pages.
 
-    Invariant (`check`): every page's count is the number of running sequences whose page list names it; a waiting sequence holds no page.
+    Invariant (`check`): running sequences hold rows and pages, waiting ones neither, and there are no others.
     """
 
     def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,12 +55,10 @@ class Scheduler:
         max_running = min(limits.max_num_sequences, limits.max_batched_tokens)
         self._limits = limits
         self._clock = clock
-        self.pool = PagePool(limits.num_pages)
-        self.prefix_cache = PrefixCache(self.pool, limits.page_size)
+        self._pages = SequencePages(limits.num_pages, limits.page_size, limits.prefix_cache)
         self._rows = Rows(max_running, limits.max_model_len, limits.page_size, limits.prefix_cache)
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; entries of aborted sequences are skipped when met
-        self._num_waiting = 0
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
         self._running_rows: Int32 | None = None  # of _running, in its order; None: to be gathered again
         self._finishes: list[Finish] = []  # of requests that ended without a step
@@ -101,7 +99,7 @@ class Scheduler:
             arrival=request.arrival,
         )
         self._sequences[sequence.request_id] = sequence
-        self._enqueue(sequence)
+        self._waiting.add(sequence)
 
     def abort(self, request_id: int) -> None:
         """Forgets a request and frees its pages; nothing more is said of it. Unknown ids (already over) are fine."""
@@ -113,8 +111,8 @@ class Scheduler:
 
     def _refusal(self, token_ids: Int32) -> tuple[ErrorKind, str] | None:
         limits = self._limits
-        if self._num_waiting >= limits.max_queue_size:
-            return ErrorKind.OVERLOADED, f"{self._num_waiting} requests are waiting, the limit is {limits.max_queue_size} (max_queue_size)"
+        if len(self._waiting) >= limits.max_queue_size:
+            return ErrorKind.OVERLOADED, f"{len(self._waiting)} requests are waiting, the limit is {limits.max_queue_size} (max_queue_size)"
         if not 0 < len(token_ids) < limits.max_model_len:
             return ErrorKind.INVALID, f"prompt: {len(token_ids)} tokens, expected 1 to {limits.max_model_len - 1} (max_model_len - 1)"
         return None
@@ -122,27 +120,18 @@ class Scheduler:
     def _own_seed(self, serial: int) -> int:
         return int.from_bytes(blake2b(f"{self._limits.seed}/{serial}".encode(), digest_size=8).digest(), "little")
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = Status.WAITING
-        heapq.heappush(self._waiting, (sequence.wait_order(), sequence))
-        self._num_waiting += 1
-
     def _leave(self, sequence: Sequence) -> None:
         """The end of a sequence, whatever it was doing."""
         if sequence.status is Status.RUNNING:
             self._stop_running(sequence)
+            sequence.status = Status.FINISHED
         else:
-            self._num_waiting -= 1
-            if len(self._waiting) > 2 * self._num_waiting + 64:  # mostly entries of aborted sequences
-                self._waiting = [entry for entry in self._waiting if entry[1].status is Status.WAITING and entry[1] is not sequence]
-                heapq.heapify(self._waiting)
-        sequence.status = Status.FINISHED
+            self._waiting.leave(sequence)
         del self._sequences[sequence.request_id]
 
     def _stop_running(self, sequence: Sequence) -> None:
         self._rows.vacate(sequence)
-        self.pool.release(reversed(sequence.pages))  # leaves first: a page is never evicted before those that extend it
-        sequence.pages.clear()
+        self._pages.release(sequence)
         self._running.remove(sequence)
         self._running_rows = None
 
@@ -221,17 +210,16 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """One more page for a running sequence, at the cost of the youngest others if need be."""
-        pages = self.pool.take(1)
-        while pages is None:
+        page = self._pages.append(sequence)
+        while page is None:
             victim = max(self._running, key=Sequence.youth)
             if victim is sequence:
                 return False  # it keeps what it has and waits: whoever is older will finish
             self._preempt(victim)
-            pages = self.pool.take(1)
+            page = self._pages.append(sequence)
         row = sequence.row
         assert row is not None
-        self._page_updates.append((row, len(sequence.pages), pages[0]))
-        sequence.pages += pages
+        self._page_updates.append((row, len(sequence.pages) - 1, page))
         self._rows.capacity[row] += self._limits.page_size
         return True
 
@@ -243,7 +231,7 @@ class Scheduler:
         self._stop_running(sequence)
         self._new_rows = [new for new in self._new_rows if new.row != row]
         self._page_updates = [update for update in self._page_updates if update[0] != row]
-        self._enqueue(sequence)
+        self._waiting.add(sequence)
         self.num_preemptions += 1
 
     def _admit(self, rows: Int32, counts: Int32) -> tuple[Int32, Int32]:
@@ -251,13 +239,15 @@ class Scheduler:
         budget = self._limits.max_batched_tokens - int(counts.sum())
         new_rows: list[int] = []
         new_counts: list[int] = []
-        while budget > 0 and self._num_waiting and self._rows.num_free:
-            sequence = self._first_waiting()
-            num_computed = None if sequence.awaits_token else self._take_pages(sequence)
+        while budget > 0 and self._rows.num_free:
+            sequence = self._waiting.first()
+            if sequence is None or sequence.awaits_token:
+                break
+            num_tokens = len(sequence.token_ids) if self._limits.preemption else sequence.length_limit - 1
+            num_computed = self._pages.take(sequence, num_tokens, self._headroom())
             if num_computed is None:
                 break
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
+            self._waiting.pop()
             row = self._start(sequence, num_computed)
             new_rows.append(row)
             new_counts.append(min(budget, int(self._rows.num_tokens[row] - self._rows.num_computed[row])))
@@ -265,31 +255,6 @@ class Scheduler:
         if not new_rows:
             return rows, counts
         return np.concatenate([rows, np.array(new_rows, np.int32)]), np.concatenate([counts, np.array(new_counts, np.int32)])
-
-    def _first_waiting(self) -> Sequence:
-        while self._waiting[0][1].status is not Status.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][1]
-
-    def _take_pages(self, sequence: Sequence) -> int | None:
-        """Holds the pages of all known tokens, those in the prefix cache first. Returns how many tokens these save, None if pages are short."""
-        size = self._limits.page_size
-        num_tokens = len(sequence.token_ids)
-        shared: list[int] = []
-        if self._limits.prefix_cache:
-            reusable = (num_tokens - 1) // size  # the newest token is always computed: its logits are wanted
-            self.prefix_cache.extend(sequence.hashes, sequence.token_ids, reusable, sequence.cache_salt)
-            shared = self.prefix_cache.match(sequence.hashes[:reusable])
-        needed = num_tokens if self._limits.preemption else sequence.length_limit - 1
-        num_new = -(-needed // size) - len(shared)
-        for page in shared:
-            self.pool.hold(page)
-        new = self.pool.take(num_new) if num_new + self._headroom() <= self.pool.num_available else None
-        if new is None:
-            self.pool.release(reversed(shared))
-            return None
-        sequence.pages = shared + new
-        return len(shared) * size
 
     def _headroom(self) -> int:
         """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not cost a preemption soon."""
@@ -327,9 +292,7 @@ class Scheduler:
         assert sequence is not None
         first = int(table.publish_at[row]) // size - 1
         end = int(min(table.num_computed[row], table.num_known[row])) // size
-        self.prefix_cache.extend(sequence.hashes, table.token_ids[row], end, sequence.cache_salt)
-        for index in range(first, end):
-            self.prefix_cache.publish(sequence.pages[index], sequence.hashes[index])
+        self._pages.publish(sequence, table.token_ids[row], first, end)
         table.publish_at[row] = (end + 1) * size
 
     # ---- what a step brought
@@ -441,7 +404,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        return len(self._waiting)
+
+    @property
+    def pool(self) -> PagePool:
+        return self._pages.pool
 
     @property
     def has_work(self) -> bool:
@@ -455,16 +422,11 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
-        self.pool.check()
-        self.prefix_cache.check()
-        counts = [0] * self.pool.num_pages
+        self._pages.check(self._running)
         for sequence in self._running:
             assert sequence.status is Status.RUNNING and sequence.row is not None and self._rows.sequences[sequence.row] is sequence
             assert self._rows.capacity[sequence.row] == len(sequence.pages) * self._limits.page_size
             assert self._rows.num_computed[sequence.row] <= self._rows.capacity[sequence.row], "computed tokens without a slot"
-            for page in sequence.pages:
-                counts[page] += 1
-        assert counts == [self.pool.count(page) for page in range(self.pool.num_pages)], "a page's count is not its number of holders"
         waiting = [sequence for sequence in self._sequences.values() if sequence.status is Status.WAITING]
-        assert len(waiting) == self._num_waiting and not any(sequence.pages or sequence.row is not None for sequence in waiting)
+        assert len(waiting) == len(self._waiting) and not any(sequence.pages or sequence.row is not None for sequence in waiting)
         assert len(waiting) + len(self._running) == len(self._sequences), "a sequence is neither waiting nor running"

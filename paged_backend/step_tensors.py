@@ -207,9 +207,7 @@ class DeviceRows:
             rows, at, pages = sent["page_updates"]
             self.page_table[rows, at] = pages
 
-    def _gather(
-        self, batch: Batch, order: NDArray[np.intp], plan: Mapping[str, Int32], sent: Mapping[str, Tensor], sampling: SampleTensors
-    ) -> StepTensors:
+    def _gather(self, batch: Batch, order: NDArray[np.intp], plan: Mapping[str, Int32], sent: Mapping[str, Tensor], sampling: SampleTensors) -> StepTensors:
         rows, query_starts = sent["rows"], sent["query_starts"]
         num_decodes = int((batch.counts == 1).sum())
         if num_decodes == batch.num_sequences:
