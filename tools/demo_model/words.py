@@ -3,7 +3,6 @@
 # ruff: noqa: SIM905 (a list literal would put one word on a line)
 from __future__ import annotations
 
-
 WOMEN = "Anna Mira Clara Elsa Ruth Nora Lucy Helen Alice Greta Ivy Maya Rosa Tilda Jane Emma Hanna Olga Vera Zoe".split()
 MEN = "Tom Ben Oskar Felix Hugo Peter Sam Leo Max Paul Jonas David Karl Theo Adam Finn Noah Ralf Simon Victor".split()
 TRAITS = "kind quiet clever cheerful careful curious patient brave friendly young".split()
