@@ -22,8 +22,8 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _PHRASE = re.compile(r"<(\w+)>")
 _SENTENCE_START = re.compile(r"(^|[.!?] +|“)([a-z])")
 _BEFORE_A_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])")
-_QUESTION_SHARE = 0.65  # of the stories have questions; three in four of those are marked as such by a heading
-_HEADED_SHARE = 0.75  # so a story without a heading ends, more often than not, where it ends
+_QUESTION_SHARE = 0.6  # of the stories have questions; a heading tells those from the ones that end where they end
+_MAX_QUESTIONS = 5
 _HEADING = "Story: "
 _TURNS = (("hero", "friend", "third"), ("thing", "other", "last"), ("spot", "spot2", "spot3"))  # a sketch's facts are about these, in turn
 
@@ -126,12 +126,11 @@ def documents(seed: int, sketch_share: float) -> Iterator[str]:
 
 
 def document(rng: random.Random, story: Story, question_share: float) -> str:
-    """A training document: the story alone, or the story and up to three questions. The story alone and every answer end with EOS."""
+    """A training document: the story alone, or a heading, the story and questions. The story alone and every answer end with EOS."""
     if not story.questions or rng.random() >= question_share:
         return f"{BOS}{story.text}{EOS}"
-    heading = _HEADING if rng.random() < _HEADED_SHARE else ""
-    asked = rng.sample(story.questions, min(len(story.questions), rng.choice((2, 3, 3))))
-    return f"{BOS}{heading}{story.text}" + "".join(f"{question_prompt(question)} {question.answer}{EOS}" for question in asked)
+    asked = rng.sample(story.questions, min(len(story.questions), _MAX_QUESTIONS))
+    return f"{BOS}{_HEADING}{story.text}" + "".join(f"{question_prompt(question)} {question.answer}{EOS}" for question in asked)
 
 
 def exam_prompt(story: Story, question: Question) -> str:

@@ -45,13 +45,13 @@ class Recipe:
 
     vocab_size: int = 1280
     hidden_size: int = 128
-    intermediate_size: int = 384
-    num_layers: int = 6
+    intermediate_size: int = 512
+    num_layers: int = 4
     num_heads: int = 4  # of 32 each
     num_kv_heads: int = 2
     max_model_len: int = 2048
     initial_deviation: float = 0.09  # 1 / sqrt(hidden_size)
-    stages: tuple[Stage, ...] = (Stage(400, 16, 64, sketch_share=1.0), Stage(900, 12, 256, sketch_share=0.3))
+    stages: tuple[Stage, ...] = (Stage(500, 12, 96, sketch_share=1.0), Stage(1700, 8, 256, sketch_share=0.25))
     warmup_steps: int = 40
     peak_learning_rate: float = 3e-3
     final_learning_rate: float = 1e-4
@@ -111,13 +111,21 @@ def make_optimizer(recipe: Recipe, model: LlamaForCausalLM) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.98), fused=True)
 
 
+def batch_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss in nats per token of ids and labels, both int64 [num_rows, row_len]. A token sees those before it in its own document only."""
+    document_of = (ids == BOS_ID).cumsum(1)
+    is_seen = (document_of[:, :, None] == document_of[:, None, :]).tril()
+    loss: Tensor = model(input_ids=ids, labels=labels, attention_mask=is_seen[:, None], use_cache=False).loss
+    return loss
+
+
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor]) -> float:
     """Mean loss in nats per token over `rows`: (ids, labels), each int64 [num_rows, row_len]."""
     total, count = 0.0, 0
     for ids, labels in zip(rows[0].split(_ROWS_AT_ONCE), rows[1].split(_ROWS_AT_ONCE), strict=True):
         num_tokens = int((labels[:, 1:] >= 0).sum())
-        total += float(model(input_ids=ids, labels=labels, use_cache=False).loss) * num_tokens
+        total += float(batch_loss(model, ids, labels)) * num_tokens
         count += num_tokens
     return total / count
 
@@ -146,7 +154,7 @@ def train(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, curve: 
     for step, (ids, labels) in enumerate(training_batches(recipe, tokenizer), start=1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss = batch_loss(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
         optimizer.step()
