@@ -1,7 +1,7 @@
 """The ops of `reference` by kernels, for one model on one CUDA device: what the decoder and the sampler call there.
 
 Scratch memory is allocated once, here; a launch reads nothing back to the host, so a whole decode step can be captured as a CUDA graph.
-Ops without a kernel of their own (dense products, which cuBLAS does best, and rarely used pieces of sampling) are the reference's.
+Products of many tokens are cuBLAS's, through torch.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_kernels import activation, norm, reference, rope_kv, sampling
+from paged_kernels import activation, logit_edits, norm, reference, rope_kv, row_update, sampling, small_linear
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
 from paged_kernels.prefill_attention import paged_prefill_attention
+from paged_kernels.truncation import truncation_thresholds
 
 
 class CudaOps:
-    """Keeps scratch memory and the plan of the step at hand; steps run one after another on one stream."""
+    """Keeps scratch memory and the plan of the step at hand; steps run one after another on one stream.
+
+    Launches overlap (programmatic dependent launch): a kernel may begin before those before it are complete, and fetches weights, the plan of attention, page
+    tables, positions and slots at once. That is safe because `embedding`, torch's, stands between the kernels that write those and the layers, and waits
+    for everything before it; what one layer's kernel leaves for the next is read after waiting.
+    """
 
     embedding = staticmethod(reference.embedding)
-    linear = staticmethod(reference.linear)
-    rms_norm = staticmethod(norm.rms_norm)
-    add_rms_norm = staticmethod(norm.add_rms_norm)
-    silu_mul = staticmethod(activation.silu_mul)
-    rope_write_kv = staticmethod(rope_kv.rope_write_kv)
-    add_bias = staticmethod(reference.add_bias)
-    ban_bad_words = staticmethod(reference.ban_bad_words)
-    apply_penalties = staticmethod(reference.apply_penalties)
-    apply_temperature = staticmethod(reference.apply_temperature)
-    truncate = staticmethod(reference.truncate)
-    logprobs = staticmethod(reference.logprobs)
-    top_logprobs = staticmethod(reference.top_logprobs)
+    write_spans = staticmethod(row_update.write_spans)
+    update_page_tables = staticmethod(row_update.update_page_tables)
+    gather_step = staticmethod(row_update.gather_step)
+    write_tokens = staticmethod(row_update.write_tokens)
+    add_bias = staticmethod(logit_edits.add_bias)
 
     def __init__(
         self,
@@ -46,11 +45,58 @@ class CudaOps:
         device: torch.device,
     ) -> None:
         """sliding_windows: of the layers; each distinct one is planned once a step."""
+        self._pdl = device.type == "cuda"
         workspace = make_decode_workspace(num_heads, num_kv_heads, head_dim, dtype, device)
         self._plans = {window: make_decode_plan(workspace, max_sequences, window or 0) for window in dict.fromkeys(sliding_windows)}
+        self._linear = small_linear.make_linear_workspace(device)
         self._sampling = sampling.make_sampling_workspace(max_sequences, vocab_size, device)
         self._prefill: tuple[Tensor, Tensor, int] | None = None
-        self._unit = torch.ones(max_sequences, dtype=torch.float32, device=device)
+        self._counts: Tensor | None = None  # of apply_penalties
+        self._shape = max_sequences, vocab_size
+
+    # ---- products, and what hangs on them
+
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if len(x) == 1:
+            return small_linear.vector_linear(x, weight, bias, norm=(norm_weight, eps), out=out, launch_pdl=self._pdl)
+        x = norm.rms_norm(x, norm_weight, eps, launch_pdl=self._pdl)
+        if small_linear.is_narrow(len(x), weight):
+            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, out=out, launch_pdl=self._pdl)
+        if out is None:
+            return reference.linear(x, weight, bias)
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) == 1:
+            return small_linear.vector_linear(x, weight, bias, norm=(norm_weight, eps), gated=True, launch_pdl=self._pdl)
+        x = norm.rms_norm(x, norm_weight, eps, launch_pdl=self._pdl)
+        if small_linear.is_narrow(len(x), weight):
+            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, gated=True, launch_pdl=self._pdl)
+        return activation.silu_mul(reference.linear(x, weight, bias), launch_pdl=self._pdl)
+
+    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """Writes over residual."""
+        if len(x) == 1:
+            return small_linear.vector_linear(x, weight, bias, residual=residual, out=residual, launch_pdl=self._pdl)
+        if small_linear.is_narrow(len(x), weight):
+            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, residual=residual, out=residual, launch_pdl=self._pdl)
+        if bias is not None:
+            residual += bias
+        return residual.addmm_(x, weight.t())
+
+    # ---- attention
+
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        rope_table: Tensor,
+        positions: Tensor,
+        kv_pages: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        return rope_kv.rope_write_kv(qkv, num_heads, qk_norm, rope_table, positions, kv_pages, slot_mapping, launch_pdl=self._pdl, slots_settled=True)
 
     def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
         """Divides a step's decoding sequences among the multiprocessors and notes where the others' queries are. seq_lens 0: padding."""
@@ -64,7 +110,8 @@ class CudaOps:
     ) -> Tensor:
         """reference.decode_attention for the lengths that were planned; rows of length 0 stay undefined."""
         out = torch.empty_like(q)
-        paged_decode_attention(q, kv_pages, page_table, out, self._plans[sliding_window], scale=scale)
+        plan = self._plans[sliding_window]
+        paged_decode_attention(q, kv_pages, page_table, out, plan, scale=scale, launch_pdl=self._pdl, plan_settled=self._pdl)
         return out
 
     def prefill_attention(
@@ -79,8 +126,34 @@ class CudaOps:
         )
         return out
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        return sampling.argmax(logits, workspace=self._sampling)
+    # ---- sampling
 
-    def sample(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        return sampling.sample(logits, self._unit[: len(logits)], seeds, positions, workspace=self._sampling)
+    def ban_bad_words(self, logits: Tensor, words: Tensor, recent: Tensor) -> Tensor:
+        num_tokens = torch.full((len(logits),), recent.shape[1], dtype=torch.int32, device=logits.device)
+        return logit_edits.ban_bad_words(logits, words.contiguous(), recent, num_tokens)
+
+    def apply_penalties(
+        self, logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+    ) -> Tensor:
+        if self._counts is None:
+            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=logits.device)
+        return logit_edits.apply_penalties(logits, history, prompt_lens, num_tokens, repetition, presence, frequency, counts=self._counts)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return sampling.argmax(logits, workspace=self._sampling, out=logits.new_empty(len(logits), dtype=torch.int32))
+
+    def choose(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """reference.choose, and rows of -1 are padding: what is chosen for them is undefined."""
+        thresholds = None
+        if truncation is not None:
+            thresholds = truncation_thresholds(logits, *truncation, workspace=self._sampling, temperature=temperature, rows=rows)
+        out = logits.new_empty(len(logits), dtype=torch.int32)
+        return sampling.sample(logits, temperature, seeds, positions, workspace=self._sampling, thresholds=thresholds, rows=rows, out=out)
+
+    def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
+        return sampling.logprobs(logits, token_ids, workspace=self._sampling)
+
+    def top_logprobs(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        return sampling.top_logprobs(logits, n, workspace=self._sampling)

@@ -125,13 +125,17 @@ def _decode_kernel(
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, FEW_PARTS: tl.constexpr, PARTS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PLAN_SETTLED: tl.constexpr, COMPILED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if LAUNCH_PDL and not PLAN_SETTLED:
-        tl.extra.cuda.gdc_wait()
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not PLAN_SETTLED:
+            tl.extra.cuda.gdc_wait()
     head = tl.program_id(0) % HEADS
     slot = tl.program_id(0) // HEADS
     share = tl.load(line)
     count = tl.minimum(tl.load(line + 1) - slot * share, share)
     if count <= 0:
+        if LAUNCH_PDL and PLAN_SETTLED:
+            tl.extra.cuda.gdc_wait()  # whoever waits for this kernel relies on it having waited
         return
     record = tl.load(starts + slot * 8 + 0)
     seq = tl.load(starts + slot * 8 + 1)
@@ -157,10 +161,8 @@ def _decode_kernel(
     page = _load_pages(page_table + seq.to(tl.int64) * table_stride, base, length, PAGE_SIZE, TILE, WINDOW)
     next_seq = tl.load(records + (record + 1) * 2)
     next_length = tl.load(records + (record + 1) * 2 + 1)
-    if LAUNCH_PDL:
-        if PLAN_SETTLED:
-            tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if LAUNCH_PDL and PLAN_SETTLED:
+        tl.extra.cuda.gdc_wait()
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     masses = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when a sequence ends: a reduction across warps costs three barriers

@@ -16,13 +16,14 @@ def _norm_kernel(
     x, residual, weight, out, residual_out, x_stride, residual_stride, out_stride, residual_out_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
     scale = tl.load(weight + column, mask=inside, other=0.0)  # no kernel of a step writes weights: need not wait
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     if ADD:
         added = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)

@@ -16,6 +16,8 @@ from torch.nn import functional
 
 _GATHER_BYTES = 64 * 2**20  # of K and V that decode attention has in hand at once
 _LARGEST_TILE = 64  # tokens
+SAMPLING_BYTES = 512 * 2**20  # upper bound of sampling's temporaries: many rows are taken in turns
+_BYTES_PER_LOGIT = 64  # temporaries of its hungriest op
 
 
 # ---- dense
@@ -29,6 +31,22 @@ def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[T, in], [out, in], [out] -> [T, out]."""
     return functional.linear(x, weight, bias)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """linear(rms_norm(x)): [T, in], [in], [out, in], [out] -> [T, out]."""
+    result = linear(rms_norm(x, norm_weight, eps), weight, bias)
+    return result if out is None else out.copy_(result)
+
+
+def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu_mul(norm_linear(x)): [T, in], [in], [2 out, in], [2 out] -> [T, out]."""
+    return silu_mul(norm_linear(x, norm_weight, eps, weight, bias))
+
+
+def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + linear(x): [T, in], [out, in], [out], [T, out] -> [T, out]. A kernel may write over residual."""
+    return residual + linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -184,7 +202,62 @@ def _gather(kv_pages: Tensor, page_table: Tensor, begin: int, end: int, tile: in
     return k.float(), v.float()
 
 
-# ---- sampling: each takes float32 logits [M, V] and returns new ones, rows independent of each other
+# ---- rows: a running sequence's place in persistent tensors (row_update.py)
+
+
+def write_spans(target: Tensor, spans: Tensor, values: Tensor) -> None:
+    """target[row, column : column + length] = values[start : start + length] for every (row, column, start, length) of spans [k, 4]; row -1: padding."""
+    for row, column, start, length in spans.tolist():
+        if row >= 0:
+            target[row, column : column + length] = values[start : start + length].to(target.dtype)
+
+
+def update_page_tables(page_tables: Tensor, updates: Tensor) -> None:
+    """page_tables[row, index] = page for every (row, index, page) of updates [k, 3]; row -1: padding."""
+    rows, index, pages = updates[updates[:, 0] >= 0].T
+    page_tables[rows, index] = pages
+
+
+def gather_step(
+    rows: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    offsets: Tensor,
+    history: Tensor,
+    page_tables: Tensor,
+    page_size: int,
+    *,
+    input_ids: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position starts[s], as tokens offsets[s] ... of the step.
+
+    rows, starts, counts, offsets [S]; history [R, H]; page_tables [R, P]. Written: input_ids, positions, slot_mapping [T]; seq_lens [S], the tokens after the
+    step; page_table [S, W], the first entries of each row's. A row of -1 is padding: length 0, and for each of its tokens id 0, position 0, slot -1.
+    """
+    real = rows >= 0
+    mine = rows.clamp(min=0)
+    seq_lens.copy_(torch.where(real, starts + counts, 0))
+    page_table.copy_(page_tables[mine, : page_table.shape[1]])
+    which = torch.repeat_interleave(counts, output_size=len(input_ids))
+    at = (starts - offsets)[which] + torch.arange(len(input_ids), dtype=torch.int32, device=rows.device)
+    stored = real[which]
+    at = torch.where(stored, at, 0)
+    input_ids.copy_(torch.where(stored, history[mine[which], at], 0))
+    positions.copy_(at)
+    slot_mapping.copy_(torch.where(stored, page_tables[mine[which], at // page_size].long() * page_size + at % page_size, -1))
+
+
+def write_tokens(history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+    """history[rows[m], positions[m]] = token_ids[m]: [R, H], [M] distinct, [M], [M]. A row of -1 is padding."""
+    stored = rows >= 0
+    history[rows[stored], positions[stored]] = token_ids[stored].to(history.dtype)
+
+
+# ---- sampling: rows of logits [M, V] are independent of each other; what changes them takes float32 and returns new ones
 
 
 def add_bias(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
@@ -211,6 +284,10 @@ def apply_penalties(
 
     history [M, H] holds num_tokens [M] tokens, the first prompt_lens [M] of them the prompt; the penalties are [M] float32.
     """
+    turn = _rows_at_once(logits)
+    if len(logits) > turn:
+        columns = (logits, history, prompt_lens, num_tokens, repetition, presence, frequency)
+        return torch.cat([apply_penalties(*rows) for rows in zip(*(column.split(turn) for column in columns), strict=True)])
     at = torch.arange(history.shape[1], device=logits.device)
     known = at < num_tokens[:, None]
     ids = torch.where(known & (history >= 0) & (history < logits.shape[1]), history, 0).long()
@@ -244,6 +321,34 @@ def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_to
 def argmax(logits: Tensor) -> Tensor:
     """[M, V] -> [M] int64: the most likely token."""
     return logits.argmax(-1)
+
+
+def choose(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
+    """The most likely token of rows with temperature 0, a draw from truncate(logits / temperature) for the others: [M, V] -> [M].
+
+    positions and rows [M]: of the token to choose, and which entry of the state is whose. State, [R]: temperature float32, seeds int64,
+    truncation (None: no row has any): top_k integers, top_p and min_p float32. Asks the device which rows draw: on CUDA the host waits.
+    """
+    token_ids = argmax(logits)
+    heat = temperature[rows]
+    cut = torch.zeros_like(heat, dtype=torch.bool)
+    if truncation is not None:
+        top_k, top_p, min_p = (column[rows] for column in truncation)
+        cut = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    for at in torch.nonzero((heat > 0) & ~cut).squeeze(1).split(_rows_at_once(logits)):
+        token_ids[at] = sample(apply_temperature(logits[at].float(), heat[at]), seeds[rows[at]], positions[at])
+    for at in torch.nonzero((heat > 0) & cut).squeeze(1).split(_rows_at_once(logits)):
+        if len(at):
+            widest = int(top_k[at].max()) if bool((top_k[at] > 0).all()) else 0
+            part = truncate(apply_temperature(logits[at].float(), heat[at]), top_k[at], top_p[at], min_p[at], widest)
+            token_ids[at] = sample(part, seeds[rows[at]], positions[at])
+    return token_ids
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(SAMPLING_BYTES // (_BYTES_PER_LOGIT * logits.shape[1]), 1)
 
 
 def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -290,10 +395,12 @@ def _signed(word: int) -> int:
 
 def logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log softmax(logits) at token_ids: [M, V], [M] -> [M] float32."""
-    return logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(-1)
+    wide = logits.float()
+    return wide.gather(1, token_ids[:, None].long()).squeeze(1) - wide.logsumexp(-1)
 
 
 def top_logprobs(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n largest of log softmax(logits), largest first: [M, V] -> ids [M, n] int64, logprobs [M, n] float32."""
-    top = logits.topk(n, dim=-1)
-    return top.indices, top.values - logits.logsumexp(-1, keepdim=True)
+    wide = logits.float()
+    top = wide.topk(n, dim=-1)
+    return top.indices, top.values - wide.logsumexp(-1, keepdim=True)

@@ -33,13 +33,14 @@ def _rope_write_kv_kernel(
     qkv, out, q_weight, k_weight, rope_table, positions, kv_pages, slot_mapping, eps,
     qkv_stride, out_stride, rope_stride, page_stride, value_stride, head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEADS: tl.constexpr, NORM: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    HEADS: tl.constexpr, NORM: tl.constexpr, LAUNCH_PDL: tl.constexpr, SLOTS_SETTLED: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        if not SLOTS_SETTLED:
+            tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dim = tl.arange(0, HALF_PAD)
@@ -49,11 +50,13 @@ def _rope_write_kv_kernel(
 
     slot = tl.load(slot_mapping + token).to(tl.int64)
     angle = rope_table + tl.load(positions + token).to(tl.int64) * rope_stride + dim
+    cos = tl.load(angle, mask=dim < HALF, other=0.0)[None, :]
+    sin = tl.load(angle + HALF, mask=dim < HALF, other=0.0)[None, :]
+    if LAUNCH_PDL and SLOTS_SETTLED:
+        tl.extra.cuda.gdc_wait()
     cell = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + dim[None, :]
     raw_first = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
     raw_second = tl.load(cell + HALF, mask=inside, other=0.0).to(tl.float32)
-    cos = tl.load(angle, mask=dim < HALF, other=0.0)[None, :]
-    sin = tl.load(angle + HALF, mask=dim < HALF, other=0.0)[None, :]
 
     first, second = raw_first, raw_second
     if NORM:
@@ -76,7 +79,7 @@ def _rope_write_kv_kernel(
 
 def rope_write_kv(
     qkv: torch.Tensor, num_heads: int, qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None, rope_table: torch.Tensor, positions: torch.Tensor,
-    kv_pages: torch.Tensor, slot_mapping: torch.Tensor, *, out: torch.Tensor | None = None, launch_pdl: bool = False,
+    kv_pages: torch.Tensor, slot_mapping: torch.Tensor, *, out: torch.Tensor | None = None, launch_pdl: bool = False, slots_settled: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Rotates the queries into out [T, num_heads, D], stores keys (rotated) and values at their slots; returns out.
 
@@ -84,7 +87,8 @@ def rope_write_kv(
     rope_table: [max_len, D] float32, cosines in the first half of a row, sines in the second. positions: [T] integers < max_len.
     kv_pages: [num_pages, 2, num_kv_heads, page_size, D], any floating dtype. slot_mapping: [T] integers, page_id * page_size + offset; -1 stores nothing
     (its query is computed all the same).
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete; with slots_settled,
+    positions, slots and rope_table are read earlier: only for when none was written by the kernel before, nor by one it did not wait for.
     Raises ValueError for shapes, strides or dtypes that do not fit.
     """
     num_tokens = qkv.shape[0]
@@ -101,7 +105,7 @@ def rope_write_kv(
         qkv, out, q_weight, k_weight, rope_table, positions, kv_pages, slot_mapping, eps,
         qkv.stride(0), out.stride(0), rope_table.stride(0), kv_pages.stride(0), kv_pages.stride(1), kv_pages.stride(2),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF_PAD=half_pad, PAGE_SIZE=page_size,
-        HEADS=heads, NORM=qk_norm is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        HEADS=heads, NORM=qk_norm is not None, LAUNCH_PDL=launch_pdl, SLOTS_SETTLED=slots_settled, num_warps=4, **pdl,
     )  # fmt: skip
     return out
 

@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: a few hundred kernel launches become one.
 
-One graph per batch size (*bucket*); a step runs in the smallest that holds it, the rest is padding. A graph reads which rows run and where they
-stand from one small tensor; everything else (last tokens, page tables) it finds in the device rows, so nothing of a step is baked in.
+Two graphs per batch size (*bucket*), one up to the logits and one from there to the rows (one for each common kind of sampling); a step runs in the smallest
+bucket that holds it, the rest is padding. A graph reads which rows run and where they stand from one small tensor; everything else (last tokens, page tables,
+temperatures) it finds in the device rows, so nothing of a step is baked in.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from paged_backend.batch import Feature
 from paged_backend.models.decoder import Decoder
-from paged_backend.step_tensors import DeviceRows, StepTensors
-from paged_kernels.row_update import gather_step
+from paged_backend.sampler import Sampled, Sampler
+from paged_backend.step_tensors import DeviceRows, SampleTensors, StepTensors
 
+T = TypeVar("T")
+_CAPTURED_FEATURES = (0, Feature.RANDOM, Feature.RANDOM | Feature.TRUNCATE)
 _PROGRESS_SECONDS = 1.0
 
 
@@ -26,89 +31,102 @@ def bucket_sizes(max_sequences: int) -> list[int]:
     return [size for size in sizes if size < max_sequences] + [max_sequences]
 
 
-class _DecodeInputs:
-    """The tensors of a captured step of `size` sequences, filled on the device from the rows."""
+class _Captured:
+    """A decode step of up to `size` sequences: what it computes with, and what it leaves."""
 
-    def __init__(self, rows: DeviceRows, row_ids: Tensor, starts: Tensor) -> None:
-        size, device = len(row_ids), row_ids.device
-        self._rows, self._row_ids, self._starts = rows, row_ids, starts
+    def __init__(self, rows: DeviceRows, inputs: Tensor, logits: Tensor) -> None:
+        """inputs: int32 [2 * size], rows (-1: padding), then starts; logits [size, vocab]."""
+        size, device = len(inputs) // 2, inputs.device
+        self.logits = logits
+        self._rows, self._row_ids, self._starts = rows, inputs[:size], inputs[size:]
         self._ones = torch.ones(size, dtype=torch.int32, device=device)
         self._query_starts = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self._input_ids, self._seq_lens = torch.zeros(2, size, dtype=torch.int32, device=device)
-        self._positions, self._slot_mapping = torch.zeros(2, size, dtype=torch.int64, device=device)
-        self._page_table = torch.zeros(size, rows.page_table.shape[1], dtype=torch.int32, device=device)
+        self._inputs = rows.empty_inputs(size, size, rows.page_table.shape[1])
+        self._inputs["page_table"].zero_()
+        self.forward = torch.cuda.CUDAGraph()
+        self.samplings: dict[int, tuple[torch.cuda.CUDAGraph, Sampled]] = {}  # features -> the graph that chooses tokens, and where it leaves them
 
     def gather(self) -> StepTensors:
         """Launches the gathering; the tensors are valid once it has run."""
-        gather_step(
-            self._row_ids,
-            self._starts,
-            self._ones,
-            self._query_starts[:-1],
-            self._rows.token_ids,
-            self._rows.page_table,
-            self._rows.page_size,
-            input_ids=self._input_ids,
-            positions=self._positions,
-            slot_mapping=self._slot_mapping,
-            page_table=self._page_table,
-            seq_lens=self._seq_lens,
-        )
+        self._rows.gather(self._row_ids, self._starts, self._ones, self._query_starts, self._inputs)
         return StepTensors(
-            input_ids=self._input_ids,
-            positions=self._positions,
-            slot_mapping=self._slot_mapping,
+            **self._inputs,
             query_starts=self._query_starts,
-            seq_lens=self._seq_lens,
-            page_table=self._page_table,
             logit_indices=None,
             num_decodes=len(self._row_ids),
-            max_decode_len=self._page_table.shape[1] * self._rows.page_size,
+            max_decode_len=self._inputs["page_table"].shape[1] * self._rows.page_size,
             prefill_lens=(),
             sampling=None,
         )
 
+    def sampling(self, features: int) -> SampleTensors:
+        """A new token's position is the length of its sequence."""
+        return SampleTensors(rows=self._row_ids, positions=self._inputs["seq_lens"], features=features)
+
 
 class DecodeGraphs:
-    """Captured forward passes of decode-only batches. The logits of a replay are valid until the next one."""
+    """Captured decode-only steps: the forward pass, and for the common kinds of sampling the choice of tokens. What a replay leaves is valid until the next."""
 
-    def __init__(self, decoder: Decoder, kv_pages: Sequence[Tensor], rows: DeviceRows, max_sequences: int, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        sampler: Sampler,
+        kv_pages: Sequence[Tensor],
+        rows: DeviceRows,
+        max_sequences: int,
+        logits: Tensor,
+        tell: Callable[[str], None],
+    ) -> None:
+        """logits: [max_sequences, vocab], where every captured step leaves its own."""
+        self._decoder, self._sampler, self._kv_pages, self._rows = decoder, sampler, kv_pages, rows
         self._sizes = bucket_sizes(max_sequences)
-        device = rows.token_ids.device
-        self._inputs = torch.full((2 * max_sequences,), -1, dtype=torch.int32, device=device)  # rows, then starts, of the bucket
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, Tensor] = {}
-        self._captured: list[_DecodeInputs] = []  # the graphs read and write their tensors
-        self._capture_all(decoder, kv_pages, rows, tell)
+        self._inputs = torch.full((2 * max_sequences,), -1, dtype=torch.int32, device=logits.device)
+        self._pool: Any = None  # torch's handle of the memory that all graphs share
+        self._steps: dict[int, _Captured] = {}
+        self._capture_all(logits, tell)
 
     def bucket(self, num_sequences: int) -> int:
         return self._sizes[bisect_left(self._sizes, num_sequences)]
 
-    def replay(self, inputs: Tensor, num_sequences: int) -> Tensor:
-        """inputs: int32 [2 * bucket], rows (-1: padding) and starts. Returns the logits [num_sequences, vocab] float32."""
-        size = len(inputs) // 2
+    def forward(self, inputs: Tensor, num_sequences: int) -> Tensor:
+        """inputs: int32 [2 * bucket], rows (-1: padding) and starts. Returns the logits [num_sequences, vocab]."""
+        step = self._steps[len(inputs) // 2]
         self._inputs[: len(inputs)].copy_(inputs)
-        self._graphs[size].replay()
-        return self._logits[size][:num_sequences]
+        step.forward.replay()
+        return step.logits[:num_sequences]
 
-    def _capture_all(self, decoder: Decoder, kv_pages: Sequence[Tensor], rows: DeviceRows, tell: Callable[[str], None]) -> None:
+    def sample(self, num_sequences: int, features: int) -> Sampled | None:
+        """The tokens after `forward`, appended to their rows: [num_sequences]. None: this kind of sampling is not captured."""
+        captured = self._steps[self.bucket(num_sequences)].samplings.get(features)
+        if captured is None:
+            return None
+        graph, sampled = captured
+        graph.replay()
+        return Sampled(sampled.token_ids[:num_sequences])
+
+    def _capture_all(self, logits: Tensor, tell: Callable[[str], None]) -> None:
         """The largest first: the smaller ones fit into its memory."""
         started = told = time.monotonic()
         free = torch.cuda.mem_get_info()[0]
-        pool = None
         for number, size in enumerate(reversed(self._sizes)):
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
                 tell(f"capturing decode steps {100 * number // len(self._sizes)} % ({number} of {len(self._sizes)} batch sizes)")
-            inputs = _DecodeInputs(rows, self._inputs[:size], self._inputs[size : 2 * size])
-            for _ in range(2):  # compiles the kernels and lets the libraries choose theirs, which a capture does not allow
-                decoder.forward(inputs.gather(), kv_pages)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._logits[size] = decoder.forward(inputs.gather(), kv_pages)
-            pool = pool or graph.pool()
-            self._graphs[size] = graph
-            self._captured.append(inputs)
+            step = _Captured(self._rows, self._inputs[: 2 * size], logits[:size])
+            self._capture(step.forward, lambda step=step: self._decoder.forward(step.gather(), self._kv_pages, step.logits))  # type: ignore[misc]
+            for features in _CAPTURED_FEATURES:
+                graph, sampling = torch.cuda.CUDAGraph(), step.sampling(features)
+                sampled = self._capture(graph, lambda step=step, sampling=sampling: self._sampler.sample(step.logits, sampling, self._rows))  # type: ignore[misc]
+                step.samplings[features] = graph, sampled
+            self._steps[size] = step
         torch.cuda.synchronize()
         taken = (free - torch.cuda.mem_get_info()[0]) / 2**20
         tell(f"decode steps captured for {len(self._sizes)} batch sizes up to {self._sizes[-1]} in {time.monotonic() - started:.1f} s, {taken:.0f} MiB")
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], T]) -> T:
+        """Runs the work, which compiles the kernels and lets the libraries choose theirs, which a capture does not allow; then captures it."""
+        work()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+        self._pool = self._pool or graph.pool()
+        return result

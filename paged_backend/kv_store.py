@@ -11,8 +11,8 @@ from torch import Tensor
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
-from paged_backend.sampler import SAMPLER_BYTES
 from paged_backend.units import spell_bytes
+from paged_kernels.reference import SAMPLING_BYTES
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
 _STEP_RESERVE_BYTES = 64 * 2**20  # what libraries allocate on their own when a step first runs
@@ -90,8 +90,9 @@ def step_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dt
     float32 = 3 * max(a.hidden_size, q_size)  # of norm, rotation and attention
     gathered = 2 * 4 * kv_size * max_model_len + num_tokens * max_model_len  # one sequence's K and V, and its mask
     rows = num_rows * 4 * (max_model_len + 1 + -(-max_model_len // config.page_size)) + max_model_len * a.head_dim * 4
-    logits = num_rows * a.vocab_size * (dtype.itemsize + 8)
-    return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + min(SAMPLER_BYTES, 6 * logits) + _STEP_RESERVE_BYTES
+    logits = num_rows * a.vocab_size * (dtype.itemsize + 8)  # as they are, float32 to be edited, counts of penalised tokens
+    sampling = min(int(SAMPLING_BYTES), 6 * logits)
+    return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + sampling + _STEP_RESERVE_BYTES
 
 
 def free_bytes(device: torch.device) -> int:

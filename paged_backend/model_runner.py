@@ -41,6 +41,14 @@ class RunnerLimits:
     bos_id: int | None
 
 
+class _Landing:
+    """Pinned host memory for a step's results, and the moment from which they are there."""
+
+    def __init__(self, capacity: int) -> None:
+        self.memory = torch.empty(capacity, dtype=torch.int32, pin_memory=True)
+        self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class _Flight:
     """A launched step, and where its result will be."""
@@ -48,7 +56,7 @@ class _Flight:
     batch: Batch
     columns: Tensor  # int32 [num_sampled, columns] in host memory: token id, logprob bits, top ids, top logprob bits
     num_tops: int
-    arrived: torch.cuda.Event | None  # None: it is there already
+    landing: _Landing | None  # None: it is there already
 
 
 class ModelRunner:
@@ -76,6 +84,7 @@ class ModelRunner:
         self._sampler = sampler
         self._graphs = graphs  # None: every step is launched kernel by kernel
         self._in_flight: deque[_Flight] = deque()
+        self._landings: list[_Landing] = []  # free ones; as many exist as steps were ever in flight
 
     @classmethod
     @torch.inference_mode()
@@ -100,15 +109,16 @@ class ModelRunner:
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
         limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, checkpoint.eos_ids, checkpoint.bos_id)
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
-        rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device)
         ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
-        decoder = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops)
+        rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops)
+        decoder, sampler = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops), Sampler(ops)
         graphs = None
         if config.cuda_graphs and ops is not reference:
             from paged_backend.cuda_graphs import DecodeGraphs  # needs the Triton language, which a CPU has no use for
 
-            graphs = DecodeGraphs(decoder, kv_pages, rows, max_sequences, tell)
-        return cls(checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, device, graphs)
+            logits = torch.empty(max_sequences, a.vocab_size, dtype=dtype, device=device)
+            graphs = DecodeGraphs(decoder, sampler, kv_pages, rows, max_sequences, logits, tell)
+        return cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs)
 
     @property
     def num_in_flight(self) -> int:
@@ -119,20 +129,23 @@ class ModelRunner:
         """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
         if self._graphs is not None and batch.decode_only:
             inputs, sampling = self._rows.apply_decode(batch, self._graphs.bucket(batch.num_sequences))
-            logits = self._graphs.replay(inputs, batch.num_sequences)
+            logits = self._graphs.forward(inputs, batch.num_sequences)
+            sampled = self._graphs.sample(batch.num_sequences, batch.features)
         else:
             step = self._rows.apply(batch)
             assert step.sampling is not None
-            logits, sampling = self._decoder.forward(step, self._kv_pages), step.sampling
-        sampled = self._sampler.sample(logits, sampling, self._rows)
+            logits, sampling, sampled = self._decoder.forward(step, self._kv_pages), step.sampling, None
+        if sampled is None:
+            sampled = self._sampler.sample(logits, sampling, self._rows)
         self._in_flight.append(self._send_back(batch, sampled))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""
         while len(self._in_flight) > keep:
             flight = self._in_flight.popleft()
-            if flight.arrived is not None:
-                flight.arrived.synchronize()
+            if flight.landing is not None:
+                flight.landing.arrived.synchronize()
+                self._landings.append(flight.landing)
             yield flight.batch, _result(flight)
 
     def _send_back(self, batch: Batch, sampled: Sampled) -> _Flight:
@@ -147,22 +160,24 @@ class ModelRunner:
         packed = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         if self.device.type != "cuda":
             return _Flight(batch, packed, num_tops, None)
-        host = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)  # torch keeps freed pinned memory for the next step
+        landing = self._landings.pop() if self._landings else _Landing(packed.numel())
+        if landing.memory.numel() < packed.numel():
+            landing = _Landing(packed.numel())
+        host = landing.memory[: packed.numel()].view(packed.shape)
         host.copy_(packed, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return _Flight(batch, host, num_tops, arrived)
+        landing.arrived.record()
+        return _Flight(batch, host, num_tops, landing)
 
 
 def _result(flight: _Flight) -> StepResult:
     columns, n = flight.columns.numpy(), flight.num_tops
-    token_ids = np.ascontiguousarray(columns[:, 0])
+    token_ids = columns[:, 0].copy()  # the memory is used again
     if columns.shape[1] == 1:
         return StepResult(token_ids)
-    logprobs = np.ascontiguousarray(columns[:, 1]).view(np.float32)
+    logprobs = columns[:, 1].copy().view(np.float32)
     if not flight.batch.features & Feature.TOP_LOGPROBS:
         return StepResult(token_ids, logprobs)
-    return StepResult(token_ids, logprobs, columns[:, 2 : 2 + n], np.ascontiguousarray(columns[:, 2 + n :]).view(np.float32))
+    return StepResult(token_ids, logprobs, columns[:, 2 : 2 + n].copy(), columns[:, 2 + n :].copy().view(np.float32))
 
 
 def _device(name: str) -> torch.device:

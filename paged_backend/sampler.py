@@ -1,9 +1,8 @@
 """Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words, min_tokens; penalties;
-temperature; min_p, top_k, top_p; the draw. Each piece touches only the rows that ask for it."""
+temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a piece skips it; a row that does not ask is left as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,24 +13,22 @@ from paged_backend.batch import Feature
 from paged_backend.request import MAX_BAD_WORD_TOKENS
 from paged_backend.step_tensors import DeviceRows, SampleTensors
 
-SAMPLER_BYTES = 512 * 2**20  # upper bound of temporaries: many rows are taken in turns
-_BYTES_PER_LOGIT = 64  # temporaries of the hungriest op
-
-Piece = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [k, vocab], rows [k], positions [k] -> logits
+_EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY
 
 
 class SamplerOps(Protocol):
-    """What the sampler computes with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
+    """What the sampler computes with: `paged_kernels.reference`, which documents each op, or kernels of the same names, which may write over logits."""
 
     def add_bias(self, logits: Tensor, ids: Tensor, values: Tensor) -> Tensor: ...
     def ban_bad_words(self, logits: Tensor, words: Tensor, recent: Tensor) -> Tensor: ...
     def apply_penalties(
         self, logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
     ) -> Tensor: ...
-    def apply_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor: ...
-    def truncate(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_top_k: int) -> Tensor: ...
+    def choose(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor: ...
     def argmax(self, logits: Tensor) -> Tensor: ...
-    def sample(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor: ...
+    def write_tokens(self, history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None: ...
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor: ...
     def top_logprobs(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
 
@@ -40,7 +37,7 @@ class SamplerOps(Protocol):
 class Sampled:
     """Tensors on the device, one entry per sampled row, as in StepResult."""
 
-    token_ids: Tensor  # int64 [M]
+    token_ids: Tensor  # integers [M]
     logprobs: Tensor | None = None  # float32 [M]
     top_ids: Tensor | None = None  # int64 [M, n]
     top_logprobs: Tensor | None = None  # float32 [M, n]
@@ -53,63 +50,34 @@ class Sampler:
         self._ops = ops
 
     def sample(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Sampled:
-        """Chooses a token for each row and appends it to the row. logits [M, vocab] float32 may be overwritten."""
-        wants_logprobs = step.features & (Feature.LOGPROBS | Feature.TOP_LOGPROBS)
-        raw = logits.clone() if wants_logprobs and step.entries else logits
-        self._adjust(logits, step, rows)
-        token_ids = self._choose(logits, step, rows)
-        rows.append(step.rows, step.positions, token_ids)
-        if not wants_logprobs:
+        """Chooses a token for each row and appends it to the row. logits: [M, vocab], any floating type."""
+        ops = self._ops
+        edited = self._edit(logits, step, rows) if step.features & _EDITS else logits
+        if step.features & Feature.RANDOM:
+            truncation = rows.truncation if step.features & Feature.TRUNCATE else None
+            token_ids = ops.choose(edited, rows.temperature, rows.seeds, step.positions, step.rows, truncation)
+        else:
+            token_ids = ops.argmax(edited)
+        ops.write_tokens(rows.token_ids, step.rows, step.positions, token_ids)
+        if not step.features & (Feature.LOGPROBS | Feature.TOP_LOGPROBS):
             return Sampled(token_ids)
-        top_ids, top_logprobs = self._ops.top_logprobs(raw, min(step.num_top_logprobs, raw.shape[1])) if step.num_top_logprobs else (None, None)
-        return Sampled(token_ids, self._ops.logprobs(raw, token_ids), top_ids, top_logprobs)
+        top_ids, top_logprobs = ops.top_logprobs(logits, min(step.num_top_logprobs, logits.shape[1])) if step.num_top_logprobs else (None, None)
+        return Sampled(token_ids, ops.logprobs(logits, token_ids), top_ids, top_logprobs)
 
-    def _adjust(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> None:
-        """What a greedy row sees too: bias, bans, penalties. In place."""
-        ops = self._ops
-
-        def bias(part: Tensor, mine: Tensor, positions: Tensor) -> Tensor:
-            return ops.add_bias(part, *rows.bias(mine, step.num_bias)) if step.num_bias else part
-
-        def bad_words(part: Tensor, mine: Tensor, positions: Tensor) -> Tensor:
-            return ops.ban_bad_words(part, rows.bad_words(mine, step.num_bad_words), rows.recent(mine, positions, MAX_BAD_WORD_TOKENS - 1))
-
-        def min_tokens(part: Tensor, mine: Tensor, positions: Tensor) -> Tensor:
-            if not step.num_stop:
-                return part
-            ban = torch.where(positions < rows.parameters(mine).integers("min_len"), -torch.inf, 0.0)
-            return ops.add_bias(part, rows.stop_ids(mine, step.num_stop), ban[:, None].expand(-1, step.num_stop))
-
-        def penalties(part: Tensor, mine: Tensor, positions: Tensor) -> Tensor:
-            p = rows.parameters(mine)
+    def _edit(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Tensor:
+        """What a greedy row sees too: bias, bans, penalties. float32; logits stay as they are."""
+        ops, mine, positions = self._ops, step.rows, step.positions
+        logits = logits.to(torch.float32, copy=True)
+        p = rows.parameters(mine)
+        if step.num_bias:
+            logits = ops.add_bias(logits, *rows.bias(mine, step.num_bias))
+        if step.num_bad_words:
+            logits = ops.ban_bad_words(logits, rows.bad_words(mine, step.num_bad_words), rows.recent(mine, positions, MAX_BAD_WORD_TOKENS - 1))
+        if step.num_stop:  # min_tokens
+            ban = torch.where(positions < p.integers("min_len"), -torch.inf, 0.0)
+            logits = ops.add_bias(logits, rows.stop_ids(mine, step.num_stop), ban[:, None].repeat(1, step.num_stop))
+        if step.features & Feature.PENALTY:
             history = rows.history(mine, step.max_len)
-            return ops.apply_penalties(part, history, p.integers("prompt_len"), positions, p.floats("repetition"), p.floats("presence"), p.floats("frequency"))
-
-        pieces: tuple[tuple[int, Piece], ...] = (
-            (Feature.BIAS, bias),
-            (Feature.BAD_WORDS, bad_words),
-            (Feature.BIAS, min_tokens),
-            (Feature.PENALTY, penalties),
-        )
-        for feature, piece in pieces:
-            for at in _turns(logits, step, feature):
-                logits.index_copy_(0, at, piece(logits[at], step.rows[at], step.positions[at]))
-
-    def _choose(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Tensor:
-        """[M] int64: the largest logit of greedy rows, a draw for the others."""
-        ops = self._ops
-        token_ids = ops.argmax(logits)
-        for feature in (Feature.RANDOM, Feature.TRUNCATE):
-            for at in _turns(logits, step, feature):
-                p = rows.parameters(step.rows[at])
-                part = ops.apply_temperature(logits[at], p.floats("temperature"))
-                if feature == Feature.TRUNCATE:
-                    part = ops.truncate(part, p.integers("top_k"), p.floats("top_p"), p.floats("min_p"), step.max_top_k)
-                token_ids.index_copy_(0, at, ops.sample(part, p.seeds(), step.positions[at]))
-        return token_ids
-
-
-def _turns(logits: Tensor, step: SampleTensors, feature: int) -> tuple[Tensor, ...]:
-    """The entries that have a feature, so many at a time that their temporaries stay within bounds."""
-    entries = step.entries.get(feature)
-    return () if entries is None else torch.split(entries, max(SAMPLER_BYTES // (_BYTES_PER_LOGIT * logits.shape[1]), 1))
+            penalties = (p.floats("repetition"), p.floats("presence"), p.floats("frequency"))
+            logits = ops.apply_penalties(logits, history, p.integers("prompt_len"), positions, *penalties)
+        return logits

@@ -4,24 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paged_backend.batch import Batch, Feature, Int32, NewRow, features_of
+import paged_kernels.reference as reference
+from paged_backend.batch import Batch, Feature, Int32, NewRow
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.staging import Staging
 
 _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbers anyway, and may overflow
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
 
-# columns of a row's parameters; the floats are stored as their bits
-_COLUMNS = ("prompt_len", "min_len", "top_k", "seed_low", "seed_high", "num_bias", "num_stop", "num_bad_words")
+# columns of a row's parameters; the floats are stored as their bits. The seed comes first and their number is even: it is read as one int64
+_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words")
 _FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _COLUMN = {name: index for index, name in enumerate(_COLUMNS + _FLOAT_COLUMNS)}
+
+
+class RowOps(Protocol):
+    """What the rows are kept with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
+
+    def write_spans(self, target: Tensor, spans: Tensor, values: Tensor) -> None: ...
+    def update_page_tables(self, page_tables: Tensor, updates: Tensor) -> None: ...
+    def gather_step(
+        self,
+        rows: Tensor,
+        starts: Tensor,
+        counts: Tensor,
+        offsets: Tensor,
+        history: Tensor,
+        page_tables: Tensor,
+        page_size: int,
+        *,
+        input_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,13 +55,11 @@ class SampleTensors:
     rows: Tensor  # int64 [M]
     positions: Tensor  # int64 [M] of the token to sample: how many tokens the sequence has
     features: int  # Batch.features
-    entries: Mapping[int, Tensor]  # feature bit -> int64 [k] indices into M of the rows that have it; without the bit: none has
-    max_len: int  # the largest position
-    num_bias: int  # widest of the rows' tables
-    num_stop: int
-    num_bad_words: int
-    max_top_k: int  # largest top_k of the truncating rows; 0 if one of them has none
-    num_top_logprobs: int
+    max_len: int = 0  # the largest position
+    num_bias: int = 0  # widest of the rows' tables
+    num_stop: int = 0
+    num_bad_words: int = 0
+    num_top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,10 +95,6 @@ class RowParameters:
     def floats(self, name: str) -> Tensor:
         return self.block.view(torch.float32)[:, _COLUMN[name]]
 
-    def seeds(self) -> Tensor:
-        """int64 [k]: all 64 bits."""
-        return self.integers("seed_high").long() << 32 | self.integers("seed_low").long() & 0xFFFFFFFF
-
 
 class DeviceRows:
     """What the device knows of each running sequence: its tokens, its page table, its sampling parameters.
@@ -84,13 +102,14 @@ class DeviceRows:
     Invariant: after `apply(batch)` a row has every token up to batch.starts + batch.counts, and the pages of those tokens.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, page_size: int, num_eos_ids: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, max_model_len: int, page_size: int, num_eos_ids: int, device: torch.device, ops: RowOps = reference) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.token_ids = zeros(num_rows, max_model_len + 1)  # prompt and sampled tokens
         self.page_table = zeros(num_rows, -(-max_model_len // page_size))
         self.page_size = page_size
+        self._ops = ops
         self._parameters = zeros(num_rows, len(_COLUMN))
         self._zeros = zeros
         self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
@@ -102,10 +121,25 @@ class DeviceRows:
         }
         self._staging = Staging(device)
         # what the host must know of a row to size a step's sampling
-        self._features = np.zeros(num_rows, np.int32)
-        self._sizes = {name: np.zeros(num_rows, np.int32) for name in ("num_bias", "num_stop", "num_bad_words", "top_k", "num_top_logprobs")}
+        self._sizes = {name: np.zeros(num_rows, np.int32) for name in ("num_bias", "num_stop", "num_bad_words", "num_top_logprobs")}
 
     # ---- reading rows
+
+    @property
+    def seeds(self) -> Tensor:
+        """int64 [num_rows], all 64 bits."""
+        return self._parameters.view(torch.int64)[:, _COLUMN["seed_low"] // 2]
+
+    @property
+    def temperature(self) -> Tensor:
+        """float32 [num_rows]; 0: greedy."""
+        return RowParameters(self._parameters).floats("temperature")
+
+    @property
+    def truncation(self) -> tuple[Tensor, Tensor, Tensor]:
+        """top_k int32, top_p float32, min_p float32: [num_rows]; 0, 1, 0: none."""
+        every = RowParameters(self._parameters)
+        return every.integers("top_k"), every.floats("top_p"), every.floats("min_p")
 
     def parameters(self, rows: Tensor) -> RowParameters:
         return RowParameters(self._parameters[rows])
@@ -121,7 +155,7 @@ class DeviceRows:
 
     def bias(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """logit_bias: ids int32 [k, width], -1 where there are fewer; values float32 [k, width]."""
-        return self._entries("bias_ids", "num_bias", rows, width), self._tables["bias_values"][rows, :width].view(torch.float32)
+        return self._entries("bias_ids", "num_bias", rows, width), self._table("bias_values")[rows, :width].view(torch.float32)
 
     def stop_ids(self, rows: Tensor, width: int) -> Tensor:
         """int32 [k, width], -1 where there are fewer."""
@@ -132,15 +166,11 @@ class DeviceRows:
         return self._entries("bad_words", "num_bad_words", rows, width)
 
     def _entries(self, table: str, count: str, rows: Tensor, width: int) -> Tensor:
-        entries = self._tables[table][rows, :width]
+        entries = self._table(table)[rows, :width]
         absent = torch.arange(width, device=rows.device) >= self.parameters(rows).integers(count)[:, None]
         return entries.masked_fill(absent.view(*absent.shape, *[1] * (entries.dim() - 2)), -1)
 
     # ---- writing rows
-
-    def append(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """Stores sampled tokens: all [M]."""
-        self.token_ids[rows, positions] = token_ids.int()
 
     def apply(self, batch: Batch) -> StepTensors:
         """Brings the rows up to date with a batch and gathers what the step computes. Copies to the device once."""
@@ -164,69 +194,43 @@ class DeviceRows:
         """The one copy: a plan, and whatever is new; then the rows are up to date."""
         for new in batch.new_rows:
             self._note(new)
-        entries = self._feature_entries(batch)
-        sections = {**plan, **{f"entries_{bit}": index for bit, index in entries.items()}, "page_updates": batch.page_updates.T}
+        sections = {**plan, "page_updates": batch.page_updates}
         if batch.new_rows:
             sections |= _new_row_sections(batch.new_rows)
         sent = self._staging.send(sections)
         self._write(batch, sent)
-        return sent, self._sample_tensors(batch, plan, sent, entries)
+        return sent, self._sample_tensors(batch, plan, sent)
 
     def _note(self, new: NewRow) -> None:
-        self._features[new.row] = features_of(new.sampling, new.stop_ids, new.bad_words)
         s = new.sampling
-        sizes = (len(s.logit_bias), _num_stop(new), len(new.bad_words), max(s.top_k, 0), s.logprobs or 0)
+        sizes = (len(s.logit_bias), _num_stop(new), len(new.bad_words), s.logprobs or 0)
         for column, size in zip(self._sizes.values(), sizes, strict=True):
             column[new.row] = size
 
-    def _feature_entries(self, batch: Batch) -> dict[int, Int32]:
-        """Which sampled rows need which piece of the sampler's work. RANDOM has those without TRUNCATE, so that each row is drawn once."""
-        if not batch.features:
-            return {}
-        features = self._features[batch.rows[batch.samples]]
-        features = np.where(features & Feature.TRUNCATE, features & ~Feature.RANDOM, features)
-        bits = (Feature.RANDOM, Feature.TRUNCATE, Feature.PENALTY, Feature.BIAS, Feature.BAD_WORDS)
-        found = {bit: np.flatnonzero(features & bit).astype(np.int32) for bit in bits}
-        return {bit: index for bit, index in found.items() if len(index)}
-
     def _write(self, batch: Batch, sent: Mapping[str, Tensor]) -> None:
         if batch.new_rows:
-            rows, lens = sent["new_rows"], sent["new_lens"]
-            self._parameters[rows] = sent["new_parameters"]
-            tokens = sent["new_tokens"]
-            firsts = torch.cumsum(lens, 0) - lens
-            which = torch.repeat_interleave(lens, output_size=len(tokens))
-            self.token_ids[rows[which], torch.arange(len(tokens), device=tokens.device) - firsts[which]] = tokens
+            self._ops.write_spans(self.token_ids, sent["token_spans"], sent["new_tokens"])
+            self._ops.write_spans(self._parameters, sent["parameter_spans"], sent["new_parameters"])
             for name in self._table_shapes:
                 if name in sent:
-                    if name not in self._tables:
-                        self._tables[name] = self._zeros(*self._table_shapes[name])
                     *where, values = sent[name]
-                    self._tables[name][tuple(where)] = values
+                    self._table(name)[tuple(where)] = values
         if len(batch.page_updates):
-            rows, at, pages = sent["page_updates"]
-            self.page_table[rows, at] = pages
+            self._ops.update_page_tables(self.page_table, sent["page_updates"])
+
+    def _table(self, name: str) -> Tensor:
+        if name not in self._tables:
+            self._tables[name] = self._zeros(*self._table_shapes[name])
+        return self._tables[name]
 
     def _gather(self, batch: Batch, order: NDArray[np.intp], plan: Mapping[str, Int32], sent: Mapping[str, Tensor], sampling: SampleTensors) -> StepTensors:
-        rows, query_starts = sent["rows"], sent["query_starts"]
-        num_decodes = int((batch.counts == 1).sum())
-        if num_decodes == batch.num_sequences:
-            token_rows, positions = rows, sent["starts"].long()
-        else:
-            which = torch.repeat_interleave(query_starts.diff(), output_size=batch.num_tokens)
-            token_rows = rows[which]
-            positions = (sent["starts"] - query_starts[:-1])[which] + torch.arange(batch.num_tokens, device=rows.device)
-        pages = self.page_table[token_rows, positions // self.page_size].long()
-        lens = plan["seq_lens"]
-        width = -(-int(lens.max()) // self.page_size)
-        prefills = slice(num_decodes, None)
+        num_decodes, num_tokens = int((batch.counts == 1).sum()), batch.num_tokens
+        lens, prefills = plan["seq_lens"], slice(num_decodes, None)
+        inputs = self.empty_inputs(batch.num_sequences, num_tokens, -(-int(lens.max()) // self.page_size))
+        self.gather(sent["rows"], sent["starts"], sent["counts"], sent["query_starts"], inputs)
         return StepTensors(
-            input_ids=self.token_ids[token_rows, positions],
-            positions=positions,
-            slot_mapping=pages * self.page_size + positions % self.page_size,
-            query_starts=query_starts,
-            seq_lens=sent["seq_lens"],
-            page_table=self.page_table[:, :width].index_select(0, rows),
+            **inputs,
+            query_starts=sent["query_starts"],
             logit_indices=sent["logit_indices"].long(),
             num_decodes=num_decodes,
             max_decode_len=int(lens[:num_decodes].max(initial=0)),
@@ -234,19 +238,31 @@ class DeviceRows:
             sampling=sampling,
         )
 
-    def _sample_tensors(self, batch: Batch, plan: Mapping[str, Int32], sent: Mapping[str, Tensor], entries: Mapping[int, Int32]) -> SampleTensors:
+    def empty_inputs(self, num_sequences: int, num_tokens: int, num_pages: int) -> dict[str, Tensor]:
+        """Room for what `gather` writes: the tensors of a StepTensors that follow from the rows."""
+        new = self.token_ids.new_empty
+        return {
+            "input_ids": new(num_tokens),
+            "positions": new(num_tokens, dtype=torch.int64),
+            "slot_mapping": new(num_tokens, dtype=torch.int64),
+            "page_table": new(num_sequences, num_pages),
+            "seq_lens": new(num_sequences),
+        }
+
+    def gather(self, rows: Tensor, starts: Tensor, counts: Tensor, query_starts: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        """What sequences of these rows compute: `counts` tokens from position `starts`; all int32 [S], query_starts [S + 1]."""
+        self._ops.gather_step(rows, starts, counts, query_starts[:-1], self.token_ids, self.page_table, self.page_size, **inputs)
+
+    def _sample_tensors(self, batch: Batch, plan: Mapping[str, Int32], sent: Mapping[str, Tensor]) -> SampleTensors:
         sampled = plan["sample_rows"]
-        top_k = self._sizes["top_k"][sampled[entries[Feature.TRUNCATE]]] if Feature.TRUNCATE in entries else np.zeros(1, np.int32)
         return SampleTensors(
             rows=sent["sample_rows"].long(),
             positions=sent["sample_positions"].long(),
             features=batch.features,
-            entries={bit: sent[f"entries_{bit}"].long() for bit in entries},
             max_len=int(plan["sample_positions"].max(initial=0)),
-            num_bias=self._widest("num_bias", sampled),
-            num_stop=self._widest("num_stop", sampled),
-            num_bad_words=self._widest("num_bad_words", sampled),
-            max_top_k=int(top_k.max()) if top_k.all() else 0,
+            num_bias=self._widest("num_bias", sampled) if batch.features & Feature.BIAS else 0,
+            num_stop=self._widest("num_stop", sampled) if batch.features & Feature.BIAS else 0,
+            num_bad_words=self._widest("num_bad_words", sampled) if batch.features & Feature.BAD_WORDS else 0,
             num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if batch.features & Feature.TOP_LOGPROBS else 0,
         )
 
@@ -263,6 +279,7 @@ def _plan(batch: Batch, order: NDArray[np.intp]) -> dict[str, Int32]:
     return {
         "rows": batch.rows[order],
         "starts": batch.starts[order],
+        "counts": counts,
         "seq_lens": batch.starts[order] + counts,
         "query_starts": np.concatenate([np.zeros(1, np.int32), ends]),
         "logit_indices": last[batch.samples],
@@ -274,10 +291,10 @@ def _plan(batch: Batch, order: NDArray[np.intp]) -> dict[str, Int32]:
 def _new_row_sections(new_rows: tuple[NewRow, ...]) -> dict[str, Int32]:
     """Everything about rows that were taken since the step before. Table entries are columns: row, place(s) in the row, value."""
     sections = {
-        "new_rows": np.array([new.row for new in new_rows], np.int32),
-        "new_lens": np.array([len(new.token_ids) for new in new_rows], np.int32),
+        "token_spans": _spans(new_rows, np.array([len(new.token_ids) for new in new_rows], np.int32)),
         "new_tokens": np.concatenate([new.token_ids for new in new_rows]),
-        "new_parameters": np.stack([_parameter_block(new) for new in new_rows]),
+        "parameter_spans": _spans(new_rows, np.full(len(new_rows), len(_COLUMN), np.int32)),
+        "new_parameters": np.concatenate([_parameter_block(new) for new in new_rows]),
     }
     tables: dict[str, list[Any]] = {"bias_ids": [], "stop_ids": [], "bad_words": []}
     values: list[float] = []
@@ -294,13 +311,19 @@ def _new_row_sections(new_rows: tuple[NewRow, ...]) -> dict[str, Int32]:
     return sections
 
 
+def _spans(new_rows: tuple[NewRow, ...], lens: Int32) -> Int32:
+    """Where values that lie end to end belong: int32 [k, 4], row, column 0, start, length."""
+    rows = np.array([new.row for new in new_rows], np.int32)
+    return np.stack([rows, np.zeros_like(rows), np.cumsum(lens, dtype=np.int32) - lens, lens], axis=1)
+
+
 def _parameter_block(new: NewRow) -> Int32:
     """One row's parameters in the order of the columns: int32 [columns]."""
     s = new.sampling
     seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
     min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [new.prompt_len, min_len, max(s.top_k, 0), *seed.tolist(), len(s.logit_bias), _num_stop(new), len(new.bad_words)]
-    floats = [max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
+    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words)]
+    floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
     return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
 
 

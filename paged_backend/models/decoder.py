@@ -17,10 +17,9 @@ class DecoderOps(Protocol):
     """What the decoder computes with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
 
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor: ...
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
-    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
+    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor: ...
     def rope_write_kv(
         self,
         qkv: Tensor,
@@ -50,27 +49,25 @@ class Decoder:
         self._ops = ops
         self._scale = architecture.head_dim**-0.5
 
-    def forward(self, step: StepTensors, kv_pages: Sequence[Tensor]) -> Tensor:
+    def forward(self, step: StepTensors, kv_pages: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,
-        [M, vocab] float32."""
+        [M, vocab] in the weights' type, in `out` if given."""
         ops, eps = self._ops, self._architecture.rms_norm_eps
         longest = max((query_len for query_len, _ in step.prefill_lens), default=0)
         ops.plan_attention(step.seq_lens, step.query_starts, step.num_decodes, longest)
-        residual = ops.embedding(step.input_ids, self._weights.embedding)
-        x = ops.rms_norm(residual, self._weights.layers[0].input_norm, eps)
-        next_norms = [layer.input_norm for layer in self._weights.layers[1:]] + [self._weights.final_norm]
-        windows = self._architecture.sliding_windows
-        for layer, window, pages, next_norm in zip(self._weights.layers, windows, kv_pages, next_norms, strict=True):
-            x = self._attention(layer, window, x, step, pages)
-            x, residual = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
-            x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
+        x = ops.embedding(step.input_ids, self._weights.embedding)
+        for layer, window, pages in zip(self._weights.layers, self._architecture.sliding_windows, kv_pages, strict=True):
+            qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+            attended = self._attention(layer, window, qkv, step, pages)
+            x = ops.add_linear(attended, layer.out, layer.out_bias, x)
+            gated = ops.norm_gated_linear(x, layer.post_norm, eps, layer.gate_up, layer.gate_up_bias)
+            x = ops.add_linear(gated, layer.down, layer.down_bias, x)
         wanted = x if step.logit_indices is None else x[step.logit_indices]
-        return ops.linear(wanted, self._weights.head).float()
+        return ops.norm_linear(wanted, self._weights.final_norm, eps, self._weights.head, out=out)
 
-    def _attention(self, layer: LayerWeights, window: int | None, x: Tensor, step: StepTensors, pages: Tensor) -> Tensor:
+    def _attention(self, layer: LayerWeights, window: int | None, qkv: Tensor, step: StepTensors, pages: Tensor) -> Tensor:
+        """[T, num_heads head_dim]."""
         ops, a = self._ops, self._architecture
-        qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
         qk_norm = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm, a.rms_norm_eps)
         q = ops.rope_write_kv(qkv, a.num_heads, qk_norm, self._rope_table, step.positions, pages, step.slot_mapping)
         n = step.num_decodes
@@ -80,4 +77,4 @@ class Decoder:
         if step.prefill_lens:
             parts.append(ops.prefill_attention(q[n:], pages, step.page_table[n:], step.prefill_lens, self._scale, window))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return ops.linear(attended.reshape(len(x), -1), layer.out, layer.out_bias)
+        return attended.reshape(len(qkv), -1)

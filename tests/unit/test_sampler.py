@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import paged_kernels.reference as reference
-from paged_backend import sampler as sampler_module
 from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.request import SamplingParams
 from paged_backend.sampler import Sampled, Sampler
@@ -90,7 +89,7 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(name: str) -> None:
 def test_many_rows_in_turns_get_the_tokens_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits_of(len(VARIETY))
     whole = sample(variety(), logits).token_ids
-    monkeypatch.setattr(sampler_module, "SAMPLER_BYTES", 1)  # a row at a time
+    monkeypatch.setattr(reference, "SAMPLING_BYTES", 1)  # a row at a time
     assert torch.equal(sample(variety(), logits).token_ids, whole)
 
 
