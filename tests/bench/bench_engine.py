@@ -85,7 +85,7 @@ def main() -> None:
     options |= dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
-        engine, _ = load_engine(config, Path(folder))
+        engine = load_engine(config, Path(folder))[0]
     load = Load(engine)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     common = {"bench": "engine", "model": args.model, "device": device}

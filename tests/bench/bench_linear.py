@@ -85,13 +85,13 @@ class Case:
         if not sweep:
             return
         if self.num_tokens == 1:
-            for num_rows in (1, 2, 4, 8):
-                for block in (512, 1024, 2048):
+            for num_rows in (1, 2, 4):
+                for block in (1024, 2048, 4096, 8192):
                     for warps in (2, 4, 8):
                         if 16 <= num_rows * block * (2 if self.gated else 1) // (32 * warps) <= 64:
                             yield VectorShape(num_rows, block, warps)
             return
-        for num_rows, block, stages in itertools.product((64, 128), (64, 128), (3, 4, 6)):
+        for num_rows, block, stages in itertools.product((16, 32, 64), (64, 128, 256), (4, 6)):
             for split in (1, 2, 4):
                 shared = block * 2 * (num_rows * (2 if self.gated else 1) + max(16, self.num_tokens)) * stages
                 if shared <= 200 * 1024 and 96 <= -(-rows // num_rows) * split <= 600 and self.columns // split >= 4 * block:

@@ -123,7 +123,7 @@ def main() -> None:
     options |= dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
-        engine, _ = load_engine(config, Path(folder))
+        engine = load_engine(config, Path(folder))[0]
     steps = Steps(engine, GEOMETRIES[args.model]["vocab_size"])
     sampling = SamplingParams(max_tokens=2000, temperature=args.temperature, top_p=args.top_p, ignore_eos=True)
     first: tuple[float, float] | None = None
