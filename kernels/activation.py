@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
+
 _BLOCK = 1024
 
 
-@triton.jit
+@kernel
 def _silu_mul_kernel(gate_up, out, gate_up_stride, out_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_launch_dependents()

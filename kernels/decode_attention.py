@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from paged_kernels.decode_plan import DecodePlan, DecodeWorkspace, first_token, make_decode_plan, make_decode_workspace, plan_decode_attention
+from paged_kernels.jit import kernel
 
 __all__ = ["DecodePlan", "DecodeWorkspace", "make_decode_plan", "make_decode_workspace", "paged_decode_attention", "plan_decode_attention"]
 
@@ -116,7 +117,7 @@ def _put_piece(
     return (earlier == last_slot - first_slot).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@kernel(ints=["table_stride"])
 def _decode_kernel(
     q, kv_pages, page_table, out, line, starts, records, arrivals, partial_acc, partial_lse,
     scale, soft_cap, q_stride, out_stride, table_stride,

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
+
 
 @triton.jit
 def first_token(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
@@ -33,7 +35,7 @@ def _locate(place, begins, ends, length, record, TILE: tl.constexpr, WINDOW: tl.
     return tl.sum(tl.where(here, record[None, :], 0), 1), seq, of_length, tile, num_tiles(of_length, TILE, WINDOW)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_slots"])
+@kernel(ints=["num_sequences", "num_slots"], unaligned=["seq_lens"])
 def _plan_kernel(
     seq_lens, line, starts, records, num_sequences, num_slots,
     TILE: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, SLOTS: tl.constexpr,

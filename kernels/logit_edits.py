@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
+
 _BLOCK = 1024
 _PARTS = 8  # programs along one history
 
@@ -22,7 +24,7 @@ def _state_of(rows, m, HAS_ROWS: tl.constexpr):
     return state
 
 
-@triton.jit
+@kernel(ints=["width", "ids_stride", "values_stride"], unaligned=["ids", "values"])
 def _add_bias_kernel(
     logits, rows, ids, values, width, logits_stride, ids_stride, values_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
@@ -42,7 +44,7 @@ def _add_bias_kernel(
         tl.atomic_add(logits + m * logits_stride + token, value, mask=inside, sem="relaxed")  # a token may be there twice
 
 
-@triton.jit
+@kernel(ints=["num_words", "words_stride", "history_stride"], unaligned=["words", "history", "num_tokens"])
 def _ban_bad_words_kernel(
     logits, rows, words, history, num_tokens, num_words, logits_stride, words_stride, history_stride,
     LENGTH: tl.constexpr, LENGTH_PAD: tl.constexpr, WORDS: tl.constexpr, VOCAB: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
@@ -65,7 +67,7 @@ def _ban_bad_words_kernel(
     tl.store(logits + m * logits_stride + last, float("-inf"), mask=(differs == 0) & (last >= 0) & (last < VOCAB))
 
 
-@triton.jit
+@kernel(ints=["history_stride"], unaligned=["history", "prompt_lens", "num_tokens", "repetition", "presence", "frequency"])
 def _count_tokens_kernel(
     counts, rows, history, prompt_lens, num_tokens, repetition, presence, frequency, history_stride, state_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
@@ -94,7 +96,7 @@ def _count_tokens_kernel(
         tl.atomic_add(counts + m * VOCAB + token, 2, mask=inside & (at >= prompt_len), sem="relaxed")
 
 
-@triton.jit
+@kernel(ints=["history_stride"], unaligned=["history", "num_tokens", "repetition", "presence", "frequency"])
 def _penalise_kernel(
     logits, counts, rows, history, num_tokens, repetition, presence, frequency, logits_stride, history_stride, state_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,

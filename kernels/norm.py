@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
 
-@triton.jit
+
+@kernel
 def _norm_kernel(
     x, residual, weight, out, residual_out, x_stride, residual_stride, out_stride, residual_out_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
+
 
 @triton.jit
 def _load_pages(pages, base, first_key, last_key, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
@@ -90,7 +92,7 @@ def _attend(
     return acc, top, mass
 
 
-@triton.jit(do_not_specialize=["num_tiles", "table_stride"])
+@kernel(ints=["table_stride", "num_tiles"], unaligned=["page_table", "query_starts", "seq_lens"])
 def _prefill_kernel(
     q, kv_pages, page_table, query_starts, seq_lens, out, scale, soft_cap, q_stride, out_stride, table_stride, page_stride, num_tiles,
     HEADS: tl.constexpr, HEAD_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
+
 _HALF_HEAD_ELEMENTS = 1024  # of a program
 
 
@@ -28,7 +30,7 @@ def _norm_halves(first, second, q_weight, k_weight, is_query, dim, eps, DTYPE: t
     return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
 
 
-@triton.jit
+@kernel(unaligned=["positions", "slot_mapping"])
 def _rope_write_kv_kernel(
     qkv, out, q_weight, k_weight, rope_table, positions, kv_pages, slot_mapping, eps,
     qkv_stride, out_stride, rope_stride, page_stride, value_stride, head_stride,

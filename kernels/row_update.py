@@ -10,10 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
+
 _BLOCK = 1024
 
 
-@triton.jit
+@kernel(unaligned=["spans", "values"])
 def _write_spans_kernel(target, spans, values, target_stride, spans_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
@@ -29,7 +31,7 @@ def _write_spans_kernel(target, spans, values, target_stride, spans_stride, BLOC
         tl.store(target + row * target_stride + column + index, value.to(target.dtype.element_ty), mask=index < length)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(ints=["count"], unaligned=["updates"])
 def _update_page_tables_kernel(page_tables, updates, count, tables_stride, updates_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()
@@ -42,7 +44,7 @@ def _update_page_tables_kernel(page_tables, updates, count, tables_stride, updat
     tl.store(page_tables + row * tables_stride + column, page, mask=row >= 0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(ints=["count"], unaligned=["rows", "positions", "token_ids"])
 def _write_tokens_kernel(
     history, num_tokens, rows, positions, token_ids, count, history_stride, BLOCK: tl.constexpr, COUNTS: tl.constexpr, LAUNCH_PDL: tl.constexpr
 ):
@@ -58,7 +60,7 @@ def _write_tokens_kernel(
         tl.store(num_tokens + row, (position + 1).to(num_tokens.dtype.element_ty), mask=row >= 0)
 
 
-@triton.jit
+@kernel(ints=["table_stride"], unaligned=["rows", "starts", "counts", "offsets"])
 def _gather_step_kernel(
     rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
     history_stride, tables_stride, table_stride, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
+
 MAX_TOP = 20  # of top_logprobs; fits in _TOP_PAD
 _TOP_PAD = 32
 _NOTHING = tl.constexpr(-(2**63))  # less than any candidate
@@ -136,7 +138,7 @@ def _merge_log_mass(partial, chunk, num_chunks):
     return top + tl.log(tl.sum(masses * tl.exp(tops - top), 0))
 
 
-@triton.jit
+@kernel(unaligned=["rows", "temperature", "seeds", "positions", "thresholds", "tokens", "logprobs"])
 def _choose_kernel(
     logits, rows, temperature, seeds, positions, thresholds, tokens, logprobs, arrivals, best_scores, best_tokens, masses,
     logits_stride, temperature_stride, seeds_stride,
@@ -193,7 +195,7 @@ def _choose_kernel(
         tl.store(arrivals + m, 0)
 
 
-@triton.jit
+@kernel
 def _peaks_kernel(logits, masses, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     """Maximum and mass of every chunk."""
     if LAUNCH_PDL:
@@ -208,7 +210,7 @@ def _peaks_kernel(logits, masses, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.
     tl.store(cell + 1, _mass_below(x, top))
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(ints=["n", "ids_stride", "logprobs_stride"], unaligned=["ids", "logprobs"])
 def _top_kernel(
     logits, ids, logprobs, arrivals, candidates, num_candidates, masses, n, logits_stride, ids_stride, logprobs_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, TOP_PAD: tl.constexpr, LAUNCH_PDL: tl.constexpr,

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
 from paged_kernels.sampling import arrive
 
 MAX_TOKENS = 64
@@ -32,7 +33,7 @@ def _gate(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@kernel
 def _vector_kernel(
     x, norm_weight, weight, bias, residual, out, eps,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -98,7 +99,7 @@ def _fetch(at, mask):
     )  # fmt: skip
 
 
-@triton.jit
+@kernel(ints=["num_tokens"])
 def _narrow_kernel(
     x, weight, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride, out_stride,
     N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.jit import kernel
 from paged_kernels.sampling import SamplingWorkspace, arrive, check_logits, order_of, value_of
 
 _PASSES = 3
@@ -71,7 +72,7 @@ def _above_pivots(key, mass, pivots, LANES: tl.constexpr):
     return tl.reshape(joined, (LANES, 16))
 
 
-@triton.jit
+@kernel(unaligned=["rows", "temperature", "top_k", "top_p", "min_p", "thresholds"])
 def _start_kernel(
     logits, rows, temperature, top_k, top_p, min_p, thresholds, arrivals, highests, search, levels, pivots, logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
@@ -136,7 +137,7 @@ def _spread(lo, hi, highest, temperature):
     return tl.minimum(tl.maximum(pivot, lo), hi)
 
 
-@triton.jit
+@kernel(unaligned=["rows", "temperature", "top_k", "top_p"])
 def _narrow_kernel(
     logits, rows, temperature, top_k, top_p, arrivals, search, levels, pivots, above, logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
@@ -199,7 +200,7 @@ def _narrow_kernel(
         tl.store(arrivals + m, 0)
 
 
-@triton.jit
+@kernel
 def _gather_kernel(
     logits, search, gathered, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr
 ):  # fmt: skip
@@ -259,7 +260,7 @@ def _bisect(
     return hi
 
 
-@triton.jit
+@kernel(unaligned=["rows", "temperature", "top_k", "top_p", "thresholds"])
 def _finish_kernel(
     logits, rows, temperature, top_k, top_p, thresholds, search, levels, gathered, logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,

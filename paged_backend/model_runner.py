@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from paged_backend.models.rope import rope_table
 from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights
 from paged_backend.sampler import Sampled, Sampler
 from paged_backend.step_tensors import DeviceRows
+from paged_backend.warm_up import warm_up_batches
 
 if TYPE_CHECKING:
     from paged_backend.cuda_graphs import DecodeGraphs
@@ -118,7 +120,20 @@ class ModelRunner:
 
             logits = torch.empty(max_sequences, a.vocab_size, dtype=dtype, device=device)
             graphs = DecodeGraphs(decoder, sampler, kv_pages, rows, max_sequences, logits, tell)
-        return cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs)
+        runner = cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs)
+        if ops is not reference:
+            started = time.monotonic()
+            runner.warm_up(max_sequences, config.max_batched_tokens)
+            tell(f"kernels warmed up in {time.monotonic() - started:.1f} s")
+        return runner
+
+    def warm_up(self, max_sequences: int, max_batched_tokens: int) -> None:
+        """Runs steps of every kind before the first request comes; rows and pages are free afterwards."""
+        limits = self.limits
+        for batch in warm_up_batches(max_batched_tokens, max_sequences, limits.max_model_len, limits.page_size, limits.num_pages):
+            self.launch(batch)
+            for _ in self.finished(0):
+                pass
 
     @property
     def num_in_flight(self) -> int:

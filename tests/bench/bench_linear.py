@@ -88,7 +88,7 @@ class Case:
             for num_rows in (1, 2, 4):
                 for block in (1024, 2048, 4096, 8192):
                     for warps in (2, 4, 8):
-                        if 16 <= num_rows * block * (2 if self.gated else 1) // (32 * warps) <= 64:
+                        if block < 2 * self.columns and 16 <= num_rows * block * (2 if self.gated else 1) // (32 * warps) <= 64:
                             yield VectorShape(num_rows, block, warps)
             return
         for num_rows, block, stages in itertools.product((16, 32, 64), (64, 128, 256), (4, 6)):
