@@ -115,7 +115,7 @@ class DecodePlan:
 
 def make_decode_workspace(
     num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
-    *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int = 4, num_stages: int = 3,
+    *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int = 4, num_stages: int | None = None,
 ) -> DecodeWorkspace:  # fmt: skip
     """Allocate the scratch for a geometry; the keyword arguments override the tuned launch shape (tests, benchmarks).
 
@@ -125,7 +125,7 @@ def make_decode_workspace(
         raise ValueError(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")
     group = num_q_heads // num_kv_heads
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    programs = programs_per_multiprocessor or _programs_per_multiprocessor(multiprocessors, num_kv_heads)
+    programs = programs_per_multiprocessor or _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim)
     num_slots = max(1, programs * multiprocessors // num_kv_heads)
     return DecodeWorkspace(
         num_kv_heads=num_kv_heads,
@@ -134,16 +134,18 @@ def make_decode_workspace(
         tile=tile or max(16, 16384 // (triton.next_power_of_2(head_dim) * dtype.itemsize)),  # 16 KiB of keys
         num_slots=num_slots,
         num_warps=num_warps,
-        num_stages=num_stages,
+        # 32 KiB each: so many that no more programs than these fit on a multiprocessor. A launch that begins while another runs would else crowd some of them.
+        num_stages=num_stages or (4 if programs == 1 else 3),
         arrivals=torch.zeros(num_slots, num_kv_heads, dtype=torch.int32, device=device),
         partial_acc=torch.empty(2 * num_slots, num_kv_heads, group, head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(2 * num_slots, num_kv_heads, group, dtype=torch.float32, device=device),
     )
 
 
-def _programs_per_multiprocessor(multiprocessors: int, num_kv_heads: int) -> int:
-    """One, which draws on memory most evenly and leaves the fewest pieces to merge, unless the heads then leave a tenth of the multiprocessors idle."""
-    return 1 if multiprocessors // num_kv_heads * num_kv_heads >= 0.9 * multiprocessors else 2
+def _programs_per_multiprocessor(multiprocessors: int, num_kv_heads: int, head_dim: int) -> int:
+    """One, which draws on memory most evenly and leaves the fewest pieces to merge, unless the heads then leave a tenth of the multiprocessors idle.
+    Two for short heads: a tile of them has twice the tokens, and softmax takes longer than their keys and values."""
+    return 1 if multiprocessors // num_kv_heads * num_kv_heads >= 0.9 * multiprocessors and head_dim > 64 else 2
 
 
 def make_decode_plan(workspace: DecodeWorkspace, max_sequences: int, sliding_window: int = 0) -> DecodePlan:

@@ -204,12 +204,17 @@ def make_linear_workspace(device: torch.device) -> LinearWorkspace:
 
 
 def vector_shape(num_rows: int, num_columns: int, gated: bool) -> VectorShape:
-    """The shape that measured best on an H100."""
-    return VectorShape(rows=2 if gated else 4, block=min(2048, max(256, triton.next_power_of_2(num_columns))), num_warps=4)
+    """The shape that measured best on an H100, or nearly: tests/bench/bench_linear.py --tokens 1 --sweep."""
+    block = min(2048, max(256, triton.next_power_of_2(num_columns)))
+    if gated:
+        return VectorShape(rows=1 if num_columns <= 2048 else 2, block=block, num_warps=4)
+    if num_columns <= 2048 or num_rows > 2**16:  # one turn, or enough rows to hide the second
+        return VectorShape(rows=4, block=block, num_warps=4)
+    return VectorShape(rows=4, block=4096, num_warps=8) if num_rows >= 4096 else VectorShape(rows=2, block=2048, num_warps=8)
 
 
 def narrow_shape(num_tokens: int, num_rows: int, num_columns: int, gated: bool) -> NarrowShape:
-    """The shape that measured best on an H100."""
+    """The shape that measured best on an H100, or nearly: tests/bench/bench_linear.py --tokens 32 --sweep. Deep pipelines, and a split only for few tiles."""
     tiles = triton.cdiv(num_rows, 64)
     split = 1
     while tiles * split < 96 and num_columns // (split * 2) >= 512 and split < _MAX_SPLIT:
@@ -218,7 +223,7 @@ def narrow_shape(num_tokens: int, num_rows: int, num_columns: int, gated: bool) 
 
 
 def is_narrow(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Whether narrow_linear is at least as fast as cuBLAS here: as measured on an H100."""
+    """Whether narrow_linear is at least as fast here as cuBLAS with separate kernels around it, as measured on an H100 by tests/bench/bench_linear.py."""
     return weight.is_cuda and weight.itemsize == 2 and (2 <= num_tokens <= 32 or (num_tokens <= MAX_TOKENS and weight.numel() >= 2**24))
 
 

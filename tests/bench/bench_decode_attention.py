@@ -51,6 +51,8 @@ CASES = {
     "64xU(16,8192)": Case(uniform(64, 16, 8192), target=0.92),
     "256xU(16,2048)": Case(uniform(256, 16, 2048)),
     "64x2k D64": Case((2048,) * 64, head_dim=64, target=0.90),
+    "256xU(128,384)": Case(uniform(256, 128, 384)),
+    "32xU(128,384)": Case(uniform(32, 128, 384)),
     "256xU(128,384) D64": Case(uniform(256, 128, 384), head_dim=64),
     "32x2k 32/32": Case((2048,) * 32, num_kv_heads=32),
     "32x8k 32/2": Case((8192,) * 32, num_kv_heads=2),
