@@ -41,18 +41,19 @@ class CudaOps:
         sliding_windows: Sequence[int | None],
         vocab_size: int,
         max_sequences: int,
+        max_outputs: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """sliding_windows: of the layers; each distinct one is planned once a step."""
+        """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a step, max_outputs that are sampled."""
         self._pdl = device.type == "cuda"
         workspace = make_decode_workspace(num_heads, num_kv_heads, head_dim, dtype, device)
         self._plans = {window: make_decode_plan(workspace, max_sequences, window or 0) for window in dict.fromkeys(sliding_windows)}
         self._linear = small_linear.make_linear_workspace(device)
-        self._sampling = sampling.make_sampling_workspace(max_sequences, vocab_size, device)
+        self._sampling = sampling.make_sampling_workspace(max_outputs, vocab_size, device)
         self._prefill: tuple[Tensor, Tensor, int] | None = None
         self._counts: Tensor | None = None  # of apply_penalties
-        self._shape = max_sequences, vocab_size
+        self._shape = max_outputs, vocab_size
 
     # ---- products, and what hangs on them
 

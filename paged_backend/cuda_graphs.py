@@ -1,15 +1,16 @@
-"""Decode steps as CUDA graphs: a few hundred kernel launches become one.
+"""Steps as CUDA graphs: a few hundred kernel launches become two.
 
-Two graphs per batch size (*bucket*), one up to the logits and one from there to the rows (one for each common kind of sampling); a step runs in the smallest
-bucket that holds it, the rest is padding. A graph reads which rows run and where they stand from one small tensor; everything else (last tokens, page tables,
-temperatures) it finds in the device rows, so nothing of a step is baked in.
+Steps are captured in fixed shapes (step_plan.py): every number of decodes up to a rounding, alone, and a few numbers of decodes beside a few numbers of prompt
+tokens. A step runs in the smallest shape that holds it, the rest is padding; only one with many prompt tokens, which keeps the device busy anyway, is launched
+kernel by kernel. Each shape has a graph up to the logits and one from there to the rows for each common kind of sampling. A graph reads its plan from one small
+tensor and everything else (last tokens, page tables, temperatures) from the device rows, so nothing of a step is baked in.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from paged_backend.batch import Feature
 from paged_backend.models.decoder import Decoder
 from paged_backend.sampler import Sampled, Sampler
+from paged_backend.step_plan import StepShape, plan_of_padding
 from paged_backend.step_tensors import DeviceRows, SampleTensors, StepTensors
 
 T = TypeVar("T")
@@ -25,47 +27,41 @@ _CAPTURED_FEATURES = (0, Feature.RANDOM, Feature.RANDOM | Feature.TRUNCATE)
 _PROGRESS_SECONDS = 1.0
 
 
-def bucket_sizes(max_sequences: int) -> list[int]:
+_PREFILLS = 8  # sequences of a captured step that compute more than a token
+_PREFILL_TOKENS = (128, 512, 1024)
+
+
+def decode_sizes(max_sequences: int) -> list[int]:
     """1, 2, 4, 8, then steps of 8 to 64, of 16 to 256, of 64 beyond; the last is max_sequences. Padding costs at most a quarter of a step's rows."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(320, max_sequences + 64, 64)]
     return [size for size in sizes if size < max_sequences] + [max_sequences]
 
 
-class _Captured:
-    """A decode step of up to `size` sequences: what it computes with, and what it leaves."""
+def captured_shapes(max_sequences: int, max_tokens: int) -> list[StepShape]:
+    """All shapes, the smallest first."""
+    decodes = [StepShape(size) for size in decode_sizes(max_sequences)]
+    beside = [size for size in (0, 16, 64, 128) if size < max_sequences] + [max_sequences]
+    mixed = [StepShape(size, _PREFILLS, tokens) for size in beside for tokens in _PREFILL_TOKENS if tokens <= max_tokens]
+    return sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs))
 
-    def __init__(self, rows: DeviceRows, inputs: Tensor, logits: Tensor) -> None:
-        """inputs: int32 [2 * size], rows (-1: padding), then starts; logits [size, vocab]."""
-        size, device = len(inputs) // 2, inputs.device
+
+class _Captured:
+    """A step of a shape: what it computes with, and what it leaves."""
+
+    def __init__(self, rows: DeviceRows, flat: Tensor, shape: StepShape, max_len: int, logits: Tensor) -> None:
+        """flat: int32 [shape.size], where the plan will be; logits [shape.num_outputs, vocab]."""
         self.logits = logits
-        self._rows, self._row_ids, self._starts = rows, inputs[:size], inputs[size:]
-        self._ones = torch.ones(size, dtype=torch.int32, device=device)
-        self._query_starts = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self._inputs = rows.empty_inputs(size, size, rows.page_table.shape[1])
-        self._inputs["page_table"].zero_()
+        self.step = rows.make_step(flat, shape, max_len, max_len, shape.num_prefill_tokens)
+        self.step.page_table.zero_()
         self.forward = torch.cuda.CUDAGraph()
         self.samplings: dict[int, tuple[torch.cuda.CUDAGraph, Sampled]] = {}  # features -> the graph that chooses tokens, and where it leaves them
 
-    def gather(self) -> StepTensors:
-        """Launches the gathering; the tensors are valid once it has run."""
-        self._rows.gather(self._row_ids, self._starts, self._ones, self._query_starts, self._inputs)
-        return StepTensors(
-            **self._inputs,
-            query_starts=self._query_starts,
-            logit_indices=None,
-            num_decodes=len(self._row_ids),
-            max_decode_len=self._inputs["page_table"].shape[1] * self._rows.page_size,
-            prefill_lens=(),
-            sampling=None,
-        )
-
     def sampling(self, features: int) -> SampleTensors:
-        """A new token's position is the length of its sequence."""
-        return SampleTensors(rows=self._row_ids, positions=self._inputs["seq_lens"], features=features)
+        return SampleTensors(rows=self.step.plan["sample_rows"], positions=self.step.seq_lens[: self.step.shape.num_outputs], features=features)
 
 
-class DecodeGraphs:
-    """Captured decode-only steps: the forward pass, and for the common kinds of sampling the choice of tokens. What a replay leaves is valid until the next."""
+class StepGraphs:
+    """Captured steps: the forward pass, and for the common kinds of sampling the choice of tokens. What a replay leaves is valid until the next."""
 
     def __init__(
         self,
@@ -73,55 +69,73 @@ class DecodeGraphs:
         sampler: Sampler,
         kv_pages: Sequence[Tensor],
         rows: DeviceRows,
-        max_sequences: int,
+        shapes: Sequence[StepShape],
+        max_len: int,
         logits: Tensor,
         tell: Callable[[str], None],
     ) -> None:
-        """logits: [max_sequences, vocab], where every captured step leaves its own."""
+        """shapes: from the smallest to the largest. max_len: longest sequence, in tokens. logits: where every step leaves its own, enough rows for any."""
         self._decoder, self._sampler, self._kv_pages, self._rows = decoder, sampler, kv_pages, rows
-        self._sizes = bucket_sizes(max_sequences)
-        self._inputs = torch.full((2 * max_sequences,), -1, dtype=torch.int32, device=logits.device)
+        self._shapes = tuple(shapes)
+        self._flat = torch.zeros(max(shape.size for shape in shapes), dtype=torch.int32, device=logits.device)
         self._pool: Any = None  # torch's handle of the memory that all graphs share
-        self._steps: dict[int, _Captured] = {}
-        self._capture_all(logits, tell)
+        self._captured: dict[StepShape, _Captured] = {}
+        self._capture_all(max_len, logits, tell)
 
-    def bucket(self, num_sequences: int) -> int:
-        return self._sizes[bisect_left(self._sizes, num_sequences)]
+    def fit(self, shape: StepShape) -> StepShape | None:
+        """The smallest captured shape that has room; None: there is none."""
+        for captured in self._shapes:
+            if (
+                captured.num_decodes >= shape.num_decodes
+                and captured.num_prefills >= shape.num_prefills
+                and captured.num_prefill_tokens >= shape.num_prefill_tokens
+            ):
+                return captured
+        return None
 
-    def forward(self, inputs: Tensor, num_sequences: int) -> Tensor:
-        """inputs: int32 [2 * bucket], rows (-1: padding) and starts. Returns the logits [num_sequences, vocab]."""
-        step = self._steps[len(inputs) // 2]
-        self._inputs[: len(inputs)].copy_(inputs)
-        step.forward.replay()
-        return step.logits[:num_sequences]
+    def forward(self, plan: Tensor, shape: StepShape) -> tuple[StepTensors, Tensor]:
+        """plan: int32 [shape.size], of a captured shape. Returns the step's tensors and the logits [shape.num_outputs, vocab]."""
+        captured = self._captured[shape]
+        self._flat[: shape.size].copy_(plan)
+        captured.forward.replay()
+        return captured.step, captured.logits
 
-    def sample(self, num_sequences: int, features: int) -> Sampled | None:
-        """The tokens after `forward`, appended to their rows: [num_sequences]. None: this kind of sampling is not captured."""
-        captured = self._steps[self.bucket(num_sequences)].samplings.get(features)
+    def sample(self, shape: StepShape, features: int) -> Sampled | None:
+        """The tokens after `forward`, appended to their rows: [shape.num_outputs]. None: this kind of sampling is not captured."""
+        captured = self._captured[shape].samplings.get(features)
         if captured is None:
             return None
         graph, sampled = captured
         graph.replay()
-        return Sampled(sampled.token_ids[:num_sequences])
+        return sampled
 
-    def _capture_all(self, logits: Tensor, tell: Callable[[str], None]) -> None:
+    def _capture_all(self, max_len: int, logits: Tensor, tell: Callable[[str], None]) -> None:
         """The largest first: the smaller ones fit into its memory."""
         started = told = time.monotonic()
         free = torch.cuda.mem_get_info()[0]
-        for number, size in enumerate(reversed(self._sizes)):
+        for number, shape in enumerate(reversed(self._shapes)):
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
-                tell(f"capturing decode steps {100 * number // len(self._sizes)} % ({number} of {len(self._sizes)} batch sizes)")
-            step = _Captured(self._rows, self._inputs[: 2 * size], logits[:size])
-            self._capture(step.forward, lambda step=step: self._decoder.forward(step.gather(), self._kv_pages, step.logits))  # type: ignore[misc]
+                tell(f"capturing steps {100 * number // len(self._shapes)} % ({number} of {len(self._shapes)} shapes)")
+            self._flat.fill_(-1)
+            self._flat[: shape.size].copy_(torch.from_numpy(plan_of_padding(shape)))
+            captured = _Captured(self._rows, self._flat[: shape.size], shape, max_len, logits[: shape.num_outputs])
+            self._capture(captured.forward, partial(self._forward, captured))
             for features in _CAPTURED_FEATURES:
-                graph, sampling = torch.cuda.CUDAGraph(), step.sampling(features)
-                sampled = self._capture(graph, lambda step=step, sampling=sampling: self._sampler.sample(step.logits, sampling, self._rows))  # type: ignore[misc]
-                step.samplings[features] = graph, sampled
-            self._steps[size] = step
+                graph = torch.cuda.CUDAGraph()
+                sampled = self._capture(graph, partial(self._sampler.sample, captured.logits, captured.sampling(features), self._rows))
+                captured.samplings[features] = graph, sampled
+            self._captured[shape] = captured
         torch.cuda.synchronize()
         taken = (free - torch.cuda.mem_get_info()[0]) / 2**20
-        tell(f"decode steps captured for {len(self._sizes)} batch sizes up to {self._sizes[-1]} in {time.monotonic() - started:.1f} s, {taken:.0f} MiB")
+        tell(
+            f"{len(self._shapes)} shapes of steps captured, up to {max(shape.num_decodes for shape in self._shapes)} sequences that decode and "
+            f"{max(shape.num_prefill_tokens for shape in self._shapes)} prompt tokens, in {time.monotonic() - started:.1f} s, {taken:.0f} MiB"
+        )
+
+    def _forward(self, captured: _Captured) -> Tensor:
+        self._rows.gather(captured.step)
+        return self._decoder.forward(captured.step, self._kv_pages, captured.logits)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], T]) -> T:
         """Runs the work, which compiles the kernels and lets the libraries choose theirs, which a capture does not allow; then captures it."""

@@ -16,6 +16,7 @@ from paged_kernels.reference import SAMPLING_BYTES
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
 _STEP_RESERVE_BYTES = 64 * 2**20  # what libraries allocate on their own when a step first runs
+_GRAPH_RESERVE_BYTES = 384 * 2**20  # 23 shapes of 32 layers and the code of their kernels took 294 MiB on an H100
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,13 @@ def size_pool(config: EngineConfig, architecture: Architecture, dtype: torch.dty
     max_model_len = _wanted_length(config, architecture)
     page_bytes = page_bytes_of(architecture, config.page_size, kv_dtype)
     free = free_bytes(device)
-    reserved = step_bytes(config, architecture, dtype, max_model_len)
-    available = max(free - reserved, 0)
+    for_step = step_bytes(config, architecture, dtype, max_model_len)
+    for_graphs = graph_bytes(config, architecture, dtype) if device.type == "cuda" and config.cuda_graphs else 0
+    available = max(free - for_step - for_graphs, 0)
     num_pages, reason = _decide(config, page_bytes, available, max_model_len, device)
-    detail = f"{spell_bytes(free)} free after the weights, of which the largest step needs {spell_bytes(reserved)}"
+    detail = f"{spell_bytes(free)} free after the weights, of which the largest step needs {spell_bytes(for_step)}"
+    if for_graphs:
+        detail += f" and the captured steps {spell_bytes(for_graphs)}"
     if num_pages < 1:
         raise EngineError(f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): {reason}; {detail}")
     if num_pages * page_bytes > available:
@@ -93,6 +97,14 @@ def step_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dt
     logits = num_rows * a.vocab_size * (dtype.itemsize + 8)  # as they are, float32 to be edited, counts of penalised tokens
     sampling = min(int(SAMPLING_BYTES), 6 * logits)
     return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + sampling + _STEP_RESERVE_BYTES
+
+
+def graph_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dtype) -> int:
+    """Upper bound of what captured steps (cuda_graphs.py) keep: their logits, the activations of the largest, the graphs and the code of the kernels."""
+    num_tokens = min(config.max_num_sequences, config.max_batched_tokens) + 1024
+    logits = min(num_tokens, config.max_num_sequences + 8) * architecture.vocab_size * dtype.itemsize
+    wide = 6 * architecture.hidden_size + 3 * architecture.intermediate_size + 3 * architecture.num_heads * architecture.head_dim
+    return logits + num_tokens * wide * dtype.itemsize + _GRAPH_RESERVE_BYTES
 
 
 def free_bytes(device: torch.device) -> int:

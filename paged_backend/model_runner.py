@@ -7,15 +7,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import paged_kernels.reference as reference
-from paged_backend.batch import Batch, Feature, StepResult
+from paged_backend.batch import Batch, Feature, Int64, StepResult
 from paged_backend.config import EngineConfig
+from paged_backend.cuda_graphs import StepGraphs, captured_shapes
 from paged_backend.errors import EngineError
 from paged_backend.kv_store import allocate_kv_store, size_pool
 from paged_backend.models.architecture import Architecture
@@ -24,11 +25,9 @@ from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
 from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights
 from paged_backend.sampler import Sampled, Sampler
+from paged_backend.step_plan import plan_step, shape_of
 from paged_backend.step_tensors import DeviceRows
 from paged_backend.warm_up import warm_up_batches
-
-if TYPE_CHECKING:
-    from paged_backend.cuda_graphs import DecodeGraphs
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class _Flight:
     """A launched step, and where its result will be."""
 
     batch: Batch
-    columns: Tensor  # int32 [num_sampled, columns] in host memory: token id, logprob bits, top ids, top logprob bits
+    slots: Int64  # [num_sampled] the output of each sampled sequence
+    columns: Tensor  # int32 [outputs, columns] in host memory: token id, logprob bits, top ids, top logprob bits
     num_tops: int
     landing: _Landing | None  # None: it is there already
 
@@ -74,7 +74,7 @@ class ModelRunner:
         kv_pages: list[Tensor],
         rows: DeviceRows,
         device: torch.device,
-        graphs: DecodeGraphs | None,
+        graphs: StepGraphs | None,
     ) -> None:
         self.folder = folder  # the checkpoint's
         self.architecture = architecture
@@ -116,10 +116,9 @@ class ModelRunner:
         decoder, sampler = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops), Sampler(ops)
         graphs = None
         if config.cuda_graphs and ops is not reference:
-            from paged_backend.cuda_graphs import DecodeGraphs  # needs the Triton language, which a CPU has no use for
-
-            logits = torch.empty(max_sequences, a.vocab_size, dtype=dtype, device=device)
-            graphs = DecodeGraphs(decoder, sampler, kv_pages, rows, max_sequences, logits, tell)
+            shapes = captured_shapes(max_sequences, config.max_batched_tokens)
+            logits = torch.empty(max(shape.num_outputs for shape in shapes), a.vocab_size, dtype=dtype, device=device)
+            graphs = StepGraphs(decoder, sampler, kv_pages, rows, shapes, limits.max_model_len, logits, tell)
         runner = cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs)
         if ops is not reference:
             started = time.monotonic()
@@ -142,17 +141,19 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
-        if self._graphs is not None and batch.decode_only:
-            inputs, sampling = self._rows.apply_decode(batch, self._graphs.bucket(batch.num_sequences))
-            logits = self._graphs.forward(inputs, batch.num_sequences)
-            sampled = self._graphs.sample(batch.num_sequences, batch.features)
+        shape = shape_of(batch)
+        captured = None if self._graphs is None else self._graphs.fit(shape)
+        plan = plan_step(batch, captured or shape)
+        sampled = None
+        if self._graphs is not None and captured is not None:
+            step, logits = self._graphs.forward(self._rows.update(batch, plan), captured)
+            sampled = self._graphs.sample(captured, batch.features)
         else:
-            step = self._rows.apply(batch)
-            assert step.sampling is not None
-            logits, sampling, sampled = self._decoder.forward(step, self._kv_pages), step.sampling, None
+            step = self._rows.apply(batch, plan)
+            logits = self._decoder.forward(step, self._kv_pages)
         if sampled is None:
-            sampled = self._sampler.sample(logits, sampling, self._rows)
-        self._in_flight.append(self._send_back(batch, sampled))
+            sampled = self._sampler.sample(logits, self._rows.sampling(batch, step), self._rows)
+        self._in_flight.append(self._send_back(batch, plan.slots, sampled))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""
@@ -163,7 +164,7 @@ class ModelRunner:
                 self._landings.append(flight.landing)
             yield flight.batch, _result(flight)
 
-    def _send_back(self, batch: Batch, sampled: Sampled) -> _Flight:
+    def _send_back(self, batch: Batch, slots: Int64, sampled: Sampled) -> _Flight:
         """One copy to the host, floats as their bits."""
         columns = [sampled.token_ids.int()[:, None]]
         if sampled.logprobs is not None:
@@ -174,25 +175,25 @@ class ModelRunner:
             num_tops = sampled.top_ids.shape[1]
         packed = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         if self.device.type != "cuda":
-            return _Flight(batch, packed, num_tops, None)
+            return _Flight(batch, slots, packed, num_tops, None)
         landing = self._landings.pop() if self._landings else _Landing(packed.numel())
         if landing.memory.numel() < packed.numel():
             landing = _Landing(packed.numel())
         host = landing.memory[: packed.numel()].view(packed.shape)
         host.copy_(packed, non_blocking=True)
         landing.arrived.record()
-        return _Flight(batch, host, num_tops, landing)
+        return _Flight(batch, slots, host, num_tops, landing)
 
 
 def _result(flight: _Flight) -> StepResult:
-    columns, n = flight.columns.numpy(), flight.num_tops
-    token_ids = columns[:, 0].copy()  # the memory is used again
+    columns, n = flight.columns.numpy()[flight.slots], flight.num_tops  # a copy: the memory is used again
+    token_ids = np.ascontiguousarray(columns[:, 0])
     if columns.shape[1] == 1:
         return StepResult(token_ids)
-    logprobs = columns[:, 1].copy().view(np.float32)
+    logprobs = np.ascontiguousarray(columns[:, 1]).view(np.float32)
     if not flight.batch.features & Feature.TOP_LOGPROBS:
         return StepResult(token_ids, logprobs)
-    return StepResult(token_ids, logprobs, columns[:, 2 : 2 + n].copy(), columns[:, 2 + n :].copy().view(np.float32))
+    return StepResult(token_ids, logprobs, columns[:, 2 : 2 + n], np.ascontiguousarray(columns[:, 2 + n :]).view(np.float32))
 
 
 def _device(name: str) -> torch.device:
@@ -227,6 +228,7 @@ def _make_ops(
         sliding_windows=a.sliding_windows,
         vocab_size=a.vocab_size,
         max_sequences=max_sequences,
+        max_outputs=max(shape.num_outputs for shape in captured_shapes(max_sequences, config.max_batched_tokens)),
         dtype=dtype,
         device=device,
     )

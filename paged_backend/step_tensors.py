@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import paged_kernels.reference as reference
 from paged_backend.batch import Batch, Feature, Int32, NewRow
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.staging import Staging
+from paged_backend.step_plan import StepPlan, StepShape
 
 _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbers anyway, and may overflow
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
@@ -50,10 +50,10 @@ class RowOps(Protocol):
 
 @dataclass(frozen=True)
 class SampleTensors:
-    """What the sampler needs of a step: M sampled rows, in the batch's order."""
+    """What the sampler needs of a step: M rows, in the order of the step's outputs."""
 
-    rows: Tensor  # int64 [M]
-    positions: Tensor  # int64 [M] of the token to sample: how many tokens the sequence has
+    rows: Tensor  # int32 [M]; -1: what is chosen is dropped
+    positions: Tensor  # int32 [M] of the token to sample: how many tokens the sequence has
     features: int  # Batch.features
     max_len: int = 0  # the largest position
     num_bias: int = 0  # widest of the rows' tables
@@ -64,23 +64,28 @@ class SampleTensors:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """One step for the decoder. Sequences that compute one token come first, the others (prefill) after them; T tokens, S sequences, M sampled rows."""
+    """One step for the decoder, laid out by step_plan.py: D decodes, then prefills, S sequences in all; T tokens, M of them with logits."""
 
+    shape: StepShape
+    plan: Mapping[str, Tensor]  # int32, the arrays of StepShape.lengths
     input_ids: Tensor  # int32 [T]
     positions: Tensor  # int64 [T]
     slot_mapping: Tensor  # int64 [T] page_id * page_size + offset; -1 for padding
-    query_starts: Tensor  # int32 [S + 1] first token of each sequence, and T
-    seq_lens: Tensor  # int32 [S] after this step
     page_table: Tensor  # int32 [S, pages of the longest sequence]
-    logit_indices: Tensor | None  # int64 [M] tokens whose successors are sampled; None: all
-    num_decodes: int  # sequences with one token
-    max_decode_len: int  # longest of them, after this step
-    prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of the others
-    sampling: SampleTensors | None  # None: whoever launches the step knows
+    seq_lens: Tensor  # int32 [S] after this step; 0 for padding
+    max_decode_len: int  # no decode is longer, after this step
+    max_query_len: int  # no prefill computes more tokens
+    prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of each prefill, where the host knows them
 
     @property
-    def decode_only(self) -> bool:
-        return not self.prefill_lens
+    def query_starts(self) -> Tensor:
+        """int32 [S + 1]: first token of each sequence, and T."""
+        return self.plan["query_starts"]
+
+    @property
+    def logit_indices(self) -> Tensor | None:
+        """int32 [M]: tokens whose successors may be sampled; None: all."""
+        return self.plan["logit_indices"] if self.shape.num_prefills else None
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class RowParameters:
 class DeviceRows:
     """What the device knows of each running sequence: its tokens, its page table, its sampling parameters.
 
-    Invariant: after `apply(batch)` a row has every token up to batch.starts + batch.counts, and the pages of those tokens.
+    Invariant: after `update(batch, plan)` a row has every token up to batch.starts + batch.counts, and the pages of those tokens.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, page_size: int, num_eos_ids: int, device: torch.device, ops: RowOps = reference) -> None:
@@ -146,7 +151,7 @@ class DeviceRows:
 
     def history(self, rows: Tensor, max_len: int) -> Tensor:
         """int32 [k, max_len]: the rows' first tokens."""
-        return self.token_ids[:, :max_len].index_select(0, rows)
+        return self.token_ids[:, :max_len][rows]
 
     def recent(self, rows: Tensor, positions: Tensor, count: int) -> Tensor:
         """int32 [k, count]: the tokens before `positions`, -2 where there are none."""
@@ -172,34 +177,76 @@ class DeviceRows:
 
     # ---- writing rows
 
-    def apply(self, batch: Batch) -> StepTensors:
-        """Brings the rows up to date with a batch and gathers what the step computes. Copies to the device once."""
-        order = np.argsort(batch.counts > 1, kind="stable")
-        plan = _plan(batch, order)
-        sent, sampling = self._send(batch, plan)
-        return self._gather(batch, order, plan, sent, sampling)
-
-    def apply_decode(self, batch: Batch, size: int) -> tuple[Tensor, SampleTensors]:
-        """The same for a batch that only decodes, padded to `size` sequences: int32 [2 * size], rows (-1: padding), then starts.
-
-        What the step computes is gathered by the captured step itself (cuda_graphs.py).
-        """
-        inputs = np.full((2, size), -1, np.int32)
-        inputs[0, : batch.num_sequences] = batch.rows
-        inputs[1, : batch.num_sequences] = batch.starts
-        sent, sampling = self._send(batch, {"inputs": inputs.reshape(-1), "sample_rows": batch.rows, "sample_positions": batch.starts + batch.counts})
-        return sent["inputs"], sampling
-
-    def _send(self, batch: Batch, plan: Mapping[str, Int32]) -> tuple[Mapping[str, Tensor], SampleTensors]:
-        """The one copy: a plan, and whatever is new; then the rows are up to date."""
+    def update(self, batch: Batch, plan: StepPlan) -> Tensor:
+        """Brings the rows up to date with a batch and brings the plan to the device: int32 [plan.shape.size]. Copies to the device once."""
         for new in batch.new_rows:
             self._note(new)
-        sections = {**plan, "page_updates": batch.page_updates}
+        sections = {"plan": plan.flat, "page_updates": batch.page_updates}
         if batch.new_rows:
             sections |= _new_row_sections(batch.new_rows)
         sent = self._staging.send(sections)
         self._write(batch, sent)
-        return sent, self._sample_tensors(batch, plan, sent)
+        return sent["plan"]
+
+    def apply(self, batch: Batch, plan: StepPlan) -> StepTensors:
+        """`update`, and the tensors of a step that is computed at once."""
+        longest = max((query_len for query_len, _ in plan.prefill_lens), default=0)
+        step = self.make_step(self.update(batch, plan), plan.shape, plan.max_len, plan.max_decode_len, longest, plan.prefill_lens)
+        self.gather(step)
+        return step
+
+    def make_step(
+        self, flat: Tensor, shape: StepShape, max_len: int, max_decode_len: int, max_query_len: int, prefill_lens: tuple[tuple[int, int], ...] = ()
+    ) -> StepTensors:
+        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them."""
+        new = self.token_ids.new_empty
+        return StepTensors(
+            shape=shape,
+            plan=dict(zip(shape.lengths, torch.split(flat, list(shape.lengths.values())), strict=True)),
+            input_ids=new(shape.num_tokens),
+            positions=new(shape.num_tokens, dtype=torch.int64),
+            slot_mapping=new(shape.num_tokens, dtype=torch.int64),
+            page_table=new(shape.num_sequences, -(-max_len // self.page_size)),
+            seq_lens=new(shape.num_sequences),
+            max_decode_len=max_decode_len,
+            max_query_len=max_query_len,
+            prefill_lens=prefill_lens,
+        )
+
+    def gather(self, step: StepTensors) -> None:
+        """Fills a step's tensors from the rows of its plan."""
+        plan = step.plan
+        self._ops.gather_step(
+            plan["rows"],
+            plan["starts"],
+            plan["counts"],
+            plan["query_starts"][:-1],
+            self.token_ids,
+            self.page_table,
+            self.page_size,
+            input_ids=step.input_ids,
+            positions=step.positions,
+            slot_mapping=step.slot_mapping,
+            page_table=step.page_table,
+            seq_lens=step.seq_lens,
+        )
+
+    def sampling(self, batch: Batch, step: StepTensors) -> SampleTensors:
+        """What the sampler needs of a step."""
+        sampled, features = batch.rows[batch.samples], batch.features
+        return SampleTensors(
+            rows=step.plan["sample_rows"],
+            positions=step.seq_lens[: step.shape.num_outputs],
+            features=features,
+            max_len=int((batch.starts + batch.counts).max()),
+            num_bias=self._widest("num_bias", sampled) if features & Feature.BIAS else 0,
+            num_stop=self._widest("num_stop", sampled) if features & Feature.BIAS else 0,
+            num_bad_words=self._widest("num_bad_words", sampled) if features & Feature.BAD_WORDS else 0,
+            num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if features & Feature.TOP_LOGPROBS else 0,
+        )
+
+    def _widest(self, name: str, rows: Int32) -> int:
+        return int(self._sizes[name][rows].max(initial=0))
 
     def _note(self, new: NewRow) -> None:
         s = new.sampling
@@ -222,70 +269,6 @@ class DeviceRows:
         if name not in self._tables:
             self._tables[name] = self._zeros(*self._table_shapes[name])
         return self._tables[name]
-
-    def _gather(self, batch: Batch, order: NDArray[np.intp], plan: Mapping[str, Int32], sent: Mapping[str, Tensor], sampling: SampleTensors) -> StepTensors:
-        num_decodes, num_tokens = int((batch.counts == 1).sum()), batch.num_tokens
-        lens, prefills = plan["seq_lens"], slice(num_decodes, None)
-        inputs = self.empty_inputs(batch.num_sequences, num_tokens, -(-int(lens.max()) // self.page_size))
-        self.gather(sent["rows"], sent["starts"], sent["counts"], sent["query_starts"], inputs)
-        return StepTensors(
-            **inputs,
-            query_starts=sent["query_starts"],
-            logit_indices=sent["logit_indices"].long(),
-            num_decodes=num_decodes,
-            max_decode_len=int(lens[:num_decodes].max(initial=0)),
-            prefill_lens=tuple(zip(batch.counts[order][prefills].tolist(), lens[prefills].tolist(), strict=True)),
-            sampling=sampling,
-        )
-
-    def empty_inputs(self, num_sequences: int, num_tokens: int, num_pages: int) -> dict[str, Tensor]:
-        """Room for what `gather` writes: the tensors of a StepTensors that follow from the rows."""
-        new = self.token_ids.new_empty
-        return {
-            "input_ids": new(num_tokens),
-            "positions": new(num_tokens, dtype=torch.int64),
-            "slot_mapping": new(num_tokens, dtype=torch.int64),
-            "page_table": new(num_sequences, num_pages),
-            "seq_lens": new(num_sequences),
-        }
-
-    def gather(self, rows: Tensor, starts: Tensor, counts: Tensor, query_starts: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        """What sequences of these rows compute: `counts` tokens from position `starts`; all int32 [S], query_starts [S + 1]."""
-        self._ops.gather_step(rows, starts, counts, query_starts[:-1], self.token_ids, self.page_table, self.page_size, **inputs)
-
-    def _sample_tensors(self, batch: Batch, plan: Mapping[str, Int32], sent: Mapping[str, Tensor]) -> SampleTensors:
-        sampled = plan["sample_rows"]
-        return SampleTensors(
-            rows=sent["sample_rows"].long(),
-            positions=sent["sample_positions"].long(),
-            features=batch.features,
-            max_len=int(plan["sample_positions"].max(initial=0)),
-            num_bias=self._widest("num_bias", sampled) if batch.features & Feature.BIAS else 0,
-            num_stop=self._widest("num_stop", sampled) if batch.features & Feature.BIAS else 0,
-            num_bad_words=self._widest("num_bad_words", sampled) if batch.features & Feature.BAD_WORDS else 0,
-            num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if batch.features & Feature.TOP_LOGPROBS else 0,
-        )
-
-    def _widest(self, name: str, rows: Int32) -> int:
-        return int(self._sizes[name][rows].max(initial=0))
-
-
-def _plan(batch: Batch, order: NDArray[np.intp]) -> dict[str, Int32]:
-    """The step's lengths and rows with single tokens first; samples stay in the batch's order."""
-    counts = batch.counts[order]
-    ends = np.cumsum(counts, dtype=np.int32)
-    last = np.empty_like(ends)
-    last[order] = ends - 1  # of each batch entry
-    return {
-        "rows": batch.rows[order],
-        "starts": batch.starts[order],
-        "counts": counts,
-        "seq_lens": batch.starts[order] + counts,
-        "query_starts": np.concatenate([np.zeros(1, np.int32), ends]),
-        "logit_indices": last[batch.samples],
-        "sample_rows": batch.rows[batch.samples],
-        "sample_positions": (batch.starts + batch.counts)[batch.samples],
-    }
 
 
 def _new_row_sections(new_rows: tuple[NewRow, ...]) -> dict[str, Int32]:

@@ -1,4 +1,4 @@
-"""Steps that nobody asked for, run before the first request: they compile the kernels and make the libraries choose theirs, so that no request waits for that."""
+"""Steps that nobody asked for, run before the first request: they compile kernels and make libraries choose theirs, so that no request waits for that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BAD_WORDS = ((0, 1),)
 
 
 def warm_up_batches(max_tokens: int, max_sequences: int, max_len: int, page_size: int, num_pages: int) -> Iterator[Batch]:
-    """Prompts of many lengths, alone and beside decoding sequences, with every kind of sampling. All rows and pages must be free; they may be used at once after.
+    """Prompts of many lengths, alone and beside decoding sequences, with every kind of sampling. All rows and pages must be free, and are so afterwards.
 
     max_tokens of a step; max_len of a sequence, in tokens.
     """

@@ -53,8 +53,8 @@ class Decoder:
         """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,
         [M, vocab] in the weights' type, in `out` if given."""
         ops, eps = self._ops, self._architecture.rms_norm_eps
-        longest = max((query_len for query_len, _ in step.prefill_lens), default=0)
-        ops.plan_attention(step.seq_lens, step.query_starts, step.num_decodes, longest)
+        shape = step.shape
+        ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)
         x = ops.embedding(step.input_ids, self._weights.embedding)
         for layer, window, pages in zip(self._weights.layers, self._architecture.sliding_windows, kv_pages, strict=True):
             qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
@@ -62,7 +62,7 @@ class Decoder:
             x = ops.add_linear(attended, layer.out, layer.out_bias, x)
             gated = ops.norm_gated_linear(x, layer.post_norm, eps, layer.gate_up, layer.gate_up_bias)
             x = ops.add_linear(gated, layer.down, layer.down_bias, x)
-        wanted = x if step.logit_indices is None else x[step.logit_indices]
+        wanted = x if step.logit_indices is None else x.index_select(0, step.logit_indices)
         return ops.norm_linear(wanted, self._weights.final_norm, eps, self._weights.head, out=out)
 
     def _attention(self, layer: LayerWeights, window: int | None, qkv: Tensor, step: StepTensors, pages: Tensor) -> Tensor:
@@ -70,11 +70,11 @@ class Decoder:
         ops, a = self._ops, self._architecture
         qk_norm = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm, a.rms_norm_eps)
         q = ops.rope_write_kv(qkv, a.num_heads, qk_norm, self._rope_table, step.positions, pages, step.slot_mapping)
-        n = step.num_decodes
+        n, end = step.shape.num_decodes, step.shape.num_outputs
         parts = []
         if n:
             parts.append(ops.decode_attention(q[:n], pages, step.page_table[:n], step.seq_lens[:n], step.max_decode_len, self._scale, window))
-        if step.prefill_lens:
-            parts.append(ops.prefill_attention(q[n:], pages, step.page_table[n:], step.prefill_lens, self._scale, window))
+        if step.shape.num_prefills:
+            parts.append(ops.prefill_attention(q[n:], pages, step.page_table[n:end], step.prefill_lens, self._scale, window))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended.reshape(len(qkv), -1)

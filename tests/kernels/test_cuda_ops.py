@@ -35,6 +35,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
         sliding_windows=a.sliding_windows,
         vocab_size=a.vocab_size,
         max_sequences=4,
+        max_outputs=4,
         dtype=torch.float32,
         device=runner.device,
     )

@@ -16,6 +16,7 @@ from paged_backend.models.architecture import read_architecture
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
 from paged_backend.models.weights import allocate_weights, load_weights
+from paged_backend.step_plan import plan_step, shape_of
 from paged_backend.step_tensors import DeviceRows
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import GREEDY, Driver, load_runner
@@ -111,7 +112,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
         ids = np.array([1], np.int64)
         step = Batch(start, ids.astype(np.int32), np.array([start], np.int32), np.array([end - start], np.int32), np.ones(1, np.bool_), ids, new, updates)
         with torch.inference_mode():
-            ours.append(decoder.forward(rows.apply(step), kv_pages))
+            ours.append(decoder.forward(rows.apply(step, plan_step(step, shape_of(step))), kv_pages))
     expected = Oracle(tmp_path).logits(tokens)[19:]
     assert (torch.cat(ours)[:-1] - expected[:-1]).abs().max() < 1e-4
     assert torch.cat(ours).dtype == torch.float32

@@ -14,6 +14,7 @@ import paged_kernels.reference as reference
 from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.request import SamplingParams
 from paged_backend.sampler import Sampled, Sampler
+from paged_backend.step_plan import plan_step, shape_of
 from paged_backend.step_tensors import DeviceRows
 
 VOCAB = 40
@@ -45,8 +46,12 @@ def batch_of(new: Sequence[NewRow], announce: bool = True) -> Batch:
 
 def sample(new: Sequence[NewRow], logits: Tensor, rows: DeviceRows | None = None) -> Sampled:
     rows = rows or DeviceRows(16, 64, 16, 2, CPU)
-    step = rows.apply(batch_of(new))
-    return Sampler(reference).sample(logits.clone(), step.sampling, rows)
+    batch = batch_of(new)
+    plan = plan_step(batch, shape_of(batch))
+    step = rows.apply(batch, plan)
+    outputs = torch.from_numpy(plan.slots)
+    sampled = Sampler(reference).sample(logits[outputs.argsort()].clone(), rows.sampling(batch, step), rows)
+    return Sampled(*(None if column is None else column[outputs] for column in (sampled.token_ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)))
 
 
 def logits_of(rows: int, seed: int = 0) -> Tensor:

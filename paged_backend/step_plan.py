@@ -1,0 +1,122 @@
+"""Batch -> where everything of a step lies, in plain arrays: which sequence comes where, which tokens are whose, which results are wanted.
+
+Sequences that compute one token (decodes) come first, the others (prefills) after them. A *shape* is how many of each there is room for: exactly as many
+as the batch has, or more where a step was captured for a fixed shape (cuda_graphs.py); what is left is padding, which computes nothing that anyone reads.
+
+    sequences | decode rows ... -1 -1 | prefill rows ... -1 | -1 |    the last one takes the tokens that are left
+    tokens    | 1 1 1 ...       1  1  | 40   7   ...     0  | 17 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paged_backend.batch import Batch, Int32, Int64
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Room for a step: decodes with a token each, and prefills with so many tokens in all."""
+
+    num_decodes: int
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
+
+    @property
+    def num_outputs(self) -> int:
+        """Sequences that may be sampled."""
+        return self.num_decodes + self.num_prefills
+
+    @property
+    def num_sequences(self) -> int:
+        """Those, and the one that takes the tokens that are left."""
+        return self.num_outputs + 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decodes + self.num_prefill_tokens
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The arrays of a plan, in the order in which they lie end to end."""
+        s = self.num_sequences
+        return {"rows": s, "starts": s, "counts": s, "query_starts": s + 1, "logit_indices": self.num_outputs, "sample_rows": self.num_outputs}
+
+    @property
+    def size(self) -> int:
+        return sum(self.lengths.values())
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step in a shape. The arrays are those of StepShape.lengths, joined."""
+
+    shape: StepShape
+    flat: Int32  # [shape.size]
+    slots: Int64  # [num_sampled] which output belongs to each of the batch's sampled sequences
+    prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of the real prefills
+    max_decode_len: int  # longest decoding sequence, after the step
+    max_len: int  # longest sequence, after the step
+
+
+def shape_of(batch: Batch) -> StepShape:
+    """Without padding."""
+    prefills = batch.counts > 1
+    num_prefills = int(prefills.sum())
+    return StepShape(batch.num_sequences - num_prefills, num_prefills, int(batch.counts[prefills].sum()))
+
+
+def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
+    """Lays a batch out in a shape, which must have room for it."""
+    order = np.argsort(batch.counts > 1, kind="stable")
+    num_decodes = int((batch.counts == 1).sum())
+    places = _places(order, num_decodes, shape)
+    arrays = _empty_arrays(shape)
+    arrays["rows"][places] = batch.rows
+    arrays["starts"][places] = batch.starts
+    arrays["counts"][places] = batch.counts
+    arrays["counts"][-1] = shape.num_tokens - arrays["counts"][:-1].sum()
+    np.cumsum(arrays["counts"], out=arrays["query_starts"][1:])
+    arrays["logit_indices"][:] = np.maximum(arrays["query_starts"][1:-1] - 1, 0)
+    arrays["sample_rows"][places[batch.samples]] = batch.rows[batch.samples]
+    lens = batch.starts + batch.counts
+    prefills = order[num_decodes:]
+    return StepPlan(
+        shape=shape,
+        flat=np.concatenate(list(arrays.values())),
+        slots=places[batch.samples],
+        prefill_lens=tuple(zip(batch.counts[prefills].tolist(), lens[prefills].tolist(), strict=True)),
+        max_decode_len=int(lens[order[:num_decodes]].max(initial=0)),
+        max_len=int(lens.max()),
+    )
+
+
+def plan_of_padding(shape: StepShape) -> Int32:
+    """A plan, joined, of a step without any sequence."""
+    arrays = _empty_arrays(shape)
+    arrays["counts"][-1] = shape.num_prefill_tokens
+    np.cumsum(arrays["counts"], out=arrays["query_starts"][1:])
+    arrays["logit_indices"][:] = np.maximum(arrays["query_starts"][1:-1] - 1, 0)
+    return np.concatenate(list(arrays.values()))
+
+
+def _places(order: NDArray[np.intp], num_decodes: int, shape: StepShape) -> Int64:
+    """The sequence of the step that each entry of the batch becomes."""
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    places[order[num_decodes:]] += shape.num_decodes - num_decodes
+    return places
+
+
+def _empty_arrays(shape: StepShape) -> Mapping[str, Int32]:
+    """A step of nothing but padding: a decode's padding computes a token, a prefill's none."""
+    arrays = {name: np.full(length, -1, np.int32) for name, length in shape.lengths.items()}
+    arrays["starts"][:] = 0
+    arrays["counts"][: shape.num_decodes] = 1
+    arrays["counts"][shape.num_decodes :] = 0
+    arrays["query_starts"][0] = 0
+    return arrays
