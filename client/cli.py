@@ -19,7 +19,12 @@ from rich.status import Status
 
 from paged_backend.errors import EngineError
 from paged_backend.launch import Server, ServerSettings, StoppedEarlyError
+from paged_client.bench.command import bench_app
+from paged_client.chat import chat
 from paged_client.demo import DEMO_PROMPT, run_demo
+from paged_client.generate import generate
+from paged_client.settings import parse_options
+from paged_client.top.command import top
 
 _HURRIED_EXIT = 130
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -127,21 +132,10 @@ def demo(
         run_demo(server, prompt, max_tokens, Console(highlight=False))
 
 
-def parse_options(options: list[str]) -> dict[str, str]:
-    """["page_size=32"] -> {"page_size": "32"}.
-
-    Raises:
-        typer.BadParameter: not of the form KEY=VALUE, or a key given twice.
-    """
-    parsed: dict[str, str] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or not key:
-            raise typer.BadParameter(f"'{option}' is not of the form KEY=VALUE", param_hint="--set")
-        if key in parsed:
-            raise typer.BadParameter(f"'{key}' is given twice", param_hint="--set")
-        parsed[key] = value
-    return parsed
+app.command()(generate)
+app.command()(chat)
+app.add_typer(bench_app, name="bench")
+app.command()(top)
 
 
 def ready_text(server: Server) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import queue
 import re
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
 from paged_backend.errors import EngineError
 from paged_backend.launch import Server
+from paged_client.asking import Speed, printable
+from paged_client.client import PagedClient
+from paged_client.errors import PagedError
 
 DEMO_PROMPT = "Once upon a time"
 _METRIC = re.compile(r"^(?P<name>paged_\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
@@ -32,58 +32,18 @@ def run_demo(server: Server, prompt: str, max_tokens: int, console: Console) -> 
         EngineError: the server refused or broke off the answer.
     """
     console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
-    num_tokens, num_first = 0, 0
-    started = first = last = time.monotonic()
-    with PoolWatch(server.addresses.metrics_url) as pool:
-        for text, count in stream_answer(server.addresses.grpc_url, server.settings.model_name, prompt, max_tokens):
-            last = time.monotonic()
-            if num_tokens == 0:
-                first, num_first = last, count
-            num_tokens += count
-            console.print(text, end="", markup=False, soft_wrap=True)
-        console.print()
-    speed = f", then {(num_tokens - num_first) / (last - first):.0f} tokens/s" if num_tokens > num_first else ""
-    console.print(f"\n{num_tokens} tokens: the first after {1000 * (first - started):.0f} ms{speed}", soft_wrap=True)
+    speed = Speed()
+    client = PagedClient(server.addresses.grpc_url, model=server.settings.model_name, timeout=_ANSWER_SECONDS)
+    try:
+        with client, PoolWatch(server.addresses.metrics_url) as pool:
+            for delta in client.stream(prompt, max_tokens=max_tokens, temperature=0.7, seed=1):
+                speed.take(delta)
+                console.print(printable(delta.text), end="", markup=False, soft_wrap=True)
+            console.print()
+    except PagedError as error:
+        raise EngineError(f"the server refused the question: {error}") from None
+    console.print(f"\n{speed.answer()}", soft_wrap=True)
     console.print(pool.summary(), soft_wrap=True)
-
-
-def stream_answer(url: str, model_name: str, prompt: str, max_tokens: int) -> Iterator[tuple[str, int]]:
-    """Yields (text, number of tokens) as responses arrive.
-
-    Raises:
-        EngineError: the server answered with an error, or not at all.
-    """
-    import numpy as np
-    from tritonclient import grpc
-
-    def tensor(name: str, datatype: str, value: object) -> grpc.InferInput:
-        made = grpc.InferInput(name, [1], datatype)
-        made.set_data_from_numpy(np.array([value], dtype=object if datatype == "BYTES" else bool))
-        return made
-
-    inputs = [
-        tensor("text_input", "BYTES", prompt.encode()),
-        tensor("stream", "BOOL", True),
-        tensor("exclude_input_in_output", "BOOL", True),
-        tensor("return_num_output_tokens", "BOOL", True),
-        tensor("sampling_parameters", "BYTES", json.dumps({"max_tokens": max_tokens, "temperature": 0.7, "seed": 1}).encode()),
-    ]
-    answers: queue.Queue[tuple[grpc.InferResult | None, Exception | None]] = queue.Queue()
-    with grpc.InferenceServerClient(url) as client:
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer(model_name, inputs, enable_empty_final_response=True)
-        while True:
-            try:
-                result, error = answers.get(timeout=_ANSWER_SECONDS)
-            except queue.Empty:
-                raise EngineError(f"no answer within {_ANSWER_SECONDS:.0f} s") from None
-            if error is not None or result is None:
-                raise EngineError(f"the server refused the question: {error}")
-            text, count = result.as_numpy("text_output"), result.as_numpy("num_output_tokens")
-            if text is not None and text.size:
-                yield text[0].decode(errors="replace"), 0 if count is None else int(count[0])
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                return
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 Started by a front end (engine_client.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is
 gone. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`; each front end is answered at the address it said hello with.
+`paged top` finds this process by its command line and subscribes at `ipc://DIRECTORY/watch.sock` (watch.py).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from paged_backend.messages import (
 )
 from paged_backend.request import Finish
 from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.watch import Watch
 
 _STATS_SECONDS = 0.25
 _IDLE_WAIT_SECONDS = 0.05
@@ -128,22 +130,26 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish,
 class EngineProcess:
     """The loop: messages in, a step, tokens out. Ends on Shutdown, once the other front ends have said goodbye or patience is over."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model: str = "") -> None:
+        """model: its name, for those who watch."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = context
         self._directory = directory
+        self._model = model
         self._inbox = Inbox(context, f"ipc://{directory}/engine.sock")  # bound before the slow load: nobody's hello is lost
         self._outbox = Outbox(context)
         self._end_by: float | None = None
         self._next_stats = 0.0
 
-    def run(self, load: Callable[[Path], tuple[Engine, Ready]]) -> int:
+    def run(self, load: Callable[[Path], tuple[Engine, Scheduler, Ready]]) -> int:
         """Loads and serves. Returns the exit status."""
         try:
-            self._engine, self._ready = load(self._directory)
+            self._engine, scheduler, self._ready = load(self._directory)
         except EngineError as error:
             log.error("error: %s", error)
             self._refuse(str(error))
             return 1
+        self._watch = Watch(self._context, self._directory, self._model, scheduler, self._ready.page_size)
         gc.collect()
         gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again
         while not self._over():
@@ -158,12 +164,15 @@ class EngineProcess:
         else:
             for output in self._engine.step():
                 self._outbox.put(output)
+                self._watch.note_step(output)
         self._tell_stats()
+        self._watch.publish()
 
     def _receive(self, message: ToEngine) -> None:
         match message:
             case Submit():
                 self._engine.submit(message)
+                self._watch.note_request(message)
             case Abort():
                 self._engine.abort(message.request_id)
             case Hello():
@@ -195,7 +204,7 @@ class EngineProcess:
                     self._outbox.send(message.front_end, Failed(sentence))
 
 
-def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Ready]:
+def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Scheduler, Ready]:
     """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
 
     Raises:
@@ -235,7 +244,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Ready]:
         page_size=config.page_size,
         num_pages=limits.num_pages,
     )
-    return Engine(scheduler, runner, steps_ahead=1 if runner.device.type == "cuda" else 0), ready
+    return Engine(scheduler, runner, steps_ahead=1 if runner.device.type == "cuda" else 0), scheduler, ready
 
 
 def _die_with_parent(life_line: TextIO) -> None:
@@ -254,7 +263,7 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="paged: %(message)s")
     config = EngineConfig.model_validate_json(sys.stdin.readline())
     _die_with_parent(sys.stdin)
-    return EngineProcess(Path(sys.argv[1])).run(lambda directory: load_engine(config, directory))
+    return EngineProcess(Path(sys.argv[1]), Path(config.model).name).run(lambda directory: load_engine(config, directory))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ free --take--> held --release--> free, or cached if its content was published
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 
 class PagePool:
@@ -38,6 +38,11 @@ class PagePool:
     @property
     def num_cached(self) -> int:
         return len(self._cached)
+
+    @property
+    def cached_pages(self) -> Collection[int]:
+        """Least recently used first; to be looked at only."""
+        return self._cached
 
     @property
     def num_held(self) -> int:

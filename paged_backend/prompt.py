@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from paged_backend.chat_template import ChatTemplate
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.messages import Ready
-from paged_backend.request import MAX_BAD_WORD_TOKENS, Request, SamplingParams
+from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 
 _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
 
@@ -41,7 +42,10 @@ class PromptReader:
         self._config = config
         self._ready = ready
         self.tokenizer = None if ready.tokenizer_path is None else load_tokenizer(Path(ready.tokenizer_path))
+        self._chat_template = None if ready.tokenizer_path is None else ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"))
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
+        if self._chat_template is not None:
+            self._threads.submit(self._chat_template.warm)
 
     def later(self, task: Callable[[], None]) -> None:
         """Runs `task`, which calls `read`, on one of the reader's threads. Tasks start in the order they came."""
@@ -72,24 +76,40 @@ class PromptReader:
         """The prompt as text, to be put before an answer."""
         if request.text is not None:
             return request.text
+        if request.chat is not None:
+            return self._chat_text(request.chat)
         assert request.input_ids is not None
         return "" if self.tokenizer is None else self.tokenizer.decode(list(request.input_ids), skip_special_tokens=True)
 
     def _token_ids(self, request: Request) -> NDArray[np.int32]:
         if request.input_ids is not None:
             return self._checked_ids(request.input_ids)
+        if request.chat is not None:  # the template writes the special tokens
+            return self._encoded("messages", self._chat_text(request.chat), add_special_tokens=False)
         assert request.text is not None
-        num_bytes = len(request.text.encode())
-        if num_bytes > self._config.max_prompt_bytes:
-            raise RequestError(f"text_input: the prompt has {num_bytes} bytes; the longest allowed is {self._config.max_prompt_bytes} (max_prompt_bytes)")
-        if not request.text:
-            raise RequestError("text_input: the prompt is empty")
+        return self._encoded("text_input", request.text, add_special_tokens=True)
+
+    def _chat_text(self, chat: Chat) -> str:
+        self._check_bytes("messages", chat.messages)
+        if self._chat_template is None:
+            raise RequestError("messages: this model has no chat template; send text_input or input_ids")
+        return self._chat_template.render(chat)
+
+    def _encoded(self, name: str, text: str, add_special_tokens: bool) -> NDArray[np.int32]:
+        self._check_bytes(name, text)
+        if not text:
+            raise RequestError(f"{name}: the prompt is empty")
         if self.tokenizer is None:
-            raise RequestError("text_input: this model has no tokenizer; send input_ids")
-        token_ids = np.array(_encode(self.tokenizer, request.text, add_special_tokens=True), np.int32)
+            raise RequestError(f"{name}: this model has no tokenizer; send input_ids")
+        token_ids = np.array(_encode(self.tokenizer, text, add_special_tokens), np.int32)
         if not len(token_ids):
-            raise RequestError("text_input: the prompt has no tokens")
+            raise RequestError(f"{name}: the prompt has no tokens")
         return token_ids
+
+    def _check_bytes(self, name: str, text: str) -> None:
+        num_bytes, limit = len(text.encode()), self._config.max_prompt_bytes
+        if num_bytes > limit:
+            raise RequestError(f"{name}: the prompt has {num_bytes} bytes; the longest allowed is {limit} (max_prompt_bytes)")
 
     def _checked_ids(self, input_ids: tuple[int, ...]) -> NDArray[np.int32]:
         if not input_ids:

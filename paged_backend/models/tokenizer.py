@@ -1,9 +1,13 @@
-"""Exports a checkpoint's tokenizer in the one format that needs neither transformers nor torch to read: tokenizer.json."""
+"""Exports a checkpoint's tokenizer in the one format that needs neither transformers nor torch to read: tokenizer.json; and its chat template."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from paged_backend.chat_template import ExportedTemplate
 from paged_backend.errors import EngineError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -11,6 +15,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 def export_tokenizer(folder: Path, path: Path) -> Path | None:
     """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the folder has no tokenizer.
+    If it has a chat template, that goes to chat_template.json beside it.
 
     Front ends read that file with the `tokenizers` package alone, which keeps them small (no torch in any of them), and they tokenise exactly as
     transformers does, whatever the checkpoint's own format is.
@@ -31,4 +36,11 @@ def export_tokenizer(folder: Path, path: Path) -> Path | None:
     backend.no_truncation()
     backend.no_padding()
     backend.save(str(path))
+    if tokenizer.chat_template:
+        path.with_name("chat_template.json").write_bytes(msgspec.json.encode(_chat_template(tokenizer)))
     return path
+
+
+def _chat_template(tokenizer: Any) -> ExportedTemplate:
+    template = tokenizer.chat_template
+    return ExportedTemplate(template if isinstance(template, dict) else {"default": template}, dict(tokenizer.special_tokens_map))

@@ -83,9 +83,10 @@ class FrontEnd:
         self._context.destroy(linger=0)
 
 
-def simulated(limits: SchedulerLimits) -> Engine:
+def simulated(limits: SchedulerLimits) -> tuple[Engine, Scheduler]:
     runner = SimulatedRunner(limits.max_num_sequences, limits.num_pages, limits.page_size, limits.max_model_len, limits.max_batched_tokens, VOCAB)
-    return Engine(Scheduler(limits), runner, steps_ahead=1)
+    scheduler = Scheduler(limits)
+    return Engine(scheduler, runner, steps_ahead=1), scheduler
 
 
 LIMITS = SchedulerLimits(page_size=4, num_pages=64, max_model_len=64, max_num_sequences=8, max_batched_tokens=64)
@@ -94,7 +95,7 @@ READY = Ready(tokenizer_path=None, vocab_size=VOCAB, max_model_len=64, max_pool_
 
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[threading.Thread]:
-    thread = threading.Thread(target=lambda: EngineProcess(tmp_path).run(lambda _: (simulated(LIMITS), READY)))
+    thread = threading.Thread(target=lambda: EngineProcess(tmp_path).run(lambda _: (*simulated(LIMITS), READY)))
     thread.start()
     yield thread
     thread.join(5)
@@ -149,7 +150,7 @@ def test_shutdown_waits_for_the_other_front_ends(tmp_path: Path, loop: threading
 
 
 def test_an_engine_that_cannot_load_tells_every_front_end_why(tmp_path: Path) -> None:
-    def load(_: Path) -> tuple[Engine, Ready]:
+    def load(_: Path) -> tuple[Engine, Scheduler, Ready]:
         raise EngineError("no such checkpoint")
 
     statuses: list[int] = []

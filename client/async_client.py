@@ -1,0 +1,166 @@
+"""`AsyncPagedClient`: `PagedClient` for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from paged_client.answers import Answer, Delta
+from paged_client.client import DEFAULT_MODEL, DEFAULT_URL, parse_url
+from paged_client.errors import PagedError
+from paged_client.grpc_transport import AsyncGrpcTransport, Outputs
+from paged_client.http_transport import AsyncHttpTransport
+from paged_client.patience import Limits, Patience
+from paged_client.progress import Progress
+from paged_client.question import Messages, Prompt, Question, question_of
+
+
+class _Call(Protocol):
+    async def next(self, seconds: float | None) -> tuple[Outputs, bool]: ...
+    def cancel(self) -> None: ...
+
+
+class _Transport(Protocol):
+    def ask(self, question: Question) -> _Call: ...
+    async def close(self) -> None: ...
+
+
+class AsyncPagedClient:
+    """For one event loop. Arguments and errors are those of `PagedClient`.
+
+    async with AsyncPagedClient("localhost:8001") as client:
+        answer = await client.generate("Once upon a time", max_tokens=40)
+        async for delta in client.stream("Once upon a time"):
+            print(delta.text, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = DEFAULT_MODEL,
+        timeout: float | None = 600.0,
+        delta_timeout: float | None = None,
+        retries: int = 2,
+    ) -> None:
+        """See PagedClient."""
+        scheme, address = parse_url(url)
+        self._limits = Limits(timeout, delta_timeout, retries)
+        self._transport: _Transport = (
+            AsyncHttpTransport(f"{scheme}://{address}", model) if scheme.startswith("http") else AsyncGrpcTransport(address, model, ssl=scheme == "grpcs")
+        )
+
+    async def __aenter__(self) -> AsyncPagedClient:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    async def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        **sampling: Any,
+    ) -> Answer:
+        """See PagedClient.generate."""
+        question = question_of(
+            prompt, sampling, stream=False, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+        )
+        async with AsyncStream(self._transport, question, self._limits) as stream:
+            async for _ in stream:
+                pass
+        return stream.answer
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        **sampling: Any,
+    ) -> AsyncStream:
+        """See PagedClient.stream."""
+        question = question_of(
+            prompt, sampling, stream=True, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+        )
+        return AsyncStream(self._transport, question, self._limits)
+
+
+class AsyncStream:
+    """An answer on its way: an asynchronous iterator of `Delta`. Also a context manager; leaving it or `close` cancels what is not over."""
+
+    def __init__(self, transport: _Transport, question: Question, limits: Limits) -> None:
+        self._call: _Call | None = None
+        self._transport = transport
+        self._question = question
+        self._patience = Patience(limits)
+        self._progress = Progress()
+
+    @property
+    def answer(self) -> Answer:
+        """Everything that has come so far."""
+        return self._progress.answer
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._progress.over:
+            try:
+                delta = await self._next()
+            except BaseException:
+                self.close()
+                raise
+            if delta is not None:
+                return delta
+        raise StopAsyncIteration
+
+    async def _next(self) -> Delta | None:
+        """None if there was nothing in the response, or another attempt has to be made."""
+        try:
+            if self._call is None:
+                self._call = self._transport.ask(self._question)
+            outputs, final = await self._call.next(self._patience.seconds())
+        except PagedError as error:
+            pause = self._patience.pause(error, begun=self._progress.begun)
+            if pause is None:
+                raise
+            self._leave()
+            await asyncio.sleep(pause)
+            return None
+        except TimeoutError:
+            raise self._patience.over() from None
+        delta = self._progress.take(outputs, final)
+        if final:
+            self._leave()
+        return delta
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._leave()
+
+    def close(self) -> None:
+        """Ends the iteration; a request that is not over is cancelled on the server. Needs no `await`."""
+        self._progress.over = True
+        self._leave()
+
+    def _leave(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()

@@ -1,0 +1,200 @@
+"""`PagedClient`: ask a model that paged serves, over gRPC or HTTP, from ordinary code. See async_client.py for asyncio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from paged_client.answers import Answer, Delta
+from paged_client.errors import PagedError
+from paged_client.grpc_transport import GrpcTransport, Outputs
+from paged_client.http_transport import HttpTransport
+from paged_client.patience import Limits, Patience
+from paged_client.progress import Progress
+from paged_client.question import Messages, Prompt, Question, question_of
+
+DEFAULT_URL = "localhost:8001"
+DEFAULT_MODEL = "paged_llm"
+
+
+class _Call(Protocol):
+    def next(self, seconds: float | None) -> tuple[Outputs, bool]: ...
+    def close(self) -> None: ...
+
+
+class _Transport(Protocol):
+    def ask(self, question: Question) -> _Call: ...
+    def close(self) -> None: ...
+
+
+class PagedClient:
+    """Thread-safe; every request has a stream or connection of its own.
+
+    with PagedClient("localhost:8001") as client:
+        print(client.generate("Once upon a time", max_tokens=40).text)
+        for delta in client.stream("Once upon a time", temperature=0.8, seed=7):
+            print(delta.text, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = DEFAULT_MODEL,
+        timeout: float | None = 600.0,
+        delta_timeout: float | None = None,
+        retries: int = 2,
+    ) -> None:
+        """
+        url: HOST:PORT or grpc://HOST:PORT (grpcs:// with TLS) of the gRPC service, or http(s)://HOST:PORT of the HTTP service.
+        timeout, delta_timeout: longest time in seconds for a whole answer, and for each next piece of it; None: no limit.
+        retries: how often a request is sent again that was refused with UNAVAILABLE (or never reached a server) before its first token.
+
+        Raises:
+            ValueError: the URL is none of these.
+        """
+        scheme, address = parse_url(url)
+        self._limits = Limits(timeout, delta_timeout, retries)
+        self._transport: _Transport = (
+            HttpTransport(f"{scheme}://{address}", model) if scheme.startswith("http") else GrpcTransport(address, model, ssl=scheme == "grpcs")
+        )
+
+    def __enter__(self) -> PagedClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections that no stream uses."""
+        self._transport.close()
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        **sampling: Any,
+    ) -> Answer:
+        """The whole answer in one response.
+
+        prompt: text, or token ids. messages: a conversation instead, for the model's chat template; tools go to the template too.
+        sampling: any of the model's sampling keys, such as max_tokens=64, temperature=0, stop=["\\n"], seed=7.
+
+        Raises:
+            PagedError: a subclass says what kind of failure it is.
+        """
+        question = question_of(
+            prompt, sampling, stream=False, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+        )
+        with Stream(self._transport, question, self._limits) as stream:
+            for _ in stream:
+                pass
+        return stream.answer
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        **sampling: Any,
+    ) -> Stream:
+        """The answer piece by piece; arguments as for `generate`. Leaving the iterator early (`break`, `close`, an exception) cancels the request.
+
+        Errors are raised while iterating.
+        """
+        question = question_of(
+            prompt, sampling, stream=True, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+        )
+        return Stream(self._transport, question, self._limits)
+
+
+class Stream:
+    """An answer on its way: an iterator of `Delta`. Also a context manager; `close` cancels what is not over."""
+
+    def __init__(self, transport: _Transport, question: Question, limits: Limits) -> None:
+        self._call: _Call | None = None
+        self._transport = transport
+        self._question = question
+        self._patience = Patience(limits)
+        self._progress = Progress()
+
+    @property
+    def answer(self) -> Answer:
+        """Everything that has come so far."""
+        return self._progress.answer
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Delta:
+        while not self._progress.over:
+            try:
+                delta = self._next()
+            except BaseException:
+                self.close()
+                raise
+            if delta is not None:
+                return delta
+        raise StopIteration
+
+    def _next(self) -> Delta | None:
+        """None if there was nothing in the response, or another attempt has to be made."""
+        try:
+            if self._call is None:
+                self._call = self._transport.ask(self._question)
+            outputs, final = self._call.next(self._patience.seconds())
+        except PagedError as error:
+            pause = self._patience.pause(error, begun=self._progress.begun)
+            if pause is None:
+                raise
+            self._leave()
+            time.sleep(pause)
+            return None
+        except TimeoutError:
+            raise self._patience.over() from None
+        delta = self._progress.take(outputs, final)
+        if final:
+            self._leave()
+        return delta
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._leave()
+
+    def close(self) -> None:
+        """Ends the iteration; a request that is not over is cancelled on the server."""
+        self._progress.over = True
+        self._leave()
+
+    def _leave(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call.close()
+
+
+def parse_url(url: str) -> tuple[str, str]:
+    """(scheme, address without it); a bare HOST:PORT is gRPC.
+
+    Raises:
+        ValueError: another scheme, or no host.
+    """
+    scheme, separator, address = url.rpartition("://")
+    scheme = scheme.lower() if separator else "grpc"
+    address = address.rstrip("/")
+    if scheme not in ("grpc", "grpcs", "http", "https") or not address or any(letter.isspace() for letter in address):
+        raise ValueError(f"'{url}' is no URL of a server: expected HOST:PORT, grpc://HOST:PORT or http://HOST:PORT")
+    return scheme, address

@@ -1,0 +1,206 @@
+"""Requests over gRPC, one stream each, by tritonclient. Ending the stream's call cancels its request on the server.
+
+A request that is over is never cancelled: Triton Server 2.51 loses track of it now and then, and can then not unload the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from paged_client.errors import PagedError, UnreachableError, error_of
+from paged_client.question import Question
+
+if TYPE_CHECKING:
+    from tritonclient.grpc import InferenceServerClient, InferResult
+    from tritonclient.grpc.aio import InferenceServerClient as AsyncInferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
+Outputs = dict[str, list[Any]]
+_END_SECONDS = 5.0  # for the server to end a stream whose request is over
+
+
+class GrpcTransport:
+    """A tritonclient client carries one stream at a time: those that are free are kept, with their connection."""
+
+    def __init__(self, address: str, model: str, ssl: bool) -> None:
+        self._address = address
+        self._model = model
+        self._ssl = ssl
+        self._lock = threading.Lock()
+        self._free: list[InferenceServerClient] = []
+
+    def ask(self, question: Question) -> GrpcCall:
+        from tritonclient.grpc import InferenceServerClient
+
+        with self._lock:
+            client = self._free.pop() if self._free else InferenceServerClient(self._address, ssl=self._ssl)
+        return GrpcCall(self, client, self._model, question)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def take_back(self, client: InferenceServerClient) -> None:
+        with self._lock:
+            self._free.append(client)
+
+    def close(self) -> None:
+        with self._lock:
+            while self._free:
+                self._free.pop().close()
+
+
+class GrpcCall:
+    """One request on its way."""
+
+    def __init__(self, transport: GrpcTransport, client: InferenceServerClient, model: str, question: Question) -> None:
+        from tritonclient.utils import InferenceServerException
+
+        self._transport = transport
+        self._client: InferenceServerClient | None = client
+        self._over = False
+        arrived: queue.Queue[tuple[InferResult | None, InferenceServerException | None]] = queue.Queue()
+        self._arrived = arrived
+        client.start_stream(lambda result, error: arrived.put((result, error)))
+        try:
+            client.async_stream_infer(model, _inputs(question), enable_empty_final_response=True, parameters=dict(question.parameters))
+        except InferenceServerException as error:  # the stream broke first: why is in the queue
+            if arrived.empty():
+                arrived.put((None, error))
+
+    def next(self, seconds: float | None) -> tuple[Outputs, bool]:
+        """The next response's outputs, and whether it is the last.
+
+        Raises:
+            TimeoutError: it did not come within `seconds`.
+            PagedError: the request failed.
+        """
+        try:
+            result, error = self._arrived.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError from None
+        if error is not None or result is None:
+            self._over = True
+            raise _error_of(error, self._transport.address)
+        self._over = _is_final(result)
+        return _outputs_of(result), self._over
+
+    def close(self) -> None:
+        """Cancels the request if it is not over."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.stop_stream(cancel_requests=not self._over)
+            self._transport.take_back(client)
+
+
+class AsyncGrpcTransport:
+    """One client and connection carries every stream."""
+
+    def __init__(self, address: str, model: str, ssl: bool) -> None:
+        self._address = address
+        self._model = model
+        self._ssl = ssl
+        self._client: AsyncInferenceServerClient | None = None
+
+    def ask(self, question: Question) -> AsyncGrpcCall:
+        from tritonclient.grpc.aio import InferenceServerClient
+
+        if self._client is None:
+            self._client = InferenceServerClient(self._address, ssl=self._ssl)
+        return AsyncGrpcCall(self._client, self._model, question, self._address)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+
+class AsyncGrpcCall:
+    def __init__(self, client: AsyncInferenceServerClient, model: str, question: Question, address: str) -> None:
+        self._address = address
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            yield {
+                "model_name": model,
+                "inputs": _inputs(question),
+                "enable_empty_final_response": True,
+                "parameters": dict(question.parameters),
+            }
+
+        self._responses: Any = client.stream_infer(requests())
+        self._over = False
+
+    async def next(self, seconds: float | None) -> tuple[Outputs, bool]:
+        """As GrpcCall.next."""
+        from grpc.aio import AioRpcError
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            result, error = await asyncio.wait_for(anext(self._responses), seconds)
+        except asyncio.TimeoutError:
+            raise TimeoutError from None
+        except StopAsyncIteration:
+            raise UnreachableError("the server closed the stream before the answer's end") from None
+        except AioRpcError as failure:
+            raise _rpc_error_of(failure.details() or "", failure.code().name, self._address) from None
+        except InferenceServerException as failure:
+            raise _error_of(failure, self._address) from None
+        self._over = error is not None or _is_final(result)
+        if self._over:
+            await self._see_the_end()
+        if error is not None:
+            raise _error_of(error, self._address)
+        return _outputs_of(result), self._over
+
+    async def _see_the_end(self) -> None:
+        """The server closes the stream after the last response. A call that is dropped before is cancelled by the library."""
+        with contextlib.suppress(Exception):  # nothing that happens now changes the answer
+            while True:
+                await asyncio.wait_for(anext(self._responses), _END_SECONDS)
+
+    def cancel(self) -> None:
+        if not self._over:
+            self._responses.cancel()
+
+
+def _inputs(question: Question) -> list[Any]:
+    import numpy as np
+    from tritonclient.grpc import InferInput
+
+    made = []
+    for name, value in question.tensors.items():
+        if isinstance(value, bool):
+            array, kind = np.array([value], np.bool_), "BOOL"
+        elif isinstance(value, str):
+            array, kind = np.array([value.encode()], np.object_), "BYTES"
+        else:
+            array, kind = np.array(value, np.int32), "INT32"
+        made.append(InferInput(name, list(array.shape), kind).set_data_from_numpy(array))
+    return made
+
+
+def _outputs_of(result: InferResult) -> Outputs:
+    response = result.get_response()
+    arrays = {output.name: result.as_numpy(output.name) for output in response.outputs}
+    return {name: [item.decode(errors="replace") if isinstance(item, bytes) else item for item in array.ravel().tolist()] for name, array in arrays.items()}
+
+
+def _is_final(result: InferResult) -> bool:
+    return bool(result.get_response().parameters["triton_final_response"].bool_param)
+
+
+def _error_of(error: InferenceServerException | None, address: str) -> PagedError:
+    if error is None:
+        return UnreachableError(f"the server at {address} sent an empty answer")
+    return _rpc_error_of(error.message() or "", str(error.status() or "").removeprefix("StatusCode."), address)
+
+
+def _rpc_error_of(message: str, code: str, address: str) -> PagedError:
+    if code == "UNAVAILABLE":  # of the connection: the model's own refusals come in the stream, without a status
+        return UnreachableError(f"no Triton Server can be reached at {address}: {message.rsplit(': ', 1)[-1]}")
+    return error_of(message or "the server gave no reason", code=code)

@@ -1,0 +1,62 @@
+"""What goes out: a prompt and its options as the model's tensors (README: "The model's tensors")."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+_WANTED = ("return_finish_reason", "return_num_input_tokens", "return_num_cached_tokens", "return_output_ids")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: tensors by name (bool, str or list of int) and request parameters."""
+
+    tensors: Mapping[str, bool | str | list[int]]
+    parameters: Mapping[str, bool | str]
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.tensors["stream"])
+
+
+def question_of(
+    prompt: Prompt | None,
+    sampling: Mapping[str, Any],
+    *,
+    stream: bool,
+    messages: Messages | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    cache_salt: str = "",
+) -> Question:
+    """
+    Raises:
+        TypeError: not exactly one of `prompt` and `messages` is given, or something in them is not JSON.
+    """
+    if (prompt is None) == (messages is None):
+        raise TypeError("give either a prompt or messages=[...]")
+    tensors: dict[str, bool | str | list[int]] = {"stream": stream, "exclude_input_in_output": True}
+    tensors.update(dict.fromkeys(_WANTED, True))
+    if isinstance(prompt, str):
+        tensors["text_input"] = prompt
+    elif prompt is not None:
+        tensors["input_ids"] = [int(token_id) for token_id in prompt]
+    else:
+        tensors["messages"] = json.dumps(messages, ensure_ascii=False)
+        if tools is not None:
+            tensors["tools"] = json.dumps(tools, ensure_ascii=False)
+        if continue_final_message:
+            tensors["continue_final_message"] = True
+    given = {name: value for name, value in sampling.items() if value is not None}
+    if given:
+        tensors["sampling_parameters"] = json.dumps(given, ensure_ascii=False)
+    parameters: dict[str, bool | str] = {"return_error_code": True}
+    if cache_salt:
+        parameters["cache_salt"] = cache_salt
+    return Question(tensors, parameters)

@@ -1,0 +1,1 @@
+"""`paged top`: a running engine, live, in the terminal or in a browser."""

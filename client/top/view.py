@@ -1,0 +1,149 @@
+"""One frame of `paged top` for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.align import Align
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from paged_backend.snapshot import CACHED, FREE, SHARED, LiveRequest, Snapshot
+from paged_client.top.engines import View
+from paged_client.top.history import History, hit_rate_since_start, utilisation
+from paged_client.top.page_map import GLYPHS, HELD_GLYPH, draw, glyph_of, style_of
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_ACCENT = Style(color="#4c8dff")
+_DIM = Style(dim=True)
+_BOLD = Style(bold=True)
+_FIXED_LINES = 10  # everything but the map's cells, the curves' lines and the table's rows
+_FEWEST_ROWS = 3
+
+
+def frame(view: View, snapshot: Snapshot | None, history: History, width: int, height: int, coloured: bool) -> RenderableType:
+    """snapshot: the newest there is, which may be older than `view`."""
+    if snapshot is None:
+        return Align.center(Text(f"\n{view.trouble or 'waiting for the engine'} …", style=_DIM))
+    curve_lines = 3 if height >= 34 else 1
+    room = height - _FIXED_LINES - curve_lines
+    map_lines = max(4, room - min(len(snapshot.requests), max(_FEWEST_ROWS, height // 3)))
+    cells = np.frombuffer(snapshot.cells, "<u2")
+    drawn = draw(cells, snapshot.pages_per_cell, width - 4, map_lines, coloured)
+    rows = max(_FEWEST_ROWS, room - drawn.text.plain.count("\n") - 1)
+    return Group(
+        Panel(
+            drawn.text,
+            title=_title(view, snapshot),
+            title_align="left",
+            subtitle=_legend(snapshot, drawn.pages_per_cell, coloured),
+            subtitle_align="left",
+            border_style=_DIM,
+        ),
+        _curves(history, width, curve_lines),
+        _facts(snapshot, history),
+        Text(),
+        _requests(snapshot, rows, coloured),
+    )
+
+
+def sparkline(values: Sequence[float | None], width: int, lines: int) -> str:
+    """The newest `width` values as bars of eighths of a line; a blank where there is none. The highest fills all lines."""
+    shown = values[-width:]
+    top = max((value for value in shown if value is not None), default=0.0) or 1.0
+    eighths = [0 if value is None else max(1, round(8 * lines * value / top)) for value in shown]
+    rows = ["".join(_BARS[min(8, max(0, height - 8 * line))] for height in eighths).rjust(width) for line in range(lines)]
+    return "\n".join(reversed(rows))
+
+
+def _title(view: View, snapshot: Snapshot) -> Text:
+    state = view.trouble or ("" if view.snapshot else "no news from the engine: a long step?")
+    title = Text.assemble(("paged top", _BOLD), f"  {snapshot.model}  {snapshot.num_pages:,} pages of {snapshot.page_size} tokens")
+    if view.engine is not None:
+        title.append(f"  pid {view.engine.pid}", _DIM)
+    if state:
+        title.append(f"  {state}", Style(color="red"))
+    return title
+
+
+def _legend(snapshot: Snapshot, pages_per_cell: int, coloured: bool) -> Text:
+    counts = ((FREE, "free", snapshot.pages_free), (CACHED, "cached", snapshot.pages_cached), (SHARED, "shared", snapshot.pages_shared))
+    mark, what = (HELD_GLYPH, "colour") if coloured else ("a", "letter")
+    legend = Text.assemble(f"{mark} held ", (f"{snapshot.pages_held:,}", _BOLD), f" (a {what} a request)")
+    for code, name, count in counts:
+        legend.append("  ").append(GLYPHS[code], style_of(code)).append(f" {name} ").append(f"{count:,}", _BOLD)
+    if pages_per_cell > 1:
+        legend.append(f"  a cell is {pages_per_cell} pages", _DIM)
+    return legend
+
+
+def _curves(history: History, width: int, lines: int) -> Table:
+    moments = list(history.moments)
+    curves: tuple[tuple[str, str, Sequence[float | None]], ...] = (
+        ("tokens/s", f"{history.tokens_per_second:,.0f}", [moment.tokens_per_second for moment in moments]),
+        ("first token", _milliseconds(history.first_token_ms), [moment.first_token_ms for moment in moments]),
+        ("between tokens", _milliseconds(history.inter_token_ms), [moment.inter_token_ms for moment in moments]),
+    )
+    grid = Table.grid(expand=True, padding=(0, 1))
+    for _ in curves:
+        grid.add_column(ratio=1)
+    inside = width // 3 - 5
+    panels = []
+    for name, value, values in curves:
+        title = Text.assemble(f"{name} ", (value, _BOLD))
+        panels.append(Panel(Text(sparkline(values, inside, lines), _ACCENT, no_wrap=True), title=title, title_align="left", border_style=_DIM))
+    grid.add_row(*panels)
+    return grid
+
+
+def _facts(snapshot: Snapshot, history: History) -> Text:
+    facts = (
+        ("utilisation", _percent(utilisation(snapshot))),
+        ("running", f"{snapshot.num_running}"),
+        ("waiting", f"{snapshot.num_waiting}"),
+        ("preemptions", f"{snapshot.num_preemptions:,}"),
+        ("prefix hits", f"{_percent(history.hit_rate)} ({_percent(hit_rate_since_start(snapshot))} since start)"),
+    )
+    text = Text(" ", no_wrap=True, overflow="ellipsis")
+    for name, value in facts:
+        text.append(f"{name} ", _DIM).append(value, _BOLD).append("   ")
+    return text
+
+
+def _requests(snapshot: Snapshot, num_rows: int, coloured: bool) -> RenderableType:
+    if not snapshot.requests:
+        return Text(" no requests", style=_DIM)
+    table = Table(box=None, pad_edge=True, header_style=_DIM)
+    for name in ("request", "prompt", "cached", "answer", "pages", "age"):
+        table.add_column(name, justify="right", min_width=8)
+    hidden = snapshot.num_running + snapshot.num_waiting - num_rows
+    shown = snapshot.requests[: num_rows if hidden <= 0 else num_rows - 1]
+    for request in shown:
+        table.add_row(*_row(request, coloured))
+    if hidden > 0:
+        table.add_row(Text(f"and {snapshot.num_running + snapshot.num_waiting - len(shown)} more", _DIM))
+    return table
+
+
+def _row(request: LiveRequest, coloured: bool) -> list[Text | str]:
+    if request.number:
+        mark = (glyph_of(request.number, coloured), style_of(request.number))
+        name = Text.assemble(mark, f" {request.serial}")
+    else:
+        name = Text(f"waiting {request.serial}", _DIM)
+    numbers = (request.num_prompt_tokens, request.num_cached_tokens, request.num_tokens - request.num_prompt_tokens, request.num_pages)
+    return [name, *(f"{number:,}" for number in numbers), f"{request.age_seconds:.1f} s"]
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f} ms" if value < 10 else f"{value:,.0f} ms"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"

@@ -1,0 +1,89 @@
+"""Chat messages to a prompt's text, by the model's own template. transformers does it, without torch (its `chat_template_utils` needs none).
+
+The engine exports the checkpoint's template beside tokenizer.json (models/tokenizer.py); front ends read that file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from paged_backend.errors import RequestError
+from paged_backend.request import Chat
+
+_TOOLS_TEMPLATE = "tool_use"
+
+
+class ExportedTemplate(msgspec.Struct, frozen=True):
+    """What chat_template.json holds: the checkpoint's templates by name (one called "default" as a rule), and the words they may use."""
+
+    templates: dict[str, str]
+    special_tokens: dict[str, Any]  # bos_token, eos_token …: the template's variables
+
+
+class ChatTemplate:
+    """A checkpoint's chat template. Thread-safe."""
+
+    def __init__(self, exported: ExportedTemplate) -> None:
+        self._exported = exported
+
+    @classmethod
+    def load(cls, path: Path) -> ChatTemplate | None:
+        """None if there is no such file: the checkpoint has no chat template."""
+        return cls(msgspec.json.decode(path.read_bytes(), type=ExportedTemplate)) if path.exists() else None
+
+    def warm(self) -> None:
+        """Imports what rendering needs, so that the first caller does not wait for it."""
+        import transformers.utils.chat_template_utils  # noqa: F401
+
+    def render(self, chat: Chat) -> str:
+        """The prompt's text, special tokens included.
+
+        Raises:
+            RequestError: the messages are not what they should be, or the template refuses them; in the template's own words.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = _read_list("messages", chat.messages)
+        if not messages:
+            raise RequestError("messages: the list is empty")
+        tools = None if chat.tools is None else _read_list("tools", chat.tools)
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]  # as apply_chat_template does
+        for position, message in enumerate(given):
+            if not isinstance(message.get("role"), str):
+                raise RequestError(f"messages: entry {position} has no role")
+        try:
+            rendered: Any = render_jinja_template(  # (one text a conversation, something about each)
+                conversations=[given],
+                tools=tools,
+                chat_template=self._template(with_tools=bool(tools)),
+                add_generation_prompt=chat.add_generation_prompt,
+                continue_final_message=chat.continue_final_message,
+                **self._exported.special_tokens,
+            )
+        except Exception as error:  # a template may raise anything, and every bit of it was caused by what the caller sent
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise RequestError(f"messages: the model's chat template refuses them: {reason[:500]}") from None
+        text: str = rendered[0][0]
+        return text
+
+    def _template(self, with_tools: bool) -> str:
+        templates = self._exported.templates
+        if with_tools and _TOOLS_TEMPLATE in templates:
+            return templates[_TOOLS_TEMPLATE]
+        if "default" not in templates:
+            raise RequestError("messages: the model has several chat templates and none of them is the default")
+        return templates["default"]
+
+
+def _read_list(name: str, text: str) -> list[Any]:
+    try:
+        return msgspec.json.decode(text, type=list[dict[str, Any]])
+    except RecursionError:
+        raise RequestError(f"{name}: the JSON is nested too deeply") from None
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{name}: expected a JSON list of objects: {error}") from None
+    except msgspec.DecodeError as error:
+        raise RequestError(f"{name}: not valid JSON: {error}") from None

@@ -1,0 +1,239 @@
+"""`paged generate`, `paged chat` and `paged top` as typed, against a real server whose model has a chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+
+from paged_backend.config import demo_model_folder
+from paged_backend.launch import Server, ServerSettings
+from paged_client import AsyncPagedClient, InvalidRequestError, PagedClient
+from tests.server import browser
+from tests.server.calls import wait_for_metrics
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message.role == 'system' and not loop.first %}
+{{- raise_exception('the system message must come first') }}{% endif %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+QUESTION = [{"role": "user", "content": "Where is the lamp?"}]
+GREEDY = {"temperature": 0, "max_tokens": 12}
+PAGED = [sys.executable, "-m", "paged_client.cli"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
+    shutil.copytree(demo_model_folder(), checkpoint)
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"})) as running:
+        yield running
+
+
+@pytest.fixture(params=["grpc", "http"])
+def url(request: pytest.FixtureRequest, server: Server) -> str:
+    return server.addresses.grpc_url if request.param == "grpc" else server.addresses.http_url
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PAGED, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "COLUMNS": "100"})
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self._screen = pty.fork()
+        if self.pid == 0:
+            os.execvpe(PAGED[0], [*PAGED, *arguments], {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"})
+        self.seen = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._screen, keys.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 20) -> str:
+        """Reads on until the pattern is in what came since the last match; returns that."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, self.seen
+            if select.select([self._screen], [], [], 0.1)[0]:
+                self.seen += os.read(self._screen, 65536).decode(errors="replace")
+        before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return before
+
+    def exit_status(self) -> int:
+        with contextlib.suppress(OSError):  # what a terminal that nobody holds any more says
+            self.wait_for("(?!)", 10)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._screen)
+        return status
+
+
+def engine_idle(server: Server) -> bool:
+    return wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 0)
+
+
+# ---- messages
+
+
+def test_messages_are_answered_as_the_templates_text(server: Server, url: str) -> None:
+    with PagedClient(url) as client:
+        chat = client.generate(messages=QUESTION, **GREEDY)
+        text = client.generate("user: Where is the lamp?\nassistant:", **GREEDY)  # the tokenizer begins every text with <|bos|>
+        opened = client.generate(messages=[*QUESTION, {"role": "assistant", "content": "It is"}], continue_final_message=True, **GREEDY)
+        written = client.generate("user: Where is the lamp?\nassistant: It is", **GREEDY)
+        assert (chat.token_ids, opened.token_ids) == (text.token_ids, written.token_ids)
+        assert chat.usage.num_input_tokens == text.usage.num_input_tokens
+        with pytest.raises(InvalidRequestError, match="^messages: the model's chat template refuses them: the system message must come first$") as refused:
+            client.generate(messages=[*QUESTION, {"role": "system", "content": "x"}])
+    assert refused.value.field == "messages"
+
+
+# ---- generate
+
+
+def test_generate_prints_the_answer_and_nothing_else(server: Server, url: str) -> None:
+    with PagedClient(url) as client:
+        expected = client.generate("Once upon a time", **GREEDY).text
+    assert run("generate", "Once upon a time", "-u", url, "-t", "0", "-n", "12").stdout == expected + "\n"
+    piped = run("generate", "-u", url, "-t", "0", "-s", "max_tokens=12", "--json", stdin="Once upon a time\n")
+    answer = json.loads(piped.stdout)
+    assert (answer["text"], answer["finish_reason"], answer["usage"]["num_output_tokens"]) == (expected, "length", 12)
+
+
+def test_generate_says_what_is_wrong_in_one_sentence(server: Server) -> None:
+    for arguments, sentence in {
+        ("-u", server.addresses.grpc_url, "-s", "top_p=7"): "top_p: expected float <= 1.0, got 7",
+        ("-u", server.addresses.grpc_url, "--model-name", "nonesuch"): "Request for unknown model: 'nonesuch' is not found",
+        ("-u", "ftp://x"): "'ftp://x' is no URL of a server: expected HOST:PORT, grpc://HOST:PORT or http://HOST:PORT",
+    }.items():
+        finished = run("generate", "x", *arguments)
+        assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", f"paged: error: {sentence}\n")
+
+
+# ---- chat
+
+
+def test_a_chat_goes_on_with_its_history_and_the_prefix_cache_knows_it(server: Server) -> None:
+    told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", "-n", "40", stdin="Where is the lamp?\nAnd who took it?\n/reset\nWhere is the lamp?\n")
+    assert told.returncode == 0, told.stderr
+    lines = [line for line in told.stdout.splitlines() if re.search(r"^prompt \d+ tokens.*, answer \d+ tokens: the first after \d+ ms", line)]
+    inputs = [int(line.split()[1]) for line in lines]
+    assert len(lines) == 3
+    assert inputs[1] > inputs[0] == inputs[2]
+    assert re.search(r"\([1-9]\d* cached\)", lines[1])
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(server: Server) -> None:
+    terminal = Terminal("chat", "-u", server.addresses.grpc_url, "-t", "0", "-n", "1500", "-s", "ignore_eos=true")
+    terminal.wait_for("> ")
+    terminal.type("Where is the lamp?\r")
+    terminal.wait_for(r"lamp\?")
+    terminal.wait_for(r"(\w+\W+){5}")
+    terminal.type("\x03")
+    assert int(re.findall(r"answer (\d+)", terminal.wait_for(r"stopped: prompt .* ms"))[0]) < 1500
+    terminal.wait_for("> ")
+    assert engine_idle(server)
+    terminal.type("/system\r")
+    terminal.wait_for("no system message")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.exit_status() == 0
+
+
+# ---- top
+
+
+async def keep_busy(url: str) -> None:
+    async with AsyncPagedClient(url) as client:
+        async for _ in client.stream("Once upon a time there was a lamp", max_tokens=1900, ignore_eos=True):
+            pass
+
+
+@pytest.fixture
+def busy(server: Server) -> Iterator[None]:
+    """A request that runs meanwhile."""
+    program = f"import asyncio; from tests.server.test_client_commands import keep_busy; asyncio.run(keep_busy({server.addresses.grpc_url!r}))"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) as process:
+        wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 1, seconds=10)
+        yield
+        process.kill()
+    assert engine_idle(server)
+
+
+def test_top_shows_the_pool_of_a_server_that_somebody_started(server: Server, busy: None) -> None:
+    finished = run("top", "--once", "--pid", str(server.pid))
+    assert finished.returncode == 0, finished.stderr
+    assert "talker  200 pages of 16 tokens" in finished.stdout
+    assert re.search(r"running 1 +waiting 0", finished.stdout)
+    assert re.search(r"tokens/s [1-9]", finished.stdout)
+    held = re.search(r"held (\d+)", finished.stdout)
+    assert held is not None
+    marks = re.findall(r"│ ([·□◆a ]+) +│", finished.stdout)
+    assert "".join(marks).count("a") == int(held[1]) > 0
+
+
+def test_top_in_a_terminal_leaves_it_as_it_was(server: Server) -> None:
+    terminal = Terminal("top", "--pid", str(server.pid))
+    terminal.wait_for("prefix hits")
+    terminal.type("\x03")
+    assert "\x1b[?1049l" in terminal.wait_for(r"\x1b\[\?1049l")
+    assert terminal.exit_status() == 0
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[str]:
+    """The address of `paged top --web`."""
+    with subprocess.Popen([*PAGED, "top", "--web", "--port", "0", "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://127.0.0.1:\d+/", process.stdout.readline())
+            assert found is not None
+            yield found[0]
+        finally:
+            process.terminate()
+
+
+def test_the_page_gets_events_with_a_map(busy: None, page: str) -> None:
+    with urllib.request.urlopen(f"{page}events", timeout=10) as events:
+        event = json.loads(events.readline().removeprefix(b"data: "))
+    assert (event["model"], event["num_pages"], event["num_running"], event["trouble"]) == ("talker", 200, 1, "")
+    assert len(event["cells"]) == 536
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on PATH")
+def test_a_browser_draws_the_map_in_light_and_dark(busy: None, page: str, tmp_path: Path) -> None:
+    """The picture has a request's colour, and the console has no error."""
+    colourful = """[...document.getElementById("map").getContext("2d").getImageData(0, 0, 1200, 400).data]
+        .some((value, i, all) => i % 4 == 0 && Math.abs(value - all[i + 1]) > 90)"""
+
+    async def look() -> tuple[list[str], list[str]]:
+        papers = []
+        async with browser.open_tab(page, tmp_path) as tab:
+            await tab.wait_for(colourful)
+            await tab.wait_for("Number(document.getElementById('tokens').textContent.replace(',', '')) > 0")
+            for theme in ("light", "dark"):
+                await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+                await tab.wait_for(colourful)
+                papers.append(await tab.value("getComputedStyle(document.body).backgroundColor"))
+        return papers, tab.complaints
+
+    papers, complaints = asyncio.run(look())
+    assert papers == ["rgb(246, 247, 249)", "rgb(18, 21, 27)"]
+    assert complaints == []

@@ -1,0 +1,151 @@
+"""Chat messages become the prompt that transformers' own `apply_chat_template` makes of them, and a template's refusal reaches the caller."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from paged_backend.chat_template import ChatTemplate, ExportedTemplate
+from paged_backend.config import EngineConfig
+from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.messages import Ready
+from paged_backend.models.tokenizer import export_tokenizer
+from paged_backend.prompt import PromptReader
+from paged_backend.request import Chat, Outputs, Request, SamplingParams
+from tests.small_tokenizers import byte_level
+
+CHATML = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+ALTERNATING = """{{ bos_token }}{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate user/assistant') }}{% endif %}
+{%- if message['role'] == 'user' %}[INST] {{ message['content'] | trim }} [/INST]{% else %} {{ message['content'] | trim }}{{ eos_token }}{% endif %}
+{%- endfor %}"""
+TOOLS = """{% if tools %}Tools: {% for tool in tools %}{{ tool | tojson(indent=1) }};{% endfor %}
+{% endif %}{% for message in messages %}{% generation %}{{ message.role }}: {{ message.content }}{{ message.name is defined }}
+{% endgeneration %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+TEMPLATES = {"ChatML": CHATML, "alternating": ALTERNATING, "tools": TOOLS}
+
+SYSTEM = {"role": "system", "content": "be brief"}
+TURNS = [{"role": "user", "content": "  hello wörld 😀 "}, {"role": "assistant", "content": "the answer is  "}, {"role": "user", "content": "and more? "}]
+FUNCTION = {"type": "function", "function": {"name": "weather", "description": "<b>now</b>", "parameters": {"type": "object", "properties": {}}}}
+
+
+def oracle(template: str | dict[str, str]) -> PreTrainedTokenizerFast:
+    backend = byte_level()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def reader(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, **options: object) -> PromptReader:
+    """A front end's, after the engine exported what transformers saved."""
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    path = export_tokenizer(tmp_path / "checkpoint", tmp_path / "tokenizer.json")
+    return PromptReader(EngineConfig.parse(options), Ready(str(path), len(tokenizer), 4096, 8192, 16, 512))
+
+
+def request(messages: Any, **chat: Any) -> Request:
+    tools = chat.pop("tools", None)
+    asked = Chat(messages=json.dumps(messages), tools=None if tools is None else json.dumps(tools), **chat)
+    return Request(text=None, input_ids=None, chat=asked, sampling=SamplingParams(), outputs=Outputs(), stream=True, prepend_prompt=False, arrival=0.0)
+
+
+@pytest.mark.parametrize("opens", [True, False], ids=["the assistant's turn opened", "left as it is"])
+@pytest.mark.parametrize("tools", [None, [FUNCTION]], ids=["no tools", "a tool"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_token_ids_equal_transformers(tmp_path: Path, template: str, tools: list[Any] | None, opens: bool) -> None:
+    tokenizer = oracle(TEMPLATES[template])
+    expected = tokenizer.apply_chat_template(TURNS, tools=tools, add_generation_prompt=opens, return_dict=False)
+    prompt = reader(tmp_path, tokenizer).read(request(TURNS, tools=tools, add_generation_prompt=opens))
+    assert prompt.token_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("template", ["ChatML", "alternating"])
+def test_an_answer_can_continue_the_last_message(tmp_path: Path, template: str) -> None:
+    tokenizer = oracle(TEMPLATES[template])
+    expected = tokenizer.apply_chat_template(TURNS[:2], continue_final_message=True, return_dict=False)
+    ours = reader(tmp_path, tokenizer)
+    asked = request(TURNS[:2], add_generation_prompt=False, continue_final_message=True)
+    assert ours.read(asked).token_ids.tolist() == expected
+    assert ours.text_of(asked).rstrip().endswith("the answer is")
+
+
+def test_a_template_for_tools_is_used_when_there_are_tools(tmp_path: Path) -> None:
+    tokenizer = oracle({"default": CHATML, "tool_use": TOOLS})
+    ours = reader(tmp_path, tokenizer)
+    for tools in (None, [FUNCTION]):
+        expected = tokenizer.apply_chat_template(TURNS, tools=tools, add_generation_prompt=True, return_dict=False)
+        assert ours.read(request(TURNS, tools=tools)).token_ids.tolist() == expected
+
+
+def test_a_null_member_counts_as_missing(tmp_path: Path) -> None:
+    ours = reader(tmp_path, oracle(TOOLS))
+    assert "hiFalse" in ours.text_of(request([{"role": "user", "content": "hi", "name": None}]))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([SYSTEM, *TURNS], "messages: the model's chat template refuses them: roles must alternate user/assistant"),
+        ([], "messages: the list is empty"),
+        ([{"content": "x"}], "messages: entry 0 has no role"),
+        ("hello", "messages: expected a JSON list of objects: Expected `array`, got `str`"),
+        (["hello"], r"messages: expected a JSON list of objects: Expected `object`, got `str` - at `\$\[0\]`"),
+    ],
+    ids=["the template refuses", "empty", "no role", "no list", "no objects"],
+)
+def test_what_cannot_be_rendered_is_said_in_the_templates_words(tmp_path: Path, messages: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        reader(tmp_path, oracle(ALTERNATING)).read(request(messages))
+    assert caught.value.kind is ErrorKind.INVALID
+
+
+def test_json_that_is_none_is_refused() -> None:
+    template = ChatTemplate(ExportedTemplate({"default": CHATML}, {}))
+    for text, message in {"[{": "messages: not valid JSON", '[{"a":' + "[" * 100_000: "messages: the JSON is nested too deeply"}.items():
+        with pytest.raises(RequestError, match=message):
+            template.render(Chat(messages=text))
+    with pytest.raises(RequestError, match="tools: not valid JSON"):
+        template.render(Chat(messages=json.dumps(TURNS), tools="nonsense"))
+
+
+def test_a_template_cannot_reach_the_interpreter() -> None:
+    for attack in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}"):
+        with pytest.raises(RequestError, match="refuses"):
+            ChatTemplate(ExportedTemplate({"default": attack}, {})).render(Chat(messages=json.dumps(TURNS)))
+
+
+def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+    tokenizer: Tokenizer = byte_level()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = PromptReader(EngineConfig.parse({}), Ready(str(tmp_path / "tokenizer.json"), 400, 64, 1024, 16, 64))
+    with pytest.raises(RequestError, match="messages: this model has no chat template; send text_input or input_ids"):
+        ours.read(request(TURNS))
+
+
+def test_a_long_conversation_meets_the_limit_of_bytes(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"messages: the prompt has \d+ bytes; the longest allowed is 100 \(max_prompt_bytes\)"):
+        reader(tmp_path, oracle(CHATML), max_prompt_bytes=100).read(request([{"role": "user", "content": "x" * 101}]))
+
+
+def test_rendering_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_bytes(msgspec.json.encode(ExportedTemplate({"default": CHATML}, {})))
+    program = (
+        "import sys, pathlib; from paged_backend.chat_template import ChatTemplate; from paged_backend.request import Chat; "
+        f"print(ChatTemplate.load(pathlib.Path({str(tmp_path / 'chat_template.json')!r})).render(Chat(messages={json.dumps(TURNS)!r}))); "
+        "assert 'torch' not in sys.modules"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "hello wörld" in finished.stdout

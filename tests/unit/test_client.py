@@ -1,0 +1,245 @@
+"""The client library without a server: what is asked, what is tried again, when patience ends, how errors are told apart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from paged_client import (
+    Answer,
+    AnswerTimeoutError,
+    AsyncStream,
+    InvalidRequestError,
+    PagedClient,
+    PagedError,
+    RequestCancelledError,
+    ServerError,
+    Stream,
+    UnavailableError,
+    UnknownModelError,
+    UnreachableError,
+    Usage,
+)
+from paged_client.client import parse_url
+from paged_client.errors import error_of
+from paged_client.patience import Limits
+from paged_client.question import Question, question_of
+
+QUESTION = question_of("hello", {}, stream=True)
+FAST = Limits(timeout=5.0)
+
+
+def piece(text: str, token_id: int, finish: str = "None") -> tuple[dict[str, list[Any]], bool]:
+    outputs = {"text_output": [text], "output_ids": [token_id], "finish_reason": [finish], "num_input_tokens": [5], "num_cached_tokens": [4]}
+    return outputs, finish != "None"
+
+
+WHOLE = [piece("a", 1), piece("", 2), piece("b", 3, "length")]
+
+
+class Script:
+    """A transport whose calls bring what the script says: one list of pieces and exceptions a call."""
+
+    def __init__(self, *calls: list[Any]) -> None:
+        self.calls = list(calls)
+        self.num_asked = 0
+        self.num_left = 0
+
+    def ask(self, question: Question) -> ScriptedCall:
+        self.num_asked += 1
+        return ScriptedCall(self, self.calls.pop(0))
+
+    def close(self) -> None:
+        pass
+
+
+class ScriptedCall:
+    def __init__(self, script: Script, events: list[Any]) -> None:
+        self._script = script
+        self._events = list(events)
+
+    def next(self, seconds: float | None) -> tuple[dict[str, list[Any]], bool]:
+        event = self._events.pop(0) if self._events else TimeoutError()
+        if isinstance(event, TimeoutError) and seconds is not None:
+            time.sleep(seconds)
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def close(self) -> None:
+        self._script.num_left += 1
+
+
+class AsyncScript(Script):
+    def ask(self, question: Question) -> AsyncScriptedCall:  # type: ignore[override]
+        return AsyncScriptedCall(super().ask(question))
+
+
+class AsyncScriptedCall:
+    def __init__(self, call: ScriptedCall) -> None:
+        self._call = call
+
+    async def next(self, seconds: float | None) -> tuple[dict[str, list[Any]], bool]:
+        await asyncio.sleep(0)
+        return self._call.next(seconds)
+
+    def cancel(self) -> None:
+        self._call.close()
+
+
+def gathered(script: Script, limits: Limits) -> Answer:
+    stream = Stream(script, QUESTION, limits)
+    for _ in stream:
+        pass
+    return stream.answer
+
+
+def gathered_async(script: Script, limits: Limits) -> Answer:
+    async def gather() -> Answer:
+        stream = AsyncStream(script, QUESTION, limits)  # type: ignore[arg-type]
+        async for _ in stream:
+            pass
+        return stream.answer
+
+    return asyncio.run(gather())
+
+
+Gather = Callable[[Script, Limits], Answer]
+both = pytest.mark.parametrize(("kind", "gather"), [(Script, gathered), (AsyncScript, gathered_async)], ids=["sync", "async"])
+
+
+@both
+def test_an_answer_is_the_sum_of_its_deltas(kind: type[Script], gather: Gather) -> None:
+    assert gather(kind(WHOLE), FAST) == Answer("ab", (1, 2, 3), "length", Usage(5, 4, 3))
+
+
+@both
+def test_a_final_response_that_holds_nothing_ends_the_stream(kind: type[Script], gather: Gather) -> None:
+    assert gather(kind([piece("a", 1), ({}, True)]), FAST).text == "a"
+
+
+@both
+def test_unavailable_before_the_first_token_is_tried_again(kind: type[Script], gather: Gather) -> None:
+    script = kind([UnavailableError("full")], [UnreachableError("gone")], WHOLE)
+    assert gather(script, FAST).text == "ab"
+    assert (script.num_asked, script.num_left) == (3, 3)
+
+
+@both
+def test_after_the_first_token_nothing_is_tried_again(kind: type[Script], gather: Gather) -> None:
+    script = kind([piece("a", 1), UnavailableError("gone")], WHOLE)
+    with pytest.raises(UnavailableError, match="gone"):
+        gather(script, FAST)
+    assert (script.num_asked, script.num_left) == (1, 1)
+
+
+@both
+@pytest.mark.parametrize(
+    "error", [InvalidRequestError("x"), ServerError("x"), RequestCancelledError("x"), UnknownModelError("x")], ids=lambda e: type(e).__name__
+)
+def test_only_unavailable_is_tried_again(kind: type[Script], gather: Gather, error: PagedError) -> None:
+    script = kind([error], WHOLE)
+    with pytest.raises(type(error)):
+        gather(script, FAST)
+    assert script.num_asked == 1
+
+
+@both
+def test_retries_end_at_their_number_and_at_the_timeout(kind: type[Script], gather: Gather) -> None:
+    full = [UnavailableError("full")]
+    for limits, attempts in ((Limits(5.0, None, 1), 2), (Limits(5.0, None, 0), 1), (Limits(0.1, None, 50), 1)):
+        script = kind(*[full] * 5)
+        with pytest.raises(UnavailableError):
+            gather(script, limits)
+        assert script.num_asked == attempts
+
+
+@both
+def test_patience_is_for_the_whole_answer_or_for_the_next_piece(kind: type[Script], gather: Gather) -> None:
+    for limits, sentence in {
+        Limits(timeout=0.05): r"the answer was not complete after 0.05 s \(timeout\)",
+        Limits(timeout=9, delta_timeout=0.05): r"no piece of the answer for 0.05 s \(delta_timeout\)",
+    }.items():
+        script = kind([piece("a", 1), TimeoutError()])
+        with pytest.raises(AnswerTimeoutError, match=sentence) as caught:
+            gather(script, limits)
+        assert isinstance(caught.value, TimeoutError)
+        assert script.num_left == 1
+
+
+def test_leaving_the_iterator_leaves_the_call_once() -> None:
+    for leave in ("break", "close", "with"):
+        script = Script(WHOLE)
+        stream = Stream(script, QUESTION, FAST)
+        if leave == "with":
+            with stream:
+                assert next(stream).text == "a"
+        else:
+            for _ in stream:
+                break
+            assert script.num_left == 0
+            stream.close()
+        assert script.num_left == 1
+        assert list(stream) == []
+        assert stream.answer == Answer("a", (1,), None, Usage(5, 4, 1))
+
+
+def test_a_stream_that_nobody_holds_any_more_is_left() -> None:
+    script = Script(WHOLE)
+    for _ in Stream(script, QUESTION, FAST):
+        break
+    assert script.num_left == 1
+
+
+def test_a_question_is_the_models_tensors() -> None:
+    tensors = question_of(None, {"max_tokens": 3, "seed": None}, stream=True, messages=[{"role": "user", "content": "é"}], tools=[], cache_salt="me")
+    assert json.loads(str(tensors.tensors["messages"])) == [{"role": "user", "content": "é"}]
+    assert (tensors.tensors["tools"], json.loads(str(tensors.tensors["sampling_parameters"]))) == ("[]", {"max_tokens": 3})
+    assert tensors.parameters == {"return_error_code": True, "cache_salt": "me"}
+    assert question_of((1, 2), {}, stream=False).tensors["input_ids"] == [1, 2]
+    for prompt, messages in ((None, None), ("x", [{"role": "user", "content": "y"}])):
+        with pytest.raises(TypeError, match="either a prompt or messages"):
+            question_of(prompt, {}, stream=True, messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "kind", "text"),
+    [
+        ("INVALID_ARGUMENT: top_p: 7 is too much", 0, InvalidRequestError, "top_p: 7 is too much"),
+        ("UNAVAILABLE: 9 requests are waiting", 200, UnavailableError, "9 requests are waiting"),
+        ("CANCELLED: not finished after 3 s", 0, RequestCancelledError, "not finished after 3 s"),
+        ("[request id: 7] INTERNAL: the answer could not be decoded", 0, ServerError, "the answer could not be decoded"),
+        ("Request for unknown model: 'x' is not found", 0, UnknownModelError, "Request for unknown model: 'x' is not found"),
+        ("Request for unknown model: 'x' has no available versions", 400, UnknownModelError, "Request for unknown model: 'x' has no available versions"),
+        ("Server is stopping, scheduler for model has stopped accepting", 0, UnavailableError, "Server is stopping, scheduler for model has stopped accepting"),
+        ("unexpected inference input 'bla' for model 'paged_llm'", 0, InvalidRequestError, "unexpected inference input 'bla' for model 'paged_llm'"),
+        ("HTTP status 502", 502, ServerError, "HTTP status 502"),
+        ("NOTHING: like a code", 0, ServerError, "NOTHING: like a code"),
+    ],
+)
+def test_an_error_is_told_apart_by_its_code(message: str, status: int, kind: type[PagedError], text: str) -> None:
+    error = error_of(message, http_status=status)
+    assert (type(error), str(error)) == (kind, text)
+
+
+def test_an_invalid_request_names_the_field() -> None:
+    for message, field in {
+        "top_p: 7 is too much": "top_p",
+        "unknown sampling parameter 'heat'; known: n": "heat",
+        "unexpected inference input 'bla' for model 'paged_llm'": "bla",
+        "the prompt has 9 tokens; the longest this model takes is 8": "",
+    }.items():
+        assert InvalidRequestError(message).field == field
+
+
+def test_a_url_says_which_service_it_means() -> None:
+    assert parse_url("localhost:8001") == ("grpc", "localhost:8001")
+    assert parse_url("HTTPS://host:1/") == ("https", "host:1")
+    for wrong in ("", "ftp://x", "http://", "local host:1"):
+        with pytest.raises(ValueError, match="is no URL of a server"):
+            PagedClient(wrong)
