@@ -138,14 +138,14 @@ class EngineClient:
     def front_end(self) -> int:
         return self._seat.front_end
 
-    def submit(self, prompt: Prompt, cache_salt: str, arrival: float, receive: Receiver) -> int:
+    def submit(self, prompt: Prompt, cache_salt: str, arrival: float, receive: Receiver, family: int | None = None) -> int:
         """Gives a request to the engine; every piece of its answer goes to `receive`, the last one with a `finish`. Returns the request's id.
 
         Raises:
             RequestError: the engine is gone.
         """
         request_id = request_id_of(self._seat.front_end, next(self._serials))
-        submit = Submit(request_id, prompt.token_ids.tobytes(), prompt.sampling, prompt.bad_words, cache_salt, arrival)
+        submit = Submit(request_id, prompt.token_ids.tobytes(), prompt.sampling, prompt.bad_words, cache_salt, arrival, family)
         with self._lock:
             if not self._alive or self._closing.is_set():
                 raise RequestError(ENGINE_GONE, ErrorKind.OVERLOADED)

@@ -91,6 +91,12 @@ class Server:
         assert self._child is not None, "the server is not started"
         return self._child.pid
 
+    @property
+    def shm_prefix(self) -> str:
+        """How the names of its files in /dev/shm begin."""
+        assert self._folder is not None, "the server is not started"
+        return f"{self._folder.name}-"
+
     def log_lines(self) -> list[str]:
         """The first and last lines that tritonserver and its processes wrote, shown or not."""
         return self._log.lines()
@@ -165,7 +171,7 @@ class Server:
             f"--id={self._folder.name}",
             f"--model-repository={repository}",
             f"--backend-directory={server_files.prepare_backends(installation, self._folder)}",
-            f"--backend-config=python,shm-region-prefix-name={self._folder.name}-",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={settings.drain_seconds}",
             *(f"--{service}-address={address}" for service in ("http", "grpc", "metrics")),

@@ -43,6 +43,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     bad_words: tuple[tuple[int, ...], ...]  # sampling.bad_words as token ids
     cache_salt: str
     arrival: float  # seconds, CLOCK_MONOTONIC: the same clock in every process of the machine
+    family: int | None = None  # the same for requests of one prompt: they share its pages even where the prefix cache is off
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

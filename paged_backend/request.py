@@ -19,6 +19,7 @@ MAX_BAD_WORD_TOKENS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_WORD_CHARS = 1024
 MAX_LOGPROBS = 20
+MAX_SEQUENCES = 64  # of one request
 
 Word = Annotated[str, Meta(min_length=1, max_length=MAX_WORD_CHARS)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -27,7 +28,8 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to choose tokens and when to stop. `None` for max_tokens and seed means: the engine's default."""
 
-    n: Annotated[int, Meta(ge=1, le=1)] = 1
+    n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
+    best_of: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] | None = None  # so many are tried, the n likeliest are the answer
     max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0: greedy
@@ -53,7 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
-    """Which optional output tensors the caller asked for."""
+    """Which optional output tensors the caller asked for, and whether an error's text begins with its code."""
 
     finish_reason: bool = False
     cumulative_logprob: bool = False
@@ -62,13 +64,25 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: bool = False
     output_ids: bool = False
     num_cached_tokens: bool = False
+    sequence_index: bool = False  # which of the request's sequences each entry belongs to; always, if there are several and the answer is streamed
+    error_code: bool = False  # the only way in which a gRPC stream, or a stream that has begun, can carry one
+
+
+class Chat(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation for the model's chat template, as the caller wrote it: parsed where the template is rendered."""
+
+    messages: str  # JSON: a list of objects with role and content
+    tools: str | None = None  # JSON: a list of function descriptions
+    add_generation_prompt: bool = True  # end with the opening of the assistant's turn
+    continue_final_message: bool = False  # end within the last message, which the answer continues
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One caller's question after the tensors were read: either `text` or `input_ids` is set."""
+    """One caller's question after the tensors were read: one of `text`, `input_ids` and `chat` is set."""
 
     text: str | None
     input_ids: tuple[int, ...] | None
+    chat: Chat | None = None
     sampling: SamplingParams
     outputs: Outputs
     stream: bool
@@ -87,8 +101,9 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of answer, ready to send. The last delta of a request has `finish_reason` or `error`."""
+    """A piece of answer, ready to send: of one of the request's sequences. A sequence's last has `finish_reason`; an `error` ends the request."""
 
+    index: int = 0  # which sequence
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[dict[int, float], ...] = ()  # per token: token id -> logprob, the chosen one first
@@ -97,6 +112,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
     finish_reason: str | None = None  # "stop" | "length"
     error: RequestError | None = None
+    last: bool = False  # of the request: nothing comes after it
 
 
 def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
@@ -120,6 +136,11 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise RequestError(f"seed: expected 64 bits, got {_shorten(str(sampling.seed))}")
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise RequestError(f"min_tokens: {sampling.min_tokens} is more than max_tokens ({sampling.max_tokens})")
+    if sampling.best_of is not None and sampling.best_of < sampling.n:
+        raise RequestError(f"best_of: {sampling.best_of} is less than n ({sampling.n})")
+    for name in ("n", "best_of"):
+        if sampling.greedy and (getattr(sampling, name) or 1) > 1:
+            raise RequestError(f"{name}: {getattr(sampling, name)} with temperature 0: every sequence would be the same")
     return sampling
 
 

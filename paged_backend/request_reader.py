@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.errors import RequestError
-from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Outputs, Request, SamplingParams, parse_sampling
+from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, parse_sampling
 
 MAX_JSON_BYTES = 1_048_576
 MAX_WORDS = max(MAX_STOP_STRINGS, MAX_BAD_WORDS)
@@ -21,7 +21,10 @@ Tensors = Mapping[str, Tensor]
 _OUTPUT_SWITCHES = {f"return_{name}": name for name in Outputs.__struct_fields__}
 _SAMPLING_TENSORS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 _WORD_TENSORS = {"stop_words": "stop", "bad_words": "bad_words"}
-_SWITCHES = ("stream", "exclude_input_in_output", *_OUTPUT_SWITCHES)
+_PROMPTS = ("text_input", "input_ids", "messages")
+_CHAT_SWITCHES = ("add_generation_prompt", "continue_final_message")
+_ERROR_CODE_SWITCH = "return_error_code"
+_SWITCHES = ("stream", "exclude_input_in_output", *_CHAT_SWITCHES, *_OUTPUT_SWITCHES)
 # Names that the server itself gives a meaning, or that its clients send along.
 _RESERVED = frozenset(
     ["priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output", "classification", "unary", "content_length"]
@@ -42,11 +45,17 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
     exclude_prompt = _switch(tensors, given, "exclude_input_in_output")
     if stream and exclude_prompt is False:
         raise RequestError("exclude_input_in_output: false is not possible with stream: the prompt cannot be part of a streamed answer")
-    text, input_ids = _read_prompt(tensors)
+    name = _prompt_name(tensors)
+    sampling = _read_sampling(tensors, given, outputs)
+    if stream and (sampling.best_of or 1) > sampling.n:
+        raise RequestError(f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end")
+    if stream and sampling.n > 1:
+        outputs = msgspec.structs.replace(outputs, sequence_index=True)
     return Request(
-        text=text,
-        input_ids=input_ids,
-        sampling=_read_sampling(tensors, given, outputs),
+        text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
+        input_ids=_read_ids(tensors[name]) if name == "input_ids" else None,
+        chat=_read_chat(tensors, given) if name == "messages" else None,
+        sampling=sampling,
         outputs=outputs,
         stream=stream,
         prepend_prompt=not stream and not exclude_prompt,
@@ -55,17 +64,45 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
     )
 
 
-def _read_prompt(tensors: Tensors) -> tuple[str | None, tuple[int, ...] | None]:
-    text, ids = tensors.get("text_input"), tensors.get("input_ids")
-    if text is not None and ids is not None:
-        raise RequestError("text_input and input_ids: send one of them, not both")
-    if text is not None:
-        return _string("text_input", _only("text_input", text)), None
-    if ids is None:
-        raise RequestError("text_input: missing; send the prompt as text_input or input_ids")
+def wants_error_code(parameters: str) -> bool:
+    """Whether an error's text is to begin with its code, "UNAVAILABLE: …": the only way in which a gRPC stream can carry one.
+
+    Asked before the request is read, which may fail, so whatever cannot be understood means no.
+    """
+    if _ERROR_CODE_SWITCH not in parameters:
+        return False
+    try:
+        return _switch({}, _read_json("parameters", parameters.encode()), _ERROR_CODE_SWITCH) is True
+    except RequestError:
+        return False
+
+
+def _prompt_name(tensors: Tensors) -> str:
+    names = [name for name in _PROMPTS if name in tensors]
+    if not names:
+        raise RequestError("text_input: missing; send the prompt as text_input, input_ids or messages")
+    if len(names) > 1:
+        raise RequestError(f"{' and '.join(names)}: send one of them, not {'both' if len(names) == 2 else 'all'}")
+    return names[0]
+
+
+def _read_ids(ids: Tensor) -> tuple[int, ...]:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise RequestError(f"input_ids: expected a list of integers, got shape {list(ids.shape)}")
-    return None, tuple(ids.tolist())
+    return tuple(ids.tolist())
+
+
+def _read_chat(tensors: Tensors, given: Mapping[str, Any]) -> Chat:
+    opens, continues = (_switch(tensors, given, name) for name in _CHAT_SWITCHES)
+    if opens and continues:
+        raise RequestError("add_generation_prompt and continue_final_message: the answer opens a new turn or continues the last one, not both")
+    tools = tensors.get("tools")
+    return Chat(
+        messages=_string("messages", _only("messages", tensors["messages"])),
+        tools=None if tools is None else _string("tools", _only("tools", tools)),
+        add_generation_prompt=not continues if opens is None else opens,
+        continue_final_message=bool(continues),
+    )
 
 
 def _read_parameters(text: str) -> dict[str, Any]:
@@ -92,7 +129,8 @@ def _read_sampling(tensors: Tensors, given: Mapping[str, Any], outputs: Outputs)
     for tensor, name in _WORD_TENSORS.items():
         if tensor in tensors:
             options[name] = _words(tensor, tensors[tensor])
-    if options.get("logprobs") is None and (outputs.logprobs or outputs.cumulative_logprob):
+    ranks = options.get("best_of") is not None  # by cumulative logprob
+    if options.get("logprobs") is None and (outputs.logprobs or outputs.cumulative_logprob or ranks):
         options["logprobs"] = 0
     return parse_sampling(options)
 

@@ -55,8 +55,8 @@ class Scheduler:
         max_running = min(limits.max_num_sequences, limits.max_batched_tokens)
         self._limits = limits
         self._clock = clock
-        self._pages = SequencePages(limits.num_pages, limits.page_size, limits.prefix_cache)
-        self._rows = Rows(max_running, limits.max_model_len, limits.page_size, limits.prefix_cache)
+        self._pages = SequencePages(limits.num_pages, limits.page_size)
+        self._rows = Rows(max_running, limits.max_model_len, limits.page_size)
         self._sequences: dict[int, Sequence] = {}
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
@@ -95,7 +95,8 @@ class Scheduler:
             seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
             stop_ids=tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids)),
             bad_words=request.bad_words,
-            cache_salt=request.cache_salt,
+            cache_salt=request.cache_salt if self._limits.prefix_cache else f"family {request.family}",
+            shares=self._limits.prefix_cache or request.family is not None,
             arrival=request.arrival,
         )
         self._sequences[sequence.request_id] = sequence
@@ -152,7 +153,7 @@ class Scheduler:
         table.num_computed[rows] = ends
         table.num_tokens[rows] += samples
         for row in rows[(counts > 1) & (ends >= table.publish_at[rows])].tolist():  # prompts: their ids are known before they are computed
-            self._publish(row)
+            self._publish(row, int(table.num_computed[row]))
         self._step += 1
         batch = Batch(
             step=self._step,
@@ -252,6 +253,7 @@ class Scheduler:
             new_rows.append(row)
             new_counts.append(min(budget, int(self._rows.num_tokens[row] - self._rows.num_computed[row])))
             budget -= new_counts[-1]
+            self._publish(row, num_computed + new_counts[-1])
         if not new_rows:
             return rows, counts
         return np.concatenate([rows, np.array(new_rows, np.int32)]), np.concatenate([counts, np.array(new_counts, np.int32)])
@@ -285,13 +287,16 @@ class Scheduler:
             self.queue_times.append(max(0.0, sequence.admitted - sequence.arrival))
         return row
 
-    def _publish(self, row: int) -> None:
-        """Makes a row's pages findable as far as their tokens are known and computed."""
+    def _publish(self, row: int, num_computed: int) -> None:
+        """Makes a row's pages findable as far as their tokens are known, and computed before or in this step: whoever finds them may use them in the same
+        step, because every layer stores all of a step's keys and values before it attends to any."""
         table, size = self._rows, self._limits.page_size
         sequence = table.sequences[row]
         assert sequence is not None
+        if num_computed < table.publish_at[row]:
+            return
         first = int(table.publish_at[row]) // size - 1
-        end = int(min(table.num_computed[row], table.num_known[row])) // size
+        end = min(num_computed, int(table.num_known[row])) // size
         self._pages.publish(sequence, table.token_ids[row], first, end)
         table.publish_at[row] = (end + 1) * size
 
@@ -333,7 +338,7 @@ class Scheduler:
             table.unanswered[row] = False
             self._tell_start(table.sequences[row])
         for row in rows[np.minimum(known, table.num_computed[rows]) >= table.publish_at[rows]].tolist():
-            self._publish(row)
+            self._publish(row, int(table.num_computed[row]))
         stopped = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         ended = stopped | (known >= table.length_limit[rows])
         for row, stop in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
@@ -405,6 +410,15 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All of them, oldest first; to be looked at only."""
+        return list(self._sequences.values())
+
+    def num_tokens(self, sequence: Sequence) -> int:
+        """Its known tokens, of prompt and answer."""
+        return len(sequence.token_ids) if sequence.row is None else int(self._rows.num_known[sequence.row])
 
     @property
     def pool(self) -> PagePool:

@@ -38,6 +38,7 @@ class Sequence:
     stop_ids: tuple[int, ...]
     bad_words: tuple[tuple[int, ...], ...]
     cache_salt: str
+    shares: bool  # its pages may be found by others, and theirs by it
     arrival: float  # seconds, CLOCK_MONOTONIC
     priority: int = 0  # the higher, the later it is preempted
     status: Status = Status.WAITING
@@ -69,9 +70,8 @@ class Rows:
     num_computed counts tokens whose K and V are in the pool or will be when the launched steps are over.
     """
 
-    def __init__(self, max_num_sequences: int, max_model_len: int, page_size: int, publishes: bool) -> None:
+    def __init__(self, max_num_sequences: int, max_model_len: int, page_size: int) -> None:
         self.page_size = page_size
-        self.publishes = publishes
         self.sequences: list[Sequence | None] = [None] * max_num_sequences
         self.request_id = np.full(max_num_sequences, _FREE, np.int64)
         self.token_ids = np.zeros((max_num_sequences, max_model_len + 1), np.int32)
@@ -101,7 +101,7 @@ class Rows:
         self.num_computed[row] = num_computed
         self.length_limit[row] = sequence.length_limit
         self.capacity[row] = len(sequence.pages) * self.page_size
-        self.publish_at[row] = num_computed + self.page_size if self.publishes else _NEVER
+        self.publish_at[row] = num_computed + self.page_size if sequence.shares else _NEVER
         width = len(sequence.stop_ids)
         if width > self.stop_ids.shape[1]:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, width - self.stop_ids.shape[1])), constant_values=-1)

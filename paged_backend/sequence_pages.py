@@ -13,18 +13,16 @@ from paged_backend.sequence import Sequence
 class SequencePages:
     """Invariant (`check`): every page's count is the number of sequences whose page list names it."""
 
-    def __init__(self, num_pages: int, page_size: int, share: bool) -> None:
-        """share: look for prompts' beginnings in the prefix cache."""
+    def __init__(self, num_pages: int, page_size: int) -> None:
         self.pool = PagePool(num_pages)
         self._cache = PrefixCache(self.pool, page_size)
         self._page_size = page_size
-        self._share = share
 
     def take(self, sequence: Sequence, num_tokens: int, headroom: int) -> int | None:
         """Holds the pages of a waiting sequence's first `num_tokens` tokens, known or not, those in the prefix cache first, and leaves `headroom`
         pages available. Returns how many tokens need not be computed; None if pages are short, then nothing has changed."""
         shared: list[int] = []
-        if self._share:
+        if sequence.shares:
             reusable = (len(sequence.token_ids) - 1) // self._page_size  # the newest token is always computed: its logits are wanted
             self._cache.extend(sequence.hashes, sequence.token_ids, reusable, sequence.cache_salt)
             shared = self._cache.match(sequence.hashes[:reusable])

@@ -20,7 +20,8 @@ from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.front_end import FrontEnd
 from paged_backend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.request import Delta, Outputs
-from paged_backend.request_reader import read_request
+from paged_backend.request_reader import read_request, wants_error_code
+from paged_backend.streamer import Send
 
 _PUBLISH_SECONDS = 0.25
 _PUBLISH_ALARM_SECONDS = 30  # a publication takes milliseconds
@@ -32,6 +33,7 @@ _CODES = {  # by name: the stub adds its classes to the library only after it ha
     ErrorKind.CANCELLED: "CANCELLED",
     ErrorKind.INTERNAL: "INTERNAL",
 }
+_GRPC_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT"}
 
 
 class TritonPythonModel:
@@ -70,17 +72,21 @@ class TritonPythonModel:
 
     def _accept(self, inference: Any) -> None:
         sender = inference.get_response_sender()
+        parameters = inference.parameters()
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
-            request = read_request(tensors, inference.parameters(), time.monotonic())
+            request = read_request(tensors, parameters, time.monotonic())
         except RequestError as error:
-            self._front_end.refuse(error, _send_to(sender, Outputs(), self._front_end.token_text))
+            self._refuse(error, parameters, sender)
             return
         except Exception:
             logging.getLogger("paged").exception("a request could not be read")
-            self._front_end.refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), _send_to(sender, Outputs(), self._front_end.token_text))
+            self._refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), parameters, sender)
             return
         self._front_end.ask(request, _send_to(sender, request.outputs, self._front_end.token_text), sender.is_cancelled)
+
+    def _refuse(self, error: RequestError, parameters: str, sender: Any) -> None:
+        self._front_end.refuse(error, _send_to(sender, Outputs(error_code=wants_error_code(parameters)), self._front_end.token_text))
 
 
 def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -105,39 +111,50 @@ def _num_instances(model_config: Mapping[str, Any]) -> int:
     return sum(group["count"] * max(1, len(group["gpus"]) if group["kind"] == "KIND_GPU" else 1) for group in model_config["instance_group"])
 
 
-def _send_to(sender: Any, outputs: Outputs, token_text: Callable[[int], str]) -> Callable[[Delta, bool], None]:
-    def send(delta: Delta, final: bool) -> None:
+def _send_to(sender: Any, outputs: Outputs, token_text: Callable[[int], str]) -> Send:
+    def send(deltas: tuple[Delta, ...], final: bool) -> None:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        sender.send(response_of(delta, outputs, token_text), flags=flags)
+        sender.send(response_of(deltas, outputs, token_text), flags=flags)
 
     return send
 
 
-def response_of(delta: Delta, outputs: Outputs, token_text: Callable[[int], str]) -> Any:
-    """The InferenceResponse for a delta: text_output always, the others as asked for. One entry per sequence (there is one)."""
-    if delta.error is not None:
-        code = getattr(pb_utils.TritonError, _CODES[delta.error.kind])
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(delta.error), code))
-    tensors = [_strings("text_output", delta.text)]
+def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[[int], str]) -> Any:
+    """The InferenceResponse for deltas of several sequences, or one with an error: text_output always, the others as asked for, an entry per sequence.
+
+    output_ids has the sequences' tokens end to end (num_output_tokens says how many are whose); num_input_tokens and num_cached_tokens have one entry.
+    """
+    first = deltas[0]
+    if first.error is not None:
+        code = _CODES[first.error.kind]
+        words = f"{_GRPC_NAMES.get(code, code)}: {first.error}" if outputs.error_code else str(first.error)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(words, getattr(pb_utils.TritonError, code)))
+    tensors = [_strings("text_output", [delta.text for delta in deltas])]
+    if outputs.sequence_index:
+        tensors.append(_numbers("sequence_index", [delta.index for delta in deltas], np.int32))
     if outputs.finish_reason:
-        tensors.append(_strings("finish_reason", str(delta.finish_reason)))
+        tensors.append(_strings("finish_reason", [str(delta.finish_reason) for delta in deltas]))
     if outputs.cumulative_logprob:
-        tensors.append(pb_utils.Tensor("cumulative_logprob", np.array([delta.cumulative_logprob], np.float32)))
+        tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
     if outputs.logprobs:
-        tensors.append(_strings("logprobs", json.dumps([_logprob_entries(entry, token_text) for entry in delta.logprobs])))
+        tensors.append(_strings("logprobs", [json.dumps([_logprob_entries(entry, token_text) for entry in delta.logprobs]) for delta in deltas]))
     if outputs.num_input_tokens:
-        tensors.append(pb_utils.Tensor("num_input_tokens", np.array([delta.num_input_tokens], np.uint32)))
+        tensors.append(_numbers("num_input_tokens", [first.num_input_tokens], np.uint32))
     if outputs.num_output_tokens:
-        tensors.append(pb_utils.Tensor("num_output_tokens", np.array([len(delta.token_ids)], np.uint32)))
+        tensors.append(_numbers("num_output_tokens", [len(delta.token_ids) for delta in deltas], np.uint32))
     if outputs.output_ids:
-        tensors.append(pb_utils.Tensor("output_ids", np.array(delta.token_ids, np.int32)))
+        tensors.append(_numbers("output_ids", [token_id for delta in deltas for token_id in delta.token_ids], np.int32))
     if outputs.num_cached_tokens:
-        tensors.append(pb_utils.Tensor("num_cached_tokens", np.array([delta.num_cached_tokens], np.uint32)))
+        tensors.append(_numbers("num_cached_tokens", [first.num_cached_tokens], np.uint32))
     return pb_utils.InferenceResponse(tensors)
 
 
-def _strings(name: str, text: str) -> Any:
-    return pb_utils.Tensor(name, np.array([text.encode()], np.object_))
+def _strings(name: str, texts: Sequence[str]) -> Any:
+    return pb_utils.Tensor(name, np.array([text.encode() for text in texts], np.object_))
+
+
+def _numbers(name: str, values: Sequence[float], dtype: Any) -> Any:
+    return pb_utils.Tensor(name, np.array(values, dtype))
 
 
 def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str]) -> dict[str, dict[str, Any]]:

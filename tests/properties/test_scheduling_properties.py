@@ -58,13 +58,19 @@ class Scheduling(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         ignore_eos=st.booleans(),
         salt=st.sampled_from(["", "", "tenant"]),
+        siblings=st.sampled_from([0, 0, 1, 3]),
     )
-    def submit(self, prompt: list[int], max_tokens: int, ignore_eos: bool, salt: str) -> None:
+    def submit(self, prompt: list[int], max_tokens: int, ignore_eos: bool, salt: str, siblings: int) -> None:
+        family = self.serial if siblings else None
+        for _ in range(1 + siblings):
+            self._submit_one(prompt, max_tokens, ignore_eos, salt, family)
+
+    def _submit_one(self, prompt: list[int], max_tokens: int, ignore_eos: bool, salt: str, family: int | None) -> None:
         self.serial += 1
         request_id = self.serial
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, temperature=0.0)
         refused = self.scheduler.num_waiting >= self.limits.max_queue_size or len(prompt) >= self.limits.max_model_len
-        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), salt, self.now))
+        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), salt, self.now, family))
         if refused:
             self.expected[request_id] = ([], "")
         else:

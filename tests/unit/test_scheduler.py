@@ -34,10 +34,10 @@ class Bench:
         self.finishes: dict[int, Finish] = {}
         self.started: dict[int, int] = {}
 
-    def submit(self, request_id: int, prompt: list[int], salt: str = "", **sampling: object) -> None:
+    def submit(self, request_id: int, prompt: list[int], salt: str = "", family: int | None = None, **sampling: object) -> None:
         params = SamplingParams(**({"max_tokens": 4, "temperature": 0.0} | sampling))  # type: ignore[arg-type]
         self.tokens[request_id] = []
-        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), params, (), salt, self.now))
+        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), params, (), salt, self.now, family))
 
     def step(self, n: int = 1) -> None:
         for _ in range(n):
@@ -148,6 +148,31 @@ def test_prompts_share_pages_while_their_owner_still_runs() -> None:
     assert bench.scheduler.pool.num_held == 4  # two shared, and one each
     bench.run()
     assert bench.tokens[2] == solo([*range(8), 50], 8, (), VOCAB)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_siblings_compute_their_prompt_once_and_share_its_pages(prefix_cache: bool, steps_ahead: int) -> None:
+    """Admitted in one step: the others find the pages that the first computes in this very step. What lies past the last full page is each one's own."""
+    bench = Bench(prefix_cache=prefix_cache, steps_ahead=steps_ahead, num_pages=32)
+    prompt = list(range(18))
+    for request_id in range(1, 6):
+        bench.submit(request_id, prompt, family=7, max_tokens=5 + request_id)
+    bench.step()
+    assert bench.batches[0].counts.tolist() == [18, 2, 2, 2, 2]
+    assert bench.scheduler.pool.num_held == 4 + 5
+    bench.run()
+    for request_id in range(1, 6):
+        assert bench.tokens[request_id] == solo(prompt, 5 + request_id, (), VOCAB)
+
+
+def test_without_a_prefix_cache_a_family_shares_with_nobody_else() -> None:
+    bench = Bench(prefix_cache=False)
+    for request_id, family in ((1, 5), (2, 5), (3, 6), (4, None)):
+        bench.submit(request_id, list(range(9)), family=family)
+    bench.step()
+    assert bench.batches[0].counts.tolist() == [9, 1, 9, 9]
+    bench.run()
 
 
 def test_salted_prompts_share_nothing() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.request import Delta
-from paged_backend.streamer import Channel, Streamer, joined
+from paged_backend.streamer import Channel, Send, Streamer, by_sequence, joined
 
 
 class Client:
@@ -28,7 +28,8 @@ class Client:
         self._fails_at = fails_at
         self._busy = threading.Lock()
 
-    def send(self, delta: Delta, final: bool) -> None:
+    def send(self, deltas: tuple[Delta, ...], final: bool) -> None:
+        (delta,) = deltas
         assert self._busy.acquire(blocking=False), "two senders at once"
         time.sleep(self._delay)
         self.sent.append((delta, final))
@@ -69,7 +70,7 @@ def test_every_request_gets_its_pieces_once_in_order_and_one_final(lengths: list
             for channel, length in zip(channels, lengths, strict=True):
                 if piece < length:
                     last = piece == length - 1
-                    streamer.put(channel, Delta(text=f"{piece} ", token_ids=(piece,), finish_reason="stop" if last else None))
+                    streamer.put(channel, Delta(text=f"{piece} ", token_ids=(piece,), finish_reason="stop" if last else None, last=last))
         assert streamer.wait_until_all_ended(10)
     for client, length in zip(clients, lengths, strict=True):
         assert client.text == "".join(f"{piece} " for piece in range(length))
@@ -85,7 +86,7 @@ def test_pieces_that_wait_for_a_busy_sender_become_one_response(streamer: Stream
     streamer.put(channel, Delta(text="0"))
     assert started.wait(5)
     for piece in range(1, 10):
-        streamer.put(channel, Delta(text=str(piece), finish_reason="length" if piece == 9 else None))
+        streamer.put(channel, Delta(text=str(piece), finish_reason="length" if piece == 9 else None, last=piece == 9))
     go_on.set()
     assert client.ended.wait(5)
     assert [delta.text for delta, _ in client.sent] == ["0", "123456789"]
@@ -97,10 +98,10 @@ def test_an_unstreamed_answer_is_one_response(streamer: Streamer) -> None:
     for piece in range(10):
         streamer.put(channel, Delta(text=str(piece), token_ids=(piece,)))
         time.sleep(0.001)
-    streamer.put(channel, Delta(text=".", finish_reason="stop"))
+    streamer.put(channel, Delta(text=".", finish_reason="stop", last=True))
     assert client.ended.wait(5)
     (response,) = client.sent
-    assert response == (Delta(text="0123456789.", token_ids=tuple(range(10)), finish_reason="stop"), True)
+    assert response == (Delta(text="0123456789.", token_ids=tuple(range(10)), finish_reason="stop", last=True), True)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["text-only", "eager"])
@@ -110,7 +111,7 @@ def test_a_piece_without_text_is_worth_a_response_only_if_its_tokens_are_wanted(
     streamer.put(channel, Delta(token_ids=(1,)))
     time.sleep(0.05)
     assert len(client.sent) == eager
-    streamer.put(channel, Delta(token_ids=(2,), text="x", finish_reason="stop"))
+    streamer.put(channel, Delta(token_ids=(2,), text="x", finish_reason="stop", last=True))
     assert client.ended.wait(5)
     assert [token for delta, _ in client.sent for token in delta.token_ids] == [1, 2]
 
@@ -125,7 +126,7 @@ def _block(streamer: Streamer, started: threading.Event, go_on: threading.Event)
         client.send(delta, final)
 
     channel = streamer.open(send, client.on_end, stream=True)
-    streamer.put(channel, Delta(text="x", finish_reason="stop"))
+    streamer.put(channel, Delta(text="x", finish_reason="stop", last=True))
     return client
 
 
@@ -133,8 +134,8 @@ def test_first_tokens_and_finals_overtake_continuations() -> None:
     order: list[str] = []
     started, go_on = threading.Event(), threading.Event()
 
-    def client(name: str) -> Callable[[Delta, bool], None]:
-        return lambda delta, final: order.append(f"{name} {delta.text}")
+    def client(name: str) -> Send:
+        return lambda deltas, final: order.append(f"{name} {deltas[0].text}")
 
     with closing(Streamer(max_delay_seconds=10, num_senders=1)) as streamer:
         running = [streamer.open(client(f"running{number}"), lambda _: None, stream=True) for number in range(3)]
@@ -147,11 +148,11 @@ def test_first_tokens_and_finals_overtake_continuations() -> None:
             streamer.put(channel, Delta(text="more"))
         new = streamer.open(client("new"), lambda _: None, stream=True)
         streamer.put(new, Delta(text="first"))
-        streamer.put(running[2], Delta(text=" and last", finish_reason="stop"))
+        streamer.put(running[2], Delta(text=" and last", finish_reason="stop", last=True))
         go_on.set()
         time.sleep(0.05)
         for channel in (*running[:2], new):
-            streamer.put(channel, Delta(text="last", finish_reason="stop"))
+            streamer.put(channel, Delta(text="last", finish_reason="stop", last=True))
         assert streamer.wait_until_all_ended(5)
     assert order[3:7] == ["new first", "running2 more and last", "running0 more", "running1 more"]
 
@@ -169,11 +170,11 @@ def test_a_continuation_that_waited_too_long_takes_turns_with_first_tokens() -> 
         streamer.put(old, Delta(text="more"))
         for _ in range(5):
             new = streamer.open(lambda delta, final: order.append("new"), lambda _: None, stream=True)
-            streamer.put(new, Delta(text="only", finish_reason="stop"))
+            streamer.put(new, Delta(text="only", finish_reason="stop", last=True))
         time.sleep(0.05)
         go_on.set()
         time.sleep(0.05)
-        streamer.put(old, Delta(finish_reason="stop"))
+        streamer.put(old, Delta(finish_reason="stop", last=True))
         assert streamer.wait_until_all_ended(5)
     assert order.index("old") <= 1
 
@@ -186,7 +187,7 @@ def test_an_error_is_sent_after_the_text_before_it(streamer: Streamer) -> None:
     streamer.put(channel, Delta(text="a"))
     assert started.wait(5)
     streamer.put(channel, Delta(text="b"))
-    streamer.put(channel, Delta(error=error))
+    streamer.put(channel, Delta(error=error, last=True))
     go_on.set()
     assert client.ended.wait(5)
     assert [(delta.text, final) for delta, final in client.sent[:2]] == [("a", False), ("b", False)]
@@ -206,8 +207,8 @@ def _slowed(send: Callable[[Delta, bool], None], started: threading.Event, go_on
 def test_after_the_last_piece_nothing_more_is_taken(streamer: Streamer) -> None:
     client = Client()
     channel = _open(streamer, client)
-    assert streamer.put(channel, Delta(text="a", finish_reason="stop"))
-    assert not streamer.put(channel, Delta(error=RequestError("cancelled", ErrorKind.CANCELLED)))
+    assert streamer.put(channel, Delta(text="a", finish_reason="stop", last=True))
+    assert not streamer.put(channel, Delta(error=RequestError("cancelled", ErrorKind.CANCELLED), last=True))
     assert client.ended.wait(5)
     assert client.finals == [True]
 
@@ -232,7 +233,7 @@ def test_other_requests_go_on_when_one_clients_send_fails(streamer: Streamer) ->
     channels = [_open(streamer, client) for client in clients]
     for piece in range(10):
         for channel in channels:
-            streamer.put(channel, Delta(text=f"{piece}", finish_reason="stop" if piece == 9 else None))
+            streamer.put(channel, Delta(text=f"{piece}", finish_reason="stop" if piece == 9 else None, last=piece == 9))
             time.sleep(0.0005)
     assert streamer.wait_until_all_ended(5)
     assert all(client.text == "0123456789" for client in clients[::2])
@@ -248,7 +249,7 @@ def test_no_reference_to_the_response_sender_is_left_after_the_final_response(st
     gone = weakref.ref(sender)
     channel = streamer.open(sender.send, lambda _: ended.set(), stream=True)
     del sender
-    streamer.put(channel, Delta(text="a", finish_reason="stop"))
+    streamer.put(channel, Delta(text="a", finish_reason="stop", last=True))
     assert ended.wait(5)
     assert streamer.wait_until_all_ended(5)
     time.sleep(0.05)
@@ -261,7 +262,7 @@ def test_close_sends_what_is_in_line() -> None:
     channels = [_open(streamer, client) for _ in range(1)]
     for channel in channels:
         streamer.put(channel, Delta(text="a"))
-        streamer.put(channel, Delta(text="b", finish_reason="stop"))
+        streamer.put(channel, Delta(text="b", finish_reason="stop", last=True))
     streamer.close()
     assert client.text == "ab"
     assert client.finals[-1] is True
@@ -281,3 +282,32 @@ def test_joined_pieces_keep_every_token_and_the_last_totals() -> None:
         num_cached_tokens=3,
         finish_reason="stop",
     )
+
+
+def test_pieces_of_several_sequences_go_in_one_response_each_joined(streamer: Streamer) -> None:
+    sent: list[tuple[tuple[Delta, ...], bool]] = []
+    gate = threading.Event()
+
+    def send(deltas: tuple[Delta, ...], final: bool) -> None:
+        sent.append((deltas, final))
+        gate.wait(5)
+
+    channel = streamer.open(send, lambda _: None, stream=True)
+    streamer.put(channel, Delta(index=1, text="b"))
+    while not sent:
+        time.sleep(0.001)
+    for index, text in ((2, "x"), (0, "a"), (2, "y"), (1, "c")):
+        streamer.put(channel, Delta(index=index, text=text))
+    streamer.put(channel, Delta(index=0, finish_reason="stop"))
+    gate.set()
+    time.sleep(0.05)
+    assert not sent[1][1], "a sequence's end is not the request's"
+    streamer.put(channel, Delta(index=2, finish_reason="length", last=True))
+    assert streamer.wait_until_all_ended(5)
+    texts = [[(delta.index, delta.text, delta.finish_reason) for delta in deltas] for deltas, _ in sent]
+    assert texts == [[(1, "b", None)], [(0, "a", "stop"), (1, "c", None), (2, "xy", None)], [(2, "", "length")]]
+    assert [final for _, final in sent] == [False, False, True]
+
+
+def test_one_sequences_pieces_are_one_delta() -> None:
+    assert by_sequence([Delta(index=3, text="a"), Delta(index=3, text="b", last=True)]) == (Delta(index=3, text="ab", last=True),)

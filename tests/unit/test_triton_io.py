@@ -209,7 +209,7 @@ def _series(family: str, **labels: str) -> FakeMetric:
     ],
 )
 def test_each_kind_of_error_has_its_code(triton_io: types.ModuleType, kind: ErrorKind, code: str) -> None:
-    response = triton_io.response_of(Delta(error=RequestError("why", kind)), Outputs(), str)
+    response = triton_io.response_of([Delta(error=RequestError("why", kind))], Outputs(), str)
     assert (response.error.message, response.error.code, response.tensors) == ("why", code, {})
 
 
@@ -223,10 +223,10 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
         num_cached_tokens=2,
         finish_reason="stop",
     )
-    response = triton_io.response_of(delta, Outputs(), str)
+    response = triton_io.response_of([delta], Outputs(), str)
     assert {name: array.tolist() for name, array in response.tensors.items()} == {"text_output": ["é".encode()]}
     everything = Outputs(**dict.fromkeys(Outputs.__struct_fields__, True))
-    arrays = triton_io.response_of(delta, everything, lambda token: f"<{token}>").tensors
+    arrays = triton_io.response_of([delta], everything, lambda token: f"<{token}>").tensors
     logprobs = json.loads(arrays.pop("logprobs")[0])
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "text_output": ["é".encode()],
@@ -236,6 +236,7 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
         "num_output_tokens": [2],
         "output_ids": [5, 6],
         "num_cached_tokens": [2],
+        "sequence_index": [0],
     }
     assert {name: str(array.dtype) for name, array in arrays.items() if array.dtype != object} == {
         "cumulative_logprob": "float32",
@@ -243,6 +244,7 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
         "num_output_tokens": "uint32",
         "output_ids": "int32",
         "num_cached_tokens": "uint32",
+        "sequence_index": "int32",
     }
     assert logprobs == [
         {"5": {"logprob": -1.0, "rank": 2, "decoded_token": "<5>"}, "7": {"logprob": -0.5, "rank": 1, "decoded_token": "<7>"}},
@@ -251,7 +253,7 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
 
 
 def test_an_unfinished_response_says_none_as_the_vllm_backend_does(triton_io: types.ModuleType) -> None:
-    response = triton_io.response_of(Delta(text="a"), Outputs(finish_reason=True), str)
+    response = triton_io.response_of([Delta(text="a")], Outputs(finish_reason=True), str)
     assert response.tensors["finish_reason"].tolist() == [b"None"]
 
 
@@ -391,3 +393,16 @@ def test_a_front_end_loads_neither_torch_nor_transformers(tmp_path: Path) -> Non
     code = "import sys; sys.path.insert(0, sys.argv[1]); import paged_backend.triton_io; print({'torch', 'transformers', 'triton'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, env={**os.environ})
     assert out.stdout.strip() == "set()"
+
+
+def test_several_sequences_have_an_entry_each(triton_io: types.ModuleType) -> None:
+    deltas = (Delta(index=1, text="b", token_ids=(4,)), Delta(index=3, text="", token_ids=(5, 6), finish_reason="length"))
+    outputs = Outputs(finish_reason=True, num_output_tokens=True, output_ids=True, sequence_index=True)
+    arrays = triton_io.response_of(deltas, outputs, str).tensors
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "text_output": [b"b", b""],
+        "sequence_index": [1, 3],
+        "finish_reason": [b"None", b"length"],
+        "num_output_tokens": [1, 2],
+        "output_ids": [4, 5, 6],
+    }
