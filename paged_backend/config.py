@@ -60,6 +60,12 @@ class EngineConfig(BaseModel):
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one, else cpu.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds the random numbers of requests that bring no seed of their own.")
+    max_engine_restarts: int = Field(
+        8, ge=0, description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on."
+    )
+    engine_hang_seconds: float = Field(
+        300.0, ge=0, description="An engine that says nothing for this long, which no step may take, is killed and restarted; 0: never."
+    )
     log_requests: bool = Field(False, description="Log one line per finished request: lengths and times, never text.")
 
     @model_validator(mode="after")

@@ -45,11 +45,19 @@ class ProcessId(msgspec.Struct, frozen=True):
         return ProcessId.of(self.pid) == self
 
 
+class Incarnation(msgspec.Struct, frozen=True):
+    """An engine process. When it dies, the next one takes its place, in a folder of its own."""
+
+    number: int
+    engine: ProcessId
+
+
 class _Generation(msgspec.Struct):
     """The front ends of one engine."""
 
     owner: ProcessId
     engine: ProcessId
+    incarnation: int = 0
     arrivals: int = 1
     departures: int = 0
     over: bool = False  # the load failed, the engine died or the owner left: nobody may join
@@ -70,11 +78,15 @@ class _State(msgspec.Struct):
 class Seat:
     """A front end's place: its number among those of one engine, and where their sockets are."""
 
-    folder: Path  # private to the user; holds engine.sock and one socket per front end
+    folder: Path  # private to the user
     generation: int
     front_end: int
-    engine: ProcessId
+    first: Incarnation
     owner: bool  # this front end started the engine, and ends it
+
+    def folder_of(self, incarnation: Incarnation) -> Path:
+        """Holds engine.sock and one socket per front end."""
+        return self.folder / str(incarnation.number)
 
 
 class Election:
@@ -87,7 +99,7 @@ class Election:
     def take_seat(self, start_engine: Callable[[Path], int]) -> Seat:
         """Joins the newest generation if it has a seat left, else opens the next and starts its engine.
 
-        start_engine: given the generation's folder, starts the engine there and returns its process number. Called under the lock, so it must
+        start_engine: given a folder of its own, starts the engine there and returns its process number. Called under the lock, so it must
         not wait for the engine to load.
 
         Raises:
@@ -102,7 +114,8 @@ class Election:
                 state.newest += 1
                 generation = state.generations[state.newest] = self._open_generation(state.newest, start_engine)
                 owner = True
-            return Seat(self._folder / str(state.newest), state.newest, generation.arrivals - 1, generation.engine, owner)
+            first = Incarnation(generation.incarnation, generation.engine)
+            return Seat(self._folder / str(state.newest), state.newest, generation.arrivals - 1, first, owner)
 
     def _open_generation(self, number: int, start_engine: Callable[[Path], int]) -> _Generation:
         _sweep(self._folder)
@@ -110,13 +123,32 @@ class Election:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
         try:
-            pid = start_engine(folder)
+            engine = _start(folder, 0, start_engine)
         except BaseException:
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         owner = ProcessId.of(os.getpid())
         assert owner is not None
-        return _Generation(owner, ProcessId.of(pid) or ProcessId(pid, -1))  # an engine that died at once is noticed like one that dies later
+        return _Generation(owner, engine)
+
+    def restart(self, seat: Seat, start_engine: Callable[[Path], int]) -> Incarnation:
+        """The owner starts the next engine, in a new folder; the folder of the one before goes.
+
+        Raises:
+            EngineError: the engine cannot be started.
+        """
+        with self._locked() as state:
+            generation = state.generations[seat.generation]
+            shutil.rmtree(seat.folder / str(generation.incarnation), ignore_errors=True)
+            generation.incarnation += 1
+            generation.engine = _start(seat.folder, generation.incarnation, start_engine)
+            return Incarnation(generation.incarnation, generation.engine)
+
+    def current(self, seat: Seat) -> Incarnation | None:
+        """The engine that the seat's generation has now; None if it will have none any more."""
+        with self._locked() as state:
+            generation = state.generations[seat.generation]
+            return None if generation.over or not generation.owner.alive else Incarnation(generation.incarnation, generation.engine)
 
     def end(self, seat: Seat, reason: str = "") -> str | None:
         """Nobody joins the seat's generation from now on. The reason it was ended for before, or None if it was not."""
@@ -169,6 +201,13 @@ class Election:
                     return
 
 
+def _start(folder: Path, incarnation: int, start_engine: Callable[[Path], int]) -> ProcessId:
+    own = folder / str(incarnation)
+    own.mkdir(mode=0o700)
+    pid = start_engine(own)
+    return ProcessId.of(pid) or ProcessId(pid, -1)  # an engine that died at once is noticed like one that dies later
+
+
 def _sweep(mine: Path) -> None:
     """Removes what killed servers of this user left behind."""
     for folder in mine.parent.glob(f"paged-{os.getuid()}-*"):
@@ -188,7 +227,7 @@ def _sweep(mine: Path) -> None:
 def _temporary_folder() -> Path:
     """The system's, unless its name is too long for a socket's address."""
     folder = Path(tempfile.gettempdir())
-    longest = folder / f"paged-{os.getuid()}-{'0' * 12}" / "9999" / "front_end_9999.sock"
+    longest = folder / f"paged-{os.getuid()}-{'0' * 12}" / "9999" / "9999" / "front_end_9999.sock"
     return folder if len(str(longest)) + len("ipc://") <= _LONGEST_ADDRESS else Path("/tmp")
 
 

@@ -1,4 +1,15 @@
-"""A front end's side of the engine: starts or finds it, submits requests, hands each request its tokens, notices the engine's death."""
+"""A front end's side of the engine: starts or finds it, submits requests, hands each request its tokens; and when the engine dies, goes on with the next.
+
+A live request is kept here with the tokens it got, and tokens follow from a request and its seed alone. So whoever survives the engine can ask the next
+one to go on where the last one stopped, and the caller sees a pause. The front end that started the engine restarts it, the others wait for that.
+
+    connected --the engine dies--> waiting for the next --Ready--> connected: every live request is submitted again
+                                        |
+                                        +--too many deaths, or unloaded--> gone: every live request ends with an error
+
+A request that is live in death after death may be their cause. It is submitted as a suspect, which the engine runs beside no other suspect (suspects.py);
+if engines die of it even so, it ends with an error and nobody else does.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +20,34 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import zmq
 
 from paged_backend.config import EngineConfig
-from paged_backend.election import Election, Seat
+from paged_backend.election import Election, Incarnation
+from paged_backend.engine_link import EngineLink
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.messages import (
-    Abort,
-    Failed,
-    FromEngine,
-    Goodbye,
-    Hello,
-    Ready,
-    Shutdown,
-    Stats,
-    Submit,
-    ToEngine,
-    Tokens,
-    decode_from_engine,
-    encode,
-    request_id_of,
-)
+from paged_backend.messages import SUSPECT_FILE, Abort, Failed, FromEngine, Goodbye, Ready, Shutdown, Stats, Submit, Tokens, request_id_of
 from paged_backend.prompt import Prompt
 from paged_backend.request import Finish
 
-_POLL_MS = 100  # how soon a silent death is noticed
 _LINGER_MS = 1000  # for the last goodbye
 _PATIENCE_SECONDS = 1.0  # Triton Server finalizes instances one after another: the other front ends may say goodbye only after the owner is gone
 _EXIT_SECONDS = 10.0
+_RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
+_QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
+_LONGEST_PAUSE_SECONDS = 5.0
+_SUSPECT_AFTER = 2  # deaths in a row while a request was live
+_GUILTY_AFTER = 2  # deaths while it ran as the only suspect
+_CLEARED_AFTER_TOKENS = 8
 ENGINE_GONE = "the engine stopped; try again later"
 
 log = logging.getLogger("paged")
@@ -64,10 +69,23 @@ class Piece:
 Receiver = Callable[[Piece], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Live:
-    submit: Submit  # kept for the day an engine is restarted and its requests are submitted again
+    """A request until its finish, with all that another engine must know to go on with it."""
+
+    submit: Submit
     receive: Receiver
+    token_ids: list[int] = field(default_factory=list)  # the answer so far
+    num_resumed: int = 0  # of them, how many there were when the present engine began
+    deaths: int = 0  # in a row, of engines that had it
+    strikes: int = 0  # deaths while it ran as a suspect
+
+    def resumed(self) -> Submit:
+        """The request as the next engine is to be asked."""
+        self.num_resumed = len(self.token_ids)
+        prompt_ids = self.submit.prompt_ids + np.array(self.token_ids, np.int32).tobytes()
+        suspect = self.deaths >= _SUSPECT_AFTER
+        return msgspec.structs.replace(self.submit, prompt_ids=prompt_ids, num_answered=len(self.token_ids), suspect=suspect)
 
 
 def engine_command() -> list[str]:
@@ -80,24 +98,25 @@ def engine_command() -> list[str]:
 
 
 class EngineClient:
-    """Thread-safe, except that `receive` and `on_stats` are called on one thread of the client's own."""
+    """Thread-safe, except that `receive` and the callbacks of `start` are called on one thread of the client's own."""
 
-    def __init__(self, election: Election, seat: Seat, engine: subprocess.Popen[bytes] | None) -> None:
-        """Use `connect`. engine: the engine process if this front end owns it."""
-        self._election = election
-        self._seat = seat
-        self._engine = engine
+    def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None) -> None:
+        """Use `connect`."""
+        self._config = config
+        self._command = command
+        self._engine: subprocess.Popen[bytes] | None = None  # the engine process, if this front end owns it
+        self._election = Election(key, num_front_ends)
+        self._seat = self._election.take_seat(self._start_engine)
+        self._incarnation = self._seat.first
         self._live: dict[int, _Live] = {}
         self._serials = count()
-        self._lock = threading.Lock()  # of the sending socket and of `alive`
+        self._lock = threading.Lock()  # of what is live, of the link and of `alive`
         self._alive = True
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.set_hwm(0)
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._outbox.set_hwm(0)
+        self._link: EngineLink | None = None  # None: there is no engine at the moment
+        self._restarts: deque[float] = deque()  # when the last ones were
         self.ready: Ready
 
     @classmethod
@@ -109,34 +128,37 @@ class EngineClient:
         Raises:
             EngineError: the engine cannot start; the sentence is the engine's own, or says how its process ended.
         """
-        election = Election(key, num_front_ends)
-        started: list[subprocess.Popen[bytes]] = []
-
-        def start(folder: Path) -> int:
-            started.append(_start_engine([*(command or engine_command()), str(folder)], config))
-            return started[0].pid
-
-        seat = election.take_seat(start)
-        client = cls(election, seat, started[0] if started else None)
+        client = cls(config, key, num_front_ends, command)
         try:
-            client.ready = client._say_hello()
+            client._link, client.ready = client._meet(client._incarnation)
+        except EngineError as error:
+            reason = str(error)
+            heard = client._election.end(client._seat, reason)  # another front end may have heard more
+            client.close()
+            raise EngineError(heard or reason) from None
         except BaseException:
             client.close()
             raise
         return client
 
-    def start(self, on_stats: Callable[[Stats], None]) -> None:
-        """Begins to receive. on_stats: called with the engine's numbers a few times a second, in the front end that owns the engine."""
-        self._thread = threading.Thread(target=self._receive, args=(on_stats,), name="engine-receive", daemon=True)
+    def start(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None] = lambda: None) -> None:
+        """Begins to receive. In the front end that owns the engine, on_stats is called with the engine's numbers a few times a second, and on_restart
+        whenever another engine has taken a dead one's place."""
+        self._thread = threading.Thread(target=self._receive, args=(on_stats, on_restart), name="engine-receive", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
+        """False when there is no engine and will be none. While one is restarted, requests are taken and wait."""
         return self._alive
 
     @property
     def front_end(self) -> int:
         return self._seat.front_end
+
+    @property
+    def engine_pid(self) -> int:
+        return self._incarnation.engine.pid
 
     def submit(self, prompt: Prompt, cache_salt: str, arrival: float, receive: Receiver, family: int | None = None) -> int:
         """Gives a request to the engine; every piece of its answer goes to `receive`, the last one with a `finish`. Returns the request's id.
@@ -145,18 +167,23 @@ class EngineClient:
             RequestError: the engine is gone.
         """
         request_id = request_id_of(self._seat.front_end, next(self._serials))
-        submit = Submit(request_id, prompt.token_ids.tobytes(), prompt.sampling, prompt.bad_words, cache_salt, arrival, family)
+        sampling = prompt.sampling
+        if sampling.seed is None and not sampling.greedy:  # drawn here, so that another engine can go on with the same random numbers
+            sampling = msgspec.structs.replace(sampling, seed=self._own_seed(request_id))
+        submit = Submit(request_id, prompt.token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family)
         with self._lock:
             if not self._alive or self._closing.is_set():
                 raise RequestError(ENGINE_GONE, ErrorKind.OVERLOADED)
             self._live[request_id] = _Live(submit, receive)
-            self._outbox.send(encode(submit))
+            if self._link is not None:
+                self._link.send(submit)
         return request_id
 
     def abort(self, request_id: int) -> None:
         """The request's pages are freed, and nothing more is heard of it. No effect if it is over already."""
-        if self._live.pop(request_id, None) is not None:
-            self._send(Abort(request_id))
+        with self._lock:
+            if self._live.pop(request_id, None) is not None and self._link is not None:
+                self._link.send(Abort(request_id))
 
     def close(self) -> None:
         """Says goodbye; the engine's owner ends the engine and waits for its exit, at most 10 s. No effect the second time."""
@@ -167,73 +194,101 @@ class EngineClient:
             self._thread.join()
         if self._engine is not None:
             self._election.end(self._seat)
-        self._send(Goodbye(self._seat.front_end))
-        if self._engine is not None:
-            self._send(Shutdown(_PATIENCE_SECONDS))
         with self._lock:
             self._alive = False
-            self._outbox.close(linger=_LINGER_MS if self._engine_runs() else 0)
-        self._inbox.close(linger=0)
+            link, self._link = self._link, None
+        if link is not None:
+            link.send(Goodbye(self._seat.front_end))
+            if self._engine is not None:
+                link.send(Shutdown(_PATIENCE_SECONDS))
+            link.close(_LINGER_MS if self._engine_runs() else 0)
+        elif self._engine is not None:
+            self._engine.kill()  # it was still loading
         if self._engine is not None:
             _wait_for_exit(self._engine)
         self._context.term()
         self._election.leave(self._seat)
 
-    def _send(self, message: ToEngine) -> None:
-        with self._lock:
-            if self._alive:
-                self._outbox.send(encode(message))
+    def _own_seed(self, request_id: int) -> int:
+        return int.from_bytes(blake2b(f"{self._config.seed}/{request_id}".encode(), digest_size=8).digest(), "little")
 
-    def _say_hello(self) -> Ready:
-        """Waits as long as the engine's process lives: a large model takes minutes to load."""
-        address = f"ipc://{self._seat.folder}/front_end_{self._seat.front_end}.sock"
-        self._inbox.bind(address)
-        self._outbox.connect(f"ipc://{self._seat.folder}/engine.sock")
-        self._send(Hello(self._seat.front_end, address))
-        while True:
-            message = self._next_message()
-            if isinstance(message, Ready):
-                return message
-            if isinstance(message, Failed):
-                self._election.end(self._seat, message.message)
-                raise EngineError(message.message)
-            if message is None and not self._engine_runs() and not self._inbox.poll(0):
-                reason = f"the engine process ended {self._exit_words()} before it was ready; its log lines say why"
-                raise EngineError(self._election.end(self._seat, reason) or reason)  # another front end may have heard more
+    # ---- one engine
 
-    def _next_message(self) -> FromEngine | None:
-        """None if nothing came for a while."""
-        return decode_from_engine(self._inbox.recv()) if self._inbox.poll(_POLL_MS) else None
+    def _start_engine(self, folder: Path) -> int:
+        self._engine = _start_engine([*(self._command or engine_command()), str(folder)], self._config)
+        return self._engine.pid
+
+    def _meet(self, incarnation: Incarnation) -> tuple[EngineLink, Ready]:
+        """Says hello and waits as long as the engine's process lives: a large model takes minutes to load.
+
+        Raises:
+            EngineError: why it cannot serve; or this front end is closing.
+        """
+        self._incarnation = incarnation
+        link = EngineLink(self._context, self._seat.folder_of(incarnation), self._seat.front_end)
+        try:
+            while not self._closing.is_set():
+                message = link.next_message()
+                if isinstance(message, Ready):
+                    return link, message
+                if isinstance(message, Failed):
+                    raise EngineError(message.message)
+                if message is None and not self._engine_runs() and (message := link.next_message(0)) is None:
+                    raise EngineError(f"the engine process ended {self._exit_words()} before it was ready; its log lines say why")
+            raise EngineError("the model is being unloaded")
+        except BaseException:
+            link.close()
+            raise
 
     def _engine_runs(self) -> bool:
         if self._engine is not None:
             return self._engine.poll() is None
-        return self._seat.engine.alive
+        return self._incarnation.engine.alive
 
     def _exit_words(self) -> str:
-        return f"with status {self._engine.returncode}" if self._engine is not None else "by itself"
+        if self._engine is None or self._engine.returncode is None:
+            return "by itself"
+        code = self._engine.returncode
+        return f"by signal {-code}" if code < 0 else f"with status {code}"
 
-    def _receive(self, on_stats: Callable[[Stats], None]) -> None:
+    # ---- what it says
+
+    def _receive(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None]) -> None:
         """The receive thread."""
         try:
-            self._receive_until_closed(on_stats)
+            while not self._closing.is_set() and self._alive:
+                reason = self._listen(on_stats)
+                if reason is not None:
+                    self._survive(reason, on_restart)
         except Exception as error:  # whatever it was, nobody may wait for ever
             log.exception("the engine's messages cannot be read")
             self._lose(str(error))
 
-    def _receive_until_closed(self, on_stats: Callable[[Stats], None]) -> None:
-        while not self._closing.is_set() and self._alive:
-            message = self._next_message()
-            match message:
-                case Tokens():
-                    self._hand_out(message)
-                case Stats() if self._seat.owner:  # another may be told before the owner has said hello; counters must not be added up twice
-                    on_stats(message)
-                case Failed():
-                    self._lose(message.message)
-                case None:
-                    if not self._engine_runs() and not self._inbox.poll(0):
-                        self._lose(f"its process ended {self._exit_words()}")
+    def _listen(self, on_stats: Callable[[Stats], None]) -> str | None:
+        """Until the engine is gone: why. None when closing."""
+        link, heard = self._link, time.monotonic()
+        assert link is not None
+        while not self._closing.is_set():
+            message = link.next_message()
+            if message is not None:
+                heard = time.monotonic()
+                if isinstance(message, Failed):
+                    return message.message
+                self._take(message, on_stats)
+            elif not self._engine_runs():
+                while (message := link.next_message(0)) is not None:  # its last words
+                    self._take(message, on_stats)
+                return f"its process ended {self._exit_words()}"
+            elif self._seat.owner and 0 < self._config.engine_hang_seconds < time.monotonic() - heard:
+                return f"it said nothing for {self._config.engine_hang_seconds:g} s (engine_hang_seconds)"
+        return None
+
+    def _take(self, message: FromEngine, on_stats: Callable[[Stats], None]) -> None:
+        match message:
+            case Tokens():
+                self._hand_out(message)
+            case Stats() if self._seat.owner:  # another may be told before the owner has said hello; counters must not be added up twice
+                on_stats(message)
 
     def _hand_out(self, tokens: Tokens) -> None:
         pieces: dict[int, Piece] = {}
@@ -256,22 +311,105 @@ class EngineClient:
             self._deliver(request_id, piece)
 
     def _deliver(self, request_id: int, piece: Piece) -> None:
-        live = self._live.pop(request_id, None) if piece.finish is not None else self._live.get(request_id)
+        with self._lock:
+            live = self._live.pop(request_id, None) if piece.finish is not None else self._live.get(request_id)
         if live is None:
             return  # aborted: the engine had not heard of it yet
+        live.token_ids += piece.token_ids
+        if live.deaths and len(live.token_ids) >= live.num_resumed + _CLEARED_AFTER_TOKENS:
+            live.deaths = live.strikes = 0
         try:
             live.receive(piece)
         except Exception:  # one request's trouble must not silence the others
             log.exception("a request's receiver failed")
             self.abort(request_id)
 
+    # ---- when it is gone
+
+    def _survive(self, reason: str, on_restart: Callable[[], None]) -> None:
+        """Another engine, and every live request goes on in it; or the end of all of them."""
+        died = time.monotonic()
+        while True:
+            with self._lock:
+                link, self._link = self._link, None
+            if link is not None:
+                link.close()
+                self._note_death()
+            if self._seat.owner:
+                log.error("error: the engine stopped: %s", reason)
+            try:
+                incarnation = self._next_engine()
+                if incarnation is None:
+                    self._lose(reason)
+                    return
+                link, self.ready = self._meet(incarnation)
+                break
+            except EngineError as error:
+                if self._closing.is_set():
+                    return
+                reason = str(error)
+        self._resume(link)
+        if self._seat.owner:
+            log.warning("the engine is back after %.1f s", time.monotonic() - died)
+            on_restart()
+
+    def _next_engine(self) -> Incarnation | None:
+        """Started if this front end owns the engine, awaited if not. None: there will be none."""
+        if self._engine is not None:
+            return self._restart()
+        while not self._closing.wait(0.05):
+            current = self._election.current(self._seat)
+            if current is None or current.number > self._incarnation.number:
+                return current
+        return None
+
+    def _restart(self) -> Incarnation | None:
+        assert self._engine is not None
+        self._engine.kill()
+        _wait_for_exit(self._engine)
+        now = time.monotonic()
+        while self._restarts and now - self._restarts[0] > _RESTART_WINDOW_SECONDS:
+            self._restarts.popleft()
+        if len(self._restarts) >= self._config.max_engine_restarts:
+            log.error("error: %d restarts within %.0f s (max_engine_restarts): no more", len(self._restarts), _RESTART_WINDOW_SECONDS)
+            return None
+        num_quick = sum(now - restart < _QUICK_DEATH_SECONDS for restart in self._restarts)
+        if num_quick and self._closing.wait(min(0.1 * 2**num_quick, _LONGEST_PAUSE_SECONDS)):
+            return None
+        self._restarts.append(time.monotonic())
+        return self._election.restart(self._seat, self._start_engine)
+
+    def _note_death(self) -> None:
+        """Who was there when it happened?"""
+        try:
+            named = (self._seat.folder_of(self._incarnation) / SUSPECT_FILE).read_text()
+        except OSError:
+            named = ""
+        guilty = []
+        with self._lock:
+            for request_id, live in self._live.items():
+                live.deaths += 1
+                live.strikes += named == str(request_id)
+                if live.strikes >= _GUILTY_AFTER:
+                    guilty.append(request_id)
+        for request_id in guilty:
+            message = f"the engine died {_GUILTY_AFTER} times while it ran this request alone among those that were running when it died before"
+            self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.INTERNAL, message)))
+
+    def _resume(self, link: EngineLink) -> None:
+        with self._lock:
+            for live in self._live.values():
+                link.send(live.resumed())
+            self._link = link
+
     def _lose(self, reason: str) -> None:
-        """Every live request ends with one clear error. (A later version starts another engine and submits them again.)"""
+        """Every live request ends with one clear error."""
         with self._lock:
             self._alive = False
-        if self._election.end(self._seat) is None:  # else its end was wanted, or another front end has said so already
-            log.error("error: the engine stopped: %s", reason)
-        for request_id in list(self._live):
+            request_ids = list(self._live)
+        if not self._closing.is_set() and self._election.end(self._seat, reason) is None:  # else another front end has said so already
+            log.error("error: there is no engine any more: %s", reason)
+        for request_id in request_ids:
             self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.OVERLOADED, ENGINE_GONE)))
 
 

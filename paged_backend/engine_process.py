@@ -28,6 +28,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
 from paged_backend.errors import EngineError
 from paged_backend.messages import (
+    SUSPECT_FILE,
     Abort,
     Failed,
     FromEngine,
@@ -149,6 +150,7 @@ class EngineProcess:
             log.error("error: %s", error)
             self._refuse(str(error))
             return 1
+        scheduler.tell_of_suspects(self._note_suspect)
         self._watch = Watch(self._context, self._directory, self._model, scheduler, self._ready.page_size)
         gc.collect()
         gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again
@@ -182,6 +184,10 @@ class EngineProcess:
                 self._outbox.disconnect(message.front_end)
             case Shutdown():
                 self._end_by = time.monotonic() + message.patience_seconds
+
+    def _note_suspect(self, request_id: int | None) -> None:
+        """For those who ask, should this process die now."""
+        (self._directory / SUSPECT_FILE).write_text("" if request_id is None else str(request_id))
 
     def _over(self) -> bool:
         return self._end_by is not None and (not self._outbox.front_ends or time.monotonic() > self._end_by)

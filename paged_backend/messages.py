@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from paged_backend.request import Finish, SamplingParams
 
 _FRONT_END_SHIFT = 40
+SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
 
 
 def request_id_of(front_end: int, serial: int) -> int:
@@ -44,6 +45,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     cache_salt: str
     arrival: float  # seconds, CLOCK_MONOTONIC: the same clock in every process of the machine
     family: int | None = None  # the same for requests of one prompt: they share its pages even where the prefix cache is off
+    num_answered: int = 0  # the last of prompt_ids are the answer so far: a request goes on in a new engine
+    suspect: bool = False  # engines died over and over while it ran: it must not run beside another suspect
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

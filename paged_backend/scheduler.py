@@ -21,6 +21,7 @@ from paged_backend.page_pool import PagePool
 from paged_backend.request import Finish
 from paged_backend.sequence import Rows, Sequence, Status
 from paged_backend.sequence_pages import SequencePages
+from paged_backend.suspects import SUSPECT_PRIORITY, Suspects
 from paged_backend.waiting_queue import WaitingQueue
 
 _OVERDUE_CHECK_SECONDS = 0.05
@@ -68,10 +69,15 @@ class Scheduler:
         self._serial = 0
         self._step = 0
         self._next_overdue_check = 0.0
+        self._suspects = Suspects()
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.queue_times: list[float] = []
+
+    def tell_of_suspects(self, tell: Callable[[int | None], None]) -> None:
+        """`tell` hears of a suspect request before its first step, and None once it is cleared or gone."""
+        self._suspects.tell = tell
 
     # ---- requests come and go
 
@@ -83,14 +89,15 @@ class Scheduler:
             self._finishes.append(Finish(request.request_id, error=refusal[0], message=refusal[1]))
             return
         sampling = request.sampling
+        prompt_len = len(token_ids) - request.num_answered
         serial = self._serial = self._serial + 1
         eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
         sequence = Sequence(
             request_id=request.request_id,
             serial=serial,
             token_ids=token_ids,
-            prompt_len=len(token_ids),
-            length_limit=min(len(token_ids) + (sampling.max_tokens or self._limits.max_model_len), self._limits.max_model_len),
+            prompt_len=prompt_len,
+            length_limit=min(prompt_len + (sampling.max_tokens or self._limits.max_model_len), self._limits.max_model_len),
             sampling=sampling,
             seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
             stop_ids=tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids)),
@@ -98,6 +105,8 @@ class Scheduler:
             cache_salt=request.cache_salt if self._limits.prefix_cache else f"family {request.family}",
             shares=self._limits.prefix_cache or request.family is not None,
             arrival=request.arrival,
+            priority=SUSPECT_PRIORITY if request.suspect else 0,
+            answered=request.num_answered > 0,
         )
         self._sequences[sequence.request_id] = sequence
         self._waiting.add(sequence)
@@ -141,6 +150,7 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next step, or None if nothing can be computed before a result comes back or a request arrives."""
         self._end_overdue()
+        self._suspects.review(self._rows)
         rows, counts = self._share_budget()
         rows, counts = self._secure_pages(rows, counts)
         rows, counts = self._admit(rows, counts)
@@ -242,7 +252,7 @@ class Scheduler:
         new_counts: list[int] = []
         while budget > 0 and self._rows.num_free:
             sequence = self._waiting.first()
-            if sequence is None or sequence.awaits_token:
+            if sequence is None or sequence.awaits_token or not self._suspects.may_start(sequence):
                 break
             num_tokens = len(sequence.token_ids) if self._limits.preemption else sequence.length_limit - 1
             num_computed = self._pages.take(sequence, num_tokens, self._headroom())
@@ -268,6 +278,7 @@ class Scheduler:
         row = self._rows.occupy(sequence, num_computed)
         self._running.append(sequence)
         self._running_rows = None
+        self._suspects.note_start(sequence)
         new = NewRow(
             row=row,
             token_ids=sequence.token_ids,

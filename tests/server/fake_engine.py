@@ -19,7 +19,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Abort, Failed, FromEngine, Goodbye, Hello, Ready, Shutdown, Stats, Submit, Tokens, decode_to_engine, encode, front_end_of
+from paged_backend.messages import (
+    SUSPECT_FILE,
+    Abort,
+    Failed,
+    FromEngine,
+    Goodbye,
+    Hello,
+    Ready,
+    Shutdown,
+    Stats,
+    Submit,
+    Tokens,
+    decode_to_engine,
+    encode,
+    front_end_of,
+)
 from paged_backend.request import Finish
 
 EOS = "<eos>"
@@ -50,7 +65,8 @@ def directives(prompt: str) -> dict[str, str]:
 
 class _Job:
     def __init__(self, tokenizer: Tokenizer, submit: Submit) -> None:
-        prompt = tokenizer.decode(np.frombuffer(submit.prompt_ids, np.int32).tolist())
+        given = np.frombuffer(submit.prompt_ids, np.int32).tolist()
+        prompt = tokenizer.decode(given[: len(given) - submit.num_answered])
         said = directives(prompt)
         num_tokens = min(int(said.get("tokens", "8")), submit.sampling.max_tokens or 0)
         self.ids = answer_ids(tokenizer, prompt, num_tokens)
@@ -59,7 +75,8 @@ class _Job:
         self.reason = "stop" if "eos" in said else "length"
         self.delay = float(said.get("delay", "0"))
         self.said = said
-        self.num_sent = 0
+        self.num_sent = self.num_resumed = submit.num_answered
+        assert self.ids[: self.num_sent] == given[len(given) - submit.num_answered :], "the answer so far is not what was said"
         self.next_time = time.monotonic() + self.delay
         self.prompt_len = len(submit.prompt_ids) // 4
 
@@ -71,6 +88,8 @@ class FakeEngine:
         self._inbox.bind(f"ipc://{directory}/engine.sock")
         self._outboxes: dict[int, zmq.Socket[bytes]] = {}
         self._jobs: dict[int, _Job] = {}
+        self._suspects: dict[int, _Job] = {}
+        self._suspect = -1
         self._config = config
         self._tokenizer = make_tokenizer()
         self._tokenizer_path = directory / "tokenizer.json"
@@ -104,15 +123,33 @@ class FakeEngine:
                 self._send(message.front_end, self._welcome())
             case Submit():
                 job = _Job(self._tokenizer, message)
-                if "die" in job.said:
-                    os._exit(9)
-                self._jobs[message.request_id] = job
+                if message.suspect:
+                    self._suspects[message.request_id] = job
+                else:
+                    self._start(message.request_id, job)
             case Abort():
                 self._jobs.pop(message.request_id, None)
+                self._suspects.pop(message.request_id, None)
             case Goodbye():
                 self._outboxes.pop(message.front_end).close()
             case Shutdown():
                 self._end_by = time.monotonic() + message.patience_seconds
+
+    def _start(self, request_id: int, job: _Job) -> None:
+        if "die" in job.said:
+            os._exit(9)
+        self._jobs[request_id] = job
+
+    def _start_suspect(self) -> None:
+        """One at a time, and its name is known before it runs."""
+        running = self._jobs.get(self._suspect)
+        if self._suspects and (running is None or running.num_sent >= running.num_resumed + 8):
+            self._suspect = next(iter(self._suspects))
+            (self._tokenizer_path.parent / SUSPECT_FILE).write_text(str(self._suspect))
+            self._start(self._suspect, self._suspects.pop(self._suspect))
+        elif running is None and self._suspect != -1:
+            self._suspect = -1
+            (self._tokenizer_path.parent / SUSPECT_FILE).write_text("")
 
     def _welcome(self) -> FromEngine:
         if self._config.model == "broken":
@@ -120,6 +157,7 @@ class FakeEngine:
         return Ready(str(self._tokenizer_path), self._tokenizer.get_vocab_size(), MAX_MODEL_LEN, NUM_PAGES * PAGE_SIZE, PAGE_SIZE, NUM_PAGES)
 
     def _step(self) -> None:
+        self._start_suspect()
         now = time.monotonic()
         due = {request_id: job for request_id, job in self._jobs.items() if job.next_time <= now and "silent" not in job.said}
         for front_end in self._outboxes:

@@ -66,18 +66,18 @@ class _Streams:
 
 
 @pytest.mark.parametrize("instances", [1, 4])
-def test_a_killed_engine_ends_every_stream_once_and_a_reload_brings_it_back(tmp_path: Path, instances: int) -> None:
+def test_streams_do_not_notice_that_their_engine_was_killed(tmp_path: Path, instances: int) -> None:
     with serving(tmp_path, instances=instances) as server:
-        streams = _Streams(server, ["tokens=400 delay=0.01"] * 8 + ["silent"] * 8)
-        server.wait_for('paged_requests{state="running"}', 16)
-        started = time.monotonic()
+        prompts = [f"tokens=200 delay=0.01 {number}" for number in range(8)]
+        streams = _Streams(server, prompts)
+        server.wait_for('paged_requests{state="running"}', 8)
         os.kill(server.engine_pids()[0], signal.SIGKILL)
-        streams.wait()
-        assert time.monotonic() - started < 1.5
-        for answer in streams.answers:
+        streams.wait(20)
+        for prompt, answer in zip(prompts, streams.answers, strict=True):
+            assert answer.error is None
             assert answer.num_finals == 1
-            assert "the engine stopped; try again later" in str(answer.error)
-        assert "the engine stopped" in str(server.ask("tokens=3").error)
+            assert answer.text == _expected(prompt, 200)
+        server.wait_for("paged_engine_restarts_total", 1)
         assert server.unload() < 3 + 1.5 * instances
         server.load()
         assert server.ask("tokens=3").text == _expected("tokens=3", 3)

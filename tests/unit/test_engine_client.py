@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,16 +44,16 @@ def key() -> str:
     return uuid.uuid4().hex
 
 
-def _connect(key: str, num_front_ends: int = 1, model: str = "fake") -> EngineClient:
-    client = EngineClient.connect(EngineConfig(model=model), key, num_front_ends, COMMAND)
+def _connect(key: str, num_front_ends: int = 1, model: str = "fake", **options: Any) -> EngineClient:
+    client = EngineClient.connect(EngineConfig(model=model, **options), key, num_front_ends, COMMAND)
     client.start(lambda stats: None)
     return client
 
 
-def _connect_all(key: str, num_front_ends: int, model: str = "fake") -> list[EngineClient]:
+def _connect_all(key: str, num_front_ends: int, model: str = "fake", **options: Any) -> list[EngineClient]:
     """At the same time, as instances initialise."""
     with ThreadPoolExecutor(num_front_ends) as threads:
-        return list(threads.map(lambda _: _connect(key, num_front_ends, model), range(num_front_ends)))
+        return list(threads.map(lambda _: _connect(key, num_front_ends, model, **options), range(num_front_ends)))
 
 
 def _close_all(clients: list[EngineClient]) -> None:
@@ -94,7 +95,7 @@ def _wait(condition: Callable[[], bool], seconds: float = 5) -> None:
 
 
 def _engine_pid(client: EngineClient) -> int:
-    return client._seat.engine.pid
+    return client.engine_pid
 
 
 def test_front_ends_that_arrive_together_share_one_engine_and_have_their_own_numbers(key: str) -> None:
@@ -186,8 +187,96 @@ def test_an_engine_that_cannot_be_started_is_an_error(key: str, folder: Path) ->
         EngineClient.connect(EngineConfig(), key, 1, [str(folder / "nothing")])
 
 
-def test_every_live_request_ends_with_one_error_when_the_engine_is_killed(key: str) -> None:
-    clients = _connect_all(key, 2)
+def test_live_requests_go_on_in_the_next_engine_again_and_again(key: str) -> None:
+    """Killed five times while they run, and asked for more while there is no engine: every answer whole, no token twice."""
+    clients = _connect_all(key, 3, max_engine_restarts=100)
+    try:
+        asked = [(f"tokens=60 delay=0.02 {number}", _ask(clients[number % 3], f"tokens=60 delay=0.02 {number}")[1]) for number in range(30)]
+
+        def num_tokens() -> int:
+            return sum(len(inbox.ids) for _, inbox in asked)
+
+        for _ in range(5):
+            aim = num_tokens() + 60
+            while num_tokens() < aim:
+                time.sleep(0.01)
+            os.kill(_engine_pid(clients[0]), signal.SIGKILL)
+            asked += [(f"tokens=9 {number}", _ask(clients[number % 3], f"tokens=9 {number}")[1]) for number in range(3)]
+        assert all(client.alive for client in clients)
+        for prompt, inbox in asked:
+            assert inbox.finished.wait(20)
+            assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, len(inbox.ids))
+            assert [piece.finish.reason for piece in inbox.pieces if piece.finish is not None] == ["length"]
+        assert len({_engine_pid(client) for client in clients}) == 1
+    finally:
+        _close_all(clients)
+
+
+def test_an_engine_that_says_nothing_is_killed_and_replaced(key: str) -> None:
+    client = _connect(key, engine_hang_seconds=0.5)
+    try:
+        _, inbox = _ask(client, "tokens=60 delay=0.01")
+        _wait(lambda: len(inbox.ids) > 3)
+        os.kill(_engine_pid(client), signal.SIGSTOP)
+        assert inbox.finished.wait(10)
+        assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.01", 60)
+    finally:
+        client.close()
+
+
+def test_a_request_that_kills_its_engine_fails_alone(key: str) -> None:
+    clients = _connect_all(key, 2, max_engine_restarts=8)
+    try:
+        asked = [(f"tokens=60 delay=0.03 {number}", _ask(clients[number % 2], f"tokens=60 delay=0.03 {number}")[1]) for number in range(12)]
+        _, killer = _ask(clients[1], "die")
+        assert killer.finished.wait(30)
+        (finish,) = [piece.finish for piece in killer.pieces if piece.finish is not None]
+        assert finish.error is ErrorKind.INTERNAL
+        assert "died 2 times while it ran this request alone" in finish.message
+        for prompt, inbox in asked:
+            assert inbox.finished.wait(20)
+            assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, 60)
+        assert all(client.alive for client in clients)
+    finally:
+        _close_all(clients)
+
+
+def test_an_aborted_request_does_not_come_back(key: str) -> None:
+    client = _connect(key)
+    try:
+        request_id, inbox = _ask(client, "tokens=60 delay=0.02")
+        _, other = _ask(client, "tokens=30 delay=0.02")
+        _wait(lambda: len(inbox.ids) > 3)
+        os.kill(_engine_pid(client), signal.SIGKILL)
+        client.abort(request_id)
+        assert other.finished.wait(10)
+        assert len(inbox.ids) < 30
+    finally:
+        client.close()
+
+
+def test_draws_without_a_seed_are_given_one_that_survives_the_engine(key: str) -> None:
+    client = _connect(key)
+    try:
+        ids = [_ask(client, "silent", temperature=0.8)[0] for _ in range(2)] + [_ask(client, "silent", temperature=0.0)[0]]
+        seeds = [client._live[request_id].submit.sampling.seed for request_id in ids]
+        assert None not in seeds[:2]
+        assert len(set(seeds)) == 3
+    finally:
+        client.close()
+
+
+def test_closing_while_the_engine_restarts_takes_little_time(key: str) -> None:
+    clients = _connect_all(key, 2, model="slow")
+    os.kill(_engine_pid(clients[0]), signal.SIGKILL)
+    time.sleep(0.3)
+    started = time.monotonic()
+    _close_all(clients)
+    assert time.monotonic() - started < 3
+
+
+def test_after_too_many_deaths_every_live_request_ends_with_one_error(key: str) -> None:
+    clients = _connect_all(key, 2, max_engine_restarts=0)
     try:
         inboxes = [_ask(client, "silent")[1] for client in clients for _ in range(10)]
         _, streaming = _ask(clients[0], "tokens=60 delay=0.01")
@@ -195,7 +284,7 @@ def test_every_live_request_ends_with_one_error_when_the_engine_is_killed(key: s
         os.kill(_engine_pid(clients[0]), signal.SIGKILL)
         for inbox in [*inboxes, streaming]:
             assert inbox.finished.wait(2)
-        time.sleep(0.05)
+        time.sleep(0.1)
         for inbox in [*inboxes, streaming]:
             finishes = [piece.finish for piece in inbox.pieces if piece.finish is not None]
             assert [(finish.error, finish.message) for finish in finishes] == [(ErrorKind.OVERLOADED, "the engine stopped; try again later")]

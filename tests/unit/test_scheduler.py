@@ -166,6 +166,52 @@ def test_siblings_compute_their_prompt_once_and_share_its_pages(prefix_cache: bo
         assert bench.tokens[request_id] == solo(prompt, 5 + request_id, (), VOCAB)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 6, 7, 12])
+def test_a_request_goes_on_in_another_engine_where_it_stopped(steps: int) -> None:
+    """The tokens it got are given as the end of the prompt, and count as answer: for its length, its penalties and its first-token message."""
+    before, after, prompt = Bench(steps_ahead=1), Bench(), list(range(9))
+    before.submit(1, prompt, max_tokens=11)
+    before.step(steps)
+    told = before.tokens[1]
+    after.tokens[1] = []
+    submit = Submit(1, np.array(prompt + told, np.int32).tobytes(), SamplingParams(max_tokens=11, temperature=0.0), (), "", 0.0, num_answered=len(told))
+    if len(told) < 11:
+        after.engine.submit(submit)
+        after.step()
+        assert after.batches[0].new_rows[0].prompt_len == 9
+        after.run()
+        assert after.finishes[1].reason == "length"
+        assert (1 in after.started) == (not told)
+    assert told + after.tokens[1] == solo(prompt, 11, (), VOCAB)
+
+
+def test_suspects_run_one_at_a_time_behind_everybody_else_and_are_named_before_they_run() -> None:
+    bench = Bench(num_pages=64)
+    named: list[int | None] = []
+    running_when_named: list[int] = []
+
+    def tell(request_id: int | None) -> None:
+        named.append(request_id)
+        running_when_named.append(len(bench.batches))
+
+    bench.scheduler.tell_of_suspects(tell)
+    for request_id in range(1, 7):
+        bench.tokens[request_id] = []
+        sampling = SamplingParams(max_tokens=4 if request_id == 2 else 20, temperature=0.0)
+        prompt = np.array([request_id] * 5, np.int32).tobytes()
+        bench.engine.submit(Submit(request_id, prompt, sampling, (), "", 0.0, suspect=request_id % 2 == 0))
+    bench.step()
+    assert sorted(bench.batches[0].request_ids.tolist()) == [1, 2, 3, 5]
+    assert named == [2]
+    bench.run()
+    assert named == [2, None, 4, None, 6, None]
+    starts = [next(number for number, batch in enumerate(bench.batches) if request_id in batch.request_ids) for request_id in (2, 4, 6)]
+    assert [running_when_named[0], running_when_named[2], running_when_named[4]] == starts, "named after its first step was launched"
+    assert starts[2] - starts[1] >= 8
+    for request_id in range(1, 7):
+        assert bench.tokens[request_id] == solo([request_id] * 5, 4 if request_id == 2 else 20, (), VOCAB)
+
+
 def test_without_a_prefix_cache_a_family_shares_with_nobody_else() -> None:
     bench = Bench(prefix_cache=False)
     for request_id, family in ((1, 5), (2, 5), (3, 6), (4, None)):

@@ -180,10 +180,10 @@ def model(triton_io: types.ModuleType) -> Iterator[Any]:
     assert FakeSender.misuses == []
 
 
-def _answered(model: Any, **values: Any) -> FakeSender:
+def _answered(model: Any, seconds: float = 5, **values: Any) -> FakeSender:
     request = FakeRequest(**values)
     model.execute([request])
-    assert request.sender.final.wait(5)
+    assert request.sender.final.wait(seconds)
     return request.sender
 
 
@@ -356,12 +356,13 @@ def test_a_logged_request_shows_lengths_and_times_but_no_text(model: Any) -> Non
     assert "secret" not in line
 
 
-def test_readiness_follows_the_engine(model: Any) -> None:
-    assert model.is_ready()
-    sender = _answered(model, text_input="die")
+def test_a_request_that_kills_engines_ends_with_an_error_and_the_model_stays_ready(model: Any) -> None:
+    sender = _answered(model, text_input="die", seconds=30)
     assert sender.error is not None
-    assert (sender.error.message, sender.error.code) == ("the engine stopped; try again later", "UNAVAILABLE")
-    assert not model.is_ready()
+    assert sender.error.code == "INTERNAL"
+    assert "the engine died" in sender.error.message
+    assert model.is_ready()
+    _wait(lambda: _series("paged_engine_restarts_total").value >= 3)
 
 
 def test_finalize_waits_for_live_requests(triton_io: types.ModuleType) -> None:

@@ -1,0 +1,46 @@
+"""A front end's sockets to one engine process. When that process dies they are thrown away: nothing it said late can be mistaken for its successor's."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import zmq
+
+from paged_backend.messages import FromEngine, Hello, ToEngine, decode_from_engine, encode
+
+POLL_MS = 100
+
+
+class EngineLink:
+    """`send` may be called on any thread; `next_message` on one."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, front_end: int) -> None:
+        """folder: the engine's; says hello at once, which the engine hears when it has loaded."""
+        self._lock = threading.Lock()
+        self._open = True
+        self._inbox = context.socket(zmq.PULL)
+        self._inbox.set_hwm(0)
+        address = f"ipc://{folder}/front_end_{front_end}.sock"
+        self._inbox.bind(address)
+        self._outbox = context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._outbox.connect(f"ipc://{folder}/engine.sock")
+        self.send(Hello(front_end, address))
+
+    def send(self, message: ToEngine) -> None:
+        """Never waits. No effect once closed."""
+        with self._lock:
+            if self._open:
+                self._outbox.send(encode(message))
+
+    def next_message(self, wait_ms: int = POLL_MS) -> FromEngine | None:
+        """None if nothing came for a while."""
+        return decode_from_engine(self._inbox.recv()) if self._inbox.poll(wait_ms) else None
+
+    def close(self, linger_ms: int = 0) -> None:
+        """linger_ms: how long what was sent may still take to leave."""
+        with self._lock:
+            self._open = False
+            self._outbox.close(linger=linger_ms)
+        self._inbox.close(linger=0)

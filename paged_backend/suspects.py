@@ -1,0 +1,35 @@
+"""Requests that were running when engine after engine died. One of them may be the cause, so no two run at once: the next death then names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from paged_backend.sequence import Rows, Sequence
+
+SUSPECT_PRIORITY = -1  # suspects wait behind everybody else, and nobody behind them
+_CLEARED_AFTER_TOKENS = 8  # a suspect that brought so many did no harm
+
+
+class Suspects:
+    """Invariant: at most one uncleared suspect runs."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[int | None], None] = lambda request_id: None
+        self._running: Sequence | None = None
+        self._clear_at = 0
+
+    def may_start(self, sequence: Sequence) -> bool:
+        return self._running is None or sequence.priority != SUSPECT_PRIORITY
+
+    def note_start(self, sequence: Sequence) -> None:
+        if sequence.priority == SUSPECT_PRIORITY:
+            self._running = sequence
+            self._clear_at = len(sequence.token_ids) + _CLEARED_AFTER_TOKENS
+            self.tell(sequence.request_id)
+
+    def review(self, rows: Rows) -> None:
+        """Once a step: has the running suspect shown that it is harmless, or stopped running?"""
+        suspect = self._running
+        if suspect is not None and (suspect.row is None or rows.num_known[suspect.row] >= self._clear_at):
+            self._running = None
+            self.tell(None)

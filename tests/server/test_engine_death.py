@@ -1,0 +1,85 @@
+"""The engine may die, the stream may not: the real engine is killed under real streams, and nobody can tell from the answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paged_backend.launch import Server, ServerSettings
+from tests.server.calls import metrics, run_all
+
+pytestmark = pytest.mark.server
+
+KILLS = 3
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["one front end", "four front ends"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    options = {"num_pages": 300, "max_num_sequences": 32, "dtype": "float32", "max_model_len": 512, "max_engine_restarts": 100}
+    with Server(ServerSettings(instances=request.param, options=options)) as running:
+        yield running
+
+
+def engine_pid(server: Server) -> int | None:
+    """The engine's process: a grandchild of the server's."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"paged_backend.engine_process" in command and server.shm_prefix.removesuffix("-").encode() in b" ".join(command):
+            return int(path.parent.name)
+    return None
+
+
+def requests() -> list[dict[str, Any]]:
+    """Greedy, seeded, truncated and penalised draws; stop strings; more than fit at once."""
+    variety: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.1, "seed": 7},
+        {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "seed": 2**64 - 1},
+        {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.2, "seed": 3},
+        {"temperature": 0, "stop": ["qqq"], "min_tokens": 30, "logit_bias": {"17": 1.5}},
+        {"temperature": 1.0, "seed": 11, "logprobs": 2, "bad_words": ["the"]},
+    ]
+    return [
+        {"text_input": f"Story {number}: once upon a time", "max_tokens": 150, "sampling_parameters": {**variety[number % len(variety)], "ignore_eos": True}}
+        for number in range(36)
+    ]
+
+
+def test_every_answer_is_that_of_an_engine_that_lived(server: Server) -> None:
+    expected = run_all(server.addresses.grpc_url, requests())
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def kill() -> None:
+        while len(killed) < KILLS and not stop.wait(1.2):
+            pid = engine_pid(server)
+            if pid is not None and pid not in killed and metrics(server.addresses.metrics_url)['paged_requests{state="running"}'] > 8:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                time.sleep(3)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answers = run_all(server.addresses.grpc_url, requests())
+    while len(killed) < KILLS:  # a fast machine is done before
+        answers = run_all(server.addresses.grpc_url, requests())
+    stop.set()
+    killer.join()
+    for before, after in zip(expected, answers, strict=True):
+        assert after.error is None
+        assert after.num_finals == 1
+        assert after.token_ids == before.token_ids
+        assert "".join(after.text) == "".join(before.text)
+    assert len(killed) == KILLS
+    values = metrics(server.addresses.metrics_url)
+    assert values["paged_engine_restarts_total"] == KILLS
