@@ -143,7 +143,7 @@ class EngineClient:
 
     def start(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None] = lambda: None) -> None:
         """Begins to receive. In the front end that owns the engine, on_stats is called with the engine's numbers a few times a second, and on_restart
-        whenever another engine has taken a dead one's place."""
+        whenever another engine is started in a dead one's place."""
         self._thread = threading.Thread(target=self._receive, args=(on_stats, on_restart), name="engine-receive", daemon=True)
         self._thread.start()
 
@@ -342,6 +342,8 @@ class EngineClient:
                 if incarnation is None:
                     self._lose(reason)
                     return
+                if self._seat.owner:
+                    on_restart()
                 link, self.ready = self._meet(incarnation)
                 break
             except EngineError as error:
@@ -351,7 +353,6 @@ class EngineClient:
         self._resume(link)
         if self._seat.owner:
             log.warning("the engine is back after %.1f s", time.monotonic() - died)
-            on_restart()
 
     def _next_engine(self) -> Incarnation | None:
         """Started if this front end owns the engine, awaited if not. None: there will be none."""

@@ -44,7 +44,7 @@ FAMILIES = (
     Family("paged_utilisation", Kind.GAUGE, "Live tokens per slot of the held pages; 0 when none is held."),
     Family("paged_requests", Kind.GAUGE, "Requests in the engine by state.", "state", ("running", "waiting")),
     Family("paged_preemptions_total", Kind.COUNTER, "Sequences that lost their pages to others and were recomputed later."),
-    Family("paged_engine_restarts_total", Kind.COUNTER, "Engine processes that took the place of one that died; live requests went on."),
+    Family("paged_engine_restarts_total", Kind.COUNTER, "Engine processes started in the place of one that died; live requests went on."),
     Family("paged_prefix_cache_queries_total", Kind.COUNTER, "Prompt tokens looked up in the prefix cache."),
     Family("paged_prefix_cache_hits_total", Kind.COUNTER, "Prompt tokens found in the prefix cache."),
     Family("paged_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of requests that got a first token."),

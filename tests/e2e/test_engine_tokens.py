@@ -50,7 +50,7 @@ def answers(engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], 
 
 
 def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    engine, _ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "max_num_sequences": 24, **options}), tmp_path)
+    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "max_num_sequences": 24, **options}), tmp_path)
     return engine
 
 

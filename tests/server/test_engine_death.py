@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from paged_backend.launch import Server, ServerSettings
-from tests.server.calls import metrics, run_all
+from tests.server.calls import metrics, run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server
 
@@ -81,5 +81,4 @@ def test_every_answer_is_that_of_an_engine_that_lived(server: Server) -> None:
         assert after.token_ids == before.token_ids
         assert "".join(after.text) == "".join(before.text)
     assert len(killed) == KILLS
-    values = metrics(server.addresses.metrics_url)
-    assert values["paged_engine_restarts_total"] == KILLS
+    assert wait_for_metrics(server.addresses.metrics_url, lambda values: values["paged_engine_restarts_total"] == KILLS)

@@ -63,7 +63,8 @@ CASES = {
     "a negative id": ({"input_ids": [-1]}, "-1"),
     "streaming with the prompt in front": ({"text_input": "a", "exclude_input_in_output": False}, "exclude_input_in_output"),
     "an unknown parameter": ({"text_input": "a", "parameters": {"temprature": 1}}, "temprature"),
-    "n of two": (sampling(n=2), "n"),
+    "n of two, greedy": (sampling(n=2, temperature=0), "n"),
+    "n of too many": (sampling(n=65), "n"),
 }
 
 
