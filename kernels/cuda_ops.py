@@ -17,6 +17,9 @@ from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.truncation import truncation_thresholds
 
 
+_MANY_SEQUENCES = 128  # from here on they are usually short: twice the programs, since ends of sequences interrupt them more than merging costs
+
+
 class CudaOps:
     """Keeps scratch memory and the plan of the step at hand; steps run one after another on one stream.
 
@@ -47,8 +50,13 @@ class CudaOps:
     ) -> None:
         """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a step, max_outputs that are sampled."""
         self._pdl = device.type == "cuda"
-        workspace = make_decode_workspace(num_heads, num_kv_heads, head_dim, dtype, device)
-        self._plans = {window: make_decode_plan(workspace, max_sequences, window or 0) for window in dict.fromkeys(sliding_windows)}
+        few = make_decode_workspace(num_heads, num_kv_heads, head_dim, dtype, device)
+        many = make_decode_workspace(num_heads, num_kv_heads, head_dim, dtype, device, programs_per_multiprocessor=2)
+        windows = dict.fromkeys(sliding_windows)
+        self._plans_of_few, self._plans_of_many = (
+            {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows} for workspace in (few, many)
+        )
+        self._plans = self._plans_of_few
         self._linear = small_linear.make_linear_workspace(device)
         self._sampling = sampling.make_sampling_workspace(max_outputs, vocab_size, device)
         self._prefill: tuple[Tensor, Tensor, int] | None = None
@@ -101,6 +109,7 @@ class CudaOps:
 
     def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
         """Divides a step's decoding sequences among the multiprocessors and notes where the others' queries are. seq_lens 0: padding."""
+        self._plans = self._plans_of_many if num_decodes >= _MANY_SEQUENCES else self._plans_of_few
         if num_decodes:
             for plan in self._plans.values():
                 plan_decode_attention(seq_lens[:num_decodes], plan)
