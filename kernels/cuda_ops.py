@@ -16,7 +16,6 @@ from paged_kernels.decode_attention import make_decode_plan, make_decode_workspa
 from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.truncation import truncation_thresholds
 
-
 _MANY_SEQUENCES = 128  # from here on they are usually short: twice the programs, since ends of sequences interrupt them more than merging costs
 
 
