@@ -1,8 +1,13 @@
-"""config.json of published models: true shapes for benchmarks with `load_format=dummy`, which needs no weights."""
+"""config.json of published models: true shapes for benchmarks with `load_format=dummy`, which needs no weights.
+
+python -m tests.bench.geometries llama-3.2-1b FOLDER     # writes a folder that `paged serve --model` and `paged bench --model` take
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +67,35 @@ def write_geometry(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16", "hidden_act": "silu", **GEOMETRIES[name]}))
     return folder
+
+
+def write_tokenizer(vocab_size: int, folder: Path) -> None:
+    """A tokenizer.json of made-up words, as many as the model has ids: detokenising random answers then costs what it costs with real ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    chance = random.Random(0)
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    seen = set(words)
+    while len(words) < vocab_size:
+        word = chance.choice(("\u0120", "")) + "".join(chance.choice("abcdefghiklmnoprstuvw") for _ in range(chance.randint(2, 9)))
+        if word not in seen:
+            seen.add(word)
+            words.append(word)
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=GEOMETRIES)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    write_geometry(args.name, args.folder)
+    write_tokenizer(GEOMETRIES[args.name]["vocab_size"], args.folder)
+
+
+if __name__ == "__main__":
+    main()
