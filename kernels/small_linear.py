@@ -1,6 +1,6 @@
 """Products of few tokens with a weight matrix, as in decode steps: what counts is to read the weights without a pause.
 
-`vector_linear` takes one token: rows of the weight are spread over programs, each multiplies and sums in registers. `narrow_linear` takes up to 64 tokens:
+`vector_linear` takes one token: rows of the weight are spread over programs, each multiplies and sums in registers. `narrow_linear` takes up to 128 tokens:
 the tensor cores multiply tiles of the weight (their long side) with all tokens (their short side), and a matrix with few rows is split along its columns too.
 
 What a decoder layer does next to the product happens in the same launch: the norm of the token before it (vector_linear), the bias, the gate, or the addition
@@ -22,7 +22,8 @@ import triton.language as tl
 from paged_kernels.jit import kernel
 from paged_kernels.sampling import arrive
 
-MAX_TOKENS = 64
+MAX_TOKENS = 128
+_SHARED_BYTES = 200 * 1024  # of a multiprocessor, for the pipeline
 _MAX_SPLIT = 16
 _LANES = tl.constexpr(8)  # neighbours that a thread sums before anything else: 16 bytes of bfloat16
 
@@ -219,12 +220,13 @@ def narrow_shape(num_tokens: int, num_rows: int, num_columns: int, gated: bool) 
     split = 1
     while tiles * split < 96 and num_columns // (split * 2) >= 512 and split < _MAX_SPLIT:
         split *= 2
-    return NarrowShape(rows=64, block=128, split=split, stages=4 if gated else 6, num_warps=4, fetch=8)
+    stage_bytes = 128 * 2 * (64 * (2 if gated else 1) + max(16, triton.next_power_of_2(num_tokens)))
+    return NarrowShape(rows=64, block=128, split=split, stages=min(6, _SHARED_BYTES // stage_bytes), num_warps=4, fetch=8)
 
 
 def is_narrow(num_tokens: int, weight: torch.Tensor) -> bool:
     """Whether narrow_linear is at least as fast here as cuBLAS with separate kernels around it, as measured on an H100 by tests/bench/bench_linear.py."""
-    return weight.is_cuda and weight.itemsize == 2 and (2 <= num_tokens <= 32 or (num_tokens <= MAX_TOKENS and weight.numel() >= 2**24))
+    return weight.is_cuda and weight.itemsize == 2 and (2 <= num_tokens <= 32 or (num_tokens <= 64 and weight.numel() >= 2**24))
 
 
 def vector_linear(
@@ -257,7 +259,7 @@ def narrow_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, workspace: LinearWorkspace, gated: bool = False,
     residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: NarrowShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out = residual + gate(x . weight + bias) for M tokens, 1 <= M <= 64; gate, bias and residual only if asked for.
+    """out = residual + gate(x . weight + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
 
     x: [M, K], residual and out: [M, N], rows contiguous, may be strided; out may be residual. Otherwise as `vector_linear`.
     """

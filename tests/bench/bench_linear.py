@@ -1,6 +1,6 @@
 """Products of few tokens with a model's weights on one GPU: cuBLAS against small_linear.py. Prints JSON lines, and a table to stderr.
 
-    python -m tests.bench.bench_linear [--model llama-3.2-1b] [--tokens 1,2,8,16,32,64] [--products qkv,out] [--sweep]
+    python -m tests.bench.bench_linear [--model llama-3.2-1b] [--tokens 1,2,8,16,32,64,128] [--products qkv,out] [--sweep]
 
 A case is one product of a decoder layer with its companions: qkv, gate_up and the head with the norm before them, out and down with the addition of the
 residual, gate_up with silu(gate) * up. Each is replayed as a CUDA graph of launches over copies of the weight, together larger than the L2 cache; medians.
@@ -101,7 +101,7 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=GEOMETRIES, default="llama-3.2-1b")
-    parser.add_argument("--tokens", default="1,2,8,16,32,64")
+    parser.add_argument("--tokens", default="1,2,8,16,32,64,128")
     parser.add_argument("--products", default="qkv,out,gate_up,down,head")
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()

@@ -74,7 +74,7 @@ TINY = [
 ]
 LARGE = [
     pytest.param(tokens, rows, columns, torch.bfloat16, None, marks=pytest.mark.gpu)
-    for tokens in (2, 8, 16, 31, 64)
+    for tokens in (2, 8, 16, 31, 64, 100, 128)
     for rows, columns in ((3072, 2048), (2048, 8192), (14336, 4096), (1000, 3072))
 ] + [pytest.param(24, 896, 4864, torch.float16, None, marks=pytest.mark.gpu)]
 
@@ -106,8 +106,8 @@ def test_refuses_what_does_not_fit() -> None:
     workspace = make_linear_workspace(DEVICE)
     with pytest.raises(ValueError, match="1 to 1 tokens"):
         vector_linear(randn(2, 8), randn(4, 8))
-    with pytest.raises(ValueError, match="1 to 64 tokens"):
-        narrow_linear(randn(65, 8), randn(4, 8), workspace=workspace)
+    with pytest.raises(ValueError, match="1 to 128 tokens"):
+        narrow_linear(randn(129, 8), randn(4, 8), workspace=workspace)
     with pytest.raises(ValueError, match="do not fit each other"):
         narrow_linear(randn(2, 8), randn(4, 6), workspace=workspace)
     with pytest.raises(ValueError, match="residual"):
