@@ -221,7 +221,7 @@ def narrow_shape(num_tokens: int, num_rows: int, num_columns: int, gated: bool) 
     while tiles * split < 96 and num_columns // (split * 2) >= 512 and split < _MAX_SPLIT:
         split *= 2
     stage_bytes = 128 * 2 * (64 * (2 if gated else 1) + max(16, triton.next_power_of_2(num_tokens)))
-    return NarrowShape(rows=64, block=128, split=split, stages=min(6, _SHARED_BYTES // stage_bytes), num_warps=4, fetch=8)
+    return NarrowShape(rows=64, block=128, split=split, stages=min(4 if gated else 6, _SHARED_BYTES // stage_bytes), num_warps=4, fetch=8)
 
 
 def is_narrow(num_tokens: int, weight: torch.Tensor) -> bool:
