@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import statistics
@@ -36,13 +37,14 @@ _GREEDY = {"temperature": 0, "ignore_eos": True}
 class Memory:
     """Bytes of a process, of all its descendants, and of its files in /dev/shm."""
 
-    def __init__(self, pid: int, shm_prefix: str) -> None:
-        self._pid, self._shm_prefix = pid, shm_prefix
+    def __init__(self, pid: int, shm_prefix: str, without: bytes | None = None) -> None:
+        """without: leave out descendants whose command has this in it."""
+        self._pid, self._shm_prefix, self._without = pid, shm_prefix, without
         self.resident: list[int] = []
         self.shared: list[int] = []
 
     def sample(self) -> None:
-        self.resident.append(sum(_resident(pid) for pid in _family(self._pid)))
+        self.resident.append(sum(_resident(pid) for pid in _family(self._pid) if self._without is None or self._without not in _command(pid)))
         self.shared.append(sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob(f"{self._shm_prefix}*")))
 
     def change(self, samples: list[int]) -> dict[str, float]:
@@ -53,8 +55,18 @@ class Memory:
 
 
 def _family(pid: int) -> list[int]:
-    children = {int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()}
+    children: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            children |= {int(child) for child in path.read_text().split()}
     return [pid, *(member for child in children for member in _family(child))]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _resident(pid: int) -> int:
