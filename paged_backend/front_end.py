@@ -45,7 +45,7 @@ class FrontEnd:
         self._open = True
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cancel", daemon=True)
-        self.client.start(self.tally.take_stats, lambda: self.tally.add("paged_engine_restarts_total"))
+        self.client.start(self.tally.take_stats, self.tally.note_restart)
         self._watcher.start()
 
     @property

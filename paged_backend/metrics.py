@@ -131,7 +131,7 @@ class Tally:
     def take_stats(self, stats: Stats) -> None:
         """The engine's numbers: it counts from its own start, so the difference to the last time is what counts here."""
         last, self._last_stats = self._last_stats, stats
-        if last is None or stats.num_steps < last.num_steps:  # the first, or of a new engine
+        if last is None or stats.num_steps < last.num_steps:  # the first of an engine
             last = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         with self._lock:
             self._gauges = gauges(stats, self._ready, self._config)
@@ -139,6 +139,11 @@ class Tally:
             self._increments["paged_prefix_cache_queries_total", ""] += stats.prefix_queries - last.prefix_queries
             self._increments["paged_prefix_cache_hits_total", ""] += stats.prefix_hits - last.prefix_hits
             self._observations["paged_queue_seconds", ""].extend(stats.queue_times)
+
+    def note_restart(self) -> None:
+        """Another engine, which counts from zero."""
+        self._last_stats = None
+        self.add("paged_engine_restarts_total")
 
     def drain(self) -> Measurements:
         """Everything since the last call."""

@@ -83,6 +83,17 @@ def test_a_new_engine_counts_from_zero_again() -> None:
     assert tally.drain().increments["paged_preemptions_total", ""] == 1
 
 
+def test_a_restarted_engine_that_is_soon_further_than_the_last_one_never_makes_a_counter_fall() -> None:
+    tally = _tally()
+    tally.take_stats(Stats(60, 30, 10, 360, 5, 2, num_preemptions=4, prefix_queries=500, prefix_hits=50, num_steps=12))
+    tally.note_restart()
+    tally.take_stats(Stats(60, 30, 10, 360, 5, 2, num_preemptions=0, prefix_queries=100, prefix_hits=10, num_steps=20))
+    increments = tally.drain().increments
+    assert increments["paged_prefix_cache_queries_total", ""] == 600
+    assert increments["paged_engine_restarts_total", ""] == 1
+    assert min(increments.values()) >= 0
+
+
 def test_draining_takes_everything_once() -> None:
     tally = _tally()
     tally.add("paged_generation_tokens_total", 5)
