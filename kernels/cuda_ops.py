@@ -154,7 +154,7 @@ class CudaOps:
     def choose(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Tensor:
-        """reference.choose, and rows of -1 are padding: what is chosen for them is undefined."""
+        """reference.choose, and rows of -1 are padding: token 0 is chosen for them."""
         thresholds = None
         if truncation is not None:
             thresholds = truncation_thresholds(logits, *truncation, workspace=self._sampling, temperature=temperature, rows=rows)

@@ -105,9 +105,10 @@ def _prefill_kernel(
     first_query = (num_tiles - 1 - place % num_tiles) * TOKENS
     query_start = tl.load(query_starts + seq)
     query_len = tl.load(query_starts + seq + 1) - query_start
-    if first_query >= query_len:
+    seq_len = tl.load(seq_lens + seq)
+    if (first_query >= query_len) | (seq_len == 0):
         return
-    computed = tl.load(seq_lens + seq) - query_len  # tokens before the sequence's queries
+    computed = seq_len - query_len  # tokens before the sequence's queries
     last_query = tl.minimum(first_query + TOKENS, query_len) - 1
 
     row = tl.arange(0, ROWS)
@@ -184,7 +185,8 @@ def paged_prefill_attention(
     q, out: [num_tokens, num_q_heads, head_dim], rows may be strided; rows outside every sequence are left as they are. kv_pages: [num_pages, 2, num_kv_heads,
     page_size, head_dim], keys then values, those of the query tokens included; page_size a power of two. page_table: int32 [num_sequences, max_pages]; entries
     past a sequence's length are never read. query_starts: int32 [num_sequences + 1], where each sequence's queries begin in q and where the last one's end;
-    equal neighbours mean no queries. seq_lens: int32 [num_sequences], tokens including the queries, which are a sequence's newest. max_query_len: at least
+    equal neighbours mean no queries. seq_lens: int32 [num_sequences], tokens including the queries, which are a sequence's newest; 0: padding, its rows of out
+    are left as they are. max_query_len: at least
     the greatest number of queries of a sequence. All of one dtype (bfloat16, float16 or float32; sums in float32) and 16-byte aligned rows.
     cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0; scale > 0. shape overrides the tuned launch (tests, benchmarks).
     Raises ValueError if tensors do not fit each other.

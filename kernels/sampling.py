@@ -155,6 +155,8 @@ def _choose_kernel(
     if HAS_ROWS:
         state = tl.load(rows + m).to(tl.int64)
         if state < 0:
+            if part == 0:
+                tl.store(tokens + m, 0)
             return
     row = logits + m * logits_stride
     if RANDOM:
@@ -333,7 +335,7 @@ def sample(
 
     logits, out, logprobs_out, launch_pdl: as in `argmax`; logprobs_out is of the logits as they are, at temperature 1, nothing cut off.
     positions: integers [M]. temperature: float32, seeds: int64, may be strided: [M], or [R] if rows [M] says which entry is row m's (-1: padding, out[m]
-    stays as it is). thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
+    is 0). thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
     _choose(logits, rows, temperature, seeds, positions, thresholds, out, logprobs_out, workspace, launch_pdl)

@@ -136,6 +136,16 @@ def test_equals_float64_on_tiny_shapes(case: Case) -> None:
     assert_close(case, attend(case, tensors), oracle(case, tensors))
 
 
+@pytest.mark.parametrize("page_size", [4, 64])
+def test_queries_of_a_sequence_of_length_0_are_padding(page_size: int) -> None:
+    """A captured step gives the tokens that it has too many to one more sequence; nothing is read or written for them."""
+    tensors = make(Case(((5, 9), (3, 3), (40, 40)), page_size=page_size, shape=SMALL), seed=4)
+    tensors.seq_lens[-1] = 0
+    tensors.page_table[-1] = 2**30  # read, it would be noticed
+    case = Case(((5, 9), (3, 3)), page_size=page_size, shape=SMALL)
+    assert_close(case, attend(case, tensors, spare_tiles=35), oracle(case, tensors))
+
+
 @pytest.mark.parametrize("window", [0, 12], ids=["all keys", "window"])
 def test_equals_its_reference(window: int) -> None:
     case = Case(((20, 40), (5, 5), (1, 18)), window=window, shape=SMALL, spare_queries=0)

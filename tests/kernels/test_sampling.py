@@ -178,14 +178,14 @@ def test_temperature_zero_is_argmax_beside_drawn_rows() -> None:
     torch.testing.assert_close(logprob, reference.logprobs(logits, tokens), rtol=0, atol=1e-5)
 
 
-def test_rows_find_their_state_and_padding_is_left_alone() -> None:
+def test_rows_find_their_state_and_padding_gets_token_0() -> None:
     logits, (temperature, seeds, positions), workspace = randn(3, VOCAB), draws(9), small()
     rows, state = ints(7, -1, 2), [7, 2]
     out = torch.full((3,), -7, dtype=torch.int64, device=DEVICE)
     parameters = torch.stack((positions.float(), temperature, positions.float()), dim=1)  # the temperature is a column
     sample(logits, parameters[:, 1], seeds, positions[:3], workspace=workspace, rows=rows, out=out)
     assert torch.equal(out[::2], drawn(logits[::2], temperature[state], seeds[state], positions[[0, 2]]))
-    assert out[1] == -7
+    assert out[1] == 0, "whatever reads the chosen tokens must find tokens"
     assert not workspace.arrivals.any()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,8 +52,12 @@ def test_many_new_rows_outgrow_the_staging_buffer_while_steps_are_in_flight(fold
     assert answers == Driver(load_runner(folder, num_pages=2000)).generate(prompts, 6)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"temperature": 0.0}], ids=["draws", "truncated draws", "greedy"])
-def test_captured_steps_give_the_tokens_of_launched_ones(folder: Path, options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_p": 0.8}, {"temperature": 0.0}, {"temperature": 0.6, "logprobs": 2, "repetition_penalty": 1.2, "logit_bias": {3: 1.5}}],
+    ids=["draws", "truncated draws", "greedy", "everything"],
+)
+def test_captured_steps_give_the_tokens_of_launched_ones(folder: Path, options: dict[str, Any]) -> None:
     """Prompts longer than any captured step, chunks that fit beside decodes, and decodes alone, padded to every size."""
     prompts = random_prompts((1, 700, 65, 300, 20, 33, 5, 8, 90, 2, 44))
     captured, launched = (
