@@ -115,7 +115,7 @@ class DecodePlan:
 
 def make_decode_workspace(
     num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
-    *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int = 4, num_stages: int | None = None,
+    *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int | None = None, num_stages: int | None = None,
 ) -> DecodeWorkspace:  # fmt: skip
     """Allocate the scratch for a geometry; the keyword arguments override the tuned launch shape (tests, benchmarks).
 
@@ -127,15 +127,16 @@ def make_decode_workspace(
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     programs = programs_per_multiprocessor or _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim)
     num_slots = max(1, programs * multiprocessors // num_kv_heads)
+    wide = programs == 1 and group > 4  # fewer, larger steps of softmax: there is more of it for each key
     return DecodeWorkspace(
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
-        tile=tile or max(16, 16384 // (triton.next_power_of_2(head_dim) * dtype.itemsize)),  # 16 KiB of keys
+        tile=tile or max(16, (32768 if wide else 16384) // (triton.next_power_of_2(head_dim) * dtype.itemsize)),  # bytes of keys
         num_slots=num_slots,
-        num_warps=num_warps,
-        # 32 KiB each: so many that no more programs than these fit on a multiprocessor. A launch that begins while another runs would else crowd some of them.
-        num_stages=num_stages or (4 if programs == 1 else 3),
+        num_warps=num_warps or (8 if wide else 4),
+        # So many that no more programs than these fit on a multiprocessor: a launch that begins while another runs would else crowd some of them.
+        num_stages=num_stages or (4 if programs == 1 and not wide else 3),
         arrivals=torch.zeros(num_slots, num_kv_heads, dtype=torch.int32, device=device),
         partial_acc=torch.empty(2 * num_slots, num_kv_heads, group, head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(2 * num_slots, num_kv_heads, group, dtype=torch.float32, device=device),

@@ -143,7 +143,7 @@ def float64_attention(case: Case, stores: Stores) -> torch.Tensor:
 
 
 def make_plan(case: Case, shape: str | None) -> DecodePlan:
-    tile, stages, programs, warps = (int(n) for n in shape.split(":")) if shape else (None, 3, None, 4)
+    tile, stages, programs, warps = (int(n) for n in shape.split(":")) if shape else (None,) * 4
     workspace = make_decode_workspace(
         case.num_q_heads, case.num_kv_heads, case.head_dim, torch.bfloat16, torch.device("cuda"),
         tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps,
