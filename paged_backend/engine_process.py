@@ -150,6 +150,11 @@ class EngineProcess:
             log.error("error: %s", error)
             self._refuse(str(error))
             return 1
+        except Exception as error:  # ours to explain: what goes to stderr by itself may be seen by nobody
+            reason = f"{type(error).__name__}: {error}"
+            log.exception("error: the engine could not start: %s", reason)
+            self._refuse(f"the engine could not start: {reason}; its log has the traceback")
+            return 1
         scheduler.tell_of_suspects(self._note_suspect)
         self._watch = Watch(self._context, self._directory, self._model, scheduler, self._ready.page_size)
         gc.collect()

@@ -25,12 +25,12 @@ def export_tokenizer(folder: Path, path: Path) -> Path | None:
     """
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
-
     try:
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
-    except Exception as error:  # transformers raises whatever the parser of the day raises
+    except Exception as error:  # transformers raises whatever the parser of the day raises, or a package that it imports
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EngineError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from error
     backend.no_truncation()

@@ -149,14 +149,22 @@ def test_shutdown_waits_for_the_other_front_ends(tmp_path: Path, loop: threading
     assert not loop.is_alive()
 
 
-def test_an_engine_that_cannot_load_tells_every_front_end_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (EngineError("no such checkpoint"), "no such checkpoint"),
+        (ImportError("a broken package"), "the engine could not start: ImportError: a broken package; its log has the traceback"),
+    ],
+    ids=["foreseen", "not foreseen"],
+)
+def test_an_engine_that_cannot_load_tells_every_front_end_why(tmp_path: Path, error: Exception, told: str) -> None:
     def load(_: Path) -> tuple[Engine, Scheduler, Ready]:
-        raise EngineError("no such checkpoint")
+        raise error
 
     statuses: list[int] = []
     thread = threading.Thread(target=lambda: statuses.append(EngineProcess(tmp_path).run(load)))
     thread.start()
     for number in range(2):
-        assert FrontEnd(tmp_path, number).hear(Failed) == Failed("no such checkpoint")
+        assert FrontEnd(tmp_path, number).hear(Failed) == Failed(told)
     thread.join(5)
     assert statuses == [1]
