@@ -17,7 +17,7 @@ from paged_backend.request import Delta, Request
 from paged_backend.streamer import Send, Streamer
 
 _CANCEL_POLL_SECONDS = 0.025
-_CANCEL_POLL_SHARE = 0.2  # of one thread's time: asking is a round trip for each live request
+_CANCEL_POLL_SHARE = 0.2  # of one core: asking is a round trip for each live request, which mostly waits
 _DRAIN_SECONDS = 20.0  # the server gives all instances together 30 s to stop
 
 log = logging.getLogger("paged")
@@ -94,7 +94,7 @@ class FrontEnd:
         """The side thread: asks the server who has left."""
         spent = 0.0
         while not self._stopping.wait(max(_CANCEL_POLL_SECONDS, spent / _CANCEL_POLL_SHARE)):
-            started = time.monotonic()
+            started = time.thread_time()
             for answer in list(self._answers.values()):
                 answer.poll_cancellation()
-            spent = time.monotonic() - started
+            spent = time.thread_time() - started
