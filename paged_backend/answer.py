@@ -95,7 +95,8 @@ class Answer:
         self._first_token_time = 0.0
         self._last_token_time = 0.0
         self._outcome = "error"
-        tokens_matter = services.prompts.tokenizer is None or request.outputs.output_ids or request.outputs.logprobs
+        no_text = services.prompts.tokenizer is None or not request.sampling.detokenize
+        tokens_matter = no_text or request.outputs.output_ids or request.outputs.logprobs
         self._channel: Channel = services.streamer.open(self.send, self.ended, request.stream, tokens_matter)
 
     # ---- its way in
@@ -125,7 +126,7 @@ class Answer:
         context = prompt.token_ids[-_CONTEXT_TOKENS:].tolist()
         wants_logprobs = sampling.logprobs is not None
         self._strands = [_Strand(index, AnswerText(services.prompts.tokenizer, context, sampling), wants_logprobs) for index in range(count)]
-        if request.prepend_prompt:
+        if request.prepend_prompt and sampling.detokenize:
             text = services.prompts.text_of(request)
             for index in range(count):
                 self._pass_on(Delta(index=index, text=text))

@@ -181,11 +181,11 @@ class Passage:
 
 
 class AnswerText:
-    """From an answer's tokens to its text, as its sampling parameters want it. Without a tokenizer there is none."""
+    """From an answer's tokens to its text, as its sampling parameters want it. Without a tokenizer, or with detokenize=false, there is none."""
 
     def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         self._sampling = sampling
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
+        self._detokenizer = None if tokenizer is None or not sampling.detokenize else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
         self._num_tokens = 0
 

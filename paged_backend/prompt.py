@@ -67,6 +67,9 @@ class PromptReader:
         if self.tokenizer is None and sampling.stop:
             raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
         token_ids = self._token_ids(request)
+        if sampling.truncate_prompt_tokens is not None:
+            longest = self._ready.max_model_len - 1
+            token_ids = token_ids[-(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :]
         self._check_length(len(token_ids))
         max_tokens = min(max_tokens, self._ready.max_model_len - len(token_ids))
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))

@@ -48,6 +48,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)] = {}
     bad_words: Annotated[tuple[Word, ...], Meta(max_length=MAX_BAD_WORDS)] = ()
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: none; 0: the chosen token's; n: the n most likely too
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None  # only so many of the prompt's last tokens; -1: as many as the model takes
+    detokenize: bool = True  # False: the answer is token ids, without text
+    priority_level: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0  # the lower, the sooner it starts and the later it is preempted
+    request_deadline_seconds: Annotated[float, Meta(gt=0)] | None = None  # None, or more than the engine's own: that
+    skip_prefix_cache: bool = False  # neither finds pages of others nor leaves any
 
     @property
     def greedy(self) -> bool:
@@ -138,6 +143,10 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise RequestError(f"min_tokens: {sampling.min_tokens} is more than max_tokens ({sampling.max_tokens})")
     if sampling.best_of is not None and sampling.best_of < sampling.n:
         raise RequestError(f"best_of: {sampling.best_of} is less than n ({sampling.n})")
+    if sampling.truncate_prompt_tokens == 0:
+        raise RequestError("truncate_prompt_tokens: expected at least 1 token, or -1 for as many as the model takes; got 0")
+    if sampling.stop and not sampling.detokenize:
+        raise RequestError("stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids")
     for name in ("n", "best_of"):
         if sampling.greedy and (getattr(sampling, name) or 1) > 1:
             raise RequestError(f"{name}: {getattr(sampling, name)} with temperature 0: every sequence would be the same")
@@ -146,9 +155,10 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
 
 def _require_finite(sampling: SamplingParams) -> None:
     """Strings such as "nan" become numbers in coercion, and no range check refuses NaN."""
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        if not math.isfinite(getattr(sampling, name)):
-            raise RequestError(f"{name}: {getattr(sampling, name)} is not a finite number")
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "request_deadline_seconds"):
+        value = getattr(sampling, name)
+        if value is not None and not math.isfinite(value):
+            raise RequestError(f"{name}: {value} is not a finite number")
     for token_id, bias in sampling.logit_bias.items():
         if not math.isfinite(bias):
             raise RequestError(f"logit_bias: {bias} for token {token_id} is not a finite number")

@@ -51,6 +51,8 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
         raise RequestError(f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end")
     if stream and sampling.n > 1:
         outputs = msgspec.structs.replace(outputs, sequence_index=True)
+    if not sampling.detokenize:
+        outputs = msgspec.structs.replace(outputs, output_ids=True)  # there is nothing else
     return Request(
         text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
         input_ids=_read_ids(tensors[name]) if name == "input_ids" else None,

@@ -7,6 +7,7 @@ still in flight counts as present (`Rows.num_tokens`), only its id is missing, a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from paged_backend.page_pool import PagePool
 from paged_backend.request import Finish
 from paged_backend.sequence import Rows, Sequence, Status
 from paged_backend.sequence_pages import SequencePages
-from paged_backend.suspects import SUSPECT_PRIORITY, Suspects
+from paged_backend.suspects import Suspects
 from paged_backend.waiting_queue import WaitingQueue
 
 _OVERDUE_CHECK_SECONDS = 0.05
@@ -92,6 +93,7 @@ class Scheduler:
         prompt_len = len(token_ids) - request.num_answered
         serial = self._serial = self._serial + 1
         eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
+        finds = self._limits.prefix_cache and not sampling.skip_prefix_cache
         sequence = Sequence(
             request_id=request.request_id,
             serial=serial,
@@ -102,10 +104,11 @@ class Scheduler:
             seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
             stop_ids=tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids)),
             bad_words=request.bad_words,
-            cache_salt=request.cache_salt if self._limits.prefix_cache else f"family {request.family}",
-            shares=self._limits.prefix_cache or request.family is not None,
+            cache_salt=request.cache_salt if finds else f"family {request.family}",
+            shares=finds or request.family is not None,
             arrival=request.arrival,
-            priority=SUSPECT_PRIORITY if request.suspect else 0,
+            suspect=request.suspect,
+            deadline_seconds=min(sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds),
             answered=request.num_answered > 0,
         )
         self._sequences[sequence.request_id] = sequence
@@ -223,7 +226,7 @@ class Scheduler:
         """One more page for a running sequence, at the cost of the youngest others if need be."""
         page = self._pages.append(sequence)
         while page is None:
-            victim = max(self._running, key=Sequence.youth)
+            victim = max(self._running, key=Sequence.turn)
             if victim is sequence:
                 return False  # it keeps what it has and waits: whoever is older will finish
             self._preempt(victim)
@@ -403,8 +406,8 @@ class Scheduler:
         limits = self._limits
         for sequence in list(self._sequences.values()):
             age = now - sequence.arrival
-            if age > limits.request_deadline_seconds:
-                error, message = ErrorKind.CANCELLED, f"not finished after {limits.request_deadline_seconds:g} s (request_deadline_seconds)"
+            if age > sequence.deadline_seconds:
+                error, message = ErrorKind.CANCELLED, f"not finished after {sequence.deadline_seconds:g} s (request_deadline_seconds)"
             elif sequence.admitted is None and age > limits.max_waiting_seconds:
                 error, message = ErrorKind.OVERLOADED, f"not started after {limits.max_waiting_seconds:g} s (max_waiting_seconds)"
             else:

@@ -6,6 +6,7 @@ array operations; the same rows exist on the device (step_tensors.py).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -40,7 +41,8 @@ class Sequence:
     cache_salt: str
     shares: bool  # its pages may be found by others, and theirs by it
     arrival: float  # seconds, CLOCK_MONOTONIC
-    priority: int = 0  # the higher, the later it is preempted
+    suspect: bool = False  # engines may have died of it: it waits behind everybody else
+    deadline_seconds: float = math.inf  # from its arrival
     status: Status = Status.WAITING
     row: int | None = None
     pages: list[int] = field(default_factory=list)
@@ -50,13 +52,9 @@ class Sequence:
     admitted: float | None = None  # when it first left the queue
     answered: bool = False  # its first token has been told
 
-    def youth(self) -> tuple[int, int]:
-        """Who is preempted first: the largest, i.e. the youngest of the lowest priority."""
-        return (-self.priority, self.serial)
-
-    def wait_order(self) -> tuple[int, int]:
-        """Who is admitted first: the smallest, i.e. the oldest of the highest priority."""
-        return (-self.priority, self.serial)
+    def turn(self) -> tuple[bool, int, int]:
+        """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
+        return (self.suspect, self.sampling.priority_level, self.serial)
 
 
 _FREE = -1

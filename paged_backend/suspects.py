@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from paged_backend.sequence import Rows, Sequence
 
-SUSPECT_PRIORITY = -1  # suspects wait behind everybody else, and nobody behind them
 _CLEARED_AFTER_TOKENS = 8  # a suspect that brought so many did no harm
 
 
@@ -19,10 +18,10 @@ class Suspects:
         self._clear_at = 0
 
     def may_start(self, sequence: Sequence) -> bool:
-        return self._running is None or sequence.priority != SUSPECT_PRIORITY
+        return self._running is None or not sequence.suspect
 
     def note_start(self, sequence: Sequence) -> None:
-        if sequence.priority == SUSPECT_PRIORITY:
+        if sequence.suspect:
             self._running = sequence
             self._clear_at = len(sequence.token_ids) + _CLEARED_AFTER_TOKENS
             self.tell(sequence.request_id)

@@ -8,13 +8,13 @@ from paged_backend.sequence import Sequence, Status
 
 
 class WaitingQueue:
-    """Oldest of the highest priority first. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
+    """Oldest of the lowest priority_level first. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
 
     Invariant: len(queue) is the number of entries whose sequence is WAITING.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []
+        self._heap: list[tuple[tuple[bool, int, int], Sequence]] = []
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -22,7 +22,7 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
-        heapq.heappush(self._heap, (sequence.wait_order(), sequence))
+        heapq.heappush(self._heap, (sequence.turn(), sequence))
         self._num_waiting += 1
 
     def first(self) -> Sequence | None:

@@ -82,6 +82,15 @@ def test_token_ids_can_be_sent_and_asked_for(server: FrontEndServer) -> None:
     assert got == fake_engine.answer_ids(TOKENIZER, "tokens=9 delay=0.005", 9)
 
 
+def test_without_detokenisation_the_answer_is_token_ids_in_every_response(server: FrontEndServer) -> None:
+    prompt = "tokens=9 delay=0.005"
+    for stream in (False, True):
+        answer = server.ask(prompt, stream=stream, sampling_parameters={"detokenize": False})
+        assert answer.text == ""
+        got = [token for result in answer.results for token in result.as_numpy("output_ids").tolist()]
+        assert got == fake_engine.answer_ids(TOKENIZER, prompt, 9)
+
+
 def test_numbers_about_an_answer_are_sent_if_asked_for(server: FrontEndServer) -> None:
     extras = ["finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "num_cached_tokens"]
     answer = server.ask("tokens=9 delay=0.005", **{f"return_{name}": True for name in extras})

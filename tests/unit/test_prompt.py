@@ -90,6 +90,20 @@ def test_prompts_up_to_the_limit_leave_room_for_one_token(tmp_path: Path) -> Non
         _read(reader, ids=(1,) * 10)
 
 
+@pytest.mark.parametrize(("truncate", "kept"), [(1, 1), (63, 63), (64, 63), (-1, 63), (10**6, 63)])
+def test_a_prompt_is_cut_to_its_last_tokens_if_the_caller_says_so(tmp_path: Path, truncate: int, kept: int) -> None:
+    reader, ids = _reader(None, tmp_path, max_model_len=64), tuple(range(200))
+    if truncate in (64, 10**6):
+        with pytest.raises(RequestError, match=r"the longest this model takes is 63 \(max_model_len"):
+            _read(reader, ids=ids, truncate_prompt_tokens=truncate)
+    else:
+        assert _read(reader, ids=ids, truncate_prompt_tokens=truncate).token_ids.tolist() == list(range(200 - kept, 200))
+
+
+def test_a_prompt_shorter_than_the_cut_stays_whole(tmp_path: Path) -> None:
+    assert _read(_reader(None, tmp_path), ids=(5, 6), truncate_prompt_tokens=3).token_ids.tolist() == [5, 6]
+
+
 def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(tmp_path: Path) -> None:
     reader = _reader(None, tmp_path, max_model_len=1000, max_pool_tokens=32)
     with pytest.raises(RequestError, match=r"the prompt has 33 tokens; the page pool holds 32 \(2 pages of 16\)"):

@@ -316,6 +316,54 @@ def test_a_request_that_waited_too_long_is_refused_and_one_that_lives_too_long_i
     assert bench.engine.idle and bench.scheduler.pool.num_held == 0
 
 
+def test_a_request_may_have_a_shorter_deadline_of_its_own_in_every_state_but_no_longer_one() -> None:
+    bench = Bench(max_num_sequences=1, request_deadline_seconds=50)
+    bench.submit(1, [1], max_tokens=60, request_deadline_seconds=90)  # the engine's own is shorter
+    bench.submit(2, [2], max_tokens=60, request_deadline_seconds=7.5)  # waits
+    bench.step(2)
+    bench.now = 8
+    bench.step()
+    assert bench.finishes == {2: Finish(2, error=ErrorKind.CANCELLED, message="not finished after 7.5 s (request_deadline_seconds)")}
+    bench.submit(3, [3], max_tokens=60, request_deadline_seconds=45)
+    bench.engine.abort(1)
+    bench.step(2)
+    assert bench.tokens[3]  # runs
+    bench.now = 54
+    bench.step()
+    assert bench.finishes[3].message == "not finished after 45 s (request_deadline_seconds)"
+
+
+def test_the_lowest_priority_level_starts_first_and_the_highest_is_preempted_first() -> None:
+    bench = Bench(num_pages=5, max_model_len=20, max_num_sequences=2)
+    bench.submit(1, [1, 2, 3], max_tokens=14, priority_level=3)  # the oldest, and yet the one to make room
+    bench.submit(2, [4, 5, 6], max_tokens=14, priority_level=-1)
+    bench.submit(3, [7, 8], max_tokens=14, priority_level=9)
+    bench.submit(4, [9, 8], max_tokens=14)
+    bench.run()
+    assert bench.scheduler.num_preemptions > 0
+    assert list(bench.finishes) == [2, 4, 1, 3]
+    prompts = {1: [1, 2, 3], 2: [4, 5, 6], 3: [7, 8], 4: [9, 8]}
+    assert bench.tokens == {request_id: solo(prompt, 14, (), VOCAB) for request_id, prompt in prompts.items()}
+
+
+def test_a_request_that_skips_the_prefix_cache_finds_nothing_and_leaves_nothing() -> None:
+    bench = Bench()
+    prompt = list(range(10))
+    bench.submit(1, prompt)
+    bench.run()
+    bench.submit(2, prompt, skip_prefix_cache=True)
+    bench.submit(3, [9] * 10, skip_prefix_cache=True)
+    bench.run()
+    bench.submit(4, [9] * 10)
+    bench.submit(5, prompt)
+    bench.run()
+    assert bench.started == {1: 0, 2: 0, 3: 0, 4: 0, 5: 8}
+    bench.submit(6, [5] * 10, family=1, skip_prefix_cache=True)
+    bench.submit(7, [5] * 10, family=1, skip_prefix_cache=True)
+    bench.run()
+    assert bench.started[7] == 8, "sequences of one request share their prompt even so"
+
+
 def test_prompts_outside_the_model_are_refused_with_the_limit() -> None:
     bench = Bench(max_model_len=8)
     bench.submit(1, [1] * 8)
