@@ -85,8 +85,8 @@ def test_token_ids_can_be_sent_and_asked_for(server: FrontEndServer) -> None:
 def test_without_detokenisation_the_answer_is_token_ids_in_every_response(server: FrontEndServer) -> None:
     prompt = "tokens=9 delay=0.005"
     for stream in (False, True):
-        answer = server.ask(prompt, stream=stream, sampling_parameters={"detokenize": False})
-        assert answer.text == ""
+        answer = server.ask(prompt, stream=stream, sampling_parameters=json.dumps({"detokenize": False}))
+        assert answer.error is None and answer.text == ""
         got = [token for result in answer.results for token in result.as_numpy("output_ids").tolist()]
         assert got == fake_engine.answer_ids(TOKENIZER, prompt, 9)
 
