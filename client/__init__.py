@@ -1,6 +1,6 @@
 """What talks to a running server, and the `paged` command."""
 
-from paged_client.answers import Answer, Delta, Usage
+from paged_client.answers import Answer, Delta, TokenLogprob, Usage
 from paged_client.async_client import AsyncPagedClient, AsyncStream
 from paged_client.client import PagedClient, Stream
 from paged_client.errors import (
@@ -26,6 +26,7 @@ __all__ = [
     "RequestCancelledError",
     "ServerError",
     "Stream",
+    "TokenLogprob",
     "UnavailableError",
     "UnknownModelError",
     "UnreachableError",

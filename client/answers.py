@@ -1,7 +1,8 @@
-"""What comes back: a `Delta` for every response of a stream, an `Answer` for the whole."""
+"""What comes back: a `Delta` for every piece of a stream, an `Answer` for the whole."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,35 +14,73 @@ class Usage:
 
     num_input_tokens: int = 0  # of the prompt
     num_cached_tokens: int = 0  # of those, found in the server's prefix cache
-    num_output_tokens: int = 0
+    num_output_tokens: int = 0  # of all its sequences
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token that was chosen, or might have been."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+LogprobEntry = tuple[TokenLogprob, ...]
+"""Of one position: the chosen token, then the likeliest others as far as they were asked for."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of answer. The last one of a stream has a finish_reason."""
+    """A piece of one sequence. The last one of a sequence has a finish_reason."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None  # "stop" | "length"
     usage: Usage  # up to and including this piece
+    sequence_index: int = 0  # which of the request's n sequences it belongs to
+    logprobs: tuple[LogprobEntry, ...] = ()  # with the sampling key logprobs: an entry for each of token_ids
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer, or what came of it before the stream was left."""
+    """A whole answer, or what came of it before the stream was left. With n > 1 it is the first sequence, and `sequences` has all of them."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None  # None: it was left before its end
-    usage: Usage = Usage()
+    usage: Usage = Usage()  # of the request, so the same in each of its sequences
+    logprobs: tuple[LogprobEntry, ...] = ()
+    others: tuple[Answer, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[Answer, ...]:
+        """In the order of their index: as many as the request's n."""
+        return (self, *self.others)
 
 
-def delta_of(outputs: Mapping[str, Any], num_output_tokens: int) -> Delta:
-    """A response's outputs (name → list of values) as a Delta; `num_output_tokens` came before it."""
-    token_ids = tuple(int(token_id) for token_id in outputs.get("output_ids", ()))
-    reason = next(iter(outputs.get("finish_reason", ())), "None")
-    usage = Usage(_first(outputs, "num_input_tokens"), _first(outputs, "num_cached_tokens"), num_output_tokens + len(token_ids))
-    return Delta("".join(outputs.get("text_output", ())), token_ids, None if reason == "None" else reason, usage)
+def deltas_of(outputs: Mapping[str, Any], num_output_tokens: int) -> tuple[Delta, ...]:
+    """A response's outputs (name → list of values) as a Delta for each sequence with news; `num_output_tokens` of the request came before it."""
+    texts = outputs.get("text_output", ())
+    indices = outputs.get("sequence_index") or range(len(texts))
+    ids = [int(token_id) for token_id in outputs.get("output_ids", ())]
+    counts = outputs.get("num_output_tokens") or [len(ids)]
+    reasons = outputs.get("finish_reason") or ["None"] * len(texts)
+    logprobs = outputs.get("logprobs") or ["[]"] * len(texts)
+    num_input_tokens, num_cached_tokens = _first(outputs, "num_input_tokens"), _first(outputs, "num_cached_tokens")
+    deltas = []
+    for text, index, count, reason, entries in zip(texts, indices, counts, reasons, logprobs, strict=True):
+        mine, ids = tuple(ids[: int(count)]), ids[int(count) :]
+        num_output_tokens += len(mine)
+        usage = Usage(num_input_tokens, num_cached_tokens, num_output_tokens)
+        deltas.append(Delta(text, mine, None if reason == "None" else reason, usage, int(index), _entries(entries)))
+    return tuple(deltas)
+
+
+def _entries(text: str) -> tuple[LogprobEntry, ...]:
+    if text == "[]":
+        return ()
+    return tuple(tuple(TokenLogprob(int(token_id), said["decoded_token"], said["logprob"]) for token_id, said in entry.items()) for entry in json.loads(text))
 
 
 def _first(outputs: Mapping[str, Any], name: str) -> int:

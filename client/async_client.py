@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ class _Call(Protocol):
 
 class _Transport(Protocol):
     def ask(self, question: Question) -> _Call: ...
+    async def is_ready(self) -> bool: ...
     async def close(self) -> None: ...
 
 
@@ -60,6 +62,10 @@ class AsyncPagedClient:
 
     async def close(self) -> None:
         await self._transport.close()
+
+    async def is_ready(self) -> bool:
+        """Whether the server is there and has loaded the model."""
+        return await self._transport.is_ready()
 
     async def generate(
         self,
@@ -106,6 +112,7 @@ class AsyncStream:
         self._question = question
         self._patience = Patience(limits)
         self._progress = Progress()
+        self._arrived: deque[Delta] = deque()
 
     @property
     def answer(self) -> Answer:
@@ -116,18 +123,18 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._progress.over:
+        while not self._arrived and not self._progress.over:
             try:
-                delta = await self._next()
+                await self._listen()
             except BaseException:
                 self.close()
                 raise
-            if delta is not None:
-                return delta
+        if self._arrived:
+            return self._arrived.popleft()
         raise StopAsyncIteration
 
-    async def _next(self) -> Delta | None:
-        """None if there was nothing in the response, or another attempt has to be made."""
+    async def _listen(self) -> None:
+        """Takes the next response, or pauses before another attempt."""
         try:
             if self._call is None:
                 self._call = self._transport.ask(self._question)
@@ -138,13 +145,12 @@ class AsyncStream:
                 raise
             self._leave()
             await asyncio.sleep(pause)
-            return None
+            return
         except TimeoutError:
             raise self._patience.over() from None
-        delta = self._progress.take(outputs, final)
+        self._arrived.extend(self._progress.take(outputs, final))
         if final:
             self._leave()
-        return delta
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -158,6 +164,7 @@ class AsyncStream:
     def close(self) -> None:
         """Ends the iteration; a request that is not over is cancelled on the server. Needs no `await`."""
         self._progress.over = True
+        self._arrived.clear()
         self._leave()
 
     def _leave(self) -> None:

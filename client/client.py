@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ class _Call(Protocol):
 
 class _Transport(Protocol):
     def ask(self, question: Question) -> _Call: ...
+    def is_ready(self) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -71,6 +73,10 @@ class PagedClient:
         """Closes the connections that no stream uses."""
         self._transport.close()
 
+    def is_ready(self) -> bool:
+        """Whether the server is there and has loaded the model."""
+        return self._transport.is_ready()
+
     def generate(
         self,
         prompt: Prompt | None = None,
@@ -84,7 +90,8 @@ class PagedClient:
         """The whole answer in one response.
 
         prompt: text, or token ids. messages: a conversation instead, for the model's chat template; tools go to the template too.
-        sampling: any of the model's sampling keys, such as max_tokens=64, temperature=0, stop=["\\n"], seed=7.
+        sampling: any of the model's sampling keys, such as max_tokens=64, temperature=0, stop=["\\n"], seed=7. With n=3 the answer has three
+        `sequences`.
 
         Raises:
             PagedError: a subclass says what kind of failure it is.
@@ -109,7 +116,7 @@ class PagedClient:
     ) -> Stream:
         """The answer piece by piece; arguments as for `generate`. Leaving the iterator early (`break`, `close`, an exception) cancels the request.
 
-        Errors are raised while iterating.
+        With n=3 pieces of three sequences come as they are ready: `Delta.sequence_index` says whose each is. Errors are raised while iterating.
         """
         question = question_of(
             prompt, sampling, stream=True, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
@@ -126,6 +133,7 @@ class Stream:
         self._question = question
         self._patience = Patience(limits)
         self._progress = Progress()
+        self._arrived: deque[Delta] = deque()
 
     @property
     def answer(self) -> Answer:
@@ -136,18 +144,18 @@ class Stream:
         return self
 
     def __next__(self) -> Delta:
-        while not self._progress.over:
+        while not self._arrived and not self._progress.over:
             try:
-                delta = self._next()
+                self._listen()
             except BaseException:
                 self.close()
                 raise
-            if delta is not None:
-                return delta
+        if self._arrived:
+            return self._arrived.popleft()
         raise StopIteration
 
-    def _next(self) -> Delta | None:
-        """None if there was nothing in the response, or another attempt has to be made."""
+    def _listen(self) -> None:
+        """Takes the next response, or pauses before another attempt."""
         try:
             if self._call is None:
                 self._call = self._transport.ask(self._question)
@@ -158,13 +166,12 @@ class Stream:
                 raise
             self._leave()
             time.sleep(pause)
-            return None
+            return
         except TimeoutError:
             raise self._patience.over() from None
-        delta = self._progress.take(outputs, final)
+        self._arrived.extend(self._progress.take(outputs, final))
         if final:
             self._leave()
-        return delta
 
     def __enter__(self) -> Stream:
         return self
@@ -178,6 +185,7 @@ class Stream:
     def close(self) -> None:
         """Ends the iteration; a request that is not over is cancelled on the server."""
         self._progress.over = True
+        self._arrived.clear()
         self._leave()
 
     def _leave(self) -> None:

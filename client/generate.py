@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from paged_client.answers import Answer
 from paged_client.asking import (
     DEFAULT_MODEL,
     DEFAULT_URL,
@@ -46,10 +47,20 @@ def generate(
         text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
         with PagedClient(url, model=model_name, timeout=timeout) as client:
             if as_json:
-                answer = client.generate(text, **sampling)
-                print(json.dumps({**vars(answer), "usage": vars(answer.usage)}, ensure_ascii=False))
+                print(json.dumps(_members_of(client.generate(text, **sampling)), ensure_ascii=False))
+            elif sampling.get("n", 1) != 1:  # several at once cannot be read
+                print("\n\n".join(printable(sequence.text) for sequence in client.generate(text, **sampling).sequences))
             else:
                 _print_stream(client, text, sampling)
+
+
+def _members_of(answer: Answer) -> dict[str, Any]:
+    members: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason, "usage": vars(answer.usage)}
+    if answer.logprobs:
+        members["logprobs"] = [[vars(token) for token in entry] for entry in answer.logprobs]
+    if answer.others:
+        members["others"] = [_members_of(other) for other in answer.others]
+    return members
 
 
 def _print_stream(client: PagedClient, text: str, sampling: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Outputs = dict[str, list[Any]]
 _END_SECONDS = 5.0  # for the server to end a stream whose request is over
+_READY_SECONDS = 5.0  # for the server to say whether it is
 
 
 class GrpcTransport:
@@ -35,11 +36,24 @@ class GrpcTransport:
         self._free: list[InferenceServerClient] = []
 
     def ask(self, question: Question) -> GrpcCall:
+        return GrpcCall(self, self._take(), self._model, question)
+
+    def is_ready(self) -> bool:
+        from tritonclient.utils import InferenceServerException
+
+        client = self._take()
+        try:
+            return bool(client.is_model_ready(self._model, client_timeout=_READY_SECONDS))
+        except InferenceServerException:
+            return False
+        finally:
+            self.take_back(client)
+
+    def _take(self) -> InferenceServerClient:
         from tritonclient.grpc import InferenceServerClient
 
         with self._lock:
-            client = self._free.pop() if self._free else InferenceServerClient(self._address, ssl=self._ssl)
-        return GrpcCall(self, client, self._model, question)
+            return self._free.pop() if self._free else InferenceServerClient(self._address, ssl=self._ssl)
 
     @property
     def address(self) -> str:
@@ -108,11 +122,22 @@ class AsyncGrpcTransport:
         self._client: AsyncInferenceServerClient | None = None
 
     def ask(self, question: Question) -> AsyncGrpcCall:
+        return AsyncGrpcCall(self._connected(), self._model, question, self._address)
+
+    async def is_ready(self) -> bool:
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return bool(await self._connected().is_model_ready(self._model, client_timeout=_READY_SECONDS))
+        except InferenceServerException:
+            return False
+
+    def _connected(self) -> AsyncInferenceServerClient:
         from tritonclient.grpc.aio import InferenceServerClient
 
         if self._client is None:
             self._client = InferenceServerClient(self._address, ssl=self._ssl)
-        return AsyncGrpcCall(self._client, self._model, question, self._address)
+        return self._client
 
     async def close(self) -> None:
         client, self._client = self._client, None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
 Outputs = dict[str, list[Any]]
+_READY_SECONDS = 5.0  # for the server to say whether it is
 _HEADERS = {"Content-Type": "application/json"}
 
 
@@ -32,6 +33,17 @@ class HttpTransport:
 
     def ask(self, question: Question) -> HttpCall:
         return HttpCall(self._connection(), _path(self._path, question), question)
+
+    def is_ready(self) -> bool:
+        connection = self._connection()
+        connection.timeout = _READY_SECONDS
+        try:
+            connection.request("GET", f"{self._path}/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def _connection(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "localhost", self._url.port
@@ -49,6 +61,7 @@ class HttpCall:
         self._path = path
         self._question = question
         self._response: http.client.HTTPResponse | None = None
+        self._num_running = question.num_sequences
 
     def next(self, seconds: float | None) -> tuple[Outputs, bool]:
         """The next response's outputs, and whether it is the last.
@@ -64,7 +77,8 @@ class HttpCall:
             while line := response.readline():
                 if line.startswith(b"data:"):
                     outputs = _outputs_of(line[5:], response.status)
-                    final = _is_final(outputs)
+                    self._num_running -= _num_finished(outputs)
+                    final = self._num_running == 0
                     if final:
                         with contextlib.suppress(OSError, http.client.HTTPException):  # nothing that happens now changes the answer
                             response.read()
@@ -99,11 +113,23 @@ class AsyncHttpTransport:
         self._session: ClientSession | None = None
 
     def ask(self, question: Question) -> AsyncHttpCall:
+        return AsyncHttpCall(self._connected(), _path(self._path, question), question)
+
+    async def is_ready(self) -> bool:
+        import aiohttp
+
+        try:
+            async with self._connected().get(f"{self._path}/ready", timeout=aiohttp.ClientTimeout(total=_READY_SECONDS)) as response:
+                return response.status == 200
+        except (OSError, asyncio.TimeoutError, aiohttp.ClientError):
+            return False
+
+    def _connected(self) -> ClientSession:
         import aiohttp
 
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0))
-        return AsyncHttpCall(self._session, _path(self._path, question), question)
+        return self._session
 
     async def close(self) -> None:
         session, self._session = self._session, None
@@ -117,6 +143,7 @@ class AsyncHttpCall:
         self._path = path
         self._question = question
         self._response: ClientResponse | None = None
+        self._num_running = question.num_sequences
         self._lines: AsyncIterator[bytes] | None = None
 
     async def next(self, seconds: float | None) -> tuple[Outputs, bool]:
@@ -143,7 +170,8 @@ class AsyncHttpCall:
         async for line in self._lines:
             if line.startswith(b"data:"):
                 outputs = _outputs_of(line[5:], response.status)
-                final = _is_final(outputs)
+                self._num_running -= _num_finished(outputs)
+                final = self._num_running == 0
                 if final:
                     with contextlib.suppress(OSError, ClientError):
                         await response.read()
@@ -192,8 +220,9 @@ def _outputs_of(text: bytes, status: int) -> Outputs:
     return {name: value if isinstance(value, list) else [value] for name, value in answer.items()}
 
 
-def _is_final(outputs: Outputs) -> bool:
-    return outputs.get("finish_reason", ["None"]) != ["None"]
+def _num_finished(outputs: Outputs) -> int:
+    """Sequences that this response ends."""
+    return sum(reason != "None" for reason in outputs.get("finish_reason", ()))
 
 
 def _unreachable(error: BaseException, address: str) -> PagedError:

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paged_client.answers import Answer, Delta, Usage, delta_of
+from paged_client.answers import Answer, Delta, LogprobEntry, Usage, deltas_of
+
+
+@dataclass
+class _Sequence:
+    """One of the request's sequences."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def take(self, delta: Delta) -> None:
+        if delta.text:
+            self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+
+    def answer(self, usage: Usage) -> Answer:
+        return Answer("".join(self.texts), tuple(self.token_ids), self.finish_reason, usage, tuple(self.logprobs))
 
 
 class Progress:
@@ -12,29 +33,27 @@ class Progress:
 
     def __init__(self) -> None:
         self.over = False
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._finish_reason: str | None = None
+        self._sequences = [_Sequence()]
         self._usage = Usage()
 
     @property
     def begun(self) -> bool:
-        return bool(self._token_ids or self._texts)
+        return any(sequence.token_ids or sequence.texts for sequence in self._sequences)
 
     @property
     def answer(self) -> Answer:
-        return Answer("".join(self._texts), tuple(self._token_ids), self._finish_reason, self._usage)
+        first, *others = (sequence.answer(self._usage) for sequence in self._sequences)
+        return replace(first, others=tuple(others))
 
-    def take(self, outputs: dict[str, list[Any]], final: bool) -> Delta | None:
-        """A response as a Delta; None if it has nothing to say."""
+    def take(self, outputs: dict[str, list[Any]], final: bool) -> list[Delta]:
+        """A response's Deltas, without those that have nothing to say."""
         self.over = final
         if not outputs:
-            return None
-        delta = delta_of(outputs, len(self._token_ids))
-        if not (delta.text or delta.token_ids or delta.finish_reason):
-            return None
-        if delta.text:
-            self._texts.append(delta.text)
-        self._token_ids += delta.token_ids
-        self._finish_reason, self._usage = delta.finish_reason, delta.usage
-        return delta
+            return []
+        deltas = [delta for delta in deltas_of(outputs, self._usage.num_output_tokens) if delta.text or delta.token_ids or delta.finish_reason]
+        for delta in deltas:
+            while delta.sequence_index >= len(self._sequences):
+                self._sequences.append(_Sequence())
+            self._sequences[delta.sequence_index].take(delta)
+            self._usage = delta.usage
+        return deltas

@@ -11,6 +11,7 @@ Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 _WANTED = ("return_finish_reason", "return_num_input_tokens", "return_num_cached_tokens", "return_output_ids")
+_WANTED_OF_SEVERAL = ("return_sequence_index", "return_num_output_tokens")  # which piece is whose
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Question:
 
     tensors: Mapping[str, bool | str | list[int]]
     parameters: Mapping[str, bool | str]
+    num_sequences: int = 1  # that will answer
 
     @property
     def stream(self) -> bool:
@@ -43,6 +45,11 @@ def question_of(
         raise TypeError("give either a prompt or messages=[...]")
     tensors: dict[str, bool | str | list[int]] = {"stream": stream, "exclude_input_in_output": True}
     tensors.update(dict.fromkeys(_WANTED, True))
+    num_sequences = _count(sampling.get("n"))
+    if num_sequences > 1:
+        tensors.update(dict.fromkeys(_WANTED_OF_SEVERAL, True))
+    if sampling.get("logprobs") is not None:
+        tensors["return_logprobs"] = True
     if isinstance(prompt, str):
         tensors["text_input"] = prompt
     elif prompt is not None:
@@ -59,4 +66,12 @@ def question_of(
     parameters: dict[str, bool | str] = {"return_error_code": True}
     if cache_salt:
         parameters["cache_salt"] = cache_salt
-    return Question(tensors, parameters)
+    return Question(tensors, parameters, num_sequences)
+
+
+def _count(n: Any) -> int:
+    """What the server will take `n` for; what is no number it refuses."""
+    try:
+        return max(1, int(float(n)))
+    except (TypeError, ValueError, OverflowError):
+        return 1

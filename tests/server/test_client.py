@@ -104,6 +104,46 @@ def test_sampling_keys_and_token_ids_reach_the_model(server: FrontEndServer, tra
 @everywhere
 @transports
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_several_sequences_are_told_apart(server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool) -> None:
+    prompt = "tokens=24 äöü"
+    answer = asker(url_of(server, transport), prompt, stream=stream, n=3, logprobs=1)
+    ids = tuple(answer_ids(TOKENIZER, prompt, 24))
+    assert [sequence.token_ids for sequence in answer.sequences] == [ids] * 3
+    assert [sequence.text for sequence in answer.sequences] == [TOKENIZER.decode(list(ids))] * 3
+    assert [sequence.finish_reason for sequence in answer.sequences] == ["length"] * 3
+    assert answer.usage.num_output_tokens == 3 * 24
+    for sequence in answer.sequences:
+        assert [entry[0].token_id for entry in sequence.logprobs] == list(ids)
+        assert [token.logprob for token in sequence.logprobs[0]] == [-0.5, -1.5]
+        assert [entry[0].text for entry in sequence.logprobs] == [TOKENIZER.decode([token_id], skip_special_tokens=False) for token_id in ids]
+
+
+@everywhere
+@transports
+def test_leaving_several_sequences_ends_them_all(server: FrontEndServer, transport: str, asker: Callable[..., Answer]) -> None:
+    before = server.scrape().get(CANCELLED, 0)
+    answer = asker(url_of(server, transport), "tokens=500 delay=0.02", leave_after=5, n=3)
+    assert all(sequence.finish_reason is None for sequence in answer.sequences)
+    server.wait_for(CANCELLED, before + 1)
+    server.wait_for('paged_requests{state="running"}', 0)
+
+
+@transports
+def test_a_client_knows_whether_its_model_is_ready(server: FrontEndServer, transport: str) -> None:
+    async def asked(url: str, model: str) -> bool:
+        async with AsyncPagedClient(url, model=model) as client:
+            return await client.is_ready()
+
+    nowhere = "localhost:1" if transport == "grpc" else "http://localhost:1"
+    for url, model, ready in ((url_of(server, transport), "paged_llm", True), (url_of(server, transport), "nonesuch", False), (nowhere, "paged_llm", False)):
+        assert asyncio.run(asked(url, model)) is ready
+        with PagedClient(url, model=model) as client:
+            assert client.is_ready() is ready
+
+
+@everywhere
+@transports
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_every_error_is_of_its_own_type(server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool) -> None:
     url = url_of(server, transport)
     with pytest.raises(InvalidRequestError, match="top_p: expected float") as invalid:

@@ -20,6 +20,7 @@ from paged_client import (
     RequestCancelledError,
     ServerError,
     Stream,
+    TokenLogprob,
     UnavailableError,
     UnknownModelError,
     UnreachableError,
@@ -123,6 +124,54 @@ def test_a_final_response_that_holds_nothing_ends_the_stream(kind: type[Script],
     assert gather(kind([piece("a", 1), ({}, True)]), FAST).text == "a"
 
 
+def logprob_entry(token_id: int, logprob: float) -> dict[str, Any]:
+    return {str(token_id): {"logprob": logprob, "rank": 1, "decoded_token": f"t{token_id}"}}
+
+
+SEVERAL = [
+    (
+        {"text_output": ["b"], "sequence_index": [1], "num_output_tokens": [1], "output_ids": [21], "finish_reason": ["None"], "num_input_tokens": [5]},
+        False,
+    ),
+    (
+        {
+            "text_output": ["a", "d"],
+            "sequence_index": [0, 1],
+            "num_output_tokens": [2, 1],
+            "output_ids": [11, 12, 22],
+            "finish_reason": ["None", "stop"],
+            "num_input_tokens": [5],
+            "logprobs": [json.dumps([logprob_entry(11, -0.5), logprob_entry(12, -1.0)]), json.dumps([logprob_entry(22, -2.0)])],
+        },
+        False,
+    ),
+    (
+        {"text_output": ["c"], "sequence_index": [0], "num_output_tokens": [0], "output_ids": [], "finish_reason": ["length"], "num_input_tokens": [5]},
+        True,
+    ),
+]
+
+
+@both
+def test_pieces_of_several_sequences_are_kept_apart(kind: type[Script], gather: Gather) -> None:
+    answer = gather(kind(SEVERAL), FAST)
+    assert [(one.text, one.token_ids, one.finish_reason) for one in answer.sequences] == [("ac", (11, 12), "length"), ("bd", (21, 22), "stop")]
+    assert answer.usage == answer.others[0].usage == Usage(5, 0, 4)
+    assert answer.logprobs == ((TokenLogprob(11, "t11", -0.5),), (TokenLogprob(12, "t12", -1.0),))
+
+
+def test_every_piece_names_its_sequence_and_counts_the_requests_tokens() -> None:
+    deltas = list(Stream(Script(SEVERAL), QUESTION, FAST))
+    assert [(delta.sequence_index, delta.text, delta.usage.num_output_tokens) for delta in deltas] == [(1, "b", 1), (0, "a", 3), (1, "d", 4), (0, "c", 4)]
+
+
+def test_closing_forgets_pieces_that_have_arrived_already() -> None:
+    stream = Stream(Script(SEVERAL), QUESTION, FAST)
+    assert [next(stream).text, next(stream).text] == ["b", "a"]
+    stream.close()
+    assert list(stream) == []
+
+
 @both
 def test_unavailable_before_the_first_token_is_tried_again(kind: type[Script], gather: Gather) -> None:
     script = kind([UnavailableError("full")], [UnreachableError("gone")], WHOLE)
@@ -202,6 +251,11 @@ def test_a_question_is_the_models_tensors() -> None:
     assert (tensors.tensors["tools"], json.loads(str(tensors.tensors["sampling_parameters"]))) == ("[]", {"max_tokens": 3})
     assert tensors.parameters == {"return_error_code": True, "cache_salt": "me"}
     assert question_of((1, 2), {}, stream=False).tensors["input_ids"] == [1, 2]
+    for n, count in {3: 3, "2": 2, 2.0: 2, "many": 1, None: 1, 1: 1}.items():
+        several = question_of("x", {"n": n, "logprobs": 0 if n else None}, stream=True)
+        assert several.num_sequences == count
+        assert ("return_sequence_index" in several.tensors, "return_num_output_tokens" in several.tensors) == (count > 1, count > 1)
+        assert ("return_logprobs" in several.tensors) == bool(n)
     for prompt, messages in ((None, None), ("x", [{"role": "user", "content": "y"}])):
         with pytest.raises(TypeError, match="either a prompt or messages"):
             question_of(prompt, {}, stream=True, messages=messages)
