@@ -1,0 +1,1 @@
+"""`paged openai`: OpenAI's API in front of a running server."""

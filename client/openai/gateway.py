@@ -1,0 +1,219 @@
+"""The application: OpenAI's paths, each question put to the server by AsyncPagedClient."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+
+from paged_client.answers import Answer, Delta, Usage
+from paged_client.async_client import AsyncStream
+from paged_client.errors import PagedError
+from paged_client.openai.bodies import Body, ChatBody, CompletionBody
+from paged_client.openai.door import Door, Rules, response_of
+from paged_client.openai.leaving import CallerLeftError, EventStream, unless_left
+from paged_client.openai.refusals import RefusalError, refusal_of, refusal_of_body, unknown_model
+from paged_client.openai.replies import ChatReply, CompletionReply
+from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion
+
+_CALLER_LEFT = 499  # nginx's status for it; nobody reads it
+_DONE = b"data: [DONE]\n\n"
+
+
+class Backend(Protocol):
+    """What the gateway needs of AsyncPagedClient."""
+
+    async def is_ready(self) -> bool: ...
+    async def generate(self, prompt: Any = None, **options: Any) -> Answer: ...
+    def stream(self, prompt: Any = None, **options: Any) -> AsyncStream: ...
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the gateway says it serves, and to whom."""
+
+    model_names: tuple[str, ...]  # by any of them
+    rules: Rules = field(default_factory=Rules)
+    origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
+
+
+Reply = CompletionReply | ChatReply
+Pieces = AsyncGenerator[tuple[int, Delta], None]
+
+
+def make_app(client: Backend, offer: Offer) -> FastAPI:
+    app = FastAPI(title="paged openai", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
+    gateway = _Gateway(client, offer)
+    started = int(time.time())
+
+    @app.get("/health")
+    @app.get("/v1/health")
+    async def health() -> Response:
+        if await client.is_ready():
+            return JSONResponse({"status": "ok"})
+        return response_of(RefusalError("the server is not there, or has not loaded the model", 503, code="not_ready"))
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model(name, started) for name in offer.model_names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        gateway.check_model(name)
+        return JSONResponse(_model(name, started))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        gateway.check_model(body.model)
+        asked = asked_of_completion(body)
+        return await gateway.answer(request, body, asked, CompletionReply(body.model, asked))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        gateway.check_model(body.model)
+        asked = asked_of_chat(body)
+        return await gateway.answer(request, body, asked, ChatReply(body.model, asked))
+
+    _say_errors_in_openais_words(app)
+    app.add_middleware(Door, rules=offer.rules)
+    if offer.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=offer.origins, allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def _model(name: str, started: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": started, "owned_by": "paged"}
+
+
+def _say_errors_in_openais_words(app: FastAPI) -> None:
+    @app.exception_handler(RefusalError)
+    async def refused(request: Request, refusal: RefusalError) -> Response:
+        return response_of(refusal)
+
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(request: Request, error: RequestValidationError) -> Response:
+        return response_of(refusal_of_body(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def astray(request: Request, error: HTTPException) -> Response:
+        return response_of(RefusalError(f"{request.method} {request.url.path}: {error.detail}", error.status_code))
+
+
+class _Gateway:
+    def __init__(self, client: Backend, offer: Offer) -> None:
+        self._client = client
+        self._offer = offer
+
+    def check_model(self, name: str) -> None:
+        """
+        Raises:
+            RefusalError: it is not served.
+        """
+        if name not in self._offer.model_names:
+            raise unknown_model(name)
+
+    async def answer(self, request: Request, body: Body, asked: Asked, reply: Reply) -> Response:
+        """
+        Raises:
+            RefusalError: nothing has been answered.
+        """
+        try:
+            if not body.stream:
+                return JSONResponse(reply.whole(await unless_left(request.receive, self._whole(asked))))
+            pieces = self._pieces(asked)
+            first = await unless_left(request.receive, _next(pieces))  # while there is none, the status can say why
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return EventStream(_events(first, pieces, reply, asked.params, include_usage), pieces)
+        except CallerLeftError:
+            return Response(status_code=_CALLER_LEFT)
+        except PagedError as error:
+            raise refusal_of(error, asked.params) from None
+
+    async def _whole(self, asked: Asked) -> list[Answer]:
+        tasks = [asyncio.ensure_future(self._client.generate(prompt, **_options(asked))) for prompt in asked.prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            await _cancelled(tasks)
+
+    async def _pieces(self, asked: Asked) -> Pieces:
+        """(which prompt, piece) of all prompts at once. Closing it cancels what is not over."""
+        arrived: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(1)
+
+        async def listen(number: int, stream: AsyncStream) -> None:
+            try:
+                async for delta in stream:
+                    await arrived.put((number, delta))
+                await arrived.put(None)
+            except Exception as error:
+                await arrived.put(error)
+
+        streams = [self._client.stream(prompt, **_options(asked)) for prompt in asked.prompts]
+        tasks = [asyncio.ensure_future(listen(number, stream)) for number, stream in enumerate(streams)]
+        num_running = len(tasks)
+        try:
+            while num_running:
+                event = await arrived.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if event is None:
+                    num_running -= 1
+                else:
+                    yield event
+        finally:
+            await _cancelled(tasks)
+            for stream in streams:
+                stream.close()
+
+
+def _options(asked: Asked) -> dict[str, Any]:
+    return {
+        "messages": asked.messages,
+        "tools": asked.tools,
+        "continue_final_message": asked.continue_final_message,
+        "cache_salt": asked.cache_salt,
+        **asked.sampling,
+    }
+
+
+async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _next(pieces: Pieces) -> tuple[int, Delta] | None:
+    """None: there are no more."""
+    async for piece in pieces:
+        return piece
+    return None
+
+
+async def _events(piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """Pieces, of which `piece` is the first, as server-sent events. An error is the last but one."""
+    usages: dict[int, Usage] = {}
+    try:
+        while piece is not None:
+            number, delta = piece
+            usages[number] = delta.usage
+            for chunk in reply.chunks(number, delta):
+                yield _event({**chunk, "usage": None} if include_usage else chunk)
+            piece = await _next(pieces)
+        if include_usage:
+            yield _event(reply.usage_chunk(usages.values()))
+    except PagedError as error:
+        yield _event(refusal_of(error, params).body())
+    yield _DONE
+
+
+def _event(said: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,157 @@
+"""What our server says → OpenAI's JSON: whole answers, and the chunks of a stream."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from paged_client.answers import Answer, Delta, LogprobEntry, TokenLogprob, Usage
+from paged_client.openai.translation import Asked
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is part of a character
+_LEAST_LOGPROB = -9999.0
+
+
+class _Reply:
+    """One request's answer. A choice's index counts through the prompts: prompt * num_choices + sequence."""
+
+    whole_kind: str
+    chunk_kind: str
+    id_prefix: str
+
+    def __init__(self, model: str, asked: Asked) -> None:
+        self._asked = asked
+        self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": model}
+        self._begun: set[int] = set()
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """answers: one for each prompt."""
+        choices = [
+            self._choice(self._index(prompt, number), prompt, sequence)
+            for prompt, answer in enumerate(answers)
+            for number, sequence in enumerate(answer.sequences)
+        ]
+        return {**self._head, "object": self.whole_kind, "choices": choices, "usage": usage_of(answer.usage for answer in answers)}
+
+    def chunks(self, prompt: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """What a stream says of a piece of an answer to the prompt of that number; nothing, if it has neither text nor log-probabilities nor an end."""
+        index = self._index(prompt, delta.sequence_index)
+        if index not in self._begun:
+            self._begun.add(index)
+            for choice in self._opening(index, prompt):
+                yield self._chunk([choice])
+        if delta.text or delta.logprobs or delta.finish_reason:
+            yield self._chunk([self._piece(index, delta)])
+
+    def usage_chunk(self, usages: Iterable[Usage]) -> dict[str, Any]:
+        return {**self._chunk([]), "usage": usage_of(usages)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": choices}
+
+    def _index(self, prompt: int, sequence: int) -> int:
+        return prompt * self._asked.num_choices + sequence
+
+    def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _opening(self, index: int, prompt: int) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionReply(_Reply):
+    whole_kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl-"
+
+    def __init__(self, model: str, asked: Asked) -> None:
+        super().__init__(model, asked)
+        self._lengths: dict[int, int] = defaultdict(int)  # characters that each choice's tokens have so far
+
+    def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
+        text = "".join(self._asked.echoed[prompt : prompt + 1]) + answer.text
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, answer.logprobs), "finish_reason": answer.finish_reason}
+
+    def _opening(self, index: int, prompt: int) -> list[dict[str, Any]]:
+        return [{"index": index, "text": text, "logprobs": None, "finish_reason": None} for text in self._asked.echoed[prompt : prompt + 1]]
+
+    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {"index": index, "text": delta.text, "logprobs": self._logprobs(index, delta.logprobs), "finish_reason": delta.finish_reason}
+
+    def _logprobs(self, index: int, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
+        wanted = self._asked.sampling.get("logprobs")
+        if wanted is None:
+            return None
+        offsets = []
+        for entry in entries:
+            offsets.append(self._lengths[index])
+            self._lengths[index] += len(entry[0].text)
+        return {
+            "tokens": [entry[0].text for entry in entries],
+            "token_logprobs": [_finite(entry[0].logprob) for entry in entries],
+            "top_logprobs": [_by_text(entry) for entry in entries] if wanted else None,
+            "text_offset": offsets,
+        }
+
+
+class ChatReply(_Reply):
+    whole_kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs(answer.logprobs), "finish_reason": answer.finish_reason}
+
+    def _opening(self, index: int, prompt: int) -> list[dict[str, Any]]:
+        return [{"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
+
+    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        said = {"content": delta.text} if delta.text or delta.logprobs else {}
+        return {"index": index, "delta": said, "logprobs": self._logprobs(delta.logprobs), "finish_reason": delta.finish_reason}
+
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
+        wanted = self._asked.sampling.get("logprobs")
+        if wanted is None:
+            return None
+        return {"content": [_chat_token(entry[0]) | {"top_logprobs": _likeliest(entry, wanted)} for entry in entries], "refusal": None}
+
+
+def _likeliest(entry: LogprobEntry, count: int) -> list[dict[str, Any]]:
+    """The chosen token is among them only if it is one of the likeliest."""
+    return [_chat_token(token) for token in sorted(entry, key=lambda token: -token.logprob)[:count]]
+
+
+def _by_text(entry: LogprobEntry) -> dict[str, float]:
+    """Tokens that are parts of characters may have the same text: the chosen one goes before the others, the likelier before the less likely."""
+    found: dict[str, float] = {}
+    for token in entry:
+        found.setdefault(token.text, _finite(token.logprob))
+    return found
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; vLLM says the same for it."""
+    return max(logprob, _LEAST_LOGPROB)
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": None if _BROKEN in token.text else list(token.text.encode())}
+
+
+def usage_of(usages: Iterable[Usage]) -> dict[str, Any]:
+    """Of all prompts together; a prompt counts once, however many choices it has."""
+    counted = list(usages)
+    num_input_tokens = sum(usage.num_input_tokens for usage in counted)
+    num_output_tokens = sum(usage.num_output_tokens for usage in counted)
+    return {
+        "prompt_tokens": num_input_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_input_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.num_cached_tokens for usage in counted)},
+    }

@@ -1,0 +1,196 @@
+"""A body in OpenAI's words → what our server is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paged_client.openai.bodies import MAX_PROMPTS, Body, ChatBody, CompletionBody, SamplingKeys
+from paged_client.openai.refusals import RefusalError
+from paged_client.question import Prompt
+
+_COMPLETION_MAX_TOKENS = 16  # OpenAI's default, and vLLM's
+_REFUSED = ("audio", "functions", "function_call", "reasoning_effort", "verbosity", "web_search_options")
+_INSTEAD = {"functions": "; use tools", "function_call": "; use tool_choice"}
+_SYSTEM_ROLES = ("system", "developer")  # the same, by the older name that templates know
+_PARAMS_OF_PROMPT = {"text_input": "prompt", "input_ids": "prompt"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request to the gateway: one request to the server for each of its prompts."""
+
+    prompts: tuple[Prompt | None, ...]  # None: the messages
+    sampling: Mapping[str, Any]  # as PagedClient takes it
+    num_choices: int  # of each prompt
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    continue_final_message: bool = False
+    cache_salt: str = ""
+    echoed: tuple[str, ...] = ()  # what each prompt's choices begin with
+    params: Mapping[str, str] = field(default_factory=dict)  # the server's names of fields → the body's, where they differ
+
+
+def asked_of_completion(body: CompletionBody) -> Asked:
+    """
+    Raises:
+        RefusalError: what cannot be asked of the server, by its name in the body.
+    """
+    prompts = _prompts(body.prompt)
+    if body.suffix:
+        raise RefusalError("suffix: not supported: the model continues text, it does not fill gaps", param="suffix", code="unsupported_parameter")
+    sampling = _sampling(body) | {
+        "max_tokens": _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        "best_of": body.best_of,
+        "logprobs": body.logprobs,
+    }
+    _check_stream(body)
+    return Asked(
+        prompts=prompts,
+        sampling=_checked(sampling),
+        num_choices=body.n or 1,
+        cache_salt=body.cache_salt or "",
+        echoed=_echoed(body, prompts) if body.echo else (),
+        params=_PARAMS_OF_PROMPT | _params_of_form(body),
+    )
+
+
+def asked_of_chat(body: ChatBody) -> Asked:
+    """
+    Raises:
+        RefusalError: what cannot be asked of the server, by its name in the body.
+    """
+    for name in _REFUSED:
+        if getattr(body, name) is not None:
+            raise RefusalError(f"{name}: not supported{_INSTEAD.get(name, '')}", param=name, code="unsupported_parameter")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RefusalError("top_logprobs: logprobs must be true with it", param="top_logprobs")
+    if body.add_generation_prompt is not None and body.add_generation_prompt == body.continue_final_message:
+        raise RefusalError("add_generation_prompt: true for a new turn, false with continue_final_message", param="add_generation_prompt")
+    _check_stream(body)
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = _params_of_form(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
+    return Asked(
+        prompts=(None,),
+        sampling=_checked(_sampling(body) | {"max_tokens": max_tokens, "logprobs": logprobs}),
+        num_choices=body.n or 1,
+        messages=_checked([_message(position, message) for position, message in enumerate(body.messages)]),
+        tools=_checked(_tools(body)),
+        continue_final_message=body.continue_final_message,
+        cache_salt=body.cache_salt or "",
+        params=params,
+    )
+
+
+def _sampling(body: Body) -> dict[str, Any]:
+    """The keys that have the same name on both sides, and response_format."""
+    given = {name: getattr(body, name) for name in SamplingKeys.model_fields}
+    schema = _schema(body.response_format)
+    if schema is None:
+        return given
+    others = [name for name in given if name.startswith(("guided_", "structured_")) and given[name] is not None]
+    if others:
+        raise RefusalError(f"response_format: not together with {others[0]}: an answer has one form", param="response_format")
+    return given | {"guided_json": schema}
+
+
+def _schema(response_format: Mapping[str, Any] | None) -> Any:
+    """The JSON schema that the answer must match; None: any text."""
+    if response_format is None:
+        return None
+    match response_format:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
+            return schema
+        case {"type": "json_schema"}:
+            raise RefusalError("response_format: json_schema must be an object with a schema", param="response_format")
+    raise RefusalError("response_format: expected type text, json_object or json_schema", param="response_format")
+
+
+def _params_of_form(body: Body) -> dict[str, str]:
+    return {} if body.response_format is None else {"guided_json": "response_format"}
+
+
+def _check_stream(body: Body) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise RefusalError("stream_options: only with stream: true", param="stream_options")
+
+
+def _prompts(prompt: str | Sequence[Any]) -> tuple[Prompt, ...]:
+    """One string, one list of token ids, or a list of either."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return (prompt,)
+    if len(prompt) > MAX_PROMPTS:
+        raise RefusalError(f"prompt: {len(prompt)} prompts; the most allowed is {MAX_PROMPTS}", param="prompt")
+    return tuple(prompt)
+
+
+def _echoed(body: CompletionBody, prompts: tuple[Prompt, ...]) -> tuple[str, ...]:
+    if body.logprobs is not None:
+        raise RefusalError("echo: not together with logprobs: those of the prompt's tokens are not known", param="echo", code="unsupported_parameter")
+    texts = tuple(prompt for prompt in prompts if isinstance(prompt, str))
+    if len(texts) != len(prompts):
+        raise RefusalError("echo: only with prompts that are text", param="echo", code="unsupported_parameter")
+    return texts
+
+
+def _tools(body: ChatBody) -> list[dict[str, Any]] | None:
+    """For the template. Whether the model calls them, and how, is text to us."""
+    match body.tool_choice:
+        case "none":
+            return None
+        case None | "auto":
+            return body.tools or None
+    raise RefusalError("tool_choice: expected none or auto: the model cannot be made to call a tool", param="tool_choice", code="unsupported_parameter")
+
+
+def _message(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """As chat templates expect it: text is a string, a tool call's arguments an object."""
+    changed = dict(message)
+    if not isinstance(message.get("role"), str):
+        raise RefusalError(f"messages.{position}.role: missing", param=f"messages.{position}.role")
+    if message["role"] in _SYSTEM_ROLES:
+        changed["role"] = "system"
+    if isinstance(message.get("content"), list):
+        changed["content"] = "\n".join(_text(position, part) for part in message["content"])
+    if isinstance(message.get("tool_calls"), list):
+        changed["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    return changed
+
+
+def _text(position: int, part: Any) -> str:
+    match part:
+        case {"type": "text", "text": str() as text} | {"type": "refusal", "refusal": str() as text}:
+            return text
+        case {"type": str() as kind}:
+            raise RefusalError(f"messages.{position}.content: no part of type '{kind[:80]}': this model reads text", param=f"messages.{position}.content")
+    raise RefusalError(f"messages.{position}.content: expected a string or a list of parts", param=f"messages.{position}.content")
+
+
+def _tool_call(call: Any) -> Any:
+    match call:
+        case {"function": {"arguments": str() as arguments, **function}}:
+            try:
+                return {**call, "function": {**function, "arguments": json.loads(arguments)}}
+            except (ValueError, RecursionError):
+                return call
+    return call
+
+
+def _checked(value: Any) -> Any:
+    """The same.
+
+    Raises:
+        RefusalError: a string in it is half a character (a lone surrogate), which no text can hold.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise RefusalError("the body holds something that is no Unicode text, or is nested too deeply") from None
+    return value
