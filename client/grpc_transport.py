@@ -148,11 +148,12 @@ class AsyncGrpcTransport:
 class AsyncGrpcCall:
     def __init__(self, client: AsyncInferenceServerClient, model: str, question: Question, address: str) -> None:
         self._address = address
+        inputs = _inputs(question)  # what is wrong with them is to be raised here, not inside the library
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {
                 "model_name": model,
-                "inputs": _inputs(question),
+                "inputs": inputs,
                 "enable_empty_final_response": True,
                 "parameters": dict(question.parameters),
             }

@@ -38,7 +38,7 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     Raises:
         RefusalError: what cannot be asked of the server, by its name in the body.
     """
-    prompts = _prompts(body.prompt)
+    prompts = _prompts(_checked(body.prompt))
     if body.suffix:
         raise RefusalError("suffix: not supported: the model continues text, it does not fill gaps", param="suffix", code="unsupported_parameter")
     sampling = _sampling(body) | {
@@ -51,7 +51,7 @@ def asked_of_completion(body: CompletionBody) -> Asked:
         prompts=prompts,
         sampling=_checked(sampling),
         num_choices=body.n or 1,
-        cache_salt=body.cache_salt or "",
+        cache_salt=_checked(body.cache_salt or ""),
         echoed=_echoed(body, prompts) if body.echo else (),
         params=_PARAMS_OF_PROMPT | _params_of_form(body),
     )
@@ -80,7 +80,7 @@ def asked_of_chat(body: ChatBody) -> Asked:
         messages=_checked([_message(position, message) for position, message in enumerate(body.messages)]),
         tools=_checked(_tools(body)),
         continue_final_message=body.continue_final_message,
-        cache_salt=body.cache_salt or "",
+        cache_salt=_checked(body.cache_salt or ""),
         params=params,
     )
 

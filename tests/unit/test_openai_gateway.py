@@ -1,0 +1,330 @@
+"""The gateway's application, called as an ASGI server would, over a client whose transport is a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from paged_client import AsyncPagedClient, InvalidRequestError, PagedError, ServerError, UnavailableError
+from paged_client.openai.door import Rules
+from paged_client.openai.gateway import Offer, make_app
+from paged_client.question import Question
+
+Outputs = dict[str, list[Any]]
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def piece(text: str, finish: str = "None") -> Outputs:
+    return {"text_output": [text], "output_ids": [7], "finish_reason": [finish], "num_input_tokens": [5], "num_cached_tokens": [4]}
+
+
+class Transport:
+    """Every call brings the same pieces and exceptions, then nothing more for ever."""
+
+    def __init__(self, *events: Any) -> None:
+        self.events = events
+        self.asked: list[Question] = []
+        self.num_left = 0
+        self.ready = True
+
+    def ask(self, question: Question) -> Call:
+        self.asked.append(question)
+        return Call(self)
+
+    async def is_ready(self) -> bool:
+        return self.ready
+
+    async def close(self) -> None:
+        pass
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        sampling: dict[str, Any] = json.loads(str(self.asked[-1].tensors["sampling_parameters"]))
+        return sampling
+
+
+class Call:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._events = list(transport.events)
+
+    async def next(self, seconds: float | None) -> tuple[Outputs, bool]:
+        await asyncio.sleep(0)
+        if not self._events:
+            await asyncio.sleep(60)
+        event = self._events.pop(0)
+        if isinstance(event, BaseException):
+            raise event
+        return event, event["finish_reason"] != ["None"]
+
+    def cancel(self) -> None:
+        self._transport.num_left += 1
+
+
+@dataclass
+class Reply:
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def events(self) -> list[Any]:
+        return [event if event == "[DONE]" else json.loads(event) for event in self.text.replace("data: ", "").strip().split("\n\n")]
+
+
+def call(
+    transport: Transport,
+    path: str,
+    body: Any = None,
+    *,
+    rules: Rules | None = None,
+    headers: dict[str, str] | None = None,
+    leave: Callable[[Reply], bool] | None = None,
+    origins: tuple[str, ...] = (),
+) -> Reply:
+    """One request. leave: asked over and over; True closes the connection."""
+    client = AsyncPagedClient("nowhere:1", retries=0)
+    client._transport = transport
+    app = make_app(client, Offer(("m", "alias"), rules or Rules(), origins))
+    raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    given = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET" if body is None else "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+        "root_path": "",
+    }
+    reply = Reply()
+
+    async def run() -> None:
+        waiting = [raw[start : start + 1000] for start in range(0, max(1, len(raw)), 1000)]
+
+        async def receive() -> dict[str, Any]:
+            if waiting:
+                chunk = waiting.pop(0)
+                return {"type": "http.request", "body": chunk, "more_body": bool(waiting)}
+            while leave is None or not leave(reply):
+                await asyncio.sleep(0.001)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                reply.status = message["status"]
+                reply.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            else:
+                reply.text += message["body"].decode()
+
+        await asyncio.wait_for(app(scope, receive, send), 10)
+
+    asyncio.run(run())
+    return reply
+
+
+def complete(transport: Transport, **keys: Any) -> Reply:
+    return call(transport, "/v1/completions", {"model": "m", "prompt": "x", **keys})
+
+
+def chat(transport: Transport, **keys: Any) -> Reply:
+    return call(transport, "/v1/chat/completions", {"model": "m", "messages": HI, **keys})
+
+
+WHOLE = Transport(piece("ab", "stop"))
+
+
+def test_a_json_schema_reaches_the_server_as_guided_json() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    transport = Transport(piece("{}", "stop"))
+    reply = chat(transport, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}})
+    assert reply.json["choices"][0]["message"]["content"] == "{}"
+    assert transport.sampling == {"guided_json": schema}
+    chat(transport, response_format={"type": "json_object"})
+    assert transport.sampling == {"guided_json": {"type": "object"}}
+    complete(transport, guided_regex="a+", max_tokens=3)
+    assert transport.sampling == {"guided_regex": "a+", "max_tokens": 3}
+
+
+def test_tools_and_messages_reach_the_server() -> None:
+    transport = Transport(piece("f()", "stop"))
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    reply = chat(transport, tools=tools, continue_final_message=True, add_generation_prompt=False, cache_salt="me")
+    assert reply.json["choices"][0]["message"] == {"role": "assistant", "content": "f()", "refusal": None}
+    question = transport.asked[0]
+    assert (json.loads(str(question.tensors["tools"])), json.loads(str(question.tensors["messages"]))) == (tools, HI)
+    assert question.tensors["continue_final_message"] is True
+    assert question.parameters["cache_salt"] == "me"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("error", "status"), [(InvalidRequestError("top_p: no"), 400), (UnavailableError("full"), 503), (ServerError("broken"), 500)], ids=str)
+def test_an_error_before_the_first_piece_has_a_status(stream: bool, error: PagedError, status: int) -> None:
+    reply = complete(Transport(error), stream=stream)
+    assert reply.status == status
+    assert reply.json["error"]["message"] == str(error)
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-request-id"].startswith("req_")
+
+
+def test_an_error_after_it_is_an_event_of_the_stream() -> None:
+    reply = complete(Transport(piece("a"), ServerError("broken")), stream=True)
+    assert reply.status == 200
+    first, error, done = reply.events
+    assert first["choices"][0]["text"] == "a"
+    assert error == {"error": {"message": "broken", "type": "server_error", "param": None, "code": None}}
+    assert done == "[DONE]"
+
+
+def test_usage_is_streamed_if_asked_for() -> None:
+    transport = Transport(piece("a"), piece("b", "length"))
+    *pieces, last, done = complete(transport, stream=True, stream_options={"include_usage": True}, prompt=["x", "y"]).events
+    assert [one["usage"] for one in pieces] == [None] * 4
+    assert (last["choices"], done) == ([], "[DONE]")
+    assert last["usage"] == {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14, "prompt_tokens_details": {"cached_tokens": 8}}
+    assert all("usage" not in event for event in complete(transport, stream=True).events[:-1])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_caller_who_leaves_before_the_first_piece_cancels_every_prompts_request(stream: bool) -> None:
+    transport = Transport()
+    call(transport, "/v1/completions", {"model": "m", "prompt": ["x", "y"], "stream": stream}, leave=lambda _: len(transport.asked) == 2)
+    assert transport.num_left == 2
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_caller_who_leaves_a_stream_cancels_every_prompts_request(prompts: int) -> None:
+    transport = Transport(piece("a"), piece("b"))
+    reply = call(
+        transport,
+        "/v1/completions",
+        {"model": "m", "prompt": ["x"] * prompts, "stream": True},
+        leave=lambda reply: reply.text.count('"b"') == prompts,
+    )
+    assert "[DONE]" not in reply.text
+    assert (len(transport.asked), transport.num_left) == (prompts, prompts)
+
+
+def test_one_prompts_error_cancels_the_others() -> None:
+    class OneFails(Transport):
+        def ask(self, question: Question) -> Call:
+            self.events = (ServerError("broken"),) if self.asked else ()
+            return super().ask(question)
+
+    for stream in (False, True):
+        transport = OneFails()
+        assert complete(transport, prompt=["x", "y"], stream=stream).status == 500
+        assert transport.num_left == 2
+
+
+def test_models_are_those_that_are_offered() -> None:
+    listed = call(WHOLE, "/v1/models").json
+    assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["m", "alias"])
+    assert call(WHOLE, "/v1/models/alias").json["id"] == "alias"
+    assert complete(WHOLE, model="alias").json["model"] == "alias"
+    for reply in (call(WHOLE, "/v1/models/a/b"), complete(WHOLE, model="other"), chat(WHOLE, model="other")):
+        assert (reply.status, reply.json["error"]["code"], reply.json["error"]["param"]) == (404, "model_not_found", "model")
+
+
+def test_health_is_the_servers() -> None:
+    transport = Transport()
+    for path in ("/health", "/v1/health"):
+        transport.ready = True
+        assert call(transport, path, rules=Rules("secret")).status == 200
+        transport.ready = False
+        assert call(transport, path, rules=Rules("secret")).status == 503
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [(None, 401), ("Bearer wrong", 401), ("Basic secret", 401), ("Bearer secret2", 401), ("Bearer é", 401), ("Bearer secret", 200), ("bearer secret", 200)],
+    ids=str,
+)
+def test_only_who_has_the_key_may_ask(authorization: str | None, status: int) -> None:
+    headers = {} if authorization is None else {"authorization": authorization}
+    for path, body in (("/v1/models", None), ("/v1/completions", {"model": "m", "prompt": "x"})):
+        reply = call(Transport(piece("a", "stop")), path, body, rules=Rules("secret"), headers=headers)
+        assert reply.status == status
+        if status == 401:
+            assert reply.json["error"]["code"] == "invalid_api_key"
+            assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
+def test_a_body_over_the_limit_is_refused(declared: bool) -> None:
+    body = {"model": "m", "prompt": "x" * 5000}
+    headers = {} if declared else {"content-length": ""}
+    transport = Transport(piece("a", "stop"))
+    assert call(transport, "/v1/completions", body, rules=Rules("", 5100), headers=headers).status == 200
+    reply = call(transport, "/v1/completions", body, rules=Rules("", 5000), headers=headers)
+    assert (reply.status, reply.json["error"]["message"]) == (413, "the body is longer than 5000 bytes")
+    assert len(transport.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (b"{", None, "not valid JSON"),
+        (b"[]", None, "must be a JSON object"),
+        (b"\xff", None, "not valid JSON"),
+        (b"[" * 100_000, None, "not valid JSON"),
+        ({"prompt": "x"}, "model", "missing"),
+        ({"model": "m"}, "prompt", "missing"),
+        ({"model": "m", "prompt": "x", "heat": 1}, "heat", "unknown parameter: 'heat'"),
+        ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown parameter"),
+        ({"model": "m", "prompt": "x", "temperature": "hot"}, "temperature", "expected a valid number"),
+        (b'{"model": "m", "prompt": "x", "temperature": NaN}', "temperature", "finite"),
+        ({"model": "m", "prompt": "x", "n": 0}, "n", "greater than or equal to 1"),
+        ({"model": "m", "prompt": {"a": 1}}, "prompt", "expected a valid string"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_body_that_cannot_be_read_is_refused_by_field(body: Any, param: str | None, words: str) -> None:
+    reply = call(WHOLE, "/v1/completions", body)
+    assert reply.status == 400
+    assert reply.json["error"]["type"] == "invalid_request_error"
+    assert reply.json["error"]["param"] == param
+    assert words in reply.json["error"]["message"]
+
+
+def test_a_form_is_not_taken_for_json() -> None:
+    """A web page could send one to this machine without asking."""
+    reply = call(WHOLE, "/v1/completions", {"model": "m", "prompt": "x"}, headers={"content-type": "text/plain"})
+    assert (reply.status, "Content-Type" in reply.json["error"]["message"]) == (400, True)
+
+
+def test_other_paths_and_methods_are_refused_in_the_same_shape() -> None:
+    assert call(WHOLE, "/v1/embeddings", {}).json["error"]["message"] == "POST /v1/embeddings: Not Found"
+    assert call(WHOLE, "/v1/completions").status == 405
+
+
+def test_pages_of_allowed_origins_may_ask() -> None:
+    headers = {"origin": "https://a.example"}
+    assert call(WHOLE, "/v1/models", headers=headers, origins=("https://a.example",)).headers["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-origin" not in call(WHOLE, "/v1/models", headers=headers).headers
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_failure_of_our_own_tells_the_log_no_text(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        reply = complete(Transport(RuntimeError("secret prompt")), prompt="secret prompt", stream=stream)
+    assert (reply.status, reply.json["error"]["type"]) == (500, "server_error")
+    assert "secret" not in caplog.text + reply.text
+    assert "RuntimeError at " in caplog.text
