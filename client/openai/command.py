@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import signal
 import socket
 import sys
@@ -123,7 +124,12 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise _failure(f"port {port} on {host} cannot be used: {error.strerror}; choose another with --port") from None
+        raise _failure(f"port {port} on {host} cannot be used: {_reason_of(error)}; choose another with --port") from None
+
+
+def _reason_of(error: OSError) -> str:
+    """Without what `create_server` adds to it."""
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error.strerror)
 
 
 def _base_url(listening: _Listening) -> str:

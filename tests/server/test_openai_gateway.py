@@ -1,0 +1,367 @@
+"""`paged openai` as typed, before real tritonservers, asked by OpenAI's own client library."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("openai")
+
+import openai
+
+from paged_backend.config import demo_model_folder
+from paged_backend.launch import Server, ServerSettings
+from paged_client import PagedClient
+from tests.server.calls import wait_for_metrics
+from tests.server.fake_engine import answer_ids, make_tokenizer
+from tests.server.front_end_server import FrontEndServer, serving
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
+
+TEMPLATE = """{{ bos_token }}{% for tool in tools or [] %}tool: {{ tool.function.name }}
+{% endfor %}{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+PROMPT = "Once upon a time there was a clever baker called Mira. One day she"
+HI = [{"role": "user", "content": "Where is the lamp?"}]
+KEY = "a key"
+CANCELLED = 'paged_requests_finished_total{reason="cancelled"}'
+RUNNING = 'paged_requests{state="running"}'
+
+
+@dataclass(frozen=True)
+class Gateway:
+    process: subprocess.Popen[str]
+    url: str
+    errors: Path
+
+    def client(self, **options: Any) -> Any:
+        return openai.OpenAI(base_url=self.url, **{"api_key": KEY, "max_retries": 0, **options})
+
+
+@contextmanager
+def gateway_to(url: str, folder: Path, *arguments: str) -> Iterator[Gateway]:
+    command = [sys.executable, "-m", "paged_client.cli", "openai", "-u", url, "--port", "0", *arguments]
+    errors = folder / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PAGED_API_KEY": KEY})
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"OpenAI's API on (http://\S+), model (\S+) from", line)
+        assert found, line + errors.read_text()
+        yield Gateway(process, found[1], errors)
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
+    shutil.copytree(demo_model_folder(), checkpoint)
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"})) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gateway(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with gateway_to(server.addresses.grpc_url, tmp_path_factory.mktemp("gateway")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Iterator[Any]:
+    with gateway.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def slow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]:
+    """Its prompts say how fast to answer, and what goes wrong (fake_engine.py)."""
+    with serving(tmp_path_factory.mktemp("front_end")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["grpc", "http"])
+def slow_gateway(request: pytest.FixtureRequest, slow_server: FrontEndServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    url = slow_server.grpc if request.param == "grpc" else f"http://{slow_server.http}"
+    with gateway_to(url, tmp_path_factory.mktemp("gateway")) as running:
+        yield running
+
+
+def direct(server: Server, prompt: Any = None, **options: Any) -> Any:
+    with PagedClient(server.addresses.grpc_url) as paged:
+        return paged.generate(prompt, **options)
+
+
+# ---- answers
+
+
+def test_a_completion_is_the_servers_answer(server: Server, client: Any) -> None:
+    expected = direct(server, PROMPT, temperature=0, max_tokens=20)
+    answer = client.completions.create(model="paged_llm", prompt=PROMPT, temperature=0, max_tokens=20)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected.text, "length")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (expected.usage.num_input_tokens, 20)
+    assert answer.usage.total_tokens == expected.usage.num_input_tokens + 20
+    for cached in (False, True):
+        usage = client.completions.create(model="paged_llm", prompt=f"Another tale: {PROMPT}", max_tokens=1).usage
+        assert (usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16) == cached
+
+
+def test_a_streamed_completion_adds_up_to_the_whole(client: Any) -> None:
+    asked = {"model": "paged_llm", "prompt": PROMPT, "n": 3, "seed": 7, "max_tokens": 12, "stop": ["the"], "echo": True}
+    whole = client.completions.create(**asked)
+    texts, reasons, usage, num_pieces = ["", "", ""], [None, None, None], None, 0
+    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+            num_pieces += 1
+    assert texts == [choice.text for choice in whole.choices]
+    assert all(text.startswith(PROMPT) for text in texts) and len(set(texts)) == 3
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert num_pieces > 6
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+
+
+def test_prompts_may_be_many_and_token_ids(server: Server, client: Any) -> None:
+    greedy = {"temperature": 0, "max_tokens": 6}
+    expected = [direct(server, prompt, **greedy).text for prompt in ([5, 6, 7], [8, 9])]
+    answer = client.completions.create(model="paged_llm", prompt=[[5, 6, 7], [8, 9]], **greedy)
+    assert [choice.text for choice in answer.choices] == expected
+    assert answer.usage.prompt_tokens == 5
+    assert client.completions.create(model="paged_llm", prompt=[5, 6, 7], **greedy).choices[0].text == expected[0]
+    texts = ["", ""]
+    for chunk in client.completions.create(model="paged_llm", prompt=[[5, 6, 7], [8, 9]], stream=True, **greedy):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+
+
+def test_a_chat_goes_through_the_models_template(server: Server, client: Any) -> None:
+    expected = direct(server, "user: Where is the lamp?\nassistant:", temperature=0, max_tokens=12)
+    asked = {"model": "paged_llm", "messages": HI, "temperature": 0}
+    answer = client.chat.completions.create(**asked, max_completion_tokens=12)
+    assert (answer.choices[0].message.content, answer.choices[0].message.role) == (expected.text, "assistant")
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert answer.usage.prompt_tokens == expected.usage.num_input_tokens
+    parts = [{"role": "user", "content": [{"type": "text", "text": HI[0]["content"]}]}]
+    assert client.chat.completions.create(**{**asked, "messages": parts}, max_tokens=12).choices[0].message.content == expected.text
+    pieces = list(client.chat.completions.create(**asked, max_tokens=12, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected.text
+    assert [piece.choices[0].finish_reason for piece in pieces if piece.choices[0].finish_reason] == [expected.finish_reason]
+
+
+def test_tools_reach_the_template_and_calls_come_back_as_text(server: Server, client: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "find_lamp", "parameters": {}}}]
+    expected = direct(server, "tool: find_lamp\nuser: Where is the lamp?\nassistant:", temperature=0, max_tokens=8)
+    asked = {"model": "paged_llm", "messages": HI, "temperature": 0, "max_tokens": 8, "tools": tools}
+    answer = client.chat.completions.create(**asked)
+    assert (answer.choices[0].message.content, answer.choices[0].message.tool_calls) == (expected.text, None)
+    assert answer.usage.prompt_tokens == expected.usage.num_input_tokens
+    assert client.chat.completions.create(**asked, tool_choice="none").usage.prompt_tokens < expected.usage.num_input_tokens
+
+
+def test_logprobs_are_the_servers_streamed_and_whole(server: Server, client: Any) -> None:
+    expected = direct(server, PROMPT, temperature=0, max_tokens=6, logprobs=3).logprobs
+    asked = {"model": "paged_llm", "prompt": PROMPT, "temperature": 0, "max_tokens": 6, "logprobs": 3}
+    logprobs = client.completions.create(**asked).choices[0].logprobs
+    assert logprobs.tokens == [entry[0].text for entry in expected]
+    assert logprobs.token_logprobs == pytest.approx([entry[0].logprob for entry in expected], abs=1e-4)
+    assert [len(entry) for entry in logprobs.top_logprobs] == [3] * 6, "greedy: the chosen one is among the three"
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [token for piece in streamed for token in piece.tokens] == logprobs.tokens
+    assert [offset for piece in streamed for offset in piece.text_offset] == logprobs.text_offset
+    chat = {"model": "paged_llm", "messages": HI, "temperature": 0, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    content = client.chat.completions.create(**chat).choices[0].logprobs.content
+    for token in content:
+        assert (token.token, token.logprob, token.bytes) == (token.top_logprobs[0].token, token.top_logprobs[0].logprob, list(token.token.encode()))
+        assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+    pieces = [piece.choices[0].logprobs for piece in client.chat.completions.create(**chat, stream=True)]
+    assert [token.token for piece in pieces if piece for token in piece.content] == [token.token for token in content]
+
+
+def test_the_likeliest_of_several_and_keys_of_vllm(client: Any) -> None:
+    asked = {"model": "paged_llm", "prompt": PROMPT, "seed": 5, "max_tokens": 8}
+    tried = client.completions.create(**asked, n=4, logprobs=0).choices
+    best = client.completions.create(**asked, n=1, best_of=4)
+    assert best.choices[0].text == max(tried, key=lambda choice: sum(choice.logprobs.token_logprobs)).text
+    first = client.completions.create(**asked, extra_body={"top_k": 1, "min_tokens": 8, "ignore_eos": True})
+    assert first.choices[0].text == client.completions.create(**asked, temperature=0).choices[0].text
+    banned = first.choices[0].text.split()[0]
+    other = client.completions.create(**asked, temperature=0, extra_body={"bad_words": [banned]})
+    assert not other.choices[0].text.startswith(f" {banned}")
+
+
+def test_the_async_client_asks_many_at_once(server: Server, gateway: Gateway) -> None:
+    async def together() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0) as client:
+
+            async def one(seed: int) -> str:
+                stream = await client.completions.create(model="paged_llm", prompt=PROMPT, seed=seed, max_tokens=10, stream=True)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return list(await asyncio.gather(*(one(seed) for seed in range(12))))
+
+    assert asyncio.run(together()) == [direct(server, PROMPT, seed=seed, max_tokens=10).text for seed in range(12)]
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("keys", "param", "words"),
+    [
+        ({"temperature": -1}, "temperature", "expected float >= 0.0"),
+        ({"max_tokens": 100_000}, "max_tokens", "longest sequence"),
+        ({"n": 65}, "n", "expected int <= 64"),
+        ({"prompt": ""}, "prompt", "the prompt is empty"),
+        ({"prompt": [99_999_999]}, "prompt", "is not a token"),
+        ({"logprobs": 21}, "logprobs", "expected int <= 20"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias", "expected float <= 100.0"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"best_of": 3, "stream": True}, "best_of", "not possible with stream"),
+        ({"extra_body": {"heat": 1}}, "heat", "unknown parameter"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_request_that_must_be_changed_names_the_field(client: Any, keys: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words) as refused:
+        client.completions.create(**{"model": "paged_llm", "prompt": "x", **keys})
+    assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
+
+
+def test_a_prompt_that_is_too_long_has_openais_code(client: Any) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="paged_llm", prompt=[5] * 100_000, stream=stream)
+        assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
+
+
+def test_unknown_models_and_keys_are_told_apart(gateway: Gateway, client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["paged_llm"]
+    assert client.models.retrieve("paged_llm").owned_by == "paged"
+    for asked in (lambda: client.models.retrieve("x"), lambda: client.completions.create(model="x", prompt="x")):
+        with pytest.raises(openai.NotFoundError) as missing:
+            asked()
+        assert missing.value.code == "model_not_found"
+    with gateway.client(api_key="wrong") as stranger, pytest.raises(openai.AuthenticationError) as refused:
+        stranger.models.list()
+    assert refused.value.code == "invalid_api_key"
+
+
+def test_a_full_queue_is_tried_again_by_openais_client(slow_gateway: Gateway) -> None:
+    tokenizer = make_tokenizer()
+    for stream in (False, True):
+        with slow_gateway.client(max_retries=1) as client:
+            started = time.monotonic()
+            with pytest.raises(openai.InternalServerError, match="the queue is full") as refused:
+                client.completions.create(model="paged_llm", prompt="error", stream=stream)
+            assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
+            assert refused.value.response.headers["retry-after"] == "1"
+            assert time.monotonic() - started > 0.9, "it did not wait as long as it was told"
+            whole = client.completions.create(model="paged_llm", prompt="tokens=5", max_tokens=9, n=2)
+            assert [choice.text for choice in whole.choices] == [tokenizer.decode(answer_ids(tokenizer, "tokens=5", 5))] * 2
+
+
+# ---- leaving
+
+
+# An unstreamed answer over HTTP is written once: Triton Server does not notice before.
+@pytest.mark.parametrize(("slow_gateway", "stream"), [("grpc", False), ("grpc", True), ("http", True)], indirect=["slow_gateway"])
+def test_a_caller_who_leaves_ends_the_request_in_the_server(slow_server: FrontEndServer, slow_gateway: Gateway, stream: bool) -> None:
+    before = slow_server.scrape().get(CANCELLED, 0)
+    asked = {"model": "paged_llm", "prompt": ["tokens=300 delay=0.02"] * 2, "max_tokens": 300}
+    with slow_gateway.client(timeout=0.6) as client:
+        if stream:
+            with client.completions.create(**asked, stream=True) as answer:
+                for number, _ in enumerate(answer):
+                    if number == 3:
+                        slow_server.wait_for(RUNNING, 2)
+                        break
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.completions.create(**asked)
+    slow_server.wait_for(CANCELLED, before + 2, seconds=4)
+    slow_server.wait_for(RUNNING, 0)
+
+
+def test_leaving_frees_the_pages(server: Server, client: Any) -> None:
+    with client.completions.create(model="paged_llm", prompt=PROMPT, max_tokens=400, n=8, stream=True, extra_body={"ignore_eos": True}) as answer:
+        for number, _ in enumerate(answer):
+            if number == 10:
+                assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[RUNNING] == 8)
+                break
+    assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[RUNNING] == 0 and values['paged_pages{state="held"}'] == 0)
+
+
+# ---- the command
+
+
+def test_ctrl_c_waits_for_the_answer_in_flight_and_the_log_has_no_text(slow_server: FrontEndServer, tmp_path: Path) -> None:
+    for number, options in ((signal.SIGTERM, ["--access-log"]), (signal.SIGINT, [])):
+        with gateway_to(slow_server.grpc, tmp_path, *options) as gateway, gateway.client() as client:
+            with pytest.raises(openai.BadRequestError):
+                client.completions.create(model="paged_llm", prompt="a secret", temperature=-1)
+            answer = client.completions.create(model="paged_llm", prompt="tokens=30 delay=0.02 secret", max_tokens=30, stream=True)
+            next(answer)
+            gateway.process.send_signal(number)
+            assert [chunk.choices[0].finish_reason for chunk in answer][-1] == "length"
+            assert gateway.process.wait(10) == 0
+            log = gateway.errors.read_text() + (gateway.process.stdout.read() if gateway.process.stdout else "")
+            assert "secret" not in log and "Traceback" not in log
+            assert ("POST /v1/completions" in log) == bool(options)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "paged_client.cli", "openai", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment})
+
+
+def test_what_is_wrong_is_said_in_one_sentence(slow_server: FrontEndServer, gateway: Gateway) -> None:
+    port = gateway.url.removesuffix("/v1").rpartition(":")[2]
+    for arguments, words in {
+        ("-u", "localhost:1", "--wait-seconds", "0.3", "-p", "0"): "localhost:1 is not there, or has not loaded the model 'paged_llm' (0.3 s waited)",
+        ("-u", slow_server.grpc, "--model-name", "nonesuch", "--wait-seconds", "0", "-p", "0"): "has not loaded the model 'nonesuch'",
+        ("-u", "ftp://x"): "is no URL of a server",
+        ("-p", port): f"port {port} on 127.0.0.1 cannot be used: Address already in use; choose another with --port",
+    }.items():
+        finished = run(*arguments)
+        assert finished.returncode == 1
+        last = finished.stderr.splitlines()[-1]
+        assert last.startswith("paged: error: ") and words in last
+
+
+def test_an_open_door_is_warned_of(slow_server: FrontEndServer) -> None:
+    anywhere = ("-u", slow_server.grpc, "--model-name", "nonesuch", "--wait-seconds", "0", "--host", "0.0.0.0", "-p", "0")
+    assert "there is no API key" in run(*anywhere, PAGED_API_KEY="").stderr
+    assert "there is no API key" not in run(*anywhere, PAGED_API_KEY="x").stderr
+    assert "there is no API key" not in run(*anywhere[:-4], "-p", "0", PAGED_API_KEY="").stderr
+
+
+def test_help_explains_every_option() -> None:
+    text = run("--help", COLUMNS="300").stdout
+    options = re.findall(r"^  (?:-\w, )?(--[\w-]+)(.*)$", text, re.MULTILINE)
+    assert len(options) >= 12
+    assert all(len(explained.split()) >= 4 for _, explained in options)
+    assert "returned as text, not parsed" in " ".join(text.split())
