@@ -65,6 +65,24 @@ def test_the_python_example_prints_an_answer(server: Server, folder: Path) -> No
     assert len(run([sys.executable, "-c", block("python", "start_stream")], folder)) > 20
 
 
+def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) -> None:
+    pytest.importorskip("openai")
+    pytest.importorskip("fastapi")
+    if in_use(9000):
+        pytest.skip("the README's port is in use")
+    (command,) = re.findall(r"^paged (openai [^#]*)", block("sh", "paged openai"), re.MULTILINE)
+    gateway = subprocess.Popen([sys.executable, "-m", "paged_client.cli", *command.split()], stdout=subprocess.PIPE, text=True)
+    try:
+        assert gateway.stdout is not None
+        assert "http://127.0.0.1:9000/v1" in gateway.stdout.readline()
+        assert len(run([sys.executable, "-c", block("python", "from openai")], folder)) > 20
+        said = run(["bash", "-e", "-c", block("sh", "chat/completions")], folder)
+        assert "this model has no chat template" in said  # the demo model is no talker
+    finally:
+        gateway.kill()
+        gateway.communicate()
+
+
 def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> None:
     out = run(["bash", "-e", "-c", block("sh", "perf_analyzer -m")], folder)
     assert "Successful request count: 24" in out
