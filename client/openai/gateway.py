@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -148,32 +148,46 @@ class _Gateway:
 
     async def _pieces(self, asked: Asked) -> Pieces:
         """(which prompt, piece) of all prompts at once. Closing it cancels what is not over."""
-        arrived: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(1)
-
-        async def listen(number: int, stream: AsyncStream) -> None:
-            try:
-                async for delta in stream:
-                    await arrived.put((number, delta))
-                await arrived.put(None)
-            except Exception as error:
-                await arrived.put(error)
-
         streams = [self._client.stream(prompt, **_options(asked)) for prompt in asked.prompts]
-        tasks = [asyncio.ensure_future(listen(number, stream)) for number, stream in enumerate(streams)]
-        num_running = len(tasks)
+        merged = _one(streams[0]) if len(streams) == 1 else _merged(streams)
         try:
-            while num_running:
-                event = await arrived.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if event is None:
-                    num_running -= 1
-                else:
-                    yield event
+            async for piece in merged:
+                yield piece
         finally:
-            await _cancelled(tasks)
+            await merged.aclose()
             for stream in streams:
                 stream.close()
+
+
+async def _one(stream: AsyncStream) -> Pieces:
+    async for delta in stream:
+        yield 0, delta
+
+
+async def _merged(streams: Sequence[AsyncStream]) -> Pieces:
+    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
+
+    async def listen(number: int, stream: AsyncStream) -> None:
+        try:
+            async for delta in stream:
+                await arrived.put((number, delta))
+            await arrived.put(None)
+        except Exception as error:
+            await arrived.put(error)
+
+    tasks = [asyncio.ensure_future(listen(number, stream)) for number, stream in enumerate(streams)]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            event = await arrived.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                num_running -= 1
+            else:
+                yield event
+    finally:
+        await _cancelled(tasks)
 
 
 def _options(asked: Asked) -> dict[str, Any]:
@@ -217,4 +231,4 @@ async def _events(piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply,
 
 
 def _event(said: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + msgspec.json.encode(said) + b"\n\n"
