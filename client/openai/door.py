@@ -50,8 +50,11 @@ class Door:
             await send(message)
 
         try:
-            self._check_key(scope)
-            body = await self._read(Headers(scope=scope), receive)
+            headers = Headers(scope=scope)
+            self._check_key(scope["path"], headers)
+            if scope["method"] == "POST":
+                _check_type(headers)
+            body = await self._read(headers, receive)
             await self._app(scope, _replayed(body, receive), named)
         except RefusalError as refusal:
             await response_of(refusal)(scope, receive, named)
@@ -60,11 +63,11 @@ class Door:
             if not begun:
                 await response_of(RefusalError("the gateway failed; its log says where", 500))(scope, receive, named)
 
-    def _check_key(self, scope: Scope) -> None:
+    def _check_key(self, path: str, headers: Headers) -> None:
         key = self._rules.api_key
-        if not key or scope["path"] in OPEN_PATHS:
+        if not key or path in OPEN_PATHS:
             return
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
             raise RefusalError("no valid API key: send the header Authorization: Bearer KEY", 401, code="invalid_api_key")
 
@@ -84,6 +87,12 @@ class Door:
         if size > limit:
             raise RefusalError(f"the body is longer than {limit} bytes", 413)
         return b"".join(chunks)
+
+
+def _check_type(headers: Headers) -> None:
+    """Any web page can have a browser send a form, or text, to this machine; for JSON the browser asks us first."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise RefusalError("send the body as JSON, with Content-Type: application/json", 415)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -83,7 +83,7 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
     if first["type"] == "json_invalid":
         return RefusalError("the body is not valid JSON")
     if not where:
-        return RefusalError("the body must be a JSON object, sent with Content-Type: application/json")
+        return RefusalError("the body must be a JSON object")
     field = str(where[0])
     if first["type"] == "extra_forbidden":
         name = ".".join(str(step) for step in where)

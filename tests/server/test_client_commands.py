@@ -117,6 +117,16 @@ def test_generate_prints_the_answer_and_nothing_else(server: Server, url: str) -
     assert (answer["text"], answer["finish_reason"], answer["usage"]["num_output_tokens"]) == (expected, "length", 12)
 
 
+def test_generate_prints_several_answers_one_after_the_other(server: Server, url: str) -> None:
+    with PagedClient(url) as client:
+        expected = [answer.text for answer in client.generate("Once upon a time", n=2, seed=3, max_tokens=9, logprobs=0).sequences]
+    asked = ("generate", "Once upon a time", "-u", url, "--seed", "3", "-n", "9", "-s", "n=2")
+    assert run(*asked).stdout == "\n\n".join(expected) + "\n"
+    answer = json.loads(run(*asked, "-s", "logprobs=0", "--json").stdout)
+    assert [answer["text"], *(other["text"] for other in answer["others"])] == expected
+    assert [entry[0]["token_id"] for entry in answer["others"][0]["logprobs"]] == answer["others"][0]["token_ids"]
+
+
 def test_generate_says_what_is_wrong_in_one_sentence(server: Server) -> None:
     for arguments, sentence in {
         ("-u", server.addresses.grpc_url, "-s", "top_p=7"): "top_p: expected float <= 1.0, got 7",

@@ -304,10 +304,10 @@ def test_a_body_that_cannot_be_read_is_refused_by_field(body: Any, param: str | 
     assert words in reply.json["error"]["message"]
 
 
-def test_a_form_is_not_taken_for_json() -> None:
-    """A web page could send one to this machine without asking."""
-    reply = call(WHOLE, "/v1/completions", {"model": "m", "prompt": "x"}, headers={"content-type": "text/plain"})
-    assert (reply.status, "Content-Type" in reply.json["error"]["message"]) == (400, True)
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"])
+def test_what_any_web_page_could_send_is_not_taken_for_json(kind: str) -> None:
+    reply = call(WHOLE, "/v1/completions", {"model": "m", "prompt": "x"}, headers={"content-type": kind})
+    assert (reply.status, "Content-Type" in reply.json["error"]["message"]) == (415, True)
 
 
 def test_other_paths_and_methods_are_refused_in_the_same_shape() -> None:
