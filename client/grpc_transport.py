@@ -5,7 +5,6 @@ A request that is over is never cancelled: Triton Server 2.51 loses track of it 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import queue
 import threading
@@ -13,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from paged_client.errors import PagedError, UnreachableError, error_of
+from paged_client.patience import within
 from paged_client.question import Question
 
 if TYPE_CHECKING:
@@ -167,9 +167,7 @@ class AsyncGrpcCall:
         from tritonclient.utils import InferenceServerException
 
         try:
-            result, error = await asyncio.wait_for(anext(self._responses), seconds)
-        except asyncio.TimeoutError:
-            raise TimeoutError from None
+            result, error = await within(seconds, anext(self._responses))
         except StopAsyncIteration:
             raise UnreachableError("the server closed the stream before the answer's end") from None
         except AioRpcError as failure:
@@ -187,7 +185,7 @@ class AsyncGrpcCall:
         """The server closes the stream after the last response. A call that is dropped before is cancelled by the library."""
         with contextlib.suppress(Exception):  # nothing that happens now changes the answer
             while True:
-                await asyncio.wait_for(anext(self._responses), _END_SECONDS)
+                await within(_END_SECONDS, anext(self._responses))
 
     def cancel(self) -> None:
         if not self._over:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from paged_client.errors import PagedError, ServerError, UnreachableError, error_of
+from paged_client.patience import within
 from paged_client.question import Question
 
 if TYPE_CHECKING:
@@ -151,9 +152,9 @@ class AsyncHttpCall:
         import aiohttp
 
         try:
-            return await asyncio.wait_for(self._next(), seconds)
-        except asyncio.TimeoutError:
-            raise TimeoutError from None
+            return await within(seconds, self._next())
+        except TimeoutError:
+            raise
         except (OSError, aiohttp.ClientError) as error:
             raise _unreachable(error, urlsplit(self._path).netloc) from None
 

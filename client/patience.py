@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from paged_client.errors import AnswerTimeoutError, PagedError, UnavailableError
 
 _FIRST_PAUSE_SECONDS = 0.25
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,21 @@ class Patience:
         pause = _FIRST_PAUSE_SECONDS * 2**self._num_retries * random.uniform(0.5, 1.0)
         self._num_retries += 1
         return pause if self._end is None or time.monotonic() + pause < self._end else None
+
+
+async def within(seconds: float | None, awaited: Awaitable[Result]) -> Result:
+    """As asyncio.wait_for, which before Python 3.12 forgets that it was cancelled if the result came in the same moment: who left would stay.
+
+    Raises:
+        TimeoutError: the result did not come within `seconds`; nobody waits for it any more.
+    """
+    task = asyncio.ensure_future(awaited)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if task.done():
+            return task.result()
+        raise TimeoutError
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

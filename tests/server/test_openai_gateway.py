@@ -306,6 +306,29 @@ def test_a_caller_who_leaves_ends_the_request_in_the_server(slow_server: FrontEn
     slow_server.wait_for(RUNNING, 0)
 
 
+@pytest.mark.parametrize("slow_gateway", ["grpc"], indirect=True)
+def test_whoever_leaves_at_whatever_moment_ends_the_request(slow_server: FrontEndServer, slow_gateway: Gateway) -> None:
+    asked = {"model": "paged_llm", "prompt": ["tokens=400 delay=0.02"] * 2, "max_tokens": 400, "n": 2}
+
+    async def one(client: Any, number: int) -> None:
+        async def listen() -> None:
+            answer = await client.completions.create(**asked, stream=number % 3 != 0)
+            async for _ in answer:
+                pass
+
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(listen(), 0.01 * number)
+
+    async def together() -> None:
+        async with openai.AsyncOpenAI(base_url=slow_gateway.url, api_key=KEY, max_retries=0) as client:
+            await asyncio.gather(*(one(client, number) for number in range(60)))
+
+    started = time.monotonic()
+    asyncio.run(together())
+    slow_server.wait_for(RUNNING, 0, seconds=4)
+    assert time.monotonic() - started < 7, "they ended of themselves"
+
+
 def test_leaving_frees_the_pages(server: Server, client: Any) -> None:
     with client.completions.create(model="paged_llm", prompt=PROMPT, max_tokens=400, n=8, stream=True, extra_body={"ignore_eos": True}) as answer:
         for number, _ in enumerate(answer):

@@ -28,7 +28,7 @@ from paged_client import (
 )
 from paged_client.client import parse_url
 from paged_client.errors import error_of
-from paged_client.patience import Limits
+from paged_client.patience import Limits, within
 from paged_client.question import Question, question_of
 
 QUESTION = question_of("hello", {}, stream=True)
@@ -219,6 +219,28 @@ def test_patience_is_for_the_whole_answer_or_for_the_next_piece(kind: type[Scrip
             gather(script, limits)
         assert isinstance(caught.value, TimeoutError)
         assert script.num_left == 1
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+def test_a_cancelled_wait_stays_cancelled_although_the_result_comes_in_the_same_moment(num_turns: int) -> None:
+    async def ask() -> None:
+        result = asyncio.get_running_loop().create_future()
+
+        async def awaited() -> int:
+            return await result
+
+        waiting = asyncio.ensure_future(within(5.0, awaited()))
+        await asyncio.sleep(0.01)
+        result.set_result(7)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        if waiting.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        else:
+            assert waiting.result() == 7
+
+    asyncio.run(ask())
 
 
 def test_leaving_the_iterator_leaves_the_call_once() -> None:
