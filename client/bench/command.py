@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import secrets
 import shlex
 import signal
@@ -37,6 +38,7 @@ _LEAST_REQUESTS = 8
 _DRAIN_SECONDS = 2
 _BROKE_OFF = 1
 _INTERRUPTED = 130
+_PROGRESS = re.compile(r"\d ?% \(")  # "capturing steps 2 % (1 of 38 shapes)": nothing that was decided
 _CONCURRENCY = "1,8,64"
 _MOST_STREAMS = 4096
 _COUNTED = "Tokens are counted from the output num_output_tokens."
@@ -202,7 +204,8 @@ class _Session:
 
     def keep(self, line: str) -> None:
         _say(line)
-        self.lines.append(line)
+        if not _PROGRESS.search(line):
+            self.lines.append(line)
 
     def facts(self, workload: Workload, prompting: Prompting, servers: dict[str, str]) -> Facts:
         started = {"started": "; ".join(line.removeprefix("paged: ") for line in self.lines)} if self.lines else {}

@@ -42,6 +42,12 @@ class SamplingKeys(BaseModel):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = None
+    # the server's own
+    priority_level: int | None = None
+    request_deadline_seconds: float | None = None
+    skip_prefix_cache: bool | None = None
+    # what the answer must match
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None

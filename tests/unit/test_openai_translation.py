@@ -78,6 +78,10 @@ def test_sampling_keys_keep_their_names() -> None:
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "bad_words": ["b"],
+        "truncate_prompt_tokens": 5,
+        "priority_level": -1,
+        "request_deadline_seconds": 2.5,
+        "skip_prefix_cache": True,
     }
     for asked in (completion(**keys, max_tokens=9), chat(**keys, max_tokens=9)):
         assert given(asked) == keys | {"max_tokens": 9}
