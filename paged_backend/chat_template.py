@@ -1,10 +1,14 @@
 """Chat messages to a prompt's text, by the model's own template. transformers does it, without torch (its `chat_template_utils` needs none).
 
 The engine exports the checkpoint's template beside tokenizer.json (models/tokenizer.py); front ends read that file.
+Special tokens are the template's to write. Where a caller's own words spell one, they stay words: nobody ends a turn or speaks as the system from within one.
 """
 
 from __future__ import annotations
 
+import re
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +30,23 @@ class ExportedTemplate(msgspec.Struct, frozen=True):
 class ChatTemplate:
     """A checkpoint's chat template. Thread-safe."""
 
-    def __init__(self, exported: ExportedTemplate) -> None:
+    def __init__(self, exported: ExportedTemplate, special_words: Sequence[str] = ()) -> None:
+        """special_words: how the tokenizer's special tokens are spelled."""
         self._exported = exported
+        longest_first = sorted(special_words, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     @classmethod
-    def load(cls, path: Path) -> ChatTemplate | None:
+    def load(cls, path: Path, special_words: Sequence[str] = ()) -> ChatTemplate | None:
         """None if there is no such file: the checkpoint has no chat template."""
-        return cls(msgspec.json.decode(path.read_bytes(), type=ExportedTemplate)) if path.exists() else None
+        return cls(msgspec.json.decode(path.read_bytes(), type=ExportedTemplate), special_words) if path.exists() else None
 
     def warm(self) -> None:
         """Imports what rendering needs, so that the first caller does not wait for it."""
         import transformers.utils.chat_template_utils  # noqa: F401
 
-    def render(self, chat: Chat) -> str:
-        """The prompt's text, special tokens included.
+    def render(self, chat: Chat) -> list[str]:
+        """The prompt's text, special tokens included, in parts: the second, fourth, … are words of the caller's that only look like special tokens.
 
         Raises:
             RequestError: the messages are not what they should be, or the template refuses them; in the template's own words.
@@ -50,14 +57,15 @@ class ChatTemplate:
         if not messages:
             raise RequestError("messages: the list is empty")
         tools = None if chat.tools is None else _read_list("tools", chat.tools)
+        mark = secrets.token_hex(16)  # around such words on their way through the template; nobody can have guessed it
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]  # as apply_chat_template does
         for position, message in enumerate(given):
             if not isinstance(message.get("role"), str):
                 raise RequestError(f"messages: entry {position} has no role")
         try:
             rendered: Any = render_jinja_template(  # (one text a conversation, something about each)
-                conversations=[given],
-                tools=tools,
+                conversations=[self._marked(given, mark)],
+                tools=self._marked(tools, mark),
                 chat_template=self._template(with_tools=bool(tools)),
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
@@ -67,7 +75,18 @@ class ChatTemplate:
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise RequestError(f"messages: the model's chat template refuses them: {reason[:500]}") from None
         text: str = rendered[0][0]
-        return text
+        return text.split(mark)
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """JSON in which `mark` stands before and behind every special token's name."""
+        match value:
+            case str() if self._special is not None:
+                return self._special.sub(lambda found: f"{mark}{found[0]}{mark}", value)
+            case list():
+                return [self._marked(member, mark) for member in value]
+            case dict():
+                return {self._marked(key, mark): self._marked(member, mark) for key, member in value.items()}
+        return value
 
     def _template(self, with_tools: bool) -> str:
         templates = self._exported.templates

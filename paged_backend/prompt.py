@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +43,12 @@ class PromptReader:
         self._config = config
         self._ready = ready
         self.tokenizer = None if ready.tokenizer_path is None else load_tokenizer(Path(ready.tokenizer_path))
-        self._chat_template = None if ready.tokenizer_path is None else ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"))
+        self._plain_tokenizer: Tokenizer | None = None  # to which special tokens are text like any other; loaded when the first caller spells one
+        self._loading = threading.Lock()
+        self._chat_template: ChatTemplate | None = None
+        if ready.tokenizer_path is not None and self.tokenizer is not None:
+            special_words = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+            self._chat_template = ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"), special_words)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
         if self._chat_template is not None:
             self._threads.submit(self._chat_template.warm)
@@ -80,7 +86,7 @@ class PromptReader:
         if request.text is not None:
             return request.text
         if request.chat is not None:
-            return self._chat_text(request.chat)
+            return "".join(self._chat_parts(request.chat))
         assert request.input_ids is not None
         return "" if self.tokenizer is None else self.tokenizer.decode(list(request.input_ids), skip_special_tokens=True)
 
@@ -88,11 +94,25 @@ class PromptReader:
         if request.input_ids is not None:
             return self._checked_ids(request.input_ids)
         if request.chat is not None:  # the template writes the special tokens
-            return self._encoded("messages", self._chat_text(request.chat), add_special_tokens=False)
+            first, *others = self._chat_parts(request.chat)
+            if not others:
+                return self._encoded("messages", first, add_special_tokens=False)
+            self._check_bytes("messages", "".join([first, *others]))
+            assert self.tokenizer is not None
+            tokenizers = (self.tokenizer, self._plain())
+            return np.concatenate([np.array(_encode(tokenizers[at % 2], part, False), np.int32) for at, part in enumerate([first, *others]) if part])
         assert request.text is not None
         return self._encoded("text_input", request.text, add_special_tokens=True)
 
-    def _chat_text(self, chat: Chat) -> str:
+    def _plain(self) -> Tokenizer:
+        with self._loading:
+            if self._plain_tokenizer is None:
+                assert self._ready.tokenizer_path is not None
+                self._plain_tokenizer = load_tokenizer(Path(self._ready.tokenizer_path))
+                self._plain_tokenizer.encode_special_tokens = True
+            return self._plain_tokenizer
+
+    def _chat_parts(self, chat: Chat) -> list[str]:
         self._check_bytes("messages", chat.messages)
         if self._chat_template is None:
             raise RequestError("messages: this model has no chat template; send text_input or input_ids")
