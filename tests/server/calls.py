@@ -112,7 +112,7 @@ def run_all(grpc_address: str, requests: Sequence[dict[str, Any]], lead: int = 0
 def metrics(url: str) -> dict[str, float]:
     """The paged_* series of /metrics, by `name{label=value,…}` without model and version."""
     values: dict[str, float] = {}
-    with urlopen(url) as page:
+    with urlopen(url, timeout=30) as page:
         for line in page.read().decode().splitlines():
             if line.startswith(("paged_", "nv_trt_llm_")):
                 series, value = line.rsplit(" ", 1)

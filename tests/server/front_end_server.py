@@ -87,7 +87,7 @@ class FrontEndServer:
 
     def scrape(self) -> dict[str, float]:
         """Series of /metrics by name and labels, without model and version."""
-        with urllib.request.urlopen(f"http://{self.metrics}/metrics") as page:
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=30) as page:
             lines = page.read().decode().splitlines()
         series = {}
         for line in lines:

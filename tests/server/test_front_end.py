@@ -267,13 +267,13 @@ def test_metrics_carry_model_and_version_and_add_up(server: FrontEndServer) -> N
     assert after['paged_pages{state="free"}'] + after['paged_pages{state="held"}'] == fake_engine.NUM_PAGES
     assert after["paged_queue_seconds_count"] > before["paged_queue_seconds_count"]
     assert after["paged_prefix_cache_hits_total"] == 48
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics") as page:
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as page:
         assert f'paged_page_size{{model="{MODEL}",version="1"}} 16' in page.read().decode()
 
 
 def test_triton_servers_orca_header_can_be_made_of_our_metrics(server: FrontEndServer) -> None:
     """The pattern is orca_http.cc's; servers built with it send these numbers in each HTTP response."""
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics") as page:
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as page:
         text = page.read().decode()
     found = {
         dict(re.findall(r'(\w+)="([^"]*)"', labels))["kv_cache_block_type"]: float(value)

@@ -55,13 +55,15 @@ class _Streams:
 
     def wait(self, seconds: float = 10) -> None:
         deadline = time.monotonic() + seconds
+        left_early = True
         try:
             while any(not answer.num_finals for answer in self.answers):
                 number, result, error = self._arrived.get(timeout=max(0, deadline - time.monotonic()))
                 take((result, error), [self.answers[number]])
+            left_early = False
         finally:
             for client in self._clients:
-                client.stop_stream(cancel_requests=True)
+                client.stop_stream(cancel_requests=left_early)  # a cancellation around the final response may keep Triton Server 2.51.0 from unloading
                 client.close()
 
 
