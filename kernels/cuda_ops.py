@@ -33,6 +33,7 @@ class CudaOps:
     gather_step = staticmethod(row_update.gather_step)
     write_tokens = staticmethod(row_update.write_tokens)
     add_bias = staticmethod(logit_edits.add_bias)
+    apply_token_mask = staticmethod(logit_edits.apply_token_mask)
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""What a request wants changed before a token is chosen: biases, bad words, penalties. Each changes float32 logits [M, V] in place where it must, nothing else.
+"""What a request wants changed before a token is chosen: biases, bad words, penalties, sets of allowed tokens.
+
+Each changes float32 logits [M, V] in place where it must, nothing else.
 
 What a row asked for, and its tokens, are [M, ...], or [R, ...] (the state of all rows) if `rows` [M] says which entry is row m's (-1: padding, left alone).
 How many tokens a row has is [M] in any case.
@@ -65,6 +67,24 @@ def _ban_bad_words_kernel(
     differs = tl.max(((prefix != recent[None, :]) & (prefix >= 0)).to(tl.int32), 1)
     last = tl.load(words + state * words_stride + word * LENGTH + LENGTH - 1, mask=word < num_words, other=-1)
     tl.store(logits + m * logits_stride + last, float("-inf"), mask=(differs == 0) & (last >= 0) & (last < VOCAB))
+
+
+@kernel(ints=["masks_stride"], unaligned=["masks", "rows"])
+def _apply_token_mask_kernel(
+    logits, rows, masks, logits_stride, masks_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(1).to(tl.int64)
+    row = tl.load(rows + m).to(tl.int64)
+    if row < 0:
+        return
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(masks + row * masks_stride + (token >> 5), mask=token < VOCAB, other=0)  # the 32 lanes of a word read it together
+    banned = ((word >> (token & 31)) & 1) == 0
+    tl.store(logits + m * logits_stride + token, float("-inf"), mask=banned & (token < VOCAB))
 
 
 @kernel(ints=["history_stride"], unaligned=["history", "prompt_lens", "num_tokens", "repetition", "presence", "frequency"])
@@ -159,6 +179,22 @@ def ban_bad_words(
             LENGTH=length, LENGTH_PAD=triton.next_power_of_2(length), WORDS=triton.next_power_of_2(num_words), VOCAB=logits.shape[1],
             HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
         )  # fmt: skip
+    return logits
+
+
+def apply_token_mask(logits: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, *, launch_pdl: bool = False) -> torch.Tensor:
+    """Sets to -inf, in place, the logits of tokens that are not in a row's set: masks[rows[m]], a bit per token, the first in the lowest bit. Returns logits.
+
+    masks: [R, at least ceil(V / 32)] int32, contiguous rows; rows: [M] integers, -1: left alone. Writes only what is banned. As `add_bias` otherwise.
+    """
+    _check(logits)
+    if masks.dtype != torch.int32 or masks.shape[1] * 32 < logits.shape[1] or masks.stride(1) != 1:
+        raise ValueError(f"masks {tuple(masks.shape)} {masks.dtype} do not fit logits {tuple(logits.shape)}")
+    if len(logits):
+        pdl = {"launch_pdl": True} if launch_pdl else {}
+        _apply_token_mask_kernel[(triton.cdiv(logits.shape[1], _BLOCK), len(logits))](
+            logits, rows, masks, logits.stride(0), masks.stride(0), VOCAB=logits.shape[1], BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl
+        )
     return logits
 
 

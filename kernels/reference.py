@@ -277,6 +277,19 @@ def ban_bad_words(logits: Tensor, words: Tensor, recent: Tensor) -> Tensor:
     return add_bias(logits, last, torch.where(complete, -torch.inf, 0.0))
 
 
+def apply_token_mask(logits: Tensor, masks: Tensor, rows: Tensor) -> Tensor:
+    """Bans the tokens that are not in a row's set: row m's is masks[rows[m]], a bit per token, the first in the lowest bit of the first word.
+
+    masks [R, ceil(V / 32)] int32; rows [M], -1: no ban.
+    """
+    turn = _rows_at_once(logits)
+    if len(logits) > turn:
+        return torch.cat([apply_token_mask(some, masks, mine) for some, mine in zip(logits.split(turn), rows.split(turn), strict=True)])
+    token = torch.arange(logits.shape[1], device=logits.device)
+    allowed = masks[rows.clamp(min=0)][:, token >> 5] >> (token & 31) & 1
+    return logits.masked_fill((allowed == 0) & (rows >= 0)[:, None], -torch.inf)
+
+
 def apply_penalties(
     logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
 ) -> Tensor:

@@ -27,6 +27,14 @@ class NewRow:
 
 
 @dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens the rows that follow a grammar may sample in a step."""
+
+    rows: Int32  # [k] distinct
+    words: Int32  # [k, ceil(vocab / 32)] a bit per token, the first in the lowest; 0: must not be chosen
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step: which rows run, how many tokens of each, and what changed since the step before.
 
@@ -43,6 +51,7 @@ class Batch:
     new_rows: tuple[NewRow, ...] = ()  # to be applied before the page updates
     page_updates: Int32 = field(default_factory=lambda: np.empty((0, 3), np.int32))  # [k, 3] (row, index in its page table, page id)
     features: int = 0  # union of the rows' `Feature` bits: what the sampler must do beyond argmax
+    masks: TokenMasks | None = None  # of all sampled rows that follow a grammar; None: there are none
 
     @property
     def num_sequences(self) -> int:
@@ -68,6 +77,7 @@ class Feature:
     BAD_WORDS = 16
     LOGPROBS = 32  # some row wants logprobs of the chosen token
     TOP_LOGPROBS = 64  # some row wants the n most likely tokens too
+    MASK = 128  # some row follows a grammar
 
 
 def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...]) -> int:
@@ -86,6 +96,8 @@ def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: 
         bits |= Feature.BAD_WORDS
     if s.logprobs is not None:
         bits |= Feature.LOGPROBS | (Feature.TOP_LOGPROBS if s.logprobs > 0 else 0)
+    if s.grammar is not None:
+        bits |= Feature.MASK
     return bits
 
 

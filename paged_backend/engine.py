@@ -29,6 +29,7 @@ class Engine:
         self._runner = runner
         self._steps_ahead = steps_ahead
         self.num_steps = 0
+        self.stalled = False  # nothing can be computed before a message comes, or a grammar is compiled
 
     def submit(self, request: Submit) -> None:
         self._scheduler.submit(request)
@@ -49,6 +50,7 @@ class Engine:
         keep = self._steps_ahead if batch is not None else 0
         outputs = [self._scheduler.commit(done, result) for done, result in self._runner.finished(keep)]
         refusals = self._scheduler.refusals()
+        self.stalled = batch is None and not outputs
         return [*outputs, refusals] if refusals is not None else outputs
 
     def stats(self) -> Stats:

@@ -50,6 +50,7 @@ from paged_backend.watch import Watch
 
 _STATS_SECONDS = 0.25
 _IDLE_WAIT_SECONDS = 0.05
+_STALLED_WAIT_SECONDS = 0.002
 _PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("paged")
@@ -172,6 +173,8 @@ class EngineProcess:
             for output in self._engine.step():
                 self._outbox.put(output)
                 self._watch.note_step(output)
+            if self._engine.stalled:
+                self._inbox.wait(_STALLED_WAIT_SECONDS)
         self._tell_stats()
         self._watch.publish()
 
@@ -221,6 +224,8 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     Raises:
         EngineError: one sentence for the operator.
     """
+    from paged_backend.grammar import Grammars
+    from paged_backend.guides import Guides
     from paged_backend.model_runner import ModelRunner
     from paged_backend.models.tokenizer import export_tokenizer
 
@@ -230,6 +235,8 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     tokenizer_path = export_tokenizer(runner.folder, directory / "tokenizer.json")
     if tokenizer_path is None:
         log.info("no tokenizer beside the checkpoint: requests must bring input_ids")
+    grammars = Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)
+    grammars.warm()
     scheduler = Scheduler(
         SchedulerLimits(
             page_size=config.page_size,
@@ -244,7 +251,8 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
             preemption=config.preemption,
             eos_ids=limits.eos_ids,
             seed=config.seed,
-        )
+        ),
+        guides=Guides(grammars),
     )
     log.info("engine ready after %.1f s", time.monotonic() - started)
     ready = Ready(

@@ -129,7 +129,7 @@ class ModelRunner:
     def warm_up(self, max_sequences: int, max_batched_tokens: int) -> None:
         """Runs steps of every kind before the first request comes; rows and pages are free afterwards."""
         limits = self.limits
-        for batch in warm_up_batches(max_batched_tokens, max_sequences, limits.max_model_len, limits.page_size, limits.num_pages):
+        for batch in warm_up_batches(max_batched_tokens, max_sequences, limits.max_model_len, limits.page_size, limits.num_pages, limits.vocab_size):
             self.launch(batch)
             for _ in self.finished(0):
                 pass

@@ -72,6 +72,8 @@ class PromptReader:
             raise RequestError(f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self._ready.max_model_len})")
         if self.tokenizer is None and sampling.stop:
             raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
+        if self.tokenizer is None and sampling.grammar is not None:
+            raise RequestError(f"{sampling.grammar.key}: this model has no tokenizer, and without one an answer has no form")
         token_ids = self._token_ids(request)
         if sampling.truncate_prompt_tokens is not None:
             longest = self._ready.max_model_len - 1

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.structured import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKENS = 64
@@ -54,9 +55,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     request_deadline_seconds: Annotated[float, Meta(gt=0)] | None = None  # None, or more than the engine's own: that
     skip_prefix_cache: bool = False  # neither finds pages of others nor leaves any
 
+    guided_json: GrammarString | None = None  # a JSON schema
+    guided_regex: GrammarString | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarString | None = None
+    structured_outputs: StructuredOutputs | None = None
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def grammars(self) -> list[Grammar]:
+        """What the answer must match; one at most, once checked."""
+        return grammars_of(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, self.structured_outputs)
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return next(iter(self.grammars), None)
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +142,7 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
     Raises:
         RequestError: names the key, the value and what is allowed.
     """
-    given = {key: [value] if key in ("stop", "bad_words") and isinstance(value, str) else value for key, value in options.items() if value is not None}
+    given = {key: [value] if key in ("stop", "bad_words") and isinstance(value, str) else value for key, value in fold(options).items() if value is not None}
     for key, value in given.items():
         if key not in SamplingParams.__struct_fields__:
             raise RequestError(f"unknown sampling parameter '{_shorten(key)}'; known: {', '.join(SamplingParams.__struct_fields__)}")
@@ -137,6 +153,7 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
     except (msgspec.ValidationError, OverflowError) as error:
         raise RequestError(_explain(str(error), given)) from None
     _require_finite(sampling)
+    check_grammars(sampling.grammars)
     if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
         raise RequestError(f"seed: expected 64 bits, got {_shorten(str(sampling.seed))}")
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:

@@ -1,4 +1,4 @@
-"""Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words, min_tokens; penalties;
+"""Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words, min_tokens; penalties; grammars;
 temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a piece skips it; a row that does not ask is left as it is."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from paged_backend.batch import Feature
 from paged_backend.request import MAX_BAD_WORD_TOKENS
 from paged_backend.step_tensors import DeviceRows, SampleTensors
 
-_EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY
+_EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY | Feature.MASK
 
 
 class SamplerOps(Protocol):
@@ -24,6 +24,7 @@ class SamplerOps(Protocol):
     def apply_penalties(
         self, logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
     ) -> Tensor: ...
+    def apply_token_mask(self, logits: Tensor, masks: Tensor, rows: Tensor) -> Tensor: ...
     def choose(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Tensor: ...
@@ -65,7 +66,7 @@ class Sampler:
         return Sampled(token_ids, ops.logprobs(logits, token_ids), top_ids, top_logprobs)
 
     def _edit(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Tensor:
-        """What a greedy row sees too: bias, bans, penalties. float32; logits stay as they are."""
+        """What a greedy row sees too: bias, bans, penalties, grammars. float32; logits stay as they are."""
         ops, mine, positions = self._ops, step.rows, step.positions
         logits = logits.to(torch.float32, copy=True)
         p = rows.parameters(mine)
@@ -80,4 +81,6 @@ class Sampler:
             history = rows.history(mine, step.max_len)
             penalties = (p.floats("repetition"), p.floats("presence"), p.floats("frequency"))
             logits = ops.apply_penalties(logits, history, p.integers("prompt_len"), positions, *penalties)
+        if step.masked:
+            logits = ops.apply_token_mask(logits, rows.token_masks, torch.where(p.integers("guided") > 0, mine, -1))
         return logits

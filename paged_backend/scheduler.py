@@ -17,6 +17,7 @@ import numpy as np
 
 from paged_backend.batch import Batch, Feature, Int32, NewRow, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
+from paged_backend.guides import Guides
 from paged_backend.messages import Submit
 from paged_backend.page_pool import PagePool
 from paged_backend.request import Finish
@@ -52,7 +53,7 @@ class Scheduler:
     Invariant (`check`): running sequences hold rows and pages, waiting ones neither, and there are no others.
     """
 
-    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: Guides | None = None) -> None:
         # every running sequence must fit into a step, or decoding sequences would wait for each other in turns
         max_running = min(limits.max_num_sequences, limits.max_batched_tokens)
         self._limits = limits
@@ -71,6 +72,7 @@ class Scheduler:
         self._step = 0
         self._next_overdue_check = 0.0
         self._suspects = Suspects()
+        self._guides = guides or Guides()
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -94,6 +96,7 @@ class Scheduler:
         serial = self._serial = self._serial + 1
         eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
         finds = self._limits.prefix_cache and not sampling.skip_prefix_cache
+        stop_ids = tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids))
         sequence = Sequence(
             request_id=request.request_id,
             serial=serial,
@@ -102,7 +105,7 @@ class Scheduler:
             length_limit=min(prompt_len + (sampling.max_tokens or self._limits.max_model_len), self._limits.max_model_len),
             sampling=sampling,
             seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
-            stop_ids=tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids)),
+            stop_ids=stop_ids,
             bad_words=request.bad_words,
             cache_salt=request.cache_salt if finds else f"family {request.family}",
             shares=finds or request.family is not None,
@@ -110,6 +113,7 @@ class Scheduler:
             suspect=request.suspect,
             deadline_seconds=min(sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds),
             answered=request.num_answered > 0,
+            guide=self._guides.guide(sampling, stop_ids),
         )
         self._sequences[sequence.request_id] = sequence
         self._waiting.add(sequence)
@@ -154,6 +158,8 @@ class Scheduler:
         """The next step, or None if nothing can be computed before a result comes back or a request arrives."""
         self._end_overdue()
         self._suspects.review(self._rows)
+        for sequence, finish in self._guides.review(self._waiting.let_in(), self._rows):
+            self._end(sequence, finish)
         rows, counts = self._share_budget()
         rows, counts = self._secure_pages(rows, counts)
         rows, counts = self._admit(rows, counts)
@@ -178,6 +184,7 @@ class Scheduler:
             new_rows=tuple(self._new_rows),
             page_updates=np.array(self._page_updates, np.int32).reshape(-1, 3),
             features=int(np.bitwise_or.reduce(table.features[rows])),
+            masks=self._guides.masks(table, rows[samples]),
         )
         self._new_rows.clear()
         self._page_updates.clear()
@@ -190,6 +197,7 @@ class Scheduler:
         num_tokens = table.num_tokens[rows]
         wanted = num_tokens - table.num_computed[rows]
         wanted[num_tokens >= table.length_limit[rows]] = 0  # its last token is in flight and need not be computed
+        wanted[(num_tokens > table.num_known[rows]) & (table.features[rows] & Feature.MASK != 0)] = 0  # what may come next depends on it
         if (wanted == 1).all():
             return rows, wanted
         rows = rows[wanted > 0]
@@ -379,8 +387,11 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence | None, stop: bool) -> None:
         assert sequence is not None
+        self._end(sequence, Finish(sequence.request_id, "stop" if stop else "length"))
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
         self._leave(sequence)
-        self._finishes.append(Finish(sequence.request_id, "stop" if stop else "length"))
+        self._finishes.append(finish)
 
     def _top_logprobs(self, result: StepResult, rows: Int32, entries: Int32) -> dict[int, dict[int, float]]:
         """Output entry → its most likely tokens, for the sequences that asked for them."""
@@ -412,8 +423,7 @@ class Scheduler:
                 error, message = ErrorKind.OVERLOADED, f"not started after {limits.max_waiting_seconds:g} s (max_waiting_seconds)"
             else:
                 continue
-            self._leave(sequence)
-            self._finishes.append(Finish(sequence.request_id, error=error, message=message))
+            self._end(sequence, Finish(sequence.request_id, error=error, message=message))
 
     # ---- what it looks like
 

@@ -13,6 +13,7 @@ from enum import Enum
 import numpy as np
 
 from paged_backend.batch import Int32, features_of
+from paged_backend.grammar import Guide
 from paged_backend.request import SamplingParams
 
 
@@ -43,6 +44,7 @@ class Sequence:
     arrival: float  # seconds, CLOCK_MONOTONIC
     suspect: bool = False  # engines may have died of it: it waits behind everybody else
     deadline_seconds: float = math.inf  # from its arrival
+    guide: Guide | None = None  # through the grammar that its answer follows
     status: Status = Status.WAITING
     row: int | None = None
     pages: list[int] = field(default_factory=list)

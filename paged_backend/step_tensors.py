@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import paged_kernels.reference as reference
-from paged_backend.batch import Batch, Feature, Int32, NewRow
+from paged_backend.batch import Batch, Feature, Int32, NewRow, TokenMasks
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.staging import Staging
 from paged_backend.step_plan import StepPlan, StepShape
@@ -20,7 +20,7 @@ _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbe
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
 
 # columns of a row's parameters; the floats are stored as their bits. The seed comes first and their number is even: it is read as one int64
-_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words")
+_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "guided", "spare")
 _FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _COLUMN = {name: index for index, name in enumerate(_COLUMNS + _FLOAT_COLUMNS)}
 
@@ -60,6 +60,7 @@ class SampleTensors:
     num_stop: int = 0
     num_bad_words: int = 0
     num_top_logprobs: int = 0
+    masked: bool = False  # some row follows a grammar
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class DeviceRows:
         self._ops = ops
         self._parameters = zeros(num_rows, len(_COLUMN))
         self._zeros = zeros
+        self.token_masks = zeros(num_rows, 0)  # int32 [num_rows, ceil(vocab / 32)] of the rows that follow a grammar; of no width before the first comes
         self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
         self._table_shapes = {
             "bias_ids": (num_rows, MAX_LOGIT_BIAS),
@@ -184,6 +186,8 @@ class DeviceRows:
         sections = {"plan": plan.flat, "page_updates": batch.page_updates}
         if batch.new_rows:
             sections |= _new_row_sections(batch.new_rows)
+        if batch.masks is not None:
+            sections |= {"mask_spans": _mask_spans(batch.masks), "masks": batch.masks.words}
         sent = self._staging.send(sections)
         self._write(batch, sent)
         return sent["plan"]
@@ -243,6 +247,7 @@ class DeviceRows:
             num_stop=self._widest("num_stop", sampled) if features & Feature.BIAS else 0,
             num_bad_words=self._widest("num_bad_words", sampled) if features & Feature.BAD_WORDS else 0,
             num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if features & Feature.TOP_LOGPROBS else 0,
+            masked=batch.masks is not None,
         )
 
     def _widest(self, name: str, rows: Int32) -> int:
@@ -264,6 +269,10 @@ class DeviceRows:
                     self._table(name)[tuple(where)] = values
         if len(batch.page_updates):
             self._ops.update_page_tables(self.page_table, sent["page_updates"])
+        if batch.masks is not None:
+            if not self.token_masks.shape[1]:
+                self.token_masks = self._zeros(len(self.token_ids), batch.masks.words.shape[1])
+            self._ops.write_spans(self.token_masks, sent["mask_spans"], sent["masks"].view(-1))
 
     def _table(self, name: str) -> Tensor:
         if name not in self._tables:
@@ -300,16 +309,23 @@ def _spans(new_rows: tuple[NewRow, ...], lens: Int32) -> Int32:
     return np.stack([rows, np.zeros_like(rows), np.cumsum(lens, dtype=np.int32) - lens, lens], axis=1)
 
 
+def _mask_spans(masks: TokenMasks) -> Int32:
+    """As `_spans`."""
+    count, width = masks.words.shape
+    places = np.arange(count, dtype=np.int32) * width
+    return np.stack([masks.rows, np.zeros_like(places), places, np.full_like(places, width)], axis=1)
+
+
 def _parameter_block(new: NewRow) -> Int32:
     """One row's parameters in the order of the columns: int32 [columns]."""
     s = new.sampling
     seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
     min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words)]
+    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), s.grammar is not None, 0]
     floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
     return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
 
 
 def _num_stop(new: NewRow) -> int:
-    """Stop ids that the sampler must know: without min_tokens, none."""
-    return len(new.stop_ids) if new.sampling.min_tokens > 0 else 0
+    """Stop ids that the sampler must know: without min_tokens, none; a grammar's mask takes care of them, and lets them through where nothing else is left."""
+    return len(new.stop_ids) if new.sampling.min_tokens > 0 and new.sampling.grammar is None else 0

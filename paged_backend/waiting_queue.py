@@ -10,11 +10,13 @@ from paged_backend.sequence import Sequence, Status
 class WaitingQueue:
     """Oldest of the lowest priority_level first. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
 
+    A sequence whose grammar is not ready has no place yet and holds up nobody.
     Invariant: len(queue) is the number of entries whose sequence is WAITING.
     """
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[bool, int, int], Sequence]] = []
+        self._held: list[Sequence] = []  # their grammars are still being compiled
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -22,8 +24,22 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
-        heapq.heappush(self._heap, (sequence.turn(), sequence))
         self._num_waiting += 1
+        if sequence.guide is not None and not sequence.guide.started:
+            self._held.append(sequence)
+        else:
+            heapq.heappush(self._heap, (sequence.turn(), sequence))
+
+    def let_in(self) -> list[Sequence]:
+        """Gives those whose grammars are ready their places. Returns all that were held back: a grammar may turn out to be none."""
+        held = [sequence for sequence in self._held if sequence.status is Status.WAITING]
+        self._held = []
+        for sequence in held:
+            if sequence.guide is not None and not sequence.guide.compiled:
+                self._held.append(sequence)
+            else:
+                heapq.heappush(self._heap, (sequence.turn(), sequence))
+        return held
 
     def first(self) -> Sequence | None:
         """Whose turn it is; stays in the queue."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from paged_backend.batch import Batch, NewRow, features_of
+from paged_backend.batch import Batch, Feature, NewRow, TokenMasks, features_of
 from paged_backend.request import SamplingParams
 
 _SAMPLINGS = (
@@ -14,12 +14,13 @@ _SAMPLINGS = (
     SamplingParams(temperature=0.7),
     SamplingParams(temperature=0.7, top_p=0.9),
     SamplingParams(temperature=0.0, logprobs=0),
+    SamplingParams(temperature=0.0, guided_regex="a"),
     SamplingParams(temperature=0.7, top_k=5, min_tokens=1, logit_bias={0: 1.0}, repetition_penalty=1.1, presence_penalty=0.1, logprobs=1),
 )
 _BAD_WORDS = ((0, 1),)
 
 
-def warm_up_batches(max_tokens: int, max_sequences: int, max_len: int, page_size: int, num_pages: int) -> Iterator[Batch]:
+def warm_up_batches(max_tokens: int, max_sequences: int, max_len: int, page_size: int, num_pages: int, vocab_size: int) -> Iterator[Batch]:
     """Prompts of many lengths, alone and beside decoding sequences, with every kind of sampling. All rows and pages must be free, and are so afterwards.
 
     max_tokens of a step; max_len of a sequence, in tokens.
@@ -31,18 +32,18 @@ def warm_up_batches(max_tokens: int, max_sequences: int, max_len: int, page_size
     size = 16
     while size <= max_tokens:
         count = min(-(-size // longest), max_sequences, num_pages * page_size // (longest + page_size) or 1)
-        yield _prompts([min(size // count, longest)] * count, _SAMPLINGS[0], page_size)
+        yield _prompts([min(size // count, longest)] * count, _SAMPLINGS[0], page_size, vocab_size)
         size *= 2
     few = [length for length in (1, 5, 3, 37)[: min(4, max_sequences)] if length <= longest]
     if sum(-(-(length + 1) // page_size) for length in few) > num_pages or sum(few) > max_tokens:
         few = few[:1]
     for sampling in _SAMPLINGS:
-        batch = _prompts(few, sampling, page_size)
+        batch = _prompts(few, sampling, page_size, vocab_size)
         yield batch
         yield _beside_decodes(batch, few)
 
 
-def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int) -> Batch:
+def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, vocab_size: int) -> Batch:
     """A step that computes whole prompts, in rows 0, 1, 2 … and pages 0, 1, 2 …"""
     rows, counts = np.arange(len(lens), dtype=np.int32), np.array(lens, np.int32)
     bad_words = _BAD_WORDS if sampling.logit_bias else ()
@@ -50,6 +51,7 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int) -> B
     pages = -(-(counts + 1) // page_size)
     firsts = np.cumsum(pages) - pages
     updates = [(row, index, firsts[row] + index) for row in range(len(lens)) for index in range(pages[row])]
+    features = features_of(sampling, (0,), bad_words)
     return Batch(
         step=0,
         rows=rows,
@@ -59,7 +61,8 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int) -> B
         request_ids=rows.astype(np.int64),
         new_rows=new,
         page_updates=np.array(updates, np.int32),
-        features=features_of(sampling, (0,), bad_words),
+        features=features,
+        masks=TokenMasks(rows, np.full((len(lens), -(-vocab_size // 32)), -1, np.int32)) if features & Feature.MASK else None,
     )
 
 
@@ -68,4 +71,5 @@ def _beside_decodes(batch: Batch, lens: Sequence[int]) -> Batch:
     first = np.arange(len(lens)) == 0
     counts = np.where(first, 1, np.maximum(batch.counts - 1, 1)).astype(np.int32)
     starts = np.where(first, batch.counts, batch.counts - counts).astype(np.int32)
-    return Batch(batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features)
+    masks = None if batch.masks is None else TokenMasks(batch.masks.rows[:1], batch.masks.words[:1])
+    return Batch(batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features, masks=masks)

@@ -25,7 +25,7 @@ LIMITS = {
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_steps_fit_rows_pages_and_tokens(limits: tuple[int, int, int, int, int]) -> None:
     max_tokens, max_sequences, max_len, page_size, num_pages = limits
-    for batch in warm_up_batches(*limits):
+    for batch in warm_up_batches(*limits, vocab_size=199):
         assert 1 <= batch.num_tokens <= max_tokens
         assert len(set(batch.rows.tolist())) == batch.num_sequences <= max_sequences
         assert ((batch.starts >= 0) & (batch.counts >= 1) & (batch.starts + batch.counts <= max_len)).all()
@@ -36,7 +36,7 @@ def test_steps_fit_rows_pages_and_tokens(limits: tuple[int, int, int, int, int])
 
 
 def test_the_usual_runner_sees_every_kind_of_step() -> None:
-    batches = list(warm_up_batches(*LIMITS["usual"]))
+    batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199))
     assert max(batch.num_tokens for batch in batches) == 4095  # a token of the row is left for what the step samples
     assert len({batch.features for batch in batches}) == 5
     assert any(not batch.decode_only and 1 in batch.counts and batch.counts.max() > 1 for batch in batches)

@@ -1,0 +1,107 @@
+"""The form an answer must have, as a caller says it: a JSON schema, a regular expression, a list of choices or a grammar, under vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from paged_backend.errors import RequestError
+
+MAX_GRAMMAR_CHARS = 131_072
+MAX_CHOICES = 4096
+GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+GrammarString = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+Choices = Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1, max_length=MAX_CHOICES)]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """vLLM's `structured_outputs`: at most one of the first five."""
+
+    json: GrammarString | None = None  # a JSON schema, as text
+    regex: GrammarString | None = None
+    choice: Choices | None = None
+    grammar: GrammarString | None = None
+    json_object: bool = False  # any JSON object
+    disable_any_whitespace: bool = False  # JSON on one line
+    disable_fallback: bool = False  # there is only one library, so this is always so
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must match. `key` is how the caller named it; grammars that differ in nothing else are one."""
+
+    key: str
+    kind: str  # "json" (a schema), "regex", or "grammar" (GBNF, or Lark)
+    text: str
+    compact: bool = False  # no white space between the parts of JSON but one space
+
+
+def fold(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters in which schemas are text and a single choice is a list, however they were sent.
+
+    Raises:
+        RequestError: `structured_outputs` is text, but no JSON.
+    """
+    folded = dict(given)
+    outputs = folded.get("structured_outputs")
+    if isinstance(outputs, str):
+        try:
+            outputs = msgspec.json.decode(outputs)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RequestError(f"structured_outputs: not valid JSON: {error}") from None
+    if isinstance(outputs, dict):
+        folded["structured_outputs"] = _fold_one(outputs, "json", "choice")
+    return _fold_one(folded, "guided_json", "guided_choice")
+
+
+def _fold_one(given: dict[str, Any], schema: str, choice: str) -> dict[str, Any]:
+    folded = dict(given)
+    if isinstance(folded.get(schema), (dict, list, bool)):
+        folded[schema] = msgspec.json.encode(folded[schema]).decode()
+    if isinstance(folded.get(choice), str):
+        folded[choice] = [folded[choice]]
+    return folded
+
+
+def grammars_of(
+    guided_json: str | None, guided_regex: str | None, guided_choice: tuple[str, ...] | None, guided_grammar: str | None, outputs: StructuredOutputs | None
+) -> list[Grammar]:
+    """Everything that was asked for; more than one is a conflict."""
+    found = _named("guided_", guided_json, guided_regex, guided_choice, guided_grammar, False)
+    if outputs is not None:
+        compact = outputs.disable_any_whitespace
+        found += _named("structured_outputs.", outputs.json, outputs.regex, outputs.choice, outputs.grammar, compact)
+        if outputs.json_object:
+            found.append(Grammar("structured_outputs.json_object", "json", '{"type":"object"}', compact))
+    return found
+
+
+def check_grammars(found: list[Grammar]) -> None:
+    """
+    Raises:
+        RequestError: names two that were asked for at once.
+    """
+    if len(found) > 1:
+        raise RequestError(f"{found[0].key} and {found[1].key}: an answer has one form; send one of them")
+
+
+def _named(prefix: str, schema: str | None, regex: str | None, choice: tuple[str, ...] | None, grammar: str | None, compact: bool) -> list[Grammar]:
+    found = []
+    if schema is not None:
+        found.append(Grammar(f"{prefix}json", "json", schema, compact))
+    if regex is not None:
+        found.append(Grammar(f"{prefix}regex", "regex", regex))
+    if choice is not None:
+        found.append(Grammar(f"{prefix}choice", "grammar", "root ::= " + " | ".join(map(_literal, choice))))
+    if grammar is not None:
+        found.append(Grammar(f"{prefix}grammar", "grammar", grammar))
+    return found
+
+
+def _literal(text: str) -> str:
+    """A string as GBNF spells it."""
+    escaped = (f"\\{char}" if char in '"\\' else char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)
+    return f'"{"".join(escaped)}"'
