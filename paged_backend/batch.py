@@ -96,7 +96,7 @@ def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: 
         bits |= Feature.BAD_WORDS
     if s.logprobs is not None:
         bits |= Feature.LOGPROBS | (Feature.TOP_LOGPROBS if s.logprobs > 0 else 0)
-    if s.grammar is not None:
+    if s.guided:
         bits |= Feature.MASK
     return bits
 

@@ -235,8 +235,6 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     tokenizer_path = export_tokenizer(runner.folder, directory / "tokenizer.json")
     if tokenizer_path is None:
         log.info("no tokenizer beside the checkpoint: requests must bring input_ids")
-    grammars = Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)
-    grammars.warm()
     scheduler = Scheduler(
         SchedulerLimits(
             page_size=config.page_size,
@@ -252,7 +250,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
             eos_ids=limits.eos_ids,
             seed=config.seed,
         ),
-        guides=Guides(grammars),
+        guides=Guides(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
     )
     log.info("engine ready after %.1f s", time.monotonic() - started)
     ready = Ready(

@@ -12,6 +12,7 @@ class ErrorKind(str, Enum):
     OVERLOADED = "overloaded"  # the same request may succeed later
     CANCELLED = "cancelled"  # the caller left, or a deadline passed
     INTERNAL = "internal"  # our fault
+    UNSUPPORTED = "unsupported"  # this server lacks something that another may have
 
 
 class RequestError(Exception):

@@ -1,62 +1,60 @@
-"""Structured output: grammars are compiled on threads of their own and kept; each sequence that follows one has a guide, which knows what may come next.
+"""Structured output: grammars are compiled beside the engine and kept; each sequence that follows one has a guide, which knows what may come next.
 
-The library is xgrammar (Dong et al., 2024, arXiv:2411.15100), an optional extra: without it requests that ask for a form are refused. It lets go of the
-interpreter while it compiles.
+A grammar that is new is compiled in a process of its own kind (grammar_process.py), whose time and memory are bounded; a thread waits for it and reads the
+result. The library lets go of the interpreter meanwhile, so the engine's loop goes on.
 """
 
 from __future__ import annotations
 
 import logging
-import re
+import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import local
+from typing import Any, Protocol
 
-import msgspec
 import numpy as np
 
 from paged_backend.batch import Int32
-from paged_backend.json_schema import unenforced
+from paged_backend.errors import ErrorKind
+from paged_backend.grammar_compiler import GrammarCompiler
+from paged_backend.grammar_process import MAX_MASK_SECONDS, Verdict, VocabularyPlace, too_slow
 from paged_backend.structured import Grammar
-from paged_backend.token_bytes import read_token_bytes
+from paged_backend.utf8 import CLEAN, advance
+from paged_backend.vocabulary import GrammarError, Vocabulary, bits, read_vocabulary
 
 _NUM_THREADS = 2
 _MAX_CACHED = 512  # grammars
 _MAX_CACHED_BYTES = 512 * 2**20
-_MAX_REASON_CHARS = 300
-_FREE_TEXT = ('"pattern"', '"patternProperties"', '"propertyNames"', '"format"')  # what may let a line break into a string
-_NOT_INSTALLED = "structured output is not installed in this server: pip install 'paged-backend[structured]'"
 
 log = logging.getLogger("paged")
 
 
-class GrammarError(Exception):
-    """Why a grammar cannot be followed; a clause for the caller."""
+class Compiler(Protocol):
+    """What a thread compiles with: grammar_compiler.py; tests have their own."""
 
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The model's tokens for the library, and which of them JSON must not have: they hold a control character, which the library lets into strings."""
-
-    xgrammar: Any  # the module
-    compiler: Any
-    size: int
-    clean: Int32  # [words] bits of the tokens without control characters
-    clean_or_lines: Int32  # [words] and of those whose only ones are line breaks
+    def compile(self, grammar: Grammar) -> Verdict: ...
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A grammar, ready to be followed."""
 
-    xgrammar: Any
+    vocabulary: Vocabulary
     grammar: Any
-    vocab_size: int
     allowed: Int32 | None  # [words] bits of the tokens that may ever come; None: all
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a sequence cannot go on; the message is a sentence for the caller."""
+
+    kind: ErrorKind
+    message: str
 
 
 class Guide:
@@ -67,7 +65,7 @@ class Guide:
 
     def __init__(self, key: str, compiling: Future[Compiled], stop_ids: Sequence[int], min_tokens: int) -> None:
         """stop_ids: what may follow a complete answer; without any, it ends when it is complete. They wait for min_tokens if the grammar can go on."""
-        self.refusal: str | None = None  # why the sequence cannot go on; a sentence for the caller
+        self.refusal: Refusal | None = None
         self.over = False  # complete, and nothing may follow
         self.mask: Int32 = np.zeros(0, np.int32)  # [words] a bit per token of the vocabulary, the first in the lowest; 0: must not come
         self._key = key
@@ -76,6 +74,7 @@ class Guide:
         self._min_tokens = min_tokens
         self._matcher: Any = None
         self._num_accepted = 0
+        self._state = CLEAN  # of the bytes so far (utf8.py)
 
     @property
     def compiled(self) -> bool:
@@ -94,22 +93,42 @@ class Guide:
             if self._matcher is None:
                 self._start(_result(self._compiling))
             for token_id in answer[self._num_accepted :].tolist():
-                if not self._matcher.accept_token(token_id):
-                    raise GrammarError("no token was left that it and bad_words allow")
-            self._num_accepted = len(answer)
+                self._accept(token_id)
             self._look_ahead()
         except GrammarError as error:
-            self.refusal = f"{self._key}: {error}"
+            self.refusal = Refusal(error.kind, f"{self._key}: {error}")
+
+    def check_last(self, token_id: int) -> None:
+        """A token that ends the sequence is not followed, but may have come because nothing was left to choose from. Sets `refusal` then."""
+        if not self._may_come(token_id):
+            self.refusal = Refusal(ErrorKind.INVALID, f"{self._key}: {_DEAD_END}")
+
+    def _may_come(self, token_id: int) -> bool:
+        return bool(self.mask[token_id >> 5] >> (token_id & 31) & 1)
 
     def _start(self, compiled: Compiled) -> None:
-        self._matcher = compiled.xgrammar.GrammarMatcher(compiled.grammar)
+        self._vocabulary = compiled.vocabulary
+        self._matcher = compiled.vocabulary.xgrammar.GrammarMatcher(compiled.grammar)
         self._allowed = compiled.allowed
-        self._stop_bits = _bits([token_id for token_id in self._stop_ids if token_id < compiled.vocab_size], compiled.vocab_size)
-        self.mask = np.zeros_like(self._stop_bits)
+        size = compiled.vocabulary.size
+        self._stop_bits = bits([token_id for token_id in self._stop_ids if token_id < size], size)
+        self.mask = np.full_like(self._stop_bits, -1)
+
+    def _accept(self, token_id: int) -> None:
+        state = advance(self._state, self._vocabulary.spelled[token_id])
+        if state is None or not self._may_come(token_id) or not self._matcher.accept_token(token_id):
+            raise GrammarError(_DEAD_END)
+        self._state = state
+        self._num_accepted += 1
+        self.mask = np.full_like(self.mask, -1)  # not known yet
 
     def _look_ahead(self) -> None:
-        mask = np.zeros_like(self.mask)
+        mask, begun = np.zeros_like(self.mask), time.thread_time()
         self._matcher.fill_next_token_bitmask(mask[None])
+        spent = time.thread_time() - begun
+        if spent > MAX_MASK_SECONDS:  # ambiguous grammars take longer with every token
+            raise GrammarError(too_slow(spent))
+        mask &= self._vocabulary.following[self._state]
         if self._allowed is not None:
             mask &= self._allowed
         complete = self._matcher.is_completed()
@@ -127,27 +146,38 @@ class Guide:
 class Grammars:
     """Compiles grammars, the same one once, and keeps those that were wanted last."""
 
-    def __init__(self, tokenizer_path: Path | None, vocab_size: int, eos_ids: Collection[int]) -> None:
+    def __init__(
+        self, tokenizer_path: Path | None, vocab_size: int, eos_ids: Collection[int], make_compiler: Callable[[VocabularyPlace], Compiler] = GrammarCompiler
+    ) -> None:
         """tokenizer_path: a tokenizer.json; None: the model has none, and nothing can be compiled. vocab_size: of the logits."""
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "grammar")
+        self._compilers = local()  # one a thread
+        self._make_compiler = partial(make_compiler, VocabularyPlace(str(tokenizer_path), vocab_size, tuple(eos_ids)))
         self._compiled: OrderedDict[tuple[str, str, bool], Future[Compiled]] = OrderedDict()  # the last wanted last
-        self._read = partial(_read_vocabulary, tokenizer_path, vocab_size, eos_ids)
-        self._vocabulary: Future[_Vocabulary] | None = None
-
-    def warm(self) -> Future[_Vocabulary]:
-        """Begins to read the vocabulary, if nobody has."""
-        if self._vocabulary is None:
-            self._vocabulary = self._threads.submit(self._read)
-        return self._vocabulary
+        self._read = partial(read_vocabulary, tokenizer_path, vocab_size, eos_ids)
+        self._vocabulary: Future[Vocabulary] | None = None
 
     def guide(self, grammar: Grammar, stop_ids: Sequence[int], min_tokens: int) -> Guide:
         """A guide for a new sequence; its grammar may still have to be compiled."""
         key = grammar.kind, grammar.text, grammar.compact
         if key not in self._compiled:
-            self._compiled[key] = self._threads.submit(_compile, grammar, self.warm())
+            if self._vocabulary is None:
+                self._vocabulary = self._threads.submit(self._read)
+            self._compiled[key] = self._threads.submit(self._compile, grammar, self._vocabulary)
             self._forget_some()
         self._compiled.move_to_end(key)
         return Guide(grammar.key, self._compiled[key], stop_ids, min_tokens)
+
+    def _compile(self, grammar: Grammar, reading: Future[Vocabulary]) -> Compiled:
+        """On a thread. The process begins only after the vocabulary is known to be one."""
+        vocabulary = reading.result()
+        if not hasattr(self._compilers, "mine"):
+            self._compilers.mine = self._make_compiler()
+        verdict: Verdict = self._compilers.mine.compile(grammar)
+        if verdict.refusal:
+            raise GrammarError(verdict.refusal)
+        allowed = {"all": None, "lines": vocabulary.clean_or_lines, "none": vocabulary.clean}[verdict.controls]
+        return Compiled(vocabulary, vocabulary.xgrammar.CompiledGrammar.deserialize_json(verdict.serial, vocabulary.tokens), allowed)
 
     def _forget_some(self) -> None:
         """Drops what was not wanted for longest, until the bounds are kept. Who follows a grammar keeps it."""
@@ -160,6 +190,9 @@ class Grammars:
             del self._compiled[key]
 
 
+_DEAD_END = "no token was left that it and bad_words allow"
+
+
 def _result(compiling: Future[Compiled]) -> Compiled:
     try:
         return compiling.result()
@@ -167,74 +200,10 @@ def _result(compiling: Future[Compiled]) -> Compiled:
         raise
     except Exception as error:  # not the caller's fault, and no reason to fail with him
         log.exception("a grammar could not be compiled", exc_info=error)
-        raise GrammarError("it cannot be compiled") from None
+        raise GrammarError("it cannot be compiled", ErrorKind.INTERNAL) from None
 
 
 def _size(future: Future[Compiled]) -> int:
     if not future.done() or future.exception() is not None:
         return 0
     return int(future.result().grammar.memory_size_bytes)
-
-
-def _read_vocabulary(tokenizer_path: Path | None, vocab_size: int, eos_ids: Collection[int]) -> _Vocabulary:
-    if tokenizer_path is None:
-        raise GrammarError("this model has no tokenizer")
-    try:
-        import xgrammar
-    except ImportError as error:
-        raise GrammarError(_NOT_INSTALLED) from error
-    spelled = read_token_bytes(tokenizer_path, vocab_size, eos_ids)
-    tokens = xgrammar.TokenizerInfo(spelled, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=[])
-    return _Vocabulary(
-        xgrammar=xgrammar,
-        compiler=xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False),
-        size=vocab_size,
-        clean=_bits([token_id for token_id, text in enumerate(spelled) if min(text, default=32) >= 32], vocab_size),
-        clean_or_lines=_bits([token_id for token_id, text in enumerate(spelled) if min(text.replace(b"\n", b""), default=32) >= 32], vocab_size),
-    )
-
-
-def _compile(grammar: Grammar, loading: Future[_Vocabulary]) -> Compiled:
-    vocabulary = loading.result()
-    compiler = vocabulary.compiler
-    allowed = None
-    try:
-        if grammar.kind == "json":
-            _check_schema(grammar.text)
-            compiled = compiler.compile_json_schema(grammar.text, any_whitespace=not grammar.compact)
-            allowed = vocabulary.clean if any(word in grammar.text for word in _FREE_TEXT) else vocabulary.clean_or_lines
-        elif grammar.kind == "regex":
-            compiled = compiler.compile_regex(grammar.text)
-        elif "::=" in grammar.text:
-            compiled = compiler.compile_grammar(grammar.text)
-        else:
-            compiled = compiler.compile_lark(grammar.text)
-    except (RuntimeError, ValueError, TypeError) as error:  # the library's own are among them
-        raise GrammarError(_reason(error)) from None
-    return Compiled(vocabulary.xgrammar, compiled, vocabulary.size, allowed)
-
-
-def _check_schema(text: str) -> None:
-    try:
-        schema = msgspec.json.decode(text)
-    except RecursionError:
-        raise GrammarError("the schema is nested too deeply") from None
-    except msgspec.DecodeError as error:
-        raise GrammarError(f"not valid JSON: {error}") from None
-    found = unenforced(schema)
-    if found is not None:
-        raise GrammarError(found)
-
-
-def _reason(error: Exception) -> str:
-    """What the library says, without the place in its source; it may quote a whole schema, or repeat itself."""
-    lines = [re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", line).strip() for line in str(error).splitlines()]
-    reason = " ".join(dict.fromkeys(line for line in lines if line)) or type(error).__name__
-    return reason if len(reason) <= _MAX_REASON_CHARS else f"{reason[:_MAX_REASON_CHARS]}…"
-
-
-def _bits(token_ids: Sequence[int], vocab_size: int) -> Int32:
-    """int32 [words]: a bit per token, the first in the lowest."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    bits[list(token_ids)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)

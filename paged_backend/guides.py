@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from paged_backend.batch import Feature, Int32, TokenMasks
-from paged_backend.errors import ErrorKind
-from paged_backend.grammar import Grammars, Guide
+from paged_backend.grammar import Grammars, Guide, Refusal
 from paged_backend.request import Finish, SamplingParams
 from paged_backend.sequence import Rows
 from paged_backend.sequence import Sequence as Generation
@@ -26,10 +25,13 @@ class Guides:
         grammar = sampling.grammar
         return None if grammar is None else self._grammars.guide(grammar, stop_ids, sampling.min_tokens)
 
-    def review(self, held: Sequence[Generation], rows: Rows) -> Iterator[tuple[Generation, Finish]]:
-        """Once a step: the sequences that cannot go on, or need not. held: those that wait for their grammar."""
-        for sequence in held:
+    def review_waiting(self, changed: Sequence[Generation]) -> Iterator[tuple[Generation, Finish]]:
+        """The sequences that cannot go on, or need not. changed: those that waited for their grammar, or got a token after they were preempted."""
+        for sequence in changed:
             yield from _ending(sequence, sequence.token_ids)
+
+    def review_running(self, rows: Rows) -> Iterator[tuple[Generation, Finish]]:
+        """The same, of those on rows."""
         for row in np.flatnonzero((rows.features & Feature.MASK != 0) & (rows.num_tokens > 0)).tolist():
             sequence = rows.sequences[row]
             if sequence is not None:
@@ -48,6 +50,14 @@ class Guides:
             words.append(sequence.guide.mask)
         return TokenMasks(guided, np.stack(words))
 
+    def last_word(self, sequence: Generation, token_id: int, reason: str) -> Finish:
+        """How a sequence ends whose newest token is its last."""
+        if sequence.guide is not None:
+            sequence.guide.check_last(token_id)
+            if sequence.guide.refusal is not None:
+                return _refused(sequence, sequence.guide.refusal)
+        return Finish(sequence.request_id, reason)
+
 
 def _ending(sequence: Generation, known: Int32) -> Iterator[tuple[Generation, Finish]]:
     guide = sequence.guide
@@ -55,6 +65,10 @@ def _ending(sequence: Generation, known: Int32) -> Iterator[tuple[Generation, Fi
         return
     guide.follow(known[sequence.prompt_len :])
     if guide.refusal is not None:
-        yield sequence, Finish(sequence.request_id, error=ErrorKind.INVALID, message=guide.refusal)
+        yield sequence, _refused(sequence, guide.refusal)
     elif guide.over:
         yield sequence, Finish(sequence.request_id, "stop")
+
+
+def _refused(sequence: Generation, refusal: Refusal) -> Finish:
+    return Finish(sequence.request_id, error=refusal.kind, message=refusal.message)

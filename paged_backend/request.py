@@ -66,6 +66,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.temperature == 0.0
 
     @property
+    def guided(self) -> bool:
+        """The answer must match something."""
+        outputs = self.structured_outputs
+        guides = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        return any(guide is not None for guide in guides) or (outputs is not None and outputs.asks)
+
+    @property
     def grammars(self) -> list[Grammar]:
         """What the answer must match; one at most, once checked."""
         return grammars_of(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, self.structured_outputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -158,8 +158,8 @@ class Scheduler:
         """The next step, or None if nothing can be computed before a result comes back or a request arrives."""
         self._end_overdue()
         self._suspects.review(self._rows)
-        for sequence, finish in self._guides.review(self._waiting.let_in(), self._rows):
-            self._end(sequence, finish)
+        self._end_some(self._guides.review_waiting(self._waiting.let_in()))
+        self._end_some(self._guides.review_running(self._rows))
         rows, counts = self._share_budget()
         rows, counts = self._secure_pages(rows, counts)
         rows, counts = self._admit(rows, counts)
@@ -363,8 +363,8 @@ class Scheduler:
             self._publish(row, int(table.num_computed[row]))
         stopped = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         ended = stopped | (known >= table.length_limit[rows])
-        for row, stop in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
-            self._finish(table.sequences[row], stop)
+        for row, token_id, stop in zip(rows[ended].tolist(), token_ids[ended].tolist(), stopped[ended].tolist(), strict=True):
+            self._finish(table.sequences[row], token_id, stop)
 
     def _land(self, request_id: int, token_id: int) -> bool:
         """A token for a sequence that is not on its row any more: kept if the sequence was preempted, dropped if it is over."""
@@ -377,7 +377,9 @@ class Scheduler:
             self._tell_start(sequence)
         stop = token_id in sequence.stop_ids
         if stop or len(sequence.token_ids) >= sequence.length_limit:
-            self._finish(sequence, stop)
+            self._finish(sequence, token_id, stop)
+        else:
+            self._end_some(self._guides.review_waiting([sequence]))
         return True
 
     def _tell_start(self, sequence: Sequence | None) -> None:
@@ -385,9 +387,13 @@ class Scheduler:
         sequence.answered = True
         self._started[sequence.request_id] = sequence.num_cached_tokens
 
-    def _finish(self, sequence: Sequence | None, stop: bool) -> None:
+    def _finish(self, sequence: Sequence | None, token_id: int, stop: bool) -> None:
         assert sequence is not None
-        self._end(sequence, Finish(sequence.request_id, "stop" if stop else "length"))
+        self._end(sequence, self._guides.last_word(sequence, token_id, "stop" if stop else "length"))
+
+    def _end_some(self, ends: Iterable[tuple[Sequence, Finish]]) -> None:
+        for sequence, finish in ends:
+            self._end(sequence, finish)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         self._leave(sequence)

@@ -321,11 +321,11 @@ def _parameter_block(new: NewRow) -> Int32:
     s = new.sampling
     seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
     min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), s.grammar is not None, 0]
+    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), s.guided, 0]
     floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
     return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
 
 
 def _num_stop(new: NewRow) -> int:
     """Stop ids that the sampler must know: without min_tokens, none; a grammar's mask takes care of them, and lets them through where nothing else is left."""
-    return len(new.stop_ids) if new.sampling.min_tokens > 0 and new.sampling.grammar is None else 0
+    return len(new.stop_ids) if new.sampling.min_tokens > 0 and not new.sampling.guided else 0

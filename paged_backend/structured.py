@@ -29,6 +29,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     disable_any_whitespace: bool = False  # JSON on one line
     disable_fallback: bool = False  # there is only one library, so this is always so
 
+    @property
+    def asks(self) -> bool:
+        return self.json_object or any(form is not None for form in (self.json, self.regex, self.choice, self.grammar))
+
 
 class Grammar(msgspec.Struct, frozen=True):
     """What an answer must match. `key` is how the caller named it; grammars that differ in nothing else are one."""
@@ -82,8 +86,11 @@ def grammars_of(
 def check_grammars(found: list[Grammar]) -> None:
     """
     Raises:
-        RequestError: names two that were asked for at once.
+        RequestError: names two that were asked for at once, or one that is too long.
     """
+    for grammar in found:
+        if len(grammar.text) > MAX_GRAMMAR_CHARS:  # choices, together
+            raise RequestError(f"{grammar.key}: {len(grammar.text)} characters as a grammar, at most {MAX_GRAMMAR_CHARS} are allowed")
     if len(found) > 1:
         raise RequestError(f"{found[0].key} and {found[1].key}: an answer has one form; send one of them")
 

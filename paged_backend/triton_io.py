@@ -32,8 +32,9 @@ _CODES = {  # by name: the stub adds its classes to the library only after it ha
     ErrorKind.OVERLOADED: "UNAVAILABLE",
     ErrorKind.CANCELLED: "CANCELLED",
     ErrorKind.INTERNAL: "INTERNAL",
+    ErrorKind.UNSUPPORTED: "UNSUPPORTED",
 }
-_GRPC_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT"}
+_GRPC_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT", "UNSUPPORTED": "UNIMPLEMENTED"}
 
 
 class TritonPythonModel:

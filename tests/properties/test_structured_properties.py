@@ -1,8 +1,12 @@
-"""Random schemas, expressions and choices through the whole engine, with a model that speaks at random: whatever is finished is of the form asked for."""
+"""Random schemas, expressions and choices through the whole engine, with a model that speaks at random: whatever is finished is of the form asked for.
+
+PAGED_SCHEMAS=1000 pytest tests/properties/test_structured_properties.py  (the ordinary run takes fewer)
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -15,7 +19,7 @@ import pytest
 from paged_backend.json_schema import unenforced
 from tests.structured_engine import Ended, load_speaker, run, save_speaker
 
-NUM_SCHEMAS = 1000
+NUM_SCHEMAS = int(os.environ.get("PAGED_SCHEMAS", "200"))
 CHUNK = 100  # schemas run together
 
 
@@ -159,7 +163,7 @@ def schemas() -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def test_every_finished_answer_validates(folder: Path, tmp_path: Path) -> None:
-    """A thousand schemas. An answer may also be cut off by max_tokens, or led by bad_words to where nothing is left; few are."""
+    """An answer may also be cut off by max_tokens, or led by bad_words to where nothing is left; few are."""
     engine = load_speaker(folder, tmp_path, max_num_sequences=64, num_pages=4096)
     every = list(schemas())
     num_finished = 0

@@ -15,12 +15,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from paged_backend import grammar as room
+from paged_backend import grammar_process
 from paged_backend.engine import Engine
 from paged_backend.errors import ErrorKind
 from paged_backend.grammar import Grammars, Guide
 from paged_backend.structured import Grammar
 from tests.small_tokenizers import byte_fallback
-from tests.structured_engine import EOS, PROMPT, TOKENIZER, VOCAB, Ended, drain, load_speaker, run, save_speaker, submit
+from tests.structured_engine import EOS, PROMPT, TOKENIZER, VOCAB, CompilerHere, Ended, drain, load_speaker, run, save_speaker, submit
 
 SCHEMA = {
     "type": "object",
@@ -76,8 +77,8 @@ def test_without_the_extra_the_answer_says_how_to_install_it(folder: Path, tmp_p
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     engine = load_speaker(folder, tmp_path)
     guided, free = run(engine, [{"guided_regex": "a"}, {"max_tokens": 3}])
-    assert guided.finish is not None and guided.finish.error is ErrorKind.INVALID
-    assert guided.reason.startswith("guided_regex: structured output is not installed in this server")
+    assert guided.finish is not None and guided.finish.error is ErrorKind.UNSUPPORTED
+    assert guided.reason.startswith("guided_regex: structured output needs the package xgrammar, which is not installed in this server")
     assert free.reason == "length"
 
 
@@ -90,9 +91,10 @@ def test_a_model_without_a_tokenizer_has_no_grammars(folder: Path, tmp_path: Pat
 
 
 def test_a_failure_that_is_not_the_grammars_ends_the_request_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_check_schema", lambda text: 1 // 0)
+    monkeypatch.setattr(grammar_process, "_check_schema", lambda text: 1 // 0)
     guided, free = run(engine, [{"guided_json": "{}"}, {"max_tokens": 3}])
     assert guided.reason == "guided_json: it cannot be compiled"
+    assert guided.finish is not None and guided.finish.error is ErrorKind.INTERNAL
     assert free.reason == "length"
 
 
@@ -114,8 +116,8 @@ def test_a_token_that_the_model_does_not_have_cannot_come(tmp_path: Path) -> Non
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Compilations wait until it is set."""
-    event, compile_now = threading.Event(), room._compile
-    monkeypatch.setattr(room, "_compile", lambda *arguments: (event.wait(), compile_now(*arguments))[1])
+    event, compile_now = threading.Event(), Grammars._compile
+    monkeypatch.setattr(Grammars, "_compile", lambda *arguments: (event.wait(), compile_now(*arguments))[1])
     yield event
     event.set()
 
@@ -204,14 +206,14 @@ def test_an_answer_begun_by_another_engine_goes_on_where_it_was(engine: Engine) 
 
 
 def grammars(folder: Path) -> Grammars:
-    return Grammars(folder / "tokenizer.json", VOCAB, (EOS,))
+    return Grammars(folder / "tokenizer.json", VOCAB, (EOS,), CompilerHere)
 
 
 def test_a_grammar_is_compiled_once_and_forgotten_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_MAX_CACHED", 2)
     compiled: list[str] = []
-    compile_now = room._compile
-    monkeypatch.setattr(room, "_compile", lambda grammar, *rest: (compiled.append(grammar.text), compile_now(grammar, *rest))[1])
+    compile_now = CompilerHere.compile
+    monkeypatch.setattr(CompilerHere, "compile", lambda self, grammar: (compiled.append(grammar.text), compile_now(self, grammar))[1])
     kept = grammars(folder)
 
     def want(text: str, key: str = "guided_regex") -> Guide:

@@ -37,7 +37,9 @@ TEXT = '{"type":"object","properties":{"b":{"type":"integer"},"a":{"type":"null"
     ],
 )
 def test_each_key_names_one_grammar(options: dict[str, Any], expected: Grammar | None) -> None:
-    assert parse_sampling(options).grammar == expected
+    sampling = parse_sampling(options)
+    assert sampling.grammar == expected
+    assert sampling.guided == (expected is not None)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_each_key_names_one_grammar(options: dict[str, Any], expected: Grammar |
         ({"structured_outputs": "{"}, "structured_outputs: not valid JSON"),
         ({"structured_outputs": "[" * 100_000}, "structured_outputs: "),
         ({"structured_outputs": [1]}, "structured_outputs: "),
+        ({"guided_choice": ["x" * 100_000, "y" * 100_000]}, "guided_choice: 200016 characters as a grammar, at most 131072"),
     ],
 )
 def test_a_contradiction_or_a_wrong_type_is_refused_by_name(options: dict[str, Any], message: str) -> None:
