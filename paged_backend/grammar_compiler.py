@@ -32,6 +32,8 @@ class GrammarCompiler:
         Raises:
             OSError: no process can be started.
         """
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it died while it had nothing to do with this grammar
         try:
             process = self._process or self._start()
             send(_pipe(process.stdin), grammar)
