@@ -285,3 +285,46 @@ def test_others_run_ahead_while_a_guided_row_waits_for_its_token(engine: Engine)
 def test_the_prompt_is_not_part_of_the_form(engine: Engine) -> None:
     submit(engine, 0, {"guided_regex": "[0-9]"}, prompt=[*PROMPT, *PROMPT])
     assert drain(engine, 1)[0].text.isdigit()
+
+
+# ---- dead ends, and tokens that arrive late
+
+
+@pytest.mark.parametrize("ending", [{"stop_token_ids": [0]}, {"max_tokens": 1}], ids=["stop", "length"])
+def test_a_token_chosen_because_nothing_was_left_ends_no_answer_well(engine: Engine, ending: dict[str, Any]) -> None:
+    """The first of a vocabulary is what is chosen then."""
+    ended = one(engine, guided_regex="(aa)+", bad_words=["a"], temperature=0.0, **ending)
+    assert ended.token_ids == [0]
+    assert ended.reason == "guided_regex: no token was left that it and bad_words allow"
+
+
+def test_the_last_token_may_land_after_a_preemption(engine: Engine) -> None:
+    engine._steps_ahead = 1
+    submit(engine, 0, {"guided_regex": "a", "ignore_eos": True})
+    scheduler = engine._scheduler
+    while not any(batch.samples.any() for batch in (flight.batch for flight in engine._runner._in_flight)):  # type: ignore[attr-defined]
+        engine.step()
+    scheduler._preempt(scheduler._running[0])
+    ended = drain(engine, 1)[0]
+    assert [ended.text, ended.reason] == ["a", "stop"]
+
+
+def test_a_grammar_that_becomes_slow_ends_its_sequence_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit(engine, 0, {"guided_regex": "[a-z]{50}"})
+    submit(engine, 1, {"max_tokens": 20, "ignore_eos": True})
+    while engine._scheduler.num_running < 2:
+        engine.step()
+    monkeypatch.setattr(room, "MAX_MASK_SECONDS", -1.0)
+    guided, free = drain(engine, 2)
+    assert guided.reason.startswith("guided_regex: it takes 0.00 s to find out which token may come next")
+    assert free.reason == "length"
+
+
+def test_bytes_that_are_no_text_never_come(folder: Path) -> None:
+    guide = grammars(folder).guide(Grammar("guided_regex", "regex", ".*"), (EOS,), 0)
+    guide._compiling.result()
+    spelled = guide._compiling.result().vocabulary.spelled
+    lead, surrogate, letter = (list(spelled).index(bytes([byte])) for byte in (0xED, 0xA0, 0x9F))
+    guide.follow(np.array([lead], np.int32))
+    bits = np.unpackbits(guide.mask.view(np.uint8), bitorder="little")
+    assert bits[letter] and not bits[surrogate] and not bits[EOS]
