@@ -22,7 +22,7 @@ import numpy as np
 from paged_backend.batch import Int32
 from paged_backend.errors import ErrorKind
 from paged_backend.grammar_compiler import GrammarCompiler
-from paged_backend.grammar_process import MAX_MASK_SECONDS, Verdict, VocabularyPlace, too_slow
+from paged_backend.grammar_process import Verdict, VocabularyPlace, check_pace
 from paged_backend.structured import Grammar
 from paged_backend.utf8 import CLEAN, advance
 from paged_backend.vocabulary import GrammarError, Vocabulary, bits, read_vocabulary
@@ -74,6 +74,7 @@ class Guide:
         self._min_tokens = min_tokens
         self._matcher: Any = None
         self._num_accepted = 0
+        self._seconds = 0.0  # of a processor's time, so far
         self._state = CLEAN  # of the bytes so far (utf8.py)
 
     @property
@@ -92,9 +93,12 @@ class Guide:
         try:
             if self._matcher is None:
                 self._start(_result(self._compiling))
+            begun = time.thread_time()
             for token_id in answer[self._num_accepted :].tolist():
                 self._accept(token_id)
             self._look_ahead()
+            self._seconds += time.thread_time() - begun
+            check_pace(self._seconds, self._num_accepted)  # ambiguous grammars take longer with every token
         except GrammarError as error:
             self.refusal = Refusal(error.kind, f"{self._key}: {error}")
 
@@ -123,11 +127,8 @@ class Guide:
         self.mask = np.full_like(self.mask, -1)  # not known yet
 
     def _look_ahead(self) -> None:
-        mask, begun = np.zeros_like(self.mask), time.thread_time()
+        mask = np.zeros_like(self.mask)
         self._matcher.fill_next_token_bitmask(mask[None])
-        spent = time.thread_time() - begun
-        if spent > MAX_MASK_SECONDS:  # ambiguous grammars take longer with every token
-            raise GrammarError(too_slow(spent))
         mask &= self._vocabulary.following[self._state]
         if self._allowed is not None:
             mask &= self._allowed

@@ -56,7 +56,8 @@ class GrammarCompiler:
                     _pipe(stream).close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "paged_backend.grammar_process", msgspec.json.encode(self._place).decode()]
+        safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the server's working directory is no place to import from
+        command = [sys.executable, *safe_path, "-m", "paged_backend.grammar_process", msgspec.json.encode(self._place).decode()]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         try:

@@ -27,10 +27,10 @@ from paged_backend.structured import Grammar
 from paged_backend.vocabulary import GrammarError, Vocabulary, read_vocabulary
 
 MAX_BYTES = 2**30  # that a compilation may take, beyond what the vocabulary has
-MAX_MASK_SECONDS = 0.25  # of a processor's time, for one mask
+_FOLLOW_SECONDS = 0.25  # of a processor's time, to follow a grammar as far as n tokens: this, and n times that
+_TOKEN_SECONDS = 0.01
 _MAX_REASON_CHARS = 300
 _PROBED_TOKENS = 64
-_PROBED_SECONDS = 1.0
 _FREE_TEXT = ('"pattern"', '"patternProperties"', '"propertyNames"', '"format"')  # what may let a line break into a string
 _PR_SET_PDEATHSIG = 1
 
@@ -81,8 +81,13 @@ def too_large() -> str:
     return f"it cannot be compiled with {MAX_BYTES // 2**20} MiB of memory"
 
 
-def too_slow(seconds: float) -> str:
-    return f"it takes {seconds:.2f} s to find out which token may come next, more than {MAX_MASK_SECONDS:g} s"
+def check_pace(seconds: float, num_tokens: int) -> None:
+    """
+    Raises:
+        GrammarError: so many seconds of a processor's time are too many for so many tokens: they are everybody's.
+    """
+    if seconds > _FOLLOW_SECONDS + _TOKEN_SECONDS * num_tokens:
+        raise GrammarError(f"it is too slow to follow: {num_tokens} tokens took {seconds:.2f} s")
 
 
 def _check_schema(text: str) -> None:
@@ -101,17 +106,18 @@ def _probe(compiled: Any, vocabulary: Vocabulary) -> None:
     """Follows a grammar at random: what is slow now would hold up an engine."""
     matcher = vocabulary.xgrammar.GrammarMatcher(compiled)
     mask = np.zeros((1, -(-vocabulary.size // 32)), np.int32)
-    randomly, begun = random.Random(0), time.thread_time()
-    for _ in range(_PROBED_TOKENS):
-        before = time.thread_time()
+    randomly, spent = random.Random(0), 0.0
+    for num_tokens in range(_PROBED_TOKENS):
+        begun = time.thread_time()
         matcher.fill_next_token_bitmask(mask)
-        spent = time.thread_time() - before
-        if spent > MAX_MASK_SECONDS:
-            raise GrammarError(too_slow(spent))
+        spent += time.thread_time() - begun
+        check_pace(spent, num_tokens)
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-        if not len(allowed) or before - begun > _PROBED_SECONDS:
+        if not len(allowed):
             return
+        begun = time.thread_time()
         matcher.accept_token(int(randomly.choice(allowed)))
+        spent += time.thread_time() - begun
 
 
 def _reason(error: Exception) -> str:

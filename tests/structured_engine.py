@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -70,7 +70,7 @@ def load_speaker(folder: Path, exports: Path, **options: Any) -> Engine:
     """`options` are those of EngineConfig. The tokenizer is exported into `exports`."""
     exports.mkdir(exist_ok=True)
     given = {"model": str(folder), "device": "cpu", "num_pages": 1024, "max_num_sequences": 32, "max_model_len": 640, **options}
-    engine, scheduler, ready = load_engine(EngineConfig.parse(given), exports)
+    engine, scheduler, _ = load_engine(EngineConfig.parse(given), exports)
     scheduler._guides._grammars._make_compiler = partial(CompilerHere, scheduler._guides._grammars._make_compiler.args[0])
     return engine
 

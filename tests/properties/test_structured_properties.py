@@ -83,11 +83,14 @@ class SchemaMaker:
     def _pattern(self) -> dict[str, Any]:
         if self._chance(0.2):
             return {"type": "string", "format": "uuid"}
-        return {"type": "string", "pattern": self._random.choice(["^[a-z]{1,4}$", "^a|b$", "^\\d{4}-\\d\\d$", "^[^a]{0,5}$", "^.{2}$", "x+y{1,3}", "^(é|日)?$"])}
+        return {
+            "type": "string",
+            "pattern": self._random.choice(["^[a-z]{1,4}$", "^a|b$", "^\\d{4}-\\d\\d$", "^[^a]{0,5}$", "^.{2}$", "x+y{1,3}", "^(é|日)?$"]),
+        }
 
     def _values(self) -> dict[str, Any]:
         if self._chance(0.3):
-            return {"const": self._random.choice(["a\nb", "é\"\\", 7, -1.5, None, [1, {"x": []}], {"k": "v"}])}
+            return {"const": self._random.choice(["a\nb", 'é"\\', 7, -1.5, None, [1, {"x": []}], {"k": "v"}])}
         if self._chance(0.3):
             return {"type": "string", "enum": ["red", "green", "blue"]}
         return {"enum": [1, "a", None, True, {"a": [2]}]}
@@ -170,7 +173,9 @@ def test_every_finished_answer_validates(folder: Path, tmp_path: Path) -> None:
     for begin in range(0, len(every), CHUNK):
         chunk = every[begin : begin + CHUNK]
         engine._steps_ahead = begin // CHUNK % 2  # as on a CPU, and as on a GPU
-        for (seed, schema), ended in zip(chunk, run(engine, [various(seed) | {"guided_json": schema, "max_tokens": 300} for seed, schema in chunk]), strict=True):
+        for (seed, schema), ended in zip(
+            chunk, run(engine, [various(seed) | {"guided_json": schema, "max_tokens": 300} for seed, schema in chunk]), strict=True
+        ):
             assert ended.reason in ("stop", "length") or ("bad_words" in ended.reason and seed % 7 == 6), (seed, schema, ended.reason)
             if ended.reason == "stop":
                 num_finished += 1

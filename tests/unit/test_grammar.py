@@ -7,12 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from paged_backend import grammar as room
 from paged_backend import grammar_process
@@ -279,7 +279,7 @@ def test_others_run_ahead_while_a_guided_row_waits_for_its_token(engine: Engine)
     assert len(free.token_ids) == 20
     assert all(0 in batch.request_ids for batch in batches[:20]), "the free row missed a step"
     assert all(batch.masks is None or len(batch.masks.rows) == 1 for batch in batches)
-    assert not any(1 in first.request_ids and 1 in second.request_ids for first, second in zip(batches, batches[1:], strict=False))
+    assert not any(1 in first.request_ids and 1 in second.request_ids for first, second in pairwise(batches))
 
 
 def test_the_prompt_is_not_part_of_the_form(engine: Engine) -> None:
@@ -314,9 +314,9 @@ def test_a_grammar_that_becomes_slow_ends_its_sequence_alone(engine: Engine, mon
     submit(engine, 1, {"max_tokens": 20, "ignore_eos": True})
     while engine._scheduler.num_running < 2:
         engine.step()
-    monkeypatch.setattr(room, "MAX_MASK_SECONDS", -1.0)
+    monkeypatch.setattr(grammar_process, "_FOLLOW_SECONDS", -9.0)
     guided, free = drain(engine, 2)
-    assert guided.reason.startswith("guided_regex: it takes 0.00 s to find out which token may come next")
+    assert guided.reason.startswith("guided_regex: it is too slow to follow: ")
     assert free.reason == "length"
 
 

@@ -18,7 +18,7 @@ from paged_backend.structured import Grammar
 from paged_backend.vocabulary import read_vocabulary
 from tests.structured_engine import EOS, TOKENIZER, VOCAB
 
-BOMB = Grammar("guided_regex", "regex", "((a{1,100}){1,100}){1,100}")  # compiled in milliseconds, and then no end of its first masks
+BOMB = Grammar("guided_regex", "regex", "((((a|b){0,99}){0,99}){0,99}){0,99}")  # compiled in milliseconds, and then no end of its masks
 HUGE = Grammar("guided_json", "json", json.dumps({"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(3000)}}))
 PLAIN = Grammar("guided_regex", "regex", "[a-z]{3}")
 
@@ -55,11 +55,16 @@ def test_the_process_says_what_compiling_here_says(compiler: GrammarCompiler, pl
 
 def test_a_grammar_that_takes_too_long_is_refused_and_the_next_one_compiled(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiler.compile(PLAIN).refusal  # it runs
-    monkeypatch.setattr(grammar_compiler, "COMPILE_SECONDS", 1.0)
+    monkeypatch.setattr(grammar_compiler, "COMPILE_SECONDS", 0.5)
     begun = time.monotonic()
-    assert compiler.compile(BOMB).refusal == "it takes more than 1 s to compile"
+    assert compiler.compile(HUGE).refusal == "it takes more than 0.5 s to compile"
     assert time.monotonic() - begun < 3
     monkeypatch.undo()
+    assert not compiler.compile(PLAIN).refusal
+
+
+def test_a_grammar_that_is_compiled_soon_and_followed_slowly_is_refused(compiler: GrammarCompiler) -> None:
+    assert compiler.compile(BOMB).refusal.startswith("it is too slow to follow: ")
     assert not compiler.compile(PLAIN).refusal
 
 
@@ -78,9 +83,9 @@ def test_a_process_that_dies_is_replaced(compiler: GrammarCompiler) -> None:
 
 
 def test_a_grammar_whose_masks_are_slow_is_refused(place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_process, "MAX_MASK_SECONDS", -1.0)
+    monkeypatch.setattr(grammar_process, "_FOLLOW_SECONDS", -9.0)
     refusal = compile_here(PLAIN, read_vocabulary(Path(place.tokenizer_path), place.size, place.eos_ids)).refusal
-    assert refusal.startswith("it takes 0.00 s to find out which token may come next")
+    assert refusal.startswith("it is too slow to follow: 0 tokens took 0.00 s")
 
 
 def test_a_process_that_cannot_start_is_our_failure(tmp_path: Path) -> None:

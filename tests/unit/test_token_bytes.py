@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from paged_backend.token_bytes import read_token_bytes
 from tests.small_tokenizers import byte_fallback, byte_level
 
-TEXTS = ["the answer", " to the question", "wörld € 😀 日本語\n\t{\"a\": 1}", "x  y", "\x00\x7f", "\x80\xad¡"]
+TEXTS = ["the answer", " to the question", 'wörld € 😀 日本語\n\t{"a": 1}', "x  y", "\x00\x7f", "\x80\xad¡"]
 
 
 def saved(tokenizer: Tokenizer, tmp_path: Path) -> Path:

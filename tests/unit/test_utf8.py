@@ -8,7 +8,6 @@ import pytest
 
 from paged_backend.utf8 import CLEAN, STATES, advance
 
-
 ENDINGS = [b"", *(bytes([first]) + b"\x80" * more for first in (0x80, 0x90, 0xA0) for more in range(3))]
 
 
