@@ -22,6 +22,7 @@ from paged_backend.request import Delta, Finish, Request, SamplingParams
 from paged_backend.streamer import Channel, Send, Streamer, joined
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
+_FAREWELL_SECONDS = 0.1  # after a cancellation
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's strands; odd, so that they differ
 
 log = logging.getLogger("paged")
@@ -91,6 +92,7 @@ class Answer:
         self._strands: list[_Strand] = []
         self._drafts: list[list[Delta]] | None = None  # best_of: what each strand said, until it is known which ones are sent
         self._over = False
+        self._farewell_time: float | None = None  # when a caller who left gets the final response
         self._prompt_len = 0
         self._first_token_time = 0.0
         self._last_token_time = 0.0
@@ -194,18 +196,26 @@ class Answer:
     # ---- its ends
 
     def poll_cancellation(self) -> None:
-        """On the side thread."""
+        """On the side thread, every few tens of milliseconds. Pages are given back at once when the caller has left; the final response is sent later:
+        Triton Server 2.51 aborts now and then when it comes while its gRPC thread is still at the cancellation (gRPC's "prior > 0" in sync.cc; once in
+        1,500 cancellations on two loaded cores, never in 30,000 with a tenth of a second between them).
+        """
         with self._lock:
-            if self._over or self._is_cancelled is None:
-                return
-            try:
-                left = self._is_cancelled()
-            except Exception:
-                log.exception("the server cannot say whether a request was cancelled")
-                left = True
-            if left:
-                self._end_with(Delta(error=RequestError("the request was cancelled", ErrorKind.CANCELLED)))
+            if self._farewell_time is not None:
+                if time.monotonic() >= self._farewell_time:
+                    self._farewell_time = None
+                    self._end_with(Delta(error=RequestError("the request was cancelled", ErrorKind.CANCELLED)))
+            elif not self._over and self._has_left():
+                self._over = True
+                self._farewell_time = time.monotonic() + _FAREWELL_SECONDS
                 self._abort()
+
+    def _has_left(self) -> bool:
+        try:
+            return self._is_cancelled is not None and self._is_cancelled()
+        except Exception:
+            log.exception("the server cannot say whether a request was cancelled")
+            return True
 
     def fail(self, error: RequestError) -> None:
         """Ends the request with `error`, here and in the engine; no effect if it is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,9 @@ pytest.importorskip("tritonclient.grpc")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
+pytest.importorskip("xgrammar")
 
+import jsonschema
 import openai
 
 from paged_backend.config import demo_model_folder
@@ -181,6 +184,25 @@ def test_tools_reach_the_template_and_calls_come_back_as_text(server: Server, cl
     assert (answer.choices[0].message.content, answer.choices[0].message.tool_calls) == (expected.text, None)
     assert answer.usage.prompt_tokens == expected.usage.num_input_tokens
     assert client.chat.completions.create(**asked, tool_choice="none").usage.prompt_tokens < expected.usage.num_input_tokens
+
+
+def test_an_answer_has_the_form_that_was_asked_for(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Mira", "Tom"]}, "age": {"type": "integer", "minimum": 1, "maximum": 99}, "works": {"type": "boolean"}},
+        "required": ["name", "age", "works"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    asked = {"model": "paged_llm", "messages": HI, "max_tokens": 400, "seed": 3}
+    answer = client.chat.completions.create(**asked, n=2, response_format=form)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), schema)
+    chosen = client.completions.create(model="paged_llm", prompt="The lamp is", max_tokens=20, extra_body={"guided_choice": ["red", "blue"]})
+    assert chosen.choices[0].text in ("red", "blue")
+    with pytest.raises(openai.BadRequestError, match="multipleOf|not enforced|response_format"):
+        client.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}}})
 
 
 def test_logprobs_are_the_servers_streamed_and_whole(server: Server, client: Any) -> None:
