@@ -16,6 +16,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk says how many tokens there are so far
     include_obfuscation: bool = False  # nothing is padded
 
 

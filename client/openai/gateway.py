@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.async_client import AsyncStream
 from paged_client.errors import PagedError
-from paged_client.openai.bodies import Body, ChatBody, CompletionBody
+from paged_client.openai.bodies import Body, ChatBody, CompletionBody, StreamOptions
 from paged_client.openai.door import Door, Rules, response_of
 from paged_client.openai.leaving import CallerLeftError, EventStream, unless_left
 from paged_client.openai.refusals import RefusalError, refusal_of, refusal_of_body, unknown_model
-from paged_client.openai.replies import ChatReply, CompletionReply
+from paged_client.openai.replies import ChatReply, CompletionReply, usage_of
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion
 
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
@@ -132,8 +132,7 @@ class _Gateway:
                 return JSONResponse(reply.whole(await unless_left(request.receive, self._whole(asked))))
             pieces = self._pieces(asked)
             first = await unless_left(request.receive, _next(pieces))  # while there is none, the status can say why
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(_events(first, pieces, reply, asked.params, include_usage), pieces)
+            return EventStream(_events(first, pieces, reply, asked.params, body.stream_options or StreamOptions()), pieces)
         except CallerLeftError:
             return Response(status_code=_CALLER_LEFT)
         except PagedError as error:
@@ -213,7 +212,9 @@ async def _next(pieces: Pieces) -> tuple[int, Delta] | None:
     return None
 
 
-async def _events(piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(
+    piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], options: StreamOptions
+) -> AsyncGenerator[bytes, None]:
     """Pieces, of which `piece` is the first, as server-sent events. An error is the last but one."""
     usages: dict[int, Usage] = {}
     try:
@@ -221,9 +222,11 @@ async def _events(piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply,
             number, delta = piece
             usages[number] = delta.usage
             for chunk in reply.chunks(number, delta):
-                yield _event({**chunk, "usage": None} if include_usage else chunk)
+                if options.include_usage:
+                    chunk["usage"] = usage_of(usages.values()) if options.continuous_usage_stats else None
+                yield _event(chunk)
             piece = await _next(pieces)
-        if include_usage:
+        if options.include_usage:
             yield _event(reply.usage_chunk(usages.values()))
     except PagedError as error:
         yield _event(refusal_of(error, params).body())

@@ -72,7 +72,7 @@ def _invalid(message: str, field: str, params: Mapping[str, str]) -> RefusalErro
     if _UNKNOWN_KEY.match(message):
         return RefusalError(f"{param}: the server's model does not support it", param=param, code="unsupported_parameter")
     if param != field:
-        message = message.replace(f"{field}: ", f"{param}: ", 1)
+        message = re.sub(rf"^{field}(\.\w+)*: ", f"{param}: ", message)
     return RefusalError(message, param=param or None)
 
 

@@ -94,7 +94,7 @@ def _sampling(body: Body) -> dict[str, Any]:
     others = [name for name in given if name.startswith(("guided_", "structured_")) and given[name] is not None]
     if others:
         raise RefusalError(f"response_format: not together with {others[0]}: an answer has one form", param="response_format")
-    return given | {"guided_json": schema}
+    return given | {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}  # room for white space is room for answers without an end
 
 
 def _schema(response_format: Mapping[str, Any] | None) -> Any:
@@ -114,7 +114,7 @@ def _schema(response_format: Mapping[str, Any] | None) -> Any:
 
 
 def _params_of_form(body: Body) -> dict[str, str]:
-    return {} if body.response_format is None else {"guided_json": "response_format"}
+    return {} if body.response_format is None else {"structured_outputs": "response_format"}
 
 
 def _check_stream(body: Body) -> None:

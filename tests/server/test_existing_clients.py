@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
 LITELLM = shutil.which("litellm")
 GENAI_PERF = shutil.which("genai-perf")
+AIPERF = shutil.which("aiperf")
 CURL = shutil.which("curl")
 PROMPT = "Once upon a time there was a clever baker called Mira. One day she"
 TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"""
@@ -116,6 +117,24 @@ def test_genai_perf_measures(server: Server, base_url: str, kind: str, tmp_path:
     measured = json.loads(report.read_text())
     assert measured["request_count"]["avg"] == 6
     assert measured["output_sequence_length"]["avg"] > 8
+    assert measured["time_to_first_token"]["avg"] > 0
+
+
+@pytest.mark.skipif(AIPERF is None, reason="aiperf is not installed")
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_aiperf_loads_the_gateway(base_url: str, kind: str, tmp_path: Path) -> None:
+    assert AIPERF is not None
+    usage = ["--use-server-token-count", *(["--per-chunk-usage"] if kind == "chat" else [])]
+    load = ["--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--concurrency", "16", "--request-count", "64"]
+    where = ["--endpoint-type", kind, "-u", base_url.removesuffix("/v1"), "--extra-inputs", "ignore_eos:true", "--artifact-dir", str(tmp_path)]
+    command = [AIPERF, "profile", "-m", "paged_llm", "--streaming", "--tokenizer", str(demo_model_folder()), *where, *load, *usage, "--ui", "none"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    measured = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
+    assert measured["request_count"]["avg"] == 64
+    assert "error_request_count" not in measured or not measured["error_request_count"]["avg"]
+    assert measured["output_sequence_length"]["avg"] == 16
     assert measured["time_to_first_token"]["avg"] > 0
 
 

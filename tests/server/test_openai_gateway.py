@@ -201,7 +201,7 @@ def test_an_answer_has_the_form_that_was_asked_for(client: Any) -> None:
         jsonschema.validate(json.loads(choice.message.content), schema)
     chosen = client.completions.create(model="paged_llm", prompt="The lamp is", max_tokens=20, extra_body={"guided_choice": ["red", "blue"]})
     assert chosen.choices[0].text in ("red", "blue")
-    with pytest.raises(openai.BadRequestError, match="multipleOf|not enforced|response_format"):
+    with pytest.raises(openai.BadRequestError, match="response_format: 'not' is not supported"):
         client.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}}})
 
 

@@ -151,14 +151,14 @@ def chat(transport: Transport, **keys: Any) -> Reply:
 WHOLE = Transport(piece("ab", "stop"))
 
 
-def test_a_json_schema_reaches_the_server_as_guided_json() -> None:
+def test_a_json_schema_reaches_the_server_as_structured_outputs() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     transport = Transport(piece("{}", "stop"))
     reply = chat(transport, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}})
     assert reply.json["choices"][0]["message"]["content"] == "{}"
-    assert transport.sampling == {"guided_json": schema}
+    assert transport.sampling == {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
     chat(transport, response_format={"type": "json_object"})
-    assert transport.sampling == {"guided_json": {"type": "object"}}
+    assert transport.sampling == {"structured_outputs": {"json": {"type": "object"}, "disable_any_whitespace": True}}
     complete(transport, guided_regex="a+", max_tokens=3)
     assert transport.sampling == {"guided_regex": "a+", "max_tokens": 3}
 
@@ -200,6 +200,9 @@ def test_usage_is_streamed_if_asked_for() -> None:
     assert (last["choices"], done) == ([], "[DONE]")
     assert last["usage"] == {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14, "prompt_tokens_details": {"cached_tokens": 8}}
     assert all("usage" not in event for event in complete(transport, stream=True).events[:-1])
+    asked = {"include_usage": True, "continuous_usage_stats": True}
+    *pieces, last, done = complete(transport, stream=True, stream_options=asked).events
+    assert [one["usage"]["completion_tokens"] for one in pieces] == [1, 2]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

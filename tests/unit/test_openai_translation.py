@@ -104,7 +104,7 @@ def test_guided_keys_keep_their_names(key: str) -> None:
     ids=lambda value: value.get("type") if value else "",
 )
 def test_a_response_format_is_a_json_schema(response_format: dict[str, Any], schema: Any) -> None:
-    assert given(chat(response_format=response_format)).get("guided_json") == schema
+    assert given(chat(response_format=response_format)).get("structured_outputs") == (schema and {"json": schema, "disable_any_whitespace": True})
 
 
 @pytest.mark.parametrize("response_format", [{}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": 3}}], ids=str)
@@ -213,7 +213,8 @@ def test_tools_go_to_the_template_unless_none_is_chosen() -> None:
         (InvalidRequestError("top_p: 7 is too much"), 400, "top_p", None),
         (InvalidRequestError("text_input: the prompt is empty"), 400, "prompt", None),
         (InvalidRequestError("the prompt has 9 tokens; the longest this model takes is 8"), 400, "prompt", "context_length_exceeded"),
-        (InvalidRequestError("unknown sampling parameter 'guided_json'; known: n"), 400, "response_format", "unsupported_parameter"),
+        (InvalidRequestError("structured_outputs.json: 'not' is not supported"), 400, "response_format", None),
+        (InvalidRequestError("unknown sampling parameter 'structured_outputs'; known: n"), 400, "response_format", "unsupported_parameter"),
         (UnknownModelError("gone"), 404, "model", "model_not_found"),
         (UnavailableError("the queue is full"), 503, None, "overloaded"),
         (UnreachableError("nobody"), 503, None, "overloaded"),
