@@ -102,6 +102,19 @@ class FrontEndServer:
             assert time.monotonic() < deadline, f"{series} is {self.scrape().get(series)}, not {value}"
             time.sleep(0.05)
 
+    def wait_until_counted(self) -> dict[str, float]:
+        """Until nothing runs and the numbers of all requests that ended have been published; the numbers."""
+        deadline = time.monotonic() + 20
+        before = self.scrape()
+        while True:
+            time.sleep(0.8)
+            after = self.scrape()
+            changing = [name for name, value in after.items() if name.startswith("paged_requests") and before.get(name) != value]
+            if after.get('paged_requests{state="running"}', 0) == 0 and not changing:
+                return after
+            assert time.monotonic() < deadline, f"still changing: {changing}"
+            before = after
+
     def engine_pids(self) -> list[int]:
         """Engine processes of this server's front ends."""
         return [pid for pid, _ in self._engines()]

@@ -187,8 +187,7 @@ def test_a_client_that_asks_for_grpc_errors_gets_the_code(server: FrontEndServer
 
 @pytest.mark.parametrize("prompt", ["silent", "tokens=400 delay=0.01"], ids=["queued", "streaming"])
 def test_a_cancelled_stream_frees_its_request(server: FrontEndServer, prompt: str) -> None:
-    time.sleep(0.6)
-    before = server.scrape()['paged_requests_finished_total{reason="cancelled"}']
+    before = server.wait_until_counted()['paged_requests_finished_total{reason="cancelled"}']
     with closing(grpc.InferenceServerClient(server.grpc)) as client:
         client.start_stream(lambda result, error: None)
         for number in range(10):
@@ -255,8 +254,7 @@ def test_other_streams_are_unharmed_by_cancellations(server: FrontEndServer) -> 
 
 
 def test_metrics_carry_model_and_version_and_add_up(server: FrontEndServer) -> None:
-    time.sleep(0.6)  # the numbers of requests before this test have been published
-    before = server.scrape()
+    before = server.wait_until_counted()
     server.ask_all(["tokens=10 delay=0.001"] * 8, stream=True)
     server.wait_for('paged_requests_finished_total{reason="length"}', before['paged_requests_finished_total{reason="length"}'] + 8)
     after = server.scrape()
