@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
-    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"})) as running:
+    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)) as running:
         yield running
 
 

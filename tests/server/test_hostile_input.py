@@ -24,7 +24,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(ServerSettings(instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64})) as running:
+    with Server(ServerSettings(instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64}, drain_seconds=3)) as running:
         yield running
 
 

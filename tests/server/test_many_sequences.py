@@ -26,7 +26,7 @@ SEED = 2**63 + 5
 @pytest.fixture(scope="module", params=["true", "false"], ids=["prefix cache", "no prefix cache"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     options = {"num_pages": 400, "max_num_sequences": 16, "dtype": "float32", "max_model_len": 256, "prefix_cache": request.param}
-    with Server(ServerSettings(instances=1, options=options)) as running:
+    with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as running:
         yield running
 
 

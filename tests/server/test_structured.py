@@ -54,7 +54,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     options = {"num_pages": 400, "max_num_sequences": 24, "dtype": "float32", "max_model_len": 384, "max_engine_restarts": 100}
-    with Server(ServerSettings(instances=2, options=options)) as running:
+    with Server(ServerSettings(instances=2, options=options, drain_seconds=3)) as running:
         yield running
 
 
