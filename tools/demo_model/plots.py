@@ -1,7 +1,6 @@
-"""What can happen in a story: openings, plots, endings and single facts, as templates.
+"""What can happen in a story about people: openings, single facts, plots and endings, line by line, and what can be asked about each line.
 
-`[a|b]` is one of several wordings (they nest, and one may be empty); `{slot}` is filled by `generator.cast`. `{hero}` is a name, `{hero.he}`, `{hero.his}`
-and `{hero.him}` its pronouns; `{thing}` is "red kite", `{thing.noun}` "kite", `{thing.colour}` "red". An answer stands in the story's own words.
+Templates as `phrasing` reads them; `stories.cast` fills the slots. A line is what answers its questions: whoever asks one must have read that line.
 """
 
 from __future__ import annotations
@@ -10,242 +9,375 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A piece of a story and the questions that it answers: (kind, question, answer)."""
+class Ask:
+    """A question, the answer as a sentence and the answer alone. The category says what kind of word the answer is; wordings only in the question."""
 
+    category: str
+    question: str
+    full: str
+    short: str
+    about: str = ""  # the slot whose attribute it is: "hero"
+
+
+@dataclass(frozen=True)
+class Line:
     text: str
-    questions: tuple[tuple[str, str, str], ...] = ()
+    asks: tuple[Ask, ...] = ()
 
 
-_JOB = ("job", "What was {hero}'s work?", "{hero.he} was a {job}")
-_HOME = ("home", "Where did {hero} live?", "in a {house} {near}")
-_FRIEND = ("person", "Who was {hero}'s best friend?", "{friend}")
+Plot = tuple[Line, ...]
 
-OPENINGS = (
-    Passage("Once upon a time there was a {trait} {job} called {hero}. {hero.he} lived in a {house} {near}.", (_JOB, _HOME)),
-    Passage("Once upon a time a {trait} {hero.adult} named {hero} lived in a {house} {near}.", (_HOME,)),
-    Passage("{hero} was a {trait} {job} who lived in a {house} {near}.", (_JOB, _HOME)),
-    Passage("There was once a {job} called {hero}. [Everyone in the village liked {hero.him}|People said that {hero.he} was very {trait}].", (_JOB,)),
-    Passage("In a {house} {near} lived {hero}, a {trait} {job}.", (_JOB, _HOME)),
-    Passage("{hero} lived in a {house} {near}. {hero.he} [worked as|was] a {job} and [loved {hero.his} work|worked hard every day].", (_JOB, _HOME)),
-    Passage("{hero} and {friend} were good friends. {hero} lived in a {house} {near}.", (_HOME,)),
-    Passage("{hero} was a {trait} {job}. {hero.his} best friend was {friend}.", (_JOB, _FRIEND)),
-)
+COLOUR = Ask("colour", "[What colour was|What was the colour of] the {thing.noun}?", "The {thing.noun} was {thing.colour}.", "{thing.colour}", "thing")
+OTHER_COLOUR = Ask("colour", "[What colour was|What was the colour of] the {other.noun}?", "The {other.noun} was {other.colour}.", "{other.colour}", "other")
+CASE_COLOUR = Ask("colour", "What colour was the {case.noun}?", "The {case.noun} was {case.colour}.", "{case.colour}", "case")
+_JOB = Ask("job", "[What was {hero}'s work?|What did {hero} work as?|What was {hero}'s job?]", "{hero} was a {job}.", "a {job}", "hero")
+_HOME = Ask("home", "[Where did {hero} live?|Where was {hero}'s home?]", "{hero} lived in a {house} {near}.", "in a {house} {near}", "hero")
+_TOWN = Ask("town", "[Which town did {hero} live in?|In which town did {hero} live?]", "{hero} lived in {town}.", "{town}", "hero")
+_FRIEND = Ask("person", "[Who was {hero}'s best friend?|What was the name of {hero}'s best friend?]", "{hero}'s best friend was {friend}.", "{friend}", "hero")
+_FOOD = Ask("food", "[What did they eat?|What was there to eat?]", "They ate {food}.", "{food}")
+_FEELING = Ask("feeling", "How did {hero} feel [in the end|at the end of the day]?", "{hero} felt {feeling}.", "{feeling}", "hero")
 
-LOST_AND_FOUND = Passage(
-    "<when> {hero} could not find {hero.his} {thing}. "
-    "[{hero.he} looked {spot2}, but [there was only dust|it was not there].|First {hero.he} looked {spot2}, but found only an old {other.noun} there.] "
-    "[{hero.he} asked {friend} for help.|Then {friend} came by and wanted to help.|“Please help me,” {hero.he} said to {friend}.] "
-    "[They searched for a long time.|Together they searched everywhere.|] "
-    "[At last|In the end|Finally] {friend} found the {thing.noun} {spot}. [“Here it is!” {friend.he} said.|“Look what I have found!” said {friend}.|]",
+OPENINGS: tuple[Plot, ...] = (
+    (Line("[Once upon a time|Long ago|Many years ago] there was a {trait} {job} called {hero}.", (_JOB,)), Line("{hero} lived in a {house} {near}.", (_HOME,))),
+    (Line("[Once upon a time|A long time ago] a {trait} {hero.adult} named {hero} lived in a {house} {near}.", (_HOME,)),),
+    (Line("{hero} was a {trait} {job} who lived in {town}.", (_JOB, _TOWN)),),
     (
-        ("place", "Where was the {thing.noun}?", "{spot}"),
-        ("person", "Who found the {thing.noun}?", "{friend}"),
-        ("person", "Who lost the {thing.noun}?", "{hero}"),
-        ("colour", "What colour was the {thing.noun}?", "{thing.colour}"),
+        Line("There was once a {job} called {hero}.", (_JOB,)),
+        Line("[Everyone in the village liked {hero.him}.|People said that {hero.he} was very {trait}.|{hero.he} worked hard every day.]"),
     ),
-)
-BIRTHDAY = Passage(
-    "<when> {hero} remembered that it was {friend}'s birthday. {hero.he} [walked|hurried|went] to the {destination} and bought a {thing}. "
-    "{hero.he} [wrapped it in paper|put it into a small basket|hid it under {hero.his} coat] and [carried it to|took it to|visited] {friend}. "
-    "[“Happy birthday!” {hero.he} said.|“This is for you,” said {hero}.] "
-    "{friend} [smiled|was so pleased that {friend.he} laughed|thanked {hero.him}] and put the {thing.noun} {spot}. "
-    "Then they ate {food} [together|and laughed].",
-    (
-        ("person", "Whose birthday was it?", "{friend}'s"),
-        ("thing", "What did {hero} buy?", "a {thing}"),
-        ("destination", "Where did {hero} buy the {thing.noun}?", "at the {destination}"),
-        ("place", "Where did {friend} put the {thing.noun}?", "{spot}"),
-        ("colour", "What colour was the {thing.noun}?", "{thing.colour}"),
-        ("food", "What did they eat?", "{food}"),
-    ),
-)
-PET = Passage(
-    "<when> {hero} heard a [strange|soft|small] sound {yard}. [It was|{hero.he} looked and saw] a little {animal}. "
-    "[It was cold and hungry.|It was wet and alone.|It looked very sad.] {hero} gave it some {food} and called it {pet}. "
-    "[The {animal} followed {hero.him} home.|From then on {pet} followed {hero.him} everywhere.] "
-    "[That evening|Later|Soon] {friend} came to see the {animal} and brought a {thing} for it. [At night|Every night] {pet} slept {spot}.",
-    (
-        ("pet", "What was the {animal} called?", "{pet}"),
-        ("animal", "What kind of animal was {pet}?", "a {animal}"),
-        ("place", "Where did {hero} find the {animal}?", "{yard}"),
-        ("place", "Where did {pet} sleep?", "{spot}"),
-        ("food", "What did {hero} give to the {animal}?", "some {food}"),
-        ("thing", "What did {friend} bring?", "a {thing}"),
-    ),
-)
-COOKING = Passage(
-    "<when> {hero} wanted to make {food} for {friend}. But [there was no {ingredient} in the house|{hero.he} had no {ingredient} left]. "
-    "{hero.he} [went to {third}, who lived next door|knocked at {third}'s door]. {third} [gladly|kindly|] gave {hero.him} some {ingredient} in a {vessel}. "
-    "[Soon the whole house smelled wonderful.|An hour later everything was ready.] [{friend} came at noon and they ate it|They all ate it] {yard}.",
-    (
-        ("food", "What did {hero} make?", "{food}"),
-        ("ingredient", "What was missing?", "the {ingredient}"),
-        ("person", "Who gave {hero} the {ingredient}?", "{third}"),
-        ("place", "Where did they eat?", "{yard}"),
-        ("colour", "What colour was the {vessel.noun}?", "{vessel.colour}"),
-    ),
-)
-STORM = Passage(
-    "On {day} night there was a great storm. [The wind shook the trees|The wind blew all night], and in the morning "
-    "{hero}'s [roof|window|door] was broken. {hero} did not know what to do. "
-    "[Then|Luckily] {friend} came with a {case} full of tools and [repaired|mended] it [before noon|in one day]. "
-    "[To thank {friend.him}, {hero} cooked {food}.|{hero} thanked {friend.him} and cooked {food}.] "
-    "They ate {yard} and [watched the clouds|listened to the birds|talked about the storm].",
-    (
-        ("day", "When was the storm?", "on {day} night"),
-        ("person", "Who helped {hero}?", "{friend}"),
-        ("food", "What did {hero} cook?", "{food}"),
-        ("place", "Where did they eat?", "{yard}"),
-        ("thing", "What did {friend} bring?", "a {case}"),
-    ),
-)
-VISIT = Passage(
-    "<when> {hero} [wanted to visit|set out to visit|decided to visit] {friend}, who lived near the {destination}. "
-    "{hero.he} travelled {vehicle} and took a {thing} as a present. On the way {hero.he} [saw a {animal}|met a {animal} that was very hungry]. "
-    "[When {hero.he} arrived, {friend} was waiting at the gate.|{friend} was already waiting.] [They sat down and ate {food}.|There was {food} on the table.] "
-    "{friend} liked the {thing.noun} very much and put it {spot}.",
-    (
-        ("vehicle", "How did {hero} travel?", "{vehicle}"),
-        ("person", "Whom did {hero} visit?", "{friend}"),
-        ("animal", "What did {hero} meet on the way?", "a {animal}"),
-        ("place", "Where did {friend} put the {thing.noun}?", "{spot}"),
-        ("thing", "What was the present?", "a {thing}"),
-    ),
-)
-SECRET = Passage(
-    "<when> {hero} found a {case} {spot}. [Nobody knew where it came from.|It was very old.|It was covered with dust.] "
-    "[There was a note in it.|A small note was tied to it.] The note said: “Look {spot2}.” "
-    "{hero} [ran there at once|went there with {friend}] and found a {thing}. It was the {thing.noun} that {third} had lost [long ago|many years ago]. "
-    "[{third} was very surprised.|{third} laughed with joy.|{third} could hardly believe it.]",
-    (
-        ("place", "Where did {hero} find the {case.noun}?", "{spot}"),
-        ("place", "Where was the {thing.noun}?", "{spot2}"),
-        ("person", "Who had lost the {thing.noun}?", "{third}"),
-        ("colour", "What colour was the {thing.noun}?", "{thing.colour}"),
-        ("colour", "What colour was the {case.noun}?", "{case.colour}"),
-    ),
-)
-TIDYING = Passage(
-    "<when> {hero}, {friend} and {third} [cleaned the house|tidied the house] together. {hero} put the {thing} {spot}. "
-    "{friend} [took the {other} and put it|carried the {other} away and left it] {spot2}. "
-    "{third} [had|picked up] the {last}, and {third.he} [hid it|left it|put it] {spot3}. "
-    "[After that the house looked very tidy.|When they had finished, they rested and ate {food}.|Then they were tired and sat down.]",
-    (
-        ("place", "Where is the {thing.noun}?", "{spot}"),
-        ("place", "Where is the {other.noun}?", "{spot2}"),
-        ("place", "Where is the {last.noun}?", "{spot3}"),
-        ("person", "Who had the {other.noun}?", "{friend}"),
-        ("person", "Who had the {last.noun}?", "{third}"),
-        ("colour", "What colour was the {last.noun}?", "{last.colour}"),
-    ),
-)
-GARDEN = Passage(
-    "In {season} {hero} planted a {plant} {yard}. [{hero.he} watered it every morning.|Every morning {hero.he} gave it water from a {vessel}.] "
-    "[“It will never grow,” said {friend}.|{friend} said that it would never grow.] "
-    "But it [grew and grew|became bigger every week], and soon [it was taller than {hero}|everybody came to see it]. "
-    "{hero} took it to the {destination}, where it won a {thing}. [{friend} clapped the loudest.|Even {friend} was proud of {hero.him}.]",
-    (
-        ("plant", "What did {hero} plant?", "a {plant}"),
-        ("place", "Where did {hero} plant it?", "{yard}"),
-        ("season", "When did {hero} plant the {plant}?", "in {season}"),
-        ("destination", "Where did {hero} take the {plant}?", "to the {destination}"),
-        ("thing", "What did the {plant} win?", "a {thing}"),
-    ),
-)
-RACE = Passage(
-    "<when> there was a race from the {destination} to the river. {hero}, {friend} and {third} wanted to win. "
-    "[{third} was very fast at first, but {third.he} fell over a {case.noun}.|At first {third} was in front, but {third.he} stopped to look at a {animal}.] "
-    "{hero} ran as fast as {hero.he} could. [In the end|At last] {hero} won the race and {friend} came second. "
-    "The prize was a {thing}. {hero} [put it|left it|kept it] {spot}.",
-    (
-        ("person", "Who won the race?", "{hero}"),
-        ("person", "Who came second?", "{friend}"),
-        ("thing", "What was the prize?", "a {thing}"),
-        ("place", "Where was the {thing.noun} in the end?", "{spot}"),
-        ("destination", "Where did the race begin?", "at the {destination}"),
-    ),
-)
-LESSON = Passage(
-    "{friend} could not {skill}. “I will teach you,” said {hero}. They met every {day} {yard}. "
-    "[At first it was hard|In the beginning it went badly], and {friend} [nearly gave up|was often sad]. "
-    "But {hero} [was patient|gave {friend.him} a {other} for luck]. "
-    "[After a month|After some weeks|By {season}] {friend} could {skill} [very well|better than anyone in the village]. "
-    "As a thank you, {friend} gave {hero} a {thing}.",
-    (
-        ("skill", "What did {friend} learn?", "to {skill}"),
-        ("person", "Who taught {friend}?", "{hero}"),
-        ("place", "Where did they meet?", "{yard}"),
-        ("thing", "What did {friend} give to {hero}?", "a {thing}"),
-        ("day", "On which day did they meet?", "on {day}"),
-    ),
-)
-SWAP = Passage(
-    "<when> {hero} met {friend} at the {destination}. {hero} had a {thing}, and {friend} had a {other}. "
-    "[“Shall we swap?” asked {friend}.|“I like your {thing.noun},” said {friend}. “Shall we swap?”] "
-    "[{hero} thought about it and agreed.|“Why not?” said {hero}.] "
-    "So {friend} took the {thing.noun} home and put it {spot}. {hero} put the {other.noun} {spot2}. "
-    "[Both were glad.|Both thought that they had the better part.]",
-    (
-        ("person", "Who has the {thing.noun} now?", "{friend}"),
-        ("person", "Who has the {other.noun} now?", "{hero}"),
-        ("place", "Where is the {thing.noun}?", "{spot}"),
-        ("place", "Where is the {other.noun}?", "{spot2}"),
-        ("destination", "Where did they meet?", "at the {destination}"),
-        ("colour", "What colour was the {other.noun}?", "{other.colour}"),
-    ),
-)
-PLOTS = (LOST_AND_FOUND, BIRTHDAY, PET, COOKING, STORM, VISIT, SECRET, TIDYING, GARDEN, RACE, LESSON, SWAP)
+    (Line("In a {house} {near} lived {hero}, a {trait} {job}.", (_HOME, _JOB)),),
+    (Line("{hero} lived in a {house} {near}.", (_HOME,)), Line("{hero.he} [worked as|was] a {job} and loved {hero.his} work.", (_JOB,))),
+    (Line("{hero} and {friend} were good friends."), Line("{hero} lived in a {house} {near}.", (_HOME,)), Line("{friend} lived in {town}.", (
+        Ask("town", "Which town did {friend} live in?", "{friend} lived in {town}.", "{town}", "friend"),
+    ))),
+    (Line("{hero} was a {trait} {job}.", (_JOB,)), Line("{hero.his} best friend was {friend}.", (_FRIEND,))),
+    (Line("Everybody in {town} knew {hero}, the {trait} {job}.", (_JOB, _TOWN)),),
+)  # fmt: skip
 
-# Single facts: a few of them, each with people of its own, make a very short story.
-FACTS = (
-    Passage(
-        "{hero} [put|left|hid] the {thing} {spot}.",
-        (
-            ("place", "Where is the {thing.noun}?", "{spot}"),
-            ("person", "Who had the {thing.noun}?", "{hero}"),
-            ("colour", "What colour is the {thing.noun}?", "{thing.colour}"),
-        ),
-    ),
-    Passage(
-        "{hero} has a {animal} called {pet}.",
-        (
-            ("pet", "What is the {animal} called?", "{pet}"),
-            ("person", "Who has a {animal}?", "{hero}"),
-            ("animal", "What kind of animal is {pet}?", "a {animal}"),
-        ),
-    ),
-    Passage("{hero} is a {job} and lives {near}.", (("job", "What is {hero}'s work?", "{hero.he} is a {job}"), ("home", "Where does {hero} live?", "{near}"))),
-    Passage("{hero} cooked {food} on {day}.", (("food", "What did {hero} cook?", "{food}"), ("day", "When did {hero} cook?", "on {day}"))),
-    Passage(
-        "{hero} bought a {thing} at the {destination}.",
-        (
-            ("thing", "What did {hero} buy?", "a {thing}"),
-            ("destination", "Where did {hero} buy the {thing.noun}?", "at the {destination}"),
-            ("colour", "What colour is the {thing.noun}?", "{thing.colour}"),
-        ),
-    ),
-    Passage("{hero} can {skill}.", (("skill", "What can {hero} do?", "{skill}"), ("person", "Who can {skill}?", "{hero}"))),
-    Passage(
-        "In {season} {hero} went away {vehicle}.", (("vehicle", "How did {hero} go away?", "{vehicle}"), ("season", "When did {hero} go away?", "in {season}"))
-    ),
-    Passage("{hero} is {feeling}.", (("feeling", "How does {hero} feel?", "{feeling}"),)),
+# Things that may be said about people at any time.
+FACTS: tuple[Line, ...] = (
+    Line("{hero} liked {food} more than anything else.", (Ask("food", "What did {hero} like to eat?", "{hero} liked {food}.", "{food}", "hero"),)),
+    Line("{hero} was {age} years old.", (Ask("age", "How old was {hero}?", "{hero} was {age} years old.", "{age}", "hero"),)),
+    Line("{hero} had a {animal} called {pet}.", (
+        Ask("pet", "What was [{hero}'s {animal} called|the name of {hero}'s {animal}]?", "{hero}'s {animal} was called {pet}.", "{pet}", "hero"),
+        Ask("animal", "What kind of animal was {pet}?", "{pet} was a {animal}.", "a {animal}", "pet"),
+    )),
+    Line("{hero} always wore a {thing}.", (
+        Ask("object", "What did {hero} always wear?", "{hero} always wore a {thing}.", "a {thing}", "hero"), COLOUR,
+    )),
+    Line("{hero}'s sister was called {third}.", (
+        Ask("person", "What was the name of {hero}'s sister?", "{hero}'s sister was called {third}.", "{third}", "sister"),
+    )),
+    Line("{hero} could {skill} very well.", (Ask("skill", "What could {hero} do very well?", "{hero} could {skill} very well.", "{skill}", "hero"),)),
+    Line("{hero} had {goods} on the table.", (
+        Ask("count", "How many {goods.noun} [did {hero} have|were on {hero}'s table]?", "{hero} had {goods}.", "{goods.count}", "hero"),
+    )),
+    Line("Every {day} {hero} went to the {destination}.", (
+        Ask("destination", "Where did {hero} go every {day}?", "{hero} went to the {destination}.", "to the {destination}", "hero"),
+        Ask("day", "On which day did {hero} go to the {destination}?", "{hero} went to the {destination} every {day}.", "on {day}", "hero"),
+    )),
+    Line("{hero} kept a {thing} {spot}.", (
+        Ask("spot", "Where did {hero} keep the {thing.noun}?", "{hero} kept the {thing.noun} {spot}.", "{spot}", "thing"),
+        Ask("object", "What did {hero} keep {spot}?", "{hero} kept a {thing} {spot}.", "a {thing}", "hero"), COLOUR,
+    )),
+    Line("{hero} worked as a {job}.", (_JOB,)),
+    Line("{hero} lived in {town}.", (_TOWN,)),
+    Line("{hero}'s favourite drink was {drink}.", (
+        Ask("drink", "What was {hero}'s favourite drink?", "{hero}'s favourite drink was {drink}.", "{drink}", "hero"),
+    )),
+)  # fmt: skip
+
+LOST_AND_FOUND: Plot = (
+    Line("<when> {hero} could not find {hero.his} {thing}.", (
+        COLOUR, Ask("person", "[Who lost the {thing.noun}?|Who could not find the {thing.noun}?]", "{hero} lost the {thing.noun}.", "{hero}"),
+        Ask("object", "What did {hero} lose?", "{hero} lost a {thing}.", "a {thing}"),
+    )),
+    Line("[{hero.he} looked {spot2}, but it was not there.|First {hero.he} looked {spot2}, but found only an old {other.noun} there.]", (
+        Ask("spot", "Where did {hero} look first?", "{hero} first looked {spot2}.", "{spot2}"),
+    )),
+    Line("[{hero.he} asked {friend} for help.|Then {friend} came by and wanted to help.|“Please help me,” {hero.he} said to {friend}.]"),
+    Line("[They searched for a long time.|Together they searched everywhere.|They did not give up.|]"),
+    Line("[At last|In the end|Finally] {friend} found the {thing.noun} {spot}. [“Here it is!” {friend.he} said.|“Look what I have found!” said {friend}.|]", (
+        Ask("spot", "[Where was the {thing.noun}?|Where did {friend} find the {thing.noun}?]", "The {thing.noun} was {spot}.", "{spot}", "thing"),
+        Ask("person", "Who found the {thing.noun}?", "{friend} found the {thing.noun}.", "{friend}"),
+    )),
+    Line("{hero} had left it there because {hero.he} had been in a hurry.", (
+        Ask("why", "Why was the {thing.noun} [there|{spot}]?", "{hero} had left it there because {hero.he} had been in a hurry.",
+            "because {hero.he} had been in a hurry"),
+    )),
+)  # fmt: skip
+BIRTHDAY: Plot = (
+    Line("<when> {hero} remembered that it was {friend}'s birthday.", (
+        Ask("person", "Whose birthday was it?", "It was {friend}'s birthday.", "{friend}'s"),
+    )),
+    Line("{hero.he} [walked|hurried|went] to the {destination} and bought a {thing} for {price} coins.", (
+        Ask("object", "What did {hero} buy?", "{hero} bought a {thing}.", "a {thing}"),
+        Ask("destination", "Where did {hero} buy the {thing.noun}?", "{hero} bought the {thing.noun} at the {destination}.", "at the {destination}"),
+        Ask("price", "[How many coins did the {thing.noun} cost?|How much did the {thing.noun} cost?]", "The {thing.noun} cost {price} coins.",
+            "{price} coins"), COLOUR,
+    )),
+    Line("{hero.he} [wrapped it in paper|put it into a small bag|hid it under {hero.his} coat] and [carried it to|took it to|visited] {friend}."),
+    Line("[“Happy birthday!” {hero.he} said.|“This is for you,” said {hero}.]"),
+    Line("{friend} [smiled|was so pleased that {friend.he} laughed|thanked {hero.him}] and put the {thing.noun} {spot}.", (
+        Ask("spot", "Where did {friend} put the {thing.noun}?", "{friend} put the {thing.noun} {spot}.", "{spot}", "thing"),
+    )),
+    Line("Then they ate {food} [together|and laughed].", (_FOOD,)),
+)  # fmt: skip
+PET: Plot = (
+    Line("<when> {hero} heard a [strange|soft|small] sound {yard}. [It was|{hero.he} looked and saw] a little {animal}.", (
+        Ask("yard", "Where did {hero} find the {animal}?", "{hero} found the {animal} {yard}.", "{yard}"),
+        Ask("animal", "[Which animal did {hero} find?|What did {hero} find?]", "{hero} found a {animal}.", "a {animal}"),
+    )),
+    Line("[It was cold and hungry|It was wet and alone|It looked very sad], because it had lost its mother.", (
+        Ask("why", "Why was the {animal} alone?", "It had lost its mother.", "because it had lost its mother"),
+    )),
+    Line("{hero} gave it some {food} and called it {pet}.", (
+        Ask("pet", "What [was the {animal} called|did {hero} call the {animal}]?", "The {animal} was called {pet}.", "{pet}", "animal"),
+        Ask("food", "What did {hero} give to the {animal}?", "{hero} gave it some {food}.", "some {food}"),
+    )),
+    Line("[The {animal} followed {hero.him} home.|From then on {pet} followed {hero.him} everywhere.]"),
+    Line("[That evening|Later|Soon] {friend} came to see the {animal} and brought a {thing} for it.", (
+        Ask("object", "What did {friend} bring?", "{friend} brought a {thing}.", "a {thing}"), COLOUR,
+        Ask("person", "Who brought the {thing.noun}?", "{friend} brought the {thing.noun}.", "{friend}"),
+    )),
+    Line("[At night|Every night] {pet} slept {spot}.", (Ask("spot", "Where did {pet} sleep?", "{pet} slept {spot}.", "{spot}", "pet"),)),
+)  # fmt: skip
+COOKING: Plot = (
+    Line("<when> {hero} wanted to make {food} for {friend}.", (
+        Ask("food", "What did {hero} want to make?", "{hero} wanted to make {food}.", "{food}"),
+        Ask("person", "For whom did {hero} want to cook?", "{hero} wanted to cook for {friend}.", "for {friend}"),
+    )),
+    Line("But [there was no {ingredient} in the house|{hero.he} had no {ingredient} left].", (
+        Ask("ingredient", "What was missing?", "There was no {ingredient}.", "{ingredient}"),
+    )),
+    Line("{hero.he} [went to {third}, who lived next door|knocked at {third}'s door]. {third} kindly gave {hero.him} some {ingredient} in a {case}.", (
+        Ask("person", "Who gave {hero} the {ingredient}?", "{third} gave {hero} the {ingredient}.", "{third}"), CASE_COLOUR,
+    )),
+    Line("{hero} needed {goods} too, and {third} had them.", (
+        Ask("count", "How many {goods.noun} did {hero} need?", "{hero} needed {goods}.", "{goods.count}"),
+    )),
+    Line("[Soon the whole house smelled wonderful.|An hour later everything was ready.]"),
+    Line("[{friend} came at {hour} and they ate {yard}.|They all ate together {yard} at {hour}.]", (
+        Ask("yard", "Where did they eat?", "They ate {yard}.", "{yard}"), Ask("hour", "When did they eat?", "They ate at {hour}.", "at {hour}"),
+    )),
+)  # fmt: skip
+STORM: Plot = (
+    Line("On {day} night there was a great storm.", (Ask("day", "When was the storm?", "The storm was on {day} night.", "on {day} night"),)),
+    Line("[The wind shook the trees|The wind blew all night], and in the morning {hero}'s roof was broken because a tree had fallen on it.", (
+        Ask("why", "Why was {hero}'s roof broken?", "A tree had fallen on it.", "because a tree had fallen on it"),
+    )),
+    Line("[{hero} did not know what to do.|{hero} looked at it and sighed.]"),
+    Line("[Then|Luckily] {friend} came with a {case} full of tools and [repaired|mended] it [before noon|in one day].", (
+        Ask("person", "[Who helped {hero}?|Who mended the roof?]", "{friend} mended the roof.", "{friend}"), CASE_COLOUR,
+        Ask("case", "What did {friend} bring?", "{friend} brought a {case}.", "a {case}"),
+    )),
+    Line("To thank {friend.him}, {hero} cooked {food}.", (Ask("food", "What did {hero} cook?", "{hero} cooked {food}.", "{food}"),)),
+    Line("They sat {yard} and [watched the clouds|listened to the birds|talked about the storm].", (
+        Ask("yard", "Where did they sit?", "They sat {yard}.", "{yard}"),
+    )),
+)  # fmt: skip
+VISIT: Plot = (
+    Line("<when> {hero} [wanted to visit|set out to visit|decided to visit] {friend}, who lived near the {destination}.", (
+        Ask("person", "Whom did {hero} visit?", "{hero} visited {friend}.", "{friend}"),
+        Ask("destination", "Where did {friend} live?", "{friend} lived near the {destination}.", "near the {destination}", "friend"),
+    )),
+    Line("{hero.he} travelled {vehicle} and took a {thing} as a present.", (
+        Ask("vehicle", "How did {hero} travel?", "{hero} travelled {vehicle}.", "{vehicle}"),
+        Ask("object", "What was the present?", "The present was a {thing}.", "a {thing}"), COLOUR,
+    )),
+    Line("On the way {hero.he} [saw a {animal}|met a {animal} that was very hungry].", (
+        Ask("animal", "Which animal did {hero} meet on the way?", "{hero} met a {animal}.", "a {animal}"),
+    )),
+    Line("{hero} came late because {reason}.", (
+        Ask("reason", "Why [was {hero} late|did {hero} come late]?", "{hero} came late because {reason}.", "because {reason}"),
+    )),
+    Line("[When {hero.he} arrived, {friend} was waiting at the gate.|{friend} was already waiting.] [They sat down and ate {food}.|There was {food} on the table.]",
+         (_FOOD,)),
+    Line("{friend} liked the {thing.noun} very much and put it {spot}.", (
+        Ask("spot", "Where did {friend} put the {thing.noun}?", "{friend} put the {thing.noun} {spot}.", "{spot}", "thing"),
+    )),
+)  # fmt: skip
+SECRET: Plot = (
+    Line("<when> {hero} found a {case} {spot}.", (
+        Ask("spot", "Where did {hero} find the {case.noun}?", "{hero} found the {case.noun} {spot}.", "{spot}", "case"), CASE_COLOUR,
+    )),
+    Line("[Nobody knew where it came from.|It was very old.|It was covered with dust.] [There was a note in it.|A small note was tied to it.]"),
+    Line("The note said: “Look {spot2}.”", (Ask("spot", "What did the note say?", "The note said: “Look {spot2}.”", "look {spot2}"),)),
+    Line("{hero} [ran there at once|went there with {friend}] and found a {thing}.", (
+        Ask("object", "What did {hero} find {spot2}?", "{hero} found a {thing}.", "a {thing}"), COLOUR,
+    )),
+    Line("It was the {thing.noun} that {third} had lost many years ago.", (
+        Ask("person", "Who had lost the {thing.noun}?", "{third} had lost the {thing.noun}.", "{third}"),
+    )),
+    Line("[{third} was very surprised.|{third} laughed with joy.|{third} could hardly believe it.]"),
+)  # fmt: skip
+TIDYING: Plot = (
+    Line("<when> {hero}, {friend} and {third} [cleaned the house|tidied the house] together."),
+    Line("{hero} put the {thing} {spot}.", (
+        Ask("spot", "Where [is|did {hero} put] the {thing.noun}?", "The {thing.noun} is {spot}.", "{spot}", "thing"),
+        Ask("person", "Who had the {thing.noun}?", "{hero} had the {thing.noun}.", "{hero}"), COLOUR,
+    )),
+    Line("{friend} [took the {other} and put it|carried the {other} away and left it] {spot2}.", (
+        Ask("spot", "Where [is|did {friend} put] the {other.noun}?", "The {other.noun} is {spot2}.", "{spot2}", "other"),
+        Ask("person", "Who had the {other.noun}?", "{friend} had the {other.noun}.", "{friend}"), OTHER_COLOUR,
+    )),
+    Line("{third} [had|picked up] the {last}, and {third.he} [hid it|left it|put it] {spot3}.", (
+        Ask("spot", "Where [is|did {third} put] the {last.noun}?", "The {last.noun} is {spot3}.", "{spot3}", "last"),
+        Ask("person", "Who had the {last.noun}?", "{third} had the {last.noun}.", "{third}"),
+        Ask("colour", "What colour was the {last.noun}?", "The {last.noun} was {last.colour}.", "{last.colour}", "last"),
+    )),
+    Line("[After that the house looked very tidy.|When they had finished, they rested and ate {food}.|Then they were tired and sat down.]"),
+)  # fmt: skip
+GARDEN: Plot = (
+    Line("In {season} {hero} planted a {plant} {yard}.", (
+        Ask("plant", "What did {hero} plant?", "{hero} planted a {plant}.", "a {plant}"),
+        Ask("yard", "Where did {hero} plant the {plant}?", "{hero} planted the {plant} {yard}.", "{yard}", "plant"),
+        Ask("season", "When did {hero} plant the {plant}?", "{hero} planted the {plant} in {season}.", "in {season}"),
+    )),
+    Line("[{hero.he} watered it every morning.|Every morning {hero.he} gave it water from a {case.noun}.]"),
+    Line("[“It will never grow,” said {friend}.|{friend} said that it would never grow.]", (
+        Ask("person", "Who said that the {plant} would never grow?", "{friend} said that it would never grow.", "{friend}"),
+    )),
+    Line("But it [grew and grew|became bigger every week], and soon [it was taller than {hero}|everybody came to see it]."),
+    Line("{hero} took it to the {destination}, where it won a {thing}.", (
+        Ask("destination", "Where did {hero} take the {plant}?", "{hero} took it to the {destination}.", "to the {destination}"),
+        Ask("object", "What did the {plant} win?", "The {plant} won a {thing}.", "a {thing}"), COLOUR,
+    )),
+    Line("[{friend} clapped the loudest.|Even {friend} was proud of {hero.him}.]"),
+)  # fmt: skip
+RACE: Plot = (
+    Line("<when> there was a race from the {destination} to the river. {hero}, {friend} and {third} wanted to win.", (
+        Ask("destination", "Where did the race begin?", "The race began at the {destination}.", "at the {destination}"),
+    )),
+    Line("[{third} was very fast at first, but {third.he} fell.|At first {third} was in front, but {third.he} stopped to look at a {animal}.]", (
+        Ask("person", "Who was in front at first?", "{third} was in front at first.", "{third}"),
+    )),
+    Line("{hero} ran as fast as {hero.he} could. [In the end|At last] {hero} won the race and {friend} came second.", (
+        Ask("person", "Who won the race?", "{hero} won the race.", "{hero}"), Ask("person", "Who came second?", "{friend} came second.", "{friend}"),
+    )),
+    Line("The prize was a {thing}.", (Ask("object", "What was the prize?", "The prize was a {thing}.", "a {thing}"), COLOUR)),
+    Line("{hero} [put it|left it|kept it] {spot}.", (
+        Ask("spot", "Where was the {thing.noun} in the end?", "The {thing.noun} was {spot}.", "{spot}", "thing"),
+    )),
+)  # fmt: skip
+LESSON: Plot = (
+    Line("{friend} could not {skill}. “I will teach you,” said {hero}.", (
+        Ask("skill", "What did {friend} learn?", "{friend} learned to {skill}.", "to {skill}"),
+        Ask("person", "Who taught {friend}?", "{hero} taught {friend}.", "{hero}"),
+    )),
+    Line("They met every {day} {yard}.", (
+        Ask("yard", "Where did they meet?", "They met {yard}.", "{yard}"), Ask("day", "On which day did they meet?", "They met every {day}.", "on {day}"),
+    )),
+    Line("[At first it was hard|In the beginning it went badly], and {friend} nearly gave up."),
+    Line("But {hero} [was patient|told {friend.him} not to worry]. [After a month|After some weeks] {friend} could {skill} very well."),
+    Line("As a thank you, {friend} gave {hero} a {thing}.", (
+        Ask("object", "What did {friend} give to {hero}?", "{friend} gave {hero} a {thing}.", "a {thing}"), COLOUR,
+        Ask("why", "Why did {friend} give {hero} the {thing.noun}?", "{friend} wanted to thank {hero}.", "to thank {hero}"),
+    )),
+)  # fmt: skip
+SWAP: Plot = (
+    Line("<when> {hero} met {friend} at the {destination}.", (
+        Ask("destination", "Where did they meet?", "They met at the {destination}.", "at the {destination}"),
+    )),
+    Line("{hero} had a {thing}, and {friend} had a {other}.", (
+        Ask("object", "What did {hero} have [at first|in the beginning]?", "{hero} had a {thing}.", "a {thing}"), COLOUR, OTHER_COLOUR,
+        Ask("object", "What did {friend} have [at first|in the beginning]?", "{friend} had a {other}.", "a {other}"),
+    )),
+    Line("[“Shall we swap?” asked {friend}.|“I like your {thing.noun},” said {friend}. “Shall we swap?”] [{hero} agreed.|“Why not?” said {hero}.]"),
+    Line("So {friend} took the {thing.noun} home and put it {spot}.", (
+        Ask("person", "Who has the {thing.noun} now?", "{friend} has the {thing.noun} now.", "{friend}"),
+        Ask("spot", "Where is the {thing.noun}?", "The {thing.noun} is {spot}.", "{spot}", "thing"),
+    )),
+    Line("{hero} put the {other.noun} {spot2}.", (
+        Ask("person", "Who has the {other.noun} now?", "{hero} has the {other.noun} now.", "{hero}"),
+        Ask("spot", "Where is the {other.noun}?", "The {other.noun} is {spot2}.", "{spot2}", "other"),
+    )),
+    Line("[Both were glad.|Both thought that they had the better part.]"),
+)  # fmt: skip
+HARVEST: Plot = (
+    Line("<when> {hero} picked {goods} and put them into a {case}.", (
+        Ask("count", "How many {goods.noun} did {hero} pick?", "{hero} picked {goods}.", "{goods.count}"),
+        Ask("goods", "What did {hero} pick?", "{hero} picked {goods}.", "{goods}"), CASE_COLOUR,
+    )),
+    Line("{hero.he} gave all of them to {friend}, because {friend} had helped {hero.him} in the winter.", (
+        Ask("person", "Who got the {goods.noun}?", "{friend} got the {goods.noun}.", "{friend}"),
+        Ask("why", "Why did {hero} give them to {friend}?", "{friend} had helped {hero} in the winter.", "because {friend} had helped {hero.him} in the winter"),
+    )),
+    Line("{friend} [was very happy|smiled] and made {food}.", (Ask("food", "What did {friend} make?", "{friend} made {food}.", "{food}"),)),
+    Line("[They ate it|They had dinner] {yard} and invited {third}, too.", (
+        Ask("person", "Who else was invited?", "{third} was invited, too.", "{third}"), Ask("yard", "Where did they eat?", "They ate {yard}.", "{yard}"),
+    )),
+)  # fmt: skip
+REPAIR: Plot = (
+    Line("<when> {hero}'s {thing} broke because {hero.he} had dropped it.", (
+        Ask("object", "What broke?", "{hero}'s {thing} broke.", "the {thing}"), COLOUR,
+        Ask("why", "Why did the {thing.noun} break?", "{hero} had dropped it.", "because {hero.he} had dropped it"),
+    )),
+    Line("{hero.he} carried it to {friend}, the best {job2} in the village.", (
+        Ask("job", "What was {friend}'s work?", "{friend} was a {job2}.", "a {job2}", "friend"),
+        Ask("person", "To whom did {hero} carry the {thing.noun}?", "{hero} carried it to {friend}.", "to {friend}"),
+    )),
+    Line("[“Come back on {day},” said {friend}.|{friend} told {hero.him} to come back on {day}.]", (
+        Ask("day", "When was {hero} told to come back?", "{hero} was told to come back on {day}.", "on {day}"),
+    )),
+    Line("When {hero} came back, the {thing.noun} was as good as new. {friend} asked for {price} coins.", (
+        Ask("price", "How many coins did {friend} ask for?", "{friend} asked for {price} coins.", "{price} coins"),
+    )),
+    Line("{hero} paid gladly and put the {thing.noun} {spot}.", (
+        Ask("spot", "Where did {hero} put the {thing.noun}?", "{hero} put the {thing.noun} {spot}.", "{spot}", "thing"),
+    )),
+)  # fmt: skip
+JOURNEY: Plot = (
+    Line("<when> {hero} and {friend} left for {city} {vehicle}.", (
+        Ask("city", "Which city did they [travel to|leave for]?", "They travelled to {city}.", "{city}"),
+        Ask("vehicle", "How did they travel?", "They travelled {vehicle}.", "{vehicle}"),
+    )),
+    Line("{hero} carried a {thing}, and {friend} carried a {case}.", (
+        Ask("object", "What did {hero} carry?", "{hero} carried a {thing}.", "a {thing}"), COLOUR,
+        Ask("case", "What did {friend} carry?", "{friend} carried a {case}.", "a {case}"), CASE_COLOUR,
+    )),
+    Line("It was {weather}, and they had to wait because {reason}.", (
+        Ask("weather", "What was the weather like?", "It was {weather}.", "{weather}"),
+        Ask("reason", "Why did they have to wait?", "They had to wait because {reason}.", "because {reason}"),
+    )),
+    Line("In {city} they met {third}, who showed them the {destination}.", (
+        Ask("person", "Whom did they meet in {city}?", "They met {third}.", "{third}"),
+        Ask("destination", "What did {third} show them?", "{third} showed them the {destination}.", "the {destination}"),
+    )),
+    Line("They stayed for {count} days and [then went home|came back with many stories].", (
+        Ask("count", "How many days did they stay?", "They stayed for {count} days.", "{count}"),
+    )),
+)  # fmt: skip
+LETTER: Plot = (
+    Line("<when> a letter came for {hero}. It was from {friend}, who lived in {city}.", (
+        Ask("person", "Who wrote the letter?", "{friend} wrote the letter.", "{friend}"),
+        Ask("city", "Where did {friend} live?", "{friend} lived in {city}.", "in {city}", "friend"),
+    )),
+    Line("{friend} wrote that {friend.he} would come on {day} at {hour}.", (
+        Ask("day", "On which day would {friend} come?", "{friend} would come on {day}.", "on {day}"),
+        Ask("hour", "At what time would {friend} come?", "{friend} would come at {hour}.", "at {hour}"),
+    )),
+    Line("{hero} [was so happy that {hero.he} sang|could hardly wait]. {hero.he} cleaned the house and bought {goods}.", (
+        Ask("goods", "What did {hero} buy?", "{hero} bought {goods}.", "{goods}"),
+        Ask("count", "How many {goods.noun} did {hero} buy?", "{hero} bought {goods}.", "{goods.count}"),
+    )),
+    Line("When {friend} arrived, {hero} gave {friend.him} a {thing}.", (
+        Ask("object", "What did {hero} give to {friend}?", "{hero} gave {friend} a {thing}.", "a {thing}"), COLOUR,
+    )),
+    Line("They talked until midnight."),
+)  # fmt: skip
+PLOTS: tuple[Plot, ...] = (
+    LOST_AND_FOUND, BIRTHDAY, PET, COOKING, STORM, VISIT, SECRET, TIDYING, GARDEN, RACE, LESSON, SWAP, HARVEST, REPAIR, JOURNEY, LETTER,
+)  # fmt: skip
+
+ENDINGS: tuple[Line, ...] = (
+    Line("{hero} felt {feeling} and [went to bed early|slept well that night].", (_FEELING,)),
+    Line("In the evening {hero} was {feeling}.", (_FEELING,)),
+    Line("From that day on {hero} and {friend} [were the best of friends|met every {day}]."),
+    Line("[And so the day ended well.|It had been a good day.|They never forgot that day.]"),
+    Line("“What a day,” said {hero}, who was {feeling}.", (_FEELING,)),
 )
-
-_FEELING = (("feeling", "How did {hero} feel in the end?", "{feeling}"),)
-
-ENDINGS = (
-    Passage("{hero} felt {feeling} and went to bed early.", _FEELING),
-    Passage("At the end of the day {hero} was {feeling}.", _FEELING),
-    Passage("{hero} was {feeling}, and {hero.he} never forgot that day.", _FEELING),
-    Passage("That night {hero} was too {feeling} to sleep.", _FEELING),
-    Passage("“What a day!” said {hero}. {hero.he} felt very {feeling}.", _FEELING),
-    Passage("And they remained friends for ever."),
-    Passage("They talked about it for many years."),
-    Passage("From that day on {hero} and {friend} met every {day}."),
+WHEN = (
+    "[One {weather} morning|One {weather} day|One day|On {day}|One evening in {season}|One {weather} evening|In {season}|Early one {day}]",
+    "[The next day|A week later|Some days later|In {season}|The following {day}|Not long after that]",  # of a chapter that is not the first
 )
-
-# `<name>` in a template.
-PHRASES = {
-    "when": "[One {weather} day|On {day} morning|On a {weather} morning|Early on {day}|On {day}|One day in {season}|One {weather} {season} morning]",
-}

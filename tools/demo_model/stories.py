@@ -1,0 +1,309 @@
+"""Stories: a cast, an opening, one or more plots and an ending; told when asked for, and asked about."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tools.demo_model import words
+from tools.demo_model.chat import Answer, Exchange, asked_briefly
+from tools.demo_model.fables import FABLE_ENDINGS, FABLE_OPENINGS, FABLES
+from tools.demo_model.phrasing import article, capital, sentence, write
+from tools.demo_model.plots import ENDINGS, FACTS, OPENINGS, PLOTS, WHEN, Ask, Line
+from tools.demo_model.world import Person, Thing, World
+
+Slots = dict[str, object]
+
+_FABLE_SHARE = 0.25
+_BRIEF = ("In one word: {q}", "{Q} Answer briefly.", "{Q} Just the answer, please.", "{Q} In a few words, please.", "Answer in as few words as you can: {q}")
+_ABSENT = (  # category and what it is about, as in plots.py; the question
+    ("age", "hero", "How old was {hero}?"),
+    ("drink", "hero", "What was {hero}'s favourite drink?"),
+    ("person", "sister", "What was the name of {hero}'s sister?"),
+    ("brother", "hero", "What was the name of {hero}'s brother?"),
+    ("shoes", "hero", "What colour were {hero}'s shoes?"),
+    ("none", "", "What colour was the {absent}?"),
+    ("none", "", "Where was the {absent}?"),
+    ("none", "", "Who found the {absent}?"),
+    ("none", "", "Where did {stranger} live?"),
+    ("none", "", "What was {stranger}'s work?"),
+    ("none", "", "What did {stranger} buy?"),
+    ("none", "", "How old was {stranger}?"),
+)
+
+
+@dataclass(frozen=True)
+class Askable:
+    """A question about a line that was written, and the values of its slots."""
+
+    ask: Ask
+    slots: Slots
+    evidence: str
+
+
+@dataclass
+class Story:
+    """A text, and all that can be asked about it."""
+
+    hero: str  # its name
+    paragraphs: list[list[str]] = field(default_factory=list)  # lines
+    askables: list[Askable] = field(default_factory=list)
+    told: set[tuple[str, str]] = field(default_factory=set)  # (category, whose): what an absent question must not be about
+    people: list[str] = field(default_factory=list)
+    topics: dict[str, str] = field(default_factory=dict)  # what one can ask to be told about: "animal", "object", "job"
+    separator: str = "\n\n"
+    sort: str = "story"  # or "letter"
+
+    @property
+    def text(self) -> str:
+        return self.separator.join(" ".join(lines) for lines in self.paragraphs)
+
+    def add(self, world: World, line: Line, slots: Slots, when: str = "") -> None:
+        """Writes a line into the last paragraph."""
+        text = write(world.rng, line.text.replace("<when>", when), slots)
+        if not text:
+            return
+        self.paragraphs[-1].append(text)
+        for ask in line.asks:
+            self.askables.append(Askable(ask, slots, text))
+            if ask.about:
+                self.told.add(whose(ask, slots))
+
+    def knows(self, line: Line, slots: Slots) -> bool:
+        """Whether the story has said already what the line would say."""
+        return any(ask.about and whose(ask, slots) in self.told for ask in line.asks)
+
+
+def whose(ask: Ask, slots: Slots) -> tuple[str, str]:
+    return ask.category, str(slots.get(ask.about, ask.about))
+
+
+def cast(world: World, noun: str | None = None, kind: str | None = None, hero: Person | None = None, friend: Person | None = None) -> Slots:
+    """One value for every slot of plots.py; nobody and nothing that the conversation has met before, but for those given."""
+    rng = world.rng
+    hero = hero or world.person()
+    friend, third = friend or world.friend_of(hero), world.friend_of(hero)
+    thing, other, last = world.thing(noun), world.thing(), world.thing()
+    animal = kind or world.new(words.ANIMALS)
+    case = world.new(words.CASES)
+    spots = [world.pick(each.noun, "spot") for each in (thing, other, last)]
+    if len(set(spots)) < len(spots):
+        spots = world.pick_several(thing.noun, "spot", 3) if world.split.value == "train" else spots
+    plant = world.pick(hero, "plant")
+    slots: Slots = {"hero": hero, "friend": friend, "third": third, "thing": thing, "other": other, "last": last, "animal": animal, "plant": plant}
+    slots |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2], "case": Thing(world.pick(case, "colour"), case), "pet": world.pick(animal, "pet")}
+    slots |= {"job2": world.pick(friend, "job"), "goods": world.amount(hero), "yard": world.pick(animal, "yard"), "season": rng.choice(words.SEASONS)}
+    of_hero = ("job", "house", "near", "town", "trait", "food", "age", "skill", "drink", "destination", "feeling", "vehicle")
+    slots |= {category: world.pick(hero, category) for category in of_hero}
+    slots |= {category: world.pick(friend, category) for category in ("day", "hour", "city", "ingredient", "reason", "weather", "count")}
+    slots["price"] = world.pick(thing.noun, "price")
+    return slots
+
+
+def animal_cast(world: World, noun: str | None = None, kind: str | None = None) -> Slots:
+    """One value for every slot of fables.py."""
+    kind = world.use(kind or world.new(words.ANIMALS))
+    kind2, kind3 = world.new(words.ANIMALS), world.new(words.ANIMALS)
+    thing, nick = world.thing(noun), world.use(world.pick(kind, "pet"))
+    nick3 = world.pick_new(kind3, "pet")
+    slots: Slots = {"nick": nick, "kind": kind, "kind2": kind2, "kind3": kind3, "nick3": nick3, "thing": thing, "spot": world.pick(thing.noun, "spot")}
+    slots |= {"yard": world.pick(kind, "yard"), "yard2": world.pick(kind2, "yard"), "goods": world.amount(kind)}
+    slots |= {category: world.pick(nick, category) for category in ("trait", "food", "feeling", "weather")}
+    slots |= {category: world.pick(kind3, category) for category in ("day", "destination", "count")}
+    slots["season"] = world.rng.choice(words.SEASONS)
+    return slots
+
+
+def write_story(world: World, num_chapters: int = 1, noun: str | None = None, kind: str | None = None, hero: Person | None = None) -> Story:
+    """A new story. With `noun`, `kind` (of animal) or `hero`: about it."""
+    is_fable = hero is None and (kind is not None or world.chance(_FABLE_SHARE))
+    story = _fable(world, noun, kind) if is_fable else _tale(world, num_chapters, noun, hero)
+    if world.chance(0.4):
+        story.separator = " "
+    return story
+
+
+def _tale(world: World, num_chapters: int, noun: str | None, hero: Person | None) -> Story:
+    slots = cast(world, noun, hero=hero)
+    story = Story(str(slots["hero"]), topics={"job": str(slots["job"])})
+    story.people = [str(slots[role]) for role in ("hero", "friend", "third")]
+    story.paragraphs.append([])
+    for line in world.rng.choice(OPENINGS):
+        story.add(world, line, slots)
+    plots = world.rng.sample(PLOTS, num_chapters)
+    for chapter, plot in enumerate(plots):
+        if chapter:
+            slots = cast(world, hero=slots["hero"])  # type: ignore[arg-type]
+            slots |= {"job": story.topics["job"]}
+            story.people += [str(slots["friend"]), str(slots["third"])]
+            story.paragraphs.append([])
+        _add_facts(world, story, slots, world.rng.choice((0, 0, 1, 1, 2)))
+        for line in plot:
+            story.add(world, line, slots, WHEN[chapter > 0])
+        if not chapter and any("{thing" in line.text for line in plot):
+            story.topics["object"] = str(slots["thing"].noun)  # type: ignore[attr-defined]
+    story.add(world, world.rng.choice(ENDINGS), slots)
+    return story
+
+
+def _add_facts(world: World, story: Story, slots: Slots, count: int) -> None:
+    """Facts about people of the story, in words of their own."""
+    for line in world.rng.sample(FACTS, count):
+        person = slots[world.rng.choice(("hero", "friend", "third"))]
+        own = {**cast(world, hero=person), "third": world.friend_of(person)}  # type: ignore[arg-type]
+        if not story.knows(line, own):
+            story.add(world, line, own)
+
+
+def _fable(world: World, noun: str | None, kind: str | None) -> Story:
+    slots = animal_cast(world, noun, kind)
+    story = Story(str(slots["nick"]), topics={"animal": str(slots["kind"])}, people=[str(slots["nick"])])
+    story.paragraphs.append([])
+    for line in world.rng.choice(FABLE_OPENINGS):
+        story.add(world, line, slots)
+    plot = world.rng.choice(FABLES)
+    if world.chance(0.5):
+        story.paragraphs.append([])
+    for line in plot:
+        story.add(world, line, slots, WHEN[0])
+    if any("{thing" in line.text for line in plot):
+        story.topics["object"] = str(slots["thing"].noun)  # type: ignore[attr-defined]
+    story.add(world, world.rng.choice(FABLE_ENDINGS), slots)
+    return story
+
+
+# ---- asked for
+
+_PLEAS = (
+    "Tell me a story{about}.", "Please tell me a story{about}.", "Can you tell me a story{about}?", "Write a short story{about}.", "I want a story{about}.",
+    "Make up a story{about}.", "Write a story{about}, please.", "Tell me a short story{about}.", "A story{about}, please!", "tell me a story{about}",
+)  # fmt: skip
+
+
+def request_for(world: World, story: Story) -> str:
+    """What a user says who wants this story, or any."""
+    topics = [article(topic) for name, topic in story.topics.items() if name != "job"]
+    names = [f"{article(story.topics['job'])} {world.rng.choice(('called', 'named'))} {story.hero}"] if "job" in story.topics else []
+    about = [words for words in (*topics, *names, story.hero) if world.chance(0.5)]
+    if not about:
+        return world.rng.choice(_PLEAS).format(about="")
+    world.rng.shuffle(about)
+    return world.rng.choice(_PLEAS).format(about=f" about {' and '.join(about[:2])}")
+
+
+def told(world: World, story: Story) -> Exchange:
+    """The assistant tells the story."""
+    answer = Answer("story", story.text, exact=False, check=("story", story.hero))
+    return Exchange(request_for(world, story), answer)
+
+
+_GIVEN = (
+    "Here is a story:\n\n{text}", "Read this story.\n\n{text}", "{text}", "Please read this and answer my questions.\n\n{text}", "Story:\n{text}",
+    "This is a story. I will ask you about it.\n\n{text}",
+)  # fmt: skip
+
+
+def given(world: World, story: Story, questions: list[Exchange]) -> list[Exchange]:
+    """The user gives the story, with the first question or before it."""
+    return handed(world, world.rng.choice(_GIVEN).format(text=story.text), story.sort, questions)
+
+
+def handed(world: World, text: str, sort: str, questions: list[Exchange]) -> list[Exchange]:
+    """The user hands over a text, with the first question or before it."""
+    if questions and world.chance(0.6):
+        first = questions[0]
+        words = f"{first.user}\n\n{text}" if world.chance(0.15) else f"{text}\n\n{first.user}"
+        return [Exchange(words, first.answer, first.in_short), *questions[1:]]
+    return [Exchange(text, Answer("read", f"I have read the {sort}. What would you like to know?")), *questions]
+
+
+# ---- asked about
+
+
+def questions(world: World, story: Story, count: int) -> list[Exchange]:
+    """Up to `count` different questions about the story, each with one right answer."""
+    keys = [_key(askable) for askable in story.askables]
+    times = Counter(keys)
+    single = [askable for askable, key in zip(story.askables, keys, strict=True) if times[key] == 1]
+    chosen = world.rng.sample(single, min(count, len(single)))
+    return [_absent(world, story) if world.chance(0.1) else _asked(world, story, askable) for askable in chosen]
+
+
+def _key(askable: Askable) -> str:
+    """The question in its first wording."""
+    return write(_FIRST, askable.ask.question, askable.slots)  # type: ignore[arg-type]
+
+
+class _FirstWording:
+    """Stands in for a random generator where the first of all choices is to be taken."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+_FIRST = _FirstWording()
+
+
+def _asked(world: World, story: Story, askable: Askable) -> Exchange:
+    ask, slots = askable.ask, askable.slots
+    question, full = write(world.rng, ask.question, slots), write(world.rng, ask.full, slots)
+    short = capital(write(world.rng, ask.short, slots)) + "."
+    kind = f"{story.sort} {'person' if ask.category in ('pet', 'animal') else ask.category}"
+    answer = Answer(kind, full, short, askable.evidence)
+    if ask.category == "person" and short[:-1] in story.people and len(story.people) > 1 and world.chance(0.2):
+        pair = [short[:-1], world.rng.choice([name for name in story.people if name != short[:-1]])]
+        world.rng.shuffle(pair)
+        question = f"{question[:-1]}, {pair[0]} or {pair[1]}?"
+    elif world.chance(0.08):
+        return _is_it_true(world, story, askable, full)
+    return in_other_words(world, Exchange(question, answer))
+
+
+def in_other_words(world: World, exchange: Exchange) -> Exchange:
+    """Now and then the question with a request for a short answer, or in a sloppier hand."""
+    chance = world.rng.random()
+    question = exchange.user
+    if chance < 0.12 and exchange.answer.short is not None:
+        return asked_briefly(exchange, world.rng.choice(_BRIEF).format(q=question[0].lower() + question[1:], Q=question))
+    if chance < 0.2:
+        return Exchange(question[0].lower() + question[1:], exchange.answer)
+    if chance < 0.26:
+        return Exchange(question.rstrip("?"), exchange.answer)
+    return exchange
+
+
+def _is_it_true(world: World, story: Story, askable: Askable, full: str) -> Exchange:
+    """A statement to be judged: the true one, or one with another value in it."""
+    category, short = askable.ask.category, write(_FIRST, askable.ask.short, askable.slots).lower()  # type: ignore[arg-type]
+    names = [name for name in story.people if name.lower() != short]
+    values = [value for value in words.CATEGORIES.get(category, []) if value.lower() == short or short.endswith(f" {value.lower()}")]
+    wrong = full
+    if category == "person" and names and full.count(capital(short)) == 1:
+        wrong = full.replace(capital(short), world.rng.choice(names))
+    elif values and full.count(values[0]) == 1 and category != "person":
+        wrong = sentence(full.replace(values[0], world.rng.choice([value for value in words.CATEGORIES[category] if value != values[0]])))
+    is_true = wrong == full or world.chance(0.5)
+    said = full if is_true else wrong
+    if not said.startswith((*story.people, "“")):
+        said = said[0].lower() + said[1:]
+    answer = Answer(f"{story.sort} true or not", "Yes, that is true." if is_true else f"No. {full}", "Yes." if is_true else "No.", askable.evidence)
+    return Exchange(f"Is it true that {said[:-1]}?", answer)
+
+
+def _absent(world: World, story: Story) -> Exchange:
+    """A question that the story does not answer."""
+    not_said = f"The {story.sort} does not say."
+    slots: Slots = {"hero": story.hero}
+    free = [question for category, about, question in _ABSENT if (category, story.hero if about == "hero" else about) not in story.told]
+    question = world.rng.choice(free)
+    if "{absent}" in question:
+        slots["absent"] = world.new(words.OBJECTS)
+    if "{stranger}" in question:
+        slots["stranger"] = world.person()
+    return in_other_words(world, Exchange(write(world.rng, question, slots), Answer(f"{story.sort} absent", not_said, not_said)))
+
+
+def plain(world: World, stories: Iterable[Story]) -> str:
+    """The stories as a book has them."""
+    return "\n\n".join(story.text for story in stories)
