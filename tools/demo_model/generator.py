@@ -1,167 +1,208 @@
-"""Writes the training text: short stories, and questions about them. Same seed, same text.
+"""Writes the conversations that the demo model is trained and examined on. Same seed, same text.
 
-`python tools/demo_model/generator.py` prints a few documents.
+`python -m tools.demo_model.generator` prints a few.
 """
 
 from __future__ import annotations
 
 import random
-import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 
-import words
-from plots import ENDINGS, FACTS, OPENINGS, PHRASES, PLOTS, Passage
+from tools.demo_model.chat import Answer, Conversation, Exchange, rendered
+from tools.demo_model.memory import TRAITS, Told, correction, facts, introduction, unknown as untold
+from tools.demo_model.papers import json_record, letter, notes, paper, people_table
+from tools.demo_model.records import records
+from tools.demo_model.smalltalk import Manner, about_itself, greeting, manner, talk, unknown
+from tools.demo_model.stories import Story, given, plain, questions, told, write_story
+from tools.demo_model.sums import sums
+from tools.demo_model.wordplay import wordplay
+from tools.demo_model.world import Split, World
 
-BOS = "<|bos|>"
-EOS = "<|eos|>"
+CHARACTERS_A_TOKEN = 3.3  # about; decides only how long a long conversation is
+_LONG = (900, 1850)  # tokens
 
-_CHOICE = re.compile(r"\[([^\[\]]*)\]")
-_PHRASE = re.compile(r"<(\w+)>")
-_SENTENCE_START = re.compile(r"(^|[.!?] +|“)([a-z])")
-_BEFORE_A_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])")
-_QUESTION_SHARE = 0.6  # of the stories have questions; a heading tells those from the ones that end where they end
-_MAX_QUESTIONS = 5
-_HEADING = "Story: "
-_TURNS = (("hero", "friend", "third"), ("thing", "other", "last"), ("spot", "spot2", "spot3"))  # a sketch's facts are about these, in turn
-
-
-@dataclass(frozen=True)
-class Person:
-    """`{hero}` in a template is the name, `{hero.he}` and so on are the pronouns."""
-
-    name: str
-    he: str
-    his: str
-    him: str
-    adult: str
-
-    def __str__(self) -> str:
-        return self.name
+Part = Callable[[World, str | None], list[Exchange]]
 
 
 @dataclass(frozen=True)
-class Thing:
-    """`{thing}` in a template is "red kite"."""
+class Mix:
+    """How often each form of conversation comes."""
 
-    colour: str
-    noun: str
-
-    def __str__(self) -> str:
-        return f"{self.colour} {self.noun}"
+    forms: tuple[str, ...]
+    shares: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked about a story, and the answer in the story's own words."""
-
-    kind: str
-    text: str
-    answer: str
+EARLY = Mix(("notes", "given", "paper", "tasks", "talk", "memory", "told", "letter"), (6, 4, 3, 4, 1, 3, 1, 1))  # short: where looking things up is learned
+MAIN = Mix(
+    ("told", "given", "paper", "letter", "notes", "tasks", "talk", "memory", "long", "mixed", "book"),
+    (10, 14, 9, 4, 4, 22, 7, 10, 9, 8, 3),
+)
 
 
-@dataclass(frozen=True)
-class Story:
-    """A text and all the questions that it answers."""
-
-    text: str
-    questions: tuple[Question, ...]
-
-
-def stories(seed: int) -> Iterator[Story]:
-    """Yields stories without end. Streams of different seeds are independent."""
-    rng = random.Random(seed)
+def conversations(seed: int | str, split: Split, mix: Mix = MAIN) -> Iterator[Conversation]:
+    """Yields conversations without end. Streams of different seeds are independent."""
+    rng = random.Random(f"{split.value} {seed}")
     while True:
-        yield write_story(rng)
+        yield conversation(rng, split, rng.choices(mix.forms, mix.shares)[0])
 
 
-def write_story(rng: random.Random) -> Story:
-    """An opening, a plot and an ending around one cast."""
-    slots = cast(rng)
-    passages = [rng.choice(OPENINGS), rng.choice(PLOTS), rng.choice(ENDINGS)]
-    text = " ".join(_write(rng, passage.text, slots) for passage in passages)
-    return Story(text, tuple(question for passage in passages for question in _questions(passage, slots)))
+def conversation(rng: random.Random, split: Split, form: str) -> Conversation:
+    """One conversation of a form that MAIN names, or "ten turns"."""
+    world = World(rng, split)
+    if form == "book":
+        text = plain(world, [write_story(world, rng.randint(1, 3)) for _ in range(rng.randint(1, 2))])
+        return Conversation(text=text, facts=frozenset(world.facts))
+    bearing = manner(world)
+    exchanges = _FORMS[form](world, bearing)
+    if world.chance(0.08) and form != "long":
+        exchanges.insert(0, greeting(world))
+    return Conversation(tuple(exchanges), bearing.style, facts=frozenset(world.facts))
 
 
-def write_sketch(rng: random.Random) -> Story:
-    """One to three facts about different people. Questions with more than one answer are left out."""
-    actors = cast(rng)
-    sentences: list[str] = []
-    questions: list[Question] = []
-    for turn in range(rng.randint(1, len(_TURNS[0]))):
-        passage = rng.choice(FACTS)
-        slots = {**cast(rng), **{group[0]: actors[group[turn]] for group in _TURNS}}
-        sentences.append(_write(rng, passage.text, slots))
-        questions += _questions(passage, slots)
-    times = Counter(question.text for question in questions)
-    return Story(" ".join(sentences), tuple(question for question in questions if times[question.text] == 1))
+# ---- parts of conversations
 
 
-def cast(rng: random.Random) -> dict[str, object]:
-    """One value for every slot; people, things and places that differ within a story."""
-    hero, friend, third = rng.sample([*((name, True) for name in words.WOMEN), *((name, False) for name in words.MEN)], 3)
-    colours, nouns = rng.sample(words.COLOURS, 5), rng.sample(words.OBJECTS, 3)
-    thing, other, last = (Thing(colour, noun) for colour, noun in zip(colours[:3], nouns, strict=True))
-    spot, spot2, spot3 = rng.sample(words.SPOTS, 3)
-    single = {
-        "trait": words.TRAITS, "job": words.JOBS, "house": words.HOUSES, "near": words.NEIGHBOURHOODS, "destination": words.DESTINATIONS,
-        "animal": words.ANIMALS, "pet": words.PET_NAMES, "food": words.FOODS, "ingredient": words.INGREDIENTS, "day": words.DAYS, "season": words.SEASONS,
-        "weather": words.WEATHERS, "feeling": words.FEELINGS, "skill": words.SKILLS, "plant": words.PLANTS, "vehicle": words.VEHICLES,
-    }  # fmt: skip
-    people = {"hero": _person(*hero), "friend": _person(*friend), "third": _person(*third)}
-    things = {"thing": thing, "other": other, "last": last}
-    holders = {"vessel": Thing(colours[3], rng.choice(words.VESSELS)), "case": Thing(colours[4], rng.choice(words.CASES))}
-    places = {"spot": spot, "spot2": spot2, "spot3": spot3, "yard": rng.choice([yard for yard in words.YARDS if yard not in (spot, spot2)])}
-    return {**people, **things, **holders, **places, **{slot: rng.choice(choices) for slot, choices in single.items()}}
+def _story_told(world: World, bearing: Manner, most: int = 5) -> list[Exchange]:
+    story = write_story(world, world.rng.choice((1, 1, 1, 2)))
+    return [told(world, story), *questions(world, story, world.rng.randint(0, most))]
 
 
-def documents(seed: int, sketch_share: float) -> Iterator[str]:
-    """Yields training documents without end, this share of them sketches. Streams of different seeds are independent."""
-    rng = random.Random(seed)
-    while True:
-        is_sketch = rng.random() < sketch_share
-        yield document(rng, write_sketch(rng), question_share=1.0) if is_sketch else document(rng, write_story(rng), _QUESTION_SHARE)
+def _story_given(world: World, bearing: Manner, most: int = 7) -> list[Exchange]:
+    story = write_story(world, world.rng.choice((1, 1, 1, 2, 3)))
+    return given(world, story, questions(world, story, world.rng.randint(1, most)))
 
 
-def document(rng: random.Random, story: Story, question_share: float) -> str:
-    """A training document: the story alone, or a heading, the story and questions. The story alone and every answer end with EOS."""
-    if not story.questions or rng.random() >= question_share:
-        return f"{BOS}{story.text}{EOS}"
-    asked = rng.sample(story.questions, min(len(story.questions), _MAX_QUESTIONS))
-    return f"{BOS}{_HEADING}{story.text}" + "".join(f"{question_prompt(question)} {question.answer}{EOS}" for question in asked)
+def _paper(world: World, bearing: Manner) -> list[Exchange]:
+    return paper(world, world.rng.randint(1, 7))
 
 
-def exam_prompt(story: Story, question: Question) -> str:
-    """The text after which the model is expected to write " " and the answer."""
-    return f"{_HEADING}{story.text}{question_prompt(question)}"
+def _letter(world: World, bearing: Manner) -> list[Exchange]:
+    return letter(world, world.rng.randint(1, 6))
 
 
-def question_prompt(question: Question) -> str:
-    """The question as it stands after a story."""
-    return f"\nQuestion: {question.text}\nAnswer:"
+def _notes(world: World, bearing: Manner) -> list[Exchange]:
+    return notes(world, world.rng.randint(1, 6))
 
 
-def _person(name: str, is_woman: bool) -> Person:
-    return Person(name, "she", "her", "her", "woman") if is_woman else Person(name, "he", "his", "him", "man")
+def _tasks(world: World, bearing: Manner) -> list[Exchange]:
+    some = [each for make in (sums, wordplay, records) if world.chance(0.6) for each in make(world, world.rng.randint(1, 5))]
+    world.rng.shuffle(some)
+    return some or sums(world, 3)
 
 
-def _questions(passage: Passage, slots: dict[str, object]) -> Iterator[Question]:
-    for kind, text, answer in passage.questions:
-        yield Question(kind, _sentence(text.format(**slots)), _sentence(answer.format(**slots)) + ".")
+def _talk(world: World, bearing: Manner) -> list[Exchange]:
+    groups = [*talk(world, world.rng.randint(1, 5), bearing.name), *([unknown(world)] for _ in range(world.rng.randint(0, 4)))]
+    if bearing.name:
+        groups += [[about_itself(world, bearing.name)], sums(world, 1)]
+    world.rng.shuffle(groups)
+    return [each for group in groups for each in group]
 
 
-def _write(rng: random.Random, template: str, slots: dict[str, object]) -> str:
-    template = _PHRASE.sub(lambda found: PHRASES[found[1]], template)
-    while "[" in template:  # innermost choices first
-        template = _CHOICE.sub(lambda found: rng.choice(found[1].split("|")), template)
-    return _sentence(re.sub(" +", " ", template).strip().format(**slots))
+def _filler(world: World, bearing: Manner) -> list[Exchange]:
+    """Talk about something else."""
+    make = world.rng.choice((_story_told, _tasks, _tasks, _talk))
+    return make(world, bearing)
 
 
-def _sentence(text: str) -> str:
-    return _BEFORE_A_VOWEL.sub(r"\1n ", _SENTENCE_START.sub(lambda found: found[1] + found[2].upper(), text))
+def _memory(world: World, bearing: Manner) -> list[Exchange]:
+    """Facts about the user, other talk, the facts asked for: two to ten exchanges and more."""
+    found = facts(world, world.rng.randint(1, 5))
+    exchanges: list[Exchange] = []
+    if len(found) > 1 and world.chance(0.3):
+        exchanges.append(introduction(world, found))
+    else:
+        for each in found:
+            exchanges.append(each.telling)
+            if world.chance(0.35):
+                exchanges += world.rng.choice((sums, wordplay, records))(world, 1)
+    if world.chance(0.12):
+        _correct(world, found, exchanges)
+    exchanges += [each for _ in range(world.rng.randint(0, 2)) for each in _filler(world, bearing)[:4]]
+    return exchanges + _recalls(world, found)
+
+
+def _correct(world: World, found: list[Told], exchanges: list[Exchange]) -> None:
+    """The user takes one fact back and says another instead."""
+    index = world.rng.randrange(len(found))
+    trait = next((trait for trait in TRAITS if found[index].recall.answer.full.startswith(trait.full.split("{")[0])), None)
+    other = trait and correction(world, found[index], trait)
+    if other:
+        found[index] = other
+        exchanges.append(other.telling)
+
+
+def _recalls(world: World, found: list[Told]) -> list[Exchange]:
+    asked = [each.recall for each in world.rng.sample(found, len(found))]
+    if world.chance(0.25):
+        asked.insert(world.rng.randrange(len(asked) + 1), untold(world, found))
+    return asked
+
+
+def _ten_turns(world: World, bearing: Manner) -> list[Exchange]:
+    """Ten exchanges: four facts about the user, two of something else, the four facts again."""
+    found = facts(world, 6)[:4]
+    between = [sums(world, 1)[0], talk(world, 1, bearing.name)[0][0]]
+    return [*(each.telling for each in found), *between, *(each.recall for each in world.rng.sample(found, len(found)))]
+
+
+def _mixed(world: World, bearing: Manner) -> list[Exchange]:
+    return [each for _ in range(world.rng.randint(2, 4)) for each in world.rng.choice(_MIXABLE)(world, bearing)]
+
+
+def _long(world: World, bearing: Manner) -> list[Exchange]:
+    """Stories, a table and facts about the user first, then other talk, and at the end what was said at the beginning."""
+    length = world.rng.uniform(*_LONG) * CHARACTERS_A_TOKEN
+    exchanges, late = _sources(world)
+    late_length = sum(len(each.user) + len(each.answer.full) for each in late)
+    while sum(len(each.user) + len(each.answer.full) for each in exchanges) + late_length < length:
+        exchanges += _filler(world, bearing)
+    return exchanges + world.rng.sample(late, len(late))
+
+
+def _sources(world: World) -> tuple[list[Exchange], list[Exchange]]:
+    """What is told at the beginning of a long conversation, and what is asked at its end."""
+    exchanges: list[Exchange] = []
+    late: list[Exchange] = []
+    sorts = world.rng.choices(("given", "told", "table", "user"), (3, 3, 2, 2), k=world.rng.randint(1, 2))
+    for sort in dict.fromkeys(sorts):
+        if sort == "user":
+            found = facts(world, world.rng.randint(1, 4))
+            exchanges += [each.telling for each in found]
+            late += _recalls(world, found)
+        elif sort == "table":
+            sheet = world.rng.choice((people_table, json_record))(world)
+            asked = [each for each in sheet.exchanges if each.answer.evidence and not each.answer.kind.endswith("compare")]
+            exchanges.append(Exchange(sheet.text, Answer("read", f"I have read the {sheet.sort}. What would you like to know?")))
+            late += world.rng.sample(asked, min(len(asked), world.rng.randint(1, 5)))
+        else:
+            story = write_story(world, world.rng.choice((1, 1, 2)))
+            asked = questions(world, story, world.rng.randint(2, 8))
+            soon = len(asked) // 3
+            exchanges += given(world, story, asked[:soon]) if sort == "given" else [told(world, story), *asked[:soon]]
+            late += [_back_to(world, story, each) for each in asked[soon:]]
+    return exchanges, late
+
+
+def _back_to(world: World, story: Story, exchange: Exchange) -> Exchange:
+    """The question with a word on which story it is about."""
+    if any(name in exchange.user for name in story.people) and world.chance(0.5):
+        return exchange
+    question = exchange.user
+    if not question.startswith(("In ", "Answer", *story.people)):
+        question = question[0].lower() + question[1:]
+    opening = world.rng.choice(("In the story about {}, {}", "Back to the story about {}: {}", "About {}: {}", "In the story of {}, {}"))
+    return replace(exchange, user=opening.format(story.hero, question))
+
+
+_FORMS: dict[str, Callable[[World, Manner], list[Exchange]]] = {
+    "told": _story_told, "given": _story_given, "paper": _paper, "letter": _letter, "notes": _notes, "tasks": _tasks, "talk": _talk, "memory": _memory,
+    "long": _long, "mixed": _mixed, "ten turns": _ten_turns,
+}  # fmt: skip
+_MIXABLE = (_story_told, _story_given, _paper, _letter, _tasks, _talk, _memory)
 
 
 if __name__ == "__main__":
-    print(*islice(documents(seed=0, sketch_share=0.3), 16), sep="\n\n")
+    for shown in islice(conversations(0, Split.TRAIN), 12):
+        print(shown.text or rendered(shown.turns).replace("<|user|>", "\n<|user|>").replace("<|assistant|>", "\n<|assistant|>"), end="\n\n")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from tools.demo_model import words
 from tools.demo_model.chat import Answer, Exchange
 from tools.demo_model.phrasing import write
+from tools.demo_model.smalltalk import UNTOLD
 from tools.demo_model.stories import in_other_words
 from tools.demo_model.world import World
 
-_UNKNOWN = "You have not told me."
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ TRAITS: tuple[Trait, ...] = (
           "You like {x}.", "{x}", "user's food"),
     Trait("hobby", "[My hobby is {x}.|I like {x} in my free time.]", "That is a fine hobby.", "[What is my hobby?|What do I like to do in my free time?]",
           "Your hobby is {x}.", "{x}", "user's hobby"),
-    Trait("person", "[My sister is called {x}.|I have a sister, {x}.|My sister's name is {x}.]", "{x} is a nice name.", "[What is my sister's name?|What is my sister called?]",
+    Trait("woman", "[My sister is called {x}.|I have a sister, {x}.|My sister's name is {x}.]", "{x} is a nice name.", "[What is my sister's name?|What is my sister called?]",
           "Your sister is called {x}.", "{x}", "sister"),
-    Trait("person", "[My brother is called {x}.|I have a brother named {x}.]", "{x} is a nice name.", "[What is my brother's name?|What is my brother called?]",
+    Trait("man", "[My brother is called {x}.|I have a brother named {x}.]", "{x} is a nice name.", "[What is my brother's name?|What is my brother called?]",
           "Your brother is called {x}.", "{x}", "brother"),
     Trait("pet", "[My {s} is called {x}.|I have a {s} named {x}.|I have a {s}. Its name is {x}.]", "{x} is a good name for a {s}.",
           "[What is my {s} called?|What is the name of my {s}?]", "Your {s} is called {x}.", "{x}", "animal"),
@@ -79,8 +79,8 @@ def tell(world: World, trait: Trait) -> Told:
     if "{s}" in trait.said:
         plain = trait.key not in ("animal", "object")
         slots["s"] = world.rng.choice(trait.key.split()) if plain else world.new(words.CATEGORIES[trait.key])
-    if trait.category == "person":
-        slots["x"] = world.friend_of(trait.key)
+    if trait.category in ("person", "woman", "man"):
+        slots["x"] = world.made_up_name() if world.chance(0.15) else world.pick_new(trait.key, trait.category)
     else:
         slots["x"] = world.pick(slots["s"] or trait.key, trait.category)
     said = write(world.rng, trait.said, slots)
@@ -114,7 +114,7 @@ def unknown(world: World, told: list[Told]) -> Exchange:
     said = {each.recall.answer.full.split(" ")[1] for each in told}
     free = [trait for trait in TRAITS if "{s}" not in trait.question and trait.full.split(" ")[1] not in said | {"are", "like", "live", "play"}]
     question = write(world.rng, world.rng.choice(free).question, {"x": "", "s": ""})
-    return in_other_words(world, Exchange(question, Answer("user's facts absent", _UNKNOWN, _UNKNOWN)))
+    return in_other_words(world, Exchange(question, Answer("user's facts absent", UNTOLD, UNTOLD)))
 
 
 def correction(world: World, told: Told, trait: Trait) -> Told | None:

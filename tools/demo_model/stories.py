@@ -17,6 +17,7 @@ Slots = dict[str, object]
 
 _FABLE_SHARE = 0.25
 _BRIEF = ("In one word: {q}", "{Q} Answer briefly.", "{Q} Just the answer, please.", "{Q} In a few words, please.", "Answer in as few words as you can: {q}")
+_QUESTION_WORDS = ("Wh", "How", "Is ", "Do", "Did", "Are ", "In ", "On ", "At ", "To ", "For ", "Add ", "Calculate ", "Against ", "Can ")
 _ABSENT = (  # category and what it is about, as in plots.py; the question
     ("age", "hero", "How old was {hero}?"),
     ("drink", "hero", "What was {hero}'s favourite drink?"),
@@ -31,6 +32,9 @@ _ABSENT = (  # category and what it is about, as in plots.py; the question
     ("none", "", "What did {stranger} buy?"),
     ("none", "", "How old was {stranger}?"),
 )
+
+
+_ABOUT = Ask("hero", "[Who is the story about?|What is the story about?|Who is the main character?]", "The story is about {hero}.", "{hero}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def _add_facts(world: World, story: Story, slots: Slots, count: int) -> None:
     """Facts about people of the story, in words of their own."""
     for line in world.rng.sample(FACTS, count):
         person = slots[world.rng.choice(("hero", "friend", "third"))]
-        own = {**cast(world, hero=person), "third": world.friend_of(person)}  # type: ignore[arg-type]
+        own: Slots = {**cast(world, hero=person), "third": world.pick_new(person, "woman")}
         if not story.knows(line, own):
             story.add(world, line, own)
 
@@ -177,7 +181,7 @@ def _fable(world: World, noun: str | None, kind: str | None) -> Story:
 
 _PLEAS = (
     "Tell me a story{about}.", "Please tell me a story{about}.", "Can you tell me a story{about}?", "Write a short story{about}.", "I want a story{about}.",
-    "Make up a story{about}.", "Write a story{about}, please.", "Tell me a short story{about}.", "A story{about}, please!", "tell me a story{about}",
+    "Make up a story{about}.", "Write a story{about}, please.", "Tell me a short story{about}.", "A story{about}, please!", "Tell me another story{about}.", "tell me a story{about}",
 )  # fmt: skip
 
 
@@ -227,6 +231,8 @@ def questions(world: World, story: Story, count: int) -> list[Exchange]:
     times = Counter(keys)
     single = [askable for askable, key in zip(story.askables, keys, strict=True) if times[key] == 1]
     chosen = world.rng.sample(single, min(count, len(single)))
+    if chosen and story.sort == "story" and world.chance(0.1):
+        chosen[0] = Askable(_ABOUT, {"hero": story.hero}, story.paragraphs[0][0])
     return [_absent(world, story) if world.chance(0.1) else _asked(world, story, askable) for askable in chosen]
 
 
@@ -266,7 +272,7 @@ def in_other_words(world: World, exchange: Exchange) -> Exchange:
     question = exchange.user
     if chance < 0.12 and exchange.answer.short is not None:
         return asked_briefly(exchange, world.rng.choice(_BRIEF).format(q=question[0].lower() + question[1:], Q=question))
-    if chance < 0.2:
+    if chance < 0.2 and question.startswith(_QUESTION_WORDS):
         return Exchange(question[0].lower() + question[1:], exchange.answer)
     if chance < 0.26:
         return Exchange(question.rstrip("?"), exchange.answer)

@@ -1,201 +1,254 @@
-"""Rebuilds the demo model: `python tools/demo_model/train.py` writes its five files, and the losses beside this script. README.md has the results."""
+"""Trains the demo model: `python -m tools.demo_model.train --minutes 8.5 --total-minutes 16`, and again with `--resume` until it says that it is done.
+
+Writes the model's files into --output, what a later command needs to go on into --state, and a line of losses after every --report-seconds. README.md has
+the results. With --total-tokens the result depends on the seeds alone (and on how the device rounds), else also on how fast the device is.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 import torch
-from generator import documents
-from packing import batches, token_rows
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from vocabulary import BOS_ID, EOS_ID, for_transformers, train_tokenizer
+from torch.nn import functional
+
+from tools.demo_model import model as files
+from tools.demo_model.model import Attention, DemoModel, causal_attention, documents_of, masked_attention
+from tools.demo_model.optimizer import Optimizer
+from tools.demo_model.recipe import Pace, Recipe, rate_share
+from tools.demo_model.saved_state import Progress, load_state, read_progress, save_state
+from tools.demo_model.shards import ShardPlan, make_tokenizer, shard_stream, write_shard
+from tools.demo_model.validation import split_rows, validate
+from tools.demo_model.world import Split
 
 HERE = Path(__file__).resolve().parent
 MODEL_FOLDER = HERE.parents[1] / "model_repository" / "paged_llm" / "1" / "demo_model"
-TOKENIZER_SEED, VALIDATION_SEED, TRAIN_SEED = 1, 2, 10  # a stage's seed is TRAIN_SEED plus its number
-_ROWS_AT_ONCE = 16
+_STARTED = time.monotonic()
+_SAVING_SECONDS = 12.0  # at the end of a command
+_SAVE_EVERY = 60.0
+_PACE_SHARDS = (4, 16)  # of this command: the rate is measured from the first number to the second
+
+Loss = Callable[[Tensor], Tensor]  # int16 rows [B, T] -> the mean loss of what counts
+
+
+def weighted_loss(model: DemoModel, rows: Tensor, attention: Attention, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean loss in nats per token, each weighed by its code. rows: int16 [B, T]."""
+    ids, codes = split_rows(rows)
+    logits = model(ids, attention, dtype)
+    labels, counted = ids.roll(-1, 1), weights[codes].roll(-1, 1)
+    counted = torch.cat((counted[:, :-1], torch.zeros_like(counted[:, :1])), 1)  # the last token has no next one
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return (losses * counted.flatten()).sum() / counted.sum()
+
+
+def _flex_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype) -> Loss:
+    """The loss with attention within conversations, by flex_attention: skips what no token sees."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    make_mask = torch.compile(create_block_mask, dynamic=False)
+
+    def mask_of(documents: Tensor) -> BlockMask:
+        def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (documents[row, query] == documents[row, key]) & (query >= key)
+
+        rows, length = documents.shape
+        return make_mask(is_seen, rows, None, length, length, device=documents.device)
+
+    def loss(rows: Tensor, mask: BlockMask) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)  # type: ignore[return-value]
+
+        return weighted_loss(model, rows, attention, weights, dtype)
+
+    compiled = torch.compile(loss, dynamic=False)
+    return lambda rows: compiled(rows, mask_of(documents_of(split_rows(rows)[0]).int()))
+
+
+def _causal_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype, compiled: bool) -> Loss:
+    def loss(rows: Tensor) -> Tensor:
+        return weighted_loss(model, rows, causal_attention, weights, dtype)
+
+    return torch.compile(loss, dynamic=False) if compiled else loss
+
+
+def _masked_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype) -> Loss:
+    return lambda rows: weighted_loss(model, rows, masked_attention(documents_of(split_rows(rows)[0])), weights, dtype)
+
+
+def first_that_works(losses: dict[str, Callable[[], Loss]], rows: Tensor, model: DemoModel) -> tuple[str, Loss]:
+    """The first loss that can be computed and differentiated here; the others are slower. rows: a batch to try it on."""
+    for name, make in losses.items():
+        try:
+            loss = make()
+            loss(rows).backward()
+        except Exception as error:  # a compiler may fail with anything
+            if name == list(losses)[-1]:
+                raise
+            print(f"attention {name} does not work here ({type(error).__name__}: {str(error).splitlines()[:1]}): trying the next", flush=True)
+        else:
+            return name, loss
+        finally:
+            model.zero_grad(set_to_none=True)
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of the training. Lengths in tokens."""
+class Settings:
+    """What the command line says."""
 
-    num_steps: int
-    num_rows: int  # in a step's batch
-    row_len: int
-    sketch_share: float  # of the documents
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the weights, besides the generator.
-
-    Short rows of single facts come first: in long stories alone, a model this small does not find out within minutes that names and things are to be looked up.
-    """
-
-    vocab_size: int = 1280
-    hidden_size: int = 128
-    intermediate_size: int = 512
-    num_layers: int = 4
-    num_heads: int = 4  # of 32 each
-    num_kv_heads: int = 2
-    max_model_len: int = 2048
-    initial_deviation: float = 0.09  # 1 / sqrt(hidden_size)
-    stages: tuple[Stage, ...] = (Stage(500, 12, 96, sketch_share=1.0), Stage(1700, 8, 256, sketch_share=0.25))
-    warmup_steps: int = 40
-    peak_learning_rate: float = 3e-3
-    final_learning_rate: float = 1e-4
-    weight_decay: float = 0.1
-    max_gradient_norm: float = 1.0
-    tokenizer_documents: int = 8000
-    validation_rows: int = 128
-    steps_between_validations: int = 100
-    seed: int = 0
-
-    @property
-    def num_steps(self) -> int:
-        return sum(stage.num_steps for stage in self.stages)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(stage.num_steps * stage.num_rows * stage.row_len for stage in self.stages)
+    output: Path
+    state: Path
+    curve: Path
+    minutes: float
+    total_minutes: float
+    total_tokens: int | None
+    resume: bool
+    attention: str
+    processes: int
+    report_seconds: float
 
 
-def build_model(recipe: Recipe) -> LlamaForCausalLM:
-    """The untrained model, float32."""
-    config = LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_kv_heads,
-        head_dim=recipe.hidden_size // recipe.num_heads,
-        max_position_embeddings=recipe.max_model_len,
-        tie_word_embeddings=True,
-        initializer_range=recipe.initial_deviation,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):  # what the residual adds up, layer by layer
-                parameter.div_(math.sqrt(2 * recipe.num_layers))
-    return model
+class Training:
+    """A model, its optimizer and how far they are."""
 
+    def __init__(self, recipe: Recipe, settings: Settings) -> None:
+        self.recipe, self.settings = recipe, settings
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        torch.manual_seed(recipe.seed)
+        torch.set_float32_matmul_precision("high")
+        self.model = DemoModel(recipe.shape).to(self.device)
+        self.optimizer = Optimizer(self.model, recipe.rates, compiled=self.device.type == "cuda" and settings.attention != "eager")
+        self.progress = Progress()
+        self.weights = torch.tensor(recipe.token_weights, device=self.device)
+        self.pace = Pace(settings.minutes * 60, settings.total_minutes * 60)
+        self.stopping = False
+        self._last_saved = self._last_reported = time.monotonic()
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine down to the final rate."""
-    if step < recipe.warmup_steps:
-        return recipe.peak_learning_rate * step / recipe.warmup_steps
-    share = (step - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
-    return recipe.final_learning_rate + (recipe.peak_learning_rate - recipe.final_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+    def run(self, tokenizer: Tokenizer, shards: Iterator[Any], validation: Tensor) -> bool:
+        """Trains until the tokens or the minutes are used up; whether it was the tokens."""
+        progress, settings, total = self.progress, self.settings, self.progress.total_tokens
+        loss: Loss | None = None
+        for number, shard in enumerate(shards):
+            rows = self._on_device(torch.from_numpy(shard))
+            if loss is None:
+                name, loss = first_that_works(self._losses(), rows[: self.recipe.rows_per_step], self.model)
+                print(f"{time.monotonic() - _STARTED:.0f} s: training with attention {name} on {self.device}", flush=True)
+                start_seconds = time.monotonic() - _STARTED
+            mean = self._train_on(rows, loss, total)
+            progress.shard += 1
+            if number == _PACE_SHARDS[0]:
+                mark = (time.monotonic(), progress.num_tokens)
+            elif number == _PACE_SHARDS[1] and settings.total_tokens is None:
+                rate = (progress.num_tokens - mark[1]) / (time.monotonic() - mark[0])
+                total = self.pace.total_tokens(progress.num_tokens, rate, progress.used_seconds, time.monotonic() - _STARTED, start_seconds)
+                progress.total_tokens = total
+                print(f"{rate:,.0f} tokens/s: {total:,} tokens in all", flush=True)
+            done = total is not None and progress.num_tokens >= total
+            late = self.stopping or time.monotonic() - _STARTED > settings.minutes * 60 - _SAVING_SECONDS
+            self._report(mean, validation, total, at_once=done or late)
+            self._save(tokenizer, at_once=done or late)
+            if done or late:
+                return done
+        raise AssertionError("the shards do not end")
 
+    def _train_on(self, rows: Tensor, loss: Loss, total: int | None) -> float:
+        """All of a shard. The mean loss; asking for it is the only time that the host waits for the device."""
+        losses = []
+        for batch in rows.split(self.recipe.rows_per_step):
+            value = loss(batch)
+            value.backward()
+            self.optimizer.step(rate_share(self.recipe, self.progress.num_tokens, total))
+            losses.append(value.detach())
+            self.progress.num_tokens += batch.numel()
+            self.progress.num_steps += 1
+        return float(torch.stack(losses).mean())
 
-def make_optimizer(recipe: Recipe, model: LlamaForCausalLM) -> torch.optim.Optimizer:
-    """AdamW; the norms' gains are not decayed."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    gains = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.98), fused=True)
+    def _losses(self) -> dict[str, Callable[[], Loss]]:
+        model, weights, dtype = self.model, self.weights, self.dtype
+        every: dict[str, Callable[[], Loss]] = {
+            "flex": lambda: _flex_loss(model, weights, dtype),
+            "causal": lambda: _causal_loss(model, weights, dtype, compiled=True),
+            "eager": lambda: _causal_loss(model, weights, dtype, compiled=False),
+            "masked": lambda: _masked_loss(model, weights, dtype),
+        }
+        if self.settings.attention != "auto":
+            return {self.settings.attention: every[self.settings.attention]}
+        return {name: every[name] for name in (("flex", "causal", "eager") if self.device.type == "cuda" else ("masked",))}
 
+    def _on_device(self, rows: Tensor) -> Tensor:
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
-def batch_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss in nats per token of ids and labels, both int64 [num_rows, row_len]. A token sees those before it in its own document only."""
-    document_of = (ids == BOS_ID).cumsum(1)
-    is_seen = (document_of[:, :, None] == document_of[:, None, :]).tril()
-    loss: Tensor = model(input_ids=ids, labels=labels, attention_mask=is_seen[:, None], use_cache=False).loss
-    return loss
-
-
-@torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor]) -> float:
-    """Mean loss in nats per token over `rows`: (ids, labels), each int64 [num_rows, row_len]."""
-    total, count = 0.0, 0
-    for ids, labels in zip(rows[0].split(_ROWS_AT_ONCE), rows[1].split(_ROWS_AT_ONCE), strict=True):
-        num_tokens = int((labels[:, 1:] >= 0).sum())
-        total += float(batch_loss(model, ids, labels)) * num_tokens
-        count += num_tokens
-    return total / count
-
-
-def training_batches(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (ids, labels) of every step, each int64 [num_rows, row_len]."""
-    for number, stage in enumerate(recipe.stages):
-        rows = token_rows(tokenizer, documents(TRAIN_SEED + number, stage.sketch_share), stage.row_len, EOS_ID)
-        yield from islice(batches(rows, stage.num_rows), stage.num_steps)
-
-
-def validation_rows(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Rows as those of the last stage, of documents that training does not see."""
-    stage = recipe.stages[-1]
-    rows = token_rows(tokenizer, documents(VALIDATION_SEED, stage.sketch_share), stage.row_len, EOS_ID)
-    return next(batches(rows, recipe.validation_rows))
-
-
-def train(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, curve: Path) -> None:
-    """Trains `model` in place; `curve` gets one JSON line at every validation."""
-    optimizer = make_optimizer(recipe, model)
-    validation = validation_rows(recipe, tokenizer)
-    started, num_tokens = time.monotonic(), 0
-    losses: list[float] = []
-    curve.write_text("")
-    for step, (ids, labels) in enumerate(training_batches(recipe, tokenizer), start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        loss = batch_loss(model, ids, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        num_tokens += ids.numel()
-        if step % recipe.steps_between_validations and step != recipe.num_steps:
-            continue
-        seconds = time.monotonic() - started
-        point = {"step": step, "tokens": num_tokens, "loss": fmean(losses), "validation_loss": mean_loss(model, validation), "seconds": round(seconds)}
-        losses.clear()
-        with curve.open("a") as file:
+    def _report(self, loss: float, validation: Tensor, total: int | None, at_once: bool) -> None:
+        if not at_once and time.monotonic() - self._last_reported < self.settings.report_seconds:
+            return
+        self._last_reported = time.monotonic()
+        progress = self.progress
+        seconds = progress.used_seconds + time.monotonic() - _STARTED
+        point = {"step": progress.num_steps, "tokens": progress.num_tokens, "seconds": round(seconds), "loss": round(loss, 4)}
+        point |= {"rate": round(rate_share(self.recipe, progress.num_tokens, total), 4), "validation": validate(self.model, validation, self.dtype)}
+        with self.settings.curve.open("a") as file:
             file.write(json.dumps(point) + "\n")
-        left = seconds / num_tokens * (recipe.num_tokens - num_tokens)
-        print(f"step {step}/{recipe.num_steps}  loss {point['loss']:.4f}  validation {point['validation_loss']:.4f}  {left:.0f} s left", flush=True)
+        print(json.dumps(point), flush=True)
 
-
-def save(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes configuration, tokenizer and bfloat16 weights."""
-    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for_transformers(tokenizer, recipe.max_model_len).save_pretrained(folder)
-    for file in sorted(folder.iterdir()):
-        print(f"{file.stat().st_size:9} {file.name}")
+    def _save(self, tokenizer: Tokenizer, at_once: bool) -> None:
+        if not at_once and time.monotonic() - self._last_saved < _SAVE_EVERY:
+            return
+        self._last_saved = time.monotonic()
+        files.save(self.model, tokenizer, self.settings.output)
+        used = self.progress.used_seconds + time.monotonic() - _STARTED
+        save_state(self.settings.state, self.model, self.optimizer, self.progress.after(used), tokenizer)
 
 
 def main() -> None:
-    """The whole rebuild; the options are for trying things out."""
-    options = argparse.ArgumentParser(description=__doc__)
+    """The whole training, or as much of it as --minutes allow."""
+    settings, recipe = _read_options()
+    progress = read_progress(settings.state) if settings.resume else Progress()
+    settings.curve.parent.mkdir(parents=True, exist_ok=True)
+    if not settings.resume:
+        settings.curve.write_text("")
+    tokenizer = Tokenizer.from_file(str(settings.state / "tokenizer.json")) if settings.resume else make_tokenizer(recipe.tokenizer_conversations)
+    print(f"{time.monotonic() - _STARTED:.0f} s: tokenizer of {tokenizer.get_vocab_size()} entries", flush=True)
+    with shard_stream(tokenizer, recipe.plan, progress.shard, settings.processes) as shards:  # before CUDA: its processes are forked
+        training = Training(recipe, settings)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(training, "stopping", True))
+        training.progress = progress
+        if settings.resume:
+            load_state(settings.state, training.model, training.optimizer, progress)
+        if settings.total_tokens is not None:
+            progress.total_tokens = settings.total_tokens
+        print(json.dumps(asdict(recipe)), f"{sum(map(torch.numel, training.model.parameters()))} parameters", sep="\n", flush=True)
+        plan = ShardPlan(recipe.validation_rows, recipe.plan.row_len, early_shards=recipe.plan.early_shards if recipe.plan.early_shards > 1000 else 0)
+        validation = torch.from_numpy(write_shard(tokenizer, plan, 0, Split.HELD_OUT)).to(training.device)
+        done = training.run(tokenizer, shards, validation)
+    print(f"{progress.num_tokens:,} tokens: {'done' if done else 'go on with --resume'}", flush=True)
+
+
+def _read_options() -> tuple[Settings, Recipe]:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", type=Path, default=MODEL_FOLDER, help="folder for the model's files")
+    options.add_argument("--state", type=Path, default=Path("build/demo_model_state"), help="folder for what --resume needs, in parts below 16 MB")
     options.add_argument("--curve", type=Path, default=HERE / "loss.jsonl", help="file for the losses")
-    options.add_argument("--threads", type=int, default=2, help="the sums' order, and so the last digits, depend on it")
-    chosen = options.parse_args()
-    recipe = Recipe()
-    torch.set_num_threads(chosen.threads)
-    torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer(islice(documents(TOKENIZER_SEED, recipe.stages[-1].sketch_share), recipe.tokenizer_documents), recipe.vocab_size)
-    model = build_model(recipe)
-    print(json.dumps(asdict(recipe)), f"{model.num_parameters()} parameters, {recipe.num_tokens} training tokens", sep="\n", flush=True)
-    train(recipe, model, tokenizer, chosen.curve)
-    save(recipe, model, tokenizer, chosen.output)
+    options.add_argument("--minutes", type=float, default=1e6, help="this command ends before that, start and saving included")
+    options.add_argument("--total-minutes", type=float, default=16.0, help="of all commands together")
+    options.add_argument("--total-tokens", type=int, help="train on so many, however long it takes")
+    options.add_argument("--resume", action="store_true", help="go on where the last command stopped")
+    options.add_argument("--attention", default="auto", choices=("auto", "flex", "causal", "eager", "masked"))
+    options.add_argument("--processes", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that write text; 0: the training does")
+    options.add_argument("--report-seconds", type=float, default=20.0)
+    options.add_argument("--tiny", action="store_true", help="a very small model, on short rows: to see it work on a CPU")
+    chosen = vars(options.parse_args())
+    recipe = Recipe.tiny() if chosen.pop("tiny") else Recipe()
+    return Settings(**chosen), recipe
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ HOURS = [*("six", "seven", "eight", "nine", "ten", "eleven"), *("noon", "midnigh
 NAMES = [*WOMEN, *MEN]
 
 CATEGORIES: dict[str, list[str]] = {
-    "person": NAMES, "trait": TRAITS, "job": JOBS, "house": HOUSES, "near": NEIGHBOURHOODS, "town": TOWNS, "city": CITIES, "colour": COLOURS,
+    "person": NAMES, "woman": WOMEN, "man": MEN, "trait": TRAITS, "job": JOBS, "house": HOUSES, "near": NEIGHBOURHOODS, "town": TOWNS, "city": CITIES, "colour": COLOURS,
     "object": OBJECTS, "case": CASES, "spot": SPOTS, "yard": YARDS, "destination": DESTINATIONS, "room": ROOMS, "animal": ANIMALS, "pet": PET_NAMES,
     "food": FOODS, "ingredient": INGREDIENTS, "goods": GOODS, "day": DAYS, "month": MONTHS, "weather": WEATHERS, "feeling": FEELINGS, "skill": SKILLS,
     "hobby": HOBBIES, "plant": PLANTS, "vehicle": VEHICLES, "reason": REASONS, "count": COUNTS, "age": AGES, "price": PRICES, "room_number": ROOM_NUMBERS,

@@ -1,0 +1,67 @@
+"""Everything that decides the demo model's weights, besides the generator: one dataclass, and the course of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tools.demo_model.model import Shape
+from tools.demo_model.optimizer import Rates
+from tools.demo_model.shards import ShardPlan
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Counts of tokens include what does not count in the loss."""
+
+    shape: Shape = field(default_factory=Shape)
+    plan: ShardPlan = field(default_factory=ShardPlan)
+    rates: Rates = field(default_factory=Rates)
+    rows_per_step: int = 32
+    token_weights: tuple[float, float, float, float] = (0.0, 0.2, 0.5, 1.0)  # by chat.Weight
+    warmup_tokens: int = 20_000_000
+    decay_share: float = 0.35  # of all tokens: the rate falls to nothing over them
+    tokenizer_conversations: int = 12_000
+    validation_rows: int = 64
+    seed: int = 0
+
+    @staticmethod
+    def tiny() -> Recipe:
+        """For tests, and for a look at whether it learns on a CPU."""
+        return Recipe(
+            shape=Shape(hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32),
+            plan=ShardPlan(rows_per_shard=16, row_len=512, early_shards=1 << 20),
+            rows_per_step=4,
+            warmup_tokens=60_000,
+            tokenizer_conversations=1500,
+            validation_rows=16,
+        )
+
+
+def rate_share(recipe: Recipe, num_tokens: int, total_tokens: int | None) -> float:
+    """The share of the peak learning rate after `num_tokens`: up, level, and down in a straight line. As long as the total is not known: level."""
+    rise = min(1.0, (num_tokens + 1) / recipe.warmup_tokens)
+    if total_tokens is None:
+        return rise
+    fall = (total_tokens - num_tokens) / (recipe.decay_share * total_tokens)
+    return max(0.0, min(rise, fall))
+
+
+@dataclass
+class Pace:
+    """Turns the minutes there are into a number of tokens, once it is known how fast training is."""
+
+    seconds_per_command: float
+    total_seconds: float  # of all commands together
+    _STARTING_SHARE = 0.04  # kept back for saving and for what slows down
+
+    def total_tokens(self, num_tokens: int, tokens_per_second: float, used_before: float, used_now: float, start_seconds: float) -> int:
+        """Tokens of the whole training.
+
+        num_tokens: done so far. used_before, used_now: seconds that earlier commands and this one took. start_seconds: what a command needs before it trains.
+        """
+        left = self.total_seconds - used_before - used_now
+        left_now = min(left, self.seconds_per_command - used_now)
+        later = math.ceil(max(0.0, left - left_now) / self.seconds_per_command - 0.02)
+        seconds = max(0.0, left - later * start_seconds) * (1 - self._STARTING_SHARE)
+        return num_tokens + int(seconds * tokens_per_second)
