@@ -1,4 +1,7 @@
-"""Measures the demo model as it lies in its folder: `python tools/demo_model/evaluate.py`. README.md has the results."""
+"""Measures the demo model as it lies in its folder: `python -m tools.demo_model.evaluate`. README.md has the results.
+
+Everything asked is of the held-out split: no name, object, place or number of a question's fact was paired so in training.
+"""
 
 from __future__ import annotations
 
@@ -6,88 +9,202 @@ import argparse
 import random
 import time
 from collections import Counter
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from generator import Question, Story, exam_prompt, stories
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tools.demo_model import exam
+from tools.demo_model.chat import Conversation, Exchange, Turn, messages
+from tools.demo_model.records import records
+from tools.demo_model.stories import told, write_story
+from tools.demo_model.world import Split, World
+
 MODEL_FOLDER = Path(__file__).resolve().parents[2] / "model_repository" / "paged_llm" / "1" / "demo_model"
-EXAM_SEED = 4
-PROMPTS = (
-    "Once upon a time",
-    "Once upon a time there was a clever baker called Mira.",
-    "One windy morning Tom could not find his golden key.",
-    "Anna and Felix were good friends.",
-    "In a stone house by the river lived Zoe, a brave sailor.",
+ROUND_TRIPS = ("plain text", " two  spaces\n\tand a tab ", "Grüße, 世界 🙂", "naïve café — “quoted”", "\x00\x7f", "don't  stop.", "<|end|>1234")
+CHATS: tuple[tuple[str, ...], ...] = (
+    ("Hello!", "Who are you?", "What can you do?"),
+    ("Tell me a story about a fox and a lantern.", "What colour was the lantern?", "Thank you!"),
+    ("Tell me a story about a painter called Mira.", "What was Mira's work?", "How old was Mira?"),
+    ("My name is Ada and I have three cats.", "What is 17 + 25?", "Name three fruits.", "What is my name?", "How many cats do I have?"),
+    ("Write a JSON record with name Tom, age 34 and city Oslo.", "What is the capital of France?", "Sort these numbers: 9, 4, 12, 1"),
 )
-ROUND_TRIPS = ("plain text", " two  spaces\n\tand a tab ", "Grüße, 世界 🙂", "naïve café — “quoted”", "\x00\x7f", "don't  stop.")
+BOOKS = ("Once upon a time", "Once there was a lamp")
 
 
-def exam(num_stories: int) -> list[tuple[Story, Question]]:
-    """One question about each of `num_stories` stories that training never saw."""
-    rng = random.Random(EXAM_SEED)
-    return [(story, rng.choice(story.questions)) for story in islice(stories(EXAM_SEED), num_stories)]
+@dataclass
+class Talker:
+    """A model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> Talker:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        return cls(model, AutoTokenizer.from_pretrained(folder))
+
+    @torch.no_grad()
+    def likeliest(self, ids: Sequence[int]) -> list[int]:
+        """For every token of `ids` the likeliest next one."""
+        logits = self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits
+        return [int(token) for token in logits[0].argmax(-1)]
+
+    @torch.no_grad()
+    def continued(self, prompts: Sequence[str], max_tokens: int, temperature: float = 0.0, at_once: int = 16) -> list[tuple[str, bool]]:
+        """The prompts' continuations, and whether they end by themselves."""
+        answers: list[tuple[str, bool]] = []
+        end = self.tokenizer.eos_token_id
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        for start in range(0, len(prompts), at_once):
+            given = self.tokenizer(
+                list(prompts[start : start + at_once]), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+            ).to(self.model.device)
+            out = self.model.generate(**given, max_new_tokens=max_tokens, pad_token_id=end, **sampling)[:, given.input_ids.shape[1] :]
+            for row in out.tolist():
+                length = row.index(end) if end in row else len(row)
+                answers.append((self.tokenizer.decode(row[:length]), end in row))
+        return answers
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        text: str = self.tokenizer.apply_chat_template(messages(turns), tokenize=False, add_generation_prompt=True)
+        return text
 
 
-@torch.no_grad()
-def is_exact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, story: Story, question: Question) -> bool:
-    """Whether greedy decoding writes the answer and then EOS, nothing else.
+@dataclass
+class Tally:
+    """How many of each kind were right."""
 
-    One pass over prompt and answer: greedy decoding gives the answer exactly if each of its tokens is the likeliest after those before it.
+    right: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, is_right: bool) -> None:
+        self.asked[kind] += 1
+        self.right[kind] += is_right
+
+    def print(self, title: str, order: Iterable[str] = ()) -> None:
+        if not self.asked:
+            return
+        print(f"\n{title}: {self.right.total()} of {self.asked.total()} ({self.right.total() / self.asked.total():.1%})")
+        for kind in order or sorted(self.asked):
+            if self.asked[kind]:
+                print(f"  {kind:28} {self.right[kind]:5} of {self.asked[kind]:5}  {self.right[kind] / self.asked[kind]:.1%}")
+
+
+def print_exam(talker: Talker, num_conversations: int) -> None:
+    """Exact answers, each after the right ones before it.
+
+    One pass over a conversation: greedy decoding gives an answer exactly if each of its tokens, EOS too, is the likeliest after those before it.
     """
-    prompt_ids = tokenizer(exam_prompt(story, question)).input_ids
-    ids = tokenizer(f"{exam_prompt(story, question)} {question.answer}").input_ids
-    assert ids[: len(prompt_ids)] == prompt_ids
-    likeliest = model(input_ids=torch.tensor([ids])).logits[0, len(prompt_ids) - 1 :].argmax(-1).tolist()
-    return bool(likeliest == [*ids[len(prompt_ids) :], tokenizer.eos_token_id])
+    kinds, distances, read = Tally(), Tally(), Tally()
+    failures: list[str] = []
+    backend = talker.tokenizer.backend_tokenizer
+    for form in exam.FORMS:
+        for found in exam.held_out(form, num_conversations):
+            sitting = exam.sitting(backend, found)
+            if len(sitting.ids) > talker.model.config.max_position_embeddings:
+                continue
+            likeliest = talker.likeliest(sitting.ids)
+            for item in sitting.items:
+                if not item.answer.exact:
+                    continue
+                said = likeliest[item.prompt_len - 1 : item.prompt_len - 1 + len(item.answer_ids)]
+                is_right = said == list(item.answer_ids)
+                kinds.add(item.kind, is_right)
+                if item.distance is not None:
+                    read.add(item.kind, is_right)
+                    distances.add(exam.distance_name(item.distance), is_right)
+                if not is_right:
+                    failures.append(f"{item.kind}: {talker.tokenizer.decode(list(item.answer_ids))!r} but {talker.tokenizer.decode(said)!r}")
+    kinds.print("exact answers")
+    read.print("of which about facts in the conversation")
+    distances.print("the same by distance in tokens between fact and answer", [name for _, _, name in exam.DISTANCES])
+    random.Random(0).shuffle(failures)
+    print("\nsome that were not exact (right and said, each token after the right ones):", *failures[:12], sep="\n  ")
 
 
-def print_exam(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_stories: int) -> None:
-    """The rate of exact answers, in all and by kind of question."""
-    asked: Counter[str] = Counter()
-    exact: Counter[str] = Counter()
-    for story, question in exam(num_stories):
-        asked[question.kind] += 1
-        exact[question.kind] += is_exact(model, tokenizer, story, question)
-    print(f"exact answers: {exact.total()} of {asked.total()} ({exact.total() / asked.total():.1%})")
-    for kind, count in asked.most_common():
-        print(f"  {kind:12} {exact[kind]:4} of {count:4} ({exact[kind] / count:.0%})")
+def print_open(talker: Talker, count: int) -> None:
+    """Answers with more than one good wording, decoded greedily: stories, lists, JSON."""
+    tally, jsons, turns, checks = Tally(), Tally(), [], []
+    for number in range(count):
+        world = World(random.Random(f"open {number}"), Split.HELD_OUT)
+        exchanges = [told(world, write_story(world)), *records(world, 3)]
+        for exchange in exchanges:
+            turns.append((Turn("user", exchange.user),))
+            checks.append(exchange.answer)
+    answers = talker.continued([talker.prompt(each) for each in turns], max_tokens=320)
+    for answer, (text, ended) in zip(checks, answers, strict=True):
+        if answer.verbatim:
+            jsons.add("valid JSON", ended and exam.parsed(text) is not None)
+        is_right = text == answer.full if answer.exact else exam.fulfils(answer.check, text)
+        tally.add(answer.kind, ended and is_right)
+    tally.print("lists, JSON and stories, decoded: as asked for, and ended")
+    jsons.print("JSON")
 
 
-def print_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], temperature: float) -> None:
-    """One continuation of each prompt; temperature 0 is greedy."""
-    for seed, prompt in enumerate(prompts):
-        torch.manual_seed(seed)
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, pad_token_id=tokenizer.eos_token_id, **sampling)[
-            0, ids.shape[1] :
-        ]
-        ended = answer[-1] == tokenizer.eos_token_id
-        print(f"[{prompt}]{tokenizer.decode(answer, skip_special_tokens=True)}  ({len(answer)} tokens, {'ended with EOS' if ended else 'did not end'})\n")
+def print_ten_turns(talker: Talker, count: int) -> None:
+    """Conversations of ten exchanges in which the model reads its own answers: what the user said at the beginning is asked for at the end."""
+    found = list(exam.held_out("ten turns", count))
+    histories: list[list[Turn]] = [[] if each.style.system is None else [Turn("system", each.style.system)] for each in found]
+    tally = Tally()
+    for number in range(max(len(each.exchanges) for each in found)):
+        talking = [index for index, each in enumerate(found) if number < len(each.exchanges)]
+        for index in talking:
+            histories[index].append(Turn("user", found[index].exchanges[number].user))
+        answers = talker.continued([talker.prompt(histories[index]) for index in talking], max_tokens=80)
+        for index, (text, ended) in zip(talking, answers, strict=True):
+            histories[index].append(Turn("assistant", text))
+            exchange = found[index].exchanges[number]
+            if exchange.answer.evidence is not None:
+                tally.add("recalled", ended and text == _expected(found[index], exchange))
+    tally.print("ten turns, its own answers in the history")
+
+
+def _expected(found: Conversation, exchange: Exchange) -> str:
+    return found.style.words_of(exchange)
+
+
+def print_samples(talker: Talker, temperature: float) -> None:
+    """Some conversations to read; temperature 0 is greedy."""
+    torch.manual_seed(0)
+    for text in BOOKS:
+        ((answer, ended),) = talker.continued([f"{talker.tokenizer.bos_token}{text}"], 320, temperature)
+        print(f"[{text}]{answer}{'' if ended else ' (did not end)'}\n")
+    for chat in CHATS:
+        history: list[Turn] = []
+        for said in chat:
+            history.append(Turn("user", said))
+            ((answer, ended),) = talker.continued([talker.prompt(history)], 320, temperature)
+            history.append(Turn("assistant", answer))
+            print(f"> {said}\n{answer}{'' if ended else ' (did not end)'}")
+        print()
 
 
 def main() -> None:
-    """Prints load time, sizes, round trips, samples and the exam."""
-    options = argparse.ArgumentParser(description=__doc__)
+    """Prints sizes, round trips, samples and the exam."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", type=Path, default=MODEL_FOLDER)
-    options.add_argument("--stories", type=int, default=1000, help="questions asked, one about each")
+    options.add_argument("--conversations", type=int, default=40, help="of each of the ten forms")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = options.parse_args()
     started = time.monotonic()
-    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval()
-    print(f"loaded in {time.monotonic() - started:.2f} s: {model.num_parameters()} parameters, {len(tokenizer)} tokens")
+    talker = Talker.load(chosen.model, chosen.device)
+    print(f"loaded in {time.monotonic() - started:.2f} s: {talker.model.num_parameters()} parameters, {len(talker.tokenizer)} tokens")
     print(f"{sum(file.stat().st_size for file in chosen.model.iterdir())} bytes in all")
     for text in ROUND_TRIPS:
-        back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+        back = talker.tokenizer.decode(talker.tokenizer(text, add_special_tokens=False).input_ids)
         assert back == text, f"{text!r} came back as {back!r}"
     print(f"{len(ROUND_TRIPS)} texts round-trip")
     for temperature in (0.0, 0.7):
         print(f"\ntemperature {temperature}\n")
-        print_samples(model, tokenizer, PROMPTS, temperature)
-    print_exam(model, tokenizer, chosen.stories)
+        print_samples(talker, temperature)
+    print_exam(talker, chosen.conversations)
+    print_open(talker, chosen.conversations)
+    print_ten_turns(talker, chosen.conversations // 2)
+    print(f"\n{time.monotonic() - started:.0f} s on {chosen.device}")
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ _UNKNOWN = (
     "Translate {word} into [French|German|Spanish|Latin].", "How do you say {word} in [French|German|Spanish|Latin]?", "What happened in {year}?",
     "How far is it from {city} to {city2}?", "Who [invented|discovered] the {object}?", "How [tall|high|deep|old] is [the Eiffel Tower|Mount Everest|the sea|the moon]?",
     "[What is the news today?|What is new in the world?]", "[Play|Sing] [some music|a song].", "[Draw|Paint|Show me] a {animal}.", "Search the [web|internet] for {word}.",
-    "What is the price of a {object}?", "Which film should I watch?", "What is the meaning of life?", "How many {animal}s are there in the world?",
+    "What is the price of a {object}?", "Which film should I watch?", "What is the meaning of life?", "How many birds are there in the world?",
     "What does {odd} mean?", "Who is {person} {surname}?", "What is a {odd}?", "Where is {odd}?", "When was {person} {surname} born?", "What is the speed of light?",
-    "What is the [largest|smallest|oldest] [city|country|river|mountain] in [the world|{country}]?", "What do {animal}s eat?", "Why is the sky blue?",
+    "What is the [largest|smallest|oldest] [city|country|river|mountain] in [the world|{country}]?", "What does a {animal} eat?", "Why is the sky blue?",
     "How long does [a {animal} live|it take to learn {subject}]?", "[Should I buy a|Where can I buy a] {object}?", "What is the square root of {number}?",
     "Recommend a [book|film|restaurant in {city}].", "Send a message to {person}.", "Call {person}.", "What is the latest version of [Python|Linux|paged]?",
 )  # fmt: skip

@@ -198,8 +198,9 @@ def request_for(world: World, story: Story) -> str:
 
 def told(world: World, story: Story) -> Exchange:
     """The assistant tells the story."""
-    answer = Answer("story", story.text, exact=False, check=("story", story.hero))
-    return Exchange(request_for(world, story), answer)
+    request = request_for(world, story)
+    wanted = [word for word in (story.hero, *story.topics.values()) if word in request]
+    return Exchange(request, Answer("story", story.text, exact=False, check=("story", *wanted)))
 
 
 _GIVEN = (
@@ -275,7 +276,7 @@ def in_other_words(world: World, exchange: Exchange) -> Exchange:
     if chance < 0.2 and question.startswith(_QUESTION_WORDS):
         return Exchange(question[0].lower() + question[1:], exchange.answer)
     if chance < 0.26:
-        return Exchange(question.rstrip("?"), exchange.answer)
+        return Exchange(question.rstrip("? "), exchange.answer)
     return exchange
 
 

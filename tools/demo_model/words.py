@@ -19,7 +19,8 @@ SYLLABLES = "ba bo bri da del dro el fa fen gar gri ha jo ka kel la lo lin ma mo
 TRAITS = "kind quiet clever cheerful careful curious patient brave friendly young gentle honest lively shy proud old".split()
 JOBS = (
     "baker gardener sailor teacher painter farmer carpenter doctor tailor miller postman fisherman singer clockmaker nurse potter shepherd librarian cook "
-    "blacksmith weaver beekeeper pilot dentist writer dancer"
+    "blacksmith weaver beekeeper pilot dentist writer dancer knight king queen princess wizard pirate detective student soldier mayor judge hunter driver engineer "
+    "scientist merchant"
 ).split()
 
 HOUSES = [
@@ -39,7 +40,8 @@ COLOURS = "red blue green yellow white black brown purple silver golden orange p
 OBJECTS = (
     "lamp key book kite hat cup ring drum bell clock coat flute ball blanket scarf mirror spoon bottle umbrella candle brush boat doll map pen whistle purse "
     "lantern ladder hammer basket shovel teapot violin trumpet telescope compass notebook pillow kettle necklace bracelet wallet camera rope saw guitar "
-    "helmet ribbon vase plate button letter painting chair stool cloak glove watch crown shell feather coin marble puppet statue sled broom bucket"
+    "helmet ribbon vase plate button letter painting chair stool cloak glove watch crown shell feather coin marble puppet statue sled broom bucket "
+    "sword rocket balloon train car robot pearl cake star stone egg flower apple phone bicycle wheel anchor flag fan tent jewel carpet cart piano tower bridge"
 ).split()
 CASES = "bag box basket chest trunk drawer".split()
 
@@ -60,7 +62,8 @@ DESTINATIONS = "market harbour school mill church station beach castle bakery fa
 ROOMS = "kitchen cellar attic library hallway garage bedroom office workshop bathroom".split()
 
 ANIMALS = (
-    "dog cat rabbit duck goat pony hen fox owl mouse donkey turtle bear wolf hedgehog squirrel frog sheep goose horse crow badger otter lizard parrot pig deer swan"
+    "dog cat rabbit duck goat pony hen fox owl mouse donkey turtle bear wolf hedgehog squirrel frog sheep goose horse crow badger otter lizard parrot pig deer swan "
+    "lion tiger elephant monkey whale penguin camel bee ant spider butterfly dragon unicorn dinosaur kangaroo panda seal shark eagle raven beaver cow"
 ).split()
 PET_NAMES = "Biscuit Pepper Star Button Cloud Ginger Shadow Pip Honey Acorn Bramble Snow Rusty Bella Cookie Domino Fluffy Hazel Jelly Luna Mocha Nugget Olive Pebble Rocky Sunny Waffle Ziggy".split()
 FOODS = [

@@ -16,6 +16,7 @@ from tools.demo_model import words
 
 _ONE_IN = 6  # pairs that are held out
 _MADE_UP_SHARE = 0.15  # of the names
+_ODD_SHARE = 0.03  # of the things, whose names are made up, too
 
 
 class Split(Enum):
@@ -136,7 +137,7 @@ class World:
 
     def thing(self, noun: str | None = None) -> Thing:
         """Something new, and its colour."""
-        noun = noun or self.new(words.OBJECTS)
+        noun = noun or (self.made_up_name().lower() if self.chance(_ODD_SHARE) else self.new(words.OBJECTS))
         return Thing(self.pick(noun, "colour"), noun)
 
     def amount(self, subject: object) -> Wordings:
