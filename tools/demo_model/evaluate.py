@@ -45,7 +45,9 @@ class Talker:
     @classmethod
     def load(cls, folder: Path, device: str) -> Talker:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-        return cls(model, AutoTokenizer.from_pretrained(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = tokenizer.eos_token  # prompts of a batch are padded on the left, where nobody looks
+        return cls(model, tokenizer)
 
     @torch.no_grad()
     def likeliest(self, ids: Sequence[int]) -> list[int]:

@@ -58,7 +58,7 @@ def sitting(tokenizer: Tokenizer, found: Conversation) -> Sitting:
         turn_ids = [*tokenizer.encode(turn.text, add_special_tokens=False).ids, tokenizer.token_to_id(EOS)]
         if turn.role == "assistant":
             answer = next(answers)
-            at = _evidence_end(tokenizer, turns[:number], starts, answer.evidence)
+            at = _evidence_end(tokenizer, turns[:number], starts[:number], answer.evidence)
             items.append(Item(answer.kind, len(ids), tuple(turn_ids), None if at is None else len(ids) - at, answer))
         ids += turn_ids
     return Sitting(tuple(ids), tuple(items), tuple(turns))

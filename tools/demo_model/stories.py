@@ -130,16 +130,18 @@ def write_story(world: World, num_chapters: int = 1, noun: str | None = None, ki
 
 def _tale(world: World, num_chapters: int, noun: str | None, hero: Person | None) -> Story:
     slots = cast(world, noun, hero=hero)
-    story = Story(str(slots["hero"]), topics={"job": str(slots["job"])})
+    job, story = slots["job"], Story(str(slots["hero"]))
     story.people = [str(slots[role]) for role in ("hero", "friend", "third")]
     story.paragraphs.append([])
-    for line in world.rng.choice(OPENINGS):
+    opening = world.rng.choice(OPENINGS)
+    for line in opening:
         story.add(world, line, slots)
+    if any("{job}" in line.text for line in opening):
+        story.topics["job"] = str(job)
     plots = world.rng.sample(PLOTS, num_chapters)
     for chapter, plot in enumerate(plots):
         if chapter:
-            slots = cast(world, hero=slots["hero"])  # type: ignore[arg-type]
-            slots |= {"job": story.topics["job"]}
+            slots = {**cast(world, hero=slots["hero"]), "job": job}  # type: ignore[arg-type]
             story.people += [str(slots["friend"]), str(slots["third"])]
             story.paragraphs.append([])
         _add_facts(world, story, slots, world.rng.choice((0, 0, 1, 1, 2)))
