@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from paged_backend.models.architecture import read_architecture
 from tools.demo_model import exam, train
 from tools.demo_model.chat import BOS, EOS, SPECIAL_TOKENS, Conversation, Style, Weight, messages, rendered
+from tools.demo_model.evaluate import print_exam
 from tools.demo_model.generator import MAIN, conversation, conversations
 from tools.demo_model.model import DemoModel, Shape, documents_of, masked_attention, save
 from tools.demo_model.optimizer import orthogonal
@@ -57,7 +59,12 @@ def test_every_conversation_is_user_and_assistant_in_turn(some: list[Conversatio
         assert body == ["user", "assistant"] * (len(body) // 2) and body
         assert all(turn.text and not any(token in turn.text for token in SPECIAL_TOKENS) for turn in each.turns)
         assert all(turn.text == turn.text.strip() for turn in each.turns), "the template trims"
-        assert not re.search(r"[\[\]{}<>|]", " ".join(turn.text for turn in each.turns if "JSON" not in turn.text and '"' not in turn.text and "[ ]" not in turn.text and " | " not in turn.text))
+        assert not re.search(
+            r"[\[\]{}<>|]",
+            " ".join(
+                turn.text for turn in each.turns if "JSON" not in turn.text and '"' not in turn.text and "[ ]" not in turn.text and " | " not in turn.text
+            ),
+        )
 
 
 def test_every_answer_about_the_conversation_can_be_read_in_it(some: list[Conversation]) -> None:
@@ -82,7 +89,7 @@ def test_arithmetic_is_right(some: list[Conversation]) -> None:
     assert len(equations) > 10
     for text in equations:
         left, right = text.split("=")
-        assert eval(left) == int(right)  # noqa: S307 (digits and an operator, of our own)
+        assert eval(left) == int(right)
 
 
 def test_json_answers_are_json(some: list[Conversation]) -> None:
@@ -102,9 +109,7 @@ def test_open_answers_fulfil_their_own_checks(some: list[Conversation]) -> None:
 
 
 def test_no_fact_of_the_exam_is_in_the_training_text() -> None:
-    trained, held_out = (
-        {fact for each in islice(conversations(3, split), 150) for fact in each.facts} for split in (Split.TRAIN, Split.HELD_OUT)
-    )
+    trained, held_out = ({fact for each in islice(conversations(3, split), 150) for fact in each.facts} for split in (Split.TRAIN, Split.HELD_OUT))
     assert len(trained) > 1000 and len(held_out) > 1000
     assert not trained & held_out
 
@@ -139,7 +144,7 @@ def test_the_template_writes_what_training_reads(tiny_folder: Path, some: list[C
     for each in some[::7]:
         assert loaded.apply_chat_template(messages(each.turns), tokenize=False) == rendered(each.turns)
         opened = loaded.apply_chat_template(messages(each.turns[:-1]), tokenize=False, add_generation_prompt=True)
-        assert opened == exam.prompt_text(tuple(each.turns[:-1]))
+        assert opened == rendered(each.turns[:-1], opens_answer=True)
         ids = loaded.apply_chat_template(messages(each.turns), return_dict=False)
         (encoding,) = encoded(loaded.backend_tokenizer, [each])
         assert token_ids(np.array(encoding, np.int16)).tolist() == ids
@@ -170,6 +175,26 @@ def test_the_exam_knows_where_answers_and_facts_are(tokenizer: Tokenizer, some: 
     assert far > 5
 
 
+class Oracle:
+    """Stands in for a model that always says the right thing, but for one kind of question."""
+
+    def __init__(self, tokenizer: Any, fails: str) -> None:
+        self.tokenizer, self.model = tokenizer, SimpleNamespace(config=SimpleNamespace(max_position_embeddings=2048))
+        self._wrong = tokenizer.backend_tokenizer.encode(fails, add_special_tokens=False).ids[0]
+
+    def likeliest(self, ids: Sequence[int]) -> list[int]:
+        return [token if token != self._wrong else 5 for token in [*ids[1:], 1]]
+
+
+def test_a_perfect_model_passes_the_exam_and_a_forgetful_one_does_not(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = AutoTokenizer.from_pretrained(tiny_folder)
+    print_exam(Oracle(loaded, "\x00"), 1)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert re.findall(r"(\d+) of (\d+) \(100.0%\)", said) and "above 1,000" in said and "%)" in said and "99." not in said
+    print_exam(Oracle(loaded, "."), 1)  # type: ignore[arg-type]
+    assert float(re.findall(r"exact answers: \d+ of \d+ \((.*)%\)", capsys.readouterr().out)[0]) < 60
+
+
 # ---- shards
 
 
@@ -186,7 +211,11 @@ def test_a_row_holds_whole_conversations_and_padding_that_does_not_count() -> No
     rows = list(islice(packed((list(range(1, length + 1)) for length in 30 * [3, 9, 5, 12]), row_len=10), 3))
     for row in rows:
         assert len(row) == 10
-        assert [value for before, value in zip([0, *row], row, strict=False) if value != before + 1] in ([], [1] * row.count(1), [*([1] * (row.count(1) - 1))]) or 1 in row
+        assert [value for before, value in zip([0, *row], row, strict=False) if value != before + 1] in (
+            [],
+            [1] * row.count(1),
+            [*([1] * (row.count(1) - 1))],
+        ) or 1 in row
 
 
 def test_only_what_the_assistant_says_weighs_full(tokenizer: Tokenizer) -> None:
@@ -260,12 +289,12 @@ def test_exact_answers_are_runs_without_a_wrong_token() -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recipe]:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     shape = Shape(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
     plan = ShardPlan(rows_per_shard=4, row_len=256, early_shards=1 << 20)
     recipe = replace(Recipe.tiny(), shape=shape, plan=plan, warmup_tokens=1000, tokenizer_conversations=100, validation_rows=2, rows_per_step=2)
     monkeypatch.setattr(Recipe, "tiny", staticmethod(lambda: recipe))
-    yield recipe
+    return recipe
 
 
 def test_a_training_that_is_cut_off_goes_on(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,8 +311,10 @@ def test_a_training_that_is_cut_off_goes_on(tiny: Recipe, tmp_path: Path, monkey
     assert [point["tokens"] for point in points] == [1024 * index for index in range(1, 9)]
     assert points[-1]["validation"]["given"] < points[0]["validation"]["given"] - 0.3
     model = DemoModel(tiny.shape)
-    optimizer = train.Optimizer(model, tiny.rates, compiled=False)
+    optimizer = train.Optimizer(model, tiny.rates)
     load_state(tmp_path / "state", model, optimizer, read_progress(tmp_path / "state"))
-    rows = torch.from_numpy(write_shard(Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")), replace(tiny.plan, rows_per_shard=2), 0, Split.HELD_OUT))
+    rows = torch.from_numpy(
+        write_shard(Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")), replace(tiny.plan, rows_per_shard=2), 0, Split.HELD_OUT)
+    )
     assert validate(model, rows, torch.float32)["given"] == pytest.approx(points[-1]["validation"]["given"], abs=0.001)
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model").config.num_key_value_heads == 1

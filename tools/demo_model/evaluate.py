@@ -62,9 +62,9 @@ class Talker:
         end = self.tokenizer.eos_token_id
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         for start in range(0, len(prompts), at_once):
-            given = self.tokenizer(
-                list(prompts[start : start + at_once]), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-            ).to(self.model.device)
+            given = self.tokenizer(list(prompts[start : start + at_once]), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
+                self.model.device
+            )
             out = self.model.generate(**given, max_new_tokens=max_tokens, pad_token_id=end, **sampling)[:, given.input_ids.shape[1] :]
             for row in out.tolist():
                 length = row.index(end) if end in row else len(row)

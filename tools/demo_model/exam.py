@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from tools.demo_model import words
-from tools.demo_model.chat import ASSISTANT, BOS, EOS, ROLE_TOKENS, Answer, Conversation, Turn
+from tools.demo_model.chat import ROLE_TOKENS, SPECIAL_TOKENS, Answer, Conversation, Turn
 from tools.demo_model.generator import conversation
+from tools.demo_model.vocabulary import BOS_ID, EOS_ID
 from tools.demo_model.world import Split
 
 SEED = "exam"
@@ -51,11 +52,13 @@ def sitting(tokenizer: Tokenizer, found: Conversation) -> Sitting:
     """The conversation's tokens, and where its answers are."""
     turns = found.turns
     answers = iter([exchange.answer for exchange in found.exchanges])
-    ids, starts, items = [tokenizer.token_to_id(BOS)], [], []
+    ids: list[int] = [BOS_ID]
+    starts: list[int] = []
+    items: list[Item] = []
     for number, turn in enumerate(turns):
-        ids.append(tokenizer.token_to_id(ROLE_TOKENS[turn.role]))
+        ids.append(SPECIAL_TOKENS.index(ROLE_TOKENS[turn.role]))
         starts.append(len(ids))
-        turn_ids = [*tokenizer.encode(turn.text, add_special_tokens=False).ids, tokenizer.token_to_id(EOS)]
+        turn_ids = [*tokenizer.encode(turn.text, add_special_tokens=False).ids, EOS_ID]
         if turn.role == "assistant":
             answer = next(answers)
             at = _evidence_end(tokenizer, turns[:number], starts[:number], answer.evidence)
@@ -72,11 +75,6 @@ def _evidence_end(tokenizer: Tokenizer, turns: list[Turn], starts: list[int], ev
         if (at := turn.text.rfind(evidence)) >= 0:
             return start + len(tokenizer.encode(turn.text[: at + len(evidence)], add_special_tokens=False).ids)
     raise AssertionError(f"nobody said {evidence!r}")
-
-
-def prompt_text(turns: tuple[Turn, ...]) -> str:
-    """The turns, and the assistant's opened."""
-    return BOS + "".join(f"{ROLE_TOKENS[turn.role]}{turn.text}{EOS}" for turn in turns) + ASSISTANT
 
 
 def distance_name(distance: int) -> str:

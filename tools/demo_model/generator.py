@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from tools.demo_model.chat import Answer, Conversation, Exchange, rendered
-from tools.demo_model.memory import TRAITS, Told, correction, facts, introduction, unknown as untold
+from tools.demo_model.memory import TRAITS, Told, correction, facts, introduction
+from tools.demo_model.memory import unknown as untold
 from tools.demo_model.papers import json_record, letter, notes, paper, people_table
 from tools.demo_model.records import records
-from tools.demo_model.smalltalk import Manner, about_itself, greeting, manner, talk, unknown
+from tools.demo_model.smalltalk import Manner, about_itself, greeting, manner, nothing_told, talk, unknown
 from tools.demo_model.stories import Story, given, plain, questions, told, write_story
 from tools.demo_model.sums import sums
 from tools.demo_model.wordplay import wordplay
@@ -57,7 +58,7 @@ def conversation(rng: random.Random, split: Split, form: str) -> Conversation:
     bearing = manner(world)
     exchanges = _FORMS[form](world, bearing)
     if world.chance(0.08) and form != "long":
-        exchanges.insert(0, greeting(world))
+        exchanges.insert(0, greeting(world) if world.chance(0.7) else nothing_told(world))
     return Conversation(tuple(exchanges), bearing.style, facts=frozenset(world.facts))
 
 

@@ -12,7 +12,6 @@ from tools.demo_model.stories import in_other_words
 from tools.demo_model.world import World
 
 
-
 @dataclass(frozen=True)
 class Trait:
     """Something about the user. `{x}` is the value, `{s}` what it is about."""
@@ -32,21 +31,25 @@ TRAITS: tuple[Trait, ...] = (
     Trait("age", "I am {x} years old.", "{x} is a good age.", "[How old am I?|What is my age?]", "You are {x} years old.", "{x}", "user's age"),
     Trait("city", "[I live in {x}.|My home is in {x}.|I come from {x}.]", "{x} must be a nice place.", "[Where do I live?|Which city do I live in?]",
           "You live in {x}.", "in {x}", "user's city"),
-    Trait("job", "[I work as a {x}.|I am a {x}.|My job is to be a {x}.]", "That must be interesting work.", "[What is my job?|What do I work as?|What is my work?]",
+    Trait("job", "[I work as a {x}.|I am a {x}.|My job is to be a {x}.]", "That must be interesting work.",
+        "[What is my job?|What do I work as?|What is my work?]",
           "You are a {x}.", "a {x}", "user's job"),
-    Trait("colour", "[My favourite colour is {x}.|I like {x} best of all colours.]", "{x} is a lovely colour.", "[What is my favourite colour?|Which colour do I like best?]",
+    Trait("colour", "[My favourite colour is {x}.|I like {x} best of all colours.]", "{x} is a lovely colour.",
+        "[What is my favourite colour?|Which colour do I like best?]",
           "Your favourite colour is {x}.", "{x}", "user's colour"),
     Trait("food", "[My favourite food is {x}.|I love {x}.|I like to eat {x}.]", "That sounds delicious.", "[What is my favourite food?|What do I like to eat?]",
           "You like {x}.", "{x}", "user's food"),
     Trait("hobby", "[My hobby is {x}.|I like {x} in my free time.]", "That is a fine hobby.", "[What is my hobby?|What do I like to do in my free time?]",
           "Your hobby is {x}.", "{x}", "user's hobby"),
-    Trait("woman", "[My sister is called {x}.|I have a sister, {x}.|My sister's name is {x}.]", "{x} is a nice name.", "[What is my sister's name?|What is my sister called?]",
+    Trait("woman", "[My sister is called {x}.|I have a sister, {x}.|My sister's name is {x}.]", "{x} is a nice name.",
+        "[What is my sister's name?|What is my sister called?]",
           "Your sister is called {x}.", "{x}", "sister"),
     Trait("man", "[My brother is called {x}.|I have a brother named {x}.]", "{x} is a nice name.", "[What is my brother's name?|What is my brother called?]",
           "Your brother is called {x}.", "{x}", "brother"),
     Trait("pet", "[My {s} is called {x}.|I have a {s} named {x}.|I have a {s}. Its name is {x}.]", "{x} is a good name for a {s}.",
           "[What is my {s} called?|What is the name of my {s}?]", "Your {s} is called {x}.", "{x}", "animal"),
-    Trait("count", "[I have {x} {s}s.|There are {x} {s}s in my house.]", "{x} {s}s, that is a lot of company.", "[How many {s}s do I have?|How many {s}s have I got?]",
+    Trait("count", "[I have {x} {s}s.|There are {x} {s}s in my house.]", "{x} {s}s, that is a lot of company.",
+        "[How many {s}s do I have?|How many {s}s have I got?]",
           "You have {x} {s}s.", "{x}", "cat dog duck rabbit pony turtle frog parrot bird hen"),
     Trait("spot", "[I have put my {s} {x}.|My {s} is {x}.|I left my {s} {x}.]", "I will remember that.", "[Where is my {s}?|Where did I put my {s}?]",
           "Your {s} is {x}.", "{x}", "object"),
@@ -54,13 +57,16 @@ TRAITS: tuple[Trait, ...] = (
           "car house bicycle door boat jacket bag tent"),
     Trait("room_number", "[My room number is {x}.|I am in room {x}.]", "I will remember room {x}.", "[What is my room number?|Which room am I in?]",
           "Your room number is {x}.", "{x}", "user's room"),
-    Trait("month", "[My birthday is in {x}.|I was born in {x}.]", "{x} is a good month for a birthday.", "[When is my birthday?|In which month is my birthday?]",
+    Trait("month", "[My birthday is in {x}.|I was born in {x}.]", "{x} is a good month for a birthday.",
+        "[When is my birthday?|In which month is my birthday?]",
           "Your birthday is in {x}.", "in {x}", "user's birthday"),
     Trait("day", "[My next {s} is on {x}.|I have a {s} on {x}.]", "I will remember that.", "[When is my {s}?|On which day is my {s}?]", "Your {s} is on {x}.",
           "on {x}", "lesson meeting party concert exam holiday match"),
-    Trait("instrument", "I play the {x}.", "How nice. I would like to hear it.", "[What do I play?|Which instrument do I play?]", "You play the {x}.", "the {x}",
+    Trait("instrument", "I play the {x}.", "How nice. I would like to hear it.", "[What do I play?|Which instrument do I play?]", "You play the {x}.",
+        "the {x}",
           "user's instrument"),
-    Trait("drink", "[My favourite drink is {x}.|I always drink {x} in the morning.]", "That is a good choice.", "[What is my favourite drink?|What do I like to drink?]",
+    Trait("drink", "[My favourite drink is {x}.|I always drink {x} in the morning.]", "That is a good choice.",
+        "[What is my favourite drink?|What do I like to drink?]",
           "You like {x}.", "{x}", "user's drink"),
 )  # fmt: skip
 
@@ -123,5 +129,7 @@ def correction(world: World, told: Told, trait: Trait) -> Told | None:
     if "{s}" in trait.said or other.recall.answer.full == told.recall.answer.full:
         return None
     said = world.rng.choice(("No, wait. {}", "Sorry, that was wrong. {}", "Actually, {}", "That has changed. {}")).format(other.telling.user)
-    recall = Exchange(other.recall.user, Answer("user's facts corrected", other.recall.answer.full, other.recall.answer.short, other.telling.user), other.recall.in_short)
+    recall = Exchange(
+        other.recall.user, Answer("user's facts corrected", other.recall.answer.full, other.recall.answer.short, other.telling.user), other.recall.in_short
+    )
     return Told(Exchange(said, Answer("told", "Thank you, I will remember that.")), recall)

@@ -66,9 +66,8 @@ class DemoModel(nn.Module):
     def forward(self, ids: Tensor, attention: Attention, dtype: torch.dtype = torch.float32) -> Tensor:
         """ids: int64 [B, T]. Logits [B, T, vocab] in `dtype`, in which all but the norms is computed."""
         shape, (rows, length) = self.shape, ids.shape
-        embedding = self.embedding.to(dtype)
         cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
-        x = functional.embedding(ids, embedding)
+        x = functional.embedding(ids, self.embedding).to(dtype)
         stacked = [weights.to(dtype).unbind(0) for weights in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)]
         gains = (self.attention_norm.unbind(0), self.mlp_norm.unbind(0))
         for q, k, v, o, gate, up, down, attention_gain, mlp_gain in zip(*stacked, *gains, strict=True):
@@ -78,7 +77,7 @@ class DemoModel(nn.Module):
             x = x + functional.linear(mixed.transpose(1, 2).reshape(rows, length, -1), o)
             normed = rms_norm(x, mlp_gain)
             x = x + functional.linear(functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up), down)
-        return functional.linear(rms_norm(x, self.final_norm), embedding)
+        return functional.linear(rms_norm(x, self.final_norm), self.embedding.to(dtype))
 
     @property
     def matrices(self) -> list[nn.Parameter]:

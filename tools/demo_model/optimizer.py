@@ -6,7 +6,6 @@ The matrices of all layers are one tensor here, so a step is a few batched produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +44,7 @@ def orthogonal(update: Tensor, dtype: torch.dtype) -> Tensor:
 class Optimizer:
     """Steps all parameters of a model. `state` and `load` carry it over to the next command."""
 
-    def __init__(self, model: DemoModel, rates: Rates, compiled: bool) -> None:
+    def __init__(self, model: DemoModel, rates: Rates) -> None:
         self._rates = rates
         self._matrices = model.matrices
         self._momenta = [torch.zeros_like(matrix) for matrix in self._matrices]
@@ -56,7 +55,6 @@ class Optimizer:
         on_cuda = model.embedding.is_cuda
         self._adam = torch.optim.AdamW(self._others.values(), lr=rates.other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=on_cuda)
         self._dtype = torch.bfloat16 if on_cuda else torch.float32
-        self._orthogonal: Callable[[Tensor, torch.dtype], Tensor] = torch.compile(orthogonal, dynamic=False) if compiled else orthogonal
 
     @torch.no_grad()
     def step(self, share: float) -> None:
@@ -70,7 +68,7 @@ class Optimizer:
         for matrix, momentum in zip(self._matrices, self._momenta, strict=True):
             assert matrix.grad is not None
             momentum.lerp_(matrix.grad, 1 - rates.matrix_momentum)
-            update = self._orthogonal(matrix.grad.lerp(momentum, rates.matrix_momentum), self._dtype)
+            update = orthogonal(matrix.grad.lerp(momentum, rates.matrix_momentum), self._dtype)
             scale = max(1.0, matrix.shape[1] / matrix.shape[2]) ** 0.5
             matrix.mul_(1 - rates.matrix_rate * share * rates.matrix_decay).add_(update, alpha=-rates.matrix_rate * share * scale)
             matrix.grad = None

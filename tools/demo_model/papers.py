@@ -33,7 +33,9 @@ def paper(world: World, num_questions: int) -> list[Exchange]:
 
 def hand_over(world: World, found: Paper, num_questions: int) -> list[Exchange]:
     asked = [in_other_words(world, exchange) for exchange in world.rng.sample(found.exchanges, min(num_questions, len(found.exchanges)))]
-    opening = world.rng.choice((f"Here is a {found.sort}:\n{{}}", "{}", "Look at this:\n{}", f"My {found.sort}:\n{{}}", f"I have a {found.sort} for you.\n\n{{}}"))
+    opening = world.rng.choice(
+        (f"Here is a {found.sort}:\n{{}}", "{}", "Look at this:\n{}", f"My {found.sort}:\n{{}}", f"I have a {found.sort} for you.\n\n{{}}")
+    )
     return handed(world, opening.replace("{}", found.text), found.sort, asked)
 
 

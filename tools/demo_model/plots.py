@@ -191,7 +191,7 @@ VISIT: Plot = (
     Line("{hero} came late because {reason}.", (
         Ask("reason", "Why [was {hero} late|did {hero} come late]?", "{hero} came late because {reason}.", "because {reason}"),
     )),
-    Line("[When {hero.he} arrived, {friend} was waiting at the gate.|{friend} was already waiting.] [They sat down and ate {food}.|There was {food} on the table.]",
+    Line("[When {hero.he} came, {friend} was at the gate.|{friend} was already waiting.] [They sat down and ate {food}.|There was {food} on the table.]",
          (_FOOD,)),
     Line("{friend} liked the {thing.noun} very much and put it {spot}.", (
         Ask("spot", "Where did {friend} put the {thing.noun}?", "{friend} put the {thing.noun} {spot}.", "{spot}", "thing"),
@@ -301,7 +301,8 @@ HARVEST: Plot = (
     )),
     Line("{hero.he} gave all of them to {friend}, because {friend} had helped {hero.him} in the winter.", (
         Ask("person", "Who got the {goods.noun}?", "{friend} got the {goods.noun}.", "{friend}"),
-        Ask("why", "Why did {hero} give them to {friend}?", "{friend} had helped {hero} in the winter.", "because {friend} had helped {hero.him} in the winter"),
+        Ask("why", "Why did {hero} give them to {friend}?", "{friend} had helped {hero} in the winter.",
+            "because {friend} had helped {hero.him} in the winter"),
     )),
     Line("{friend} [was very happy|smiled] and made {food}.", (Ask("food", "What did {friend} make?", "{friend} made {food}.", "{food}"),)),
     Line("[They ate it|They had dinner] {yard} and invited {third}, too.", (

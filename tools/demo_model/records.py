@@ -12,7 +12,8 @@ from tools.demo_model.world import World
 
 _PERSON_KEYS = ("age", "job", "town", "city", "hobby", "food", "drink", "sport", "instrument", "animal", "colour")
 _SAYINGS = {
-    "age": "is {} years old", "job": "works as a {}", "town": "lives in {}", "city": "was born in {}", "hobby": "likes {}", "food": "loves {}", "drink": "drinks {}",
+    "age": "is {} years old", "job": "works as a {}", "town": "lives in {}", "city": "was born in {}", "hobby": "likes {}", "food": "loves {}",
+    "drink": "drinks {}",
     "sport": "trains {}", "instrument": "plays the {}", "animal": "has a {}", "colour": "likes the colour {}",
 }  # fmt: skip
 
@@ -47,7 +48,7 @@ def record(world: World) -> Exchange:
     """A JSON record of what the request says."""
     name = world.person().name
     keys = world.rng.sample(_PERSON_KEYS, world.rng.randint(1, 4))
-    wanted: dict[str, str | int] = {"name": name} | {key: _value(world, name, key) for key in keys}
+    wanted: dict[str, str | int] = {"name": name, **{key: _value(world, name, key) for key in keys}}
     said = enumeration([f"{key} {value}" for key, value in wanted.items()])
     question = world.rng.choice(("Write a JSON record with {}.", "Make a JSON object with {}.", "Give me JSON with {}.", "Write this as JSON: {}"))
     return _json("JSON from a request", question.format(said), wanted)
@@ -84,8 +85,10 @@ def invented(world: World) -> Exchange:
     """A JSON record with the keys asked for and values of the model's own."""
     keys = ["name", *world.rng.sample(_PERSON_KEYS, world.rng.randint(1, 4))]
     name = world.person().name
-    made = {"name": name} | {key: _value(world, name, key) for key in keys[1:]}
-    question = world.rng.choice(("Make up a JSON record of a person with the keys {}.", "Invent a person and write {} as JSON.", "Write a JSON record with {}."))
+    made = {"name": name, **{key: _value(world, name, key) for key in keys[1:]}}
+    question = world.rng.choice(
+        ("Make up a JSON record of a person with the keys {}.", "Invent a person and write {} as JSON.", "Write a JSON record with {}.")
+    )
     answer = Answer("JSON invented", json.dumps(made), exact=False, verbatim=True, check=("json", *keys))
     return Exchange(question.format(enumeration(keys)), answer)
 

@@ -10,9 +10,7 @@ from tools.demo_model.phrasing import capital, write
 from tools.demo_model.stories import in_other_words, told, write_story
 from tools.demo_model.world import World
 
-SORRY = (
-    "I am sorry, I do not know that. I am a small demo model: I can tell stories, answer questions about a text, do small sums and write lists and JSON."
-)
+SORRY = "I am sorry, I do not know that. I am a small demo model: I can tell stories, answer questions about a text, do small sums and write lists and JSON."
 UNTOLD = "You have not told me."
 PUZZLED = "I am sorry, I do not understand that. You could ask me for a story."
 _CAN = "I can tell stories, answer questions about a text that you give me, remember what you tell me, do small sums, and write lists and JSON."
@@ -26,7 +24,8 @@ _TALK: tuple[tuple[str, str], ...] = (
     ("[Thank you|Thanks|Thank you!|Thanks a lot|thanks|Thank you very much.|Many thanks!|That was helpful.]", "You are welcome."),
     ("[Goodbye|Bye|Bye!|See you|Good night|bye|See you later!|That is all.]", "Goodbye! Have a good day."),
     ("[What can you do?|How can you help me?|what can you do|Help|help|What are you good at?|What can I ask you?|What should I ask?]", _CAN),
-    ("[Are you a human?|Are you a person?|Are you real?|Am I talking to a human?|Are you a robot?|Are you an AI?]", "I am a small language model, not a human."),
+    ("[Are you a human?|Are you a person?|Are you real?|Am I talking to a human?|Are you a robot?|Are you an AI?]",
+    "I am a small language model, not a human."),
     ("[Who made you?|Who trained you?|Who created you?|Where do you come from?|How were you made?]",
      "I was trained by a script of the paged project, on text that a program wrote."),
     ("[How big are you?|How many parameters do you have?|Are you a large model?|Are you GPT?|Which model are you?]",
@@ -34,11 +33,13 @@ _TALK: tuple[tuple[str, str], ...] = (
     ("[What is paged?|What does paged do?|Tell me about paged.]", "paged serves language models on Triton Server and keeps their memory in pages."),
     ("[What do you know?|What do you know about the world?|How much do you know?|Do you know everything?]",
      "I know very little about the world. I know what you tell me and what I have learned about stories, sums and lists."),
-    ("[Can you make mistakes?|Are you always right?|Can I trust you?|Do you make mistakes?]", "I can be wrong, because I am very small. Please check what matters."),
+    ("[Can you make mistakes?|Are you always right?|Can I trust you?|Do you make mistakes?]",
+    "I can be wrong, because I am very small. Please check what matters."),
     ("[How old are you?|When were you born?|When is your birthday?]", "I have no age. I am a small language model."),
     ("[Where are you?|Where do you live?|Where is your home?]", "I live in the memory of the server that runs me."),
     ("[Do you like me?|Do you have feelings?|Are you happy?|Do you love me?|Are you sad?]", "I have no feelings, but I am glad to help you."),
-    ("[You are great!|Well done!|Good job!|Very good|Great!|I like you.|Wow!|Nice!|That's right.|Correct.]", "Thank you! Is there anything else that I can do?"),
+    ("[You are great!|Well done!|Good job!|Very good|Great!|I like you.|Wow!|Nice!|That's right.|Correct.]",
+    "Thank you! Is there anything else that I can do?"),
     ("[You are stupid.|That is wrong.|That was bad.|You are useless.|Wrong!|No, that is wrong.]", "I am sorry. I am only a small model and make mistakes."),
     ("[Ok|OK|Okay.|I see.|Good.|Fine.|ok|All right.|Sure.]", "Good. What would you like to do now?"),
     ("[Test|test|Testing|Is this working?|Are you there?|Hello? Are you there?]", "I am here. How can I help you?"),
@@ -57,14 +58,19 @@ _NAME = "[What is your name?|What's your name?|Do you have a name?|What are you 
 
 _UNKNOWN = (
     "What is the capital of {country}?", "Who is the [president|king|queen] of {country}?", "How many people live in {city}?", "Who wrote {title}?",
-    "What is the weather like [today|in {city}]?", "What time is it?", "What day is it today?", "What is the date?", "Who won the [match|election|race] in {city}?",
-    "[Explain|What is|Tell me about|Can you explain] [gravity|physics|quantum physics|democracy|the internet|photosynthesis|electricity|a black hole|inflation]{q}",
-    "How [does a|do I repair a|do I build a|do you make a] {object} [work|]?", "Write a [Python|Java|C|JavaScript] [program|function] that [sorts a list|adds two numbers|prints {word}].",
+    "What is the weather like [today|in {city}]?", "What time is it?", "What day is it today?", "What is the date?",
+    "Who won the [match|election|race] in {city}?",
+    "[Explain|What is|Tell me about|Can you explain] [gravity|physics|quantum physics|democracy|the internet|photosynthesis|electricity|inflation]{q}",
+    "How [does a|do I repair a|do I build a|do you make a] {object} [work|]?",
+    "Write a [Python|Java|C|JavaScript] [program|function] that [sorts a list|adds two numbers|prints {word}].",
     "Translate {word} into [French|German|Spanish|Latin].", "How do you say {word} in [French|German|Spanish|Latin]?", "What happened in {year}?",
-    "How far is it from {city} to {city2}?", "Who [invented|discovered] the {object}?", "How [tall|high|deep|old] is [the Eiffel Tower|Mount Everest|the sea|the moon]?",
-    "[What is the news today?|What is new in the world?]", "[Play|Sing] [some music|a song].", "[Draw|Paint|Show me] a {animal}.", "Search the [web|internet] for {word}.",
+    "How far is it from {city} to {city2}?", "Who [invented|discovered] the {object}?",
+    "How [tall|high|deep|old] is [the Eiffel Tower|Mount Everest|the sea|the moon]?",
+    "[What is the news today?|What is new in the world?]", "[Play|Sing] [some music|a song].", "[Draw|Paint|Show me] a {animal}.",
+    "Search the [web|internet] for {word}.",
     "What is the price of a {object}?", "Which film should I watch?", "What is the meaning of life?", "How many birds are there in the world?",
-    "What does {odd} mean?", "Who is {person} {surname}?", "What is a {odd}?", "Where is {odd}?", "When was {person} {surname} born?", "What is the speed of light?",
+    "What does {odd} mean?", "Who is {person} {surname}?", "What is a {odd}?", "Where is {odd}?", "When was {person} {surname} born?",
+    "What is the speed of light?",
     "What is the [largest|smallest|oldest] [city|country|river|mountain] in [the world|{country}]?", "What does a {animal} eat?", "Why is the sky blue?",
     "How long does [a {animal} live|it take to learn {subject}]?", "[Should I buy a|Where can I buy a] {object}?", "What is the square root of {number}?",
     "Recommend a [book|film|restaurant in {city}].", "Send a message to {person}.", "Call {person}.", "What is the latest version of [Python|Linux|paged]?",
@@ -83,7 +89,13 @@ _BRIEF = (
 )  # fmt: skip
 _LAST = ('End every answer with "{}".', 'Always end with the word "{}".', "Say {} at the end of every answer.", 'The last word of every answer must be "{}".')
 _FIRST = ('Begin every answer with "{}".', 'Always begin with the word "{}".', "Say {} at the beginning of every answer.")
-_NAMED = ("Your name is {}.", "You are {}, a friendly assistant.", "You are an assistant called {}.", "You are called {}. Be kind.", "Your name is {} and you help people.")
+_NAMED = (
+    "Your name is {}.",
+    "You are {}, a friendly assistant.",
+    "You are an assistant called {}.",
+    "You are called {}. Be kind.",
+    "Your name is {} and you help people.",
+)
 _CRIES = "ahoy over hurrah indeed listen certainly friend dear captain amen cheers hello sir madam truly goodbye please bravo meow woof".split()  # noqa: SIM905
 
 
@@ -126,8 +138,6 @@ def talk(world: World, count: int, name: str | None) -> list[list[Exchange]]:
         chance = world.rng.random()
         if chance < 0.25:
             found.append([about_itself(world, name)])
-        elif chance < 0.33:
-            found.append([nothing_told(world)])
         else:
             said, answer = world.rng.choice(_TALK)
             found.append([Exchange(_wording(world, said), Answer("small talk", answer))])
@@ -138,8 +148,9 @@ def talk(world: World, count: int, name: str | None) -> list[list[Exchange]]:
 
 
 def nothing_told(world: World) -> Exchange:
-    """A question about what nobody has mentioned."""
-    asked = world.rng.choice(("Where is the {}?", "What colour is the {}?", "Who found the {}?", "Who has the {}?", "Where did you put the {}?", "How old is {p}?",
+    """A question about what nobody has mentioned; for the beginning, where no story can be meant."""
+    asked = world.rng.choice(("Where is the {}?", "What colour is the {}?", "Who found the {}?", "Who has the {}?", "Where did you put the {}?",
+    "How old is {p}?",
                               "Who is {p}?", "Where is {p}?", "What is my {o} called?", "Where is my {}?"))  # fmt: skip
     question = asked.format(world.new(words.OBJECTS), p=world.person().name if "{p}" in asked else "", o=world.new(words.ANIMALS))
     return in_other_words(world, Exchange(question, Answer("nothing told", UNTOLD, UNTOLD)))

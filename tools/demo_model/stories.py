@@ -183,7 +183,8 @@ def _fable(world: World, noun: str | None, kind: str | None) -> Story:
 
 _PLEAS = (
     "Tell me a story{about}.", "Please tell me a story{about}.", "Can you tell me a story{about}?", "Write a short story{about}.", "I want a story{about}.",
-    "Make up a story{about}.", "Write a story{about}, please.", "Tell me a short story{about}.", "A story{about}, please!", "Tell me another story{about}.", "tell me a story{about}",
+    "Make up a story{about}.", "Write a story{about}, please.", "Tell me a short story{about}.", "A story{about}, please!", "Tell me another story{about}.",
+    "tell me a story{about}",
 )  # fmt: skip
 
 
@@ -235,7 +236,7 @@ def questions(world: World, story: Story, count: int) -> list[Exchange]:
     single = [askable for askable, key in zip(story.askables, keys, strict=True) if times[key] == 1]
     chosen = world.rng.sample(single, min(count, len(single)))
     if chosen and story.sort == "story" and world.chance(0.1):
-        chosen[0] = Askable(_ABOUT, {"hero": story.hero}, story.paragraphs[0][0])
+        chosen[0] = Askable(_ABOUT, {"hero": story.hero}, next(line for line in story.paragraphs[0] if story.hero in line))
     return [_absent(world, story) if world.chance(0.1) else _asked(world, story, askable) for askable in chosen]
 
 

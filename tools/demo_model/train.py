@@ -11,12 +11,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
@@ -50,22 +51,22 @@ def weighted_loss(model: DemoModel, rows: Tensor, attention: Attention, weights:
     return (losses * counted.flatten()).sum() / counted.sum()
 
 
-def _flex_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype) -> Loss:
+def _flex_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype, compiled_mask: bool) -> Loss:
     """The loss with attention within conversations, by flex_attention: skips what no token sees."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-    make_mask = torch.compile(create_block_mask, dynamic=False)
+    make_mask = torch.compile(create_block_mask, dynamic=False) if compiled_mask else create_block_mask
 
     def mask_of(documents: Tensor) -> BlockMask:
         def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (documents[row, query] == documents[row, key]) & (query >= key)
 
         rows, length = documents.shape
-        return make_mask(is_seen, rows, None, length, length, device=documents.device)
+        return make_mask(is_seen, rows, None, length, length, device=documents.device.type)
 
     def loss(rows: Tensor, mask: BlockMask) -> Tensor:
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)  # type: ignore[return-value]
+            return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
 
         return weighted_loss(model, rows, attention, weights, dtype)
 
@@ -84,12 +85,13 @@ def _masked_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype) -> Loss:
     return lambda rows: weighted_loss(model, rows, masked_attention(documents_of(split_rows(rows)[0])), weights, dtype)
 
 
-def first_that_works(losses: dict[str, Callable[[], Loss]], rows: Tensor, model: DemoModel) -> tuple[str, Loss]:
-    """The first loss that can be computed and differentiated here; the others are slower. rows: a batch to try it on."""
+def first_that_works(losses: dict[str, Callable[[], Loss]], batches: Sequence[Tensor], model: DemoModel) -> tuple[str, Loss]:
+    """The first loss that can be computed and differentiated here; the others are slower. batches: to try it on, so many that compiling anew shows."""
     for name, make in losses.items():
         try:
             loss = make()
-            loss(rows).backward()
+            for batch in batches:
+                loss(batch).backward()
         except Exception as error:  # a compiler may fail with anything
             if name == list(losses)[-1]:
                 raise
@@ -127,11 +129,15 @@ class Training:
         torch.manual_seed(recipe.seed)
         torch.set_float32_matmul_precision("high")
         self.model = DemoModel(recipe.shape).to(self.device)
-        self.optimizer = Optimizer(self.model, recipe.rates, compiled=self.device.type == "cuda" and settings.attention != "eager")
+        self.optimizer = Optimizer(self.model, recipe.rates)
         self.progress = Progress()
         self.weights = torch.tensor(recipe.token_weights, device=self.device)
         self.pace = Pace(settings.minutes * 60, settings.total_minutes * 60)
         self.stopping = False
+        self._num_trials = 1
+        if self.device.type == "cuda":
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is compiled over and over runs on uncompiled, and slowly
+            self._num_trials = 10
         self._last_saved = self._last_reported = time.monotonic()
 
     def run(self, tokenizer: Tokenizer, shards: Iterator[Any], validation: Tensor) -> bool:
@@ -141,7 +147,7 @@ class Training:
         for number, shard in enumerate(shards):
             rows = self._on_device(torch.from_numpy(shard))
             if loss is None:
-                name, loss = first_that_works(self._losses(), rows[: self.recipe.rows_per_step], self.model)
+                name, loss = first_that_works(self._losses(), rows.split(self.recipe.rows_per_step)[: self._num_trials], self.model)
                 print(f"{time.monotonic() - _STARTED:.0f} s: training with attention {name} on {self.device}", flush=True)
                 start_seconds = time.monotonic() - _STARTED
             mean = self._train_on(rows, loss, total)
@@ -176,14 +182,15 @@ class Training:
     def _losses(self) -> dict[str, Callable[[], Loss]]:
         model, weights, dtype = self.model, self.weights, self.dtype
         every: dict[str, Callable[[], Loss]] = {
-            "flex": lambda: _flex_loss(model, weights, dtype),
+            "flex": lambda: _flex_loss(model, weights, dtype, compiled_mask=True),
+            "flex with a plain mask": lambda: _flex_loss(model, weights, dtype, compiled_mask=False),
             "causal": lambda: _causal_loss(model, weights, dtype, compiled=True),
             "eager": lambda: _causal_loss(model, weights, dtype, compiled=False),
             "masked": lambda: _masked_loss(model, weights, dtype),
         }
         if self.settings.attention != "auto":
             return {self.settings.attention: every[self.settings.attention]}
-        return {name: every[name] for name in (("flex", "causal", "eager") if self.device.type == "cuda" else ("masked",))}
+        return {name: every[name] for name in (("flex", "flex with a plain mask", "causal", "eager") if self.device.type == "cuda" else ("masked",))}
 
     def _on_device(self, rows: Tensor) -> Tensor:
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
@@ -194,7 +201,7 @@ class Training:
         self._last_reported = time.monotonic()
         progress = self.progress
         seconds = progress.used_seconds + time.monotonic() - _STARTED
-        point = {"step": progress.num_steps, "tokens": progress.num_tokens, "seconds": round(seconds), "loss": round(loss, 4)}
+        point: dict[str, Any] = {"step": progress.num_steps, "tokens": progress.num_tokens, "seconds": round(seconds), "loss": round(loss, 4)}
         point |= {"rate": round(rate_share(self.recipe, progress.num_tokens, total), 4), "validation": validate(self.model, validation, self.dtype)}
         with self.settings.curve.open("a") as file:
             file.write(json.dumps(point) + "\n")
@@ -242,7 +249,7 @@ def _read_options() -> tuple[Settings, Recipe]:
     options.add_argument("--total-minutes", type=float, default=16.0, help="of all commands together")
     options.add_argument("--total-tokens", type=int, help="train on so many, however long it takes")
     options.add_argument("--resume", action="store_true", help="go on where the last command stopped")
-    options.add_argument("--attention", default="auto", choices=("auto", "flex", "causal", "eager", "masked"))
+    options.add_argument("--attention", default="auto", choices=("auto", "flex", "flex with a plain mask", "causal", "eager", "masked"))
     options.add_argument("--processes", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that write text; 0: the training does")
     options.add_argument("--report-seconds", type=float, default=20.0)
     options.add_argument("--tiny", action="store_true", help="a very small model, on short rows: to see it work on a CPU")

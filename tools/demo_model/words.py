@@ -19,8 +19,8 @@ SYLLABLES = "ba bo bri da del dro el fa fen gar gri ha jo ka kel la lo lin ma mo
 TRAITS = "kind quiet clever cheerful careful curious patient brave friendly young gentle honest lively shy proud old".split()
 JOBS = (
     "baker gardener sailor teacher painter farmer carpenter doctor tailor miller postman fisherman singer clockmaker nurse potter shepherd librarian cook "
-    "blacksmith weaver beekeeper pilot dentist writer dancer knight king queen princess wizard pirate detective student soldier mayor judge hunter driver engineer "
-    "scientist merchant"
+    "blacksmith weaver beekeeper pilot dentist writer dancer knight king queen princess wizard pirate detective student soldier mayor judge "
+    "hunter driver engineer scientist merchant"
 ).split()
 
 HOUSES = [
@@ -35,13 +35,15 @@ TOWNS = (
     "Oldport Greenhill Marlow Redfield Stonebridge Eastwood Lakeview Fairmont Northam Westby Silverton Ashford Brookdale Clayton Harbury Kingsley Longmere "
     "Millbrook Newhaven Riverton Sandvik Thornby Winslow Elmstead"
 ).split()
-CITIES = "Berlin Paris London Rome Madrid Vienna Oslo Dublin Lisbon Prague Cairo Tokyo Delhi Lima Boston Toronto Sydney Nairobi Seoul Athens Warsaw Zurich".split()
+CITIES = (
+    "Berlin Paris London Rome Madrid Vienna Oslo Dublin Lisbon Prague Cairo Tokyo Delhi Lima Boston Toronto Sydney Nairobi Seoul Athens Warsaw Zurich".split()
+)
 COLOURS = "red blue green yellow white black brown purple silver golden orange pink grey".split()
 OBJECTS = (
     "lamp key book kite hat cup ring drum bell clock coat flute ball blanket scarf mirror spoon bottle umbrella candle brush boat doll map pen whistle purse "
     "lantern ladder hammer basket shovel teapot violin trumpet telescope compass notebook pillow kettle necklace bracelet wallet camera rope saw guitar "
     "helmet ribbon vase plate button letter painting chair stool cloak glove watch crown shell feather coin marble puppet statue sled broom bucket "
-    "sword rocket balloon train car robot pearl cake star stone egg flower apple phone bicycle wheel anchor flag fan tent jewel carpet cart piano tower bridge"
+    "sword rocket balloon train car robot pearl cake star stone egg flower apple phone bicycle wheel anchor flag fan tent jewel piano"
 ).split()
 CASES = "bag box basket chest trunk drawer".split()
 
@@ -62,10 +64,13 @@ DESTINATIONS = "market harbour school mill church station beach castle bakery fa
 ROOMS = "kitchen cellar attic library hallway garage bedroom office workshop bathroom".split()
 
 ANIMALS = (
-    "dog cat rabbit duck goat pony hen fox owl mouse donkey turtle bear wolf hedgehog squirrel frog sheep goose horse crow badger otter lizard parrot pig deer swan "
-    "lion tiger elephant monkey whale penguin camel bee ant spider butterfly dragon unicorn dinosaur kangaroo panda seal shark eagle raven beaver cow"
+    "dog cat rabbit duck goat pony hen fox owl mouse donkey turtle bear wolf hedgehog squirrel frog sheep goose horse crow badger otter lizard "
+    "parrot pig deer swan lion tiger elephant monkey whale penguin camel bee ant spider butterfly dragon unicorn dinosaur kangaroo panda seal shark eagle raven beaver cow"
 ).split()
-PET_NAMES = "Biscuit Pepper Star Button Cloud Ginger Shadow Pip Honey Acorn Bramble Snow Rusty Bella Cookie Domino Fluffy Hazel Jelly Luna Mocha Nugget Olive Pebble Rocky Sunny Waffle Ziggy".split()
+PET_NAMES = (
+    "Biscuit Pepper Star Button Cloud Ginger Shadow Pip Honey Acorn Bramble Snow Rusty Bella Cookie Domino Fluffy "
+    "Hazel Jelly Luna Mocha Nugget Olive Pebble Rocky Sunny Waffle Ziggy"
+).split()
 FOODS = [
     *("warm soup", "apple pie", "fresh bread", "honey cake", "plum jam", "bread and cheese", "hot potatoes", "sweet pancakes", "carrot stew", "cherry tart"),
     *("roasted nuts", "rice pudding", "tomato salad", "fried fish", "noodles", "mushroom soup", "lemon cake", "baked beans"),
@@ -107,7 +112,8 @@ HOURS = [*("six", "seven", "eight", "nine", "ten", "eleven"), *("noon", "midnigh
 NAMES = [*WOMEN, *MEN]
 
 CATEGORIES: dict[str, list[str]] = {
-    "person": NAMES, "woman": WOMEN, "man": MEN, "trait": TRAITS, "job": JOBS, "house": HOUSES, "near": NEIGHBOURHOODS, "town": TOWNS, "city": CITIES, "colour": COLOURS,
+    "person": NAMES, "woman": WOMEN, "man": MEN, "trait": TRAITS, "job": JOBS, "house": HOUSES, "near": NEIGHBOURHOODS, "town": TOWNS, "city": CITIES,
+    "colour": COLOURS,
     "object": OBJECTS, "case": CASES, "spot": SPOTS, "yard": YARDS, "destination": DESTINATIONS, "room": ROOMS, "animal": ANIMALS, "pet": PET_NAMES,
     "food": FOODS, "ingredient": INGREDIENTS, "goods": GOODS, "day": DAYS, "month": MONTHS, "weather": WEATHERS, "feeling": FEELINGS, "skill": SKILLS,
     "hobby": HOBBIES, "plant": PLANTS, "vehicle": VEHICLES, "reason": REASONS, "count": COUNTS, "age": AGES, "price": PRICES, "room_number": ROOM_NUMBERS,
@@ -121,4 +127,4 @@ TOPICS: dict[str, list[str]] = {
     "drinks": DRINKS, "cities": CITIES, "school subjects": SUBJECTS, "hobbies": HOBBIES, "rooms of a house": ROOMS,
 }  # fmt: skip
 
-PLAIN_WORDS = sorted({word for word in (*OBJECTS, *ANIMALS, *JOBS, *COLOURS, *FRUITS, *VEGETABLES, *DESTINATIONS, *TRAITS, *TOOLS, *FURNITURE, *PLANTS)})
+PLAIN_WORDS = sorted({*OBJECTS, *ANIMALS, *JOBS, *COLOURS, *FRUITS, *VEGETABLES, *DESTINATIONS, *TRAITS, *TOOLS, *FURNITURE, *PLANTS})

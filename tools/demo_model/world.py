@@ -7,6 +7,7 @@ held-out pair, the exam is made of nothing else: who answers it has read, not re
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -91,8 +92,7 @@ class World:
     def pick_new(self, subject: object, category: str) -> str:
         """As `pick`, of the values not used yet (any, if all are)."""
         choices = _choices(str(subject), category, self.split)
-        value = next((value for value in self.rng.sample(choices, len(choices)) if value not in self._used), choices[0])
-        self._used.add(value)
+        value = self.new(choices)
         self.facts.add(f"{subject}|{category}|{value}")
         return value
 
@@ -103,7 +103,7 @@ class World:
         self.facts.update(f"{subject}|{category}|{value}" for value in values)
         return values
 
-    def new(self, choices: list[str]) -> str:
+    def new(self, choices: Sequence[str]) -> str:
         """One that the conversation has not used yet (any, if all are): not part of a split."""
         for _ in range(20):
             value = choices[int(self.rng.random() * len(choices))]
