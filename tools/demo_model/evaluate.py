@@ -189,7 +189,7 @@ def main() -> None:
     """Prints sizes, round trips, samples and the exam."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", type=Path, default=MODEL_FOLDER)
-    options.add_argument("--conversations", type=int, default=40, help="of each of the ten forms")
+    options.add_argument("--conversations", type=int, default=60, help="of each of the ten forms")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = options.parse_args()
     started = time.monotonic()

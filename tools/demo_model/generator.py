@@ -22,7 +22,7 @@ from tools.demo_model.wordplay import wordplay
 from tools.demo_model.world import Split, World
 
 CHARACTERS_A_TOKEN = 3.3  # about; decides only how long a long conversation is
-_LONG = (900, 1850)  # tokens
+_LONG = (450, 1850)  # tokens
 
 Part = Callable[[World, str | None], list[Exchange]]
 
@@ -38,7 +38,7 @@ class Mix:
 EARLY = Mix(("notes", "given", "paper", "tasks", "talk", "memory", "told", "letter"), (6, 4, 3, 4, 1, 3, 1, 1))  # short: where looking things up is learned
 MAIN = Mix(
     ("told", "given", "paper", "letter", "notes", "tasks", "talk", "memory", "long", "mixed", "book"),
-    (10, 14, 9, 4, 4, 22, 7, 10, 9, 8, 3),
+    (10, 14, 9, 4, 4, 22, 7, 10, 12, 8, 3),
 )
 
 
@@ -182,7 +182,7 @@ def _sources(world: World) -> tuple[list[Exchange], list[Exchange]]:
             asked = questions(world, story, world.rng.randint(2, 8))
             soon = len(asked) // 3
             exchanges += given(world, story, asked[:soon]) if sort == "given" else [told(world, story), *asked[:soon]]
-            late += [_back_to(world, story, each) for each in asked[soon:]]
+            late += [_back_to(world, story, each) for each in asked[soon:] if each.answer.kind != "story hero"]
     return exchanges, late
 
 

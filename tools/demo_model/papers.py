@@ -119,12 +119,18 @@ def people_table(world: World) -> Paper:
         found.ask("job", f"What is {name}'s work?", f"{name} is {article(job)}.", job, lines[name])
         found.ask("town", f"Where does {name} live?", f"{name} lives in {town}.", f"in {town}", lines[name])
         found.ask("age", f"How old is {name}?", f"{name} is {age} years old.", age, lines[name])
-        found.ask("person", f"Who lives in {town}?", f"{name} lives in {town}.", name, lines[name])
-        found.ask("person", f"Who is {age} years old?", f"{name} is {age} years old.", name, lines[name])
-        found.ask("person", f"Who is the {job}?", f"{name} is the {job}.", name, lines[name])
+        whole = [value for row in rows.values() for value in row]
+        for value, who, full in (
+            (town, f"Who lives in {town}?", f"{name} lives in {town}."),
+            (age, f"Who is {age} years old?", f"{name} is {age} years old."),
+            (job, f"Who is the {job}?", f"{name} is the {job}."),
+        ):
+            if whole.count(value) == 1:
+                found.ask("person", who, full, name, lines[name])
     by_age = sorted(people, key=lambda name: int(rows[name][2]))
-    for word, name in (("youngest", by_age[0]), ("oldest", by_age[-1])):
-        found.ask("compare", f"Who is the {word}?", f"{name} is the {word}.", name, lines[name])
+    for word, name, next_one in (("youngest", by_age[0], by_age[1]), ("oldest", by_age[-1], by_age[-2])):
+        if rows[name][2] != rows[next_one][2]:
+            found.ask("compare", f"Who is the {word}?", f"{name} is the {word}.", name, lines[name])
     found.ask("counting", "How many people are on the list?", f"There are {number_word(len(people))} people on the list.", number_word(len(people)), None)
     found.ask("all", "Who is on the list?", f"{enumeration(people)} are on the list.", enumeration(people), None)
     stranger = world.person().name
@@ -138,15 +144,16 @@ def shopping_list(world: World) -> Paper:
     amounts = [world.amount(name) for name in [world.person().name for _ in range(world.rng.randint(2, 7))]]
     bullet = world.rng.choice(("- ", "* ", "", "[ ] "))
     found = Paper("shopping list", "\n".join(f"{bullet}{amount}" for amount in amounts))
-    for amount in amounts:
+    nouns = [amount.noun for amount in amounts]
+    for amount in (amount for amount in amounts if nouns.count(amount.noun) == 1):
         found.ask("count", f"How many {amount.noun} are on the list?", f"There are {amount} on the list.", amount.count, str(amount))
     missing = world.pick_new("list", "goods")
-    if all(amount.noun != missing for amount in amounts):
+    if missing not in nouns:
         found.ask("absent", f"Are there any {missing} on the list?", f"No, there are no {missing} on the list.", "no", None)
-    found.ask("yes", f"Are there any {amounts[0].noun} on the list?", f"Yes, there are {amounts[0]} on the list.", "yes", str(amounts[0]))
+    if nouns.count(nouns[0]) == 1:
+        found.ask("yes", f"Are there any {nouns[0]} on the list?", f"Yes, there are {amounts[0]} on the list.", "yes", str(amounts[0]))
     count = number_word(len(amounts))
     found.ask("counting", "How many lines does the list have?", f"The list has {count} lines.", count, None)
-    nouns = [amount.noun for amount in amounts]
     found.ask("first", "What comes first on the list?", f"The {nouns[0]} come first.", nouns[0], None)
     found.ask("last", "What comes last on the list?", f"The {nouns[-1]} come last.", nouns[-1], None)
     return found

@@ -91,12 +91,12 @@ def cast(world: World, noun: str | None = None, kind: str | None = None, hero: P
     thing, other, last = world.thing(noun), world.thing(), world.thing()
     animal = kind or world.new(words.ANIMALS)
     case = world.new(words.CASES)
-    spots = [world.pick(each.noun, "spot") for each in (thing, other, last)]
-    if len(set(spots)) < len(spots):
-        spots = world.pick_several(thing.noun, "spot", 3) if world.split.value == "train" else spots
+    spots: list[str] = []
+    for each in (thing, other, last):
+        spots.append(world.pick_other(each.noun, "spot", spots))
     plant = world.pick(hero, "plant")
     slots: Slots = {"hero": hero, "friend": friend, "third": third, "thing": thing, "other": other, "last": last, "animal": animal, "plant": plant}
-    slots |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2], "case": Thing(world.pick(case, "colour"), case), "pet": world.pick(animal, "pet")}
+    slots |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2], "case": Thing(world.pick(case, "colour"), case), "pet": world.pick_new(animal, "pet")}
     slots |= {"job2": world.pick(friend, "job"), "goods": world.amount(hero), "yard": world.pick(animal, "yard"), "season": rng.choice(words.SEASONS)}
     of_hero = ("job", "house", "near", "town", "trait", "food", "age", "skill", "drink", "destination", "feeling", "vehicle")
     slots |= {category: world.pick(hero, category) for category in of_hero}
@@ -109,7 +109,7 @@ def animal_cast(world: World, noun: str | None = None, kind: str | None = None) 
     """One value for every slot of fables.py."""
     kind = world.use(kind or world.new(words.ANIMALS))
     kind2, kind3 = world.new(words.ANIMALS), world.new(words.ANIMALS)
-    thing, nick = world.thing(noun), world.use(world.pick(kind, "pet"))
+    thing, nick = world.thing(noun), world.pick_new(kind, "pet")
     nick3 = world.pick_new(kind3, "pet")
     slots: Slots = {"nick": nick, "kind": kind, "kind2": kind2, "kind3": kind3, "nick3": nick3, "thing": thing, "spot": world.pick(thing.noun, "spot")}
     slots |= {"yard": world.pick(kind, "yard"), "yard2": world.pick(kind2, "yard"), "goods": world.amount(kind)}

@@ -136,7 +136,8 @@ class Training:
         self.stopping = False
         self._num_trials = 1
         if self.device.type == "cuda":
-            torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is compiled over and over runs on uncompiled, and slowly
+            if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
+                torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is compiled over and over runs on uncompiled, and slowly
             self._num_trials = 10
         self._last_saved = self._last_reported = time.monotonic()
 

@@ -65,7 +65,8 @@ ROOMS = "kitchen cellar attic library hallway garage bedroom office workshop bat
 
 ANIMALS = (
     "dog cat rabbit duck goat pony hen fox owl mouse donkey turtle bear wolf hedgehog squirrel frog sheep goose horse crow badger otter lizard "
-    "parrot pig deer swan lion tiger elephant monkey whale penguin camel bee ant spider butterfly dragon unicorn dinosaur kangaroo panda seal shark eagle raven beaver cow"
+    "parrot pig deer swan lion tiger elephant monkey whale penguin camel bee ant spider butterfly dragon unicorn dinosaur kangaroo panda "
+    "seal shark eagle raven beaver cow"
 ).split()
 PET_NAMES = (
     "Biscuit Pepper Star Button Cloud Ginger Shadow Pip Honey Acorn Bramble Snow Rusty Bella Cookie Domino Fluffy "

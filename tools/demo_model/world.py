@@ -96,6 +96,15 @@ class World:
         self.facts.add(f"{subject}|{category}|{value}")
         return value
 
+    def pick_other(self, subject: object, category: str, taken: Sequence[str]) -> str:
+        """As `pick`, but none of those taken (or any, if it finds no other)."""
+        value = self.pick(subject, category)
+        for _ in range(20):
+            if value not in taken:
+                break
+            value = self.pick(subject, category)
+        return value
+
     def pick_several(self, subject: object, category: str, count: int) -> list[str]:
         """Different values, in no order."""
         choices = _choices(str(subject), category, self.split)
