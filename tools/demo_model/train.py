@@ -36,6 +36,7 @@ MODEL_FOLDER = HERE.parents[1] / "model_repository" / "paged_llm" / "1" / "demo_
 _STARTED = time.monotonic()
 _SAVING_SECONDS = 12.0  # at the end of a command
 _SAVE_EVERY = 60.0
+_MOST_PROCESSES = 14  # each writes some 200,000 tokens a second
 _PACE_SHARDS = (4, 16)  # of this command: the rate is measured from the first number to the second
 
 Loss = Callable[[Tensor], Tensor]  # int16 rows [B, T] -> the mean loss of what counts
@@ -251,7 +252,9 @@ def _read_options() -> tuple[Settings, Recipe]:
     options.add_argument("--total-tokens", type=int, help="train on so many, however long it takes")
     options.add_argument("--resume", action="store_true", help="go on where the last command stopped")
     options.add_argument("--attention", default="auto", choices=("auto", "flex", "flex with a plain mask", "causal", "eager", "masked"))
-    options.add_argument("--processes", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that write text; 0: the training does")
+    options.add_argument(
+        "--processes", type=int, default=max(0, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)), help="that write text; 0: the training does"
+    )
     options.add_argument("--report-seconds", type=float, default=20.0)
     options.add_argument("--tiny", action="store_true", help="a very small model, on short rows: to see it work on a CPU")
     chosen = vars(options.parse_args())
