@@ -33,9 +33,9 @@ LIGHT: Plot = (
     )),
 )  # fmt: skip
 WINTER: Plot = (
-    Line("[In autumn|When the days became shorter] {nick} collected {goods} for the winter.", (
-        Ask("count", "How many {goods.noun} did {nick} collect?", "{nick} collected {goods}.", "{goods.count}"),
-        Ask("goods", "What did {nick} collect?", "{nick} collected {goods}.", "{goods}"),
+    Line("[In autumn|When the days became shorter] {nick} collected {crop} for the winter.", (
+        Ask("count", "How many {crop.noun} did {nick} collect?", "{nick} collected {crop}.", "{crop.count}"),
+        Ask("crop", "What did {nick} collect?", "{nick} collected {crop}.", "{crop}"),
     )),
     Line("A {kind2} only laughed and played all day.", (Ask("animal", "Who played all day?", "The {kind2} played all day.", "the {kind2}"),)),
     Line("Then the snow came, and the {kind2} was hungry because it had nothing to eat.", (

@@ -102,7 +102,7 @@ def notes(world: World, num_questions: int) -> list[Exchange]:
     bullet = world.rng.choice(("- ", "", "* "))
     for person in people:
         story.paragraphs.append([])
-        story.add(world, world.rng.choice(FACTS), cast(world, hero=person))
+        story.add(world, world.rng.choice(FACTS), {**cast(world, hero=person), "worn": world.thing(world.new(words.WORN))})
         story.paragraphs[-1][0] = bullet + story.paragraphs[-1][0]
     return handed(world, f"{world.rng.choice(('Notes:', 'Some facts:', 'Here are my notes.', 'Remember this:'))}\n{story.text}", "text",
                   questions(world, story, num_questions))  # fmt: skip

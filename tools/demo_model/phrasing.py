@@ -14,7 +14,7 @@ from tools.demo_model.words import NUMBER_WORDS
 
 _TOKEN = re.compile(r"[\[\]|]|\{\w+(?:\.\w+)?\}|[^\[\]|{}]+")
 _SENTENCE_START = re.compile(r"(?:^|[.!?] +|[“\n])[a-z]")
-_BEFORE_A_VOWEL = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])")
+_BEFORE_A_VOWEL = re.compile(r"\b([Aa]) (?=(?!uni)[aeiouAEIOU])")
 _SPACES = re.compile(" {2,}")
 _CACHED_TEMPLATES = 8192
 
@@ -91,7 +91,7 @@ def number_word(number: int) -> str:
 
 def article(noun: str) -> str:
     """ "a lamp", "an owl"."""
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    return f"an {noun}" if noun[0] in "aeiou" and not noun.startswith("uni") else f"a {noun}"
 
 
 def capital(text: str) -> str:

@@ -62,8 +62,9 @@ FACTS: tuple[Line, ...] = (
         Ask("pet", "What was [{hero}'s {animal} called|the name of {hero}'s {animal}]?", "{hero}'s {animal} was called {pet}.", "{pet}", "hero"),
         Ask("animal", "What kind of animal was {pet}?", "{pet} was a {animal}.", "a {animal}", "pet"),
     )),
-    Line("{hero} always wore a {thing}.", (
-        Ask("object", "What did {hero} always wear?", "{hero} always wore a {thing}.", "a {thing}", "hero"), COLOUR,
+    Line("{hero} always wore a {worn}.", (
+        Ask("object", "What did {hero} always wear?", "{hero} always wore a {worn}.", "a {worn}", "hero"),
+        Ask("colour", "What colour was {hero}'s {worn.noun}?", "{hero}'s {worn.noun} was {worn.colour}.", "{worn.colour}", "worn"),
     )),
     Line("{hero}'s sister was called {third}.", (
         Ask("person", "What was the name of {hero}'s sister?", "{hero}'s sister was called {third}.", "{third}", "sister"),
@@ -153,8 +154,8 @@ COOKING: Plot = (
     Line("{hero.he} [went to {third}, who lived next door|knocked at {third}'s door]. {third} kindly gave {hero.him} some {ingredient} in a {case}.", (
         Ask("person", "Who gave {hero} the {ingredient}?", "{third} gave {hero} the {ingredient}.", "{third}"), CASE_COLOUR,
     )),
-    Line("{hero} needed {goods} too, and {third} had them.", (
-        Ask("count", "How many {goods.noun} did {hero} need?", "{hero} needed {goods}.", "{goods.count}"),
+    Line("{hero} needed {crop} too, and {third} had them.", (
+        Ask("count", "How many {crop.noun} did {hero} need?", "{hero} needed {crop}.", "{crop.count}"),
     )),
     Line("[Soon the whole house smelled wonderful.|An hour later everything was ready.]"),
     Line("[{friend} came at {hour} and they ate {yard}.|They all ate together {yard} at {hour}.]", (
@@ -234,7 +235,7 @@ GARDEN: Plot = (
         Ask("yard", "Where did {hero} plant the {plant}?", "{hero} planted the {plant} {yard}.", "{yard}", "plant"),
         Ask("season", "When did {hero} plant the {plant}?", "{hero} planted the {plant} in {season}.", "in {season}"),
     )),
-    Line("[{hero.he} watered it every morning.|Every morning {hero.he} gave it water from a {case.noun}.]"),
+    Line("[{hero.he} watered it every morning.|Every morning {hero.he} gave it water from a jug.]"),
     Line("[“It will never grow,” said {friend}.|{friend} said that it would never grow.]", (
         Ask("person", "Who said that the {plant} would never grow?", "{friend} said that it would never grow.", "{friend}"),
     )),
@@ -295,12 +296,12 @@ SWAP: Plot = (
     Line("[Both were glad.|Both thought that they had the better part.]"),
 )  # fmt: skip
 HARVEST: Plot = (
-    Line("<when> {hero} picked {goods} and put them into a {case}.", (
-        Ask("count", "How many {goods.noun} did {hero} pick?", "{hero} picked {goods}.", "{goods.count}"),
-        Ask("goods", "What did {hero} pick?", "{hero} picked {goods}.", "{goods}"), CASE_COLOUR,
+    Line("<when> {hero} picked {crop} and put them into a {case}.", (
+        Ask("count", "How many {crop.noun} did {hero} pick?", "{hero} picked {crop}.", "{crop.count}"),
+        Ask("crop", "What did {hero} pick?", "{hero} picked {crop}.", "{crop}"), CASE_COLOUR,
     )),
     Line("{hero.he} gave all of them to {friend}, because {friend} had helped {hero.him} in the winter.", (
-        Ask("person", "Who got the {goods.noun}?", "{friend} got the {goods.noun}.", "{friend}"),
+        Ask("person", "Who got the {crop.noun}?", "{friend} got the {crop.noun}.", "{friend}"),
         Ask("why", "Why did {hero} give them to {friend}?", "{friend} had helped {hero} in the winter.",
             "because {friend} had helped {hero.him} in the winter"),
     )),

@@ -83,13 +83,13 @@ def whose(ask: Ask, slots: Slots) -> tuple[str, str]:
     return ask.category, str(slots.get(ask.about, ask.about))
 
 
-def cast(world: World, noun: str | None = None, kind: str | None = None, hero: Person | None = None, friend: Person | None = None) -> Slots:
-    """One value for every slot of plots.py; nobody and nothing that the conversation has met before, but for those given."""
+def cast(world: World, hero: Person | None = None) -> Slots:
+    """One value for every slot of plots.py; nobody and nothing that the conversation has met before, but for the hero if given."""
     rng = world.rng
     hero = hero or world.person()
-    friend, third = friend or world.friend_of(hero), world.friend_of(hero)
-    thing, other, last = world.thing(noun), world.thing(), world.thing()
-    animal = kind or world.new(words.ANIMALS)
+    friend, third = world.friend_of(hero), world.friend_of(hero)
+    thing, other, last = world.thing(), world.thing(), world.thing()
+    animal = world.new(words.ANIMALS)
     case = world.new(words.CASES)
     spots: list[str] = []
     for each in (thing, other, last):
@@ -97,7 +97,13 @@ def cast(world: World, noun: str | None = None, kind: str | None = None, hero: P
     plant = world.pick(hero, "plant")
     slots: Slots = {"hero": hero, "friend": friend, "third": third, "thing": thing, "other": other, "last": last, "animal": animal, "plant": plant}
     slots |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2], "case": Thing(world.pick(case, "colour"), case), "pet": world.pick_new(animal, "pet")}
-    slots |= {"job2": world.pick(friend, "job"), "goods": world.amount(hero), "yard": world.pick(animal, "yard"), "season": rng.choice(words.SEASONS)}
+    slots |= {
+        "job2": world.pick(friend, "job"),
+        "goods": world.amount(hero),
+        "crop": world.amount(hero, "crop"),
+        "yard": world.pick(animal, "yard"),
+        "season": rng.choice(words.SEASONS),
+    }
     of_hero = ("job", "house", "near", "town", "trait", "food", "age", "skill", "drink", "destination", "feeling", "vehicle")
     slots |= {category: world.pick(hero, category) for category in of_hero}
     slots |= {category: world.pick(friend, category) for category in ("day", "hour", "city", "ingredient", "reason", "weather", "count")}
@@ -105,31 +111,30 @@ def cast(world: World, noun: str | None = None, kind: str | None = None, hero: P
     return slots
 
 
-def animal_cast(world: World, noun: str | None = None, kind: str | None = None) -> Slots:
+def animal_cast(world: World) -> Slots:
     """One value for every slot of fables.py."""
-    kind = world.use(kind or world.new(words.ANIMALS))
+    kind = world.new(words.ANIMALS)
     kind2, kind3 = world.new(words.ANIMALS), world.new(words.ANIMALS)
-    thing, nick = world.thing(noun), world.pick_new(kind, "pet")
+    thing, nick = world.thing(), world.pick_new(kind, "pet")
     nick3 = world.pick_new(kind3, "pet")
     slots: Slots = {"nick": nick, "kind": kind, "kind2": kind2, "kind3": kind3, "nick3": nick3, "thing": thing, "spot": world.pick(thing.noun, "spot")}
-    slots |= {"yard": world.pick(kind, "yard"), "yard2": world.pick(kind2, "yard"), "goods": world.amount(kind)}
+    slots |= {"yard": world.pick(kind, "yard"), "yard2": world.pick(kind2, "yard"), "goods": world.amount(kind), "crop": world.amount(kind, "crop")}
     slots |= {category: world.pick(nick, category) for category in ("trait", "food", "feeling", "weather")}
     slots |= {category: world.pick(kind3, category) for category in ("day", "destination", "count")}
     slots["season"] = world.rng.choice(words.SEASONS)
     return slots
 
 
-def write_story(world: World, num_chapters: int = 1, noun: str | None = None, kind: str | None = None, hero: Person | None = None) -> Story:
-    """A new story. With `noun`, `kind` (of animal) or `hero`: about it."""
-    is_fable = hero is None and (kind is not None or world.chance(_FABLE_SHARE))
-    story = _fable(world, noun, kind) if is_fable else _tale(world, num_chapters, noun, hero)
+def write_story(world: World, num_chapters: int = 1) -> Story:
+    """A new story, of people or of animals (which have one chapter)."""
+    story = _fable(world) if world.chance(_FABLE_SHARE) else _tale(world, num_chapters)
     if world.chance(0.4):
         story.separator = " "
     return story
 
 
-def _tale(world: World, num_chapters: int, noun: str | None, hero: Person | None) -> Story:
-    slots = cast(world, noun, hero=hero)
+def _tale(world: World, num_chapters: int) -> Story:
+    slots = cast(world)
     job, story = slots["job"], Story(str(slots["hero"]))
     story.people = [str(slots[role]) for role in ("hero", "friend", "third")]
     story.paragraphs.append([])
@@ -144,7 +149,8 @@ def _tale(world: World, num_chapters: int, noun: str | None, hero: Person | None
             slots = {**cast(world, hero=slots["hero"]), "job": job}  # type: ignore[arg-type]
             story.people += [str(slots["friend"]), str(slots["third"])]
             story.paragraphs.append([])
-        _add_facts(world, story, slots, world.rng.choice((0, 0, 1, 1, 2)))
+        roles = [role for role in ("hero", "friend", "third") if any(f"{{{role}" in line.text for line in plot)]
+        _add_facts(world, story, [slots[role] for role in roles], world.rng.choice((0, 0, 1, 1, 2)))
         for line in plot:
             story.add(world, line, slots, WHEN[chapter > 0])
         if not chapter and any("{thing" in line.text for line in plot):
@@ -153,17 +159,17 @@ def _tale(world: World, num_chapters: int, noun: str | None, hero: Person | None
     return story
 
 
-def _add_facts(world: World, story: Story, slots: Slots, count: int) -> None:
+def _add_facts(world: World, story: Story, people: list[Person], count: int) -> None:
     """Facts about people of the story, in words of their own."""
     for line in world.rng.sample(FACTS, count):
-        person = slots[world.rng.choice(("hero", "friend", "third"))]
-        own: Slots = {**cast(world, hero=person), "third": world.pick_new(person, "woman")}
+        person = world.rng.choice(people)
+        own: Slots = {**cast(world, hero=person), "worn": world.thing(world.new(words.WORN)), "third": world.pick_new(person, "woman")}
         if not story.knows(line, own):
             story.add(world, line, own)
 
 
-def _fable(world: World, noun: str | None, kind: str | None) -> Story:
-    slots = animal_cast(world, noun, kind)
+def _fable(world: World) -> Story:
+    slots = animal_cast(world)
     story = Story(str(slots["nick"]), topics={"animal": str(slots["kind"])}, people=[str(slots["nick"])])
     story.paragraphs.append([])
     for line in world.rng.choice(FABLE_OPENINGS):
@@ -192,7 +198,7 @@ def request_for(world: World, story: Story) -> str:
     """What a user says who wants this story, or any."""
     topics = [article(topic) for name, topic in story.topics.items() if name != "job"]
     names = [f"{article(story.topics['job'])} {world.rng.choice(('called', 'named'))} {story.hero}"] if "job" in story.topics else []
-    about = [words for words in (*topics, *names, story.hero) if world.chance(0.5)]
+    about = [topic for topic in (*topics, world.rng.choice([*names, story.hero])) if world.chance(0.5)]
     if not about:
         return world.rng.choice(_PLEAS).format(about="")
     world.rng.shuffle(about)

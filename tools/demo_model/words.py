@@ -45,7 +45,8 @@ OBJECTS = (
     "helmet ribbon vase plate button letter painting chair stool cloak glove watch crown shell feather coin marble puppet statue sled broom bucket "
     "sword rocket balloon train car robot pearl cake star stone egg flower apple phone bicycle wheel anchor flag fan tent jewel piano"
 ).split()
-CASES = "bag box basket chest trunk drawer".split()
+CASES = "bag box basket chest jar bucket sack".split()
+WORN = "hat coat scarf cloak crown helmet ring watch ribbon necklace bracelet jacket shirt belt".split()
 
 # Where a thing can lie: the answer to "Where was the lamp?".
 SPOTS = [
@@ -116,7 +117,8 @@ CATEGORIES: dict[str, list[str]] = {
     "person": NAMES, "woman": WOMEN, "man": MEN, "trait": TRAITS, "job": JOBS, "house": HOUSES, "near": NEIGHBOURHOODS, "town": TOWNS, "city": CITIES,
     "colour": COLOURS,
     "object": OBJECTS, "case": CASES, "spot": SPOTS, "yard": YARDS, "destination": DESTINATIONS, "room": ROOMS, "animal": ANIMALS, "pet": PET_NAMES,
-    "food": FOODS, "ingredient": INGREDIENTS, "goods": GOODS, "day": DAYS, "month": MONTHS, "weather": WEATHERS, "feeling": FEELINGS, "skill": SKILLS,
+    "food": FOODS, "ingredient": INGREDIENTS, "goods": GOODS, 
+    "crop": [*FRUITS, *VEGETABLES], "day": DAYS, "month": MONTHS, "weather": WEATHERS, "feeling": FEELINGS, "skill": SKILLS,
     "hobby": HOBBIES, "plant": PLANTS, "vehicle": VEHICLES, "reason": REASONS, "count": COUNTS, "age": AGES, "price": PRICES, "room_number": ROOM_NUMBERS,
     "hour": HOURS, "instrument": INSTRUMENTS, "sport": SPORTS, "subject": SUBJECTS, "drink": DRINKS, "fruit": FRUITS,
 }  # fmt: skip

@@ -149,15 +149,10 @@ class World:
         noun = noun or (self.made_up_name().lower() if self.chance(_ODD_SHARE) else self.new(words.OBJECTS))
         return Thing(self.pick(noun, "colour"), noun)
 
-    def amount(self, subject: object) -> Wordings:
+    def amount(self, subject: object, category: str = "goods") -> Wordings:
         """How many of what the subject has."""
-        noun = self.pick_new(subject, "goods")
+        noun = self.pick_new(subject, category)
         return Wordings(self.pick(noun, "count"), noun)
-
-    def use(self, word: str) -> str:
-        """The word, which nobody else will get."""
-        self._used.add(word)
-        return word
 
 
 _WOMEN = frozenset(words.WOMEN)
