@@ -117,7 +117,7 @@ CATEGORIES: dict[str, list[str]] = {
     "person": NAMES, "woman": WOMEN, "man": MEN, "trait": TRAITS, "job": JOBS, "house": HOUSES, "near": NEIGHBOURHOODS, "town": TOWNS, "city": CITIES,
     "colour": COLOURS,
     "object": OBJECTS, "case": CASES, "spot": SPOTS, "yard": YARDS, "destination": DESTINATIONS, "room": ROOMS, "animal": ANIMALS, "pet": PET_NAMES,
-    "food": FOODS, "ingredient": INGREDIENTS, "goods": GOODS, 
+    "food": FOODS, "ingredient": INGREDIENTS, "goods": GOODS,
     "crop": [*FRUITS, *VEGETABLES], "day": DAYS, "month": MONTHS, "weather": WEATHERS, "feeling": FEELINGS, "skill": SKILLS,
     "hobby": HOBBIES, "plant": PLANTS, "vehicle": VEHICLES, "reason": REASONS, "count": COUNTS, "age": AGES, "price": PRICES, "room_number": ROOM_NUMBERS,
     "hour": HOURS, "instrument": INSTRUMENTS, "sport": SPORTS, "subject": SUBJECTS, "drink": DRINKS, "fruit": FRUITS,
