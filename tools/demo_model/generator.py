@@ -35,7 +35,10 @@ class Mix:
     shares: tuple[float, ...]
 
 
-EARLY = Mix(("notes", "given", "paper", "tasks", "talk", "memory", "told", "letter"), (6, 4, 3, 4, 1, 3, 1, 1))  # short: where looking things up is learned
+EARLY = Mix(  # short: where looking things up is learned
+    ("sketch", "notes", "given", "paper", "tasks", "talk", "memory", "told", "letter"),
+    (20, 6, 4, 3, 4, 1, 3, 1, 1),
+)
 MAIN = Mix(
     ("told", "given", "paper", "letter", "notes", "tasks", "talk", "memory", "long", "mixed", "book"),
     (10, 14, 9, 4, 4, 22, 7, 10, 12, 8, 3),
@@ -50,7 +53,7 @@ def conversations(seed: int | str, split: Split, mix: Mix = MAIN) -> Iterator[Co
 
 
 def conversation(rng: random.Random, split: Split, form: str) -> Conversation:
-    """One conversation of a form that MAIN names, or "ten turns"."""
+    """One conversation of a form that MAIN or EARLY names, or "ten turns"."""
     world = World(rng, split)
     if form == "book":
         text = plain(world, [write_story(world, rng.randint(1, 3)) for _ in range(rng.randint(1, 2))])
@@ -84,7 +87,12 @@ def _letter(world: World, bearing: Manner) -> list[Exchange]:
 
 
 def _notes(world: World, bearing: Manner) -> list[Exchange]:
-    return notes(world, world.rng.randint(1, 6))
+    return notes(world, world.rng.randint(1, 6), world.rng.randint(3, 9))
+
+
+def _sketch(world: World, bearing: Manner) -> list[Exchange]:
+    """A fact or two and a question: the shortest conversation in which something must be looked up."""
+    return notes(world, world.rng.randint(1, 2), world.rng.randint(1, 3))
 
 
 def _tasks(world: World, bearing: Manner) -> list[Exchange]:
@@ -199,7 +207,7 @@ def _back_to(world: World, story: Story, exchange: Exchange) -> Exchange:
 
 _FORMS: dict[str, Callable[[World, Manner], list[Exchange]]] = {
     "told": _story_told, "given": _story_given, "paper": _paper, "letter": _letter, "notes": _notes, "tasks": _tasks, "talk": _talk, "memory": _memory,
-    "long": _long, "mixed": _mixed, "ten turns": _ten_turns,
+    "long": _long, "mixed": _mixed, "ten turns": _ten_turns, "sketch": _sketch,
 }  # fmt: skip
 _MIXABLE = (_story_told, _story_given, _paper, _letter, _tasks, _talk, _memory)
 

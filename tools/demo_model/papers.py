@@ -95,9 +95,9 @@ def letter(world: World, num_questions: int) -> list[Exchange]:
     return handed(world, text, "letter", questions(world, story, num_questions))
 
 
-def notes(world: World, num_questions: int) -> list[Exchange]:
+def notes(world: World, num_questions: int, num_people: int) -> list[Exchange]:
     """Facts about several people, a line each, without a plot."""
-    people = [world.person() for _ in range(world.rng.randint(3, 9))]
+    people = [world.person() for _ in range(num_people)]
     story = Story(str(people[0]), separator="\n", sort="text", people=[str(person) for person in people])
     bullet = world.rng.choice(("- ", "", "* "))
     for person in people:
