@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -23,6 +24,7 @@ from paged_backend.streamer import Channel, Send, Streamer, joined
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
 _FAREWELL_SECONDS = 0.1  # after a cancellation
+_DEADLINE_GRACE_SECONDS = 0.5  # the engine ends overdue requests; only what it does not know, or cannot hear, is ended here
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's strands; odd, so that they differ
 
 log = logging.getLogger("paged")
@@ -216,6 +218,12 @@ class Answer:
         except Exception:
             log.exception("the server cannot say whether a request was cancelled")
             return True
+
+    def poll_deadline(self, now: float) -> None:
+        """On the side thread. now: seconds, time.monotonic(). Deadlines hold while the prompt waits to be read and while there is no engine, too."""
+        seconds = min(self._request.sampling.request_deadline_seconds or math.inf, self._services.config.request_deadline_seconds)
+        if now > self._request.arrival + seconds + _DEADLINE_GRACE_SECONDS:
+            self.fail(RequestError(f"not finished after {seconds:g} s (request_deadline_seconds)", ErrorKind.CANCELLED))
 
     def fail(self, error: RequestError) -> None:
         """Ends the request with `error`, here and in the engine; no effect if it is over."""

@@ -75,6 +75,7 @@ class _Live:
 
     submit: Submit
     receive: Receiver
+    sent: bool  # an engine had it
     token_ids: list[int] = field(default_factory=list)  # the answer so far
     num_resumed: int = 0  # of them, how many there were when the present engine began
     deaths: int = 0  # in a row, of engines that had it
@@ -84,8 +85,9 @@ class _Live:
         """The request as the next engine is to be asked."""
         self.num_resumed = len(self.token_ids)
         prompt_ids = self.submit.prompt_ids + np.array(self.token_ids, np.int32).tobytes()
+        resumed, self.sent = self.sent, True
         suspect = self.deaths >= _SUSPECT_AFTER
-        return msgspec.structs.replace(self.submit, prompt_ids=prompt_ids, num_answered=len(self.token_ids), suspect=suspect)
+        return msgspec.structs.replace(self.submit, prompt_ids=prompt_ids, num_answered=len(self.token_ids), resumed=resumed, suspect=suspect)
 
 
 def engine_command() -> list[str]:
@@ -164,7 +166,7 @@ class EngineClient:
         """Gives a request to the engine; every piece of its answer goes to `receive`, the last one with a `finish`. Returns the request's id.
 
         Raises:
-            RequestError: the engine is gone.
+            RequestError: the engine is gone; or it is being restarted, and as many requests wait for it as the queue holds.
         """
         request_id = request_id_of(self._seat.front_end, next(self._serials))
         sampling = prompt.sampling
@@ -174,7 +176,10 @@ class EngineClient:
         with self._lock:
             if not self._alive or self._closing.is_set():
                 raise RequestError(ENGINE_GONE, ErrorKind.OVERLOADED)
-            self._live[request_id] = _Live(submit, receive)
+            if self._link is None and len(self._live) >= self._config.max_queue_size:
+                waiting = f"{len(self._live)} requests wait for the engine, which is being restarted"
+                raise RequestError(f"{waiting}; the limit is {self._config.max_queue_size} (max_queue_size)", ErrorKind.OVERLOADED)
+            self._live[request_id] = _Live(submit, receive, sent=self._link is not None)
             if self._link is not None:
                 self._link.send(submit)
         return request_id

@@ -91,10 +91,11 @@ class FrontEnd:
         self._answers.pop(id(answer), None)
 
     def _watch(self) -> None:
-        """The side thread: asks the server who has left."""
+        """The side thread: asks the server who has left, and looks whose time is up."""
         spent = 0.0
         while not self._stopping.wait(max(_CANCEL_POLL_SECONDS, spent / _CANCEL_POLL_SHARE)):
             started = time.thread_time()
             for answer in list(self._answers.values()):
                 answer.poll_cancellation()
+                answer.poll_deadline(time.monotonic())
             spent = time.thread_time() - started

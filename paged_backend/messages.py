@@ -46,6 +46,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     arrival: float  # seconds, CLOCK_MONOTONIC: the same clock in every process of the machine
     family: int | None = None  # the same for requests of one prompt: they share its pages even where the prefix cache is off
     num_answered: int = 0  # the last of prompt_ids are the answer so far: a request goes on in a new engine
+    resumed: bool = False  # an engine that died had it: it was let in once, whatever the queue's length is now
     suspect: bool = False  # engines died over and over while it ran: it must not run beside another suspect
 
 

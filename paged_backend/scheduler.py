@@ -87,7 +87,7 @@ class Scheduler:
     def submit(self, request: Submit) -> None:
         """Queues a request, or ends it at once with an error that says which limit it met."""
         token_ids = np.frombuffer(request.prompt_ids, np.int32)
-        refusal = self._refusal(token_ids)
+        refusal = self._refusal(token_ids, request.resumed)
         if refusal is not None:
             self._finishes.append(Finish(request.request_id, error=refusal[0], message=refusal[1]))
             return
@@ -126,9 +126,9 @@ class Scheduler:
         else:
             self._finishes = [finish for finish in self._finishes if finish.request_id != request_id]
 
-    def _refusal(self, token_ids: Int32) -> tuple[ErrorKind, str] | None:
+    def _refusal(self, token_ids: Int32, resumed: bool) -> tuple[ErrorKind, str] | None:
         limits = self._limits
-        if len(self._waiting) >= limits.max_queue_size:
+        if len(self._waiting) >= limits.max_queue_size and not resumed:
             return ErrorKind.OVERLOADED, f"{len(self._waiting)} requests are waiting, the limit is {limits.max_queue_size} (max_queue_size)"
         if not 0 < len(token_ids) < limits.max_model_len:
             return ErrorKind.INVALID, f"prompt: {len(token_ids)} tokens, expected 1 to {limits.max_model_len - 1} (max_model_len - 1)"
@@ -425,7 +425,7 @@ class Scheduler:
             age = now - sequence.arrival
             if age > sequence.deadline_seconds:
                 error, message = ErrorKind.CANCELLED, f"not finished after {sequence.deadline_seconds:g} s (request_deadline_seconds)"
-            elif sequence.admitted is None and age > limits.max_waiting_seconds:
+            elif sequence.admitted is None and not sequence.answered and age > limits.max_waiting_seconds:
                 error, message = ErrorKind.OVERLOADED, f"not started after {limits.max_waiting_seconds:g} s (max_waiting_seconds)"
             else:
                 continue

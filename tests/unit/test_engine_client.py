@@ -266,6 +266,36 @@ def test_draws_without_a_seed_are_given_one_that_survives_the_engine(key: str) -
         client.close()
 
 
+def test_while_the_engine_restarts_no_more_requests_wait_than_the_queue_holds(key: str) -> None:
+    client = _connect(key, model="slow", max_queue_size=3)
+    try:
+        _, first = _ask(client, "tokens=60 delay=0.02")
+        _wait(lambda: len(first.ids) > 3)
+        os.kill(_engine_pid(client), signal.SIGKILL)
+        _wait(lambda: client._link is None)
+        inboxes = [first, *(_ask(client, "tokens=3")[1] for _ in range(2))]
+        with pytest.raises(RequestError, match=r"3 requests wait for the engine.*max_queue_size") as caught:
+            _ask(client, "tokens=3")
+        assert caught.value.kind is ErrorKind.OVERLOADED
+        assert all(inbox.finished.wait(30) for inbox in inboxes)
+        assert [len(inbox.ids) for inbox in inboxes] == [60, 3, 3]
+    finally:
+        client.close()
+
+
+def test_only_what_an_engine_had_is_resumed(key: str) -> None:
+    client = _connect(key)
+    try:
+        request_id, _ = _ask(client, "silent")
+        live = client._live[request_id]
+        assert live.resumed().resumed
+        live.sent = False
+        assert not live.resumed().resumed
+        assert live.resumed().resumed
+    finally:
+        client.close()
+
+
 def test_closing_while_the_engine_restarts_takes_little_time(key: str) -> None:
     clients = _connect_all(key, 2, model="slow")
     os.kill(_engine_pid(clients[0]), signal.SIGKILL)

@@ -302,6 +302,22 @@ def test_one_request_more_than_the_queue_holds_is_refused_with_the_numbers() -> 
     assert "2 requests are waiting" in bench.finishes[2].message and "max_queue_size" in bench.finishes[2].message
 
 
+def test_requests_that_a_dead_engine_had_let_in_are_not_refused_by_the_next_one() -> None:
+    """All of them wait at once there, also those that ran; and some have lived for longer than a request may wait."""
+    bench = Bench(max_queue_size=2, max_num_sequences=1, max_waiting_seconds=10)
+    bench.now = 50.0
+    for request_id in range(4):
+        bench.tokens[request_id] = []
+        told = solo([request_id], 2, (), VOCAB)
+        prompt = np.array([request_id, *told], np.int32).tobytes()
+        sampling = SamplingParams(max_tokens=4, temperature=0.0)
+        bench.engine.submit(Submit(request_id, prompt, sampling, (), "", 0.0, num_answered=2, resumed=True))
+    bench.submit(9, [1])
+    bench.run()
+    assert {request_id: finish.reason for request_id, finish in bench.finishes.items()} == {0: "length", 1: "length", 2: "length", 3: "length", 9: ""}
+    assert bench.finishes[9].error is ErrorKind.OVERLOADED
+
+
 def test_a_request_that_waited_too_long_is_refused_and_one_that_lives_too_long_is_ended() -> None:
     bench = Bench(max_num_sequences=1, max_waiting_seconds=10, request_deadline_seconds=30)
     bench.submit(1, [1], max_tokens=60)
