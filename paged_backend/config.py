@@ -66,6 +66,9 @@ class EngineConfig(BaseModel):
     engine_hang_seconds: float = Field(
         300.0, ge=0, description="An engine that says nothing for this long, which no step may take, is killed and restarted; 0: never."
     )
+    debug_checks: bool = Field(
+        False, description="Check every step's page tables and the whole pool before it runs, and stop the engine at the first mistake; slow, for tests."
+    )
     log_requests: bool = Field(False, description="Log one line per finished request: lengths and times, never text.")
 
     @model_validator(mode="after")

@@ -24,8 +24,9 @@ import zmq
 from numpy.typing import NDArray
 
 from paged_backend.batch import StepOutput
+from paged_backend.checked_runner import CheckedRunner, TableBounds
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
+from paged_backend.engine import Engine, Runner
 from paged_backend.errors import EngineError
 from paged_backend.messages import (
     SUSPECT_FILE,
@@ -261,7 +262,12 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
         page_size=config.page_size,
         num_pages=limits.num_pages,
     )
-    return Engine(scheduler, runner, steps_ahead=1 if runner.device.type == "cuda" else 0), scheduler, ready
+    stepped: Runner = runner
+    if config.debug_checks:
+        max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
+        bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens)
+        stepped = CheckedRunner(runner, bounds, scheduler.check)
+    return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0), scheduler, ready
 
 
 def _die_with_parent(life_line: TextIO) -> None:

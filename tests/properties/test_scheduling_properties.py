@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from paged_backend.batch import StepOutput
+from paged_backend.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine import Engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
@@ -48,7 +49,8 @@ class Scheduling(RuleBasedStateMachine):
         )
         self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
         self.runner = SimulatedRunner(rows, num_pages, page_size, max_model_len, budget)
-        self.engine = Engine(self.scheduler, self.runner, steps_ahead)
+        bounds = TableBounds(rows, num_pages, page_size, max_model_len, budget)
+        self.engine = Engine(self.scheduler, CheckedRunner(self.runner, bounds, self.scheduler.check), steps_ahead)
         self.expected: dict[int, tuple[list[int], str]] = {}
         self.answers: dict[int, list[int]] = {}
         self.serial = 0
