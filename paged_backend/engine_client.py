@@ -14,6 +14,7 @@ if engines die of it even so, it ends with an error and nobody else does.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ _EXIT_SECONDS = 10.0
 _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0
+_LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
 _SUSPECT_AFTER = 2  # deaths in a row while a request was live
 _GUILTY_AFTER = 2  # deaths while it ran as the only suspect
 _CLEARED_AFTER_TOKENS = 8
@@ -118,6 +120,7 @@ class EngineClient:
         self._thread: threading.Thread | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: EngineLink | None = None  # None: there is no engine at the moment
+        self._load_seconds = 0.0  # how long the first load took, or what was seen of it
         self._restarts: deque[float] = deque()  # when the last ones were
         self.ready: Ready
 
@@ -132,7 +135,9 @@ class EngineClient:
         """
         client = cls(config, key, num_front_ends, command)
         try:
+            started = time.monotonic()
             client._link, client.ready = client._meet(client._incarnation)
+            client._load_seconds = time.monotonic() - started
         except EngineError as error:
             reason = str(error)
             heard = client._election.end(client._seat, reason)  # another front end may have heard more
@@ -223,14 +228,20 @@ class EngineClient:
         self._engine = _start_engine([*(self._command or engine_command()), str(folder)], self._config)
         return self._engine.pid
 
-    def _meet(self, incarnation: Incarnation) -> tuple[EngineLink, Ready]:
-        """Says hello and waits as long as the engine's process lives: a large model takes minutes to load.
+    def _load_patience(self) -> float:
+        """Seconds that a restart may take; only who can do something about it loses patience."""
+        hang_seconds = self._config.engine_hang_seconds
+        return max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if self._seat.owner and hang_seconds > 0 else math.inf
+
+    def _meet(self, incarnation: Incarnation, patience: float = math.inf) -> tuple[EngineLink, Ready]:
+        """Says hello and waits as long as the engine's process lives, `patience` seconds at most: a large model takes minutes to load.
 
         Raises:
             EngineError: why it cannot serve; or this front end is closing.
         """
         self._incarnation = incarnation
         link = EngineLink(self._context, self._seat.folder_of(incarnation), self._seat.front_end)
+        started = time.monotonic()
         try:
             while not self._closing.is_set():
                 message = link.next_message()
@@ -240,6 +251,8 @@ class EngineClient:
                     raise EngineError(message.message)
                 if message is None and not self._engine_runs() and (message := link.next_message(0)) is None:
                     raise EngineError(f"the engine process ended {self._exit_words()} before it was ready; its log lines say why")
+                if message is None and time.monotonic() > started + patience:
+                    raise EngineError(f"it was not ready after {patience:.0f} s")
             raise EngineError("the model is being unloaded")
         except BaseException:
             link.close()
@@ -349,7 +362,7 @@ class EngineClient:
                     return
                 if self._seat.owner:
                     on_restart()
-                link, self.ready = self._meet(incarnation)
+                link, self.ready = self._meet(incarnation, self._load_patience())
                 break
             except EngineError as error:
                 if self._closing.is_set():

@@ -270,7 +270,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0), scheduler, ready
 
 
-def _die_with_parent(life_line: TextIO) -> None:
+def die_with_parent(life_line: TextIO) -> None:
     """A killed parent cannot say goodbye: the kernel tells us (prctl), and so does the end of stdin."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -285,7 +285,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the server decides when we end
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="paged: %(message)s")
     config = EngineConfig.model_validate_json(sys.stdin.readline())
-    _die_with_parent(sys.stdin)
+    die_with_parent(sys.stdin)
     return EngineProcess(Path(sys.argv[1]), Path(config.model).name).run(lambda directory: load_engine(config, directory))
 
 

@@ -44,7 +44,7 @@ class Memory:
         self.shared: list[int] = []
 
     def sample(self) -> None:
-        self.resident.append(sum(_resident(pid) for pid in _family(self._pid) if self._without is None or self._without not in _command(pid)))
+        self.resident.append(sum(_resident(pid) for pid in family(self._pid) if self._without is None or self._without not in _command(pid)))
         self.shared.append(sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob(f"{self._shm_prefix}*")))
 
     def change(self, samples: list[int]) -> dict[str, float]:
@@ -54,12 +54,12 @@ class Memory:
         return {"early_mib": round(early / 2**20, 1), "late_mib": round(late / 2**20, 1), "growth": round(late / early - 1, 4) if early else 0.0}
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
     children: set[int] = set()
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # it ended meanwhile
             children |= {int(child) for child in path.read_text().split()}
-    return [pid, *(member for child in children for member in _family(child))]
+    return [pid, *(member for child in children for member in family(child))]
 
 
 def _command(pid: int) -> bytes:

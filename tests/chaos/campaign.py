@@ -1,12 +1,18 @@
-"""Everything at once, for as long as asked: requests of every kind against a real tritonserver with a tiny pool while its engine is killed. Prints a JSON line.
+"""Everything at once, for as long as asked: requests of every kind against a tiny pool while the engine is killed. Prints a JSON report.
 
-    python -m tests.chaos.campaign --seconds 600 [--seed 1] [--workers 48] [--kill-every 6] [--instances 2]
+    python -m tests.chaos.campaign --seconds 600 --seed 1                       # through a real tritonserver
+    python -m tests.chaos.campaign --door front-end --requests 100000 --seed 1  # without a server around the front ends: more requests a second
 
 What is right is asked first, one request at a time: tokens follow from a request and its seed alone. Then workers ask the same requests over and over, and
-read them whole, or leave after a while or at some token, or read slowly, or do not stream, or ask for nonsense; meanwhile the engine gets SIGKILL, SIGSEGV or
-SIGABRT, or is stopped for a while. Every answer that was read whole must have the right tokens, text and finish reasons and exactly one final response; of
-those that were left, what came must be a beginning of it; nonsense must be refused, by name. In the end all pages must be free or cached, nothing may run, and
-the memory of the server and its front ends must not have grown. A fault is printed with what it takes to ask the same again.
+read them whole, or leave (by cancelling, by closing the connection, after a while or at some token), or read slowly, or do not stream, or give little time,
+or ask for nonsense, or for very much at once; meanwhile the engine gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for a while or for ever, finds no page or
+no memory (chaotic_engine.py). Every answer that was read whole must have the right tokens, text, logprobs and finish reasons and exactly one final response;
+of those that broke off, what came must be a beginning of it; nonsense must be refused, by name. Before every step the engine checks its pool and page tables
+(debug_checks). In the end all pages must be free or cached, nothing may run, and memory and open files must not have grown.
+
+A worker's requests follow from the seed alone; a fault says worker and number, `--only WORKER` asks the same again.
+When the server itself dies or hangs (Triton Server 2.51.0 can, when a gRPC client leaves around the final response: its issues 7840 and 8078), that is
+reported under `server_broken`, with its last log lines, and another server is started.
 """
 
 from __future__ import annotations
@@ -14,278 +20,368 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
+import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import tritonclient.grpc.aio as grpc
-from tritonclient.utils import InferenceServerException
+from tests.chaos.chaotic_engine import Orders
+from tests.chaos.front_end_door import FrontEndDoor
+from tests.chaos.judge import DEADLINE, QUEUE_FULL, Heard, judge
+from tests.chaos.nursery import Nursery
+from tests.chaos.plague import Diary, Plague
+from tests.chaos.server_door import ServerDoor
+from tests.chaos.wishes import HOSTILE, MAX_MODEL_LEN, NUM_PAGES, Wish, long_wish, make_wishes
 
-from paged_backend.launch import Server, ServerSettings
-from tests.bench.bench_streams import Memory
-from tests.server.calls import metrics, tensor, wait_for_metrics
+_STUCK_SECONDS = 180.0  # an answer that takes longer is a fault
+_SAMPLE_SECONDS = 2.0
+_PROGRESS_SECONDS = 10.0
+_BURST = 150
+_KINDS = {"whole": 44, "unstreamed": 8, "slow": 6, "leave after": 10, "leave at": 10, "disconnect": 4, "deadline": 8, "hostile": 9, "burst": 1}
+_OPTIONS = {
+    "num_pages": NUM_PAGES,
+    "max_num_sequences": 12,
+    "max_model_len": MAX_MODEL_LEN,
+    "max_batched_tokens": 96,
+    "max_queue_size": 120,
+    "dtype": "float32",
+    "max_engine_restarts": 10**6,
+    "engine_hang_seconds": 8,
+    "debug_checks": "true",
+}
 
-_STUCK_SECONDS = 120.0  # an answer that takes longer is a fault
-_SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGSTOP)
-_NONSENSE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("temperature", {"text_input": "a", "sampling_parameters": {"temperature": -1}}),
-    ("input_ids", {"input_ids": [10**6]}),
-    ("max_tokens", {"text_input": "a", "max_tokens": 10**6}),
-    ("temprature", {"text_input": "a", "sampling_parameters": {"temprature": 1}}),
-    ("prompt", {"input_ids": [5] * 400}),
-)
+
+class Door(Protocol):
+    """Where requests are asked: server_door.py, front_end_door.py."""
+
+    transports: tuple[str, ...]
+    broken: list[dict[str, Any]]
+
+    async def ask(self, tensors: dict[str, Any], parameters: dict[str, Any], **how: Any) -> Heard: ...
+    def numbers(self) -> dict[str, float]: ...
+    def memory(self) -> dict[str, int]: ...
+    def alive(self) -> bool: ...
+    async def revive(self) -> None: ...
+    def close(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A request that can be repeated."""
+class Plan:
+    """What a campaign is asked to do. It ends after `seconds`, or after `requests` if that is sooner; 0: no limit."""
 
-    number: int
-    tensors: dict[str, Any]
-
-    @property
-    def num_sequences(self) -> int:
-        return int(self.tensors["sampling_parameters"].get("n", 1))
-
-
-@dataclass
-class Heard:
-    """What came of it, per sequence."""
-
-    texts: dict[int, str] = field(default_factory=dict)
-    token_ids: dict[int, list[int]] = field(default_factory=dict)
-    reasons: dict[int, str] = field(default_factory=dict)
-    finals: int = 0
-    error: str = ""
+    door: str = "server"
+    seconds: float = 60.0
+    requests: int = 0
+    seed: int = 1
+    workers: int = 48
+    kill_every: float = 6.0
+    instances: int = 2
+    refuse_pages: float = 0.02
+    out_of_memory: float = 0.0002
+    fork: bool = True
+    leave: bool = True
+    only: int | None = None
 
 
-def wishes(chance: random.Random) -> list[Wish]:
-    """Prompts with and without common beginnings, of all lengths, and every way of sampling."""
-    samplings: list[dict[str, Any]] = [
-        {"temperature": 0},
-        {"temperature": 0, "stop": ["the", "Mira"]},
-        {"temperature": 1.1, "seed": 5},
-        {"temperature": 0.9, "top_p": 0.8, "seed": 6, "n": 3},
-        {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "seed": 7},
-        {"temperature": 1.0, "min_p": 0.05, "seed": 8, "logit_bias": {"20": 2.0}, "bad_words": ["house"], "n": 2},
-        {"temperature": 0, "min_tokens": 1, "logprobs": 3},
-    ]
-    shared = "Once upon a time there was a clever baker called Mira. " * 4
-    made = []
-    for number in range(28):
-        text = (shared if number % 2 else "") + f"Story {number}. " * chance.randint(1, 12)
-        sampling = {**samplings[number % len(samplings)], "ignore_eos": number % 3 > 0}
-        made.append(Wish(number, {"text_input": text, "max_tokens": chance.choice([1, 2, 15, 16, 17, 33, 60]), "sampling_parameters": sampling}))
-    return made
+class Pauses:
+    """How long callers waited because of a death: from the death to the next thing they heard."""
 
+    def __init__(self, plague: Plague) -> None:
+        self.seconds: list[float] = []
+        self._plague = plague
 
-async def ask(
-    client: grpc.InferenceServerClient, tensors: dict[str, Any], *, stream: bool = True, leave_after: float = 0.0, leave_at: int = 0, slow: float = 0.0
-) -> Heard:
-    """One request over a stream of its own; leave_*: seconds, or tokens, after which the caller leaves. slow: seconds to sleep between responses."""
-    heard = Heard()
-    wanted = {"stream": stream, "return_output_ids": True, "return_finish_reason": True, "return_num_output_tokens": True, "return_sequence_index": True}
-    inputs = [tensor(name, value) for name, value in {**tensors, **wanted, "exclude_input_in_output": True}.items()]
+    def listener(self) -> Any:
+        """To be called whenever a caller hears something."""
+        last, next_death = time.monotonic(), self._plague.kills
 
-    async def requests() -> AsyncIterator[dict[str, Any]]:
-        yield {"model_name": "paged_llm", "inputs": inputs, "enable_empty_final_response": True}
+        def note() -> None:
+            nonlocal last, next_death
+            now, deaths = time.monotonic(), self._plague.deadly_times
+            if next_death < len(deaths):
+                self.seconds.append(now - max(last, deaths[next_death]))
+                next_death = len(deaths)
+            last = now
 
-    responses = client.stream_infer(requests())
-
-    async def listen() -> None:
-        async for result, error in responses:
-            if error is not None:
-                heard.error = error.message()
-                return
-            _take(heard, result)
-            if leave_at and sum(map(len, heard.token_ids.values())) >= leave_at:
-                responses.cancel()
-                return
-            if slow:
-                await asyncio.sleep(slow)
-
-    try:
-        await asyncio.wait_for(listen(), leave_after or None)
-    except asyncio.TimeoutError:
-        responses.cancel()
-    except InferenceServerException as error:
-        heard.error = error.message()
-    return heard
-
-
-def _take(heard: Heard, result: Any) -> None:
-    heard.finals += result.get_response().parameters["triton_final_response"].bool_param
-    texts = result.as_numpy("text_output")
-    if texts is None:
-        return
-    ids, start = result.as_numpy("output_ids").tolist(), 0
-    names = ("sequence_index", "text_output", "num_output_tokens", "finish_reason")
-    columns = [result.as_numpy(name).tolist() for name in names]
-    for index, text, count, reason in zip(*columns, strict=True):
-        heard.texts[index] = heard.texts.get(index, "") + text.decode()
-        heard.token_ids.setdefault(index, []).extend(ids[start : start + count])
-        start += count
-        if reason != b"None":
-            heard.reasons[index] = reason.decode()
+        return note
 
 
 class Campaign:
-    def __init__(self, address: str, truth: list[tuple[Wish, Heard]], seed: int) -> None:
-        self.counts: Counter[str] = Counter()
+    """Workers, and what they found."""
+
+    def __init__(self, plan: Plan, door: Door, truth: list[tuple[Wish, Heard]], plague: Plague) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
         self.faults: list[str] = []
         self.tokens = 0
-        self._address, self._truth, self._chance = address, truth, random.Random(seed)
+        self.pauses = Pauses(plague)
+        self._plan, self._door, self._truth = plan, door, truth
+        self._ends_at = time.monotonic() + plan.seconds if plan.seconds else None
+        self._bursts = 0
 
-    async def run(self, seconds: float, workers: int) -> None:
-        until = time.monotonic() + seconds
-        async with grpc.InferenceServerClient(self._address) as client:
-            await asyncio.gather(*(self._work(client, until) for _ in range(workers)))
+    @property
+    def requests(self) -> int:
+        return sum(self.outcomes.values())
 
-    async def _work(self, client: grpc.InferenceServerClient, until: float) -> None:
-        while time.monotonic() < until:
+    @property
+    def over(self) -> bool:
+        enough = self._plan.requests and self.requests >= self._plan.requests
+        return bool(enough or (self._ends_at and time.monotonic() > self._ends_at))
+
+    async def run(self) -> None:
+        numbers = range(self._plan.workers) if self._plan.only is None else [self._plan.only]
+        await asyncio.gather(*(self._work(number) for number in numbers))
+
+    async def _work(self, worker: int) -> None:
+        chance = random.Random(f"{self._plan.seed}/{worker}")
+        number = 0
+        while not self.over:
+            number += 1
+            kind = chance.choices(list(_KINDS), list(_KINDS.values()))[0]
+            if not self._plan.leave and kind in ("leave after", "leave at", "disconnect"):
+                kind = "whole"
+            self.kinds[kind] += 1
             try:
-                await asyncio.wait_for(self._once(client), _STUCK_SECONDS)
+                await asyncio.wait_for(self._once(kind, chance, f"worker {worker}, request {number}, {kind}"), _STUCK_SECONDS)
             except asyncio.TimeoutError:
-                self._fault("stuck", f"no end after {_STUCK_SECONDS:g} s")
+                self.outcomes["stuck"] += 1
+                broken = len(self._door.broken)
+                await self._door.revive()
+                if len(self._door.broken) == broken:  # the server is well, so it is our fault
+                    self.fault(f"worker {worker}, request {number}, {kind}: no end after {_STUCK_SECONDS:g} s")
 
-    async def _once(self, client: grpc.InferenceServerClient) -> None:
-        chance = self._chance
-        kind = chance.choices(("whole", "leave_after", "leave_at", "unstreamed", "slow", "nonsense"), (50, 12, 12, 12, 6, 8))[0]
-        self.counts[kind] += 1
-        if kind == "nonsense":
-            name, tensors = chance.choice(_NONSENSE)
-            heard = await ask(client, tensors)
-            if name not in heard.error:
-                self._fault(kind, f"{tensors} was answered with {heard}")
+    async def _once(self, kind: str, chance: random.Random, name: str) -> None:
+        if kind == "hostile":
+            await self._ask_nonsense(chance, name)
+        elif kind == "burst":
+            await self._burst(chance, name)
+        else:
+            wish, right = chance.choice(self._truth)
+            transport = chance.choice(self._door.transports)
+            sampling, how = _manner(kind, chance)
+            await self._ask(wish, right, name, transport, sampling, how)
+
+    async def _ask_nonsense(self, chance: random.Random, name: str) -> None:
+        what, given, named = chance.choice(HOSTILE)
+        tensors = {key: value for key, value in given.items() if key != "parameters"}
+        heard = await self._door.ask(tensors, given.get("parameters", {}), note=lambda: None)
+        if await self._went_with_the_server(heard):
             return
-        wish, right = chance.choice(self._truth)
-        how: dict[str, Any] = {
-            "leave_after": {"leave_after": chance.uniform(0.001, 2.0)},
-            "leave_at": {"leave_at": chance.randint(1, 30)},
-            "unstreamed": {"stream": False},
-            "slow": {"slow": 0.05},
-        }.get(kind, {})
-        heard = await ask(client, wish.tensors, **how)
-        self.tokens += sum(map(len, heard.token_ids.values()))
-        self._compare(wish, right, heard, kind)
+        self.outcomes["refused"] += 1
+        if named not in heard.error or heard.num_tokens or heard.after_final:
+            self.fault(f"{name}, {what}: {heard}")
 
-    def _compare(self, wish: Wish, right: Heard, heard: Heard, kind: str) -> None:
-        what = f"wish {wish.number} {wish.tensors}, {kind}"
-        if heard.error:
-            self._fault(kind, f"{what}: {heard.error}")
-        elif kind in ("leave_after", "leave_at") and heard.finals == 0:
-            for index, ids in heard.token_ids.items():
-                if right.token_ids[index][: len(ids)] != ids or not right.texts[index].startswith(heard.texts[index]):
-                    self._fault(kind, f"{what}: sequence {index} began with {ids}, right is {right.token_ids[index]}")
-        elif heard.finals != 1:
-            self._fault(kind, f"{what}: {heard.finals} final responses")
-        elif (heard.token_ids, heard.texts, heard.reasons) != (right.token_ids, right.texts, right.reasons):
-            self._fault(kind, f"{what}: got {heard}, right is {right}")
-
-    def _fault(self, kind: str, what: str) -> None:
-        self.counts[f"faults: {kind}"] += 1
-        self.faults.append(what[:2000])
-
-
-def engine_pid(server: Server) -> int | None:
-    """The server's engine process."""
-    folder = server.shm_prefix.removesuffix("-").encode()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    async def _burst(self, chance: random.Random, name: str) -> None:
+        """More at once than the queue holds."""
+        wish, right = chance.choice([entry for entry in self._truth if entry[0].num_sequences == 1])
+        self._bursts += 1
         try:
-            command = path.read_bytes()
-        except OSError:
-            continue
-        if b"paged_backend.engine_process" in command and folder in command:
-            return int(path.parent.name)
-    return None
+            await asyncio.gather(*(self._ask(wish, right, f"{name} {number}", self._door.transports[0], {}, {}) for number in range(_BURST)))
+        finally:
+            self._bursts -= 1
+
+    async def _ask(self, wish: Wish, right: Heard, name: str, transport: str, sampling: dict[str, Any], how: dict[str, Any]) -> None:
+        may_end = [DEADLINE] if DEADLINE in sampling else []
+        bursts = self._bursts
+        tensors = wish.with_sampling(**sampling)
+        heard = await self._door.ask(tensors, wish.parameters, note=self.pauses.listener(), transport=transport, **how)
+        self.tokens += heard.num_tokens
+        if await self._went_with_the_server(heard):
+            return
+        if bursts or self._bursts:
+            may_end.append(QUEUE_FULL)
+        left = bool(how.keys() & {"leave_after", "leave_at"})
+        outcome, fault = judge(wish, right, heard, left=left, may_end=tuple(may_end))
+        self.outcomes[outcome] += 1
+        if fault:
+            self.fault(f"{name}, wish {wish.number} {tensors} {wish.parameters} {transport} {how}: {fault}")
+
+    async def _went_with_the_server(self, heard: Heard) -> bool:
+        if not heard.lost_with_server:
+            return False
+        self.outcomes["lost with the server"] += 1
+        broken = len(self._door.broken)
+        await asyncio.sleep(0.5)
+        await self._door.revive()
+        if len(self._door.broken) == broken and not self._door.broken:
+            self.fault(f"the connection broke, and the server lives: {heard.lost_with_server}")
+        return True
+
+    def fault(self, what: str) -> None:
+        self.faults.append(what[:3000])
+        print(f"FAULT {what[:1000]}", file=sys.stderr, flush=True)
 
 
-async def plague(server: Server, every: float, chance: random.Random, killed: Counter[str]) -> None:
-    """Until cancelled: signals to the engine, some of them while it still loads."""
+def _manner(kind: str, chance: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sampling parameters, how to ask)."""
+    after, at, seconds = chance.uniform(0.001, 2.0), chance.randint(1, 30), chance.uniform(0.02, 3.0)
+    match kind:
+        case "unstreamed":
+            return {}, {"stream": False}
+        case "slow":
+            return {}, {"slow": 0.03}
+        case "leave after":
+            return {}, {"leave_after": after}
+        case "leave at":
+            return {}, {"leave_at": at}
+        case "disconnect":
+            return {}, {"leave_at": at, "leave_after": after, "disconnect": True}
+        case "deadline":
+            return {DEADLINE: seconds}, {}
+    return {}, {}
+
+
+class Watch:
+    """Memory of the front ends and the server, sampled; and progress, told."""
+
+    def __init__(self, door: Door, campaign: Campaign, plague: Plague, diary: Diary) -> None:
+        self._door, self._campaign, self._plague, self._diary = door, campaign, plague, diary
+        self._samples: list[dict[str, int]] = []
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        started = told = time.monotonic()
+        while True:
+            await asyncio.sleep(_SAMPLE_SECONDS)
+            self._diary.read()
+            if self._door.alive():
+                self._samples.append(self._door.memory())
+            now = time.monotonic()
+            if now > told + _PROGRESS_SECONDS:
+                told, campaign = now, self._campaign
+                words = f"{now - started:.0f} s: {campaign.requests} requests, {campaign.tokens} tokens, {self._plague.kills} kills"
+                words += f", {len(campaign.faults)} faults, servers broken: {len(self._door.broken)}, {self._samples[-1] if self._samples else ''}"
+                print(words, file=sys.stderr, flush=True)
+
+    def growth(self) -> dict[str, dict[str, float]]:
+        """Of each quantity the median of the second fifth of the run (the first is warm-up) and of the last, and their ratio less 1."""
+        fifth = max(1, len(self._samples) // 5)
+        rows = {}
+        for name in self._samples[0] if self._samples else ():
+            values = [sample[name] for sample in self._samples]
+            early, late = statistics.median(values[fifth : 2 * fifth] or values), statistics.median(values[-fifth:])
+            rows[name] = {"early": early, "late": late, "growth": round(late / early - 1, 4) if early else 0.0}
+        return rows
+
+
+async def find_truth(door: Door, wishes: list[Wish]) -> list[tuple[Wish, Heard]]:
+    truth = []
+    for wish in wishes:
+        heard = await door.ask(wish.tensors, wish.parameters, note=lambda: None)
+        assert heard.finals == 1 and not heard.error, f"a request by itself fails: {wish}: {heard}"
+        truth.append((wish, heard))
+    return truth
+
+
+async def _wait_until_idle(door: Door, seconds: float) -> str:
+    """What is still held or running then; nothing, if all is well."""
+    deadline = time.monotonic() + seconds
+    names = ("paged_requests/running", "paged_requests/waiting", "paged_pages/held")
     while True:
-        await asyncio.sleep(chance.expovariate(1 / every))
-        pid, what = engine_pid(server), chance.choice(_SIGNALS)
-        if pid is None:
-            continue
-        try:
-            os.kill(pid, what)
-            if what is signal.SIGSTOP:
-                await asyncio.sleep(chance.uniform(0.1, 1.5))
-                os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            continue
-        killed[what.name] += 1
+        numbers = door.numbers()
+        if names[0] in numbers and not any(numbers[name] for name in names):
+            return ""
+        if time.monotonic() > deadline:
+            return f"after the last request the engine is not idle: {numbers}"
+        await asyncio.sleep(0.2)
 
 
-async def watch_memory(memory: Memory) -> None:
-    while True:
-        memory.sample()
-        await asyncio.sleep(2)
+async def _everything(plan: Plan, door: Door, diary: Diary) -> tuple[Campaign, Plague, Watch]:
+    chance = random.Random(plan.seed)
+    wishes = [*make_wishes(chance), long_wish()]
+    truth = await find_truth(door, wishes)
+    plague = Plague(diary, plan.kill_every, chance)
+    campaign = Campaign(plan, door, truth, plague)
+    watch = Watch(door, campaign, plague, diary)
+    beside = [asyncio.create_task(watch.run()), *([asyncio.create_task(plague.run())] if plan.kill_every else [])]
+    await campaign.run()
+    for task in beside:
+        task.cancel()
+    for task in await asyncio.gather(*beside, return_exceptions=True):
+        if isinstance(task, Exception):
+            raise task
+    idle = await _wait_until_idle(door, 60)
+    if idle:
+        campaign.fault(idle)
+    return campaign, plague, watch
 
 
-def run_campaign(seconds: float, seed: int, workers: int, kill_every: float, instances: int) -> tuple[dict[str, Any], list[str]]:
+def run_campaign(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """(the report, the faults)."""
-    chance = random.Random(seed)
-    options = {"num_pages": "90", "max_num_sequences": "12", "max_model_len": "384", "max_batched_tokens": "96"}
-    options |= {"dtype": "float32", "max_engine_restarts": "100000"}
-    with Server(ServerSettings(instances=instances, options=options)) as server:
-        address, metrics_url = server.addresses.grpc_url, server.addresses.metrics_url
-
-        async def truth() -> list[tuple[Wish, Heard]]:
-            async with grpc.InferenceServerClient(address) as client:
-                return [(wish, await ask(client, wish.tensors)) for wish in wishes(chance)]
-
-        right = asyncio.run(truth())
-        alone = [(wish, heard) for wish, heard in right if heard.finals != 1 or heard.error]
-        assert not alone, f"a request by itself fails: {alone[0]}"
-        campaign, killed = Campaign(address, right, seed), Counter[str]()
-        memory = Memory(server.pid, server.shm_prefix, without=b"paged_backend.engine_process")
-
-        async def everything() -> None:
-            beside = [asyncio.create_task(watch_memory(memory))]
-            if kill_every:
-                beside.append(asyncio.create_task(plague(server, kill_every, chance, killed)))
-            await campaign.run(seconds, workers)
-            for task in beside:
-                task.cancel()
-
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp")))
+        orders = Orders(str(folder / "register"), plan.seed, plan.refuse_pages, plan.out_of_memory)
+        diary = Diary(folder / "register")
+        if plan.fork:
+            command = stack.enter_context(Nursery(orders)).command
+        else:
+            command = [sys.executable, str(Path(__file__).with_name("chaotic_engine.py")), json.dumps(orders.__dict__)]
+        door: Door = (ServerDoor if plan.door == "server" else FrontEndDoor)(_OPTIONS, plan.instances, command)
         started = time.monotonic()
-        asyncio.run(everything())
-        took = time.monotonic() - started
+        try:
+            campaign, plague, watch = asyncio.run(_everything(plan, door, diary))
+            took, numbers = time.monotonic() - started, door.numbers()
+        finally:
+            left = door.close()
+        diary.read()
+    for what in left:
+        campaign.fault(f"left behind: {what}")
+    for what in diary.faults:
+        campaign.fault(f"the engine failed by itself: {what}")
+    return _report(plan, took, campaign, plague, watch, diary, numbers, door), campaign.faults
 
-        def idle(values: dict[str, float]) -> bool:
-            running = values['paged_requests{state="running"}'] + values['paged_requests{state="waiting"}']
-            return running == 0 and values['paged_pages{state="held"}'] == 0
 
-        if not wait_for_metrics(metrics_url, idle, seconds=20):
-            campaign.faults.append(f"after the last request the engine is not idle: {metrics(metrics_url)}")
-        values = metrics(metrics_url)
-    num_requests = sum(count for kind, count in campaign.counts.items() if ":" not in kind)
-    report: dict[str, Any] = {"bench": "chaos", "seed": seed, "seconds": round(took), "requests": num_requests}
-    report |= {"tokens": campaign.tokens, "kinds": dict(campaign.counts), "signals": dict(killed), "restarts": int(values["paged_engine_restarts_total"])}
-    report |= {"preemptions_of_the_last_engine": int(values["paged_preemptions_total"]), "faults": len(campaign.faults)}
-    report |= {"resident": memory.change(memory.resident), "dev_shm": memory.change(memory.shared)}
-    return report, campaign.faults
+def _report(plan: Plan, took: float, campaign: Campaign, plague: Plague, watch: Watch, diary: Diary, numbers: dict[str, float], door: Door) -> dict[str, Any]:
+    pauses = sorted(campaign.pauses.seconds)
+    shares = {f"p{share}": round(pauses[min(len(pauses) - 1, len(pauses) * share // 100)], 2) for share in (50, 99, 100)} if pauses else {}
+    return {
+        "bench": "chaos",
+        **plan.__dict__,
+        "seconds": round(took),
+        "requests": campaign.requests,
+        "tokens": campaign.tokens,
+        "kinds": dict(campaign.kinds),
+        "outcomes": dict(campaign.outcomes),
+        "signals": dict(plague.signals),
+        "kills": plague.kills + diary.counts["out_of_memory"],
+        "restarts": int(numbers.get("paged_engine_restarts_total/", 0)),
+        "mishaps": dict(diary.counts),
+        "preemptions": int(numbers.get("paged_preemptions_total/", 0)),
+        "callers_that_waited": len(pauses),
+        "pause_seconds": shares,
+        "memory": watch.growth(),
+        "server_broken": door.broken,
+        "faults": len(campaign.faults),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--door", choices=("server", "front-end"), default="server")
+    parser.add_argument("--seconds", type=float, default=60, help="0: until --requests are done")
+    parser.add_argument("--requests", type=int, default=0, help="0: until --seconds are over")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=48)
     parser.add_argument("--kill-every", type=float, default=6.0, help="mean seconds between signals to the engine; 0: none")
-    parser.add_argument("--instances", type=int, default=2)
-    args = parser.parse_args()
-    report, faults = run_campaign(args.seconds, args.seed, args.workers, args.kill_every, args.instances)
-    for fault in faults[:20]:
-        print(fault, file=sys.stderr)
+    parser.add_argument("--instances", type=int, default=2, help="front ends")
+    parser.add_argument("--refuse-pages", type=float, default=0.02, help="share of the askings for pages that find none")
+    parser.add_argument("--out-of-memory", type=float, default=0.0002, help="share of steps that end the engine")
+    parser.add_argument("--no-fork", dest="fork", action="store_false", help="start engines as paged does, importing everything each time (nursery.py)")
+    parser.add_argument("--nobody-leaves", dest="leave", action="store_false", help="no cancels: what a server of 2.51.0 does not always survive")
+    parser.add_argument("--only", type=int, help="one worker's requests, from a fault")
+    parser.add_argument("--report", type=Path, help="a file for the report, with all faults")
+    plan = parser.parse_args()
+    path = plan.report
+    del plan.report
+    report, faults = run_campaign(Plan(**vars(plan)))
+    if path is not None:
+        path.write_text(json.dumps(report | {"all_faults": faults}, indent=1) + "\n")
+    report["server_broken"] = [broken["server"] for broken in report["server_broken"]]
     print(json.dumps(report), flush=True)
     sys.exit(1 if faults else 0)
 

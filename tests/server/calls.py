@@ -12,6 +12,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import tritonclient.grpc.aio as grpc
+from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 MODEL = "paged_llm"
@@ -34,8 +35,8 @@ class Answer:
         return "" if self.error is None else self.error.message()
 
 
-def tensor(name: str, value: Any) -> grpc.InferInput:
-    array = {
+def tensor_array(name: str, value: Any) -> NDArray[Any]:
+    array: NDArray[Any] = {
         "text_input": lambda: np.array([value], object),
         "sampling_parameters": lambda: np.array([value if isinstance(value, (str, bytes)) else json.dumps(value)], object),
         "input_ids": lambda: np.array(value, np.int32),
@@ -43,6 +44,11 @@ def tensor(name: str, value: Any) -> grpc.InferInput:
         "stop_words": lambda: np.array(value, object),
         "temperature": lambda: np.array([value], np.float32),
     }.get(name, lambda: np.array([value], np.bool_))()
+    return array
+
+
+def tensor(name: str, value: Any) -> grpc.InferInput:
+    array = tensor_array(name, value)
     made = grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     made.set_data_from_numpy(array)
     return made

@@ -15,10 +15,10 @@ import tritonclient.grpc.aio as grpc
 
 from paged_backend.launch import Server, ServerSettings
 from tests.server.calls import MODEL, Answer, stream
+from tests.server.hostile_requests import CASES
 
 pytestmark = pytest.mark.server
 
-VOCAB_PAST_END = 1_000_000
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
@@ -26,46 +26,6 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 def server() -> Iterator[Server]:
     with Server(ServerSettings(instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64}, drain_seconds=3)) as running:
         yield running
-
-
-def sampling(**keys: object) -> dict[str, object]:
-    return {"text_input": "a", "sampling_parameters": json.dumps(keys)}
-
-
-CASES = {
-    "empty prompt": ({"text_input": ""}, "text_input"),
-    "no prompt": ({}, "text_input"),
-    "two prompts": ({"text_input": "a", "input_ids": [1]}, "input_ids"),
-    "prompt longer than the model": ({"input_ids": [5] * 512}, "512"),
-    "prompt far longer than the pool": ({"input_ids": [5] * 5000}, "5000"),
-    "50 MB of text": ({"text_input": "x" * 50_000_000}, "max_prompt_bytes"),
-    "invalid UTF-8": ({"text_input": b"\xff\xfe\xfa"}, "UTF-8"),
-    "negative temperature": (sampling(temperature=-1), "temperature"),
-    "NaN in JSON": ({"text_input": "a", "sampling_parameters": '{"temperature": NaN}'}, "sampling_parameters"),
-    "NaN as a string": (sampling(temperature="nan"), "temperature"),
-    "NaN in a tensor": ({"text_input": "a", "temperature": float("nan")}, "temperature"),
-    "top_p above one": (sampling(top_p=1.5), "top_p"),
-    "negative top_k": (sampling(top_k=-2), "top_k"),
-    "a list for a number": (sampling(temperature=[1]), "temperature"),
-    "text for a number": (sampling(max_tokens="many"), "max_tokens"),
-    "JSON 10,000 levels deep": ({"text_input": "a", "sampling_parameters": "[" * 10_000 + "]" * 10_000}, "sampling_parameters"),
-    "an object 10,000 levels deep": ({"text_input": "a", "sampling_parameters": '{"stop":' * 10_000 + "1" + "}" * 10_000}, "sampling_parameters"),
-    "JSON that is no object": ({"text_input": "a", "sampling_parameters": "[1]"}, "sampling_parameters"),
-    "no JSON": ({"text_input": "a", "sampling_parameters": "{"}, "sampling_parameters"),
-    "an unknown key": (sampling(temprature=1), "temprature"),
-    "max_tokens 0": (sampling(max_tokens=0), "max_tokens"),
-    "max_tokens 2^31": (sampling(max_tokens=2**31), "max_tokens"),
-    "max_tokens above the model": (sampling(max_tokens=513), "512"),
-    "100,000 stop words": (sampling(stop=["x"] * 100_000), "stop"),
-    "100,000 stop words in a tensor": ({"text_input": "a", "stop_words": ["x"] * 100_000}, "stop"),
-    "an empty stop word": (sampling(stop=[""]), "stop"),
-    "an id past the vocabulary": ({"input_ids": [5, VOCAB_PAST_END]}, str(VOCAB_PAST_END)),
-    "a negative id": ({"input_ids": [-1]}, "-1"),
-    "streaming with the prompt in front": ({"text_input": "a", "exclude_input_in_output": False}, "exclude_input_in_output"),
-    "an unknown parameter": ({"text_input": "a", "parameters": {"temprature": 1}}, "temprature"),
-    "n of two, greedy": (sampling(n=2, temperature=0), "n"),
-    "n of too many": (sampling(n=65), "n"),
-}
 
 
 async def among_others(address: str, case: dict[str, object]) -> tuple[Answer, Answer]:

@@ -224,6 +224,22 @@ def test_an_engine_that_says_nothing_is_killed_and_replaced(key: str) -> None:
         client.close()
 
 
+def test_an_engine_that_hangs_while_it_loads_after_a_restart_is_killed_and_replaced(key: str) -> None:
+    client = _connect(key, model="slow", engine_hang_seconds=5)
+    try:
+        client._load_seconds = 0.1
+        _, inbox = _ask(client, "tokens=60 delay=0.01")
+        _wait(lambda: len(inbox.ids) > 3)
+        first = _engine_pid(client)
+        os.kill(first, signal.SIGKILL)
+        _wait(lambda: _engine_pid(client) != first)
+        os.kill(_engine_pid(client), signal.SIGSTOP)
+        assert inbox.finished.wait(30)
+        assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.01", 60)
+    finally:
+        client.close()
+
+
 def test_a_request_that_kills_its_engine_fails_alone(key: str) -> None:
     clients = _connect_all(key, 2, max_engine_restarts=8)
     try:

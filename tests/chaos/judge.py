@@ -1,0 +1,74 @@
+"""What came of a request, and whether it is right: compared with what the same request got when it was alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tests.chaos.wishes import Wish
+
+_LOGPROB_TOLERANCE = 2e-3  # float32 sums in another order: who else is in a step decides how its matrices are tiled
+DEADLINE = "request_deadline_seconds"
+QUEUE_FULL = "max_queue_size"
+
+
+@dataclass
+class Heard:
+    """What came of a request, per sequence."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)  # of the chosen tokens
+    reasons: dict[int, str] = field(default_factory=dict)
+    finals: int = 0
+    after_final: int = 0  # responses that came after the final one
+    error: str = ""
+    lost_with_server: str = ""  # the server process itself ended meanwhile, or the connection to it: who is to blame is found out elsewhere
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.token_ids.values()))
+
+    def add(self, index: int, text: str, token_ids: list[int], logprobs: list[float], reason: str | None) -> None:
+        self.texts[index] = self.texts.get(index, "") + text
+        self.token_ids.setdefault(index, []).extend(token_ids)
+        self.logprobs.setdefault(index, []).extend(logprobs)
+        if reason is not None:
+            self.reasons[index] = reason
+
+
+def judge(wish: Wish, right: Heard, heard: Heard, *, left: bool = False, may_end: tuple[str, ...] = ()) -> tuple[str, str]:
+    """(outcome, fault): the fault is empty if what was heard is right.
+
+    left: the caller left, so the answer may break off anywhere. may_end: an error that says one of these may end the answer.
+    """
+    if heard.after_final or heard.finals > 1:
+        return "wrong", f"{heard.finals} final responses, {heard.after_final} after the first of them"
+    fault = _foreign(right, heard)
+    if fault:
+        return "wrong", fault
+    if heard.error:
+        named = next((reason for reason in may_end if reason in heard.error), "")
+        return (f"ended: {named}", "") if named else ("error", heard.error)
+    if left and heard.finals == 0:
+        return "left", ""
+    if heard.finals != 1:
+        return "wrong", "no final response"
+    if (heard.token_ids, heard.texts, heard.reasons) != (right.token_ids, right.texts, right.reasons):
+        return "wrong", f"incomplete: {heard}, right is {right}"
+    if wish.logprobs and any(len(heard.logprobs[index]) != len(ids) for index, ids in heard.token_ids.items()):
+        return "wrong", f"not a logprob for every token: {heard}"
+    return "whole", ""
+
+
+def _foreign(right: Heard, heard: Heard) -> str:
+    """A token, a piece of text or a logprob that is not the beginning of the right answer."""
+    for index, ids in heard.token_ids.items():
+        if right.token_ids[index][: len(ids)] != ids:
+            return f"sequence {index} began with tokens {ids}, right is {right.token_ids[index]}"
+        if not right.texts[index].startswith(heard.texts[index]):
+            return f"sequence {index} began with {heard.texts[index]!r}, right is {right.texts[index]!r}"
+        pairs = zip(heard.logprobs[index], right.logprobs[index], strict=False)
+        if not all(math.isclose(got, wanted, abs_tol=_LOGPROB_TOLERANCE) for got, wanted in pairs):
+            return f"sequence {index} has logprobs {heard.logprobs[index]}, right is {right.logprobs[index]}"
+    return ""

@@ -1,0 +1,20 @@
+"""Stands for an engine that the nursery forks: `python newborn.py SOCKET DIRECTORY`. Hands over its stdin, stdout and stderr, and ends as the engine ends."""
+
+import array
+import json
+import os
+import signal
+import socket
+import sys
+
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+connection.connect(sys.argv[1])
+descriptors = array.array("i", [0, 1, 2])
+connection.sendmsg([json.dumps({"directory": sys.argv[2]}).encode() + b"\n"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+null = os.open(os.devnull, os.O_RDONLY)
+os.dup2(null, 0)
+status = json.loads(connection.makefile().readline() or "-9")
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL) if -status not in (signal.SIGKILL, signal.SIGSTOP) else None
+    os.kill(os.getpid(), -status)
+os._exit(status)

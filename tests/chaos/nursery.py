@@ -1,0 +1,130 @@
+"""Engines in a tenth of the time: `python -m tests.chaos.nursery SOCKET ORDERS` imports what an engine needs once, and forks for each engine that is wanted.
+
+What is forked is the engine process with its own sockets, memory and threads; only importing torch is saved, which takes seconds a start on a CPU. Kills in
+their thousands need that. How long a restart takes with paged's own command is measured by tests/bench/bench_reliability.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from tests.chaos.chaotic_engine import Orders, run
+
+_POLL_MS = 10
+_START_SECONDS = 120
+
+
+class Nursery:
+    """A context; `command` starts an engine from it, as EngineClient wants it."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="nursery-", dir="/tmp")
+        self._socket = f"{self._folder.name}/socket"
+        command = [sys.executable, "-m", "tests.chaos.nursery", self._socket, json.dumps(asdict(orders))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-I", "-S", str(Path(__file__).with_name("newborn.py")), self._socket]
+
+    def __enter__(self) -> Nursery:
+        deadline = time.monotonic() + _START_SECONDS
+        while not Path(self._socket).exists():
+            assert self._process.poll() is None and time.monotonic() < deadline, "the nursery did not start"
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(20)
+        self._folder.cleanup()
+
+
+def _serve(path: str, orders: Orders) -> None:
+    """Until stdin ends. One thread: nothing may hold a lock when it forks."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"{path}.new")
+    listener.listen(64)
+    os.rename(f"{path}.new", path)
+    children: dict[int, socket.socket] = {}
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    poll.register(0, select.POLLIN | select.POLLHUP)
+    while True:
+        for descriptor, _ in poll.poll(_POLL_MS):
+            if descriptor == 0:
+                for pid in children:
+                    os.kill(pid, signal.SIGKILL)
+                return
+            if descriptor == listener.fileno():
+                connection = listener.accept()[0]
+                pid = _fork(connection, [listener, *children.values()], orders)
+                children[pid] = connection
+                poll.register(connection, select.POLLIN | select.POLLHUP)
+            else:  # whoever stood for it was killed
+                pid = next(pid for pid, connection in children.items() if connection.fileno() == descriptor)
+                poll.unregister(descriptor)
+                os.kill(pid, signal.SIGKILL)
+        for pid, status in _ended(children):
+            connection = children.pop(pid)
+            with contextlib.suppress(KeyError):
+                poll.unregister(connection)
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps(status).encode() + b"\n")
+            connection.close()
+
+
+def _ended(children: dict[int, socket.socket]) -> list[tuple[int, int]]:
+    """(pid, exit status, or minus the signal)."""
+    ended = []
+    for pid in children:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended.append((pid, os.waitstatus_to_exitcode(status)))
+    return ended
+
+
+def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders) -> int:
+    message, descriptors, _, _ = socket.recv_fds(connection, 65536, 3)
+    pid = os.fork()
+    if pid:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return pid
+    for other in [connection, *others]:
+        other.close()
+    for target, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    sys.stdin = open(0)  # noqa: SIM115 - for as long as the process lives
+    os._exit(run(orders, Path(json.loads(message)["directory"])))
+
+
+def main() -> None:
+    import paged_backend.grammar
+    import paged_backend.model_runner
+    import paged_backend.models.tokenizer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    assert threading.active_count() == 1
+    _serve(sys.argv[1], Orders(**json.loads(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What befalls engines from outside: signals, some of them while an engine still loads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from paged_backend.election import ProcessId
+
+DEADLY = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
+_STOP_SHARE = 0.15
+_FOR_EVER_SHARE = 0.3  # of the stops: the watchdog must end those
+
+
+class Diary:
+    """The register of engines (chaotic_engine.py), as far as it was read."""
+
+    def __init__(self, path: Path) -> None:
+        self.counts: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.engine: ProcessId | None = None  # the newest
+        self._path, self._at = path, 0
+
+    def read(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open() as file:
+            file.seek(self._at)
+            for line in file.read().splitlines(keepends=True):
+                if line.endswith("\n"):
+                    self._at += len(line.encode())
+                    self._take(json.loads(line))
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "fault" in line:
+            self.faults.append(line["fault"])
+        elif "born" in line:
+            self.engine = ProcessId.of(line["born"])
+            self.counts["engines"] += 1
+        else:
+            self.counts.update(line)
+
+
+class Plague:
+    """Signals at random moments. Kills counts processes that ended by them: a signal that finds nobody is none."""
+
+    def __init__(self, diary: Diary, every: float, chance: random.Random) -> None:
+        self.signals: Counter[str] = Counter()
+        self.deadly_times: list[float] = []  # time.monotonic() of what ends an engine, in order
+        self._diary, self._every, self._chance = diary, every, chance
+        self._last_victim: ProcessId | None = None
+
+    @property
+    def kills(self) -> int:
+        return len(self.deadly_times)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(self._chance.expovariate(1 / self._every))
+            self._diary.read()
+            engine = self._diary.engine
+            if engine is not None and engine != self._last_victim and engine.alive:
+                await self._strike(engine)
+
+    async def _strike(self, engine: ProcessId) -> None:
+        chance, pid = self._chance, engine.pid
+        try:
+            if chance.random() >= _STOP_SHARE:
+                what = chance.choice(DEADLY)
+                os.kill(pid, what)
+                self._note(engine, what.name)
+                return
+            os.kill(pid, signal.SIGSTOP)
+            if chance.random() < _FOR_EVER_SHARE:
+                self._note(engine, "SIGSTOP for ever")
+                return
+            self.signals["SIGSTOP"] += 1
+            await asyncio.sleep(chance.uniform(0.05, 1.0))
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            pass
+
+    def _note(self, engine: ProcessId, name: str) -> None:
+        self.signals[name] += 1
+        self._last_victim = engine
+        self.deadly_times.append(time.monotonic())

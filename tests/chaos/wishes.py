@@ -1,0 +1,73 @@
+"""What is asked for: requests that can be repeated, with every way of sampling, and requests that must be refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.server.hostile_requests import CASES, HEAVY
+
+MAX_MODEL_LEN = 512
+NUM_PAGES = 40  # of 16 tokens: one longest sequence takes 32
+_SHARED = "Once upon a time there was a clever baker called Mira. " * 3
+_SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}}, "required": ["name", "age"]}
+
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 0, "stop": ["the", "Mira"]},
+    {"temperature": 1.1, "seed": 5},
+    {"temperature": 0.9, "top_p": 0.8, "seed": 6, "n": 3},
+    {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "seed": 7},
+    {"temperature": 1.0, "min_p": 0.05, "seed": 8, "logit_bias": {"20": 2.0}, "bad_words": ["house"], "n": 2, "logprobs": 0},
+    {"temperature": 0, "min_tokens": 1, "logprobs": 3},
+    {"temperature": 0.7, "seed": 9, "guided_regex": "(yes|no|perhaps), [a-z]{3,9}!"},
+    {"temperature": 0.9, "seed": 10, "guided_json": json.dumps(_SCHEMA)},
+    {"temperature": 1.0, "seed": 11, "guided_choice": ["a fox", "a lamp", "a very long answer indeed"], "n": 2},
+    {"temperature": 1.2, "seed": 2**64 - 1, "skip_prefix_cache": True, "priority_level": 1, "logprobs": 1},
+)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A request that can be repeated. tensors and parameters as tests/server/calls.py takes them, without those that say how it is answered."""
+
+    number: int
+    tensors: dict[str, Any]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.tensors["sampling_parameters"].get("n", 1))
+
+    @property
+    def logprobs(self) -> bool:
+        return "logprobs" in self.tensors["sampling_parameters"]
+
+    def with_sampling(self, **sampling: Any) -> dict[str, Any]:
+        return {**self.tensors, "sampling_parameters": {**self.tensors["sampling_parameters"], **sampling}}
+
+
+def make_wishes(chance: random.Random, count: int = 44) -> list[Wish]:
+    """Prompts with and without common beginnings, of all lengths up to most of the pool, for one or another tenant, with every way of sampling."""
+    made = []
+    for number in range(count):
+        text = (_SHARED if number % 2 else "") + f"Story {number}. " * chance.choice([1, 2, 3, 5, 8, 12, 30])
+        sampling = dict(SAMPLINGS[number % len(SAMPLINGS)])
+        guided = any(key.startswith("guided") for key in sampling)
+        if number % 3 and not guided:
+            sampling["ignore_eos"] = True
+        tensors = {"text_input": text, "max_tokens": 48 if guided else chance.choice([1, 2, 7, 15, 16, 17, 33, 60]), "sampling_parameters": sampling}
+        made.append(Wish(number, tensors, {"cache_salt": f"tenant {number % 4}"} if number % 4 else {}))
+    return made
+
+
+def long_wish() -> Wish:
+    """A prompt of nearly the longest length: it wants most of the pool, and whoever runs beside it is preempted."""
+    return Wish(
+        -1, {"input_ids": [5 + position % 50 for position in range(440)], "max_tokens": 40, "sampling_parameters": {"temperature": 0, "ignore_eos": True}}
+    )
+
+
+HOSTILE = tuple((name, tensors, named) for name, (tensors, named) in CASES.items() if name not in HEAVY)
