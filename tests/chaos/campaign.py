@@ -43,10 +43,8 @@ _STUCK_SECONDS = 180.0  # an answer that takes longer is a fault
 _SAMPLE_SECONDS = 2.0
 _PROGRESS_SECONDS = 10.0
 _BURST = 150
-_KINDS = {"whole": 44, "unstreamed": 8, "slow": 6, "leave after": 10, "leave at": 10, "disconnect": 4, "deadline": 8, "hostile": 9, "burst": 1}
+_KINDS = {"whole": 44, "unstreamed": 8, "slow": 6, "leave after": 10, "leave at": 10, "disconnect": 4, "deadline": 8, "hostile": 9, "burst": 0.2}
 _OPTIONS = {
-    "num_pages": NUM_PAGES,
-    "max_num_sequences": 12,
     "max_model_len": MAX_MODEL_LEN,
     "max_batched_tokens": 96,
     "max_queue_size": 120,
@@ -86,11 +84,14 @@ class Plan:
     out_of_memory: float = 0.0002
     fork: bool = True
     leave: bool = True
+    structured: bool = True
+    pages: int = NUM_PAGES
+    rows: int = 12
     only: int | None = None
 
 
 class Pauses:
-    """How long callers waited because of a death: from the death to the next thing they heard."""
+    """How long streams that had begun stood still because of a death: from the death to the next thing their callers heard."""
 
     def __init__(self, plague: Plague) -> None:
         self.seconds: list[float] = []
@@ -98,15 +99,14 @@ class Pauses:
 
     def listener(self) -> Any:
         """To be called whenever a caller hears something."""
-        last, next_death = time.monotonic(), self._plague.kills
+        next_death: int | None = None  # None: nothing was heard yet, and waiting in the queue is no pause
 
         def note() -> None:
-            nonlocal last, next_death
-            now, deaths = time.monotonic(), self._plague.deadly_times
-            if next_death < len(deaths):
-                self.seconds.append(now - max(last, deaths[next_death]))
-                next_death = len(deaths)
-            last = now
+            nonlocal next_death
+            deaths = self._plague.deadly_times
+            if next_death is not None and next_death < len(deaths):
+                self.seconds.append(time.monotonic() - deaths[next_death])
+            next_death = len(deaths)
 
         return note
 
@@ -122,7 +122,7 @@ class Campaign:
         self.pauses = Pauses(plague)
         self._plan, self._door, self._truth = plan, door, truth
         self._ends_at = time.monotonic() + plan.seconds if plan.seconds else None
-        self._bursts = 0
+        self._bursts, self._num_bursts = 0, 0  # under way; so far
 
     @property
     def requests(self) -> int:
@@ -180,6 +180,7 @@ class Campaign:
         """More at once than the queue holds."""
         wish, right = chance.choice([entry for entry in self._truth if entry[0].num_sequences == 1])
         self._bursts += 1
+        self._num_bursts += 1
         try:
             await asyncio.gather(*(self._ask(wish, right, f"{name} {number}", self._door.transports[0], {}, {}) for number in range(_BURST)))
         finally:
@@ -187,13 +188,14 @@ class Campaign:
 
     async def _ask(self, wish: Wish, right: Heard, name: str, transport: str, sampling: dict[str, Any], how: dict[str, Any]) -> None:
         may_end = [DEADLINE] if DEADLINE in sampling else []
-        bursts = self._bursts
+        calm = not self._bursts
+        num_bursts = self._num_bursts
         tensors = wish.with_sampling(**sampling)
         heard = await self._door.ask(tensors, wish.parameters, note=self.pauses.listener(), transport=transport, **how)
         self.tokens += heard.num_tokens
         if await self._went_with_the_server(heard):
             return
-        if bursts or self._bursts:
+        if not calm or self._num_bursts > num_bursts:
             may_end.append(QUEUE_FULL)
         left = bool(how.keys() & {"leave_after", "leave_at"})
         outcome, fault = judge(wish, right, heard, left=left, may_end=tuple(may_end))
@@ -293,7 +295,7 @@ async def _wait_until_idle(door: Door, seconds: float) -> str:
 
 async def _everything(plan: Plan, door: Door, diary: Diary) -> tuple[Campaign, Plague, Watch]:
     chance = random.Random(plan.seed)
-    wishes = [*make_wishes(chance), long_wish()]
+    wishes = [*make_wishes(chance, plan.structured), long_wish()]
     truth = await find_truth(door, wishes)
     plague = Plague(diary, plan.kill_every, chance)
     campaign = Campaign(plan, door, truth, plague)
@@ -321,7 +323,8 @@ def run_campaign(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             command = stack.enter_context(Nursery(orders)).command
         else:
             command = [sys.executable, str(Path(__file__).with_name("chaotic_engine.py")), json.dumps(orders.__dict__)]
-        door: Door = (ServerDoor if plan.door == "server" else FrontEndDoor)(_OPTIONS, plan.instances, command)
+        options = {**_OPTIONS, "num_pages": plan.pages, "max_num_sequences": plan.rows}
+        door: Door = (ServerDoor if plan.door == "server" else FrontEndDoor)(options, plan.instances, command)
         started = time.monotonic()
         try:
             campaign, plague, watch = asyncio.run(_everything(plan, door, diary))
@@ -352,7 +355,7 @@ def _report(plan: Plan, took: float, campaign: Campaign, plague: Plague, watch: 
         "restarts": int(numbers.get("paged_engine_restarts_total/", 0)),
         "mishaps": dict(diary.counts),
         "preemptions": int(numbers.get("paged_preemptions_total/", 0)),
-        "callers_that_waited": len(pauses),
+        "streams_that_paused": len(pauses),
         "pause_seconds": shares,
         "memory": watch.growth(),
         "server_broken": door.broken,
@@ -373,6 +376,9 @@ def main() -> None:
     parser.add_argument("--out-of-memory", type=float, default=0.0002, help="share of steps that end the engine")
     parser.add_argument("--no-fork", dest="fork", action="store_false", help="start engines as paged does, importing everything each time (nursery.py)")
     parser.add_argument("--nobody-leaves", dest="leave", action="store_false", help="no cancels: what a server of 2.51.0 does not always survive")
+    parser.add_argument("--no-structured", dest="structured", action="store_false", help="no grammars: every engine that meets one imports torch once more")
+    parser.add_argument("--pages", type=int, default=NUM_PAGES, help="in the pool")
+    parser.add_argument("--rows", type=int, default=12, help="sequences at once")
     parser.add_argument("--only", type=int, help="one worker's requests, from a fault")
     parser.add_argument("--report", type=Path, help="a file for the report, with all faults")
     plan = parser.parse_args()

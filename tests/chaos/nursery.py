@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from paged_backend.config import EngineConfig
+from paged_backend.engine_process import load_engine
 from tests.chaos.chaotic_engine import Orders, run
 
 _POLL_MS = 10
@@ -116,10 +118,8 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
 
 
 def main() -> None:
-    import paged_backend.grammar
-    import paged_backend.model_runner
-    import paged_backend.models.tokenizer  # noqa: F401
-
+    with tempfile.TemporaryDirectory() as folder:  # much is imported when it is first wanted
+        load_engine(EngineConfig(num_pages=4, max_model_len=64, max_num_sequences=1, cuda_graphs=False), Path(folder))
     gc.collect()
     gc.freeze()
     assert threading.active_count() == 1

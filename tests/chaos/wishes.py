@@ -49,16 +49,17 @@ class Wish:
         return {**self.tensors, "sampling_parameters": {**self.tensors["sampling_parameters"], **sampling}}
 
 
-def make_wishes(chance: random.Random, count: int = 44) -> list[Wish]:
+def make_wishes(chance: random.Random, structured: bool = True, count: int = 44) -> list[Wish]:
     """Prompts with and without common beginnings, of all lengths up to most of the pool, for one or another tenant, with every way of sampling."""
+    samplings = [sampling for sampling in SAMPLINGS if structured or not any(key.startswith("guided") for key in sampling)]
     made = []
     for number in range(count):
-        text = (_SHARED if number % 2 else "") + f"Story {number}. " * chance.choice([1, 2, 3, 5, 8, 12, 30])
-        sampling = dict(SAMPLINGS[number % len(SAMPLINGS)])
+        text = (_SHARED if number % 2 else "") + f"Story {number}. " * chance.choice([1, 1, 2, 3, 5, 8, 30])
+        sampling = dict(samplings[number % len(samplings)])
         guided = any(key.startswith("guided") for key in sampling)
         if number % 3 and not guided:
             sampling["ignore_eos"] = True
-        tensors = {"text_input": text, "max_tokens": 48 if guided else chance.choice([1, 2, 7, 15, 16, 17, 33, 60]), "sampling_parameters": sampling}
+        tensors = {"text_input": text, "max_tokens": 48 if guided else chance.choice([1, 2, 3, 5, 9, 15, 16, 17, 40]), "sampling_parameters": sampling}
         made.append(Wish(number, tensors, {"cache_salt": f"tenant {number % 4}"} if number % 4 else {}))
     return made
 
