@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import aiohttp
 import tritonclient.grpc.aio as grpc
 from tritonclient.utils import InferenceServerException
 
@@ -34,7 +35,7 @@ class TritonPythonModel(triton_io.TritonPythonModel):
 """
 _WANTED = {"return_output_ids": True, "return_finish_reason": True, "return_num_output_tokens": True, "return_sequence_index": True}
 _ENGINES = (b"chaotic_engine", b"newborn", b"engine_process")  # in the command lines of engines and of what stands for them
-_BROKEN_CONNECTION = ("Socket closed", "Connection reset", "failed to connect", "Connection refused", "Connect call failed", "the connection was closed")
+_BROKEN_CONNECTION = ("Socket closed", "Connection reset", "failed to connect", "Connection refused", "Cannot connect", "Server disconnected", "not completed")
 _LAST_LOG_LINES = 40
 _PROBE_SECONDS = 10.0
 
@@ -99,7 +100,7 @@ class ServerDoor:
             await asyncio.wait_for(conversation, leave_after or None)
         except asyncio.TimeoutError:
             pass
-        except (InferenceServerException, OSError, asyncio.IncompleteReadError) as error:
+        except (InferenceServerException, OSError, aiohttp.ClientError) as error:
             heard.error = heard.error or str(error)
         if heard.error and (server is not self._server or not self.alive() or _is_broken_connection(heard.error)):
             heard.error, heard.lost_with_server = "", heard.error
@@ -168,7 +169,9 @@ class ServerDoor:
         code = self._server.stop()
         left = [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
         print(f"the server ended with {code} after {time.monotonic() - began:.1f} s", file=sys.stderr)
-        return [*left, *([f"exit code {code}"] if code else [])]
+        if code:
+            left.append(f"exit code {code}, after {self._server.log_lines()[-_LAST_LOG_LINES:]}")
+        return left
 
 
 _PREPARE_REPOSITORY = server_files.prepare_repository
@@ -192,40 +195,33 @@ class _Talk:
         responses = client.stream_infer(requests())
         try:
             async for result, error in responses:
-                if error is not None:
+                if error is not None:  # the end; the stream is read on until the server closes it, for leaving now is what 2.51.0 does not survive
+                    self._heard.after_final += bool(self._heard.finals or self._heard.error)
                     self._heard.error = error.message()
-                    return
+                    continue
                 self._take_grpc(result)
                 if await self._enough():
                     return
         finally:
-            if not self._heard.finals:  # whoever has heard the end does not leave
+            if not self._heard.finals and not self._heard.error:  # whoever has heard the end does not leave
                 responses.cancel()
             if own:
                 await client.close()
 
     async def over_http(self, url: str, tensors: dict[str, Any], parameters: dict[str, Any], stream: bool) -> None:
-        """generate or generate_stream, by hand over a socket, which closes when the caller leaves."""
-        address = url.removeprefix("http://")
-        host, port = address.split(":")
+        """generate or generate_stream. The connection closes when the caller leaves."""
         fields: dict[str, Any] = {"stream": stream, "exclude_input_in_output": True, **_WANTED, **tensors}
         arrays = {name: tensor_array(name, value).tolist() for name, value in fields.items()}
         body = {name: values[0] if len(values) == 1 else values for name, values in arrays.items()}
-        content = json.dumps({**body, "parameters": parameters} if parameters else body, default=bytes.decode).encode()
-        reader, writer = await asyncio.open_connection(host, int(port), limit=2**24)
         verb = "generate_stream" if stream else "generate"
-        writer.write(
-            f"POST /v2/models/{MODEL}/{verb} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
-        )
-        try:
-            async for event in _events(reader, stream):
-                self._take_http(event)
-                if await self._enough():
-                    return
-            if not self._heard.error:
-                self._heard.finals = 1  # over HTTP the end of the stream is all there is
-        finally:
-            writer.close()
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), read_bufsize=2**24) as session:
+            async with session.post(f"{url}/v2/models/{MODEL}/{verb}", json={**body, **({"parameters": parameters} if parameters else {})}) as response:
+                async for event in _events(response, stream):
+                    self._take_http(event)
+                    if await self._enough():
+                        return
+        if not self._heard.error:
+            self._heard.finals = 1  # over HTTP the end of the stream is all there is
 
     async def _enough(self) -> bool:
         if self._leave_at and self._heard.num_tokens >= self._leave_at and not self._heard.finals:
@@ -265,22 +261,15 @@ class _Talk:
 _COLUMNS = ("sequence_index", "text_output", "num_output_tokens", "finish_reason", "output_ids")
 
 
-async def _events(reader: asyncio.StreamReader, stream: bool) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of an HTTP answer. An answer that breaks off is an error."""
-    status = await reader.readline()
-    while (line := await reader.readline()) not in (b"\r\n", b""):
-        pass
-    if not status:
-        raise OSError("the connection was closed before an answer")
-    if not stream or b" 200 " not in status:
-        yield json.loads(await reader.read())
+async def _events(response: aiohttp.ClientResponse, stream: bool) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of an HTTP answer. An answer that breaks off is an error, says aiohttp."""
+    if not stream or response.status != 200:
+        text = await response.text()
+        yield json.loads(text.removeprefix("data: "))
         return
-    while line := await reader.readline():
+    async for line in response.content:
         if line.startswith(b"data: "):
             yield json.loads(line[6:])
-        elif line == b"0\r\n":
-            return
-    raise OSError("the connection was closed in the middle of an answer")
 
 
 def _chosen(logprobs: Any, ids: list[int]) -> list[float]:

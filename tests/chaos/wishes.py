@@ -60,6 +60,8 @@ def make_wishes(chance: random.Random, structured: bool = True, count: int = 44)
         if number % 3 and not guided:
             sampling["ignore_eos"] = True
         tensors = {"text_input": text, "max_tokens": 48 if guided else chance.choice([1, 2, 3, 5, 9, 15, 16, 17, 40]), "sampling_parameters": sampling}
+        if "logprobs" in sampling:
+            tensors["return_logprobs"] = True
         made.append(Wish(number, tensors, {"cache_salt": f"tenant {number % 4}"} if number % 4 else {}))
     return made
 
