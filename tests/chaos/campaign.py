@@ -71,11 +71,12 @@ class Door(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a campaign is asked to do. It ends after `seconds`, or after `requests` if that is sooner; 0: no limit."""
+    """What a campaign is asked to do. It ends after `seconds`, or when `requests` were answered and `kills` done, if that is sooner; 0: no limit."""
 
     door: str = "server"
     seconds: float = 60.0
     requests: int = 0
+    kills: int = 0
     seed: int = 1
     workers: int = 48
     kill_every: float = 6.0
@@ -120,7 +121,7 @@ class Campaign:
         self.faults: list[str] = []
         self.tokens = 0
         self.pauses = Pauses(plague)
-        self._plan, self._door, self._truth = plan, door, truth
+        self._plan, self._door, self._truth, self._plague = plan, door, truth, plague
         self._ends_at = time.monotonic() + plan.seconds if plan.seconds else None
         self._bursts, self._num_bursts = 0, 0  # under way; so far
 
@@ -130,7 +131,8 @@ class Campaign:
 
     @property
     def over(self) -> bool:
-        enough = self._plan.requests and self.requests >= self._plan.requests
+        plan = self._plan
+        enough = (plan.requests or plan.kills) and self.requests >= plan.requests and self._plague.kills >= plan.kills
         return bool(enough or (self._ends_at and time.monotonic() > self._ends_at))
 
     async def run(self) -> None:
@@ -368,6 +370,7 @@ def main() -> None:
     parser.add_argument("--door", choices=("server", "front-end"), default="server")
     parser.add_argument("--seconds", type=float, default=60, help="0: until --requests are done")
     parser.add_argument("--requests", type=int, default=0, help="0: until --seconds are over")
+    parser.add_argument("--kills", type=int, default=0, help="at least so many, with --requests")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=48)
     parser.add_argument("--kill-every", type=float, default=6.0, help="mean seconds between signals to the engine; 0: none")
