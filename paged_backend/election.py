@@ -132,14 +132,14 @@ class Election:
         return _Generation(owner, engine)
 
     def restart(self, seat: Seat, start_engine: Callable[[Path], int]) -> Incarnation:
-        """The owner starts the next engine, in a new folder; the folder of the one before goes.
+        """The owner starts the next engine, in a new folder. The dead one's stays, for front ends that look later who was there; the one before that goes.
 
         Raises:
             EngineError: the engine cannot be started.
         """
         with self._locked() as state:
             generation = state.generations[seat.generation]
-            shutil.rmtree(seat.folder / str(generation.incarnation), ignore_errors=True)
+            shutil.rmtree(seat.folder / str(generation.incarnation - 1), ignore_errors=True)
             generation.incarnation += 1
             generation.engine = _start(seat.folder, generation.incarnation, start_engine)
             return Incarnation(generation.incarnation, generation.engine)

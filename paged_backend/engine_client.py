@@ -7,7 +7,7 @@ one to go on where the last one stopped, and the caller sees a pause. The front 
                                         |
                                         +--too many deaths, or unloaded--> gone: every live request ends with an error
 
-A request that is live in death after death may be their cause. It is submitted as a suspect, which the engine runs beside no other suspect (suspects.py);
+A request that runs in death after death may be their cause. It is submitted as a suspect, which the engine runs beside no other suspect (suspects.py);
 if engines die of it even so, it ends with an error and nobody else does.
 """
 
@@ -36,7 +36,21 @@ from paged_backend.config import EngineConfig
 from paged_backend.election import Election, Incarnation
 from paged_backend.engine_link import EngineLink
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.messages import SUSPECT_FILE, Abort, Failed, FromEngine, Goodbye, Ready, Shutdown, Stats, Submit, Tokens, request_id_of
+from paged_backend.messages import (
+    CLEARED_AFTER_TOKENS,
+    RUNNING_FILE,
+    SUSPECT_FILE,
+    Abort,
+    Failed,
+    FromEngine,
+    Goodbye,
+    Ready,
+    Shutdown,
+    Stats,
+    Submit,
+    Tokens,
+    request_id_of,
+)
 from paged_backend.prompt import Prompt
 from paged_backend.request import Finish
 
@@ -47,9 +61,8 @@ _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0
 _LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
-_SUSPECT_AFTER = 2  # deaths in a row while a request was live
-_GUILTY_AFTER = 2  # deaths while it ran as the only suspect
-_CLEARED_AFTER_TOKENS = 8
+_SUSPECT_AFTER = 2  # deaths in a row while a request ran
+_GUILTY_AFTER = 3  # deaths in a row while it ran as the only suspect; engines may die of something else, too
 ENGINE_GONE = "the engine stopped; try again later"
 
 log = logging.getLogger("paged")
@@ -80,7 +93,7 @@ class _Live:
     sent: bool  # an engine had it
     token_ids: list[int] = field(default_factory=list)  # the answer so far
     num_resumed: int = 0  # of them, how many there were when the present engine began
-    deaths: int = 0  # in a row, of engines that had it
+    deaths: int = 0  # in a row, of engines that ran it
     strikes: int = 0  # deaths while it ran as a suspect
 
     def resumed(self) -> Submit:
@@ -334,7 +347,7 @@ class EngineClient:
         if live is None:
             return  # aborted: the engine had not heard of it yet
         live.token_ids += piece.token_ids
-        if live.deaths and len(live.token_ids) >= live.num_resumed + _CLEARED_AFTER_TOKENS:
+        if live.deaths and len(live.token_ids) >= live.num_resumed + CLEARED_AFTER_TOKENS:
             live.deaths = live.strikes = 0
         try:
             live.receive(piece)
@@ -400,13 +413,14 @@ class EngineClient:
 
     def _note_death(self) -> None:
         """Who was there when it happened?"""
-        try:
-            named = (self._seat.folder_of(self._incarnation) / SUSPECT_FILE).read_text()
-        except OSError:
-            named = ""
+        folder = self._seat.folder_of(self._incarnation)
+        named, running = _read(folder / SUSPECT_FILE).decode(), _read(folder / RUNNING_FILE)
+        running_ids = set(np.frombuffer(running[: len(running) // 8 * 8], np.int64).tolist())
         guilty = []
         with self._lock:
             for request_id, live in self._live.items():
+                if request_id not in running_ids:
+                    continue
                 live.deaths += 1
                 live.strikes += named == str(request_id)
                 if live.strikes >= _GUILTY_AFTER:
@@ -444,6 +458,13 @@ def _start_engine(command: list[str], config: EngineConfig) -> subprocess.Popen[
     except BrokenPipeError:
         pass  # it died already; whoever waits for Ready finds out
     return process
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _wait_for_exit(engine: subprocess.Popen[bytes]) -> None:

@@ -29,6 +29,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine, Runner
 from paged_backend.errors import EngineError
 from paged_backend.messages import (
+    RUNNING_FILE,
     SUSPECT_FILE,
     Abort,
     Failed,
@@ -158,6 +159,7 @@ class EngineProcess:
             self._refuse(f"the engine could not start: {reason}; its log has the traceback")
             return 1
         scheduler.tell_of_suspects(self._note_suspect)
+        scheduler.share_running(self._directory / RUNNING_FILE)
         self._watch = Watch(self._context, self._directory, self._model, scheduler, self._ready.page_size)
         gc.collect()
         gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again

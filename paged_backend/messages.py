@@ -14,6 +14,8 @@ from paged_backend.request import Finish, SamplingParams
 
 _FRONT_END_SHIFT = 40
 SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
+RUNNING_FILE = "running"  # in the engine's folder: int64, the ids of the requests that run, anything negative between them
+CLEARED_AFTER_TOKENS = 3  # a request that brought so many since it was resumed did not cause the death before: it was resumed where that happened
 
 
 def request_id_of(front_end: int, serial: int) -> int:

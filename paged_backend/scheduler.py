@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 
+from paged_backend import budget
 from paged_backend.batch import Batch, Feature, Int32, NewRow, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
 from paged_backend.guides import Guides
@@ -61,7 +63,8 @@ class Scheduler:
         self._pages = SequencePages(limits.num_pages, limits.page_size)
         self._rows = Rows(max_running, limits.max_model_len, limits.page_size)
         self._sequences: dict[int, Sequence] = {}
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens))
+        self._short_ones_turn = False
         self._running: list[Sequence] = []
         self._running_rows: Int32 | None = None  # of _running, in its order; None: to be gathered again
         self._finishes: list[Finish] = []  # of requests that ended without a step
@@ -81,6 +84,10 @@ class Scheduler:
     def tell_of_suspects(self, tell: Callable[[int | None], None]) -> None:
         """`tell` hears of a suspect request before its first step, and None once it is cleared or gone."""
         self._suspects.tell = tell
+
+    def share_running(self, path: Path) -> None:
+        """Makes a file of the ids of the requests that run, true at any moment: memory that outlives this process."""
+        self._rows.share_request_ids(path)
 
     # ---- requests come and go
 
@@ -191,7 +198,7 @@ class Scheduler:
         return batch
 
     def _share_budget(self) -> tuple[Int32, Int32]:
-        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission."""
+        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last."""
         rows = self._gather_running_rows()
         table = self._rows
         num_tokens = table.num_tokens[rows]
@@ -202,11 +209,17 @@ class Scheduler:
             return rows, wanted
         rows = rows[wanted > 0]
         wanted = wanted[wanted > 0]
-        order = np.argsort(wanted > 1, kind="stable")
-        rows, wanted = rows[order], wanted[order]
-        before = np.cumsum(wanted) - wanted
-        counts = np.clip(self._limits.max_batched_tokens - before, 0, wanted).astype(np.int32)
-        return rows[counts > 0], counts[counts > 0]
+        order, counts = budget.share_out(wanted, self._limits.max_batched_tokens, self._waiting_short_tokens())
+        return rows[order], counts
+
+    def _waiting_short_tokens(self) -> int:
+        """Of the short prompts that wait; 0 if the first of them will not start: for want of a row, or pages, or priority."""
+        first, short = self._next_to_start(), self._waiting.first_short()
+        if first is None or short is None or not self._rows.num_free or short.sampling.priority_level != first.sampling.priority_level:
+            return 0
+        num_tokens = len(short.token_ids) + (0 if first is short else len(first.token_ids))
+        num_pages = num_tokens // self._limits.page_size + 2
+        return self._waiting.short_tokens if num_pages + self._headroom() <= self.pool.num_available else 0
 
     def _gather_running_rows(self) -> Int32:
         if self._running_rows is None:
@@ -257,27 +270,40 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, rows: Int32, counts: Int32) -> tuple[Int32, Int32]:
-        """Lets waiting sequences start, oldest first, while rows, budget and pages last. Nobody overtakes the first in the queue."""
-        budget = self._limits.max_batched_tokens - int(counts.sum())
+        """Lets waiting sequences start, oldest first, while rows, budget and pages last. Only a short prompt may overtake, in turns with the oldest."""
+        left = self._limits.max_batched_tokens - int(counts.sum())
+        kept = budget.kept_for_short(counts, self._limits.max_batched_tokens, self._waiting_short_tokens())
         new_rows: list[int] = []
         new_counts: list[int] = []
-        while budget > 0 and self._rows.num_free:
-            sequence = self._waiting.first()
-            if sequence is None or sequence.awaits_token or not self._suspects.may_start(sequence):
+        while left > 0 and self._rows.num_free:
+            sequence, short = self._next_to_start(), self._waiting.first_short()
+            if sequence is not short and kept >= left:  # nothing of this step is left for a long one, whose turn it stays
+                sequence = short
+            if sequence is None or sequence.awaits_token:
                 break
             num_tokens = len(sequence.token_ids) if self._limits.preemption else sequence.length_limit - 1
             num_computed = self._pages.take(sequence, num_tokens, self._headroom())
             if num_computed is None:
                 break
-            self._waiting.pop()
+            self._waiting.pop(sequence)
+            if sequence is not short or self._short_ones_turn:
+                self._short_ones_turn = sequence is not short and short is not None
             row = self._start(sequence, num_computed)
             new_rows.append(row)
-            new_counts.append(min(budget, int(self._rows.num_tokens[row] - self._rows.num_computed[row])))
-            budget -= new_counts[-1]
+            new_counts.append(min(left if sequence is short else left - kept, int(self._rows.num_tokens[row] - self._rows.num_computed[row])))
+            left -= new_counts[-1]
+            kept -= min(kept, new_counts[-1]) if sequence is short else 0
             self._publish(row, num_computed + new_counts[-1])
         if not new_rows:
             return rows, counts
         return np.concatenate([rows, np.array(new_rows, np.int32)]), np.concatenate([counts, np.array(new_counts, np.int32)])
+
+    def _next_to_start(self) -> Sequence | None:
+        """The oldest; or after a long prompt the oldest short one, if it has the same priority: a flood of long prompts does not keep it waiting."""
+        first, short = self._waiting.first(suspects=self._suspects.one_may_start), self._waiting.first_short()
+        if first is None or short is None or not self._short_ones_turn:
+            return first
+        return short if short.sampling.priority_level == first.sampling.priority_level else first
 
     def _headroom(self) -> int:
         """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not cost a preemption soon."""

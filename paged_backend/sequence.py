@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 import numpy as np
 
@@ -42,10 +43,11 @@ class Sequence:
     cache_salt: str
     shares: bool  # its pages may be found by others, and theirs by it
     arrival: float  # seconds, CLOCK_MONOTONIC
-    suspect: bool = False  # engines may have died of it: it waits behind everybody else
+    suspect: bool = False  # engines may have died of it: no other suspect runs meanwhile
     deadline_seconds: float = math.inf  # from its arrival
     guide: Guide | None = None  # through the grammar that its answer follows
     status: Status = Status.WAITING
+    placed: bool = False  # it has a place in the waiting queue
     row: int | None = None
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
@@ -54,9 +56,9 @@ class Sequence:
     admitted: float | None = None  # when it first left the queue
     answered: bool = False  # its first token has been told
 
-    def turn(self) -> tuple[bool, int, int]:
+    def turn(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
-        return (self.suspect, self.sampling.priority_level, self.serial)
+        return (self.sampling.priority_level, self.serial)
 
 
 _FREE = -1
@@ -89,6 +91,12 @@ class Rows:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    def share_request_ids(self, path: Path) -> None:
+        """Keeps `request_id` in a file from now on, int64 [num_rows]."""
+        shared = np.asarray(np.memmap(path, np.int64, "w+", shape=self.request_id.shape))
+        shared[:] = self.request_id
+        self.request_id = shared
 
     def occupy(self, sequence: Sequence, num_computed: int) -> int:
         """Moves a waiting sequence, whose pages are held and whose first `num_computed` tokens are in them, onto a free row."""

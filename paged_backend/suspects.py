@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from paged_backend.messages import CLEARED_AFTER_TOKENS
 from paged_backend.sequence import Rows, Sequence
-
-_CLEARED_AFTER_TOKENS = 8  # a suspect that brought so many did no harm
 
 
 class Suspects:
@@ -17,13 +16,14 @@ class Suspects:
         self._running: Sequence | None = None
         self._clear_at = 0
 
-    def may_start(self, sequence: Sequence) -> bool:
-        return self._running is None or not sequence.suspect
+    @property
+    def one_may_start(self) -> bool:
+        return self._running is None
 
     def note_start(self, sequence: Sequence) -> None:
         if sequence.suspect:
             self._running = sequence
-            self._clear_at = len(sequence.token_ids) + _CLEARED_AFTER_TOKENS
+            self._clear_at = len(sequence.token_ids) + CLEARED_AFTER_TOKENS
             self.tell(sequence.request_id)
 
     def review(self, rows: Rows) -> None:

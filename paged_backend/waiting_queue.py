@@ -6,18 +6,27 @@ import heapq
 
 from paged_backend.sequence import Sequence, Status
 
+_Entry = tuple[tuple[int, int], Sequence]
+
 
 class WaitingQueue:
-    """Oldest of the lowest priority_level first. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
+    """Oldest of the lowest priority_level first, in three lanes: suspects, of whom one may run at a time; short ones, who need not wait behind a flood of
+    long ones; and the others. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
 
     A sequence whose grammar is not ready has no place yet and holds up nobody.
-    Invariant: len(queue) is the number of entries whose sequence is WAITING.
+    Invariant: len(queue) is the number of entries whose sequence is WAITING; `short_tokens` is how many tokens the prompts in the short lane have.
     """
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[bool, int, int], Sequence]] = []
+    def __init__(self, short_len: int) -> None:
+        """short_len: the longest prompt that counts as short, in tokens."""
+        self.short_tokens = 0
+        self._short_len = short_len
+        self._short: list[_Entry] = []
+        self._long: list[_Entry] = []
+        self._suspects: list[_Entry] = []
         self._held: list[Sequence] = []  # their grammars are still being compiled
         self._num_waiting = 0
+        self._num_left = 0  # entries of those that left
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -28,7 +37,7 @@ class WaitingQueue:
         if sequence.guide is not None and not sequence.guide.started:
             self._held.append(sequence)
         else:
-            heapq.heappush(self._heap, (sequence.turn(), sequence))
+            self._place(sequence)
 
     def let_in(self) -> list[Sequence]:
         """Gives those whose grammars are ready their places. Returns all that were held back: a grammar may turn out to be none."""
@@ -38,24 +47,56 @@ class WaitingQueue:
             if sequence.guide is not None and not sequence.guide.compiled:
                 self._held.append(sequence)
             else:
-                heapq.heappush(self._heap, (sequence.turn(), sequence))
+                self._place(sequence)
         return held
 
-    def first(self) -> Sequence | None:
-        """Whose turn it is; stays in the queue."""
-        while self._heap and self._heap[0][1].status is not Status.WAITING:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+    def first(self, *, suspects: bool = True) -> Sequence | None:
+        """Whose turn it is; stays in the queue. suspects: they count."""
+        lanes = (self._short, self._long, self._suspects) if suspects else (self._short, self._long)
+        heads = [head for head in map(self._head, lanes) if head is not None]
+        return min(heads, key=Sequence.turn) if heads else None
 
-    def pop(self) -> None:
-        """Takes out `first()`, which is about to run."""
-        heapq.heappop(self._heap)
-        self._num_waiting -= 1
+    def first_short(self) -> Sequence | None:
+        """Whose turn it is among the short ones; stays in the queue."""
+        return self._head(self._short)
+
+    def pop(self, sequence: Sequence) -> None:
+        """Takes out a lane's first, which is about to run."""
+        lane = self._lane(sequence)
+        assert lane[0][1] is sequence
+        heapq.heappop(lane)
+        self._forget(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """A waiting sequence is over."""
         sequence.status = Status.FINISHED
+        self._forget(sequence)
+        self._num_left += 1
+        if self._num_left > self._num_waiting + 64:  # mostly entries of those that left
+            self._num_left = 0
+            for lane in (self._short, self._long, self._suspects):
+                lane[:] = [entry for entry in lane if entry[1].status is Status.WAITING]
+                heapq.heapify(lane)
+
+    def _place(self, sequence: Sequence) -> None:
+        lane = self._lane(sequence)
+        sequence.placed = True
+        self.short_tokens += sequence.prompt_len if lane is self._short else 0
+        heapq.heappush(lane, (sequence.turn(), sequence))
+
+    def _forget(self, sequence: Sequence) -> None:
         self._num_waiting -= 1
-        if len(self._heap) > 2 * self._num_waiting + 64:  # mostly entries of those that left
-            self._heap = [entry for entry in self._heap if entry[1].status is Status.WAITING]
-            heapq.heapify(self._heap)
+        if sequence.placed and self._lane(sequence) is self._short:
+            self.short_tokens -= sequence.prompt_len
+        sequence.placed = False
+
+    def _lane(self, sequence: Sequence) -> list[_Entry]:
+        if sequence.suspect:
+            return self._suspects
+        return self._short if sequence.prompt_len <= self._short_len else self._long
+
+    @staticmethod
+    def _head(lane: list[_Entry]) -> Sequence | None:
+        while lane and lane[0][1].status is not Status.WAITING:
+            heapq.heappop(lane)
+        return lane[0][1] if lane else None

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import (
+    RUNNING_FILE,
     SUSPECT_FILE,
     Abort,
     Failed,
@@ -136,9 +137,13 @@ class FakeEngine:
                 self._end_by = time.monotonic() + message.patience_seconds
 
     def _start(self, request_id: int, job: _Job) -> None:
+        self._jobs[request_id] = job
+        self._note_running()
         if "die" in job.said:
             os._exit(9)
-        self._jobs[request_id] = job
+
+    def _note_running(self) -> None:
+        (self._tokenizer_path.parent / RUNNING_FILE).write_bytes(np.array(list(self._jobs), np.int64).tobytes())
 
     def _start_suspect(self) -> None:
         """One at a time, and its name is known before it runs."""
@@ -185,6 +190,8 @@ class FakeEngine:
                 finishes.append(Finish(request_id, job.reason))
         for finish in finishes:
             del self._jobs[finish.request_id]
+        if finishes:
+            self._note_running()
         ids = np.array(token_ids, np.int32)
         logprobs = np.full(len(ids), -0.5, np.float32).tobytes()
         top = {entry: {int(token): -0.5, int(token) + 1: -1.5} for entry, token in enumerate(token_ids)}

@@ -248,13 +248,28 @@ def test_a_request_that_kills_its_engine_fails_alone(key: str) -> None:
         assert killer.finished.wait(30)
         (finish,) = [piece.finish for piece in killer.pieces if piece.finish is not None]
         assert finish.error is ErrorKind.INTERNAL
-        assert "died 2 times while it ran this request alone" in finish.message
+        assert "died 3 times while it ran this request alone" in finish.message
         for prompt, inbox in asked:
             assert inbox.finished.wait(20)
             assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, 60)
         assert all(client.alive for client in clients)
     finally:
         _close_all(clients)
+
+
+def test_only_those_that_ran_when_an_engine_died_are_suspected(key: str) -> None:
+    client = _connect(key)
+    try:
+        runs, waits = (_ask(client, "silent")[0] for _ in range(2))
+        folder = client._seat.folder_of(client._incarnation)
+        _wait(lambda: (folder / "running").exists())
+        (folder / "running").write_bytes(np.array([runs, -1], np.int64).tobytes())
+        client._note_death()
+        assert (client._live[runs].deaths, client._live[waits].deaths) == (1, 0)
+        client._note_death()
+        assert (client._live[runs].resumed().suspect, client._live[waits].resumed().suspect) == (True, False)
+    finally:
+        client.close()
 
 
 def test_an_aborted_request_does_not_come_back(key: str) -> None:
