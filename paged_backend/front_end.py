@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from paged_backend.streamer import Send, Streamer
 
 _CANCEL_POLL_SECONDS = 0.025
 _CANCEL_POLL_SHARE = 0.2  # of one core: asking is a round trip for each live request, which mostly waits
-_DRAIN_SECONDS = 20.0  # the server gives all instances together 30 s to stop
+DRAIN_SECONDS = 20.0  # the server gives all instances together 30 s to stop
 
 log = logging.getLogger("paged")
 
@@ -43,6 +44,7 @@ class FrontEnd:
         self.streamer = Streamer(config.stream_max_delay_ms / 1000)
         self._answers: dict[int, Answer] = {}  # by id(answer); from arrival to final response
         self._open = True
+        self._drain_by = math.inf  # seconds, time.monotonic(): live requests end then
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cancel", daemon=True)
         self.client.start(self.tally.take_stats, self.tally.note_restart)
@@ -74,12 +76,21 @@ class FrontEnd:
         channel = self.streamer.open(send, lambda _: self.tally.add("paged_requests_finished_total", label="error"), stream=False)
         self.streamer.put(channel, Delta(error=error, last=True))
 
-    def close(self, drain_seconds: float = _DRAIN_SECONDS) -> None:
+    def drain(self, seconds: float) -> None:
+        """Takes no more requests, and gives the live ones so long; returns at once. No effect the second time."""
+        if self._open:
+            self._drain_by = time.monotonic() + seconds
+            self._open = False
+
+    def _end_all(self) -> None:
+        for answer in list(self._answers.values()):
+            answer.fail(RequestError("the model is being unloaded", ErrorKind.OVERLOADED))
+
+    def close(self, drain_seconds: float = DRAIN_SECONDS) -> None:
         """Takes no more requests, waits for the live ones, ends those that are left, and leaves the engine."""
-        self._open = False
-        if not self.streamer.wait_until_all_ended(drain_seconds):
-            for answer in list(self._answers.values()):
-                answer.fail(RequestError("the model is being unloaded", ErrorKind.OVERLOADED))
+        self.drain(drain_seconds)
+        if not self.streamer.wait_until_all_ended(max(0.0, self._drain_by - time.monotonic())):
+            self._end_all()
             self.streamer.wait_until_all_ended(1.0)
         self._stopping.set()
         self._watcher.join()
@@ -91,11 +102,13 @@ class FrontEnd:
         self._answers.pop(id(answer), None)
 
     def _watch(self) -> None:
-        """The side thread: asks the server who has left, and looks whose time is up."""
+        """The side thread: asks the server who has left, and looks whose time is up: its own, or everybody's."""
         spent = 0.0
         while not self._stopping.wait(max(_CANCEL_POLL_SECONDS, spent / _CANCEL_POLL_SHARE)):
             started = time.thread_time()
             for answer in list(self._answers.values()):
                 answer.poll_cancellation()
                 answer.poll_deadline(time.monotonic())
+            if time.monotonic() > self._drain_by:
+                self._end_all()
             spent = time.thread_time() - started

@@ -123,9 +123,9 @@ class ServerDoor:
         pids = [pid for pid in family(self._server.pid) if not any(name in _command(pid) for name in _ENGINES)]
         shared = sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob(f"{self._server.shm_prefix}*"))
         return {
-            "resident": sum(_statm(pid) for pid in pids),
-            "files": sum(_count(f"/proc/{pid}/fd") for pid in pids),
-            "threads": sum(_count(f"/proc/{pid}/task") for pid in pids),
+            "resident": sum(resident_bytes(pid) for pid in pids),
+            "files": sum(count_of(f"/proc/{pid}/fd") for pid in pids),
+            "threads": sum(count_of(f"/proc/{pid}/task") for pid in pids),
             "dev_shm": shared,
         }
 
@@ -300,13 +300,13 @@ def _command(pid: int) -> bytes:
     return b""
 
 
-def _statm(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
     return 0
 
 
-def _count(folder: str) -> int:
+def count_of(folder: str) -> int:
     with suppress(OSError):
         return len(os.listdir(folder))
     return 0

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,8 +187,10 @@ def send(client: grpc.InferenceServerClient, prompt: str, *, request_id: str = "
 
 
 @contextmanager
-def serving(folder: Path, *, instances: int = 1, load: bool = True, options: Mapping[str, str] | None = None) -> Iterator[FrontEndServer]:
-    """Starts a server in `folder`, with the model loaded unless `load` says no."""
+def serving(
+    folder: Path, *, instances: int = 1, load: bool = True, options: Mapping[str, str] | None = None, arguments: Sequence[str] = ()
+) -> Iterator[FrontEndServer]:
+    """Starts a server in `folder`, with the model loaded unless `load` says no. arguments: more of tritonserver's."""
     folder.mkdir(exist_ok=True, parents=True)
     installation = server_files.find_installation()
     backends = server_files.prepare_backends(installation, folder)
@@ -208,6 +210,7 @@ def serving(folder: Path, *, instances: int = 1, load: bool = True, options: Map
         *(f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)),
         *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
         *([f"--load-model={MODEL}"] if load else []),
+        *arguments,
     ]
     log = folder / "server.log"
     with log.open("wb") as output:
