@@ -77,6 +77,7 @@ class Plan:
     seconds: float = 60.0
     requests: int = 0
     kills: int = 0
+    most_kills: int = 0  # 0: no limit
     seed: int = 1
     workers: int = 48
     kill_every: float = 6.0
@@ -134,6 +135,10 @@ class Campaign:
         plan = self._plan
         enough = (plan.requests or plan.kills) and self.requests >= plan.requests and self._plague.kills >= plan.kills
         return bool(enough or (self._ends_at and time.monotonic() > self._ends_at))
+
+    @property
+    def enough_kills(self) -> bool:
+        return self.over or 0 < self._plan.most_kills <= self._plague.kills
 
     async def run(self) -> None:
         numbers = range(self._plan.workers) if self._plan.only is None else [self._plan.only]
@@ -302,7 +307,7 @@ async def _everything(plan: Plan, door: Door, diary: Diary) -> tuple[Campaign, P
     plague = Plague(diary, plan.kill_every, chance)
     campaign = Campaign(plan, door, truth, plague)
     watch = Watch(door, campaign, plague, diary)
-    beside = [asyncio.create_task(watch.run()), *([asyncio.create_task(plague.run())] if plan.kill_every else [])]
+    beside = [asyncio.create_task(watch.run()), *([asyncio.create_task(plague.run(lambda: campaign.enough_kills))] if plan.kill_every else [])]
     await campaign.run()
     for task in beside:
         task.cancel()
@@ -371,6 +376,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="0: until --requests are done")
     parser.add_argument("--requests", type=int, default=0, help="0: until --seconds are over")
     parser.add_argument("--kills", type=int, default=0, help="at least so many, with --requests")
+    parser.add_argument("--most-kills", type=int, default=0, help="so many at most; 0: no limit")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=48)
     parser.add_argument("--kill-every", type=float, default=6.0, help="mean seconds between signals to the engine; 0: none")

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ class Plague:
     def kills(self) -> int:
         return len(self.deadly_times)
 
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
+    async def run(self, is_over: Callable[[], bool]) -> None:
+        """Until it is over, or cancelled: who is still there then is to be served."""
+        while not is_over():
             await asyncio.sleep(self._chance.expovariate(1 / self._every))
             self._diary.read()
             engine = self._diary.engine
