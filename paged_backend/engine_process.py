@@ -28,6 +28,7 @@ from paged_backend.checked_runner import CheckedRunner, TableBounds
 from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine, Runner
 from paged_backend.errors import EngineError
+from paged_backend.log_lines import LogLines
 from paged_backend.messages import (
     RUNNING_FILE,
     SUSPECT_FILE,
@@ -285,7 +286,9 @@ def die_with_parent(life_line: TextIO) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the server decides when we end
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="paged: %(message)s")
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(LogLines())
+    logging.basicConfig(level=logging.INFO, handlers=[stderr])
     config = EngineConfig.model_validate_json(sys.stdin.readline())
     die_with_parent(sys.stdin)
     return EngineProcess(Path(sys.argv[1]), Path(config.model).name).run(lambda directory: load_engine(config, directory))

@@ -20,6 +20,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.election import ProcessId
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.front_end import DRAIN_SECONDS, FrontEnd
+from paged_backend.log_lines import LogLines
 from paged_backend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.request import Delta, Outputs
 from paged_backend.request_reader import read_request, wants_error_code
@@ -279,7 +280,7 @@ def _metric(created: Any, family: Family, labels: dict[str, str]) -> Any:
 def _log_to_stderr() -> None:
     """Beside the engine's lines. The library's own Logger waits for the server with the interpreter's lock held."""
     stderr = logging.StreamHandler()
-    stderr.setFormatter(logging.Formatter("paged: %(message)s"))
+    stderr.setFormatter(LogLines())
     log = logging.getLogger("paged")
     log.setLevel(logging.INFO)
     log.propagate = False
