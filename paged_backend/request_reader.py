@@ -74,7 +74,7 @@ def wants_error_code(parameters: str) -> bool:
     if _ERROR_CODE_SWITCH not in parameters:
         return False
     try:
-        return _switch({}, _read_json("parameters", parameters.encode()), _ERROR_CODE_SWITCH) is True
+        return _switch({}, _read_json("parameters", _bytes("parameters", parameters)), _ERROR_CODE_SWITCH) is True
     except RequestError:
         return False
 
@@ -109,7 +109,7 @@ def _read_chat(tensors: Tensors, given: Mapping[str, Any]) -> Chat:
 
 def _read_parameters(text: str) -> dict[str, Any]:
     """The request's parameters that mean something here."""
-    given = _read_json("parameters", text.encode()) if text else {}
+    given = _read_json("parameters", _bytes("parameters", text)) if text else {}
     known = (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, "cache_salt")
     for name in list(given):
         if name in _RESERVED or name.startswith("triton_"):

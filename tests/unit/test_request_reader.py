@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.request import Outputs, Request
-from paged_backend.request_reader import MAX_JSON_BYTES, read_request
+from paged_backend.request_reader import MAX_JSON_BYTES, read_request, wants_error_code
 
 
 def _tensors(**values: object) -> dict[str, np.ndarray]:
@@ -190,3 +190,10 @@ def test_whatever_stands_in_sampling_parameters_is_read_or_refused(text: bytes) 
 def test_whatever_the_members_are_they_are_read_or_refused(members: dict[str, object]) -> None:
     with contextlib.suppress(RequestError):
         _read(sampling_parameters=json.dumps(members))
+
+
+def test_parameters_that_are_not_utf_8_are_the_callers_mistake() -> None:
+    """Found by fuzzing: they were ours."""
+    with pytest.raises(RequestError, match="parameters: not valid JSON"):
+        read_request({"text_input": np.array([b"a"], np.object_)}, '{"cache_salt": "\udc80"}', 0.0)
+    assert not wants_error_code('{"return_error_code": "\udc80"}')
