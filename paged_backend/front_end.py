@@ -19,7 +19,7 @@ from paged_backend.streamer import Send, Streamer
 
 _CANCEL_POLL_SECONDS = 0.025
 _CANCEL_POLL_SHARE = 0.2  # of one core: asking is a round trip for each live request, which mostly waits
-DRAIN_SECONDS = 20.0  # the server gives all instances together 30 s to stop
+_DRAIN_SECONDS = 20.0  # the server gives all instances together 30 s to stop
 
 log = logging.getLogger("paged")
 
@@ -86,7 +86,7 @@ class FrontEnd:
         for answer in list(self._answers.values()):
             answer.fail(RequestError("the model is being unloaded", ErrorKind.OVERLOADED))
 
-    def close(self, drain_seconds: float = DRAIN_SECONDS) -> None:
+    def close(self, drain_seconds: float = _DRAIN_SECONDS) -> None:
         """Takes no more requests, waits for the live ones, ends those that are left, and leaves the engine."""
         self.drain(drain_seconds)
         if not self.streamer.wait_until_all_ended(max(0.0, self._drain_by - time.monotonic())):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from paged_backend.config import EngineConfig
+from paged_backend.departure import Departure, ServerArguments
 from paged_backend.election import ProcessId
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.front_end import DRAIN_SECONDS, FrontEnd
+from paged_backend.front_end import FrontEnd
 from paged_backend.log_lines import LogLines
 from paged_backend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.request import Delta, Outputs
@@ -29,7 +28,6 @@ from paged_backend.streamer import Send
 _PUBLISH_SECONDS = 0.25
 _PUBLISH_ALARM_SECONDS = 30  # a publication takes milliseconds
 _SERVER_POLL_SECONDS = 0.5
-_ASKS_BACK = 67  # from 26.02 or 26.03 on, the server answers whether a model is ready by asking the model, which waits for its own answer meanwhile
 
 _CODES = {  # by name: the stub adds its classes to the library only after it has imported the model
     ErrorKind.INVALID: "INVALID_ARG",
@@ -59,8 +57,9 @@ class TritonPythonModel:
             self._front_end = FrontEnd(config, _key(args), _num_instances(model_config), self.engine_command)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        departure = Departure(args["model_name"], args["model_version"], lambda: self._front_end.drain(_drain_seconds(os.getppid())))
-        self._publisher = Publisher(self._front_end.tally, {"model": args["model_name"], "version": args["model_version"]}, departure.look)
+        name, version = args["model_name"], args["model_version"]
+        self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})
+        self._departure = Departure(ServerArguments.of(os.getppid()), name, version, self._front_end.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Reads the requests and returns at once; each is answered through its own response sender."""
@@ -72,7 +71,8 @@ class TritonPythonModel:
         return self._front_end.alive
 
     def finalize(self) -> None:
-        """Waits for live requests, ends what is left after 20 s, and with the last front end the engine."""
+        """Waits for live requests, ends what is left after a while, and with the last front end the engine."""
+        self._departure.close()
         self._front_end.close()
         self._publisher.close()
 
@@ -169,53 +169,11 @@ def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str
     return {str(token): {"logprob": logprob, "rank": ranked.index(logprob) + 1, "decoded_token": token_text(token)} for token, logprob in entry.items()}
 
 
-class Departure:
-    """Notices that the server is about to unload the model, or to stop: it waits for live requests then, and tells nobody, so a request without an end
-    would keep it waiting for ever. Asks whether the model is ready: it was, and is not any more.
-    """
-
-    def __init__(self, name: str, version: str, begin: Callable[[], None]) -> None:
-        """begin: called when the model is not wanted any more; once."""
-        self._name, self._version, self._begin = name, version, begin
-        self._was_ready = False
-        self._over = _server_minor() >= _ASKS_BACK
-
-    def look(self) -> None:
-        if self._over:
-            return
-        try:
-            ready = bool(pb_utils.is_model_ready(model_name=self._name, model_version=self._version))
-        except pb_utils.TritonModelException:  # "Server not ready"
-            ready = False
-        self._was_ready = self._was_ready or ready
-        if self._was_ready and not ready:
-            self._over = True
-            self._begin()
-
-
-def _server_minor() -> int:
-    """The x of Triton Server 2.x, as NVIDIA's images say it; 0 if nobody says."""
-    found = re.match(r"2\.(\d+)", os.environ.get("TRITON_SERVER_VERSION", ""))
-    return int(found[1]) if found else 0
-
-
-def _drain_seconds(server: int) -> float:
-    """How long live requests may take when the server stops, so that the rest fits into its --exit-timeout-secs (30, if it has none)."""
-    try:
-        command = Path(f"/proc/{server}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return DRAIN_SECONDS
-    found = re.search(r"--exit-timeout-secs[=\0](\d+)", command)
-    return int(found[1]) * 2 / 3 if found else DRAIN_SECONDS
-
-
 class Publisher:
     """Brings a tally's numbers to the server's `/metrics`, on a thread of its own."""
 
-    def __init__(self, tally: Tally, labels: Mapping[str, str], between: Callable[[], None] = lambda: None) -> None:
-        """between: called after every publication, on that thread; may ask the server something, too."""
+    def __init__(self, tally: Tally, labels: Mapping[str, str]) -> None:
         self._tally = tally
-        self._between = between
         self._server = os.getppid()
         self._families = {family.name: _create(family) for family in FAMILIES}  # the server forgets a family that nobody refers to
         self._series = {
@@ -249,7 +207,6 @@ class Publisher:
         signal.alarm(_PUBLISH_ALARM_SECONDS)
         try:
             self._publish()
-            self._between()
         finally:
             signal.alarm(0)
 

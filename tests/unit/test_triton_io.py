@@ -152,7 +152,6 @@ def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
         "MetricFamily": FakeFamily,
         "TRITONSERVER_RESPONSE_COMPLETE_FINAL": 1,
         "TritonModelException": type("TritonModelException", (Exception,), {}),
-        "is_model_ready": lambda model_name, model_version: True,
     }.items():
         setattr(library, name, value)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", library)
@@ -408,54 +407,3 @@ def test_several_sequences_have_an_entry_each(triton_io: types.ModuleType) -> No
         "num_output_tokens": [1, 2],
         "output_ids": [4, 5, 6],
     }
-
-
-class Readiness:
-    """What the server says of the model, and how often it was asked."""
-
-    def __init__(self, triton_io: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.says: bool | Exception = False
-        self.num_asked = 0
-        monkeypatch.setattr(triton_io.pb_utils, "is_model_ready", self._answer)
-
-    def _answer(self, model_name: str, model_version: str) -> bool:
-        self.num_asked += 1
-        assert (model_name, model_version) == ("m", "1")
-        if isinstance(self.says, Exception):
-            raise self.says
-        return self.says
-
-
-@pytest.mark.parametrize("stops", [False, True], ids=["the model is unloaded", "the server stops"])
-def test_an_unload_is_noticed_once_and_not_while_the_model_still_loads(triton_io: types.ModuleType, monkeypatch: pytest.MonkeyPatch, stops: bool) -> None:
-    begun: list[int] = []
-    readiness = Readiness(triton_io, monkeypatch)
-    departure = triton_io.Departure("m", "1", lambda: begun.append(1))
-    departure.look()
-    readiness.says = True
-    departure.look()
-    departure.look()
-    assert not begun
-    readiness.says = triton_io.pb_utils.TritonModelException("Server not ready") if stops else False
-    for _ in range(3):
-        departure.look()
-    assert begun == [1]
-
-
-@pytest.mark.parametrize(("version", "asks"), [("2.51.0", True), ("2.66.1", True), ("2.68.0", False), ("", True)])
-def test_servers_that_ask_the_model_back_are_not_asked(triton_io: types.ModuleType, monkeypatch: pytest.MonkeyPatch, version: str, asks: bool) -> None:
-    """The question would wait for its own answer."""
-    monkeypatch.setenv("TRITON_SERVER_VERSION", version)
-    readiness = Readiness(triton_io, monkeypatch)
-    triton_io.Departure("m", "1", lambda: None).look()
-    assert readiness.num_asked == asks
-
-
-@pytest.mark.parametrize(("arguments", "seconds"), [(["--exit-timeout-secs=9"], 6), (["--exit-timeout-secs", "60"], 40), (["--x"], 20)])
-def test_live_requests_get_two_thirds_of_the_servers_exit_timeout(triton_io: types.ModuleType, arguments: list[str], seconds: float) -> None:
-    program = "import sys; print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert triton_io._drain_seconds(process.pid) == seconds
-        process.communicate()

@@ -1,0 +1,110 @@
+"""A server that is about to unload the model, or to stop, is noticed by what it answers."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from paged_backend import departure
+from paged_backend.departure import Departure, ServerArguments
+
+WAIT_SECONDS = 20
+
+
+class Server:
+    """Answers with the statuses in turn, the last one again and again."""
+
+    def __init__(self, statuses: list[int]) -> None:
+        self.asked: list[str] = []
+        outer = self
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(statuses[min(len(outer.asked), len(statuses) - 1)])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                outer.asked.append(self.path)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.arguments = ServerArguments(("127.0.0.1", self._server.server_port), 30)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(departure, "_POLL_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("statuses", [[400, 200, 200, 400], [0, 503, 200, 503]], ids=["unloads", "stops"])
+def test_a_model_that_was_ready_and_is_not_any_more_departs(statuses: list[int]) -> None:
+    server, began, told = Server([status or 500 for status in statuses]), threading.Event(), []
+
+    def begin(seconds: float) -> None:
+        told.append(seconds)
+        began.set()
+
+    watch = Departure(server.arguments, "m", "3", begin)
+    assert began.wait(WAIT_SECONDS)
+    watch._thread.join(WAIT_SECONDS)
+    assert told == [20]
+    assert set(server.asked) == {"/v2/models/m/versions/3/ready"}
+    assert len(server.asked) == 4
+    server.close()
+
+
+@pytest.mark.parametrize("statuses", [[400], [200, 403, 500, 200]], ids=["still loads", "says nothing of use"])
+def test_nothing_else_is_a_departure(statuses: list[int]) -> None:
+    server, told = Server(statuses), []
+    watch = Departure(server.arguments, "m", "1", told.append)
+    while len(server.asked) < 8:
+        threading.Event().wait(0.01)
+    watch.close()
+    watch._thread.join(WAIT_SECONDS)
+    server.close()
+    assert not told
+
+
+def test_a_server_whose_port_was_open_and_is_closed_departs() -> None:
+    server, began = Server([200]), threading.Event()
+    watch = Departure(server.arguments, "m", "1", lambda seconds: began.set())
+    while not server.asked:
+        threading.Event().wait(0.01)
+    assert not began.is_set()
+    server.close()
+    assert began.wait(WAIT_SECONDS)
+    watch._thread.join(WAIT_SECONDS)
+
+
+def test_a_port_that_was_never_open_says_nothing() -> None:
+    server, told = Server([200]), []
+    server.close()
+    watch = Departure(server.arguments, "m", "1", told.append)
+    threading.Event().wait(0.2)
+    watch.close()
+    watch._thread.join(WAIT_SECONDS)
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("command", "http", "drain_seconds"),
+    [
+        ([], ("127.0.0.1", 8000), 20),
+        (["tritonserver", "--http-port=81", "--exit-timeout-secs=9"], ("127.0.0.1", 81), 6),
+        (["tritonserver", "--http-port", "81", "--http-address", "10.0.0.1", "--exit-timeout-secs", "60"], ("10.0.0.1", 81), 40),
+        (["tritonserver", "--http-address=0.0.0.0", "--allow-http=true", "--http-port=x"], ("127.0.0.1", 8000), 20),
+        (["tritonserver", "--allow-http=False"], None, 20),
+        (["tritonserver", "--allow-grpc", "--http-port=82"], ("127.0.0.1", 82), 20),
+    ],
+)
+def test_the_servers_command_line_is_understood(command: list[str], http: tuple[str, int] | None, drain_seconds: float) -> None:
+    arguments = ServerArguments.parse(command)
+    assert (arguments.http, arguments.drain_seconds) == (http, drain_seconds)
