@@ -26,7 +26,7 @@ import tritonclient.grpc.aio as grpc
 from paged_backend.launch import Server, ServerSettings
 from tests.server.calls import tensor
 
-_OWN_STREAMS = 8  # of this process, which are cancelled in turn
+OWN_STREAMS = 8  # of this process, which are cancelled in turn
 _PROMPT_LEN = 32
 
 
@@ -64,7 +64,7 @@ async def measure(address: str, cancels: int, max_tokens: int) -> tuple[list[flo
     serial = int(time.time())
     async with grpc.InferenceServerClient(address) as client:
         running = []
-        for _ in range(_OWN_STREAMS):
+        for _ in range(OWN_STREAMS):
             serial += 1
             running.append(Stream(client, serial, max_tokens))
         await asyncio.gather(*(stream.first for stream in running))
@@ -121,7 +121,7 @@ def main() -> None:
     max_tokens = min(args.max_tokens, int(options["max_model_len"]) - _PROMPT_LEN)
     with Server(ServerSettings(model=args.model, instances=args.instances, options=options)) as server:
         address = server.addresses.grpc_url
-        others = args.streams - _OWN_STREAMS
+        others = args.streams - OWN_STREAMS
         shares = [others // args.processes + (i < others % args.processes) for i in range(args.processes)]
         command = [sys.executable, "-m", "tests.bench.bench_cancel", "--address", address, "--max-tokens", str(max_tokens), "--hold"]
         holders = [subprocess.Popen([*command, str(share)], stdout=subprocess.PIPE) for share in shares if share]

@@ -124,6 +124,7 @@ class Campaign:
         self.pauses = Pauses(plague)
         self._plan, self._door, self._truth, self._plague = plan, door, truth, plague
         self._ends_at = time.monotonic() + plan.seconds if plan.seconds else None
+        self._asked: dict[str, str] = {}  # name of a request under way -> what it asks
         self._bursts, self._num_bursts = 0, 0  # under way; so far
 
     @property
@@ -153,14 +154,15 @@ class Campaign:
             if not self._plan.leave and kind in ("leave after", "leave at", "disconnect"):
                 kind = "whole"
             self.kinds[kind] += 1
+            name = f"worker {worker}, request {number}, {kind}"
             try:
-                await asyncio.wait_for(self._once(kind, chance, f"worker {worker}, request {number}, {kind}"), _STUCK_SECONDS)
+                await asyncio.wait_for(self._once(kind, chance, name), _STUCK_SECONDS)
             except asyncio.TimeoutError:
                 self.outcomes["stuck"] += 1
                 broken = len(self._door.broken)
                 await self._door.revive()
                 if len(self._door.broken) == broken:  # the server is well, so it is our fault
-                    self.fault(f"worker {worker}, request {number}, {kind}: no end after {_STUCK_SECONDS:g} s")
+                    self.fault(f"{name}: no end after {_STUCK_SECONDS:g} s: {self._asked.get(name)}")
 
     async def _once(self, kind: str, chance: random.Random, name: str) -> None:
         if kind == "hostile":
@@ -198,7 +200,9 @@ class Campaign:
         calm = not self._bursts
         num_bursts = self._num_bursts
         tensors = wish.with_sampling(**sampling)
+        self._asked[name] = f"wish {wish.number} {tensors} {transport} {how}"
         heard = await self._door.ask(tensors, wish.parameters, note=self.pauses.listener(), transport=transport, **how)
+        del self._asked[name]
         self.tokens += heard.num_tokens
         if await self._went_with_the_server(heard):
             return

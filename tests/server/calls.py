@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -137,3 +138,15 @@ def wait_for_metrics(url: str, holds: Callable[[dict[str, float]], bool], second
             return False
         time.sleep(0.05)
     return True
+
+
+def engine_pid(shm_prefix: str) -> int | None:
+    """The engine's process, a grandchild of the server whose files in /dev/shm begin like that."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue
+        if b"paged_backend.engine_process" in command and shm_prefix.removesuffix("-").encode() in command:
+            return int(path.parent.name)
+    return None
