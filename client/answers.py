@@ -40,6 +40,7 @@ class Delta:
     usage: Usage  # up to and including this piece
     sequence_index: int = 0  # which of the request's n sequences it belongs to
     logprobs: tuple[LogprobEntry, ...] = ()  # with the sampling key logprobs: an entry for each of token_ids
+    prompt_logprobs: tuple[LogprobEntry | None, ...] = ()  # with the sampling key prompt_logprobs, once: an entry for each token of the prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Answer:
     usage: Usage = Usage()  # of the request, so the same in each of its sequences
     logprobs: tuple[LogprobEntry, ...] = ()
     others: tuple[Answer, ...] = ()
+    prompt_logprobs: tuple[LogprobEntry | None, ...] = ()  # of the request: the first token has none
 
     @property
     def sequences(self) -> tuple[Answer, ...]:
@@ -73,14 +75,23 @@ def deltas_of(outputs: Mapping[str, Any], num_output_tokens: int) -> tuple[Delta
         mine, ids = tuple(ids[: int(count)]), ids[int(count) :]
         num_output_tokens += len(mine)
         usage = Usage(num_input_tokens, num_cached_tokens, num_output_tokens)
-        deltas.append(Delta(text, mine, None if reason == "None" else reason, usage, int(index), _entries(entries)))
+        deltas.append(Delta(text, mine, None if reason == "None" else reason, usage, int(index), _entries(entries), () if deltas else _prompt_entries(outputs)))
     return tuple(deltas)
 
 
 def _entries(text: str) -> tuple[LogprobEntry, ...]:
     if text == "[]":
         return ()
-    return tuple(tuple(TokenLogprob(int(token_id), said["decoded_token"], said["logprob"]) for token_id, said in entry.items()) for entry in json.loads(text))
+    return tuple(_entry(entry) for entry in json.loads(text))
+
+
+def _prompt_entries(outputs: Mapping[str, Any]) -> tuple[LogprobEntry | None, ...]:
+    text = next(iter(outputs.get("prompt_logprobs", ())), "[]")
+    return tuple(None if entry is None else _entry(entry) for entry in json.loads(text))
+
+
+def _entry(said: Mapping[str, Any]) -> LogprobEntry:
+    return tuple(TokenLogprob(int(token_id), token["decoded_token"], token["logprob"]) for token_id, token in said.items())
 
 
 def _first(outputs: Mapping[str, Any], name: str) -> int:

@@ -24,8 +24,8 @@ class _Sequence:
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
 
-    def answer(self, usage: Usage) -> Answer:
-        return Answer("".join(self.texts), tuple(self.token_ids), self.finish_reason, usage, tuple(self.logprobs))
+    def answer(self, usage: Usage, prompt_logprobs: tuple[LogprobEntry | None, ...]) -> Answer:
+        return Answer("".join(self.texts), tuple(self.token_ids), self.finish_reason, usage, tuple(self.logprobs), prompt_logprobs=prompt_logprobs)
 
 
 class Progress:
@@ -35,6 +35,7 @@ class Progress:
         self.over = False
         self._sequences = [_Sequence()]
         self._usage = Usage()
+        self._prompt_logprobs: tuple[LogprobEntry | None, ...] = ()
 
     @property
     def begun(self) -> bool:
@@ -42,7 +43,7 @@ class Progress:
 
     @property
     def answer(self) -> Answer:
-        first, *others = (sequence.answer(self._usage) for sequence in self._sequences)
+        first, *others = (sequence.answer(self._usage, self._prompt_logprobs) for sequence in self._sequences)
         return replace(first, others=tuple(others))
 
     def take(self, outputs: dict[str, list[Any]], final: bool) -> list[Delta]:
@@ -56,4 +57,5 @@ class Progress:
                 self._sequences.append(_Sequence())
             self._sequences[delta.sequence_index].take(delta)
             self._usage = delta.usage
+            self._prompt_logprobs = self._prompt_logprobs or delta.prompt_logprobs
         return deltas

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_kernels import activation, logit_edits, norm, reference, rope_kv, row_update, sampling, small_linear
+from paged_kernels import activation, logit_edits, norm, page_copy, reference, rope_kv, row_update, sampling, small_linear
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
 from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.truncation import truncation_thresholds
@@ -34,6 +34,8 @@ class CudaOps:
     write_tokens = staticmethod(row_update.write_tokens)
     add_bias = staticmethod(logit_edits.add_bias)
     apply_token_mask = staticmethod(logit_edits.apply_token_mask)
+    score_tokens = staticmethod(reference.score_tokens)
+    continuations = staticmethod(reference.continuations)
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class CudaOps:
         self._prefill: tuple[Tensor, Tensor, int] | None = None
         self._counts: Tensor | None = None  # of apply_penalties
         self._shape = max_outputs, vocab_size
+        self._layers: page_copy.PageLayers | None = None
 
     # ---- products, and what hangs on them
 
@@ -135,6 +138,14 @@ class CudaOps:
             q, kv_pages, page_table, query_starts, seq_lens, out, max_query_len=max_query_len, scale=scale, sliding_window=sliding_window or 0
         )
         return out
+
+    # ---- pages
+
+    def copy_pages(self, kv_pages: Sequence[Tensor], copies: Tensor) -> None:
+        """kv_pages: always the same."""
+        if self._layers is None:
+            self._layers = page_copy.make_page_layers(kv_pages)
+        page_copy.copy_pages(self._layers, copies)
 
     # ---- sampling
 

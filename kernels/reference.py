@@ -90,6 +90,16 @@ def write_kv(k: Tensor, v: Tensor, kv_pages: Tensor, slot_mapping: Tensor) -> No
     kv_pages[pages, 1, :, offsets] = v[stored].to(kv_pages.dtype)
 
 
+def copy_pages(kv_pages: Sequence[Tensor], copies: Tensor) -> None:
+    """Page copies[i, 1] becomes a copy of page copies[i, 0] in every layer, [num_pages, ...] each.
+
+    copies [k, 2]: no page is written twice, or read and written.
+    """
+    sources, targets = copies.long().T
+    for layer in kv_pages:
+        layer[targets] = layer[sources]
+
+
 def rope_write_kv(
     qkv: Tensor,
     num_heads: int,
@@ -416,4 +426,30 @@ def top_logprobs(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n largest of log softmax(logits), largest first: [M, V] -> ids [M, n] int64, logprobs [M, n] float32."""
     wide = logits.float()
     top = wide.topk(n, dim=-1)
+    return top.indices, top.values - wide.logsumexp(-1, keepdim=True)
+
+
+def score_tokens(logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of tokens that are known: log softmax(logits) at token_ids, their ranks (1: no token is more likely), and the n most likely tokens.
+
+    [M, V], [M] -> [M] float32, [M] int64, ids [M, n] int64, logprobs [M, n] float32.
+    """
+    wide = logits.float()
+    own = wide.gather(1, token_ids[:, None].long())
+    mass = wide.logsumexp(-1, keepdim=True)
+    top = wide.topk(n, dim=-1)
+    return (own - mass).squeeze(1), (wide > own).sum(-1) + 1, top.indices, top.values - mass
+
+
+def continuations(logits: Tensor, edited: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of log softmax(logits) among the tokens that edited leaves, largest first: [M, V] twice -> ids [M, n] int64, logprobs [M, n] float32.
+
+    edited: logits, or -inf for tokens that must not come.
+    """
+    turn = _rows_at_once(logits)
+    if len(logits) > turn:
+        ids, values = zip(*(continuations(*rows, n) for rows in zip(logits.split(turn), edited.split(turn), strict=True)), strict=True)
+        return torch.cat(ids), torch.cat(values)
+    wide = logits.float()
+    top = edited.float().topk(n, dim=-1)
     return top.indices, top.values - wide.logsumexp(-1, keepdim=True)

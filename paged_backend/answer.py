@@ -7,11 +7,12 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
+import numpy as np
 
 from paged_backend.config import EngineConfig
 from paged_backend.detokenizer import AnswerText
@@ -19,7 +20,8 @@ from paged_backend.engine_client import EngineClient, Piece
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.metrics import Tally
 from paged_backend.prompt import Prompt, PromptReader
-from paged_backend.request import Delta, Finish, Request, SamplingParams
+from paged_backend.prompt_table import PromptTableParts
+from paged_backend.request import Delta, Finish, Found, Request, SamplingParams
 from paged_backend.streamer import Channel, Send, Streamer, joined
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
@@ -96,6 +98,7 @@ class Answer:
         self._over = False
         self._farewell_time: float | None = None  # when a caller who left gets the final response
         self._prompt_len = 0
+        self._prompt_parts: PromptTableParts | None = None  # until the table is sent
         self._first_token_time = 0.0
         self._last_token_time = 0.0
         self._outcome = "error"
@@ -124,6 +127,8 @@ class Answer:
         request, services = self._request, self._services
         sampling = prompt.sampling
         self._prompt_len = len(prompt.token_ids)
+        if sampling.prompt_logprobs is not None:
+            self._prompt_parts = PromptTableParts(prompt.token_ids, sampling.prompt_logprobs)
         count = sampling.best_of or sampling.n
         if count > sampling.n:
             self._drafts = [[] for _ in range(count)]
@@ -135,8 +140,12 @@ class Answer:
             for index in range(count):
                 self._pass_on(Delta(index=index, text=text))
         family = secrets.randbits(62) if count > 1 else None
+        if sampling.use_beam_search:  # one search, of which all strands are
+            strand = self._strands[0]
+            strand.request_id = services.client.submit(prompt, request.cache_salt, request.arrival, partial(self._receive, strand))
+            return
         for strand in self._strands:
-            mine = Prompt(prompt.token_ids, _sampling_of(sampling, strand.index), prompt.bad_words)
+            mine = replace(prompt, sampling=_sampling_of(sampling, strand.index))
             strand.request_id = services.client.submit(mine, request.cache_salt, request.arrival, partial(self._receive, strand), family)
 
     # ---- its way out
@@ -145,13 +154,19 @@ class Answer:
         """On the engine client's thread."""
         try:
             with self._lock:
-                if not self._over and not strand.over:
-                    self._take(strand, piece)
+                for mine, part in [(strand, piece)] if piece.found is None else zip(self._strands, _parts(piece, piece.found), strict=True):
+                    if not self._over and not mine.over:
+                        self._take(mine, part)
         except Exception:
             log.exception("a piece of an answer could not be read")
             self.fail(RequestError("the answer could not be decoded", ErrorKind.INTERNAL))
 
     def _take(self, strand: _Strand, piece: Piece) -> None:
+        if self._prompt_parts is not None:
+            for part in piece.prompts:
+                self._prompt_parts.add(part.start, part.logprobs, part.ranks, part.top_ids, part.top_logprobs)
+        if not piece.token_ids and piece.finish is None:
+            return
         delta, must_stop = strand.take(piece, self._prompt_len)
         if must_stop and strand.request_id is not None:
             self._services.client.abort(strand.request_id)
@@ -176,13 +191,21 @@ class Answer:
         ranked = sorted(self._strands, key=lambda strand: -strand.cumulative_logprob)[: self._request.sampling.n]
         for index, strand in enumerate(ranked):
             whole = joined(drafts[strand.index])
-            self._services.streamer.put(self._channel, msgspec.structs.replace(whole, index=index, last=index == len(ranked) - 1))
+            self._put(msgspec.structs.replace(whole, index=index, last=index == len(ranked) - 1))
 
     def _pass_on(self, delta: Delta) -> None:
         if self._drafts is not None and not delta.last:
             self._drafts[delta.index].append(delta)
         else:
-            self._services.streamer.put(self._channel, delta)
+            self._put(delta)
+
+    def _put(self, delta: Delta) -> None:
+        """The prompt's log-probabilities go with the first delta after they are known."""
+        if self._prompt_parts is not None:
+            delta = msgspec.structs.replace(delta, prompt=self._prompt_parts.whole())
+            if delta.prompt is not None:
+                self._prompt_parts = None
+        self._services.streamer.put(self._channel, delta)
 
     def _count(self, num_tokens: int) -> None:
         if not num_tokens:
@@ -280,8 +303,18 @@ class Answer:
             log.info("request %s: %d tokens in %s, %d out, %s, %.3f s", self._outcome, self._prompt_len, cached, num_tokens, first, seconds)
 
 
+def _parts(piece: Piece, found: Found) -> Iterator[Piece]:
+    """What a beam search came to, sequence after sequence."""
+    for sequence in found.sequences:
+        token_ids: list[int] = np.frombuffer(sequence.token_ids, np.int32).tolist()
+        logprobs: list[float] = np.frombuffer(sequence.logprobs, np.float32).tolist()
+        finish = Finish(found.request_id, "stop" if sequence.stopped else "length")
+        yield replace(piece, token_ids=token_ids, logprobs=[{token: logprob} for token, logprob in zip(token_ids, logprobs, strict=True)], finish=finish)
+
+
 def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:
-    """A strand's own: the first has the caller's seed, the others one that follows from it."""
-    if index == 0 or sampling.seed is None:
+    """A strand's own: the first has the caller's seed, the others one that follows from it. The prompt is the same: the first tells of it."""
+    if index == 0:
         return sampling
-    return msgspec.structs.replace(sampling, seed=(sampling.seed + index * _SEED_STEP) % 2**64)
+    seed = None if sampling.seed is None else (sampling.seed + index * _SEED_STEP) % 2**64
+    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)

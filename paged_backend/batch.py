@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.request import Finish, SamplingParams
+from paged_backend.request import Finish, Found, PromptLogprobs, SamplingParams
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -24,6 +24,9 @@ class NewRow:
     seed: int  # 64 bits; the caller's, or drawn by the scheduler
     stop_ids: tuple[int, ...]  # tokens that end the sequence: banned before prompt_len + min_tokens
     bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
+    allowed: Int32 | None = (
+        None  # [ceil(vocab / 32)] as TokenMasks.words: the only tokens, whatever the step; None: a grammar's masks come with the steps, or none
+    )
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,52 @@ class TokenMasks:
 
     rows: Int32  # [k] distinct
     words: Int32  # [k, ceil(vocab / 32)] a bit per token, the first in the lowest; 0: must not be chosen
+
+
+@dataclass(frozen=True)
+class TokenEdit:
+    """Tokens of a row from `start` on that the device does not have, or not so."""
+
+    row: int
+    start: int
+    token_ids: Int32
+
+
+@dataclass(frozen=True)
+class BeamRows:
+    """Rows of which the likeliest continuations are wanted, beside the one that is chosen."""
+
+    sampled: Int32  # [b] which of the batch's sampled sequences
+    num_candidates: int
+
+
+@dataclass(frozen=True)
+class BeamCandidates:
+    """What a step found for BeamRows."""
+
+    token_ids: Int32  # [b, n] most likely first
+    logprobs: NDArray[np.float32]  # [b, n] log-softmax of the raw logits; -inf: banned
+
+
+@dataclass(frozen=True)
+class PromptSpan:
+    """Tokens of a step whose logits are wanted, for the log-probabilities of the prompt's tokens after them."""
+
+    request_id: int
+    entry: int  # of the batch
+    start: int  # position of the first
+    count: int
+    num_tops: int  # so many of the most likely tokens are wanted, too
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """What a step found for a PromptSpan of k tokens."""
+
+    logprobs: NDArray[np.float32]  # [k] of the tokens after them
+    ranks: Int32  # [k]
+    top_ids: Int32  # [k, num_tops]
+    top_logprobs: NDArray[np.float32]  # [k, num_tops]
 
 
 @dataclass(frozen=True)
@@ -52,6 +101,10 @@ class Batch:
     page_updates: Int32 = field(default_factory=lambda: np.empty((0, 3), np.int32))  # [k, 3] (row, index in its page table, page id)
     features: int = 0  # union of the rows' `Feature` bits: what the sampler must do beyond argmax
     masks: TokenMasks | None = None  # of all sampled rows that follow a grammar; None: there are none
+    prompts: tuple[PromptSpan, ...] = ()
+    beams: BeamRows | None = None  # None: no sampled row is a beam
+    token_edits: tuple[TokenEdit, ...] = ()  # to be applied after new_rows
+    page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [k, 2] (page, page that becomes its copy) before anything is computed
 
     @property
     def num_sequences(self) -> int:
@@ -77,11 +130,15 @@ class Feature:
     BAD_WORDS = 16
     LOGPROBS = 32  # some row wants logprobs of the chosen token
     TOP_LOGPROBS = 64  # some row wants the n most likely tokens too
-    MASK = 128  # some row follows a grammar
+    MASK = 128  # some row may choose certain tokens only
+    GUIDED = 256  # some row follows a grammar: its mask depends on all tokens before, so it runs only when they are known
+    PROMPT_LOGPROBS = 512  # some row's prompt has tokens whose logits are wanted; of no concern to the sampler
+    BEAM = 1024  # some row is a beam: what it says next depends on the others' results
+    STEPWISE = GUIDED | BEAM  # some row computes nothing while a token of it is unknown
 
 
-def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...]) -> int:
-    """The `Feature` bits a sequence asks of the sampler."""
+def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...], restricted: bool = False) -> int:
+    """The `Feature` bits a sequence asks for. restricted: only certain tokens are allowed."""
     s = sampling
     bits = 0
     if not s.greedy:
@@ -97,7 +154,11 @@ def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: 
     if s.logprobs is not None:
         bits |= Feature.LOGPROBS | (Feature.TOP_LOGPROBS if s.logprobs > 0 else 0)
     if s.guided:
+        bits |= Feature.MASK | Feature.GUIDED
+    if restricted:
         bits |= Feature.MASK
+    if s.use_beam_search:
+        bits |= Feature.BEAM
     return bits
 
 
@@ -109,6 +170,8 @@ class StepResult:
     logprobs: NDArray[np.float32] | None = None  # [num_sampled] log-softmax of the raw logits at the chosen token, if LOGPROBS
     top_ids: Int32 | None = None  # [num_sampled, n] most likely first, if TOP_LOGPROBS; n = largest asked for in the batch
     top_logprobs: NDArray[np.float32] | None = None  # [num_sampled, n]
+    prompts: tuple[PromptScores, ...] = ()  # one for each of Batch.prompts
+    beams: BeamCandidates | None = None  # if Batch.beams is not None
 
 
 @dataclass(frozen=True)
@@ -121,3 +184,5 @@ class StepOutput:
     top_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # entry -> token id -> logprob
     started: dict[int, int] = field(default_factory=dict)  # request id -> prompt tokens found in the prefix cache
     finishes: tuple[Finish, ...] = ()  # after the tokens above
+    prompts: tuple[PromptLogprobs, ...] = ()  # before them
+    found: tuple[Found, ...] = ()  # before their finishes

@@ -49,6 +49,7 @@ class CheckedRunner:
         self._check()
         self._check_rows(batch)
         self._update_tables(batch)
+        self._check_copies(batch)
         self._check_pages(batch)
         self._runner.launch(batch)
 
@@ -72,6 +73,18 @@ class CheckedRunner:
         _require(_within(indices, self._tables.shape[1]), f"page updates at {indices.tolist()}, a page table has {self._tables.shape[1]} entries")
         _require(_within(pages, self._bounds.num_pages), f"page updates to pages {pages.tolist()}, there are {self._bounds.num_pages}")
         self._tables[rows, indices] = pages
+
+    def _check_copies(self, batch: Batch) -> None:
+        """Pages that become copies, and tokens that are replaced, are where they can be."""
+        copies, num_pages = batch.page_copies, self._bounds.num_pages
+        _require(_within(copies, num_pages), f"page copies {copies.tolist()}, there are {num_pages} pages")
+        targets = copies[:, 1].tolist()
+        _require(len(set(targets)) == len(targets), f"a page becomes a copy of two: {copies.tolist()}")
+        _require(not set(targets) & set(copies[:, 0].tolist()), f"a page is copied and overwritten in one step: {copies.tolist()}")
+        for edit in batch.token_edits:
+            end, limit = edit.start + len(edit.token_ids), self._bounds.max_model_len
+            _require(0 <= edit.row < self._bounds.num_rows, f"tokens of row {edit.row} change, there are {self._bounds.num_rows} rows")
+            _require(edit.start >= 0 and end <= limit, f"tokens at {edit.start} to {end} change, the longest sequence has {limit}")
 
     def _check_pages(self, batch: Batch) -> None:
         """Every token has a slot, and nobody writes where another sequence of the step reads or writes."""

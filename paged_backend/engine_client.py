@@ -52,7 +52,7 @@ from paged_backend.messages import (
     request_id_of,
 )
 from paged_backend.prompt import Prompt
-from paged_backend.request import Finish
+from paged_backend.request import Finish, Found, PromptLogprobs
 
 _LINGER_MS = 1000  # for the last goodbye
 _PATIENCE_SECONDS = 1.0  # Triton Server finalizes instances one after another: the other front ends may say goodbye only after the owner is gone
@@ -78,6 +78,8 @@ class Piece:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)  # per token, the chosen one first; empty if not asked for
     num_cached_tokens: int | None = None  # with the first token
+    prompts: list[PromptLogprobs] = field(default_factory=list)
+    found: Found | None = None  # a beam search's whole answer, with the finish
     finish: Finish | None = None
 
 
@@ -190,7 +192,8 @@ class EngineClient:
         sampling = prompt.sampling
         if sampling.seed is None and not sampling.greedy:  # drawn here, so that another engine can go on with the same random numbers
             sampling = msgspec.structs.replace(sampling, seed=self._own_seed(request_id))
-        submit = Submit(request_id, prompt.token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family)
+        allowed = b"" if prompt.allowed is None else prompt.allowed.tobytes()
+        submit = Submit(request_id, prompt.token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family, allowed=allowed)
         with self._lock:
             if not self._alive or self._closing.is_set():
                 raise RequestError(ENGINE_GONE, ErrorKind.OVERLOADED)
@@ -336,6 +339,10 @@ class EngineClient:
                 piece.logprobs.append({token_id: logprobs[entry]} | {other: logprob for other, logprob in top.items() if other != token_id})
         for request_id, num_cached_tokens in tokens.started.items():
             pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
+        for prompt in tokens.prompts:
+            pieces.setdefault(prompt.request_id, Piece()).prompts.append(prompt)
+        for found in tokens.found:
+            pieces.setdefault(found.request_id, Piece()).found = found
         for finish in tokens.finishes:
             pieces.setdefault(finish.request_id, Piece()).finish = finish
         for request_id, piece in pieces.items():

@@ -47,7 +47,7 @@ from paged_backend.messages import (
     front_end_of,
     front_ends_of,
 )
-from paged_backend.request import Finish
+from paged_backend.request import Finish, Found, PromptLogprobs
 from paged_backend.scheduler import Scheduler, SchedulerLimits
 from paged_backend.watch import Watch
 
@@ -111,14 +111,17 @@ class Outbox:
         for front_end in self._sockets:
             mine: NDArray[np.bool_] = owners == front_end
             finishes = tuple(finish for finish in output.finishes if front_end_of(finish.request_id) == front_end)
-            if finishes or mine.any():
-                self.send(front_end, _tokens(output, mine, finishes))
+            prompts = tuple(prompt for prompt in output.prompts if front_end_of(prompt.request_id) == front_end)
+            if finishes or prompts or mine.any():
+                found = tuple(found for found in output.found if front_end_of(found.request_id) == front_end)
+                self.send(front_end, _tokens(output, mine, finishes, prompts, found))
 
 
-def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish, ...]) -> Tokens:
+def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish, ...], prompts: tuple[PromptLogprobs, ...], found: tuple[Found, ...]) -> Tokens:
     """The part of an output that belongs to one front end."""
     request_ids = output.request_ids[mine]
-    started = {key: value for key, value in output.started.items() if key in set(request_ids.tolist())} if output.started else {}
+    answered = {*request_ids.tolist(), *(one.request_id for one in found)}
+    started = {key: value for key, value in output.started.items() if key in answered} if output.started else {}
     tops = {}
     if output.top_logprobs:
         tops = {position: output.top_logprobs[entry] for position, entry in enumerate(np.flatnonzero(mine).tolist()) if entry in output.top_logprobs}
@@ -129,6 +132,8 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish,
         top_logprobs=tops,
         started=started,
         finishes=finishes,
+        prompts=prompts,
+        found=found,
     )
 
 

@@ -63,8 +63,9 @@ class Guide:
     Invariant: once started, the matcher has accepted the first `_num_accepted` tokens of the answer, and `mask` is what may follow them.
     """
 
-    def __init__(self, key: str, compiling: Future[Compiled], stop_ids: Sequence[int], min_tokens: int) -> None:
-        """stop_ids: what may follow a complete answer; without any, it ends when it is complete. They wait for min_tokens if the grammar can go on."""
+    def __init__(self, key: str, compiling: Future[Compiled], stop_ids: Sequence[int], min_tokens: int, own: Int32 | None = None) -> None:
+        """stop_ids: what may follow a complete answer; without any, it ends when it is complete. They wait for min_tokens if the grammar can go on.
+        own: bits of the tokens that this sequence may say, stop ids aside; None: all."""
         self.refusal: Refusal | None = None
         self.over = False  # complete, and nothing may follow
         self.mask: Int32 = np.zeros(0, np.int32)  # [words] a bit per token of the vocabulary, the first in the lowest; 0: must not come
@@ -72,6 +73,7 @@ class Guide:
         self._compiling = compiling
         self._stop_ids = stop_ids
         self._min_tokens = min_tokens
+        self._own = own
         self._matcher: Any = None
         self._num_accepted = 0
         self._seconds = 0.0  # of a processor's time, so far
@@ -105,7 +107,11 @@ class Guide:
     def check_last(self, token_id: int) -> None:
         """A token that ends the sequence is not followed, but may have come because nothing was left to choose from. Sets `refusal` then."""
         if not self._may_come(token_id):
-            self.refusal = Refusal(ErrorKind.INVALID, f"{self._key}: {_DEAD_END}")
+            self.refusal = Refusal(ErrorKind.INVALID, f"{self._key}: {self._dead_end}")
+
+    @property
+    def _dead_end(self) -> str:
+        return f"no token was left that it{'' if self._own is None else ', allowed_token_ids'} and bad_words allow"
 
     def _may_come(self, token_id: int) -> bool:
         return bool(self.mask[token_id >> 5] >> (token_id & 31) & 1)
@@ -121,7 +127,7 @@ class Guide:
     def _accept(self, token_id: int) -> None:
         state = advance(self._state, self._vocabulary.spelled[token_id])
         if state is None or not self._may_come(token_id) or not self._matcher.accept_token(token_id):
-            raise GrammarError(_DEAD_END)
+            raise GrammarError(self._dead_end)
         self._state = state
         self._num_accepted += 1
         self.mask = np.full_like(self.mask, -1)  # not known yet
@@ -132,6 +138,8 @@ class Guide:
         mask &= self._vocabulary.following[self._state]
         if self._allowed is not None:
             mask &= self._allowed
+        if self._own is not None:
+            mask &= self._own
         complete = self._matcher.is_completed()
         unstopped = mask & ~self._stop_bits
         if self._num_accepted < self._min_tokens and unstopped.any():
@@ -140,7 +148,8 @@ class Guide:
             mask |= self._stop_bits
             self.over = not self._stop_bits.any() and (self._num_accepted > 0 or not mask.any())
         if not self.over and not mask.any():
-            raise GrammarError("it allows no token of this model" if self._num_accepted == 0 else "it allows no further token of this model")
+            where = "" if self._own is None else " among allowed_token_ids"
+            raise GrammarError(f"it allows no {'further ' if self._num_accepted else ''}token of this model{where}")
         self.mask = mask
 
 
@@ -158,8 +167,8 @@ class Grammars:
         self._read = partial(read_vocabulary, tokenizer_path, vocab_size, eos_ids)
         self._vocabulary: Future[Vocabulary] | None = None
 
-    def guide(self, grammar: Grammar, stop_ids: Sequence[int], min_tokens: int) -> Guide:
-        """A guide for a new sequence; its grammar may still have to be compiled."""
+    def guide(self, grammar: Grammar, stop_ids: Sequence[int], min_tokens: int, allowed: Int32 | None = None) -> Guide:
+        """A guide for a new sequence; its grammar may still have to be compiled. allowed: as Guide's `own`."""
         key = grammar.kind, grammar.text, grammar.compact
         if key not in self._compiled:
             if self._vocabulary is None:
@@ -167,7 +176,7 @@ class Grammars:
             self._compiled[key] = self._threads.submit(self._compile, grammar, self._vocabulary)
             self._forget_some()
         self._compiled.move_to_end(key)
-        return Guide(grammar.key, self._compiled[key], stop_ids, min_tokens)
+        return Guide(grammar.key, self._compiled[key], stop_ids, min_tokens, allowed)
 
     def _compile(self, grammar: Grammar, reading: Future[Vocabulary]) -> Compiled:
         """On a thread. The process begins only after the vocabulary is known to be one."""
@@ -189,9 +198,6 @@ class Grammars:
                 return
             excess -= sizes[key]
             del self._compiled[key]
-
-
-_DEAD_END = "no token was left that it and bad_words allow"
 
 
 def _result(compiling: Future[Compiled]) -> Compiled:

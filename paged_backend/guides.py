@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from paged_backend.batch import Feature, Int32, TokenMasks
+from paged_backend.errors import ErrorKind
 from paged_backend.grammar import Grammars, Guide, Refusal
 from paged_backend.request import Finish, SamplingParams
 from paged_backend.sequence import Rows
 from paged_backend.sequence import Sequence as Generation
+from paged_backend.vocabulary import bits
 
 
 class Guides:
@@ -20,10 +22,23 @@ class Guides:
     def __init__(self, grammars: Grammars | None = None) -> None:
         self._grammars = grammars or Grammars(None, 0, ())
 
-    def guide(self, sampling: SamplingParams, stop_ids: Sequence[int]) -> Guide | None:
-        """For a new sequence; None: it may say anything."""
+    def guide(self, sampling: SamplingParams, stop_ids: Sequence[int], allowed: Int32 | None = None) -> Guide | None:
+        """For a new sequence; None: it follows no grammar. allowed: int32 [ceil(vocab / 32)], its only tokens."""
         grammar = sampling.grammar
-        return None if grammar is None else self._grammars.guide(grammar, stop_ids, sampling.min_tokens)
+        return None if grammar is None else self._grammars.guide(grammar, stop_ids, sampling.min_tokens, allowed)
+
+    def refusal(
+        self, sampling: SamplingParams, stop_ids: Sequence[int], bad_words: Sequence[Sequence[int]], allowed: Int32 | None
+    ) -> tuple[ErrorKind, str] | None:
+        """Of allowed tokens one must be left that nothing else can ban, or there might be none to choose. A guide sees to that itself."""
+        if allowed is None or sampling.guided:
+            return None
+        left = allowed & ~bits([word[-1] for word in bad_words if word[-1] < 32 * len(allowed)], 32 * len(allowed))
+        if not left.any():
+            return ErrorKind.INVALID, "allowed_token_ids and bad_words: every allowed token may be banned, and then there would be none to choose"
+        if sampling.min_tokens > 0 and not (left & ~bits([token_id for token_id in stop_ids if token_id < 32 * len(allowed)], 32 * len(allowed))).any():
+            return ErrorKind.INVALID, f"allowed_token_ids and min_tokens: every allowed token would end the answer before {sampling.min_tokens} tokens"
+        return None
 
     def review_waiting(self, changed: Sequence[Generation]) -> Iterator[tuple[Generation, Finish]]:
         """The sequences that cannot go on, or need not. changed: those that waited for their grammar, or got a token after they were preempted."""
@@ -32,14 +47,14 @@ class Guides:
 
     def review_running(self, rows: Rows) -> Iterator[tuple[Generation, Finish]]:
         """The same, of those on rows."""
-        for row in np.flatnonzero((rows.features & Feature.MASK != 0) & (rows.num_tokens > 0)).tolist():
+        for row in np.flatnonzero((rows.features & Feature.GUIDED != 0) & (rows.num_tokens > 0)).tolist():
             sequence = rows.sequences[row]
             if sequence is not None:
                 yield from _ending(sequence, rows.token_ids[row, : rows.num_known[row]])
 
     def masks(self, rows: Rows, sampled: Int32) -> TokenMasks | None:
         """sampled: rows that a step samples. None: it may choose any token for each of them."""
-        guided = sampled[rows.features[sampled] & Feature.MASK != 0]
+        guided = sampled[rows.features[sampled] & Feature.GUIDED != 0]
         if not len(guided):
             return None
         words = []

@@ -16,6 +16,8 @@ from paged_kernels.reference import SAMPLING_BYTES
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
 _STEP_RESERVE_BYTES = 64 * 2**20  # what libraries allocate on their own when a step first runs
+_FEW_TOKENS = 16  # of which the logits fit into the reserve
+_BYTES_PER_SCORED_LOGIT = 64
 _GRAPH_RESERVE_BYTES = 384 * 2**20  # 23 shapes of 32 layers and the code of their kernels took 294 MiB on an H100
 
 
@@ -97,6 +99,11 @@ def step_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dt
     logits = num_rows * a.vocab_size * (dtype.itemsize + 8)  # as they are, float32 to be edited, counts of penalised tokens
     sampling = min(int(SAMPLING_BYTES), 6 * logits)
     return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + sampling + _STEP_RESERVE_BYTES
+
+
+def prompt_tokens_at_once(num_rows: int, vocab_size: int) -> int:
+    """So many logits of prompt tokens can be had at once within what `step_bytes` keeps free for sampling, which is over by then."""
+    return max(_FEW_TOKENS, min(num_rows, int(SAMPLING_BYTES) // (_BYTES_PER_SCORED_LOGIT * vocab_size)))
 
 
 def graph_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dtype) -> int:

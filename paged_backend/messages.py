@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.request import Finish, SamplingParams
+from paged_backend.request import Finish, Found, PromptLogprobs, SamplingParams
 
 _FRONT_END_SHIFT = 40
 SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
@@ -49,6 +49,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     family: int | None = None  # the same for requests of one prompt: they share its pages even where the prefix cache is off
     num_answered: int = 0  # the last of prompt_ids are the answer so far: a request goes on in a new engine
     resumed: bool = False  # an engine that died had it: it was let in once, whatever the queue's length is now
+    allowed: bytes = b""  # int32 [ceil(vocab / 32)]: a bit per token, the first in the lowest; empty: every token is allowed
     suspect: bool = False  # engines died over and over while it ran: it must not run beside another suspect
 
 
@@ -91,6 +92,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     top_logprobs: dict[int, dict[int, float]] = {}  # entry -> token id -> logprob, most likely first
     started: dict[int, int] = {}  # request id -> num_cached_tokens, with a request's first token
     finishes: tuple[Finish, ...] = ()  # after the tokens above
+    prompts: tuple[PromptLogprobs, ...] = ()  # before them
+    found: tuple[Found, ...] = ()  # before their finishes
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):

@@ -6,26 +6,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import paged_kernels.reference as reference
-from paged_backend.batch import Batch, Feature, Int64, StepResult
+from paged_backend.batch import Batch, StepResult
 from paged_backend.config import EngineConfig
 from paged_backend.cuda_graphs import StepGraphs, captured_shapes
 from paged_backend.errors import EngineError
-from paged_backend.kv_store import allocate_kv_store, size_pool
+from paged_backend.kv_store import allocate_kv_store, prompt_tokens_at_once, size_pool
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
 from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights
-from paged_backend.sampler import Sampled, Sampler
+from paged_backend.sampler import Sampler
 from paged_backend.step_plan import plan_step, shape_of
+from paged_backend.step_results import Flight, Landings
 from paged_backend.step_tensors import DeviceRows
 from paged_backend.warm_up import warm_up_batches
 
@@ -40,25 +41,6 @@ class RunnerLimits:
     vocab_size: int
     eos_ids: tuple[int, ...]
     bos_id: int | None
-
-
-class _Landing:
-    """Pinned host memory for a step's results, and the moment from which they are there."""
-
-    def __init__(self, capacity: int) -> None:
-        self.memory = torch.empty(capacity, dtype=torch.int32, pin_memory=True)
-        self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A launched step, and where its result will be."""
-
-    batch: Batch
-    slots: Int64  # [num_sampled] the output of each sampled sequence
-    columns: Tensor  # int32 [outputs, columns] in host memory: token id, logprob bits, top ids, top logprob bits
-    num_tops: int
-    landing: _Landing | None  # None: it is there already
 
 
 class ModelRunner:
@@ -85,8 +67,9 @@ class ModelRunner:
         self._rows = rows
         self._sampler = sampler
         self._graphs = graphs  # None: every step is launched kernel by kernel
-        self._in_flight: deque[_Flight] = deque()
-        self._landings: list[_Landing] = []  # free ones; as many exist as steps were ever in flight
+        self._in_flight: deque[Flight] = deque()
+        self._landings = Landings(device)
+        self._scored_at_once = prompt_tokens_at_once(rows.num_rows, limits.vocab_size)
 
     @classmethod
     @torch.inference_mode()
@@ -112,7 +95,7 @@ class ModelRunner:
         limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, checkpoint.eos_ids, checkpoint.bos_id)
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
         ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
-        rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops)
+        rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops, partial(ops.copy_pages, kv_pages))
         decoder, sampler = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops), Sampler(ops)
         graphs = None
         if config.cuda_graphs and ops is not reference:
@@ -142,58 +125,33 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
         shape = shape_of(batch)
-        captured = None if self._graphs is None else self._graphs.fit(shape)
+        captured = None if self._graphs is None or batch.prompts else self._graphs.fit(shape)  # a captured step keeps the logits of its outputs only
         plan = plan_step(batch, captured or shape)
-        sampled = None
+        sampled = prompts = None
         if self._graphs is not None and captured is not None:
             step, logits = self._graphs.forward(self._rows.update(batch, plan), captured)
             sampled = self._graphs.sample(captured, batch.features)
         else:
             step = self._rows.apply(batch, plan)
-            logits = self._decoder.forward(step, self._kv_pages)
+            hidden = self._decoder.hidden(step, self._kv_pages)
+            logits = self._decoder.logits(hidden if step.logit_indices is None else hidden.index_select(0, step.logit_indices))
+            prompts = self._score_prompts(batch, hidden) if batch.prompts else None
         if sampled is None:
             sampled = self._sampler.sample(logits, self._rows.sampling(batch, step), self._rows)
-        self._in_flight.append(self._send_back(batch, plan.slots, sampled))
+        self._in_flight.append(self._landings.send_back(batch, plan.slots, sampled, prompts))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""
         while len(self._in_flight) > keep:
             flight = self._in_flight.popleft()
-            if flight.landing is not None:
-                flight.landing.arrived.synchronize()
-                self._landings.append(flight.landing)
-            yield flight.batch, _result(flight)
+            yield flight.batch, self._landings.receive(flight)
 
-    def _send_back(self, batch: Batch, slots: Int64, sampled: Sampled) -> _Flight:
-        """One copy to the host, floats as their bits."""
-        columns = [sampled.token_ids.int()[:, None]]
-        if sampled.logprobs is not None:
-            columns.append(sampled.logprobs.view(torch.int32)[:, None])
-        num_tops = 0
-        if sampled.top_ids is not None and sampled.top_logprobs is not None:
-            columns += [sampled.top_ids.int(), sampled.top_logprobs.view(torch.int32)]
-            num_tops = sampled.top_ids.shape[1]
-        packed = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-        if self.device.type != "cuda":
-            return _Flight(batch, slots, packed, num_tops, None)
-        landing = self._landings.pop() if self._landings else _Landing(packed.numel())
-        if landing.memory.numel() < packed.numel():
-            landing = _Landing(packed.numel())
-        host = landing.memory[: packed.numel()].view(packed.shape)
-        host.copy_(packed, non_blocking=True)
-        landing.arrived.record()
-        return _Flight(batch, slots, host, num_tops, landing)
-
-
-def _result(flight: _Flight) -> StepResult:
-    columns, n = flight.columns.numpy()[flight.slots], flight.num_tops  # a copy: the memory is used again
-    token_ids = np.ascontiguousarray(columns[:, 0])
-    if columns.shape[1] == 1:
-        return StepResult(token_ids)
-    logprobs = np.ascontiguousarray(columns[:, 1]).view(np.float32)
-    if not flight.batch.features & Feature.TOP_LOGPROBS:
-        return StepResult(token_ids, logprobs)
-    return StepResult(token_ids, logprobs, columns[:, 2 : 2 + n], np.ascontiguousarray(columns[:, 2 + n :]).view(np.float32))
+    def _score_prompts(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """int32 [k, 2 + 2 n] of the tokens of all the batch's PromptSpans. hidden: [T, hidden_size]. Few at a time: logits are large."""
+        at, token_ids = self._rows.prompt_tokens()
+        n = min(max(span.num_tops for span in batch.prompts), self.limits.vocab_size)
+        parts = zip(torch.split(at, self._scored_at_once), torch.split(token_ids, self._scored_at_once), strict=True)
+        return torch.cat([self._sampler.score(self._decoder.logits(hidden.index_select(0, some)), following, n) for some, following in parts])
 
 
 def _device(name: str) -> torch.device:

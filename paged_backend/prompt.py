@@ -19,6 +19,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.messages import Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
+from paged_backend.vocabulary import bits
 
 _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
 
@@ -30,6 +31,7 @@ class Prompt:
     token_ids: NDArray[np.int32]  # [prompt_len], prompt_len >= 1
     sampling: SamplingParams  # max_tokens set, and such that prompt and answer fit into max_model_len
     bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
+    allowed: NDArray[np.int32] | None = None  # [ceil(vocab / 32)] a bit per token, the first in the lowest; None: all
 
 
 class PromptReader:
@@ -80,8 +82,9 @@ class PromptReader:
             token_ids = token_ids[-(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :]
         self._check_length(len(token_ids))
         max_tokens = min(max_tokens, self._ready.max_model_len - len(token_ids))
-        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))
-        return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words))
+        allowed = self._allowed(sampling.allowed_token_ids)
+        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), allowed_token_ids=None)
+        return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed)
 
     def text_of(self, request: Request) -> str:
         """The prompt as text, to be put before an answer."""
@@ -144,6 +147,14 @@ class PromptReader:
         if len(unknown):
             raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
         return token_ids.astype(np.int32)
+
+    def _allowed(self, token_ids: tuple[int, ...] | None) -> NDArray[np.int32] | None:
+        if token_ids is None:
+            return None
+        largest = max(token_ids)
+        if largest >= self._ready.vocab_size:
+            raise RequestError(f"allowed_token_ids: {largest} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
+        return bits(token_ids, self._ready.vocab_size)
 
     def _check_length(self, prompt_len: int) -> None:
         if prompt_len > self._ready.max_model_len - 1:

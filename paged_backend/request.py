@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.prompt_table import PromptTable
 from paged_backend.structured import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
 
 MAX_STOP_STRINGS = 64
@@ -20,7 +21,10 @@ MAX_BAD_WORD_TOKENS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_WORD_CHARS = 1024
 MAX_LOGPROBS = 20
+MAX_ALLOWED_TOKENS = 65_536
 MAX_SEQUENCES = 64  # of one request
+MAX_BEAM_WIDTH = 16
+MAX_LENGTH_PENALTY = 5
 
 Word = Annotated[str, Meta(min_length=1, max_length=MAX_WORD_CHARS)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -31,6 +35,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
     best_of: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] | None = None  # so many are tried, the n likeliest are the answer
+    use_beam_search: bool = False  # instead of sampling: the n best of beam_width answers
+    beam_width: Annotated[int, Meta(ge=1, le=MAX_BEAM_WIDTH)] | None = None
+    length_penalty: Annotated[float, Meta(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] = 1.0  # answers are ranked by total logprob / length ** this
+    early_stopping: bool | Literal["never"] = False  # end when there are beam_width answers; False: when better ones are unlikely; "never": impossible
     max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0: greedy
@@ -48,7 +56,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)] = {}
     bad_words: Annotated[tuple[Word, ...], Meta(max_length=MAX_BAD_WORDS)] = ()
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None  # no other token is chosen
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: none; 0: the chosen token's; n: the n most likely too
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # the same of the prompt's tokens; all of the prompt is computed then
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None  # only so many of the prompt's last tokens; -1: as many as the model takes
     detokenize: bool = True  # False: the answer is token ids, without text
     priority_level: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0  # the lower, the sooner it starts and the later it is preempted
@@ -88,6 +98,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: bool = False
     cumulative_logprob: bool = False
     logprobs: bool = False
+    prompt_logprobs: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False
     output_ids: bool = False
@@ -128,6 +139,32 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     message: str = ""
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of k consecutive tokens of a prompt, each given those before it. Arrays are in native byte order."""
+
+    request_id: int
+    start: int  # position in the prompt of the first of them, at least 1
+    logprobs: bytes  # float32 [k]
+    ranks: bytes  # int32 [k]; 1: no token is more likely
+    top_ids: bytes  # int32 [k, n] the most likely instead of it, most likely first
+    top_logprobs: bytes  # float32 [k, n]
+
+
+class FoundSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One answer of a beam search. Arrays are in native byte order."""
+
+    token_ids: bytes  # int32 [t], the stop id included
+    logprobs: bytes  # float32 [t]
+    stopped: bool  # by a stop id, not by its length
+
+
+class Found(msgspec.Struct, frozen=True, array_like=True):
+    """What a beam search came to."""
+
+    request_id: int
+    sequences: tuple[FoundSequence, ...]  # the best first
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of answer, ready to send: of one of the request's sequences. A sequence's last has `finish_reason`; an `error` ends the request."""
 
@@ -136,6 +173,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[dict[int, float], ...] = ()  # per token: token id -> logprob, the chosen one first
     cumulative_logprob: float = 0.0  # of the sequence so far
+    prompt: PromptTable | None = None  # once in a request, if it asked for prompt_logprobs
     num_input_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: str | None = None  # "stop" | "length"
@@ -171,15 +209,47 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise RequestError("truncate_prompt_tokens: expected at least 1 token, or -1 for as many as the model takes; got 0")
     if sampling.stop and not sampling.detokenize:
         raise RequestError("stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids")
+    if sampling.use_beam_search or given.keys() & _BEAM_KEYS:
+        return _checked_search(sampling, given)
     for name in ("n", "best_of"):
         if sampling.greedy and (getattr(sampling, name) or 1) > 1:
             raise RequestError(f"{name}: {getattr(sampling, name)} with temperature 0: every sequence would be the same")
     return sampling
 
 
+_BEAM_KEYS = frozenset({"beam_width", "length_penalty", "early_stopping"})
+_NOT_WITH_BEAMS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "best_of", "stop")
+
+
+def _checked_search(sampling: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
+    """A beam search is greedy about whole answers; with one beam it is greedy about tokens."""
+    plain = SamplingParams(temperature=0.0)
+    asked = sorted(_BEAM_KEYS & given.keys())
+    if not sampling.use_beam_search:
+        if all(getattr(sampling, name) == getattr(plain, name) for name in asked):  # as some clients send every key they know
+            return sampling
+        raise RequestError(f"{asked[0]}: only with use_beam_search")
+    if sampling.beam_width is None:
+        raise RequestError(f"use_beam_search: beam_width is missing, 1 to {MAX_BEAM_WIDTH}")
+    if sampling.n > sampling.beam_width:
+        raise RequestError(f"n: {sampling.n} is more than beam_width ({sampling.beam_width})")
+    for name in _NOT_WITH_BEAMS:
+        value = getattr(sampling, name)
+        if name in given and value != getattr(plain, name) and not (name == "top_k" and value == -1):
+            raise RequestError(f"use_beam_search and {name}: beams follow the model's own probabilities alone")
+    if sampling.guided:
+        raise RequestError(f"use_beam_search and {sampling.grammars[0].key}: beams follow no grammar")
+    if sampling.logprobs:
+        raise RequestError(f"use_beam_search and logprobs: only the chosen tokens' are known; expected 0, got {sampling.logprobs}")
+    if sampling.beam_width == 1:
+        plain_keys = {name: getattr(plain, name) for name in ("use_beam_search", *_BEAM_KEYS)}
+        return msgspec.structs.replace(sampling, temperature=0.0, **plain_keys)
+    return msgspec.structs.replace(sampling, temperature=0.0)
+
+
 def _require_finite(sampling: SamplingParams) -> None:
     """Strings such as "nan" become numbers in coercion, and no range check refuses NaN."""
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "request_deadline_seconds"):
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "request_deadline_seconds", "length_penalty"):
         value = getattr(sampling, name)
         if value is not None and not math.isfinite(value):
             raise RequestError(f"{name}: {value} is not a finite number")

@@ -51,6 +51,8 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
         raise RequestError(f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end")
     if stream and sampling.n > 1:
         outputs = msgspec.structs.replace(outputs, sequence_index=True)
+    if sampling.prompt_logprobs is not None:
+        outputs = msgspec.structs.replace(outputs, prompt_logprobs=True)
     if not sampling.detokenize:
         outputs = msgspec.structs.replace(outputs, output_ids=True)  # there is nothing else
     return Request(
@@ -134,6 +136,8 @@ def _read_sampling(tensors: Tensors, given: Mapping[str, Any], outputs: Outputs)
     ranks = options.get("best_of") is not None  # by cumulative logprob
     if options.get("logprobs") is None and (outputs.logprobs or outputs.cumulative_logprob or ranks):
         options["logprobs"] = 0
+    if options.get("prompt_logprobs") is None and outputs.prompt_logprobs:
+        options["prompt_logprobs"] = 0
     return parse_sampling(options)
 
 

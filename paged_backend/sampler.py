@@ -1,4 +1,4 @@
-"""Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words, min_tokens; penalties; grammars;
+"""Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words, min_tokens; penalties; masks;
 temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a piece skips it; a row that does not ask is left as it is."""
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class SamplerOps(Protocol):
     def write_tokens(self, history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None: ...
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor: ...
     def top_logprobs(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
+    def continuations(self, logits: Tensor, edited: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
+    def score_tokens(self, logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Sampled:
     logprobs: Tensor | None = None  # float32 [M]
     top_ids: Tensor | None = None  # int64 [M, n]
     top_logprobs: Tensor | None = None  # float32 [M, n]
+    candidates: Tensor | None = None  # int32 [b, 2 n] of the step's beams: ids, and the bits of their log-probabilities
 
 
 class Sampler:
@@ -60,13 +63,28 @@ class Sampler:
         else:
             token_ids = ops.argmax(edited)
         ops.write_tokens(rows.token_ids, step.rows, step.positions, token_ids)
+        candidates = None if step.beams is None else self._candidates(logits, edited, step.beams, step.num_candidates)
         if not step.features & (Feature.LOGPROBS | Feature.TOP_LOGPROBS):
-            return Sampled(token_ids)
+            return Sampled(token_ids, candidates=candidates)
         top_ids, top_logprobs = ops.top_logprobs(logits, min(step.num_top_logprobs, logits.shape[1])) if step.num_top_logprobs else (None, None)
-        return Sampled(token_ids, ops.logprobs(logits, token_ids), top_ids, top_logprobs)
+        return Sampled(token_ids, ops.logprobs(logits, token_ids), top_ids, top_logprobs, candidates)
+
+    def _candidates(self, logits: Tensor, edited: Tensor, beams: Tensor, n: int) -> Tensor:
+        """Of log-probabilities of the raw logits, as in transformers: a ban takes a token away and leaves the others what they are."""
+        n = min(n, logits.shape[1])
+        ids, logprobs = self._ops.continuations(logits.index_select(0, beams), edited.index_select(0, beams), n)
+        return torch.cat([ids.int(), logprobs.view(torch.int32)], dim=1)
+
+    def score(self, logits: Tensor, token_ids: Tensor, n: int) -> Tensor:
+        """What is told of tokens that are known: int32 [k, 2 + 2 n], the bits of their log-probabilities, ranks, the n most likely ids and their bits.
+
+        logits: [k, vocab], token_ids [k].
+        """
+        logprobs, ranks, top_ids, top_logprobs = self._ops.score_tokens(logits, token_ids, n)
+        return torch.cat([logprobs.view(torch.int32)[:, None], ranks.int()[:, None], top_ids.int(), top_logprobs.view(torch.int32)], dim=1)
 
     def _edit(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Tensor:
-        """What a greedy row sees too: bias, bans, penalties, grammars. float32; logits stay as they are."""
+        """What a greedy row sees too: bias, bans, penalties, masks. float32; logits stay as they are."""
         ops, mine, positions = self._ops, step.rows, step.positions
         logits = logits.to(torch.float32, copy=True)
         p = rows.parameters(mine)
@@ -82,5 +100,5 @@ class Sampler:
             penalties = (p.floats("repetition"), p.floats("presence"), p.floats("frequency"))
             logits = ops.apply_penalties(logits, history, p.integers("prompt_len"), positions, *penalties)
         if step.masked:
-            logits = ops.apply_token_mask(logits, rows.token_masks, torch.where(p.integers("guided") > 0, mine, -1))
+            logits = ops.apply_token_mask(logits, rows.token_masks, torch.where(p.integers("masked") > 0, mine, -1))
         return logits

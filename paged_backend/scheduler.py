@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from paged_backend import budget
+from paged_backend import budget, prompt_logprobs
 from paged_backend.batch import Batch, Feature, Int32, NewRow, StepOutput, StepResult
+from paged_backend.beams import Beams
 from paged_backend.errors import ErrorKind
 from paged_backend.guides import Guides
 from paged_backend.messages import Submit
 from paged_backend.page_pool import PagePool
-from paged_backend.request import Finish
+from paged_backend.request import Finish, Found
+from paged_backend.row_changes import RowChanges
 from paged_backend.sequence import Rows, Sequence, Status
 from paged_backend.sequence_pages import SequencePages
 from paged_backend.suspects import Suspects
@@ -52,7 +54,7 @@ class SchedulerLimits:
 class Scheduler:
     """Owns the sequences, their rows and their pages.
 
-    Invariant (`check`): running sequences hold rows and pages, waiting ones neither, and there are no others.
+    Invariant (`check`): the runners of running sequences hold rows and pages, those of waiting ones neither, and there are no others.
     """
 
     def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: Guides | None = None) -> None:
@@ -65,12 +67,13 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens))
         self._short_ones_turn = False
-        self._running: list[Sequence] = []
+        self._running: list[Sequence] = []  # runners
         self._running_rows: Int32 | None = None  # of _running, in its order; None: to be gathered again
         self._finishes: list[Finish] = []  # of requests that ended without a step
         self._started: dict[int, int] = {}
-        self._new_rows: list[NewRow] = []
-        self._page_updates: list[tuple[int, int, int]] = []
+        self._found: list[Found] = []
+        self._changes = RowChanges()
+        self._beams = Beams(self._rows, self._pages, self._changes)
         self._serial = 0
         self._step = 0
         self._next_overdue_check = 0.0
@@ -94,22 +97,28 @@ class Scheduler:
     def submit(self, request: Submit) -> None:
         """Queues a request, or ends it at once with an error that says which limit it met."""
         token_ids = np.frombuffer(request.prompt_ids, np.int32)
-        refusal = self._refusal(token_ids, request.resumed)
+        sampling = request.sampling
+        eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
+        stop_ids = tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids))
+        allowed = np.frombuffer(request.allowed, np.int32) if request.allowed else None
+        prompt_len = len(token_ids) - request.num_answered
+        length_limit = min(prompt_len + (sampling.max_tokens or self._limits.max_model_len), self._limits.max_model_len)
+        refusal = (
+            self._refusal(token_ids, request.resumed)
+            or self._guides.refusal(sampling, stop_ids, request.bad_words, allowed)
+            or self._beams.refusal(sampling, prompt_len, length_limit)
+        )
         if refusal is not None:
             self._finishes.append(Finish(request.request_id, error=refusal[0], message=refusal[1]))
             return
-        sampling = request.sampling
-        prompt_len = len(token_ids) - request.num_answered
         serial = self._serial = self._serial + 1
-        eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
         finds = self._limits.prefix_cache and not sampling.skip_prefix_cache
-        stop_ids = tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids))
         sequence = Sequence(
             request_id=request.request_id,
             serial=serial,
             token_ids=token_ids,
             prompt_len=prompt_len,
-            length_limit=min(prompt_len + (sampling.max_tokens or self._limits.max_model_len), self._limits.max_model_len),
+            length_limit=length_limit,
             sampling=sampling,
             seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
             stop_ids=stop_ids,
@@ -120,8 +129,12 @@ class Scheduler:
             suspect=request.suspect,
             deadline_seconds=min(sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds),
             answered=request.num_answered > 0,
-            guide=self._guides.guide(sampling, stop_ids),
+            guide=self._guides.guide(sampling, stop_ids, allowed),
+            allowed=None if sampling.guided else allowed,
         )
+        if sampling.prompt_logprobs is not None and not sequence.answered:
+            sequence.unscored = 0
+        self._beams.enrol(sequence)
         self._sequences[sequence.request_id] = sequence
         self._waiting.add(sequence)
 
@@ -147,16 +160,19 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """The end of a sequence, whatever it was doing."""
         if sequence.status is Status.RUNNING:
-            self._stop_running(sequence)
+            for runner in sequence.runners:
+                self._stop_running(runner)
             sequence.status = Status.FINISHED
         else:
             self._waiting.leave(sequence)
         del self._sequences[sequence.request_id]
 
-    def _stop_running(self, sequence: Sequence) -> None:
-        self._rows.vacate(sequence)
-        self._pages.release(sequence)
-        self._running.remove(sequence)
+    def _stop_running(self, runner: Sequence) -> None:
+        assert runner.row is not None
+        self._changes.drop(runner.row)
+        self._rows.vacate(runner)
+        self._pages.release(runner)
+        self._running.remove(runner)
         self._running_rows = None
 
     # ---- what the next step computes
@@ -181,21 +197,19 @@ class Scheduler:
         for row in rows[(counts > 1) & (ends >= table.publish_at[rows])].tolist():  # prompts: their ids are known before they are computed
             self._publish(row, int(table.num_computed[row]))
         self._step += 1
-        batch = Batch(
+        return Batch(
             step=self._step,
             rows=rows,
             starts=starts,
             counts=counts,
             samples=samples,
             request_ids=table.request_id[rows],
-            new_rows=tuple(self._new_rows),
-            page_updates=np.array(self._page_updates, np.int32).reshape(-1, 3),
             features=int(np.bitwise_or.reduce(table.features[rows])),
             masks=self._guides.masks(table, rows[samples]),
+            prompts=prompt_logprobs.spans(table, rows, starts, counts),
+            beams=self._beams.wanted(rows[samples]),
+            **self._changes.take(),
         )
-        self._new_rows.clear()
-        self._page_updates.clear()
-        return batch
 
     def _share_budget(self) -> tuple[Int32, Int32]:
         """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last."""
@@ -204,7 +218,7 @@ class Scheduler:
         num_tokens = table.num_tokens[rows]
         wanted = num_tokens - table.num_computed[rows]
         wanted[num_tokens >= table.length_limit[rows]] = 0  # its last token is in flight and need not be computed
-        wanted[(num_tokens > table.num_known[rows]) & (table.features[rows] & Feature.MASK != 0)] = 0  # what may come next depends on it
+        wanted[(num_tokens > table.num_known[rows]) & (table.features[rows] & Feature.STEPWISE != 0)] = 0  # what may come next depends on it
         if (wanted == 1).all():
             return rows, wanted
         rows = rows[wanted > 0]
@@ -229,43 +243,44 @@ class Scheduler:
     def _secure_pages(self, rows: Int32, counts: Int32) -> tuple[Int32, Int32]:
         """Gives every row the pages its tokens need. Who finds none left goes without a step; who is preempted drops out."""
         table = self._rows
-        short = rows[table.num_computed[rows] + counts > table.capacity[rows]]
-        if len(short) == 0:
+        ends = table.num_computed[rows] + counts
+        short = ends > table.capacity[rows]
+        if not short.any():
             return rows, counts
         stalled = set()
         num_preemptions = self.num_preemptions
-        for row in short.tolist():
-            sequence = table.sequences[row]
-            if sequence is not None and not self._grow(sequence):
+        for row, end in zip(rows[short].tolist(), ends[short].tolist(), strict=True):
+            runner = table.sequences[row]
+            if runner is not None and not self._grow(runner, end):
                 stalled.add(row)
         if stalled or self.num_preemptions != num_preemptions:
             keep = np.array([table.sequences[row] is not None and row not in stalled for row in rows.tolist()], np.bool_)
             rows, counts = rows[keep], counts[keep]
         return rows, counts
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """One more page for a running sequence, at the cost of the youngest others if need be."""
-        page = self._pages.append(sequence)
-        while page is None:
-            victim = max(self._running, key=Sequence.turn)
-            if victim is sequence:
-                return False  # it keeps what it has and waits: whoever is older will finish
-            self._preempt(victim)
-            page = self._pages.append(sequence)
-        row = sequence.row
+    def _grow(self, runner: Sequence, num_tokens: int) -> bool:
+        """Pages for so many tokens of a runner, at the cost of the youngest others if need be."""
+        row = runner.row
         assert row is not None
-        self._page_updates.append((row, len(sequence.pages) - 1, page))
-        self._rows.capacity[row] += self._limits.page_size
+        while self._rows.capacity[row] < num_tokens:
+            page = self._pages.append(runner)
+            while page is None:
+                victim = max(self._running, key=Sequence.turn).leader
+                if victim is runner.leader:
+                    return False  # it keeps what it has and waits: whoever is older will finish
+                self._preempt(victim)
+                page = self._pages.append(runner)
+            self._changes.page_updates.append((row, len(runner.pages) - 1, page))
+            self._rows.capacity[row] += self._limits.page_size
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's pages; it waits again and recomputes, from the prefix cache where its pages survive."""
-        row = sequence.row
-        assert row is not None
-        sequence.awaits_token = bool(self._rows.num_tokens[row] > self._rows.num_known[row])
-        self._stop_running(sequence)
-        self._new_rows = [new for new in self._new_rows if new.row != row]
-        self._page_updates = [update for update in self._page_updates if update[0] != row]
+        row = sequence.row  # None: its results are not waited for, its runners will be others
+        sequence.awaits_token = row is not None and bool(self._rows.num_tokens[row] > self._rows.num_known[row])
+        for runner in sequence.runners:
+            self._stop_running(runner)
+        self._beams.fold(sequence)
         self._waiting.add(sequence)
         self.num_preemptions += 1
 
@@ -275,20 +290,20 @@ class Scheduler:
         kept = budget.kept_for_short(counts, self._limits.max_batched_tokens, self._waiting_short_tokens())
         new_rows: list[int] = []
         new_counts: list[int] = []
-        while left > 0 and self._rows.num_free:
+        while left > 0:
             sequence, short = self._next_to_start(), self._waiting.first_short()
             if sequence is not short and kept >= left:  # nothing of this step is left for a long one, whose turn it stays
                 sequence = short
-            if sequence is None or sequence.awaits_token:
+            if sequence is None or sequence.awaits_token or self._rows.num_free < len(sequence.runners):
                 break
             num_tokens = len(sequence.token_ids) if self._limits.preemption else sequence.length_limit - 1
-            num_computed = self._pages.take(sequence, num_tokens, self._headroom())
+            num_computed = self._pages.take(sequence.runners, num_tokens, self._headroom())
             if num_computed is None:
                 break
             self._waiting.pop(sequence)
             if sequence is not short or self._short_ones_turn:
                 self._short_ones_turn = sequence is not short and short is not None
-            row = self._start(sequence, num_computed)
+            row = self._start_all(sequence, num_computed)
             new_rows.append(row)
             new_counts.append(min(left if sequence is short else left - kept, int(self._rows.num_tokens[row] - self._rows.num_computed[row])))
             left -= new_counts[-1]
@@ -310,29 +325,39 @@ class Scheduler:
         rows = self._gather_running_rows()
         return int((self._rows.capacity[rows] < self._rows.length_limit[rows] - 1).sum())
 
-    def _start(self, sequence: Sequence, num_computed: int) -> int:
-        """Puts a sequence that holds its pages onto a row; the device learns of it with this step's batch."""
-        row = self._rows.occupy(sequence, num_computed)
-        self._running.append(sequence)
-        self._running_rows = None
-        self._suspects.note_start(sequence)
-        new = NewRow(
-            row=row,
-            token_ids=sequence.token_ids,
-            prompt_len=sequence.prompt_len,
-            sampling=sequence.sampling,
-            seed=sequence.seed,
-            stop_ids=sequence.stop_ids,
-            bad_words=sequence.bad_words,
-        )
-        self._new_rows.append(new)
-        self._page_updates.extend((row, index, page) for index, page in enumerate(sequence.pages))
+    def _start_all(self, sequence: Sequence, num_computed: int) -> int:
+        """Puts a sequence's runners, which hold their pages, onto rows. Returns that of the first: the others have nothing to compute yet."""
+        first, *others = sequence.runners
+        row = self._start(first, num_computed)
+        for runner in others:
+            self._start(runner, 0)
+        sequence.status = Status.RUNNING
         if sequence.admitted is None:
             sequence.admitted = self._clock()
             sequence.num_cached_tokens = num_computed
             self.prefix_queries += sequence.prompt_len
             self.prefix_hits += num_computed
             self.queue_times.append(max(0.0, sequence.admitted - sequence.arrival))
+        return row
+
+    def _start(self, runner: Sequence, num_computed: int) -> int:
+        """The device learns of it with this step's batch."""
+        row = self._rows.occupy(runner, num_computed)
+        self._running.append(runner)
+        self._running_rows = None
+        self._suspects.note_start(runner)
+        new = NewRow(
+            row=row,
+            token_ids=runner.token_ids,
+            prompt_len=runner.prompt_len,
+            sampling=runner.sampling,
+            seed=runner.seed,
+            stop_ids=runner.stop_ids,
+            bad_words=runner.bad_words,
+            allowed=runner.allowed,
+        )
+        self._changes.new_rows.append(new)
+        self._changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.pages))
         return row
 
     def _publish(self, row: int, num_computed: int) -> None:
@@ -354,13 +379,17 @@ class Scheduler:
         """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their limit."""
         rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
         present = self._rows.request_id[rows] == request_ids
-        entries = np.flatnonzero(present)
+        entries = np.flatnonzero(present & (self._rows.features[rows] & Feature.BEAM == 0))
         tops = self._top_logprobs(result, rows, entries) if batch.features & Feature.TOP_LOGPROBS else {}
+        prompts = prompt_logprobs.told(batch, result, self._sequences)
         self._append(rows[entries], token_ids[entries])
+        for sequence, found in self._beams.take(batch, result):
+            self._conclude(sequence, found)
         if len(entries) < len(rows):  # aborted, ended or preempted while the step was in flight
             landed = [entry for entry in np.flatnonzero(~present).tolist() if self._land(int(request_ids[entry]), int(token_ids[entry]))]
             entries = np.concatenate([entries, np.array(landed, np.intp)])
         started, self._started = self._started, {}
+        answers, self._found = tuple(self._found), []
         return StepOutput(
             request_ids=request_ids[entries],
             token_ids=token_ids[entries],
@@ -368,6 +397,8 @@ class Scheduler:
             top_logprobs=tops,
             started=started,
             finishes=self._drain_finishes(),
+            prompts=prompts,
+            found=answers,
         )
 
     def refusals(self) -> StepOutput | None:
@@ -407,6 +438,20 @@ class Scheduler:
         else:
             self._end_some(self._guides.review_waiting([sequence]))
         return True
+
+    def _conclude(self, sequence: Sequence, found: Found | None) -> None:
+        """A beam search is over; or it must begin again (None), for want of a page."""
+        if found is None:
+            self._preempt(sequence)
+            return
+        n = sequence.sampling.n
+        if len(found.sequences) < n:
+            message = f"n: {n} answers are asked for, and only {len(found.sequences)} are possible with what is banned"
+            self._end(sequence, Finish(sequence.request_id, error=ErrorKind.INVALID, message=message))
+            return
+        self._found.append(found)
+        self._tell_start(sequence)
+        self._end(sequence, Finish(sequence.request_id, "stop" if found.sequences[0].stopped else "length"))
 
     def _tell_start(self, sequence: Sequence | None) -> None:
         assert sequence is not None
@@ -473,8 +518,8 @@ class Scheduler:
         return list(self._sequences.values())
 
     def num_tokens(self, sequence: Sequence) -> int:
-        """Its known tokens, of prompt and answer."""
-        return len(sequence.token_ids) if sequence.row is None else int(self._rows.num_known[sequence.row])
+        """Its known tokens, of prompt and answer; of several answers, the longest."""
+        return max(len(runner.token_ids) if runner.row is None else int(self._rows.num_known[runner.row]) for runner in sequence.runners)
 
     @property
     def pool(self) -> PagePool:
@@ -493,10 +538,13 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self._pages.check(self._running)
-        for sequence in self._running:
-            assert sequence.status is Status.RUNNING and sequence.row is not None and self._rows.sequences[sequence.row] is sequence
-            assert self._rows.capacity[sequence.row] == len(sequence.pages) * self._limits.page_size
-            assert self._rows.num_computed[sequence.row] <= self._rows.capacity[sequence.row], "computed tokens without a slot"
+        for runner in self._running:
+            assert runner.leader.status is Status.RUNNING and runner.row is not None and self._rows.sequences[runner.row] is runner
+            assert self._rows.capacity[runner.row] == len(runner.pages) * self._limits.page_size
+            assert self._rows.num_computed[runner.row] <= self._rows.capacity[runner.row], "computed tokens without a slot"
         waiting = [sequence for sequence in self._sequences.values() if sequence.status is Status.WAITING]
-        assert len(waiting) == len(self._waiting) and not any(sequence.pages or sequence.row is not None for sequence in waiting)
-        assert len(waiting) + len(self._running) == len(self._sequences), "a sequence is neither waiting nor running"
+        assert len(waiting) == len(self._waiting)
+        assert not any(runner.pages or runner.row is not None for sequence in waiting for runner in sequence.runners)
+        running = {id(runner) for runner in self._running}
+        expected = {id(runner) for sequence in self._sequences.values() if sequence.status is Status.RUNNING for runner in sequence.runners}
+        assert running == expected and len(running) == len(self._running), "a sequence is neither waiting nor running"

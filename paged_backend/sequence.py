@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from paged_backend.batch import Int32, features_of
+from paged_backend.batch import Feature, Int32, features_of
+from paged_backend.beam_search import BeamSearch, Candidates
 from paged_backend.grammar import Guide
 from paged_backend.request import SamplingParams
+
+_NEVER = int(np.iinfo(np.int32).max)
 
 
 class Status(Enum):
@@ -24,11 +27,21 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+@dataclass
+class BeamGroup:
+    """What a sequence that searches with beams has beside them (beams.py)."""
+
+    search: BeamSearch
+    live: list[Sequence] = field(default_factory=list)  # the runner of each of the search's beams; none: the prompt is not computed yet
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # by row, of the runners whose results are in
+
+
 @dataclass(eq=False)
 class Sequence:
     """One generation. While it runs, its tokens and lengths are in its row; while it waits, `token_ids` has them all.
 
     Invariant: `pages` are held by this sequence, in order; `hashes` are those of its first full pages; `row` is set exactly while it runs.
+    What waits, runs, is preempted and ends is a leader; what has a row and pages is a runner. Most sequences are both; with beams a leader has several.
     """
 
     request_id: int
@@ -46,6 +59,8 @@ class Sequence:
     suspect: bool = False  # engines may have died of it: no other suspect runs meanwhile
     deadline_seconds: float = math.inf  # from its arrival
     guide: Guide | None = None  # through the grammar that its answer follows
+    allowed: Int32 | None = None  # [ceil(vocab / 32)] its only tokens, where no guide has them; None: all
+    unscored: int = _NEVER  # position of the first token whose logits are wanted for prompt_logprobs
     status: Status = Status.WAITING
     placed: bool = False  # it has a place in the waiting queue
     row: int | None = None
@@ -55,14 +70,30 @@ class Sequence:
     awaits_token: bool = False  # preempted while a sampled token was in flight: must not start before it lands
     admitted: float | None = None  # when it first left the queue
     answered: bool = False  # its first token has been told
+    group: BeamGroup | None = None  # of a leader whose runners are beams
+    leader: Sequence = field(init=False, repr=False)
+    runners: list[Sequence] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.leader, self.runners = self, [self]
+
+    @property
+    def scored(self) -> bool:
+        """No more logits are wanted for prompt_logprobs."""
+        return self.leader.unscored >= self.prompt_len - 1
+
+    @property
+    def held_pages(self) -> list[int]:
+        """Of all its runners, each once."""
+        return self.pages if self.runners == [self] else list(dict.fromkeys(page for runner in self.runners for page in runner.pages))
 
     def turn(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
-        return (self.sampling.priority_level, self.serial)
+        leader = self.leader
+        return (leader.sampling.priority_level, leader.serial)
 
 
 _FREE = -1
-_NEVER = np.iinfo(np.int32).max
 
 
 class Rows:
@@ -114,10 +145,27 @@ class Rows:
         if width > self.stop_ids.shape[1]:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, width - self.stop_ids.shape[1])), constant_values=-1)
         self.stop_ids[row, :width] = sequence.stop_ids
-        self.features[row] = features_of(sequence.sampling, sequence.stop_ids, sequence.bad_words)
+        self.features[row] = features_of(sequence.sampling, sequence.stop_ids, sequence.bad_words, sequence.allowed is not None)
+        if not sequence.scored:
+            self.features[row] |= Feature.PROMPT_LOGPROBS
         self.unanswered[row] = not sequence.answered
         sequence.row, sequence.status = row, Status.RUNNING
         return row
+
+    def token_ids_of(self, sequence: Sequence) -> Int32:
+        """Its known tokens; a view."""
+        assert sequence.row is not None
+        return self.token_ids[sequence.row, : self.num_known[sequence.row]]
+
+    def rewrite(self, sequence: Sequence, token_ids: Int32, num_computed: int) -> None:
+        """Gives a row other tokens, all known, of which the first `num_computed` are in its sequence's pages. They are not for others to find."""
+        row = sequence.row
+        assert row is not None
+        self.token_ids[row, : len(token_ids)] = token_ids
+        self.num_tokens[row] = self.num_known[row] = len(token_ids)
+        self.num_computed[row] = num_computed
+        self.capacity[row] = len(sequence.pages) * self.page_size
+        self.publish_at[row] = _NEVER
 
     def vacate(self, sequence: Sequence) -> None:
         """Takes a sequence off its row; its known tokens go back into `sequence.token_ids`."""

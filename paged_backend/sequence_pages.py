@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Listing
 
 from paged_backend.batch import Int32
 from paged_backend.page_pool import PagePool
@@ -18,21 +19,29 @@ class SequencePages:
         self._cache = PrefixCache(self.pool, page_size)
         self._page_size = page_size
 
-    def take(self, sequence: Sequence, num_tokens: int, headroom: int) -> int | None:
+    def take(self, runners: Listing[Sequence], num_tokens: int, headroom: int) -> int | None:
         """Holds the pages of a waiting sequence's first `num_tokens` tokens, known or not, those in the prefix cache first, and leaves `headroom`
-        pages available. Returns how many tokens need not be computed; None if pages are short, then nothing has changed."""
+        pages available. Each of its other runners gets what it will need for itself, a page at least, where the tokens it shares with the first end.
+        Returns how many tokens need not be computed; None if pages are short, then nothing has changed."""
+        sequence, *others = runners
         shared: list[int] = []
         if sequence.shares:
-            reusable = (len(sequence.token_ids) - 1) // self._page_size  # the newest token is always computed: its logits are wanted
+            reusable = (
+                min(len(sequence.token_ids) - 1, sequence.leader.unscored) // self._page_size
+            )  # the newest token is always computed: its logits are wanted
             self._cache.extend(sequence.hashes, sequence.token_ids, reusable, sequence.cache_salt)
             shared = self._cache.match(sequence.hashes[:reusable])
-        num_new = -(-num_tokens // self._page_size) - len(shared)
+        num_pages = -(-num_tokens // self._page_size)
+        reserve = max(num_pages - len(sequence.token_ids) // self._page_size, 1)
+        num_new = num_pages - len(shared) + reserve * len(others)
         for page in shared:
             self.pool.hold(page)
         new = self.pool.take(num_new) if num_new + headroom <= self.pool.num_available else None
         if new is None:
             self.pool.release(reversed(shared))
             return None
+        for runner in others:
+            runner.pages, new = new[:reserve], new[reserve:]
         sequence.pages = shared + new
         return len(shared) * self._page_size
 
@@ -43,6 +52,14 @@ class SequencePages:
             return None
         sequence.pages += pages
         return pages[0]
+
+    def share(self, taker: Sequence, source: Sequence, num_shared: int, num_left: int) -> None:
+        """taker's first `num_left` pages are left for the first `num_shared` of source's; it keeps the others."""
+        for page in source.pages[:num_shared]:
+            self.pool.hold(page)
+        left, kept = taker.pages[:num_left], taker.pages[num_left:]
+        taker.pages = source.pages[:num_shared] + kept
+        self.pool.release(reversed(left))
 
     def publish(self, sequence: Sequence, token_ids: Int32, first: int, end: int) -> None:
         """Makes pages `first` … `end` - 1 findable; token_ids: of the sequence, at least those of its first `end` pages."""

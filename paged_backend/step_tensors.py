@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import paged_kernels.reference as reference
-from paged_backend.batch import Batch, Feature, Int32, NewRow, TokenMasks
+from paged_backend.batch import Batch, Feature, Int32, NewRow, TokenEdit, TokenMasks
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.staging import Staging
 from paged_backend.step_plan import StepPlan, StepShape
@@ -20,7 +20,7 @@ _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbe
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
 
 # columns of a row's parameters; the floats are stored as their bits. The seed comes first and their number is even: it is read as one int64
-_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "guided", "spare")
+_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "masked", "spare")
 _FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _COLUMN = {name: index for index, name in enumerate(_COLUMNS + _FLOAT_COLUMNS)}
 
@@ -60,7 +60,9 @@ class SampleTensors:
     num_stop: int = 0
     num_bad_words: int = 0
     num_top_logprobs: int = 0
-    masked: bool = False  # some row follows a grammar
+    beams: Tensor | None = None  # int32 [b] outputs of which the likeliest continuations are wanted
+    num_candidates: int = 0  # so many
+    masked: bool = False  # some row may choose certain tokens only
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,18 @@ class DeviceRows:
     Invariant: after `update(batch, plan)` a row has every token up to batch.starts + batch.counts, and the pages of those tokens.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, page_size: int, num_eos_ids: int, device: torch.device, ops: RowOps = reference) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        max_model_len: int,
+        page_size: int,
+        num_eos_ids: int,
+        device: torch.device,
+        ops: RowOps = reference,
+        copy_pages: Callable[[Tensor], None] = lambda copies: None,
+    ) -> None:
+        """copy_pages: does a batch's page_copies, int32 [k, 2], in the store; the rows have no page themselves."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -116,9 +129,10 @@ class DeviceRows:
         self.page_table = zeros(num_rows, -(-max_model_len // page_size))
         self.page_size = page_size
         self._ops = ops
+        self._copy_pages = copy_pages
         self._parameters = zeros(num_rows, len(_COLUMN))
         self._zeros = zeros
-        self.token_masks = zeros(num_rows, 0)  # int32 [num_rows, ceil(vocab / 32)] of the rows that follow a grammar; of no width before the first comes
+        self.token_masks = zeros(num_rows, 0)  # int32 [num_rows, ceil(vocab / 32)] of the rows that may choose certain tokens only; no width before the first
         self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
         self._table_shapes = {
             "bias_ids": (num_rows, MAX_LOGIT_BIAS),
@@ -127,10 +141,15 @@ class DeviceRows:
             "bad_words": (num_rows, _MAX_BAD_WORD_ENTRIES, MAX_BAD_WORD_TOKENS),
         }
         self._staging = Staging(device)
+        self._sent: dict[str, Tensor] = {}  # valid until the next update
         # what the host must know of a row to size a step's sampling
-        self._sizes = {name: np.zeros(num_rows, np.int32) for name in ("num_bias", "num_stop", "num_bad_words", "num_top_logprobs")}
+        self._sizes = {name: np.zeros(num_rows, np.int32) for name in ("num_bias", "num_stop", "num_bad_words", "num_top_logprobs", "masked")}
 
     # ---- reading rows
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
 
     @property
     def seeds(self) -> Tensor:
@@ -186,9 +205,18 @@ class DeviceRows:
         sections = {"plan": plan.flat, "page_updates": batch.page_updates}
         if batch.new_rows:
             sections |= _new_row_sections(batch.new_rows)
-        if batch.masks is not None:
-            sections |= {"mask_spans": _mask_spans(batch.masks), "masks": batch.masks.words}
-        sent = self._staging.send(sections)
+        masks = _masks_to_write(batch)
+        if masks is not None:
+            sections |= {"mask_spans": _mask_spans(masks), "masks": masks.words}
+        if batch.token_edits:
+            sections |= _edit_sections(batch.token_edits)
+        if len(batch.page_copies):
+            sections["page_copies"] = batch.page_copies
+        if batch.beams is not None:
+            sections["beams"] = plan.slots[batch.beams.sampled].astype(np.int32)
+        if batch.prompts:
+            sections["prompt_tokens"] = _prompt_tokens(batch, plan)
+        sent = self._sent = self._staging.send(sections)
         self._write(batch, sent)
         return sent["plan"]
 
@@ -247,15 +275,22 @@ class DeviceRows:
             num_stop=self._widest("num_stop", sampled) if features & Feature.BIAS else 0,
             num_bad_words=self._widest("num_bad_words", sampled) if features & Feature.BAD_WORDS else 0,
             num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if features & Feature.TOP_LOGPROBS else 0,
-            masked=batch.masks is not None,
+            beams=None if batch.beams is None else self._sent["beams"],
+            num_candidates=0 if batch.beams is None else batch.beams.num_candidates,
+            masked=bool(features & Feature.MASK and self._widest("masked", sampled)),
         )
+
+    def prompt_tokens(self) -> tuple[Tensor, Tensor]:
+        """Of the last update: int32 [k] which of the step's tokens leave their logits for prompt_logprobs, and int32 [k] the tokens after them."""
+        at, rows, positions = self._sent["prompt_tokens"]
+        return at, self.token_ids[rows, positions]
 
     def _widest(self, name: str, rows: Int32) -> int:
         return int(self._sizes[name][rows].max(initial=0))
 
     def _note(self, new: NewRow) -> None:
         s = new.sampling
-        sizes = (len(s.logit_bias), _num_stop(new), len(new.bad_words), s.logprobs or 0)
+        sizes = (len(s.logit_bias), _num_stop(new), len(new.bad_words), s.logprobs or 0, _masked(new))
         for column, size in zip(self._sizes.values(), sizes, strict=True):
             column[new.row] = size
 
@@ -267,11 +302,15 @@ class DeviceRows:
                 if name in sent:
                     *where, values = sent[name]
                     self._table(name)[tuple(where)] = values
+        if batch.token_edits:
+            self._ops.write_spans(self.token_ids, sent["edit_spans"], sent["edited_tokens"])
+        if len(batch.page_copies):
+            self._copy_pages(sent["page_copies"])
         if len(batch.page_updates):
             self._ops.update_page_tables(self.page_table, sent["page_updates"])
-        if batch.masks is not None:
+        if "masks" in sent:
             if not self.token_masks.shape[1]:
-                self.token_masks = self._zeros(len(self.token_ids), batch.masks.words.shape[1])
+                self.token_masks = self._zeros(len(self.token_ids), sent["masks"].shape[1])
             self._ops.write_spans(self.token_masks, sent["mask_spans"], sent["masks"].view(-1))
 
     def _table(self, name: str) -> Tensor:
@@ -309,6 +348,38 @@ def _spans(new_rows: tuple[NewRow, ...], lens: Int32) -> Int32:
     return np.stack([rows, np.zeros_like(rows), np.cumsum(lens, dtype=np.int32) - lens, lens], axis=1)
 
 
+def _edit_sections(edits: tuple[TokenEdit, ...]) -> dict[str, Int32]:
+    lens = np.array([len(edit.token_ids) for edit in edits], np.int32)
+    columns = [
+        np.array([edit.row for edit in edits], np.int32),
+        np.array([edit.start for edit in edits], np.int32),
+        np.cumsum(lens, dtype=np.int32) - lens,
+        lens,
+    ]
+    return {"edit_spans": np.stack(columns, axis=1), "edited_tokens": np.concatenate([edit.token_ids for edit in edits])}
+
+
+def _prompt_tokens(batch: Batch, plan: StepPlan) -> Int32:
+    """int32 [3, k]: which token of the step, and the row and position of the one after it."""
+    columns = []
+    for span in batch.prompts:
+        positions = np.arange(span.start, span.start + span.count, dtype=np.int32)
+        at = plan.firsts[span.entry] + positions - batch.starts[span.entry]
+        columns.append(np.stack([at, np.full_like(positions, batch.rows[span.entry]), positions + 1]))
+    return np.concatenate(columns, axis=1)
+
+
+def _masks_to_write(batch: Batch) -> TokenMasks | None:
+    """Those of new rows, which stay, and those of this step."""
+    fixed = [(new.row, new.allowed) for new in batch.new_rows if new.allowed is not None]
+    if not fixed:
+        return batch.masks
+    rows, words = np.array([row for row, _ in fixed], np.int32), np.stack([allowed for _, allowed in fixed])
+    if batch.masks is None:
+        return TokenMasks(rows, words)
+    return TokenMasks(np.concatenate([rows, batch.masks.rows]), np.concatenate([words, batch.masks.words]))
+
+
 def _mask_spans(masks: TokenMasks) -> Int32:
     """As `_spans`."""
     count, width = masks.words.shape
@@ -321,9 +392,13 @@ def _parameter_block(new: NewRow) -> Int32:
     s = new.sampling
     seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
     min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), s.guided, 0]
+    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), 0]
     floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
     return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
+
+
+def _masked(new: NewRow) -> bool:
+    return new.sampling.guided or new.allowed is not None
 
 
 def _num_stop(new: NewRow) -> int:

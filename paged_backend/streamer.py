@@ -220,6 +220,7 @@ def joined(deltas: list[Delta]) -> Delta:
         token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
         logprobs=tuple([logprob for delta in deltas for logprob in delta.logprobs]),
         cumulative_logprob=last.cumulative_logprob,
+        prompt=next((delta.prompt for delta in deltas if delta.prompt is not None), None),
         num_input_tokens=last.num_input_tokens,
         num_cached_tokens=last.num_cached_tokens,
         finish_reason=last.finish_reason,

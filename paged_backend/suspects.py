@@ -24,7 +24,7 @@ class Suspects:
         if sequence.suspect:
             self._running = sequence
             self._clear_at = len(sequence.token_ids) + CLEARED_AFTER_TOKENS
-            self.tell(sequence.request_id)
+            self.tell(sequence.leader.request_id)
 
     def review(self, rows: Rows) -> None:
         """Once a step: has the running suspect shown that it is harmless, or stopped running?"""

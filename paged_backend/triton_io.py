@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.front_end import FrontEnd
 from paged_backend.log_lines import LogLines
 from paged_backend.metrics import FAMILIES, Family, Kind, Series, Tally
+from paged_backend.prompt_table import PromptTable
 from paged_backend.request import Delta, Outputs
 from paged_backend.request_reader import read_request, wants_error_code
 from paged_backend.streamer import Send
@@ -128,7 +130,8 @@ def _send_to(sender: Any, outputs: Outputs, token_text: Callable[[int], str]) ->
 def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[[int], str]) -> Any:
     """The InferenceResponse for deltas of several sequences, or one with an error: text_output always, the others as asked for, an entry per sequence.
 
-    output_ids has the sequences' tokens end to end (num_output_tokens says how many are whose); num_input_tokens and num_cached_tokens have one entry.
+    output_ids has the sequences' tokens end to end (num_output_tokens says how many are whose); num_input_tokens and num_cached_tokens have one entry, and so
+    has prompt_logprobs, in one of a request's responses.
     """
     first = deltas[0]
     if first.error is not None:
@@ -144,6 +147,8 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[
         tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
     if outputs.logprobs:
         tensors.append(_strings("logprobs", [json.dumps([_logprob_entries(entry, token_text) for entry in delta.logprobs]) for delta in deltas]))
+    if outputs.prompt_logprobs:
+        tensors += [_strings("prompt_logprobs", [_prompt_json(delta.prompt, token_text)]) for delta in deltas if delta.prompt is not None]
     if outputs.num_input_tokens:
         tensors.append(_numbers("num_input_tokens", [first.num_input_tokens], np.uint32))
     if outputs.num_output_tokens:
@@ -167,6 +172,19 @@ def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str
     """As NVIDIA's vLLM backend writes them. The rank counts among the tokens listed, so the chosen one's may be better than its true rank."""
     ranked = sorted(entry.values(), reverse=True)
     return {str(token): {"logprob": logprob, "rank": ranked.index(logprob) + 1, "decoded_token": token_text(token)} for token, logprob in entry.items()}
+
+
+def _prompt_json(prompt: PromptTable, token_text: Callable[[int], str]) -> str:
+    """As `logprobs`, with null for the first token, as vLLM has it; ranks are true ones."""
+    spelled = lru_cache(maxsize=None)(token_text)
+    return json.dumps(
+        [
+            None
+            if entry is None
+            else {str(token): {"logprob": logprob, "rank": rank, "decoded_token": spelled(token)} for token, (logprob, rank) in entry.items()}
+            for entry in prompt.entries()
+        ]
+    )
 
 
 class Publisher:

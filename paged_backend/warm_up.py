@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from paged_backend.batch import Batch, Feature, NewRow, TokenMasks, features_of
+from paged_backend.batch import Batch, BeamRows, Feature, NewRow, TokenMasks, features_of
 from paged_backend.request import SamplingParams
 
 _SAMPLINGS = (
@@ -15,9 +15,11 @@ _SAMPLINGS = (
     SamplingParams(temperature=0.7, top_p=0.9),
     SamplingParams(temperature=0.0, logprobs=0),
     SamplingParams(temperature=0.0, guided_regex="a"),
+    SamplingParams(temperature=0.0, use_beam_search=True, beam_width=2),
     SamplingParams(temperature=0.7, top_k=5, min_tokens=1, logit_bias={0: 1.0}, repetition_penalty=1.1, presence_penalty=0.1, logprobs=1),
 )
 _BAD_WORDS = ((0, 1),)
+_CANDIDATES = 3
 
 
 def warm_up_batches(max_tokens: int, max_sequences: int, max_len: int, page_size: int, num_pages: int, vocab_size: int) -> Iterator[Batch]:
@@ -62,6 +64,8 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, voca
         new_rows=new,
         page_updates=np.array(updates, np.int32),
         features=features,
+        page_copies=np.array([[0, pages[0]]] if features & Feature.BEAM and len(lens) > 1 else [], np.int32).reshape(-1, 2),
+        beams=BeamRows(rows, _CANDIDATES) if features & Feature.BEAM else None,
         masks=TokenMasks(rows, np.full((len(lens), -(-vocab_size // 32)), -1, np.int32)) if features & Feature.MASK else None,
     )
 
@@ -72,4 +76,5 @@ def _beside_decodes(batch: Batch, lens: Sequence[int]) -> Batch:
     counts = np.where(first, 1, np.maximum(batch.counts - 1, 1)).astype(np.int32)
     starts = np.where(first, batch.counts, batch.counts - counts).astype(np.int32)
     masks = None if batch.masks is None else TokenMasks(batch.masks.rows[:1], batch.masks.words[:1])
-    return Batch(batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features, masks=masks)
+    beams = None if batch.beams is None else BeamRows(batch.beams.sampled[:1], _CANDIDATES)
+    return Batch(batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features, masks=masks, beams=beams)

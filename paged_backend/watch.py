@@ -90,7 +90,7 @@ class Watch:
         waiting = [sequence for sequence in sequences if sequence.status is Status.WAITING]
         numbers = self._numbers.renew([sequence.request_id for sequence in running])
         self._arrivals = {sequence.request_id: sequence.arrival for sequence in sequences if not sequence.answered}
-        held = [(numbers[sequence.request_id], sequence.pages) for sequence in running]
+        held = [(numbers[sequence.request_id], sequence.held_pages) for sequence in running]
         cells, pages_per_cell, num_shared = page_cells(scheduler.pool.num_pages, scheduler.pool.cached_pages, held)
         told = running[:_MAX_RUNNING] + waiting[:_MAX_WAITING]
         snapshot = Snapshot(
@@ -126,6 +126,6 @@ class Watch:
             num_prompt_tokens=sequence.prompt_len,
             num_cached_tokens=sequence.num_cached_tokens,
             num_tokens=self._scheduler.num_tokens(sequence),
-            num_pages=len(sequence.pages),
+            num_pages=len(sequence.held_pages),
             age_seconds=now - sequence.arrival,
         )

@@ -11,7 +11,9 @@ from zlib import crc32
 
 import numpy as np
 
-from paged_backend.batch import Batch, StepResult
+from paged_backend.batch import Batch, BeamCandidates, StepResult
+from paged_backend.beam_search import BeamSearch, Candidates
+from paged_backend.request import SamplingParams
 
 
 def next_token(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> int:
@@ -26,6 +28,24 @@ def solo(prompt: Sequence[int], length: int, stop_ids: Sequence[int], vocab_size
         if tokens[-1] in stop_ids:
             break
     return tokens[len(prompt) :]
+
+
+def continuations(tokens: Sequence[int] | np.ndarray, n: int, vocab_size: int) -> Candidates:
+    """What the "model" finds likeliest after these tokens; after some, bans leave few or none."""
+    random = np.random.default_rng(crc32(np.asarray(tokens, np.int32).tobytes()))
+    logprobs = -np.sort(random.exponential(2, n)).astype(np.float32)
+    if random.random() < 0.3:
+        logprobs[random.integers(4) :] = -np.inf
+    return Candidates(random.permutation(vocab_size)[:n].astype(np.int32), logprobs)
+
+
+def solo_search(prompt: Sequence[int], sampling: SamplingParams, max_tokens: int, stop_ids: Sequence[int], vocab_size: int) -> list[list[int]]:
+    """The answers a beam search must find, whatever runs beside it."""
+    assert sampling.beam_width is not None
+    search = BeamSearch(sampling.beam_width, stop_ids, max_tokens, sampling.length_penalty, sampling.early_stopping)
+    while not search.over:
+        search.advance([continuations([*prompt, *beam.token_ids.tolist()], vocab_size, vocab_size) for beam in search.beams])
+    return [ending.beam.token_ids.tolist() for ending in search.endings[: sampling.n]]
 
 
 class SimulatedRunner:
@@ -48,19 +68,31 @@ class SimulatedRunner:
             self._tables[new.row] = {}
         for row, index, page in batch.page_updates.tolist():
             self._tables[row][index] = page
+        for edit in batch.token_edits:
+            self._history[edit.row, edit.start : edit.start + len(edit.token_ids)] = edit.token_ids
+        sources, targets = batch.page_copies.T
+        assert len(set(targets.tolist())) == len(targets) and not set(targets.tolist()) & set(sources.tolist()), "a page is written twice, or read and written"
+        self._kv[targets] = self._kv[sources]
         steps = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist(), strict=True))
         for row, start, count, _ in steps:  # all writes before all reads, as the layers do it
             for position in range(start, start + count):
                 self._kv[self._slot(row, position)] = self._history[row, position]
         sampled = []
+        contexts = []
         for row, start, count, samples in steps:
             end = start + count
             if samples:
-                token = next_token([self._kv[self._slot(row, position)] for position in range(end)], self.vocab_size)
+                contexts.append([self._kv[self._slot(row, position)] for position in range(end)])
+                token = next_token(contexts[-1], self.vocab_size)
                 self._history[row, end] = token
                 sampled.append(token)
         self.num_tokens_computed += batch.num_tokens
-        self._in_flight.append((batch, StepResult(np.array(sampled, np.int32))))
+        beams = None
+        if batch.beams is not None:
+            found = [continuations(contexts[entry], self.vocab_size, self.vocab_size) for entry in batch.beams.sampled.tolist()]
+            n = min(batch.beams.num_candidates, self.vocab_size)
+            beams = BeamCandidates(np.stack([one.token_ids[:n] for one in found]), np.stack([one.logprobs[:n] for one in found]))
+        self._in_flight.append((batch, StepResult(np.array(sampled, np.int32), beams=beams)))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         while len(self._in_flight) > keep:

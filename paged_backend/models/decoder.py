@@ -52,6 +52,11 @@ class Decoder:
     def forward(self, step: StepTensors, kv_pages: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,
         [M, vocab] in the weights' type, in `out` if given."""
+        x = self.hidden(step, kv_pages)
+        return self.logits(x if step.logit_indices is None else x.index_select(0, step.logit_indices), out)
+
+    def hidden(self, step: StepTensors, kv_pages: Sequence[Tensor]) -> Tensor:
+        """As `forward`, but returns what the last layer makes of all the step's tokens, [T, hidden], which the next step may write over."""
         ops, eps = self._ops, self._architecture.rms_norm_eps
         shape = step.shape
         ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)
@@ -62,8 +67,11 @@ class Decoder:
             x = ops.add_linear(attended, layer.out, layer.out_bias, x)
             gated = ops.norm_gated_linear(x, layer.post_norm, eps, layer.gate_up, layer.gate_up_bias)
             x = ops.add_linear(gated, layer.down, layer.down_bias, x)
-        wanted = x if step.logit_indices is None else x.index_select(0, step.logit_indices)
-        return ops.norm_linear(wanted, self._weights.final_norm, eps, self._weights.head, out=out)
+        return x
+
+    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[k, hidden] of `hidden` -> [k, vocab]."""
+        return self._ops.norm_linear(x, self._weights.final_norm, self._architecture.rms_norm_eps, self._weights.head, out=out)
 
     def _attention(self, layer: LayerWeights, window: int | None, qkv: Tensor, step: StepTensors, pages: Tensor) -> Tensor:
         """[T, num_heads head_dim]."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from paged_backend.config import EngineConfig
+from paged_backend.engine_process import load_engine
+from paged_backend.messages import Submit
+from paged_backend.model_runner import ModelRunner
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
+from paged_backend.request import SamplingParams
 from paged_backend.sampler import Sampler
 from paged_kernels.cuda_ops import CudaOps
 from tests.oracle import Oracle, random_prompts, save_checkpoint
@@ -18,15 +25,8 @@ from tests.runner_driver import Driver, load_runner
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [("Qwen3ForCausalLM", {}), ("MistralForCausalLM", {"sliding_window": 7})],
-    ids=["qwen3: norms of q and k", "mistral: sliding window"],
-)
-def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
-    folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
-    runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+def use_kernels(runner: ModelRunner) -> None:
+    """Of a runner of 4 rows and 64 tokens."""
     a = runner.architecture
     ops = CudaOps(
         num_heads=a.num_heads,
@@ -41,5 +41,42 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
     )
     runner._decoder = Decoder(a, runner._decoder._weights, rope_table(a.rope, 64, runner.device), ops)
     runner._sampler = Sampler(ops)
+    runner._rows._ops = ops
+    runner._rows._copy_pages = partial(ops.copy_pages, runner._kv_pages)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("Qwen3ForCausalLM", {}), ("MistralForCausalLM", {"sliding_window": 7})],
+    ids=["qwen3: norms of q and k", "mistral: sliding window"],
+)
+def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
+    folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
+    runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    use_kernels(runner)
     prompts = random_prompts((1, 9, 14))
     assert Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+def test_beams_and_prompt_logprobs_are_those_of_plain_torch(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint", "LlamaForCausalLM", **SMALL, initializer_range=0.08)
+    heard = []
+    for kernels in (False, True):
+        options = {"page_size": 4, "num_pages": 64, "max_model_len": 64, "max_num_sequences": 4, "max_batched_tokens": 64}
+        engine, *_ = load_engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", **options), tmp_path)
+        if kernels:
+            use_kernels(engine._runner)
+        params = SamplingParams(use_beam_search=True, beam_width=3, n=3, temperature=0.0, max_tokens=4, prompt_logprobs=2)
+        engine.submit(Submit(0, random_prompts([6])[0].tobytes(), params, (), "", 1e18))
+        outputs = []
+        while not engine.idle:
+            outputs += engine.step()
+        (found,) = [one for output in outputs for one in output.found]
+        told = [np.frombuffer(one.top_logprobs, np.float32) for output in outputs for one in output.prompts]
+        heard.append(
+            ([one.token_ids for one in found.sequences], np.concatenate([*told, *(np.frombuffer(one.logprobs, np.float32) for one in found.sequences)]))
+        )
+    assert heard[0][0] == heard[1][0]
+    np.testing.assert_allclose(heard[0][1], heard[1][1], atol=1e-4)

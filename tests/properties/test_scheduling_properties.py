@@ -13,7 +13,7 @@ from paged_backend.engine import Engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler import Scheduler, SchedulerLimits
-from tests.simulated_runner import SimulatedRunner, solo
+from tests.simulated_runner import SimulatedRunner, solo, solo_search
 
 EOS = 5
 
@@ -53,6 +53,8 @@ class Scheduling(RuleBasedStateMachine):
         self.engine = Engine(self.scheduler, CheckedRunner(self.runner, bounds, self.scheduler.check), steps_ahead)
         self.expected: dict[int, tuple[list[int], str]] = {}
         self.answers: dict[int, list[int]] = {}
+        self.searches: dict[int, list[list[int]]] = {}
+        self.widths: dict[int, int] = {}
         self.serial = 0
 
     @rule(
@@ -81,6 +83,33 @@ class Scheduling(RuleBasedStateMachine):
             self.expected[request_id] = (answer, "stop" if answer[-1] == EOS and not ignore_eos else "length")
         self.answers[request_id] = []
 
+    @rule(
+        prompt=st.lists(st.integers(6, 8), min_size=1, max_size=39),
+        max_tokens=st.integers(1, 12),
+        width=st.integers(2, 5),
+        stop_ids=st.lists(st.integers(0, 96), max_size=20).map(tuple),
+        length_penalty=st.sampled_from([0.0, 1.0, 2.0]),
+        early_stopping=st.sampled_from([False, True, "never"]),
+    )
+    def search(self, prompt: list[int], max_tokens: int, width: int, stop_ids: tuple[int, ...], length_penalty: float, early_stopping: bool | str) -> None:
+        self.serial += 1
+        request_id = self.serial
+        options = {"length_penalty": length_penalty, "early_stopping": early_stopping, "stop_token_ids": stop_ids}
+        sampling = SamplingParams(max_tokens=max_tokens, use_beam_search=True, beam_width=width, n=width, temperature=0.0, **options)
+        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), "", self.now))
+        if not any(finish.request_id == request_id for finish in self.scheduler._finishes):  # refused at once
+            length = min(max_tokens, self.limits.max_model_len - len(prompt))
+            ends = tuple(dict.fromkeys((EOS, *stop_ids)))
+            self.widths[request_id] = width
+            self.searches[request_id] = solo_search(prompt, sampling, length, ends, self.runner.vocab_size)
+
+    @precondition(lambda self: self.searches)
+    @rule(index=st.integers(0, 10**6))
+    def abort_search(self, index: int) -> None:
+        request_id = sorted(self.searches)[index % len(self.searches)]
+        self.engine.abort(request_id)
+        del self.searches[request_id]
+
     @rule()
     def step(self) -> None:
         self.now += 0.02
@@ -105,7 +134,13 @@ class Scheduling(RuleBasedStateMachine):
             if not self.answers[request_id]:
                 assert request_id in output.started
             self.answers[request_id].append(token)
+        for found in output.found:
+            assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found.sequences] == self.searches.pop(found.request_id)
         for finish in output.finishes:
+            if finish.request_id not in self.expected:
+                answers = self.searches.pop(finish.request_id, [])
+                assert not answers or (finish.error is not None and len(answers) < self.widths[finish.request_id]), "a search is over without an answer"
+                continue
             answer, reason = self.expected.pop(finish.request_id)
             assert self.answers.pop(finish.request_id) == answer
             assert finish.reason == reason
@@ -116,7 +151,7 @@ class Scheduling(RuleBasedStateMachine):
                 break
             self.step()
         assert self.engine.idle, "starvation: admitted requests do not finish"
-        assert not self.answers and not self.expected
+        assert not self.answers and not self.expected and not self.searches
         assert self.scheduler.pool.num_available == self.limits.num_pages, "idle, but pages are held"
 
     @invariant()

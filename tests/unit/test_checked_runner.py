@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from paged_backend.batch import Batch, NewRow, StepResult
+from paged_backend.batch import Batch, NewRow, StepResult, TokenEdit
 from paged_backend.checked_runner import BrokenStepError, CheckedRunner, TableBounds
 from paged_backend.request import SamplingParams
 
@@ -45,6 +45,13 @@ BROKEN = {
     "more tokens than the budget": (step((0, 0, 17), pages=tuple((0, index, index) for index in range(5))), "17 tokens in one step"),
     "two sequences on one row": (step((0, 0, 1), (0, 0, 1), pages=((0, 0, 1),)), "a row twice"),
     "a page written twice": (step((0, 0, 3), (1, 0, 3), pages=((0, 0, 1), (1, 0, 1))), "page 1 is written by rows 0 and 1"),
+    "a copy past the pool": (replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[1, 10]], np.int32)), "page copies .*10.*, there are 10 pages"),
+    "a copy of two pages": (replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[2, 4], [3, 4]], np.int32)), "a page becomes a copy of two"),
+    "a copy of a copy": (replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[2, 3], [3, 4]], np.int32)), "copied and overwritten"),
+    "a token past the end of its row": (
+        replace(step((0, 0, 3), pages=((0, 0, 1),)), token_edits=(TokenEdit(0, 19, np.zeros(2, np.int32)),)),
+        "tokens at 19 to 21 change",
+    ),
     "a page read while it is overwritten": (step((0, 4, 1), (1, 0, 3), pages=((0, 0, 3), (0, 1, 4), (1, 0, 3))), "page 3, which row 0 reads, is overwritten"),
 }
 

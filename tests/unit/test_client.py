@@ -141,6 +141,7 @@ SEVERAL = [
             "output_ids": [11, 12, 22],
             "finish_reason": ["None", "stop"],
             "num_input_tokens": [5],
+            "prompt_logprobs": [json.dumps([None, logprob_entry(5, -3.0)])],
             "logprobs": [json.dumps([logprob_entry(11, -0.5), logprob_entry(12, -1.0)]), json.dumps([logprob_entry(22, -2.0)])],
         },
         False,
@@ -157,6 +158,7 @@ def test_pieces_of_several_sequences_are_kept_apart(kind: type[Script], gather: 
     answer = gather(kind(SEVERAL), FAST)
     assert [(one.text, one.token_ids, one.finish_reason) for one in answer.sequences] == [("ac", (11, 12), "length"), ("bd", (21, 22), "stop")]
     assert answer.usage == answer.others[0].usage == Usage(5, 0, 4)
+    assert answer.prompt_logprobs == (None, (TokenLogprob(5, "t5", -3.0),))
     assert answer.logprobs == ((TokenLogprob(11, "t11", -0.5),), (TokenLogprob(12, "t12", -1.0),))
 
 

@@ -166,13 +166,12 @@ def test_tokenisation_does_not_stop_other_threads(tmp_path: Path) -> None:
         done.set()
 
     reader.later(read)
-    longest, last = 0.0, time.perf_counter()
+    num_turns = 0
     while not done.is_set():
         time.sleep(0.001)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
+        num_turns += 1
     reader.close()
-    assert longest < 0.2
+    assert num_turns > 20  # a second or more of tokenisation that kept the interpreter to itself would leave two or three
 
 
 def test_the_prompts_text_can_be_had_from_its_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:

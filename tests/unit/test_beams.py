@@ -1,0 +1,98 @@
+"""Beams on rows and pages, with a model that says what a test wants; and what may not be asked beside use_beam_search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_backend.beam_search import BeamSearch, Candidates
+from paged_backend.engine import Engine
+from paged_backend.errors import RequestError
+from paged_backend.messages import Submit
+from paged_backend.request import MAX_BEAM_WIDTH, SamplingParams, parse_sampling
+from paged_backend.scheduler import Scheduler, SchedulerLimits
+from tests import simulated_runner
+from tests.simulated_runner import SimulatedRunner, solo_search
+
+VOCAB = 97
+
+
+def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two pages only one continuation is left, so the other beams' rows lie idle without a page; a token later there are three again."""
+    usual = simulated_runner.continuations
+
+    def continuations(tokens: Sequence[int], n: int, vocab_size: int) -> Candidates:
+        found = usual(tokens, n, vocab_size)
+        logprobs = -np.arange(n, dtype=np.float32) - 0.25 * (found.token_ids[0] % 4)
+        if len(tokens) == 8:
+            logprobs[1:] = -np.inf
+            logprobs[0] = 0 if sum(int(token) for token in tokens[4:]) == lucky[0] else -np.inf
+        return Candidates(found.token_ids, logprobs)
+
+    monkeypatch.setattr(simulated_runner, "continuations", continuations)
+    prompt, sampling = [1, 2, 3, 4], SamplingParams(max_tokens=9, use_beam_search=True, beam_width=3, n=3, temperature=0.0)
+    lucky = [0]
+    beams = BeamSearch(3, (), 9, 1.0, False)
+    for length in range(4, 8):
+        beams.advance([continuations([*prompt, *beam.token_ids.tolist()], VOCAB, VOCAB) for beam in beams.beams])
+        assert len(beams.beams) == 3, length
+    lucky[0] = int(beams.beams[1].token_ids.sum())
+    expected = solo_search(prompt, sampling, 9, (), VOCAB)
+    assert len(expected) == 3
+
+    scheduler = Scheduler(SchedulerLimits(page_size=4, num_pages=16, max_model_len=32, max_num_sequences=4, max_batched_tokens=32))
+    engine = Engine(scheduler, SimulatedRunner(4, 16, 4, 32, 32, VOCAB), 0)
+    engine.submit(Submit(0, np.array(prompt, np.int32).tobytes(), sampling, (), "", 1e18))
+    found, idle = [], 0
+    while not engine.idle:
+        for output in engine.step():
+            found += output.found
+        engine.check()
+        idle += scheduler.num_running == 3 and (scheduler._rows.num_tokens > 0).sum() == 1 and engine.num_steps > 4
+    assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == expected
+    assert idle == 1
+    assert scheduler.num_preemptions == 1, "there was a page in reserve: the test misses its point"
+    assert scheduler.pool.num_held == 0
+
+
+def test_a_search_alone_with_one_beam_is_a_greedy_request() -> None:
+    sampling = parse_sampling({"use_beam_search": True, "beam_width": 1, "length_penalty": 2.0, "early_stopping": "never"})
+    assert sampling == SamplingParams(temperature=0.0)
+
+
+def test_values_arrive_as_callers_write_them() -> None:
+    sampling = parse_sampling(
+        {"use_beam_search": "true", "beam_width": "4", "n": 2, "early_stopping": "never", "length_penalty": "0.5", "temperature": 0, "top_k": -1}
+    )
+    assert (sampling.beam_width, sampling.early_stopping, sampling.length_penalty, sampling.temperature) == (4, "never", 0.5, 0.0)
+    for given, meant in ((True, True), (False, False), ("true", True)):
+        assert parse_sampling({"use_beam_search": True, "beam_width": 4, "early_stopping": given}).early_stopping is meant
+    assert parse_sampling({"length_penalty": 1.0, "early_stopping": False}) == SamplingParams()  # vLLM's defaults, spelled out
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "temperature": ({"temperature": 0.7}, "use_beam_search and temperature: "),
+    "top_p": ({"top_p": 0.9}, "use_beam_search and top_p: "),
+    "min_p": ({"min_p": 0.1}, "use_beam_search and min_p: "),
+    "penalty": ({"frequency_penalty": 1}, "use_beam_search and frequency_penalty: "),
+    "bias": ({"logit_bias": {"3": 1}}, "use_beam_search and logit_bias: "),
+    "best_of": ({"best_of": 4}, "use_beam_search and best_of: "),
+    "stop": ({"stop": "."}, "use_beam_search and stop: "),
+    "grammar": ({"guided_regex": "a+"}, "use_beam_search and guided_regex: "),
+    "logprobs": ({"logprobs": 2}, "use_beam_search and logprobs: only the chosen tokens' are known; expected 0, got 2"),
+    "n": ({"n": 5}, r"n: 5 is more than beam_width \(4\)"),
+    "width": ({"beam_width": MAX_BEAM_WIDTH + 1}, "beam_width: expected int <= 16, got 17"),
+    "no width": ({"beam_width": None}, "use_beam_search: beam_width is missing, 1 to 16"),
+    "length_penalty": ({"length_penalty": "nan"}, "length_penalty: expected float >= -5.0, got 'nan'"),
+    "early_stopping": ({"early_stopping": "always"}, "early_stopping: "),
+    "no search": ({"use_beam_search": False}, "beam_width: only with use_beam_search"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_go_with_beams_is_refused_by_both_names(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=f"^{message}"):
+        parse_sampling({"use_beam_search": True, "beam_width": 4, **options})
