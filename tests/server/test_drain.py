@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
-from tests.chaos.reloads import run_reloads
+from tests.chaos.reloads import KEPT, run_reloads
 from tests.server import fake_engine
 from tests.server.front_end_server import MODEL, FrontEndServer, send, serving
 
@@ -73,8 +73,7 @@ def test_loading_and_unloading_leaves_nothing_behind(tmp_path: Path) -> None:
     """50 times by hand: python -m tests.chaos.reloads."""
     report = run_reloads(tmp_path, times=5)
     first, last = report["first"], report["last"]
-    kept = ("processes", "files", "dev_shm", "folders")
-    assert {name: last[name] for name in kept} == {name: first[name] for name in kept}
+    assert all(last[name] <= first[name] for name in KEPT), (first, last)
     assert report["growth"] < 0.1
     assert report["exit_code"] == 0 and report["left"] == 0
 

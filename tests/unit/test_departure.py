@@ -22,10 +22,10 @@ class Server:
 
         class Answer(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(statuses[min(len(outer.asked), len(statuses) - 1)])
+                outer.asked.append(self.path)
+                self.send_response(statuses[min(len(outer.asked), len(statuses)) - 1])
                 self.send_header("Content-Length", "0")
                 self.end_headers()
-                outer.asked.append(self.path)
 
             def log_message(self, *_: object) -> None:
                 pass
