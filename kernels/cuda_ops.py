@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_kernels import activation, logit_edits, norm, page_copy, reference, rope_kv, row_update, sampling, small_linear
+from paged_kernels import activation, logit_edits, lora, norm, page_copy, reference, rope_kv, row_update, sampling, small_linear
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
 from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.truncation import truncation_thresholds
@@ -32,6 +32,8 @@ class CudaOps:
     update_page_tables = staticmethod(row_update.update_page_tables)
     gather_step = staticmethod(row_update.gather_step)
     write_tokens = staticmethod(row_update.write_tokens)
+    num_tiles = staticmethod(lora.num_tiles)
+    num_splits = staticmethod(lora.num_splits)
     add_bias = staticmethod(logit_edits.add_bias)
     apply_token_mask = staticmethod(logit_edits.apply_token_mask)
     score_tokens = staticmethod(reference.score_tokens)
@@ -95,6 +97,35 @@ class CudaOps:
         if bias is not None:
             residual += bias
         return residual.addmm_(x, weight.t())
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) == 1:
+            return small_linear.vector_linear(x, weight, bias, launch_pdl=self._pdl)
+        if small_linear.is_narrow(len(x), weight):
+            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, launch_pdl=self._pdl)
+        return reference.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x, weight, eps, launch_pdl=self._pdl)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return activation.silu_mul(gate_up, launch_pdl=self._pdl)
+
+    # ---- adapters
+
+    def assign_adapters(self, rows: Tensor, query_starts: Tensor, row_berths: Tensor, token_berths: Tensor) -> None:
+        lora.assign_adapters(rows, query_starts, row_berths, token_berths, launch_pdl=self._pdl)
+
+    def group_tokens(self, token_berths: Tensor, num_berths: int, order: Tensor, tiles: Tensor) -> None:
+        lora.group_tokens(token_berths, num_berths, order, tiles, launch_pdl=self._pdl)
+
+    def adapter_shrink(self, x: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, num_parts: int, hidden: Tensor) -> None:
+        lora.adapter_shrink(x, weights, ranks, order, tiles, offset, num_parts, hidden, launch_pdl=self._pdl)
+
+    def adapter_expand(
+        self, hidden: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, out_sizes: Sequence[int], out: Tensor
+    ) -> None:
+        lora.adapter_expand(hidden, weights, ranks, order, tiles, offset, out_sizes, out, launch_pdl=self._pdl)
 
     # ---- attention
 

@@ -54,6 +54,9 @@ class EngineConfig(BaseModel):
     )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none.")
     max_prompt_bytes: int = Field(4_194_304, ge=1, description="Longest prompt text in bytes; longer ones are refused before tokenisation.")
+    lora_directory: str = Field("", description="Folder of LoRA adapters as PEFT saves them, one folder each: lora_name names one. Empty: none are served.")
+    max_loras: int = Field(8, ge=1, le=256, description="Adapters that the device has room for at once; others are read when they are asked for.")
+    max_lora_rank: int = Field(64, ge=1, le=512, description="Largest rank of an adapter; memory for max_loras of them is set aside.")
     cuda_graphs: bool = Field(True, description="Capture decode steps as CUDA graphs (no effect on a CPU).")
     stream_max_delay_ms: float = Field(
         50.0, ge=0, description="Longest time in milliseconds that text which is ready may wait to be joined with later text when the sender falls behind."

@@ -2,14 +2,16 @@
 
 Steps are captured in fixed shapes (step_plan.py): every number of decodes up to a rounding, alone, and a few numbers of decodes beside a few numbers of prompt
 tokens. A step runs in the smallest shape that holds it, the rest is padding; only one with many prompt tokens, which keeps the device busy anyway, is launched
-kernel by kernel. Each shape has a graph up to the logits and one from there to the rows for each common kind of sampling. A graph reads its plan from one small
-tensor and everything else (last tokens, page tables, temperatures) from the device rows, so nothing of a step is baked in.
+kernel by kernel. A server with adapters has each shape twice, with their kernels and without. Each shape has a graph up to the logits and one from there to the
+rows for each common kind of sampling. A graph reads its plan from one small tensor and everything else (last tokens, page tables, temperatures, adapters) from
+the device rows, so nothing of a step is baked in.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,12 +39,13 @@ def decode_sizes(max_sequences: int) -> list[int]:
     return [size for size in sizes if size < max_sequences] + [max_sequences]
 
 
-def captured_shapes(max_sequences: int, max_tokens: int) -> list[StepShape]:
-    """All shapes, the smallest first."""
+def captured_shapes(max_sequences: int, max_tokens: int, adapters: bool = False) -> list[StepShape]:
+    """All shapes, the smallest first. adapters: each once more, for steps in which some sequence has one: the others stay as fast as they are."""
     decodes = [StepShape(size) for size in decode_sizes(max_sequences)]
     beside = [size for size in (0, 16, 64, 128) if size < max_sequences] + [max_sequences]
     mixed = [StepShape(size, _PREFILLS, tokens) for size in beside for tokens in _PREFILL_TOKENS if tokens <= max_tokens]
-    return sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs))
+    plain = sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs))
+    return plain + [replace(shape, adapted=True) for shape in plain if adapters]
 
 
 class _Captured:
@@ -74,7 +77,8 @@ class StepGraphs:
         logits: Tensor,
         tell: Callable[[str], None],
     ) -> None:
-        """shapes: from the smallest to the largest. max_len: longest sequence, in tokens. logits: where every step leaves its own, enough rows for any."""
+        """shapes: from the smallest to the largest, those for adapters after the others. max_len: longest sequence, in tokens.
+        logits: where every step leaves its own, enough rows for any."""
         self._decoder, self._sampler, self._kv_pages, self._rows = decoder, sampler, kv_pages, rows
         self._shapes = tuple(shapes)
         self._flat = torch.zeros(max(shape.size for shape in shapes), dtype=torch.int32, device=logits.device)
@@ -86,7 +90,8 @@ class StepGraphs:
         """The smallest captured shape that has room; None: there is none."""
         for captured in self._shapes:
             if (
-                captured.num_decodes >= shape.num_decodes
+                captured.adapted == shape.adapted
+                and captured.num_decodes >= shape.num_decodes
                 and captured.num_prefills >= shape.num_prefills
                 and captured.num_prefill_tokens >= shape.num_prefill_tokens
             ):

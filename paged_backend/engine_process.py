@@ -233,6 +233,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     Raises:
         EngineError: one sentence for the operator.
     """
+    from paged_backend.adapters import Adapters
     from paged_backend.grammar import Grammars
     from paged_backend.guides import Guides
     from paged_backend.model_runner import ModelRunner
@@ -260,6 +261,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
             seed=config.seed,
         ),
         guides=Guides(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
+        adapters=None if runner.berths is None else Adapters(len(runner.berths), runner.berths),
     )
     log.info("engine ready after %.1f s", time.monotonic() - started)
     ready = Ready(

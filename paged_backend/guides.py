@@ -41,7 +41,7 @@ class Guides:
         return None
 
     def review_waiting(self, changed: Sequence[Generation]) -> Iterator[tuple[Generation, Finish]]:
-        """The sequences that cannot go on, or need not. changed: those that waited for their grammar, or got a token after they were preempted."""
+        """The sequences that cannot go on, or need not. changed: those whose grammar is compiled now, or that got a token after they were preempted."""
         for sequence in changed:
             yield from _ending(sequence, sequence.token_ids)
 

@@ -98,7 +98,8 @@ def step_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dt
     rows = num_rows * 4 * (max_model_len + 1 + -(-max_model_len // config.page_size)) + max_model_len * a.head_dim * 4
     logits = num_rows * a.vocab_size * (dtype.itemsize + 8)  # as they are, float32 to be edited, counts of penalised tokens
     sampling = min(int(SAMPLING_BYTES), 6 * logits)
-    return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + sampling + _STEP_RESERVE_BYTES
+    adapters = 3 * config.max_lora_rank * 4 * (num_tokens + num_rows + 1024) if config.lora_directory else 0  # hidden vectors of the largest step
+    return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + sampling + adapters + _STEP_RESERVE_BYTES
 
 
 def prompt_tokens_at_once(num_rows: int, vocab_size: int) -> int:
@@ -111,7 +112,8 @@ def graph_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.d
     num_tokens = min(config.max_num_sequences, config.max_batched_tokens) + 1024
     logits = min(num_tokens, config.max_num_sequences + 8) * architecture.vocab_size * dtype.itemsize
     wide = 6 * architecture.hidden_size + 3 * architecture.intermediate_size + 3 * architecture.num_heads * architecture.head_dim
-    return logits + num_tokens * wide * dtype.itemsize + _GRAPH_RESERVE_BYTES
+    num_sets = 3 if config.lora_directory else 1  # with adapters each shape is captured twice, the second time with twice the kernels
+    return logits + num_tokens * wide * dtype.itemsize + num_sets * _GRAPH_RESERVE_BYTES
 
 
 def free_bytes(device: torch.device) -> int:

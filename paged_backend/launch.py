@@ -243,7 +243,7 @@ class Server:
 
 
 def engine_options(settings: ServerSettings) -> dict[str, str]:
-    """`settings` as parameters for config.pbtxt, with a model folder made absolute.
+    """`settings` as parameters for config.pbtxt, with folders made absolute.
 
     Raises:
         EngineError: an unknown name or a wrong value, or a model given twice.
@@ -255,6 +255,8 @@ def engine_options(settings: ServerSettings) -> dict[str, str]:
     folder = config.model_folder()
     if folder is not None and config.model != DEMO_MODEL:
         options["model"] = folder.resolve()
+    if config.lora_directory:
+        options["lora_directory"] = Path(config.lora_directory).expanduser().resolve()
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
 
 

@@ -19,6 +19,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.cuda_graphs import StepGraphs, captured_shapes
 from paged_backend.errors import EngineError
 from paged_backend.kv_store import allocate_kv_store, prompt_tokens_at_once, size_pool
+from paged_backend.lora import Berths, allocate_berths
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.decoder import Decoder
@@ -57,6 +58,7 @@ class ModelRunner:
         rows: DeviceRows,
         device: torch.device,
         graphs: StepGraphs | None,
+        berths: Berths | None = None,
     ) -> None:
         self.folder = folder  # the checkpoint's
         self.architecture = architecture
@@ -66,6 +68,7 @@ class ModelRunner:
         self._kv_pages = kv_pages
         self._rows = rows
         self._sampler = sampler
+        self.berths = berths  # None: this server has no adapters
         self._graphs = graphs  # None: every step is launched kernel by kernel
         self._in_flight: deque[Flight] = deque()
         self._landings = Landings(device)
@@ -89,6 +92,9 @@ class ModelRunner:
             tell(randomise_weights(weights, a, config.seed))
         else:
             tell(load_weights(weights, a, checkpoint.folder, tell))
+        berths = allocate_berths(config, a, dtype, device)
+        if berths is not None:
+            tell(berths.told)
         size = size_pool(config, a, dtype, kv_dtype, device)
         tell(size.decided_by)
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
@@ -96,13 +102,15 @@ class ModelRunner:
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
         ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
         rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops, partial(ops.copy_pages, kv_pages))
-        decoder, sampler = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops), Sampler(ops)
+        shapes = captured_shapes(max_sequences, config.max_batched_tokens, adapters=berths is not None)
+        largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in shapes))
+        adapted = None if berths is None else berths.linears(ops, a.rms_norm_eps, rows.berths, largest_step)
+        decoder, sampler = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops, adapted), Sampler(ops)
         graphs = None
         if config.cuda_graphs and ops is not reference:
-            shapes = captured_shapes(max_sequences, config.max_batched_tokens)
             logits = torch.empty(max(shape.num_outputs for shape in shapes), a.vocab_size, dtype=dtype, device=device)
             graphs = StepGraphs(decoder, sampler, kv_pages, rows, shapes, limits.max_model_len, logits, tell)
-        runner = cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs)
+        runner = cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs, berths)
         if ops is not reference:
             started = time.monotonic()
             runner.warm_up(max_sequences, config.max_batched_tokens)
@@ -112,7 +120,8 @@ class ModelRunner:
     def warm_up(self, max_sequences: int, max_batched_tokens: int) -> None:
         """Runs steps of every kind before the first request comes; rows and pages are free afterwards."""
         limits = self.limits
-        for batch in warm_up_batches(max_batched_tokens, max_sequences, limits.max_model_len, limits.page_size, limits.num_pages, limits.vocab_size):
+        sizes = max_batched_tokens, max_sequences, limits.max_model_len, limits.page_size, limits.num_pages, limits.vocab_size
+        for batch in warm_up_batches(*sizes, adapters=self.berths is not None):
             self.launch(batch)
             for _ in self.finished(0):
                 pass
@@ -124,6 +133,9 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
+        for berth, adapter in batch.adapters:
+            assert self.berths is not None
+            self.berths.fill(berth, adapter)
         shape = shape_of(batch)
         captured = None if self._graphs is None or batch.prompts else self._graphs.fit(shape)  # a captured step keeps the logits of its outputs only
         plan = plan_step(batch, captured or shape)

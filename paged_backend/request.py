@@ -22,11 +22,13 @@ MAX_LOGIT_BIAS = 1024
 MAX_WORD_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_ALLOWED_TOKENS = 65_536
+MAX_LORA_NAME_CHARS = 128
 MAX_SEQUENCES = 64  # of one request
 MAX_BEAM_WIDTH = 16
 MAX_LENGTH_PENALTY = 5
 
 Word = Annotated[str, Meta(min_length=1, max_length=MAX_WORD_CHARS)]
+LoraName = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
@@ -64,6 +66,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     priority_level: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0  # the lower, the sooner it starts and the later it is preempted
     request_deadline_seconds: Annotated[float, Meta(gt=0)] | None = None  # None, or more than the engine's own: that
     skip_prefix_cache: bool = False  # neither finds pages of others nor leaves any
+
+    lora_name: LoraName | None = None  # one of the server's adapters
 
     guided_json: GrammarString | None = None  # a JSON schema
     guided_regex: GrammarString | None = None
@@ -199,6 +203,8 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise RequestError(_explain(str(error), given)) from None
     _require_finite(sampling)
     check_grammars(sampling.grammars)
+    if sampling.lora_name is not None:
+        _check_lora_name(sampling.lora_name)
     if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
         raise RequestError(f"seed: expected 64 bits, got {_shorten(str(sampling.seed))}")
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
@@ -245,6 +251,12 @@ def _checked_search(sampling: SamplingParams, given: Mapping[str, Any]) -> Sampl
         plain_keys = {name: getattr(plain, name) for name in ("use_beam_search", *_BEAM_KEYS)}
         return msgspec.structs.replace(sampling, temperature=0.0, **plain_keys)
     return msgspec.structs.replace(sampling, temperature=0.0)
+
+
+def _check_lora_name(name: str) -> None:
+    """A plain name of a folder: nothing that leads elsewhere, or that no terminal shows."""
+    if name.startswith(".") or not name.isprintable() or "/" in name or "\\" in name:
+        raise RequestError(f"lora_name: {_shorten(repr(name))} is not a plain name: it must not begin with '.' or hold '/', '\\' or control characters")
 
 
 def _require_finite(sampling: SamplingParams) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from paged_backend import budget, prompt_logprobs
+from paged_backend.adapters import Adapters
 from paged_backend.batch import Batch, Feature, Int32, NewRow, StepOutput, StepResult
 from paged_backend.beams import Beams
 from paged_backend.errors import ErrorKind
@@ -25,7 +26,7 @@ from paged_backend.messages import Submit
 from paged_backend.page_pool import PagePool
 from paged_backend.request import Finish, Found
 from paged_backend.row_changes import RowChanges
-from paged_backend.sequence import Rows, Sequence, Status
+from paged_backend.sequence import NO_BERTH, Rows, Sequence, Status
 from paged_backend.sequence_pages import SequencePages
 from paged_backend.suspects import Suspects
 from paged_backend.waiting_queue import WaitingQueue
@@ -57,7 +58,9 @@ class Scheduler:
     Invariant (`check`): the runners of running sequences hold rows and pages, those of waiting ones neither, and there are no others.
     """
 
-    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: Guides | None = None) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: Guides | None = None, adapters: Adapters | None = None
+    ) -> None:
         # every running sequence must fit into a step, or decoding sequences would wait for each other in turns
         max_running = min(limits.max_num_sequences, limits.max_batched_tokens)
         self._limits = limits
@@ -79,6 +82,7 @@ class Scheduler:
         self._next_overdue_check = 0.0
         self._suspects = Suspects()
         self._guides = guides or Guides()
+        self._adapters = adapters or Adapters()
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -123,7 +127,7 @@ class Scheduler:
             seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
             stop_ids=stop_ids,
             bad_words=request.bad_words,
-            cache_salt=request.cache_salt if finds else f"family {request.family}",
+            cache_salt=f"salt {request.cache_salt}" if finds else f"family {request.family}",
             shares=finds or request.family is not None,
             arrival=request.arrival,
             suspect=request.suspect,
@@ -165,6 +169,7 @@ class Scheduler:
             sequence.status = Status.FINISHED
         else:
             self._waiting.leave(sequence)
+        self._adapters.release(sequence)
         del self._sequences[sequence.request_id]
 
     def _stop_running(self, runner: Sequence) -> None:
@@ -181,7 +186,7 @@ class Scheduler:
         """The next step, or None if nothing can be computed before a result comes back or a request arrives."""
         self._end_overdue()
         self._suspects.review(self._rows)
-        self._end_some(self._guides.review_waiting(self._waiting.let_in()))
+        self._let_in()
         self._end_some(self._guides.review_running(self._rows))
         rows, counts = self._share_budget()
         rows, counts = self._secure_pages(rows, counts)
@@ -205,11 +210,23 @@ class Scheduler:
             samples=samples,
             request_ids=table.request_id[rows],
             features=int(np.bitwise_or.reduce(table.features[rows])),
+            adapted=self._adapters.in_use and bool((table.berth[rows] != NO_BERTH).any()),
+            adapters=self._adapters.arrivals(),
             masks=self._guides.masks(table, rows[samples]),
             prompts=prompt_logprobs.spans(table, rows, starts, counts),
             beams=self._beams.wanted(rows[samples]),
             **self._changes.take(),
         )
+
+    def _let_in(self) -> None:
+        """Gives those a place in the queue that have got what they waited for, and ends those that never will."""
+        self._adapters.collect()
+        let_in = self._waiting.let_in(self._is_ready)
+        self._end_some(self._guides.review_waiting(let_in))
+        self._end_some((sequence, finish) for sequence, finish in self._adapters.refusals() if sequence.status is Status.WAITING)
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        return (sequence.guide is None or sequence.guide.compiled) and self._adapters.take(sequence)
 
     def _share_budget(self) -> tuple[Int32, Int32]:
         """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last."""
@@ -355,6 +372,7 @@ class Scheduler:
             stop_ids=runner.stop_ids,
             bad_words=runner.bad_words,
             allowed=runner.allowed,
+            berth=runner.berth,
         )
         self._changes.new_rows.append(new)
         self._changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.pages))
@@ -538,6 +556,7 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self._pages.check(self._running)
+        self._adapters.check(self._sequences.values())
         for runner in self._running:
             assert runner.leader.status is Status.RUNNING and runner.row is not None and self._rows.sequences[runner.row] is runner
             assert self._rows.capacity[runner.row] == len(runner.pages) * self._limits.page_size

@@ -19,6 +19,7 @@ from paged_backend.grammar import Guide
 from paged_backend.request import SamplingParams
 
 _NEVER = int(np.iinfo(np.int32).max)
+NO_BERTH = -1
 
 
 class Status(Enum):
@@ -61,6 +62,7 @@ class Sequence:
     guide: Guide | None = None  # through the grammar that its answer follows
     allowed: Int32 | None = None  # [ceil(vocab / 32)] its only tokens, where no guide has them; None: all
     unscored: int = _NEVER  # position of the first token whose logits are wanted for prompt_logprobs
+    berth: int = NO_BERTH  # where its adapter lies, which it holds (adapters.py)
     status: Status = Status.WAITING
     placed: bool = False  # it has a place in the waiting queue
     row: int | None = None
@@ -86,6 +88,11 @@ class Sequence:
     def held_pages(self) -> list[int]:
         """Of all its runners, each once."""
         return self.pages if self.runners == [self] else list(dict.fromkeys(page for runner in self.runners for page in runner.pages))
+
+    @property
+    def prepared(self) -> bool:
+        """It has what it must have before it can start: its grammar, its adapter."""
+        return (self.guide is None or self.guide.started) and (self.sampling.lora_name is None or self.berth != NO_BERTH)
 
     def turn(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
@@ -116,6 +123,7 @@ class Rows:
         self.publish_at = np.zeros(max_num_sequences, np.int32)  # known and computed tokens that make the next page publishable
         self.stop_ids = np.full((max_num_sequences, 4), -1, np.int32)  # widened on demand
         self.features = np.zeros(max_num_sequences, np.int32)
+        self.berth = np.full(max_num_sequences, NO_BERTH, np.int32)
         self.unanswered = np.zeros(max_num_sequences, np.bool_)
         self._free = list(range(max_num_sequences - 1, -1, -1))
 
@@ -148,6 +156,7 @@ class Rows:
         self.features[row] = features_of(sequence.sampling, sequence.stop_ids, sequence.bad_words, sequence.allowed is not None)
         if not sequence.scored:
             self.features[row] |= Feature.PROMPT_LOGPROBS
+        self.berth[row] = sequence.berth
         self.unanswered[row] = not sequence.answered
         sequence.row, sequence.status = row, Status.RUNNING
         return row

@@ -25,6 +25,7 @@ class StepShape:
     num_decodes: int
     num_prefills: int = 0
     num_prefill_tokens: int = 0
+    adapted: bool = False  # for sequences with adapters, and others beside them
 
     @property
     def num_outputs(self) -> int:
@@ -68,7 +69,7 @@ def shape_of(batch: Batch) -> StepShape:
     """Without padding."""
     prefills = batch.counts > 1
     num_prefills = int(prefills.sum())
-    return StepShape(batch.num_sequences - num_prefills, num_prefills, int(batch.counts[prefills].sum()))
+    return StepShape(batch.num_sequences - num_prefills, num_prefills, int(batch.counts[prefills].sum()), batch.adapted)
 
 
 def plan_step(batch: Batch, shape: StepShape) -> StepPlan:

@@ -20,7 +20,7 @@ _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbe
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
 
 # columns of a row's parameters; the floats are stored as their bits. The seed comes first and their number is even: it is read as one int64
-_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "masked", "spare")
+_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "masked", "berth")
 _FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _COLUMN = {name: index for index, name in enumerate(_COLUMNS + _FLOAT_COLUMNS)}
 
@@ -166,6 +166,11 @@ class DeviceRows:
         """top_k int32, top_p float32, min_p float32: [num_rows]; 0, 1, 0: none."""
         every = RowParameters(self._parameters)
         return every.integers("top_k"), every.floats("top_p"), every.floats("min_p")
+
+    @property
+    def berths(self) -> Tensor:
+        """int32 [num_rows], strided; -1: no adapter."""
+        return RowParameters(self._parameters).integers("berth")
 
     def parameters(self, rows: Tensor) -> RowParameters:
         return RowParameters(self._parameters[rows])
@@ -392,7 +397,7 @@ def _parameter_block(new: NewRow) -> Int32:
     s = new.sampling
     seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
     min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), 0]
+    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), new.berth]
     floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
     return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
+from collections.abc import Callable
 
 from paged_backend.sequence import Sequence, Status
 
@@ -13,7 +15,7 @@ class WaitingQueue:
     """Oldest of the lowest priority_level first, in three lanes: suspects, of whom one may run at a time; short ones, who need not wait behind a flood of
     long ones; and the others. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
 
-    A sequence whose grammar is not ready has no place yet and holds up nobody.
+    A sequence whose grammar or adapter is not ready has no place yet and holds up nobody.
     Invariant: len(queue) is the number of entries whose sequence is WAITING; `short_tokens` is how many tokens the prompts in the short lane have.
     """
 
@@ -24,7 +26,7 @@ class WaitingQueue:
         self._short: list[_Entry] = []
         self._long: list[_Entry] = []
         self._suspects: list[_Entry] = []
-        self._held: list[Sequence] = []  # their grammars are still being compiled
+        self._held: list[Sequence] = []  # not prepared yet; in their turn
         self._num_waiting = 0
         self._num_left = 0  # entries of those that left
 
@@ -34,21 +36,20 @@ class WaitingQueue:
     def add(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
         self._num_waiting += 1
-        if sequence.guide is not None and not sequence.guide.started:
-            self._held.append(sequence)
-        else:
+        if sequence.prepared:
             self._place(sequence)
+        else:
+            bisect.insort(self._held, sequence, key=Sequence.turn)
 
-    def let_in(self) -> list[Sequence]:
-        """Gives those whose grammars are ready their places. Returns all that were held back: a grammar may turn out to be none."""
-        held = [sequence for sequence in self._held if sequence.status is Status.WAITING]
-        self._held = []
-        for sequence in held:
-            if sequence.guide is not None and not sequence.guide.compiled:
-                self._held.append(sequence)
-            else:
-                self._place(sequence)
-        return held
+    def let_in(self, is_ready: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Gives those of the held back that are ready, asked in their turn, their places, and returns them: a grammar may turn out to be none."""
+        let_in = [sequence for sequence in self._held if sequence.status is Status.WAITING and is_ready(sequence)]
+        for sequence in let_in:
+            self._place(sequence)
+        if let_in:
+            there = set(map(id, let_in))
+            self._held = [sequence for sequence in self._held if sequence.status is Status.WAITING and id(sequence) not in there]
+        return let_in
 
     def first(self, *, suspects: bool = True) -> Sequence | None:
         """Whose turn it is; stays in the queue. suspects: they count."""
@@ -89,6 +90,8 @@ class WaitingQueue:
         if sequence.placed and self._lane(sequence) is self._short:
             self.short_tokens -= sequence.prompt_len
         sequence.placed = False
+        if len(self._held) > self._num_waiting:
+            self._held = [held for held in self._held if held.status is Status.WAITING]
 
     def _lane(self, sequence: Sequence) -> list[_Entry]:
         if sequence.suspect:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ class Driver:
         seeds: Sequence[int] | None = None,
         stop_ids: tuple[int, ...] = (),
         bad_words: tuple[tuple[int, ...], ...] = (),
+        berths: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Answers of exactly max_tokens tokens. A prompt is computed `chunk` tokens a step; a new one starts every `arrive_every` steps (0: all at once)."""
+        """Answers of exactly max_tokens tokens. A prompt is computed `chunk` tokens a step; a new one starts every `arrive_every` steps (0: all at once).
+        berths: of the prompts' adapters; -1: none."""
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         waiting = [
-            NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words)
-            for prompt, params, seed in zip(prompts, samplings, seeds or range(len(prompts)), strict=True)
+            NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words, berth=berth)
+            for prompt, params, seed, berth in zip(prompts, samplings, seeds or range(len(prompts)), berths or [-1] * len(prompts), strict=True)
         ]
         answers: list[list[int]] = [[] for _ in prompts]
         live: list[_Live] = []
@@ -68,7 +71,7 @@ class Driver:
             while started < len(waiting) and (arrive_every == 0 or started <= turn // arrive_every) and self._free_rows:
                 new = waiting[started]
                 row = int(self._free_rows.pop())
-                new_rows.append(NewRow(row, new.token_ids, new.prompt_len, new.sampling, new.seed, new.stop_ids, new.bad_words))
+                new_rows.append(replace(new, row=row))
                 live.append(_Live(started, row, new_rows[-1], max_tokens))
                 started += 1
             turn += 1
@@ -108,6 +111,7 @@ class Driver:
             new_rows=tuple(new_rows),
             page_updates=np.array(updates, np.int32).reshape(-1, 3),
             features=features,
+            adapted=any(sequence.new.berth >= 0 for sequence in running),
         )
 
     def _drop_finished(self, live: list[_Live], answers: list[list[int]]) -> list[_Live]:

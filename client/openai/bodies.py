@@ -53,6 +53,7 @@ class SamplingKeys(BaseModel):
     priority_level: int | None = None
     request_deadline_seconds: float | None = None
     skip_prefix_cache: bool | None = None
+    lora_name: str | None = None
     # what the answer must match
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

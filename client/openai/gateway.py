@@ -23,7 +23,7 @@ from paged_client.openai.door import Door, Rules, response_of
 from paged_client.openai.leaving import CallerLeftError, EventStream, unless_left
 from paged_client.openai.refusals import RefusalError, refusal_of, refusal_of_body, unknown_model
 from paged_client.openai.replies import ChatReply, CompletionReply, usage_of
-from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion
+from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
 
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
 _DONE = b"data: [DONE]\n\n"
@@ -41,7 +41,7 @@ class Backend(Protocol):
 class Offer:
     """What the gateway says it serves, and to whom."""
 
-    model_names: tuple[str, ...]  # by any of them
+    model_names: tuple[str, ...]  # by any of them, and MODEL:ADAPTER with the server's adapters, which are not listed
     rules: Rules = field(default_factory=Rules)
     origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
 
@@ -73,14 +73,14 @@ def make_app(client: Backend, offer: Offer) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        gateway.check_model(body.model)
-        asked = asked_of_completion(body)
+        adapter = gateway.adapter_of(body.model)
+        asked = with_adapter(asked_of_completion(body), adapter)
         return await gateway.answer(request, body, asked, CompletionReply(body.model, asked))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        gateway.check_model(body.model)
-        asked = asked_of_chat(body)
+        adapter = gateway.adapter_of(body.model)
+        asked = with_adapter(asked_of_chat(body), adapter)
         return await gateway.answer(request, body, asked, ChatReply(body.model, asked))
 
     _say_errors_in_openais_words(app)
@@ -121,6 +121,18 @@ class _Gateway:
         """
         if name not in self._offer.model_names:
             raise unknown_model(name)
+
+    def adapter_of(self, name: str) -> str:
+        """The adapter that a model's name asks for; "" if none. Whether there is one, the server knows.
+
+        Raises:
+            RefusalError: the model is not served.
+        """
+        for model in self._offer.model_names if name not in self._offer.model_names else ():
+            if name.startswith(f"{model}:") and name != f"{model}:":
+                return name.removeprefix(f"{model}:")
+        self.check_model(name)
+        return ""
 
     async def answer(self, request: Request, body: Body, asked: Asked, reply: Reply) -> Response:
         """

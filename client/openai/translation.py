@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paged_client.openai.bodies import MAX_PROMPTS, Body, ChatBody, CompletionBody, SamplingKeys
@@ -83,6 +83,19 @@ def asked_of_chat(body: ChatBody) -> Asked:
         cache_salt=_checked(body.cache_salt or ""),
         params=params,
     )
+
+
+def with_adapter(asked: Asked, adapter: str) -> Asked:
+    """adapter: named by the body's model, "" if by none.
+
+    Raises:
+        RefusalError: lora_name names one too.
+    """
+    if not adapter:
+        return asked
+    if asked.sampling.get("lora_name") is not None:
+        raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
+    return replace(asked, sampling={**asked.sampling, "lora_name": _checked(adapter)}, params={**asked.params, "lora_name": "model"})
 
 
 def _sampling(body: Body) -> dict[str, Any]:

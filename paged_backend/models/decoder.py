@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.linears import LinearOps, Linears, PlainLinears
 from paged_backend.models.weights import LayerWeights, Weights
 from paged_backend.step_tensors import StepTensors
 
 
-class DecoderOps(Protocol):
+class DecoderOps(LinearOps, Protocol):
     """What the decoder computes with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
 
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor: ...
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
-    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor: ...
     def rope_write_kv(
         self,
         qkv: Tensor,
@@ -42,11 +40,14 @@ class DecoderOps(Protocol):
 class Decoder:
     """Weights, position table and ops, bound to an architecture. Keeps no state between steps: K and V are in the pages it is given."""
 
-    def __init__(self, architecture: Architecture, weights: Weights, rope_table: Tensor, ops: DecoderOps) -> None:
+    def __init__(self, architecture: Architecture, weights: Weights, rope_table: Tensor, ops: DecoderOps, adapted: Linears | None = None) -> None:
+        """adapted: the products of steps whose sequences have adapters; without any there is no such step."""
         self._architecture = architecture
         self._weights = weights
         self._rope_table = rope_table
         self._ops = ops
+        plain = PlainLinears(ops, architecture.rms_norm_eps)
+        self._linears: Mapping[bool, Linears] = {False: plain, True: adapted or plain}  # by StepShape.adapted
         self._scale = architecture.head_dim**-0.5
 
     def forward(self, step: StepTensors, kv_pages: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -57,16 +58,15 @@ class Decoder:
 
     def hidden(self, step: StepTensors, kv_pages: Sequence[Tensor]) -> Tensor:
         """As `forward`, but returns what the last layer makes of all the step's tokens, [T, hidden], which the next step may write over."""
-        ops, eps = self._ops, self._architecture.rms_norm_eps
-        shape = step.shape
+        ops, shape, linears = self._ops, step.shape, self._linears[step.shape.adapted]
         ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)
+        linears.begin(step)
         x = ops.embedding(step.input_ids, self._weights.embedding)
-        for layer, window, pages in zip(self._weights.layers, self._architecture.sliding_windows, kv_pages, strict=True):
-            qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+        for index, (layer, window, pages) in enumerate(zip(self._weights.layers, self._architecture.sliding_windows, kv_pages, strict=True)):
+            qkv = linears.qkv(index, layer, x)
             attended = self._attention(layer, window, qkv, step, pages)
-            x = ops.add_linear(attended, layer.out, layer.out_bias, x)
-            gated = ops.norm_gated_linear(x, layer.post_norm, eps, layer.gate_up, layer.gate_up_bias)
-            x = ops.add_linear(gated, layer.down, layer.down_bias, x)
+            x = linears.out(index, layer, attended, x)
+            x = linears.down(index, layer, linears.gated(index, layer, x), x)
         return x
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from paged_backend.models.rope import rope_table
 from paged_backend.request import SamplingParams
 from paged_backend.sampler import Sampler
 from paged_kernels.cuda_ops import CudaOps
+from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
 
@@ -26,7 +27,7 @@ SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediat
 
 
 def use_kernels(runner: ModelRunner) -> None:
-    """Of a runner of 4 rows and 64 tokens."""
+    """Puts the kernels, in the interpreter, in the place of plain torch. Of a runner of 4 rows and 64 tokens."""
     a = runner.architecture
     ops = CudaOps(
         num_heads=a.num_heads,
@@ -39,7 +40,8 @@ def use_kernels(runner: ModelRunner) -> None:
         dtype=torch.float32,
         device=runner.device,
     )
-    runner._decoder = Decoder(a, runner._decoder._weights, rope_table(a.rope, 64, runner.device), ops)
+    adapted = None if runner.berths is None else runner.berths.linears(ops, a.rms_norm_eps, runner._rows.berths, 64)
+    runner._decoder = Decoder(a, runner._decoder._weights, rope_table(a.rope, 64, runner.device), ops, adapted)
     runner._sampler = Sampler(ops)
     runner._rows._ops = ops
     runner._rows._copy_pages = partial(ops.copy_pages, runner._kv_pages)
@@ -80,3 +82,20 @@ def test_beams_and_prompt_logprobs_are_those_of_plain_torch(tmp_path: Path) -> N
         )
     assert heard[0][0] == heard[1][0]
     np.testing.assert_allclose(heard[0][1], heard[1][1], atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+def test_with_adapters_greedy_tokens_are_those_of_peft(tmp_path: Path) -> None:
+    """Two adapters and none in the same steps, of prompts and of single tokens, alone and beside each other."""
+    folder = save_checkpoint(tmp_path / "model", "LlamaForCausalLM", **SMALL)
+    adapters = [save_adapter(tmp_path / name, folder, seed, rank, lora_alpha=8) for seed, (name, rank) in enumerate({"a": 4, "b": 7}.items())]
+    options = {"lora_directory": str(tmp_path), "max_loras": 2, "max_lora_rank": 8}
+    runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64, **options)
+    use_kernels(runner)
+    assert runner.berths is not None
+    for berth, name in enumerate("ab"):
+        runner.berths.fill(berth, runner.berths.read(name))
+    prompts, berths = random_prompts((1, 14, 9, 6)), (1, 0, -1, 0)
+    answers = Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1, berths=berths)
+    oracles = {0: AdapterOracle(folder, adapters[0]), 1: AdapterOracle(folder, adapters[1]), -1: Oracle(folder)}
+    assert answers == [oracles[berth].greedy([prompt], 4)[0] for prompt, berth in zip(prompts, berths, strict=True)]

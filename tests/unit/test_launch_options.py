@@ -24,6 +24,11 @@ def test_a_relative_model_folder_becomes_absolute(tmp_path: Path, monkeypatch: p
     assert engine_options(ServerSettings(model="checkpoint"))["model"] == str(tmp_path / "checkpoint")
 
 
+def test_a_relative_folder_of_adapters_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert engine_options(ServerSettings(model="a/b", options={"lora_directory": "adapters"}))["lora_directory"] == str(tmp_path / "adapters")
+
+
 def test_values_are_written_as_the_engine_reads_them() -> None:
     options = engine_options(ServerSettings(model="a/b", options={"prefix_cache": False, "page_size": 32, "seed": "5"}))
     assert options == {"model": "a/b", "prefix_cache": "false", "page_size": "32", "seed": "5"}

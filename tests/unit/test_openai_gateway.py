@@ -246,6 +246,24 @@ def test_models_are_those_that_are_offered() -> None:
         assert (reply.status, reply.json["error"]["code"], reply.json["error"]["param"]) == (404, "model_not_found", "model")
 
 
+def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name_but_never_listed() -> None:
+    transport = Transport(piece("x", "stop"))
+    for ask in (complete, chat):
+        reply = ask(transport, model="alias:french")
+        assert (reply.status, reply.json["model"], transport.sampling["lora_name"]) == (200, "alias:french", "french")
+        assert ask(transport, model="m", lora_name="german").status == 200 and transport.sampling["lora_name"] == "german"
+        assert ask(transport, model="m").status == 200 and "lora_name" not in str(transport.asked[-1].tensors.get("sampling_parameters"))
+        both = ask(transport, model="m:french", lora_name="german")
+        assert (both.status, both.json["error"]["param"]) == (400, "lora_name")
+        for name in ("x:french", "m:", ":french"):
+            assert ask(transport, model=name).status == 404
+    assert call(transport, "/v1/models/m:french").status == 404
+    unknown = Transport(InvalidRequestError("lora_name: 'french': this server has no such adapter"))
+    named, plain = complete(unknown, model="m:french").json["error"], complete(unknown, model="m", lora_name="french").json["error"]
+    assert (named["param"], named["message"]) == ("model", "model: 'french': this server has no such adapter")
+    assert (plain["param"], plain["message"]) == ("lora_name", "lora_name: 'french': this server has no such adapter")
+
+
 def test_health_is_the_servers() -> None:
     transport = Transport()
     for path in ("/health", "/v1/health"):

@@ -66,3 +66,10 @@ def test_anything_at_all_is_parsed_or_refused_with_a_request_error(options: dict
     except RequestError:
         return
     assert 0 <= parsed.temperature <= 100 and 0 < parsed.top_p <= 1 and parsed.n == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "a\0b", "a\nb", "x" * 129])
+def test_a_lora_name_is_a_plain_name_of_a_folder(name: str) -> None:
+    with pytest.raises(RequestError, match="^lora_name: "):
+        parse_sampling({"lora_name": name})
+    assert parse_sampling({"lora_name": "français 2-a_b.v1@x"}).lora_name == "français 2-a_b.v1@x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,9 @@ def test_every_number_of_decodes_has_a_shape_with_little_padding(max_sequences: 
     assert [shape.num_decodes for shape in shapes if not shape.num_prefills] == sizes
     assert StepShape(max_sequences, 8, 1024) in shapes
     assert all(shape.num_prefill_tokens <= 200 for shape in captured_shapes(max_sequences, 200))
+    both = captured_shapes(max_sequences, 4096, adapters=True)
+    assert both[: len(shapes)] == shapes and not any(shape.adapted for shape in shapes)
+    assert both[len(shapes) :] == [replace(shape, adapted=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])

@@ -26,7 +26,7 @@ LIMITS = {
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_steps_fit_rows_pages_and_tokens(limits: tuple[int, int, int, int, int]) -> None:
     max_tokens, max_sequences, max_len, page_size, num_pages = limits
-    for batch in warm_up_batches(*limits, vocab_size=199):
+    for batch in warm_up_batches(*limits, vocab_size=199, adapters=True):
         assert 1 <= batch.num_tokens <= max_tokens
         assert len(set(batch.rows.tolist())) == batch.num_sequences <= max_sequences
         assert ((batch.starts >= 0) & (batch.counts >= 1) & (batch.starts + batch.counts <= max_len)).all()
@@ -44,6 +44,14 @@ def test_the_usual_runner_sees_every_kind_of_step() -> None:
     assert all((batch.masks is not None) == bool(batch.features & Feature.MASK) for batch in batches)
     assert all(batch.masks is None or batch.masks.words.shape == (batch.samples.sum(), 7) for batch in batches)
     assert any(not batch.decode_only and 1 in batch.counts and batch.counts.max() > 1 for batch in batches)
+
+
+def test_steps_with_adapters_are_those_of_a_server_that_has_some() -> None:
+    batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199, adapters=True))
+    adapted = [batch for batch in batches if batch.adapted]
+    assert [batch.num_tokens for batch in adapted] == [batch.num_tokens for batch in batches[: 2 * len(adapted)] if not batch.adapted]
+    assert all({new.berth for new in batch.new_rows} <= ({0} if batch.adapted else {-1}) for batch in batches)
+    assert not any(batch.adapted for batch in warm_up_batches(*LIMITS["usual"], vocab_size=199))
 
 
 def test_answers_after_a_warm_up_are_those_of_transformers(tmp_path: Path) -> None:
