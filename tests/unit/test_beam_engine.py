@@ -17,6 +17,7 @@ from paged_backend.errors import ErrorKind
 from paged_backend.messages import Submit
 from paged_backend.request import Finish, Found, SamplingParams
 from paged_backend.vocabulary import bits
+from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 
 VOCAB = 199
@@ -236,6 +237,27 @@ def test_prompt_logprobs_come_with_beams(folder: Path, oracle: Oracle, tmp_path:
 
 
 # ---- what happens to pages
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_beams_have_the_adapter_of_their_request(folder: Path, oracle: Oracle, tmp_path: Path, preempted: bool) -> None:
+    adapted = AdapterOracle(folder, save_adapter(tmp_path / "adapters" / "small", folder, seed=3))
+    prompt = random_prompts([31])[0]
+    expected = truth(adapted, prompt, 4, 4)
+    assert expected != truth(oracle, prompt, 4, 4)
+    engine = load(folder, tmp_path, page_size=4, lora_directory=str(tmp_path / "adapters"), max_loras=1)
+    caller = Caller(engine)
+    caller.ask(0, prompt, 4, 4)
+    caller.ask(1, prompt, 4, 4, lora_name="small")
+    scheduler = engine._scheduler
+    other = next(sequence for sequence in scheduler.sequences if sequence.request_id == 1)
+    while scheduler.num_tokens(other) < len(prompt) + 4:
+        caller.step()
+    if preempted:
+        scheduler._preempt(other)
+    caller.run()
+    same(caller.answers(0), truth(oracle, prompt, 4, 4))
+    same(caller.answers(1), expected)
 
 
 def test_full_pages_are_shared_and_partial_ones_are_not(folder: Path, tmp_path: Path) -> None:
