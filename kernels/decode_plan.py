@@ -127,7 +127,8 @@ def make_decode_workspace(
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     programs = programs_per_multiprocessor or _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim)
     num_slots = max(1, programs * multiprocessors // num_kv_heads)
-    wide = programs == 1 and group > 4  # fewer, larger steps of softmax: there is more of it for each key
+    wide = programs == 1 and 4 < group <= 16  # fewer, larger steps of softmax: there is more of it for each key. With more rows the tensor cores read all keys
+    # and values from shared memory, where four such tiles would not fit
     return DecodeWorkspace(
         num_kv_heads=num_kv_heads,
         group=group,
