@@ -31,6 +31,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from paged_backend.config import EngineConfig
 from paged_backend.election import Election, Incarnation
@@ -38,6 +39,7 @@ from paged_backend.engine_link import EngineLink
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.messages import (
     CLEARED_AFTER_TOKENS,
+    QUEUE_FILE,
     RUNNING_FILE,
     SUSPECT_FILE,
     Abort,
@@ -135,6 +137,7 @@ class EngineClient:
         self._thread: threading.Thread | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: EngineLink | None = None  # None: there is no engine at the moment
+        self._queue: NDArray[np.int64] | None = None  # of the newest engine, in memory that it shares
         self._load_seconds = 0.0  # how long the first load took, or what was seen of it
         self._restarts: deque[float] = deque()  # when the last ones were
         self.ready: Ready
@@ -173,6 +176,12 @@ class EngineClient:
     def alive(self) -> bool:
         """False when there is no engine and will be none. While one is restarted, requests are taken and wait."""
         return self._alive
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait in the engine, of all front ends, as of its last step; 0 while there is none."""
+        queue = self._queue
+        return 0 if queue is None or self._link is None else int(queue[0])
 
     @property
     def front_end(self) -> int:
@@ -262,6 +271,7 @@ class EngineClient:
             while not self._closing.is_set():
                 message = link.next_message()
                 if isinstance(message, Ready):
+                    self._queue = _open_queue(self._seat.folder_of(incarnation) / QUEUE_FILE)
                     return link, message
                 if isinstance(message, Failed):
                     raise EngineError(message.message)
@@ -465,6 +475,13 @@ def _start_engine(command: list[str], config: EngineConfig) -> subprocess.Popen[
     except BrokenPipeError:
         pass  # it died already; whoever waits for Ready finds out
     return process
+
+
+def _open_queue(path: Path) -> NDArray[np.int64] | None:
+    try:
+        return np.memmap(path, np.int64, "r", shape=1)
+    except (OSError, ValueError):
+        return None
 
 
 def _read(path: Path) -> bytes:

@@ -30,6 +30,7 @@ from paged_backend.engine import Engine, Runner
 from paged_backend.errors import EngineError
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import (
+    QUEUE_FILE,
     RUNNING_FILE,
     SUSPECT_FILE,
     Abort,
@@ -166,6 +167,8 @@ class EngineProcess:
             return 1
         scheduler.tell_of_suspects(self._note_suspect)
         scheduler.share_running(self._directory / RUNNING_FILE)
+        self._scheduler = scheduler
+        self._queue = np.memmap(self._directory / QUEUE_FILE, np.int64, "w+", shape=1)
         self._watch = Watch(self._context, self._directory, self._model, scheduler, self._ready.page_size)
         gc.collect()
         gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again
@@ -176,6 +179,7 @@ class EngineProcess:
     def _turn(self) -> None:
         for message in self._inbox.drain():
             self._receive(message)
+        self._queue[0] = self._scheduler.num_waiting  # front ends look, and spare us and their callers a way that ends in a refusal
         if self._engine.idle:
             self._inbox.wait(_IDLE_WAIT_SECONDS)
         else:

@@ -66,10 +66,20 @@ class FrontEnd:
         services = Services(self.config, self.client, self.prompts, self.tally, self.streamer)
         answer = Answer(services, request, send, is_cancelled, self.forget)
         self._answers[id(answer)] = answer
-        if self._open:
+        refusal = self._refusal()
+        if refusal is None:
             self.prompts.later(answer.begin)
         else:
-            answer.fail(RequestError("the model is being unloaded", ErrorKind.OVERLOADED))
+            answer.fail(refusal)
+
+    def _refusal(self) -> RequestError | None:
+        """Before any work is done: the engine, which refuses for certain, hears of a request only after its prompt was read, and between two steps."""
+        if not self._open:
+            return RequestError("the model is being unloaded", ErrorKind.OVERLOADED)
+        waiting, limit = self.client.num_waiting, self.config.max_queue_size
+        if waiting >= limit:
+            return RequestError(f"{waiting} requests are waiting, the limit is {limit} (max_queue_size)", ErrorKind.OVERLOADED)
+        return None
 
     def refuse(self, error: RequestError, send: Send) -> None:
         """Answers a request that could not even be read."""

@@ -8,7 +8,8 @@ On a GPU, for a large geometry without its weights: `--model FOLDER_WITH_CONFIG 
   engine that lived. `engine_seconds` is how long the front end says that there was no engine.
 * drain: SIGTERM while `--streams` answers of `--tokens` tokens run, all of which must come whole; from the signal to the exit, and the same with nothing to do.
 * refusal: requests at ten times the rate that the server sustains, with a queue of `--streams`; how long the refusals take, and how the latency of a token
-  of those that are admitted compares with that at the sustained rate.
+  of those that are admitted compares with that at the sustained rate. Callers and server share the machine, so `probe_ms` is measured before: refusals one
+  at a time, with the queue full.
 * cancel: from a caller's cancel to the first token of the request that waited for the place (bench_cancel.py, which measures it under many streams).
 """
 
@@ -36,6 +37,8 @@ from tests.server.calls import MODEL, engine_pid, tensor
 _PROMPT_LEN = 32
 _WAIT_SECONDS = 600.0
 _OVERLOAD = 10
+_PROBES = 100
+_LONG_TOKENS = 450  # of the answers that keep the queue full
 
 
 @dataclass
@@ -127,6 +130,20 @@ async def drain(server: Server, streams: int, tokens: int) -> tuple[list[Told], 
     return told, started
 
 
+async def probe(client: grpc.InferenceServerClient, streams: int) -> list[float]:
+    """Milliseconds of refusals with the queue full, one at a time, so that nothing but the way there and back is measured."""
+    full = [asyncio.create_task(ask(client, number, _LONG_TOKENS)) for number in range(2 * streams)]
+    await asyncio.sleep(1)
+    found = []
+    for number in range(_PROBES):
+        told = await ask(client, number, 1)
+        if "max_queue_size" in told.error:
+            found.append(1000 * (told.ended - told.asked))
+        await asyncio.sleep(0.02)
+    await asyncio.wait_for(asyncio.gather(*full), _WAIT_SECONDS)
+    return found
+
+
 async def refusal(server: Server, streams: int, tokens: int, seconds: float) -> dict[str, Any]:
     async with grpc.InferenceServerClient(server.addresses.grpc_url) as client:
         calm: list[Told] = []
@@ -139,6 +156,7 @@ async def refusal(server: Server, streams: int, tokens: int, seconds: float) -> 
         started = time.perf_counter()
         await asyncio.gather(*(again(number) for number in range(streams)))
         rate = len(calm) / (time.perf_counter() - started)
+        probes = await probe(client, streams)
         asked = []
         until = time.perf_counter() + seconds
         due = time.perf_counter()
@@ -151,6 +169,7 @@ async def refusal(server: Server, streams: int, tokens: int, seconds: float) -> 
     admitted = [one for one in told if not one.error]
     row: dict[str, Any] = {"bench": "reliability_refusal", "sustained_per_second": round(rate, 1), "asked": len(told), "refused": len(refused)}
     row |= {"other_errors": len(told) - len(refused) - len(admitted)} | shares("refusal_ms", refused, 1)
+    row |= {"probes": len(probes)} | shares("probe_ms", probes, 1)
     row |= shares("calm_token_ms", [one.token_ms for one in calm], 1) | shares("admitted_token_ms", [one.token_ms for one in admitted], 1)
     return row | shares("admitted_wait_seconds", [one.times[0] - one.asked for one in admitted])
 

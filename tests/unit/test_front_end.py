@@ -10,11 +10,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paged_backend.config import EngineConfig
+from paged_backend.engine_client import _open_queue
 from paged_backend.errors import ErrorKind
 from paged_backend.front_end import FrontEnd
+from paged_backend.messages import QUEUE_FILE
 from paged_backend.request import Delta, Outputs, Request, SamplingParams
 from tests.server import fake_engine
 
@@ -48,3 +51,27 @@ def test_a_deadline_holds_although_the_engine_says_nothing(front_end: FrontEnd) 
     assert final
     assert delta.error is not None and delta.error.kind is ErrorKind.CANCELLED
     assert str(delta.error) == "not finished after 0.1 s (request_deadline_seconds)"
+
+
+def test_a_request_too_many_is_refused_before_its_prompt_is_read(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says how many wait in memory that it shares; it, the tokenizer and their callers are spared the rest."""
+    folder = front_end.client._seat.folder_of(front_end.client._incarnation)
+    np.array([front_end.config.max_queue_size], np.int64).tofile(folder / QUEUE_FILE)
+    front_end.client._queue = _open_queue(folder / QUEUE_FILE)
+    read: list[object] = []
+    monkeypatch.setattr(front_end.prompts, "read", read.append)
+    ended, told = threading.Event(), []
+
+    def send(deltas: tuple[Delta, ...], final: bool) -> None:
+        told.extend(deltas)
+        if final:
+            ended.set()
+
+    sampling = SamplingParams(max_tokens=8)
+    request = Request(text="tokens=3", input_ids=None, sampling=sampling, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=time.monotonic())
+    front_end.ask(request, send, lambda: False)
+    assert ended.wait(20)
+    (delta,) = told
+    assert delta.error is not None and delta.error.kind is ErrorKind.OVERLOADED
+    assert str(delta.error) == "4096 requests are waiting, the limit is 4096 (max_queue_size)"
+    assert not read
