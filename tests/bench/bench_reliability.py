@@ -87,6 +87,8 @@ async def ask(client: grpc.InferenceServerClient, number: int, max_tokens: int) 
 
 
 def shares(name: str, values: list[float], digits: int = 3) -> dict[str, float]:
+    if not values:
+        return {}
     return {f"{name}_p50": round(float(np.median(values)), digits), f"{name}_p99": round(float(np.percentile(values, 99)), digits)}
 
 
@@ -132,9 +134,8 @@ async def drain(server: Server, streams: int, tokens: int) -> tuple[list[Told], 
 
 async def probe(client: grpc.InferenceServerClient, streams: int) -> list[float]:
     """Milliseconds of refusals with the queue full, one at a time, so that nothing but the way there and back is measured."""
-    full = [asyncio.create_task(ask(client, number, _LONG_TOKENS)) for number in range(2 * streams)]
-    await asyncio.sleep(1)
-    found = []
+    full = [asyncio.create_task(ask(client, number, _LONG_TOKENS)) for number in range(4 * streams)]
+    found: list[float] = []
     for number in range(_PROBES):
         told = await ask(client, number, 1)
         if "max_queue_size" in told.error:
