@@ -51,7 +51,7 @@ def run(engine: Engine, submits: list[Submit]) -> tuple[dict[int, list[tuple[lis
     return found, tokens, prompts
 
 
-@pytest.mark.parametrize("num_pages", [512, 60], ids=["roomy", "preempted"])
+@pytest.mark.parametrize("num_pages", [1024, 112], ids=["roomy", "preempted"])
 def test_beams_beside_others_are_those_of_the_cpu(folder: Path, tmp_path: Path, num_pages: int) -> None:
     prompts = random_prompts((5, 16, 31, 48, 100))
     submits = []
@@ -59,11 +59,11 @@ def test_beams_beside_others_are_those_of_the_cpu(folder: Path, tmp_path: Path, 
         search = SamplingParams(use_beam_search=True, beam_width=2 + 2 * (number % 3), n=2, temperature=0.0, max_tokens=40, length_penalty=float(number % 3))
         submits.append(Submit(number, prompt.tobytes(), search, (), "", 1e18))
         submits.append(Submit(100 + number, prompt.tobytes(), SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), (), "", 1e18))
-    cuda = load(folder, tmp_path, "cuda", num_pages=num_pages)
+    cuda = load(folder, tmp_path, "cuda", page_size=4, num_pages=num_pages)
     assert cuda._steps_ahead == 1
     found, tokens, _ = run(cuda, submits)
     expected, expected_tokens, _ = run(load(folder, tmp_path, "cpu"), submits)
-    assert (cuda.stats().num_preemptions > 0) == (num_pages == 60)
+    assert (cuda.stats().num_preemptions > 0) == (num_pages == 112)
     assert tokens == expected_tokens
     for number in range(len(prompts)):
         assert [ids for ids, _ in found[number]] == [ids for ids, _ in expected[number]]
