@@ -77,6 +77,7 @@ def _throughput_latency(file: Path, runs: Sequence[Run], title: str) -> Path:
         _plain_log(axes.yaxis)
         axes.set_xlim(left=0)
         axes.margins(y=0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=4)
     return _save(figure, file)

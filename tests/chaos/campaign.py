@@ -39,6 +39,7 @@ from tests.chaos.plague import Diary, Plague
 from tests.chaos.server_door import ServerDoor
 from tests.chaos.wishes import HOSTILE, MAX_MODEL_LEN, NUM_PAGES, Wish, long_wish, make_wishes
 
+_BACK_OFF_SECONDS = 2.0
 _STUCK_SECONDS = 180.0  # an answer that takes longer is a fault
 _SAMPLE_SECONDS = 2.0
 _PROGRESS_SECONDS = 10.0
@@ -182,7 +183,7 @@ class Campaign:
         if await self._went_with_the_server(heard):
             return
         self.outcomes["refused"] += 1
-        if named not in heard.error or heard.num_tokens or heard.after_final:
+        if not any(reason in heard.error for reason in (named, QUEUE_FULL)) or heard.num_tokens or heard.after_final:
             self.fault(f"{name}, {what}: {heard}")
 
     async def _burst(self, chance: random.Random, name: str) -> None:
@@ -211,6 +212,8 @@ class Campaign:
         left = bool(how.keys() & {"leave_after", "leave_at"})
         outcome, fault = judge(wish, right, heard, left=left, may_end=tuple(may_end))
         self.outcomes[outcome] += 1
+        if QUEUE_FULL in outcome:
+            await asyncio.sleep(_BACK_OFF_SECONDS)  # else those that are refused ask again at once, and are most of what is counted
         if fault:
             self.fault(f"{name}, wish {wish.number} {tensors} {wish.parameters} {transport} {how}: {fault}")
 
