@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zmq
 
 from paged_backend.engine import Engine
-from paged_backend.engine_process import EngineProcess
+from paged_backend.engine_process import EngineProcess, leave_a_core
 from paged_backend.errors import EngineError, ErrorKind
 from paged_backend.messages import (
     Abort,
@@ -168,3 +169,15 @@ def test_an_engine_that_cannot_load_tells_every_front_end_why(tmp_path: Path, er
         assert FrontEnd(tmp_path, number).hear(Failed) == Failed(told)
     thread.join(5)
     assert statuses == [1]
+
+
+@pytest.mark.parametrize(("num_cores", "environment", "threads"), [(4, {}, 3), (1, {}, 1), (64, {}, 6), (4, {"OMP_NUM_THREADS": "6"}, 6)])
+def test_a_processor_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch, num_cores: int, environment: dict[str, str], threads: int) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(num_cores))
+    try:
+        torch.set_num_threads(6)
+        leave_a_core(environment)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
