@@ -120,11 +120,11 @@ def serve(
 def demo(
     model: Model = "demo",
     options: Settings = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What the model continues.")] = DEMO_PROMPT,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the answer in tokens.")] = 160,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A text to continue, instead of the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 200,
     log_verbose: Verbose = False,
 ) -> None:
-    """See it work: start a server on free ports, stream one answer to the terminal, print speed and memory use, stop.
+    """See it work: start a server on free ports, ask for a story and questions about it, print speed and memory use, stop.
 
     Needs no GPU and no download: the small model comes with paged.
     """

@@ -1,4 +1,4 @@
-"""`paged demo`: one question over gRPC, the answer as it arrives, and what it took."""
+"""`paged demo`: a story over gRPC, questions about it, the answers as they arrive, and what they took."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from rich.console import Console
 from paged_backend.errors import EngineError
 from paged_backend.launch import Server
 from paged_client.asking import Speed, printable
-from paged_client.client import PagedClient
-from paged_client.errors import PagedError
+from paged_client.client import PagedClient, Stream
+from paged_client.errors import InvalidRequestError, PagedError
 
 DEMO_PROMPT = "Once upon a time"
+DEMO_QUESTIONS = (
+    "Tell me a story about a fox and a lantern.",
+    "What was the fox's name?",
+    "What colour was the lantern?",
+    "Where did the fox put the lantern?",
+)
 _METRIC = re.compile(r"^(?P<name>paged_\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
 _HELD = 'paged_pages{state="held"}'
 _CACHED = 'paged_pages{state="cached"}'
@@ -25,25 +31,60 @@ _SETTLE_SECONDS = 0.6  # gauges are published a few times a second
 _ANSWER_SECONDS = 120.0
 
 
-def run_demo(server: Server, prompt: str, max_tokens: int, console: Console) -> None:
-    """Streams one answer to `console`, then prints tokens/s and what the pool held.
+def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Console) -> None:
+    """Streams a conversation to `console` (or, if there is a prompt or the model has no chat template, the continuation of a text), then prints the first
+    answer's tokens/s, what the prefix cache knew of the later questions' prompts, and what the pool held.
 
     Raises:
-        EngineError: the server refused or broke off the answer.
+        EngineError: the server refused or broke off an answer.
     """
-    console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
-    speed = Speed()
     client = PagedClient(server.addresses.grpc_url, model=server.settings.model_name, timeout=_ANSWER_SECONDS)
     try:
         with client, PoolWatch(server.addresses.metrics_url) as pool:
-            for delta in client.stream(prompt, max_tokens=max_tokens, temperature=0.7, seed=1):
-                speed.take(delta)
-                console.print(printable(delta.text), end="", markup=False, soft_wrap=True)
-            console.print()
+            speeds = _converse(client, max_tokens, console) if prompt is None else []
+            if not speeds:
+                speeds = [_continue(client, prompt or DEMO_PROMPT, max_tokens, console)]
     except PagedError as error:
         raise EngineError(f"the server refused the question: {error}") from None
-    console.print(f"\n{speed.answer()}", soft_wrap=True)
+    first, *later = speeds
+    console.print(f"\n{first.answer()}", soft_wrap=True)
+    if later:
+        num_cached, num_tokens = (sum(getattr(speed.usage, name) for speed in later) for name in ("num_cached_tokens", "num_input_tokens"))
+        console.print(f"prefix cache: {num_cached} of {num_tokens} prompt tokens of the later questions were known", soft_wrap=True)
     console.print(pool.summary(), soft_wrap=True)
+
+
+def _converse(client: PagedClient, max_tokens: int, console: Console) -> list[Speed]:
+    """How fast each question was answered; nothing if the model has no chat template."""
+    messages: list[dict[str, str]] = []
+    speeds = []
+    for question in DEMO_QUESTIONS:
+        console.print(f"> {question}", style="bold", markup=False, soft_wrap=True)
+        messages.append({"role": "user", "content": question})
+        stream = client.stream(messages=messages, max_tokens=max_tokens, temperature=0)
+        try:
+            speeds.append(_show(stream, console))
+        except InvalidRequestError as error:
+            if error.field != "messages":
+                raise
+            console.print("this model has no chat template: it goes on with a text instead\n", style="dim", soft_wrap=True)
+            return []
+        messages.append({"role": "assistant", "content": stream.answer.text})
+    return speeds
+
+
+def _continue(client: PagedClient, prompt: str, max_tokens: int, console: Console) -> Speed:
+    console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
+    return _show(client.stream(prompt, max_tokens=max_tokens, temperature=0.7, seed=1), console)
+
+
+def _show(stream: Stream, console: Console) -> Speed:
+    speed = Speed()
+    for delta in stream:
+        speed.take(delta)
+        console.print(printable(delta.text), end="", markup=False, soft_wrap=True)
+    console.print()
+    return speed
 
 
 @dataclass
