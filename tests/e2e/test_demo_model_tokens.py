@@ -27,6 +27,8 @@ NUM_STORIES = 2  # from the first conversations
 FAR = 1000  # tokens between fact and answer
 STORY = "<|user|>Tell me a story about a fox and a lantern.<|end|><|assistant|>"  # its answer outgrows several pages
 MAX_TOKENS = 160
+LOGPROB_TOLERANCE = 2e-4  # of a whole answer; a page that is not read changes a story's by 8e-4 at least, wherever it lies
+COARSE_TOLERANCE = 1e-2
 SPARE_TOKENS = 64  # beyond two conversations: less than their stories take
 
 
@@ -34,6 +36,7 @@ SPARE_TOKENS = 64  # beyond two conversations: less than their stories take
 class Asked:
     prompts: list[Int32]
     answers: list[list[int]]  # transformers', EOS included
+    logprobs: list[float]  # of the whole answers
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,13 @@ def asked() -> Asked:
     far = [[item for item in sitting.items if item.distance is not None and item.distance >= FAR][:QUESTIONS_EACH] for sitting in sittings]
     prompts = [sitting.ids[: items[0].prompt_len] + items[0].answer_ids + story for sitting, items in zip(sittings[:NUM_STORIES], far, strict=False)]
     prompts += [sitting.ids[: item.prompt_len] for sitting, items in zip(sittings, far, strict=True) for item in items]
-    answers = Oracle(folder).greedy(prompts, MAX_TOKENS)
+    oracle = Oracle(folder)
+    answers = oracle.greedy(prompts, MAX_TOKENS)
     assert answers[NUM_STORIES:] == [list(item.answer_ids) for items in far for item in items]
     assert all("lantern" in tokenizer.decode(answer) and 60 < len(answer) < MAX_TOKENS for answer in answers[:NUM_STORIES])
-    return Asked([np.array(prompt, np.int32) for prompt in prompts], answers)
+    logprobs = [oracle.logits([*prompt, *answer])[len(prompt) - 1 : -1].log_softmax(-1) for prompt, answer in zip(prompts, answers, strict=True)]
+    sums = [float(values[range(len(answer)), answer].sum()) for values, answer in zip(logprobs, answers, strict=True)]
+    return Asked([np.array(prompt, np.int32) for prompt in prompts], answers, sums)
 
 
 def load(folder: Path, **options: object) -> Engine:
@@ -58,25 +64,35 @@ def load(folder: Path, **options: object) -> Engine:
     return engine
 
 
-def answers(engine: Engine, prompts: list[Int32]) -> list[list[int]]:
-    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
+def answers(engine: Engine, prompts: list[Int32]) -> tuple[list[list[int]], list[float]]:
+    """The answers' tokens, and the log-probability of each answer."""
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, logprobs=0)
     tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs = [0.0] * len(prompts)
     for request_id, prompt in enumerate(prompts):
         engine.submit(Submit(request_id, prompt.tobytes(), sampling, (), "", 1e18))
     while not engine.idle:
         for output in engine.step():
-            for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
+            assert output.logprobs is not None
+            for request_id, token, logprob in zip(output.request_ids.tolist(), output.token_ids.tolist(), output.logprobs.tolist(), strict=True):
                 tokens[request_id].append(token)
+                logprobs[request_id] += logprob
         engine.check()
-    return tokens
+    return tokens, logprobs
 
 
-@pytest.mark.parametrize(("page_size", "budget", "kv_dtype"), [(1, 2048, "float32"), (16, 100, "float32"), (256, 700, "float32"), (16, 2048, "bfloat16")])
-def test_far_facts_are_found_whatever_the_pages_and_chunks_are(asked: Asked, tmp_path: Path, page_size: int, budget: int, kv_dtype: str) -> None:
-    engine = load(tmp_path, page_size=page_size, num_pages=16_384 // page_size, max_batched_tokens=budget, kv_dtype=kv_dtype)
-    assert answers(engine, asked.prompts) == asked.answers
+def check_answers(engine: Engine, asked: Asked, which: slice = slice(None), tolerance: float = LOGPROB_TOLERANCE) -> None:
+    tokens, logprobs = answers(engine, asked.prompts[which])
+    assert tokens == asked.answers[which]
+    assert logprobs == pytest.approx(asked.logprobs[which], rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize(("page_size", "budget"), [(1, 2048), (16, 100), (256, 700)])
+def test_far_facts_are_found_whatever_the_pages_and_chunks_are(asked: Asked, tmp_path: Path, page_size: int, budget: int) -> None:
+    engine = load(tmp_path, page_size=page_size, num_pages=16_384 // page_size, max_batched_tokens=budget)
+    check_answers(engine, asked)
     before, again = engine.stats().prefix_hits, slice(NUM_STORIES, None)
-    assert answers(engine, asked.prompts[again]) == asked.answers[again]  # now with what the first round left in the cache
+    check_answers(engine, asked, again)  # now with what the first round left in the cache
     pages = sum((len(prompt) - 1) // page_size for prompt in asked.prompts[again])
     assert engine.stats().prefix_hits - before == pages * page_size
 
@@ -85,5 +101,9 @@ def test_far_facts_are_found_whatever_the_pages_and_chunks_are(asked: Asked, tmp
 def test_far_facts_are_found_after_preemption(asked: Asked, tmp_path: Path, page_size: int, prefix_cache: bool) -> None:
     num_pages = (len(asked.prompts[0]) + len(asked.prompts[1]) + SPARE_TOKENS) // page_size
     engine = load(tmp_path, page_size=page_size, num_pages=num_pages, max_batched_tokens=512, prefix_cache=prefix_cache)
-    assert answers(engine, asked.prompts) == asked.answers
+    check_answers(engine, asked)
     assert engine.stats().num_preemptions > 0
+
+
+def test_a_coarse_kv_store_changes_no_token(asked: Asked, tmp_path: Path) -> None:
+    check_answers(load(tmp_path, page_size=16, num_pages=1024, kv_dtype="bfloat16"), asked, tolerance=COARSE_TOLERANCE)
