@@ -1,4 +1,4 @@
-"""`paged generate`, `paged chat` and `paged top` as typed, against a real server whose model has a chat template."""
+"""`paged generate`, `paged chat` and `paged top` as typed, against a real server of the embedded model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -21,28 +20,23 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc")
 
-from paged_backend.config import demo_model_folder
 from paged_backend.launch import Server, ServerSettings
 from paged_client import AsyncPagedClient, InvalidRequestError, PagedClient
 from tests.server import browser
-from tests.server.calls import wait_for_metrics
+from tests.server.calls import metrics, wait_for_metrics
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 
-TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message.role == 'system' and not loop.first %}
-{{- raise_exception('the system message must come first') }}{% endif %}{{ message.role }}: {{ message.content }}
-{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 QUESTION = [{"role": "user", "content": "Where is the lamp?"}]
+ASKED = "Once upon a time there was a lamp in a house by the river. Where was the lamp?"
+AS_TEXT = "<|user|>Where is the lamp?<|end|><|assistant|>"
 GREEDY = {"temperature": 0, "max_tokens": 12}
 PAGED = [sys.executable, "-m", "paged_client.cli"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
-    shutil.copytree(demo_model_folder(), checkpoint)
-    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
-    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)) as running:
+def server() -> Iterator[Server]:
+    with Server(ServerSettings(instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)) as running:
         yield running
 
 
@@ -95,13 +89,15 @@ def engine_idle(server: Server) -> bool:
 def test_messages_are_answered_as_the_templates_text(server: Server, url: str) -> None:
     with PagedClient(url) as client:
         chat = client.generate(messages=QUESTION, **GREEDY)
-        text = client.generate("user: Where is the lamp?\nassistant:", **GREEDY)  # the tokenizer begins every text with <|bos|>
+        text = client.generate(AS_TEXT, **GREEDY)  # the tokenizer begins every text with <|bos|>
         opened = client.generate(messages=[*QUESTION, {"role": "assistant", "content": "It is"}], continue_final_message=True, **GREEDY)
-        written = client.generate("user: Where is the lamp?\nassistant: It is", **GREEDY)
+        written = client.generate(f"{AS_TEXT}It is", **GREEDY)
         assert (chat.token_ids, opened.token_ids) == (text.token_ids, written.token_ids)
         assert chat.usage.num_input_tokens == text.usage.num_input_tokens
-        with pytest.raises(InvalidRequestError, match="^messages: the model's chat template refuses them: the system message must come first$") as refused:
-            client.generate(messages=[*QUESTION, {"role": "system", "content": "x"}])
+        with pytest.raises(
+            InvalidRequestError, match="^messages: the model's chat template refuses them: role tool is none of system, user and assistant$"
+        ) as refused:
+            client.generate(messages=[*QUESTION, {"role": "tool", "content": "x"}])
     assert refused.value.field == "messages"
 
 
@@ -141,13 +137,52 @@ def test_generate_says_what_is_wrong_in_one_sentence(server: Server) -> None:
 
 
 def test_a_chat_goes_on_with_its_history_and_the_prefix_cache_knows_it(server: Server) -> None:
-    told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", "-n", "40", stdin="Where is the lamp?\nAnd who took it?\n/reset\nWhere is the lamp?\n")
+    told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", "-n", "40", stdin=f"{ASKED}\nAnd who took it?\n/reset\n{ASKED}\n")
     assert told.returncode == 0, told.stderr
     lines = [line for line in told.stdout.splitlines() if re.search(r"^prompt \d+ tokens.*, answer \d+ tokens: the first after \d+ ms", line)]
     inputs = [int(line.split()[1]) for line in lines]
     assert len(lines) == 3
     assert inputs[1] > inputs[0] == inputs[2]
     assert re.search(r"\([1-9]\d* cached\)", lines[1])
+
+
+TEN_TURNS = {  # what is said, and what the answer must have in it
+    "Hello!": "Hello!",
+    "My name is Nora and I live in Lisbon.": "",
+    "I have a cat called Pepper.": "",
+    "Tell me a story about a bear and a kite.": "bear.*kite",
+    "What colour was the kite?": r"^The kite was \w+\.$",
+    "What is 48 + 27?": "75",
+    "Sort these numbers: 9, 4, 12, 1": "^1, 4, 9, 12$",
+    "What is my name?": "Nora",
+    "Where do I live?": "Lisbon",
+    "What is my cat called?": "Pepper",
+}
+
+
+def test_a_chat_of_ten_turns_remembers_and_top_shows_the_prefix_hits(server: Server) -> None:
+    time.sleep(0.6)  # what was asked before is in the metrics, which are published a few times a second
+    before = hits_and_queries(metrics(server.addresses.metrics_url))
+    told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", stdin="\n".join(TEN_TURNS))
+    assert told.returncode == 0, told.stderr
+    *parts, rest = re.split(r"^prompt (\d+) tokens(?: \((\d+) cached\))?, answer .*\n", told.stdout, flags=re.MULTILINE)
+    answers, lengths, cached = parts[::3], [int(length) for length in parts[1::3]], [int(number or 0) for number in parts[2::3]]
+    assert (len(answers), rest) == (10, "")
+    for answer, pattern in zip(answers, TEN_TURNS.values(), strict=True):
+        assert re.search(pattern, answer.strip()), told.stdout
+    assert f" {answers[4].split()[-1].rstrip('.')} kite" in answers[3], told.stdout
+    assert all(number >= (previous - 1) // 16 * 16 for previous, number in zip(lengths, cached[1:], strict=False))  # every earlier prompt's full pages
+    hits, queries = before[0] + sum(cached), before[1] + sum(lengths)
+    assert wait_for_metrics(server.addresses.metrics_url, lambda values: hits_and_queries(values) == (hits, queries))
+    shown = re.search(r"prefix hits .*\((\d+) % since start\)", run("top", "--once", "--pid", str(server.pid)).stdout)
+    assert shown is not None
+    assert int(shown[1]) == pytest.approx(100 * hits / queries, abs=0.51)
+    assert int(shown[1]) > 0
+
+
+def hits_and_queries(values: dict[str, float]) -> tuple[int, int]:
+    """The prefix cache's, in tokens, since the server's start."""
+    return int(values["paged_prefix_cache_hits_total"]), int(values["paged_prefix_cache_queries_total"])
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(server: Server) -> None:
@@ -190,7 +225,7 @@ def busy(server: Server) -> Iterator[None]:
 def test_top_shows_the_pool_of_a_server_that_somebody_started(server: Server, busy: None) -> None:
     finished = run("top", "--once", "--pid", str(server.pid))
     assert finished.returncode == 0, finished.stderr
-    assert "talker  200 pages of 16 tokens" in finished.stdout
+    assert "demo  200 pages of 16 tokens" in finished.stdout
     assert re.search(r"running 1 +waiting 0", finished.stdout)
     assert re.search(r"tokens/s [1-9]", finished.stdout)
     held = re.search(r"held (\d+)", finished.stdout)
@@ -223,7 +258,7 @@ def page(server: Server) -> Iterator[str]:
 def test_the_page_gets_events_with_a_map(busy: None, page: str) -> None:
     with urllib.request.urlopen(f"{page}events", timeout=10) as events:
         event = json.loads(events.readline().removeprefix(b"data: "))
-    assert (event["model"], event["num_pages"], event["num_running"], event["trouble"]) == ("talker", 200, 1, "")
+    assert (event["model"], event["num_pages"], event["num_running"], event["trouble"]) == ("demo", 200, 1, "")
     assert len(event["cells"]) == 536
 
 

@@ -25,19 +25,33 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "paged_client.cli", *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_demo_streams_words_and_tells_what_the_pool_held(tmp_path: Path) -> None:
+def test_the_demo_tells_a_story_and_answers_questions_about_it(tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
-    finished = run(temporary, "demo", "--prompt", "Once upon a time", "--max-tokens", "80")
+    finished = run(temporary, "demo")
     assert finished.returncode == 0, finished.stderr
-    answer, *report = finished.stdout.rsplit("\n\n", 1)
-    assert answer.startswith("Once upon a time ")
-    words = re.findall(r"[A-Za-z]+", answer)
-    assert len(words) >= 30
-    assert {"the", "and"} & set(words)
-    assert re.search(r"\d+ tokens: the first after \d+ ms, then \d+ tokens/s\n", report[0])
-    assert re.search(r"pool: [1-9]\d* pages of 16 tokens; .* cached now", report[0])
+    conversation, report = finished.stdout.rsplit("\n\n", 1)
+    story, name, colour, place = re.split(r"^> .*\n", conversation, flags=re.MULTILINE)[1:]
+    assert len(re.findall(r"[A-Z][^.!?]*[.!?]", story)) >= 5  # sentences
+    assert f"a {colour.split()[-1].rstrip('.')} lantern" in story
+    assert f" {name.split()[-1].rstrip('.')} " in story
+    assert re.sub(r"^.*? (in|on|under|behind|at|by|next|near)\b", r"\1", place.strip()).rstrip(".") in story
+    assert re.search(r"^\d+ tokens: the first after \d+ ms, then \d+ tokens/s\n", report)
+    assert re.search(r"^prefix cache: [1-9]\d* of \d+ prompt tokens", report, re.MULTILINE)
+    assert re.search(r"^pool: [1-9]\d* pages of 16 tokens; .* cached now", report, re.MULTILINE)
     assert all(line.startswith("paged: ") for line in finished.stderr.splitlines()), finished.stderr
     assert list(temporary.iterdir()) == []
+
+
+def test_the_demo_goes_on_with_a_text_if_asked_or_if_the_model_has_no_chat_template(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(demo_model_folder(), checkpoint)
+    (checkpoint / "chat_template.jinja").unlink()
+    without, asked = run(tmp_path / "one", "demo", f"--model={checkpoint}"), run(tmp_path / "two", "demo", "--prompt", "Once upon a time", "--max-tokens", "40")
+    begun = "this model has no chat template: it goes on with a text instead\n\nOnce upon a time "
+    assert begun in without.stdout, without.stderr
+    assert asked.stdout.startswith("Once upon a time ")
+    assert without.stdout.split(begun)[1][:60] == asked.stdout.removeprefix("Once upon a time ")[:60]
+    assert "prefix cache" not in without.stdout + asked.stdout
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another architecture"])
