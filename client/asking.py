@@ -16,6 +16,7 @@ from paged_client.client import DEFAULT_MODEL, DEFAULT_URL
 from paged_client.errors import PagedError
 
 INTERRUPTED_EXIT = 130
+_MEASURABLE_SECONDS = 0.1  # of a short answer several tokens may come in one piece: no speed follows from that
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 Url = Annotated[str, typer.Option("--url", "-u", metavar="URL", help="HOST:PORT of the server's gRPC service, or http://HOST:PORT of its HTTP service.")]
@@ -79,7 +80,7 @@ class Speed:
         """The same of the answer alone."""
         num_tokens = self.usage.num_output_tokens
         first = f": the first after {1000 * (self._first - self._started):.0f} ms" if num_tokens else ""
-        timed = num_tokens > self._num_first and self._last > self._first
+        timed = num_tokens > self._num_first and self._last - self._first >= _MEASURABLE_SECONDS
         return f"{num_tokens} tokens{first}" + (f", then {(num_tokens - self._num_first) / (self._last - self._first):.0f} tokens/s" if timed else "")
 
 
