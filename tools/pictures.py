@@ -152,6 +152,7 @@ async def photograph(url: str, file: Path, width: int, height: int, theme: str =
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         async with browser.open_tab("about:blank", Path(folder)) as tab:
             await tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+            await tab.call("Emulation.setScrollbarsHidden", hidden=True)
             await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
             await tab.call("Page.navigate", url=url)
             await tab.wait_for("document.readyState == 'complete'")
