@@ -23,6 +23,7 @@ _DIM = Style(dim=True)
 _BOLD = Style(bold=True)
 _FIXED_LINES = 10  # everything but the map's cells, the curves' lines and the table's rows
 _FEWEST_ROWS = 3
+_ROOM_FOR_TWO = 20  # lines of a terminal: then the facts may take a second one
 
 
 def frame(view: View, snapshot: Snapshot | None, history: History, width: int, height: int, coloured: bool) -> RenderableType:
@@ -30,7 +31,8 @@ def frame(view: View, snapshot: Snapshot | None, history: History, width: int, h
     if snapshot is None:
         return Align.center(Text(f"\n{view.trouble or 'waiting for the engine'} …", style=_DIM))
     curve_lines = 3 if height >= 34 else 1
-    room = height - _FIXED_LINES - curve_lines
+    facts = _facts(snapshot, history, width, most_lines=2 if height >= _ROOM_FOR_TWO else 1)
+    room = height - _FIXED_LINES - facts.plain.count("\n") - curve_lines
     map_lines = max(4, room - min(len(snapshot.requests), max(_FEWEST_ROWS, height // 3)))
     cells = np.frombuffer(snapshot.cells, "<u2")
     drawn = draw(cells, snapshot.pages_per_cell, width - 4, map_lines, coloured)
@@ -45,7 +47,7 @@ def frame(view: View, snapshot: Snapshot | None, history: History, width: int, h
             border_style=_DIM,
         ),
         _curves(history, width, curve_lines),
-        _facts(snapshot, history),
+        facts,
         Text(),
         _requests(snapshot, rows, coloured),
     )
@@ -100,7 +102,8 @@ def _curves(history: History, width: int, lines: int) -> Table:
     return grid
 
 
-def _facts(snapshot: Snapshot, history: History) -> Text:
+def _facts(snapshot: Snapshot, history: History, width: int, most_lines: int) -> Text:
+    """A line, or more where one has no room for all."""
     facts = (
         ("utilisation", _percent(utilisation(snapshot))),
         ("running", f"{snapshot.num_running}"),
@@ -108,9 +111,14 @@ def _facts(snapshot: Snapshot, history: History) -> Text:
         ("preemptions", f"{snapshot.num_preemptions:,}"),
         ("prefix hits", f"{_percent(history.hit_rate)} ({_percent(hit_rate_since_start(snapshot))} since start)"),
     )
-    text = Text(" ", no_wrap=True, overflow="ellipsis")
+    text, last_line = Text(no_wrap=True, overflow="ellipsis"), 0
     for name, value in facts:
-        text.append(f"{name} ", _DIM).append(value, _BOLD).append("   ")
+        needed = len(name) + len(value) + 4
+        if text and last_line + needed > width and text.plain.count("\n") < most_lines - 1:
+            text.append("\n")
+            last_line = 0
+        text.append("   " if last_line else " ").append(f"{name} ", _DIM).append(value, _BOLD)
+        last_line += needed
     return text
 
 

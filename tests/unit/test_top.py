@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -150,6 +151,15 @@ def test_a_frame_is_no_larger_than_the_terminal(width: int, height: int, num_req
     latest = snapshot(cells=np.full(num_cells, 3, np.uint16), requests=requests, num_running=num_requests, num_waiting=0)
     text = shown(View(RunningEngine(77, Path("/nowhere")), latest), latest, History(), width, height, coloured)
     assert text.count("\n") <= height
+
+
+def test_a_narrow_terminal_shows_every_fact() -> None:
+    history, latest = History(), snapshot(11.0, prefix_queries=1100, prefix_hits=350)
+    history.add(snapshot(10.0))
+    history.add(latest)
+    wide, narrow = (shown(View(None, latest), latest, history, width) for width in (100, 60))
+    assert re.search(r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+   prefix hits 100 % \(32 % since start\)\n", wide)
+    assert re.search(r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+ *\n prefix hits 100 % \(32 % since start\) *\n", narrow)
 
 
 def test_silence_and_a_lost_engine_are_said() -> None:
