@@ -115,7 +115,8 @@ def demo_model_folder() -> Path:
 def repository_folder() -> Path:
     """The model repository: installed as package data `paged_model_repository`, or the checkout's own folder."""
     spec = find_spec("paged_model_repository")
-    folders = [Path(place) for place in (spec.submodule_search_locations or ()) if Path(place).is_dir()] if spec else []
+    places = (spec.submodule_search_locations or ()) if spec else ()
+    folders = [Path(place) for place in places if (Path(place) / "paged_llm" / "config.pbtxt").is_file()]  # pip may leave an empty one behind
     if not folders:
         raise EngineError("the model repository is not installed: reinstall paged-backend")
     return folders[0]

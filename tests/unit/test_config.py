@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paged_backend.config import EngineConfig
+from paged_backend.config import EngineConfig, demo_model_folder
 from paged_backend.errors import EngineError
 
 README = Path(__file__).parents[2] / "README.md"
@@ -50,3 +50,9 @@ def test_the_readme_tells_every_tunable_with_its_default() -> None:
     for name, field in EngineConfig.model_fields.items():
         default = names[field.default] if field.default is None or isinstance(field.default, bool) else str(field.default)
         assert told.get(name) == default, name
+
+
+def test_an_empty_folder_that_an_uninstallation_left_behind_is_no_model_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "paged_model_repository").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (demo_model_folder() / "config.json").is_file()
