@@ -31,13 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from paged_backend.config import demo_model_folder
 from tests.chaos.chaotic_engine import Orders
 from tests.chaos.front_end_door import FrontEndDoor
 from tests.chaos.judge import DEADLINE, QUEUE_FULL, Heard, judge
 from tests.chaos.nursery import Nursery
 from tests.chaos.plague import Diary, Plague
 from tests.chaos.server_door import ServerDoor
-from tests.chaos.wishes import HOSTILE, MAX_MODEL_LEN, NUM_PAGES, Wish, long_wish, make_wishes
+from tests.chaos.wishes import HOSTILE, MAX_MODEL_LEN, NUM_PAGES, Wish, long_wish, make_wishes, save_adapters
 
 _BACK_OFF_SECONDS = 2.0
 _STUCK_SECONDS = 180.0  # an answer that takes longer is a fault
@@ -337,7 +338,8 @@ def run_campaign(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             command = stack.enter_context(Nursery(orders)).command
         else:
             command = [sys.executable, str(Path(__file__).with_name("chaotic_engine.py")), json.dumps(orders.__dict__)]
-        options = {**_OPTIONS, "num_pages": plan.pages, "max_num_sequences": plan.rows}
+        save_adapters(folder / "adapters", demo_model_folder())
+        options = {**_OPTIONS, "num_pages": plan.pages, "max_num_sequences": plan.rows, "lora_directory": str(folder / "adapters"), "max_loras": 1}
         door: Door = (ServerDoor if plan.door == "server" else FrontEndDoor)(options, plan.instances, command)
         started = time.monotonic()
         try:

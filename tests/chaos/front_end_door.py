@@ -59,6 +59,8 @@ class Visit:
             else:
                 chosen = [next(iter(entry.values())) for entry in delta.logprobs]
                 heard.add(delta.index, delta.text, list(delta.token_ids), chosen, delta.finish_reason)
+                if delta.prompt is not None:
+                    heard.prompts.append([{token: entry[0] for token, entry in place.items()} for place in delta.prompt.entries() if place is not None])
         self._note()
         self.news.set()
 

@@ -20,6 +20,7 @@ class Heard:
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)  # of the chosen tokens
     reasons: dict[int, str] = field(default_factory=dict)
+    prompts: list[list[dict[int, float]]] = field(default_factory=list)  # each time that the prompt's logprobs were told: of every token but the first
     finals: int = 0
     after_final: int = 0  # responses that came after the final one
     error: str = ""
@@ -56,6 +57,8 @@ def judge(wish: Wish, right: Heard, heard: Heard, *, left: bool = False, may_end
         return "wrong", "no final response"
     if (heard.token_ids, heard.texts, heard.reasons) != (right.token_ids, right.texts, right.reasons):
         return "wrong", f"incomplete: {heard}, right is {right}"
+    if wish.prompt_logprobs and len(heard.prompts) != 1:
+        return "wrong", f"the prompt's logprobs came {len(heard.prompts)} times"
     if wish.logprobs and any(len(heard.logprobs[index]) != len(ids) for index, ids in heard.token_ids.items()):
         return "wrong", f"not a logprob for every token: {heard}"
     return "whole", ""
@@ -71,4 +74,13 @@ def _foreign(right: Heard, heard: Heard) -> str:
         pairs = zip(heard.logprobs[index], right.logprobs[index], strict=False)
         if not all(math.isclose(got, wanted, abs_tol=_LOGPROB_TOLERANCE) for got, wanted in pairs):
             return f"sequence {index} has logprobs {heard.logprobs[index]}, right is {right.logprobs[index]}"
+    for told in heard.prompts:
+        if len(told) != len(right.prompts[0]) or not all(map(_same, told, right.prompts[0])):
+            return f"the prompt has logprobs {told}, right is {right.prompts}"
     return ""
+
+
+def _same(told: dict[int, float], right: dict[int, float]) -> bool:
+    """Of a token of the prompt, and of likely ones: which of two that are as likely comes last is nobody's fault."""
+    both = told.keys() & right.keys()
+    return len(told) == len(right) and len(both) >= len(right) - 1 and all(math.isclose(told[one], right[one], abs_tol=_LOGPROB_TOLERANCE) for one in both)

@@ -237,6 +237,7 @@ class _Talk:
         self._note()
         if result.as_numpy("text_output") is not None:
             self._take({name: result.as_numpy(name).tolist() for name in _COLUMNS} | {"logprobs": _maybe(result.as_numpy("logprobs"))})
+            self._take_prompt(_maybe(result.as_numpy("prompt_logprobs")))
 
     def _take_http(self, event: dict[str, Any]) -> None:
         self._note()
@@ -246,6 +247,14 @@ class _Talk:
         columns = {name: event[name] if isinstance(event[name], list) else [event[name]] for name in _COLUMNS}
         logprobs = event.get("logprobs")
         self._take(columns | {"logprobs": logprobs if isinstance(logprobs, list) or logprobs is None else [logprobs]})
+
+        prompt = event.get("prompt_logprobs")
+        self._take_prompt(prompt if isinstance(prompt, list) or prompt is None else [prompt])
+
+    def _take_prompt(self, told: list[Any] | None) -> None:
+        if told is not None:
+            places = [place for place in json.loads(_text(told[0])) if place is not None]
+            self._heard.prompts.append([{int(token): entry["logprob"] for token, entry in place.items()} for place in places])
 
     def _take(self, columns: dict[str, Any]) -> None:
         start = 0
