@@ -56,7 +56,7 @@ class Engine:
     def stats(self) -> Stats:
         """The numbers of this moment; takes the queue times gathered since the last call."""
         scheduler = self._scheduler
-        queue_times, scheduler.queue_times = scheduler.queue_times, []
+        queue_times = scheduler.take_queue_times()
         return Stats(
             pages_free=scheduler.pool.num_free,
             pages_held=scheduler.pool.num_held,

@@ -97,7 +97,7 @@ class Scheduling(RuleBasedStateMachine):
         options = {"length_penalty": length_penalty, "early_stopping": early_stopping, "stop_token_ids": stop_ids}
         sampling = SamplingParams(max_tokens=max_tokens, use_beam_search=True, beam_width=width, n=width, temperature=0.0, **options)
         self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), "", self.now))
-        if not any(finish.request_id == request_id for finish in self.scheduler._finishes):  # refused at once
+        if not any(finish.request_id == request_id for finish in self.scheduler._outcomes._finishes):  # refused at once
             length = min(max_tokens, self.limits.max_model_len - len(prompt))
             ends = tuple(dict.fromkeys((EOS, *stop_ids)))
             self.widths[request_id] = width

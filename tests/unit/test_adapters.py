@@ -90,12 +90,12 @@ class Desk:
     def _run(self, batch: Batch) -> None:
         self.lying |= {berth: adapter.name for berth, adapter in batch.adapters}
         for new in batch.new_rows:
-            sequence = self.scheduler._rows.sequences[new.row]
+            sequence = self.scheduler._residents.rows.sequences[new.row]
             assert sequence is not None
             wanted = sequence.sampling.lora_name
             assert (None if new.berth < 0 else self.lying[new.berth]) == wanted, "the device has another adapter there"
             self.rows[sequence.request_id] = wanted
-        assert batch.adapted == any(sequence.berth >= 0 for sequence in self.scheduler._running if sequence.row in batch.rows)
+        assert batch.adapted == any(sequence.berth >= 0 for sequence in self.scheduler._residents.running if sequence.row in batch.rows)
         self._take(self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), 3, np.int32))))
 
     def _take(self, output: StepOutput | None) -> None:

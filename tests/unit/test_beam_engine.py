@@ -254,7 +254,7 @@ def test_beams_have_the_adapter_of_their_request(folder: Path, oracle: Oracle, t
     while scheduler.num_tokens(other) < len(prompt) + 4:
         caller.step()
     if preempted:
-        scheduler._preempt(other)
+        scheduler._living.preempt(other)
     caller.run()
     same(caller.answers(0), truth(oracle, prompt, 4, 4))
     same(caller.answers(1), expected)
@@ -300,7 +300,7 @@ def test_preemption_at_any_step_changes_no_answer(folder: Path, oracle: Oracle, 
         for _ in range(moment):
             caller.step()
         if not engine.idle and engine._scheduler.num_running:
-            engine._scheduler._preempt(engine._scheduler.sequences[0])
+            engine._scheduler._living.preempt(engine._scheduler.sequences[0])
             engine.check()
         caller.run()
         same(caller.answers(moment), expected)
@@ -364,7 +364,7 @@ def test_leaving_at_any_step_frees_everything(folder: Path, oracle: Oracle, tmp_
 def test_a_deadline_ends_a_search(folder: Path, tmp_path: Path) -> None:
     engine = load(folder, tmp_path)
     now = [0.0]
-    engine._scheduler._clock = lambda: now[0]
+    engine._scheduler._outcomes._clock = lambda: now[0]
     caller = Caller(engine)
     params = SamplingParams(use_beam_search=True, beam_width=4, temperature=0.0, max_tokens=20, ignore_eos=True, request_deadline_seconds=5)
     engine.submit(Submit(0, random_prompts([9])[0].tobytes(), params, (), "", 0.0))

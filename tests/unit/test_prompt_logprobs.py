@@ -141,9 +141,9 @@ def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle,
                 heard.setdefault(piece.request_id, Heard()).pieces.append(piece)
         engine.check()
         if seen == 0 and engine.num_steps == 40:  # in the middle of a prompt: the pool is taken away from all but the oldest
-            victim = max(engine._scheduler._running, key=lambda sequence: sequence.serial)
+            victim = max(engine._scheduler._residents.running, key=lambda sequence: sequence.serial)
             assert 0 < victim.unscored < victim.prompt_len - 1
-            engine._scheduler._preempt(victim)
+            engine._scheduler._living.preempt(victim)
             seen = 1
     assert engine.stats().num_preemptions > 0
     for request_id in (1, 2):

@@ -1,0 +1,28 @@
+"""What the scheduler must know of config, checkpoint and pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Tunables as README.md has them, where config and checkpoint agreed on them."""
+
+    page_size: int
+    num_pages: int
+    max_model_len: int  # <= num_pages * page_size: the longest sequence alone always fits
+    max_num_sequences: int
+    max_batched_tokens: int
+    max_queue_size: int = 4096
+    max_waiting_seconds: float = 600.0
+    request_deadline_seconds: float = 3600.0
+    prefix_cache: bool = True
+    preemption: bool = True
+    eos_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    @property
+    def max_running(self) -> int:
+        """Every running sequence must fit into a step, or decoding sequences would wait for each other in turns."""
+        return min(self.max_num_sequences, self.max_batched_tokens)
