@@ -130,7 +130,8 @@ class FrontEndDoor:
         return self._values
 
     def memory(self) -> dict[str, int]:
-        """Of the front ends: they live in this process."""
+        """Of the front ends: they live in this process. Their metrics are fetched first, as a server does all the time: they pile up until somebody does."""
+        self.numbers()
         return own_memory(os.getpid())
 
     def alive(self) -> bool:
