@@ -69,7 +69,8 @@ def error_of(message: str, *, code: str = "", http_status: int = 0) -> PagedErro
     coded = _CODED.fullmatch(message)
     if coded and (coded["code"] in _KINDS or coded["code"] == "INTERNAL"):
         code, message = coded["code"], coded["text"]
-    code = code or _HTTP_CODES.get(http_status, "")
-    if not code or http_status == 400:
-        code = next((name for name, pattern in _SERVERS_OWN if pattern.search(message)), code)
+    elif not code:
+        code = _HTTP_CODES.get(http_status, "")
+        if http_status in (0, 400):  # the server's own words: HTTP says 400 for most of them
+            code = next((name for name, pattern in _SERVERS_OWN if pattern.search(message)), code)
     return _KINDS.get(code, ServerError)(message)

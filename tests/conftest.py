@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # kernels run in the Triton language's interpreter, which must be asked for before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tiny models gain nothing from a second thread, and threads that wait for each other actively are slow wherever something else runs. Servers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,8 +18,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

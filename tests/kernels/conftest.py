@@ -1,14 +1,9 @@
-"""Without a CUDA device kernels run in the Triton language's interpreter, which must be asked for before their modules are imported; gpu tests are skipped."""
+"""Without a CUDA device kernels run in the Triton language's interpreter (tests/conftest.py asks for it); gpu tests are skipped."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -156,4 +156,4 @@ def test_a_killed_server_takes_its_engine_with_it(tmp_path: Path) -> None:
     with serving(tmp_path, instances=2) as server:
         engines = server.engine_pids()
         server.process.kill()
-        _wait(lambda: not any(ProcessId.of(pid) for pid in engines), 3)
+        _wait(lambda: not any(ProcessId.of(pid) for pid in engines), 20)
