@@ -289,6 +289,7 @@ def test_a_question_is_the_models_tensors() -> None:
     ("message", "status", "kind", "text"),
     [
         ("INVALID_ARGUMENT: top_p: 7 is too much", 0, InvalidRequestError, "top_p: 7 is too much"),
+        ("INVALID_ARGUMENT: unknown key 'heat'; known: early_stopping", 400, InvalidRequestError, "unknown key 'heat'; known: early_stopping"),
         ("UNAVAILABLE: 9 requests are waiting", 200, UnavailableError, "9 requests are waiting"),
         ("CANCELLED: not finished after 3 s", 0, RequestCancelledError, "not finished after 3 s"),
         ("[request id: 7] INTERNAL: the answer could not be decoded", 0, ServerError, "the answer could not be decoded"),
