@@ -54,10 +54,11 @@ class SequencePages:
         return pages[0]
 
     def share(self, taker: Sequence, source: Sequence, num_shared: int, num_left: int) -> None:
-        """taker's first `num_left` pages are left for the first `num_shared` of source's; it keeps the others."""
+        """taker's first `num_left` pages are left for the first `num_shared` of source's; of the others it keeps as many as source has, and one at least."""
         for page in source.pages[:num_shared]:
             self.pool.hold(page)
-        left, kept = taker.pages[:num_left], taker.pages[num_left:]
+        end = num_left + max(len(source.pages) - num_shared, 1)
+        left, kept = taker.pages[:num_left] + taker.pages[end:], taker.pages[num_left:end]
         taker.pages = source.pages[:num_shared] + kept
         self.pool.release(reversed(left))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from paged_backend.beam_search import BeamSearch, Candidates
+from paged_backend.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine import Engine
 from paged_backend.errors import RequestError
 from paged_backend.messages import Submit
@@ -56,6 +57,22 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
     assert idle == 1
     assert scheduler.num_preemptions == 1, "there was a page in reserve: the test misses its point"
     assert scheduler.pool.num_held == 0
+
+
+def test_a_beam_that_comes_late_has_no_more_pages_than_a_page_table_has_room_for() -> None:
+    """Without preemption its reserve is for a whole answer; from the one beam that there was until now it gets a page, too."""
+    scheduler = Scheduler(SchedulerLimits(2, 4, 4, max_num_sequences=2, max_batched_tokens=2, prefix_cache=False, preemption=False))
+    engine = Engine(scheduler, CheckedRunner(SimulatedRunner(2, 4, 2, 4, 2, VOCAB), TableBounds(2, 4, 2, 4, 2), scheduler.check), 0)
+    sampling = SamplingParams(max_tokens=3, use_beam_search=True, beam_width=2, n=2, temperature=0.0)
+    assert np.isfinite(simulated_runner.continuations([6], VOCAB, VOCAB).logprobs).sum() == 1, "there are two beams at once: the test misses its point"
+    engine.submit(Submit(0, np.array([6], np.int32).tobytes(), sampling, (), "", 1e18))
+    found = []
+    while not engine.idle:
+        for output in engine.step():
+            found += output.found
+        engine.check()
+    assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == solo_search([6], sampling, 3, (), VOCAB)
+    assert scheduler.pool.num_available == 4
 
 
 def test_a_search_alone_with_one_beam_is_a_greedy_request() -> None:
