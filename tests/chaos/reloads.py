@@ -24,7 +24,7 @@ _SETTLING_SECONDS = 10.0  # what a connection that was just closed may need to b
 _PROMPT = "tokens=4"
 
 
-def census(server: FrontEndServer, shm_prefix: str) -> dict[str, int]:
+def census(server: FrontEndServer, shm_prefix: str, scratch: Path) -> dict[str, int]:
     """What the server's processes have, with no model loaded."""
     pids = family(server.process.pid)
     return {
@@ -32,16 +32,16 @@ def census(server: FrontEndServer, shm_prefix: str) -> dict[str, int]:
         "files": sum(count_of(f"/proc/{pid}/fd") for pid in pids),
         "threads": sum(count_of(f"/proc/{pid}/task") for pid in pids),
         "dev_shm": len(list(Path("/dev/shm").glob(f"{shm_prefix}*"))),
-        "folders": len(list(Path(tempfile.gettempdir()).glob("paged-*"))),
+        "folders": len(list(scratch.iterdir())),
         "resident": sum(resident_bytes(pid) for pid in pids),
     }
 
 
-def settled(server: FrontEndServer, shm_prefix: str, before: list[dict[str, int]]) -> dict[str, int]:
+def settled(server: FrontEndServer, shm_prefix: str, scratch: Path, before: list[dict[str, int]]) -> dict[str, int]:
     """The census, after the first of them that has no more files, folders and processes than the warmed-up one, or after a while."""
     deadline = time.monotonic() + _SETTLING_SECONDS
     while True:
-        found = census(server, shm_prefix)
+        found = census(server, shm_prefix, scratch)
         if len(before) < _WARM_UP or time.monotonic() > deadline or all(found[name] <= before[_WARM_UP - 1][name] for name in KEPT):
             return found
         time.sleep(0.1)
@@ -52,7 +52,10 @@ def run_reloads(folder: Path, times: int, instances: int = 2, options: dict[str,
     prefix = f"reloads-{time.monotonic_ns()}-"
     arguments = [f"--backend-config=python,shm-region-prefix-name={prefix}"]
     censuses, loads, unloads = [], [], []
-    with serving(folder, instances=instances, load=False, options=options, arguments=arguments) as server:
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as scratch,
+        serving(folder, instances=instances, load=False, options=options, arguments=arguments, scratch=Path(scratch)) as server,
+    ):
         for _ in range(times):
             started = time.monotonic()
             server.load()
@@ -60,7 +63,7 @@ def run_reloads(folder: Path, times: int, instances: int = 2, options: dict[str,
             answer = server.ask(_PROMPT, stream=True, max_tokens=4)
             assert answer.error is None and answer.num_finals == 1, answer
             unloads.append(server.unload())
-            censuses.append(settled(server, prefix, censuses))
+            censuses.append(settled(server, prefix, Path(scratch), censuses))
             print(f"{len(censuses)}: {censuses[-1]}", file=sys.stderr, flush=True)
         server.process.terminate()
         exit_code = server.process.wait(40)

@@ -188,13 +188,13 @@ def send(client: grpc.InferenceServerClient, prompt: str, *, request_id: str = "
 
 @contextmanager
 def serving(
-    folder: Path, *, instances: int = 1, load: bool = True, options: Mapping[str, str] | None = None, arguments: Sequence[str] = ()
+    folder: Path, *, instances: int = 1, load: bool = True, options: Mapping[str, str] | None = None, arguments: Sequence[str] = (), scratch: Path | None = None
 ) -> Iterator[FrontEndServer]:
-    """Starts a server in `folder`, with the model loaded unless `load` says no. arguments: more of tritonserver's."""
+    """Starts a server in `folder`, with the model loaded unless `load` says no. arguments: more of tritonserver's. scratch: its folder for temporary files."""
     folder.mkdir(exist_ok=True, parents=True)
     installation = server_files.find_installation()
     backends = server_files.prepare_backends(installation, folder)
-    environment = server_files.prepare_environment(installation, folder)
+    environment = server_files.prepare_environment(installation, folder) | ({} if scratch is None else {"TMPDIR": str(scratch)})
     repository = server_files.prepare_repository(folder, model_name=MODEL, options={"model": "fake", **(options or {})}, instances=instances)
     version = repository / MODEL / "1"
     version.unlink()

@@ -263,12 +263,14 @@ def test_only_those_that_ran_when_an_engine_died_are_suspected(key: str) -> None
         runs, waits = (_ask(client, "silent")[0] for _ in range(2))
         folder = client._seat.folder_of(client._incarnation)
         _wait(lambda: (folder / "running").exists())
+        os.kill(_engine_pid(client), signal.SIGSTOP)  # which writes that file, too
         (folder / "running").write_bytes(np.array([runs, -1], np.int64).tobytes())
         client._note_death()
         assert (client._live[runs].deaths, client._live[waits].deaths) == (1, 0)
         client._note_death()
         assert (client._live[runs].resumed().suspect, client._live[waits].resumed().suspect) == (True, False)
     finally:
+        os.kill(_engine_pid(client), signal.SIGCONT)
         client.close()
 
 
