@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from paged_backend.step_plan import plan_step, shape_of
 from tests.adapter_oracle import save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import GREEDY, Driver, load_runner
+from tools.demo_model import exam
 
-OPENINGS = ("Once upon a time", "One windy morning", "In a stone house by the river", "Long ago")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -177,21 +178,22 @@ def _last_logits(runner: ModelRunner, prompts: list[np.ndarray]) -> torch.Tensor
 
 
 def test_bfloat16_agrees_with_float32_on_a_trained_model() -> None:
-    """The demo model. Every token of the answers that float32 gives on the CPU is asked for again, given those before it."""
-    cpu = load_runner(demo_model_folder(), max_model_len=512)
-    cuda = load_runner(demo_model_folder(), max_model_len=512, device="cuda", dtype="bfloat16")
+    """The demo model and questions of its exam. Every token of the answers that float32 gives on the CPU is asked for again, given those before it."""
+    cpu = load_runner(demo_model_folder(), max_model_len=2048)
+    cuda = load_runner(demo_model_folder(), max_model_len=2048, device="cuda", dtype="bfloat16")
     tokenizer = Tokenizer.from_file(str(demo_model_folder() / "tokenizer.json"))
-    texts = [f"{opening} {name} was a {trade}." for opening in OPENINGS for name in ("Mira", "Tom") for trade in ("baker", "sailor", "painter")]
-    prompts = [np.array(tokenizer.encode(text).ids, np.int32) for text in texts]
-    answers = Driver(cpu).generate(prompts, 25)
+    sittings = [exam.sitting(tokenizer, conversation) for conversation in exam.held_out("given", 8)]
+    items = [(sitting, item) for sitting in sittings for item in sitting.items[:3]]
+    prompts = [np.array(sitting.ids[: item.prompt_len], np.int32) for sitting, item in items]
     theirs, ours = _last_logits(cpu, prompts), _last_logits(cuda, prompts)
     assert (ours - theirs).norm() <= 0.02 * theirs.norm()
-    cut = [(index, end) for index in range(len(prompts)) for end in range(25)]
-    begun = [np.concatenate([prompts[index], np.array(answers[index][:end], np.int32)]) for index, end in cut]
-    again = Driver(cuda).generate(begun, 1, steps_ahead=1)
-    equal = sum(token == answers[index][end] for (index, end), (token,) in zip(cut, again, strict=True))
-    print(f"bfloat16 on CUDA takes the token of float32 on the CPU in {equal} of {len(cut)} cases")
-    assert equal >= 0.98 * len(cut)
+    begun = [np.array([*sitting.ids[: item.prompt_len], *item.answer_ids[:end]], np.int32) for sitting, item in items for end in range(len(item.answer_ids))]
+    equal = 0
+    for first in range(0, len(begun), 8):
+        some = begun[first : first + 8]
+        equal += sum(map(operator.eq, Driver(cpu).generate(some, 1), Driver(cuda).generate(some, 1, steps_ahead=1)))
+    print(f"bfloat16 on CUDA takes the token of float32 on the CPU in {equal} of {len(begun)} cases")
+    assert equal >= 0.98 * len(begun)
 
 
 @pytest.mark.parametrize("num_sequences", [1, 256])
