@@ -16,8 +16,9 @@ import numpy as np
 
 from paged_backend.config import EngineConfig
 from paged_backend.detokenizer import AnswerText
-from paged_backend.engine_client import EngineClient, Piece
+from paged_backend.engine_client import EngineClient
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.live_requests import Piece
 from paged_backend.metrics import Tally
 from paged_backend.prompt import Prompt, PromptReader
 from paged_backend.prompt_table import PromptTableParts

@@ -11,7 +11,7 @@ _SHORT_SHARE = 8  # a prompt is short up to this part of a step's budget
 
 
 def short_len(budget: int) -> int:
-    """The longest prompt that counts as short, in tokens: it need not wait behind long ones (scheduler.py)."""
+    """The longest prompt that counts as short, in tokens: it need not wait behind long ones (admission.py)."""
     return max(1, budget // _SHORT_SHARE)
 
 

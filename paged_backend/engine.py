@@ -56,7 +56,6 @@ class Engine:
     def stats(self) -> Stats:
         """The numbers of this moment; takes the queue times gathered since the last call."""
         scheduler = self._scheduler
-        queue_times = scheduler.take_queue_times()
         return Stats(
             pages_free=scheduler.pool.num_free,
             pages_held=scheduler.pool.num_held,
@@ -68,7 +67,7 @@ class Engine:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             num_steps=self.num_steps,
-            queue_times=tuple(queue_times),
+            queue_times=scheduler.take_queue_times(),
         )
 
     def check(self) -> None:

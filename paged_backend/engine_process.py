@@ -1,6 +1,6 @@
 """The engine process: `python -m paged_backend.engine_process DIRECTORY`, one for all front ends of a model.
 
-Started by a front end (engine_client.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is
+Started by a front end (engine_supervisor.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is
 gone. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`; each front end is answered at the address it said hello with.
 `paged top` finds this process by its command line and subscribes at `ipc://DIRECTORY/watch.sock` (watch.py).
 """
@@ -49,7 +49,8 @@ from paged_backend.messages import (
     front_ends_of,
 )
 from paged_backend.request import Finish, Found, PromptLogprobs
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from paged_backend.watch import Watch
 
 _STATS_SECONDS = 0.25

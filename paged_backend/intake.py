@@ -1,4 +1,4 @@
-"""A request as the engine's process hears of it -> a sequence, or the reason why there will be none."""
+"""Requests as they arrive: each becomes a sequence, or is refused with an error that says which limit it met."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from paged_backend.batch import Int32
 from paged_backend.beams import Beams
 from paged_backend.errors import ErrorKind
 from paged_backend.guides import Guides
-from paged_backend.limits import SchedulerLimits
 from paged_backend.messages import Submit
 from paged_backend.request import Finish
+from paged_backend.scheduler_limits import SchedulerLimits
 from paged_backend.sequence import Sequence
 
 
 class Intake:
-    """Numbers the sequences in the order in which they come: that is their turn, and their own seed."""
+    """Owns the numbers that say who came first. A refusal changes nothing."""
 
     def __init__(self, limits: SchedulerLimits, guides: Guides, beams: Beams) -> None:
         self._limits = limits
@@ -26,8 +26,8 @@ class Intake:
         self._beams = beams
         self._serial = 0
 
-    def read(self, request: Submit, num_waiting: int) -> Sequence | Finish:
-        """num_waiting: how many wait before it. A Finish says which limit the request met."""
+    def take(self, request: Submit, num_waiting: int) -> Sequence | Finish:
+        """num_waiting: requests in the queue before it. A Finish: it is refused."""
         token_ids = np.frombuffer(request.prompt_ids, np.int32)
         sampling = request.sampling
         eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
@@ -65,6 +65,7 @@ class Intake:
         )
         if sampling.prompt_logprobs is not None and not sequence.answered:
             sequence.unscored = 0
+        self._beams.enrol(sequence)
         return sequence
 
     def _refusal(self, token_ids: Int32, resumed: bool, num_waiting: int) -> tuple[ErrorKind, str] | None:

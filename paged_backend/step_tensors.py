@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import paged_kernels.reference as reference
-from paged_backend.batch import Batch, Feature, Int32, NewRow, TokenEdit, TokenMasks
+from paged_backend.batch import Batch, Feature, Int32
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.staging import Staging
 from paged_backend.step_plan import StepPlan, StepShape
+from paged_backend.step_sections import COLUMN, SIZES, sections_of, sizes_of
 
-_MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbers anyway, and may overflow
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
-
-# columns of a row's parameters; the floats are stored as their bits. The seed comes first and their number is even: it is read as one int64
-_COLUMNS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "masked", "berth")
-_FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-_COLUMN = {name: index for index, name in enumerate(_COLUMNS + _FLOAT_COLUMNS)}
 
 
 class RowOps(Protocol):
@@ -98,10 +93,10 @@ class RowParameters:
     block: Tensor  # int32 [k, columns]
 
     def integers(self, name: str) -> Tensor:
-        return self.block[:, _COLUMN[name]]
+        return self.block[:, COLUMN[name]]
 
     def floats(self, name: str) -> Tensor:
-        return self.block.view(torch.float32)[:, _COLUMN[name]]
+        return self.block.view(torch.float32)[:, COLUMN[name]]
 
 
 class DeviceRows:
@@ -130,7 +125,7 @@ class DeviceRows:
         self.page_size = page_size
         self._ops = ops
         self._copy_pages = copy_pages
-        self._parameters = zeros(num_rows, len(_COLUMN))
+        self._parameters = zeros(num_rows, len(COLUMN))
         self._zeros = zeros
         self.token_masks = zeros(num_rows, 0)  # int32 [num_rows, ceil(vocab / 32)] of the rows that may choose certain tokens only; no width before the first
         self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
@@ -143,7 +138,7 @@ class DeviceRows:
         self._staging = Staging(device)
         self._sent: dict[str, Tensor] = {}  # valid until the next update
         # what the host must know of a row to size a step's sampling
-        self._sizes = {name: np.zeros(num_rows, np.int32) for name in ("num_bias", "num_stop", "num_bad_words", "num_top_logprobs", "masked")}
+        self._sizes = {name: np.zeros(num_rows, np.int32) for name in SIZES}
 
     # ---- reading rows
 
@@ -154,7 +149,7 @@ class DeviceRows:
     @property
     def seeds(self) -> Tensor:
         """int64 [num_rows], all 64 bits."""
-        return self._parameters.view(torch.int64)[:, _COLUMN["seed_low"] // 2]
+        return self._parameters.view(torch.int64)[:, COLUMN["seed_low"] // 2]
 
     @property
     def temperature(self) -> Tensor:
@@ -206,22 +201,9 @@ class DeviceRows:
     def update(self, batch: Batch, plan: StepPlan) -> Tensor:
         """Brings the rows up to date with a batch and brings the plan to the device: int32 [plan.shape.size]. Copies to the device once."""
         for new in batch.new_rows:
-            self._note(new)
-        sections = {"plan": plan.flat, "page_updates": batch.page_updates}
-        if batch.new_rows:
-            sections |= _new_row_sections(batch.new_rows)
-        masks = _masks_to_write(batch)
-        if masks is not None:
-            sections |= {"mask_spans": _mask_spans(masks), "masks": masks.words}
-        if batch.token_edits:
-            sections |= _edit_sections(batch.token_edits)
-        if len(batch.page_copies):
-            sections["page_copies"] = batch.page_copies
-        if batch.beams is not None:
-            sections["beams"] = plan.slots[batch.beams.sampled].astype(np.int32)
-        if batch.prompts:
-            sections["prompt_tokens"] = _prompt_tokens(batch, plan)
-        sent = self._sent = self._staging.send(sections)
+            for name, size in sizes_of(new).items():
+                self._sizes[name][new.row] = size
+        sent = self._sent = self._staging.send(sections_of(batch, plan))
         self._write(batch, sent)
         return sent["plan"]
 
@@ -293,12 +275,6 @@ class DeviceRows:
     def _widest(self, name: str, rows: Int32) -> int:
         return int(self._sizes[name][rows].max(initial=0))
 
-    def _note(self, new: NewRow) -> None:
-        s = new.sampling
-        sizes = (len(s.logit_bias), _num_stop(new), len(new.bad_words), s.logprobs or 0, _masked(new))
-        for column, size in zip(self._sizes.values(), sizes, strict=True):
-            column[new.row] = size
-
     def _write(self, batch: Batch, sent: Mapping[str, Tensor]) -> None:
         if batch.new_rows:
             self._ops.write_spans(self.token_ids, sent["token_spans"], sent["new_tokens"])
@@ -322,90 +298,3 @@ class DeviceRows:
         if name not in self._tables:
             self._tables[name] = self._zeros(*self._table_shapes[name])
         return self._tables[name]
-
-
-def _new_row_sections(new_rows: tuple[NewRow, ...]) -> dict[str, Int32]:
-    """Everything about rows that were taken since the step before. Table entries are columns: row, place(s) in the row, value."""
-    sections = {
-        "token_spans": _spans(new_rows, np.array([len(new.token_ids) for new in new_rows], np.int32)),
-        "new_tokens": np.concatenate([new.token_ids for new in new_rows]),
-        "parameter_spans": _spans(new_rows, np.full(len(new_rows), len(_COLUMN), np.int32)),
-        "new_parameters": np.concatenate([_parameter_block(new) for new in new_rows]),
-    }
-    tables: dict[str, list[Any]] = {"bias_ids": [], "stop_ids": [], "bad_words": []}
-    values: list[float] = []
-    for new in new_rows:
-        tables["bias_ids"] += [(new.row, index, token_id) for index, token_id in enumerate(new.sampling.logit_bias)]
-        values += new.sampling.logit_bias.values()
-        tables["stop_ids"] += [(new.row, index, token_id) for index, token_id in enumerate(new.stop_ids[: _num_stop(new)])]
-        for index, word in enumerate(new.bad_words):
-            padded = [-1] * (MAX_BAD_WORD_TOKENS - len(word)) + list(word)
-            tables["bad_words"] += [(new.row, index, place, token_id) for place, token_id in enumerate(padded)]
-    sections |= {name: np.array(entries, np.int32).T for name, entries in tables.items() if entries}
-    if values:
-        sections["bias_values"] = np.concatenate([sections["bias_ids"][:2], np.array([values], np.float32).view(np.int32)])
-    return sections
-
-
-def _spans(new_rows: tuple[NewRow, ...], lens: Int32) -> Int32:
-    """Where values that lie end to end belong: int32 [k, 4], row, column 0, start, length."""
-    rows = np.array([new.row for new in new_rows], np.int32)
-    return np.stack([rows, np.zeros_like(rows), np.cumsum(lens, dtype=np.int32) - lens, lens], axis=1)
-
-
-def _edit_sections(edits: tuple[TokenEdit, ...]) -> dict[str, Int32]:
-    lens = np.array([len(edit.token_ids) for edit in edits], np.int32)
-    columns = [
-        np.array([edit.row for edit in edits], np.int32),
-        np.array([edit.start for edit in edits], np.int32),
-        np.cumsum(lens, dtype=np.int32) - lens,
-        lens,
-    ]
-    return {"edit_spans": np.stack(columns, axis=1), "edited_tokens": np.concatenate([edit.token_ids for edit in edits])}
-
-
-def _prompt_tokens(batch: Batch, plan: StepPlan) -> Int32:
-    """int32 [3, k]: which token of the step, and the row and position of the one after it."""
-    columns = []
-    for span in batch.prompts:
-        positions = np.arange(span.start, span.start + span.count, dtype=np.int32)
-        at = plan.firsts[span.entry] + positions - batch.starts[span.entry]
-        columns.append(np.stack([at, np.full_like(positions, batch.rows[span.entry]), positions + 1]))
-    return np.concatenate(columns, axis=1)
-
-
-def _masks_to_write(batch: Batch) -> TokenMasks | None:
-    """Those of new rows, which stay, and those of this step."""
-    fixed = [(new.row, new.allowed) for new in batch.new_rows if new.allowed is not None]
-    if not fixed:
-        return batch.masks
-    rows, words = np.array([row for row, _ in fixed], np.int32), np.stack([allowed for _, allowed in fixed])
-    if batch.masks is None:
-        return TokenMasks(rows, words)
-    return TokenMasks(np.concatenate([rows, batch.masks.rows]), np.concatenate([words, batch.masks.words]))
-
-
-def _mask_spans(masks: TokenMasks) -> Int32:
-    """As `_spans`."""
-    count, width = masks.words.shape
-    places = np.arange(count, dtype=np.int32) * width
-    return np.stack([masks.rows, np.zeros_like(places), places, np.full_like(places, width)], axis=1)
-
-
-def _parameter_block(new: NewRow) -> Int32:
-    """One row's parameters in the order of the columns: int32 [columns]."""
-    s = new.sampling
-    seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
-    min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), new.berth]
-    floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
-    return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
-
-
-def _masked(new: NewRow) -> bool:
-    return new.sampling.guided or new.allowed is not None
-
-
-def _num_stop(new: NewRow) -> int:
-    """Stop ids that the sampler must know: without min_tokens, none; a grammar's mask takes care of them, and lets them through where nothing else is left."""
-    return len(new.stop_ids) if new.sampling.min_tokens > 0 and not new.sampling.guided else 0

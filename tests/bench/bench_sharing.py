@@ -29,7 +29,8 @@ from paged_backend.engine import Engine
 from paged_backend.engine_process import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from tests.bench.bench_memory import log_normal
 
 PAGE_SIZE = 16

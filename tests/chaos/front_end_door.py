@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from paged_backend import engine_client
+from paged_backend import engine_supervisor
 from paged_backend.config import EngineConfig
 from paged_backend.errors import RequestError
 from paged_backend.front_end import FrontEnd
@@ -74,7 +74,7 @@ class FrontEndDoor:
     def __init__(self, options: dict[str, Any], instances: int, command: list[str] | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp")
         tempfile.tempdir = self._folder.name
-        engine_client._LONGEST_PAUSE_SECONDS = LONGEST_PAUSE_SECONDS
+        engine_supervisor._LONGEST_PAUSE_SECONDS = LONGEST_PAUSE_SECONDS
         config, key = EngineConfig.parse(options), uuid.uuid4().hex
         with ThreadPoolExecutor(instances) as threads:
             self._front_ends = list(threads.map(lambda _: FrontEnd(config, key, instances, command), range(instances)))

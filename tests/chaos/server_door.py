@@ -25,9 +25,9 @@ from tests.chaos.judge import Heard
 from tests.server.calls import MODEL, metrics, tensor, tensor_array
 
 _MODEL_PY = """
-from paged_backend import engine_client, triton_io
+from paged_backend import engine_supervisor, triton_io
 
-engine_client._LONGEST_PAUSE_SECONDS = {pause}
+engine_supervisor._LONGEST_PAUSE_SECONDS = {pause}
 
 
 class TritonPythonModel(triton_io.TritonPythonModel):

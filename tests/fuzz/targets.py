@@ -24,7 +24,8 @@ from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.messages import Submit, decode_to_engine, encode
 from paged_backend.request import Chat, SamplingParams
 from paged_backend.request_reader import read_request, wants_error_code
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from paged_backend.step_plan import StepShape, plan_step
 from paged_backend.step_tensors import DeviceRows
 from tests.simulated_runner import SimulatedRunner, solo

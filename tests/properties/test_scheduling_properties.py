@@ -12,7 +12,8 @@ from paged_backend.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine import Engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from tests.simulated_runner import SimulatedRunner, solo, solo_search
 
 EOS = 5
@@ -97,7 +98,7 @@ class Scheduling(RuleBasedStateMachine):
         options = {"length_penalty": length_penalty, "early_stopping": early_stopping, "stop_token_ids": stop_ids}
         sampling = SamplingParams(max_tokens=max_tokens, use_beam_search=True, beam_width=width, n=width, temperature=0.0, **options)
         self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), "", self.now))
-        if not any(finish.request_id == request_id for finish in self.scheduler._outcomes._finishes):  # refused at once
+        if request_id in self.scheduler._living:  # else refused at once
             length = min(max_tokens, self.limits.max_model_len - len(prompt))
             ends = tuple(dict.fromkeys((EOS, *stop_ids)))
             self.widths[request_id] = width

@@ -16,7 +16,8 @@ from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.messages import Submit
 from paged_backend.request import Finish, parse_sampling
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 
 LIMITS = SchedulerLimits(page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
 PROMPT = np.arange(9, dtype=np.int32)
@@ -90,12 +91,12 @@ class Desk:
     def _run(self, batch: Batch) -> None:
         self.lying |= {berth: adapter.name for berth, adapter in batch.adapters}
         for new in batch.new_rows:
-            sequence = self.scheduler._residents.rows.sequences[new.row]
+            sequence = self.scheduler._running.table.sequences[new.row]
             assert sequence is not None
             wanted = sequence.sampling.lora_name
             assert (None if new.berth < 0 else self.lying[new.berth]) == wanted, "the device has another adapter there"
             self.rows[sequence.request_id] = wanted
-        assert batch.adapted == any(sequence.berth >= 0 for sequence in self.scheduler._residents.running if sequence.row in batch.rows)
+        assert batch.adapted == any(sequence.berth >= 0 for sequence in self.scheduler._running.runners if sequence.row in batch.rows)
         self._take(self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), 3, np.int32))))
 
     def _take(self, output: StepOutput | None) -> None:

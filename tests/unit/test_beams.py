@@ -14,7 +14,8 @@ from paged_backend.engine import Engine
 from paged_backend.errors import RequestError
 from paged_backend.messages import Submit
 from paged_backend.request import MAX_BEAM_WIDTH, SamplingParams, parse_sampling
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from tests import simulated_runner
 from tests.simulated_runner import SimulatedRunner, solo_search
 
@@ -52,7 +53,7 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
         for output in engine.step():
             found += output.found
         engine.check()
-        idle += scheduler.num_running == 3 and (scheduler._residents.rows.num_tokens > 0).sum() == 1 and engine.num_steps > 4
+        idle += scheduler.num_running == 3 and (scheduler._running.table.num_tokens > 0).sum() == 1 and engine.num_steps > 4
     assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == expected
     assert idle == 1
     assert scheduler.num_preemptions == 1, "there was a page in reserve: the test misses its point"

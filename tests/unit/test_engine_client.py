@@ -20,8 +20,10 @@ import pytest
 
 from paged_backend.config import EngineConfig
 from paged_backend.election import Election, ProcessId
-from paged_backend.engine_client import EngineClient, Piece, engine_command
+from paged_backend.engine_client import EngineClient
+from paged_backend.engine_supervisor import engine_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.live_requests import Piece
 from paged_backend.messages import Stats
 from paged_backend.prompt import Prompt
 from paged_backend.request import SamplingParams
@@ -227,7 +229,7 @@ def test_an_engine_that_says_nothing_is_killed_and_replaced(key: str) -> None:
 def test_an_engine_that_hangs_while_it_loads_after_a_restart_is_killed_and_replaced(key: str) -> None:
     client = _connect(key, model="slow", engine_hang_seconds=5)
     try:
-        client._load_seconds = 0.1
+        client._supervisor._load_seconds = 0.1
         _, inbox = _ask(client, "tokens=60 delay=0.01")
         _wait(lambda: len(inbox.ids) > 3)
         first = _engine_pid(client)
@@ -261,14 +263,14 @@ def test_only_those_that_ran_when_an_engine_died_are_suspected(key: str) -> None
     client = _connect(key)
     try:
         runs, waits = (_ask(client, "silent")[0] for _ in range(2))
-        folder = client._seat.folder_of(client._incarnation)
+        folder = client._supervisor.engine_folder
         _wait(lambda: (folder / "running").exists())
         os.kill(_engine_pid(client), signal.SIGSTOP)  # which writes that file, too
         (folder / "running").write_bytes(np.array([runs, -1], np.int64).tobytes())
-        client._note_death()
-        assert (client._live[runs].deaths, client._live[waits].deaths) == (1, 0)
-        client._note_death()
-        assert (client._live[runs].resumed().suspect, client._live[waits].resumed().suspect) == (True, False)
+        client._live.note_death(*client._supervisor.last_running())
+        assert (client._live._requests[runs].deaths, client._live._requests[waits].deaths) == (1, 0)
+        client._live.note_death(*client._supervisor.last_running())
+        assert (client._live._requests[runs].resumed().suspect, client._live._requests[waits].resumed().suspect) == (True, False)
     finally:
         os.kill(_engine_pid(client), signal.SIGCONT)
         client.close()
@@ -292,7 +294,7 @@ def test_draws_without_a_seed_are_given_one_that_survives_the_engine(key: str) -
     client = _connect(key)
     try:
         ids = [_ask(client, "silent", temperature=0.8)[0] for _ in range(2)] + [_ask(client, "silent", temperature=0.0)[0]]
-        seeds = [client._live[request_id].submit.sampling.seed for request_id in ids]
+        seeds = [client._live._requests[request_id].submit.sampling.seed for request_id in ids]
         assert None not in seeds[:2]
         assert len(set(seeds)) == 3
     finally:
@@ -305,7 +307,7 @@ def test_while_the_engine_restarts_no_more_requests_wait_than_the_queue_holds(ke
         _, first = _ask(client, "tokens=60 delay=0.02")
         _wait(lambda: len(first.ids) > 3)
         os.kill(_engine_pid(client), signal.SIGKILL)
-        _wait(lambda: client._link is None)
+        _wait(lambda: client._live.link is None)
         inboxes = [first, *(_ask(client, "tokens=3")[1] for _ in range(2))]
         with pytest.raises(RequestError, match=r"3 requests wait for the engine.*max_queue_size") as caught:
             _ask(client, "tokens=3")
@@ -320,7 +322,7 @@ def test_only_what_an_engine_had_is_resumed(key: str) -> None:
     client = _connect(key)
     try:
         request_id, _ = _ask(client, "silent")
-        live = client._live[request_id]
+        live = client._live._requests[request_id]
         assert live.resumed().resumed
         live.sent = False
         assert not live.resumed().resumed
@@ -445,7 +447,7 @@ def test_what_killed_servers_left_behind_is_swept_but_not_what_live_ones_use(key
     other = _connect("another")
     try:
         assert not dead._folder.exists()
-        assert live._seat.folder.exists()
+        assert live._supervisor._seat.folder.exists()
     finally:
         _close_all([live, other])
     assert list(folder.iterdir()) == []

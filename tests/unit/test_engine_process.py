@@ -32,7 +32,8 @@ from paged_backend.messages import (
     request_id_of,
 )
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from tests.simulated_runner import SimulatedRunner, solo
 
 VOCAB = 97

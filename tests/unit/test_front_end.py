@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_client import _open_queue
+from paged_backend.engine_supervisor import open_queue
 from paged_backend.errors import ErrorKind
 from paged_backend.front_end import FrontEnd
 from paged_backend.messages import QUEUE_FILE
@@ -55,9 +55,9 @@ def test_a_deadline_holds_although_the_engine_says_nothing(front_end: FrontEnd) 
 
 def test_a_request_too_many_is_refused_before_its_prompt_is_read(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine says how many wait in memory that it shares; it, the tokenizer and their callers are spared the rest."""
-    folder = front_end.client._seat.folder_of(front_end.client._incarnation)
+    folder = front_end.client._supervisor.engine_folder
     np.array([front_end.config.max_queue_size], np.int64).tofile(folder / QUEUE_FILE)
-    front_end.client._queue = _open_queue(folder / QUEUE_FILE)
+    front_end.client._supervisor._queue = open_queue(folder / QUEUE_FILE)
     read: list[object] = []
     monkeypatch.setattr(front_end.prompts, "read", read.append)
     ended, told = threading.Event(), []

@@ -304,7 +304,7 @@ def test_the_last_token_may_land_after_a_preemption(engine: Engine) -> None:
     scheduler = engine._scheduler
     while not any(batch.samples.any() for batch in (flight.batch for flight in engine._runner._in_flight)):  # type: ignore[attr-defined]
         engine.step()
-    scheduler._living.preempt(scheduler._residents.running[0])
+    scheduler._living.preempt(scheduler._running.runners[0])
     ended = drain(engine, 1)[0]
     assert [ended.text, ended.reason] == ["a", "stop"]
 

@@ -141,7 +141,7 @@ def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle,
                 heard.setdefault(piece.request_id, Heard()).pieces.append(piece)
         engine.check()
         if seen == 0 and engine.num_steps == 40:  # in the middle of a prompt: the pool is taken away from all but the oldest
-            victim = max(engine._scheduler._residents.running, key=lambda sequence: sequence.serial)
+            victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.serial)
             assert 0 < victim.unscored < victim.prompt_len - 1
             engine._scheduler._living.preempt(victim)
             seen = 1

@@ -12,7 +12,8 @@ from paged_backend.engine import Engine
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Submit
 from paged_backend.request import Finish, SamplingParams
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from tests.simulated_runner import SimulatedRunner, solo
 
 VOCAB = 97

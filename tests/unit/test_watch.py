@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from paged_backend.engine import Engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler, SchedulerLimits
+from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler_limits import SchedulerLimits
 from paged_backend.snapshot import CACHED, FIRST_REQUEST, FREE, MAX_CELLS, SHARED, WATCH_SOCKET, Numbers, Snapshot, decode, page_cells
 from paged_backend.watch import Watch
 from tests.simulated_runner import SimulatedRunner

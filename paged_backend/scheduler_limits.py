@@ -1,4 +1,4 @@
-"""What the scheduler must know of config, checkpoint and pool."""
+"""The numbers that bound what the scheduler may let run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Tunables as README.md has them, where config and checkpoint agreed on them."""
+    """What the scheduler must know of config, checkpoint and pool."""
 
     page_size: int
     num_pages: int
