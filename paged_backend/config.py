@@ -66,6 +66,9 @@ class EngineConfig(BaseModel):
     max_engine_restarts: int = Field(
         8, ge=0, description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on."
     )
+    standby_engine: bool = Field(
+        True, description="Keep a second process that has imported everything, to take a dead engine's place: some 300 MB of memory, none of the device's."
+    )
     engine_hang_seconds: float = Field(
         300.0, ge=0, description="An engine that says nothing for this long, which no step may take, is killed and restarted; 0: never."
     )

@@ -88,6 +88,10 @@ class Seat:
         """Holds engine.sock and one socket per front end."""
         return self.folder / str(incarnation.number)
 
+    def folder_after(self, incarnation: Incarnation) -> Path:
+        """Of the engine that takes its place."""
+        return self.folder / str(incarnation.number + 1)
+
 
 class Election:
     """The front ends of one model in one server. `key` names both."""

@@ -111,8 +111,12 @@ class EngineClient:
             return
         self._closing.set()
         self._live.shut()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is None:
+            self._leave()
+        elif self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _leave(self) -> None:
         self._supervisor.close(self._live.disconnect())
 
     def _own_seed(self, request_id: int) -> int:
@@ -130,12 +134,15 @@ class EngineClient:
         except Exception as error:  # whatever it was, nobody may wait for ever
             log.exception("the engine's messages cannot be read")
             self._lose(str(error))
+        self._closing.wait()  # the kernel ends an engine with the thread that started it
+        self._leave()
 
     def _listen(self, on_stats: Callable[[Stats], None]) -> str | None:
         """Until the engine is gone: why. None when closing."""
         link, heard = self._live.link, time.monotonic()
         assert link is not None
         while not self._closing.is_set():
+            self._supervisor.stand_by()
             message = link.next_message()
             if message is not None:
                 heard = time.monotonic()

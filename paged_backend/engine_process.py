@@ -1,12 +1,14 @@
 """The engine process: `python -m paged_backend.engine_process DIRECTORY`, one for all front ends of a model.
 
-Started by a front end (engine_supervisor.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is
-gone. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`; each front end is answered at the address it said hello with.
-`paged top` finds this process by its command line and subscribes at `ipc://DIRECTORY/watch.sock` (watch.py).
+Started by a front end (engine_starter.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is gone. With
+`--standby` after the folder it imports what an engine needs and waits for another line. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`;
+each front end is answered at the address it said hello with. `paged top` finds this process by its command line and its name, and subscribes at
+`ipc://DIRECTORY/watch.sock` (watch.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -15,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -24,14 +26,15 @@ import zmq
 from numpy.typing import NDArray
 
 from paged_backend.batch import StepOutput
-from paged_backend.checked_runner import CheckedRunner, TableBounds
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine, Runner
+from paged_backend.engine import Engine
 from paged_backend.errors import EngineError
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import (
+    ENGINE_NAME,
     QUEUE_FILE,
     RUNNING_FILE,
+    STANDBY,
     SUSPECT_FILE,
     Abort,
     Failed,
@@ -50,13 +53,13 @@ from paged_backend.messages import (
 )
 from paged_backend.request import Finish, Found, PromptLogprobs
 from paged_backend.scheduler import Scheduler
-from paged_backend.scheduler_limits import SchedulerLimits
 from paged_backend.watch import Watch
 
 _STATS_SECONDS = 0.25
 _IDLE_WAIT_SECONDS = 0.05
 _STALLED_WAIT_SECONDS = 0.002
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 
 log = logging.getLogger("paged")
 
@@ -232,74 +235,36 @@ class EngineProcess:
                     self._outbox.send(message.front_end, Failed(sentence))
 
 
-def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Scheduler, Ready]:
-    """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
+def prepare(config: EngineConfig) -> None:
+    """What takes seconds of a start and needs neither the device nor much memory. What fails here fails again later, when somebody listens."""
+    with contextlib.suppress(Exception):
+        from paged_backend.engine_loading import prepare_to_load
 
-    Raises:
-        EngineError: one sentence for the operator.
+        prepare_to_load(config)
+
+
+def wait_to_be_engine(flags: Collection[str]) -> EngineConfig | None:
+    """The options, once this process is to be the engine. It dies with its parent, or rather with the thread that started it. None: the parent has gone.
+
+    flags: with STANDBY among them it prepares and waits until it is needed.
     """
-    from paged_backend.adapters import Adapters
-    from paged_backend.grammar import Grammars
-    from paged_backend.guides import Guides
-    from paged_backend.model_runner import ModelRunner
-    from paged_backend.models.tokenizer import export_tokenizer
-
-    started = time.monotonic()
-    runner = ModelRunner.load(config, log.info)
-    limits = runner.limits
-    tokenizer_path = export_tokenizer(runner.folder, directory / "tokenizer.json")
-    if tokenizer_path is None:
-        log.info("no tokenizer beside the checkpoint: requests must bring input_ids")
-    scheduler = Scheduler(
-        SchedulerLimits(
-            page_size=config.page_size,
-            num_pages=limits.num_pages,
-            max_model_len=limits.max_model_len,
-            max_num_sequences=config.max_num_sequences,
-            max_batched_tokens=config.max_batched_tokens,
-            max_queue_size=config.max_queue_size,
-            max_waiting_seconds=config.max_waiting_seconds,
-            request_deadline_seconds=config.request_deadline_seconds,
-            prefix_cache=config.prefix_cache,
-            preemption=config.preemption,
-            eos_ids=limits.eos_ids,
-            seed=config.seed,
-        ),
-        guides=Guides(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
-        adapters=None if runner.berths is None else Adapters(len(runner.berths), runner.berths),
-    )
-    log.info("engine ready after %.1f s", time.monotonic() - started)
-    ready = Ready(
-        tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
-        vocab_size=limits.vocab_size,
-        max_model_len=limits.max_model_len,
-        max_pool_tokens=limits.num_pages * config.page_size,
-        page_size=config.page_size,
-        num_pages=limits.num_pages,
-    )
-    stepped: Runner = runner
-    if config.debug_checks:
-        max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
-        bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens)
-        stepped = CheckedRunner(runner, bounds, scheduler.check)
-    return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0), scheduler, ready
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent cannot say goodbye
+    line = sys.stdin.readline()
+    if not line:
+        return None
+    config = EngineConfig.model_validate_json(line)
+    if STANDBY in flags:
+        prepare(config)
+        if not sys.stdin.readline():
+            return None
+    _watch_life_line(sys.stdin)
+    prctl(_PR_SET_NAME, ENGINE_NAME.encode())
+    return config
 
 
-def leave_a_core(environment: Mapping[str, str]) -> None:
-    """Takes torch's threads of this process down to one less than there are processors, unless OMP_NUM_THREADS says otherwise.
-
-    The server, its front ends and clients need a processor too, and threads that wait for one another at every op stand still while one of them has none:
-    on two busy cores the demo model's stream ran at 7 tokens/s with two threads and at 70 with one.
-    """
-    import torch
-
-    if "OMP_NUM_THREADS" not in environment:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))
-
-
-def die_with_parent(life_line: TextIO) -> None:
-    """A killed parent cannot say goodbye: the kernel tells us (prctl), and so does the end of stdin."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _watch_life_line(life_line: TextIO) -> None:
+    """The end of stdin says it too, and more: the parent need not have died."""
 
     def wait_for_the_end() -> None:
         life_line.read()
@@ -313,10 +278,18 @@ def main() -> int:
     stderr = logging.StreamHandler()
     stderr.setFormatter(LogLines())
     logging.basicConfig(level=logging.INFO, handlers=[stderr])
-    config = EngineConfig.model_validate_json(sys.stdin.readline())
-    die_with_parent(sys.stdin)
-    leave_a_core(os.environ)
-    return EngineProcess(Path(sys.argv[1]), Path(config.model).name).run(lambda directory: load_engine(config, directory))
+    directory, *flags = sys.argv[1:]
+    config = wait_to_be_engine(flags)
+    if config is None:
+        return 0
+
+    def load(directory: Path) -> tuple[Engine, Scheduler, Ready]:
+        from paged_backend.engine_loading import leave_a_core, load_engine
+
+        leave_a_core(os.environ)
+        return load_engine(config, directory)
+
+    return EngineProcess(Path(directory), Path(config.model).name).run(load)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -24,27 +21,18 @@ from numpy.typing import NDArray
 from paged_backend.config import EngineConfig
 from paged_backend.election import Election, Incarnation
 from paged_backend.engine_link import EngineLink
+from paged_backend.engine_starter import EngineStarter, wait_for_exit
 from paged_backend.errors import EngineError
 from paged_backend.messages import QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
 
 _LINGER_MS = 1000  # for the last goodbye
 _PATIENCE_SECONDS = 1.0  # Triton Server finalizes instances one after another: the other front ends may say goodbye only after the owner is gone
-_EXIT_SECONDS = 10.0
 _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0
 _LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
 
 log = logging.getLogger("paged")
-
-
-def engine_command() -> list[str]:
-    """How the engine process is started; the folder of its sockets is appended."""
-    python = sys.executable if sys.executable and Path(sys.executable).is_file() else shutil.which("python3")
-    if not python:
-        raise EngineError("no Python interpreter found to start the engine with: put python3 on PATH")
-    safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the server's working directory is no place to import from
-    return [python, *safe_path, "-m", "paged_backend.engine_process"]
 
 
 class EngineSupervisor:
@@ -57,7 +45,7 @@ class EngineSupervisor:
             EngineError: the engine cannot be started.
         """
         self._config = config
-        self._command = command
+        self._starter = EngineStarter(config, command)
         self._closing = closing
         self._engine: subprocess.Popen[bytes] | None = None  # the engine process, if this front end owns it
         self._election = Election(key, num_front_ends)
@@ -130,6 +118,7 @@ class EngineSupervisor:
                 message = link.next_message()
                 if isinstance(message, Ready):
                     self._queue = open_queue(self.engine_folder / QUEUE_FILE)
+                    self._starter.note_ready()
                     return link, message
                 if isinstance(message, Failed):
                     raise EngineError(message.message)
@@ -152,7 +141,7 @@ class EngineSupervisor:
     def _restart(self) -> Incarnation | None:
         assert self._engine is not None
         self._engine.kill()
-        _wait_for_exit(self._engine)
+        wait_for_exit(self._engine)
         now = time.monotonic()
         while self._restarts and now - self._restarts[0] > _RESTART_WINDOW_SECONDS:
             self._restarts.popleft()
@@ -166,8 +155,13 @@ class EngineSupervisor:
         return self._election.restart(self._seat, self._start)
 
     def _start(self, folder: Path) -> int:
-        self._engine = _start_engine([*(self._command or engine_command()), str(folder)], self._config)
+        self._engine = self._starter.start(folder)
         return self._engine.pid
+
+    def stand_by(self) -> None:
+        """Keeps a process ready to take this front end's engine's place. To be called often, by the thread that restarts it."""
+        if self._engine is not None:
+            self._starter.stand_by(self._seat.folder_after(self._incarnation))
 
     # ---- is it alive, and what did it leave
 
@@ -196,6 +190,7 @@ class EngineSupervisor:
 
     def close(self, link: EngineLink | None) -> None:
         """Says goodbye through `link`, if there is an engine at the moment; its owner ends it and waits for its exit, at most 10 s."""
+        self._starter.close()
         if self._engine is not None:
             self.end()
         if link is not None:
@@ -206,7 +201,7 @@ class EngineSupervisor:
         elif self._engine is not None:
             self._engine.kill()  # it was still loading
         if self._engine is not None:
-            _wait_for_exit(self._engine)
+            wait_for_exit(self._engine)
         self._context.term()
         self._election.leave(self._seat)
 
@@ -219,34 +214,8 @@ def open_queue(path: Path) -> NDArray[np.int64] | None:
         return None
 
 
-def _start_engine(command: list[str], config: EngineConfig) -> subprocess.Popen[bytes]:
-    try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    except OSError as error:
-        raise EngineError(f"the engine process cannot be started: {os.strerror(error.errno or 0)}") from None
-    assert process.stdin is not None
-    try:
-        process.stdin.write(config.model_dump_json().encode() + b"\n")
-        process.stdin.flush()  # and stays open: its end tells the engine that we are gone
-    except BrokenPipeError:
-        pass  # it died already; whoever waits for Ready finds out
-    return process
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-def _wait_for_exit(engine: subprocess.Popen[bytes]) -> None:
-    started = time.monotonic()
-    try:
-        engine.wait(_EXIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        log.error("error: the engine did not stop within %.0f s: killed", time.monotonic() - started)
-        engine.kill()
-        engine.wait()
-    if engine.stdin is not None:
-        engine.stdin.close()

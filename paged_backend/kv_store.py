@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,9 +41,16 @@ def allocate_kv_store(size: PoolSize, architecture: Architecture, page_size: int
     """
     shape = (size.num_pages, 2, architecture.num_kv_heads, page_size, architecture.head_dim)
     try:
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.num_layers)]
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+        return [_zeros(shape, dtype, device) for _ in range(architecture.num_layers)]
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         raise EngineError(f"the pool of {spell_bytes(size.num_pages * size.page_bytes)} does not fit: {str(error).splitlines()[0]}") from None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU of memory that the operating system gives, as zeros, when it is first written: a start neither fills the pool nor takes what is never used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def size_pool(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> PoolSize:

@@ -16,6 +16,8 @@ _FRONT_END_SHIFT = 40
 SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
 RUNNING_FILE = "running"  # in the engine's folder: int64, the ids of the requests that run, anything negative between them
 QUEUE_FILE = "queue"  # in the engine's folder: int64, how many requests wait at the moment
+STANDBY = "--standby"  # after the folder in an engine's command line: it waits for a second line on stdin before it becomes the engine
+ENGINE_NAME = "paged-engine"  # of the process that is
 CLEARED_AFTER_TOKENS = 3  # a request that brought so many since it was resumed did not cause the death before: it was resumed where that happened
 
 

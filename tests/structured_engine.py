@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
-from paged_backend.engine_process import load_engine
+from paged_backend.engine_loading import load_engine
 from paged_backend.grammar_process import Verdict, VocabularyPlace, compile_here
 from paged_backend.messages import Submit
 from paged_backend.request import Finish, parse_sampling

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from paged_backend.messages import ENGINE_NAME, STANDBY
 from paged_backend.snapshot import WATCH_SOCKET, Snapshot, decode
 
 _PROC = Path("/proc")
@@ -26,7 +27,7 @@ class NoEngineError(Exception):
 
 @dataclass(frozen=True)
 class RunningEngine:
-    """An engine process. Its run folder, with the sockets, is the last argument of its command line."""
+    """An engine process. Its run folder, with the sockets, is in its command line."""
 
     pid: int
     folder: Path  # as seen from here: that of a container is found under /proc/PID/root
@@ -138,7 +139,7 @@ def _folder_of(pid: int) -> Path | None:
     except OSError:
         return None
     words = [os.fsdecode(argument) for argument in arguments]
-    if _MODULE not in words[:-1]:
+    if _MODULE not in words[:-1] or (STANDBY in words and _name_of(pid) != ENGINE_NAME):
         return None
     folder = Path(words[words.index(_MODULE) + 1])
     if not folder.is_absolute():
@@ -150,6 +151,13 @@ def _folder_of(pid: int) -> Path | None:
         elsewhere = False
     seen_from_here = root / folder.relative_to("/") if elsewhere else folder
     return seen_from_here if len(os.fsencode(seen_from_here / WATCH_SOCKET)) <= _LONGEST_ADDRESS else folder
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return (_PROC / str(pid) / "comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _parent_of(pid: int) -> int | None:

@@ -26,7 +26,7 @@ import numpy as np
 from paged_backend.batch import Batch, BeamCandidates, StepResult
 from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
-from paged_backend.engine_process import load_engine
+from paged_backend.engine_loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler import Scheduler

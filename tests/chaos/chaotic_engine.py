@@ -1,4 +1,4 @@
-"""The engine process, with mishaps: `python chaotic_engine.py ORDERS DIRECTORY`, started by a front end like the real one, and made of the same parts.
+"""The engine process, with mishaps: `python chaotic_engine.py ORDERS DIRECTORY [--standby]`, started like the real one and made of the same parts.
 
 Pages are refused and memory runs out at random moments, which follow from the seed and the engine's number. Whatever else goes wrong is written into the
 register, a line of JSON each: that it was born, mishaps, and faults.
@@ -13,15 +13,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paged_backend.batch import Batch, StepResult
-from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine, Runner
-from paged_backend.engine_process import EngineProcess, die_with_parent, load_engine
+from paged_backend.engine_loading import load_engine
+from paged_backend.engine_process import EngineProcess, wait_to_be_engine
 from paged_backend.messages import Ready
 from paged_backend.page_pool import PagePool
 from paged_backend.scheduler import Scheduler
@@ -79,12 +79,13 @@ class Mishaps:
         return self._runner.finished(keep)
 
 
-def run(orders: Orders, directory: Path) -> int:
+def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
     """An engine's life, from the line on stdin to its end."""
     register = Register(orders.register)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = EngineConfig.model_validate_json(sys.stdin.readline())
-    die_with_parent(sys.stdin)
+    config = wait_to_be_engine(flags)
+    if config is None:
+        return 0
     number = "/".join(directory.parts[-2:])
     register.note(born=os.getpid(), number=number)
 
@@ -107,7 +108,7 @@ def run(orders: Orders, directory: Path) -> int:
 
 
 def main() -> None:
-    os._exit(run(Orders(**json.loads(sys.argv[1])), Path(sys.argv[2])))
+    os._exit(run(Orders(**json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_process import load_engine
+from paged_backend.engine_loading import load_engine
 from tests.chaos.chaotic_engine import Orders, run
 
 _POLL_MS = 10

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_process import load_engine
+from paged_backend.engine_loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.model_runner import ModelRunner
 from paged_backend.models.decoder import Decoder

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -15,6 +14,8 @@ import numpy as np
 import tritonclient.grpc.aio as grpc
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from paged_client.top.engines import find_engines
 
 MODEL = "paged_llm"
 
@@ -142,11 +143,4 @@ def wait_for_metrics(url: str, holds: Callable[[dict[str, float]], bool], second
 
 def engine_pid(shm_prefix: str) -> int | None:
     """The engine's process, a grandchild of the server whose files in /dev/shm begin like that."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes()
-        except OSError:
-            continue
-        if b"paged_backend.engine_process" in command and shm_prefix.removesuffix("-").encode() in command:
-            return int(path.parent.name)
-    return None
+    return next((engine.pid for engine in find_engines() if shm_prefix.removesuffix("-") in str(engine.folder)), None)

@@ -21,6 +21,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import (
     RUNNING_FILE,
+    STANDBY,
     SUSPECT_FILE,
     Abort,
     Failed,
@@ -209,5 +210,7 @@ def _die_with_parent() -> None:
 
 if __name__ == "__main__":
     given = EngineConfig.model_validate_json(sys.stdin.readline())
+    if STANDBY in sys.argv and not sys.stdin.readline():
+        sys.exit(0)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     sys.exit(FakeEngine(Path(sys.argv[1]), given).run())

@@ -195,7 +195,9 @@ def serving(
     installation = server_files.find_installation()
     backends = server_files.prepare_backends(installation, folder)
     environment = server_files.prepare_environment(installation, folder) | ({} if scratch is None else {"TMPDIR": str(scratch)})
-    repository = server_files.prepare_repository(folder, model_name=MODEL, options={"model": "fake", **(options or {})}, instances=instances)
+    repository = server_files.prepare_repository(
+        folder, model_name=MODEL, options={"model": "fake", "standby_engine": "false", **(options or {})}, instances=instances
+    )
     version = repository / MODEL / "1"
     version.unlink()
     version.mkdir()

@@ -18,8 +18,7 @@ import pytest
 from paged_backend.launch import Server, ServerSettings
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
-from tests.server.calls import Answer, run_all, wait_for_metrics
-from tests.server.test_engine_death import engine_pid
+from tests.server.calls import Answer, engine_pid, run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server
 
@@ -117,7 +116,7 @@ def test_over_http_sequences_of_a_request_have_its_adapter(server: Server, folde
 def test_an_engine_that_dies_changes_no_answer(server: Server, folder: Path) -> None:
     requests = asked([*ADAPTERS, None], max_tokens=60)
     expected = truth(folder, requests)
-    before = engine_pid(server)
+    before = engine_pid(server.shm_prefix)
     assert before is not None
     answers: list[Answer] = []
     running = threading.Thread(target=lambda: answers.extend(run_all(server.addresses.grpc_url, requests)))
@@ -125,7 +124,7 @@ def test_an_engine_that_dies_changes_no_answer(server: Server, folder: Path) -> 
     assert wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] > 2)
     os.kill(before, signal.SIGKILL)
     running.join()
-    assert engine_pid(server) != before
+    assert engine_pid(server.shm_prefix) != before
     assert [answer.message for answer in answers] == [""] * len(requests)
     assert [answer.token_ids for answer in answers] == expected
 

@@ -20,8 +20,7 @@ from paged_backend.launch import Server, ServerSettings
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.prompt import load_tokenizer
 from tests.oracle import Oracle
-from tests.server.calls import wait_for_metrics
-from tests.server.test_engine_death import engine_pid
+from tests.server.calls import engine_pid, wait_for_metrics
 from tests.server.test_many_sequences import ask
 
 pytestmark = pytest.mark.server
@@ -130,7 +129,7 @@ def test_what_cannot_be_searched_is_an_invalid_argument(server: Server, sampling
 def test_an_engine_that_dies_and_a_caller_who_leaves_change_no_search(server: Server, oracle: Oracle) -> None:
     sampling = {"use_beam_search": True, "beam_width": 8, "n": 2, "max_tokens": 150, "ignore_eos": True}
     (expected,) = ask(server, sampling)
-    before = engine_pid(server)
+    before = engine_pid(server.shm_prefix)
     assert before is not None
     answers: list[dict[str, Any]] = []
     running = threading.Thread(target=lambda: answers.extend(ask(server, sampling)))
@@ -138,7 +137,7 @@ def test_an_engine_that_dies_and_a_caller_who_leaves_change_no_search(server: Se
     assert wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 8)
     os.kill(before, signal.SIGKILL)
     running.join()
-    assert engine_pid(server) != before
+    assert engine_pid(server.shm_prefix) != before
     assert answers == [expected]
     late = {"text_input": PROMPT, "sampling_parameters": json.dumps(sampling | {"request_deadline_seconds": 1.0, "max_tokens": 200})}
     request = Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(late).encode())

@@ -7,13 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paged_backend.launch import Server, ServerSettings
-from tests.server.calls import metrics, run_all, wait_for_metrics
+from tests.server.calls import engine_pid, metrics, run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server
 
@@ -25,18 +24,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     options = {"num_pages": 300, "max_num_sequences": 32, "dtype": "float32", "max_model_len": 512, "max_engine_restarts": 100}
     with Server(ServerSettings(instances=request.param, options=options)) as running:
         yield running
-
-
-def engine_pid(server: Server) -> int | None:
-    """The engine's process: a grandchild of the server's."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"paged_backend.engine_process" in command and server.shm_prefix.removesuffix("-").encode() in b" ".join(command):
-            return int(path.parent.name)
-    return None
 
 
 def requests() -> list[dict[str, Any]]:
@@ -62,7 +49,7 @@ def test_every_answer_is_that_of_an_engine_that_lived(server: Server) -> None:
 
     def kill() -> None:
         while len(killed) < KILLS and not stop.wait(1.2):
-            pid = engine_pid(server)
+            pid = engine_pid(server.shm_prefix)
             if pid is not None and pid not in killed and metrics(server.addresses.metrics_url)['paged_requests{state="running"}'] > 8:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)

@@ -16,8 +16,7 @@ import jsonschema
 import pytest
 
 from paged_backend.launch import Server, ServerSettings
-from tests.server.calls import Answer, run_all, wait_for_metrics
-from tests.server.test_engine_death import engine_pid
+from tests.server.calls import Answer, engine_pid, run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server
 
@@ -139,7 +138,7 @@ def test_an_engine_that_dies_changes_no_answer(server: Server) -> None:
     """Front ends resubmit what was answered; guides are led through it."""
     requests = [request | {"sampling_parameters": {"seed": 3, **request["sampling_parameters"]}} for request, _ in mixture()[::2]]
     expected = run_all(server.addresses.grpc_url, requests)
-    before = engine_pid(server)
+    before = engine_pid(server.shm_prefix)
     assert before is not None
     answers: list[Answer] = []
     running = threading.Thread(target=lambda: answers.extend(run_all(server.addresses.grpc_url, requests)))
@@ -147,7 +146,7 @@ def test_an_engine_that_dies_changes_no_answer(server: Server) -> None:
     assert wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] > 4)
     os.kill(before, signal.SIGKILL)
     running.join()
-    assert engine_pid(server) != before
+    assert engine_pid(server.shm_prefix) != before
     for lived, died in zip(expected, answers, strict=True):
         assert died.error is None, died.message
         assert died.token_ids == lived.token_ids

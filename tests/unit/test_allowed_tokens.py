@@ -11,7 +11,7 @@ import torch
 from paged_backend.batch import Feature
 from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
-from paged_backend.engine_process import load_engine
+from paged_backend.engine_loading import load_engine
 from paged_backend.errors import RequestError
 from paged_backend.messages import Ready, Submit
 from paged_backend.prompt import PromptReader

@@ -21,7 +21,7 @@ import pytest
 from paged_backend.config import EngineConfig
 from paged_backend.election import Election, ProcessId
 from paged_backend.engine_client import EngineClient
-from paged_backend.engine_supervisor import engine_command
+from paged_backend.engine_starter import engine_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.live_requests import Piece
 from paged_backend.messages import Stats
@@ -238,6 +238,82 @@ def test_an_engine_that_hangs_while_it_loads_after_a_restart_is_killed_and_repla
         os.kill(_engine_pid(client), signal.SIGSTOP)
         assert inbox.finished.wait(30)
         assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.01", 60)
+    finally:
+        client.close()
+
+
+def _standby_pid(client: EngineClient) -> int | None:
+    standby = client._supervisor._starter._standby
+    return None if standby is None else standby.pid
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standbys are started as soon as the engine serves."""
+    monkeypatch.setattr("paged_backend.engine_starter.STANDBY_AFTER_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("soon")
+def test_the_process_that_stands_by_takes_the_dead_engines_place_and_another_takes_its_own(key: str, folder: Path) -> None:
+    clients = _connect_all(key, 3)
+    try:
+        (owner,) = [client for client in clients if client._supervisor.owner]
+        seen = [_engine_pid(owner)]
+        for number in range(3):
+            asked = [(f"tokens=60 delay=0.02 {number}", _ask(client, f"tokens=60 delay=0.02 {number}")[1]) for client in clients]
+            _wait(lambda: _standby_pid(owner) not in (None, *seen))
+            standby = _standby_pid(owner)
+            assert standby is not None
+            os.kill(_engine_pid(owner), signal.SIGKILL)
+            for prompt, inbox in asked:
+                assert inbox.finished.wait(10)
+                assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, 60)
+            assert [_engine_pid(client) for client in clients] == [standby] * 3
+            seen.append(standby)
+        _wait(lambda: _standby_pid(owner) is not None)
+        last = ProcessId.of(_standby_pid(owner) or 0)
+        assert last is not None and last.alive
+    finally:
+        _close_all(clients)
+    assert not last.alive
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("soon")
+def test_without_its_standby_an_engine_is_replaced_by_a_new_process(key: str) -> None:
+    client = _connect(key)
+    try:
+        _, inbox = _ask(client, "tokens=60 delay=0.02")
+        _wait(lambda: _standby_pid(client) is not None)
+        standby = _standby_pid(client)
+        assert standby is not None
+        os.kill(standby, signal.SIGKILL)
+        os.kill(_engine_pid(client), signal.SIGKILL)
+        assert inbox.finished.wait(10)
+        assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.02", 60)
+        assert _engine_pid(client) != standby
+    finally:
+        client.close()
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("mishap", ["off", "exhausted"])
+def test_nothing_stands_by_where_nothing_may(key: str, monkeypatch: pytest.MonkeyPatch, mishap: str) -> None:
+    """By choice; or for want of memory for another process, which the engine that serves need not suffer from."""
+    client = EngineClient.connect(EngineConfig(model="fake", standby_engine=mishap != "off"), key, 1, COMMAND)
+    asked: list[list[str]] = []
+
+    def refuse(command: list[str], **_: Any) -> Any:
+        asked.append(command)
+        raise OSError(12, "no memory")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    try:
+        client.start(lambda stats: None)
+        _, inbox = _ask(client, "tokens=20 delay=0.02")
+        assert inbox.finished.wait(10)
+        assert _standby_pid(client) is None
+        assert [command[-1] for command in asked] == ([] if mishap == "off" else ["--standby"])
     finally:
         client.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +14,10 @@ import pytest
 import torch
 import zmq
 
+from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
-from paged_backend.engine_process import EngineProcess, leave_a_core
+from paged_backend.engine_loading import leave_a_core
+from paged_backend.engine_process import EngineProcess
 from paged_backend.errors import EngineError, ErrorKind
 from paged_backend.messages import (
     Abort,
@@ -170,6 +174,47 @@ def test_an_engine_that_cannot_load_tells_every_front_end_why(tmp_path: Path, er
         assert FrontEnd(tmp_path, number).hear(Failed) == Failed(told)
     thread.join(5)
     assert statuses == [1]
+
+
+def _idle_with_torch(pid: int) -> bool:
+    def ticks() -> list[str]:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+
+    before = ticks()
+    time.sleep(0.5)
+    return ticks() == before and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_standby_has_imported_everything_and_touches_nothing_until_it_is_told_to_start(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "paged_backend.engine_process", str(folder), "--standby"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(EngineConfig(num_pages=8, max_model_len=64, max_num_sequences=2).model_dump_json().encode() + b"\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while not _idle_with_torch(process.pid):
+            assert time.monotonic() < deadline and process.poll() is None
+        assert not folder.exists()
+        folder.mkdir()
+        process.stdin.write(b"start\n")
+        process.stdin.flush()
+        front_end = FrontEnd(folder, 0)
+        ready = front_end.hear(Ready, 30)
+        assert isinstance(ready, Ready) and ready.num_pages == 8
+        request_id = front_end.submit(1, [1, 2, 3])
+        assert len(front_end.answers([request_id])[request_id]) == 4
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_a_standby_ends_with_its_parents_stdin(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "paged_backend.engine_process", str(tmp_path / "run"), "--standby"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(EngineConfig(model=str(tmp_path)).model_dump_json().encode() + b"\n")  # no checkpoint: that is said when it is to start
+        process.stdin.close()
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(("num_cores", "environment", "threads"), [(4, {}, 3), (1, {}, 1), (64, {}, 6), (4, {"OMP_NUM_THREADS": "6"}, 6)])

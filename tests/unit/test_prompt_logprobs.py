@@ -13,7 +13,7 @@ import torch
 from paged_backend import kv_store
 from paged_backend.config import EngineConfig
 from paged_backend.engine import Engine
-from paged_backend.engine_process import load_engine
+from paged_backend.engine_loading import load_engine
 from paged_backend.errors import RequestError
 from paged_backend.messages import Submit
 from paged_backend.prompt_table import PromptTable, PromptTableParts

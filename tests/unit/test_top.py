@@ -193,6 +193,20 @@ def test_an_engine_is_found_by_its_command_line_and_its_ancestors(pretender: tup
     assert not RunningEngine(pid, folder).belongs_to(2**22 + 1)
 
 
+def test_what_stands_by_is_no_engine_until_it_is_named_one(tmp_path: Path) -> None:
+    program = "import ctypes, sys; print(flush=True); sys.stdin.readline(); ctypes.CDLL(None).prctl(15, b'paged-engine'); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, "-m", "paged_backend.engine_process", str(tmp_path), "--standby"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        assert process.pid not in [engine.pid for engine in find_engines()]
+        process.stdin.write(b"start\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert RunningEngine(process.pid, tmp_path) in find_engines()
+        process.kill()
+
+
 def test_an_engine_that_cannot_be_watched_is_one_sentence(pretender: tuple[int, Path]) -> None:
     pid, _ = pretender
     with pytest.raises(NoEngineError, match="still loading"):
