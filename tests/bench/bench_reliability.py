@@ -5,7 +5,8 @@
 On a GPU, for a large geometry without its weights: `--model FOLDER_WITH_CONFIG --set load_format=dummy --set dtype=bfloat16 --kills 10 --only restart`.
 
 * restart: SIGKILL to the engine while `--streams` answers run; for every stream the time from the kill to its next token. Every answer must be that of an
-  engine that lived. `engine_seconds` is how long the front end says that there was no engine.
+  engine that lived. `engine_seconds` is how long the front end says that there was no engine. Kills are `--apart` seconds apart: the next process stands by
+  again then. `--set standby_engine=false` measures what it saves.
 * drain: SIGTERM while `--streams` answers of `--tokens` tokens run, all of which must come whole; from the signal to the exit, and the same with nothing to do.
 * refusal: requests at ten times the rate that the server sustains, with a queue of `--streams`; how long the refusals take, and how the latency of a token
   of those that are admitted compares with that at the sustained rate. Callers and server share the machine, so `probe_ms` is measured before: refusals one
@@ -92,12 +93,13 @@ def shares(name: str, values: list[float], digits: int = 3) -> dict[str, float]:
     return {f"{name}_p50": round(float(np.median(values)), digits), f"{name}_p99": round(float(np.percentile(values, 99)), digits)}
 
 
-async def restart(server: Server, streams: int, tokens: int, kills: int) -> dict[str, Any]:
+async def restart(server: Server, streams: int, tokens: int, kills: int, apart: float) -> dict[str, Any]:
     async with grpc.InferenceServerClient(server.addresses.grpc_url) as client:
         right = [(await ask(client, number, tokens)).token_ids for number in range(streams)]
         pauses: list[float] = []
         wrong = 0
         for _ in range(kills):
+            await asyncio.sleep(apart)
             asked = [asyncio.create_task(ask(client, number, tokens)) for number in range(streams)]
             await asyncio.sleep(0.5)
             pid = engine_pid(server.shm_prefix)
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=200, help="of each answer")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--apart", type=float, default=30, help="seconds between the end of one kill's answers and the next kill")
     parser.add_argument("--seconds", type=float, default=15, help="of each rate, for refusals")
     parser.add_argument("--cancels", type=int, default=50)
     parser.add_argument("--model", default="demo")
@@ -196,7 +199,7 @@ def main() -> None:
     for what in args.only.split(","):
         if what == "restart":
             with serve() as server:
-                row = asyncio.run(restart(server, args.streams, args.tokens, args.kills))
+                row = asyncio.run(restart(server, args.streams, args.tokens, args.kills, args.apart))
         elif what == "drain":
             row = {"bench": "reliability_drain", "streams": args.streams}
             for name, streams in (("idle_seconds", 0), ("drain_seconds", args.streams)):
