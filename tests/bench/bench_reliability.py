@@ -136,13 +136,19 @@ async def drain(server: Server, streams: int, tokens: int) -> tuple[list[Told], 
 
 async def probe(client: grpc.InferenceServerClient, streams: int) -> list[float]:
     """Milliseconds of refusals with the queue full, one at a time, so that nothing but the way there and back is measured."""
-    full = [asyncio.create_task(ask(client, number, _LONG_TOKENS)) for number in range(4 * streams)]
     found: list[float] = []
-    for number in range(_PROBES):
-        told = await ask(client, number, 1)
+
+    async def keep_full(number: int) -> None:
+        while len(found) < _PROBES:
+            if (await ask(client, number, _LONG_TOKENS)).error:
+                await asyncio.sleep(1)
+
+    full = [asyncio.create_task(keep_full(number)) for number in range(2 * streams + 2)]
+    while len(found) < _PROBES:
+        await asyncio.sleep(0.05)
+        told = await ask(client, 0, 1)
         if "max_queue_size" in told.error:
             found.append(1000 * (told.ended - told.asked))
-        await asyncio.sleep(0.02)
     await asyncio.wait_for(asyncio.gather(*full), _WAIT_SECONDS)
     return found
 
