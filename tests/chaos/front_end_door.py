@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from paged_backend import engine_supervisor
+from paged_backend import engine_starter, engine_supervisor
 from paged_backend.config import EngineConfig
 from paged_backend.errors import RequestError
 from paged_backend.front_end import FrontEnd
@@ -24,6 +24,7 @@ from paged_backend.request_reader import read_request
 from tests.chaos.judge import Heard
 from tests.server.calls import tensor_array
 
+STANDBY_AFTER_SECONDS = 0.5  # so that some engines have one when they die, and others do not
 LONGEST_PAUSE_SECONDS = 0.2  # before an engine that died soon is started again: paged waits for up to 5 s, and a campaign wants many deaths
 
 
@@ -74,6 +75,7 @@ class FrontEndDoor:
     def __init__(self, options: dict[str, Any], instances: int, command: list[str] | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp")
         tempfile.tempdir = self._folder.name
+        engine_starter.STANDBY_AFTER_SECONDS = STANDBY_AFTER_SECONDS
         engine_supervisor._LONGEST_PAUSE_SECONDS = LONGEST_PAUSE_SECONDS
         config, key = EngineConfig.parse(options), uuid.uuid4().hex
         with ThreadPoolExecutor(instances) as threads:

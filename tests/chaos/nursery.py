@@ -114,7 +114,8 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
         os.dup2(descriptor, target)
         os.close(descriptor)
     sys.stdin = open(0)  # noqa: SIM115 - for as long as the process lives
-    os._exit(run(orders, Path(json.loads(message)["directory"])))
+    told = json.loads(message)
+    os._exit(run(orders, Path(told["directory"]), told["flags"]))
 
 
 def main() -> None:
