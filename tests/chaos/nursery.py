@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 from paged_backend.config import EngineConfig
 from paged_backend.engine_loading import load_engine
 from tests.chaos.chaotic_engine import Orders, run
@@ -119,6 +121,7 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and who waits for them does so for ever
     with tempfile.TemporaryDirectory() as folder:  # much is imported when it is first wanted
         load_engine(EngineConfig(num_pages=4, max_model_len=64, max_num_sequences=1, cuda_graphs=False), Path(folder))
     gc.collect()
