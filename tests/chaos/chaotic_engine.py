@@ -20,7 +20,6 @@ from typing import Any
 
 from paged_backend.batch import Batch, StepResult
 from paged_backend.engine import Engine, Runner
-from paged_backend.engine_loading import load_engine
 from paged_backend.engine_process import EngineProcess, wait_to_be_engine
 from paged_backend.messages import Ready
 from paged_backend.page_pool import PagePool
@@ -90,6 +89,8 @@ def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
     register.note(born=os.getpid(), number=number)
 
     def load(directory: Path) -> tuple[Engine, Scheduler, Ready]:
+        from paged_backend.engine_loading import load_engine
+
         engine, scheduler, ready = load_engine(config, directory)
         engine._runner = Mishaps(orders, number, engine._runner, scheduler.pool, register)
         return engine, scheduler, ready

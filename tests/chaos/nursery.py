@@ -22,10 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 from paged_backend.config import EngineConfig
-from paged_backend.engine_loading import load_engine
 from tests.chaos.chaotic_engine import Orders, run
 
 _POLL_MS = 10
@@ -121,6 +118,10 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
 
 
 def main() -> None:
+    import torch
+
+    from paged_backend.engine_loading import load_engine  # torch is not for those who only want a Nursery: their memory is measured
+
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and who waits for them does so for ever
     with tempfile.TemporaryDirectory() as folder:  # much is imported when it is first wanted
         load_engine(EngineConfig(num_pages=4, max_model_len=64, max_num_sequences=1, cuda_graphs=False), Path(folder))
@@ -132,3 +133,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # libraries talk when they leave
