@@ -27,9 +27,12 @@ log = logging.getLogger("paged")
 
 
 def prepare_to_load(config: EngineConfig) -> None:
-    """transformers imports most of itself, and of torch, when it reads a config; more for a tokenizer."""
+    """What `load_engine` would import later: transformers imports most of itself, and of torch, when it reads a config; more for a tokenizer. No device is
+    touched."""
     from transformers import AutoTokenizer  # noqa: F401
 
+    if torch.version.cuda is not None and config.device != "cpu":
+        import paged_kernels.cuda_ops  # noqa: F401
     folder = config.model_folder()
     if folder is not None:
         read_architecture(folder)
