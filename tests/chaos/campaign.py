@@ -38,7 +38,7 @@ from tests.chaos.judge import DEADLINE, QUEUE_FULL, Heard, judge
 from tests.chaos.nursery import Nursery
 from tests.chaos.plague import Diary, Plague
 from tests.chaos.server_door import ServerDoor
-from tests.chaos.wishes import HOSTILE, MAX_MODEL_LEN, NUM_PAGES, Wish, long_wish, make_wishes, save_adapters
+from tests.chaos.wishes import HOSTILE, MAX_MODEL_LEN, NUM_PAGES, Wish, long_wish, make_wishes, save_adapters, save_shallow
 
 _BACK_OFF_SECONDS = 2.0
 _STUCK_SECONDS = 180.0  # an answer that takes longer is a fault
@@ -91,6 +91,7 @@ class Plan:
     structured: bool = True
     pages: int = NUM_PAGES
     rows: int = 12
+    layers: int = 1
     only: int | None = None
 
 
@@ -338,8 +339,16 @@ def run_campaign(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             command = stack.enter_context(Nursery(orders)).command
         else:
             command = [sys.executable, str(Path(__file__).with_name("chaotic_engine.py")), json.dumps(orders.__dict__)]
-        save_adapters(folder / "adapters", demo_model_folder())
-        options = {**_OPTIONS, "num_pages": plan.pages, "max_num_sequences": plan.rows, "lora_directory": str(folder / "adapters"), "max_loras": 1}
+        save_shallow(folder / "model", demo_model_folder(), plan.layers)
+        save_adapters(folder / "adapters", folder / "model")
+        options = {
+            **_OPTIONS,
+            "model": str(folder / "model"),
+            "num_pages": plan.pages,
+            "max_num_sequences": plan.rows,
+            "lora_directory": str(folder / "adapters"),
+            "max_loras": 1,
+        }
         door: Door = (ServerDoor if plan.door == "server" else FrontEndDoor)(options, plan.instances, command)
         started = time.monotonic()
         try:
@@ -397,6 +406,7 @@ def main() -> None:
     parser.add_argument("--no-structured", dest="structured", action="store_false", help="no grammars: every engine that meets one imports torch once more")
     parser.add_argument("--pages", type=int, default=NUM_PAGES, help="in the pool")
     parser.add_argument("--rows", type=int, default=12, help="sequences at once")
+    parser.add_argument("--layers", type=int, default=1, help="of the embedded model, which has 6: with fewer more is asked in the same time")
     parser.add_argument("--only", type=int, help="one worker's requests, from a fault")
     parser.add_argument("--report", type=Path, help="a file for the report, with all faults")
     plan = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,13 @@ def make_wishes(chance: random.Random, structured: bool = True, count: int = 76)
             tensors["return_prompt_logprobs"] = True
         made.append(Wish(number, tensors, {"cache_salt": f"tenant {number % 4}"} if number % 4 else {}))
     return made
+
+
+def save_shallow(folder: Path, checkpoint: Path, num_layers: int) -> None:
+    """Writes a checkpoint that is the first layers of another one: less sense, and more requests a second."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}))
 
 
 def save_adapters(folder: Path, checkpoint: Path) -> None:
