@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.upload import Uploads
 from paged_backend.units import spell_bytes
 
 Progress = Callable[[str], None]
@@ -105,12 +106,12 @@ def load_weights(weights: Weights, architecture: Architecture, folder: Path, pro
     started, reported = time.monotonic(), time.monotonic()
     total = sum(target.numel() for target in targets.values())
     missing, ignored, loaded = dict.fromkeys(targets), [], 0
-    for path in _weight_files(folder):
-        for name, tensor in _read_file(path, targets):
+    with Uploads(weights.embedding.device) as uploads:
+        for name, tensor in _read_files(folder, targets):
             if tensor is None:
                 ignored.append(name)
                 continue
-            targets[name].copy_(tensor)
+            uploads.put(targets[name], tensor)
             missing.pop(name, None)
             loaded += tensor.numel()
             if time.monotonic() - reported >= _PROGRESS_SECONDS:
@@ -179,6 +180,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise EngineError("checkpoint: weights are pickled (.bin), which can run code when loaded; convert them to safetensors")
     raise EngineError(f"checkpoint: {folder} has no model.safetensors and no model.safetensors.index.json")
+
+
+def _read_files(folder: Path, targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+    for path in _weight_files(folder):
+        yield from _read_file(path, targets)
 
 
 def _read_file(path: Path, targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
