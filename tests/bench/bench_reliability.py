@@ -6,7 +6,7 @@ On a GPU, for a large geometry without its weights: `--model FOLDER_WITH_CONFIG 
 
 * restart: SIGKILL to the engine while `--streams` answers run; for every stream the time from the kill to its next token. Every answer must be that of an
   engine that lived. `engine_seconds` is how long the front end says that there was no engine. Kills are `--apart` seconds apart: the next process stands by
-  again then. `--set standby_engine=false` measures what it saves.
+  again then. `--set standby_engine=false` measures what it saves. What the engines said of their starts goes to stderr.
 * drain: SIGTERM while `--streams` answers of `--tokens` tokens run, all of which must come whole; from the signal to the exit, and the same with nothing to do.
 * refusal: requests at ten times the rate that the server sustains, with a queue of `--streams`; how long the refusals take, and how the latency of a token
   of those that are admitted compares with that at the sustained rate. Callers and server share the machine, so `probe_ms` is measured before: refusals one
@@ -22,6 +22,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -39,6 +40,7 @@ _PROMPT_LEN = 32
 _WAIT_SECONDS = 600.0
 _OVERLOAD = 10
 _PROBES = 100
+_STEPS_OF_A_START = r"weights:|captured in|warmed up|engine ready|engine is back"  # lines of the log that say what takes how long
 _LONG_TOKENS = 450  # of the answers that keep the queue full
 
 
@@ -110,6 +112,7 @@ async def restart(server: Server, streams: int, tokens: int, kills: int, apart: 
                 wrong += bool(told.error) or told.token_ids != ids
                 if told.times and told.times[0] < killed < told.times[-1]:
                     pauses.append(told.pause(killed))
+    print(*(line for line in server.log_lines() if re.search(_STEPS_OF_A_START, line)), sep="\n", file=sys.stderr)
     lines = [re.search(r"the engine is back after ([\d.]+) s", line) for line in server.log_lines()]
     engine = [float(found[1]) for found in lines if found]
     row = {"bench": "reliability_restart", "kills": kills, "streams_that_paused": len(pauses), "wrong": wrong}
