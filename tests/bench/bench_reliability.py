@@ -4,9 +4,10 @@
 
 On a GPU, for a large geometry without its weights: `--model FOLDER_WITH_CONFIG --set load_format=dummy --set dtype=bfloat16 --kills 10 --only restart`.
 
-* restart: SIGKILL to the engine while `--streams` answers run; for every stream the time from the kill to its next token. Every answer must be that of an
-  engine that lived. `engine_seconds` is how long the front end says that there was no engine. Kills are `--apart` seconds apart: the next process stands by
-  again then. `--set standby_engine=false` measures what it saves. What the engines said of their starts goes to stderr.
+* restart: SIGKILL to the engine while `--streams` answers run; for every stream the time from the kill to its next token. `lost`: answers that were cut off or
+  an error; `differ`: those with other tokens than without a kill, which in bfloat16 and with random weights every other batch brings about, too
+  (`differ_without_a_kill`). `engine_seconds` is how long the front end says that there was no engine. Kills are `--apart` seconds apart: the next process
+  stands by again then. `--set standby_engine=false` measures what it saves. What the engines said of their starts goes to stderr.
 * drain: SIGTERM while `--streams` answers of `--tokens` tokens run, all of which must come whole; from the signal to the exit, and the same with nothing to do.
 * refusal: requests at ten times the rate that the server sustains, with a queue of `--streams`; how long the refusals take, and how the latency of a token
   of those that are admitted compares with that at the sustained rate. Callers and server share the machine, so `probe_ms` is measured before: refusals one
@@ -97,9 +98,9 @@ def shares(name: str, values: list[float], digits: int = 3) -> dict[str, float]:
 
 async def restart(server: Server, streams: int, tokens: int, kills: int, apart: float) -> dict[str, Any]:
     async with grpc.InferenceServerClient(server.addresses.grpc_url) as client:
-        right = [(await ask(client, number, tokens)).token_ids for number in range(streams)]
+        right, again = [[told.token_ids for told in await asyncio.gather(*(ask(client, number, tokens) for number in range(streams)))] for _ in range(2)]
         pauses: list[float] = []
-        wrong = 0
+        lost = differ = 0
         for _ in range(kills):
             await asyncio.sleep(apart)
             asked = [asyncio.create_task(ask(client, number, tokens)) for number in range(streams)]
@@ -109,13 +110,15 @@ async def restart(server: Server, streams: int, tokens: int, kills: int, apart: 
             killed = time.perf_counter()
             os.kill(pid, signal.SIGKILL)
             for told, ids in zip(await asyncio.wait_for(asyncio.gather(*asked), _WAIT_SECONDS), right, strict=True):
-                wrong += bool(told.error) or told.token_ids != ids
+                lost += bool(told.error) or len(told.token_ids) != len(ids)
+                differ += told.token_ids != ids
                 if told.times and told.times[0] < killed < told.times[-1]:
                     pauses.append(told.pause(killed))
     print(*(line for line in server.log_lines() if re.search(_STEPS_OF_A_START, line)), sep="\n", file=sys.stderr)
     lines = [re.search(r"the engine is back after ([\d.]+) s", line) for line in server.log_lines()]
     engine = [float(found[1]) for found in lines if found]
-    row = {"bench": "reliability_restart", "kills": kills, "streams_that_paused": len(pauses), "wrong": wrong}
+    row = {"bench": "reliability_restart", "kills": kills, "streams_that_paused": len(pauses), "lost": lost, "differ": differ}
+    row |= {"answers": kills * streams, "differ_without_a_kill": sum(one != other for one, other in zip(right, again, strict=True))}
     return row | shares("pause_seconds", pauses) | {"pause_seconds_max": round(max(pauses), 3)} | shares("engine_seconds", engine or [0.0])
 
 
