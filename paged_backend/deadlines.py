@@ -30,7 +30,7 @@ class Deadlines:
             age = now - sequence.arrival
             if age > sequence.deadline_seconds:
                 error, message = ErrorKind.CANCELLED, f"not finished after {sequence.deadline_seconds:g} s (request_deadline_seconds)"
-            elif sequence.admitted is None and not sequence.answered and age > self._max_waiting_seconds:
+            elif sequence.admitted is None and not sequence.resumed and not sequence.answered and age > self._max_waiting_seconds:
                 error, message = ErrorKind.OVERLOADED, f"not started after {self._max_waiting_seconds:g} s (max_waiting_seconds)"
             else:
                 continue

@@ -142,7 +142,9 @@ class Election:
             EngineError: the engine cannot be started.
         """
         with self._locked() as state:
-            generation = state.generations[seat.generation]
+            generation = state.generations.get(seat.generation)
+            if generation is None:
+                raise EngineError(f"'{self._folder}' was removed while its engine ran")
             shutil.rmtree(seat.folder / str(generation.incarnation - 1), ignore_errors=True)
             generation.incarnation += 1
             generation.engine = _start(seat.folder, generation.incarnation, start_engine)
@@ -151,13 +153,17 @@ class Election:
     def current(self, seat: Seat) -> Incarnation | None:
         """The engine that the seat's generation has now; None if it will have none any more."""
         with self._locked() as state:
-            generation = state.generations[seat.generation]
-            return None if generation.over or not generation.owner.alive else Incarnation(generation.incarnation, generation.engine)
+            generation = state.generations.get(seat.generation)
+            if generation is None or generation.over or not generation.owner.alive:
+                return None
+            return Incarnation(generation.incarnation, generation.engine)
 
     def end(self, seat: Seat, reason: str = "") -> str | None:
         """Nobody joins the seat's generation from now on. The reason it was ended for before, or None if it was not."""
         with self._locked() as state:
-            generation = state.generations[seat.generation]
+            generation = state.generations.get(seat.generation)
+            if generation is None:
+                return None
             if generation.over:
                 return generation.reason
             generation.over = True
@@ -167,7 +173,9 @@ class Election:
     def leave(self, seat: Seat) -> None:
         """Gives the seat up; the last one removes the generation's sockets. To be called once."""
         with self._locked() as state:
-            generation = state.generations[seat.generation]
+            generation = state.generations.get(seat.generation)
+            if generation is None:
+                return
             generation.departures += 1
             if generation.departures == generation.arrivals and generation.over:
                 del state.generations[seat.generation]
@@ -175,7 +183,19 @@ class Election:
 
     @contextmanager
     def _locked(self) -> Iterator[_State]:
-        """The state, written back at the end, and its folder removed when nobody is left in it."""
+        """The state, written back at the end, and its folder removed when nobody is left in it.
+
+        Raises:
+            EngineError: the folder cannot be used: no space, no descriptors, no rights.
+        """
+        try:
+            with self._held() as state:
+                yield state
+        except OSError as error:
+            raise EngineError(f"'{self._folder}' cannot be used: {error.strerror or error}") from error
+
+    @contextmanager
+    def _held(self) -> Iterator[_State]:
         with self._opened() as file:
             file.seek(0)
             text = file.read()
@@ -183,9 +203,11 @@ class Election:
             try:
                 yield state
             finally:
-                file.truncate(0)
-                file.write(msgspec.json.encode(state))
-                file.flush()
+                written = msgspec.json.encode(state)
+                if written != text:
+                    file.truncate(0)
+                    file.write(written)
+                    file.flush()
                 if not state.generations:
                     shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -195,6 +195,6 @@ class EngineClient:
     def _lose(self, reason: str) -> None:
         """There is none, and there will be none."""
         self._live.shut()
+        self._live.lose()
         if not self._closing.is_set() and self._supervisor.end(reason) is None:  # else another front end has said so already
             log.error("error: there is no engine any more: %s", reason)
-        self._live.lose()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import zmq
 
-from paged_backend.messages import FromEngine, Hello, ToEngine, decode_from_engine, encode
+from paged_backend.errors import EngineError
+from paged_backend.messages import ENGINE_SOCKET, FromEngine, Hello, ToEngine, decode_from_engine, encode
 
 POLL_MS = 100
 
@@ -16,17 +17,25 @@ class EngineLink:
     """`send` may be called on any thread; `next_message` on one."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, front_end: int) -> None:
-        """folder: the engine's; says hello at once, which the engine hears when it has loaded."""
+        """folder: the engine's; says hello at once, which the engine hears when it has loaded.
+
+        Raises:
+            EngineError: there can be no socket in that folder.
+        """
         self._lock = threading.Lock()
         self._open = True
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
-        address = f"ipc://{folder}/front_end_{front_end}.sock"
-        self._inbox.bind(address)
         self._outbox = context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
-        self._outbox.connect(f"ipc://{folder}/engine.sock")
-        self.send(Hello(front_end, address))
+        address = f"ipc://{folder}/front_end_{front_end}.sock"
+        try:
+            self._inbox.bind(address)
+            self._outbox.connect(f"ipc://{folder}/{ENGINE_SOCKET}")
+            self.send(Hello(front_end, address))
+        except zmq.ZMQError as error:
+            self.close()  # the context's end would wait for an open socket for ever
+            raise EngineError(f"no socket can be opened in '{folder}': {error.strerror}") from None
 
     def send(self, message: ToEngine) -> None:
         """Never waits. No effect once closed."""

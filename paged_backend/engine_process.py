@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import numpy as np
 import zmq
@@ -32,6 +32,7 @@ from paged_backend.errors import EngineError
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import (
     ENGINE_NAME,
+    ENGINE_SOCKET,
     QUEUE_FILE,
     RUNNING_FILE,
     STANDBY,
@@ -151,7 +152,7 @@ class EngineProcess:
         self._context = context
         self._directory = directory
         self._model = model
-        self._inbox = Inbox(context, f"ipc://{directory}/engine.sock")  # bound before the slow load: nobody's hello is lost
+        self._inbox = Inbox(context, f"ipc://{directory}/{ENGINE_SOCKET}")  # bound before the slow load: nobody's hello is lost
         self._outbox = Outbox(context)
         self._end_by: float | None = None
         self._next_stats = 0.0
@@ -292,7 +293,16 @@ def main() -> int:
     return EngineProcess(Path(directory), Path(config.model).name).run(load)
 
 
-if __name__ == "__main__":
-    status = main()
+def end_with(status_of: Callable[[], int]) -> NoReturn:
+    """Ends the process at once: threads that compile a grammar, and libraries with device memory, take long to leave and talk about it."""
+    try:
+        status = status_of()
+    except BaseException:
+        log.exception("error: the engine stopped")
+        status = 1
     logging.shutdown()
-    os._exit(status)  # libraries with threads and device memory take long to leave, and talk about it
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    end_with(main)

@@ -65,6 +65,10 @@ class EngineStarter:
 
     def stand_by(self, folder: Path) -> None:
         """Starts the standby of an engine that would have `folder`, once its time has come. To be called often."""
+        if self._standby is not None and self._standby.poll() is not None:
+            _end(self._standby)  # what killed it may have been a want of memory: not at once again
+            self._standby = None
+            self.note_ready()
         if self._due is None or time.monotonic() < self._due:
             return
         self._due = None

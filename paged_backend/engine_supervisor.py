@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,14 @@ from paged_backend.election import Election, Incarnation
 from paged_backend.engine_link import EngineLink
 from paged_backend.engine_starter import EngineStarter, wait_for_exit
 from paged_backend.errors import EngineError
-from paged_backend.messages import QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
+from paged_backend.messages import ENGINE_SOCKET, QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
 
 _LINGER_MS = 1000  # for the last goodbye
 _PATIENCE_SECONDS = 1.0  # Triton Server finalizes instances one after another: the other front ends may say goodbye only after the owner is gone
 _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0
+_BEGIN_SECONDS = 30.0  # until a new engine has opened its socket, which it does before it loads anything
 _LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
 
 log = logging.getLogger("paged")
@@ -102,11 +104,14 @@ class EngineSupervisor:
 
     def meet_next(self) -> tuple[EngineLink, Ready]:
         """See `_meet`. Only who can do something about it loses patience."""
+        if not self.owner:
+            return self._meet(math.inf)
         hang_seconds = self._config.engine_hang_seconds
-        return self._meet(max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if self.owner and hang_seconds > 0 else math.inf)
+        return self._meet(max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, _BEGIN_SECONDS)
 
-    def _meet(self, patience: float) -> tuple[EngineLink, Ready]:
-        """Says hello and waits as long as the engine's process lives, `patience` seconds at most: a large model takes minutes to load.
+    def _meet(self, patience: float, begin_seconds: float = math.inf) -> tuple[EngineLink, Ready]:
+        """Says hello and waits as long as the engine's process lives, `patience` seconds at most: a large model takes minutes to load. An engine that has
+        not begun to after `begin_seconds` hangs.
 
         Raises:
             EngineError: why it cannot serve; or this front end is closing.
@@ -126,6 +131,8 @@ class EngineSupervisor:
                     raise EngineError(f"the engine process ended {self.exit_words()} before it was ready; its log lines say why")
                 if message is None and time.monotonic() > started + patience:
                     raise EngineError(f"it was not ready after {patience:.0f} s")
+                if message is None and time.monotonic() > started + begin_seconds and not (self.engine_folder / ENGINE_SOCKET).exists():
+                    raise EngineError(f"it had not begun to load after {begin_seconds:.0f} s")
             raise EngineError("the model is being unloaded")
         except BaseException:
             link.close()
@@ -133,7 +140,11 @@ class EngineSupervisor:
 
     def _await(self) -> Incarnation | None:
         while not self._closing.wait(0.05):
-            current = self._election.current(self._seat)
+            try:
+                current = self._election.current(self._seat)
+            except EngineError as error:
+                log.error("error: %s", error)
+                return None
             if current is None or current.number > self._incarnation.number:
                 return current
         return None
@@ -147,6 +158,7 @@ class EngineSupervisor:
             self._restarts.popleft()
         if len(self._restarts) >= self._config.max_engine_restarts:
             log.error("error: %d restarts within %.0f s (max_engine_restarts): no more", len(self._restarts), _RESTART_WINDOW_SECONDS)
+            self._starter.close()
             return None
         num_quick = sum(now - restart < _QUICK_DEATH_SECONDS for restart in self._restarts)
         if num_quick and self._closing.wait(min(0.1 * 2**num_quick, _LONGEST_PAUSE_SECONDS)):
@@ -186,7 +198,11 @@ class EngineSupervisor:
 
     def end(self, reason: str = "") -> str | None:
         """Nobody joins any more. The reason that another front end has given before, or None if none has."""
-        return self._election.end(self._seat, reason)
+        try:
+            return self._election.end(self._seat, reason)
+        except EngineError as error:  # whoever comes finds the engine dead
+            log.warning("%s", error)
+            return None
 
     def close(self, link: EngineLink | None) -> None:
         """Says goodbye through `link`, if there is an engine at the moment; its owner ends it and waits for its exit, at most 10 s."""
@@ -203,7 +219,8 @@ class EngineSupervisor:
         if self._engine is not None:
             wait_for_exit(self._engine)
         self._context.term()
-        self._election.leave(self._seat)
+        with suppress(EngineError):  # its folder is lost, or will be swept
+            self._election.leave(self._seat)
 
 
 def open_queue(path: Path) -> NDArray[np.int64] | None:

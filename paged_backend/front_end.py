@@ -73,10 +73,11 @@ class FrontEnd:
             answer.fail(refusal)
 
     def _refusal(self) -> RequestError | None:
-        """Before any work is done: the engine, which refuses for certain, hears of a request only after its prompt was read, and between two steps."""
+        """Before any work is done: the engine, which refuses for certain, hears of a request only after its prompt was read, and between two steps. Those whose
+        prompts are to be read wait, too."""
         if not self._open:
             return RequestError("the model is being unloaded", ErrorKind.OVERLOADED)
-        waiting, limit = self.client.num_waiting, self.config.max_queue_size
+        waiting, limit = self.client.num_waiting + self.prompts.num_waiting, self.config.max_queue_size
         if waiting >= limit:
             return RequestError(f"{waiting} requests are waiting, the limit is {limit} (max_queue_size)", ErrorKind.OVERLOADED)
         return None

@@ -170,8 +170,8 @@ class Grammars:
     def guide(self, grammar: Grammar, stop_ids: Sequence[int], min_tokens: int, allowed: Int32 | None = None) -> Guide:
         """A guide for a new sequence; its grammar may still have to be compiled. allowed: as Guide's `own`."""
         key = grammar.kind, grammar.text, grammar.compact
-        if key not in self._compiled:
-            if self._vocabulary is None:
+        if key not in self._compiled or _failed_by_chance(self._compiled[key]):
+            if self._vocabulary is None or _failed_by_chance(self._vocabulary):
                 self._vocabulary = self._threads.submit(self._read)
             self._compiled[key] = self._threads.submit(self._compile, grammar, self._vocabulary)
             self._forget_some()
@@ -208,6 +208,11 @@ def _result(compiling: Future[Compiled]) -> Compiled:
     except Exception as error:  # not the caller's fault, and no reason to fail with him
         log.exception("a grammar could not be compiled", exc_info=error)
         raise GrammarError("it cannot be compiled", ErrorKind.INTERNAL) from None
+
+
+def _failed_by_chance(future: Future[Any]) -> bool:
+    """Not because of the grammar or the model: for want of memory, say. Then it is tried again."""
+    return future.done() and future.exception() is not None and not isinstance(future.exception(), GrammarError)
 
 
 def _size(future: Future[Compiled]) -> int:

@@ -58,6 +58,7 @@ class Intake:
             shares=finds or request.family is not None,
             arrival=request.arrival,
             suspect=request.suspect,
+            resumed=request.resumed,
             deadline_seconds=min(sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds),
             answered=request.num_answered > 0,
             guide=self._guides.guide(sampling, stop_ids, allowed),

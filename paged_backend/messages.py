@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from paged_backend.request import Finish, Found, PromptLogprobs, SamplingParams
 
 _FRONT_END_SHIFT = 40
+ENGINE_SOCKET = "engine.sock"  # in the engine's folder: its inbox
 SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
 RUNNING_FILE = "running"  # in the engine's folder: int64, the ids of the requests that run, anything negative between them
 QUEUE_FILE = "queue"  # in the engine's folder: int64, how many requests wait at the moment

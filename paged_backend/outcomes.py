@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_backend import prompt_logprobs
-from paged_backend.batch import Batch, Feature, Int32, StepOutput, StepResult
+from paged_backend.batch import Batch, Feature, Int32, Int64, StepOutput, StepResult
 from paged_backend.beams import Beams
 from paged_backend.errors import ErrorKind
 from paged_backend.guides import Guides
@@ -31,7 +32,7 @@ class Outcomes:
         rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
         present = table.request_id[rows] == request_ids
         entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
-        tops = self._top_logprobs(result, rows, entries) if batch.features & Feature.TOP_LOGPROBS else {}
+        wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
         prompts = prompt_logprobs.told(batch, result, self._living)
         self._append(rows[entries], token_ids[entries])
         for sequence, found in self._beams.take(batch, result):
@@ -45,7 +46,7 @@ class Outcomes:
             request_ids=request_ids[entries],
             token_ids=token_ids[entries],
             logprobs=None if result.logprobs is None else result.logprobs[entries],
-            top_logprobs=tops,
+            top_logprobs=_top_logprobs(result, entries, wanted),
             started=started,
             finishes=self._living.take_finishes(),
             prompts=prompts,
@@ -107,13 +108,23 @@ class Outcomes:
         assert sequence is not None
         self._living.end(sequence, self._guides.last_word(sequence, token_id, "stop" if stop else "length"))
 
-    def _top_logprobs(self, result: StepResult, rows: Int32, entries: Int32) -> dict[int, dict[int, float]]:
-        """Output entry → its most likely tokens, for the sequences that asked for them."""
-        assert result.top_ids is not None and result.top_logprobs is not None
-        tops = {}
-        for position, entry in enumerate(entries.tolist()):
-            sequence = self._running.table.sequences[rows[entry]]
-            n = sequence.sampling.logprobs if sequence is not None else None
-            if n:
-                tops[position] = dict(zip(result.top_ids[entry, :n].tolist(), result.top_logprobs[entry, :n].tolist(), strict=True))
-        return tops
+    def _num_tops(self, rows: Int32, request_ids: Int64) -> dict[int, int]:
+        """Entry of a step's results -> how many of the most likely tokens its sequence asked for, also one that has lost its row."""
+        table, wanted = self._running.table, {}
+        for entry, (row, request_id) in enumerate(zip(rows.tolist(), request_ids.tolist(), strict=True)):
+            sequence = table.sequences[row] if table.request_id[row] == request_id else self._living.find(request_id)
+            if sequence is not None and sequence.sampling.logprobs:
+                wanted[entry] = sequence.sampling.logprobs
+        return wanted
+
+
+def _top_logprobs(result: StepResult, entries: NDArray[np.intp], wanted: dict[int, int]) -> dict[int, dict[int, float]]:
+    """Output entry -> its most likely tokens, for the sequences that asked for them."""
+    if not wanted:
+        return {}
+    assert result.top_ids is not None and result.top_logprobs is not None
+    return {
+        position: dict(zip(result.top_ids[entry, :n].tolist(), result.top_logprobs[entry, :n].tolist(), strict=True))
+        for position, entry in enumerate(entries.tolist())
+        if (n := wanted.get(entry))
+    }

@@ -51,13 +51,27 @@ class PromptReader:
         if ready.tokenizer_path is not None and self.tokenizer is not None:
             special_words = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
             self._chat_template = ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"), special_words)
+        self._lock = threading.Lock()
+        self._num_waiting = 0  # tasks that no thread has begun
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
         if self._chat_template is not None:
             self._threads.submit(self._chat_template.warm)
 
     def later(self, task: Callable[[], None]) -> None:
         """Runs `task`, which calls `read`, on one of the reader's threads. Tasks start in the order they came."""
-        self._threads.submit(task)
+        with self._lock:
+            self._num_waiting += 1
+        self._threads.submit(self._begin, task)
+
+    def _begin(self, task: Callable[[], None]) -> None:
+        with self._lock:
+            self._num_waiting -= 1
+        task()
+
+    @property
+    def num_waiting(self) -> int:
+        """Tasks that have not begun."""
+        return self._num_waiting
 
     def close(self) -> None:
         """Forgets the tasks that have not started and waits for those that have."""

@@ -11,6 +11,7 @@ still in flight counts as present (`Rows.num_tokens`), only its id is missing, a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from paged_backend.admission import Admission
 from paged_backend.batch import Batch, Int32, StepOutput, StepResult
 from paged_backend.beams import Beams
 from paged_backend.deadlines import Deadlines
+from paged_backend.errors import ErrorKind
 from paged_backend.guides import Guides
 from paged_backend.intake import Intake
 from paged_backend.living_sequences import LivingSequences
@@ -35,6 +37,8 @@ from paged_backend.scheduler_limits import SchedulerLimits
 from paged_backend.sequence import NO_BERTH, Sequence
 from paged_backend.suspects import Suspects
 from paged_backend.waiting_queue import WaitingQueue
+
+log = logging.getLogger("paged")
 
 
 class Scheduler:
@@ -60,7 +64,11 @@ class Scheduler:
 
     def submit(self, request: Submit) -> None:
         """Queues a request, or ends it at once with an error that says which limit it met."""
-        taken = self._intake.take(request, self.num_waiting)
+        try:
+            taken: Sequence | Finish = self._intake.take(request, self.num_waiting)
+        except Exception as error:  # our fault: it must not end the engine, and the next one that is asked the same
+            log.exception("a request could not be taken in")
+            taken = Finish(request.request_id, error=ErrorKind.INTERNAL, message=f"the request could not be taken in: {type(error).__name__}")
         if isinstance(taken, Finish):
             self._living.refuse(taken)
         else:
@@ -78,14 +86,25 @@ class Scheduler:
         living.end_all(self._deadlines.overdue(living))
         living.end_all(self._admission.review())
         living.end_all(self._guides.review_running(self._running.table))
-        rows, counts = self._share_out()
-        rows, counts = living.secure_pages(rows, counts)
+        rows, counts = self._computed_by_those_that_run()
         rows, counts = self._admission.admit(rows, counts)
         return self._batch(rows, counts) if len(rows) else None
 
-    def _share_out(self) -> tuple[Int32, Int32]:
+    def _computed_by_those_that_run(self) -> tuple[Int32, Int32]:
+        """(rows, counts) with pages. Who finds none must not keep the budget from those that have theirs: their end is what brings pages."""
+        stalled = np.empty(0, np.int32)
+        while True:
+            shared, counts = self._share_out(stalled)
+            rows, counts = self._living.secure_pages(shared, counts)
+            if len(rows) or not len(shared):
+                return rows, counts
+            stalled = np.concatenate([stalled, shared])
+
+    def _share_out(self, stalled: Int32) -> tuple[Int32, Int32]:
         """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last."""
         rows, counts = self._running.computable()
+        if len(stalled):
+            counts[np.isin(rows, stalled)] = 0
         if (counts == 1).all():
             return rows, counts
         rows, counts = rows[counts > 0], counts[counts > 0]

@@ -57,6 +57,7 @@ class Sequence:
     cache_salt: str
     shares: bool  # its pages may be found by others, and theirs by it
     arrival: float  # seconds, CLOCK_MONOTONIC
+    resumed: bool = False  # an engine that died had let it in
     suspect: bool = False  # engines may have died of it: no other suspect runs meanwhile
     deadline_seconds: float = math.inf  # from its arrival
     guide: Guide | None = None  # through the grammar that its answer follows
@@ -114,6 +115,7 @@ class Rows:
         self.page_size = page_size
         self.sequences: list[Sequence | None] = [None] * max_num_sequences
         self.request_id = np.full(max_num_sequences, _FREE, np.int64)
+        self.running_id = np.full(max_num_sequences, _FREE, np.int64)  # of the request that a row works for: a beam has no id that anybody else knows
         self.token_ids = np.zeros((max_num_sequences, max_model_len + 1), np.int32)
         self.num_tokens = np.zeros(max_num_sequences, np.int32)
         self.num_known = np.zeros(max_num_sequences, np.int32)
@@ -132,10 +134,10 @@ class Rows:
         return len(self._free)
 
     def share_request_ids(self, path: Path) -> None:
-        """Keeps `request_id` in a file from now on, int64 [num_rows]."""
-        shared = np.asarray(np.memmap(path, np.int64, "w+", shape=self.request_id.shape))
-        shared[:] = self.request_id
-        self.request_id = shared
+        """Keeps `running_id` in a file from now on, int64 [num_rows]."""
+        shared = np.asarray(np.memmap(path, np.int64, "w+", shape=self.running_id.shape))
+        shared[:] = self.running_id
+        self.running_id = shared
 
     def occupy(self, sequence: Sequence, num_computed: int) -> int:
         """Moves a waiting sequence, whose pages are held and whose first `num_computed` tokens are in them, onto a free row."""
@@ -143,6 +145,7 @@ class Rows:
         num_tokens = len(sequence.token_ids)
         self.sequences[row] = sequence
         self.request_id[row] = sequence.request_id
+        self.running_id[row] = sequence.leader.request_id
         self.token_ids[row, :num_tokens] = sequence.token_ids
         self.num_tokens[row] = self.num_known[row] = num_tokens
         self.num_computed[row] = num_computed
@@ -182,7 +185,7 @@ class Rows:
         assert row is not None
         sequence.token_ids = self.token_ids[row, : self.num_known[row]].copy()
         self.sequences[row] = None
-        self.request_id[row] = _FREE
+        self.request_id[row] = self.running_id[row] = _FREE
         self.num_tokens[row] = self.num_known[row] = self.num_computed[row] = self.capacity[row] = 0
         self.stop_ids[row] = -1
         self._free.append(row)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,61 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
     assert idle == 1
     assert scheduler.num_preemptions == 1, "there was a page in reserve: the test misses its point"
     assert scheduler.pool.num_held == 0
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_search_that_finds_no_pages_keeps_the_budget_from_nobody_whose_end_would_bring_some(steps_ahead: int) -> None:
+    """It lost its pages, began again, and has more to compute than a step has room for; a long prompt beside it has all its pages; the pool is full."""
+    limits = SchedulerLimits(page_size=1, num_pages=80, max_model_len=76, max_num_sequences=3, max_batched_tokens=12, prefix_cache=False)
+    scheduler = Scheduler(limits)
+    engine = Engine(scheduler, CheckedRunner(SimulatedRunner(3, 80, 1, 76, 12, VOCAB), TableBounds(3, 80, 1, 76, 12), scheduler.check), steps_ahead)
+    search = {"max_tokens": 20, "use_beam_search": True, "beam_width": 2, "early_stopping": "never"}
+
+    def answers(token: int) -> list[list[int]]:
+        return solo_search([token] * 14, SamplingParams(temperature=0.0, ignore_eos=True, n=2, **search), 20, (), VOCAB)  # type: ignore[arg-type]
+
+    token = next(token for token in range(6, VOCAB) if len(found := answers(token)) == 2 and min(map(len, found)) > 17)
+    finished: dict[int, str] = {}
+
+    def submit(request_id: int, prompt_len: int, **sampling: Any) -> None:
+        params = SamplingParams(temperature=0.0, ignore_eos=True, **sampling)
+        engine.submit(Submit(request_id, np.array([token] * prompt_len, np.int32).tobytes(), params, (), "", 1e18))
+
+    def step_until(done: Callable[[], bool]) -> None:
+        for _ in range(500):
+            if done():
+                return
+            for output in engine.step():
+                finished.update({finish.request_id: finish.reason for finish in output.finishes})
+        raise AssertionError("the engine stands still")
+
+    def status() -> str:
+        sequence = scheduler._living.find(1)
+        return "" if sequence is None else str(sequence.status.value)
+
+    submit(1, 14, **search)
+    step_until(lambda: scheduler._living.find(1) is not None and len(scheduler._living.find(1).group.search.beams[0].token_ids) >= 8)  # type: ignore[union-attr]
+    submit(2, 40, max_tokens=30, priority_level=-1)
+    step_until(lambda: scheduler.num_preemptions > 0)
+    engine.abort(2)
+    step_until(lambda: status() != "waiting")
+    submit(3, 62, max_tokens=2, priority_level=-1)
+    step_until(lambda: engine.idle)
+    assert finished == {1: "length", 3: "length"}
+
+
+def test_the_file_of_what_runs_names_the_request_of_a_search_and_not_its_beams(tmp_path: Path) -> None:
+    """Should the engine die, nobody else knows their ids."""
+    scheduler = Scheduler(SchedulerLimits(page_size=4, num_pages=64, max_model_len=64, max_num_sequences=8, max_batched_tokens=64))
+    scheduler.share_running(tmp_path / "running")
+    engine = Engine(scheduler, SimulatedRunner(8, 64, 4, 64, 64, VOCAB), 0)
+    for request_id, sampling in ((7, SamplingParams(max_tokens=30, use_beam_search=True, beam_width=3, temperature=0.0)), (8, SamplingParams(max_tokens=30))):
+        engine.submit(Submit(request_id, np.array([1, 2, 3], np.int32).tobytes(), sampling, (), "", 1e18))
+    engine.step()
+    engine.step()
+    assert {number for number in np.fromfile(tmp_path / "running", np.int64).tolist() if number >= 0} == {7, 8}
+    engine.abort(7)
+    assert {number for number in np.fromfile(tmp_path / "running", np.int64).tolist() if number >= 0} == {8}
 
 
 def test_a_beam_that_comes_late_has_no_more_pages_than_a_page_table_has_room_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.election import Election, ProcessId
 from paged_backend.engine_client import EngineClient
 from paged_backend.engine_starter import engine_command
+from paged_backend.engine_supervisor import EngineSupervisor
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.live_requests import Piece
 from paged_backend.messages import Stats
@@ -294,6 +296,79 @@ def test_without_its_standby_an_engine_is_replaced_by_a_new_process(key: str) ->
         assert _engine_pid(client) != standby
     finally:
         client.close()
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_standby_that_was_killed_is_replaced_and_none_is_left_when_there_is_no_engine_any_more(key: str) -> None:
+    client = _connect(key, max_engine_restarts=0)
+    try:
+        _wait(lambda: _standby_pid(client) is not None)
+        first = _standby_pid(client)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        _wait(lambda: _standby_pid(client) not in (None, first))
+        assert not Path(f"/proc/{first}").exists()
+        os.kill(_engine_pid(client), signal.SIGKILL)
+        _wait(lambda: not client.alive and _standby_pid(client) is None)
+    finally:
+        client.close()
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("hang_seconds", [0, 300])
+def test_a_standby_that_hangs_is_not_waited_for(key: str, folder: Path, monkeypatch: pytest.MonkeyPatch, hang_seconds: float) -> None:
+    monkeypatch.setattr("paged_backend.engine_supervisor._BEGIN_SECONDS", 1.0)
+    program = folder / "engine.py"
+    program.write_text(f"import runpy, sys, time\nif '--standby' in sys.argv: time.sleep(300)\nrunpy.run_path({fake_engine.__file__!r}, run_name='__main__')\n")
+    client = EngineClient.connect(EngineConfig(model="fake", engine_hang_seconds=hang_seconds), key, 1, [sys.executable, str(program)])
+    client.start(lambda stats: None)
+    try:
+        _, inbox = _ask(client, "tokens=60 delay=0.02")
+        _wait(lambda: len(inbox.ids) > 3 and _standby_pid(client) is not None)
+        os.kill(_engine_pid(client), signal.SIGKILL)
+        assert inbox.finished.wait(20)
+        assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.02", 60)
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("loss", ["state", "folder", "space"])
+def test_nobody_waits_for_ever_when_the_folder_of_the_engine_is_lost(key: str, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    """Swept by somebody's cron job, or on a disk that is full: the engine goes on, but there cannot be another one."""
+    clients = _connect_all(key, 2, max_engine_restarts=1)
+    inboxes = [_ask(client, "silent")[1] for client in clients]
+    election = clients[0]._supervisor._election._folder
+    if loss == "state":
+        (election / "state.json").unlink()
+    elif loss == "folder":
+        shutil.rmtree(election)
+    else:
+
+        def full(*_: Any, **__: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("paged_backend.election._make_private", full)
+    os.kill(_engine_pid(clients[0]), signal.SIGKILL)
+    try:
+        for inbox in inboxes:
+            assert inbox.finished.wait(20)
+            (finish,) = [piece.finish for piece in inbox.pieces if piece.finish is not None]
+            assert finish.error is ErrorKind.OVERLOADED
+        _wait(lambda: not any(client.alive for client in clients))
+    finally:
+        _close_all(clients)
+
+
+def test_a_folder_without_room_for_a_socket_is_one_sentence_and_nothing_hangs(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meet = EngineSupervisor.meet_first
+
+    def without_folder(supervisor: EngineSupervisor) -> Any:
+        shutil.rmtree(supervisor.engine_folder)
+        return meet(supervisor)
+
+    monkeypatch.setattr(EngineSupervisor, "meet_first", without_folder)
+    with pytest.raises(EngineError, match=r"no socket can be opened in '.*': No such file"):
+        _connect(key)
 
 
 @pytest.mark.usefixtures("soon")

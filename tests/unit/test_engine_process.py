@@ -176,6 +176,21 @@ def test_an_engine_that_cannot_load_tells_every_front_end_why(tmp_path: Path, er
     assert statuses == [1]
 
 
+def test_an_engine_that_fails_is_gone_at_once_whatever_its_threads_are_at() -> None:
+    program = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from paged_backend.engine_process import end_with
+def fail():
+    ThreadPoolExecutor().submit(time.sleep, 300)
+    raise MemoryError("while a grammar is compiled")
+end_with(fail)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "while a grammar is compiled" in ended.stderr
+
+
 def _idle_with_torch(pid: int) -> bool:
     def ticks() -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]

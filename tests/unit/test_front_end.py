@@ -53,6 +53,25 @@ def test_a_deadline_holds_although_the_engine_says_nothing(front_end: FrontEnd) 
     assert str(delta.error) == "not finished after 0.1 s (request_deadline_seconds)"
 
 
+def test_prompts_that_are_still_to_be_read_wait_too(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine has not heard of them: a flood that comes faster than prompts are read has its bound, too."""
+    go_on, refusals = threading.Event(), []
+    read = front_end.prompts.read
+    monkeypatch.setattr(front_end.prompts, "read", lambda request: (go_on.wait(20), read(request))[1])
+    monkeypatch.setattr(front_end, "config", front_end.config.model_copy(update={"max_queue_size": 10}))
+
+    def send(deltas: tuple[Delta, ...], final: bool) -> None:
+        refusals.extend(delta.error for delta in deltas if delta.error is not None)
+
+    for _ in range(100):
+        request = Request("tokens=2", None, SamplingParams(), Outputs(), stream=False, prepend_prompt=False, arrival=time.monotonic())
+        front_end.ask(request, send, lambda: False)
+    go_on.set()
+    assert front_end.streamer.wait_until_all_ended(20)
+    assert 80 <= len(refusals) <= 90
+    assert all("10 requests are waiting, the limit is 10 (max_queue_size)" in str(error) for error in refusals)
+
+
 def test_a_request_too_many_is_refused_before_its_prompt_is_read(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine says how many wait in memory that it shares; it, the tokenizer and their callers are spared the rest."""
     folder = front_end.client._supervisor.engine_folder

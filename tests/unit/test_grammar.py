@@ -19,6 +19,7 @@ from paged_backend import grammar_process
 from paged_backend.engine import Engine
 from paged_backend.errors import ErrorKind
 from paged_backend.grammar import Grammars, Guide
+from paged_backend.grammar_process import Verdict
 from paged_backend.structured import Grammar
 from tests.small_tokenizers import byte_fallback
 from tests.structured_engine import EOS, PROMPT, TOKENIZER, VOCAB, CompilerHere, Ended, drain, load_speaker, run, save_speaker, submit
@@ -227,6 +228,28 @@ def test_a_grammar_is_compiled_once_and_forgotten_last(folder: Path, monkeypatch
     assert len(kept._compiled) == 2
     want("b", key="structured_outputs.regex")
     assert len(compiled) == 4
+
+
+def test_what_failed_for_another_reason_than_the_grammar_is_tried_again(folder: Path) -> None:
+    tries: list[str] = []
+
+    class Exhausted(CompilerHere):
+        def compile(self, grammar: Grammar) -> Verdict:
+            tries.append(grammar.text)
+            if len(tries) == 1:
+                raise OSError(12, "no memory for another process")
+            return super().compile(grammar)
+
+    compiled = Grammars(folder / "tokenizer.json", VOCAB, (EOS,), Exhausted)
+    refusals = []
+    for text in ("a+", "a+", "a+", "a{1,", "a{1,"):
+        guide = compiled.guide(Grammar("guided_regex", "regex", text), (EOS,), 0)
+        while not guide.compiled:
+            time.sleep(0.01)
+        guide.follow(np.empty(0, np.int32))
+        refusals.append(None if guide.refusal is None else guide.refusal.kind)
+    assert refusals == [ErrorKind.INTERNAL, None, None, ErrorKind.INVALID, ErrorKind.INVALID]
+    assert tries == ["a+", "a+", "a{1,"]
 
 
 def test_large_grammars_are_forgotten_by_their_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +70,67 @@ def test_a_sequence_gets_its_answer_whatever_its_length_is_to_the_page(prompt_le
     bench.run()
     assert bench.tokens[1] == solo(range(prompt_len), 5, (), VOCAB)
     assert bench.finishes[1].reason == "length"
+
+
+class _WithTops(SimulatedRunner):
+    def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
+        for batch, result in super().finished(keep):
+            size = len(result.token_ids)
+            top_ids = np.stack([result.token_ids, result.token_ids + 1, result.token_ids + 2], axis=1)
+            tops = np.tile(np.array([-0.5, -1, -2], np.float32), (size, 1))
+            yield batch, replace(result, logprobs=np.full(size, -0.5, np.float32), top_ids=top_ids, top_logprobs=tops)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_token_in_flight_at_a_preemption_brings_its_top_logprobs(steps_ahead: int) -> None:
+    scheduler = Scheduler(SchedulerLimits(page_size=2, num_pages=10, max_model_len=20, max_num_sequences=4, max_batched_tokens=64))
+    engine = Engine(scheduler, _WithTops(4, 10, 2, 20, 64, VOCAB), steps_ahead)
+    for request_id in range(3):
+        sampling = SamplingParams(max_tokens=14, temperature=0.0, logprobs=request_id + 1)
+        engine.submit(Submit(request_id, np.array([request_id + 1] * 3, np.int32).tobytes(), sampling, (), "", 1e18))
+    told: dict[int, list[dict[int, float]]] = {0: [], 1: [], 2: []}
+    while not engine.idle:
+        for output in engine.step():
+            for entry, (request_id, token) in enumerate(zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)):
+                tops = output.top_logprobs[entry]
+                assert list(tops) == [token, token + 1, token + 2][: request_id + 1]
+                told[request_id].append(tops)
+    assert scheduler.num_preemptions
+    assert [len(tops) for tops in told.values()] == [14, 14, 14]
+
+
+def test_a_request_that_an_engine_had_begun_is_not_refused_as_one_that_never_started() -> None:
+    """Its caller has heard of it; the engine that goes on with it may be late."""
+    bench = Bench(max_waiting_seconds=5.0)
+    bench.tokens |= {1: [], 2: []}
+    for request_id, resumed in ((1, True), (2, False)):
+        sampling = SamplingParams(max_tokens=4, temperature=0.0)
+        bench.now = 0.0
+        bench.engine.submit(Submit(request_id, np.array([1, 2, 3], np.int32).tobytes(), sampling, (), "", 0.0, resumed=resumed))
+    bench.now = 6.0
+    bench.run()
+    assert bench.finishes[1].reason == "length"
+    assert "not started after 5 s (max_waiting_seconds)" in bench.finishes[2].message
+
+
+def test_a_request_that_cannot_be_taken_in_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the engine: the next one would be asked the same."""
+    bench = Bench()
+    bench.submit(1, [1, 2], max_tokens=4)
+    take = bench.scheduler._intake.take
+
+    def fail(request: Submit, num_waiting: int) -> Any:
+        if request.request_id == 2:
+            raise ZeroDivisionError("a mistake of ours")
+        return take(request, num_waiting)
+
+    monkeypatch.setattr(bench.scheduler._intake, "take", fail)
+    for request_id in (2, 3):
+        bench.submit(request_id, [1, 2], max_tokens=4)
+    bench.run()
+    assert bench.finishes[2].error is ErrorKind.INTERNAL
+    assert "ZeroDivisionError" in bench.finishes[2].message
+    assert bench.tokens[1] == bench.tokens[3] == solo([1, 2], 4, (), VOCAB)
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget_while_others_decode() -> None:
