@@ -243,7 +243,7 @@ def paged_decode_attention(
     workspace = plan.workspace
     _check(q, kv_pages, page_table, out, workspace)
     page_size, head_dim = kv_pages.shape[3:]
-    group_pad, head_pad = triton.next_power_of_2(workspace.group), triton.next_power_of_2(head_dim)
+    group_pad, head_pad = triton.next_power_of_2(workspace.group), max(16, triton.next_power_of_2(head_dim))
     pdl = {"launch_pdl": True} if launch_pdl else {}
     _decode_kernel[(workspace.num_slots * workspace.num_kv_heads,)](
         q, kv_pages, page_table, out, plan.line, plan.starts, plan.records, workspace.arrivals, workspace.partial_acc, workspace.partial_lse,

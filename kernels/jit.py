@@ -47,7 +47,7 @@ class Kernel:
                 if type(value) is int:
                     key.append(value > _LARGEST_INT32)
                     if not fixed:
-                        key.append(1 if value == 1 else value % 16 == 0)
+                        key.append("one" if value == 1 else value % 16 == 0)  # not 1, which equals True
             values.append(value)
         variant = self._variants.get(tuple(key))
         if variant is None:  # compile, which launches too

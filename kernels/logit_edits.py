@@ -15,6 +15,7 @@ import triton.language as tl
 from paged_kernels.jit import kernel
 
 _BLOCK = 1024
+_FEW = 128  # of what a row seldom has many; a constant, so that no request is the first of its kind and waits for a compiler
 _PARTS = 8  # programs along one history
 
 
@@ -158,7 +159,7 @@ def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, r
         pdl = {"launch_pdl": True} if launch_pdl else {}
         _add_bias_kernel[(len(logits),)](
             logits, logits if rows is None else rows, ids, values, width, logits.stride(0), ids.stride(0), values.stride(0),
-            VOCAB=logits.shape[1], BLOCK=min(_BLOCK, triton.next_power_of_2(width)), HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+            VOCAB=logits.shape[1], BLOCK=_FEW, HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
         )  # fmt: skip
     return logits
 
@@ -176,7 +177,7 @@ def ban_bad_words(
         pdl = {"launch_pdl": True} if launch_pdl else {}
         _ban_bad_words_kernel[(len(logits),)](
             logits, logits if rows is None else rows, words, history, num_tokens, num_words, logits.stride(0), words.stride(0), history.stride(0),
-            LENGTH=length, LENGTH_PAD=triton.next_power_of_2(length), WORDS=triton.next_power_of_2(num_words), VOCAB=logits.shape[1],
+            LENGTH=length, LENGTH_PAD=triton.next_power_of_2(length), WORDS=max(_FEW, triton.next_power_of_2(num_words)), VOCAB=logits.shape[1],
             HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
         )  # fmt: skip
     return logits

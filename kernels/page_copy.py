@@ -17,7 +17,7 @@ from paged_kernels.jit import kernel
 _BLOCK = 2048  # words of four bytes
 
 
-@kernel
+@kernel(unaligned=["copies"])
 def _copy_pages_kernel(addresses, copies, copies_stride, PAGE_WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_wait()

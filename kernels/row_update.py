@@ -115,7 +115,7 @@ def update_page_tables(page_tables: torch.Tensor, updates: torch.Tensor, *, laun
     if len(updates) == 0:
         return
     pdl = {"launch_pdl": True} if launch_pdl else {}
-    block = min(_BLOCK, max(32, triton.next_power_of_2(len(updates))))
+    block = 256
     _update_page_tables_kernel[(triton.cdiv(len(updates), block),)](
         page_tables, updates, len(updates), page_tables.stride(0), updates.stride(0), BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32), **pdl
     )

@@ -170,7 +170,7 @@ def _choose_kernel(
         token = part * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(row + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
         best, where = tl.max(x, 0, return_indices=True)
-        best_token = part * CHUNK + where
+        best_token = tl.minimum(part * CHUNK + where, VOCAB - 1)  # where nothing but NaN is, a lane behind the vocabulary may be the winner
         top, mass = best, 0.0
         if LOGPROBS:
             mass = _mass_below(x, top)
@@ -257,7 +257,7 @@ def _top_kernel(
         for i in range(n):
             best = tl.max(tl.max(left, 1), 0)
             left = tl.where(left == best, _NOTHING, left)
-            winner = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+            winner = tl.minimum(0x7FFFFFFF - (best & 0x7FFFFFFF), VOCAB - 1)
             tl.store(ids + m * ids_stride + i, winner.to(ids.dtype.element_ty))
             tl.store(logprobs + m * logprobs_stride + i, value_of((best >> 32).to(tl.int32)) - log_mass)
         tl.store(arrivals + m, 0)

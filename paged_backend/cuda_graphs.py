@@ -51,11 +51,10 @@ def captured_shapes(max_sequences: int, max_tokens: int, adapters: bool = False)
 class _Captured:
     """A step of a shape: what it computes with, and what it leaves."""
 
-    def __init__(self, rows: DeviceRows, flat: Tensor, shape: StepShape, max_len: int, logits: Tensor) -> None:
-        """flat: int32 [shape.size], where the plan will be; logits [shape.num_outputs, vocab]."""
+    def __init__(self, rows: DeviceRows, flat: Tensor, page_table: Tensor, shape: StepShape, max_len: int, logits: Tensor) -> None:
+        """flat: int32 [shape.size], where the plan will be; page_table int32 [shape.num_sequences, pages]; logits [shape.num_outputs, vocab]."""
         self.logits = logits
-        self.step = rows.make_step(flat, shape, max_len, max_len, shape.num_prefill_tokens)
-        self.step.page_table.zero_()
+        self.step = rows.make_step(flat, shape, page_table, max_len, shape.num_prefill_tokens)
         self.forward = torch.cuda.CUDAGraph()
         self.samplings: dict[int, tuple[torch.cuda.CUDAGraph, Sampled]] = {}  # features -> the graph that chooses tokens, and where it leaves them
 
@@ -118,13 +117,14 @@ class StepGraphs:
         """The largest first: the smaller ones fit into its memory."""
         started = told = time.monotonic()
         free = torch.cuda.mem_get_info()[0]
+        page_table = self._rows.make_page_table(max(shape.num_sequences for shape in self._shapes), max_len)  # of one step after another, whatever its shape
         for number, shape in enumerate(reversed(self._shapes)):
             if time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
                 tell(f"capturing steps {100 * number // len(self._shapes)} % ({number} of {len(self._shapes)} shapes)")
             self._flat.fill_(-1)
             self._flat[: shape.size].copy_(torch.from_numpy(plan_of_padding(shape)))
-            captured = _Captured(self._rows, self._flat[: shape.size], shape, max_len, logits[: shape.num_outputs])
+            captured = _Captured(self._rows, self._flat[: shape.size], page_table[: shape.num_sequences], shape, max_len, logits[: shape.num_outputs])
             self._capture(captured.forward, partial(self._forward, captured))
             for features in _CAPTURED_FEATURES:
                 graph = torch.cuda.CUDAGraph()

@@ -210,14 +210,15 @@ class DeviceRows:
     def apply(self, batch: Batch, plan: StepPlan) -> StepTensors:
         """`update`, and the tensors of a step that is computed at once."""
         longest = max((query_len for query_len, _ in plan.prefill_lens), default=0)
-        step = self.make_step(self.update(batch, plan), plan.shape, plan.max_len, plan.max_decode_len, longest, plan.prefill_lens)
+        page_table = self.token_ids.new_empty(plan.shape.num_sequences, -(-plan.max_len // self.page_size))
+        step = self.make_step(self.update(batch, plan), plan.shape, page_table, plan.max_decode_len, longest, plan.prefill_lens)
         self.gather(step)
         return step
 
     def make_step(
-        self, flat: Tensor, shape: StepShape, max_len: int, max_decode_len: int, max_query_len: int, prefill_lens: tuple[tuple[int, int], ...] = ()
+        self, flat: Tensor, shape: StepShape, page_table: Tensor, max_decode_len: int, max_query_len: int, prefill_lens: tuple[tuple[int, int], ...] = ()
     ) -> StepTensors:
-        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them."""
+        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them. page_table: int32 [sequences, pages of the longest]."""
         new = self.token_ids.new_empty
         return StepTensors(
             shape=shape,
@@ -225,12 +226,16 @@ class DeviceRows:
             input_ids=new(shape.num_tokens),
             positions=new(shape.num_tokens, dtype=torch.int64),
             slot_mapping=new(shape.num_tokens, dtype=torch.int64),
-            page_table=new(shape.num_sequences, -(-max_len // self.page_size)),
+            page_table=page_table,
             seq_lens=new(shape.num_sequences),
             max_decode_len=max_decode_len,
             max_query_len=max_query_len,
             prefill_lens=prefill_lens,
         )
+
+    def make_page_table(self, num_sequences: int, max_len: int) -> Tensor:
+        """For captured steps of so many sequences of up to max_len tokens: int32 [num_sequences, pages], page 0 everywhere, for padding is read, too."""
+        return self.token_ids.new_zeros(num_sequences, -(-max_len // self.page_size))
 
     def gather(self, step: StepTensors) -> None:
         """Fills a step's tensors from the rows of its plan."""

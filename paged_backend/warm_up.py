@@ -16,6 +16,7 @@ _SAMPLINGS = (
     SamplingParams(temperature=0.0, logprobs=0),
     SamplingParams(temperature=0.0, guided_regex="a"),
     SamplingParams(temperature=0.0, use_beam_search=True, beam_width=2),
+    SamplingParams(temperature=0.7, presence_penalty=0.1),  # edited logits are float32
     SamplingParams(temperature=0.7, top_k=5, min_tokens=1, logit_bias={0: 1.0}, repetition_penalty=1.1, presence_penalty=0.1, logprobs=1),
 )
 _BAD_WORDS = ((0, 1),)

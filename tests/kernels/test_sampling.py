@@ -58,6 +58,30 @@ def test_argmax_takes_the_smallest_of_equals_and_leaves_no_trace() -> None:
     assert out.tolist() == [64, 199]
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "chunk"),
+    [pytest.param(size, 4096, marks=pytest.mark.gpu) for size in (32000, 32773, 50257, 128256, 151936)],
+)  # the interpreter refuses to reduce NaN
+def test_rows_of_nan_are_answered_with_tokens_of_the_vocabulary(vocab_size: int, chunk: int) -> None:
+    """An overflow somewhere must not become an id that the next step looks up behind the embedding's end."""
+    logits, workspace = randn(6, vocab_size), small(6, vocab_size, chunk)
+    logits[0] = torch.nan
+    logits[1, vocab_size // 2 :] = torch.nan
+    logits[2, :-1] = torch.nan
+    logits[3, -1] = torch.nan
+    logits[4] = -torch.nan
+    logits[5] = -torch.inf
+    rows = ints(*range(6))
+    answers = [
+        argmax(logits, workspace=workspace),
+        sample(logits, floats(*[0.7] * 6), rows, rows, workspace=workspace),
+        top_logprobs(logits, 5, workspace=workspace)[0],
+    ]
+    for tokens in answers:
+        assert ((tokens >= 0) & (tokens < vocab_size)).all(), tokens
+    assert not workspace.arrivals.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_log_probabilities_equal_log_softmax(dtype: torch.dtype) -> None:
     logits, workspace = randn(4, VOCAB, scale=4).to(dtype), small()
