@@ -401,7 +401,7 @@ def test_a_request_that_kills_its_engine_fails_alone(key: str) -> None:
         assert killer.finished.wait(30)
         (finish,) = [piece.finish for piece in killer.pieces if piece.finish is not None]
         assert finish.error is ErrorKind.INTERNAL
-        assert "died 3 times while it ran this request alone" in finish.message
+        assert "died 4 times while it ran this request alone" in finish.message
         for prompt, inbox in asked:
             assert inbox.finished.wait(20)
             assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, 60)
