@@ -23,7 +23,7 @@ from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Submit, Tokens
 from paged_backend.request import Finish, Found, PromptLogprobs
 
 _SUSPECT_AFTER = 2  # deaths in a row while a request ran
-_GUILTY_AFTER = 4  # deaths in a row while it ran as the only suspect: engines die of something else, too, and a long prompt needs a while to show that it is harmless
+_GUILTY_AFTER = 4  # deaths in a row while it ran as the only suspect: engines die of something else, too, and long prompts need a while to be cleared
 _ENGINE_GONE = "the engine stopped; try again later"
 
 log = logging.getLogger("paged")

@@ -71,10 +71,10 @@ def test_rows_of_nan_are_answered_with_tokens_of_the_vocabulary(vocab_size: int,
     logits[3, -1] = torch.nan
     logits[4] = -torch.nan
     logits[5] = -torch.inf
-    rows = ints(*range(6))
+    seeds, positions = ints(*range(6), dtype=torch.int64), ints(*range(6))
     answers = [
         argmax(logits, workspace=workspace),
-        sample(logits, floats(*[0.7] * 6), rows, rows, workspace=workspace),
+        sample(logits, floats(*[0.7] * 6), seeds, positions, workspace=workspace),
         top_logprobs(logits, 5, workspace=workspace)[0],
     ]
     for tokens in answers:
