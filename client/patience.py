@@ -12,6 +12,7 @@ from typing import TypeVar
 from paged_client.errors import AnswerTimeoutError, PagedError, UnavailableError
 
 _FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_WAIT_SECONDS = 1e6  # more is more than sockets and locks can be told
 
 Result = TypeVar("Result")
 
@@ -41,7 +42,7 @@ class Patience:
         """
         if self._end is None:
             return self._limits.delta_timeout
-        left = self._end - time.monotonic()
+        left = min(self._end - time.monotonic(), _LONGEST_WAIT_SECONDS)
         if left <= 0:
             raise self.over()
         return left if self._limits.delta_timeout is None else min(left, self._limits.delta_timeout)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from paged_backend.config import EngineConfig
-from paged_backend.detokenizer import AnswerText
+from paged_backend.detokenizer import AnswerText, stops_of
 from paged_backend.engine_client import EngineClient
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.live_requests import Piece
@@ -135,7 +135,8 @@ class Answer:
             self._drafts = [[] for _ in range(count)]
         context = prompt.token_ids[-_CONTEXT_TOKENS:].tolist()
         wants_logprobs = sampling.logprobs is not None
-        self._strands = [_Strand(index, AnswerText(services.prompts.tokenizer, context, sampling), wants_logprobs) for index in range(count)]
+        stops = stops_of(sampling)
+        self._strands = [_Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs) for index in range(count)]
         if request.prepend_prompt and sampling.detokenize:
             text = services.prompts.text_of(request)
             for index in range(count):

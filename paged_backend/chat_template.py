@@ -75,13 +75,16 @@ class ChatTemplate:
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise RequestError(f"messages: the model's chat template refuses them: {reason[:500]}") from None
         text: str = rendered[0][0]
-        return text.split(mark)
+        if self._special is None:
+            return [text]
+        parts = re.split(f"<{mark}({self._special.pattern}){mark}>", text)
+        return [part.replace(f"<{mark}", "").replace(f"{mark}>", "") for part in parts]  # halves: the template threw the others away
 
     def _marked(self, value: Any, mark: str) -> Any:
         """JSON in which `mark` stands before and behind every special token's name."""
         match value:
             case str() if self._special is not None:
-                return self._special.sub(lambda found: f"{mark}{found[0]}{mark}", value)
+                return self._special.sub(lambda found: f"<{mark}{found[0]}{mark}>", value)
             case list():
                 return [self._marked(member, mark) for member in value]
             case dict():

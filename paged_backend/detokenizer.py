@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -180,13 +181,18 @@ class Passage:
     stopped: bool  # by a stop string
 
 
+def stops_of(sampling: SamplingParams) -> StopStrings | None:
+    return StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+
+
 class AnswerText:
     """From an answer's tokens to its text, as its sampling parameters want it. Without a tokenizer, or with detokenize=false, there is none."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], sampling: SamplingParams, stops: StopStrings | None = None) -> None:
+        """stops: `stops_of(sampling)`, the same for all sequences of a request; None: of its own."""
         self._sampling = sampling
         self._detokenizer = None if tokenizer is None or not sampling.detokenize else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
-        self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+        self._stops = copy(stops or stops_of(sampling))  # the tree is shared, and grows no more; how far a text has come in it is not
         self._num_tokens = 0
 
     def add(self, token_ids: Sequence[int], finish_reason: str | None) -> Passage:

@@ -14,8 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import local
+from threading import Lock, local
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 
@@ -162,6 +163,8 @@ class Grammars:
         """tokenizer_path: a tokenizer.json; None: the model has none, and nothing can be compiled. vocab_size: of the logits."""
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "grammar")
         self._compilers = local()  # one a thread
+        self._lock = Lock()
+        self._waiting: dict[tuple[str, str, bool], WeakSet[Guide]] = {}  # for grammars whose compilation has not begun
         self._make_compiler = partial(make_compiler, VocabularyPlace(str(tokenizer_path), vocab_size, tuple(eos_ids)))
         self._compiled: OrderedDict[tuple[str, str, bool], Future[Compiled]] = OrderedDict()  # the last wanted last
         self._read = partial(read_vocabulary, tokenizer_path, vocab_size, eos_ids)
@@ -170,13 +173,26 @@ class Grammars:
     def guide(self, grammar: Grammar, stop_ids: Sequence[int], min_tokens: int, allowed: Int32 | None = None) -> Guide:
         """A guide for a new sequence; its grammar may still have to be compiled. allowed: as Guide's `own`."""
         key = grammar.kind, grammar.text, grammar.compact
-        if key not in self._compiled or _failed_by_chance(self._compiled[key]):
-            if self._vocabulary is None or _failed_by_chance(self._vocabulary):
-                self._vocabulary = self._threads.submit(self._read)
-            self._compiled[key] = self._threads.submit(self._compile, grammar, self._vocabulary)
-            self._forget_some()
-        self._compiled.move_to_end(key)
-        return Guide(grammar.key, self._compiled[key], stop_ids, min_tokens, allowed)
+        with self._lock:
+            if key not in self._compiled or _failed_by_chance(self._compiled[key]):
+                if self._vocabulary is None or _failed_by_chance(self._vocabulary):
+                    self._vocabulary = self._threads.submit(self._read)
+                self._waiting[key] = WeakSet()
+                self._compiled[key] = self._threads.submit(self._compile_wanted, key, grammar, self._vocabulary)
+                self._forget_some()
+            self._compiled.move_to_end(key)
+            guide = Guide(grammar.key, self._compiled[key], stop_ids, min_tokens, allowed)
+            if key in self._waiting:
+                self._waiting[key].add(guide)
+            return guide
+
+    def _compile_wanted(self, key: tuple[str, str, bool], grammar: Grammar, reading: Future[Vocabulary]) -> Compiled:
+        """Whoever asked for it may have left while others' were compiled."""
+        with self._lock:
+            if not self._waiting.pop(key):
+                self._compiled.pop(key, None)
+                raise GrammarError("nobody waits for it any more")
+        return self._compile(grammar, reading)
 
     def _compile(self, grammar: Grammar, reading: Future[Vocabulary]) -> Compiled:
         """On a thread. The process begins only after the vocabulary is known to be one."""

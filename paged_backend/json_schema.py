@@ -65,6 +65,7 @@ def _alone(schema: dict[str, Any], root: Any) -> Iterator[str]:
         yield _unsupported("uniqueItems")
     if schema.get("type") == []:
         yield "'type' is an empty list"
+    yield from (f"'{name}' is an empty list" for name in ("anyOf", "oneOf", "allOf", "enum") if schema.get(name) == [])
     leading = [name for name in _LEADING if name in schema]
     if leading:
         yield from _beside(schema, leading[0], root)

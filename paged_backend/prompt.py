@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from paged_backend.messages import Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 from paged_backend.vocabulary import bits
 
+_MAX_PARTS = 65_536  # of a chat that is truncated
 _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
 
 
@@ -117,6 +118,7 @@ class PromptReader:
             if not others:
                 return self._encoded("messages", first, add_special_tokens=False)
             self._check_bytes("messages", "".join([first, *others]))
+            self._check_parts(sum(1 for part in [first, *others] if part), request.sampling)
             assert self.tokenizer is not None
             tokenizers = (self.tokenizer, self._plain())
             return np.concatenate([np.array(_encode(tokenizers[at % 2], part, False), np.int32) for at, part in enumerate([first, *others]) if part])
@@ -132,7 +134,7 @@ class PromptReader:
             return self._plain_tokenizer
 
     def _chat_parts(self, chat: Chat) -> list[str]:
-        self._check_bytes("messages", chat.messages)
+        self._check_bytes("messages and tools" if chat.tools else "messages", chat.messages + (chat.tools or ""))
         if self._chat_template is None:
             raise RequestError("messages: this model has no chat template; send text_input or input_ids")
         return self._chat_template.render(chat)
@@ -153,8 +155,8 @@ class PromptReader:
         if num_bytes > limit:
             raise RequestError(f"{name}: the prompt has {num_bytes} bytes; the longest allowed is {limit} (max_prompt_bytes)")
 
-    def _checked_ids(self, input_ids: tuple[int, ...]) -> NDArray[np.int32]:
-        if not input_ids:
+    def _checked_ids(self, input_ids: Sequence[int]) -> NDArray[np.int32]:
+        if not len(input_ids):
             raise RequestError("input_ids: the prompt is empty")
         token_ids = np.array(input_ids, np.int64)
         unknown = token_ids[(token_ids < 0) | (token_ids >= self._ready.vocab_size)]
@@ -169,6 +171,13 @@ class PromptReader:
         if largest >= self._ready.vocab_size:
             raise RequestError(f"allowed_token_ids: {largest} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
         return bits(token_ids, self._ready.vocab_size)
+
+    def _check_parts(self, num_parts: int, sampling: SamplingParams) -> None:
+        """Special tokens' names, and texts between them: each is a call of the tokenizer, and a token at least."""
+        if sampling.truncate_prompt_tokens is None:
+            self._check_length(num_parts)
+        elif num_parts > _MAX_PARTS:
+            raise RequestError(f"messages: {num_parts} names of special tokens and texts between them; the most allowed is {_MAX_PARTS}")
 
     def _check_length(self, prompt_len: int) -> None:
         if prompt_len > self._ready.max_model_len - 1:

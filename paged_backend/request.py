@@ -15,6 +15,7 @@ from paged_backend.prompt_table import PromptTable
 from paged_backend.structured import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
 
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 8192  # of all stop strings together
 MAX_STOP_TOKENS = 64
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
@@ -213,6 +214,9 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise RequestError(f"best_of: {sampling.best_of} is less than n ({sampling.n})")
     if sampling.truncate_prompt_tokens == 0:
         raise RequestError("truncate_prompt_tokens: expected at least 1 token, or -1 for as many as the model takes; got 0")
+    num_stop_chars = sum(map(len, sampling.stop))
+    if num_stop_chars > MAX_STOP_CHARS:
+        raise RequestError(f"stop: {num_stop_chars} characters together; the most allowed is {MAX_STOP_CHARS}")
     if sampling.stop and not sampling.detokenize:
         raise RequestError("stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids")
     if sampling.use_beam_search or given.keys() & _BEAM_KEYS:

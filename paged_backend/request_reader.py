@@ -21,6 +21,7 @@ Tensors = Mapping[str, Tensor]
 _OUTPUT_SWITCHES = {f"return_{name}": name for name in Outputs.__struct_fields__}
 _SAMPLING_TENSORS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 _WORD_TENSORS = {"stop_words": "stop", "bad_words": "bad_words"}
+MAX_IDS = 4_194_304  # of a prompt: what no model takes is not even turned into Python's integers
 _PROMPTS = ("text_input", "input_ids", "messages")
 _CHAT_SWITCHES = ("add_generation_prompt", "continue_final_message")
 _ERROR_CODE_SWITCH = "return_error_code"
@@ -93,6 +94,8 @@ def _prompt_name(tensors: Tensors) -> str:
 def _read_ids(ids: Tensor) -> tuple[int, ...]:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise RequestError(f"input_ids: expected a list of integers, got shape {list(ids.shape)}")
+    if ids.size > MAX_IDS:
+        raise RequestError(f"input_ids: {ids.size} token ids; the most allowed is {MAX_IDS}")
     return tuple(ids.tolist())
 
 

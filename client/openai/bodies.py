@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 MAX_PROMPTS = 2048  # in one request, as OpenAI has it
+_MAX_KEYS = 1024  # of a body, and of logit_bias; the server takes fewer biases
+_FIRST = Field(fail_fast=True)  # a list of a million wrong things is one mistake, not a million
+_FIRST_OF_SOME = Field(fail_fast=True, min_length=1)
+
+
+def _count_keys(body: Any) -> Any:
+    """Before anything is looked at: a mistake is noted for each of a million keys, too."""
+    for name, members in (("the body", body), ("logit_bias", body.get("logit_bias") if isinstance(body, dict) else None)):
+        if isinstance(members, dict) and len(members) > _MAX_KEYS:
+            raise ValueError(f"{name} has {len(members)} keys; the most allowed is {_MAX_KEYS}")
+    return body
+
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], _FIRST_OF_SOME]
 
 
 class StreamOptions(BaseModel):
@@ -25,11 +37,13 @@ class SamplingKeys(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    _keys = model_validator(mode="before")(_count_keys)
+
     n: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], _FIRST] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -39,11 +53,11 @@ class SamplingKeys(BaseModel):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], _FIRST] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[str], _FIRST] | None = None
+    allowed_token_ids: Annotated[list[int], _FIRST] | None = None
     use_beam_search: bool | None = None
     beam_width: int | None = None
     length_penalty: float | None = None
@@ -57,7 +71,7 @@ class SamplingKeys(BaseModel):
     # what the answer must match
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], _FIRST] | None = None
     guided_grammar: str | None = None
     structured_outputs: dict[str, Any] | None = None
 
@@ -83,7 +97,7 @@ class Body(SamplingKeys):
 class CompletionBody(Body):
     """POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Annotated[list[str], _FIRST_OF_SOME] | Annotated[list[TokenIds], _FIRST_OF_SOME]
     max_tokens: int | None = None
     best_of: int | None = None
     logprobs: int | None = None
@@ -94,16 +108,16 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], _FIRST_OF_SOME]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Any = None  # calls are not parsed
     prediction: Any = None  # a hint for speed
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], _FIRST] | None = None
     continue_final_message: bool = False  # vLLM's
     add_generation_prompt: bool | None = None  # vLLM's
     # Refused if given: the answer would be another.

@@ -7,6 +7,7 @@ balancers take it as the advice to ask another backend.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,10 @@ from paged_client.errors import (
     RequestCancelledError,
     UnavailableError,
     UnknownModelError,
+    UnreachableError,
 )
+
+log = logging.getLogger("paged.openai")
 
 RETRY_AFTER_SECONDS = 1
 _TOO_LONG = re.compile(r"the prompt has \d+ tokens")
@@ -29,9 +33,9 @@ class RefusalError(Exception):
     """A request that is not answered. `param`: which field of the body is wrong, as far as that is known."""
 
     def __init__(self, message: str, status: int = 400, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_encodable(message))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _encodable(param)
         self.code = code
 
     def body(self) -> dict[str, Any]:
@@ -45,6 +49,11 @@ class RefusalError(Exception):
         return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
 
 
+def _encodable(text: str) -> str:
+    """JSON may spell half a surrogate pair, which no response can carry."""
+    return text.encode(errors="replace").decode()
+
+
 def unknown_model(name: str) -> RefusalError:
     return RefusalError(f"the model '{name[:200]}' does not exist", 404, param="model", code="model_not_found")
 
@@ -55,6 +64,9 @@ def refusal_of(error: PagedError, params: Mapping[str, str]) -> RefusalError:
     match error:
         case InvalidRequestError():
             return _invalid(message, error.field, params)
+        case UnreachableError():  # its address is not the caller's business
+            log.warning("%s", message)
+            return RefusalError("the server cannot be reached", 503, code="overloaded")
         case UnavailableError():
             return RefusalError(message, 503, code="overloaded")
         case UnknownModelError():
@@ -83,7 +95,8 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
     if first["type"] == "json_invalid":
         return RefusalError("the body is not valid JSON")
     if not where:
-        return RefusalError("the body must be a JSON object")
+        ours = first["type"] == "value_error"
+        return RefusalError(first["msg"].removeprefix("Value error, ") if ours else "the body must be a JSON object")
     field = str(where[0])
     if first["type"] == "extra_forbidden":
         name = ".".join(str(step) for step in where)

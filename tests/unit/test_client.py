@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +30,7 @@ from paged_client import (
 )
 from paged_client.client import parse_url
 from paged_client.errors import error_of
-from paged_client.patience import Limits, within
+from paged_client.patience import Limits, Patience, within
 from paged_client.question import Question, question_of
 
 QUESTION = question_of("hello", {}, stream=True)
@@ -322,3 +324,9 @@ def test_a_url_says_which_service_it_means() -> None:
     for wrong in ("", "ftp://x", "http://", "local host:1"):
         with pytest.raises(ValueError, match="is no URL of a server"):
             PagedClient(wrong)
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e12])
+def test_patience_may_be_endless(seconds: float) -> None:
+    """Sockets and locks cannot be told to wait for so long."""
+    assert 0 < (Patience(Limits(timeout=seconds)).seconds() or 0) <= threading.TIMEOUT_MAX

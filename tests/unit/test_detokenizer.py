@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from paged_backend.detokenizer import AnswerText, Detokenizer, StopStrings
+from paged_backend.detokenizer import AnswerText, Detokenizer, StopStrings, stops_of
 from paged_backend.request import SamplingParams
 from tests.small_tokenizers import byte_fallback, byte_level
 
@@ -238,3 +238,16 @@ def test_an_answers_text_does_not_depend_on_how_its_tokens_arrive(text: str, sto
 def test_without_a_tokenizer_there_is_no_text() -> None:
     passage = AnswerText(None, [1], SamplingParams()).add([1, 2, 3], "length")
     assert (passage.text, passage.num_tokens, passage.stopped) == ("", 3, False)
+
+
+@TOKENIZERS
+def test_sequences_of_one_request_share_the_tree_of_its_stop_strings_and_not_how_far_they_are_in_it(tokenizer: Tokenizer) -> None:
+    sampling = SamplingParams(stop=("abcd",))
+    stops = stops_of(sampling)
+    first, second = (AnswerText(tokenizer, [], sampling, stops) for _ in range(2))
+    assert first._stops is not None and second._stops is not None and stops is not None
+    assert first._stops._next is second._stops._next
+    assert first._stops.push("xab") == ("x", False)
+    assert second._stops.push("cd") == ("cd", False)
+    assert first._stops.push("cd!") == ("", True)
+    assert second._stops.push("yab") == ("y", False)

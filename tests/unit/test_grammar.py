@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -250,6 +251,35 @@ def test_what_failed_for_another_reason_than_the_grammar_is_tried_again(folder: 
         refusals.append(None if guide.refusal is None else guide.refusal.kind)
     assert refusals == [ErrorKind.INTERNAL, None, None, ErrorKind.INVALID, ErrorKind.INVALID]
     assert tries == ["a+", "a+", "a{1,"]
+
+
+def test_a_grammar_of_callers_who_left_is_not_compiled(folder: Path) -> None:
+    """Each may take many seconds, and others wait behind it."""
+    go_on, tries = threading.Event(), []
+
+    class Slow(CompilerHere):
+        def compile(self, grammar: Grammar) -> Verdict:
+            tries.append(grammar.text)
+            assert go_on.wait(20)
+            return super().compile(grammar)
+
+    compiled = Grammars(folder / "tokenizer.json", VOCAB, (EOS,), Slow)
+    first = [compiled.guide(Grammar("guided_regex", "regex", text), (EOS,), 0) for text in ("a+", "b+", "c+")]
+    while len(tries) < 2:  # as many as there are threads
+        time.sleep(0.01)
+    left = [compiled.guide(Grammar("guided_regex", "regex", f"d{number}"), (EOS,), 0) for number in range(20)]
+    stays = compiled.guide(Grammar("guided_regex", "regex", "d7"), (EOS,), 0)
+    del left
+    gc.collect()
+    go_on.set()
+    while not (stays.compiled and all(guide.compiled for guide in first)):
+        time.sleep(0.01)
+    assert sorted(tries) == ["a+", "b+", "c+", "d7"]
+    again = compiled.guide(Grammar("guided_regex", "regex", "d3"), (EOS,), 0)
+    while not again.compiled:
+        time.sleep(0.01)
+    again.follow(np.empty(0, np.int32))
+    assert again.refusal is None
 
 
 def test_large_grammars_are_forgotten_by_their_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

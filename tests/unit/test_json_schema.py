@@ -34,6 +34,8 @@ ACCEPTED: list[Any] = [
 ]
 REFUSED: list[tuple[Any, str]] = [
     ({"not": {}}, "'not'"),
+    ({"anyOf": []}, "'anyOf' is an empty list"),
+    ({"properties": {"a": {"oneOf": []}}}, "'oneOf' is an empty list"),
     ({"type": "array", "items": {"if": {}, "then": {}}}, "'if'"),
     ({"type": "array", "contains": {}}, "'contains'"),
     ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),

@@ -13,7 +13,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from paged_client import AsyncPagedClient, InvalidRequestError, PagedError, ServerError, UnavailableError
+from pydantic import ValidationError
+
+from paged_client import AsyncPagedClient, InvalidRequestError, PagedError, ServerError, UnavailableError, UnreachableError
+from paged_client.openai.bodies import CompletionBody
 from paged_client.openai.door import Rules
 from paged_client.openai.gateway import Offer, make_app
 from paged_client.question import Question
@@ -314,15 +317,34 @@ def test_a_body_over_the_limit_is_refused(declared: bool) -> None:
         (b'{"model": "m", "prompt": "x", "temperature": NaN}', "temperature", "finite"),
         ({"model": "m", "prompt": "x", "n": 0}, "n", "greater than or equal to 1"),
         ({"model": "m", "prompt": {"a": 1}}, "prompt", "expected a valid string"),
+        ({"model": "m", "prompt": "x"} | {str(key): 1 for key in range(2000)}, None, "the body has 2002 keys; the most allowed is 1024"),
+        ({"model": "m", "prompt": "x", "logit_bias": {str(key): 1 for key in range(2000)}}, None, "logit_bias has 2000 keys; the most allowed is 1024"),
+        (b'{"model": "\\ud800", "prompt": "x"}', "model", "the model '?' does not exist"),
     ],
     ids=lambda value: repr(value)[:40],
 )
 def test_a_body_that_cannot_be_read_is_refused_by_field(body: Any, param: str | None, words: str) -> None:
     reply = call(WHOLE, "/v1/completions", body)
-    assert reply.status == 400
+    assert reply.status == (404 if "does not exist" in words else 400)
     assert reply.json["error"]["type"] == "invalid_request_error"
     assert reply.json["error"]["param"] == param
     assert words in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("wrong", [[-1] * 50_000, ["x", 1] * 25_000, [[-1]] * 50_000], ids=["ids", "mixed", "lists"])
+def test_a_list_of_wrong_things_is_one_mistake(wrong: list[Any]) -> None:
+    """A mistake for each costs a kilobyte, in each of the ways in which the list could have been meant."""
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({"model": "m", "prompt": wrong})
+    assert caught.value.error_count() < 10
+
+
+def test_nobody_is_told_where_the_server_is(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        reply = complete(Transport(UnreachableError("no Triton Server can be reached at 10.0.0.7:8001: refused")))
+    assert reply.status == 503
+    assert reply.json["error"]["message"] == "the server cannot be reached"
+    assert "10.0.0.7" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"])

@@ -73,3 +73,10 @@ def test_a_lora_name_is_a_plain_name_of_a_folder(name: str) -> None:
     with pytest.raises(RequestError, match="^lora_name: "):
         parse_sampling({"lora_name": name})
     assert parse_sampling({"lora_name": "français 2-a_b.v1@x"}).lora_name == "français 2-a_b.v1@x"
+
+
+def test_stop_strings_have_a_bound_together() -> None:
+    """Each character is a state of the tree in which they are looked for."""
+    assert len(parse_sampling({"stop": ["a" * 1024] * 8}).stop) == 8
+    with pytest.raises(RequestError, match=r"stop: 9216 characters together; the most allowed is 8192"):
+        parse_sampling({"stop": ["a" * 1024] * 9})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.request import Outputs, Request
-from paged_backend.request_reader import MAX_JSON_BYTES, read_request, wants_error_code
+from paged_backend.request_reader import MAX_IDS, MAX_JSON_BYTES, read_request, wants_error_code
 
 
 def _tensors(**values: object) -> dict[str, np.ndarray]:
@@ -197,3 +197,9 @@ def test_parameters_that_are_not_utf_8_are_the_callers_mistake() -> None:
     with pytest.raises(RequestError, match="parameters: not valid JSON"):
         read_request({"text_input": np.array([b"a"], np.object_)}, '{"cache_salt": "\udc80"}', 0.0)
     assert not wants_error_code('{"return_error_code": "\udc80"}')
+
+
+def test_more_token_ids_than_any_model_takes_do_not_even_become_numbers() -> None:
+    ids = np.zeros(MAX_IDS + 1, np.int32)
+    with pytest.raises(RequestError, match=rf"input_ids: {MAX_IDS + 1} token ids; the most allowed is {MAX_IDS}"):
+        read_request({"input_ids": ids}, "", 0.0)
