@@ -50,6 +50,8 @@ def chat(
     The conversation goes through the model's own chat template. Ctrl-C stops an answer, not the program. /help lists the commands.
     """
     sampling = sampling_of(options, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if sampling.get("n", 1) != 1:
+        raise typer.BadParameter(f"'n={sampling['n']}': a chat has one answer", param_hint="--sampling")
     with one_sentence_on_failure(), PagedClient(url, model=model_name) as client:
         ChatSession(client, Conversation(system), sampling, Console(highlight=False, markup=False)).run()
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paged_client.errors import InvalidRequestError
+
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
@@ -39,6 +41,7 @@ def question_of(
 ) -> Question:
     """
     Raises:
+        InvalidRequestError: the prompt cannot be sent.
         TypeError: not exactly one of `prompt` and `messages` is given, or something in them is not JSON.
     """
     if (prompt is None) == (messages is None):
@@ -51,9 +54,9 @@ def question_of(
     if sampling.get("logprobs") is not None:
         tensors["return_logprobs"] = True
     if isinstance(prompt, str):
-        tensors["text_input"] = prompt
+        tensors["text_input"] = _encodable("text_input", prompt)
     elif prompt is not None:
-        tensors["input_ids"] = [int(token_id) for token_id in prompt]
+        tensors["input_ids"] = _checked_ids(prompt)
     else:
         tensors["messages"] = json.dumps(messages, ensure_ascii=False)
         if tools is not None:
@@ -67,6 +70,22 @@ def question_of(
     if cache_salt:
         parameters["cache_salt"] = cache_salt
     return Question(tensors, parameters, num_sequences)
+
+
+def _encodable(name: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{name}: character {error.start} is half of a surrogate pair, which is no text") from None
+    return text
+
+
+def _checked_ids(prompt: Sequence[int]) -> list[int]:
+    ids = [int(token_id) for token_id in prompt]
+    for token_id in ids:
+        if not 0 <= token_id < 2**31:
+            raise InvalidRequestError(f"input_ids: {token_id} is no token id; they go from 0 to {2**31 - 1}")
+    return ids
 
 
 def _count(n: Any) -> int:

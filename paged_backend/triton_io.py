@@ -177,14 +177,11 @@ def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str
 def _prompt_json(prompt: PromptTable, token_text: Callable[[int], str]) -> str:
     """As `logprobs`, with null for the first token, as vLLM has it; ranks are true ones."""
     spelled = lru_cache(maxsize=None)(token_text)
-    return json.dumps(
-        [
-            None
-            if entry is None
-            else {str(token): {"logprob": logprob, "rank": rank, "decoded_token": spelled(token)} for token, (logprob, rank) in entry.items()}
-            for entry in prompt.entries()
-        ]
+    entries = (
+        None if entry is None else {str(token): {"logprob": logprob, "rank": rank, "decoded_token": spelled(token)} for token, (logprob, rank) in entry.items()}
+        for entry in prompt.entries()
     )
+    return f"[{', '.join(map(json.dumps, entries))}]"  # one after another: other threads get their turns meanwhile
 
 
 class Publisher:

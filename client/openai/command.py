@@ -66,7 +66,7 @@ def serve_openai(
         from paged_client.openai.gateway import Offer, make_app
     except ImportError as error:
         raise _failure(f"{error.name} is missing: pip install 'paged-backend[openai]'") from None
-    offer = Offer(tuple(served_name or [model_name]), Rules(api_key, max_body_bytes), tuple(allow_origin or ()))
+    offer = Offer(tuple(served_name or [model_name]), Rules(api_key.strip(), max_body_bytes), tuple(allow_origin or ()))
     try:
         client = AsyncPagedClient(url, model=model_name, timeout=timeout, retries=_NO_RETRIES)
     except ValueError as error:

@@ -55,8 +55,8 @@ def make_app(client: Backend, offer: Offer) -> FastAPI:
     gateway = _Gateway(client, offer)
     started = int(time.time())
 
-    @app.get("/health")
-    @app.get("/v1/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # some load balancers ask for the head alone
+    @app.api_route("/v1/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         if await client.is_ready():
             return JSONResponse({"status": "ok"})

@@ -330,3 +330,13 @@ def test_a_url_says_which_service_it_means() -> None:
 def test_patience_may_be_endless(seconds: float) -> None:
     """Sockets and locks cannot be told to wait for so long."""
     assert 0 < (Patience(Limits(timeout=seconds)).seconds() or 0) <= threading.TIMEOUT_MAX
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [([1475 + 2**32, 5], "input_ids: 4294968771 is no token id"), ([5, -1], "input_ids: -1 is no token id"), ("a\ud800", "text_input: character 1 is half")],
+)
+def test_a_prompt_that_cannot_be_sent_is_refused_and_not_bent(prompt: Any, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        question_of(prompt, {}, stream=False)
+    assert caught.value.field == words.partition(":")[0]

@@ -96,6 +96,7 @@ def call(
     headers: dict[str, str] | None = None,
     leave: Callable[[Reply], bool] | None = None,
     origins: tuple[str, ...] = (),
+    method: str = "",
 ) -> Reply:
     """One request. leave: asked over and over; True closes the connection."""
     client = AsyncPagedClient("nowhere:1", retries=0)
@@ -107,7 +108,7 @@ def call(
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
-        "method": "GET" if body is None else "POST",
+        "method": method or ("GET" if body is None else "POST"),
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
@@ -265,6 +266,10 @@ def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name_but_never_li
     named, plain = complete(unknown, model="m:french").json["error"], complete(unknown, model="m", lora_name="french").json["error"]
     assert (named["param"], named["message"]) == ("model", "model: 'french': this server has no such adapter")
     assert (plain["param"], plain["message"]) == ("lora_name", "lora_name: 'french': this server has no such adapter")
+
+
+def test_load_balancers_may_ask_for_the_head_of_health_alone() -> None:
+    assert call(WHOLE, "/health", method="HEAD").status == 200
 
 
 def test_health_is_the_servers() -> None:
