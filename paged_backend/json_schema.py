@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from paged_backend.regex_forms import misread
+
 MAX_DEPTH = 64  # the library's time grows with the square of it
 
 _NEVER = ("not", "if", "then", "else", "contains", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
@@ -113,6 +115,7 @@ def _string(schema: dict[str, Any]) -> Iterator[str]:
     patterns = [schema.get("pattern"), *_keys(schema, "patternProperties")]
     if any(isinstance(pattern, str) and _UNSPELLABLE.search(pattern) for pattern in patterns):
         yield "a pattern with a quotation mark or a backslash is not supported"
+    yield from (f"pattern: {misreading}" for pattern in patterns if isinstance(pattern, str) and (misreading := misread(pattern)))
 
 
 def _number(schema: dict[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from paged_backend.errors import RequestError
+from paged_backend.regex_forms import misread
 
 MAX_GRAMMAR_CHARS = 131_072
 MAX_CHOICES = 4096
@@ -86,11 +87,14 @@ def grammars_of(
 def check_grammars(found: list[Grammar]) -> None:
     """
     Raises:
-        RequestError: names two that were asked for at once, or one that is too long.
+        RequestError: names two that were asked for at once, or one that is too long or would be read as something else.
     """
     for grammar in found:
         if len(grammar.text) > MAX_GRAMMAR_CHARS:  # choices, together
             raise RequestError(f"{grammar.key}: {len(grammar.text)} characters as a grammar, at most {MAX_GRAMMAR_CHARS} are allowed")
+        misreading = misread(grammar.text) if grammar.kind == "regex" else None
+        if misreading:
+            raise RequestError(f"{grammar.key}: {misreading}")
     if len(found) > 1:
         raise RequestError(f"{found[0].key} and {found[1].key}: an answer has one form; send one of them")
 
