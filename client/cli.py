@@ -97,6 +97,10 @@ def serve(
     Arguments after -- go to tritonserver as they are, such as
     paged serve -- --log-verbose=1
     """
+    if not model:
+        raise typer.BadParameter("it is empty", param_hint="--model")
+    if context.args and not context.args[0].startswith("-"):
+        raise typer.BadParameter(f"'{context.args[0]}' is no option: a model is named with --model", param_hint="arguments")
     settings = ServerSettings(
         model=model,
         options=parse_options(options or []),

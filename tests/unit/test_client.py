@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from paged_client import (
     Answer,
@@ -28,6 +29,7 @@ from paged_client import (
     UnreachableError,
     Usage,
 )
+from paged_client.cli import app
 from paged_client.client import parse_url
 from paged_client.errors import error_of
 from paged_client.patience import Limits, Patience, within
@@ -340,3 +342,18 @@ def test_a_prompt_that_cannot_be_sent_is_refused_and_not_bent(prompt: Any, words
     with pytest.raises(InvalidRequestError, match=words) as caught:
         question_of(prompt, {}, stream=False)
     assert caught.value.field == words.partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--model", ""], "--model: it is empty"),
+        (["serve", "./model"], "'./model' is no option: a model is named with --model"),
+        (["chat", "-s", "n=2"], "'n=2': a chat has one answer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_command_cannot_mean_is_one_sentence(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert words in result.output
