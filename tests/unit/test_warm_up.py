@@ -39,7 +39,7 @@ def test_steps_fit_rows_pages_and_tokens(limits: tuple[int, int, int, int, int])
 def test_the_usual_runner_sees_every_kind_of_step() -> None:
     batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199))
     assert max(batch.num_tokens for batch in batches) == 4095  # a token of the row is left for what the step samples
-    assert len({batch.features for batch in batches}) == 7
+    assert len({batch.features for batch in batches}) == 8
     assert any(len(batch.page_copies) for batch in batches)
     assert all((batch.masks is not None) == bool(batch.features & Feature.MASK) for batch in batches)
     assert all(batch.masks is None or batch.masks.words.shape == (batch.samples.sum(), 7) for batch in batches)
