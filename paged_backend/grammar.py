@@ -177,8 +177,8 @@ class Grammars:
             if key not in self._compiled or _failed_by_chance(self._compiled[key]):
                 if self._vocabulary is None or _failed_by_chance(self._vocabulary):
                     self._vocabulary = self._threads.submit(self._read)
-                self._waiting[key] = WeakSet()
-                self._compiled[key] = self._threads.submit(self._compile_wanted, key, grammar, self._vocabulary)
+                waiting = self._waiting[key] = WeakSet()
+                self._compiled[key] = self._threads.submit(self._compile_wanted, key, waiting, grammar, self._vocabulary)
                 self._forget_some()
             self._compiled.move_to_end(key)
             guide = Guide(grammar.key, self._compiled[key], stop_ids, min_tokens, allowed)
@@ -186,11 +186,15 @@ class Grammars:
                 self._waiting[key].add(guide)
             return guide
 
-    def _compile_wanted(self, key: tuple[str, str, bool], grammar: Grammar, reading: Future[Vocabulary]) -> Compiled:
+    def _compile_wanted(self, key: tuple[str, str, bool], waiting: WeakSet[Guide], grammar: Grammar, reading: Future[Vocabulary]) -> Compiled:
         """Whoever asked for it may have left while others' were compiled."""
         with self._lock:
-            if not self._waiting.pop(key):
-                self._compiled.pop(key, None)
+            newest = self._waiting.get(key) is waiting  # else it was forgotten, and asked for again
+            if newest:
+                del self._waiting[key]
+            if not waiting:
+                if newest:
+                    self._compiled.pop(key, None)
                 raise GrammarError("nobody waits for it any more")
         return self._compile(grammar, reading)
 
