@@ -57,15 +57,15 @@ class ChatTemplate:
         if not messages:
             raise RequestError("messages: the list is empty")
         tools = None if chat.tools is None else _read_list("tools", chat.tools)
-        mark = secrets.token_hex(16)  # around such words on their way through the template; nobody can have guessed it
+        marks = secrets.token_hex(16), secrets.token_hex(16)  # before and behind such words on their way through the template; nobody can have guessed them
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]  # as apply_chat_template does
         for position, message in enumerate(given):
             if not isinstance(message.get("role"), str):
                 raise RequestError(f"messages: entry {position} has no role")
         try:
             rendered: Any = render_jinja_template(  # (one text a conversation, something about each)
-                conversations=[self._marked(given, mark)],
-                tools=self._marked(tools, mark),
+                conversations=[self._marked(given, marks)],
+                tools=self._marked(tools, marks),
                 chat_template=self._template(with_tools=bool(tools)),
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
@@ -75,20 +75,24 @@ class ChatTemplate:
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise RequestError(f"messages: the model's chat template refuses them: {reason[:500]}") from None
         text: str = rendered[0][0]
+        return self._parted(text, *marks)
+
+    def _parted(self, text: str, opening: str, closing: str) -> list[str]:
+        """Text at its marked words. A template that cuts text at such a word leaves halves of marks, which mark nothing any more."""
         if self._special is None:
             return [text]
-        parts = re.split(f"<{mark}({self._special.pattern}){mark}>", text)
-        return [part.replace(f"<{mark}", "").replace(f"{mark}>", "") for part in parts]  # halves: the template threw the others away
+        parts = re.split(f"{opening}({self._special.pattern}){closing}", text)
+        return [part.replace(opening, "").replace(closing, "") for part in parts]
 
-    def _marked(self, value: Any, mark: str) -> Any:
-        """JSON in which `mark` stands before and behind every special token's name."""
+    def _marked(self, value: Any, marks: tuple[str, str]) -> Any:
+        """JSON in which marks stand before and behind every special token's name."""
         match value:
             case str() if self._special is not None:
-                return self._special.sub(lambda found: f"<{mark}{found[0]}{mark}>", value)
+                return self._special.sub(lambda found: f"{marks[0]}{found[0]}{marks[1]}", value)
             case list():
-                return [self._marked(member, mark) for member in value]
+                return [self._marked(member, marks) for member in value]
             case dict():
-                return {self._marked(key, mark): self._marked(member, mark) for key, member in value.items()}
+                return {self._marked(key, marks): self._marked(member, marks) for key, member in value.items()}
         return value
 
     def _template(self, with_tools: bool) -> str:

@@ -122,7 +122,7 @@ def _probe(compiled: Any, vocabulary: Vocabulary) -> None:
 
 def _reason(error: Exception) -> str:
     """What the library says, without the place in its source; it may quote a whole schema, or repeat itself."""
-    lines = [re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", line).strip() for line in str(error).splitlines()]
+    lines = [re.sub(r"(^|(?<=: ))\[[\d:]+\] \S+:\d+: ", "", line).strip() for line in str(error).splitlines()]
     reason = " ".join(dict.fromkeys(line for line in lines if line)) or type(error).__name__
     return reason if len(reason) <= _MAX_REASON_CHARS else f"{reason[:_MAX_REASON_CHARS]}…"
 

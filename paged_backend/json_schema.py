@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from paged_backend.regex_forms import misread
+from paged_backend.regex_syntax import misread
 
 MAX_DEPTH = 64  # the library's time grows with the square of it
 
@@ -65,9 +65,7 @@ def _alone(schema: dict[str, Any], root: Any) -> Iterator[str]:
     yield from (_unsupported(name) for name in _NEVER if name in schema)
     if schema.get("uniqueItems"):
         yield _unsupported("uniqueItems")
-    if schema.get("type") == []:
-        yield "'type' is an empty list"
-    yield from (f"'{name}' is an empty list" for name in ("anyOf", "oneOf", "allOf", "enum") if schema.get(name) == [])
+    yield from (f"'{name}' is an empty list" for name in ("type", "enum", "anyOf", "oneOf", "allOf") if schema.get(name) == [])  # for some, the library says ""
     leading = [name for name in _LEADING if name in schema]
     if leading:
         yield from _beside(schema, leading[0], root)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,7 +22,6 @@ from paged_backend.messages import Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 from paged_backend.vocabulary import bits
 
-_MAX_PARTS = 65_536  # of a chat that is truncated
 _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
 
 
@@ -97,6 +97,7 @@ class PromptReader:
             token_ids = token_ids[-(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :]
         self._check_length(len(token_ids))
         max_tokens = min(max_tokens, self._ready.max_model_len - len(token_ids))
+        self._check_known("logit_bias", sampling.logit_bias)
         allowed = self._allowed(sampling.allowed_token_ids)
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), allowed_token_ids=None)
         return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed)
@@ -108,7 +109,7 @@ class PromptReader:
         if request.chat is not None:
             return "".join(self._chat_parts(request.chat))
         assert request.input_ids is not None
-        return "" if self.tokenizer is None else self.tokenizer.decode(list(request.input_ids), skip_special_tokens=True)
+        return "" if self.tokenizer is None else self.tokenizer.decode(request.input_ids.tolist(), skip_special_tokens=True)
 
     def _token_ids(self, request: Request) -> NDArray[np.int32]:
         if request.input_ids is not None:
@@ -118,12 +119,22 @@ class PromptReader:
             if not others:
                 return self._encoded("messages", first, add_special_tokens=False)
             self._check_bytes("messages", "".join([first, *others]))
-            self._check_parts(sum(1 for part in [first, *others] if part), request.sampling)
-            assert self.tokenizer is not None
-            tokenizers = (self.tokenizer, self._plain())
-            return np.concatenate([np.array(_encode(tokenizers[at % 2], part, False), np.int32) for at, part in enumerate([first, *others]) if part])
+            return self._ids_of_parts([first, *others], request.sampling.truncate_prompt_tokens)
         assert request.text is not None
         return self._encoded("text_input", request.text, add_special_tokens=True)
+
+    def _ids_of_parts(self, parts: list[str], truncate: int | None) -> NDArray[np.int32]:
+        """parts: as ChatTemplate.render's. Every other one is a word, and no word has less than one token: more of them than the prompt may have
+        tokens are refused, or left out if the prompt is to be cut, before they are tokenised."""
+        assert self.tokenizer is not None
+        num_words, longest = len(parts) // 2, self._ready.max_model_len - 1
+        if truncate is None:
+            self._check_length(num_words)
+        else:
+            num_kept = longest if truncate == -1 else min(truncate, longest + 1)  # one more than the longest is refused as all of them
+            parts = parts[2 * max(num_words - num_kept, 0) :]
+        tokenizers = (self.tokenizer, self._plain())
+        return np.concatenate([np.array(_encode(tokenizers[at % 2], part, False), np.int32) for at, part in enumerate(parts) if part])
 
     def _plain(self) -> Tokenizer:
         with self._loading:
@@ -134,7 +145,10 @@ class PromptReader:
             return self._plain_tokenizer
 
     def _chat_parts(self, chat: Chat) -> list[str]:
-        self._check_bytes("messages and tools" if chat.tools else "messages", chat.messages + (chat.tools or ""))
+        if chat.tools is None:
+            self._check_bytes("messages", chat.messages)
+        else:
+            self._check_bytes("messages and tools", chat.messages + chat.tools)
         if self._chat_template is None:
             raise RequestError("messages: this model has no chat template; send text_input or input_ids")
         return self._chat_template.render(chat)
@@ -155,10 +169,9 @@ class PromptReader:
         if num_bytes > limit:
             raise RequestError(f"{name}: the prompt has {num_bytes} bytes; the longest allowed is {limit} (max_prompt_bytes)")
 
-    def _checked_ids(self, input_ids: Sequence[int]) -> NDArray[np.int32]:
-        if not len(input_ids):
+    def _checked_ids(self, token_ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        if not len(token_ids):
             raise RequestError("input_ids: the prompt is empty")
-        token_ids = np.array(input_ids, np.int64)
         unknown = token_ids[(token_ids < 0) | (token_ids >= self._ready.vocab_size)]
         if len(unknown):
             raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
@@ -167,17 +180,13 @@ class PromptReader:
     def _allowed(self, token_ids: tuple[int, ...] | None) -> NDArray[np.int32] | None:
         if token_ids is None:
             return None
-        largest = max(token_ids)
-        if largest >= self._ready.vocab_size:
-            raise RequestError(f"allowed_token_ids: {largest} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
+        self._check_known("allowed_token_ids", token_ids)
         return bits(token_ids, self._ready.vocab_size)
 
-    def _check_parts(self, num_parts: int, sampling: SamplingParams) -> None:
-        """Special tokens' names, and texts between them: each is a call of the tokenizer, and a token at least."""
-        if sampling.truncate_prompt_tokens is None:
-            self._check_length(num_parts)
-        elif num_parts > _MAX_PARTS:
-            raise RequestError(f"messages: {num_parts} names of special tokens and texts between them; the most allowed is {_MAX_PARTS}")
+    def _check_known(self, name: str, token_ids: Collection[int]) -> None:
+        largest = max(token_ids, default=0)
+        if largest >= self._ready.vocab_size:
+            raise RequestError(f"{name}: {largest} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
 
     def _check_length(self, prompt_len: int) -> None:
         if prompt_len > self._ready.max_model_len - 1:

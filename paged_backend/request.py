@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta
+from numpy.typing import NDArray
 
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.prompt_table import PromptTable
 from paged_backend.structured import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
 
 MAX_STOP_STRINGS = 64
-MAX_STOP_CHARS = 8192  # of all stop strings together
+MAX_STOP_CHARS = 8192  # of all stop strings together: each may become a state of what looks for them
 MAX_STOP_TOKENS = 64
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
@@ -125,7 +127,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One caller's question after the tensors were read: one of `text`, `input_ids` and `chat` is set."""
 
     text: str | None
-    input_ids: tuple[int, ...] | None
+    input_ids: NDArray[np.integer[Any]] | None  # [prompt_len] of any integer type
     chat: Chat | None = None
     sampling: SamplingParams
     outputs: Outputs
@@ -214,11 +216,11 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise RequestError(f"best_of: {sampling.best_of} is less than n ({sampling.n})")
     if sampling.truncate_prompt_tokens == 0:
         raise RequestError("truncate_prompt_tokens: expected at least 1 token, or -1 for as many as the model takes; got 0")
+    if sampling.stop and not sampling.detokenize:
+        raise RequestError("stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids")
     num_stop_chars = sum(map(len, sampling.stop))
     if num_stop_chars > MAX_STOP_CHARS:
         raise RequestError(f"stop: {num_stop_chars} characters together; the most allowed is {MAX_STOP_CHARS}")
-    if sampling.stop and not sampling.detokenize:
-        raise RequestError("stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids")
     if sampling.use_beam_search or given.keys() & _BEAM_KEYS:
         return _checked_search(sampling, given)
     for name in ("n", "best_of"):
@@ -277,13 +279,27 @@ def _require_finite(sampling: SamplingParams) -> None:
 def _explain(message: str, given: Mapping[str, Any]) -> str:
     """msgspec says "Expected `float` >= 0.0 - at `$.temperature`"; the caller reads "temperature: expected float >= 0.0, got -1"."""
     what = message.split(" - at `")[0]
-    found = re.search(r"\$\.(\w+)", message)
+    found = re.search(r"\$\.(\w+)(?:\[(\d+)\]`$)?", message)
     name = found[1] if found else "sampling_parameters"
     what = what.replace("`", "").replace("Expected", "expected", 1)
     value = given.get(name)
+    if found and found[2] and value is not None:
+        return f"{name}: {what}, got {_shorten(repr(list(value)[int(found[2])]))} as entry {found[2]}"
+    if isinstance(value, dict) and ("[...]" in message or "`key`" in message):
+        return f"{name}: {what}, got {_shorten(repr(_culprit(name, value)))}"
     if isinstance(value, (list, tuple, dict)):
         return f"{name}: {what}, got {len(value)} entries"
     return f"{name}: {what}, got {_shorten(repr(value))}"
+
+
+def _culprit(name: str, entries: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The first entry that is refused also alone: msgspec does not say which it was."""
+    for key, value in entries.items():
+        try:
+            msgspec.convert({name: {key: value}}, SamplingParams, strict=False)
+        except (msgspec.ValidationError, OverflowError):
+            return {key: value}
+    return {}
 
 
 def _shorten(text: str, limit: int = 80) -> str:

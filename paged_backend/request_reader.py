@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from paged_backend.errors import RequestError
 from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, parse_sampling
 
 MAX_JSON_BYTES = 1_048_576
+MAX_INPUT_IDS = 4_194_304  # that are read at all; the model's own limit is known later
 MAX_WORDS = max(MAX_STOP_STRINGS, MAX_BAD_WORDS)
 
 Tensor = NDArray[Any]
@@ -21,7 +23,6 @@ Tensors = Mapping[str, Tensor]
 _OUTPUT_SWITCHES = {f"return_{name}": name for name in Outputs.__struct_fields__}
 _SAMPLING_TENSORS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 _WORD_TENSORS = {"stop_words": "stop", "bad_words": "bad_words"}
-MAX_IDS = 4_194_304  # of a prompt: what no model takes is not even turned into Python's integers
 _PROMPTS = ("text_input", "input_ids", "messages")
 _CHAT_SWITCHES = ("add_generation_prompt", "continue_final_message")
 _ERROR_CODE_SWITCH = "return_error_code"
@@ -91,12 +92,13 @@ def _prompt_name(tensors: Tensors) -> str:
     return names[0]
 
 
-def _read_ids(ids: Tensor) -> tuple[int, ...]:
+def _read_ids(ids: Tensor) -> Tensor:
+    """A copy: the tensor is in memory of the server's."""
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise RequestError(f"input_ids: expected a list of integers, got shape {list(ids.shape)}")
-    if ids.size > MAX_IDS:
-        raise RequestError(f"input_ids: {ids.size} token ids; the most allowed is {MAX_IDS}")
-    return tuple(ids.tolist())
+    if len(ids) > MAX_INPUT_IDS:
+        raise RequestError(f"input_ids: {len(ids)} token ids; the most allowed is {MAX_INPUT_IDS}")
+    return ids.copy()
 
 
 def _read_chat(tensors: Tensors, given: Mapping[str, Any]) -> Chat:
@@ -152,10 +154,18 @@ def _read_json(name: str, text: bytes) -> dict[str, Any]:
     except RecursionError:
         raise RequestError(f"{name}: the JSON is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{name}: not valid JSON: {error}") from None
+        raise RequestError(f"{name}: not valid JSON{_key_before(text, str(error))}: {error}") from None
     if not isinstance(members, dict):
         raise RequestError(f"{name}: expected a JSON object")
     return members
+
+
+def _key_before(text: bytes, error: str) -> str:
+    """Whose value it is that cannot be read: NaN and Infinity, which some programs write, are no JSON."""
+    place = re.search(r"\(byte (\d+)\)", error)
+    before = b"" if place is None else text[: int(place[1])][-200:]
+    found = re.search(rb'"(\w{1,80})"\s*:\s*-?$', before)
+    return f" at '{found[1].decode(errors='replace')}'" if found else ""
 
 
 def _switch(tensors: Tensors, given: Mapping[str, Any], name: str) -> bool | None:

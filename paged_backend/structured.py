@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from paged_backend.errors import RequestError
-from paged_backend.regex_forms import misread
+from paged_backend.regex_syntax import misread
 
 MAX_GRAMMAR_CHARS = 131_072
 MAX_CHOICES = 4096

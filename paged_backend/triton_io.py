@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -146,7 +146,7 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[
     if outputs.cumulative_logprob:
         tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
     if outputs.logprobs:
-        tensors.append(_strings("logprobs", [json.dumps([_logprob_entries(entry, token_text) for entry in delta.logprobs]) for delta in deltas]))
+        tensors.append(_strings("logprobs", [_json_list(_logprob_entries(entry, token_text) for entry in delta.logprobs) for delta in deltas]))
     if outputs.prompt_logprobs:
         tensors += [_strings("prompt_logprobs", [_prompt_json(delta.prompt, token_text)]) for delta in deltas if delta.prompt is not None]
     if outputs.num_input_tokens:
@@ -177,11 +177,15 @@ def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str
 def _prompt_json(prompt: PromptTable, token_text: Callable[[int], str]) -> str:
     """As `logprobs`, with null for the first token, as vLLM has it; ranks are true ones."""
     spelled = lru_cache(maxsize=None)(token_text)
-    entries = (
+    return _json_list(
         None if entry is None else {str(token): {"logprob": logprob, "rank": rank, "decoded_token": spelled(token)} for token, (logprob, rank) in entry.items()}
         for entry in prompt.entries()
     )
-    return f"[{', '.join(map(json.dumps, entries))}]"  # one after another: other threads get their turns meanwhile
+
+
+def _json_list(entries: Iterable[Any]) -> str:
+    """Entry by entry: the library lets no other thread run meanwhile, and a long prompt's list has tens of megabytes."""
+    return f"[{', '.join(map(json.dumps, entries))}]"
 
 
 class Publisher:

@@ -66,7 +66,9 @@ def test_ids_are_checked_against_count_and_vocabulary(tmp_path: Path) -> None:
 
     def read(*token_ids: int) -> np.ndarray | None:
         sampling = SamplingParams(allowed_token_ids=token_ids)
-        return reader.read(Request(text=None, input_ids=(1,), sampling=sampling, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=0.0)).allowed
+        return reader.read(
+            Request(text=None, input_ids=np.array([1]), sampling=sampling, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=0.0)
+        ).allowed
 
     words = read(0, 33, VOCAB - 1)
     assert words is not None and len(words) == 7

@@ -63,6 +63,11 @@ def one(engine: Engine, **sampling: Any) -> Ended:
         ({"guided_regex": "\\p{L}"}, "guided_regex: Regex parsing error"),
         ({"guided_grammar": "root ::= foo"}, 'guided_grammar: EBNF parser error at line 1, column 10: Rule "foo" is not defined'),
         ({"guided_grammar": "start: foo"}, "guided_grammar: "),
+        ({"guided_grammar": "start: A\nA: (b)"}, "guided_grammar: Lark error at line 2"),
+        (
+            {"guided_grammar": 'start: A\nA: "a" | /b(?=c)d/'},
+            "guided_grammar: Lark error at line 2, column 10: failed to compile regular expression: Regex parsing error at position 4: Lookahead",
+        ),
         ({"guided_grammar": "root ::= root"}, "guided_grammar: it allows no token of this model"),
         ({"guided_json": {"enum": ["\t"]}}, "stop"),  # escaped: no control character comes
     ],
@@ -70,7 +75,7 @@ def one(engine: Engine, **sampling: Any) -> Ended:
 def test_what_cannot_be_compiled_is_refused_with_the_reason_and_the_key(engine: Engine, sampling: dict[str, Any], reason: str) -> None:
     ended = one(engine, **sampling)
     assert ended.finish is not None and ended.reason.startswith(reason)
-    assert "/" not in ended.reason and len(ended.reason) < 500
+    assert "/" not in ended.reason.replace("/b(?=c)d/", "") and len(ended.reason) < 500
     if reason != "stop":
         assert ended.finish.error is ErrorKind.INVALID and not ended.token_ids
 

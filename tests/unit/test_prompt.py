@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -34,7 +35,8 @@ def _reader(tokenizer: Tokenizer | None, tmp_path: Path, max_model_len: int = 64
 
 def _read(reader: PromptReader, text: str | None = None, ids: tuple[int, ...] | None = None, **sampling: object) -> Prompt:
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
-    return reader.read(Request(text=text, input_ids=ids, sampling=params, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=0.0))
+    input_ids = None if ids is None else np.array(ids, np.int64)
+    return reader.read(Request(text=text, input_ids=input_ids, sampling=params, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=0.0))
 
 
 def test_text_is_tokenised_with_the_models_special_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -63,6 +65,13 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(tmp_path: Path) -> Non
 def test_an_unknown_token_id_is_named(tokenizer: Tokenizer, tmp_path: Path, bad: int) -> None:
     with pytest.raises(RequestError, match=f"input_ids: {bad} is not a token of this model; its ids are 0 to {tokenizer.get_vocab_size() - 1}"):
         _read(_reader(tokenizer, tmp_path), ids=(5, bad))
+
+
+def test_a_bias_of_an_unknown_token_is_refused(tmp_path: Path) -> None:
+    reader = _reader(None, tmp_path)
+    assert _read(reader, ids=(1,), logit_bias={999: 1.0}).sampling.logit_bias == {999: 1.0}
+    with pytest.raises(RequestError, match="logit_bias: 1000 is not a token of this model; its ids are 0 to 999"):
+        _read(reader, ids=(1,), logit_bias={5: 1.0, 1000: 1.0})
 
 
 def test_an_empty_prompt_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -176,6 +185,6 @@ def test_tokenisation_does_not_stop_other_threads(tmp_path: Path) -> None:
 
 def test_the_prompts_text_can_be_had_from_its_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     reader = _reader(tokenizer, tmp_path)
-    ids = tuple(tokenizer.encode("the question").ids)
+    ids = np.array(tokenizer.encode("the question").ids)
     request = Request(text=None, input_ids=ids, sampling=SamplingParams(), outputs=Outputs(), stream=False, prepend_prompt=True, arrival=0.0)
     assert reader.text_of(request) == "the question"

@@ -31,8 +31,11 @@ def test_none_means_default() -> None:
         ({"top_k": -2}, "top_k: expected int >= -1, got -2"),
         ({"stop": ["x"] * 65}, "stop: expected array of length <= 64, got 65 entries"),
         ({"stop": [""]}, "stop: "),
-        ({"logit_bias": {"x": 1}}, "logit_bias: "),
-        ({"logit_bias": {"1": 200}}, "logit_bias: "),
+        ({"logit_bias": {"1": 2, "x": 1}}, "logit_bias: expected int, got str, got {'x': 1}"),
+        ({"logit_bias": {"1": 2, "2": 200, "3": 300}}, "logit_bias: expected float <= 100.0, got {'2': 200}"),
+        ({"stop": ["a", "x" * 2000]}, "stop: expected str of length <= 1024, got 'xxx"),
+        ({"stop_token_ids": [1, -2]}, "stop_token_ids: expected int >= 0, got -2 as entry 1"),
+        ({"structured_outputs": {"choice": ["a", 3]}}, "structured_outputs: expected str, got int, got 1 entries"),
         ({"seed": 2**64}, "seed: expected 64 bits"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens: 9 is more than max_tokens (8)"),
         ({"n": 65}, "n: expected int <= 64, got 65"),
@@ -44,6 +47,7 @@ def test_none_means_default() -> None:
         ({"priority_level": "high"}, "priority_level: "),
         ({"request_deadline_seconds": 0}, "request_deadline_seconds: expected float > 0.0"),
         ({"request_deadline_seconds": "inf"}, "request_deadline_seconds: inf is not a finite number"),
+        ({"stop": ["x" * 1024] * 9}, "stop: 9216 characters together; the most allowed is 8192"),
         ({"temprature": 1}, "unknown sampling parameter 'temprature'"),
         ({"x" * 10_000: 1}, "unknown sampling parameter 'xxx"),
     ],
@@ -73,10 +77,3 @@ def test_a_lora_name_is_a_plain_name_of_a_folder(name: str) -> None:
     with pytest.raises(RequestError, match="^lora_name: "):
         parse_sampling({"lora_name": name})
     assert parse_sampling({"lora_name": "français 2-a_b.v1@x"}).lora_name == "français 2-a_b.v1@x"
-
-
-def test_stop_strings_have_a_bound_together() -> None:
-    """Each character is a state of the tree in which they are looked for."""
-    assert len(parse_sampling({"stop": ["a" * 1024] * 8}).stop) == 8
-    with pytest.raises(RequestError, match=r"stop: 9216 characters together; the most allowed is 8192"):
-        parse_sampling({"stop": ["a" * 1024] * 9})

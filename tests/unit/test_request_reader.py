@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.request import Outputs, Request
-from paged_backend.request_reader import MAX_IDS, MAX_JSON_BYTES, read_request, wants_error_code
+from paged_backend.request_reader import MAX_JSON_BYTES, read_request, wants_error_code
 
 
 def _tensors(**values: object) -> dict[str, np.ndarray]:
@@ -48,7 +48,19 @@ def test_a_bare_prompt_gets_defaults() -> None:
 
 def test_token_ids_replace_the_text() -> None:
     request = read_request(_tensors(input_ids=[1, 2, 3]), "", 0.0)
-    assert (request.text, request.input_ids) == (None, (1, 2, 3))
+    assert request.text is None and request.input_ids is not None
+    assert request.input_ids.tolist() == [1, 2, 3]
+
+
+def test_token_ids_are_counted_before_they_are_touched() -> None:
+    """Each would be an object of Python's in `execute`, and 28 bytes."""
+    many = np.lib.stride_tricks.as_strided(np.zeros(1, np.int32), (2**31,), (0,), writeable=False)
+    with pytest.raises(RequestError, match="input_ids: 2147483648 token ids; the most allowed is 4194304"):
+        read_request({"input_ids": many}, "", 0.0)
+    ids = np.array([1, 2, 3], np.int32)
+    kept = read_request({"input_ids": ids}, "", 0.0).input_ids
+    ids[0] = 9
+    assert isinstance(kept, np.ndarray) and kept.dtype == np.int32 and kept.tolist() == [1, 2, 3]
 
 
 def test_a_tensor_beats_sampling_parameters_and_they_beat_a_request_parameter() -> None:
@@ -127,7 +139,8 @@ def test_the_cache_salt_is_a_request_parameter() -> None:
         ("stop_words: not valid UTF-8 at byte 0", {}, {"stop_words": [b"\xff"]}),
         ("sampling_parameters: not valid JSON", {}, {"sampling_parameters": "{"}),
         ("sampling_parameters: not valid JSON", {}, {"sampling_parameters": b'{"stop": "\xff"}'}),
-        ("sampling_parameters: not valid JSON", {}, {"sampling_parameters": '{"temperature": NaN}'}),
+        ("sampling_parameters: not valid JSON at 'temperature': ", {}, {"sampling_parameters": '{"top_k": 1, "temperature": NaN}'}),
+        ("sampling_parameters: not valid JSON at 'top_p': ", {}, {"sampling_parameters": '{"top_p":-Infinity, "stop": "a"}'}),
         ("sampling_parameters: expected a JSON object", {}, {"sampling_parameters": "[1]"}),
         ("sampling_parameters: the JSON is nested too deeply", {}, {"sampling_parameters": '{"stop":' + "[" * 10_000 + "]" * 10_000 + "}"}),
         ("sampling_parameters: .* bytes of JSON", {}, {"sampling_parameters": '{"stop": "' + "x" * MAX_JSON_BYTES + '"}'}),
@@ -197,9 +210,3 @@ def test_parameters_that_are_not_utf_8_are_the_callers_mistake() -> None:
     with pytest.raises(RequestError, match="parameters: not valid JSON"):
         read_request({"text_input": np.array([b"a"], np.object_)}, '{"cache_salt": "\udc80"}', 0.0)
     assert not wants_error_code('{"return_error_code": "\udc80"}')
-
-
-def test_more_token_ids_than_any_model_takes_do_not_even_become_numbers() -> None:
-    ids = np.zeros(MAX_IDS + 1, np.int32)
-    with pytest.raises(RequestError, match=rf"input_ids: {MAX_IDS + 1} token ids; the most allowed is {MAX_IDS}"):
-        read_request({"input_ids": ids}, "", 0.0)

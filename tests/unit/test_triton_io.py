@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.prompt_table import PromptTable
 from paged_backend.request import Delta, Outputs
 from tests.server import fake_engine
 
@@ -250,6 +251,22 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
         {"5": {"logprob": -1.0, "rank": 2, "decoded_token": "<5>"}, "7": {"logprob": -0.5, "rank": 1, "decoded_token": "<7>"}},
         {"6": {"logprob": -0.25, "rank": 1, "decoded_token": "<6>"}},
     ]
+
+
+def test_no_more_than_a_tokens_logprobs_are_written_at_once(triton_io: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library writes JSON without a pause for other threads, and a prompt's may be tens of megabytes."""
+    floats, ints = np.full((99, 3), -1.5, np.float32), np.arange(1, 298, dtype=np.int32).reshape(99, 3)
+    table = PromptTable(np.arange(100, dtype=np.int32), floats[:, 0], ints[:, 0], ints, floats)
+    delta = Delta(prompt=table, logprobs=({5: -1.0},) * 50)
+    written: list[int] = []
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value: (written.append(len(value or ())), dumps(value))[1])
+    arrays = triton_io.response_of([delta], Outputs(prompt_logprobs=True, logprobs=True), str).tensors
+    assert len(written) == 150 and max(written) <= 4
+    entries = json.loads(arrays["prompt_logprobs"][0])
+    assert len(entries) == 100 and entries[0] is None
+    assert entries[1]["1"] == {"logprob": -1.5, "rank": 1, "decoded_token": "1"}
+    assert arrays["logprobs"][0].decode() == dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": "5"}}] * 50)
 
 
 def test_an_unfinished_response_says_none_as_the_vllm_backend_does(triton_io: types.ModuleType) -> None:
