@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -84,13 +86,22 @@ class Speed:
         return f"{num_tokens} tokens{first}" + (f", then {(num_tokens - self._num_first) / (self._last - self._first):.0f} tokens/s" if timed else "")
 
 
+def _complain(reason: str) -> NoReturn:
+    print(f"paged: error: {printable(reason)}", file=sys.stderr)
+    raise typer.Exit(1) from None
+
+
 @contextmanager
 def one_sentence_on_failure() -> Iterator[None]:
     try:
         yield
     except (PagedError, ValueError) as error:
         sys.stdout.flush()
-        print(f"paged: error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        _complain(str(error))
+    except OSError as error:  # of standard output: a full disk; a pipe that nobody reads any more is the library's to handle
+        if error.errno == errno.EPIPE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written has no place to go
+        _complain(f"standard output: {error.strerror}")
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED_EXIT) from None

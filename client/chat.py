@@ -53,7 +53,10 @@ def chat(
     if sampling.get("n", 1) != 1:
         raise typer.BadParameter(f"'n={sampling['n']}': a chat has one answer", param_hint="--sampling")
     with one_sentence_on_failure(), PagedClient(url, model=model_name) as client:
-        ChatSession(client, Conversation(system), sampling, Console(highlight=False, markup=False)).run()
+        session = ChatSession(client, Conversation(system), sampling, Console(highlight=False, markup=False))
+        session.run()
+        if session.failed:
+            raise typer.Exit(1)
 
 
 @dataclass
@@ -91,6 +94,12 @@ class ChatSession:
         self._sampling = sampling
         self._console = console
         self._interactive = sys.stdin.isatty()
+        self._any_failed = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether a question got no answer that a program asked; a person has seen it."""
+        return self._any_failed and not self._interactive
 
     def run(self) -> None:
         if self._interactive:
@@ -170,11 +179,12 @@ class ChatSession:
 
     def _fail(self, error: PagedError, begun: bool) -> None:
         """The question is forgotten: it can be asked again."""
+        self._any_failed = True
         self._conversation.take_back_question()
         hint = " (/reset begins a new conversation)" if isinstance(error, InvalidRequestError) and "tokens; the longest" in str(error) else ""
         if begun:
             self._console.print()
-        self._console.print(f"error: {error}{hint}", style="red", soft_wrap=True)
+        self._console.print(f"error: {printable(str(error))}{hint}", style="red", soft_wrap=True)
 
     def _note(self, text: str) -> None:
         self._console.print(text, style="dim", soft_wrap=True)

@@ -7,6 +7,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from paged_client.answers import Answer
 from paged_client.asking import (
@@ -44,7 +45,7 @@ def generate(
     """
     sampling = sampling_of(options, max_tokens=max_tokens, temperature=temperature, seed=seed)
     with one_sentence_on_failure():
-        text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+        text = _read_prompt() if prompt is None else prompt
         with PagedClient(url, model=model_name, timeout=timeout) as client:
             if as_json:
                 print(json.dumps(_members_of(client.generate(text, **sampling)), ensure_ascii=False))
@@ -54,10 +55,18 @@ def generate(
                 _print_stream(client, text, sampling)
 
 
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        print("the prompt, until Ctrl-D:", file=sys.stderr)
+    return sys.stdin.read().removesuffix("\n")
+
+
 def _members_of(answer: Answer) -> dict[str, Any]:
     members: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason, "usage": vars(answer.usage)}
     if answer.logprobs:
         members["logprobs"] = [[vars(token) for token in entry] for entry in answer.logprobs]
+    if answer.prompt_logprobs:
+        members["prompt_logprobs"] = [None if entry is None else [vars(token) for token in entry] for entry in answer.prompt_logprobs]
     if answer.others:
         members["others"] = [_members_of(other) for other in answer.others]
     return members
@@ -74,4 +83,4 @@ def _print_stream(client: PagedClient, text: str, sampling: dict[str, Any]) -> N
             if deltas.answer.text:
                 print(flush=True)
     if sys.stderr.isatty():
-        print(f"\033[2m{speed.line()}\033[0m", file=sys.stderr)
+        Console(stderr=True, highlight=False, markup=False).print(speed.line(), style="dim", soft_wrap=True)

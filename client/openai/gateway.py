@@ -106,7 +106,10 @@ def _say_errors_in_openais_words(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def astray(request: Request, error: HTTPException) -> Response:
         broken = error.status_code == 400  # other than by a syntax error: bytes that are no text, nesting without end
-        return response_of(RefusalError("the body is not valid JSON" if broken else f"{request.method} {request.url.path}: {error.detail}", error.status_code))
+        reason = "the body is not valid JSON" if broken else f"{request.method} {request.url.path}: {error.detail}"
+        response = response_of(RefusalError(reason, error.status_code))
+        response.headers.update(error.headers or {})  # what is allowed instead
+        return response
 
 
 class _Gateway:

@@ -85,6 +85,8 @@ def _invalid(message: str, field: str, params: Mapping[str, str]) -> RefusalErro
         return RefusalError(f"{param}: the server's model does not support it", param=param, code="unsupported_parameter")
     if param != field:
         message = re.sub(rf"^{field}(\.\w+)*: ", f"{param}: ", message)
+    if param == "model":  # of what it named, only an adapter is for the server to refuse
+        return RefusalError(message, 404, param=param, code="model_not_found")
     return RefusalError(message, param=param or None)
 
 

@@ -133,7 +133,34 @@ def test_generate_says_what_is_wrong_in_one_sentence(server: Server) -> None:
         assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", f"paged: error: {sentence}\n")
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["stream", "json"])
+def test_generate_has_a_sentence_for_a_full_disk_too(server: Server, options: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*PAGED, "generate", "x", "-u", server.addresses.grpc_url, *options], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, "paged: error: standard output: No space left on device\n")
+
+
+def test_generate_with_closed_streams_does_what_it_can(server: Server) -> None:
+    words = [*PAGED, "generate", "-u", server.addresses.grpc_url]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *words], capture_output=True, text=True, timeout=60, check=False)
+    assert (closed.returncode, closed.stdout, closed.stderr) == (1, "", "paged: error: text_input: the prompt is empty\n")
+    mute = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words, ASKED], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (mute.returncode, mute.stderr) == (0, "")
+
+
+def test_json_has_the_prompts_logprobs(server: Server) -> None:
+    ended = run("generate", ASKED, "-u", server.addresses.grpc_url, "--json", "-s", "prompt_logprobs=1", "-n", "1")
+    entries = json.loads(ended.stdout)["prompt_logprobs"]
+    assert entries[0] is None and len(entries) > 5 and set(entries[1][0]) == {"token_id", "text", "logprob"}
+
+
 # ---- chat
+
+
+def test_a_program_that_chats_learns_of_failed_questions(server: Server) -> None:
+    good, bad = ("chat", "-u", server.addresses.grpc_url), ("chat", "-u", server.addresses.grpc_url, "-s", "top_p=7")
+    assert run(*good, stdin="Where is the lamp?\n/exit\n").returncode == 0
+    assert run(*bad, stdin="Where is the lamp?\n").returncode == 1
 
 
 def test_a_chat_goes_on_with_its_history_and_the_prefix_cache_knows_it(server: Server) -> None:

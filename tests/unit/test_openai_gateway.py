@@ -263,9 +263,10 @@ def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name_but_never_li
             assert ask(transport, model=name).status == 404
     assert call(transport, "/v1/models/m:french").status == 404
     unknown = Transport(InvalidRequestError("lora_name: 'french': this server has no such adapter"))
-    named, plain = complete(unknown, model="m:french").json["error"], complete(unknown, model="m", lora_name="french").json["error"]
-    assert (named["param"], named["message"]) == ("model", "model: 'french': this server has no such adapter")
-    assert (plain["param"], plain["message"]) == ("lora_name", "lora_name: 'french': this server has no such adapter")
+    as_model, as_field = complete(unknown, model="m:french"), complete(unknown, model="m", lora_name="french")
+    named, plain = as_model.json["error"], as_field.json["error"]
+    assert (as_model.status, named["param"], named["message"]) == (404, "model", "model: 'french': this server has no such adapter")
+    assert (as_field.status, plain["param"], plain["message"]) == (400, "lora_name", "lora_name: 'french': this server has no such adapter")
 
 
 def test_load_balancers_may_ask_for_the_head_of_health_alone() -> None:
@@ -360,7 +361,8 @@ def test_what_any_web_page_could_send_is_not_taken_for_json(kind: str) -> None:
 
 def test_other_paths_and_methods_are_refused_in_the_same_shape() -> None:
     assert call(WHOLE, "/v1/embeddings", {}).json["error"]["message"] == "POST /v1/embeddings: Not Found"
-    assert call(WHOLE, "/v1/completions").status == 405
+    wrong = call(WHOLE, "/v1/completions")
+    assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
 
 
 def test_pages_of_allowed_origins_may_ask() -> None:
