@@ -1,13 +1,16 @@
 """Loads and unloads the model over and over in one tritonserver, with requests in between, and looks at what stays. Prints a JSON line.
 
-python -m tests.chaos.reloads --times 50 [--instances 2]
+python -m tests.chaos.reloads --times 50 [--instances 2] [--stay 13] [--model FOLDER] [--set KEY=VALUE …]
+python -m tests.chaos.reloads --bare      # a model that does nothing: what Triton Server itself keeps
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,12 +19,21 @@ from typing import Any
 
 from tests.bench.bench_streams import family
 from tests.chaos.server_door import count_of, resident_bytes
-from tests.server.front_end_server import FrontEndServer, serving
+from tests.server.front_end_server import WITH_FAKE_ENGINE, FrontEndServer, serving
 
-KEPT = ("processes", "files", "dev_shm", "folders")  # of which there must be no more, however often the model was loaded
+KEPT = ("processes", "files", "dev_shm", "folders", "gpu_mib")  # of which there must be no more, however often the model was loaded
 _WARM_UP = 3  # rounds after which the server has everything it allocates once
 _SETTLING_SECONDS = 10.0  # what a connection that was just closed may need to be gone
 _PROMPT = "tokens=4"
+_BARE = """
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            request.get_response_sender().send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
 
 
 def census(server: FrontEndServer, shm_prefix: str, scratch: Path) -> dict[str, int]:
@@ -34,7 +46,16 @@ def census(server: FrontEndServer, shm_prefix: str, scratch: Path) -> dict[str, 
         "dev_shm": len(list(Path("/dev/shm").glob(f"{shm_prefix}*"))),
         "folders": len(list(scratch.iterdir())),
         "resident": sum(resident_bytes(pid) for pid in pids),
+        "gpu_mib": gpu_memory(),
     }
+
+
+def gpu_memory() -> int:
+    """MiB in use on all GPUs together; 0 without any."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    said = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True)
+    return sum(map(int, said.stdout.split()))
 
 
 def settled(server: FrontEndServer, shm_prefix: str, scratch: Path, before: list[dict[str, int]]) -> dict[str, int]:
@@ -47,14 +68,20 @@ def settled(server: FrontEndServer, shm_prefix: str, scratch: Path, before: list
         time.sleep(0.1)
 
 
-def run_reloads(folder: Path, times: int, instances: int = 2, options: dict[str, str] | None = None) -> dict[str, Any]:
-    """The report: `first` is the census after the warm-up, `last` that after the last round; `growth` of resident bytes is between them."""
+def run_reloads(
+    folder: Path, times: int, instances: int = 2, options: dict[str, str] | None = None, stay: float = 0.0, model_py: str | None = None
+) -> dict[str, Any]:
+    """The report: `first` is the census after the warm-up, `last` that after the last round; `growth` of resident bytes is between them.
+
+    options: of a real model; None: with the fake engine, or a model that is nothing but `model_py`. stay: seconds for which the model stays loaded.
+    """
     prefix = f"reloads-{time.monotonic_ns()}-"
     arguments = [f"--backend-config=python,shm-region-prefix-name={prefix}"]
+    program = (model_py or WITH_FAKE_ENGINE) if options is None else None
     censuses, loads, unloads = [], [], []
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as scratch,
-        serving(folder, instances=instances, load=False, options=options, arguments=arguments, scratch=Path(scratch)) as server,
+        serving(folder, instances=instances, load=False, options=options, arguments=arguments, scratch=Path(scratch), model_py=program) as server,
     ):
         for _ in range(times):
             started = time.monotonic()
@@ -62,6 +89,7 @@ def run_reloads(folder: Path, times: int, instances: int = 2, options: dict[str,
             loads.append(time.monotonic() - started)
             answer = server.ask(_PROMPT, stream=True, max_tokens=4)
             assert answer.error is None and answer.num_finals == 1, answer
+            time.sleep(stay)
             unloads.append(server.unload())
             censuses.append(settled(server, prefix, Path(scratch), censuses))
             print(f"{len(censuses)}: {censuses[-1]}", file=sys.stderr, flush=True)
@@ -78,10 +106,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--instances", type=int, default=2, help="front ends")
+    parser.add_argument("--stay", type=float, default=0, metavar="SECONDS", help="how long the model stays loaded: after 12 there is a standby engine, too")
+    parser.add_argument("--model", default="demo", help="a checkpoint's folder")
+    parser.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the model")
+    parser.add_argument("--bare", action="store_true", help="a model of three lines instead")
     args = parser.parse_args()
+    options = {"model": args.model} | dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         tempfile.tempdir = folder
-        print(json.dumps(run_reloads(Path(folder) / "server", args.times, args.instances)), flush=True)
+        print(json.dumps(run_reloads(Path(folder) / "server", args.times, args.instances, None if args.bare else options, args.stay, _BARE)), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from paged_backend import server_files
 
 MODEL = "paged_llm"
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
-_MODEL_PY = f"""
+WITH_FAKE_ENGINE = f"""
 from paged_backend import triton_io
 
 
@@ -188,20 +188,31 @@ def send(client: grpc.InferenceServerClient, prompt: str, *, request_id: str = "
 
 @contextmanager
 def serving(
-    folder: Path, *, instances: int = 1, load: bool = True, options: Mapping[str, str] | None = None, arguments: Sequence[str] = (), scratch: Path | None = None
+    folder: Path,
+    *,
+    instances: int = 1,
+    load: bool = True,
+    options: Mapping[str, str] | None = None,
+    arguments: Sequence[str] = (),
+    scratch: Path | None = None,
+    model_py: str | None = WITH_FAKE_ENGINE,
 ) -> Iterator[FrontEndServer]:
-    """Starts a server in `folder`, with the model loaded unless `load` says no. arguments: more of tritonserver's. scratch: its folder for temporary files."""
+    """Starts a server in `folder`, with the model loaded unless `load` says no.
+
+    arguments: more of tritonserver's. scratch: its folder for temporary files. model_py: the model's program; None: the shipped one, and `options` names
+    the checkpoint.
+    """
     folder.mkdir(exist_ok=True, parents=True)
     installation = server_files.find_installation()
     backends = server_files.prepare_backends(installation, folder)
     environment = server_files.prepare_environment(installation, folder) | ({} if scratch is None else {"TMPDIR": str(scratch)})
-    repository = server_files.prepare_repository(
-        folder, model_name=MODEL, options={"model": "fake", "standby_engine": "false", **(options or {})}, instances=instances
-    )
+    defaults = {"model": "fake", "standby_engine": "false"} if model_py is not None else {}
+    repository = server_files.prepare_repository(folder, model_name=MODEL, options={**defaults, **(options or {})}, instances=instances)
     version = repository / MODEL / "1"
-    version.unlink()
-    version.mkdir()
-    (version / "model.py").write_text(_MODEL_PY)
+    if model_py is not None:
+        version.unlink()
+        version.mkdir()
+        (version / "model.py").write_text(model_py)
     ports = _free_ports(3)
     command = [
         str(installation.executable),
