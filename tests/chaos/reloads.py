@@ -87,7 +87,7 @@ def run_reloads(
             started = time.monotonic()
             server.load()
             loads.append(time.monotonic() - started)
-            answer = server.ask(_PROMPT, stream=True, max_tokens=4)
+            answer = server.ask(_PROMPT, stream=True, max_tokens=4, **({} if options is None else {"input_ids": [1, 2, 3]}))
             assert answer.error is None and answer.num_finals == 1, answer
             time.sleep(stay)
             unloads.append(server.unload())
