@@ -49,13 +49,13 @@ class CudaOps:
         vocab_size: int,
         max_sequences: int,
         max_outputs: int,
-        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a step, max_outputs that are sampled."""
         self._pdl = device.type == "cuda"
-        few = make_decode_workspace(num_heads, num_kv_heads, head_dim, dtype, device)
-        many = make_decode_workspace(num_heads, num_kv_heads, head_dim, dtype, device, programs_per_multiprocessor=2)
+        few = make_decode_workspace(num_heads, num_kv_heads, head_dim, kv_dtype, device)
+        many = make_decode_workspace(num_heads, num_kv_heads, head_dim, kv_dtype, device, programs_per_multiprocessor=2)
         windows = dict.fromkeys(sliding_windows)
         self._plans_of_few, self._plans_of_many = (
             {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows} for workspace in (few, many)

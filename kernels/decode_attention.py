@@ -8,6 +8,9 @@ workspace, and the last of its programs to arrive merges them by log-sum-exp, in
     line    | sequence 0 (8 tiles) | 1 (3)  |   sequence 2 (6)   |  ...
     slots   |   s0    |    s1    |    s2    |    s3    |             s1 finishes sequence 0 with s0, does all of 1, and begins 2
 
+Keys and values of 8 bits come in pairs, as 16-bit numbers, of which tensor cores' operands are made with the instructions that there are for those. Each
+number becomes two of float16, 2^-8 of the true ones, by moving bits; so a head's even and odd dimensions are two products of half the depth.
+
 The programs of a slot read the same pages at the same time, each its head: a page's heads are neighbours in memory.
 
 `plan_decode_attention` derives the line from the device's lengths once per step (and per sliding window); all layers share the plan. No length is ever read
@@ -90,6 +93,30 @@ def _merge(
 
 
 @triton.jit
+def _unpack(pairs):
+    """Two float8_e4m3fn in each int16 as float16 of 2^-8 of their value: the lower byte's, the upper byte's. NaN becomes 480 * 2^-8."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 magnitude, sign;
+        shl.b32 magnitude, $2, 7;
+        and.b32 magnitude, magnitude, 0x3f803f80;
+        shl.b32 sign, $2, 8;
+        lop3.b32 $0, sign, 0x80008000, magnitude, 0xea;
+        shr.b32 magnitude, $2, 1;
+        and.b32 magnitude, magnitude, 0x3f803f80;
+        lop3.b32 $1, $2, 0x80008000, magnitude, 0xea;
+        }""",
+        "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _as_float16(x):
+    """Of queries, which are never near its limits; should one be beyond them, it must not become an infinity."""
+    return tl.clamp(x.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
 def _softmax_step(scores, visible, top, scale, soft_cap, SOFT_CAP: tl.constexpr):
     """Online softmax in base 2: the tile's weights, the new maximum, and what sums under the old one are to be multiplied by."""
     if SOFT_CAP:
@@ -124,8 +151,11 @@ def _decode_kernel(
     HEADS: tl.constexpr, PAGE_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, FEW_PARTS: tl.constexpr, PARTS: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, PLAN_SETTLED: tl.constexpr, COMPILED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr, PLAN_SETTLED: tl.constexpr, COMPILED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    CELLS: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM  # of a head in the store: numbers, or pairs of them
+    ZERO: tl.constexpr = 0 if PACKED else 0.0
+    CELLS_PAD: tl.constexpr = max(16, HEAD_PAD // 2) if PACKED else HEAD_PAD
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if not PLAN_SETTLED:
@@ -152,11 +182,11 @@ def _decode_kernel(
     kv_pages += head * HEAD_STRIDE
 
     token = tl.arange(0, TILE)
-    dim = tl.arange(0, HEAD_PAD)
+    cell = tl.arange(0, CELLS_PAD)
     row = tl.arange(0, ROWS)
-    in_head = (dim < HEAD_DIM)[None, :]
-    q_offset = tl.minimum(row, GROUP - 1)[:, None] * HEAD_DIM + dim[None, :]
-    in_page = kv_pages + ((token % PAGE_SIZE) * HEAD_DIM)[:, None] + dim[None, :]  # a tile begins at a multiple of TILE
+    in_head = (cell < CELLS)[None, :]
+    q_offset = tl.minimum(row, GROUP - 1)[:, None] * HEAD_DIM + cell[None, :] * (HEAD_DIM // CELLS)
+    in_page = kv_pages + ((token % PAGE_SIZE) * CELLS)[:, None] + cell[None, :]  # a tile begins at a multiple of TILE
 
     base = first_token(length, TILE, WINDOW) + tile * TILE
     page = _load_pages(page_table + seq.to(tl.int64) * table_stride, base, length, PAGE_SIZE, TILE, WINDOW)
@@ -167,7 +197,8 @@ def _decode_kernel(
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     masses = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when a sequence ends: a reduction across warps costs three barriers
-    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    acc = tl.zeros([ROWS, CELLS_PAD], tl.float32)
+    odd = tl.zeros([ROWS, CELLS_PAD if PACKED else 1], tl.float32)
     came_last = begun_in * 0
     for step in range(count):
         now_seq, now_length, now_tile, now_base, now_page = seq, length, tile, base, page
@@ -185,25 +216,40 @@ def _decode_kernel(
 
         visible = _visible(now_base, now_length, TILE, WINDOW)
         if PAGE_SIZE >= TILE:
-            where = in_page + (now_page.to(tl.uint32).to(tl.int64) * PAGE_STRIDE + (now_base % PAGE_SIZE) * HEAD_DIM)
+            where = in_page + (now_page.to(tl.uint32).to(tl.int64) * PAGE_STRIDE + (now_base % PAGE_SIZE) * CELLS)
         else:
             where = in_page + (now_page.to(tl.uint32).to(tl.int64) * PAGE_STRIDE)[:, None]
-        queries = tl.load(q + now_seq.to(tl.int64) * q_stride + q_offset, mask=in_head, other=0.0)
-        keys = tl.load(where, mask=visible[:, None] & in_head, other=0.0, eviction_policy="evict_first")
-        values = tl.load(where + VALUE_STRIDE, mask=visible[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+        now_q = q + now_seq.to(tl.int64) * q_stride + q_offset
+        queries = tl.load(now_q, mask=in_head, other=0.0)
+        keys = tl.load(where, mask=visible[:, None] & in_head, other=ZERO, eviction_policy="evict_first")
+        values = tl.load(where + VALUE_STRIDE, mask=visible[:, None] & in_head, other=ZERO, eviction_policy="evict_first")
 
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if PACKED:
+            even_keys, odd_keys = _unpack(tl.trans(keys))
+            scores = tl.dot(_as_float16(queries), even_keys)
+            scores = tl.dot(_as_float16(tl.load(now_q + 1, mask=in_head, other=0.0)), odd_keys, scores)
+        else:
+            scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision=PRECISION)
         weights, top, fade = _softmax_step(scores, visible, top, scale, soft_cap, SOFT_CAP)
         masses = masses * fade[:, None] + weights
-        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+        if PACKED:
+            even_values, odd_values = _unpack(values)
+            acc = tl.dot(weights.to(tl.float16), even_values, acc * fade[:, None])
+            odd = tl.dot(weights.to(tl.float16), odd_values, odd * fade[:, None])
+        else:
+            acc = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), acc * fade[:, None], input_precision=PRECISION)
 
         if ends | (step + 1 == count):
             begins = now_tile <= step
             mass = tl.sum(masses, 1)
-            result = acc * (1.0 / mass)[:, None]
+            if PACKED:
+                result = tl.reshape(tl.join(acc, odd), [ROWS, 2 * CELLS_PAD]) * (256.0 / mass)[:, None]
+            else:
+                result = acc * (1.0 / mass)[:, None]
             if ends & begins:
+                dim = tl.arange(0, HEAD_PAD)
                 target = out + now_seq.to(tl.int64) * out_stride + row[:, None] * HEAD_DIM + dim[None, :]
-                tl.store(target, result.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & in_head)
+                tl.store(target, result.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
             else:
                 first, last = tl.where(begins, slot, begun_in), tl.where(begins, last_to, begun_to)
                 was_last = _put_piece(result, top + tl.log2(mass), slot, head, begins, first, last, arrivals, partial_acc, partial_lse,
@@ -211,7 +257,9 @@ def _decode_kernel(
                 came_last += was_last * tl.where(begins, 2, 1)
             top = tl.full([ROWS], float("-inf"), tl.float32)
             masses = tl.zeros([ROWS, TILE], tl.float32)
-            acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+            acc = tl.zeros([ROWS, CELLS_PAD], tl.float32)
+            if PACKED:
+                odd = tl.zeros([ROWS, CELLS_PAD], tl.float32)
 
     # The last of a sequence's programs to come merges its pieces and leaves the counter at zero for the next launch: of the sequence this slot began inside
     # of (1), and of the one it stopped inside of (2).
@@ -234,25 +282,28 @@ def paged_decode_attention(
     """out[s, h] = softmax(cap(q[s, h] . K[s] * scale)) . V[s] over the last `sliding_window` tokens of sequence s, as planned.
 
     q, out: [num_sequences, num_q_heads, head_dim], rows may be strided. kv_pages: [num_pages, 2, num_kv_heads, page_size, head_dim], keys then values, with
-    page_size a power of two. page_table: int32 [num_sequences, max_pages]; entries past a sequence's length are never read. All of one dtype (bfloat16,
-    float16 or float32; sums in float32), rows aligned to 16 bytes. Rows of length 0 are left as they are. cap(x) = soft_cap * tanh(x / soft_cap), or x if
-    soft_cap is 0. launch_pdl: begin while the kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete; with
-    plan_settled, the plan and the page table are read earlier: only for when neither was written by the kernel before, nor by one it did not wait for.
+    page_size a power of two. page_table: int32 [num_sequences, max_pages]; entries past a sequence's length are never read. q and out of one dtype (bfloat16,
+    float16 or float32; sums in float32), in which K and V are taken whatever type the store has (float8_e4m3fn beside 16-bit queries as float16, NaN as 480);
+    rows aligned to 16 bytes. Rows of length 0 are left as they are. cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0. launch_pdl: begin while the
+    kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete; with plan_settled, the plan and the page table are
+    read earlier: only for when neither was written by the kernel before, nor by one it did not wait for.
     Raises ValueError if the tensors do not fit each other or the plan's workspace.
     """
     workspace = plan.workspace
     _check(q, kv_pages, page_table, out, workspace)
     page_size, head_dim = kv_pages.shape[3:]
-    group_pad, head_pad = triton.next_power_of_2(workspace.group), max(16, triton.next_power_of_2(head_dim))
+    packed = q.is_cuda and q.itemsize == 2 and kv_pages.itemsize == 1
+    group_pad, head_pad = triton.next_power_of_2(workspace.group), max(32 if packed else 16, triton.next_power_of_2(head_dim))
+    kv_pages = kv_pages.view(torch.int16) if packed else kv_pages
     pdl = {"launch_pdl": True} if launch_pdl else {}
     _decode_kernel[(workspace.num_slots * workspace.num_kv_heads,)](
         q, kv_pages, page_table, out, plan.line, plan.starts, plan.records, workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
-        scale, soft_cap, q.stride(0), out.stride(0), page_table.stride(0),
+        scale * 256 if packed else scale, soft_cap, q.stride(0), out.stride(0), page_table.stride(0),
         HEADS=workspace.num_kv_heads, PAGE_STRIDE=kv_pages.stride(0), VALUE_STRIDE=kv_pages.stride(1), HEAD_STRIDE=kv_pages.stride(2),
         GROUP=workspace.group, GROUP_PAD=group_pad, HEAD_DIM=head_dim, HEAD_PAD=head_pad, PAGE_SIZE=page_size,
         TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, ROWS=max(16, group_pad),
         FEW_PARTS=max(2, 2048 // (group_pad * head_pad)), PARTS=max(4, 8192 // (group_pad * head_pad)),
-        LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, COMPILED=q.is_cuda, PRECISION="ieee",
+        PACKED=packed, LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, COMPILED=q.is_cuda, PRECISION="ieee",
         num_warps=workspace.num_warps, num_stages=workspace.num_stages, **pdl,
     )  # fmt: skip
 
@@ -268,5 +319,7 @@ def _check(q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, ou
         raise ValueError(f"page_size {page_size} is no power of two")
     if kv_pages.stride()[3:] != (head_dim, 1) or q.stride()[1:] != (head_dim, 1) or out.stride()[1:] != (head_dim, 1) or page_table.stride(1) != 1:
         raise ValueError("heads and pages must be contiguous")
-    if not q.dtype == kv_pages.dtype == out.dtype:
-        raise ValueError(f"q {q.dtype}, kv_pages {kv_pages.dtype} and out {out.dtype} must have one dtype")
+    if kv_pages.itemsize == 1 and kv_pages.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"kv_pages {kv_pages.dtype}: of the types of 8 bits only float8_e4m3fn is known")
+    if q.dtype != out.dtype:
+        raise ValueError(f"q {q.dtype} and out {out.dtype} must have one dtype")

@@ -114,7 +114,7 @@ class DecodePlan:
 
 
 def make_decode_workspace(
-    num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+    num_q_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, device: torch.device,
     *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int | None = None, num_stages: int | None = None,
 ) -> DecodeWorkspace:  # fmt: skip
     """Allocate the scratch for a geometry; the keyword arguments override the tuned launch shape (tests, benchmarks).
@@ -125,7 +125,7 @@ def make_decode_workspace(
         raise ValueError(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")
     group = num_q_heads // num_kv_heads
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    programs = programs_per_multiprocessor or _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim)
+    programs = programs_per_multiprocessor or (2 if kv_dtype.itemsize == 1 else _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim))
     num_slots = max(1, programs * multiprocessors // num_kv_heads)
     wide = programs == 1 and 4 < group <= 16  # fewer, larger steps of softmax: there is more of it for each key. With more rows the tensor cores read all keys
     # and values from shared memory, where four such tiles would not fit
@@ -133,7 +133,7 @@ def make_decode_workspace(
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
-        tile=tile or max(16, (32768 if wide else 16384) // (triton.next_power_of_2(head_dim) * dtype.itemsize)),  # bytes of keys
+        tile=tile or max(16, (32768 if wide else 16384) // (triton.next_power_of_2(head_dim) * kv_dtype.itemsize)),  # bytes of keys
         num_slots=num_slots,
         num_warps=num_warps or (8 if wide else 4),
         # So many that no more programs than these fit on a multiprocessor: a launch that begins while another runs would else crowd some of them.

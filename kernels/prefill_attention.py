@@ -68,6 +68,7 @@ def _attend(
         else:
             keys = tl.load(where)
             values = tl.load(where + VALUE_STRIDE)
+        keys, values = keys.to(queries.dtype), values.to(queries.dtype)
 
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if SOFT_CAP:
@@ -187,7 +188,8 @@ def paged_prefill_attention(
     past a sequence's length are never read. query_starts: int32 [num_sequences + 1], where each sequence's queries begin in q and where the last one's end;
     equal neighbours mean no queries. seq_lens: int32 [num_sequences], tokens including the queries, which are a sequence's newest; 0: padding, its rows of out
     are left as they are. max_query_len: at least
-    the greatest number of queries of a sequence. All of one dtype (bfloat16, float16 or float32; sums in float32) and 16-byte aligned rows.
+    the greatest number of queries of a sequence. q and out of one dtype (bfloat16, float16 or float32; sums in float32), in which K and V
+    are taken, whatever type the store has; rows aligned to 16 bytes.
     cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0; scale > 0. shape overrides the tuned launch (tests, benchmarks).
     Raises ValueError if tensors do not fit each other.
     """
@@ -219,5 +221,5 @@ def _check(q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, qu
         raise ValueError(f"page_size {page_size} is no power of two")
     if kv_pages.stride()[3:] != (head_dim, 1) or q.stride()[1:] != (head_dim, 1) or out.stride()[1:] != (head_dim, 1) or page_table.stride(1) != 1:
         raise ValueError("heads and pages must be contiguous")
-    if not q.dtype == kv_pages.dtype == out.dtype:
-        raise ValueError(f"q {q.dtype}, kv_pages {kv_pages.dtype} and out {out.dtype} must have one dtype")
+    if q.dtype != out.dtype:
+        raise ValueError(f"q {q.dtype} and out {out.dtype} must have one dtype")

@@ -2,7 +2,7 @@
 
 Shapes: T tokens of a step, S sequences, P pages in a page-table row, M sampled rows, V vocabulary, D head dimension.
 One layer's KV store is `kv_pages` [num_pages, 2, num_kv_heads, page_size, D]; 0 is K, 1 is V. Index tensors are int32 or int64.
-Attention and softmax are computed in float32 whatever the type of the inputs.
+It may be of another type than the rest. Attention and softmax are computed in float32 whatever the type of the inputs.
 """
 
 from __future__ import annotations
@@ -86,8 +86,19 @@ def write_kv(k: Tensor, v: Tensor, kv_pages: Tensor, slot_mapping: Tensor) -> No
     stored = slot_mapping >= 0
     slots = slot_mapping[stored].long()
     pages, offsets = slots // page_size, slots % page_size
-    kv_pages[pages, 0, :, offsets] = k[stored].to(kv_pages.dtype)
-    kv_pages[pages, 1, :, offsets] = v[stored].to(kv_pages.dtype)
+    for side, x in enumerate((k, v)):
+        _bits(kv_pages)[pages, side, :, offsets] = _bits(as_stored(x[stored], kv_pages.dtype))
+
+
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the KV store's type. float8_e4m3fn has no infinity: what is beyond its greatest number becomes that (OCP 8-bit floating point, 2023)."""
+    greatest = torch.finfo(dtype).max
+    return x.clamp(-greatest, greatest).to(dtype) if dtype == torch.float8_e4m3fn else x.to(dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as bytes where torch cannot index the type."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def copy_pages(kv_pages: Sequence[Tensor], copies: Tensor) -> None:
@@ -96,7 +107,7 @@ def copy_pages(kv_pages: Sequence[Tensor], copies: Tensor) -> None:
     copies [k, 2]: no page is written twice, or read and written.
     """
     sources, targets = copies.long().T
-    for layer in kv_pages:
+    for layer in map(_bits, kv_pages):
         layer[targets] = layer[sources]
 
 
@@ -205,10 +216,10 @@ def _gather(kv_pages: Tensor, page_table: Tensor, begin: int, end: int, tile: in
     pages = page_table[:, tiles // tiles_per_page].long()
     heads = torch.arange(num_kv_heads, device=page_table.device)
     rows = ((pages * 2 * num_kv_heads)[:, None] + heads[:, None]) * tiles_per_page + tiles % tiles_per_page
-    flat = kv_pages.view(-1, tile * head_dim)
+    flat = _bits(kv_pages).view(-1, tile * head_dim)
     shape = (len(page_table), num_kv_heads, end - begin, head_dim)
-    k = flat.index_select(0, rows.flatten()).view(shape)
-    v = flat.index_select(0, rows.flatten() + num_kv_heads * tiles_per_page).view(shape)
+    k = flat.index_select(0, rows.flatten()).view(kv_pages.dtype).view(shape)
+    v = flat.index_select(0, rows.flatten() + num_kv_heads * tiles_per_page).view(kv_pages.dtype).view(shape)
     return k.float(), v.float()
 
 

@@ -30,6 +30,14 @@ def _norm_halves(first, second, q_weight, k_weight, is_query, dim, eps, DTYPE: t
     return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
 
 
+@triton.jit
+def _as_stored(x, STORED: tl.constexpr):
+    """reference.as_stored."""
+    if STORED == tl.float8e4nv:  # noqa: SIM300 - no constant, a type
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(STORED)
+
+
 @kernel(unaligned=["positions", "slot_mapping"])
 def _rope_write_kv_kernel(
     qkv, out, q_weight, k_weight, rope_table, positions, kv_pages, slot_mapping, eps,
@@ -75,8 +83,8 @@ def _rope_write_kv_kernel(
     kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
     place = slot // PAGE_SIZE * page_stride + is_value.to(tl.int64) * value_stride + kv_head * head_stride + slot % PAGE_SIZE * HEAD_DIM
     target = kv_pages + place[:, None] + dim[None, :]
-    tl.store(target, rotated_first.to(kv_pages.dtype.element_ty), mask=to_store)
-    tl.store(target + HALF, rotated_second.to(kv_pages.dtype.element_ty), mask=to_store)
+    tl.store(target, _as_stored(rotated_first, kv_pages.dtype.element_ty), mask=to_store)
+    tl.store(target + HALF, _as_stored(rotated_second, kv_pages.dtype.element_ty), mask=to_store)
 
 
 def rope_write_kv(

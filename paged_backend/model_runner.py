@@ -31,6 +31,8 @@ from paged_backend.step_results import Flight, Landings
 from paged_backend.step_tensors import DeviceRows
 from paged_backend.warm_up import warm_up_batches
 
+_FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
+
 
 @dataclass(frozen=True)
 class RunnerLimits:
@@ -100,7 +102,7 @@ class ModelRunner:
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
         limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, checkpoint.eos_ids, checkpoint.bos_id)
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
-        ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
+        ops = _make_ops(config, a, max_sequences, kv_dtype, device, tell)
         rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops, partial(ops.copy_pages, kv_pages))
         shapes = captured_shapes(max_sequences, config.max_batched_tokens, adapters=berths is not None)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in shapes))
@@ -180,14 +182,12 @@ def _device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _make_ops(
-    config: EngineConfig, a: Architecture, max_sequences: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, tell: Callable[[str], None]
-) -> Any:
+def _make_ops(config: EngineConfig, a: Architecture, max_sequences: int, kv_dtype: torch.dtype, device: torch.device, tell: Callable[[str], None]) -> Any:
     """Kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
     if device.type != "cuda":
         return reference
-    if config.page_size & (config.page_size - 1) or kv_dtype != dtype:
-        tell("kernels: off, they want a page_size that is a power of two, and K and V in the type of the weights; plain torch computes, slowly")
+    if config.page_size & (config.page_size - 1):
+        tell("kernels: off, they want a page_size that is a power of two; plain torch computes, slowly")
         return reference
     from paged_kernels.cuda_ops import CudaOps
 
@@ -199,7 +199,7 @@ def _make_ops(
         vocab_size=a.vocab_size,
         max_sequences=max_sequences,
         max_outputs=max(shape.num_outputs for shape in captured_shapes(max_sequences, config.max_batched_tokens)),
-        dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
     )
 
@@ -210,7 +210,9 @@ def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.devi
     if name == "auto":
         name = "float32" if device.type == "cpu" else architecture.dtype  # type: ignore[assignment]
     kv_name = name if config.kv_dtype == "auto" else config.kv_dtype
-    return getattr(torch, name), getattr(torch, kv_name)
+    if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise EngineError(f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, _FP8_CAPABILITY))}; {_name(device)} has less")
+    return getattr(torch, name), torch.float8_e4m3fn if kv_name == "fp8_e4m3" else getattr(torch, kv_name)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

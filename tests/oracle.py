@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from paged_backend.batch import Int32
 
@@ -52,11 +52,20 @@ def random_prompts(lengths: Sequence[int], vocab_size: int = _SMALL["vocab_size"
     return [generator.integers(0, vocab_size, length, dtype=np.int32) for length in lengths]
 
 
+class RoundedCache(DynamicCache):
+    """Of a model whose keys and values are kept in 8 bits: rounded to float8_e4m3fn, the greatest of which is 448."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) for x in (key_states, value_states))
+        return super().update(keys, values, *args, **options)
+
+
 class Oracle:
     """transformers' own model on a checkpoint, in float32."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache: type[DynamicCache] = DynamicCache) -> None:
         self._folder = folder
+        self._cache = cache
         self.model = self._load()
 
     def _load(self) -> Any:
@@ -70,8 +79,9 @@ class Oracle:
         if self.model.config.rope_parameters["rope_type"] == "dynamic":
             self.model = self._load()  # it keeps the frequencies of the longest sequence it has seen
         ids = torch.as_tensor(np.asarray(prompt, np.int64))[None]
+        options = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache(config=self.model.config)}
         with torch.inference_mode():
-            answer = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
+            answer = self.model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, **options)
         return answer[0, ids.shape[1] :].tolist()
 
     def logits(self, token_ids: Sequence[int] | Int32) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Paged decode attention on one GPU: microseconds and share of the read bandwidth measured in the same run. Prints JSON lines, and a table to stderr.
 
-    python -m tests.bench.bench_decode_attention [--cases '1x8k;32x2k'] [--shape 64:3:2:4 ...] [--pdl]
+    python -m tests.bench.bench_decode_attention [--cases '1x8k;32x2k'] [--shape 64:3:2:4 ...] [--pdl] [--kv fp8]
 
 floor_us: the bytes of K and V over the measured read bandwidth. Each case replays a CUDA graph of launches over several KV stores, together larger than
 the L2 cache, with shuffled pages; medians. The plan, shared by a step's layers, is timed apart (plan_us). error: relative RMS against float64.
 --shape tile:stages:programs per multiprocessor:warps tries other launch shapes than the tuned one. --pdl: as within a step, the launches overlap and the plan
-is older than the launch before.
+is older than the launch before. --kv fp8: K and V of 8 bits (float8_e4m3fn), queries of 16.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ class Case:
     head_dim: int = 128
     target: float | None = None  # share of the bandwidth
 
-    @property
-    def kv_bytes(self) -> int:
-        return sum(self.lengths) * self.num_kv_heads * self.head_dim * 2 * 2
+    def kv_bytes(self, kv_dtype: torch.dtype) -> int:
+        return sum(self.lengths) * self.num_kv_heads * self.head_dim * 2 * kv_dtype.itemsize
 
 
 def uniform(count: int, low: int, high: int) -> tuple[int, ...]:
@@ -60,6 +59,7 @@ CASES = {
     "1x512": Case((512,)),
 }
 PAGE_SIZE = 16
+KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 ROTATED_BYTES = 300 * 2**20
 
 
@@ -119,12 +119,12 @@ class Stores:
     seq_lens: torch.Tensor
 
 
-def make_stores(case: Case) -> Stores:
+def make_stores(case: Case, kv_dtype: torch.dtype) -> Stores:
     pages = [-(-n // PAGE_SIZE) for n in case.lengths]
-    rounds = max(2, -(-ROTATED_BYTES // case.kv_bytes))
+    rounds = max(2, -(-ROTATED_BYTES // case.kv_bytes(kv_dtype)))
     kv_pages, page_tables = [], []
     for _ in range(rounds):
-        kv_pages.append(torch.randn(sum(pages), 2, case.num_kv_heads, PAGE_SIZE, case.head_dim, device="cuda", dtype=torch.bfloat16))
+        kv_pages.append(torch.randn(sum(pages), 2, case.num_kv_heads, PAGE_SIZE, case.head_dim, device="cuda", dtype=torch.bfloat16).to(kv_dtype))
         shuffled = torch.randperm(sum(pages), dtype=torch.int32).split(pages)
         page_tables.append(torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True, padding_value=-1).cuda())
     q = torch.randn(len(case.lengths), case.num_q_heads, case.head_dim, device="cuda", dtype=torch.bfloat16)
@@ -133,26 +133,28 @@ def make_stores(case: Case) -> Stores:
 
 def float64_attention(case: Case, stores: Stores) -> torch.Tensor:
     out = torch.empty(stores.q.shape, dtype=torch.float64, device="cuda")
+    store = stores.kv_pages[0].bfloat16()
     for row, length in enumerate(case.lengths):
         page = stores.page_tables[0][row, : -(-length // PAGE_SIZE)].long()
-        keys, values = stores.kv_pages[0][page].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, :length].double()  # [heads, tokens, dim]
+        keys, values = store[page].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, :length].double()  # [heads, tokens, dim]
         queries = stores.q[row].double().view(case.num_kv_heads, -1, case.head_dim)
         scores = queries @ keys.transpose(1, 2) * case.head_dim**-0.5
         out[row] = (scores.softmax(-1) @ values).flatten(0, 1)
     return out
 
 
-def make_plan(case: Case, shape: str | None) -> DecodePlan:
+def make_plan(case: Case, shape: str | None, kv_dtype: torch.dtype) -> DecodePlan:
     tile, stages, programs, warps = (int(n) for n in shape.split(":")) if shape else (None,) * 4
     workspace = make_decode_workspace(
-        case.num_q_heads, case.num_kv_heads, case.head_dim, torch.bfloat16, torch.device("cuda"),
+        case.num_q_heads, case.num_kv_heads, case.head_dim, kv_dtype, torch.device("cuda"),
         tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps,
     )  # fmt: skip
     return make_decode_plan(workspace, len(case.lengths))
 
 
 def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor, bandwidth: float, pdl: bool) -> dict[str, object]:
-    case, plan = CASES[name], make_plan(CASES[name], shape)
+    kv_dtype = stores.kv_pages[0].dtype
+    case, plan = CASES[name], make_plan(CASES[name], shape, kv_dtype)
     out = torch.full_like(stores.q, float("nan"))
 
     def launch(i: int) -> None:
@@ -166,9 +168,10 @@ def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor
     error = ((out.double() - expected).norm() / expected.norm()).item()
     rounds = len(stores.kv_pages)
     us = replay_us(launch, rounds * -(-20 // rounds))
-    floor_us = case.kv_bytes / bandwidth * 1e6
+    floor_us = case.kv_bytes(kv_dtype) / bandwidth * 1e6
     return {
-        "bench": "decode_attention", "case": name, "shape": shape or "tuned", "pdl": pdl, "us": round(us, 2), "floor_us": round(floor_us, 2),
+        "bench": "decode_attention", "case": name, "shape": shape or "tuned", "pdl": pdl, "kv_dtype": str(kv_dtype).removeprefix("torch."),
+        "us": round(us, 2), "floor_us": round(floor_us, 2),
         "share": round(floor_us / us, 3), "target": case.target, "error": round(error, 5),
         "plan_us": round(replay_us(lambda _: plan_decode_attention(stores.seq_lens, plan), 20), 2),
         "read_tb_s": round(bandwidth / 1e12, 3), "device": torch.cuda.get_device_name(),
@@ -180,10 +183,11 @@ def main() -> None:
     parser.add_argument("--cases", default=";".join(CASES), help="names joined by ';'")
     parser.add_argument("--shape", action="append", help="tile:stages:programs per multiprocessor:warps; may be repeated")
     parser.add_argument("--pdl", action="store_true")
+    parser.add_argument("--kv", choices=KV_DTYPES, default="bf16", help="type of K and V")
     options = parser.parse_args()
     bandwidth = read_bandwidth()
     for name in options.cases.split(";"):
-        stores = make_stores(CASES[name])
+        stores = make_stores(CASES[name], KV_DTYPES[options.kv])
         expected = float64_attention(CASES[name], stores)
         for shape in options.shape or [None]:
             row = measure(name, shape, stores, expected, bandwidth, options.pdl)

@@ -60,7 +60,7 @@ class Case:
             vocab_size=a.vocab_size,
             max_sequences=256,
             max_outputs=256,
-            dtype=dtype,
+            kv_dtype=dtype,
             device=device,
         )
         self.layout = AdapterLayout.of(a)

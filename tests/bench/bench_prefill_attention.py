@@ -51,6 +51,9 @@ CASES = {
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
+KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
 @dataclass(frozen=True)
 class Tensors:
     q: torch.Tensor
@@ -60,9 +63,9 @@ class Tensors:
     seq_lens: torch.Tensor
 
 
-def make(case: Case) -> Tensors:
+def make(case: Case, kv_dtype: torch.dtype) -> Tensors:
     pages = [-(-length // case.page_size) for _, length in case.lens]
-    kv_pages = torch.randn(sum(pages), 2, case.num_kv_heads, case.page_size, case.head_dim, device="cuda", dtype=torch.bfloat16)
+    kv_pages = torch.randn(sum(pages), 2, case.num_kv_heads, case.page_size, case.head_dim, device="cuda", dtype=torch.bfloat16).to(kv_dtype)
     shuffled = torch.randperm(sum(pages), dtype=torch.int32).split(pages)
     page_table = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True, padding_value=-1).cuda()
     starts = torch.tensor([0, *(n for n, _ in case.lens)]).cumsum(0)
@@ -74,7 +77,9 @@ def make(case: Case) -> Tensors:
 def contiguous(case: Case, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v of sequences of equal lengths: [sequences, heads, tokens, head_dim], rows of a token together in memory as a model leaves them."""
     query_len, length = case.lens[0]
-    gathered = tensors.kv_pages[tensors.page_table.long()].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)[:, :, :length].contiguous()  # side, seq, token, head, dim
+    gathered = (
+        tensors.kv_pages.bfloat16()[tensors.page_table.long()].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)[:, :, :length].contiguous()
+    )  # side, seq, token, head, dim
     q = tensors.q.view(len(case.lens), query_len, case.num_q_heads, case.head_dim)
     return q.transpose(1, 2), gathered[0].transpose(1, 2), gathered[1].transpose(1, 2)
 
@@ -129,7 +134,8 @@ def measure(name: str, text: str | None, tensors: Tensors, expected: torch.Tenso
     us = microseconds(launch)
     best = min((x for x in peers.values() if x is not None), default=None)
     return {
-        "bench": "prefill_attention", "case": name, "shape": text or "tuned", "us": round(us, 1), "floor_us": round(case.operations / rate * 1e6, 1),
+        "bench": "prefill_attention", "case": name, "kv_dtype": str(tensors.kv_pages.dtype).removeprefix("torch."),
+        "shape": text or "tuned", "us": round(us, 1), "floor_us": round(case.operations / rate * 1e6, 1),
         "tflops": round(case.operations / us * 1e-6, 1), "peers_us": {k: x and round(x, 1) for k, x in peers.items()},
         "of_best": best and round(best / us, 3), "error": round(error, 5), "matrix_tflops": round(rate * 1e-12, 1), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
@@ -139,10 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=";".join(CASES), help="names joined by ';'")
     parser.add_argument("--shape", action="append", help="rows:tile:warps:stages[:registers]; may be repeated")
+    parser.add_argument("--kv", choices=KV_DTYPES, default="bf16", help="type of K and V in the store; the peers' are bfloat16")
     options = parser.parse_args()
     rate = matrix_rate()
     for name in options.cases.split(";"):
-        tensors = make(CASES[name])
+        tensors = make(CASES[name], KV_DTYPES[options.kv])
         expected = float32_attention(CASES[name], tensors)
         peers = {peer: peer_us(CASES[name], tensors, backend) for peer, backend in PEERS.items()}
         for text in options.shape or [None]:

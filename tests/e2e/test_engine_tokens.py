@@ -13,7 +13,7 @@ from paged_backend.engine import Engine
 from paged_backend.engine_loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.oracle import Oracle, RoundedCache, random_prompts, save_checkpoint
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 200]
 MAX_TOKENS = 12
@@ -66,6 +66,17 @@ def test_greedy_tokens_are_those_of_transformers(
     assert answers(engine, prompts) == short
     assert answers(engine, prompts) == short  # now with what the first round left in the cache
     assert (engine.stats().prefix_hits > 0) == prefix_cache
+
+
+def test_keys_and_values_of_8_bits_give_the_tokens_of_a_model_whose_cache_is_rounded(
+    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path
+) -> None:
+    folder, prompts, unrounded = checkpoint
+    expected = Oracle(folder, RoundedCache).greedy(prompts, LONG_ANSWER)
+    assert expected != unrounded
+    engine = load(folder, tmp_path, kv_dtype="fp8_e4m3", num_pages=40, max_model_len=300, max_batched_tokens=64)
+    assert answers(engine, prompts, max_tokens=LONG_ANSWER) == expected
+    assert engine.stats().num_preemptions > 0 and engine.stats().prefix_hits > 0
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])

@@ -37,7 +37,7 @@ def use_kernels(runner: ModelRunner) -> None:
         vocab_size=a.vocab_size,
         max_sequences=4,
         max_outputs=4,
-        dtype=torch.float32,
+        kv_dtype=torch.float32,
         device=runner.device,
     )
     adapted = None if runner.berths is None else runner.berths.linears(ops, a.rms_norm_eps, runner._rows.berths, 64)

@@ -29,6 +29,7 @@ class Case:
     window: int = 0
     soft_cap: float = 0.0
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None  # as dtype
     tile: int | None = None
     programs: int | None = None
     pool_elements: int = 0  # at least so many
@@ -64,18 +65,21 @@ def make(case: Case, seed: int) -> Tensors:
         for side in range(2):
             kv_pages[page, side, :, (tokens % case.page_size).to(DEVICE)] = keys_values[side].to(DEVICE, case.dtype)
     q = torch.randn(len(case.lengths), case.num_q_heads, case.head_dim, generator=generator).to(DEVICE, case.dtype)
-    return Tensors(q, kv_pages, page_table.to(DEVICE), torch.tensor(case.lengths, dtype=torch.int32, device=DEVICE), case.head_dim**-0.5)
+    return Tensors(
+        q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), torch.tensor(case.lengths, dtype=torch.int32, device=DEVICE), case.head_dim**-0.5
+    )
 
 
 def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
     """float64 [num_sequences, num_q_heads, head_dim]; zeros in rows of length 0."""
     out = torch.zeros(tensors.q.shape, dtype=torch.float64, device=DEVICE)
+    kv_pages = tensors.kv_pages.float() if tensors.kv_pages.itemsize == 1 else tensors.kv_pages  # torch cannot index these
     for row, length in enumerate(case.lengths):
         tokens = torch.arange(max(0, length - case.window) if case.window else 0, length, device=DEVICE)
         if len(tokens) == 0:
             continue
         page = tensors.page_table[row].long()[tokens // case.page_size]
-        keys, values = (tensors.kv_pages[page, side, :, tokens % case.page_size].double().transpose(0, 1) for side in range(2))  # [heads, tokens, dim]
+        keys, values = (kv_pages[page, side, :, tokens % case.page_size].double().transpose(0, 1) for side in range(2))  # [heads, tokens, dim]
         queries = tensors.q[row].double().view(case.num_kv_heads, -1, case.head_dim)
         scores = queries @ keys.transpose(1, 2) * tensors.scale
         if case.soft_cap:
@@ -86,7 +90,7 @@ def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
 
 def plan_for(case: Case, max_sequences: int | None = None) -> DecodePlan:
     workspace = make_decode_workspace(
-        case.num_q_heads, case.num_kv_heads, case.head_dim, case.dtype, DEVICE, tile=case.tile, programs_per_multiprocessor=case.programs
+        case.num_q_heads, case.num_kv_heads, case.head_dim, case.kv_dtype or case.dtype, DEVICE, tile=case.tile, programs_per_multiprocessor=case.programs
     )
     return make_decode_plan(workspace, max_sequences or len(case.lengths), case.window)
 
@@ -120,6 +124,7 @@ TINY = {
     "head_dim no power of two": Case((3, 37), head_dim=24, tile=16),
     "three queries to a head": Case((3, 37), num_q_heads=6, tile=16),
     "one query to a head": Case((37, 3), num_q_heads=2, tile=16),
+    "K and V of 8 bits": Case((3, 37, 64), kv_dtype=torch.float8_e4m3fn, tile=16),
     "more than sixteen queries to a head": Case((37, 3), num_q_heads=20, num_kv_heads=1, tile=16),
 }
 
@@ -180,6 +185,13 @@ LARGE = {
     **{f"{q}/{kv} heads": Case(RAGGED, q, kv, 128, dtype=torch.bfloat16) for q, kv in ((28, 4), (32, 32), (32, 2), (48, 1), (8, 8))},
     **{f"window {n}": Case(RAGGED, 32, 8, 128, window=n, dtype=torch.bfloat16) for n in (1, 100, 1024, 100000)},
     "window in pages of one token": Case(RAGGED, 32, 8, 128, window=100, page_size=1, dtype=torch.bfloat16),
+    **{f"8 bits, head_dim {n}": Case(RAGGED, 32, 8, n, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn) for n in (64, 80, 96, 128, 256)},
+    **{f"8 bits, page size {n}": Case(RAGGED, 28, 4, 128, page_size=n, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn) for n in (1, 8, 32, 128)},
+    "8 bits, window": Case(RAGGED, 32, 8, 128, window=100, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
+    "8 bits, float16": Case(RAGGED, 32, 2, 128, dtype=torch.float16, kv_dtype=torch.float8_e4m3fn),
+    "8 bits, float32": Case(RAGGED, 8, 2, 64, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn),
+    "8 bits, one head": Case(RAGGED, 48, 1, 128, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
+    "32 bits": Case(RAGGED, 8, 2, 64, dtype=torch.bfloat16, kv_dtype=torch.float32),
     "soft cap": Case(RAGGED, 16, 8, 256, soft_cap=2.0, dtype=torch.bfloat16),
     "one long sequence": Case((65536,), 32, 8, 128, dtype=torch.bfloat16),
     "one long sequence, one head": Case((20000,), 4, 1, 128, dtype=torch.bfloat16),

@@ -34,6 +34,7 @@ class Case:
     window: int = 0
     soft_cap: float = 0.0
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None  # as dtype
     shape: PrefillShape | None = None
     spare_queries: int = 3  # rows of q and out that belong to no sequence
     pool_elements: int = 0  # at least so many
@@ -70,17 +71,18 @@ def make(case: Case, seed: int) -> Tensors:
     starts = torch.tensor([0, *(query_len for query_len, _ in case.lens)]).cumsum(0)
     q = torch.randn(int(starts[-1]) + case.spare_queries, case.num_q_heads, case.head_dim, generator=generator).to(DEVICE, case.dtype)
     lengths = torch.tensor([n for _, n in case.lens], dtype=torch.int32, device=DEVICE)
-    return Tensors(q, kv_pages, page_table.to(DEVICE), starts.to(DEVICE, torch.int32), lengths, case.head_dim**-0.5)
+    return Tensors(q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), starts.to(DEVICE, torch.int32), lengths, case.head_dim**-0.5)
 
 
 def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
     """float64 [num_tokens, num_q_heads, head_dim] of the tokens that belong to a sequence."""
     out = []
+    kv_pages = tensors.kv_pages.float() if tensors.kv_pages.itemsize == 1 else tensors.kv_pages  # torch cannot index these
     for row, (query_len, length) in enumerate(case.lens):
         begin = max(0, length - query_len + 1 - case.window) if case.window else 0
         key_at, query_at = torch.arange(begin, length, device=DEVICE), torch.arange(length - query_len, length, device=DEVICE)[:, None]
         page = tensors.page_table[row].long()[key_at // case.page_size]
-        keys, values = (tensors.kv_pages[page, side, :, key_at % case.page_size].double().transpose(0, 1) for side in range(2))  # [heads, tokens, dim]
+        keys, values = (kv_pages[page, side, :, key_at % case.page_size].double().transpose(0, 1) for side in range(2))  # [heads, tokens, dim]
         at = sum(n for n, _ in case.lens[:row])
         queries = tensors.q[at : at + query_len].double().unflatten(1, (case.num_kv_heads, -1)).permute(1, 2, 0, 3)
         scores = queries @ keys[:, None].transpose(2, 3) * tensors.scale
@@ -117,6 +119,7 @@ TINY = {
     "sequences without queries": Case(((0, 5), (7, 9), (0, 0), (0, 40), (3, 3), (0, 2)), shape=SMALL),
     "page of one token": Case(((9, 20), (5, 5)), page_size=1, shape=SMALL),
     "page of four tokens": Case(((9, 43), (5, 5)), page_size=4, shape=WIDE),
+    "K and V of 8 bits": Case(((20, 70), (1, 5)), kv_dtype=torch.float8_e4m3fn, shape=SMALL),
     "page larger than tile": Case(((20, 140), (9, 9)), page_size=64, shape=SMALL),
     "window": Case(((3, 3), (12, 26), (20, 41), (1, 90)), window=10, shape=SMALL),
     "window of several tiles": Case(((30, 30), (20, 77)), window=40, page_size=4, shape=SMALL),
@@ -205,6 +208,11 @@ LARGE = {
     **{f"{q}/{kv} heads": Case(RAGGED, q, kv, 128, dtype=torch.bfloat16) for q, kv in ((28, 4), (32, 32), (48, 1))},
     **{f"window {n}": Case(RAGGED, window=n, **BIG) for n in (1, 100, 1024, 100000)},
     "window in pages of one token": Case(RAGGED, window=100, page_size=1, **BIG),
+    **{f"8 bits, head_dim {n}": Case(RAGGED, **{**BIG, "head_dim": n, "kv_dtype": torch.float8_e4m3fn}) for n in (64, 80, 128, 256)},
+    **{f"8 bits, page size {n}": Case(RAGGED, **{**BIG, "page_size": n, "kv_dtype": torch.float8_e4m3fn}) for n in (1, 8, 128)},
+    "8 bits, window": Case(RAGGED, window=100, kv_dtype=torch.float8_e4m3fn, **BIG),
+    "8 bits, float32": Case(RAGGED, 8, 2, 64, kv_dtype=torch.float8_e4m3fn),
+    "8 bits, few queries each": Case(tuple((n % 5, 50 * n) for n in range(5, 40)), kv_dtype=torch.float8_e4m3fn, **BIG),
     "soft cap": Case(RAGGED, 16, 8, 256, soft_cap=2.0, dtype=torch.bfloat16),
     "few queries each": Case(tuple((n % 5, 50 * n) for n in range(5, 40)), **BIG),
     "one long sequence": Case(((4500, 4500),), 8, 2, 128, dtype=torch.bfloat16),

@@ -149,6 +149,26 @@ def test_rows_may_be_strided_and_the_store_of_another_type() -> None:
     assert_close(pages[slot // case.page_size, 0, :, slot % case.page_size], k[0])
 
 
+@pytest.mark.gpu  # the interpreter rounds towards zero below 2^-6, and 1.97 to 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_store_of_8_bits_holds_what_the_reference_stores(dtype: torch.dtype) -> None:
+    """To the bit, numbers beyond the greatest (448) and NaN among them: values are not rotated, so nothing else is rounded."""
+    case = Case(12, dtype=dtype)
+    tensors = make(case)
+    values = tensors.qkv.view(12, -1, case.head_dim)[:, -case.num_kv_heads :]
+    values *= torch.logspace(-4, 4, 12, device=DEVICE, dtype=torch.float32).to(dtype)[:, None, None]
+    values[0, 0, :4] = torch.tensor([float("inf"), -float("inf"), float("nan"), 460.0], device=DEVICE)
+    pages = [torch.zeros(tensors.kv_pages.shape, dtype=torch.float8_e4m3fn, device=DEVICE) for _ in range(2)]
+    arguments = tensors.qkv, case.num_heads, None, tensors.rope_table, tensors.positions
+    rope_write_kv(*arguments, pages[0], tensors.slot_mapping)
+    reference.rope_write_kv(*arguments, pages[1], tensors.slot_mapping)
+    ours, expected = (store.float() for store in pages)
+    torch.testing.assert_close(ours[:, 1], expected[:, 1], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours[:, 0], expected[:, 0], rtol=0.13, atol=0.002)  # a rounding apart where the products' last bits differ
+    slot = int(tensors.slot_mapping[0])
+    assert ours[slot // case.page_size, 1, 0, slot % case.page_size, :4].nan_to_num(7).tolist() == [448, -448, 7, 448]
+
+
 def test_refuses_what_does_not_fit() -> None:
     case = Case(4)
     tensors = make(case)

@@ -120,6 +120,17 @@ def test_write_kv_puts_each_token_at_its_slot_and_padding_nowhere() -> None:
     assert kv_pages.count_nonzero() == 3 * 2 * 6
 
 
+def test_a_store_of_8_bits_takes_the_nearest_number_it_has_and_keeps_it_through_copies() -> None:
+    kv_pages = torch.zeros(3, 2, 1, 4, 4).to(torch.float8_e4m3fn)
+    k = torch.tensor([1.0, 1.1, -1000.0, float("nan")]).view(1, 1, 4)
+    reference.write_kv(k, 2 * k, kv_pages, torch.tensor([6]))
+    reference.copy_pages([kv_pages], torch.tensor([[1, 2]]))
+    for page in (1, 2):
+        stored = kv_pages.float()[page, :, 0, 2].nan_to_num(7)
+        assert stored.tolist() == [[1.0, 1.125, -448.0, 7.0], [2.0, 2.25, -448.0, 7.0]]
+    assert kv_pages.float().nan_to_num(1).count_nonzero() == 2 * 8
+
+
 def test_rms_norm_equals_its_definition() -> None:
     x, weight = torch.randn(5, 64), torch.randn(64)
     expected = x.double() / torch.sqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * weight.double()
