@@ -97,14 +97,14 @@ def _unpack(pairs):
     """Two float8_e4m3fn in each int16 as float16 of 2^-8 of their value: the lower byte's, the upper byte's. NaN becomes 480 * 2^-8."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 magnitude, sign;
-        shl.b32 magnitude, $2, 7;
-        and.b32 magnitude, magnitude, 0x3f803f80;
+        .reg .b32 low, high, sign;
+        shl.b32 low, $2, 7;
+        shr.b32 high, $2, 1;
         shl.b32 sign, $2, 8;
-        lop3.b32 $0, sign, 0x80008000, magnitude, 0xea;
-        shr.b32 magnitude, $2, 1;
-        and.b32 magnitude, magnitude, 0x3f803f80;
-        lop3.b32 $1, $2, 0x80008000, magnitude, 0xea;
+        and.b32 low, low, 0x3f803f80;
+        and.b32 high, high, 0x3f803f80;
+        lop3.b32 $1, $2, 0x80008000, high, 0xea;
+        lop3.b32 $0, sign, 0x80008000, low, 0xea;
         }""",
         "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
