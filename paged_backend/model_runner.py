@@ -102,7 +102,7 @@ class ModelRunner:
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
         limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, checkpoint.eos_ids, checkpoint.bos_id)
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
-        ops = _make_ops(config, a, max_sequences, kv_dtype, device, tell)
+        ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
         rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops, partial(ops.copy_pages, kv_pages))
         shapes = captured_shapes(max_sequences, config.max_batched_tokens, adapters=berths is not None)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in shapes))
@@ -182,12 +182,14 @@ def _device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _make_ops(config: EngineConfig, a: Architecture, max_sequences: int, kv_dtype: torch.dtype, device: torch.device, tell: Callable[[str], None]) -> Any:
+def _make_ops(
+    config: EngineConfig, a: Architecture, max_sequences: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, tell: Callable[[str], None]
+) -> Any:
     """Kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
     if device.type != "cuda":
         return reference
-    if config.page_size & (config.page_size - 1):
-        tell("kernels: off, they want a page_size that is a power of two; plain torch computes, slowly")
+    if config.page_size & (config.page_size - 1) or kv_dtype.itemsize > dtype.itemsize:
+        tell("kernels: off, they want a page_size that is a power of two, and K and V of no more bits than the weights; plain torch computes, slowly")
         return reference
     from paged_kernels.cuda_ops import CudaOps
 
