@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from paged_client.errors import PagedError, UnreachableError, error_of
 from paged_client.patience import within
@@ -34,9 +36,13 @@ class GrpcTransport:
         self._ssl = ssl
         self._lock = threading.Lock()
         self._free: list[InferenceServerClient] = []
+        self._calls: WeakSet[GrpcCall] = WeakSet()
+        weakref.finalize(self, _close_all, self._free, self._calls)  # where a program ends without `close`, grpc would wait for threads that have ended
 
     def ask(self, question: Question) -> GrpcCall:
-        return GrpcCall(self, self._take(), self._model, question)
+        call = GrpcCall(self, self._take(), self._model, question)
+        self._calls.add(call)
+        return call
 
     def is_ready(self) -> bool:
         from tritonclient.utils import InferenceServerException
@@ -65,8 +71,14 @@ class GrpcTransport:
 
     def close(self) -> None:
         with self._lock:
-            while self._free:
-                self._free.pop().close()
+            _close_all(self._free, ())
+
+
+def _close_all(clients: list[InferenceServerClient], calls: Iterable[GrpcCall]) -> None:
+    for call in list(calls):
+        call.close()
+    while clients:
+        clients.pop().close()
 
 
 class GrpcCall:
@@ -80,7 +92,7 @@ class GrpcCall:
         self._over = False
         arrived: queue.Queue[tuple[InferResult | None, InferenceServerException | None]] = queue.Queue()
         self._arrived = arrived
-        client.start_stream(lambda result, error: arrived.put((result, error)))
+        _in_daemon_thread(lambda: client.start_stream(lambda result, error: arrived.put((result, error))))
         try:
             client.async_stream_infer(model, _inputs(question), enable_empty_final_response=True, parameters=dict(question.parameters))
         except InferenceServerException as error:  # the stream broke first: why is in the queue
@@ -110,6 +122,23 @@ class GrpcCall:
         if client is not None:
             client.stop_stream(cancel_requests=not self._over)
             self._transport.take_back(client)
+
+
+def _in_daemon_thread(task: Callable[[], None]) -> None:
+    """The thread that reads a stream is a daemon as the one that starts it: else a program could not end before its streams."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            task()
+        except BaseException as error:  # whatever it is, it is the caller's
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 class AsyncGrpcTransport:

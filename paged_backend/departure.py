@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _POLL_SECONDS = 0.5
+_FIRST_POLL_SECONDS = 0.05  # until it was ready: a server that stops in between seems never to have begun
 _ANSWER_SECONDS = 5.0
 _NOT_READY = (400, 503)
 _REFUSED = -1
@@ -84,7 +85,7 @@ class Departure:
 
     def _run(self) -> None:
         num_refused = 0
-        while self._server.http is not None and not self._stopping.wait(_POLL_SECONDS):
+        while self._server.http is not None and not self._stopping.wait(_POLL_SECONDS if self._was_ready else _FIRST_POLL_SECONDS):
             status = self._ask(*self._server.http)
             self._was_ready = self._was_ready or status == 200
             num_refused = num_refused + 1 if status == _REFUSED else 0

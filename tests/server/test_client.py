@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from tests.server.front_end_server import FrontEndServer, serving
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 
 TOKENIZER = make_tokenizer()
+WAIT_SECONDS = 20.0
 CANCELLED = 'paged_requests_finished_total{reason="cancelled"}'
 Ask = Callable[..., tuple[Answer, list[Delta]]]
 
@@ -246,6 +249,24 @@ def test_one_client_carries_many_streams_at_once(server: FrontEndServer) -> None
             thread.join()
     assert found == expected
     assert [answer.text for answer in asyncio.run(together())] == list(expected.values())
+
+
+@pytest.mark.parametrize("transport", ["grpc", "http"])
+def test_a_program_may_end_without_closing_anything(server: FrontEndServer, transport: str) -> None:
+    """Streams begun and not read to their end, clients kept: grpc's own threads would keep such a program from ending."""
+    before = server.scrape().get(CANCELLED, 0)
+    program = f"""
+from paged_client import PagedClient
+
+client = PagedClient({url_of(server, transport)!r})
+print(client.generate("tokens=3").finish_reason)
+left = client.stream("tokens=100000 delay=0.01")
+print(next(iter(left)).usage.num_output_tokens > 0)
+"""
+    for _ in range(5):
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "length\nTrue\n", "")
+    server.wait_for(CANCELLED, before + 5, seconds=WAIT_SECONDS)
 
 
 def test_a_sync_client_uses_its_connection_again_after_an_error_and_a_cancellation(server: FrontEndServer) -> None:

@@ -84,6 +84,16 @@ def test_a_server_whose_port_was_open_and_is_closed_departs() -> None:
     watch._thread.join(WAIT_SECONDS)
 
 
+def test_a_server_that_stops_soon_after_it_was_ready_departs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(departure, "_POLL_SECONDS", 0.5)
+    server, began = Server([200]), threading.Event()
+    watch = Departure(server.arguments, "m", "1", lambda seconds: began.set())
+    assert not began.wait(0.25)
+    server.close()
+    assert began.wait(WAIT_SECONDS)
+    watch._thread.join(WAIT_SECONDS)
+
+
 def test_a_port_that_was_never_open_says_nothing() -> None:
     server, told = Server([200]), []
     server.close()
