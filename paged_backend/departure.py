@@ -23,7 +23,10 @@ _REFUSED = -1
 _ENOUGH_REFUSALS = 2  # a server that stops closes its HTTP port first
 _EXIT_SECONDS = 30  # the server's own default
 _HTTP_PORT = 8000
-_DRAIN_SHARE = 2 / 3  # of the exit timeout; the rest is for unloading
+_DRAIN_SHARES = 1 / 3, 2 / 3  # of the exit timeout, at least and at most; the rest is for unloading
+_NOTICE_SECONDS = 2 * _POLL_SECONDS
+_UNLOAD_SECONDS = 3.0  # the server looks once a second whether requests, and then models, are gone; the engine's exit
+_INSTANCE_SECONDS = 1.2  # it unloads them one after another
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ class ServerArguments:
         allowed = given.get("allow-http", "true").lower() not in ("false", "0")
         return cls((host, int(port) if port.isdigit() else _HTTP_PORT) if allowed else None, int(seconds) if seconds.isdigit() else _EXIT_SECONDS)
 
-    @property
-    def drain_seconds(self) -> float:
-        """How long live requests may take once the server stops."""
-        return self.exit_seconds * _DRAIN_SHARE
+    def drain_seconds(self, num_instances: int) -> float:
+        """How long live requests may take once it was noticed that the server stops."""
+        left = self.exit_seconds - _NOTICE_SECONDS - _UNLOAD_SECONDS - _INSTANCE_SECONDS * num_instances
+        least, most = (self.exit_seconds * share for share in _DRAIN_SHARES)
+        return max(least, min(most, left))
 
 
 def _joined(command: Sequence[str]) -> list[str]:
@@ -70,9 +74,10 @@ def _joined(command: Sequence[str]) -> list[str]:
 class Departure:
     """Asks on a thread of its own. That an answer takes long, or wants a key, means nothing."""
 
-    def __init__(self, server: ServerArguments, model: str, version: str, begin: Callable[[float], None]) -> None:
+    def __init__(self, server: ServerArguments, model: str, version: str, num_instances: int, begin: Callable[[float], None]) -> None:
         """begin: called with the seconds that live requests have left, once."""
         self._server, self._begin = server, begin
+        self._drain_seconds = server.drain_seconds(num_instances)
         self._path = f"/v2/models/{model}/versions/{version}/ready"
         self._was_ready = False
         self._stopping = threading.Event()
@@ -90,7 +95,7 @@ class Departure:
             self._was_ready = self._was_ready or status == 200
             num_refused = num_refused + 1 if status == _REFUSED else 0
             if self._was_ready and (status in _NOT_READY or num_refused == _ENOUGH_REFUSALS):
-                self._begin(self._server.drain_seconds)
+                self._begin(self._drain_seconds)
                 return
 
     def _ask(self, host: str, port: int) -> int:

@@ -144,7 +144,7 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish,
 
 
 class EngineProcess:
-    """The loop: messages in, a step, tokens out. Ends on Shutdown, once the other front ends have said goodbye or patience is over."""
+    """The loop: messages in, a step, tokens out. Ends on Shutdown, once nobody waits for anything or patience is over."""
 
     def __init__(self, directory: Path, model: str = "") -> None:
         """model: its name, for those who watch."""
@@ -216,7 +216,7 @@ class EngineProcess:
         (self._directory / SUSPECT_FILE).write_text("" if request_id is None else str(request_id))
 
     def _over(self) -> bool:
-        return self._end_by is not None and (not self._outbox.front_ends or time.monotonic() > self._end_by)
+        return self._end_by is not None and (self._engine.idle or time.monotonic() > self._end_by)
 
     def _tell_stats(self) -> None:
         """To one front end: they publish to the same series, and counters would add up."""

@@ -27,7 +27,7 @@ from paged_backend.errors import EngineError
 from paged_backend.messages import ENGINE_SOCKET, QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
 
 _LINGER_MS = 1000  # for the last goodbye
-_PATIENCE_SECONDS = 1.0  # Triton Server finalizes instances one after another: the other front ends may say goodbye only after the owner is gone
+_PATIENCE_SECONDS = 1.0  # with the requests of other front ends. Their goodbyes may come only later: Triton Server finalizes instances one after another
 _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0

@@ -66,7 +66,7 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Ends the engine once every other front end has said goodbye, or after `patience_seconds`."""
+    """Ends the engine once it has no request left, or after `patience_seconds`."""
 
     patience_seconds: float
 

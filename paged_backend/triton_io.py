@@ -56,12 +56,13 @@ class TritonPythonModel:
         model_config = json.loads(args["model_config"])
         try:
             config = EngineConfig.parse(engine_options(model_config["parameters"]))
-            self._front_end = FrontEnd(config, _key(args), _num_instances(model_config), self.engine_command)
+            num_instances = _num_instances(model_config)
+            self._front_end = FrontEnd(config, _key(args), num_instances, self.engine_command)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         name, version = args["model_name"], args["model_version"]
         self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})
-        self._departure = Departure(ServerArguments.of(os.getppid()), name, version, self._front_end.drain)
+        self._departure = Departure(ServerArguments.of(os.getppid()), name, version, num_instances, self._front_end.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Reads the requests and returns at once; each is answered through its own response sender."""

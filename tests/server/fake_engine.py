@@ -105,7 +105,7 @@ class FakeEngine:
             return 3
         if self._config.model == "slow":
             time.sleep(1)
-        while self._end_by is None or (self._outboxes and time.monotonic() < self._end_by):
+        while self._end_by is None or (self._jobs and time.monotonic() < self._end_by):
             self._inbox.poll(2)
             while self._inbox.poll(0):
                 self._receive(decode_to_engine(self._inbox.recv()))

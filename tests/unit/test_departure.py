@@ -52,7 +52,7 @@ def test_a_model_that_was_ready_and_is_not_any_more_departs(statuses: list[int])
         told.append(seconds)
         began.set()
 
-    watch = Departure(server.arguments, "m", "3", begin)
+    watch = Departure(server.arguments, "m", "3", 1, begin)
     assert began.wait(WAIT_SECONDS)
     watch._thread.join(WAIT_SECONDS)
     assert told == [20]
@@ -64,7 +64,7 @@ def test_a_model_that_was_ready_and_is_not_any_more_departs(statuses: list[int])
 @pytest.mark.parametrize("statuses", [[400], [200, 403, 500, 200]], ids=["still loads", "says nothing of use"])
 def test_nothing_else_is_a_departure(statuses: list[int]) -> None:
     server, told = Server(statuses), []
-    watch = Departure(server.arguments, "m", "1", told.append)
+    watch = Departure(server.arguments, "m", "1", 1, told.append)
     while len(server.asked) < 8:
         threading.Event().wait(0.01)
     watch.close()
@@ -75,7 +75,7 @@ def test_nothing_else_is_a_departure(statuses: list[int]) -> None:
 
 def test_a_server_whose_port_was_open_and_is_closed_departs() -> None:
     server, began = Server([200]), threading.Event()
-    watch = Departure(server.arguments, "m", "1", lambda seconds: began.set())
+    watch = Departure(server.arguments, "m", "1", 1, lambda seconds: began.set())
     while not server.asked:
         threading.Event().wait(0.01)
     assert not began.is_set()
@@ -87,7 +87,7 @@ def test_a_server_whose_port_was_open_and_is_closed_departs() -> None:
 def test_a_server_that_stops_soon_after_it_was_ready_departs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(departure, "_POLL_SECONDS", 0.5)
     server, began = Server([200]), threading.Event()
-    watch = Departure(server.arguments, "m", "1", lambda seconds: began.set())
+    watch = Departure(server.arguments, "m", "1", 1, lambda seconds: began.set())
     assert not began.wait(0.25)
     server.close()
     assert began.wait(WAIT_SECONDS)
@@ -97,7 +97,7 @@ def test_a_server_that_stops_soon_after_it_was_ready_departs(monkeypatch: pytest
 def test_a_port_that_was_never_open_says_nothing() -> None:
     server, told = Server([200]), []
     server.close()
-    watch = Departure(server.arguments, "m", "1", told.append)
+    watch = Departure(server.arguments, "m", "1", 1, told.append)
     threading.Event().wait(0.2)
     watch.close()
     watch._thread.join(WAIT_SECONDS)
@@ -105,16 +105,24 @@ def test_a_port_that_was_never_open_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "http", "drain_seconds"),
+    ("command", "http", "exit_seconds"),
     [
-        ([], ("127.0.0.1", 8000), 20),
-        (["tritonserver", "--http-port=81", "--exit-timeout-secs=9"], ("127.0.0.1", 81), 6),
-        (["tritonserver", "--http-port", "81", "--http-address", "10.0.0.1", "--exit-timeout-secs", "60"], ("10.0.0.1", 81), 40),
-        (["tritonserver", "--http-address=0.0.0.0", "--allow-http=true", "--http-port=x"], ("127.0.0.1", 8000), 20),
-        (["tritonserver", "--allow-http=False"], None, 20),
-        (["tritonserver", "--allow-grpc", "--http-port=82"], ("127.0.0.1", 82), 20),
+        ([], ("127.0.0.1", 8000), 30),
+        (["tritonserver", "--http-port=81", "--exit-timeout-secs=9"], ("127.0.0.1", 81), 9),
+        (["tritonserver", "--http-port", "81", "--http-address", "10.0.0.1", "--exit-timeout-secs", "60"], ("10.0.0.1", 81), 60),
+        (["tritonserver", "--http-address=0.0.0.0", "--allow-http=true", "--http-port=x"], ("127.0.0.1", 8000), 30),
+        (["tritonserver", "--allow-http=False"], None, 30),
+        (["tritonserver", "--allow-grpc", "--http-port=82"], ("127.0.0.1", 82), 30),
     ],
 )
-def test_the_servers_command_line_is_understood(command: list[str], http: tuple[str, int] | None, drain_seconds: float) -> None:
-    arguments = ServerArguments.parse(command)
-    assert (arguments.http, arguments.drain_seconds) == (http, drain_seconds)
+def test_the_servers_command_line_is_understood(command: list[str], http: tuple[str, int] | None, exit_seconds: int) -> None:
+    assert ServerArguments.parse(command) == ServerArguments(http, exit_seconds)
+
+
+@pytest.mark.parametrize(
+    ("exit_seconds", "num_instances", "drain_seconds"),
+    [(30, 1, 20), (30, 8, 16.4), (30, 20, 10), (12, 2, 5.6), (3, 1, 1)],
+    ids=["two thirds at most", "many instances", "a third at least", "a short timeout", "one too short"],
+)
+def test_what_is_left_of_the_exit_timeout_is_enough_to_unload(exit_seconds: int, num_instances: int, drain_seconds: float) -> None:
+    assert ServerArguments(None, exit_seconds).drain_seconds(num_instances) == pytest.approx(drain_seconds)
