@@ -80,17 +80,18 @@ def test_each_sequence_is_that_of_a_request_of_its_own(server: Server) -> None:
 def test_streamed_pieces_name_their_sequence_and_add_up(server: Server) -> None:
     sampling = {"n": 3, "seed": SEED, "temperature": 1.2, "max_tokens": 16, "stop": ["the"]}
     (whole,) = ask(server, sampling)
-    texts, reasons = [b""] * 3, [b"None"] * 3
-    pieces = ask(server, sampling, stream=True)
-    for piece in pieces:
-        assert piece["sequence_index"] == sorted(set(piece["sequence_index"]))
-        for index, text, reason in zip(piece["sequence_index"], piece["text_output"], piece["finish_reason"], strict=True):
-            assert reasons[index] == b"None", "a piece after the sequence's end"
-            texts[index] += text
-            reasons[index] = reason
-    assert len(pieces) > 3
-    assert texts == whole["text_output"]
-    assert reasons == whole["finish_reason"]
+    streams = [ask(server, sampling, stream=True) for _ in range(3)]
+    for pieces in streams:
+        texts, reasons = [b""] * 3, [b"None"] * 3
+        for piece in pieces:
+            assert piece["sequence_index"] == sorted(set(piece["sequence_index"]))
+            for index, text, reason in zip(piece["sequence_index"], piece["text_output"], piece["finish_reason"], strict=True):
+                assert reasons[index] == b"None", "a piece after the sequence's end"
+                texts[index] += text
+                reasons[index] = reason
+        assert texts == whole["text_output"]
+        assert reasons == whole["finish_reason"]
+    assert max(map(len, streams)) > 3  # a front end that gets no time on a busy machine sends what has piled up as one piece
 
 
 def test_best_of_gives_the_likeliest(server: Server) -> None:
