@@ -25,7 +25,7 @@ _EXIT_SECONDS = 30  # the server's own default
 _HTTP_PORT = 8000
 _DRAIN_SHARES = 1 / 3, 2 / 3  # of the exit timeout, at least and at most; the rest is for unloading
 _NOTICE_SECONDS = 2 * _POLL_SECONDS
-_UNLOAD_SECONDS = 3.0  # the server looks once a second whether requests, and then models, are gone; the engine's exit
+_UNLOAD_SECONDS = 4.0  # the server looks once a second whether requests, and then models, are gone; the engine's exit
 _INSTANCE_SECONDS = 1.2  # it unloads them one after another
 
 

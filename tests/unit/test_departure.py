@@ -121,7 +121,7 @@ def test_the_servers_command_line_is_understood(command: list[str], http: tuple[
 
 @pytest.mark.parametrize(
     ("exit_seconds", "num_instances", "drain_seconds"),
-    [(30, 1, 20), (30, 8, 16.4), (30, 20, 10), (12, 2, 5.6), (3, 1, 1)],
+    [(30, 1, 20), (30, 8, 15.4), (30, 20, 10), (12, 2, 4.6), (3, 1, 1)],
     ids=["two thirds at most", "many instances", "a third at least", "a short timeout", "one too short"],
 )
 def test_what_is_left_of_the_exit_timeout_is_enough_to_unload(exit_seconds: int, num_instances: int, drain_seconds: float) -> None:
