@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -85,8 +86,11 @@ def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) ->
 
 def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> None:
     out = run(["bash", "-e", "-c", block("sh", "perf_analyzer -m")], folder)
-    assert "Successful request count: 24" in out
-    assert (folder / "profile.json").stat().st_size > 1000
+    (num_successful,) = map(int, re.findall(r"Successful request count: (\d+)", out))
+    assert 16 <= num_successful <= 32, out  # 24, but it counts what ended in its window: on a machine that stood still that is not all
+    requests = json.loads((folder / "profile.json").read_text())["experiments"][0]["requests"]
+    assert len(requests) >= num_successful
+    assert all(len(request["response_timestamps"]) > 2 for request in requests), out
 
 
 @pytest.mark.skipif(not shutil.which("genai-perf"), reason="genai-perf is not installed")
