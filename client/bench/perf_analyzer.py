@@ -58,6 +58,7 @@ def find_perf_analyzer(say: Callable[[str], None]) -> PerfAnalyzer:
         if not (folder / "perf_analyzer").is_file():
             say(f"paged: bringing perf_analyzer from the tritonclient {WHEEL_VERSION} wheel to {folder}")
             _bring(folder)
+        _copy_libraries(folder / "lib")
         executable, found = folder / "perf_analyzer", f"tritonclient {WHEEL_VERSION} wheel"
     environment = dict(os.environ)
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [environment.get("LD_LIBRARY_PATH"), str(folder / "lib")]))
@@ -74,7 +75,7 @@ def cache_folder() -> Path:
 
 
 def _bring(folder: Path) -> None:
-    """Downloads the wheel with pip and lays the binary and its libraries into `folder`, all or nothing."""
+    """Downloads the wheel with pip and lays the binary into `folder`, all or nothing."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise EngineError(f"no perf_analyzer on PATH, and the tritonclient wheel has none for {sys.platform} on {platform.machine()}")
     if importlib.util.find_spec("pip") is None:
@@ -87,7 +88,6 @@ def _bring(folder: Path) -> None:
         with zipfile.ZipFile(_download(Path(temporary))) as wheel:
             executable.write_bytes(wheel.read(_BINARY))
         executable.chmod(0o755)
-        _link_libraries(made / "lib")
         try:
             made.rename(folder)
         except OSError:  # another run brought it meanwhile
@@ -109,16 +109,19 @@ def _download(folder: Path) -> Path:
     return next(folder.glob("tritonclient-*.whl"))
 
 
-def _link_libraries(folder: Path) -> None:
-    """Two libraries that Debian does not have under these names come with the nvidia-pytriton wheel, if it is installed."""
-    folder.mkdir()
+def _copy_libraries(folder: Path) -> None:
+    """Those that are not there yet of two that Debian does not have under these names, from the nvidia-pytriton wheel, if it is installed. No links: the
+    environment that the wheel is in may be deleted, and the folder stays."""
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         return
     libraries = Path(spec.origin).parents[1] / "nvidia_pytriton.libs"
     for name, pattern in _LIBRARIES.items():
         for file in sorted(libraries.glob(pattern))[:1]:
-            (folder / name).symlink_to(file)
+            if not (folder / name).is_file():
+                folder.mkdir(exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=folder) as temporary:  # whole or not at all
+                    Path(shutil.copy(file, Path(temporary) / name)).replace(folder / name)
 
 
 def _require_that_it_runs(executable: Path, environment: Mapping[str, str]) -> None:

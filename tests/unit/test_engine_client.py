@@ -341,7 +341,8 @@ def test_nobody_waits_for_ever_when_the_folder_of_the_engine_is_lost(key: str, m
     if loss == "state":
         (election / "state.json").unlink()
     elif loss == "folder":
-        shutil.rmtree(election)
+        election.rename(election.with_name("swept"))  # at once: a process that is about to stand by may be writing into it
+        shutil.rmtree(election.with_name("swept"), ignore_errors=True)
     else:
 
         def full(*_: Any, **__: Any) -> Any:
