@@ -33,8 +33,10 @@ input [
 output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] } ]
 instance_group [ { count: 1 kind: KIND_MODEL } ]
 """
+# It takes its time over each, as a model does: responses that chase each other can crash Triton Server 2.51.0 when their stream is cancelled.
 FOREIGN_MODEL = """
 import json
+import time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -46,6 +48,7 @@ class TritonPythonModel:
             assert asked["ignore_eos"] and pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy()[0].split()
             for word in ["word"] * asked["max_tokens"]:
                 sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("text_output", np.array([word], object))]))
+                time.sleep(0.005)
             last = pb_utils.InferenceResponse([pb_utils.Tensor("text_output", np.array([""], object))])
             sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """
