@@ -43,6 +43,7 @@ _OVERLOAD = 10
 _PROBES = 100
 _LET_IN_SECONDS = 1.0  # far more than a refusal takes
 _STEPS_OF_A_START = r"weights:|captured in|warmed up|engine ready|engine is back"  # lines of the log that say what takes how long
+_AGAIN_SECONDS = 0.1  # until those who keep the queue full and were refused ask again: short beside an answer
 _LONG_TOKENS = 450  # of the answers that keep the queue full
 
 
@@ -148,7 +149,7 @@ async def probe(client: grpc.InferenceServerClient, streams: int) -> list[float]
     async def keep_full(number: int) -> None:
         while len(found) < _PROBES:
             if (await ask(client, number, _LONG_TOKENS)).error:
-                await asyncio.sleep(1)
+                await asyncio.sleep(_AGAIN_SECONDS)
 
     full = [asyncio.create_task(keep_full(number)) for number in range(2 * streams + 2)]
     while len(found) < _PROBES:
@@ -156,7 +157,7 @@ async def probe(client: grpc.InferenceServerClient, streams: int) -> list[float]
         try:
             told = await asyncio.wait_for(ask(client, 0, 1), _LET_IN_SECONDS)
         except asyncio.TimeoutError:  # it got the place of one that has just begun: a caller who keeps the queue full is to have it
-            await asyncio.sleep(2)
+            await asyncio.sleep(3 * _AGAIN_SECONDS)
             continue
         if "max_queue_size" in told.error:
             found.append(1000 * (told.ended - told.asked))
