@@ -62,7 +62,7 @@ def serve_openai(
     Needs pip install 'paged-backend[openai]'.
     """
     try:
-        from paged_client.openai.door import Rules
+        from paged_client.openai.auth import Rules
         from paged_client.openai.gateway import Offer, make_app
     except ImportError as error:
         raise _failure(f"{error.name} is missing: pip install 'paged-backend[openai]'") from None

@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.async_client import AsyncStream
 from paged_client.errors import PagedError
-from paged_client.openai.bodies import Body, ChatBody, CompletionBody, StreamOptions
-from paged_client.openai.door import Door, Rules, response_of
-from paged_client.openai.leaving import CallerLeftError, EventStream, unless_left
-from paged_client.openai.refusals import RefusalError, refusal_of, refusal_of_body, unknown_model
-from paged_client.openai.replies import ChatReply, CompletionReply, usage_of
+from paged_client.openai.auth import Door, Rules, response_of
+from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
+from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
+from paged_client.openai.protocol import Body, ChatBody, CompletionBody, StreamOptions
+from paged_client.openai.responses import ChatReply, CompletionReply, usage_of
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
 
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it

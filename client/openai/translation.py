@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paged_client.openai.bodies import MAX_PROMPTS, Body, ChatBody, CompletionBody, SamplingKeys
-from paged_client.openai.refusals import RefusalError
+from paged_client.openai.errors import RefusalError
+from paged_client.openai.protocol import MAX_PROMPTS, Body, ChatBody, CompletionBody, SamplingKeys
 from paged_client.question import Prompt
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default, and vLLM's

@@ -16,9 +16,9 @@ pytest.importorskip("fastapi")
 from pydantic import ValidationError
 
 from paged_client import AsyncPagedClient, InvalidRequestError, PagedError, ServerError, UnavailableError, UnreachableError
-from paged_client.openai.bodies import CompletionBody
-from paged_client.openai.door import Rules
+from paged_client.openai.auth import Rules
 from paged_client.openai.gateway import Offer, make_app
+from paged_client.openai.protocol import CompletionBody
 from paged_client.question import Question
 
 Outputs = dict[str, list[Any]]

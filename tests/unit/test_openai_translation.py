@@ -19,9 +19,9 @@ from paged_client.errors import (
     UnknownModelError,
     UnreachableError,
 )
-from paged_client.openai.bodies import ChatBody, CompletionBody
-from paged_client.openai.refusals import RefusalError, refusal_of
-from paged_client.openai.replies import ChatReply, CompletionReply
+from paged_client.openai.errors import RefusalError, refusal_of
+from paged_client.openai.protocol import ChatBody, CompletionBody
+from paged_client.openai.responses import ChatReply, CompletionReply
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion
 
 ASK = [{"role": "user", "content": "Hi"}]

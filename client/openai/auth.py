@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from paged_client.openai.refusals import RefusalError
+from paged_client.openai.errors import RefusalError
 
 log = logging.getLogger("paged.openai")
 
