@@ -12,6 +12,7 @@ from paged_client.errors import (
     UnavailableError,
     UnknownModelError,
     UnreachableError,
+    UnsupportedError,
 )
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "UnavailableError",
     "UnknownModelError",
     "UnreachableError",
+    "UnsupportedError",
     "Usage",
 ]

@@ -93,7 +93,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
-    Uses the tritonserver on PATH if there is one, else the one that comes with paged-backend[serve].
+    Uses the tritonserver on PATH if there is one, else the one of the package nvidia-pytriton, which the extra `serve` brings.
     Listens on this machine only, unless --host says otherwise.
 
     Ctrl-C or SIGTERM waits for the requests in flight and exits with 0; a second Ctrl-C hurries.

@@ -9,7 +9,7 @@ _FIELD = re.compile(r"(?P<named>\w+)(?:\.\w+)*: |unknown (?:sampling|request) pa
 # What the server itself says before the model sees a request: a gRPC stream carries no code of it.
 _SERVERS_OWN = (
     ("NOT_FOUND", re.compile(r"unknown model|is not found|has no available versions")),
-    ("UNAVAILABLE", re.compile(r"is not ready|stopping|stopped accepting|exceeds maximum queue size")),
+    ("UNAVAILABLE", re.compile(r"is not (?:at )?ready|stopping|stopped accepting|exceeds maximum queue size")),
     ("INVALID_ARGUMENT", re.compile(r"inference input|unexpected shape|expected \d+ inputs|parse", re.IGNORECASE)),
 )
 
@@ -25,6 +25,10 @@ class InvalidRequestError(PagedError):
         super().__init__(message)
         found = _FIELD.match(message)
         self.field: str = next((name for name in found.groups() if name), "") if found else ""
+
+
+class UnsupportedError(InvalidRequestError):
+    """UNIMPLEMENTED: this server cannot do what was asked for, however often it is asked; its text says what is missing."""
 
 
 class UnknownModelError(PagedError):
@@ -53,12 +57,13 @@ class ServerError(PagedError):
 
 _KINDS: dict[str, type[PagedError]] = {
     "INVALID_ARGUMENT": InvalidRequestError,
+    "UNIMPLEMENTED": UnsupportedError,
     "NOT_FOUND": UnknownModelError,
     "UNAVAILABLE": UnavailableError,
     "CANCELLED": RequestCancelledError,
     "DEADLINE_EXCEEDED": AnswerTimeoutError,
 }
-_HTTP_CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 499: "CANCELLED", 503: "UNAVAILABLE"}
+_HTTP_CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 499: "CANCELLED", 501: "UNIMPLEMENTED", 503: "UNAVAILABLE"}
 
 
 def error_of(message: str, *, code: str = "", http_status: int = 0) -> PagedError:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from paged_backend.config import EngineConfig, repository_folder
 from paged_backend.errors import EngineError
+from paged_backend.extras import install_command
 
 TEMPLATE_MODEL = "paged_llm"
 _BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py", "triton_python_backend_stub")
@@ -86,7 +87,7 @@ def _in_wheel() -> Installation:
 
 def _how_to_get_one() -> str:
     if sys.version_info < (3, 13):
-        return "no tritonserver on PATH and none installed: pip install 'paged-backend[serve]'"
+        return f"no tritonserver on PATH and none installed: {install_command('serve')}"
     return f"no tritonserver on PATH, and the nvidia-pytriton wheel has none for Python 3.{sys.version_info.minor}: use Python 3.10, 3.11 or 3.12"
 
 

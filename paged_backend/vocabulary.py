@@ -11,10 +11,9 @@ import numpy as np
 
 from paged_backend.batch import Int32
 from paged_backend.errors import ErrorKind
+from paged_backend.extras import install_command
 from paged_backend.token_bytes import read_token_bytes
 from paged_backend.utf8 import CLEAN, STATES, advance
-
-_NOT_INSTALLED = "structured output needs the package xgrammar, which is not installed in this server: pip install 'paged-backend[structured]'"
 
 
 class GrammarError(Exception):
@@ -49,7 +48,11 @@ def read_vocabulary(tokenizer_path: Path | None, size: int, eos_ids: Collection[
     try:
         import xgrammar
     except ImportError as error:
-        raise GrammarError(_NOT_INSTALLED, ErrorKind.UNSUPPORTED) from error
+        command = install_command("structured")
+        raise GrammarError(
+            f"structured output needs the package xgrammar, which is not installed in this server: {command}",
+            ErrorKind.UNSUPPORTED,
+        ) from error
     spelled = read_token_bytes(tokenizer_path, size, eos_ids)
     return Vocabulary(
         xgrammar=xgrammar,

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 
 from paged_backend.errors import EngineError
+from paged_backend.extras import install_command
 from paged_backend.launch import Server, ServerSettings
 from paged_client.bench.load import Level, LoadLimits, Prompting
 from paged_client.bench.memory import PAGED, RESERVED, MemoryPlan, check_plan, draw_memory, judge, pool_options, print_memory, run_memory
@@ -346,7 +347,7 @@ def _limits(processes: int | None, timeout: float) -> LoadLimits:
 
 def _can_plot() -> bool:
     if find_spec("matplotlib") is None:
-        _say("paged: no pictures: matplotlib is not installed (pip install 'paged-backend[bench]')")
+        _say(f"paged: no pictures: matplotlib is not installed ({install_command('bench')})")
         return False
     return True
 

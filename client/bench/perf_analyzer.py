@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paged_backend.errors import EngineError
+from paged_backend.extras import install_command
 
 WHEEL_VERSION = "2.50.0"
 _WHEEL_PLATFORM = "manylinux1_x86_64"
@@ -131,7 +132,7 @@ def _require_that_it_runs(executable: Path, environment: Mapping[str, str]) -> N
         raise EngineError(f"perf_analyzer does not run: {error}") from None
     if tried.returncode != 0:
         why = (tried.stderr.strip().splitlines() or ["no message"])[-1]
-        remedy = ": pip install 'paged-backend[serve]' brings libb64 and libcudart" if any(name in why for name in _LIBRARIES) else ""
+        remedy = f": {install_command('serve')} brings libb64 and libcudart" if any(name in why for name in _LIBRARIES) else ""
         raise EngineError(f"perf_analyzer does not run: {why.removeprefix(str(executable)).lstrip(': ')}{remedy}")
 
 

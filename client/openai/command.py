@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paged_backend.extras import install_command
 from paged_client.asking import ModelName, Url
 from paged_client.async_client import AsyncPagedClient
 from paged_client.client import DEFAULT_MODEL, DEFAULT_URL
@@ -59,13 +60,13 @@ def serve_openai(
     Any client of OpenAI's works with the base URL that is printed. vLLM's sampling keys (top_k, min_p, ignore_eos, guided_json …) are taken too.
     Tools go to the model's chat template; calls that the model makes are returned as text, not parsed. /health says whether the model is ready.
 
-    Needs pip install 'paged-backend[openai]'.
+    Needs the packages of the extra `openai`.
     """
     try:
         from paged_client.openai.auth import Rules
         from paged_client.openai.gateway import Offer, make_app
     except ImportError as error:
-        raise _failure(f"{error.name} is missing: pip install 'paged-backend[openai]'") from None
+        raise _failure(f"{error.name} is missing: {install_command('openai')}") from None
     offer = Offer(tuple(served_name or [model_name]), Rules(api_key.strip(), max_body_bytes), tuple(allow_origin or ()))
     try:
         client = AsyncPagedClient(url, model=model_name, timeout=timeout, retries=_NO_RETRIES)

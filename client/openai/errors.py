@@ -69,8 +69,8 @@ def refusal_of(error: PagedError, params: Mapping[str, str]) -> RefusalError:
             return RefusalError("the server cannot be reached", 503, code="overloaded")
         case UnavailableError():
             return RefusalError(message, 503, code="overloaded")
-        case UnknownModelError():
-            return RefusalError(f"the server has no such model now: {message}", 404, param="model", code="model_not_found")
+        case UnknownModelError():  # it had one when this process started, and may have it again: only a name that was never served is a 404
+            return RefusalError(f"the server has no such model now: {message}", 503, param="model", code="not_ready")
         case AnswerTimeoutError() | RequestCancelledError():
             return RefusalError(message, 504, code="timeout")
         case _:

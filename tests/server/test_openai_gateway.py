@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -305,6 +306,42 @@ def test_a_full_queue_is_tried_again_by_openais_client(slow_gateway: Gateway) ->
             assert time.monotonic() - started > 0.9, "it did not wait as long as it was told"
             whole = client.completions.create(model="paged_llm", prompt="tokens=5", max_tokens=9, n=2)
             assert [choice.text for choice in whole.choices] == [tokenizer.decode(answer_ids(tokenizer, "tokens=5", 5))] * 2
+
+
+def test_a_model_that_is_away_is_no_unknown_model(slow_server: FrontEndServer, slow_gateway: Gateway) -> None:
+    """Unloaded, loading, and back: whoever asks is told to come again soon, and never that there is no such model."""
+    seen: set[tuple[int, str | None, str | None]] = set()
+    stopping = threading.Event()
+
+    def ask(stream: bool) -> None:
+        with slow_gateway.client() as client:
+            while not stopping.is_set():
+                try:
+                    made = client.completions.create(model="paged_llm", prompt="tokens=3 delay=0.01", max_tokens=3, stream=stream)
+                    seen.add((200, None, None) if not stream else (200 if list(made) else 0, None, None))
+                except openai.APIStatusError as error:
+                    seen.add((error.status_code, error.response.headers.get("retry-after"), error.code))
+                except openai.APIError as error:  # in the middle of a stream
+                    seen.add((0, None, error.code))
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=ask, args=(number % 2 == 0,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        slow_server.unload()
+        time.sleep(0.3)
+        slow_server.load()
+        time.sleep(0.3)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    assert (200, None, None) in seen and (503, "1", "not_ready") in seen
+    assert {(status, after) for status, after, _ in seen} <= {(200, None), (503, "1"), (0, None)}, seen
+    assert {code for status, _, code in seen if status == 503} <= {"not_ready", "overloaded"}
+    with slow_gateway.client() as client, pytest.raises(openai.NotFoundError):
+        client.completions.create(model="another", prompt="x")
 
 
 # ---- leaving

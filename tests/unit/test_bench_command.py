@@ -129,7 +129,7 @@ def test_perf_analyzer_is_brought_from_the_wheel_once(tmp_path: Path, monkeypatc
 def test_a_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = "perf_analyzer: error while loading shared libraries: libb64.so.0d: cannot open shared object file"
     monkeypatch.setenv("PATH", str(stand_in(tmp_path / "bin", f"echo '{message}' >&2; exit 127").parent), prepend=":")
-    with pytest.raises(EngineError, match=r"libb64.so.0d.*pip install 'paged-backend\[serve\]'"):
+    with pytest.raises(EngineError, match=r"libb64.so.0d.*pip install .*nvidia-pytriton"):
         perf_analyzer.find_perf_analyzer(pytest.fail)
 
 

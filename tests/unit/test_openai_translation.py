@@ -18,6 +18,7 @@ from paged_client.errors import (
     UnavailableError,
     UnknownModelError,
     UnreachableError,
+    UnsupportedError,
 )
 from paged_client.openai.errors import RefusalError, refusal_of
 from paged_client.openai.protocol import ChatBody, CompletionBody
@@ -215,7 +216,8 @@ def test_tools_go_to_the_template_unless_none_is_chosen() -> None:
         (InvalidRequestError("the prompt has 9 tokens; the longest this model takes is 8"), 400, "prompt", "context_length_exceeded"),
         (InvalidRequestError("structured_outputs.json: 'not' is not supported"), 400, "response_format", None),
         (InvalidRequestError("unknown sampling parameter 'structured_outputs'; known: n"), 400, "response_format", "unsupported_parameter"),
-        (UnknownModelError("gone"), 404, "model", "model_not_found"),
+        (UnsupportedError("guided_regex: needs a package"), 400, "guided_regex", None),
+        (UnknownModelError("gone"), 503, "model", "not_ready"),
         (UnavailableError("the queue is full"), 503, None, "overloaded"),
         (UnreachableError("nobody"), 503, None, "overloaded"),
         (AnswerTimeoutError("late"), 504, None, "timeout"),
@@ -229,7 +231,7 @@ def test_an_error_has_a_status_that_says_whether_to_try_again(error: Any, status
     assert (refusal.status, refusal.param, refusal.code) == (status, param, code)
     said = refusal.body()["error"]
     assert said["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    assert said["message"].startswith(param or "") or code in ("context_length_exceeded", "model_not_found")
+    assert said["message"].startswith(param or "") or code in ("context_length_exceeded", "not_ready")
     assert ("Retry-After" in refusal.headers()) == (status == 503)
 
 
