@@ -20,6 +20,7 @@ from rich.status import Status
 
 from paged_backend.errors import EngineError
 from paged_backend.launch import Server, ServerSettings, StoppedEarlyError
+from paged_backend.log_lines import without_stamp
 from paged_client.bench.command import bench_app
 from paged_client.chat import chat
 from paged_client.demo import DEMO_PROMPT, run_demo
@@ -184,6 +185,8 @@ class _Narrator:
         self._status = None
 
     def show(self, line: str) -> None:
+        """On a terminal without the time and the model's name, which say nothing to those who watch the lines appear."""
+        line = without_stamp(line) if self._console.is_terminal else line
         if self._status is not None and re.search(r"\d ?%", line) and line.startswith("paged: "):
             self._status.update(line.removeprefix("paged: "))
         else:

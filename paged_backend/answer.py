@@ -19,7 +19,8 @@ from paged_backend.detokenizer import AnswerText, stops_of
 from paged_backend.engine_client import EngineClient
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.live_requests import Piece
-from paged_backend.metrics import Tally
+from paged_backend.messages import front_end_of, serial_of
+from paged_backend.metrics import Tally, reason_of
 from paged_backend.prompt import Prompt, PromptReader
 from paged_backend.prompt_table import PromptTableParts
 from paged_backend.request import Delta, Finish, Found, Request, SamplingParams
@@ -28,6 +29,7 @@ from paged_backend.streamer import Channel, Send, Streamer, joined
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
 _FAREWELL_SECONDS = 0.1  # after a cancellation
 _DEADLINE_GRACE_SECONDS = 0.5  # the engine ends overdue requests; only what it does not know, or cannot hear, is ended here
+_LONGEST_NAME = 64  # characters of a caller's id that are logged
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's strands; odd, so that they differ
 
 log = logging.getLogger("paged")
@@ -102,7 +104,7 @@ class Answer:
         self._prompt_parts: PromptTableParts | None = None  # until the table is sent
         self._first_token_time = 0.0
         self._last_token_time = 0.0
-        self._outcome = "error"
+        self._outcome = reason_of(ErrorKind.INTERNAL)
         no_text = services.prompts.tokenizer is None or not request.sampling.detokenize
         tokens_matter = no_text or request.outputs.output_ids or request.outputs.logprobs
         self._channel: Channel = services.streamer.open(self.send, self.ended, request.stream, tokens_matter)
@@ -218,6 +220,7 @@ class Answer:
             self._first_token_time = self._last_token_time
             tally.observe("paged_time_to_first_token_seconds", self._first_token_time - self._request.arrival)
             tally.add("paged_prompt_tokens_total", self._prompt_len)
+            tally.observe("paged_request_prompt_tokens", self._prompt_len)
         tally.add("paged_generation_tokens_total", num_tokens)
 
     # ---- its ends
@@ -274,14 +277,14 @@ class Answer:
         self._send = None
         with self._lock:
             if not sent:
-                self._outcome = "error"
+                self._outcome = reason_of(ErrorKind.INTERNAL)
                 self._abort()
         self._record(time.monotonic())
 
     def _end_with(self, delta: Delta) -> None:
         """The whole answer is over, by an error."""
         assert delta.error is not None
-        self._outcome = "cancelled" if delta.error.kind is ErrorKind.CANCELLED else "error"
+        self._outcome = reason_of(delta.error.kind)
         self._over = True
         self._services.streamer.put(self._channel, msgspec.structs.replace(delta, last=True))
 
@@ -296,13 +299,21 @@ class Answer:
         seconds = now - request.arrival
         tally.add("paged_requests_finished_total", label=self._outcome)
         tally.observe("paged_request_seconds", seconds)
+        if num_tokens:
+            tally.observe("paged_request_generation_tokens", num_tokens)
         longest = max((strand.num_tokens for strand in self._strands), default=0)
         if longest > 1:
             tally.observe("paged_time_per_output_token_seconds", (self._last_token_time - self._first_token_time) / (longest - 1))
         if self._services.config.log_requests:
             first = f"first after {self._first_token_time - request.arrival:.3f} s" if num_tokens else "none sent"
             cached = f"({self._strands[0].num_cached_tokens if self._strands else 0} cached)"
-            log.info("request %s: %d tokens in %s, %d out, %s, %.3f s", self._outcome, self._prompt_len, cached, num_tokens, first, seconds)
+            name = request.caller_id[:_LONGEST_NAME] or self._strands_name()
+            log.info("request %s %s: %d tokens in %s, %d out, %s, %.3f s", name, self._outcome, self._prompt_len, cached, num_tokens, first, seconds)
+
+    def _strands_name(self) -> str:
+        """For a request without an id of its caller's: where it was, and which it was there."""
+        first = self._strands[0].request_id if self._strands else None
+        return "-" if first is None else f"{front_end_of(first)}.{serial_of(first)}"
 
 
 def _parts(piece: Piece, found: Found) -> Iterator[Piece]:

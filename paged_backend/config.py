@@ -6,13 +6,17 @@ import difflib
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from paged_backend.errors import EngineError
+from paged_backend.units import read_bytes
 
 DEMO_MODEL = "demo"
+
+Bytes = Annotated[int, BeforeValidator(lambda value: read_bytes(value) if isinstance(value, str) else value)]
+"""A number of bytes, or a string with a unit."""
 
 
 class EngineConfig(BaseModel):
@@ -37,7 +41,7 @@ class EngineConfig(BaseModel):
     pool_memory_fraction: float | None = Field(
         None, gt=0, le=1, description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 on a GPU, 0.25 on a CPU."
     )
-    pool_bytes: int = Field(0, ge=0, description="Size of the pool in bytes; 0: pool_memory_fraction decides.")
+    pool_bytes: Bytes = Field(0, ge=0, description="Size of the pool, such as 4GiB; 0: pool_memory_fraction decides.")
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = Field(
         "auto",
         description="Type of the KV store; auto: same as dtype. fp8_e4m3: half of bfloat16's bytes, twice the tokens; K and V keep 4 significant bits.",
@@ -56,7 +60,7 @@ class EngineConfig(BaseModel):
         description="With no page left, take the youngest sequence's and recompute it later; off: start a sequence only when its longest answer fits.",
     )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none.")
-    max_prompt_bytes: int = Field(4_194_304, ge=1, description="Longest prompt text in bytes; longer ones are refused before tokenisation.")
+    max_prompt_bytes: Bytes = Field(4_194_304, ge=1, description="Longest prompt text in bytes, or such as 4MiB; longer ones are refused before tokenisation.")
     lora_directory: str = Field("", description="Folder of LoRA adapters as PEFT saves them, one folder each: lora_name names one. Empty: none are served.")
     max_loras: int = Field(8, ge=1, le=256, description="Adapters that the device has room for at once; others are read when they are asked for.")
     max_lora_rank: int = Field(64, ge=1, le=512, description="Largest rank of an adapter; memory for max_loras of them is set aside.")
@@ -78,7 +82,7 @@ class EngineConfig(BaseModel):
     debug_checks: bool = Field(
         False, description="Check every step's page tables and the whole pool before it runs, and stop the engine at the first mistake; slow, for tests."
     )
-    log_requests: bool = Field(False, description="Log one line per finished request: lengths and times, never text.")
+    log_requests: bool = Field(False, description="Log one line per finished request: its id, lengths and times, never text.")
 
     @model_validator(mode="after")
     def _page_size_is_a_power_of_two(self) -> EngineConfig:
@@ -103,7 +107,7 @@ class EngineConfig(BaseModel):
             first = error.errors()[0]
             if not first["loc"]:
                 raise EngineError(first["msg"].removeprefix("Value error, ")) from None
-            raise EngineError(f"parameter '{first['loc'][0]}': {first['msg']}, got {first['input']!r}") from None
+            raise EngineError(f"parameter '{first['loc'][0]}': {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
 
     def model_folder(self) -> Path | None:
         """The checkpoint's folder if `model` names one on this machine, else None (a hub id)."""

@@ -1,4 +1,4 @@
-"""The engine process: `python -m paged_backend.engine_process DIRECTORY`, one for all front ends of a model.
+"""The engine process: `python -m paged_backend.engine_process --model-name=NAME DIRECTORY`, one for all front ends of a model.
 
 Started by a front end (engine_starter.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is gone. With
 `--standby` after the folder it imports what an engine needs and waits for another line. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`;
@@ -33,6 +33,7 @@ from paged_backend.log_lines import LogLines
 from paged_backend.messages import (
     ENGINE_NAME,
     ENGINE_SOCKET,
+    MODEL_NAME,
     QUEUE_FILE,
     RUNNING_FILE,
     STANDBY,
@@ -276,10 +277,11 @@ def _watch_life_line(life_line: TextIO) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the server decides when we end
+    names = [word.removeprefix(MODEL_NAME) for word in sys.argv[1:] if word.startswith(MODEL_NAME)]
+    directory, *flags = [word for word in sys.argv[1:] if not word.startswith(MODEL_NAME)]
     stderr = logging.StreamHandler()
-    stderr.setFormatter(LogLines())
+    stderr.setFormatter(LogLines(names[-1] if names else "paged"))
     logging.basicConfig(level=logging.INFO, handlers=[stderr])
-    directory, *flags = sys.argv[1:]
     config = wait_to_be_engine(flags)
     if config is None:
         return 0

@@ -12,7 +12,7 @@ from paged_backend.answer import Answer, Services
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client import EngineClient
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.metrics import Tally
+from paged_backend.metrics import Tally, reason_of
 from paged_backend.prompt import PromptReader
 from paged_backend.request import Delta, Request
 from paged_backend.streamer import Send, Streamer
@@ -84,7 +84,8 @@ class FrontEnd:
 
     def refuse(self, error: RequestError, send: Send) -> None:
         """Answers a request that could not even be read."""
-        channel = self.streamer.open(send, lambda _: self.tally.add("paged_requests_finished_total", label="error"), stream=False)
+        reason = reason_of(error.kind)
+        channel = self.streamer.open(send, lambda _: self.tally.add("paged_requests_finished_total", label=reason), stream=False)
         self.streamer.put(channel, Delta(error=error, last=True))
 
     def drain(self, seconds: float) -> None:

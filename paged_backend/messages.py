@@ -18,6 +18,7 @@ SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect th
 RUNNING_FILE = "running"  # in the engine's folder: int64, the ids of the requests that run, anything negative between them
 QUEUE_FILE = "queue"  # in the engine's folder: int64, how many requests wait at the moment
 STANDBY = "--standby"  # after the folder in an engine's command line: it waits for a second line on stdin before it becomes the engine
+MODEL_NAME = "--model-name="  # before the folder in an engine's command line: as clients call the model, for the log and for those who watch
 ENGINE_NAME = "paged-engine"  # of the process that is
 CLEARED_AFTER_TOKENS = 3  # a request that brought so many since it was resumed did not cause the death before: it was resumed where that happened
 
@@ -29,6 +30,10 @@ def request_id_of(front_end: int, serial: int) -> int:
 
 def front_end_of(request_id: int) -> int:
     return request_id >> _FRONT_END_SHIFT
+
+
+def serial_of(request_id: int) -> int:
+    return request_id & ((1 << _FRONT_END_SHIFT) - 1)
 
 
 def front_ends_of(request_ids: NDArray[np.int64]) -> NDArray[np.int64]:

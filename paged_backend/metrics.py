@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from paged_backend.config import EngineConfig
+from paged_backend.errors import ErrorKind
 from paged_backend.messages import Ready, Stats
 
 
@@ -36,10 +37,12 @@ Series = tuple[str, str]
 
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_LENGTHS = tuple(2.0**power for power in range(18))  # tokens: 1 to 131,072
 
 FAMILIES = (
     Family("paged_pages", Kind.GAUGE, "Pages of the pool by state; cached pages are unheld, and free when needed.", "state", ("free", "held", "cached")),
-    Family("paged_pages_total", Kind.GAUGE, "Pages in the pool."),
+    Family("paged_pool_pages", Kind.GAUGE, "Pages in the pool."),
+    Family("paged_pages_total", Kind.GAUGE, "The same as paged_pool_pages by its first name, which is one for counters; kept for old dashboards."),
     Family("paged_page_size", Kind.GAUGE, "Tokens a page."),
     Family("paged_utilisation", Kind.GAUGE, "Live tokens per slot of the held pages; 0 when none is held."),
     Family("paged_requests", Kind.GAUGE, "Requests in the engine by state.", "state", ("running", "waiting")),
@@ -49,11 +52,19 @@ FAMILIES = (
     Family("paged_prefix_cache_hits_total", Kind.COUNTER, "Prompt tokens found in the prefix cache."),
     Family("paged_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of requests that got a first token."),
     Family("paged_generation_tokens_total", Kind.COUNTER, "Tokens generated."),
-    Family("paged_requests_finished_total", Kind.COUNTER, "Requests that got their final response.", "reason", ("stop", "length", "cancelled", "error")),
+    Family(
+        "paged_requests_finished_total",
+        Kind.COUNTER,
+        "Requests that got their final response. invalid: the caller's mistake; unsupported: not by this server; overloaded: not now; internal: our fault.",
+        "reason",
+        ("stop", "length", *(kind.value for kind in ErrorKind)),
+    ),
     Family("paged_time_to_first_token_seconds", Kind.HISTOGRAM, "From a request's arrival to its first token.", buckets=_LONG_SECONDS),
     Family("paged_time_per_output_token_seconds", Kind.HISTOGRAM, "Mean time between a request's tokens after the first.", buckets=_SHORT_SECONDS),
     Family("paged_request_seconds", Kind.HISTOGRAM, "From a request's arrival to its final response.", buckets=_LONG_SECONDS),
     Family("paged_queue_seconds", Kind.HISTOGRAM, "From a request's arrival to its admission by the scheduler.", buckets=(0.001, 0.005, *_LONG_SECONDS)),
+    Family("paged_request_prompt_tokens", Kind.HISTOGRAM, "Prompt tokens of a request that got a first token.", buckets=_LENGTHS),
+    Family("paged_request_generation_tokens", Kind.HISTOGRAM, "Tokens generated for a request, all its sequences together.", buckets=_LENGTHS),
     # The names of NVIDIA's TensorRT-LLM backend: load balancers and Triton Server's own ORCA response header read them.
     Family(
         "nv_trt_llm_kv_cache_block_metrics",
@@ -72,6 +83,11 @@ FAMILIES = (
 )
 
 
+def reason_of(kind: ErrorKind) -> str:
+    """What `paged_requests_finished_total` calls an end by such an error."""
+    return kind.value
+
+
 def gauges(stats: Stats, ready: Ready, config: EngineConfig) -> dict[Series, float]:
     """The gauges' values at the moment of `stats`."""
     num_held_slots = stats.pages_held * ready.page_size
@@ -81,6 +97,7 @@ def gauges(stats: Stats, ready: Ready, config: EngineConfig) -> dict[Series, flo
         ("paged_pages", "free"): stats.pages_free,
         ("paged_pages", "held"): stats.pages_held,
         ("paged_pages", "cached"): stats.pages_cached,
+        ("paged_pool_pages", ""): ready.num_pages,
         ("paged_pages_total", ""): ready.num_pages,
         ("paged_page_size", ""): ready.page_size,
         ("paged_utilisation", ""): stats.live_tokens / num_held_slots if num_held_slots else 0.0,

@@ -135,6 +135,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prepend_prompt: bool  # text_output begins with the prompt (stream=false without exclude_input_in_output)
     cache_salt: str = ""
     arrival: float  # seconds, time.monotonic()
+    caller_id: str = ""  # what the caller calls it, for the log
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):

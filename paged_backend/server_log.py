@@ -7,6 +7,8 @@ import signal
 import threading
 from collections import deque
 
+from paged_backend.log_lines import without_stamp
+
 _OURS = "paged: "
 _ERROR = "paged: error: "
 _HEAD_LINES = 100
@@ -31,14 +33,15 @@ class ServerLog:
 
     def add(self, line: str) -> bool:
         """Keeps `line`; True if the operator should see it now. Errors of ours are left to `failure`, which tells them once."""
+        told = without_stamp(line)
         with self._lock:
             if len(self._head) < _HEAD_LINES:
                 self._head.append(line)
             else:
                 self._tail.append(line)
-            if line.startswith(_ERROR) and self._error is None:
-                self._error = line.removeprefix(_ERROR).strip()
-        return self._show_all or (line.startswith(_OURS) and not line.startswith(_ERROR))
+            if told.startswith(_ERROR) and self._error is None:
+                self._error = told.removeprefix(_ERROR).strip()
+        return self._show_all or (told.startswith(_OURS) and not told.startswith(_ERROR))
 
     def lines(self) -> list[str]:
         """The first lines and the last ones, oldest first."""

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from paged_backend.config import EngineConfig
 from paged_backend.departure import Departure, ServerArguments
 from paged_backend.election import ProcessId
+from paged_backend.engine_starter import engine_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.front_end import FrontEnd
 from paged_backend.log_lines import LogLines
+from paged_backend.messages import MODEL_NAME
 from paged_backend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.prompt_table import PromptTable
 from paged_backend.request import Delta, Outputs
@@ -51,17 +54,20 @@ class TritonPythonModel:
         Raises:
             TritonModelException: one sentence that says why the model cannot be served.
         """
-        _log_to_stderr()
+        name, version = args["model_name"], args["model_version"]
+        _log_to_stderr(name)
         threading.Thread(target=_exit_with_server, args=(os.getppid(),), name="server", daemon=True).start()
         model_config = json.loads(args["model_config"])
         try:
             config = EngineConfig.parse(engine_options(model_config["parameters"]))
             num_instances = _num_instances(model_config)
-            self._front_end = FrontEnd(config, _key(args), num_instances, self.engine_command)
+            command = self.engine_command or [*engine_command(), f"{MODEL_NAME}{name}"]
+            self._front_end = FrontEnd(config, _key(args), num_instances, command)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        name, version = args["model_name"], args["model_version"]
         self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})
+        if args["model_instance_name"].endswith("_0_0"):  # the first of them speaks for all
+            _warn_of(model_config)
         self._departure = Departure(ServerArguments.of(os.getppid()), name, version, num_instances, self._front_end.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -84,7 +90,7 @@ class TritonPythonModel:
         parameters = inference.parameters()
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
-            request = read_request(tensors, parameters, time.monotonic())
+            request = msgspec.structs.replace(read_request(tensors, parameters, time.monotonic()), caller_id=inference.request_id())
         except RequestError as error:
             self._refuse(error, parameters, sender)
             return
@@ -101,6 +107,15 @@ class TritonPythonModel:
 def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """config.pbtxt's parameters without those of the Python backend itself, which are written in capitals (EXECUTION_ENV_PATH)."""
     return {name: value["string_value"] for name, value in parameters.items() if not name.isupper()}
+
+
+def _warn_of(model_config: Mapping[str, Any]) -> None:
+    """Settings of config.pbtxt that Triton Server takes and that mean nothing here."""
+    if model_config.get("max_batch_size"):
+        text = (
+            "max_batch_size: %d in config.pbtxt makes no batches, it only gives requests a batch dimension of 1: the engine batches by itself, so set it to 0"
+        )
+        logging.getLogger("paged").warning(text, model_config["max_batch_size"])
 
 
 def _key(args: Mapping[str, str]) -> str:
@@ -254,10 +269,10 @@ def _metric(created: Any, family: Family, labels: dict[str, str]) -> Any:
     return created.Metric(labels=labels, buckets=list(family.buckets)) if family.kind is Kind.HISTOGRAM else created.Metric(labels=labels)
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(model_name: str) -> None:
     """Beside the engine's lines. The library's own Logger waits for the server with the interpreter's lock held."""
     stderr = logging.StreamHandler()
-    stderr.setFormatter(LogLines())
+    stderr.setFormatter(LogLines(model_name))
     log = logging.getLogger("paged")
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -25,6 +25,7 @@ from rich.console import Console
 from paged_backend.errors import EngineError
 from paged_backend.extras import install_command
 from paged_backend.launch import Server, ServerSettings
+from paged_backend.log_lines import without_stamp
 from paged_client.bench.load import Level, LoadLimits, Prompting
 from paged_client.bench.memory import PAGED, RESERVED, MemoryPlan, check_plan, draw_memory, judge, pool_options, print_memory, run_memory
 from paged_client.bench.perf_analyzer import find_perf_analyzer
@@ -204,6 +205,7 @@ class _Session:
             self.folder.rmdir()
 
     def keep(self, line: str) -> None:
+        line = without_stamp(line)
         _say(line)
         if not _PROGRESS.search(line):
             self.lines.append(line)

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from paged_backend.messages import ENGINE_NAME, STANDBY
+from paged_backend.messages import ENGINE_NAME, MODEL_NAME, STANDBY
 from paged_backend.snapshot import WATCH_SOCKET, Snapshot, decode
 
 _PROC = Path("/proc")
@@ -141,7 +141,7 @@ def _folder_of(pid: int) -> Path | None:
     words = [os.fsdecode(argument) for argument in arguments]
     if _MODULE not in words[:-1] or (STANDBY in words and _name_of(pid) != ENGINE_NAME):
         return None
-    folder = Path(words[words.index(_MODULE) + 1])
+    folder = Path(next(word for word in words[words.index(_MODULE) + 1 :] if not word.startswith(MODEL_NAME)))
     if not folder.is_absolute():
         return None
     root = _PROC / str(pid) / "root"

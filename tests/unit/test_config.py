@@ -16,6 +16,22 @@ def test_strings_are_read_as_config_pbtxt_writes_them() -> None:
     assert (config.page_size, config.prefix_cache, config.pool_memory_fraction, config.dtype, config.device) == (32, False, 0.5, "auto", "cuda:1")
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4GiB", 2**32), ("1.5 gib", 3 * 2**29), ("500MB", 500_000_000), ("2 TiB", 2**41), ("64KiB", 65_536), ("4294967296", 2**32), ("12 b", 12), (7, 7)],
+)
+def test_a_size_takes_units(text: str | int, count: int) -> None:
+    assert EngineConfig.parse({"pool_bytes": text}).pool_bytes == count
+    assert EngineConfig.parse({"max_prompt_bytes": text}).max_prompt_bytes == count
+
+
+@pytest.mark.parametrize("text", ["4G", "4 gigabytes", "GiB", "-1", "1e9", "0.3b", "nan", "4 GiB x"])
+def test_a_size_of_an_unknown_unit_is_refused_with_what_to_write(text: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        EngineConfig.parse({"pool_bytes": text})
+    assert str(caught.value) == f"parameter 'pool_bytes': expected a number of bytes, such as 4GiB, 512MiB or 4000000000, got {text!r}"
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(EngineError, match=r"unknown parameter 'pagesize': did you mean 'page_size'\?"):
         EngineConfig.parse({"pagesize": 16})

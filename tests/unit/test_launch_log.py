@@ -16,6 +16,7 @@ NOISE = 'E1122 21:19:28.000000 5897 server.cc:241] "CudaDriverHelper has not bee
     ("lines", "exit_code", "sentence"),
     [
         pytest.param(["paged: error: the first", "paged: error: the second", NOT_LOADED], 1, "the first", id="ours comes first, told once"),
+        pytest.param(["paged: 2026-11-29T08:05:11.042Z [chat] error: no room", NOT_LOADED], 1, "no room", id="ours, with time and model"),
         pytest.param([NOISE, NOT_LOADED, CREATING], 1, "the model could not be loaded: RuntimeError: no room", id="model not loaded"),
         pytest.param([NOISE, BUSY], 1, "port 8000 on 127.0.0.1 is already in use", id="busy port"),
         pytest.param([NOISE, CREATING], 1, "tritonserver could not start: Internal - failed to load all models", id="server not created"),
@@ -36,6 +37,8 @@ def test_a_failure_is_one_sentence_from_the_best_source(lines: list[str], exit_c
     [
         ("paged: loading weights 45 % (3.2 of 7.1 GB)", True, True),
         ("paged: error: told at the end", False, True),
+        ("paged: 2026-11-29T08:05:11.042Z [chat] engine ready after 2.1 s", True, True),
+        ("paged: 2026-11-29T08:05:11.042Z [chat] error: told at the end", False, True),
         (NOISE, False, True),
         ("unpaged: line", False, True),
     ],

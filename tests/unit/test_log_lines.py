@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
 from paged_backend.config import EngineConfig
 from paged_backend.front_end import FrontEnd
-from paged_backend.log_lines import LogLines
+from paged_backend.log_lines import LogLines, without_stamp
 from paged_backend.request import Delta, Outputs, Request, SamplingParams
 from tests.unit.test_front_end import COMMAND
 
@@ -26,7 +28,7 @@ def lines() -> Iterator[io.StringIO]:
     """Everything that the package logs, as it would be written to stderr."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
-    handler.setFormatter(LogLines())
+    handler.setFormatter(LogLines("chat"))
     log = logging.getLogger("paged")
     log.addHandler(handler)
     level = log.level
@@ -38,7 +40,20 @@ def lines() -> Iterator[io.StringIO]:
 
 def test_a_line_cannot_be_ended_nor_a_terminal_commanded(lines: io.StringIO) -> None:
     logging.getLogger("paged").error("named %s", "a\nb\r\x1b[2Jc\u2028d\x85 é 日本")
-    assert lines.getvalue() == "paged: named a\\x0ab\\x0d\\x1b[2Jc\\u2028d\\x85 é 日本\n"
+    assert without_stamp(lines.getvalue()) == "paged: named a\\x0ab\\x0d\\x1b[2Jc\\u2028d\\x85 é 日本\n"
+
+
+def test_a_line_has_its_time_in_utc_and_the_models_name(lines: io.StringIO) -> None:
+    before = datetime.now(timezone.utc)
+    logging.getLogger("paged").info("ready")
+    found = re.fullmatch(r"paged: (\S+) \[chat\] ready\n", lines.getvalue())
+    assert found is not None, lines.getvalue()
+    assert timedelta(0) <= datetime.fromisoformat(found[1].replace("Z", "+00:00")) - before + timedelta(milliseconds=1) < timedelta(seconds=10)
+
+
+@pytest.mark.parametrize("line", ["paged: ready", "E1122 21:19:28.000000 5897 server.cc:241] no", "paged: 2026 [x] y", ""])
+def test_lines_of_others_stay_as_they_are(line: str) -> None:
+    assert without_stamp(line) == line
 
 
 def test_an_exception_is_told_by_its_type_and_place_and_not_by_its_text(lines: io.StringIO) -> None:
@@ -52,7 +67,7 @@ def test_an_exception_is_told_by_its_type_and_place_and_not_by_its_text(lines: i
         read(SECRET)
     except ValueError:
         logging.getLogger("paged").exception("a prompt could not be read")
-    (line,) = lines.getvalue().splitlines()
+    line = without_stamp(lines.getvalue().rstrip("\n"))
     assert line.startswith("paged: a prompt could not be read: ValueError (test_log_lines.py:")
     assert " read), from KeyError (test_log_lines.py:" in line
     assert SECRET not in line and "forged" not in line
@@ -97,7 +112,7 @@ def test_nothing_that_happens_to_a_request_puts_its_prompt_into_the_log(lines: i
                 front_end.ask(request, sender, lambda: False)
                 assert ended.wait(20)
         front_end.close(5)
-    text = lines.getvalue()
+    text = "\n".join(map(without_stamp, lines.getvalue().splitlines()))
     assert text.count("paged: request ") >= 5, text
     assert "could not be read" in text and "could not be sent" in text
     assert SECRET not in text

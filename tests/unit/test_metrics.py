@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from paged_backend.config import EngineConfig
+from paged_backend.errors import ErrorKind
 from paged_backend.messages import Ready, Stats
-from paged_backend.metrics import FAMILIES, Kind, Tally, gauges
+from paged_backend.metrics import FAMILIES, Kind, Tally, gauges, reason_of
 
 READY = Ready(None, 100, 1024, 1600, 16, 100)
 STATS = Stats(
@@ -43,8 +46,17 @@ def test_names_follow_prometheus() -> None:
         assert (family.kind is Kind.HISTOGRAM) == bool(family.buckets)
         assert list(family.buckets) == sorted(set(family.buckets))
         assert family.kind is not Kind.COUNTER or family.name.endswith("_total")
-        assert family.kind is not Kind.HISTOGRAM or family.name.endswith("_seconds")
+        assert family.kind is not Kind.HISTOGRAM or family.name.endswith(("_seconds", "_tokens"))
+        assert family.kind is not Kind.GAUGE or not family.name.endswith("_total") or family.name == "paged_pages_total"
+    counters = {family.name.removesuffix("_total") for family in FAMILIES if family.kind is Kind.COUNTER}
+    assert counters.isdisjoint(family.name for family in FAMILIES if family.kind is not Kind.COUNTER)  # one name to OpenMetrics
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", ErrorKind)
+def test_every_kind_of_error_is_counted_apart(kind: ErrorKind) -> None:
+    (family,) = [family for family in FAMILIES if family.name == "paged_requests_finished_total"]
+    assert family.values.count(reason_of(kind)) == 1
 
 
 def test_utilisation_is_live_tokens_per_held_slot() -> None:
@@ -55,7 +67,7 @@ def test_utilisation_is_live_tokens_per_held_slot() -> None:
 
 def test_page_states_add_up_and_load_balancers_read_the_same() -> None:
     values = gauges(STATS, READY, EngineConfig(max_num_sequences=77))
-    assert sum(values["paged_pages", state] for state in ("free", "held", "cached")) == values["paged_pages_total", ""] == 100
+    assert sum(values["paged_pages", state] for state in ("free", "held", "cached")) == values["paged_pool_pages", ""] == values["paged_pages_total", ""] == 100
     pages = "nv_trt_llm_kv_cache_block_metrics"
     assert values[pages, "used"] + values[pages, "free"] == values[pages, "max"] == 100
     assert values[pages, "fraction"] == 0.3

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -145,6 +145,7 @@ def test_a_frame_tells_everything() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.integers(30, 200), st.integers(18, 70), st.integers(0, 300), st.integers(1, 30_000), st.booleans())
 def test_a_frame_is_no_larger_than_the_terminal(width: int, height: int, num_requests: int, num_cells: int, coloured: bool) -> None:
     requests = tuple(LiveRequest(serial, 3 + serial, 10, 0, 20, 2, 1.0) for serial in range(num_requests))

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,7 @@ class FakeRequest:
             array = np.array([value]) if isinstance(value, bool) else np.array([value.encode() if isinstance(value, str) else value], np.object_)
             self._tensors.append(FakeTensor(name, array))
         self.sender = FakeSender()
+        self.caller_id = ""
 
     def get_response_sender(self) -> FakeSender:
         return self.sender
@@ -139,6 +141,9 @@ class FakeRequest:
 
     def parameters(self) -> str:
         return self._parameters
+
+    def request_id(self) -> str:
+        return self.caller_id
 
 
 @pytest.fixture
@@ -167,7 +172,7 @@ def _arguments(**options: str) -> dict[str, str]:
     parameters = {name: {"string_value": value} for name, value in {"model": "fake", **options}.items()}
     groups = [{"count": 1, "kind": "KIND_MODEL", "gpus": []}]
     config = json.dumps({"parameters": parameters, "instance_group": groups})
-    return {"model_config": config, "model_name": "m", "model_version": "1", "model_repository": "/r"}
+    return {"model_config": config, "model_name": "m", "model_instance_name": "m_0_0", "model_version": "1", "model_repository": "/r"}
 
 
 @pytest.fixture
@@ -344,7 +349,7 @@ def test_wrong_requests_do_not_hurt_the_right_ones_beside_them(model: Any) -> No
 def test_metrics_reach_the_server(model: Any) -> None:
     _answered(model, text_input="tokens=9 delay=0.01")
     _answered(model, text_input="")
-    _wait(lambda: _series("paged_requests_finished_total", reason="error").value == 1)
+    _wait(lambda: _series("paged_requests_finished_total", reason="invalid").value == 1)
     _wait(lambda: _series("paged_pages", state="free").value == fake_engine.NUM_PAGES)
     assert _series("paged_requests_finished_total", reason="length").value == 1
     assert _series("paged_generation_tokens_total").value == 9
@@ -358,6 +363,8 @@ def test_metrics_reach_the_server(model: Any) -> None:
     assert 0 <= refused < whole
     assert 0.005 < per_token < whole
     assert _series("paged_queue_seconds").observed
+    assert _series("paged_request_prompt_tokens").observed == [_series("paged_prompt_tokens_total").value]
+    assert _series("paged_request_generation_tokens").observed == [9]
 
 
 def test_a_logged_request_shows_lengths_and_times_but_no_text(model: Any) -> None:
@@ -366,11 +373,27 @@ def test_a_logged_request_shows_lengths_and_times_but_no_text(model: Any) -> Non
     assert isinstance(handler, logging.StreamHandler)
     handler.setStream(stream)
     _answered(model, text_input="tokens=9 secret")
-    _wait(lambda: _series("paged_requests_finished_total", reason="length").value == 1)
-    (line,) = stream.getvalue().splitlines()
-    assert line.startswith("paged: request length: ")
+    named = FakeRequest(text_input="tokens=2 secret")
+    named.caller_id = "order 66\npaged: forged" + "x" * 1000
+    model.execute([named])
+    _wait(lambda: _series("paged_requests_finished_total", reason="length").value == 2)
+    line, second = sorted(stream.getvalue().splitlines())
+    assert re.match(r"paged: \S+Z \[m\] request 0\.\d+ length: \d+ tokens", line)
+    assert re.match(r"paged: \S+Z \[m\] request order 66\\x0apaged: forgedx+ length: \d+ tokens", second)
     assert "9 out" in line
-    assert "secret" not in line
+    assert "secret" not in line + second
+    assert len(second) < 300
+
+
+def test_a_batch_size_that_means_nothing_is_remarked_on_once(triton_io: types.ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        instance = triton_io.TritonPythonModel()
+        instance.engine_command = COMMAND
+        arguments = _arguments()
+        described = {**json.loads(arguments["model_config"]), "max_batch_size": 8}
+        instance.initialize({**arguments, "model_config": json.dumps(described), "model_instance_name": f"m_0_{number}"})
+        instance.finalize()
+    assert capfd.readouterr().err.count("max_batch_size: 8 in config.pbtxt makes no batches") == 1
 
 
 def test_a_request_that_kills_engines_ends_with_an_error_and_the_model_stays_ready(model: Any) -> None:
