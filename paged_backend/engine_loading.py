@@ -57,6 +57,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
             max_model_len=limits.max_model_len,
             max_num_sequences=config.max_num_sequences,
             max_batched_tokens=config.max_batched_tokens,
+            vocab_size=limits.vocab_size,
             max_queue_size=config.max_queue_size,
             max_waiting_seconds=config.max_waiting_seconds,
             request_deadline_seconds=config.request_deadline_seconds,

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from paged_backend.answer import Answer, Services
 from paged_backend.config import EngineConfig
@@ -40,6 +40,8 @@ class FrontEnd:
         except BaseException:
             self.client.close()
             raise
+        if self.client.front_end == 0:
+            _warn_of_unknown_tokens(self.prompts.unknown_tokens())
         self.tally = Tally(config, self.client.ready)
         self.streamer = Streamer(config.stream_max_delay_ms / 1000)
         self._answers: dict[int, Answer] = {}  # by id(answer); from arrival to final response
@@ -124,3 +126,12 @@ class FrontEnd:
             if time.monotonic() > self._drain_by:
                 self._end_all()
             spent = time.thread_time() - started
+
+
+def _warn_of_unknown_tokens(unknown: Mapping[str, int]) -> None:
+    if unknown:
+        token, token_id = next(iter(unknown.items()))
+        log.warning(
+            "warning: the tokenizer knows %d tokens that the model has no embedding of, '%s' (id %d) first: prompts with one are refused",
+            len(unknown), token, token_id,
+        )  # fmt: skip

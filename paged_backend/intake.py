@@ -75,6 +75,8 @@ class Intake:
             return ErrorKind.OVERLOADED, f"{num_waiting} requests are waiting, the limit is {limits.max_queue_size} (max_queue_size)"
         if not 0 < len(token_ids) < limits.max_model_len:
             return ErrorKind.INVALID, f"prompt: {len(token_ids)} tokens, expected 1 to {limits.max_model_len - 1} (max_model_len - 1)"
+        if token_ids.min() < 0 or token_ids.max() >= limits.vocab_size:  # front ends look, too; on a device it would end everybody's engine
+            return ErrorKind.INVALID, f"prompt: token ids from {token_ids.min()} to {token_ids.max()}, this model's are 0 to {limits.vocab_size - 1}"
         return None
 
     def _own_seed(self, serial: int) -> int:

@@ -100,7 +100,8 @@ class ModelRunner:
         size = size_pool(config, a, dtype, kv_dtype, device)
         tell(size.decided_by)
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
-        limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, checkpoint.eos_ids, checkpoint.bos_id)
+        eos_ids = tuple(token_id for token_id in checkpoint.eos_ids if 0 <= token_id < a.vocab_size)  # no other is ever chosen
+        limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, eos_ids, checkpoint.bos_id)
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
         ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
         rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops, partial(ops.copy_pages, kv_pages))

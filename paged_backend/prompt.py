@@ -98,6 +98,7 @@ class PromptReader:
         self._check_length(len(token_ids))
         max_tokens = min(max_tokens, self._ready.max_model_len - len(token_ids))
         self._check_known("logit_bias", sampling.logit_bias)
+        self._check_known("stop_token_ids", sampling.stop_token_ids)
         allowed = self._allowed(sampling.allowed_token_ids)
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), allowed_token_ids=None)
         return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed)
@@ -134,7 +135,7 @@ class PromptReader:
             num_kept = longest if truncate == -1 else min(truncate, longest + 1)  # one more than the longest is refused as all of them
             parts = parts[2 * max(num_words - num_kept, 0) :]
         tokenizers = (self.tokenizer, self._plain())
-        return np.concatenate([np.array(_encode(tokenizers[at % 2], part, False), np.int32) for at, part in enumerate(parts) if part])
+        return np.concatenate([self._own_ids("messages", _encode(tokenizers[at % 2], part, False)) for at, part in enumerate(parts) if part])
 
     def _plain(self) -> Tokenizer:
         with self._loading:
@@ -159,10 +160,34 @@ class PromptReader:
             raise RequestError(f"{name}: the prompt is empty")
         if self.tokenizer is None:
             raise RequestError(f"{name}: this model has no tokenizer; send input_ids")
-        token_ids = np.array(_encode(self.tokenizer, text, add_special_tokens), np.int32)
+        token_ids = self._own_ids(name, _encode(self.tokenizer, text, add_special_tokens))
         if not len(token_ids):
             raise RequestError(f"{name}: the prompt has no tokens")
         return token_ids
+
+    def _own_ids(self, name: str, token_ids: list[int]) -> NDArray[np.int32]:
+        """Ids that the tokenizer made, as an array. It may know tokens that were added to it and never to the model's embedding.
+
+        Raises:
+            RequestError: names the first such token.
+        """
+        if max(token_ids, default=0) >= self._ready.vocab_size:
+            assert self.tokenizer is not None
+            unknown = next(token_id for token_id in token_ids if token_id >= self._ready.vocab_size)
+            added = self.tokenizer.get_added_tokens_decoder().get(unknown)
+            token = self.tokenizer.id_to_token(unknown) if added is None else added.content  # as it was written, not as the normalizer has it
+            raise RequestError(f"{name}: the text has the token '{token}' (id {unknown}), which this model has no embedding of; {self._known_ids()}")
+        return np.array(token_ids, np.int32)
+
+    def _known_ids(self) -> str:
+        return f"its ids are 0 to {self._ready.vocab_size - 1}"
+
+    def unknown_tokens(self) -> dict[str, int]:
+        """The tokens that the tokenizer knows and the model has no embedding of, by their ids' order."""
+        if self.tokenizer is None:
+            return {}
+        found = [(token_id, token) for token, token_id in self.tokenizer.get_vocab().items() if token_id >= self._ready.vocab_size]
+        return {token: token_id for token_id, token in sorted(found)}
 
     def _check_bytes(self, name: str, text: str) -> None:
         num_bytes, limit = len(text.encode()), self._config.max_prompt_bytes
@@ -174,7 +199,7 @@ class PromptReader:
             raise RequestError("input_ids: the prompt is empty")
         unknown = token_ids[(token_ids < 0) | (token_ids >= self._ready.vocab_size)]
         if len(unknown):
-            raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
+            raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; {self._known_ids()}")
         return token_ids.astype(np.int32)
 
     def _allowed(self, token_ids: tuple[int, ...] | None) -> NDArray[np.int32] | None:
@@ -186,7 +211,7 @@ class PromptReader:
     def _check_known(self, name: str, token_ids: Collection[int]) -> None:
         largest = max(token_ids, default=0)
         if largest >= self._ready.vocab_size:
-            raise RequestError(f"{name}: {largest} is not a token of this model; its ids are 0 to {self._ready.vocab_size - 1}")
+            raise RequestError(f"{name}: {largest} is not a token of this model; {self._known_ids()}")
 
     def _check_length(self, prompt_len: int) -> None:
         if prompt_len > self._ready.max_model_len - 1:
@@ -208,7 +233,7 @@ class PromptReader:
                 token_ids = tuple(_encode(self.tokenizer, spelling, add_special_tokens=False))
                 if len(token_ids) > MAX_BAD_WORD_TOKENS:
                     raise RequestError(f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is {MAX_BAD_WORD_TOKENS}")
-                if token_ids:
+                if token_ids and max(token_ids) < self._ready.vocab_size:  # what has no embedding is never chosen
                     found[token_ids] = None
         return tuple(found)
 

@@ -14,6 +14,7 @@ class SchedulerLimits:
     max_model_len: int  # <= num_pages * page_size: the longest sequence alone always fits
     max_num_sequences: int
     max_batched_tokens: int
+    vocab_size: int = 2**31  # ids below this have an embedding
     max_queue_size: int = 4096
     max_waiting_seconds: float = 600.0
     request_deadline_seconds: float = 3600.0

@@ -28,11 +28,12 @@ pytest.importorskip("xgrammar")
 
 import jsonschema
 import openai
+from tokenizers import Tokenizer
 
 from paged_backend.config import demo_model_folder
 from paged_backend.launch import Server, ServerSettings
-from paged_client import PagedClient
-from tests.server.calls import wait_for_metrics
+from paged_client import InvalidRequestError, PagedClient
+from tests.server.calls import engine_pid, wait_for_metrics
 from tests.server.fake_engine import answer_ids, make_tokenizer
 from tests.server.front_end_server import FrontEndServer, serving
 
@@ -83,8 +84,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    _add_tokens(checkpoint / "tokenizer.json", "<pad>", "<added>")
     with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)) as running:
         yield running
+
+
+def _add_tokens(path: Path, special: str, plain: str) -> None:
+    """That the tokenizer knows and the model has no embedding of."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([special])
+    tokenizer.add_tokens([plain])
+    tokenizer.save(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +129,20 @@ def direct(server: Server, prompt: Any = None, **options: Any) -> Any:
 
 
 # ---- answers
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_name(server: Server, client: Any) -> None:
+    """Not noticed by the device, which would end the engine; the operator was told at load."""
+    pid = engine_pid(server.shm_prefix)
+    with pytest.raises(InvalidRequestError, match=r"text_input: the text has the token '<pad>' \(id 4096\)"):
+        direct(server, "hello <pad> there", max_tokens=4)
+    with pytest.raises(openai.BadRequestError, match=r"prompt: the text has the token '<pad>' \(id 4096\)"):
+        client.completions.create(model="paged_llm", prompt="hello <pad> there", max_tokens=4)
+    with pytest.raises(openai.BadRequestError, match=r"messages: the text has the token '<added>' \(id 4097\)"):
+        client.chat.completions.create(model="paged_llm", messages=[{"role": "user", "content": "hello <added> there"}], max_tokens=4)
+    assert engine_pid(server.shm_prefix) == pid
+    (warning,) = [line for line in server.log_lines() if "no embedding of" in line]
+    assert "2 tokens" in warning and "'<pad>' (id 4096)" in warning
 
 
 def test_a_completion_is_the_servers_answer(server: Server, client: Any) -> None:

@@ -74,6 +74,51 @@ def test_a_bias_of_an_unknown_token_is_refused(tmp_path: Path) -> None:
         _read(reader, ids=(1,), logit_bias={5: 1.0, 1000: 1.0})
 
 
+def _reader_with_added_tokens(tokenizer: Tokenizer, tmp_path: Path) -> PromptReader:
+    """Its tokenizer knows two tokens more than the model has embeddings."""
+    vocab_size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.add_tokens(["<added>"])
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return PromptReader(EngineConfig.parse({}), Ready(str(path), vocab_size, 64, 1024, 16, 64))
+
+
+@pytest.mark.parametrize(("token", "offset"), [("<pad>", 0), ("<added>", 1)])
+def test_a_token_of_the_text_that_the_model_has_no_embedding_of_is_named(tokenizer: Tokenizer, tmp_path: Path, token: str, offset: int) -> None:
+    last = tokenizer.get_vocab_size() - 1
+    reader = _reader_with_added_tokens(tokenizer, tmp_path)
+    named = rf"text_input: the text has the token '{token}' \(id {last + 1 + offset}\), which .*; its ids are 0 to {last}"
+    with pytest.raises(RequestError, match=named):
+        _read(reader, f"the {token} answer")
+    assert len(_read(reader, "the answer").token_ids)
+
+
+def test_parts_of_a_chat_are_bounded_by_the_vocabulary_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    reader = _reader_with_added_tokens(tokenizer, tmp_path)
+    with pytest.raises(RequestError, match="messages: the text has the token '<added>'"):
+        reader._ids_of_parts(["the <added> answer", "<pad>", "to"], None)
+
+
+def test_the_tokens_without_an_embedding_are_known_at_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    vocab_size = tokenizer.get_vocab_size()
+    assert _reader_with_added_tokens(tokenizer, tmp_path).unknown_tokens() == {"<pad>": vocab_size, "<added>": vocab_size + 1}
+    assert _reader(byte_level(), tmp_path).unknown_tokens() == {}
+    assert _reader(None, tmp_path).unknown_tokens() == {}
+
+
+def test_a_bad_word_of_a_token_that_is_never_chosen_bans_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    reader = _reader_with_added_tokens(tokenizer, tmp_path)
+    assert all(max(word) <= tokenizer.get_vocab_size() - 3 for word in _read(reader, "the", bad_words=("<added>", "a")).bad_words)
+
+
+def test_a_stop_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    reader = _reader(None, tmp_path)
+    assert _read(reader, ids=(1,), stop_token_ids=(999,)).sampling.stop_token_ids == (999,)
+    with pytest.raises(RequestError, match="stop_token_ids: 1000 is not a token of this model; its ids are 0 to 999"):
+        _read(reader, ids=(1,), stop_token_ids=(5, 1000))
+
+
 def test_an_empty_prompt_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     reader = _reader(tokenizer, tmp_path)
     with pytest.raises(RequestError, match="text_input: the prompt is empty"):

@@ -400,6 +400,18 @@ def test_one_request_more_than_the_queue_holds_is_refused_with_the_numbers() -> 
     assert "2 requests are waiting" in bench.finishes[2].message and "max_queue_size" in bench.finishes[2].message
 
 
+@pytest.mark.parametrize("stranger", [VOCAB, -1, 2**31 - 1])
+def test_an_id_without_an_embedding_is_refused_whoever_let_it_through(stranger: int) -> None:
+    """On a device it would be the end of the engine, and of everybody's answers with it."""
+    bench = Bench(vocab_size=VOCAB)
+    bench.submit(1, [1, VOCAB - 1], max_tokens=4)
+    bench.submit(2, [1, stranger], max_tokens=4)
+    bench.run()
+    assert bench.finishes[2].error is ErrorKind.INVALID
+    assert str(stranger) in bench.finishes[2].message and f"0 to {VOCAB - 1}" in bench.finishes[2].message
+    assert bench.finishes[1].reason == "length"
+
+
 def test_requests_that_a_dead_engine_had_let_in_are_not_refused_by_the_next_one() -> None:
     """All of them wait at once there, also those that ran; and some have lived for longer than a request may wait."""
     bench = Bench(max_queue_size=2, max_num_sequences=1, max_waiting_seconds=10)
