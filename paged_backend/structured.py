@@ -13,14 +13,16 @@ from paged_backend.regex_syntax import misread
 
 MAX_GRAMMAR_CHARS = 131_072
 MAX_CHOICES = 4096
-GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_OLD_NAME = "guided_decoding"
+_ONLY_VLLM = ("whitespace_pattern", "structural_tag", "disable_additional_properties")  # a form that differs where they are set
+_VLLM_INTERNAL = ("_backend", "_backend_was_auto", "_backend_options", "backend", "backend_was_auto")  # which library is to do it: here there is one
 
 GrammarString = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 Choices = Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1, max_length=MAX_CHOICES)]
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """vLLM's `structured_outputs`: at most one of the first five."""
+    """vLLM's `structured_outputs`: at most one of the first five. Whatever else vLLM has there must be null or false (`_drop_unset`)."""
 
     json: GrammarString | None = None  # a JSON schema, as text
     regex: GrammarString | None = None
@@ -45,21 +47,38 @@ class Grammar(msgspec.Struct, frozen=True):
 
 
 def fold(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling parameters in which schemas are text and a single choice is a list, however they were sent.
+    """Returns sampling parameters in which schemas are text and a single choice is a list, however they were sent, and `guided_decoding`, as vLLM called
+    `structured_outputs` before, has its newer name.
 
     Raises:
-        RequestError: `structured_outputs` is text, but no JSON.
+        RequestError: `structured_outputs` is text, but no JSON; it is given under both names; or it asks for something that only vLLM has.
     """
     folded = dict(given)
-    outputs = folded.get("structured_outputs")
+    name = "structured_outputs"
+    if folded.get(_OLD_NAME) is not None:
+        if folded.get(name) is not None:
+            raise RequestError(f"{_OLD_NAME} and {name}: they are one thing; send one of them")
+        name = _OLD_NAME
+    outputs = folded.get(name)
+    folded.pop(_OLD_NAME, None)
     if isinstance(outputs, str):
         try:
             outputs = msgspec.json.decode(outputs)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise RequestError(f"structured_outputs: not valid JSON: {error}") from None
+            raise RequestError(f"{name}: not valid JSON: {error}") from None
     if isinstance(outputs, dict):
-        folded["structured_outputs"] = _fold_one(outputs, "json", "choice")
+        outputs = _fold_one(_drop_unset(name, outputs), "json", "choice")
+    if outputs is not None:
+        folded["structured_outputs"] = outputs
     return _fold_one(folded, "guided_json", "guided_choice")
+
+
+def _drop_unset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's clients, Triton Server's OpenAI frontend among them, send every key they know: null is not given, and neither is a false switch."""
+    for key in _ONLY_VLLM:
+        if given.get(key) not in (None, False, ""):
+            raise RequestError(f"{name}: '{key}' is not supported; only null or false may be sent for it")
+    return {key: value for key, value in given.items() if value is not None and key not in _ONLY_VLLM and key not in _VLLM_INTERNAL}
 
 
 def _fold_one(given: dict[str, Any], schema: str, choice: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from paged_backend.errors import RequestError
@@ -11,6 +12,9 @@ from paged_backend.request import SamplingParams, parse_sampling
 from paged_backend.structured import Grammar
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+EVERY_KEY = dict.fromkeys(
+    ("json", "regex", "choice", "grammar", "json_object", "disable_fallback", "disable_any_whitespace", "whitespace_pattern", "structural_tag", "_backend")
+) | {"disable_additional_properties": False, "_backend_was_auto": False, "backend_was_auto": False}  # as a dataclass of vLLM's that is sent whole
 TEXT = '{"type":"object","properties":{"b":{"type":"integer"},"a":{"type":"null"}}}'
 
 
@@ -33,6 +37,11 @@ TEXT = '{"type":"object","properties":{"b":{"type":"integer"},"a":{"type":"null"
             Grammar("structured_outputs.json_object", "json", '{"type":"object"}', compact=True),
         ),
         ({"structured_outputs": {}}, None),
+        ({"structured_outputs": EVERY_KEY | {"json": TEXT}}, Grammar("structured_outputs.json", "json", TEXT)),
+        ({"structured_outputs": msgspec.json.encode(EVERY_KEY | {"json": SCHEMA}).decode()}, Grammar("structured_outputs.json", "json", TEXT)),
+        ({"guided_decoding": msgspec.json.encode(EVERY_KEY | {"json": TEXT}).decode()}, Grammar("structured_outputs.json", "json", TEXT)),
+        ({"structured_outputs": EVERY_KEY}, None),
+        ({"guided_decoding": None}, None),
         ({"guided_json": None, "structured_outputs": {"json": None}}, None),
     ],
 )
@@ -54,6 +63,10 @@ def test_each_key_names_one_grammar(options: dict[str, Any], expected: Grammar |
         ({"guided_regex": 3}, "guided_regex: "),
         ({"guided_json": "x" * 200_000}, "guided_json: "),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs: .*regexp"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs: 'whitespace_pattern' is not supported"),
+        ({"guided_decoding": {"structural_tag": "{}"}}, "guided_decoding: 'structural_tag' is not supported"),
+        ({"guided_decoding": {"regex": "a"}, "structured_outputs": {"regex": "a"}}, "guided_decoding and structured_outputs: "),
+        ({"guided_decoding": "{"}, "guided_decoding: not valid JSON"),
         ({"structured_outputs": "{"}, "structured_outputs: not valid JSON"),
         ({"structured_outputs": "[" * 100_000}, "structured_outputs: "),
         ({"structured_outputs": [1]}, "structured_outputs: "),
