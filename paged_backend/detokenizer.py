@@ -191,6 +191,7 @@ class AnswerText:
     def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], sampling: SamplingParams, stops: StopStrings | None = None) -> None:
         """stops: `stops_of(sampling)`, the same for all sequences of a request; None: of its own."""
         self._sampling = sampling
+        self._tokenizer = tokenizer
         self._detokenizer = None if tokenizer is None or not sampling.detokenize else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
         self._stops = copy(stops or stops_of(sampling))  # the tree is shared, and grows no more; how far a text has come in it is not
         self._num_tokens = 0
@@ -212,7 +213,17 @@ class AnswerText:
             return Passage("".join(texts), len(token_ids), True)
         if finish_reason is not None and self._stops is not None:
             texts.append(self._stops.flush())
+        if finish_reason == "stop" and token_ids:
+            texts.append(self._stop_text(token_ids[-1]))
         return Passage("".join(texts), len(token_ids), False)
+
+    def _stop_text(self, token_id: int) -> str:
+        """A stop string that is a special token, to be included in a text that skips those."""
+        sampling = self._sampling
+        if self._tokenizer is None or not (sampling.stop and sampling.include_stop_str_in_output and sampling.skip_special_tokens):
+            return ""
+        token = self._tokenizer.id_to_token(token_id)
+        return token if token in sampling.stop and not self._tokenizer.decode([token_id], skip_special_tokens=True) else ""
 
     def _push(self, text: str, texts: list[str]) -> bool:
         """Appends what is safe to send of `text`; True if a stop string ends the answer."""

@@ -21,6 +21,7 @@ from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.messages import Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 from paged_backend.vocabulary import bits
+from paged_backend.words_tokenizer import WordsTokenizer
 
 _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
 
@@ -46,12 +47,14 @@ class PromptReader:
         self._config = config
         self._ready = ready
         self.tokenizer = None if ready.tokenizer_path is None else load_tokenizer(Path(ready.tokenizer_path))
-        self._plain_tokenizer: Tokenizer | None = None  # to which special tokens are text like any other; loaded when the first caller spells one
+        self._words_tokenizer: WordsTokenizer | None = None  # loaded when the first caller spells a special token
         self._loading = threading.Lock()
         self._chat_template: ChatTemplate | None = None
+        self._special_ids: dict[str, int] = {}  # how the special tokens are spelled
         if ready.tokenizer_path is not None and self.tokenizer is not None:
-            special_words = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
-            self._chat_template = ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"), special_words)
+            added = self.tokenizer.get_added_tokens_decoder()
+            self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+            self._chat_template = ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"), list(self._special_ids))
         self._lock = threading.Lock()
         self._num_waiting = 0  # tasks that no thread has begun
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
@@ -100,7 +103,8 @@ class PromptReader:
         self._check_known("logit_bias", sampling.logit_bias)
         self._check_known("stop_token_ids", sampling.stop_token_ids)
         allowed = self._allowed(sampling.allowed_token_ids)
-        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), allowed_token_ids=None)
+        min_tokens, stop_token_ids = min(sampling.min_tokens, max_tokens), self._stop_token_ids(sampling)
+        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, allowed_token_ids=None)
         return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed)
 
     def text_of(self, request: Request) -> str:
@@ -116,34 +120,20 @@ class PromptReader:
         if request.input_ids is not None:
             return self._checked_ids(request.input_ids)
         if request.chat is not None:  # the template writes the special tokens
-            first, *others = self._chat_parts(request.chat)
-            if not others:
-                return self._encoded("messages", first, add_special_tokens=False)
-            self._check_bytes("messages", "".join([first, *others]))
-            return self._ids_of_parts([first, *others], request.sampling.truncate_prompt_tokens)
+            parts = self._chat_parts(request.chat)
+            return self._encoded("messages", parts[0], add_special_tokens=False) if len(parts) == 1 else self._ids_of_parts(parts)
         assert request.text is not None
         return self._encoded("text_input", request.text, add_special_tokens=True)
 
-    def _ids_of_parts(self, parts: list[str], truncate: int | None) -> NDArray[np.int32]:
-        """parts: as ChatTemplate.render's. Every other one is a word, and no word has less than one token: more of them than the prompt may have
-        tokens are refused, or left out if the prompt is to be cut, before they are tokenised."""
-        assert self.tokenizer is not None
-        num_words, longest = len(parts) // 2, self._ready.max_model_len - 1
-        if truncate is None:
-            self._check_length(num_words)
-        else:
-            num_kept = longest if truncate == -1 else min(truncate, longest + 1)  # one more than the longest is refused as all of them
-            parts = parts[2 * max(num_words - num_kept, 0) :]
-        tokenizers = (self.tokenizer, self._plain())
-        return np.concatenate([self._own_ids("messages", _encode(tokenizers[at % 2], part, False)) for at, part in enumerate(parts) if part])
-
-    def _plain(self) -> Tokenizer:
+    def _ids_of_parts(self, parts: list[str]) -> NDArray[np.int32]:
+        """parts: as ChatTemplate.render's."""
         with self._loading:
-            if self._plain_tokenizer is None:
+            if self._words_tokenizer is None:
                 assert self._ready.tokenizer_path is not None
-                self._plain_tokenizer = load_tokenizer(Path(self._ready.tokenizer_path))
-                self._plain_tokenizer.encode_special_tokens = True
-            return self._plain_tokenizer
+                self._words_tokenizer = WordsTokenizer(load_tokenizer(Path(self._ready.tokenizer_path)))
+        words = self._words_tokenizer
+        self._check_bytes("messages", "".join(parts))
+        return self._own_ids("messages", words.real_ids(np.array(_encode(words.tokenizer, words.text(parts), False), np.int32)).tolist())
 
     def _chat_parts(self, chat: Chat) -> list[str]:
         if chat.tools is None:
@@ -201,6 +191,13 @@ class PromptReader:
         if len(unknown):
             raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; {self._known_ids()}")
         return token_ids.astype(np.int32)
+
+    def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """With the stop strings that are special tokens: a text that skips those never shows them."""
+        if not (sampling.stop and sampling.skip_special_tokens):
+            return sampling.stop_token_ids
+        spelled = [self._special_ids[text] for text in sampling.stop if text in self._special_ids]
+        return tuple(dict.fromkeys([*sampling.stop_token_ids, *(token_id for token_id in spelled if token_id < self._ready.vocab_size)]))
 
     def _allowed(self, token_ids: tuple[int, ...] | None) -> NDArray[np.int32] | None:
         if token_ids is None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from paged_backend import prompt as prompt_room
@@ -21,7 +22,7 @@ from paged_backend.messages import Ready
 from paged_backend.models.tokenizer import export_tokenizer
 from paged_backend.prompt import PromptReader
 from paged_backend.request import Chat, Outputs, Request, SamplingParams
-from tests.small_tokenizers import byte_level
+from tests.small_tokenizers import byte_fallback, byte_level
 
 CHATML = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -170,25 +171,46 @@ def test_a_long_conversation_meets_the_limit_of_bytes(tmp_path: Path) -> None:
         reader(tmp_path, oracle(CHATML), max_prompt_bytes=100).read(request([{"role": "user", "content": "x" * 101}]))
 
 
-@pytest.mark.parametrize(("truncate", "num_calls"), [(None, 0), (20, 41), (-1, 399)], ids=["whole", "cut", "as many as fit"])
-def test_a_flood_of_special_words_is_tokenised_as_far_as_it_matters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncate: int | None, num_calls: int
-) -> None:
-    tokenizer = oracle("{{ messages[0].content }}")
-    ours = reader(tmp_path, tokenizer, max_model_len=200)
+@pytest.mark.parametrize("truncate", [None, 20, -1], ids=["whole", "cut", "as many as fit"])
+def test_a_flood_of_special_words_is_tokenised_as_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncate: int | None) -> None:
+    ours = reader(tmp_path, oracle("{{ messages[0].content }}"), max_model_len=200)
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain.encode_special_tokens = True
     asked = request([{"role": "user", "content": "</s>a" * 1000}])
     calls: list[str] = []
     encode = prompt_room._encode
     monkeypatch.setattr(prompt_room, "_encode", lambda tokenizer, text, special: (calls.append(text), encode(tokenizer, text, special))[1])
     asked = msgspec.structs.replace(asked, sampling=SamplingParams(truncate_prompt_tokens=truncate))
+    whole = plain.encode("</s>a" * 1000, add_special_tokens=False).ids
     if truncate is None:
-        with pytest.raises(RequestError, match=r"the prompt has 1000 tokens; the longest this model takes is 199 \(max_model_len − 1\)"):
+        with pytest.raises(RequestError, match=rf"the prompt has {len(whole)} tokens; the longest this model takes is 199 \(max_model_len − 1\)"):
             ours.read(asked)
     else:
-        whole = prompt_room._encode(ours._plain(), "</s>a" * 1000, False)
-        calls.clear()
         assert ours.read(asked).token_ids.tolist() == whole[-(199 if truncate == -1 else truncate) :]
-    assert len(calls) == num_calls
+    assert len(calls) == 1
+
+
+def metaspace(scheme: str) -> Tokenizer:
+    tokenizer = byte_fallback()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "make", [byte_fallback, lambda: metaspace("first"), lambda: metaspace("always"), byte_level], ids=["prepend", "first", "always", "byte-level"]
+)
+def test_a_special_token_in_a_callers_words_leaves_the_spaces_around_it_alone(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make(), bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "<s>[INST] {{ messages[0].content }} [/INST]<s> the {{ messages[0].content }}"
+    ours = reader(tmp_path, tokenizer)
+    shipped = json.loads(make().to_str())
+    shipped["added_tokens"] = [token for token in shipped["added_tokens"] if token["content"] != "</s>"]
+    ignorant = Tokenizer.from_str(json.dumps(shipped))  # to it, </s> is a word
+    for words in ("a</s>b", "a </s> b", "</s>", "</s></s> the a"):
+        ids = ours.read(request([{"role": "user", "content": words}])).token_ids.tolist()
+        assert ids == ignorant.encode(f"<s>[INST] {words} [/INST]<s> the {words}", add_special_tokens=False).ids
+        assert ids.count(tokenizer.bos_token_id) == 2
 
 
 def test_tools_count_as_the_conversation_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

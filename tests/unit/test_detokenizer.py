@@ -203,6 +203,14 @@ def test_the_text_of_a_stop_token_is_not_sent_unless_asked_for(tokenizer: Tokeni
 
 
 @TOKENIZERS
+def test_a_stop_string_that_is_a_special_token_is_part_of_the_text_only_if_asked_for(tokenizer: Tokenizer) -> None:
+    ids = [*_bytes_as_tokens(tokenizer, b"abc"), tokenizer.token_to_id("</s>")]
+    for include in (False, True):
+        answer = _answer(tokenizer, "", stop=("</s>",), include_stop_str_in_output=include)
+        assert answer.add(ids, "stop").text == ("abc</s>" if include else "abc")
+
+
+@TOKENIZERS
 def test_the_beginning_of_a_stop_string_is_sent_when_the_answer_ends_without_the_rest(tokenizer: Tokenizer) -> None:
     answer = _answer(tokenizer, "", stop=("bcd",))
     first = answer.add(_bytes_as_tokens(tokenizer, b"abc"), None)

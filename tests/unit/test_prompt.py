@@ -233,3 +233,11 @@ def test_the_prompts_text_can_be_had_from_its_tokens(tokenizer: Tokenizer, tmp_p
     ids = np.array(tokenizer.encode("the question").ids)
     request = Request(text=None, input_ids=ids, sampling=SamplingParams(), outputs=Outputs(), stream=False, prepend_prompt=True, arrival=0.0)
     assert reader.text_of(request) == "the question"
+
+
+def test_a_stop_string_that_is_a_special_token_is_a_stop_id(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    reader = _reader(tokenizer, tmp_path)
+    eos = tokenizer.token_to_id("</s>")
+    assert _read(reader, "the", stop=("</s>", "x"), stop_token_ids=(5,)).sampling.stop_token_ids == (5, eos)
+    assert _read(reader, "the", stop=("</s>",), skip_special_tokens=False).sampling.stop_token_ids == (), "its text is seen"
+    assert _read(reader, "the", stop=("x</s>",)).sampling.stop_token_ids == ()
