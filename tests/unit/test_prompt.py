@@ -97,7 +97,7 @@ def test_a_token_of_the_text_that_the_model_has_no_embedding_of_is_named(tokeniz
 def test_parts_of_a_chat_are_bounded_by_the_vocabulary_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
     reader = _reader_with_added_tokens(tokenizer, tmp_path)
     with pytest.raises(RequestError, match="messages: the text has the token '<added>'"):
-        reader._ids_of_parts(["the <added> answer", "<pad>", "to"], None)
+        reader._ids_of_parts(["the <added> answer", "<pad>", "to"])
 
 
 def test_the_tokens_without_an_embedding_are_known_at_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
