@@ -25,7 +25,7 @@ from paged_client.asking import (
     sampling_of,
 )
 from paged_client.client import PagedClient
-from paged_client.errors import InvalidRequestError, PagedError
+from paged_client.errors import InvalidRequestError, PagedError, UnreachableError
 
 _HELP = """/reset          forget the conversation, keep the system message
 /system TEXT    set the system message and forget the conversation; without TEXT show it
@@ -53,6 +53,8 @@ def chat(
     if sampling.get("n", 1) != 1:
         raise typer.BadParameter(f"'n={sampling['n']}': a chat has one answer", param_hint="--sampling")
     with one_sentence_on_failure(), PagedClient(url, model=model_name) as client:
+        if not client.is_ready():
+            raise UnreachableError(f"no model '{model_name}' is ready at {url}: start a server with paged serve, or name yours with --url and --model-name")
         session = ChatSession(client, Conversation(system), sampling, Console(highlight=False, markup=False))
         session.run()
         if session.failed:

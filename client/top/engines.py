@@ -3,76 +3,151 @@
 from __future__ import annotations
 
 import os
-import pwd
+import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 import zmq
 
 from paged_backend.messages import ENGINE_NAME, MODEL_NAME, STANDBY
 from paged_backend.snapshot import WATCH_SOCKET, Snapshot, decode
+from paged_client.top.processes import PROC, age_seconds, lineage, name_of, owner_of, server_above, words_of
 
-_PROC = Path("/proc")
 _MODULE = "paged_backend.engine_process"
 _LONGEST_ADDRESS = 107  # bytes, of a unix socket
 _LOOK_AGAIN_SECONDS = 1.0
 
 
 class NoEngineError(Exception):
-    """There is no engine to watch, or more than one; the sentence is for the user."""
+    """There is no engine to watch, or more than one; the text is for the user."""
 
 
 @dataclass(frozen=True)
 class RunningEngine:
-    """An engine process. Its run folder, with the sockets, is in its command line."""
+    """An engine process. Its run folder, with the sockets, and the model's name are in its command line."""
 
     pid: int
     folder: Path  # as seen from here: that of a container is found under /proc/PID/root
+    model_name: str = ""  # as clients call it
 
     @property
     def alive(self) -> bool:
-        return _folder_of(self.pid) is not None
+        return _engine_of(self.pid) is not None
 
     def belongs_to(self, pid: int) -> bool:
         """`pid` is this engine or one of its ancestors: its front end, its tritonserver."""
-        ancestor: int | None = self.pid
-        while ancestor and ancestor != pid:
-            ancestor = _parent_of(ancestor)
-        return ancestor == pid
+        return pid in lineage(self.pid)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine is wanted. None: any."""
+
+    pid: int | None = None  # of the engine or its tritonserver
+    port: int | None = None  # any of its server's
+    model_name: str | None = None
+
+    def fits(self, engine: RunningEngine) -> bool:
+        if self.pid is not None and not engine.belongs_to(self.pid):
+            return False
+        if self.model_name is not None and engine.model_name != self.model_name:
+            return False
+        if self.port is None:
+            return True
+        server = server_above(engine.pid)
+        return server is not None and self.port in server.ports
+
+    def __str__(self) -> str:
+        wanted = (("process", self.pid), ("the server at port", self.port), ("model", self.model_name))
+        return " and ".join(f"{what} {value}" for what, value in wanted if value is not None)
+
+
+def port_of(url: str) -> int:
+    """The port of a server on this machine: "localhost:8001", "http://localhost:8000" or "8000".
+
+    Raises:
+        NoEngineError: it names no port, or another machine.
+    """
+    try:
+        parts = urlsplit(url if "//" in url else f"//{url}" if not url.isdigit() else f"//localhost:{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise NoEngineError(f"--url {url}: expected HOST:PORT, any of the server's ports, such as localhost:8000")
+    if not _is_here(host):
+        raise NoEngineError(f"--url {url}: {host} is not this machine; run paged top where the server runs")
+    return port
+
+
+def _is_here(host: str) -> bool:
+    """Whether a socket of this machine could have that address."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe:
+            try:
+                probe.bind(address)
+                return True
+            except OSError:
+                continue
+    return False
 
 
 def find_engines() -> list[RunningEngine]:
     """Those of every user; oldest first."""
-    found = []
-    for place in _PROC.iterdir():
-        if place.name.isdigit() and (folder := _folder_of(int(place.name))) is not None:
-            found.append(RunningEngine(int(place.name), folder))
-    return sorted(found, key=lambda engine: engine.pid)
+    found = (_engine_of(int(place.name)) for place in PROC.iterdir() if place.name.isdigit())
+    return sorted((engine for engine in found if engine is not None), key=lambda engine: engine.pid)
 
 
-def choose_engine(pid: int | None) -> RunningEngine:
-    """The only engine, or the only one that belongs to `pid`.
+def choose_engine(choice: Choice, last: RunningEngine | None = None) -> RunningEngine:
+    """The only engine that fits. last: of several, the one that took this one's place, if there is one.
 
     Raises:
         NoEngineError: there is none, there are several, or it is somebody else's.
     """
-    engines = [engine for engine in find_engines() if pid is None or engine.belongs_to(pid)]
+    engines = [engine for engine in find_engines() if choice.fits(engine)]
+    if len(engines) > 1 and last is not None:
+        engines = [engine for engine in engines if engine.folder.parent.parent == last.folder.parent.parent] or engines
     if not engines:
-        raise NoEngineError("no engine runs on this machine: start one with paged serve" if pid is None else f"process {pid} has no engine")
+        raise NoEngineError("no engine runs on this machine: start one with paged serve" if choice == Choice() else f"{choice} has no engine here")
     if len(engines) > 1:
-        listing = ", ".join(str(engine.pid) for engine in engines)
-        raise NoEngineError(f"{len(engines)} engines run on this machine: choose one with --pid ({listing})")
+        raise NoEngineError(f"{len(engines)} engines run on this machine: choose one with --model, --url or --pid\n{listing(engines)}")
     (engine,) = engines
     try:
         os.stat(engine.folder / WATCH_SOCKET)
     except PermissionError:
-        raise NoEngineError(f"the engine runs as user {_owner_of(engine.pid)}: run paged top as that user, or as root") from None
+        raise NoEngineError(f"the engine runs as user {owner_of(engine.pid)}: run paged top as that user, or as root") from None
     except OSError:
         raise NoEngineError("the engine is still loading its model, or is too old to be watched: try again") from None
     return engine
+
+
+def listing(engines: Sequence[RunningEngine]) -> str:
+    """A table: model, ports of the server, age, process id, user."""
+    rows = [("model", "HTTP", "gRPC", "metrics", "age", "pid", "user")]
+    for engine in engines:
+        server = server_above(engine.pid)
+        ports = ["?"] * 3 if server is None else ["–" if port is None else str(port) for port in server.ports]
+        rows.append((engine.model_name or "?", *ports, spell_age(age_seconds(engine.pid)), str(engine.pid), owner_of(engine.pid)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def spell_age(seconds: float | None) -> str:
+    """75 -> "1 min"."""
+    if seconds is None:
+        return "–"
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(0, int(seconds))} s"
 
 
 class Watcher:
@@ -106,13 +181,15 @@ class View:
     trouble: str = ""
 
 
-def follow(pid: int | None) -> Generator[View, None, None]:
+def follow(choice: Choice) -> Generator[View, None, None]:
     """Snapshots for ever, of another engine when the first is gone. To be closed, which ends the subscription."""
     watcher: Watcher | None = None
+    last: RunningEngine | None = None
     try:
         while True:
             try:
-                watcher = watcher or Watcher(choose_engine(pid))
+                watcher = watcher or Watcher(choose_engine(choice, last))
+                last = watcher.engine
                 snapshot = watcher.next(_LOOK_AGAIN_SECONDS)
             except NoEngineError as error:
                 time.sleep(_LOOK_AGAIN_SECONDS)
@@ -132,46 +209,24 @@ def follow(pid: int | None) -> Generator[View, None, None]:
             watcher.close()
 
 
-def _folder_of(pid: int) -> Path | None:
-    """An engine's run folder; None if the process is no engine."""
-    try:
-        arguments = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
-    except OSError:
+def _engine_of(pid: int) -> RunningEngine | None:
+    """None if the process is no engine."""
+    words = words_of(pid)
+    if _MODULE not in words[:-1] or (STANDBY in words and name_of(pid) != ENGINE_NAME):
         return None
-    words = [os.fsdecode(argument) for argument in arguments]
-    if _MODULE not in words[:-1] or (STANDBY in words and _name_of(pid) != ENGINE_NAME):
-        return None
-    folder = Path(next(word for word in words[words.index(_MODULE) + 1 :] if not word.startswith(MODEL_NAME)))
+    own = words[words.index(_MODULE) + 1 :]
+    names = [word.removeprefix(MODEL_NAME) for word in own if word.startswith(MODEL_NAME)]
+    folder = Path(next((word for word in own if not word.startswith("--")), ""))
     if not folder.is_absolute():
         return None
-    root = _PROC / str(pid) / "root"
+    return RunningEngine(pid, _seen_from_here(pid, folder), names[0] if names else "")
+
+
+def _seen_from_here(pid: int, folder: Path) -> Path:
+    root = PROC / str(pid) / "root"
     try:
         elsewhere = not os.path.samefile(root, "/")
     except OSError:  # somebody else's
         elsewhere = False
     seen_from_here = root / folder.relative_to("/") if elsewhere else folder
     return seen_from_here if len(os.fsencode(seen_from_here / WATCH_SOCKET)) <= _LONGEST_ADDRESS else folder
-
-
-def _name_of(pid: int) -> str:
-    try:
-        return (_PROC / str(pid) / "comm").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _parent_of(pid: int) -> int | None:
-    try:
-        return int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1]) or None
-    except OSError:
-        return None
-
-
-def _owner_of(pid: int) -> str:
-    try:
-        uid = (_PROC / str(pid)).stat().st_uid
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-    except OSError:
-        return "nobody any more"

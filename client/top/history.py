@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
+
 from paged_backend.snapshot import Snapshot
 
 LENGTH = 240  # snapshots: a minute, at four a second
@@ -27,11 +29,13 @@ class History:
     def __init__(self) -> None:
         self.moments: deque[Moment] = deque(maxlen=LENGTH)
         self._snapshots: deque[Snapshot] = deque(maxlen=LENGTH + 1)
+        self.num_used_cells = 0  # of the map, from its beginning: beyond them every page was free as long as we watch
 
     def add(self, snapshot: Snapshot) -> None:
         if self._snapshots and not _continues(self._snapshots[-1], snapshot):
             self._snapshots.clear()
             self.moments.clear()
+            self.num_used_cells = 0
         if self._snapshots:
             last = self._snapshots[-1]
             self.moments.append(
@@ -42,6 +46,8 @@ class History:
                 )
             )
         self._snapshots.append(snapshot)
+        used = np.flatnonzero(np.frombuffer(snapshot.cells, "<u2"))
+        self.num_used_cells = max(self.num_used_cells, int(used[-1]) + 1 if len(used) else 0)
 
     @property
     def tokens_per_second(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from rich.align import Align
@@ -15,7 +16,7 @@ from rich.text import Text
 from paged_backend.snapshot import CACHED, FREE, SHARED, LiveRequest, Snapshot
 from paged_client.top.engines import View
 from paged_client.top.history import History, hit_rate_since_start, utilisation
-from paged_client.top.page_map import GLYPHS, HELD_GLYPH, draw, glyph_of, style_of
+from paged_client.top.page_map import GLYPHS, HELD_GLYPH, draw, glyph_of, style_of, zoomed
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _ACCENT = Style(color="#4c8dff")
@@ -26,23 +27,36 @@ _FEWEST_ROWS = 3
 _ROOM_FOR_TWO = 20  # lines of a terminal: then the facts may take a second one
 
 
-def frame(view: View, snapshot: Snapshot | None, history: History, width: int, height: int, coloured: bool) -> RenderableType:
+@dataclass(frozen=True)
+class Room:
+    """What a frame may fill, and how."""
+
+    width: int
+    height: int
+    coloured: bool
+    whole: bool = False  # draw all of the pool, not only the part that was ever used
+
+
+def frame(view: View, snapshot: Snapshot | None, history: History, room: Room) -> RenderableType:
     """snapshot: the newest there is, which may be older than `view`."""
     if snapshot is None:
-        return Align.center(Text(f"\n{view.trouble or 'waiting for the engine'} …", style=_DIM))
+        return Align.center(Text(f"\n{view.trouble or 'waiting for the engine …'}", style=_DIM))
+    width, height, coloured = room.width, room.height, room.coloured
     curve_lines = 3 if height >= 34 else 1
     facts = _facts(snapshot, history, width, most_lines=2 if height >= _ROOM_FOR_TWO else 1)
-    room = height - _FIXED_LINES - facts.plain.count("\n") - curve_lines
-    map_lines = max(4, room - min(len(snapshot.requests), max(_FEWEST_ROWS, height // 3)))
+    lines = height - _FIXED_LINES - facts.plain.count("\n") - curve_lines
+    map_lines = max(4, lines - min(len(snapshot.requests), max(_FEWEST_ROWS, height // 3)))
     cells = np.frombuffer(snapshot.cells, "<u2")
-    drawn = draw(cells, snapshot.pages_per_cell, width - 4, map_lines, coloured)
-    rows = max(_FEWEST_ROWS, room - drawn.text.plain.count("\n") - 1)
+    shown = cells if room.whole else zoomed(cells, history.num_used_cells, width - 4, map_lines)
+    drawn = draw(shown, snapshot.pages_per_cell, width - 4, map_lines, coloured)
+    rows = max(_FEWEST_ROWS, lines - drawn.text.plain.count("\n") - 1)
+    hidden = (len(cells) - len(shown)) * snapshot.pages_per_cell
     return Group(
         Panel(
             drawn.text,
             title=_title(view, snapshot),
             title_align="left",
-            subtitle=_legend(snapshot, drawn.pages_per_cell, coloured),
+            subtitle=_legend(snapshot, drawn.pages_per_cell, hidden, coloured),
             subtitle_align="left",
             border_style=_DIM,
         ),
@@ -63,8 +77,9 @@ def sparkline(values: Sequence[float | None], width: int, lines: int) -> str:
 
 
 def _title(view: View, snapshot: Snapshot) -> Text:
-    state = view.trouble or ("" if view.snapshot else "no news from the engine: a long step?")
-    title = Text.assemble(("paged top", _BOLD), f"  {snapshot.model}  {snapshot.num_pages:,} pages of {snapshot.page_size} tokens")
+    state = view.trouble.split("\n")[0] or ("" if view.snapshot else "no news from the engine: a long step?")
+    name = f"{view.engine.model_name}: " if view.engine is not None and view.engine.model_name else ""
+    title = Text.assemble(("paged top", _BOLD), f"  {name}{snapshot.model}  {snapshot.num_pages:,} pages of {snapshot.page_size} tokens")
     if view.engine is not None:
         title.append(f"  pid {view.engine.pid}", _DIM)
     if state:
@@ -72,7 +87,7 @@ def _title(view: View, snapshot: Snapshot) -> Text:
     return title
 
 
-def _legend(snapshot: Snapshot, pages_per_cell: int, coloured: bool) -> Text:
+def _legend(snapshot: Snapshot, pages_per_cell: int, num_hidden: int, coloured: bool) -> Text:
     counts = ((FREE, "free", snapshot.pages_free), (CACHED, "cached", snapshot.pages_cached), (SHARED, "shared", snapshot.pages_shared))
     mark, what = (HELD_GLYPH, "colour") if coloured else ("a", "letter")
     legend = Text.assemble(f"{mark} held ", (f"{snapshot.pages_held:,}", _BOLD), f" (a {what} a request)")
@@ -80,6 +95,8 @@ def _legend(snapshot: Snapshot, pages_per_cell: int, coloured: bool) -> Text:
         legend.append("  ").append(GLYPHS[code], style_of(code)).append(f" {name} ").append(f"{count:,}", _BOLD)
     if pages_per_cell > 1:
         legend.append(f"  a cell is {pages_per_cell} pages", _DIM)
+    if num_hidden > 0:
+        legend.append(f"  {num_hidden:,} free not drawn", _DIM)
     return legend
 
 

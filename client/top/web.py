@@ -13,31 +13,31 @@ from typing import Any
 
 import msgspec
 
-from paged_client.top.engines import NoEngineError, View, follow
+from paged_client.top.engines import Choice, NoEngineError, View, follow
 from paged_client.top.history import History, hit_rate_since_start, utilisation
 
 _ADDRESS = "127.0.0.1"
 _PAGE = Path(__file__).with_name("page.html")
 
 
-def serve_page(pid: int | None, port: int) -> None:
+def serve_page(choice: Choice, port: int) -> None:
     """Serves until Ctrl-C. The engine is watched only while a browser shows the page.
 
     Raises:
         NoEngineError: the port is taken.
     """
-    with page_server(pid, port) as server:
+    with page_server(choice, port) as server:
         print(f"paged top: http://{_ADDRESS}:{server.server_port}/ (Ctrl-C stops it)", flush=True)
         server.serve_forever()
 
 
-def page_server(pid: int | None, port: int) -> PageServer:
+def page_server(choice: Choice, port: int) -> PageServer:
     """
     Raises:
         NoEngineError: the port is taken.
     """
     try:
-        return PageServer(pid, port)
+        return PageServer(choice, port)
     except OSError as error:
         raise NoEngineError(f"port {port} on {_ADDRESS} cannot be used: {error.strerror}; choose another with --port") from None
 
@@ -45,9 +45,9 @@ def page_server(pid: int | None, port: int) -> PageServer:
 class PageServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, pid: int | None, port: int) -> None:
+    def __init__(self, choice: Choice, port: int) -> None:
         super().__init__((_ADDRESS, port), _Visitor)
-        self.pid = pid
+        self.choice = choice
         self.hosts = {f"{name}:{self.server_port}" for name in (_ADDRESS, "localhost")}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -94,7 +94,7 @@ class _Visitor(BaseHTTPRequestHandler):
         self.end_headers()
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         history = History()
-        views = follow(self.server.pid)
+        views = follow(self.server.choice)
         try:
             for view in views:
                 self.wfile.write(b"data: " + json.dumps(event_of(view, history)).encode() + b"\n\n")
@@ -106,7 +106,9 @@ class _Visitor(BaseHTTPRequestHandler):
 
 def event_of(view: View, history: History) -> dict[str, Any]:
     """What the page draws: the snapshot by its fields (cells in base64), and the rates that follow from it and those before."""
-    event: dict[str, Any] = {"pid": view.engine.pid if view.engine else None, "trouble": view.trouble}
+    event: dict[str, Any] = {"pid": None, "model_name": "", "trouble": view.trouble}
+    if view.engine is not None:
+        event |= {"pid": view.engine.pid, "model_name": view.engine.model_name}
     snapshot = view.snapshot
     if snapshot is None:
         return event
@@ -114,6 +116,7 @@ def event_of(view: View, history: History) -> dict[str, Any]:
     fields = {name: getattr(snapshot, name) for name in snapshot.__struct_fields__ if name not in ("cells", "requests", "first_token_seconds", "step_seconds")}
     return event | {
         **fields,
+        "num_used_cells": history.num_used_cells,
         "cells": base64.b64encode(snapshot.cells).decode(),
         "requests": [msgspec.structs.asdict(request) for request in snapshot.requests],
         "moments": [[moment.tokens_per_second, moment.first_token_ms, moment.inter_token_ms] for moment in list(history.moments)[-1:]],

@@ -163,6 +163,14 @@ def test_a_program_that_chats_learns_of_failed_questions(server: Server) -> None
     assert run(*bad, stdin="Where is the lamp?\n").returncode == 1
 
 
+@pytest.mark.parametrize("wrong", ["url", "model"])
+def test_a_chat_with_nobody_says_so_before_the_first_question(server: Server, wrong: str) -> None:
+    url, name = ("localhost:1", "paged_llm") if wrong == "url" else (server.addresses.http_url, "nonesuch")
+    told = run("chat", "-u", url, "--model-name", name, stdin="Hello!\n")
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith(f"paged: error: no model '{name}' is ready at {url}: ")
+
+
 def test_a_chat_goes_on_with_its_history_and_the_prefix_cache_knows_it(server: Server) -> None:
     told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", "-n", "40", stdin=f"{ASKED}\nAnd who took it?\n/reset\n{ASKED}\n")
     assert told.returncode == 0, told.stderr
@@ -252,7 +260,7 @@ def busy(server: Server) -> Iterator[None]:
 def test_top_shows_the_pool_of_a_server_that_somebody_started(server: Server, busy: None) -> None:
     finished = run("top", "--once", "--pid", str(server.pid))
     assert finished.returncode == 0, finished.stderr
-    assert "demo  200 pages of 16 tokens" in finished.stdout
+    assert "paged_llm: demo  200 pages of 16 tokens" in finished.stdout
     assert re.search(r"running 1 +waiting 0", finished.stdout)
     assert re.search(r"tokens/s [1-9]", finished.stdout)
     held = re.search(r"held (\d+)", finished.stdout)
@@ -262,7 +270,7 @@ def test_top_shows_the_pool_of_a_server_that_somebody_started(server: Server, bu
 
 
 def test_top_in_a_terminal_leaves_it_as_it_was(server: Server) -> None:
-    terminal = Terminal("top", "--pid", str(server.pid))
+    terminal = Terminal("top", "--url", server.addresses.http_url, "--model", "paged_llm")
     terminal.wait_for("prefix hits")
     terminal.type("\x03")
     assert "\x1b[?1049l" in terminal.wait_for(r"\x1b\[\?1049l")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from paged_backend.snapshot import CACHED, FREE, SHARED, LiveRequest, Snapshot
-from paged_client.top.engines import NoEngineError, RunningEngine, View, choose_engine, find_engines
+from paged_client.top.engines import Choice, NoEngineError, RunningEngine, View, choose_engine, find_engines, port_of, spell_age
 from paged_client.top.history import History, hit_rate_since_start, utilisation
-from paged_client.top.page_map import colour_of, draw
-from paged_client.top.view import frame, sparkline
+from paged_client.top.page_map import colour_of, draw, zoomed
+from paged_client.top.processes import server_of
+from paged_client.top.view import Room, frame, sparkline
 from paged_client.top.web import PageServer, event_of, page_server
 
 CELLS = np.array([FREE, CACHED, SHARED, 3, 4, 3], np.uint16)
@@ -59,7 +61,7 @@ def snapshot(time: float = 10.0, cells: np.ndarray = CELLS, **changes: object) -
 def shown(view: View, latest: Snapshot | None, history: History, width: int = 100, height: int = 40, coloured: bool = False) -> str:
     console = Console(width=width, height=height, color_system="truecolor" if coloured else None, force_terminal=coloured, highlight=False)
     with console.capture() as capture:
-        console.print(frame(view, latest, history, width, height, coloured))
+        console.print(frame(view, latest, history, Room(width, height, coloured)))
     return capture.get()
 
 
@@ -106,6 +108,28 @@ def test_the_map_fits_into_its_place_and_shows_every_page(num_cells: int, width:
     marks = sum(2 if mark == "█" else mark in "■▀▄c" for mark in drawn.text.plain)
     assert marks * drawn.pages_per_cell >= num_cells
     assert (marks - 1) * drawn.pages_per_cell < num_cells + drawn.pages_per_cell
+
+
+def test_the_map_begins_with_the_part_that_was_used() -> None:
+    cells = np.zeros(32_768, np.uint16)
+    assert [len(zoomed(cells, used, 100, 10)) for used in (0, 1, 500, 501, 1001, 20_000)] == [500, 500, 500, 1000, 2000, 32_000]
+    assert len(zoomed(cells, 32_768, 100, 10)) == len(cells)
+    assert len(zoomed(cells[:300], 7, 100, 10)) == 300
+
+
+def test_a_first_frame_draws_a_page_a_cell_and_says_what_it_leaves_out() -> None:
+    cells = np.zeros(32_768, np.uint16)
+    cells[:9] = 3
+    history, latest = History(), snapshot(cells=cells)
+    history.add(latest)
+    text = shown(View(None, latest), latest, history, 100, 40)
+    assert "a a a a a a a a a ·" in text
+    hidden = re.search(r"([\d,]+) free not drawn", text)
+    assert hidden is not None and 30_000 < int(hidden[1].replace(",", "")) < 32_768
+    console = Console(width=100, height=40, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(frame(View(None, latest), latest, history, Room(100, 40, False, whole=True)))
+    assert "not drawn" not in capture.get() and "a cell is " in capture.get()
 
 
 def test_without_colour_every_state_and_request_has_a_sign_of_its_own() -> None:
@@ -173,23 +197,70 @@ def test_silence_and_a_lost_engine_are_said() -> None:
 # ---- who is watched
 
 
-@pytest.fixture
-def pretender(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """A process that looks like an engine, with a watch socket's name in its folder: (pid, folder)."""
+@contextmanager
+def engine_that_is_none(folder: Path, *words: str) -> Iterator[int]:
+    """A process that looks like an engine: its pid."""
     program = "import sys; print('up', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", program, "-m", "paged_backend.engine_process", str(tmp_path)]
+    command = [sys.executable, "-c", program, "-m", "paged_backend.engine_process", *words, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        yield process.pid, tmp_path
+        yield process.pid
         process.kill()
+
+
+@pytest.fixture
+def pretender(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    with engine_that_is_none(tmp_path) as pid:
+        yield pid, tmp_path
+
+
+def test_of_several_engines_there_is_a_list_and_a_choice_that_outlives_a_restart(tmp_path: Path) -> None:
+    """Whatever else runs on this machine: the names are of this test only."""
+    one, other = (f"{name}-{os.getpid()}" for name in ("chat", "code"))
+    folders = [tmp_path / name for name in ("a/1/0", "b/1/0", "b/1/1")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "watch.sock").touch()
+    with engine_that_is_none(folders[0], f"--model-name={one}") as first, engine_that_is_none(folders[1], f"--model-name={other}") as second:
+        with pytest.raises(NoEngineError) as several:
+            choose_engine(Choice(os.getpid()))
+        sentence, header, *rows = str(several.value).splitlines()
+        assert sentence == "2 engines run on this machine: choose one with --model, --url or --pid"
+        assert header.split() == ["model", "HTTP", "gRPC", "metrics", "age", "pid", "user"]
+        assert [row.split()[0] for row in rows] == [one, other]
+        assert [row.split()[-2] for row in rows] == [str(first), str(second)]
+        chosen = choose_engine(Choice(model_name=other))
+        assert (chosen.pid, chosen.model_name, chosen.folder) == (second, other, folders[1])
+        with pytest.raises(NoEngineError, match=f"the server at port 1 and model {other} has no engine here"):
+            choose_engine(Choice(port=1, model_name=other))
+        os.kill(second, 9)
+        with engine_that_is_none(folders[2], f"--model-name={other}") as third:
+            assert choose_engine(Choice(model_name=other)).pid == third
+            assert choose_engine(Choice(os.getpid()), chosen).pid == third
+
+
+def test_a_servers_ports_are_those_it_was_told() -> None:
+    assert server_of(7, []).ports == (8000, 8001, 8002)
+    assert server_of(7, ["--http-port=9000", "--grpc-port", "9001", "--allow-metrics=false", "--http-port=9100"]).ports == (9100, 9001, None)
+
+
+def test_an_url_is_a_port_of_this_machine() -> None:
+    assert [port_of(url) for url in ("localhost:8001", "http://127.0.0.1:8000", "8002", "[::1]:9")] == [8001, 8000, 8002, 9]
+    for url in ("localhost", "", "http://", "localhost:x", "localhost:99999", "nobody.invalid:8000", "192.0.2.1:8000"):
+        with pytest.raises(NoEngineError, match="--url"):
+            port_of(url)
+
+
+def test_an_age_is_one_word() -> None:
+    assert [spell_age(seconds) for seconds in (None, 3.9, 75, 7300, 200_000)] == ["–", "3 s", "1 min", "2 h", "2 d"]
 
 
 def test_an_engine_is_found_by_its_command_line_and_its_ancestors(pretender: tuple[int, Path]) -> None:
     pid, folder = pretender
     assert RunningEngine(pid, folder) in find_engines()
     (folder / "watch.sock").touch()
-    assert choose_engine(pid).pid == pid
+    assert choose_engine(Choice(pid)).pid == pid
     assert RunningEngine(pid, folder).belongs_to(os.getpid())
     assert not RunningEngine(pid, folder).belongs_to(2**22 + 1)
 
@@ -211,9 +282,9 @@ def test_what_stands_by_is_no_engine_until_it_is_named_one(tmp_path: Path) -> No
 def test_an_engine_that_cannot_be_watched_is_one_sentence(pretender: tuple[int, Path]) -> None:
     pid, _ = pretender
     with pytest.raises(NoEngineError, match="still loading"):
-        choose_engine(pid)
-    with pytest.raises(NoEngineError, match=r"process 4194305 has no engine"):
-        choose_engine(2**22 + 1)
+        choose_engine(Choice(pid))
+    with pytest.raises(NoEngineError, match=r"process 4194305 has no engine here"):
+        choose_engine(Choice(2**22 + 1))
 
 
 # ---- the page
@@ -221,7 +292,7 @@ def test_an_engine_that_cannot_be_watched_is_one_sentence(pretender: tuple[int, 
 
 @pytest.fixture
 def server() -> Iterator[PageServer]:
-    with page_server(2**22 + 1, 0) as made:
+    with page_server(Choice(2**22 + 1), 0) as made:
         thread = threading.Thread(target=made.serve_forever, daemon=True)
         thread.start()
         yield made
@@ -255,7 +326,7 @@ def test_events_say_what_is_wrong(server: PageServer) -> None:
     answer = get(server, "/events")
     assert answer.getheader("Content-Type") == "text/event-stream"
     event = json.loads(answer.readline().removeprefix(b"data: "))
-    assert (event["pid"], event["trouble"]) == (None, "process 4194305 has no engine")
+    assert (event["pid"], event["trouble"]) == (None, "process 4194305 has no engine here")
 
 
 def test_an_event_has_the_snapshot_and_the_rates() -> None:
