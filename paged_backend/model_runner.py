@@ -18,17 +18,18 @@ from paged_backend.batch import Batch, StepResult
 from paged_backend.config import EngineConfig
 from paged_backend.cuda_graphs import StepGraphs, captured_shapes
 from paged_backend.errors import EngineError
-from paged_backend.kv_store import allocate_kv_store, prompt_tokens_at_once, size_pool
+from paged_backend.kv_store import allocate_kv_store, free_bytes, prompt_tokens_at_once, size_pool
 from paged_backend.lora import Berths, allocate_berths
 from paged_backend.models.architecture import Architecture
-from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
-from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights
+from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.sampler import Sampler
 from paged_backend.step_plan import plan_step, shape_of
 from paged_backend.step_results import Flight, Landings
 from paged_backend.step_tensors import DeviceRows
+from paged_backend.units import spell_bytes
 from paged_backend.warm_up import warm_up_batches
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
@@ -78,17 +79,22 @@ class ModelRunner:
 
     @classmethod
     @torch.inference_mode()
-    def load(cls, config: EngineConfig, tell: Callable[[str], None]) -> ModelRunner:
+    def load(cls, config: EngineConfig, tell: Callable[[str], None], checkpoint: Checkpoint | None = None) -> ModelRunner:
         """Reads the checkpoint, sizes the pool, allocates everything a step needs. `tell` hears of progress and of every decision, a sentence each.
+
+        checkpoint: if it was opened already.
 
         Raises:
             EngineError: the checkpoint cannot be run, or does not fit; one sentence for the operator.
         """
         device = _device(config.device)
-        checkpoint = open_checkpoint(config)
+        checkpoint = checkpoint or open_checkpoint(config)
         a = checkpoint.architecture
         dtype, kv_dtype = _dtypes(config, a, device)
         tell(f"model: {a.name}, {a.num_layers} layers, vocabulary {a.vocab_size}, on {_name(device)} in {_dtype_name(dtype)}, KV in {_dtype_name(kv_dtype)}")
+        for warning in checkpoint.warnings:
+            tell(warning)
+        _check_room(a, dtype, device)
         weights = allocate_weights(a, dtype, device)
         if config.load_format == "dummy":
             tell(randomise_weights(weights, a, config.seed))
@@ -181,6 +187,15 @@ def _device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def _check_room(a: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+    """A CPU's memory is promised before it is there: a process that takes more than there is gets killed, without a word."""
+    needed, free = weight_bytes(a, dtype), free_bytes(device)
+    if needed > free:
+        raise EngineError(
+            f"the weights do not fit into the memory of {_name(device)}: {spell_bytes(needed)} in {_dtype_name(dtype)}, {spell_bytes(free)} are free"
+        )
 
 
 def _make_ops(

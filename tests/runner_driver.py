@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from paged_backend.request import SamplingParams
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def load_runner(folder: Path, **options: Any) -> ModelRunner:
+def load_runner(folder: Path, tell: Callable[[str], None] = lambda sentence: None, **options: Any) -> ModelRunner:
     """A float32 runner on the CPU; `options` are those of EngineConfig."""
-    return ModelRunner.load(EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), lambda sentence: None)
+    return ModelRunner.load(EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), tell)
 
 
 class _Live:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from paged_backend.errors import EngineError
+from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, first_words
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_QUANTISERS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -32,12 +34,12 @@ class Rope:
     @property
     def max_len(self) -> int:
         """Tokens the checkpoint allows. For linear and dynamic scaling max_position_embeddings is the unscaled length; for yarn it may be either."""
-        factor = self.parameters.get("factor") or 1.0
+        length, factor = self.max_position_embeddings, self.parameters.get("factor") or 1.0
         if self.rope_type in ("linear", "dynamic"):
-            return int(self.max_position_embeddings * factor)
+            length = int(length * factor)
         if self.rope_type == "yarn":
-            return max(self.max_position_embeddings, int(self.parameters["original_max_position_embeddings"] * factor))
-        return self.max_position_embeddings
+            length = max(length, int(self.parameters["original_max_position_embeddings"] * factor))
+        return min(length, MAX_POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -72,20 +74,11 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         EngineError: the file is missing or broken, or asks for something that is not supported; the sentence names it.
     """
-    raw = _read_json(folder / "config.json")
-    names = raw.get("architectures") or ["none"]
-    name = str(names[0])
-    if name not in SUPPORTED:
-        raise EngineError(f"architecture {name} is not supported; supported: {', '.join(SUPPORTED)}")
-    if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unnamed")
-        raise EngineError(f"quantization_config: quantised checkpoints are not supported ({method})")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises what it likes for a bad value
-        raise EngineError(f"config.json: {_first_line(error)}") from None
+    file = ConfigFile.read(folder / "config.json")
+    name = _supported_name(file)
+    _refuse_quantised(folder, file)
+    config = _transformers_config(MODEL_TYPES[name], file)
     _check_options(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention_bias = bool(getattr(config, "attention_bias", False))
     return Architecture(
         name=name,
@@ -95,7 +88,7 @@ def read_architecture(folder: Path) -> Architecture:
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=_head_dim(config),
         rms_norm_eps=config.rms_norm_eps,
         qkv_bias=True if name == "Qwen2ForCausalLM" else attention_bias and name != "MistralForCausalLM",
         out_bias=attention_bias and name in ("LlamaForCausalLM", "Qwen3ForCausalLM"),
@@ -103,8 +96,8 @@ def read_architecture(folder: Path) -> Architecture:
         qk_norm=name == "Qwen3ForCausalLM",
         tied_head=bool(config.tie_word_embeddings),
         sliding_windows=_sliding_windows(name, config),
-        rope=Rope(dict(config.rope_parameters), config.max_position_embeddings, head_dim, config),
-        dtype=_dtype_name(config),
+        rope=Rope(dict(config.rope_parameters), config.max_position_embeddings, _head_dim(config), config),
+        dtype=_dtype_name(file),
         initializer_range=config.initializer_range,
         eos_ids=token_ids(config.eos_token_id),
         bos_id=config.bos_token_id,
@@ -116,12 +109,44 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
+def _supported_name(file: ConfigFile) -> str:
+    """The architecture, one of MODEL_TYPES."""
+    name = (file.architectures or ["none"])[0]
+    if name not in MODEL_TYPES:
+        raise EngineError(f"architecture {name[:80]} is not supported; supported: {', '.join(MODEL_TYPES)}")
+    if file.model_type not in (None, MODEL_TYPES[name]):
+        raise EngineError(f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of model_type {MODEL_TYPES[name]}")
+    return name
+
+
+def _refuse_quantised(folder: Path, file: ConfigFile) -> None:
+    if file.quantization_config:
+        method = str(file.quantization_config.get("quant_method", "unnamed"))[:80]
+        raise EngineError(f"quantization_config: quantised checkpoints are not supported ({method})")
+    for name in _QUANTISERS_FILES:
+        if (folder / name).is_file():
+            raise EngineError(f"{name}: quantised checkpoints are not supported (config.json has no quantization_config, but GPTQ and AWQ write this file)")
+
+
+def _transformers_config(model_type: str, file: ConfigFile) -> PreTrainedConfig:
+    """transformers' config of what the file says, with the defaults of the rest."""
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type](**file.for_transformers())
+    except Exception as error:  # transformers raises what it likes for a bad value, and its own checks wrap the reason
+        raise EngineError(f"config.json: {first_words(error.__cause__ or error)}") from None
+    return config
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _check_options(config: PreTrainedConfig) -> None:
     """Refuses, by name, what the decoder does not compute."""
     rope = config.rope_parameters or {}
     if config.hidden_act != "silu":
         raise EngineError(f"hidden_act: {config.hidden_act} is not supported; supported: silu")
-    if "rope_type" not in rope:
+    if "rope_type" not in rope or any(isinstance(entry, Mapping) for entry in rope.values()):
         raise EngineError("rope_parameters: different positions for different layers are not supported")
     if rope["rope_type"] not in ROPE_TYPES:
         raise EngineError(f"rope_type: {rope['rope_type']} is not supported; supported: {', '.join(ROPE_TYPES)}")
@@ -130,9 +155,9 @@ def _check_options(config: PreTrainedConfig) -> None:
         raise EngineError(f"partial_rotary_factor: {partial} is not supported; supported: 1.0")
     if config.num_attention_heads % config.num_key_value_heads:
         raise EngineError(f"num_attention_heads: {config.num_attention_heads} is not a multiple of num_key_value_heads ({config.num_key_value_heads})")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim % 2:
-        raise EngineError(f"head_dim: {head_dim} is odd, rotary positions need an even one")
+    head_dim = _head_dim(config)
+    if head_dim % 2 or not head_dim:
+        raise EngineError(f"head_dim: {head_dim} is not supported, rotary positions need an even one")
 
 
 def _sliding_windows(name: str, config: PreTrainedConfig) -> tuple[int | None, ...]:
@@ -140,6 +165,8 @@ def _sliding_windows(name: str, config: PreTrainedConfig) -> tuple[int | None, .
     layer_types = getattr(config, "layer_types", None)
     num_layers = int(config.num_hidden_layers)
     window: int | None = getattr(config, "sliding_window", None)
+    if window == 0:
+        raise EngineError("sliding_window: 0 tokens are nothing to attend to; null means all")
     if layer_types is not None:
         for layer_type in layer_types:
             if layer_type not in ("full_attention", "sliding_attention"):
@@ -155,23 +182,8 @@ def _sliding_windows(name: str, config: PreTrainedConfig) -> tuple[int | None, .
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types or ())
 
 
-def _dtype_name(config: PreTrainedConfig) -> str:
-    name = str(config.dtype or "float32").removeprefix("torch.")
+def _dtype_name(file: ConfigFile) -> str:
+    name = (file.dtype or file.torch_dtype or "float32").removeprefix("torch.")
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise EngineError(f"config.json: dtype: {name[:80]} is no type of torch's")
     return name if name in ("float32", "bfloat16", "float16") else "float32"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EngineError(f"{path.parent}: no {path.name}, so this is not a checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise EngineError(f"{path}: {_first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise EngineError(f"{path}: expected a JSON object")
-    return content
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
-from paged_backend.models.architecture import Architecture, read_architecture, token_ids
+from paged_backend.models.architecture import Architecture, read_architecture
+from paged_backend.models.config_file import first_words
+from paged_backend.models.generation_config import GenerationConfig, find_stop_ids
+from paged_backend.models.rope import check_rope
+from paged_backend.models.weights import settle_weights
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
 _WEIGHT_FILES = ("*.safetensors",)
+_SECOND_COPIES = ["consolidated*", "original/*"]  # the same weights in Mistral's and in Meta's own format
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Checkpoint:
 
     folder: Path
     architecture: Architecture
-    eos_ids: tuple[int, ...]  # of generation_config.json, then those that only config.json names
+    generation: GenerationConfig
+    eos_ids: tuple[int, ...]  # an answer ends at each; without the tokenizer's own
     bos_id: int | None
+    warnings: tuple[str, ...] = ()  # sentences for the operator
 
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint:
-    """Finds or fetches the checkpoint that `config.model` names and reads its configs.
+    """Finds or fetches the checkpoint that `config.model` names and checks all that can be told without reading its weights.
 
     Raises:
         EngineError: there is none, or the decoder cannot run it.
@@ -35,10 +40,14 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     if folder is None:
         folder = _fetch(config)
     architecture = read_architecture(folder)
-    generation = _read_generation_config(folder)
-    eos_ids = dict.fromkeys(token_ids(generation.get("eos_token_id")) + architecture.eos_ids)
-    bos_id = generation.get("bos_token_id", architecture.bos_id)
-    return Checkpoint(folder, architecture, tuple(eos_ids), bos_id)
+    check_rope(architecture.rope)
+    warning = ""
+    if config.load_format == "auto":
+        architecture, warning = settle_weights(architecture, folder)
+    generation = GenerationConfig.read(folder)
+    stops = find_stop_ids(architecture, generation, None)
+    bos_id = architecture.bos_id if generation.bos_token_id is None else generation.bos_token_id
+    return Checkpoint(folder, architecture, generation, tuple(stops), bos_id, (warning,) if warning else ())
 
 
 def _fetch(config: EngineConfig) -> Path:
@@ -50,20 +59,8 @@ def _fetch(config: EngineConfig) -> Path:
     if config.model.startswith((".", "/", "~")):
         raise EngineError(f"model: no folder {config.model}")
     try:
-        return Path(snapshot_download(config.model, allow_patterns=patterns))
+        return Path(snapshot_download(config.model, allow_patterns=patterns, ignore_patterns=_SECOND_COPIES))
     except HFValidationError:
         raise EngineError(f"model: {config.model} is neither a folder nor a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise EngineError(f"model: {config.model} is no folder, and the hub did not give it: {reason[0] if reason else type(error).__name__}") from None
-
-
-def _read_generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EngineError(f"generation_config.json: {error}") from None
-    return content if isinstance(content, dict) else {}
+        raise EngineError(f"model: {config.model} is no folder, and the hub did not give it: {first_words(error)}") from None

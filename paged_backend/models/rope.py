@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Rope
+from paged_backend.models.config_file import first_words
 
 _CHUNK = 65_536  # positions computed at once: bounds the memory that the table's making needs
 
@@ -28,6 +32,20 @@ def rope_table(rope: Rope, max_len: int, device: torch.device) -> Tensor:
         rows[:, :half] = angles.cos() * factor
         rows[:, half:] = angles.sin() * factor
     return table
+
+
+def check_rope(rope: Rope) -> None:
+    """
+    Raises:
+        EngineError: the parameters give frequencies that are no numbers at the first position or at the last.
+    """
+    try:
+        for position in (0, rope.max_len - 1):
+            frequencies, factor = _frequencies(rope, torch.tensor([position]))
+            if not (frequencies.isfinite().all() and math.isfinite(factor)):
+                raise EngineError(f"rope_parameters: {dict(rope.parameters)} give positions that are not finite")
+    except (ArithmeticError, ValueError, TypeError) as error:
+        raise EngineError(f"rope_parameters: {dict(rope.parameters)} cannot be used: {first_words(error)}") from None
 
 
 def _frequencies(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.upload import Uploads
+from paged_backend.models.weight_files import StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
 
 Progress = Callable[[str], None]
 
-_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of the types that can be loaded, and their bytes
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_AT_ONCE = 2**24  # numbers
 _PROGRESS_SECONDS = 1.0
 
 
@@ -100,34 +100,79 @@ def load_weights(weights: Weights, architecture: Architecture, folder: Path, pro
     """Fills `weights` from `folder`'s safetensors; `progress` hears of it at most once a second. Returns a sentence on what was loaded.
 
     Raises:
-        EngineError: a file or a tensor is missing, broken, of another shape or of a type that is not float.
+        EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN or infinity.
     """
-    targets = _targets(weights, architecture)
-    started, reported = time.monotonic(), time.monotonic()
+    stored = find_tensors(folder)
+    targets = _targets(weights, architecture, stored)
+    check_tensors(stored, targets)
+    started, reported, loaded = time.monotonic(), time.monotonic(), 0
     total = sum(target.numel() for target in targets.values())
-    missing, ignored, loaded = dict.fromkeys(targets), [], 0
     with Uploads(weights.embedding.device) as uploads:
-        for name, tensor in _read_files(folder, targets):
-            if tensor is None:
-                ignored.append(name)
-                continue
+        for name, tensor in read_tensors(stored, targets):
             uploads.put(targets[name], tensor)
-            missing.pop(name, None)
             loaded += tensor.numel()
             if time.monotonic() - reported >= _PROGRESS_SECONDS:
                 reported = time.monotonic()
                 scale = weights.num_bytes / total / 1e9
                 progress(f"loading weights {100 * loaded // total} % ({loaded * scale:.1f} of {total * scale:.1f} GB)")
-    if missing:
-        raise EngineError(f"checkpoint: tensor {next(iter(missing))} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    _check_finite(targets)
+    ignored = [name for name in stored if name not in targets]
     note = f"; ignored {len(ignored)} tensors that the model has no use for ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})" if ignored else ""
     return f"weights: {spell_bytes(weights.num_bytes)} loaded in {time.monotonic() - started:.1f} s{note}"
+
+
+def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architecture, str]:
+    """Checks, by the headers of `folder`'s files, that they hold what the architecture needs, and whether its head is tied; reads no tensor but these two.
+
+    Returns the architecture as the files have it, and a sentence on what differs from config.json, or "".
+    A head that differs from the embedding is used although config.json ties them, as transformers does since 5.0: a fine-tuned head beside a flag
+    that was never changed.
+
+    Raises:
+        EngineError: as `load_weights`, but for what only the numbers say.
+    """
+    stored = find_tensors(folder)
+    note = ""
+    if architecture.tied_head and _EMBEDDING in stored and _HEAD in stored and not _equal(stored, _EMBEDDING, _HEAD):
+        architecture = replace(architecture, tied_head=False)
+        note = f"warning: config.json ties {_HEAD} to {_EMBEDDING}, but the checkpoint has two that differ: each is used as it is"
+    check_tensors(stored, _targets(allocate_weights(architecture, torch.float32, torch.device("meta")), architecture, stored))
+    return architecture, note
+
+
+def weight_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+    """What `allocate_weights` takes."""
+    return allocate_weights(architecture, dtype, torch.device("meta")).num_bytes
+
+
+def _equal(stored: Mapping[str, StoredTensor], *names: str) -> bool:
+    first, second = (stored[name] for name in names)
+    if (first.shape, first.kind) != (second.shape, second.kind):
+        return False
+    one, other = (tensor for _, tensor in sorted(read_tensors(stored, names), key=lambda pair: pair[0]))
+    rows = max(1, _COMPARED_AT_ONCE // max(1, one[:1].numel()))  # the first rows of heads that differ differ
+    return all(torch.equal(a, b) for a, b in zip(torch.split(one, rows), torch.split(other, rows), strict=True))
+
+
+@torch.inference_mode()
+def _check_finite(targets: Mapping[str, Tensor]) -> None:
+    """One reduction a tensor without a copy of it, at the speed of the device's memory, and one wait for all of them together.
+
+    The least and the greatest number of a tensor are NaN if any is; they are infinite if any is.
+    """
+    extremes = torch.stack([extreme.float() for target in targets.values() for extreme in torch.aminmax(target)]).view(-1, 2)
+    finite = extremes.isfinite().all(1).tolist()
+    wrong = [name for name, is_finite in zip(targets, finite, strict=True) if not is_finite]
+    if wrong:
+        more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+        dtype = str(targets[wrong[0]].dtype).removeprefix("torch.")
+        raise EngineError(f"checkpoint: tensor {wrong[0]}{more} holds numbers that are not finite (NaN or infinity) in {dtype}")
 
 
 def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -> str:
     """Fills `weights` with seeded noise of the checkpoint's initializer_range, norms with 1. Returns a sentence that says so."""
     generator = torch.Generator(weights.embedding.device).manual_seed(seed)
-    for name, target in _targets(weights, architecture).items():
+    for name, target in _targets(weights, architecture, {}).items():
         if name.endswith("norm.weight"):
             target.fill_(1)
         else:
@@ -135,11 +180,13 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
     return f"weights: {spell_bytes(weights.num_bytes)} of random numbers (load_format=dummy)"
 
 
-def _targets(weights: Weights, architecture: Architecture) -> dict[str, Tensor]:
-    """Checkpoint name -> the tensor, or the rows of a packed one, that it fills."""
-    targets = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.final_norm}
+def _targets(weights: Weights, architecture: Architecture, stored: Collection[str]) -> dict[str, Tensor]:
+    """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: the names that the checkpoint has."""
+    targets = {_EMBEDDING: weights.embedding, "model.norm.weight": weights.final_norm}
     if weights.head is not weights.embedding:
-        targets["lm_head.weight"] = weights.head
+        targets[_HEAD] = weights.head
+    elif _EMBEDDING not in stored and _HEAD in stored:  # tied from the other end
+        targets[_HEAD] = targets.pop(_EMBEDDING)
     q_size, kv_size = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
     for index, layer in enumerate(weights.layers):
         whole: dict[str, Tensor | None] = {
@@ -160,51 +207,6 @@ def _targets(weights: Weights, architecture: Architecture) -> dict[str, Tensor]:
                 whole |= {f"mlp.{side}_proj.{kind}": part for side, part in zip(("gate", "up"), gate_up.chunk(2), strict=True)}
         targets |= {f"model.layers.{index}.{name}": target for name, target in whole.items() if target is not None}
     return targets
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or every file of model.safetensors.index.json."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({Path(name).name for name in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise EngineError(f"{index.name} is broken: expected a JSON object with a weight_map") from None
-        for name in names:
-            if not (folder / name).is_file():
-                raise EngineError(f"checkpoint: {name} is named in {index.name} but missing")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise EngineError("checkpoint: weights are pickled (.bin), which can run code when loaded; convert them to safetensors")
-    raise EngineError(f"checkpoint: {folder} has no model.safetensors and no model.safetensors.index.json")
-
-
-def _read_files(folder: Path, targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
-    for path in _weight_files(folder):
-        yield from _read_file(path, targets)
-
-
-def _read_file(path: Path, targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, tensor) of each tensor in a file, in the file's order; None for those without a target, which are not read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                target = targets.get(name)
-                if target is None:
-                    yield name, None
-                    continue
-                view = file.get_slice(name)
-                shape, kind = list(view.get_shape()), view.get_dtype()
-                if shape != list(target.shape):
-                    raise EngineError(f"checkpoint: tensor {name} has shape {shape}, config.json implies {list(target.shape)}")
-                if kind not in _FLOATS:
-                    raise EngineError(f"checkpoint: tensor {name} is of type {kind}; supported: {', '.join(_FLOATS)}")
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise EngineError(f"checkpoint: {path.name} is broken: {str(error).splitlines()[0]}") from None
 
 
 def _tensors(layer: LayerWeights) -> list[Tensor]:

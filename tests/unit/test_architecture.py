@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.models.config_file import ConfigFile
+from paged_backend.models.generation_config import GenerationConfig, find_stop_ids
+from paged_backend.models.rope import check_rope
 
 BASE = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -47,7 +51,27 @@ def write(folder: Path, **options: Any) -> Path:
         ({"layer_types": ["full_attention"]}, ["layer_types"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ({"head_dim": 15}, ["head_dim", "15"]),
-        ({"vocab_size": "many"}, ["vocab_size"]),
+        ({"vocab_size": "many"}, ["vocab_size", '"many"']),
+        ({"vocab_size": 4_000_000_000}, ["vocab_size", "4000000000"]),
+        ({"vocab_size": True}, ["vocab_size", "true"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "1000000000"]),
+        ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "2.5"]),
+        ({"hidden_size": 65, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}, ["hidden size (65)"]),
+        ({"rms_norm_eps": math.nan}, ["rms_norm_eps", "NaN"]),
+        ({"rope_theta": 1e400}, ["rope_theta", "Infinity"]),
+        ({"rope_theta": None}, ["rope_theta", "null"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4.0"}}, ["rope_scaling.factor", '"4.0"']),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["'linear'", "factor"]),
+        ({"rope_scaling": ["linear", 4.0]}, ["rope_scaling", "object"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}, "layer_types": ["full_attention"] * 2}, ["different positions"]),
+        ({"architectures": "Qwen2ForCausalLM"}, ["architectures", "list"]),
+        ({"architectures": ["LlamaForCausalLM"]}, ["model_type is qwen2", "LlamaForCausalLM"]),
+        ({"quantization_config": "gptq"}, ["quantization_config", '"gptq"']),
+        ({"eos_token_id": ["2"]}, ["eos_token_id", '"2"']),
+        ({"tie_word_embeddings": "false"}, ["tie_word_embeddings", '"false"']),
+        ({"dtype": "bfloat17"}, ["dtype", "bfloat17"]),
+        ({"dtype": {"text": "bfloat16"}}, ["dtype", "string"]),
+        ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, ["sliding_window", "0"]),
         ({"model_type": "no_such_model"}, ["no_such_model"]),
         (
             {
@@ -65,6 +89,47 @@ def test_what_is_not_supported_is_refused_by_name(options: dict[str, Any], words
         read_architecture(write(tmp_path, **options))
     assert all(word in str(refusal.value) for word in words)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "num_attention_heads": 32},  # a head of two numbers has one angle
+    ],
+    ids=["yarn", "dynamic"],
+)
+def test_positions_that_are_no_numbers_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="rope_parameters"):
+        open_checkpoint(EngineConfig(model=str(write(tmp_path, **options)), load_format="dummy"))
+
+
+@pytest.mark.parametrize("key", ConfigFile.model_fields)
+def test_every_key_may_be_of_a_wrong_type(key: str, tmp_path: Path) -> None:
+    """Either it does not matter, or a sentence names the key."""
+    for value in ("x", -7, 2.5, [], ["x"], {"x": [1]}, True, None, 10**400):
+        refusal = ""
+        try:
+            check_rope(read_architecture(write(tmp_path, **{key: value})).rope)
+        except EngineError as error:
+            refusal = str(error)
+        assert not refusal or key in refusal or "rope_parameters" in refusal or "architecture" in refusal, value
+
+
+def test_keys_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
+    write(tmp_path, use_cache="x", id2label="abc", num_labels="z", torch_dtype="float16", pad_token_id=-1, auto_map={"AutoModel": "m.M"})
+    assert read_architecture(tmp_path).vocab_size == 100
+
+
+def test_swish_is_silu(tmp_path: Path) -> None:
+    assert read_architecture(write(tmp_path, hidden_act="swish")) is not None
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_folders_of_quantisers_that_do_not_say_so_in_config_json_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(EngineError, match=f"{name}: quantised"):
+        read_architecture(write(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff"], ids=["empty", "cut", "list", "binary"])
@@ -89,13 +154,32 @@ def test_a_name_that_is_no_hub_id_is_refused() -> None:
         open_checkpoint(EngineConfig(model="a/b/c"))
 
 
-def test_eos_ids_are_those_of_generation_config_and_config(tmp_path: Path) -> None:
+def test_answers_end_at_generation_configs_ids_and_at_configs_only_without_them(tmp_path: Path) -> None:
+    """As transformers' generate, which takes 7 alone when generation_config.json says 7 and config.json [7, 11, 13]."""
+    write(tmp_path, eos_token_id=[7, 11, 13])
+    options = EngineConfig(model=str(tmp_path), load_format="dummy")
+    assert open_checkpoint(options).eos_ids == (7, 11, 13)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    assert open_checkpoint(options).eos_ids == (7, 11, 13)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "bos_token_id": 3}))
+    assert open_checkpoint(options).eos_ids == (7,)
+    assert open_checkpoint(options).bos_id == 3
+
+
+def test_the_tokenizers_own_eos_ends_answers_too(tmp_path: Path) -> None:
+    architecture = read_architecture(write(tmp_path))
+    generation = GenerationConfig(eos_token_id=[9, 8, 100, -1])  # 100 is beyond the vocabulary
+    assert find_stop_ids(architecture, generation, 5) == {9: "generation_config.json", 8: "generation_config.json", 5: "the tokenizer's eos"}
+    assert find_stop_ids(architecture, generation, 8)[8] == "generation_config.json, the tokenizer's eos"
+    assert find_stop_ids(architecture, GenerationConfig(), None) == {7: "config.json"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": 1e400}'])
+def test_a_broken_generation_config_is_refused(content: str, tmp_path: Path) -> None:
     write(tmp_path)
-    assert open_checkpoint(EngineConfig(model=str(tmp_path))).eos_ids == (7,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 8], "bos_token_id": 3}))
-    checkpoint = open_checkpoint(EngineConfig(model=str(tmp_path)))
-    assert checkpoint.eos_ids == (9, 8, 7)
-    assert checkpoint.bos_id == 3
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(EngineError, match=r"generation_config\.json"):
+        open_checkpoint(EngineConfig(model=str(tmp_path), load_format="dummy"))
 
 
 def test_windows_are_per_layer(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models import weights as weights_module
 from paged_backend.models.architecture import Architecture, read_architecture
-from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights
+from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, settle_weights
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
 
@@ -25,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Weights, Architecture, str]:
-    architecture = read_architecture(folder)
+    architecture, _ = settle_weights(read_architecture(folder), folder)
     weights = allocate_weights(architecture, dtype, CPU)
     return weights, architecture, load_weights(weights, architecture, folder, lambda sentence: None)
 
@@ -77,11 +79,76 @@ def test_a_tied_head_is_the_embedding_and_takes_no_memory(tmp_path: Path) -> Non
     save_checkpoint(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
     weights, _, _ = load(tmp_path)
     assert weights.head is weights.embedding
-    edit(tmp_path, "lm_head.weight", torch.zeros(199, 64))
+    edit(tmp_path, "lm_head.weight", weights.embedding.clone())
     weights, _, sentence = load(tmp_path)
-    assert weights.head.any()
+    assert weights.head is weights.embedding
     assert "ignored 1 tensors" in sentence
     assert "lm_head.weight" in sentence
+
+
+def test_a_head_that_differs_is_used_although_config_json_ties_it(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    head = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].flip(0)
+    edit(tmp_path, "lm_head.weight", head)
+    heard: list[str] = []
+    runner = load_runner(tmp_path, tell=heard.append)
+    prompts = random_prompts((3, 20))
+    assert Driver(runner).generate(prompts, 8) == Oracle(tmp_path).greedy(prompts, 8)
+    assert [sentence for sentence in heard if sentence.startswith("warning: config.json ties lm_head.weight")]
+    edit(tmp_path, "lm_head.weight", head[:, :-1].clone())
+    with pytest.raises(EngineError, match=r"lm_head\.weight has shape"):
+        load(tmp_path)
+
+
+def test_a_tied_model_with_a_head_alone_takes_its_embedding_from_it(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    edit(tmp_path, "lm_head.weight", load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"])
+    edit(tmp_path, "model.embed_tokens.weight", None)
+    prompts = random_prompts((3, 20))
+    assert Driver(load_runner(tmp_path)).generate(prompts, 8) == Oracle(tmp_path).greedy(prompts, 8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_numbers_that_are_not_finite_are_refused_by_the_tensors_name(folder: Path, name: str, value: float) -> None:
+    tensor = load_file(folder / "model.safetensors")[name]
+    tensor.view(-1)[-1] = value
+    edit(folder, name, tensor)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with pytest.raises(EngineError, match=f"{name} holds numbers that are not finite .* in {str(dtype)[6:]}"):
+            load(folder, dtype)
+
+
+def test_numbers_that_a_narrower_type_cannot_hold_are_refused(folder: Path) -> None:
+    edit(folder, "model.norm.weight", torch.full((64,), 1e6))
+    load(folder, torch.bfloat16)
+    with pytest.raises(EngineError, match=r"model\.norm\.weight holds .* in float16"):
+        load(folder, torch.float16)
+
+
+def test_a_config_for_which_the_files_are_too_small_is_refused_before_anything_is_allocated(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4000, "layer_types": None}))
+    with pytest.raises(EngineError, match=r"tensor model\.layers\.2\.\S+ is missing, and 43977 more"):
+        open_checkpoint(EngineConfig(model=str(folder)))
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20, "num_attention_heads": 4}))
+    with pytest.raises(EngineError, match=r"config\.json implies"):
+        open_checkpoint(EngineConfig(model=str(folder)))
+
+
+def test_random_weights_that_do_not_fit_are_refused_before_they_are_allocated(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20, "intermediate_size": 2**20}))
+    with pytest.raises(EngineError, match=r"the weights do not fit into the memory of the CPU: \S+ GiB in float32, \S+ GiB are free"):
+        load_runner(folder, load_format="dummy")
+
+
+def test_quantised_tensors_are_called_that(folder: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit(folder, name, None)
+    edit(folder, "model.layers.0.mlp.down_proj.qweight", torch.zeros(8, 64, dtype=torch.int32))
+    with pytest.raises(EngineError, match=r"quantised checkpoints are not supported, and it has tensors such as model\.layers\.0\.mlp\.down_proj\.qweight"):
+        load(folder)
 
 
 def test_tensors_without_use_are_ignored_and_named(folder: Path) -> None:

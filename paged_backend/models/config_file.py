@@ -1,0 +1,164 @@
+"""The keys of a checkpoint's config.json that the decoder reads: their types and ranges, checked before anything is made of them.
+
+transformers' own config classes check some types and no ranges: a rope factor "4.0", a NaN or a thousand million layers would fail later, somewhere else.
+Keys that nothing here reads may hold what they like.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from paged_backend.errors import EngineError
+
+MAX_VOCAB_SIZE = 2**24  # token ids beyond it are no vocabulary; the largest published ones have 262,144
+_MAX_LAYERS = 4096
+_MAX_SIZE = 2**20  # of hidden states and heads
+MAX_POSITIONS = 2**31 - 1  # positions are int32 on the device
+_SPELLINGS = {"swish": "silu"}  # of one activation, as transformers' ACT2FN has them
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Size = Annotated[int, Field(ge=1, le=_MAX_SIZE)]
+Length = Annotated[int, Field(ge=1, le=MAX_POSITIONS)]
+TokenId = Annotated[int, Field(ge=-(2**31), le=MAX_POSITIONS)]  # some checkpoints say -1 for none
+TokenIds = Annotated[list[TokenId], BeforeValidator(_as_list)]  # one id or several
+Positive = Annotated[float, Field(gt=0)]
+
+
+class RopeOptions(BaseModel):
+    """`rope_parameters`, or `rope_scaling` of older checkpoints."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive = 10_000.0
+    factor: Annotated[float, Field(gt=0, le=_MAX_SIZE)] | None = None
+    original_max_position_embeddings: Annotated[Length, BeforeValidator(_whole)] | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    partial_rotary_factor: Positive | None = None
+
+
+class CheckedFile(BaseModel):
+    """A JSON file of a checkpoint, of which only the declared keys count."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+File = TypeVar("File", bound=CheckedFile)
+
+
+def checked(kind: type[File], content: Mapping[str, Any], name: str) -> File:
+    """
+    Raises:
+        EngineError: names the first wrong key of the file called `name`, what it may hold, and what it holds.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        wanted = first["msg"].replace("Input should be", "expected").replace(" or instance of RopeOptions", "")
+        wanted = wanted.replace("a valid dictionary", "an object").replace("a valid integer", "a whole number").replace("a valid ", "a ")
+        raise EngineError(f"{name}: {place}: {wanted}, got {_spelled(first['input'])}") from None
+
+
+class ConfigFile(CheckedFile):
+    """A checkpoint's config.json. Which keys were given is `model_fields_set`; null is a value where transformers takes it."""
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    quantization_config: dict[str, Any] | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB_SIZE)] = 1
+    hidden_size: Size = 1
+    intermediate_size: Annotated[int, Field(ge=1, le=16 * _MAX_SIZE)] = 1
+    num_hidden_layers: Annotated[int, Field(ge=1, le=_MAX_LAYERS)] = 1
+    num_attention_heads: Size = 1
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    hidden_act: Annotated[str, AfterValidator(lambda name: _SPELLINGS.get(name, name))] = "silu"
+    max_position_embeddings: Length = 1
+    original_max_position_embeddings: Length | None = None
+    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    initializer_range: Annotated[float, Field(ge=0, le=1)] = 0.02
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: Positive = 10_000.0
+    rope_scaling: RopeOptions | None = None
+    rope_parameters: RopeOptions | None = None
+    partial_rotary_factor: Positive | None = None
+    sliding_window: Annotated[int, Field(ge=0, le=MAX_POSITIONS)] | None = None
+    use_sliding_window: bool = False
+    max_window_layers: Annotated[int, Field(ge=0, le=MAX_POSITIONS)] = 1
+    layer_types: Annotated[list[str], Field(max_length=_MAX_LAYERS)] | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenIds | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """
+        Raises:
+            EngineError: the file is missing or broken, or a value is of a wrong type or out of range; the sentence names key and value.
+        """
+        return checked(cls, read_json(path), path.name)
+
+    def for_transformers(self) -> dict[str, Any]:
+        """What was given, for the class of transformers that knows the defaults of the rest."""
+        ours = {"architectures", "model_type", "quantization_config", "dtype", "torch_dtype"}
+        return self.model_dump(exclude_unset=True, exclude=ours)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        EngineError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError(f"{path.parent}: no {path.name}, so this is not a checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: {first_words(error)}") from None
+    except RecursionError:
+        raise EngineError(f"{path}: the JSON is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise EngineError(f"{path}: expected a JSON object")
+    return content
+
+
+def first_words(error: BaseException) -> str:
+    """What an exception says, in one line: libraries begin their messages with empty lines, or say the reason in the second one."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # which str() would put in quotes
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+
+
+def _spelled(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

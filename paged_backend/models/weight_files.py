@@ -1,0 +1,101 @@
+"""A checkpoint's safetensors files: what they hold is read from their headers, before a tensor is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from paged_backend.errors import EngineError
+from paged_backend.models.config_file import first_words
+
+FLOATS = ("F32", "F16", "BF16")  # safetensors' names of the types that can be loaded
+_QUANTISED_ENDINGS = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    kind: str  # safetensors' name of its type
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of model.safetensors, or of every file of model.safetensors.index.json, in the files' order.
+
+    Raises:
+        EngineError: a file is missing or broken, or weights come in another format.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                    view = file.get_slice(name)
+                    stored[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise EngineError(f"checkpoint: {path.name} is broken: {first_words(error)}") from None
+    return stored
+
+
+def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of those names, in the files' order. They are mapped: their bytes are read when they are used.
+
+    Raises:
+        EngineError: a file is broken.
+    """
+    for path in dict.fromkeys(tensor.path for tensor in stored.values()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name, tensor in stored.items():
+                    if tensor.path == path and name in wanted:
+                        yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise EngineError(f"checkpoint: {path.name} is broken: {first_words(error)}") from None
+
+
+def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        EngineError: the checkpoint lacks what a target, by its name, is filled from, or has it in another shape or of a type that is not float.
+    """
+    missing = [name for name in targets if name not in stored]
+    if missing:
+        quantised = next((name for name in stored if name.endswith(_QUANTISED_ENDINGS)), None)
+        if quantised is not None:
+            raise EngineError(f"checkpoint: quantised checkpoints are not supported, and it has tensors such as {quantised}")
+        raise EngineError(f"checkpoint: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    for name, target in targets.items():
+        shape, kind = list(stored[name].shape), stored[name].kind
+        if shape != list(target.shape):
+            raise EngineError(f"checkpoint: tensor {name} has shape {shape}, config.json implies {list(target.shape)}")
+        if kind not in FLOATS:
+            raise EngineError(f"checkpoint: tensor {name} is of type {kind}; supported: {', '.join(FLOATS)}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or every file of model.safetensors.index.json."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({Path(name).name for name in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EngineError(f"{index.name} is broken: expected a JSON object with a weight_map") from None
+        for name in names:
+            if not (folder / name).is_file():
+                raise EngineError(f"checkpoint: {name} is named in {index.name} but missing")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise EngineError("checkpoint: weights are pickled (.bin), which can run code when loaded; convert them to safetensors")
+    if any(folder.glob("consolidated*.safetensors")):
+        raise EngineError("checkpoint: its weights are in Mistral's own format (consolidated.safetensors); Hugging Face's is supported (model.safetensors)")
+    raise EngineError(f"checkpoint: {folder} has no model.safetensors and no model.safetensors.index.json")
