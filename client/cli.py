@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.status import Status
 
 from paged_backend.errors import EngineError
-from paged_backend.launch import Server, ServerSettings, StoppedEarlyError
 from paged_backend.log_lines import without_stamp
+from paged_backend.server.launch import Server, ServerSettings, StoppedEarlyError
 from paged_client.bench.command import bench_app
 from paged_client.chat import chat
 from paged_client.demo import DEMO_PROMPT, run_demo

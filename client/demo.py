@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from paged_backend.errors import EngineError
-from paged_backend.launch import Server
+from paged_backend.server.launch import Server
 from paged_client.asking import Speed, printable
 from paged_client.client import PagedClient, Stream
 from paged_client.errors import InvalidRequestError, PagedError

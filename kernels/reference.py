@@ -278,7 +278,7 @@ def write_tokens(history: Tensor, rows: Tensor, positions: Tensor, token_ids: Te
     history[rows[stored], positions[stored]] = token_ids[stored].to(history.dtype)
 
 
-# ---- adapters (LoRA; lora.py has the picture): row b of `weights` [berths, elements] holds one of rank ranks[b]
+# ---- adapters (LoRA; runner/adapter_store.py has the picture): row b of `weights` [berths, elements] holds one of rank ranks[b]
 
 
 def assign_adapters(rows: Tensor, query_starts: Tensor, row_berths: Tensor, token_berths: Tensor) -> None:

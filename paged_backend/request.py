@@ -13,8 +13,8 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.prompt_table import PromptTable
-from paged_backend.structured import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
+from paged_backend.frontend.prompt_logprobs import PromptTable
+from paged_backend.grammar.options import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 8192  # of all stop strings together: each may become a state of what looks for them

@@ -11,8 +11,8 @@ import numpy as np
 
 from paged_backend.batch import Batch, Int32, NewRow, features_of
 from paged_backend.config import EngineConfig
-from paged_backend.model_runner import ModelRunner
 from paged_backend.request import SamplingParams
+from paged_backend.runner.model_runner import ModelRunner
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -12,8 +12,8 @@ from zlib import crc32
 import numpy as np
 
 from paged_backend.batch import Batch, BeamCandidates, StepResult
-from paged_backend.beam_search import BeamSearch, Candidates
 from paged_backend.request import SamplingParams
+from paged_backend.scheduler.beam_search import BeamSearch, Candidates
 
 
 def next_token(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> int:

@@ -13,13 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
-from paged_backend.engine_loading import load_engine
-from paged_backend.grammar_process import Verdict, VocabularyPlace, compile_here
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
+from paged_backend.grammar.compiler_process import Verdict, VocabularyPlace, compile_here
+from paged_backend.grammar.options import Grammar
+from paged_backend.grammar.vocabulary import read_vocabulary
 from paged_backend.messages import Submit
 from paged_backend.request import Finish, parse_sampling
-from paged_backend.structured import Grammar
-from paged_backend.vocabulary import read_vocabulary
 from tests.oracle import save_checkpoint
 from tests.small_tokenizers import byte_level
 

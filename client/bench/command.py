@@ -24,8 +24,8 @@ from rich.console import Console
 
 from paged_backend.errors import EngineError
 from paged_backend.extras import install_command
-from paged_backend.launch import Server, ServerSettings
 from paged_backend.log_lines import without_stamp
+from paged_backend.server.launch import Server, ServerSettings
 from paged_client.bench.load import Level, LoadLimits, Prompting
 from paged_client.bench.memory import PAGED, RESERVED, MemoryPlan, check_plan, draw_memory, judge, pool_options, print_memory, run_memory
 from paged_client.bench.perf_analyzer import find_perf_analyzer

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paged_backend.server_child import ServerChild
+from paged_backend.server.child import ServerChild
 from paged_client.bench.perf_analyzer import PerfAnalyzer
 from paged_client.bench.profile import CutExportError, Trace, read_profile
 from paged_client.bench.target import Target

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from paged_backend.errors import EngineError
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from paged_client.bench.figures import Figures
 from paged_client.bench.load import Level, answers
 from paged_client.bench.pool import PoolFigures

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from paged_backend.snapshot import Snapshot
+from paged_backend.engine.snapshot import Snapshot
 from paged_client.top.engines import Choice, NoEngineError, View, choose_engine, follow, port_of
 from paged_client.top.history import History
 from paged_client.top.view import Room, frame

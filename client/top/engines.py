@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
+from paged_backend.engine.snapshot import WATCH_SOCKET, Snapshot, decode
 from paged_backend.messages import ENGINE_NAME, MODEL_NAME, STANDBY
-from paged_backend.snapshot import WATCH_SOCKET, Snapshot, decode
 from paged_client.top.processes import PROC, age_seconds, lineage, name_of, owner_of, server_above, words_of
 
-_MODULE = "paged_backend.engine_process"
+_MODULE = "paged_backend.engine.process"
 _LONGEST_ADDRESS = 107  # bytes, of a unix socket
 _LOOK_AGAIN_SECONDS = 1.0
 

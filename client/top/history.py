@@ -8,7 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
-from paged_backend.snapshot import Snapshot
+from paged_backend.engine.snapshot import Snapshot
 
 LENGTH = 240  # snapshots: a minute, at four a second
 _RECENT = 8  # snapshots that the numbers beside the curves look back on

@@ -12,7 +12,7 @@ import numpy as np
 from rich.style import Style
 from rich.text import Text
 
-from paged_backend.snapshot import CACHED, FIRST_REQUEST, FREE, SHARED, Cells
+from paged_backend.engine.snapshot import CACHED, FIRST_REQUEST, FREE, SHARED, Cells
 
 _Item = TypeVar("_Item")
 _GOLDEN = 0.618033988749895  # consecutive hues lie far apart

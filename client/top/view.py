@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from paged_backend.snapshot import CACHED, FREE, SHARED, LiveRequest, Snapshot
+from paged_backend.engine.snapshot import CACHED, FREE, SHARED, LiveRequest, Snapshot
 from paged_client.top.engines import View
 from paged_client.top.history import History, hit_rate_since_start, utilisation
 from paged_client.top.page_map import GLYPHS, HELD_GLYPH, draw, glyph_of, style_of, zoomed

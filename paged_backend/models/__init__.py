@@ -1,1 +1,4 @@
-"""Decoder-only language models: what a checkpoint's config says (architecture), its tensors (weights), its positions (rope), its forward pass (decoder)."""
+"""From a checkpoint folder to a forward pass.
+
+Start with architecture.py (what config.json says, as plain facts), then decoder.py (the forward pass); weights.py reads the tensors.
+"""

@@ -11,7 +11,7 @@ from torch import Tensor
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.linears import LinearOps, Linears, PlainLinears
 from paged_backend.models.weights import LayerWeights, Weights
-from paged_backend.step_tensors import StepTensors
+from paged_backend.runner.step_tensors import StepTensors
 
 
 class DecoderOps(LinearOps, Protocol):

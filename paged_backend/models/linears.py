@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paged_backend.models.adapter_layout import AdapterLayout, Site
 from paged_backend.models.weights import LayerWeights
-from paged_backend.step_tensors import StepTensors
+from paged_backend.runner.step_tensors import StepTensors
 
 
 class Linears(Protocol):

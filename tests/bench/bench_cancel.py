@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc.aio as grpc
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import tensor
 
 OWN_STREAMS = 8  # of this process, which are cancelled in turn

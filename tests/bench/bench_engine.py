@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from tests.bench.geometries import GEOMETRIES, write_geometry

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from paged_backend.config import EngineConfig, demo_model_folder
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from tools.demo_model import exam

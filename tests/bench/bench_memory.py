@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from paged_backend.batch import StepResult
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler
-from paged_backend.scheduler_limits import SchedulerLimits
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.scheduler import Scheduler
 
 
 def log_normal(random: np.random.Generator, mean: float, sigma: float, size: int, limit: int) -> NDArray[np.int64]:

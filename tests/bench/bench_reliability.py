@@ -33,7 +33,7 @@ import numpy as np
 import tritonclient.grpc.aio as grpc
 from tritonclient.utils import InferenceServerException
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.bench import bench_cancel
 from tests.server.calls import MODEL, engine_pid, tensor
 

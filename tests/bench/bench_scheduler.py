@@ -18,8 +18,8 @@ import numpy as np
 from paged_backend.batch import StepResult
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler
-from paged_backend.scheduler_limits import SchedulerLimits
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.scheduler import Scheduler
 
 
 def measure(num_sequences: int, steps: int, page_size: int, prefix_cache: bool) -> dict[str, object]:

@@ -25,8 +25,8 @@ import numpy as np
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
-from paged_backend import server_files
-from paged_backend.server_ports import PortClaim
+from paged_backend.server import files as server_files
+from paged_backend.server.ports import PortClaim
 from paged_client.bench.load import Level, LoadLimits, Prompting, run_load
 from paged_client.bench.perf_analyzer import PerfAnalyzer, find_perf_analyzer
 from paged_client.bench.target import Target

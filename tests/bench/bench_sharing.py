@@ -25,12 +25,12 @@ import numpy as np
 
 from paged_backend.batch import Batch, BeamCandidates, StepResult
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler
-from paged_backend.scheduler_limits import SchedulerLimits
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.scheduler import Scheduler
 from tests.bench.bench_memory import log_normal
 
 PAGE_SIZE = 16

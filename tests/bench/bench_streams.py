@@ -24,7 +24,7 @@ from typing import Any
 
 import tritonclient.grpc.aio as grpc
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import run_all, stream
 
 _PROMPTS = tuple(

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from paged_backend.batch import Batch, StepResult
-from paged_backend.engine import Engine, Runner
-from paged_backend.engine_process import EngineProcess, wait_to_be_engine
+from paged_backend.engine.engine import Engine, Runner
+from paged_backend.engine.process import EngineProcess, wait_to_be_engine
 from paged_backend.messages import Ready
-from paged_backend.page_pool import PagePool
-from paged_backend.scheduler import Scheduler
+from paged_backend.scheduler.page_pool import PagePool
+from paged_backend.scheduler.scheduler import Scheduler
 
 _TELL_EVERY_SECONDS = 0.5
 
@@ -89,7 +89,7 @@ def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
     register.note(born=os.getpid(), number=number)
 
     def load(directory: Path) -> tuple[Engine, Scheduler, Ready]:
-        from paged_backend.engine_loading import load_engine
+        from paged_backend.engine.loading import load_engine
 
         engine, scheduler, ready = load_engine(config, directory)
         engine._runner = Mishaps(orders, number, engine._runner, scheduler.pool, register)

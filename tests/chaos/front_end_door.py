@@ -1,4 +1,4 @@
-"""Asking front ends without a server around them: what is served by `paged_backend.front_end` and below, through a real engine process."""
+"""Asking front ends without a server around them: what is served by `paged_backend.frontend.front_end` and below, through a real engine process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from paged_backend import engine_starter, engine_supervisor
 from paged_backend.config import EngineConfig
+from paged_backend.engine_client import starter as engine_starter
+from paged_backend.engine_client import supervisor as engine_supervisor
 from paged_backend.errors import RequestError
-from paged_backend.front_end import FrontEnd
+from paged_backend.frontend.front_end import FrontEnd
+from paged_backend.frontend.request_reader import read_request
 from paged_backend.request import Delta
-from paged_backend.request_reader import read_request
 from tests.chaos.judge import Heard
 from tests.server.calls import tensor_array
 

@@ -120,7 +120,7 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
 def main() -> None:
     import torch
 
-    from paged_backend.engine_loading import load_engine  # torch is not for those who only want a Nursery: their memory is measured
+    from paged_backend.engine.loading import load_engine  # torch is not for those who only want a Nursery: their memory is measured
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and who waits for them does so for ever
     with tempfile.TemporaryDirectory() as folder:  # much is imported when it is first wanted

@@ -17,8 +17,8 @@ import aiohttp
 import tritonclient.grpc.aio as grpc
 from tritonclient.utils import InferenceServerException
 
-from paged_backend import server_files
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server import files as server_files
+from paged_backend.server.launch import Server, ServerSettings
 from tests.bench.bench_streams import family
 from tests.chaos.front_end_door import LONGEST_PAUSE_SECONDS
 from tests.chaos.judge import Heard
@@ -34,7 +34,7 @@ class TritonPythonModel(triton_io.TritonPythonModel):
     engine_command = {command!r}
 """
 _WANTED = {"return_output_ids": True, "return_finish_reason": True, "return_num_output_tokens": True, "return_sequence_index": True}
-_ENGINES = (b"chaotic_engine", b"newborn", b"engine_process")  # in the command lines of engines and of what stands for them
+_ENGINES = (b"chaotic_engine", b"newborn", b"engine.process")  # in the command lines of engines and of what stands for them
 _BROKEN_CONNECTION = ("Socket closed", "Connection reset", "failed to connect", "Connection refused", "Cannot connect", "Server disconnected", "not completed")
 _LAST_LOG_LINES = 40
 _PROBE_SECONDS = 10.0

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.errors import EngineError
 from paged_backend.messages import Submit
 from paged_backend.request import Finish, SamplingParams, parse_sampling

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from paged_backend.batch import Int32
 from paged_backend.config import EngineConfig, demo_model_folder
-from paged_backend.engine import Engine
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from tests.oracle import Oracle

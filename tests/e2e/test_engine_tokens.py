@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from tests.oracle import Oracle, RoundedCache, random_prompts, save_checkpoint

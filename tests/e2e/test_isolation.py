@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine import Engine
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from tests.oracle import random_prompts, save_checkpoint

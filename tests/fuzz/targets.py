@@ -16,18 +16,18 @@ import torch
 from tokenizers import Tokenizer
 
 from paged_backend.batch import Batch, NewRow, features_of
-from paged_backend.chat_template import ChatTemplate, ExportedTemplate
-from paged_backend.checked_runner import CheckedRunner, TableBounds
-from paged_backend.detokenizer import AnswerText, Detokenizer
-from paged_backend.engine import Engine
+from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
+from paged_backend.engine.engine import Engine
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.frontend.chat_template import ChatTemplate, ExportedTemplate
+from paged_backend.frontend.detokenizer import AnswerText, Detokenizer
+from paged_backend.frontend.request_reader import read_request, wants_error_code
 from paged_backend.messages import Submit, decode_to_engine, encode
 from paged_backend.request import Chat, SamplingParams
-from paged_backend.request_reader import read_request, wants_error_code
-from paged_backend.scheduler import Scheduler
-from paged_backend.scheduler_limits import SchedulerLimits
-from paged_backend.step_plan import StepShape, plan_step
-from paged_backend.step_tensors import DeviceRows
+from paged_backend.runner.step_plan import StepShape, plan_step
+from paged_backend.runner.step_tensors import DeviceRows
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.scheduler import Scheduler
 from tests.simulated_runner import SimulatedRunner, solo
 from tests.small_tokenizers import byte_fallback, byte_level
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_loading import load_engine
+from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
-from paged_backend.model_runner import ModelRunner
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
 from paged_backend.request import SamplingParams
-from paged_backend.sampler import Sampler
+from paged_backend.runner.model_runner import ModelRunner
+from paged_backend.runner.sampler import Sampler
 from paged_kernels.cuda_ops import CudaOps
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint

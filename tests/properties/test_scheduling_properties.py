@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from paged_backend.batch import StepOutput
-from paged_backend.checked_runner import CheckedRunner, TableBounds
-from paged_backend.engine import Engine
+from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
+from paged_backend.engine.engine import Engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler import Scheduler
-from paged_backend.scheduler_limits import SchedulerLimits
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.scheduler import Scheduler
 from tests.simulated_runner import SimulatedRunner, solo, solo_search
 
 EOS = 5

@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from paged_backend.json_schema import unenforced
+from paged_backend.grammar.json_schema import unenforced
 from tests.structured_engine import Ended, load_speaker, run, save_speaker
 
 NUM_SCHEMAS = int(os.environ.get("PAGED_SCHEMAS", "200"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paged_backend.launch import Server
+from paged_backend.server.launch import Server
 
 _LINES = 60
 

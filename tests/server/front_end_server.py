@@ -20,7 +20,7 @@ import numpy as np
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
-from paged_backend import server_files
+from paged_backend.server import files as server_files
 
 MODEL = "paged_llm"
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"

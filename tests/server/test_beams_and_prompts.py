@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from paged_backend.config import EngineConfig, demo_model_folder
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.frontend.prompt import load_tokenizer
 from paged_backend.models.checkpoint import open_checkpoint
-from paged_backend.prompt import load_tokenizer
+from paged_backend.server.launch import Server, ServerSettings
 from tests.oracle import Oracle
 from tests.server.calls import engine_pid, wait_for_metrics
 from tests.server.test_many_sequences import ask

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from paged_backend import server_files
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server import files as server_files
+from paged_backend.server.launch import Server, ServerSettings
 
 pytest.importorskip("tritonclient.grpc")
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(240)]  # perf_analyzer may have to be brought first

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import tritonclient.grpc.aio as grpc
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import Answer, run_all, stream, wait_for_metrics
 
 pytestmark = pytest.mark.server

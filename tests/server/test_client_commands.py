@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc")
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from paged_client import AsyncPagedClient, InvalidRequestError, PagedClient
 from tests.server import browser
 from tests.server.calls import metrics, wait_for_metrics

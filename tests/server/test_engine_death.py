@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import engine_pid, metrics, run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server

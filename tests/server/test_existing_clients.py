@@ -19,7 +19,7 @@ pytest.importorskip("tritonclient.grpc")
 
 from paged_backend.config import demo_model_folder
 from paged_backend.errors import EngineError
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from paged_client import PagedClient
 from paged_client.bench.perf_analyzer import find_perf_analyzer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.server.calls import run_all, wait_for_metrics
 

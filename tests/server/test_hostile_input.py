@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc as sync_grpc
 import tritonclient.grpc.aio as grpc
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import MODEL, Answer, stream
 from tests.server.hostile_requests import CASES
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpc
 
-from paged_backend.answer import _SEED_STEP
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.frontend.answer import _SEED_STEP
+from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import tensor, wait_for_metrics
 
 pytestmark = pytest.mark.server

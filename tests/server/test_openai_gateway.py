@@ -31,7 +31,7 @@ import openai
 from tokenizers import Tokenizer
 
 from paged_backend.config import demo_model_folder
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from paged_client import InvalidRequestError, PagedClient
 from tests.server.calls import engine_pid, wait_for_metrics
 from tests.server.fake_engine import answer_ids, make_tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 
 pytestmark = pytest.mark.server
 

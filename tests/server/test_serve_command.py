@@ -21,9 +21,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from paged_backend import server_files
 from paged_backend.errors import EngineError
-from paged_backend.launch import Server, ServerSettings, StoppedEarlyError
+from paged_backend.server import files as server_files
+from paged_backend.server.launch import Server, ServerSettings, StoppedEarlyError
 
 pytest.importorskip("tritonclient.grpc")
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]

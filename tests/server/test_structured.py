@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import jsonschema
 import pytest
 
-from paged_backend.launch import Server, ServerSettings
+from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import Answer, engine_pid, run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server

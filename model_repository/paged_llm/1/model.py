@@ -1,5 +1,5 @@
 """What Triton Server's Python backend loads; everything lives in the package."""
 
-from paged_backend.triton_io import TritonPythonModel
+from paged_backend.frontend.triton_io import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,0 +1,96 @@
+"""From options to an engine: checkpoint, pool, scheduler. Importing this module takes seconds, for it imports torch and transformers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
+from paged_backend.engine.engine import Engine, Runner
+from paged_backend.grammar.grammars import Grammars
+from paged_backend.messages import Ready
+from paged_backend.models.architecture import read_architecture
+from paged_backend.models.tokenizer import export_tokenizer
+from paged_backend.runner.model_runner import ModelRunner
+from paged_backend.scheduler.adapter_slots import Adapters
+from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.scheduler import Scheduler
+
+log = logging.getLogger("paged")
+
+
+def prepare_to_load(config: EngineConfig) -> None:
+    """What `load_engine` would import later: transformers imports most of itself, and of torch, when it reads a config; more for a tokenizer. No device is
+    touched."""
+    from transformers import AutoTokenizer  # noqa: F401
+
+    if torch.version.cuda is not None and config.device != "cpu":
+        import paged_kernels.cuda_ops  # noqa: F401
+    folder = config.model_folder()
+    if folder is not None:
+        read_architecture(folder)
+
+
+def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Scheduler, Ready]:
+    """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
+
+    Raises:
+        EngineError: one sentence for the operator.
+    """
+    started = time.monotonic()
+    runner = ModelRunner.load(config, log.info)
+    limits = runner.limits
+    tokenizer_path = export_tokenizer(runner.folder, directory / "tokenizer.json")
+    if tokenizer_path is None:
+        log.info("no tokenizer beside the checkpoint: requests must bring input_ids")
+    scheduler = Scheduler(
+        SchedulerLimits(
+            page_size=config.page_size,
+            num_pages=limits.num_pages,
+            max_model_len=limits.max_model_len,
+            max_num_sequences=config.max_num_sequences,
+            max_batched_tokens=config.max_batched_tokens,
+            vocab_size=limits.vocab_size,
+            max_queue_size=config.max_queue_size,
+            max_waiting_seconds=config.max_waiting_seconds,
+            request_deadline_seconds=config.request_deadline_seconds,
+            prefix_cache=config.prefix_cache,
+            preemption=config.preemption,
+            eos_ids=limits.eos_ids,
+            seed=config.seed,
+        ),
+        guides=Guides(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
+        adapters=None if runner.berths is None else Adapters(len(runner.berths), runner.berths),
+    )
+    log.info("engine ready after %.1f s", time.monotonic() - started)
+    ready = Ready(
+        tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
+        max_pool_tokens=limits.num_pages * config.page_size,
+        page_size=config.page_size,
+        num_pages=limits.num_pages,
+    )
+    stepped: Runner = runner
+    if config.debug_checks:
+        max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
+        bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens)
+        stepped = CheckedRunner(runner, bounds, scheduler.check)
+    return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0), scheduler, ready
+
+
+def leave_a_core(environment: Mapping[str, str]) -> None:
+    """Takes torch's threads of this process down to one less than there are processors, unless OMP_NUM_THREADS says otherwise.
+
+    The server, its front ends and clients need a processor too, and threads that wait for one another at every op stand still while one of them has none:
+    on two busy cores the demo model's stream ran at 7 tokens/s with two threads and at 70 with one.
+    """
+    if "OMP_NUM_THREADS" not in environment:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))

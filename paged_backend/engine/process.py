@@ -1,0 +1,310 @@
+"""The engine process: `python -m paged_backend.engine.process --model-name=NAME DIRECTORY`, one for all front ends of a model.
+
+Started by a front end (engine_client/starter.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is gone. With
+`--standby` after the folder it imports what an engine needs and waits for another line. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`;
+each front end is answered at the address it said hello with. `paged top` finds this process by its command line and its name, and subscribes at
+`ipc://DIRECTORY/watch.sock` (snapshot_publisher.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from paged_backend.batch import StepOutput
+from paged_backend.config import EngineConfig
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.snapshot_publisher import Watch
+from paged_backend.errors import EngineError
+from paged_backend.log_lines import LogLines
+from paged_backend.messages import (
+    ENGINE_NAME,
+    ENGINE_SOCKET,
+    MODEL_NAME,
+    QUEUE_FILE,
+    RUNNING_FILE,
+    STANDBY,
+    SUSPECT_FILE,
+    Abort,
+    Failed,
+    FromEngine,
+    Goodbye,
+    Hello,
+    Ready,
+    Shutdown,
+    Submit,
+    ToEngine,
+    Tokens,
+    decode_to_engine,
+    encode,
+    front_end_of,
+    front_ends_of,
+)
+from paged_backend.request import Finish, Found, PromptLogprobs
+from paged_backend.scheduler.scheduler import Scheduler
+
+_STATS_SECONDS = 0.25
+_IDLE_WAIT_SECONDS = 0.05
+_STALLED_WAIT_SECONDS = 0.002
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+log = logging.getLogger("paged")
+
+
+class Inbox:
+    """What front ends say, in order of arrival."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+
+    def drain(self) -> Iterator[ToEngine]:
+        """Every message that has arrived; never waits."""
+        while self._socket.poll(0):
+            yield decode_to_engine(self._socket.recv())
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a message has arrived, or after `seconds`."""
+        self._socket.poll(int(seconds * 1000))
+
+
+class Outbox:
+    """One PUSH socket per front end. Unbounded and never waiting: a slow front end holds up nobody (the streamer bounds what it keeps)."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+
+    @property
+    def front_ends(self) -> list[int]:
+        return sorted(self._sockets)
+
+    def connect(self, front_end: int, address: str) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(address)
+        self._sockets[front_end] = socket
+
+    def disconnect(self, front_end: int) -> None:
+        socket = self._sockets.pop(front_end, None)
+        if socket is not None:
+            socket.close()
+
+    def send(self, front_end: int, message: FromEngine) -> None:
+        socket = self._sockets.get(front_end)
+        if socket is not None:
+            socket.send(encode(message))
+
+    def put(self, output: StepOutput) -> None:
+        """Tells each front end what the step brought for its own requests."""
+        owners = front_ends_of(output.request_ids)
+        for front_end in self._sockets:
+            mine: NDArray[np.bool_] = owners == front_end
+            finishes = tuple(finish for finish in output.finishes if front_end_of(finish.request_id) == front_end)
+            prompts = tuple(prompt for prompt in output.prompts if front_end_of(prompt.request_id) == front_end)
+            if finishes or prompts or mine.any():
+                found = tuple(found for found in output.found if front_end_of(found.request_id) == front_end)
+                self.send(front_end, _tokens(output, mine, finishes, prompts, found))
+
+
+def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish, ...], prompts: tuple[PromptLogprobs, ...], found: tuple[Found, ...]) -> Tokens:
+    """The part of an output that belongs to one front end."""
+    request_ids = output.request_ids[mine]
+    answered = {*request_ids.tolist(), *(one.request_id for one in found)}
+    started = {key: value for key, value in output.started.items() if key in answered} if output.started else {}
+    tops = {}
+    if output.top_logprobs:
+        tops = {position: output.top_logprobs[entry] for position, entry in enumerate(np.flatnonzero(mine).tolist()) if entry in output.top_logprobs}
+    return Tokens(
+        request_ids=request_ids.tobytes(),
+        token_ids=output.token_ids[mine].tobytes(),
+        logprobs=b"" if output.logprobs is None else output.logprobs[mine].tobytes(),
+        top_logprobs=tops,
+        started=started,
+        finishes=finishes,
+        prompts=prompts,
+        found=found,
+    )
+
+
+class EngineProcess:
+    """The loop: messages in, a step, tokens out. Ends on Shutdown, once nobody waits for anything or patience is over."""
+
+    def __init__(self, directory: Path, model: str = "") -> None:
+        """model: its name, for those who watch."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = context
+        self._directory = directory
+        self._model = model
+        self._inbox = Inbox(context, f"ipc://{directory}/{ENGINE_SOCKET}")  # bound before the slow load: nobody's hello is lost
+        self._outbox = Outbox(context)
+        self._end_by: float | None = None
+        self._next_stats = 0.0
+
+    def run(self, load: Callable[[Path], tuple[Engine, Scheduler, Ready]]) -> int:
+        """Loads and serves. Returns the exit status."""
+        try:
+            self._engine, scheduler, self._ready = load(self._directory)
+        except EngineError as error:
+            log.error("error: %s", error)
+            self._refuse(str(error))
+            return 1
+        except Exception as error:  # ours to explain: what goes to stderr by itself may be seen by nobody
+            reason = f"{type(error).__name__}: {error}"
+            log.exception("error: the engine could not start: %s", reason)
+            self._refuse(f"the engine could not start: {reason}; its log has the traceback")
+            return 1
+        scheduler.tell_of_suspects(self._note_suspect)
+        scheduler.share_running(self._directory / RUNNING_FILE)
+        self._scheduler = scheduler
+        self._queue = np.memmap(self._directory / QUEUE_FILE, np.int64, "w+", shape=1)
+        self._watch = Watch(self._context, self._directory, self._model, scheduler, self._ready.page_size)
+        gc.collect()
+        gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again
+        while not self._over():
+            self._turn()
+        return 0
+
+    def _turn(self) -> None:
+        for message in self._inbox.drain():
+            self._receive(message)
+        self._queue[0] = self._scheduler.num_waiting  # front ends look, and spare us and their callers a way that ends in a refusal
+        if self._engine.idle:
+            self._inbox.wait(_IDLE_WAIT_SECONDS)
+        else:
+            for output in self._engine.step():
+                self._outbox.put(output)
+                self._watch.note_step(output)
+            if self._engine.stalled:
+                self._inbox.wait(_STALLED_WAIT_SECONDS)
+        self._tell_stats()
+        self._watch.publish()
+
+    def _receive(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._engine.submit(message)
+                self._watch.note_request(message)
+            case Abort():
+                self._engine.abort(message.request_id)
+            case Hello():
+                self._outbox.connect(message.front_end, message.address)
+                self._outbox.send(message.front_end, self._ready)
+            case Goodbye():
+                self._outbox.disconnect(message.front_end)
+            case Shutdown():
+                self._end_by = time.monotonic() + message.patience_seconds
+
+    def _note_suspect(self, request_id: int | None) -> None:
+        """For those who ask, should this process die now."""
+        (self._directory / SUSPECT_FILE).write_text("" if request_id is None else str(request_id))
+
+    def _over(self) -> bool:
+        return self._end_by is not None and (self._engine.idle or time.monotonic() > self._end_by)
+
+    def _tell_stats(self) -> None:
+        """To one front end: they publish to the same series, and counters would add up."""
+        now = time.monotonic()
+        if now >= self._next_stats and self._outbox.front_ends:
+            self._next_stats = now + _STATS_SECONDS
+            self._outbox.send(self._outbox.front_ends[0], self._engine.stats())
+
+    def _refuse(self, sentence: str) -> None:
+        """Tells every front end that says hello within two seconds why there is no engine; later ones find the process gone."""
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            self._inbox.wait(0.1)
+            for message in self._inbox.drain():
+                if isinstance(message, Hello):
+                    self._outbox.connect(message.front_end, message.address)
+                    self._outbox.send(message.front_end, Failed(sentence))
+
+
+def prepare(config: EngineConfig) -> None:
+    """What takes seconds of a start and needs neither the device nor much memory. What fails here fails again later, when somebody listens."""
+    with contextlib.suppress(Exception):
+        from paged_backend.engine.loading import prepare_to_load
+
+        prepare_to_load(config)
+
+
+def wait_to_be_engine(flags: Collection[str]) -> EngineConfig | None:
+    """The options, once this process is to be the engine. It dies with its parent, or rather with the thread that started it. None: the parent has gone.
+
+    flags: with STANDBY among them it prepares and waits until it is needed.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent cannot say goodbye
+    line = sys.stdin.readline()
+    if not line:
+        return None
+    config = EngineConfig.model_validate_json(line)
+    if STANDBY in flags:
+        prepare(config)
+        if not sys.stdin.readline():
+            return None
+    _watch_life_line(sys.stdin)
+    prctl(_PR_SET_NAME, ENGINE_NAME.encode())
+    return config
+
+
+def _watch_life_line(life_line: TextIO) -> None:
+    """The end of stdin says it too, and more: the parent need not have died."""
+
+    def wait_for_the_end() -> None:
+        life_line.read()
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_end, name="life-line", daemon=True).start()
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the server decides when we end
+    names = [word.removeprefix(MODEL_NAME) for word in sys.argv[1:] if word.startswith(MODEL_NAME)]
+    directory, *flags = [word for word in sys.argv[1:] if not word.startswith(MODEL_NAME)]
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(LogLines(names[-1] if names else "paged"))
+    logging.basicConfig(level=logging.INFO, handlers=[stderr])
+    config = wait_to_be_engine(flags)
+    if config is None:
+        return 0
+
+    def load(directory: Path) -> tuple[Engine, Scheduler, Ready]:
+        from paged_backend.engine.loading import leave_a_core, load_engine
+
+        leave_a_core(os.environ)
+        return load_engine(config, directory)
+
+    return EngineProcess(Path(directory), Path(config.model).name).run(load)
+
+
+def end_with(status_of: Callable[[], int]) -> NoReturn:
+    """Ends the process at once: threads that compile a grammar, and libraries with device memory, take long to leave and talk about it."""
+    try:
+        status = status_of()
+    except BaseException:
+        log.exception("error: the engine stopped")
+        status = 1
+    logging.shutdown()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    end_with(main)

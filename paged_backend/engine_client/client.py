@@ -1,0 +1,200 @@
+"""A front end's side of the engine: submits requests, hands each request its tokens; and when the engine dies, goes on with the next.
+
+connected --the engine dies--> waiting for the next --Ready--> connected: every live request is submitted again
+                                    |
+                                    +--too many deaths, or unloaded--> gone: every live request ends with an error
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from itertools import count
+
+import msgspec
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine_client.live_requests import LiveRequests, Receiver
+from paged_backend.engine_client.supervisor import EngineSupervisor
+from paged_backend.errors import EngineError
+from paged_backend.frontend.prompt import Prompt
+from paged_backend.messages import Failed, FromEngine, Ready, Stats, Submit, Tokens, request_id_of
+
+log = logging.getLogger("paged")
+
+
+class EngineClient:
+    """Thread-safe, except that `receive` and the callbacks of `start` are called on one thread of the client's own, which it owns."""
+
+    def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None) -> None:
+        """Use `connect`."""
+        self._config = config
+        self._closing = threading.Event()
+        self._supervisor = EngineSupervisor(config, key, num_front_ends, command, self._closing)
+        self._live = LiveRequests(config.max_queue_size)
+        self._serials = count()
+        self._thread: threading.Thread | None = None
+        self.ready: Ready
+
+    @classmethod
+    def connect(cls, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None = None) -> EngineClient:
+        """Finds the engine of the front ends that share `key`, or starts it; returns when it is ready to serve. Then call `start`.
+
+        command: how to start the engine, for tests; the folder of the sockets is appended.
+
+        Raises:
+            EngineError: the engine cannot start; the sentence is the engine's own, or says how its process ended.
+        """
+        client = cls(config, key, num_front_ends, command)
+        try:
+            link, client.ready = client._supervisor.meet_first()
+        except EngineError as error:
+            reason = str(error)
+            heard = client._supervisor.end(reason)  # another front end may have heard more
+            client.close()
+            raise EngineError(heard or reason) from None
+        except BaseException:
+            client.close()
+            raise
+        client._live.connect(link)
+        return client
+
+    def start(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None] = lambda: None) -> None:
+        """Begins to receive. In the front end that owns the engine, on_stats is called with the engine's numbers a few times a second, and on_restart
+        whenever another engine is started in a dead one's place."""
+        self._thread = threading.Thread(target=self._receive, args=(on_stats, on_restart), name="engine-receive", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False when there is no engine and will be none. While one is restarted, requests are taken and wait."""
+        return self._live.open
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait in the engine, of all front ends, as of its last step; 0 while there is none."""
+        return 0 if self._live.link is None else self._supervisor.num_waiting
+
+    @property
+    def front_end(self) -> int:
+        return self._supervisor.front_end
+
+    @property
+    def engine_pid(self) -> int:
+        return self._supervisor.engine_pid
+
+    def submit(self, prompt: Prompt, cache_salt: str, arrival: float, receive: Receiver, family: int | None = None) -> int:
+        """Gives a request to the engine; every piece of its answer goes to `receive`, the last one with a `finish`. Returns the request's id.
+
+        Raises:
+            RequestError: the engine is gone; or it is being restarted, and as many requests wait for it as the queue holds.
+        """
+        request_id = request_id_of(self.front_end, next(self._serials))
+        sampling = prompt.sampling
+        if sampling.seed is None and not sampling.greedy:  # drawn here, so that another engine can go on with the same random numbers
+            sampling = msgspec.structs.replace(sampling, seed=self._own_seed(request_id))
+        allowed = b"" if prompt.allowed is None else prompt.allowed.tobytes()
+        submit = Submit(request_id, prompt.token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family, allowed=allowed)
+        self._live.submit(submit, receive)
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """The request's pages are freed, and nothing more is heard of it. No effect if it is over already."""
+        self._live.abort(request_id)
+
+    def close(self) -> None:
+        """Says goodbye; the engine's owner ends the engine and waits for its exit, at most 10 s. No effect the second time."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._live.shut()
+        if self._thread is None:
+            self._leave()
+        elif self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _leave(self) -> None:
+        self._supervisor.close(self._live.disconnect())
+
+    def _own_seed(self, request_id: int) -> int:
+        return int.from_bytes(blake2b(f"{self._config.seed}/{request_id}".encode(), digest_size=8).digest(), "little")
+
+    # ---- what the engine says
+
+    def _receive(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None]) -> None:
+        """The receive thread."""
+        try:
+            while not self._closing.is_set() and self.alive:
+                reason = self._listen(on_stats)
+                if reason is not None:
+                    self._survive(reason, on_restart)
+        except Exception as error:  # whatever it was, nobody may wait for ever
+            log.exception("the engine's messages cannot be read")
+            self._lose(str(error))
+        self._closing.wait()  # the kernel ends an engine with the thread that started it
+        self._leave()
+
+    def _listen(self, on_stats: Callable[[Stats], None]) -> str | None:
+        """Until the engine is gone: why. None when closing."""
+        link, heard = self._live.link, time.monotonic()
+        assert link is not None
+        while not self._closing.is_set():
+            self._supervisor.stand_by()
+            message = link.next_message()
+            if message is not None:
+                heard = time.monotonic()
+                if isinstance(message, Failed):
+                    return message.message
+                self._take(message, on_stats)
+            elif not self._supervisor.engine_runs():
+                while (message := link.next_message(0)) is not None:  # its last words
+                    self._take(message, on_stats)
+                return f"its process ended {self._supervisor.exit_words()}"
+            elif self._supervisor.owner and 0 < self._config.engine_hang_seconds < time.monotonic() - heard:
+                return f"it said nothing for {self._config.engine_hang_seconds:g} s (engine_hang_seconds)"
+        return None
+
+    def _take(self, message: FromEngine, on_stats: Callable[[Stats], None]) -> None:
+        match message:
+            case Tokens():
+                self._live.hand_out(message)
+            case Stats() if self._supervisor.owner:  # another may be told before the owner has said hello; counters must not be added up twice
+                on_stats(message)
+
+    # ---- when it is gone
+
+    def _survive(self, reason: str, on_restart: Callable[[], None]) -> None:
+        """Another engine, and every live request goes on in it; or the end of all of them."""
+        died = time.monotonic()
+        while True:
+            link = self._live.disconnect()
+            if link is not None:
+                link.close()
+                self._live.note_death(*self._supervisor.last_running())
+            if self._supervisor.owner:
+                log.error("error: the engine stopped: %s", reason)
+            try:
+                if not self._supervisor.next_engine():
+                    self._lose(reason)
+                    return
+                if self._supervisor.owner:
+                    on_restart()
+                link, self.ready = self._supervisor.meet_next()
+                break
+            except EngineError as error:
+                if self._closing.is_set():
+                    return
+                reason = str(error)
+        self._live.connect(link)
+        if self._supervisor.owner:
+            log.warning("the engine is back after %.1f s", time.monotonic() - died)
+
+    def _lose(self, reason: str) -> None:
+        """There is none, and there will be none."""
+        self._live.shut()
+        self._live.lose()
+        if not self._closing.is_set() and self._supervisor.end(reason) is None:  # else another front end has said so already
+            log.error("error: there is no engine any more: %s", reason)

@@ -1,0 +1,199 @@
+"""A front end's requests until their finish, with all that another engine must know to go on with them.
+
+A live request is kept here with the tokens it got, and tokens follow from a request and its seed alone. So whoever survives the engine can ask the next
+one to go on where the last one stopped, and the caller sees a pause.
+
+A request that runs in death after death may be their cause. It is submitted as a suspect, which the engine runs beside no other suspect (scheduler/quarantine.py);
+if engines die of it even so, it ends with an error and nobody else does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from paged_backend.engine_client.link import EngineLink
+from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Submit, Tokens
+from paged_backend.request import Finish, Found, PromptLogprobs
+
+_SUSPECT_AFTER = 2  # deaths in a row while a request ran
+_GUILTY_AFTER = 4  # deaths in a row while it ran as the only suspect: engines die of something else, too, and long prompts need a while to be cleared
+_ENGINE_GONE = "the engine stopped; try again later"
+
+log = logging.getLogger("paged")
+
+
+@dataclass
+class Piece:
+    """What one message brought for one request: tokens, and at its end a `Finish`.
+
+    The Finish of a request comes in the message of its last token.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)  # per token, the chosen one first; empty if not asked for
+    num_cached_tokens: int | None = None  # with the first token
+    prompts: list[PromptLogprobs] = field(default_factory=list)
+    found: Found | None = None  # a beam search's whole answer, with the finish
+    finish: Finish | None = None
+
+
+Receiver = Callable[[Piece], None]
+
+
+@dataclass
+class LiveRequest:
+    """One of them."""
+
+    submit: Submit
+    receive: Receiver
+    sent: bool  # an engine had it
+    token_ids: list[int] = field(default_factory=list)  # the answer so far
+    num_resumed: int = 0  # of them, how many there were when the present engine began
+    deaths: int = 0  # in a row, of engines that ran it
+    strikes: int = 0  # deaths while it ran as a suspect
+
+    def resumed(self) -> Submit:
+        """The request as the next engine is to be asked."""
+        self.num_resumed = len(self.token_ids)
+        prompt_ids = self.submit.prompt_ids + np.array(self.token_ids, np.int32).tobytes()
+        resumed, self.sent = self.sent, True
+        suspect = self.deaths >= _SUSPECT_AFTER
+        return msgspec.structs.replace(self.submit, prompt_ids=prompt_ids, num_answered=len(self.token_ids), resumed=resumed, suspect=suspect)
+
+
+class LiveRequests:
+    """Owns the requests and the link to the engine that has them. `submit` and `abort` may be called on any thread.
+
+    Invariant: while there is a link, its engine was asked for every live request.
+    """
+
+    def __init__(self, max_queue_size: int) -> None:
+        """max_queue_size: how many may wait while there is no engine."""
+        self._max_queue_size = max_queue_size
+        self._requests: dict[int, LiveRequest] = {}
+        self._link: EngineLink | None = None  # None: there is no engine at the moment
+        self._open = True
+        self._lock = threading.Lock()  # of all three
+
+    @property
+    def link(self) -> EngineLink | None:
+        return self._link
+
+    @property
+    def open(self) -> bool:
+        """New requests are taken."""
+        return self._open
+
+    # ---- callers
+
+    def submit(self, submit: Submit, receive: Receiver) -> None:
+        """Every piece of its answer goes to `receive`, the last one with a `finish`.
+
+        Raises:
+            RequestError: there will be no engine any more; or there is none at the moment, and as many requests wait for it as the queue holds.
+        """
+        with self._lock:
+            if not self._open:
+                raise RequestError(_ENGINE_GONE, ErrorKind.OVERLOADED)
+            if self._link is None and len(self._requests) >= self._max_queue_size:
+                waiting = f"{len(self._requests)} requests wait for the engine, which is being restarted"
+                raise RequestError(f"{waiting}; the limit is {self._max_queue_size} (max_queue_size)", ErrorKind.OVERLOADED)
+            self._requests[submit.request_id] = LiveRequest(submit, receive, sent=self._link is not None)
+            if self._link is not None:
+                self._link.send(submit)
+
+    def abort(self, request_id: int) -> None:
+        """Nothing more is heard of it. No effect if it is over already."""
+        with self._lock:
+            if self._requests.pop(request_id, None) is not None and self._link is not None:
+                self._link.send(Abort(request_id))
+
+    # ---- engines come and go
+
+    def connect(self, link: EngineLink) -> None:
+        """An engine is ready: every live request goes on in it."""
+        with self._lock:
+            for live in self._requests.values():
+                link.send(live.resumed())
+            self._link = link
+
+    def disconnect(self) -> EngineLink | None:
+        """The engine is gone: requests wait. Returns the link that led to it, to be closed."""
+        with self._lock:
+            link, self._link = self._link, None
+        return link
+
+    def note_death(self, running_ids: Collection[int], suspect_id: int | None) -> None:
+        """An engine died while it ran these requests, one of them as the only suspect."""
+        guilty = []
+        with self._lock:
+            for request_id, live in self._requests.items():
+                if request_id not in running_ids:
+                    continue
+                live.deaths += 1
+                live.strikes += request_id == suspect_id
+                if live.strikes >= _GUILTY_AFTER:
+                    guilty.append(request_id)
+        for request_id in guilty:
+            message = f"the engine died {_GUILTY_AFTER} times while it ran this request alone among those that were running when it died before"
+            self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.INTERNAL, message)))
+
+    def shut(self) -> None:
+        """No request is taken any more."""
+        with self._lock:
+            self._open = False
+
+    def lose(self) -> None:
+        """There will be no engine any more: every live request ends with one clear error. `shut` comes first."""
+        with self._lock:
+            request_ids = list(self._requests)
+        for request_id in request_ids:
+            self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.OVERLOADED, _ENGINE_GONE)))
+
+    # ---- answers
+
+    def hand_out(self, tokens: Tokens) -> None:
+        """Gives every request its piece of a message."""
+        pieces: dict[int, Piece] = {}
+        request_ids: list[int] = np.frombuffer(tokens.request_ids, np.int64).tolist()
+        token_ids: list[int] = np.frombuffer(tokens.token_ids, np.int32).tolist()
+        logprobs: list[float] = np.frombuffer(tokens.logprobs, np.float32).tolist()
+        for entry, (request_id, token_id) in enumerate(zip(request_ids, token_ids, strict=True)):
+            piece = pieces.get(request_id)
+            if piece is None:
+                piece = pieces[request_id] = Piece()
+            piece.token_ids.append(token_id)
+            if logprobs:
+                top = tokens.top_logprobs.get(entry, {})
+                piece.logprobs.append({token_id: logprobs[entry]} | {other: logprob for other, logprob in top.items() if other != token_id})
+        for request_id, num_cached_tokens in tokens.started.items():
+            pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
+        for prompt in tokens.prompts:
+            pieces.setdefault(prompt.request_id, Piece()).prompts.append(prompt)
+        for found in tokens.found:
+            pieces.setdefault(found.request_id, Piece()).found = found
+        for finish in tokens.finishes:
+            pieces.setdefault(finish.request_id, Piece()).finish = finish
+        for request_id, piece in pieces.items():
+            self._deliver(request_id, piece)
+
+    def _deliver(self, request_id: int, piece: Piece) -> None:
+        with self._lock:
+            live = self._requests.pop(request_id, None) if piece.finish is not None else self._requests.get(request_id)
+        if live is None:
+            return  # aborted: the engine had not heard of it yet
+        live.token_ids += piece.token_ids
+        if live.deaths and len(live.token_ids) >= live.num_resumed + CLEARED_AFTER_TOKENS:
+            live.deaths = live.strikes = 0
+        try:
+            live.receive(piece)
+        except Exception:  # one request's trouble must not silence the others
+            log.exception("a request's receiver failed")
+            self.abort(request_id)

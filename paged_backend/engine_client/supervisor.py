@@ -1,0 +1,238 @@
+"""Which engine process a front end speaks to: the one it starts, and restarts when it dies, or the one that another front end does that for.
+
+The front ends of a model elect the one that owns the engine (election.py); the others wait for what it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine_client.election import Election, Incarnation
+from paged_backend.engine_client.link import EngineLink
+from paged_backend.engine_client.starter import EngineStarter, wait_for_exit
+from paged_backend.errors import EngineError
+from paged_backend.messages import ENGINE_SOCKET, QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
+
+_LINGER_MS = 1000  # for the last goodbye
+_PATIENCE_SECONDS = 1.0  # with the requests of other front ends. Their goodbyes may come only later: Triton Server finalizes instances one after another
+_RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
+_QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
+_LONGEST_PAUSE_SECONDS = 5.0
+_BEGIN_SECONDS = 30.0  # until a new engine has opened its socket, which it does before it loads anything
+_LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
+
+log = logging.getLogger("paged")
+
+
+class EngineSupervisor:
+    """Owns the process, if this front end started it, and its seat among the others. `closing` ends every wait."""
+
+    def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None, closing: threading.Event) -> None:
+        """Takes a seat, and starts the engine if it is the first. See EngineClient.connect.
+
+        Raises:
+            EngineError: the engine cannot be started.
+        """
+        self._config = config
+        self._starter = EngineStarter(config, command)
+        self._closing = closing
+        self._engine: subprocess.Popen[bytes] | None = None  # the engine process, if this front end owns it
+        self._election = Election(key, num_front_ends)
+        self._seat = self._election.take_seat(self._start)
+        self._incarnation = self._seat.first
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._queue: NDArray[np.int64] | None = None  # of the newest engine, in memory that it shares
+        self._load_seconds = 0.0  # how long the first load took, or what was seen of it
+        self._restarts: deque[float] = deque()  # when the last ones were
+
+    @property
+    def owner(self) -> bool:
+        """This front end started the engine."""
+        return self._seat.owner
+
+    @property
+    def front_end(self) -> int:
+        return self._seat.front_end
+
+    @property
+    def engine_pid(self) -> int:
+        return self._incarnation.engine.pid
+
+    @property
+    def engine_folder(self) -> Path:
+        """Of the newest engine."""
+        return self._seat.folder_of(self._incarnation)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait in the newest engine, of all front ends, as of its last step."""
+        queue = self._queue
+        return 0 if queue is None else int(queue[0])
+
+    # ---- the first engine, and the next ones
+
+    def meet_first(self) -> tuple[EngineLink, Ready]:
+        """See `_meet`."""
+        started = time.monotonic()
+        met = self._meet(math.inf)
+        self._load_seconds = time.monotonic() - started
+        return met
+
+    def next_engine(self) -> bool:
+        """Started if this front end owns the engine, awaited if not; then `meet_next`. False: there will be none.
+
+        Raises:
+            EngineError: it cannot be started.
+        """
+        following = self._restart() if self._engine is not None else self._await()
+        if following is not None:
+            self._incarnation = following
+        return following is not None
+
+    def meet_next(self) -> tuple[EngineLink, Ready]:
+        """See `_meet`. Only who can do something about it loses patience."""
+        if not self.owner:
+            return self._meet(math.inf)
+        hang_seconds = self._config.engine_hang_seconds
+        return self._meet(max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, _BEGIN_SECONDS)
+
+    def _meet(self, patience: float, begin_seconds: float = math.inf) -> tuple[EngineLink, Ready]:
+        """Says hello and waits as long as the engine's process lives, `patience` seconds at most: a large model takes minutes to load. An engine that has
+        not begun to after `begin_seconds` hangs.
+
+        Raises:
+            EngineError: why it cannot serve; or this front end is closing.
+        """
+        link = EngineLink(self._context, self.engine_folder, self.front_end)
+        started = time.monotonic()
+        try:
+            while not self._closing.is_set():
+                message = link.next_message()
+                if isinstance(message, Ready):
+                    self._queue = open_queue(self.engine_folder / QUEUE_FILE)
+                    self._starter.note_ready()
+                    return link, message
+                if isinstance(message, Failed):
+                    raise EngineError(message.message)
+                if message is None and not self.engine_runs() and (message := link.next_message(0)) is None:
+                    raise EngineError(f"the engine process ended {self.exit_words()} before it was ready; its log lines say why")
+                if message is None and time.monotonic() > started + patience:
+                    raise EngineError(f"it was not ready after {patience:.0f} s")
+                if message is None and time.monotonic() > started + begin_seconds and not (self.engine_folder / ENGINE_SOCKET).exists():
+                    raise EngineError(f"it had not begun to load after {begin_seconds:.0f} s")
+            raise EngineError("the model is being unloaded")
+        except BaseException:
+            link.close()
+            raise
+
+    def _await(self) -> Incarnation | None:
+        while not self._closing.wait(0.05):
+            try:
+                current = self._election.current(self._seat)
+            except EngineError as error:
+                log.error("error: %s", error)
+                return None
+            if current is None or current.number > self._incarnation.number:
+                return current
+        return None
+
+    def _restart(self) -> Incarnation | None:
+        assert self._engine is not None
+        self._engine.kill()
+        wait_for_exit(self._engine)
+        now = time.monotonic()
+        while self._restarts and now - self._restarts[0] > _RESTART_WINDOW_SECONDS:
+            self._restarts.popleft()
+        if len(self._restarts) >= self._config.max_engine_restarts:
+            log.error("error: %d restarts within %.0f s (max_engine_restarts): no more", len(self._restarts), _RESTART_WINDOW_SECONDS)
+            self._starter.close()
+            return None
+        num_quick = sum(now - restart < _QUICK_DEATH_SECONDS for restart in self._restarts)
+        if num_quick and self._closing.wait(min(0.1 * 2**num_quick, _LONGEST_PAUSE_SECONDS)):
+            return None
+        self._restarts.append(time.monotonic())
+        return self._election.restart(self._seat, self._start)
+
+    def _start(self, folder: Path) -> int:
+        self._engine = self._starter.start(folder)
+        return self._engine.pid
+
+    def stand_by(self) -> None:
+        """Keeps a process ready to take this front end's engine's place. To be called often, by the thread that restarts it."""
+        if self._engine is not None:
+            self._starter.stand_by(self._seat.folder_after(self._incarnation))
+
+    # ---- is it alive, and what did it leave
+
+    def engine_runs(self) -> bool:
+        if self._engine is not None:
+            return self._engine.poll() is None
+        return self._incarnation.engine.alive
+
+    def exit_words(self) -> str:
+        """How its process ended."""
+        if self._engine is None or self._engine.returncode is None:
+            return "by itself"
+        code = self._engine.returncode
+        return f"by signal {-code}" if code < 0 else f"with status {code}"
+
+    def last_running(self) -> tuple[set[int], int | None]:
+        """(request ids that ran when the engine died, the suspect among them)."""
+        running, suspect = _read(self.engine_folder / RUNNING_FILE), _read(self.engine_folder / SUSPECT_FILE)
+        return set(np.frombuffer(running[: len(running) // 8 * 8], np.int64).tolist()), int(suspect) if suspect.isdigit() else None
+
+    # ---- the end
+
+    def end(self, reason: str = "") -> str | None:
+        """Nobody joins any more. The reason that another front end has given before, or None if none has."""
+        try:
+            return self._election.end(self._seat, reason)
+        except EngineError as error:  # whoever comes finds the engine dead
+            log.warning("%s", error)
+            return None
+
+    def close(self, link: EngineLink | None) -> None:
+        """Says goodbye through `link`, if there is an engine at the moment; its owner ends it and waits for its exit, at most 10 s."""
+        self._starter.close()
+        if self._engine is not None:
+            self.end()
+        if link is not None:
+            link.send(Goodbye(self.front_end))
+            if self._engine is not None:
+                link.send(Shutdown(_PATIENCE_SECONDS))
+            link.close(_LINGER_MS if self.engine_runs() else 0)
+        elif self._engine is not None:
+            self._engine.kill()  # it was still loading
+        if self._engine is not None:
+            wait_for_exit(self._engine)
+        self._context.term()
+        with suppress(EngineError):  # its folder is lost, or will be swept
+            self._election.leave(self._seat)
+
+
+def open_queue(path: Path) -> NDArray[np.int64] | None:
+    """int64 [1], in memory that the engine shares; None if there is none."""
+    try:
+        return np.memmap(path, np.int64, "r", shape=1)
+    except (OSError, ValueError):
+        return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

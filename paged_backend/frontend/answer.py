@@ -1,0 +1,333 @@
+"""One request on its way: read → submitted → pieces → final response. A request of n answers is n sequences in the engine, strands of one answer here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine_client.client import EngineClient
+from paged_backend.engine_client.live_requests import Piece
+from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.frontend.detokenizer import AnswerText, stops_of
+from paged_backend.frontend.metrics import Tally, reason_of
+from paged_backend.frontend.prompt import Prompt, PromptReader
+from paged_backend.frontend.prompt_logprobs import PromptTableParts
+from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
+from paged_backend.messages import front_end_of, serial_of
+from paged_backend.request import Delta, Finish, Found, Request, SamplingParams
+
+_CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
+_FAREWELL_SECONDS = 0.1  # after a cancellation
+_DEADLINE_GRACE_SECONDS = 0.5  # the engine ends overdue requests; only what it does not know, or cannot hear, is ended here
+_LONGEST_NAME = 64  # characters of a caller's id that are logged
+_SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's strands; odd, so that they differ
+
+log = logging.getLogger("paged")
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the answers of a front end share."""
+
+    config: EngineConfig
+    client: EngineClient
+    prompts: PromptReader
+    tally: Tally
+    streamer: Streamer
+
+
+class _Strand:
+    """One sequence's part of an answer. Not thread-safe: the answer's lock orders the calls."""
+
+    def __init__(self, index: int, text: AnswerText, wants_logprobs: bool) -> None:
+        self.index = index
+        self.request_id: int | None = None  # the engine's, once submitted
+        self.over = False
+        self.cumulative_logprob = 0.0
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self._text = text
+        self._wants_logprobs = wants_logprobs
+
+    def take(self, piece: Piece, prompt_len: int) -> tuple[Delta, bool]:
+        """What the piece adds; and whether the engine must be told to stop."""
+        finish = piece.finish
+        passage = self._text.add(piece.token_ids, None if finish is None else finish.reason)
+        if passage.stopped:
+            finish = Finish(0, "stop")
+        if piece.num_cached_tokens is not None:
+            self.num_cached_tokens = piece.num_cached_tokens
+        self.num_tokens += passage.num_tokens
+        logprobs = tuple(piece.logprobs[: passage.num_tokens]) if self._wants_logprobs else ()
+        self.cumulative_logprob += sum(next(iter(entry.values())) for entry in logprobs)
+        self.over = finish is not None
+        delta = Delta(
+            index=self.index,
+            text=passage.text,
+            token_ids=tuple(piece.token_ids[: passage.num_tokens]),
+            logprobs=logprobs,
+            cumulative_logprob=self.cumulative_logprob,
+            num_input_tokens=prompt_len,
+            num_cached_tokens=self.num_cached_tokens,
+            finish_reason=None if finish is None or finish.error is not None else finish.reason,
+            error=None if finish is None or finish.error is None else RequestError(finish.message, finish.error),
+        )
+        return delta, passage.stopped and piece.finish is None
+
+
+class Answer:
+    """Passes through several threads, which its lock orders. Open the channel, then `begin`; `send` and `ended` are the channel's."""
+
+    def __init__(self, services: Services, request: Request, send: Send, is_cancelled: Callable[[], bool], forget: Callable[[Answer], None]) -> None:
+        """forget: called after the final response."""
+        self._services = services
+        self._request = request
+        self._send: Send | None = send
+        self._is_cancelled: Callable[[], bool] | None = is_cancelled
+        self._forget = forget
+        self._lock = threading.Lock()
+        self._strands: list[_Strand] = []
+        self._drafts: list[list[Delta]] | None = None  # best_of: what each strand said, until it is known which ones are sent
+        self._over = False
+        self._farewell_time: float | None = None  # when a caller who left gets the final response
+        self._prompt_len = 0
+        self._prompt_parts: PromptTableParts | None = None  # until the table is sent
+        self._first_token_time = 0.0
+        self._last_token_time = 0.0
+        self._outcome = reason_of(ErrorKind.INTERNAL)
+        no_text = services.prompts.tokenizer is None or not request.sampling.detokenize
+        tokens_matter = no_text or request.outputs.output_ids or request.outputs.logprobs
+        self._channel: Channel = services.streamer.open(self.send, self.ended, request.stream, tokens_matter)
+
+    # ---- its way in
+
+    def begin(self) -> None:
+        """On a prompt thread: tokenises and submits."""
+        if self._over:
+            return
+        try:
+            prompt = self._services.prompts.read(self._request)
+            with self._lock:
+                if not self._over:
+                    self._submit(prompt)
+        except RequestError as error:
+            self.fail(error)
+        except Exception:
+            log.exception("a prompt could not be read")
+            self.fail(RequestError("the prompt could not be read", ErrorKind.INTERNAL))
+
+    def _submit(self, prompt: Prompt) -> None:
+        request, services = self._request, self._services
+        sampling = prompt.sampling
+        self._prompt_len = len(prompt.token_ids)
+        if sampling.prompt_logprobs is not None:
+            self._prompt_parts = PromptTableParts(prompt.token_ids, sampling.prompt_logprobs)
+        count = sampling.best_of or sampling.n
+        if count > sampling.n:
+            self._drafts = [[] for _ in range(count)]
+        context = prompt.token_ids[-_CONTEXT_TOKENS:].tolist()
+        wants_logprobs = sampling.logprobs is not None
+        stops = stops_of(sampling)
+        self._strands = [_Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs) for index in range(count)]
+        if request.prepend_prompt and sampling.detokenize:
+            text = services.prompts.text_of(request)
+            for index in range(count):
+                self._pass_on(Delta(index=index, text=text))
+        family = secrets.randbits(62) if count > 1 else None
+        if sampling.use_beam_search:  # one search, of which all strands are
+            strand = self._strands[0]
+            strand.request_id = services.client.submit(prompt, request.cache_salt, request.arrival, partial(self._receive, strand))
+            return
+        for strand in self._strands:
+            mine = replace(prompt, sampling=_sampling_of(sampling, strand.index))
+            strand.request_id = services.client.submit(mine, request.cache_salt, request.arrival, partial(self._receive, strand), family)
+
+    # ---- its way out
+
+    def _receive(self, strand: _Strand, piece: Piece) -> None:
+        """On the engine client's thread."""
+        try:
+            with self._lock:
+                for mine, part in [(strand, piece)] if piece.found is None else zip(self._strands, _parts(piece, piece.found), strict=True):
+                    if not self._over and not mine.over:
+                        self._take(mine, part)
+        except Exception:
+            log.exception("a piece of an answer could not be read")
+            self.fail(RequestError("the answer could not be decoded", ErrorKind.INTERNAL))
+
+    def _take(self, strand: _Strand, piece: Piece) -> None:
+        if self._prompt_parts is not None:
+            for part in piece.prompts:
+                self._prompt_parts.add(part.start, part.logprobs, part.ranks, part.top_ids, part.top_logprobs)
+        if not piece.token_ids and piece.finish is None:
+            return
+        delta, must_stop = strand.take(piece, self._prompt_len)
+        if must_stop and strand.request_id is not None:
+            self._services.client.abort(strand.request_id)
+        self._count(len(delta.token_ids))
+        if delta.error is not None:
+            self._end_with(delta)
+            self._abort()
+            return
+        last = all(strand.over for strand in self._strands)
+        if last and delta.finish_reason is not None:
+            self._outcome = delta.finish_reason
+        self._over = last
+        if self._drafts is not None:
+            self._drafts[strand.index].append(delta)
+            if last:
+                self._choose(self._drafts)
+        else:
+            self._pass_on(msgspec.structs.replace(delta, last=last) if last else delta)
+
+    def _choose(self, drafts: list[list[Delta]]) -> None:
+        """best_of: the n likeliest strands are the answer."""
+        ranked = sorted(self._strands, key=lambda strand: -strand.cumulative_logprob)[: self._request.sampling.n]
+        for index, strand in enumerate(ranked):
+            whole = joined(drafts[strand.index])
+            self._put(msgspec.structs.replace(whole, index=index, last=index == len(ranked) - 1))
+
+    def _pass_on(self, delta: Delta) -> None:
+        if self._drafts is not None and not delta.last:
+            self._drafts[delta.index].append(delta)
+        else:
+            self._put(delta)
+
+    def _put(self, delta: Delta) -> None:
+        """The prompt's log-probabilities go with the first delta after they are known."""
+        if self._prompt_parts is not None:
+            delta = msgspec.structs.replace(delta, prompt=self._prompt_parts.whole())
+            if delta.prompt is not None:
+                self._prompt_parts = None
+        self._services.streamer.put(self._channel, delta)
+
+    def _count(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        tally = self._services.tally
+        self._last_token_time = time.monotonic()
+        if not self._first_token_time:
+            self._first_token_time = self._last_token_time
+            tally.observe("paged_time_to_first_token_seconds", self._first_token_time - self._request.arrival)
+            tally.add("paged_prompt_tokens_total", self._prompt_len)
+            tally.observe("paged_request_prompt_tokens", self._prompt_len)
+        tally.add("paged_generation_tokens_total", num_tokens)
+
+    # ---- its ends
+
+    def poll_cancellation(self) -> None:
+        """On the side thread, every few tens of milliseconds. Pages are given back at once when the caller has left; the final response is sent later:
+        Triton Server 2.51 aborts now and then when it comes while its gRPC thread is still at the cancellation (gRPC's "prior > 0" in sync.cc; once in
+        1,500 cancellations on two loaded cores, never in 30,000 with a tenth of a second between them).
+        """
+        with self._lock:
+            if self._farewell_time is not None:
+                if time.monotonic() >= self._farewell_time:
+                    self._farewell_time = None
+                    self._end_with(Delta(error=RequestError("the request was cancelled", ErrorKind.CANCELLED)))
+            elif not self._over and self._has_left():
+                self._over = True
+                self._farewell_time = time.monotonic() + _FAREWELL_SECONDS
+                self._abort()
+
+    def _has_left(self) -> bool:
+        try:
+            return self._is_cancelled is not None and self._is_cancelled()
+        except Exception:
+            log.exception("the server cannot say whether a request was cancelled")
+            return True
+
+    def poll_deadline(self, now: float) -> None:
+        """On the side thread. now: seconds, time.monotonic(). Deadlines hold while the prompt waits to be read and while there is no engine, too."""
+        seconds = min(self._request.sampling.request_deadline_seconds or math.inf, self._services.config.request_deadline_seconds)
+        if now > self._request.arrival + seconds + _DEADLINE_GRACE_SECONDS:
+            self.fail(RequestError(f"not finished after {seconds:g} s (request_deadline_seconds)", ErrorKind.CANCELLED))
+
+    def fail(self, error: RequestError) -> None:
+        """Ends the request with `error`, here and in the engine; no effect if it is over."""
+        with self._lock:
+            if not self._over:
+                self._end_with(Delta(error=error))
+                self._abort()
+
+    def send(self, deltas: tuple[Delta, ...], final: bool) -> None:
+        """On a sender thread. Asking for cancellation during or after the final response crashes Triton Server (2.51: the question follows a
+        pointer to what the final response frees), so the final response waits for a question under way and forbids the next.
+        """
+        if final:
+            with self._lock:
+                self._over = True
+                self._is_cancelled = None
+        assert self._send is not None
+        self._send(deltas, final)
+
+    def ended(self, sent: bool) -> None:
+        """On a sender thread, after the final response."""
+        self._forget(self)
+        self._send = None
+        with self._lock:
+            if not sent:
+                self._outcome = reason_of(ErrorKind.INTERNAL)
+                self._abort()
+        self._record(time.monotonic())
+
+    def _end_with(self, delta: Delta) -> None:
+        """The whole answer is over, by an error."""
+        assert delta.error is not None
+        self._outcome = reason_of(delta.error.kind)
+        self._over = True
+        self._services.streamer.put(self._channel, msgspec.structs.replace(delta, last=True))
+
+    def _abort(self) -> None:
+        for strand in self._strands:
+            if strand.request_id is not None and not strand.over:
+                self._services.client.abort(strand.request_id)
+
+    def _record(self, now: float) -> None:
+        tally, request = self._services.tally, self._request
+        num_tokens = sum(strand.num_tokens for strand in self._strands)
+        seconds = now - request.arrival
+        tally.add("paged_requests_finished_total", label=self._outcome)
+        tally.observe("paged_request_seconds", seconds)
+        if num_tokens:
+            tally.observe("paged_request_generation_tokens", num_tokens)
+        longest = max((strand.num_tokens for strand in self._strands), default=0)
+        if longest > 1:
+            tally.observe("paged_time_per_output_token_seconds", (self._last_token_time - self._first_token_time) / (longest - 1))
+        if self._services.config.log_requests:
+            first = f"first after {self._first_token_time - request.arrival:.3f} s" if num_tokens else "none sent"
+            cached = f"({self._strands[0].num_cached_tokens if self._strands else 0} cached)"
+            name = request.caller_id[:_LONGEST_NAME] or self._strands_name()
+            log.info("request %s %s: %d tokens in %s, %d out, %s, %.3f s", name, self._outcome, self._prompt_len, cached, num_tokens, first, seconds)
+
+    def _strands_name(self) -> str:
+        """For a request without an id of its caller's: where it was, and which it was there."""
+        first = self._strands[0].request_id if self._strands else None
+        return "-" if first is None else f"{front_end_of(first)}.{serial_of(first)}"
+
+
+def _parts(piece: Piece, found: Found) -> Iterator[Piece]:
+    """What a beam search came to, sequence after sequence."""
+    for sequence in found.sequences:
+        token_ids: list[int] = np.frombuffer(sequence.token_ids, np.int32).tolist()
+        logprobs: list[float] = np.frombuffer(sequence.logprobs, np.float32).tolist()
+        finish = Finish(found.request_id, "stop" if sequence.stopped else "length")
+        yield replace(piece, token_ids=token_ids, logprobs=[{token: logprob} for token, logprob in zip(token_ids, logprobs, strict=True)], finish=finish)
+
+
+def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:
+    """A strand's own: the first has the caller's seed, the others one that follows from it. The prompt is the same: the first tells of it."""
+    if index == 0:
+        return sampling
+    seed = None if sampling.seed is None else (sampling.seed + index * _SEED_STEP) % 2**64
+    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)

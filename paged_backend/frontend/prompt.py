@@ -1,0 +1,259 @@
+"""Text to token ids, on threads of its own: never on the engine's, and never in `execute`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.frontend.chat_template import ChatTemplate
+from paged_backend.frontend.words_tokenizer import WordsTokenizer
+from paged_backend.grammar.vocabulary import bits
+from paged_backend.messages import Ready
+from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
+
+_NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine needs to know of a request, all limits checked."""
+
+    token_ids: NDArray[np.int32]  # [prompt_len], prompt_len >= 1
+    sampling: SamplingParams  # max_tokens set, and such that prompt and answer fit into max_model_len
+    bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
+    allowed: NDArray[np.int32] | None = None  # [ceil(vocab / 32)] a bit per token, the first in the lowest; None: all
+
+
+class PromptReader:
+    """The model's tokenizer, and the limits a prompt must keep."""
+
+    def __init__(self, config: EngineConfig, ready: Ready) -> None:
+        """
+        Raises:
+            EngineError: the tokenizer's file cannot be read.
+        """
+        self._config = config
+        self._ready = ready
+        self.tokenizer = None if ready.tokenizer_path is None else load_tokenizer(Path(ready.tokenizer_path))
+        self._words_tokenizer: WordsTokenizer | None = None  # loaded when the first caller spells a special token
+        self._loading = threading.Lock()
+        self._chat_template: ChatTemplate | None = None
+        self._special_ids: dict[str, int] = {}  # how the special tokens are spelled
+        if ready.tokenizer_path is not None and self.tokenizer is not None:
+            added = self.tokenizer.get_added_tokens_decoder()
+            self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+            self._chat_template = ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"), list(self._special_ids))
+        self._lock = threading.Lock()
+        self._num_waiting = 0  # tasks that no thread has begun
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
+        if self._chat_template is not None:
+            self._threads.submit(self._chat_template.warm)
+
+    def later(self, task: Callable[[], None]) -> None:
+        """Runs `task`, which calls `read`, on one of the reader's threads. Tasks start in the order they came."""
+        with self._lock:
+            self._num_waiting += 1
+        self._threads.submit(self._begin, task)
+
+    def _begin(self, task: Callable[[], None]) -> None:
+        with self._lock:
+            self._num_waiting -= 1
+        task()
+
+    @property
+    def num_waiting(self) -> int:
+        """Tasks that have not begun."""
+        return self._num_waiting
+
+    def close(self) -> None:
+        """Forgets the tasks that have not started and waits for those that have."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, request: Request) -> Prompt:
+        """
+        Raises:
+            RequestError: what the caller must change, with the limit.
+        """
+        sampling = request.sampling
+        max_tokens = self._config.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
+        if sampling.max_tokens is not None and max_tokens > self._ready.max_model_len:
+            raise RequestError(f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self._ready.max_model_len})")
+        if self.tokenizer is None and sampling.stop:
+            raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
+        if self.tokenizer is None and sampling.grammar is not None:
+            raise RequestError(f"{sampling.grammar.key}: this model has no tokenizer, and without one an answer has no form")
+        token_ids = self._token_ids(request)
+        if sampling.truncate_prompt_tokens is not None:
+            longest = self._ready.max_model_len - 1
+            token_ids = token_ids[-(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :]
+        self._check_length(len(token_ids))
+        max_tokens = min(max_tokens, self._ready.max_model_len - len(token_ids))
+        self._check_known("logit_bias", sampling.logit_bias)
+        self._check_known("stop_token_ids", sampling.stop_token_ids)
+        allowed = self._allowed(sampling.allowed_token_ids)
+        min_tokens, stop_token_ids = min(sampling.min_tokens, max_tokens), self._stop_token_ids(sampling)
+        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, allowed_token_ids=None)
+        return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed)
+
+    def text_of(self, request: Request) -> str:
+        """The prompt as text, to be put before an answer."""
+        if request.text is not None:
+            return request.text
+        if request.chat is not None:
+            return "".join(self._chat_parts(request.chat))
+        assert request.input_ids is not None
+        return "" if self.tokenizer is None else self.tokenizer.decode(request.input_ids.tolist(), skip_special_tokens=True)
+
+    def _token_ids(self, request: Request) -> NDArray[np.int32]:
+        if request.input_ids is not None:
+            return self._checked_ids(request.input_ids)
+        if request.chat is not None:  # the template writes the special tokens
+            parts = self._chat_parts(request.chat)
+            return self._encoded("messages", parts[0], add_special_tokens=False) if len(parts) == 1 else self._ids_of_parts(parts)
+        assert request.text is not None
+        return self._encoded("text_input", request.text, add_special_tokens=True)
+
+    def _ids_of_parts(self, parts: list[str]) -> NDArray[np.int32]:
+        """parts: as ChatTemplate.render's."""
+        with self._loading:
+            if self._words_tokenizer is None:
+                assert self._ready.tokenizer_path is not None
+                self._words_tokenizer = WordsTokenizer(load_tokenizer(Path(self._ready.tokenizer_path)))
+        words = self._words_tokenizer
+        self._check_bytes("messages", "".join(parts))
+        return self._own_ids("messages", words.real_ids(np.array(_encode(words.tokenizer, words.text(parts), False), np.int32)).tolist())
+
+    def _chat_parts(self, chat: Chat) -> list[str]:
+        if chat.tools is None:
+            self._check_bytes("messages", chat.messages)
+        else:
+            self._check_bytes("messages and tools", chat.messages + chat.tools)
+        if self._chat_template is None:
+            raise RequestError("messages: this model has no chat template; send text_input or input_ids")
+        return self._chat_template.render(chat)
+
+    def _encoded(self, name: str, text: str, add_special_tokens: bool) -> NDArray[np.int32]:
+        self._check_bytes(name, text)
+        if not text:
+            raise RequestError(f"{name}: the prompt is empty")
+        if self.tokenizer is None:
+            raise RequestError(f"{name}: this model has no tokenizer; send input_ids")
+        token_ids = self._own_ids(name, _encode(self.tokenizer, text, add_special_tokens))
+        if not len(token_ids):
+            raise RequestError(f"{name}: the prompt has no tokens")
+        return token_ids
+
+    def _own_ids(self, name: str, token_ids: list[int]) -> NDArray[np.int32]:
+        """Ids that the tokenizer made, as an array. It may know tokens that were added to it and never to the model's embedding.
+
+        Raises:
+            RequestError: names the first such token.
+        """
+        if max(token_ids, default=0) >= self._ready.vocab_size:
+            assert self.tokenizer is not None
+            unknown = next(token_id for token_id in token_ids if token_id >= self._ready.vocab_size)
+            added = self.tokenizer.get_added_tokens_decoder().get(unknown)
+            token = self.tokenizer.id_to_token(unknown) if added is None else added.content  # as it was written, not as the normalizer has it
+            raise RequestError(f"{name}: the text has the token '{token}' (id {unknown}), which this model has no embedding of; {self._known_ids()}")
+        return np.array(token_ids, np.int32)
+
+    def _known_ids(self) -> str:
+        return f"its ids are 0 to {self._ready.vocab_size - 1}"
+
+    def unknown_tokens(self) -> dict[str, int]:
+        """The tokens that the tokenizer knows and the model has no embedding of, by their ids' order."""
+        if self.tokenizer is None:
+            return {}
+        found = [(token_id, token) for token, token_id in self.tokenizer.get_vocab().items() if token_id >= self._ready.vocab_size]
+        return {token: token_id for token_id, token in sorted(found)}
+
+    def _check_bytes(self, name: str, text: str) -> None:
+        num_bytes, limit = len(text.encode()), self._config.max_prompt_bytes
+        if num_bytes > limit:
+            raise RequestError(f"{name}: the prompt has {num_bytes} bytes; the longest allowed is {limit} (max_prompt_bytes)")
+
+    def _checked_ids(self, token_ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        if not len(token_ids):
+            raise RequestError("input_ids: the prompt is empty")
+        unknown = token_ids[(token_ids < 0) | (token_ids >= self._ready.vocab_size)]
+        if len(unknown):
+            raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; {self._known_ids()}")
+        return token_ids.astype(np.int32)
+
+    def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """With the stop strings that are special tokens: a text that skips those never shows them."""
+        if not (sampling.stop and sampling.skip_special_tokens):
+            return sampling.stop_token_ids
+        spelled = [self._special_ids[text] for text in sampling.stop if text in self._special_ids]
+        return tuple(dict.fromkeys([*sampling.stop_token_ids, *(token_id for token_id in spelled if token_id < self._ready.vocab_size)]))
+
+    def _allowed(self, token_ids: tuple[int, ...] | None) -> NDArray[np.int32] | None:
+        if token_ids is None:
+            return None
+        self._check_known("allowed_token_ids", token_ids)
+        return bits(token_ids, self._ready.vocab_size)
+
+    def _check_known(self, name: str, token_ids: Collection[int]) -> None:
+        largest = max(token_ids, default=0)
+        if largest >= self._ready.vocab_size:
+            raise RequestError(f"{name}: {largest} is not a token of this model; {self._known_ids()}")
+
+    def _check_length(self, prompt_len: int) -> None:
+        if prompt_len > self._ready.max_model_len - 1:
+            longest = self._ready.max_model_len - 1
+            raise RequestError(f"the prompt has {prompt_len} tokens; the longest this model takes is {longest} (max_model_len − 1)")
+        if prompt_len > self._ready.max_pool_tokens:
+            pages = f"{self._ready.num_pages} pages of {self._ready.page_size}"
+            raise RequestError(f"the prompt has {prompt_len} tokens; the page pool holds {self._ready.max_pool_tokens} ({pages})")
+
+    def _bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it is spelled at a text's beginning and, with a space before it, inside a text."""
+        if not words:
+            return ()
+        if self.tokenizer is None:
+            raise RequestError("bad_words: this model has no tokenizer")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for spelling in (word.lstrip() or word, f" {word.lstrip()}"):
+                token_ids = tuple(_encode(self.tokenizer, spelling, add_special_tokens=False))
+                if len(token_ids) > MAX_BAD_WORD_TOKENS:
+                    raise RequestError(f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is {MAX_BAD_WORD_TOKENS}")
+                if token_ids and max(token_ids) < self._ready.vocab_size:  # what has no embedding is never chosen
+                    found[token_ids] = None
+        return tuple(found)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """
+    Raises:
+        EngineError: the file is missing or broken.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time has nothing to share out among the processors
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise EngineError(f"the tokenizer '{path}' cannot be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """`encode` would keep every other thread of this process waiting; the batch call lets go of the interpreter."""
+    try:
+        encoding = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+    except Exception as error:  # a model without byte fallback and without an unknown token cannot spell every text
+        raise RequestError(f"the text cannot be tokenised: {error}", ErrorKind.INVALID) from None
+    return list(encoding.ids)

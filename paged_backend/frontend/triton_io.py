@@ -1,0 +1,279 @@
+"""Triton Server's side of a front end, and the only importer of its Python library: tensors to Request, Delta to response, errors to codes, metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine_client.election import ProcessId
+from paged_backend.engine_client.starter import engine_command
+from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.frontend.front_end import FrontEnd
+from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
+from paged_backend.frontend.prompt_logprobs import PromptTable
+from paged_backend.frontend.request_reader import read_request, wants_error_code
+from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
+from paged_backend.frontend.streamer import Send
+from paged_backend.log_lines import LogLines
+from paged_backend.messages import MODEL_NAME
+from paged_backend.request import Delta, Outputs
+
+_PUBLISH_SECONDS = 0.25
+_PUBLISH_ALARM_SECONDS = 30  # a publication takes milliseconds
+_SERVER_POLL_SECONDS = 0.5
+
+_CODES = {  # by name: the stub adds its classes to the library only after it has imported the model
+    ErrorKind.INVALID: "INVALID_ARG",
+    ErrorKind.OVERLOADED: "UNAVAILABLE",
+    ErrorKind.CANCELLED: "CANCELLED",
+    ErrorKind.INTERNAL: "INTERNAL",
+    ErrorKind.UNSUPPORTED: "UNSUPPORTED",
+}
+_GRPC_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT", "UNSUPPORTED": "UNIMPLEMENTED"}
+
+
+class TritonPythonModel:
+    """One instance of the model: a front end of the engine that all instances share."""
+
+    engine_command: Sequence[str] | None = None  # tests put another engine here
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """
+        Raises:
+            TritonModelException: one sentence that says why the model cannot be served.
+        """
+        name, version = args["model_name"], args["model_version"]
+        _log_to_stderr(name)
+        threading.Thread(target=_exit_with_server, args=(os.getppid(),), name="server", daemon=True).start()
+        model_config = json.loads(args["model_config"])
+        try:
+            config = EngineConfig.parse(engine_options(model_config["parameters"]))
+            num_instances = _num_instances(model_config)
+            command = self.engine_command or [*engine_command(), f"{MODEL_NAME}{name}"]
+            self._front_end = FrontEnd(config, _key(args), num_instances, command)
+        except EngineError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})
+        if args["model_instance_name"].endswith("_0_0"):  # the first of them speaks for all
+            _warn_of(model_config)
+        self._departure = Departure(ServerArguments.of(os.getppid()), name, version, num_instances, self._front_end.drain)
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Reads the requests and returns at once; each is answered through its own response sender."""
+        for request in requests:
+            self._accept(request)
+
+    def is_ready(self) -> bool:
+        """Asked by servers from 26.03 on."""
+        return self._front_end.alive
+
+    def finalize(self) -> None:
+        """Waits for live requests, ends what is left after a while, and with the last front end the engine."""
+        self._departure.close()
+        self._front_end.close()
+        self._publisher.close()
+
+    def _accept(self, inference: Any) -> None:
+        sender = inference.get_response_sender()
+        parameters = inference.parameters()
+        try:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
+            request = msgspec.structs.replace(read_request(tensors, parameters, time.monotonic()), caller_id=inference.request_id())
+        except RequestError as error:
+            self._refuse(error, parameters, sender)
+            return
+        except Exception:
+            logging.getLogger("paged").exception("a request could not be read")
+            self._refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), parameters, sender)
+            return
+        self._front_end.ask(request, _send_to(sender, request.outputs, self._front_end.token_text), sender.is_cancelled)
+
+    def _refuse(self, error: RequestError, parameters: str, sender: Any) -> None:
+        self._front_end.refuse(error, _send_to(sender, Outputs(error_code=wants_error_code(parameters)), self._front_end.token_text))
+
+
+def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """config.pbtxt's parameters without those of the Python backend itself, which are written in capitals (EXECUTION_ENV_PATH)."""
+    return {name: value["string_value"] for name, value in parameters.items() if not name.isupper()}
+
+
+def _warn_of(model_config: Mapping[str, Any]) -> None:
+    """Settings of config.pbtxt that Triton Server takes and that mean nothing here."""
+    if model_config.get("max_batch_size"):
+        text = (
+            "max_batch_size: %d in config.pbtxt makes no batches, it only gives requests a batch dimension of 1: the engine batches by itself, so set it to 0"
+        )
+        logging.getLogger("paged").warning(text, model_config["max_batch_size"])
+
+
+def _key(args: Mapping[str, str]) -> str:
+    """Names this model in this server: instances with the same key share an engine. A stub's parent is the server."""
+    server = ProcessId.of(os.getppid())
+    return "\n".join([repr(server), args["model_repository"], args["model_name"], args["model_version"]])
+
+
+def _exit_with_server(server: int) -> None:
+    """A stub outlives a server that was killed, by minutes; and with it its engine, which holds the GPU's memory."""
+    while os.getppid() == server:
+        time.sleep(_SERVER_POLL_SECONDS)
+    os._exit(1)
+
+
+def _num_instances(model_config: Mapping[str, Any]) -> int:
+    return sum(group["count"] * max(1, len(group["gpus"]) if group["kind"] == "KIND_GPU" else 1) for group in model_config["instance_group"])
+
+
+def _send_to(sender: Any, outputs: Outputs, token_text: Callable[[int], str]) -> Send:
+    def send(deltas: tuple[Delta, ...], final: bool) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        sender.send(response_of(deltas, outputs, token_text), flags=flags)
+
+    return send
+
+
+def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[[int], str]) -> Any:
+    """The InferenceResponse for deltas of several sequences, or one with an error: text_output always, the others as asked for, an entry per sequence.
+
+    output_ids has the sequences' tokens end to end (num_output_tokens says how many are whose); num_input_tokens and num_cached_tokens have one entry, and so
+    has prompt_logprobs, in one of a request's responses.
+    """
+    first = deltas[0]
+    if first.error is not None:
+        code = _CODES[first.error.kind]
+        words = f"{_GRPC_NAMES.get(code, code)}: {first.error}" if outputs.error_code else str(first.error)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(words, getattr(pb_utils.TritonError, code)))
+    tensors = [_strings("text_output", [delta.text for delta in deltas])]
+    if outputs.sequence_index:
+        tensors.append(_numbers("sequence_index", [delta.index for delta in deltas], np.int32))
+    if outputs.finish_reason:
+        tensors.append(_strings("finish_reason", [str(delta.finish_reason) for delta in deltas]))
+    if outputs.cumulative_logprob:
+        tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
+    if outputs.logprobs:
+        tensors.append(_strings("logprobs", [_json_list(_logprob_entries(entry, token_text) for entry in delta.logprobs) for delta in deltas]))
+    if outputs.prompt_logprobs:
+        tensors += [_strings("prompt_logprobs", [_prompt_json(delta.prompt, token_text)]) for delta in deltas if delta.prompt is not None]
+    if outputs.num_input_tokens:
+        tensors.append(_numbers("num_input_tokens", [first.num_input_tokens], np.uint32))
+    if outputs.num_output_tokens:
+        tensors.append(_numbers("num_output_tokens", [len(delta.token_ids) for delta in deltas], np.uint32))
+    if outputs.output_ids:
+        tensors.append(_numbers("output_ids", [token_id for delta in deltas for token_id in delta.token_ids], np.int32))
+    if outputs.num_cached_tokens:
+        tensors.append(_numbers("num_cached_tokens", [first.num_cached_tokens], np.uint32))
+    return pb_utils.InferenceResponse(tensors)
+
+
+def _strings(name: str, texts: Sequence[str]) -> Any:
+    return pb_utils.Tensor(name, np.array([text.encode() for text in texts], np.object_))
+
+
+def _numbers(name: str, values: Sequence[float], dtype: Any) -> Any:
+    return pb_utils.Tensor(name, np.array(values, dtype))
+
+
+def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str]) -> dict[str, dict[str, Any]]:
+    """As NVIDIA's vLLM backend writes them. The rank counts among the tokens listed, so the chosen one's may be better than its true rank."""
+    ranked = sorted(entry.values(), reverse=True)
+    return {str(token): {"logprob": logprob, "rank": ranked.index(logprob) + 1, "decoded_token": token_text(token)} for token, logprob in entry.items()}
+
+
+def _prompt_json(prompt: PromptTable, token_text: Callable[[int], str]) -> str:
+    """As `logprobs`, with null for the first token, as vLLM has it; ranks are true ones."""
+    spelled = lru_cache(maxsize=None)(token_text)
+    return _json_list(
+        None if entry is None else {str(token): {"logprob": logprob, "rank": rank, "decoded_token": spelled(token)} for token, (logprob, rank) in entry.items()}
+        for entry in prompt.entries()
+    )
+
+
+def _json_list(entries: Iterable[Any]) -> str:
+    """Entry by entry: the library lets no other thread run meanwhile, and a long prompt's list has tens of megabytes."""
+    return f"[{', '.join(map(json.dumps, entries))}]"
+
+
+class Publisher:
+    """Brings a tally's numbers to the server's `/metrics`, on a thread of its own."""
+
+    def __init__(self, tally: Tally, labels: Mapping[str, str]) -> None:
+        self._tally = tally
+        self._server = os.getppid()
+        self._families = {family.name: _create(family) for family in FAMILIES}  # the server forgets a family that nobody refers to
+        self._series = {
+            (family.name, value): _metric(self._families[family.name], family, {**labels, family.label: value} if family.label else dict(labels))
+            for family in FAMILIES
+            for value in family.values
+        }
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Publishes the last numbers."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.wait(_PUBLISH_SECONDS):
+                self._publish_or_die()
+            self._publish_or_die()
+        except Exception:  # metrics are no reason to stop serving
+            logging.getLogger("paged").exception("metrics cannot be published any more")
+
+    def _publish_or_die(self) -> None:
+        """A metric call to a server that was killed never returns, and as it holds the interpreter's lock, no other thread would ever notice:
+        the alarm's default action ends the process instead.
+        """
+        if os.getppid() != self._server:
+            return
+        signal.alarm(_PUBLISH_ALARM_SECONDS)
+        try:
+            self._publish()
+        finally:
+            signal.alarm(0)
+
+    def _publish(self) -> None:
+        measurements = self._tally.drain()
+        for series, value in measurements.gauges.items():
+            self._of(series).set(value)
+        for series, amount in measurements.increments.items():
+            if amount:
+                self._of(series).increment(amount)
+        for series, values in measurements.observations.items():
+            for value in values:
+                self._of(series).observe(value)
+
+    def _of(self, series: Series) -> Any:
+        return self._series[series]
+
+
+def _create(family: Family) -> Any:
+    kinds = {Kind.COUNTER: pb_utils.MetricFamily.COUNTER, Kind.GAUGE: pb_utils.MetricFamily.GAUGE, Kind.HISTOGRAM: pb_utils.MetricFamily.HISTOGRAM}
+    return pb_utils.MetricFamily(name=family.name, description=family.description, kind=kinds[family.kind])
+
+
+def _metric(created: Any, family: Family, labels: dict[str, str]) -> Any:
+    return created.Metric(labels=labels, buckets=list(family.buckets)) if family.kind is Kind.HISTOGRAM else created.Metric(labels=labels)
+
+
+def _log_to_stderr(model_name: str) -> None:
+    """Beside the engine's lines. The library's own Logger waits for the server with the interpreter's lock held."""
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(LogLines(model_name))
+    log = logging.getLogger("paged")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [stderr]

@@ -1,0 +1,81 @@
+"""The adapters' place on the device: a fixed number of berths, sized for the largest rank, and the products that use what lies in them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.models.adapter_files import Adapter, check_adapter, open_folder, read_adapter
+from paged_backend.models.adapter_layout import AdapterLayout
+from paged_backend.models.architecture import Architecture
+from paged_backend.models.linears import AdaptedLinears, AdapterOps
+from paged_backend.units import spell_bytes
+
+
+class Berths:
+    """Owns their memory. Which adapter lies in which is the scheduler's business (scheduler/adapter_slots.py). `check` and `read` may be called on any thread."""
+
+    def __init__(self, root: Path, layout: AdapterLayout, num_berths: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._root, self._layout, self._max_rank, self._dtype, self._pinned = root, layout, max_rank, dtype, device.type == "cuda"
+        self._device = device
+        self._weights = torch.zeros(num_berths, layout.size * max_rank, dtype=dtype, device=device)  # kernels/lora.py
+        self._ranks = torch.zeros(num_berths, dtype=torch.int32, device=device)  # 0: empty
+        self.told = (
+            f"adapters: room for {num_berths} of rank {max_rank} at most, {spell_bytes(self._weights[0].nbytes)} each, "
+            f"{spell_bytes(self._weights.nbytes)} in all (max_loras, max_lora_rank)"
+        )
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def check(self, name: str) -> None:
+        """Looks at everything but the numbers.
+
+        Raises:
+            RequestError: why the adapter of that name cannot be used.
+        """
+        check_adapter(open_folder(self._root, name), self._layout, self._max_rank)
+
+    def read(self, name: str) -> Adapter:
+        """The adapter of that name, from its folder.
+
+        Raises:
+            RequestError: as `check`.
+        """
+        with torch.cuda.device(self._device) if self._pinned else nullcontext():  # each thread has a current device of its own
+            return read_adapter(open_folder(self._root, name), self._layout, self._max_rank, self._dtype, self._pinned)
+
+    @torch.inference_mode()
+    def fill(self, berth: int, adapter: Adapter) -> None:
+        """Copies an adapter into a berth, after the steps that were launched before and without waiting for them."""
+        self._weights[berth, : len(adapter.packed)].copy_(adapter.packed, non_blocking=True)
+        self._ranks[berth].fill_(adapter.rank)
+
+    def linears(self, ops: AdapterOps, eps: float, row_berths: Tensor, max_tokens: int) -> AdaptedLinears:
+        """The products of a step with adapters, of at most max_tokens tokens. row_berths: int32 [rows], -1: none."""
+        return AdaptedLinears(ops, eps, self._layout, self._weights, self._ranks, row_berths, max_tokens)
+
+
+def allocate_berths(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Berths | None:
+    """None if the config names no folder of adapters.
+
+    Raises:
+        EngineError: there is no such folder, or the device has no room for them.
+    """
+    if not config.lora_directory:
+        return None
+    root = Path(config.lora_directory).expanduser()
+    if not root.is_dir():
+        raise EngineError(f"lora_directory: no folder {config.lora_directory}")
+    layout = AdapterLayout.of(architecture)
+    try:
+        return Berths(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        num_bytes = layout.size * config.max_lora_rank * config.max_loras * dtype.itemsize
+        what = f"{config.max_loras} adapters of rank {config.max_lora_rank}, {spell_bytes(num_bytes)}, do not fit (max_loras, max_lora_rank)"
+        raise EngineError(f"{what}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,104 @@
+"""Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words, min_tokens; penalties; masks;
+temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a piece skips it; a row that does not ask is left as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paged_backend.batch import Feature
+from paged_backend.request import MAX_BAD_WORD_TOKENS
+from paged_backend.runner.step_tensors import DeviceRows, SampleTensors
+
+_EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY | Feature.MASK
+
+
+class SamplerOps(Protocol):
+    """What the sampler computes with: `paged_kernels.reference`, which documents each op, or kernels of the same names, which may write over logits."""
+
+    def add_bias(self, logits: Tensor, ids: Tensor, values: Tensor) -> Tensor: ...
+    def ban_bad_words(self, logits: Tensor, words: Tensor, recent: Tensor) -> Tensor: ...
+    def apply_penalties(
+        self, logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+    ) -> Tensor: ...
+    def apply_token_mask(self, logits: Tensor, masks: Tensor, rows: Tensor) -> Tensor: ...
+    def choose(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor: ...
+    def argmax(self, logits: Tensor) -> Tensor: ...
+    def write_tokens(self, history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None: ...
+    def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor: ...
+    def top_logprobs(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
+    def continuations(self, logits: Tensor, edited: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
+    def score_tokens(self, logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tensors on the device, one entry per sampled row, as in StepResult."""
+
+    token_ids: Tensor  # integers [M]
+    logprobs: Tensor | None = None  # float32 [M]
+    top_ids: Tensor | None = None  # int64 [M, n]
+    top_logprobs: Tensor | None = None  # float32 [M, n]
+    candidates: Tensor | None = None  # int32 [b, 2 n] of the step's beams: ids, and the bits of their log-probabilities
+
+
+class Sampler:
+    """Keeps no state: random numbers are a function of a row's seed and position, penalties of its tokens."""
+
+    def __init__(self, ops: SamplerOps) -> None:
+        self._ops = ops
+
+    def sample(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Sampled:
+        """Chooses a token for each row and appends it to the row. logits: [M, vocab], any floating type."""
+        ops = self._ops
+        edited = self._edit(logits, step, rows) if step.features & _EDITS else logits
+        if step.features & Feature.RANDOM:
+            truncation = rows.truncation if step.features & Feature.TRUNCATE else None
+            token_ids = ops.choose(edited, rows.temperature, rows.seeds, step.positions, step.rows, truncation)
+        else:
+            token_ids = ops.argmax(edited)
+        ops.write_tokens(rows.token_ids, step.rows, step.positions, token_ids)
+        candidates = None if step.beams is None else self._candidates(logits, edited, step.beams, step.num_candidates)
+        if not step.features & (Feature.LOGPROBS | Feature.TOP_LOGPROBS):
+            return Sampled(token_ids, candidates=candidates)
+        top_ids, top_logprobs = ops.top_logprobs(logits, min(step.num_top_logprobs, logits.shape[1])) if step.num_top_logprobs else (None, None)
+        return Sampled(token_ids, ops.logprobs(logits, token_ids), top_ids, top_logprobs, candidates)
+
+    def _candidates(self, logits: Tensor, edited: Tensor, beams: Tensor, n: int) -> Tensor:
+        """Of log-probabilities of the raw logits, as in transformers: a ban takes a token away and leaves the others what they are."""
+        n = min(n, logits.shape[1])
+        ids, logprobs = self._ops.continuations(logits.index_select(0, beams), edited.index_select(0, beams), n)
+        return torch.cat([ids.int(), logprobs.view(torch.int32)], dim=1)
+
+    def score(self, logits: Tensor, token_ids: Tensor, n: int) -> Tensor:
+        """What is told of tokens that are known: int32 [k, 2 + 2 n], the bits of their log-probabilities, ranks, the n most likely ids and their bits.
+
+        logits: [k, vocab], token_ids [k].
+        """
+        logprobs, ranks, top_ids, top_logprobs = self._ops.score_tokens(logits, token_ids, n)
+        return torch.cat([logprobs.view(torch.int32)[:, None], ranks.int()[:, None], top_ids.int(), top_logprobs.view(torch.int32)], dim=1)
+
+    def _edit(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Tensor:
+        """What a greedy row sees too: bias, bans, penalties, masks. float32; logits stay as they are."""
+        ops, mine, positions = self._ops, step.rows, step.positions
+        logits = logits.to(torch.float32, copy=True)
+        p = rows.parameters(mine)
+        if step.num_bias:
+            logits = ops.add_bias(logits, *rows.bias(mine, step.num_bias))
+        if step.num_bad_words:
+            logits = ops.ban_bad_words(logits, rows.bad_words(mine, step.num_bad_words), rows.recent(mine, positions, MAX_BAD_WORD_TOKENS - 1))
+        if step.num_stop:  # min_tokens
+            ban = torch.where(positions < p.integers("min_len"), -torch.inf, 0.0)
+            logits = ops.add_bias(logits, rows.stop_ids(mine, step.num_stop), ban[:, None].repeat(1, step.num_stop))
+        if step.features & Feature.PENALTY:
+            history = rows.history(mine, step.max_len)
+            penalties = (p.floats("repetition"), p.floats("presence"), p.floats("frequency"))
+            logits = ops.apply_penalties(logits, history, p.integers("prompt_len"), positions, *penalties)
+        if step.masked:
+            logits = ops.apply_token_mask(logits, rows.token_masks, torch.where(p.integers("masked") > 0, mine, -1))
+        return logits

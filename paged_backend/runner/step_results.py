@@ -1,0 +1,117 @@
+"""How a step's results come to the host: copied into pinned memory while the device goes on, and read when they have landed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paged_backend.batch import Batch, BeamCandidates, Feature, Int32, Int64, PromptScores, StepResult
+from paged_backend.runner.sampler import Sampled
+
+
+class _Landing:
+    """Pinned host memory for a step's results, and the moment from which they are there."""
+
+    def __init__(self, capacity: int) -> None:
+        self.memory = torch.empty(capacity, dtype=torch.int32, pin_memory=True)
+        self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A launched step, and where its result will be: int32 matrices in host memory, floats as their bits."""
+
+    batch: Batch
+    slots: Int64  # [num_sampled] the output of each sampled sequence
+    columns: Tensor  # [outputs, columns]: token id, logprob, top ids, top logprobs
+    num_tops: int
+    candidates: Tensor | None  # [beams, 2 n]: ids, logprobs
+    prompts: Tensor | None  # [tokens of all the batch's PromptSpans, 2 + 2 n]: logprob, rank, top ids, top logprobs
+    landing: _Landing | None  # None: it is there already
+
+
+class Landings:
+    """Pinned memory is made once: as many landings exist as steps were ever in flight."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._free: list[_Landing] = []
+
+    def send_back(self, batch: Batch, slots: Int64, sampled: Sampled, prompts: Tensor | None) -> Flight:
+        """Starts the copy."""
+        columns = [sampled.token_ids.int()[:, None]]
+        if sampled.logprobs is not None:
+            columns.append(sampled.logprobs.view(torch.int32)[:, None])
+        num_tops = 0
+        if sampled.top_ids is not None and sampled.top_logprobs is not None:
+            columns += [sampled.top_ids.int(), sampled.top_logprobs.view(torch.int32)]
+            num_tops = sampled.top_ids.shape[1]
+        packed = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        if not self._pinned:
+            return Flight(batch, slots, packed, num_tops, sampled.candidates, prompts, None)
+        parts = [packed, sampled.candidates, prompts]
+        landing = self._landing(sum(part.numel() for part in parts if part is not None))
+        hosts: list[Tensor | None] = []
+        at = 0
+        for part in parts:
+            hosts.append(None if part is None else _copy(part, landing.memory[at:]))
+            at += 0 if part is None else part.numel()
+        landing.arrived.record()
+        host, candidates, told = hosts
+        assert host is not None
+        return Flight(batch, slots, host, num_tops, candidates, told, landing)
+
+    def receive(self, flight: Flight) -> StepResult:
+        """Waits until it is there."""
+        if flight.landing is None:
+            return _result(flight)
+        flight.landing.arrived.synchronize()
+        self._free.append(flight.landing)
+        return _result(flight)
+
+    def _landing(self, size: int) -> _Landing:
+        landing = self._free.pop() if self._free else _Landing(size)
+        return landing if landing.memory.numel() >= size else _Landing(size)
+
+
+def _copy(packed: Tensor, memory: Tensor) -> Tensor:
+    host = memory[: packed.numel()].view(packed.shape)
+    host.copy_(packed, non_blocking=True)
+    return host
+
+
+def _result(flight: Flight) -> StepResult:
+    columns, n = flight.columns.numpy()[flight.slots], flight.num_tops  # a copy: the memory is used again
+    wants_tops = bool(flight.batch.features & Feature.TOP_LOGPROBS)
+    return StepResult(
+        token_ids=np.ascontiguousarray(columns[:, 0]),
+        logprobs=None if columns.shape[1] == 1 else _floats(columns[:, 1]),
+        top_ids=columns[:, 2 : 2 + n] if wants_tops else None,
+        top_logprobs=_floats(columns[:, 2 + n :]) if wants_tops else None,
+        beams=None if flight.candidates is None else _candidates(flight.candidates.numpy()),
+        prompts=() if flight.prompts is None else _prompt_scores(flight.batch, flight.prompts.numpy()),
+    )
+
+
+def _candidates(columns: Int32) -> BeamCandidates:
+    n = columns.shape[1] // 2
+    return BeamCandidates(columns[:, :n].copy(), _floats(columns[:, n:]))
+
+
+def _prompt_scores(batch: Batch, columns: Int32) -> tuple[PromptScores, ...]:
+    widest = (columns.shape[1] - 2) // 2
+    found = []
+    at = 0
+    for span in batch.prompts:
+        part, n = columns[at : at + span.count], span.num_tops
+        at += span.count
+        found.append(PromptScores(_floats(part[:, 0]), part[:, 1].copy(), part[:, 2 : 2 + n].copy(), _floats(part[:, 2 + widest : 2 + widest + n])))
+    return tuple(found)
+
+
+def _floats(bits: Int32) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """A copy."""
+    return np.array(bits, order="C").view(np.float32)

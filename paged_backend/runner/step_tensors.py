@@ -1,0 +1,305 @@
+"""Batch -> device tensors: the rows that live on the device, and the only copy from host to device a step makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import paged_kernels.reference as reference
+from paged_backend.batch import Batch, Feature, Int32
+from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+from paged_backend.runner.staging import Staging
+from paged_backend.runner.step_plan import StepPlan, StepShape
+from paged_backend.runner.step_sections import COLUMN, SIZES, sections_of, sizes_of
+
+_MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
+
+
+class RowOps(Protocol):
+    """What the rows are kept with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
+
+    def write_spans(self, target: Tensor, spans: Tensor, values: Tensor) -> None: ...
+    def update_page_tables(self, page_tables: Tensor, updates: Tensor) -> None: ...
+    def gather_step(
+        self,
+        rows: Tensor,
+        starts: Tensor,
+        counts: Tensor,
+        offsets: Tensor,
+        history: Tensor,
+        page_tables: Tensor,
+        page_size: int,
+        *,
+        input_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class SampleTensors:
+    """What the sampler needs of a step: M rows, in the order of the step's outputs."""
+
+    rows: Tensor  # int32 [M]; -1: what is chosen is dropped
+    positions: Tensor  # int32 [M] of the token to sample: how many tokens the sequence has
+    features: int  # Batch.features
+    max_len: int = 0  # the largest position
+    num_bias: int = 0  # widest of the rows' tables
+    num_stop: int = 0
+    num_bad_words: int = 0
+    num_top_logprobs: int = 0
+    beams: Tensor | None = None  # int32 [b] outputs of which the likeliest continuations are wanted
+    num_candidates: int = 0  # so many
+    masked: bool = False  # some row may choose certain tokens only
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """One step for the decoder, laid out by step_plan.py: D decodes, then prefills, S sequences in all; T tokens, M of them with logits."""
+
+    shape: StepShape
+    plan: Mapping[str, Tensor]  # int32, the arrays of StepShape.lengths
+    input_ids: Tensor  # int32 [T]
+    positions: Tensor  # int64 [T]
+    slot_mapping: Tensor  # int64 [T] page_id * page_size + offset; -1 for padding
+    page_table: Tensor  # int32 [S, pages of the longest sequence]
+    seq_lens: Tensor  # int32 [S] after this step; 0 for padding
+    max_decode_len: int  # no decode is longer, after this step
+    max_query_len: int  # no prefill computes more tokens
+    prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of each prefill, where the host knows them
+
+    @property
+    def query_starts(self) -> Tensor:
+        """int32 [S + 1]: first token of each sequence, and T."""
+        return self.plan["query_starts"]
+
+    @property
+    def logit_indices(self) -> Tensor | None:
+        """int32 [M]: tokens whose successors may be sampled; None: all."""
+        return self.plan["logit_indices"] if self.shape.num_prefills else None
+
+
+@dataclass(frozen=True)
+class RowParameters:
+    """Parameters of chosen rows, one entry each."""
+
+    block: Tensor  # int32 [k, columns]
+
+    def integers(self, name: str) -> Tensor:
+        return self.block[:, COLUMN[name]]
+
+    def floats(self, name: str) -> Tensor:
+        return self.block.view(torch.float32)[:, COLUMN[name]]
+
+
+class DeviceRows:
+    """What the device knows of each running sequence: its tokens, its page table, its sampling parameters.
+
+    Invariant: after `update(batch, plan)` a row has every token up to batch.starts + batch.counts, and the pages of those tokens.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        max_model_len: int,
+        page_size: int,
+        num_eos_ids: int,
+        device: torch.device,
+        ops: RowOps = reference,
+        copy_pages: Callable[[Tensor], None] = lambda copies: None,
+    ) -> None:
+        """copy_pages: does a batch's page_copies, int32 [k, 2], in the store; the rows have no page themselves."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.token_ids = zeros(num_rows, max_model_len + 1)  # prompt and sampled tokens
+        self.page_table = zeros(num_rows, -(-max_model_len // page_size))
+        self.page_size = page_size
+        self._ops = ops
+        self._copy_pages = copy_pages
+        self._parameters = zeros(num_rows, len(COLUMN))
+        self._zeros = zeros
+        self.token_masks = zeros(num_rows, 0)  # int32 [num_rows, ceil(vocab / 32)] of the rows that may choose certain tokens only; no width before the first
+        self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
+        self._table_shapes = {
+            "bias_ids": (num_rows, MAX_LOGIT_BIAS),
+            "bias_values": (num_rows, MAX_LOGIT_BIAS),  # float32 bits
+            "stop_ids": (num_rows, MAX_STOP_TOKENS + num_eos_ids),
+            "bad_words": (num_rows, _MAX_BAD_WORD_ENTRIES, MAX_BAD_WORD_TOKENS),
+        }
+        self._staging = Staging(device)
+        self._sent: dict[str, Tensor] = {}  # valid until the next update
+        # what the host must know of a row to size a step's sampling
+        self._sizes = {name: np.zeros(num_rows, np.int32) for name in SIZES}
+
+    # ---- reading rows
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def seeds(self) -> Tensor:
+        """int64 [num_rows], all 64 bits."""
+        return self._parameters.view(torch.int64)[:, COLUMN["seed_low"] // 2]
+
+    @property
+    def temperature(self) -> Tensor:
+        """float32 [num_rows]; 0: greedy."""
+        return RowParameters(self._parameters).floats("temperature")
+
+    @property
+    def truncation(self) -> tuple[Tensor, Tensor, Tensor]:
+        """top_k int32, top_p float32, min_p float32: [num_rows]; 0, 1, 0: none."""
+        every = RowParameters(self._parameters)
+        return every.integers("top_k"), every.floats("top_p"), every.floats("min_p")
+
+    @property
+    def berths(self) -> Tensor:
+        """int32 [num_rows], strided; -1: no adapter."""
+        return RowParameters(self._parameters).integers("berth")
+
+    def parameters(self, rows: Tensor) -> RowParameters:
+        return RowParameters(self._parameters[rows])
+
+    def history(self, rows: Tensor, max_len: int) -> Tensor:
+        """int32 [k, max_len]: the rows' first tokens."""
+        return self.token_ids[:, :max_len][rows]
+
+    def recent(self, rows: Tensor, positions: Tensor, count: int) -> Tensor:
+        """int32 [k, count]: the tokens before `positions`, -2 where there are none."""
+        at = positions[:, None] - torch.arange(count, 0, -1, device=rows.device)
+        return torch.where(at >= 0, self.token_ids[rows[:, None], at.clamp(min=0)], -2)
+
+    def bias(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """logit_bias: ids int32 [k, width], -1 where there are fewer; values float32 [k, width]."""
+        return self._entries("bias_ids", "num_bias", rows, width), self._table("bias_values")[rows, :width].view(torch.float32)
+
+    def stop_ids(self, rows: Tensor, width: int) -> Tensor:
+        """int32 [k, width], -1 where there are fewer."""
+        return self._entries("stop_ids", "num_stop", rows, width)
+
+    def bad_words(self, rows: Tensor, width: int) -> Tensor:
+        """int32 [k, width, MAX_BAD_WORD_TOKENS], right-aligned, -1 where there are fewer."""
+        return self._entries("bad_words", "num_bad_words", rows, width)
+
+    def _entries(self, table: str, count: str, rows: Tensor, width: int) -> Tensor:
+        entries = self._table(table)[rows, :width]
+        absent = torch.arange(width, device=rows.device) >= self.parameters(rows).integers(count)[:, None]
+        return entries.masked_fill(absent.view(*absent.shape, *[1] * (entries.dim() - 2)), -1)
+
+    # ---- writing rows
+
+    def update(self, batch: Batch, plan: StepPlan) -> Tensor:
+        """Brings the rows up to date with a batch and brings the plan to the device: int32 [plan.shape.size]. Copies to the device once."""
+        for new in batch.new_rows:
+            for name, size in sizes_of(new).items():
+                self._sizes[name][new.row] = size
+        sent = self._sent = self._staging.send(sections_of(batch, plan))
+        self._write(batch, sent)
+        return sent["plan"]
+
+    def apply(self, batch: Batch, plan: StepPlan) -> StepTensors:
+        """`update`, and the tensors of a step that is computed at once."""
+        longest = max((query_len for query_len, _ in plan.prefill_lens), default=0)
+        page_table = self.token_ids.new_empty(plan.shape.num_sequences, -(-plan.max_len // self.page_size))
+        step = self.make_step(self.update(batch, plan), plan.shape, page_table, plan.max_decode_len, longest, plan.prefill_lens)
+        self.gather(step)
+        return step
+
+    def make_step(
+        self, flat: Tensor, shape: StepShape, page_table: Tensor, max_decode_len: int, max_query_len: int, prefill_lens: tuple[tuple[int, int], ...] = ()
+    ) -> StepTensors:
+        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them. page_table: int32 [sequences, pages of the longest]."""
+        new = self.token_ids.new_empty
+        return StepTensors(
+            shape=shape,
+            plan=dict(zip(shape.lengths, torch.split(flat, list(shape.lengths.values())), strict=True)),
+            input_ids=new(shape.num_tokens),
+            positions=new(shape.num_tokens, dtype=torch.int64),
+            slot_mapping=new(shape.num_tokens, dtype=torch.int64),
+            page_table=page_table,
+            seq_lens=new(shape.num_sequences),
+            max_decode_len=max_decode_len,
+            max_query_len=max_query_len,
+            prefill_lens=prefill_lens,
+        )
+
+    def make_page_table(self, num_sequences: int, max_len: int) -> Tensor:
+        """For captured steps of so many sequences of up to max_len tokens: int32 [num_sequences, pages], page 0 everywhere, for padding is read, too."""
+        return self.token_ids.new_zeros(num_sequences, -(-max_len // self.page_size))
+
+    def gather(self, step: StepTensors) -> None:
+        """Fills a step's tensors from the rows of its plan."""
+        plan = step.plan
+        self._ops.gather_step(
+            plan["rows"],
+            plan["starts"],
+            plan["counts"],
+            plan["query_starts"][:-1],
+            self.token_ids,
+            self.page_table,
+            self.page_size,
+            input_ids=step.input_ids,
+            positions=step.positions,
+            slot_mapping=step.slot_mapping,
+            page_table=step.page_table,
+            seq_lens=step.seq_lens,
+        )
+
+    def sampling(self, batch: Batch, step: StepTensors) -> SampleTensors:
+        """What the sampler needs of a step."""
+        sampled, features = batch.rows[batch.samples], batch.features
+        return SampleTensors(
+            rows=step.plan["sample_rows"],
+            positions=step.seq_lens[: step.shape.num_outputs],
+            features=features,
+            max_len=int((batch.starts + batch.counts).max()),
+            num_bias=self._widest("num_bias", sampled) if features & Feature.BIAS else 0,
+            num_stop=self._widest("num_stop", sampled) if features & Feature.BIAS else 0,
+            num_bad_words=self._widest("num_bad_words", sampled) if features & Feature.BAD_WORDS else 0,
+            num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if features & Feature.TOP_LOGPROBS else 0,
+            beams=None if batch.beams is None else self._sent["beams"],
+            num_candidates=0 if batch.beams is None else batch.beams.num_candidates,
+            masked=bool(features & Feature.MASK and self._widest("masked", sampled)),
+        )
+
+    def prompt_tokens(self) -> tuple[Tensor, Tensor]:
+        """Of the last update: int32 [k] which of the step's tokens leave their logits for prompt_logprobs, and int32 [k] the tokens after them."""
+        at, rows, positions = self._sent["prompt_tokens"]
+        return at, self.token_ids[rows, positions]
+
+    def _widest(self, name: str, rows: Int32) -> int:
+        return int(self._sizes[name][rows].max(initial=0))
+
+    def _write(self, batch: Batch, sent: Mapping[str, Tensor]) -> None:
+        if batch.new_rows:
+            self._ops.write_spans(self.token_ids, sent["token_spans"], sent["new_tokens"])
+            self._ops.write_spans(self._parameters, sent["parameter_spans"], sent["new_parameters"])
+            for name in self._table_shapes:
+                if name in sent:
+                    *where, values = sent[name]
+                    self._table(name)[tuple(where)] = values
+        if batch.token_edits:
+            self._ops.write_spans(self.token_ids, sent["edit_spans"], sent["edited_tokens"])
+        if len(batch.page_copies):
+            self._copy_pages(sent["page_copies"])
+        if len(batch.page_updates):
+            self._ops.update_page_tables(self.page_table, sent["page_updates"])
+        if "masks" in sent:
+            if not self.token_masks.shape[1]:
+                self.token_masks = self._zeros(len(self.token_ids), sent["masks"].shape[1])
+            self._ops.write_spans(self.token_masks, sent["mask_spans"], sent["masks"].view(-1))
+
+    def _table(self, name: str) -> Tensor:
+        if name not in self._tables:
+            self._tables[name] = self._zeros(*self._table_shapes[name])
+        return self._tables[name]

@@ -1,0 +1,175 @@
+"""Beam searches on rows and pages: each beam of a request is a runner with a row and pages of its own, forked from others as the search decides.
+
+A request's sequence (the leader) waits, is admitted, preempted and ended as one; in its place run `beam_width` runners. The first computes the prompt, the
+others hold a row and a page in reserve. When the prompt's result is there, all become beams: full pages are shared, the last, partial one is copied into
+the reserve. From then on a beam that goes on more than once takes over the row and the partial page of one that is dropped, so a fork needs no new page.
+
+    prompt --result--> beams --results of all--> beams ... --> answers
+       ^                 |
+       +--- preempted ---+   the beams are kept and computed again, once the prompt is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+
+import msgspec
+import numpy as np
+
+from paged_backend.batch import Batch, BeamRows, Feature, Int32, StepResult, TokenEdit
+from paged_backend.errors import ErrorKind
+from paged_backend.request import Found, FoundSequence, SamplingParams
+from paged_backend.scheduler.beam_search import Beam, BeamSearch, Candidates, Fork
+from paged_backend.scheduler.row_changes import RowChanges
+from paged_backend.scheduler.sequence import BeamGroup, Rows, Sequence
+from paged_backend.scheduler.sequence_pages import SequencePages
+
+
+class Beams:
+    """What the scheduler asks about beam searches."""
+
+    def __init__(self, rows: Rows, pages: SequencePages, changes: RowChanges) -> None:
+        self._rows = rows
+        self._pages = pages
+        self._changes = changes
+        self._runner_ids = count(-2, -1)  # of no request; never the same, so that a step's late result finds nobody
+
+    # ---- requests come and go
+
+    def refusal(self, sampling: SamplingParams, prompt_len: int, length_limit: int) -> tuple[ErrorKind, str] | None:
+        """A search that could never run to its end, even alone."""
+        width = sampling.beam_width if sampling.use_beam_search else None
+        if width is None:
+            return None
+        max_running = len(self._rows.sequences)
+        if width > max_running:
+            return ErrorKind.INVALID, f"beam_width: {width} beams are more than may run at once: {max_running} (max_num_sequences, max_batched_tokens)"
+        size, num_pages = self._rows.page_size, self._pages.pool.num_pages
+        shared = prompt_len // size
+        needed = shared + width * max(-(-(length_limit - 1) // size) - shared, 1)
+        if needed > num_pages:
+            return ErrorKind.INVALID, f"beam_width: {width} beams of up to {length_limit} tokens may need {needed} pages; the pool has {num_pages}"
+        return None
+
+    def enrol(self, leader: Sequence) -> None:
+        """A new sequence; nothing changes for one that searches nothing."""
+        s = leader.sampling
+        if s.use_beam_search and s.beam_width is not None:
+            max_tokens = leader.length_limit - leader.prompt_len
+            leader.group = BeamGroup(BeamSearch(s.beam_width, leader.stop_ids, max_tokens, s.length_penalty, s.early_stopping))
+            leader.runners = self._make_runners(leader, s.beam_width)
+
+    def fold(self, leader: Sequence) -> None:
+        """It lost its rows and pages: it will begin with the prompt again, then go on with the beams it has."""
+        group = leader.group
+        if group is not None:
+            group.live, group.candidates = [], {}
+            leader.runners = self._make_runners(leader, group.search.width)
+
+    def _make_runners(self, leader: Sequence, width: int) -> list[Sequence]:
+        sampling = msgspec.structs.replace(leader.sampling, logprobs=None)  # the search has them
+        first = replace(leader, request_id=next(self._runner_ids), sampling=sampling, group=None)
+        nothing = leader.token_ids[:0]
+        others = [replace(first, request_id=next(self._runner_ids), token_ids=nothing, shares=False, suspect=False) for _ in range(width - 1)]
+        for runner in (first, *others):
+            runner.leader = leader
+            runner.pages, runner.hashes = [], []
+        return [first, *others]
+
+    # ---- steps
+
+    def wanted(self, sampled: Int32) -> BeamRows | None:
+        """sampled: the rows that a step samples."""
+        mine = np.flatnonzero(self._rows.features[sampled] & Feature.BEAM)
+        if not len(mine):
+            return None
+        return BeamRows(mine.astype(np.int32), max(self._group_at(row)[1].search.num_candidates for row in sampled[mine].tolist()))
+
+    def take(self, batch: Batch, result: StepResult) -> Iterator[tuple[Sequence, Found | None]]:
+        """A step's results. Yields the sequences that are over, with their answers, and with None those that must begin again, for want of a page.
+
+        Whoever is yielded must have been ended or preempted when the next is asked for.
+        """
+        if batch.beams is None or result.beams is None:
+            return
+        rows, request_ids = batch.rows[batch.samples][batch.beams.sampled], batch.request_ids[batch.samples][batch.beams.sampled]
+        ready = []
+        for entry, (row, request_id) in enumerate(zip(rows.tolist(), request_ids.tolist(), strict=True)):
+            if self._rows.request_id[row] != request_id:
+                continue  # ended or preempted while the step was in flight
+            leader, group = self._group_at(row)
+            group.candidates[row] = Candidates(result.beams.token_ids[entry], result.beams.logprobs[entry])
+            if len(group.candidates) == max(len(group.live), 1):
+                ready.append((leader, group))
+        for leader, group in ready:
+            parents = group.live or leader.runners[:1]
+            forks = _next_beams(group, parents)
+            if group.search.over:
+                yield leader, _found(leader, group.search)
+            elif not self._place(leader, group, parents, forks):
+                yield leader, None
+
+    # ---- forks
+
+    def _place(self, leader: Sequence, group: BeamGroup, parents: list[Sequence], forks: list[Fork]) -> bool:
+        """Gives every next beam a runner. parents: the runners that forks refer to. False: a reserve is missing, nothing has changed."""
+        num_computed = int(self._rows.num_computed[parents[0].row])
+        num_full, is_partial = divmod(num_computed, self._rows.page_size)
+        kept = {fork.parent: fork for fork in reversed(forks)}  # the first of each parent stays where it is
+        moved = [fork for fork in forks if kept[fork.parent] is not fork]
+        free = [runner for runner in leader.runners if all(runner is not parents[parent] for parent in kept)]
+        shared = {id(runner): num_full for runner in parents}  # the pages of the others are all in reserve
+        free.sort(key=lambda runner: len(runner.pages) - shared.get(id(runner), 0), reverse=True)
+        takers = free[: len(moved)]
+        if is_partial and any(len(runner.pages) <= shared.get(id(runner), 0) for runner in takers):
+            return False
+        group.live = [parents[fork.parent] for fork in forks]
+        for fork in kept.values():
+            self._continue(leader, parents[fork.parent], fork.beam, num_computed)
+        for runner, fork in zip(takers, moved, strict=True):
+            group.live[next(at for at, other in enumerate(forks) if other is fork)] = runner
+            before = list(runner.pages)
+            self._pages.share(runner, parents[fork.parent], num_full, shared.get(id(runner), 0))
+            changed = [(index, page) for index, page in enumerate(runner.pages) if index >= len(before) or before[index] != page]
+            assert runner.row is not None
+            self._changes.page_updates += [(runner.row, index, page) for index, page in changed]
+            if is_partial:
+                self._changes.page_copies.append((runner.row, parents[fork.parent].pages[num_full], runner.pages[num_full]))
+            self._continue(leader, runner, fork.beam, num_computed)
+        for runner in free[len(moved) :]:
+            self._pages.share(runner, runner, 0, shared.get(id(runner), 0))
+            self._rows.rewrite(runner, runner.token_ids[:0], 0)
+        return True
+
+    def _continue(self, leader: Sequence, runner: Sequence, beam: Beam, num_computed: int) -> None:
+        """Puts a beam onto a runner that holds its pages."""
+        assert runner.row is not None
+        token_ids = np.concatenate([leader.token_ids, beam.token_ids])
+        known = self._rows.token_ids_of(runner)
+        length = min(len(known), len(token_ids))
+        differing = np.flatnonzero(known[:length] != token_ids[:length])
+        start = int(differing[0]) if len(differing) else length
+        self._changes.token_edits.append(TokenEdit(runner.row, start, token_ids[start:]))
+        self._rows.rewrite(runner, token_ids, num_computed)
+
+    def _group_at(self, row: int) -> tuple[Sequence, BeamGroup]:
+        runner = self._rows.sequences[row]
+        assert runner is not None and runner.leader.group is not None
+        return runner.leader, runner.leader.group
+
+
+def _next_beams(group: BeamGroup, parents: list[Sequence]) -> list[Fork]:
+    """All results of the present beams are in."""
+    candidates = [group.candidates[runner.row] for runner in parents if runner.row is not None]
+    group.candidates = {}
+    search = group.search
+    if not group.live and len(search.beams[0].token_ids):  # it was preempted: what follows the prompt is known
+        return [Fork(0, beam) for beam in search.beams]
+    return search.advance(candidates)
+
+
+def _found(leader: Sequence, search: BeamSearch) -> Found:
+    best = search.endings[: leader.sampling.n]
+    return Found(leader.request_id, tuple(FoundSequence(end.beam.token_ids.tobytes(), end.beam.logprobs.tobytes(), end.stopped) for end in best))

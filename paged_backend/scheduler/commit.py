@@ -1,0 +1,130 @@
+"""What steps bring: their token ids reach the sequences, those that met a stop or their limit end, and the callers' part of it goes out."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paged_backend.batch import Batch, Feature, Int32, Int64, StepOutput, StepResult
+from paged_backend.errors import ErrorKind
+from paged_backend.request import Finish, Found
+from paged_backend.scheduler import prompt_logprobs
+from paged_backend.scheduler.beams import Beams
+from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.lifecycle import LivingSequences
+from paged_backend.scheduler.sequence import Sequence
+
+
+class Outcomes:
+    """Owns what one step's output will say, while its result is taken in."""
+
+    def __init__(self, living: LivingSequences, guides: Guides, beams: Beams) -> None:
+        self._living = living
+        self._running = living.running
+        self._guides = guides
+        self._beams = beams
+        self._started: dict[int, int] = {}
+        self._found: list[Found] = []
+
+    def commit(self, batch: Batch, result: StepResult) -> StepOutput:
+        """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their limit."""
+        table = self._running.table
+        rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
+        present = table.request_id[rows] == request_ids
+        entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
+        wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
+        prompts = prompt_logprobs.told(batch, result, self._living)
+        self._append(rows[entries], token_ids[entries])
+        for sequence, found in self._beams.take(batch, result):
+            self._conclude(sequence, found)
+        if len(entries) < len(rows):  # aborted, ended or preempted while the step was in flight
+            landed = [entry for entry in np.flatnonzero(~present).tolist() if self._land(int(request_ids[entry]), int(token_ids[entry]))]
+            entries = np.concatenate([entries, np.array(landed, np.intp)])
+        started, self._started = self._started, {}
+        answers, self._found = tuple(self._found), []
+        return StepOutput(
+            request_ids=request_ids[entries],
+            token_ids=token_ids[entries],
+            logprobs=None if result.logprobs is None else result.logprobs[entries],
+            top_logprobs=_top_logprobs(result, entries, wanted),
+            started=started,
+            finishes=self._living.take_finishes(),
+            prompts=prompts,
+            found=answers,
+        )
+
+    def refusals(self) -> StepOutput | None:
+        """Ends of requests that no step brought: refused, overdue."""
+        finishes = self._living.take_finishes()
+        return StepOutput(np.empty(0, np.int64), np.empty(0, np.int32), finishes=finishes) if finishes else None
+
+    def _append(self, rows: Int32, token_ids: Int32) -> None:
+        table = self._running.table
+        known = self._running.append(rows, token_ids)
+        for row in rows[table.unanswered[rows]].tolist():
+            table.unanswered[row] = False
+            self._tell_start(table.sequences[row])
+        stopped = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
+        ended = stopped | (known >= table.length_limit[rows])
+        for row, token_id, stop in zip(rows[ended].tolist(), token_ids[ended].tolist(), stopped[ended].tolist(), strict=True):
+            self._finish(table.sequences[row], token_id, stop)
+
+    def _land(self, request_id: int, token_id: int) -> bool:
+        """A token for a sequence that is not on its row any more: kept if the sequence was preempted, dropped if it is over."""
+        sequence = self._living.find(request_id)
+        if sequence is None or not sequence.awaits_token:
+            return False
+        sequence.awaits_token = False
+        sequence.token_ids = np.append(sequence.token_ids, np.int32(token_id))
+        if not sequence.answered:
+            self._tell_start(sequence)
+        stop = token_id in sequence.stop_ids
+        if stop or len(sequence.token_ids) >= sequence.length_limit:
+            self._finish(sequence, token_id, stop)
+        else:
+            self._living.end_all(self._guides.review_waiting([sequence]))
+        return True
+
+    def _conclude(self, sequence: Sequence, found: Found | None) -> None:
+        """A beam search is over; or it must begin again (None), for want of a page."""
+        if found is None:
+            self._living.preempt(sequence)
+            return
+        n = sequence.sampling.n
+        if len(found.sequences) < n:
+            message = f"n: {n} answers are asked for, and only {len(found.sequences)} are possible with what is banned"
+            self._living.end(sequence, Finish(sequence.request_id, error=ErrorKind.INVALID, message=message))
+            return
+        self._found.append(found)
+        self._tell_start(sequence)
+        self._living.end(sequence, Finish(sequence.request_id, "stop" if found.sequences[0].stopped else "length"))
+
+    def _tell_start(self, sequence: Sequence | None) -> None:
+        assert sequence is not None
+        sequence.answered = True
+        self._started[sequence.request_id] = sequence.num_cached_tokens
+
+    def _finish(self, sequence: Sequence | None, token_id: int, stop: bool) -> None:
+        assert sequence is not None
+        self._living.end(sequence, self._guides.last_word(sequence, token_id, "stop" if stop else "length"))
+
+    def _num_tops(self, rows: Int32, request_ids: Int64) -> dict[int, int]:
+        """Entry of a step's results -> how many of the most likely tokens its sequence asked for, also one that has lost its row."""
+        table, wanted = self._running.table, {}
+        for entry, (row, request_id) in enumerate(zip(rows.tolist(), request_ids.tolist(), strict=True)):
+            sequence = table.sequences[row] if table.request_id[row] == request_id else self._living.find(request_id)
+            if sequence is not None and sequence.sampling.logprobs:
+                wanted[entry] = sequence.sampling.logprobs
+        return wanted
+
+
+def _top_logprobs(result: StepResult, entries: NDArray[np.intp], wanted: dict[int, int]) -> dict[int, dict[int, float]]:
+    """Output entry -> its most likely tokens, for the sequences that asked for them."""
+    if not wanted:
+        return {}
+    assert result.top_ids is not None and result.top_logprobs is not None
+    return {
+        position: dict(zip(result.top_ids[entry, :n].tolist(), result.top_logprobs[entry, :n].tolist(), strict=True))
+        for position, entry in enumerate(entries.tolist())
+        if (n := wanted.get(entry))
+    }

@@ -1,0 +1,162 @@
+"""The sequences that run: their rows, their pages, and what the device has still to learn of both."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paged_backend.batch import Feature, Int32, NewRow
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.row_changes import RowChanges
+from paged_backend.scheduler.sequence import Rows, Sequence, Status
+from paged_backend.scheduler.sequence_pages import SequencePages
+
+
+class RunningSequences:
+    """Owns rows and pages. A sequence may have several runners (beams.py); they start and stop together.
+
+    Invariant (`check`): each runner has a row and the pages that the row's capacity says; nobody else holds a page.
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.table = Rows(limits.max_running, limits.max_model_len, limits.page_size)
+        self.pages = SequencePages(limits.num_pages, limits.page_size)
+        self.changes = RowChanges()
+        self.runners: list[Sequence] = []  # in the order in which they started; to be looked at only
+        self._rows: Int32 | None = None  # of the runners, in their order; None: to be gathered again
+        self._page_size = limits.page_size
+
+    def __len__(self) -> int:
+        return len(self.runners)
+
+    # ---- start and stop
+
+    def start(self, sequence: Sequence, num_tokens: int) -> int | None:
+        """Gives a waiting sequence's runners rows, and pages for `num_tokens` tokens, known or not. Returns the row of the first: the others have nothing
+        to compute yet. None: rows or pages are short, and nothing has changed."""
+        if self.table.num_free < len(sequence.runners):
+            return None
+        num_computed = self.pages.take(sequence.runners, num_tokens, self.headroom())
+        if num_computed is None:
+            return None
+        first, *others = sequence.runners
+        row = self._occupy(first, num_computed)
+        for runner in others:
+            self._occupy(runner, 0)
+        sequence.status = Status.RUNNING
+        return row
+
+    def _occupy(self, runner: Sequence, num_computed: int) -> int:
+        """The device learns of it with this step's batch."""
+        row = self.table.occupy(runner, num_computed)
+        self.runners.append(runner)
+        self._rows = None
+        new = NewRow(
+            row=row,
+            token_ids=runner.token_ids,
+            prompt_len=runner.prompt_len,
+            sampling=runner.sampling,
+            seed=runner.seed,
+            stop_ids=runner.stop_ids,
+            bad_words=runner.bad_words,
+            allowed=runner.allowed,
+            berth=runner.berth,
+        )
+        self.changes.new_rows.append(new)
+        self.changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.pages))
+        return row
+
+    def stop(self, sequence: Sequence) -> None:
+        """Takes a sequence's rows and pages."""
+        for runner in sequence.runners:
+            assert runner.row is not None
+            self.changes.drop(runner.row)
+            self.table.vacate(runner)
+            self.pages.release(runner)
+            self.runners.remove(runner)
+        self._rows = None
+
+    # ---- a step
+
+    def rows(self) -> Int32:
+        """Of the runners, in the order in which they started."""
+        if self._rows is None:
+            self._rows = np.array([runner.row for runner in self.runners], np.int32)
+        return self._rows
+
+    def computable(self) -> tuple[Int32, Int32]:
+        """(rows, counts): how many tokens each row could compute now, 0 included, in the order in which they started."""
+        rows, table = self.rows(), self.table
+        num_tokens = table.num_tokens[rows]
+        counts = num_tokens - table.num_computed[rows]
+        counts[num_tokens >= table.length_limit[rows]] = 0  # its last token is in flight and need not be computed
+        counts[(num_tokens > table.num_known[rows]) & (table.features[rows] & Feature.STEPWISE != 0)] = 0  # what may come next depends on it
+        return rows, counts
+
+    def append_page(self, runner: Sequence) -> bool:
+        """One more page for it; False if there is none."""
+        page, row = self.pages.append(runner), runner.row
+        assert row is not None
+        if page is None:
+            return False
+        self.changes.page_updates.append((row, len(runner.pages) - 1, page))
+        self.table.capacity[row] += self._page_size
+        return True
+
+    def advance(self, rows: Int32, counts: Int32) -> tuple[Int32, NDArray[np.bool_]]:
+        """A step will compute the next counts[i] tokens of rows[i]. Returns (starts, samples): the first position of each; whether its newest token is
+        computed, so that its successor is sampled."""
+        table = self.table
+        starts = table.num_computed[rows]
+        ends = starts + counts
+        samples = ends == table.num_tokens[rows]
+        table.num_computed[rows] = ends
+        table.num_tokens[rows] += samples
+        for row in rows[(counts > 1) & (ends >= table.publish_at[rows])].tolist():  # prompts: their ids are known before they are computed
+            self.publish(row, int(table.num_computed[row]))
+        return starts, samples
+
+    def append(self, rows: Int32, token_ids: Int32) -> Int32:
+        """The ids of tokens that steps have sampled. Returns how many are known of each row now."""
+        table = self.table
+        known = table.num_known[rows]
+        table.token_ids[rows, known] = token_ids
+        known = known + 1
+        table.num_known[rows] = known
+        for row in rows[np.minimum(known, table.num_computed[rows]) >= table.publish_at[rows]].tolist():
+            self.publish(row, int(table.num_computed[row]))
+        return known
+
+    def publish(self, row: int, num_computed: int) -> None:
+        """Makes a row's pages findable as far as their tokens are known, and computed before or in this step: whoever finds them may use them in the same
+        step, because every layer stores all of a step's keys and values before it attends to any."""
+        table, size = self.table, self._page_size
+        sequence = table.sequences[row]
+        assert sequence is not None
+        if num_computed < table.publish_at[row]:
+            return
+        first = int(table.publish_at[row]) // size - 1
+        end = min(num_computed, int(table.num_known[row])) // size
+        self.pages.publish(sequence, table.token_ids[row], first, end)
+        table.publish_at[row] = (end + 1) * size
+
+    # ---- what it looks like
+
+    def headroom(self) -> int:
+        """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not cost a preemption soon."""
+        rows = self.rows()
+        return int((self.table.capacity[rows] < self.table.length_limit[rows] - 1).sum())
+
+    def live_tokens(self) -> int:
+        """Slots of held pages that hold a token; a page shared by several sequences counts once."""
+        rows, table = self.rows(), self.table
+        unused = int((table.capacity[rows] - np.minimum(table.num_computed[rows], table.capacity[rows])).sum())
+        return self.pages.pool.num_held * self._page_size - unused
+
+    def check(self) -> None:
+        """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
+        self.pages.check(self.runners)
+        for runner in self.runners:
+            assert runner.leader.status is Status.RUNNING and runner.row is not None and self.table.sequences[runner.row] is runner
+            assert self.table.capacity[runner.row] == len(runner.pages) * self._page_size
+            assert self.table.num_computed[runner.row] <= self.table.capacity[runner.row], "computed tokens without a slot"

@@ -1,0 +1,200 @@
+"""Decides what each step computes. Touches no tensor: rows, lengths and page ids go down in a `Batch`, token ids come back in a `StepResult`.
+
+One loop without phases: every sequence has tokens that are not computed yet, one of them while it decodes and many while its prompt is read;
+a step is a share-out of `max_batched_tokens` among them. Steps may be scheduled before the results of earlier ones are known: a token that is
+still in flight counts as present (`Rows.num_tokens`), only its id is missing, and the device knows it.
+
+    Submit -> intake -> living_sequences: waiting_queue -> admission -> running_sequences -> Batch
+                                                                             ^                 |
+                                               StepOutput <- outcomes <------+--- StepResult <-+
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from paged_backend.batch import Batch, Int32, StepOutput, StepResult
+from paged_backend.errors import ErrorKind
+from paged_backend.messages import Submit
+from paged_backend.request import Finish
+from paged_backend.scheduler import budget, prompt_logprobs
+from paged_backend.scheduler.adapter_slots import Adapters
+from paged_backend.scheduler.admission import Admission
+from paged_backend.scheduler.beams import Beams
+from paged_backend.scheduler.commit import Outcomes
+from paged_backend.scheduler.deadlines import Deadlines
+from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.intake import Intake
+from paged_backend.scheduler.lifecycle import LivingSequences
+from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.page_pool import PagePool
+from paged_backend.scheduler.quarantine import Suspects
+from paged_backend.scheduler.running import RunningSequences
+from paged_backend.scheduler.sequence import NO_BERTH, Sequence
+from paged_backend.scheduler.waiting import WaitingQueue
+
+log = logging.getLogger("paged")
+
+
+class Scheduler:
+    """The rooms that schedule together, and the step that leads through them. Owns nothing but the number of the step."""
+
+    def __init__(
+        self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: Guides | None = None, adapters: Adapters | None = None
+    ) -> None:
+        self._max_batched_tokens = limits.max_batched_tokens
+        self._guides = guides or Guides()
+        self._adapters = adapters or Adapters()
+        self._suspects = Suspects()
+        self._running = RunningSequences(limits)
+        self._beams = Beams(self._running.table, self._running.pages, self._running.changes)
+        self._living = LivingSequences(WaitingQueue(budget.short_len(limits.max_batched_tokens)), self._running, self._beams, self._adapters)
+        self._intake = Intake(limits, self._guides, self._beams)
+        self._admission = Admission(limits, self._living, self._suspects, self._guides, self._adapters, clock)
+        self._deadlines = Deadlines(limits, clock)
+        self._outcomes = Outcomes(self._living, self._guides, self._beams)
+        self._step = 0
+
+    # ---- requests come and go
+
+    def submit(self, request: Submit) -> None:
+        """Queues a request, or ends it at once with an error that says which limit it met."""
+        try:
+            taken: Sequence | Finish = self._intake.take(request, self.num_waiting)
+        except Exception as error:  # our fault: it must not end the engine, and the next one that is asked the same
+            log.exception("a request could not be taken in")
+            taken = Finish(request.request_id, error=ErrorKind.INTERNAL, message=f"the request could not be taken in: {type(error).__name__}")
+        if isinstance(taken, Finish):
+            self._living.refuse(taken)
+        else:
+            self._living.enter(taken)
+
+    def abort(self, request_id: int) -> None:
+        """Forgets a request and frees its pages; nothing more is said of it. Unknown ids (already over) are fine."""
+        self._living.forget(request_id)
+
+    # ---- a step
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if nothing can be computed before a result comes back or a request arrives."""
+        living = self._living
+        living.end_all(self._deadlines.overdue(living))
+        living.end_all(self._admission.review())
+        living.end_all(self._guides.review_running(self._running.table))
+        rows, counts = self._computed_by_those_that_run()
+        rows, counts = self._admission.admit(rows, counts)
+        return self._batch(rows, counts) if len(rows) else None
+
+    def _computed_by_those_that_run(self) -> tuple[Int32, Int32]:
+        """(rows, counts) with pages. Who finds none must not keep the budget from those that have theirs: their end is what brings pages."""
+        stalled = np.empty(0, np.int32)
+        while True:
+            shared, counts = self._share_out(stalled)
+            rows, counts = self._living.secure_pages(shared, counts)
+            if len(rows) or not len(shared):
+                return rows, counts
+            stalled = np.concatenate([stalled, shared])
+
+    def _share_out(self, stalled: Int32) -> tuple[Int32, Int32]:
+        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last."""
+        rows, counts = self._running.computable()
+        if len(stalled):
+            counts[np.isin(rows, stalled)] = 0
+        if (counts == 1).all():
+            return rows, counts
+        rows, counts = rows[counts > 0], counts[counts > 0]
+        order, counts = budget.share_out(counts, self._max_batched_tokens, self._admission.short_tokens())
+        return rows[order], counts
+
+    def _batch(self, rows: Int32, counts: Int32) -> Batch:
+        table = self._running.table
+        starts, samples = self._running.advance(rows, counts)
+        self._step += 1
+        return Batch(
+            step=self._step,
+            rows=rows,
+            starts=starts,
+            counts=counts,
+            samples=samples,
+            request_ids=table.request_id[rows],
+            features=int(np.bitwise_or.reduce(table.features[rows])),
+            adapted=self._adapters.in_use and bool((table.berth[rows] != NO_BERTH).any()),
+            adapters=self._adapters.arrivals(),
+            masks=self._guides.masks(table, rows[samples]),
+            prompts=prompt_logprobs.spans(table, rows, starts, counts),
+            beams=self._beams.wanted(rows[samples]),
+            **self._running.changes.take(),
+        )
+
+    def commit(self, batch: Batch, result: StepResult) -> StepOutput:
+        """Takes in what a step brought, in the order of steps."""
+        return self._outcomes.commit(batch, result)
+
+    def refusals(self) -> StepOutput | None:
+        """Ends of requests that no step brought: refused, overdue."""
+        return self._outcomes.refusals()
+
+    # ---- what it looks like
+
+    def tell_of_suspects(self, tell: Callable[[int | None], None]) -> None:
+        """`tell` hears of a suspect request before its first step, and None once it is cleared or gone."""
+        self._suspects.tell = tell
+
+    def share_running(self, path: Path) -> None:
+        """Makes a file of the ids of the requests that run, true at any moment: memory that outlives this process."""
+        self._running.table.share_request_ids(path)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that are taken: a beam search has several."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._living.waiting)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All of them, oldest first; to be looked at only."""
+        return list(self._living)
+
+    def num_tokens(self, sequence: Sequence) -> int:
+        """Its known tokens, of prompt and answer; of several answers, the longest."""
+        return self._living.num_tokens(sequence)
+
+    @property
+    def pool(self) -> PagePool:
+        return self._running.pages.pool
+
+    @property
+    def has_work(self) -> bool:
+        return bool(len(self._living) or self._living.num_finishes)
+
+    def live_tokens(self) -> int:
+        """Slots of held pages that hold a token; a page shared by several sequences counts once."""
+        return self._running.live_tokens()
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._living.num_preemptions
+
+    @property
+    def prefix_queries(self) -> int:
+        return self._admission.prefix_queries
+
+    @property
+    def prefix_hits(self) -> int:
+        return self._admission.prefix_hits
+
+    def take_queue_times(self) -> tuple[float, ...]:
+        """Seconds from arrival to admission, of those admitted since the last call."""
+        return self._admission.take_queue_times()
+
+    def check(self) -> None:
+        """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
+        self._living.check()

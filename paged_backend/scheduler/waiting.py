@@ -1,0 +1,105 @@
+"""Who waits for a row and pages, in the order in which they will get them."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Callable
+
+from paged_backend.scheduler.sequence import Sequence, Status
+
+_Entry = tuple[tuple[int, int], Sequence]
+
+
+class WaitingQueue:
+    """Oldest of the lowest priority_level first, in three lanes: suspects, of whom one may run at a time; short ones, who need not wait behind a flood of
+    long ones; and the others. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
+
+    A sequence whose grammar or adapter is not ready has no place yet and holds up nobody.
+    Invariant: len(queue) is the number of entries whose sequence is WAITING; `short_tokens` is how many tokens the prompts in the short lane have.
+    """
+
+    def __init__(self, short_len: int) -> None:
+        """short_len: the longest prompt that counts as short, in tokens."""
+        self.short_tokens = 0
+        self._short_len = short_len
+        self._short: list[_Entry] = []
+        self._long: list[_Entry] = []
+        self._suspects: list[_Entry] = []
+        self._held: list[Sequence] = []  # not prepared yet; in their turn
+        self._num_waiting = 0
+        self._num_left = 0  # entries of those that left
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self._num_waiting += 1
+        if sequence.prepared:
+            self._place(sequence)
+        else:
+            bisect.insort(self._held, sequence, key=Sequence.turn)
+
+    def let_in(self, is_ready: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Gives those of the held back that are ready, asked in their turn, their places, and returns them: a grammar may turn out to be none."""
+        let_in = [sequence for sequence in self._held if sequence.status is Status.WAITING and is_ready(sequence)]
+        for sequence in let_in:
+            self._place(sequence)
+        if let_in:
+            there = set(map(id, let_in))
+            self._held = [sequence for sequence in self._held if sequence.status is Status.WAITING and id(sequence) not in there]
+        return let_in
+
+    def first(self, *, suspects: bool = True) -> Sequence | None:
+        """Whose turn it is; stays in the queue. suspects: they count."""
+        lanes = (self._short, self._long, self._suspects) if suspects else (self._short, self._long)
+        heads = [head for head in map(self._head, lanes) if head is not None]
+        return min(heads, key=Sequence.turn) if heads else None
+
+    def first_short(self) -> Sequence | None:
+        """Whose turn it is among the short ones; stays in the queue."""
+        return self._head(self._short)
+
+    def pop(self, sequence: Sequence) -> None:
+        """Takes out a lane's first, which is about to run."""
+        lane = self._lane(sequence)
+        assert lane[0][1] is sequence
+        heapq.heappop(lane)
+        self._forget(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A waiting sequence is over."""
+        sequence.status = Status.FINISHED
+        self._forget(sequence)
+        self._num_left += 1
+        if self._num_left > self._num_waiting + 64:  # mostly entries of those that left
+            self._num_left = 0
+            for lane in (self._short, self._long, self._suspects):
+                lane[:] = [entry for entry in lane if entry[1].status is Status.WAITING]
+                heapq.heapify(lane)
+
+    def _place(self, sequence: Sequence) -> None:
+        lane = self._lane(sequence)
+        sequence.placed = True
+        self.short_tokens += sequence.prompt_len if lane is self._short else 0
+        heapq.heappush(lane, (sequence.turn(), sequence))
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._num_waiting -= 1
+        if sequence.placed and self._lane(sequence) is self._short:
+            self.short_tokens -= sequence.prompt_len
+        sequence.placed = False
+        if len(self._held) > self._num_waiting:
+            self._held = [held for held in self._held if held.status is Status.WAITING]
+
+    def _lane(self, sequence: Sequence) -> list[_Entry]:
+        if sequence.suspect:
+            return self._suspects
+        return self._short if sequence.prompt_len <= self._short_len else self._long
+
+    @staticmethod
+    def _head(lane: list[_Entry]) -> Sequence | None:
+        while lane and lane[0][1].status is not Status.WAITING:
+            heapq.heappop(lane)
+        return lane[0][1] if lane else None

@@ -1,0 +1,281 @@
+"""Starts a tritonserver with the paged model and stops it again: what `paged serve`, `paged demo` and tests share."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from paged_backend.config import DEMO_MODEL, EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.server import files as server_files
+from paged_backend.server.child import ServerChild
+from paged_backend.server.log import ServerLog
+from paged_backend.server.ports import Addresses, PortClaim, resolve_host
+
+_POLL_SECONDS = 0.05
+_PROBE_SECONDS = 2.0
+_METRICS_SECONDS = 2.0
+_ATTEMPTS = 3
+_FORBIDDEN = 403
+_GIVE_UP_SECONDS = 3.0  # for a server that is told to stop while it loads
+_LAST_SECONDS = 30.0  # for unloading, after the drain
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What to serve and where. Ports: 0 means a free one."""
+
+    model: str = DEMO_MODEL  # folder or hub id
+    options: Mapping[str, Any] = field(default_factory=dict)  # EngineConfig name -> value
+    model_name: str = server_files.TEMPLATE_MODEL  # as clients call it
+    instances: int | None = None  # front ends; None: as config.pbtxt says
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    grpc_port: int = 0
+    metrics_port: int = 0
+    drain_seconds: int = 30  # how long a stop waits for requests in flight
+    show_log: bool = False  # every line of tritonserver's log, not only ours
+    arguments: tuple[str, ...] = ()  # for tritonserver, as they are
+
+
+class StoppedEarlyError(EngineError):
+    """`stop` or `terminate` was called while the server was starting."""
+
+
+class Server:
+    """One tritonserver: `start` returns when it answers, `stop` when it is gone. Usable as a context manager.
+
+    `on_line` receives each log line for the operator, from a thread of the server's own.
+    Nothing is left behind: temporary folders and shared memory are removed, and the server ends when this process does.
+    """
+
+    def __init__(self, settings: ServerSettings, on_line: Callable[[str], None] | None = None) -> None:
+        self.settings = settings
+        self._on_line = on_line
+        self._log = ServerLog(settings.show_log)
+        self._folder: Path | None = None
+        self._child: ServerChild | None = None
+        self._addresses: Addresses | None = None
+        self._stopping = False
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def addresses(self) -> Addresses:
+        assert self._addresses is not None, "the server is not started"
+        return self._addresses
+
+    @property
+    def stopping(self) -> bool:
+        """`terminate`, `stop` or `kill` was called."""
+        return self._stopping
+
+    @property
+    def pid(self) -> int:
+        """tritonserver's process id."""
+        assert self._child is not None, "the server is not started"
+        return self._child.pid
+
+    @property
+    def shm_prefix(self) -> str:
+        """How the names of its files in /dev/shm begin."""
+        assert self._folder is not None, "the server is not started"
+        return f"{self._folder.name}-"
+
+    def log_lines(self) -> list[str]:
+        """The first and last lines that tritonserver and its processes wrote, shown or not."""
+        return self._log.lines()
+
+    def start(self, timeout_seconds: float | None = None) -> Addresses:
+        """Checks everything that can be checked beforehand, starts tritonserver and waits until the model is ready.
+
+        Raises:
+            EngineError: one sentence; nothing is left running.
+            StoppedEarlyError: it was told to stop meanwhile.
+        """
+        assert self._child is None, "a server is started once"
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        options = engine_options(self.settings)
+        server_files.check_checkpoint(EngineConfig.parse(options))
+        resolve_host(self.settings.host)
+        installation = server_files.find_installation()
+        try:
+            for _ in range(_ATTEMPTS):
+                if self._attempt(installation, options, deadline):
+                    return self.addresses
+            raise EngineError(self._log.failure(1))
+        except BaseException:
+            self.kill()
+            self._clean_up()
+            raise
+
+    def _attempt(self, installation: server_files.Installation, options: Mapping[str, str], deadline: float | None) -> bool:
+        """False if a port that we chose ourselves was taken before tritonserver listened on it."""
+        self._clean_up()
+        settings = self.settings
+        self._log = ServerLog(settings.show_log)
+        ports = PortClaim(settings.host, http=settings.http_port, grpc=settings.grpc_port, metrics=settings.metrics_port)
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="paged-serve-"))
+            self._addresses = ports.addresses
+            command, environment = self._command(installation, options)
+            self._child = ServerChild(command, environment, self._take_line)
+            exit_code = self._wait_until_ready(self._child, deadline)
+        finally:
+            ports.release()
+        if exit_code is None:
+            return True
+        if self._log.busy_port() in ports.chosen:
+            return False
+        raise EngineError(self._log.failure(exit_code))
+
+    def _wait_until_ready(self, child: ServerChild, deadline: float | None) -> int | None:
+        """None when the model is ready, the exit code if tritonserver ended before."""
+        metrics_deadline = None
+        while True:
+            if self._is_ready():  # the metrics service starts last
+                metrics_deadline = metrics_deadline or time.monotonic() + _METRICS_SECONDS
+                if _get(self.addresses.host, self.addresses.metrics_port, "/metrics")[0] or time.monotonic() > metrics_deadline:
+                    return None
+            exit_code = child.wait(_POLL_SECONDS)
+            if self._stopping:
+                child.wait(_GIVE_UP_SECONDS)
+                raise StoppedEarlyError("stopped before it was ready")
+            if exit_code is not None:
+                return exit_code
+            if deadline is not None and time.monotonic() > deadline:
+                raise EngineError("tritonserver was not ready in time; --log-verbose shows its log")
+
+    def _command(self, installation: server_files.Installation, options: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        assert self._folder is not None
+        settings, addresses = self.settings, self.addresses
+        repository = server_files.prepare_repository(self._folder, model_name=settings.model_name, options=options, instances=settings.instances)
+        address = resolve_host(settings.host)
+        command = [
+            str(installation.executable),
+            f"--id={self._folder.name}",
+            f"--model-repository={repository}",
+            f"--backend-directory={server_files.prepare_backends(installation, self._folder)}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={settings.drain_seconds}",
+            *(f"--{service}-address={address}" for service in ("http", "grpc", "metrics")),
+            f"--http-port={addresses.http_port}",
+            f"--grpc-port={addresses.grpc_port}",
+            f"--metrics-port={addresses.metrics_port}",
+            *settings.arguments,
+        ]
+        environment = server_files.prepare_environment(installation, self._folder)
+        return command, {**environment, "TMPDIR": str(self._folder)}  # sockets of the engine that a kill leaves behind go with it
+
+    def _take_line(self, line: str) -> None:
+        if self._log.add(line) and self._on_line is not None:
+            try:
+                self._on_line(line)
+            except OSError:  # the reader of our own output left
+                self._on_line = None
+
+    def _is_ready(self) -> bool:
+        """The server that answers must be ours, by its id or (with restricted APIs) its log: another one may have taken the port."""
+        assert self._folder is not None
+        host, port = self.addresses.host, self.addresses.http_port
+        status, body = _get(host, port, "/v2")
+        ours = _server_id(body) == self._folder.name if status == 200 else status == _FORBIDDEN and self._log.listens()
+        return ours and _get(host, port, f"/v2/models/{self.settings.model_name}/ready")[0] in (200, _FORBIDDEN)
+
+    def terminate(self) -> None:
+        """Asks the server to drain and end, and returns at once. Safe in a signal handler; a second call changes nothing."""
+        if not self._stopping:
+            self._stopping = True
+            if self._child is not None:
+                self._child.send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends the server and every process under it now, without draining."""
+        self._stopping = True
+        if self._child is not None:
+            self._child.kill_all()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit code once the server has ended (negative: minus the signal), None if `seconds` passed before."""
+        return 0 if self._child is None else self._child.wait(seconds)
+
+    def stop(self) -> int:
+        """Drains and ends the server, waits for it and removes what it left. Returns its exit code; may be called again."""
+        self.terminate()
+        exit_code = self.wait(self.settings.drain_seconds + _LAST_SECONDS)
+        if exit_code is None:
+            self.kill()
+            exit_code = self.wait()
+        self._clean_up()
+        assert exit_code is not None
+        return exit_code
+
+    def failure(self) -> str:
+        """One sentence on why a server that nobody stopped is gone."""
+        return self._log.failure(self.wait() or 0)
+
+    def _clean_up(self) -> None:
+        """After the child is gone: its processes that lag behind, its folder, its shared memory."""
+        if self._child is not None:
+            self._child.kill_all()
+            self._child.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            for region in _SHARED_MEMORY.glob(f"{self._folder.name}-*"):
+                region.unlink(missing_ok=True)
+            self._folder = None
+
+
+def engine_options(settings: ServerSettings) -> dict[str, str]:
+    """`settings` as parameters for config.pbtxt, with folders made absolute.
+
+    Raises:
+        EngineError: an unknown name or a wrong value, or a model given twice.
+    """
+    if "model" in settings.options and settings.model != DEMO_MODEL:
+        raise EngineError("the model is given twice: with --model and with --set model=…")
+    options = {"model": settings.model, **settings.options}
+    config = EngineConfig.parse(options)
+    folder = config.model_folder()
+    if folder is not None and config.model != DEMO_MODEL:
+        options["model"] = folder.resolve()
+    if config.lora_directory:
+        options["lora_directory"] = Path(config.lora_directory).expanduser().resolve()
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+
+
+def _get(host: str, port: int, path: str) -> tuple[int, bytes]:
+    """Status and body; status 0 if nobody answers."""
+    connection = http.client.HTTPConnection(host, port, timeout=_PROBE_SECONDS)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def _server_id(described: bytes) -> str | None:
+    try:
+        answer = json.loads(described)
+    except ValueError:
+        return None
+    return answer.get("name") if isinstance(answer, dict) else None

@@ -1,0 +1,62 @@
+"""Warm-up steps stay within a runner's limits, whatever those are, and leave nothing behind that a request could notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paged_backend.batch import Feature
+from paged_backend.runner.warm_up import warm_up_batches
+from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.runner_driver import Driver, load_runner
+
+LIMITS = {
+    "usual": (4096, 256, 2048, 16, 9999),
+    "one page": (64, 8, 16, 16, 1),
+    "one sequence": (512, 1, 512, 16, 32),
+    "one token a step": (1, 1, 64, 16, 4),
+    "pages of one token": (128, 16, 40, 1, 40),
+    "small pool": (4096, 256, 30, 8, 4),
+    "two tokens": (2, 2, 2, 1, 2),
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+def test_steps_fit_rows_pages_and_tokens(limits: tuple[int, int, int, int, int]) -> None:
+    max_tokens, max_sequences, max_len, page_size, num_pages = limits
+    for batch in warm_up_batches(*limits, vocab_size=199, adapters=True):
+        assert 1 <= batch.num_tokens <= max_tokens
+        assert len(set(batch.rows.tolist())) == batch.num_sequences <= max_sequences
+        assert ((batch.starts >= 0) & (batch.counts >= 1) & (batch.starts + batch.counts <= max_len)).all()
+        pages = batch.page_updates[:, 2]
+        assert len(np.unique(pages)) == len(pages)
+        assert (pages < num_pages).all()
+        assert (batch.page_updates[:, 1] < -(-max_len // page_size)).all()
+
+
+def test_the_usual_runner_sees_every_kind_of_step() -> None:
+    batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199))
+    assert max(batch.num_tokens for batch in batches) == 4095  # a token of the row is left for what the step samples
+    assert len({batch.features for batch in batches}) == 8
+    assert any(len(batch.page_copies) for batch in batches)
+    assert all((batch.masks is not None) == bool(batch.features & Feature.MASK) for batch in batches)
+    assert all(batch.masks is None or batch.masks.words.shape == (batch.samples.sum(), 7) for batch in batches)
+    assert any(not batch.decode_only and 1 in batch.counts and batch.counts.max() > 1 for batch in batches)
+
+
+def test_steps_with_adapters_are_those_of_a_server_that_has_some() -> None:
+    batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199, adapters=True))
+    adapted = [batch for batch in batches if batch.adapted]
+    assert [batch.num_tokens for batch in adapted] == [batch.num_tokens for batch in batches[: 2 * len(adapted)] if not batch.adapted]
+    assert all({new.berth for new in batch.new_rows} <= ({0} if batch.adapted else {-1}) for batch in batches)
+    assert not any(batch.adapted for batch in warm_up_batches(*LIMITS["usual"], vocab_size=199))
+
+
+def test_answers_after_a_warm_up_are_those_of_transformers(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, "LlamaForCausalLM")
+    runner = load_runner(folder)
+    runner.warm_up(64, 512)
+    prompts = random_prompts((1, 9, 40))
+    assert Driver(runner).generate(prompts, 8, chunk=7, arrive_every=1) == Oracle(folder).greedy(prompts, 8)
