@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.request import Finish, Found, PromptLogprobs, SamplingParams
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from paged_backend.arrays import Int32, Int64
+from paged_backend.messages import Finish, Found, PromptLogprobs
+from paged_backend.request import SamplingParams
 
 
 @dataclass(frozen=True)

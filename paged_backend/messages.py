@@ -6,11 +6,68 @@ a request id carries its front end in the upper bits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.request import Finish, Found, PromptLogprobs, SamplingParams
+from paged_backend.errors import ErrorKind
+from paged_backend.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine needs to know of a request, all limits checked."""
+
+    token_ids: NDArray[np.int32]  # [prompt_len], prompt_len >= 1
+    sampling: SamplingParams  # max_tokens set, and such that prompt and answer fit into max_model_len
+    bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
+    allowed: NDArray[np.int32] | None = None  # [ceil(vocab / 32)] a bit per token, the first in the lowest; None: all
+
+
+class ExportedTemplate(msgspec.Struct, frozen=True):
+    """What chat_template.json holds: the checkpoint's templates by name (one called "default" as a rule), and the words they may use."""
+
+    templates: dict[str, str]
+    special_tokens: dict[str, Any]  # bos_token, eos_token …: the template's variables
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """A request's end, as the engine tells it: `reason` "stop" or "length", or `error` with a message for the caller."""
+
+    request_id: int
+    reason: str = ""
+    error: ErrorKind | None = None
+    message: str = ""
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of k consecutive tokens of a prompt, each given those before it. Arrays are in native byte order."""
+
+    request_id: int
+    start: int  # position in the prompt of the first of them, at least 1
+    logprobs: bytes  # float32 [k]
+    ranks: bytes  # int32 [k]; 1: no token is more likely
+    top_ids: bytes  # int32 [k, n] the most likely instead of it, most likely first
+    top_logprobs: bytes  # float32 [k, n]
+
+
+class FoundSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One answer of a beam search. Arrays are in native byte order."""
+
+    token_ids: bytes  # int32 [t], the stop id included
+    logprobs: bytes  # float32 [t]
+    stopped: bool  # by a stop id, not by its length
+
+
+class Found(msgspec.Struct, frozen=True, array_like=True):
+    """What a beam search came to."""
+
+    request_id: int
+    sequences: tuple[FoundSequence, ...]  # the best first
+
 
 _FRONT_END_SHIFT = 40
 ENGINE_SOCKET = "engine.sock"  # in the engine's folder: its inbox

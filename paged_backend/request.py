@@ -12,8 +12,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.frontend.prompt_logprobs import PromptTable
+from paged_backend.errors import RequestError
 from paged_backend.grammar.options import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
 
 MAX_STOP_STRINGS = 64
@@ -136,57 +135,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     arrival: float  # seconds, time.monotonic()
     caller_id: str = ""  # what the caller calls it, for the log
-
-
-class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """A request's end, as the engine tells it: `reason` "stop" or "length", or `error` with a message for the caller."""
-
-    request_id: int
-    reason: str = ""
-    error: ErrorKind | None = None
-    message: str = ""
-
-
-class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities of k consecutive tokens of a prompt, each given those before it. Arrays are in native byte order."""
-
-    request_id: int
-    start: int  # position in the prompt of the first of them, at least 1
-    logprobs: bytes  # float32 [k]
-    ranks: bytes  # int32 [k]; 1: no token is more likely
-    top_ids: bytes  # int32 [k, n] the most likely instead of it, most likely first
-    top_logprobs: bytes  # float32 [k, n]
-
-
-class FoundSequence(msgspec.Struct, frozen=True, array_like=True):
-    """One answer of a beam search. Arrays are in native byte order."""
-
-    token_ids: bytes  # int32 [t], the stop id included
-    logprobs: bytes  # float32 [t]
-    stopped: bool  # by a stop id, not by its length
-
-
-class Found(msgspec.Struct, frozen=True, array_like=True):
-    """What a beam search came to."""
-
-    request_id: int
-    sequences: tuple[FoundSequence, ...]  # the best first
-
-
-class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of answer, ready to send: of one of the request's sequences. A sequence's last has `finish_reason`; an `error` ends the request."""
-
-    index: int = 0  # which sequence
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[dict[int, float], ...] = ()  # per token: token id -> logprob, the chosen one first
-    cumulative_logprob: float = 0.0  # of the sequence so far
-    prompt: PromptTable | None = None  # once in a request, if it asked for prompt_logprobs
-    num_input_tokens: int = 0
-    num_cached_tokens: int = 0
-    finish_reason: str | None = None  # "stop" | "length"
-    error: RequestError | None = None
-    last: bool = False  # of the request: nothing comes after it
 
 
 def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from paged_backend.batch import Batch, Int32, NewRow, features_of
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.config import EngineConfig
 from paged_backend.request import SamplingParams
 from paged_backend.runner.model_runner import ModelRunner

@@ -18,8 +18,8 @@ from paged_backend.engine.loading import load_engine
 from paged_backend.grammar.compiler_process import Verdict, VocabularyPlace, compile_here
 from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import read_vocabulary
-from paged_backend.messages import Submit
-from paged_backend.request import Finish, parse_sampling
+from paged_backend.messages import Finish, Submit
+from paged_backend.request import parse_sampling
 from tests.oracle import save_checkpoint
 from tests.small_tokenizers import byte_level
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paged_backend.batch import Batch, Int32, StepResult
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, StepResult
 from paged_backend.engine.engine import Runner
 
 

@@ -41,9 +41,12 @@ from paged_backend.messages import (
     SUSPECT_FILE,
     Abort,
     Failed,
+    Finish,
+    Found,
     FromEngine,
     Goodbye,
     Hello,
+    PromptLogprobs,
     Ready,
     Shutdown,
     Submit,
@@ -54,7 +57,6 @@ from paged_backend.messages import (
     front_end_of,
     front_ends_of,
 )
-from paged_backend.request import Finish, Found, PromptLogprobs
 from paged_backend.scheduler.scheduler import Scheduler
 
 _STATS_SECONDS = 0.25

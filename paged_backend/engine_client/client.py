@@ -20,8 +20,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine_client.live_requests import LiveRequests, Receiver
 from paged_backend.engine_client.supervisor import EngineSupervisor
 from paged_backend.errors import EngineError
-from paged_backend.frontend.prompt import Prompt
-from paged_backend.messages import Failed, FromEngine, Ready, Stats, Submit, Tokens, request_id_of
+from paged_backend.messages import Failed, FromEngine, Prompt, Ready, Stats, Submit, Tokens, request_id_of
 
 log = logging.getLogger("paged")
 

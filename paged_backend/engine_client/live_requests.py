@@ -3,7 +3,7 @@
 A live request is kept here with the tokens it got, and tokens follow from a request and its seed alone. So whoever survives the engine can ask the next
 one to go on where the last one stopped, and the caller sees a pause.
 
-A request that runs in death after death may be their cause. It is submitted as a suspect, which the engine runs beside no other suspect (scheduler/quarantine.py);
+A request that runs in death after death may be their cause. It is submitted as a suspect, which the engine runs beside no other suspect (scheduler/quarantine);
 if engines die of it even so, it ends with an error and nobody else does.
 """
 
@@ -19,8 +19,7 @@ import numpy as np
 
 from paged_backend.engine_client.link import EngineLink
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Submit, Tokens
-from paged_backend.request import Finish, Found, PromptLogprobs
+from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Finish, Found, PromptLogprobs, Submit, Tokens
 
 _SUSPECT_AFTER = 2  # deaths in a row while a request ran
 _GUILTY_AFTER = 4  # deaths in a row while it ran as the only suspect: engines die of something else, too, and long prompts need a while to be cleared

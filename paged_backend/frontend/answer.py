@@ -18,13 +18,14 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
 from paged_backend.engine_client.live_requests import Piece
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.detokenizer import AnswerText, stops_of
 from paged_backend.frontend.metrics import Tally, reason_of
-from paged_backend.frontend.prompt import Prompt, PromptReader
+from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.prompt_logprobs import PromptTableParts
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
-from paged_backend.messages import front_end_of, serial_of
-from paged_backend.request import Delta, Finish, Found, Request, SamplingParams
+from paged_backend.messages import Finish, Found, Prompt, front_end_of, serial_of
+from paged_backend.request import Request, SamplingParams
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
 _FAREWELL_SECONDS = 0.1  # after a cancellation

@@ -15,16 +15,10 @@ from typing import Any
 import msgspec
 
 from paged_backend.errors import RequestError
+from paged_backend.messages import ExportedTemplate
 from paged_backend.request import Chat
 
 _TOOLS_TEMPLATE = "tool_use"
-
-
-class ExportedTemplate(msgspec.Struct, frozen=True):
-    """What chat_template.json holds: the checkpoint's templates by name (one called "default" as a rule), and the words they may use."""
-
-    templates: dict[str, str]
-    special_tokens: dict[str, Any]  # bos_token, eos_token …: the template's variables
 
 
 class ChatTemplate:

@@ -12,10 +12,11 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.answer import Answer, Services
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.streamer import Send, Streamer
-from paged_backend.request import Delta, Request
+from paged_backend.request import Request
 
 _CANCEL_POLL_SECONDS = 0.025
 _CANCEL_POLL_SHARE = 0.2  # of one core: asking is a round trip for each live request, which mostly waits

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from paged_backend.arrays import bits
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.frontend.chat_template import ChatTemplate
 from paged_backend.frontend.words_tokenizer import WordsTokenizer
-from paged_backend.grammar.vocabulary import bits
-from paged_backend.messages import Ready
+from paged_backend.messages import Prompt, Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 
 _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the engine needs to know of a request, all limits checked."""
-
-    token_ids: NDArray[np.int32]  # [prompt_len], prompt_len >= 1
-    sampling: SamplingParams  # max_tokens set, and such that prompt and answer fit into max_model_len
-    bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
-    allowed: NDArray[np.int32] | None = None  # [ceil(vocab / 32)] a bit per token, the first in the lowest; None: all
 
 
 class PromptReader:

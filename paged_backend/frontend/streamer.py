@@ -15,7 +15,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.request import Delta
+from paged_backend.frontend.delta import Delta
 
 NUM_SENDERS = 4  # measured with 4 front ends on 16 cores: 20,000 responses/s with one sender each, 37,000 with four
 

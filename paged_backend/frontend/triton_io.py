@@ -20,6 +20,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine_client.election import ProcessId
 from paged_backend.engine_client.starter import engine_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.prompt_logprobs import PromptTable
@@ -28,7 +29,7 @@ from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import MODEL_NAME
-from paged_backend.request import Delta, Outputs
+from paged_backend.request import Outputs
 
 _PUBLISH_SECONDS = 0.25
 _PUBLISH_ALARM_SECONDS = 30  # a publication takes milliseconds

@@ -1,4 +1,4 @@
-"""The processes that compile grammars (compiler_process.py), as the engine's threads see them: one a thread, started when first wanted, killed when too slow."""
+"""The processes that compile grammars (compiler_process.py), one for each of the engine's threads, started when first wanted, killed when too slow."""
 
 from __future__ import annotations
 

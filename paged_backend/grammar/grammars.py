@@ -20,13 +20,13 @@ from weakref import WeakSet
 
 import numpy as np
 
-from paged_backend.batch import Int32
+from paged_backend.arrays import Int32, bits
 from paged_backend.errors import ErrorKind
 from paged_backend.grammar.compiler import GrammarCompiler
 from paged_backend.grammar.compiler_process import Verdict, VocabularyPlace, check_pace
 from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.utf8 import CLEAN, advance
-from paged_backend.grammar.vocabulary import GrammarError, Vocabulary, bits, read_vocabulary
+from paged_backend.grammar.vocabulary import GrammarError, Vocabulary, read_vocabulary
 
 _NUM_THREADS = 2
 _MAX_CACHED = 512  # grammars

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from paged_backend.batch import Int32
+from paged_backend.arrays import Int32, bits
 from paged_backend.errors import ErrorKind
 from paged_backend.extras import install_command
 from paged_backend.grammar.token_bytes import read_token_bytes
@@ -63,13 +61,6 @@ def read_vocabulary(tokenizer_path: Path | None, size: int, eos_ids: Collection[
         clean=bits([token_id for token_id, text in enumerate(spelled) if min(text, default=32) >= 32], size),
         clean_or_lines=bits([token_id for token_id, text in enumerate(spelled) if min(text.replace(b"\n", b""), default=32) >= 32], size),
     )
-
-
-def bits(token_ids: Sequence[int], vocab_size: int) -> Int32:
-    """int32 [words]: a bit per token, the first in the lowest."""
-    flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    flags[list(token_ids)] = 1
-    return np.packbits(flags, bitorder="little").view(np.int32)
 
 
 def _following(spelled: Sequence[bytes], size: int) -> list[Int32]:

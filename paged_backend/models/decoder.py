@@ -10,8 +10,8 @@ from torch import Tensor
 
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.linears import LinearOps, Linears, PlainLinears
+from paged_backend.models.step import StepTensors
 from paged_backend.models.weights import LayerWeights, Weights
-from paged_backend.runner.step_tensors import StepTensors
 
 
 class DecoderOps(LinearOps, Protocol):

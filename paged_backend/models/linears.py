@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from paged_backend.models.adapter_layout import AdapterLayout, Site
+from paged_backend.models.step import StepTensors
 from paged_backend.models.weights import LayerWeights
-from paged_backend.runner.step_tensors import StepTensors
 
 
 class Linears(Protocol):

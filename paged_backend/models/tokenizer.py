@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from paged_backend.errors import EngineError
-from paged_backend.frontend.chat_template import ExportedTemplate
+from paged_backend.messages import ExportedTemplate
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

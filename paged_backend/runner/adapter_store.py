@@ -18,7 +18,7 @@ from paged_backend.units import spell_bytes
 
 
 class Berths:
-    """Owns their memory. Which adapter lies in which is the scheduler's business (scheduler/adapter_slots.py). `check` and `read` may be called on any thread."""
+    """Owns their memory. Which adapter lies where is decided by scheduler/adapter_slots.py. `check` and `read` may be called on any thread."""
 
     def __init__(self, root: Path, layout: AdapterLayout, num_berths: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self._root, self._layout, self._max_rank, self._dtype, self._pinned = root, layout, max_rank, dtype, device.type == "cuda"

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from paged_backend.batch import Feature
 from paged_backend.models.decoder import Decoder
+from paged_backend.models.step import StepShape, StepTensors
 from paged_backend.runner.sampler import Sampled, Sampler
-from paged_backend.runner.step_plan import StepShape, plan_of_padding
-from paged_backend.runner.step_tensors import DeviceRows, SampleTensors, StepTensors
+from paged_backend.runner.step_plan import plan_of_padding
+from paged_backend.runner.step_tensors import DeviceRows, SampleTensors
 
 T = TypeVar("T")
 _CAPTURED_FEATURES = (0, Feature.RANDOM, Feature.RANDOM | Feature.TRUNCATE)

@@ -15,41 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.batch import Batch, Int32, Int64
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """Room for a step: decodes with a token each, and prefills with so many tokens in all."""
-
-    num_decodes: int
-    num_prefills: int = 0
-    num_prefill_tokens: int = 0
-    adapted: bool = False  # for sequences with adapters, and others beside them
-
-    @property
-    def num_outputs(self) -> int:
-        """Sequences that may be sampled."""
-        return self.num_decodes + self.num_prefills
-
-    @property
-    def num_sequences(self) -> int:
-        """Those, and the one that takes the tokens that are left."""
-        return self.num_outputs + 1
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_decodes + self.num_prefill_tokens
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The arrays of a plan, in the order in which they lie end to end."""
-        s = self.num_sequences
-        return {"rows": s, "starts": s, "counts": s, "query_starts": s + 1, "logit_indices": self.num_outputs, "sample_rows": self.num_outputs}
-
-    @property
-    def size(self) -> int:
-        return sum(self.lengths.values())
+from paged_backend.arrays import Int32, Int64
+from paged_backend.batch import Batch
+from paged_backend.models.step import StepShape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_backend.batch import Batch, BeamCandidates, Feature, Int32, Int64, PromptScores, StepResult
+from paged_backend.arrays import Int32, Int64
+from paged_backend.batch import Batch, BeamCandidates, Feature, PromptScores, StepResult
 from paged_backend.runner.sampler import Sampled
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from paged_backend.batch import Batch, Int32, NewRow, TokenEdit, TokenMasks
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, NewRow, TokenEdit, TokenMasks
 from paged_backend.request import MAX_BAD_WORD_TOKENS
 from paged_backend.runner.step_plan import StepPlan
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import paged_kernels.reference as reference
-from paged_backend.batch import Batch, Feature, Int32
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, Feature
+from paged_backend.models.step import StepShape, StepTensors
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.runner.staging import Staging
-from paged_backend.runner.step_plan import StepPlan, StepShape
+from paged_backend.runner.step_plan import StepPlan
 from paged_backend.runner.step_sections import COLUMN, SIZES, sections_of, sizes_of
 
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
@@ -58,32 +60,6 @@ class SampleTensors:
     beams: Tensor | None = None  # int32 [b] outputs of which the likeliest continuations are wanted
     num_candidates: int = 0  # so many
     masked: bool = False  # some row may choose certain tokens only
-
-
-@dataclass(frozen=True)
-class StepTensors:
-    """One step for the decoder, laid out by step_plan.py: D decodes, then prefills, S sequences in all; T tokens, M of them with logits."""
-
-    shape: StepShape
-    plan: Mapping[str, Tensor]  # int32, the arrays of StepShape.lengths
-    input_ids: Tensor  # int32 [T]
-    positions: Tensor  # int64 [T]
-    slot_mapping: Tensor  # int64 [T] page_id * page_size + offset; -1 for padding
-    page_table: Tensor  # int32 [S, pages of the longest sequence]
-    seq_lens: Tensor  # int32 [S] after this step; 0 for padding
-    max_decode_len: int  # no decode is longer, after this step
-    max_query_len: int  # no prefill computes more tokens
-    prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of each prefill, where the host knows them
-
-    @property
-    def query_starts(self) -> Tensor:
-        """int32 [S + 1]: first token of each sequence, and T."""
-        return self.plan["query_starts"]
-
-    @property
-    def logit_indices(self) -> Tensor | None:
-        """int32 [M]: tokens whose successors may be sampled; None: all."""
-        return self.plan["logit_indices"] if self.shape.num_prefills else None
 
 
 @dataclass(frozen=True)

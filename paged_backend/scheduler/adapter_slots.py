@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.request import Finish
+from paged_backend.messages import Finish
 from paged_backend.scheduler.sequence import NO_BERTH, Sequence
 
 _NUM_THREADS = 2

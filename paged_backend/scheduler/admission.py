@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from paged_backend.batch import Int32
-from paged_backend.request import Finish
+from paged_backend.arrays import Int32
+from paged_backend.messages import Finish
 from paged_backend.scheduler import budget
 from paged_backend.scheduler.adapter_slots import Adapters
 from paged_backend.scheduler.grammar_masks import Guides

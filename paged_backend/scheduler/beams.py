@@ -18,9 +18,11 @@ from itertools import count
 import msgspec
 import numpy as np
 
-from paged_backend.batch import Batch, BeamRows, Feature, Int32, StepResult, TokenEdit
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, BeamRows, Feature, StepResult, TokenEdit
 from paged_backend.errors import ErrorKind
-from paged_backend.request import Found, FoundSequence, SamplingParams
+from paged_backend.messages import Found, FoundSequence
+from paged_backend.request import SamplingParams
 from paged_backend.scheduler.beam_search import Beam, BeamSearch, Candidates, Fork
 from paged_backend.scheduler.row_changes import RowChanges
 from paged_backend.scheduler.sequence import BeamGroup, Rows, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.batch import Int32
+from paged_backend.arrays import Int32
 
 _SHORT_SHARE = 8  # a prompt is short up to this part of a step's budget
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.batch import Batch, Feature, Int32, Int64, StepOutput, StepResult
+from paged_backend.arrays import Int32, Int64
+from paged_backend.batch import Batch, Feature, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
-from paged_backend.request import Finish, Found
+from paged_backend.messages import Finish, Found
 from paged_backend.scheduler import prompt_logprobs
 from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.grammar_masks import Guides

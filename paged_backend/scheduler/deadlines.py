@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from paged_backend.errors import ErrorKind
-from paged_backend.request import Finish
+from paged_backend.messages import Finish
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.sequence import Sequence
 

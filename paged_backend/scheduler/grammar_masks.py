@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from paged_backend.batch import Feature, Int32, TokenMasks
+from paged_backend.arrays import Int32, bits
+from paged_backend.batch import Feature, TokenMasks
 from paged_backend.errors import ErrorKind
 from paged_backend.grammar.grammars import Grammars, Guide, Refusal
-from paged_backend.grammar.vocabulary import bits
-from paged_backend.request import Finish, SamplingParams
+from paged_backend.messages import Finish
+from paged_backend.request import SamplingParams
 from paged_backend.scheduler.sequence import Rows
 from paged_backend.scheduler.sequence import Sequence as Generation
 

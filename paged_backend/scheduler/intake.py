@@ -7,10 +7,9 @@ from hashlib import blake2b
 
 import numpy as np
 
-from paged_backend.batch import Int32
+from paged_backend.arrays import Int32
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Submit
-from paged_backend.request import Finish
+from paged_backend.messages import Finish, Submit
 from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.grammar_masks import Guides
 from paged_backend.scheduler.limits import SchedulerLimits

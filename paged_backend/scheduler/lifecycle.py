@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from paged_backend.batch import Int32
-from paged_backend.request import Finish
+from paged_backend.arrays import Int32
+from paged_backend.messages import Finish
 from paged_backend.scheduler.adapter_slots import Adapters
 from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.running import RunningSequences

@@ -10,8 +10,9 @@ from collections.abc import Container
 
 import numpy as np
 
-from paged_backend.batch import Batch, Feature, Int32, PromptSpan, StepResult
-from paged_backend.request import PromptLogprobs
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, Feature, PromptSpan, StepResult
+from paged_backend.messages import PromptLogprobs
 from paged_backend.scheduler.sequence import Rows
 
 

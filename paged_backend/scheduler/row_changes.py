@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from paged_backend.batch import Int32, NewRow, TokenEdit
+from paged_backend.arrays import Int32
+from paged_backend.batch import NewRow, TokenEdit
 
 
 @dataclass

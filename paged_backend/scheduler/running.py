@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_backend.batch import Feature, Int32, NewRow
+from paged_backend.arrays import Int32
+from paged_backend.batch import Feature, NewRow
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.row_changes import RowChanges
 from paged_backend.scheduler.sequence import Rows, Sequence, Status

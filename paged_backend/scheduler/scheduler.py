@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from paged_backend.batch import Batch, Int32, StepOutput, StepResult
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Submit
-from paged_backend.request import Finish
+from paged_backend.messages import Finish, Submit
 from paged_backend.scheduler import budget, prompt_logprobs
 from paged_backend.scheduler.adapter_slots import Adapters
 from paged_backend.scheduler.admission import Admission

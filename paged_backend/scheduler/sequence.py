@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from paged_backend.batch import Feature, Int32, features_of
+from paged_backend.arrays import Int32
+from paged_backend.batch import Feature, features_of
 from paged_backend.grammar.grammars import Guide
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.beam_search import BeamSearch, Candidates

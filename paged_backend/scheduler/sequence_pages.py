@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 
-from paged_backend.batch import Int32
+from paged_backend.arrays import Int32
 from paged_backend.scheduler.page_pool import PagePool
 from paged_backend.scheduler.prefix_cache import PrefixCache
 from paged_backend.scheduler.sequence import Sequence

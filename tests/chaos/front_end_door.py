@@ -19,9 +19,9 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine_client import starter as engine_starter
 from paged_backend.engine_client import supervisor as engine_supervisor
 from paged_backend.errors import RequestError
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.frontend.request_reader import read_request
-from paged_backend.request import Delta
 from tests.chaos.judge import Heard
 from tests.server.calls import tensor_array
 

@@ -15,8 +15,8 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.errors import EngineError
-from paged_backend.messages import Submit
-from paged_backend.request import Finish, SamplingParams, parse_sampling
+from paged_backend.messages import Finish, Submit
+from paged_backend.request import SamplingParams, parse_sampling
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.structured_engine import load_speaker, run, save_speaker

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from paged_backend.batch import Int32
+from paged_backend.arrays import Int32
 from paged_backend.config import EngineConfig, demo_model_folder
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine

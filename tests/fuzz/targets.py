@@ -19,12 +19,13 @@ from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine.engine import Engine
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.frontend.chat_template import ChatTemplate, ExportedTemplate
+from paged_backend.frontend.chat_template import ChatTemplate
 from paged_backend.frontend.detokenizer import AnswerText, Detokenizer
 from paged_backend.frontend.request_reader import read_request, wants_error_code
-from paged_backend.messages import Submit, decode_to_engine, encode
+from paged_backend.messages import ExportedTemplate, Submit, decode_to_engine, encode
+from paged_backend.models.step import StepShape
 from paged_backend.request import Chat, SamplingParams
-from paged_backend.runner.step_plan import StepShape, plan_step
+from paged_backend.runner.step_plan import plan_step
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler

@@ -25,6 +25,7 @@ from paged_backend.messages import (
     SUSPECT_FILE,
     Abort,
     Failed,
+    Finish,
     FromEngine,
     Goodbye,
     Hello,
@@ -37,7 +38,6 @@ from paged_backend.messages import (
     encode,
     front_end_of,
 )
-from paged_backend.request import Finish
 
 EOS = "<eos>"
 MAX_MODEL_LEN = 512

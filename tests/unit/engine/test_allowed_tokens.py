@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from paged_backend.arrays import bits
 from paged_backend.batch import Feature
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.errors import RequestError
 from paged_backend.frontend.prompt import PromptReader
-from paged_backend.grammar.vocabulary import bits
 from paged_backend.messages import Ready, Submit
 from paged_backend.request import MAX_ALLOWED_TOKENS, Outputs, Request, SamplingParams, parse_sampling
 from tests.oracle import Oracle, random_prompts, save_checkpoint

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from paged_backend.arrays import bits
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.errors import ErrorKind
-from paged_backend.grammar.vocabulary import bits
-from paged_backend.messages import Submit
-from paged_backend.request import Finish, Found, SamplingParams
+from paged_backend.messages import Finish, Found, Submit
+from paged_backend.request import SamplingParams
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from paged_backend.arrays import bits
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
-from paged_backend.grammar.vocabulary import bits
-from paged_backend.messages import Submit
-from paged_backend.request import PromptLogprobs, SamplingParams
+from paged_backend.messages import PromptLogprobs, Submit
+from paged_backend.request import SamplingParams
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 
 EOS = (11, 60)

@@ -14,10 +14,11 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.errors import RequestError
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.prompt_logprobs import PromptTable, PromptTableParts
 from paged_backend.frontend.streamer import by_sequence
-from paged_backend.messages import Submit
-from paged_backend.request import MAX_LOGPROBS, Delta, PromptLogprobs, SamplingParams, parse_sampling
+from paged_backend.messages import PromptLogprobs, Submit
+from paged_backend.request import MAX_LOGPROBS, SamplingParams, parse_sampling
 from paged_backend.runner import kv_store
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 

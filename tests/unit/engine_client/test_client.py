@@ -26,8 +26,7 @@ from paged_backend.engine_client.live_requests import Piece
 from paged_backend.engine_client.starter import engine_command
 from paged_backend.engine_client.supervisor import EngineSupervisor
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.frontend.prompt import Prompt
-from paged_backend.messages import Stats
+from paged_backend.messages import Prompt, Stats
 from paged_backend.request import SamplingParams
 from tests.server import fake_engine
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend import prompt as prompt_room
-from paged_backend.frontend.chat_template import ChatTemplate, ExportedTemplate
+from paged_backend.frontend.chat_template import ChatTemplate
 from paged_backend.frontend.prompt import PromptReader
-from paged_backend.messages import Ready
+from paged_backend.messages import ExportedTemplate, Ready
 from paged_backend.models.tokenizer import export_tokenizer
 from paged_backend.request import Chat, Outputs, Request, SamplingParams
 from tests.small_tokenizers import byte_fallback, byte_level

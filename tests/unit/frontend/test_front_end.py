@@ -16,9 +16,10 @@ import pytest
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.supervisor import open_queue
 from paged_backend.errors import ErrorKind
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.messages import QUEUE_FILE
-from paged_backend.request import Delta, Outputs, Request, SamplingParams
+from paged_backend.request import Outputs, Request, SamplingParams
 from tests.server import fake_engine
 
 COMMAND = [sys.executable, str(Path(fake_engine.__file__))]

@@ -15,9 +15,10 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from paged_backend.config import EngineConfig
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.log_lines import LogLines, without_stamp
-from paged_backend.request import Delta, Outputs, Request, SamplingParams
+from paged_backend.request import Outputs, Request, SamplingParams
 from tests.unit.frontend.test_front_end import COMMAND
 
 SECRET = "SESAME"
@@ -97,7 +98,7 @@ def test_nothing_that_happens_to_a_request_puts_its_prompt_into_the_log(lines: i
             ("error", {}, send, {}),
             ("tokens=4", {"max_tokens": 10**6}, send, {}),
             ("tokens=4", {}, broken_send, {}),
-            ("tokens=4", {}, send, {"paged_backend.frontend.prompt.PromptReader.read": fail}),
+            ("tokens=4", {}, send, {"paged_backend.messages.PromptReader.read": fail}),
             ("tokens=4", {}, send, {"paged_backend.frontend.answer.AnswerText.add": fail}),
         ]
         for words, sampling, sender, broken in cases:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.frontend.prompt import Prompt, PromptReader, load_tokenizer
-from paged_backend.messages import Ready
+from paged_backend.frontend.prompt import PromptReader, load_tokenizer
+from paged_backend.messages import Prompt, Ready
 from paged_backend.request import Outputs, Request, SamplingParams
 from tests.small_tokenizers import byte_fallback, byte_level
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.streamer import Channel, Send, Streamer, by_sequence, joined
-from paged_backend.request import Delta
 
 
 class Client:

@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.prompt_logprobs import PromptTable
-from paged_backend.request import Delta, Outputs
+from paged_backend.request import Outputs
 from tests.server import fake_engine
 
 COMMAND = [sys.executable, str(Path(fake_engine.__file__))]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from paged_backend.batch import Batch
+from paged_backend.models.step import StepShape
 from paged_backend.runner import model_runner
 from paged_backend.runner.cuda_graphs import captured_shapes, decode_sizes
-from paged_backend.runner.step_plan import StepShape, plan_of_padding, plan_step, shape_of
+from paged_backend.runner.step_plan import plan_of_padding, plan_step, shape_of
 from tests.oracle import random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.messages import Submit
-from paged_backend.request import Finish, parse_sampling
+from paged_backend.messages import Finish, Submit
+from paged_backend.request import parse_sampling
 from paged_backend.scheduler.adapter_slots import Adapters
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler

@@ -13,8 +13,8 @@ import pytest
 from paged_backend.batch import Batch, StepResult
 from paged_backend.engine.engine import Engine
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Submit
-from paged_backend.request import Finish, SamplingParams
+from paged_backend.messages import Finish, Submit
+from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 from tests.simulated_runner import SimulatedRunner, solo
