@@ -46,12 +46,15 @@ class AsyncPagedClient:
         timeout: float | None = 600.0,
         delta_timeout: float | None = None,
         retries: int = 2,
+        max_connections: int = 0,
     ) -> None:
-        """See PagedClient."""
+        """See PagedClient. max_connections: to an http URL at once, others wait for one; 0: no limit. gRPC has one."""
         scheme, address = parse_url(url)
         self._limits = Limits(timeout, delta_timeout, retries)
         self._transport: _Transport = (
-            AsyncHttpTransport(f"{scheme}://{address}", model) if scheme.startswith("http") else AsyncGrpcTransport(address, model, ssl=scheme == "grpcs")
+            AsyncHttpTransport(f"{scheme}://{address}", model, max_connections)
+            if scheme.startswith("http")
+            else AsyncGrpcTransport(address, model, ssl=scheme == "grpcs")
         )
 
     async def __aenter__(self) -> AsyncPagedClient:

@@ -109,7 +109,8 @@ class HttpCall:
 
 
 class AsyncHttpTransport:
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, max_connections: int = 0) -> None:
+        self._max_connections = max_connections
         self._path = f"{url.rstrip('/')}/v2/models/{quote(model, safe='')}"
         self._session: ClientSession | None = None
 
@@ -129,7 +130,7 @@ class AsyncHttpTransport:
         import aiohttp
 
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0))
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=self._max_connections))
         return self._session
 
     async def close(self) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from typing import Any, Protocol
 
 import msgspec
@@ -18,12 +22,15 @@ from starlette.responses import JSONResponse, Response
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.async_client import AsyncStream
 from paged_client.errors import PagedError
-from paged_client.openai.auth import Door, Rules, response_of
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
+from paged_client.openai.limits import Bodies, BodyLimits
+from paged_client.openai.metrics import CONTENT_TYPE, GatewayMetrics
+from paged_client.openai.middleware import GatewayMiddleware, response_of
 from paged_client.openai.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from paged_client.openai.responses import ChatReply, CompletionReply, usage_of
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
+from paged_client.question import Prompt
 
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
 _DONE = b"data: [DONE]\n\n"
@@ -42,25 +49,36 @@ class Offer:
     """What the gateway says it serves, and to whom."""
 
     model_names: tuple[str, ...]  # by any of them, and MODEL:ADAPTER with the server's adapters, which are not listed
-    rules: Rules = field(default_factory=Rules)
+    api_key: str = ""  # "": everybody may ask
+    bodies: BodyLimits = field(default_factory=BodyLimits)
     origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
+    prompts_at_once: int = 256  # of one request; its others wait
 
+
+ENDPOINTS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/health",
+    "/v1/health",
+    "/ping",
+    "/version",
+    "/metrics",
+)
 
 Reply = CompletionReply | ChatReply
 Pieces = AsyncGenerator[tuple[int, Delta], None]
 
 
-def make_app(client: Backend, offer: Offer) -> FastAPI:
+def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = None) -> FastAPI:
+    """metrics: created with ENDPOINTS; None: of the application's own."""
     app = FastAPI(title="paged openai", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
-    gateway = _Gateway(client, offer)
+    metrics = metrics or GatewayMetrics(ENDPOINTS)
+    gateway = _Gateway(client, offer, metrics)
+    bodies = Bodies(offer.bodies)
+    metrics.body_bytes.set_function(lambda: bodies.held_bytes)
+    _add_status_paths(app, client, metrics)
     started = int(time.time())
-
-    @app.api_route("/health", methods=["GET", "HEAD"])  # some load balancers ask for the head alone
-    @app.api_route("/v1/health", methods=["GET", "HEAD"])
-    async def health() -> Response:
-        if await client.is_ready():
-            return JSONResponse({"status": "ok"})
-        return response_of(RefusalError("the server is not there, or has not loaded the model", 503, code="not_ready"))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -84,10 +102,29 @@ def make_app(client: Backend, offer: Offer) -> FastAPI:
         return await gateway.answer(request, body, asked, ChatReply(body.model, asked))
 
     _say_errors_in_openais_words(app)
-    app.add_middleware(Door, rules=offer.rules)
+    app.add_middleware(GatewayMiddleware, api_key=offer.api_key, bodies=bodies, metrics=metrics)
     if offer.origins:
         app.add_middleware(CORSMiddleware, allow_origins=offer.origins, allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+def _add_status_paths(app: FastAPI, client: Backend, metrics: GatewayMetrics) -> None:
+    async def health() -> Response:
+        if await client.is_ready():
+            return JSONResponse({"status": "ok"})
+        return response_of(RefusalError("the server is not there, or has not loaded the model", 503, code="not_ready"))
+
+    for path, methods in (("/health", ("GET", "HEAD")), ("/v1/health", ("GET", "HEAD")), ("/ping", ("GET", "HEAD"))):
+        for method in methods:  # one route each: a route of several has one operation id in the schema for all of them
+            app.add_api_route(path, health, methods=[method], include_in_schema=method == "GET")
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": installed_version()})
+
+    @app.get("/metrics")
+    async def exposition() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _model(name: str, started: int) -> dict[str, Any]:
@@ -113,9 +150,10 @@ def _say_errors_in_openais_words(app: FastAPI) -> None:
 
 
 class _Gateway:
-    def __init__(self, client: Backend, offer: Offer) -> None:
+    def __init__(self, client: Backend, offer: Offer, metrics: GatewayMetrics) -> None:
         self._client = client
         self._offer = offer
+        self._metrics = metrics
 
     def check_model(self, name: str) -> None:
         """
@@ -144,52 +182,82 @@ class _Gateway:
         """
         try:
             if not body.stream:
-                return JSONResponse(reply.whole(await unless_left(request.receive, self._whole(asked))))
+                answers = await unless_left(request.receive, self._whole(asked))
+                for answer in answers:
+                    self._metrics.count(answer.usage)
+                return JSONResponse(reply.whole(answers))
             pieces = self._pieces(asked)
             first = await unless_left(request.receive, _next(pieces))  # while there is none, the status can say why
-            return EventStream(_events(first, pieces, reply, asked.params, body.stream_options or StreamOptions()), pieces)
+            events = self._events(first, pieces, reply, asked.params, body.stream_options or StreamOptions())
+            return EventStream(events, pieces)
         except CallerLeftError:
             return Response(status_code=_CALLER_LEFT)
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
 
     async def _whole(self, asked: Asked) -> list[Answer]:
-        tasks = [asyncio.ensure_future(self._client.generate(prompt, **_options(asked))) for prompt in asked.prompts]
+        places = asyncio.Semaphore(self._offer.prompts_at_once)
+
+        async def generate(prompt: Prompt | None) -> Answer:
+            async with places:
+                return await self._client.generate(prompt, **_options(asked))
+
+        tasks = [asyncio.ensure_future(generate(prompt)) for prompt in asked.prompts]
         try:
             return await asyncio.gather(*tasks)
         finally:
             await _cancelled(tasks)
 
     async def _pieces(self, asked: Asked) -> Pieces:
-        """(which prompt, piece) of all prompts at once. Closing it cancels what is not over."""
-        streams = [self._client.stream(prompt, **_options(asked)) for prompt in asked.prompts]
-        merged = _one(streams[0]) if len(streams) == 1 else _merged(streams)
-        try:
-            async for piece in merged:
-                yield piece
-        finally:
-            await merged.aclose()
-            for stream in streams:
-                stream.close()
-
-
-async def _one(stream: AsyncStream) -> Pieces:
-    async for delta in stream:
-        yield 0, delta
-
-
-async def _merged(streams: Sequence[AsyncStream]) -> Pieces:
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
-
-    async def listen(number: int, stream: AsyncStream) -> None:
-        try:
+        """(which prompt, piece) of all prompts. Closing it cancels what is not over."""
+        streams = [partial(self._client.stream, prompt, **_options(asked)) for prompt in asked.prompts]
+        if len(streams) > 1:
+            async with aclosing(_merged(streams, self._offer.prompts_at_once)) as merged:
+                async for piece in merged:
+                    yield piece
+            return
+        async with streams[0]() as stream:
             async for delta in stream:
-                await arrived.put((number, delta))
+                yield 0, delta
+
+    async def _events(
+        self, piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], options: StreamOptions
+    ) -> AsyncGenerator[bytes, None]:
+        """Pieces, of which `piece` is the first, as server-sent events. An error is the last but one."""
+        usages: dict[int, Usage] = {}
+        try:
+            while piece is not None:
+                number, delta = piece
+                usages[number] = delta.usage
+                for chunk in reply.chunks(number, delta):
+                    if options.include_usage:
+                        chunk["usage"] = usage_of(usages.values()) if options.continuous_usage_stats else None
+                    yield _event(chunk)
+                piece = await _next(pieces)
+            if options.include_usage:
+                yield _event(reply.usage_chunk(usages.values()))
+        except PagedError as error:
+            yield _event(refusal_of(error, params).body())
+        finally:
+            for usage in usages.values():
+                self._metrics.count(usage)
+        yield _DONE
+
+
+async def _merged(streams: Sequence[Callable[[], AsyncStream]], at_once: int) -> Pieces:
+    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
+    places = asyncio.Semaphore(at_once)
+
+    async def listen(number: int, open_stream: Callable[[], AsyncStream]) -> None:
+        try:
+            async with places, open_stream() as stream:
+                async for delta in stream:
+                    await arrived.put((number, delta))
             await arrived.put(None)
         except Exception as error:
             await arrived.put(error)
 
-    tasks = [asyncio.ensure_future(listen(number, stream)) for number, stream in enumerate(streams)]
+    tasks = [asyncio.ensure_future(listen(number, open_stream)) for number, open_stream in enumerate(streams)]
     num_running = len(tasks)
     try:
         while num_running:
@@ -227,26 +295,12 @@ async def _next(pieces: Pieces) -> tuple[int, Delta] | None:
     return None
 
 
-async def _events(
-    piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], options: StreamOptions
-) -> AsyncGenerator[bytes, None]:
-    """Pieces, of which `piece` is the first, as server-sent events. An error is the last but one."""
-    usages: dict[int, Usage] = {}
-    try:
-        while piece is not None:
-            number, delta = piece
-            usages[number] = delta.usage
-            for chunk in reply.chunks(number, delta):
-                if options.include_usage:
-                    chunk["usage"] = usage_of(usages.values()) if options.continuous_usage_stats else None
-                yield _event(chunk)
-            piece = await _next(pieces)
-        if options.include_usage:
-            yield _event(reply.usage_chunk(usages.values()))
-    except PagedError as error:
-        yield _event(refusal_of(error, params).body())
-    yield _DONE
-
-
 def _event(said: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(said) + b"\n\n"
+
+
+def installed_version() -> str:
+    try:
+        return version_of("paged-backend")
+    except PackageNotFoundError:
+        return "unknown"

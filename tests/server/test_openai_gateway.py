@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import pytest
 pytest.importorskip("tritonclient.grpc")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
 pytest.importorskip("openai")
 pytest.importorskip("xgrammar")
 
@@ -61,8 +62,9 @@ class Gateway:
 
 
 @contextmanager
-def gateway_to(url: str, folder: Path, *arguments: str) -> Iterator[Gateway]:
-    command = [sys.executable, "-m", "paged_client.cli", "openai", "-u", url, "--port", "0", *arguments]
+def gateway_to(url: str, folder: Path, *arguments: str, prefix: Sequence[str] = ()) -> Iterator[Gateway]:
+    """prefix: a command that starts the gateway's."""
+    command = [*prefix, sys.executable, "-m", "paged_client.cli", "openai", "-u", url, "--port", "0", *arguments]
     errors = folder / "stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PAGED_API_KEY": KEY})

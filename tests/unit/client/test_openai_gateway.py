@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +14,19 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
 
+from prometheus_client.parser import text_string_to_metric_families as parse
 from pydantic import ValidationError
+from starlette.datastructures import Headers
 
 from paged_client import AsyncPagedClient, InvalidRequestError, PagedError, ServerError, UnavailableError, UnreachableError
-from paged_client.openai.auth import Rules
-from paged_client.openai.gateway import Offer, make_app
+from paged_client.openai.auth import usable_key
+from paged_client.openai.connections import ConnectionLimits, Connections, say_failed_accepts
+from paged_client.openai.errors import RefusalError
+from paged_client.openai.gateway import ENDPOINTS, Offer, make_app
+from paged_client.openai.limits import FREE_BYTES, Bodies, BodyLimits
+from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.protocol import CompletionBody
 from paged_client.question import Question
 
@@ -92,16 +101,18 @@ def call(
     path: str,
     body: Any = None,
     *,
-    rules: Rules | None = None,
+    key: str = "",
+    bodies: BodyLimits | None = None,
     headers: dict[str, str] | None = None,
     leave: Callable[[Reply], bool] | None = None,
     origins: tuple[str, ...] = (),
     method: str = "",
+    metrics: GatewayMetrics | None = None,
 ) -> Reply:
     """One request. leave: asked over and over; True closes the connection."""
     client = AsyncPagedClient("nowhere:1", retries=0)
     client._transport = transport
-    app = make_app(client, Offer(("m", "alias"), rules or Rules(), origins))
+    app = make_app(client, Offer(("m", "alias"), key, bodies or BodyLimits(), origins), metrics)
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
     scope = {
@@ -275,11 +286,11 @@ def test_load_balancers_may_ask_for_the_head_of_health_alone() -> None:
 
 def test_health_is_the_servers() -> None:
     transport = Transport()
-    for path in ("/health", "/v1/health"):
+    for path in ("/health", "/v1/health", "/ping"):
         transport.ready = True
-        assert call(transport, path, rules=Rules("secret")).status == 200
+        assert call(transport, path, key="secret").status == 200
         transport.ready = False
-        assert call(transport, path, rules=Rules("secret")).status == 503
+        assert call(transport, path, key="secret").status == 503
 
 
 @pytest.mark.parametrize(
@@ -290,7 +301,7 @@ def test_health_is_the_servers() -> None:
 def test_only_who_has_the_key_may_ask(authorization: str | None, status: int) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
     for path, body in (("/v1/models", None), ("/v1/completions", {"model": "m", "prompt": "x"})):
-        reply = call(Transport(piece("a", "stop")), path, body, rules=Rules("secret"), headers=headers)
+        reply = call(Transport(piece("a", "stop")), path, body, key="secret", headers=headers)
         assert reply.status == status
         if status == 401:
             assert reply.json["error"]["code"] == "invalid_api_key"
@@ -302,8 +313,8 @@ def test_a_body_over_the_limit_is_refused(declared: bool) -> None:
     body = {"model": "m", "prompt": "x" * 5000}
     headers = {} if declared else {"content-length": ""}
     transport = Transport(piece("a", "stop"))
-    assert call(transport, "/v1/completions", body, rules=Rules("", 5100), headers=headers).status == 200
-    reply = call(transport, "/v1/completions", body, rules=Rules("", 5000), headers=headers)
+    assert call(transport, "/v1/completions", body, bodies=BodyLimits(5100), headers=headers).status == 200
+    reply = call(transport, "/v1/completions", body, bodies=BodyLimits(5000), headers=headers)
     assert (reply.status, reply.json["error"]["message"]) == (413, "the body is longer than 5000 bytes")
     assert len(transport.asked) == 1
 
@@ -378,3 +389,184 @@ def test_a_failure_of_our_own_tells_the_log_no_text(stream: bool, caplog: pytest
     assert (reply.status, reply.json["error"]["type"]) == (500, "server_error")
     assert "secret" not in caplog.text + reply.text
     assert "RuntimeError at " in caplog.text
+
+
+# ---- what a stranger can send
+
+
+def test_two_lengths_of_a_body_end_the_connection() -> None:
+    """Content-Length is there already: a proxy might believe the one, and this process the other."""
+    reply = call(WHOLE, "/v1/completions", {"model": "m", "prompt": "x"}, headers={"transfer-encoding": "chunked"})
+    assert (reply.status, reply.headers["connection"]) == (400, "close")
+    assert "Transfer-Encoding" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("given", ["clé", "a\nb", "a\x7f", "   "], ids=repr)
+def test_a_key_that_no_header_can_carry_is_refused_at_start(given: str) -> None:
+    with pytest.raises(ValueError, match="API key"):
+        usable_key(given)
+
+
+def test_a_key_loses_the_white_space_around_it() -> None:
+    assert (usable_key(" a key\n"), usable_key("")) == ("a key", "")
+
+
+def arriving(*sizes: int, end: bool = True) -> Any:
+    """`receive` of a body in chunks; after them nothing, for ever, unless `end`."""
+    chunks = list(sizes)
+
+    async def receive() -> dict[str, Any]:
+        if not chunks:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": b"x" * chunks.pop(0), "more_body": bool(chunks) or not end}
+
+    return receive
+
+
+def test_bodies_in_flight_have_a_bound_that_small_ones_do_not_meet() -> None:
+    async def scenario() -> None:
+        bodies = Bodies(BodyLimits(max_body_bytes=2**20, max_bodies_bytes=2**20, seconds=5))
+        with bodies.place() as large:
+            assert len(await large.read(Headers(), arriving(500_000, 500_000))) == 1_000_000
+            assert bodies.held_bytes == 1_000_000 - FREE_BYTES
+            with bodies.place() as second, pytest.raises(RefusalError, match="max_bodies_bytes") as refused:
+                await second.read(Headers(), arriving(FREE_BYTES, 200_000))
+            assert refused.value.status == 503
+            with bodies.place() as small:
+                assert len(await small.read(Headers(), arriving(FREE_BYTES))) == FREE_BYTES
+        assert bodies.held_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_does_not_arrive_is_given_up() -> None:
+    async def scenario() -> None:
+        bodies = Bodies(BodyLimits(seconds=0.05))
+        with bodies.place() as place, pytest.raises(RefusalError, match="had not arrived after 0.05 s") as refused:
+            await place.read(Headers(), arriving(100_000, end=False))
+        assert (refused.value.status, bodies.held_bytes) == (408, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_of_many_prompts_only_so_many_are_asked_at_once(stream: bool) -> None:
+    class Counting(Transport):
+        running = most = 0
+
+        def ask(self, question: Question) -> Call:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            return super().ask(question)
+
+    class Ending(Call):
+        async def next(self, seconds: float | None) -> tuple[Outputs, bool]:
+            answer = await super().next(seconds)
+            self._transport.running -= answer[1]  # type: ignore[attr-defined]
+            return answer
+
+    transport = Counting(piece("a"), piece("b", "stop"))
+    transport.ask = lambda question: (Counting.ask(transport, question), Ending(transport))[1]  # type: ignore[method-assign]
+    reply = complete(transport, prompt=["x"] * 700, stream=stream)
+    texts = [""] * 700
+    for event in reply.events[:-1] if stream else [reply.json]:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["ab"] * 700
+    assert 1 < transport.most <= 256
+
+
+class Connection:
+    """As uvicorn's protocol objects look to the table of connections."""
+
+    class Cycle:
+        response_complete = False
+
+    def __init__(self, *, busy: bool = False) -> None:
+        self.cycle = Connection.Cycle() if busy else None
+        self.transport = self
+        self.said = b""
+        self.ended = ""
+
+    def write(self, said: bytes) -> None:
+        self.said += said
+
+    def close(self) -> None:
+        self.ended = "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+
+
+def test_the_longest_silent_connection_makes_room() -> None:
+    connections = Connections(ConnectionLimits(3), GatewayMetrics(ENDPOINTS))
+    first, working, third, fourth, fifth = Connection(), Connection(busy=True), Connection(), Connection(), Connection(busy=True)
+    for one in (first, working, third, fourth, fifth):
+        connections.add(one)
+    assert [one.ended for one in (first, working, third, fourth, fifth)] == ["aborted", "", "aborted", "", ""]
+    fourth.cycle = Connection.Cycle()
+    late = Connection()
+    connections.add(late)
+    assert late.ended == "closed"
+    head, _, body = late.said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503") and b"Content-Length: %d" % len(body) in head
+    assert json.loads(body)["error"]["code"] == "overloaded"
+
+
+def test_a_silent_connection_is_closed_and_a_working_one_is_not() -> None:
+    async def scenario() -> tuple[str, str]:
+        connections = Connections(ConnectionLimits(9, seconds=0.04), GatewayMetrics(ENDPOINTS))
+        silent, working = Connection(), Connection(busy=True)
+        for one in (silent, working):
+            connections.add(one)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(connections.sweep(), 0.2)
+        return silent.ended, working.ended
+
+    assert asyncio.run(scenario()) == ("aborted", "")
+
+
+def test_a_failed_accept_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        say_failed_accepts(loop)
+        message = "socket.accept() out of system resource"
+        loop.call_exception_handler({"message": message, "exception": OSError(24, "Too many open files")})
+        loop.call_exception_handler({"message": "something else"})
+
+    asyncio.run(scenario())
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["a connection could not be accepted: Too many open files; trying again in a second", "something else"]
+
+
+# ---- about the gateway
+
+
+def test_metrics_count_what_was_asked_and_answered() -> None:
+    metrics = GatewayMetrics(ENDPOINTS)
+    for stream in (False, True):
+        call(WHOLE, "/v1/completions", {"model": "m", "prompt": "x", "stream": stream}, metrics=metrics)
+    call(WHOLE, "/v1/completions", {"model": "m"}, metrics=metrics)
+    call(WHOLE, "/nonesuch/1234", metrics=metrics)
+    page = call(WHOLE, "/metrics", metrics=metrics)
+    assert page.headers["content-type"].startswith("text/plain")
+    values = {sample.name + str(sorted(sample.labels.values())): sample.value for family in parse(page.text) for sample in family.samples}
+    assert values["paged_gateway_requests_total['/v1/completions', '200']"] == 2
+    assert values["paged_gateway_requests_total['/v1/completions', '400']"] == 1
+    assert values["paged_gateway_requests_total['404', 'other']"] == 1
+    assert values["paged_gateway_tokens_total['prompt']"] == 10 and values["paged_gateway_tokens_total['answer']"] == 2
+    assert values["paged_gateway_request_seconds_count['/v1/completions']"] == 3
+    assert values["paged_gateway_requests_in_flight[]"] == 1, "the one that reads this"
+    assert "process_open_fds[]" in values
+    assert call(WHOLE, "/metrics", key="secret").status == 401
+
+
+def test_the_gateway_says_which_version_it_is() -> None:
+    assert re.match(r"\d+\.\d+|unknown", call(WHOLE, "/version").json["version"])
+
+
+def test_the_description_of_the_api_has_no_name_twice() -> None:
+    app = make_app(AsyncPagedClient("nowhere:1"), Offer(("m",)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "/v1/chat/completions" in app.openapi()["paths"]

@@ -1,0 +1,93 @@
+"""The gateway as a process: its socket, uvicorn, and what is watched meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+import uvicorn
+
+from paged_client.async_client import AsyncPagedClient
+from paged_client.openai.connections import BACKLOG, ConnectionLimits, Connections, say_failed_accepts
+from paged_client.openai.gateway import ENDPOINTS, Offer, make_app
+from paged_client.openai.metrics import GatewayMetrics
+
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Listening:
+    host: str
+    listener: socket.socket
+    drain_seconds: int
+    access_log: bool
+    wait_seconds: float  # for the model
+
+    @property
+    def base_url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.listener.getsockname()[1]}/v1"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        OSError: with a `strerror` that names the reason only.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        if error.errno is not None and error.errno > 0:  # without what `create_server` adds to it
+            raise OSError(error.errno, os.strerror(error.errno)) from None
+        raise
+
+
+async def serve(client: AsyncPagedClient, offer: Offer, limits: ConnectionLimits, listening: Listening, server_url: str) -> None:
+    """Until SIGINT or SIGTERM.
+
+    Raises:
+        TimeoutError: the server is not ready.
+    """
+    metrics = GatewayMetrics(ENDPOINTS)
+    connections = Connections(limits, metrics)
+    config = uvicorn.Config(
+        make_app(client, offer, metrics),
+        http=connections.protocol(),
+        ws="none",
+        log_level="info" if listening.access_log else "warning",
+        access_log=listening.access_log,
+        timeout_graceful_shutdown=listening.drain_seconds,
+        backlog=BACKLOG,
+        lifespan="off",
+        server_header=False,
+    )
+    async with client:
+        await _wait_until_ready(client, listening.wait_seconds)
+        models = ", ".join(offer.model_names)
+        print(f"paged: OpenAI's API on {listening.base_url}, model {models} from {server_url}", flush=True)
+        print("Ctrl-C stops it.", flush=True)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it once more when it has drained
+        say_failed_accepts(asyncio.get_running_loop())
+        sweeping = asyncio.ensure_future(connections.sweep())
+        try:
+            await uvicorn.Server(config).serve([listening.listener])
+        finally:
+            sweeping.cancel()
+
+
+async def _wait_until_ready(client: AsyncPagedClient, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    said = False
+    while not await client.is_ready():
+        if time.monotonic() > end:
+            raise TimeoutError
+        if not said:
+            print("paged: waiting for the server to be there and to have loaded the model", file=sys.stderr, flush=True)
+            said = True
+        await asyncio.sleep(_POLL_SECONDS)
