@@ -3,50 +3,35 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 import secrets
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from paged_backend.errors import EngineError
-from paged_backend.extras import install_command
-from paged_backend.log_lines import without_stamp
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client.bench.load import Level, LoadLimits, Prompting
 from paged_client.bench.memory import PAGED, RESERVED, MemoryPlan, check_plan, draw_memory, judge, pool_options, print_memory, run_memory
-from paged_client.bench.perf_analyzer import find_perf_analyzer
 from paged_client.bench.pool import read_metrics
-from paged_client.bench.report import WIDTH, Facts, print_report, write_csv, write_json
-from paged_client.bench.sweep import Bench, Plan, Run, free_folder, sweep
+from paged_client.bench.report import print_report
+from paged_client.bench.session import INTERRUPTED, Session, say
+from paged_client.bench.sweep import Bench, Plan, Run, sweep
 from paged_client.bench.target import Target, check_workload, find_target, split_url, tokens_per_word, usual_metrics_url
 from paged_client.bench.workload import Span, Workload
 from paged_client.settings import parse_options
 
 _LEAST_REQUESTS = 8
 _DRAIN_SECONDS = 2
-_BROKE_OFF = 1
-_INTERRUPTED = 130
-_PROGRESS = re.compile(r"\d ?% \(")  # "capturing steps 2 % (1 of 38 shapes)": nothing that was decided
 _CONCURRENCY = "1,8,64"
 _MOST_STREAMS = 4096
-_COUNTED = "Tokens are counted from the output num_output_tokens."
-_ASSUMED = "Tokens are not counted: a request is taken to have brought the max_tokens that it asked for with ignore_eos."
-_AS_IDS = "Prompts go as input_ids of exact length."
-_AS_TEXT = "Prompts go as text of about that length, {:.2f} tokens a word."
 
 bench_app = typer.Typer(
     invoke_without_command=True,
@@ -126,7 +111,7 @@ def bench(
         else:
             settings = None
             _refuse_with_url({"--model": model != "demo", "--set": bool(options), "--instances": instances is not None})
-        with _Session(out or _default_folder("paged-bench"), plots, _limits(processes, timeout)) as session:
+        with Session(out or _default_folder("paged-bench"), plots, _limits(processes, timeout)) as session:
             _run_sweep(session, plan, settings, _Addresses(url, model_name, metrics_url, against, against_model, against_metrics_url))
 
 
@@ -167,7 +152,7 @@ def memory(
         wanted = None if rates is None else sorted(_numbers("--rates", rates))
         plan = MemoryPlan(settings, page_size, max_model_len, pool_sequences, wanted, seconds, latency_limit, workload)
         check_plan(plan)
-        with _Session(out or _default_folder("paged-bench-memory"), plots, _limits(processes, timeout)) as session:
+        with Session(out or _default_folder("paged-bench-memory"), plots, _limits(processes, timeout)) as session:
             _run_memory(session, plan)
 
 
@@ -183,61 +168,12 @@ class _Addresses:
     against_metrics_url: str | None
 
 
-class _Session:
-    """What every measurement needs, made before the first request: a folder that can be written to, perf_analyzer, a console."""
-
-    def __init__(self, out: Path, plots: bool, limits: LoadLimits) -> None:
-        self.folder = free_folder(out)
-        self.plots = plots and _can_plot()
-        self.limits = limits
-        self.tool = find_perf_analyzer(_say)
-        self.console = Console(width=min(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH, highlight=False)
-        self.lines: list[str] = []  # of the server that was started
-        if self.tool.may_cut_exports:
-            _say("paged: no C compiler on PATH: perf_analyzer may cut its export short, a run is then repeated")
-
-    def __enter__(self) -> _Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """A failure leaves no empty folder."""
-        with suppress(OSError):
-            self.folder.rmdir()
-
-    def keep(self, line: str) -> None:
-        line = without_stamp(line)
-        _say(line)
-        if not _PROGRESS.search(line):
-            self.lines.append(line)
-
-    def facts(self, workload: Workload, prompting: Prompting, servers: dict[str, str]) -> Facts:
-        started = {"started": "; ".join(line.removeprefix("paged: ") for line in self.lines)} if self.lines else {}
-        return Facts(
-            date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            command=shlex.join(["paged", *sys.argv[1:]]),
-            machine=_machine(),
-            perf_analyzer=self.tool.found,
-            workload=workload.describe(),
-            counting=_COUNTED if prompting.count_tokens else _ASSUMED,
-            prompting=_AS_IDS if prompting.as_ids else _AS_TEXT.format(prompting.tokens_per_word),
-            servers={**servers, **started},
-        )
-
-    def finish(self, facts: Facts, runs: Sequence[Run], pictures: Sequence[Path], **extra: Any) -> None:
-        """Writes the numbers, says where everything lies, and exits with 1 if a request failed."""
-        write_json(self.folder / "results.json", facts, runs, **extra)
-        write_csv(self.folder / "results.csv", runs)
-        names = ", ".join(file.name for file in pictures)
-        self.console.print(f"\nresults.json, results.csv{', ' + names if names else ''} in {self.folder}", soft_wrap=True, markup=False)
-        if any(run.num_errors for run in runs):
-            raise typer.Exit(_BROKE_OFF)
-
-
-def _run_sweep(session: _Session, plan: Plan, settings: ServerSettings | None, addresses: _Addresses) -> None:
+def _run_sweep(session: Session, plan: Plan, settings: ServerSettings | None, addresses: _Addresses) -> None:
     for option, value in (("--against-model", addresses.against_model), ("--against-metrics-url", addresses.against_metrics_url)):
         if addresses.against is None and value is not None:
             raise EngineError(f"{option} {value}: goes with --against, the second server's address")
-    with ExitStack() as stack:
+    runs: list[Run] = []
+    with session.measuring(runs), ExitStack() as stack:
         if settings is not None:
             server = stack.enter_context(Server(settings, session.keep)).addresses
             addresses = replace(addresses, url=server.grpc_url, metrics_url=server.metrics_url)
@@ -245,7 +181,7 @@ def _run_sweep(session: _Session, plan: Plan, settings: ServerSettings | None, a
         prompting = _prompting(targets)
         for target in targets:
             check_workload(target, plan.workload, as_ids=prompting.as_ids, per_word=prompting.tokens_per_word)
-        runs = sweep(Bench(session.tool, prompting, session.limits), plan, targets, session.console)
+        sweep(Bench(session.tool, prompting, session.limits), plan, targets, session.console, runs)
     facts = session.facts(plan.workload, prompting, {target.name: f"{target.model_name} at {target.url}" for target in targets})
     print_report(session.console, facts, runs)
     pictures: list[Path] = []
@@ -256,9 +192,11 @@ def _run_sweep(session: _Session, plan: Plan, settings: ServerSettings | None, a
     session.finish(facts, runs, pictures)
 
 
-def _run_memory(session: _Session, plan: MemoryPlan) -> None:
+def _run_memory(session: Session, plan: MemoryPlan) -> None:
     prompting = Prompting(as_ids=True, tokens_per_word=1.0, count_tokens=True)
-    runs = run_memory(plan, Bench(session.tool, prompting, session.limits), session.console, session.keep)
+    runs: list[Run] = []
+    with session.measuring(runs):
+        run_memory(plan, Bench(session.tool, prompting, session.limits), session.console, session.keep, runs)
     verdict = judge(runs, plan.latency_limit)
     print_memory(session.console, runs, verdict)
     facts = session.facts(plan.workload, prompting, {kind: str(pool_options(plan, kind)) for kind in (RESERVED, PAGED)})
@@ -283,7 +221,7 @@ def _targets(addresses: _Addresses) -> list[Target]:
         targets.append(find_target(shown, addresses.against, other, url_option="--against", model_option="--against-model", metrics_url=second_url))
     for target in targets:
         if target.metrics_url is None or not read_metrics(target.metrics_url, target.model_name):
-            _say(f"paged: {target.name}: no metrics at {target.metrics_url or 'an address known to us'}, so no pool figures and no progress within a run")
+            say(f"paged: {target.name}: no metrics at {target.metrics_url or 'an address known to us'}, so no pool figures and no progress within a run")
     return targets
 
 
@@ -347,29 +285,8 @@ def _limits(processes: int | None, timeout: float) -> LoadLimits:
     return LoadLimits(processes, timeout, len(os.sched_getaffinity(0)))
 
 
-def _can_plot() -> bool:
-    if find_spec("matplotlib") is None:
-        _say(f"paged: no pictures: matplotlib is not installed ({install_command('bench')})")
-        return False
-    return True
-
-
 def _default_folder(name: str) -> Path:
     return Path(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-def _machine() -> str:
-    """This machine, which is the server's if that was started here: GPUs if there are any, else the number of cores."""
-    try:
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return f"{os.cpu_count()} cores {platform.machine()}, no GPU"
-    names = asked.stdout.split("\n")[:-1]
-    return f"{len(names)} × {names[0]}" if len(names) > 1 else names[0]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -380,10 +297,10 @@ def _one_sentence_on_failure() -> Iterator[None]:
         yield
     except EngineError as error:
         sys.stdout.flush()
-        _say(f"paged: error: {error}")
+        say(f"paged: error: {error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        _say("paged: interrupted")
-        raise typer.Exit(_INTERRUPTED) from None
+        say("paged: interrupted")
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -14,8 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
+from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
-from paged_backend.server.launch import Server, ServerSettings
+from paged_backend.server.files import check_checkpoint
+from paged_backend.server.launch import Server, ServerSettings, engine_options
 from paged_client.bench.figures import Figures
 from paged_client.bench.load import Level, answers
 from paged_client.bench.pool import PoolFigures
@@ -58,7 +60,10 @@ class Verdict:
 
 
 def check_plan(plan: MemoryPlan) -> None:
-    """Raises: EngineError: an option is out of its bounds."""
+    """
+    Raises:
+        EngineError: an option is out of its bounds, or the checkpoint is not for it.
+    """
     if plan.page_size & (plan.page_size - 1):
         raise EngineError(f"--page-size {plan.page_size}: expected a power of two")
     if plan.page_size >= plan.max_model_len:
@@ -66,6 +71,10 @@ def check_plan(plan: MemoryPlan) -> None:
     for name in _OURS:
         if name in plan.settings.options:
             raise EngineError(f"--set {name}: this benchmark sets it itself; use --max-model-len, --page-size and --pool-sequences")
+    try:
+        check_checkpoint(EngineConfig.parse(engine_options(_settings_of(plan, PAGED))))
+    except EngineError as error:
+        raise EngineError(str(error).replace("max_model_len:", "--max-model-len")) from None
 
 
 def pool_options(plan: MemoryPlan, kind: str) -> dict[str, str]:
@@ -75,17 +84,21 @@ def pool_options(plan: MemoryPlan, kind: str) -> dict[str, str]:
     return {"max_model_len": str(plan.max_model_len), "page_size": str(page_size), "num_pages": str(num_pages)}
 
 
-def run_memory(plan: MemoryPlan, bench: Bench, console: Console, on_line: Callable[[str], None]) -> list[Run]:
-    """Both servers, one after the other, at every rate.
+def _settings_of(plan: MemoryPlan, kind: str) -> ServerSettings:
+    options: Mapping[str, Any] = {**plan.settings.options, **pool_options(plan, kind)}
+    return replace(plan.settings, options=options, drain_seconds=_DRAIN_SECONDS)
+
+
+def run_memory(plan: MemoryPlan, bench: Bench, console: Console, on_line: Callable[[str], None], runs: list[Run]) -> None:
+    """Both servers, one after the other, at every rate. What is finished is appended to `runs`, so that an interrupt loses none of it.
 
     Raises:
         EngineError: a server cannot start, or refuses the workload.
     """
-    runs: list[Run] = []
     rates = plan.rates
     for kind in (RESERVED, PAGED):
-        options: Mapping[str, Any] = {**plan.settings.options, **pool_options(plan, kind)}
-        settings = replace(plan.settings, options=options, drain_seconds=_DRAIN_SECONDS)
+        settings = _settings_of(plan, kind)
+        options = settings.options
         on_line(f"paged: starting the server with {kind} memory: page_size {options['page_size']}, num_pages {options['num_pages']}")
         with Server(settings, on_line) as server:
             target = find_target(
@@ -100,8 +113,7 @@ def run_memory(plan: MemoryPlan, bench: Bench, console: Console, on_line: Callab
             if rates is None:
                 rates = _find_rates(bench, plan, target, console)
                 on_line(f"paged: rates: {', '.join(f'{rate:g}' for rate in rates)} requests/s")
-            runs += _at_rates(bench, plan, target, rates, console)
-    return runs
+            _at_rates(bench, plan, target, rates, console, runs)
 
 
 def _plan_of(plan: MemoryPlan, rates: Sequence[float]) -> Plan:
@@ -122,9 +134,8 @@ def _find_rates(bench: Bench, plan: MemoryPlan, target: Target, console: Console
     return list(dict.fromkeys(float(f"{step * run.figures.requests_per_second:.2g}") for step in _RATE_STEPS))
 
 
-def _at_rates(bench: Bench, plan: MemoryPlan, target: Target, rates: Sequence[float], console: Console) -> list[Run]:
+def _at_rates(bench: Bench, plan: MemoryPlan, target: Target, rates: Sequence[float], console: Console, runs: list[Run]) -> None:
     sweep_plan = _plan_of(plan, rates)
-    runs: list[Run] = []
     with progress_bar(console) as progress:
         task = progress.add_task(f"{target.name}: warming up", total=sweep_plan.num_requests(1))
         warm_up(bench, sweep_plan, target)
@@ -133,11 +144,12 @@ def _at_rates(bench: Bench, plan: MemoryPlan, target: Target, rates: Sequence[fl
             runs.append(measure(bench, sweep_plan, target, level, count, 0, advancing(progress, task)))
             if runs[-1].error is not None and not answers(target.url):
                 break
-    return runs
 
 
 def judge(runs: Sequence[Run], latency_limit: float | None) -> Verdict | None:
-    """None unless both kinds were measured with their pool."""
+    """None unless both kinds were measured with their pool. After an interrupt only the rates count that both were measured at."""
+    common = {run.level for run in runs if run.target == RESERVED} & {run.level for run in runs if run.target == PAGED}
+    runs = [run for run in runs if run.level in common]
     measured = {kind: [(run.figures, run.pool) for run in runs if run.target == kind and run.figures and run.pool] for kind in (RESERVED, PAGED)}
     if not all(measured.values()):
         return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -65,13 +67,13 @@ class Bench:
     limits: LoadLimits
 
 
-def sweep(bench: Bench, plan: Plan, targets: Sequence[Target], console: Console) -> list[Run]:
-    """Runs the plan. A run that breaks off is kept with its error; if its server is gone as well, the sweep ends there.
+def sweep(bench: Bench, plan: Plan, targets: Sequence[Target], console: Console, runs: list[Run]) -> None:
+    """Runs the plan and appends what is finished to `runs`, so that an interrupt loses none of it. A run that breaks off is kept with its error; if its server
+    is gone as well, the sweep ends there.
 
     Raises:
         EngineError: a target cannot even be warmed up.
     """
-    runs: list[Run] = []
     with progress_bar(console) as progress:
         task = progress.add_task("", total=plan.num_requests(len(targets)))
         if plan.warm_up:
@@ -86,14 +88,33 @@ def sweep(bench: Bench, plan: Plan, targets: Sequence[Target], console: Console)
                     run = measure(bench, plan, target, level, count, repeat, advancing(progress, task))
                     runs.append(run)
                     if run.error is not None and not answers(target.url):
-                        return runs
-    return runs
+                        return
 
 
 def progress_bar(console: Console) -> Progress:
+    """On a terminal a bar; elsewhere a line on stderr now and then."""
+    if not console.is_terminal:
+        return SpokenProgress()
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"), TimeElapsedColumn(), console=console, transient=True
     )
+
+
+class SpokenProgress(Progress):
+    """Says what begins, and from time to time how far it is."""
+
+    def __init__(self, seconds: float = 20.0) -> None:
+        super().__init__(disable=True)
+        self._seconds = seconds
+        self._told = ""
+        self._next = 0.0
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        task, now = self.tasks[task_id], time.monotonic()
+        if task.description and (task.description != self._told or now >= self._next):
+            self._told, self._next = task.description, now + self._seconds
+            print(f"paged: {task.description}: {task.completed:.0f} of {task.total or 0:.0f} requests", file=sys.stderr, flush=True)
 
 
 def advancing(progress: Progress, task: TaskID) -> Callable[[float], None]:

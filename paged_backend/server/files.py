@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from paged_backend.config import EngineConfig, repository_folder
 from paged_backend.errors import EngineError
@@ -175,7 +176,7 @@ def check_checkpoint(config: EngineConfig) -> None:
     """Refuses a checkpoint that cannot be loaded, as far as a look at its folder tells; a hub id is left to the engine.
 
     Raises:
-        EngineError: no such folder, no readable config.json, or weight files missing.
+        EngineError: no such folder, no readable config.json, a max_model_len beyond it, or weight files missing.
     """
     folder = config.model_folder()
     if folder is None:
@@ -191,8 +192,20 @@ def check_checkpoint(config: EngineConfig) -> None:
         raise EngineError(f"{name}: config.json is broken: {error}") from None
     if not isinstance(described, dict):
         raise EngineError(f"{name}: config.json is broken: not an object")
+    allowed = _plain_length(described)
+    if allowed is not None and config.max_model_len > allowed:
+        raise EngineError(f"max_model_len: {config.max_model_len} is more than the checkpoint allows ({allowed})")
     if config.load_format != "dummy":
         _require_weights(folder, name)
+
+
+def _plain_length(described: Mapping[str, Any]) -> int | None:
+    """Longest sequence of a checkpoint whose positions are not scaled; None if only the engine can tell."""
+    length = described.get("max_position_embeddings")
+    scaling = described.get("rope_scaling") or described.get("rope_parameters") or {}
+    nested = isinstance(scaling, dict) and any(isinstance(value, dict) for value in scaling.values())
+    is_plain = isinstance(scaling, dict) and not nested and scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    return length if is_plain and isinstance(length, int) and not isinstance(length, bool) else None
 
 
 def _require_weights(folder: Path, name: str) -> None:

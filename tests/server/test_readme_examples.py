@@ -43,7 +43,8 @@ def server() -> Iterator[Server]:
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
-    finished = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=240)
+    activated = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    finished = subprocess.run(command, cwd=folder, env=os.environ | activated | environment, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     return finished.stdout
 
@@ -88,7 +89,7 @@ def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> Non
     out = run(["bash", "-e", "-c", block("sh", "perf_analyzer -m")], folder)
     (num_successful,) = map(int, re.findall(r"Successful request count: (\d+)", out))
     assert 16 <= num_successful <= 32, out  # 24, but it counts what ended in its window: on a machine that stood still that is not all
-    requests = json.loads((folder / "profile.json").read_text())["experiments"][0]["requests"]
+    requests = json.loads((folder / "perf/profile.json").read_text())["experiments"][0]["requests"]
     assert len(requests) >= num_successful
     assert all(len(request["response_timestamps"]) > 2 for request in requests), out
 

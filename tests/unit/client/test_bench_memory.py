@@ -111,3 +111,16 @@ def test_a_wrong_option_is_refused_by_name(page_size: int, options: dict[str, st
     plan = MemoryPlan(ServerSettings(options=options), page_size, 2048, 8, None, 30.0, None, Workload(None, None))
     with pytest.raises(EngineError, match=sentence):
         check_plan(plan)
+
+
+def test_a_length_that_the_checkpoint_does_not_allow_is_refused_before_a_server_starts() -> None:
+    plan = MemoryPlan(ServerSettings(), 16, 4096, 16, None, 30.0, None, Workload(None, None))
+    with pytest.raises(EngineError, match=r"^--max-model-len 4096 is more than the checkpoint allows \(2048\)$"):
+        check_plan(plan)
+
+
+def test_after_an_interrupt_only_rates_that_both_pools_had_are_compared() -> None:
+    verdict = judge(RUNS[:3], None)
+    assert verdict is not None
+    assert verdict.wasted == {RESERVED: pytest.approx(0.7), PAGED: pytest.approx(0.1)}
+    assert verdict.running_ratio == 1

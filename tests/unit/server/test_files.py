@@ -182,6 +182,26 @@ def test_a_complete_checkpoint_and_dummy_weights_pass(tmp_path: Path) -> None:
     check_checkpoint(write_checkpoint(tmp_path, {"config.json": "{}", "model.safetensors": ""}))
 
 
+@pytest.mark.parametrize(
+    ("described", "fits"),
+    [
+        pytest.param('{"max_position_embeddings": 2048}', False, id="longer than it was trained for"),
+        pytest.param('{"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}', False, id="plain rope"),
+        pytest.param('{"max_position_embeddings": 4096}', True, id="just as long"),
+        pytest.param('{"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 2.0}}', True, id="scaled: the engine knows"),
+        pytest.param('{"max_position_embeddings": 2048, "rope_parameters": {"full_attention": {"rope_type": "linear"}}}', True, id="a rope a kind of layer"),
+        pytest.param("{}", True, id="unknown"),
+    ],
+)
+def test_a_length_beyond_the_checkpoint_is_refused_before_anything_starts(tmp_path: Path, described: str, fits: bool) -> None:
+    config = write_checkpoint(tmp_path, {"config.json": described, "model.safetensors": ""}).model_copy(update={"max_model_len": 4096})
+    if fits:
+        check_checkpoint(config)
+    else:
+        with pytest.raises(EngineError, match=r"^max_model_len: 4096 is more than the checkpoint allows \(2048\)$"):
+            check_checkpoint(config)
+
+
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "gpt2"])
 def test_a_hub_id_is_left_to_the_engine(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
