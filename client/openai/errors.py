@@ -100,9 +100,6 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
         ours = first["type"] == "value_error"
         return RefusalError(first["msg"].removeprefix("Value error, ") if ours else "the body must be a JSON object")
     field = str(where[0])
-    if first["type"] == "extra_forbidden":
-        name = ".".join(str(step) for step in where)
-        return RefusalError(f"unknown parameter: '{name[:200]}'", param=name[:200], code="unknown_parameter")
     if first["type"] == "missing":
         name = ".".join(str(step) for step in where)
         return RefusalError(f"{name}: missing", param=name, code="missing_required_parameter")

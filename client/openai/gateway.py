@@ -30,6 +30,7 @@ from paged_client.openai.middleware import GatewayMiddleware, response_of
 from paged_client.openai.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from paged_client.openai.responses import ChatReply, CompletionReply, usage_of
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
+from paged_client.openai.unknown_keys import WARNING_HEADER, unused_keys, warning_of
 from paged_client.question import Prompt
 
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
@@ -53,6 +54,7 @@ class Offer:
     bodies: BodyLimits = field(default_factory=BodyLimits)
     origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
     prompts_at_once: int = 256  # of one request; its others wait
+    strict: bool = False  # unknown keys are refused, not ignored
 
 
 ENDPOINTS = (
@@ -91,15 +93,17 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        adapter = gateway.adapter_of(body.model)
-        asked = with_adapter(asked_of_completion(body), adapter)
-        return await gateway.answer(request, body, asked, CompletionReply(body.model, asked))
+        unused = unused_keys(body, offer.strict)
+        asked = with_adapter(asked_of_completion(body), gateway.adapter_of(body.model))
+        reply = CompletionReply(body.model, asked, body.request_id)
+        return _warning(await gateway.answer(request, body, asked, reply), unused)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        adapter = gateway.adapter_of(body.model)
-        asked = with_adapter(asked_of_chat(body), adapter)
-        return await gateway.answer(request, body, asked, ChatReply(body.model, asked))
+        unused = unused_keys(body, offer.strict)
+        asked = with_adapter(asked_of_chat(body), gateway.adapter_of(body.model))
+        reply = ChatReply(body.model, asked, body.request_id)
+        return _warning(await gateway.answer(request, body, asked, reply), unused)
 
     _say_errors_in_openais_words(app)
     app.add_middleware(GatewayMiddleware, api_key=offer.api_key, bodies=bodies, metrics=metrics)
@@ -125,6 +129,12 @@ def _add_status_paths(app: FastAPI, client: Backend, metrics: GatewayMetrics) ->
     @app.get("/metrics")
     async def exposition() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _warning(response: Response, unused: list[str]) -> Response:
+    if unused:
+        response.headers[WARNING_HEADER] = warning_of(unused)
+    return response
 
 
 def _model(name: str, started: int) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""What may be asked: OpenAI's request bodies, and vLLM's keys beside them. A key that nobody knows is refused, as OpenAI does."""
+"""What may be asked: OpenAI's request bodies, and vLLM's keys beside them.
+
+A key that is not declared here is left in `model_extra`; what becomes of it is decided in unknown_keys.py.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ TokenIds = Annotated[list[TokenId], _FIRST_OF_SOME]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk says how many tokens there are so far
@@ -35,7 +38,7 @@ class StreamOptions(BaseModel):
 class SamplingKeys(BaseModel):
     """Handed to the server under their own names, which checks the values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     _keys = model_validator(mode="before")(_count_keys)
 
@@ -84,6 +87,12 @@ class Body(SamplingKeys):
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
     cache_salt: str | None = None  # vLLM's: requests with different salts share no pages
+    best_of: int | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")] | None = None  # vLLM's: part of the answer's id
+    priority: int | None = None  # vLLM's name of priority_level
+    # vLLM's, which here are as they are: another value is not followed, and the answer says so.
+    add_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     # They say something about the caller, or how to bill: the answer is the same without.
     user: Any = None
     metadata: Any = None
@@ -99,7 +108,6 @@ class CompletionBody(Body):
 
     prompt: str | TokenIds | Annotated[list[str], _FIRST_OF_SOME] | Annotated[list[TokenIds], _FIRST_OF_SOME]
     max_tokens: int | None = None
-    best_of: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -127,3 +135,5 @@ class ChatBody(Body):
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
+    chat_template: Any = None  # vLLM's
+    documents: Any = None  # vLLM's

@@ -22,9 +22,10 @@ class _Reply:
     chunk_kind: str
     id_prefix: str
 
-    def __init__(self, model: str, asked: Asked) -> None:
+    def __init__(self, model: str, asked: Asked, request_id: str | None = None) -> None:
+        """request_id: what the answer's id ends with; None: something random."""
         self._asked = asked
-        self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": model}
+        self._head = {"id": self.id_prefix + (request_id or secrets.token_hex(12)), "created": int(time.time()), "model": model}
         self._begun: set[int] = set()
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -69,8 +70,8 @@ class CompletionReply(_Reply):
     whole_kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
 
-    def __init__(self, model: str, asked: Asked) -> None:
-        super().__init__(model, asked)
+    def __init__(self, model: str, asked: Asked, request_id: str | None = None) -> None:
+        super().__init__(model, asked, request_id)
         self._lengths: dict[int, int] = defaultdict(int)  # characters that each choice's tokens have so far
 
     def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from paged_client.openai.protocol import MAX_PROMPTS, Body, ChatBody, Completion
 from paged_client.question import Prompt
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default, and vLLM's
-_REFUSED = ("audio", "functions", "function_call", "reasoning_effort", "verbosity", "web_search_options")
+_REFUSED = ("audio", "functions", "function_call", "reasoning_effort", "verbosity", "web_search_options", "chat_template", "documents")
 _INSTEAD = {"functions": "; use tools", "function_call": "; use tool_choice"}
 _SYSTEM_ROLES = ("system", "developer")  # the same, by the older name that templates know
 _PARAMS_OF_PROMPT = {"text_input": "prompt", "input_ids": "prompt"}
@@ -43,7 +43,6 @@ def asked_of_completion(body: CompletionBody) -> Asked:
         raise RefusalError("suffix: not supported: the model continues text, it does not fill gaps", param="suffix", code="unsupported_parameter")
     sampling = _sampling(body) | {
         "max_tokens": _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
-        "best_of": body.best_of,
         "logprobs": body.logprobs,
     }
     _check_stream(body)
@@ -53,7 +52,7 @@ def asked_of_completion(body: CompletionBody) -> Asked:
         num_choices=body.n or 1,
         cache_salt=_checked(body.cache_salt or ""),
         echoed=_echoed(body, prompts) if body.echo else (),
-        params=_PARAMS_OF_PROMPT | _params_of_form(body),
+        params=_PARAMS_OF_PROMPT | _params_of(body),
     )
 
 
@@ -72,7 +71,7 @@ def asked_of_chat(body: ChatBody) -> Asked:
     _check_stream(body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params_of_form(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
+    params = _params_of(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
     return Asked(
         prompts=(None,),
         sampling=_checked(_sampling(body) | {"max_tokens": max_tokens, "logprobs": logprobs}),
@@ -100,7 +99,11 @@ def with_adapter(asked: Asked, adapter: str) -> Asked:
 
 def _sampling(body: Body) -> dict[str, Any]:
     """The keys that have the same name on both sides, and response_format."""
-    given = {name: getattr(body, name) for name in SamplingKeys.model_fields}
+    given = {name: getattr(body, name) for name in SamplingKeys.model_fields} | {"best_of": body.best_of}
+    if body.priority is not None:
+        if body.priority_level not in (None, body.priority):
+            raise RefusalError("priority: not together with another priority_level", param="priority")
+        given["priority_level"] = body.priority
     schema = _schema(body.response_format)
     if schema is None:
         return given
@@ -126,8 +129,10 @@ def _schema(response_format: Mapping[str, Any] | None) -> Any:
     raise RefusalError("response_format: expected type text, json_object or json_schema", param="response_format")
 
 
-def _params_of_form(body: Body) -> dict[str, str]:
-    return {} if body.response_format is None else {"structured_outputs": "response_format"}
+def _params_of(body: Body) -> dict[str, str]:
+    """The server's names of fields → this body's, where they differ."""
+    form = {} if body.response_format is None else {"structured_outputs": "response_format"}
+    return form if body.priority is None else form | {"priority_level": "priority"}
 
 
 def _check_stream(body: Body) -> None:

@@ -291,7 +291,7 @@ def test_the_async_client_asks_many_at_once(server: Server, gateway: Gateway) ->
         ({"logit_bias": {"5": 1000}}, "logit_bias", "expected float <= 100.0"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3, "stream": True}, "best_of", "not possible with stream"),
-        ({"extra_body": {"heat": 1}}, "heat", "unknown parameter"),
+        ({"extra_body": {"temperatur": 1}}, "temperatur", "did you mean 'temperature'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

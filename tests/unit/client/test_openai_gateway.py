@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,11 +109,12 @@ def call(
     origins: tuple[str, ...] = (),
     method: str = "",
     metrics: GatewayMetrics | None = None,
+    strict: bool = False,
 ) -> Reply:
     """One request. leave: asked over and over; True closes the connection."""
     client = AsyncPagedClient("nowhere:1", retries=0)
     client._transport = transport
-    app = make_app(client, Offer(("m", "alias"), key, bodies or BodyLimits(), origins), metrics)
+    app = make_app(client, Offer(("m", "alias"), key, bodies or BodyLimits(), origins, strict=strict), metrics)
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
     scope = {
@@ -155,12 +157,12 @@ def call(
     return reply
 
 
-def complete(transport: Transport, **keys: Any) -> Reply:
-    return call(transport, "/v1/completions", {"model": "m", "prompt": "x", **keys})
+def complete(transport: Transport, *, strict: bool = False, **keys: Any) -> Reply:
+    return call(transport, "/v1/completions", {"model": "m", "prompt": "x", **keys}, strict=strict)
 
 
-def chat(transport: Transport, **keys: Any) -> Reply:
-    return call(transport, "/v1/chat/completions", {"model": "m", "messages": HI, **keys})
+def chat(transport: Transport, *, strict: bool = False, **keys: Any) -> Reply:
+    return call(transport, "/v1/chat/completions", {"model": "m", "messages": HI, **keys}, strict=strict)
 
 
 WHOLE = Transport(piece("ab", "stop"))
@@ -328,8 +330,14 @@ def test_a_body_over_the_limit_is_refused(declared: bool) -> None:
         (b"[" * 100_000, None, "not valid JSON"),
         ({"prompt": "x"}, "model", "missing"),
         ({"model": "m"}, "prompt", "missing"),
-        ({"model": "m", "prompt": "x", "heat": 1}, "heat", "unknown parameter: 'heat'"),
-        ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown parameter"),
+        ({"model": "m", "prompt": "x", "max_token": 1}, "max_token", "unknown parameter: 'max_token'; did you mean 'max_tokens'?"),
+        (
+            {"model": "m", "prompt": "x", "stream": True, "stream_options": {"include_usages": True}},
+            "stream_options.include_usages",
+            "did you mean 'stream_options.include_usage'",
+        ),
+        ({"model": "m", "prompt": "x", "request_id": "a b"}, "request_id", "match pattern"),
+        ({"model": "m", "prompt": "x", "priority": 1, "priority_level": 2}, "priority", "priority_level"),
         ({"model": "m", "prompt": "x", "temperature": "hot"}, "temperature", "expected a valid number"),
         (b'{"model": "m", "prompt": "x", "temperature": NaN}', "temperature", "finite"),
         ({"model": "m", "prompt": "x", "n": 0}, "n", "greater than or equal to 1"),
@@ -389,6 +397,53 @@ def test_a_failure_of_our_own_tells_the_log_no_text(stream: bool, caplog: pytest
     assert (reply.status, reply.json["error"]["type"]) == (500, "server_error")
     assert "secret" not in caplog.text + reply.text
     assert "RuntimeError at " in caplog.text
+
+
+# ---- keys of other servers
+
+VLLMS = {
+    "kv_transfer_params": None,
+    "mm_processor_kwargs": None,
+    "request_id": "mine-1",
+    "best_of": 1,
+    "spaces_between_special_tokens": True,
+    "heat": None,
+}
+
+
+def test_null_is_not_given_and_keys_of_vllm_are_taken() -> None:
+    transport = Transport(piece("x", "stop"))
+    for ask, special in ((complete, True), (chat, False)):
+        for strict in (False, True):
+            reply = ask(transport, **VLLMS, priority=-3, add_special_tokens=special, strict=strict)
+            assert reply.status == 200 and "x-paged-warning" not in reply.headers
+            assert reply.json["id"].endswith("-mine-1")
+            assert transport.sampling["priority_level"] == -3 and transport.sampling["best_of"] == 1
+
+
+def test_a_key_without_effect_is_a_warning_or_with_strict_refused() -> None:
+    unused = {
+        "extra_args": {"a": 1},
+        "heat": 1,
+        "spaces_between_special_tokens": False,
+        "stream_options": {"x": 1},
+        "stream": True,
+        "é\n": 1,
+    }
+    reply = chat(WHOLE, **unused, add_special_tokens=True)
+    assert reply.status == 200
+    assert reply.headers["x-paged-warning"] == ("ignored: extra_args, heat, ??, stream_options.x, spaces_between_special_tokens, add_special_tokens")
+    assert complete(WHOLE, models=["m"], top_a=1).headers["x-paged-warning"] == "ignored: models, top_a"
+    many = complete(WHOLE, **{f"key_{number}": 1 for number in range(900)}).headers["x-paged-warning"]
+    assert many.endswith("key_9 ...") and len(many) < 1000
+    refused = chat(WHOLE, heat=1, strict=True)
+    assert (refused.status, refused.json["error"]["param"], refused.json["error"]["code"]) == (400, "heat", "unknown_parameter")
+
+
+def test_unknown_names_do_not_cost_time() -> None:
+    started = time.process_time()
+    complete(WHOLE, **{"max_" + "x" * 3000 + str(number): 1 for number in range(1000)})
+    assert time.process_time() - started < 2
 
 
 # ---- what a stranger can send
