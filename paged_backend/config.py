@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paged_backend.errors import EngineError
 from paged_backend.units import read_bytes
@@ -55,6 +55,11 @@ class EngineConfig(BaseModel):
     max_waiting_seconds: float = Field(600.0, gt=0, description="A request that has not started after this long is refused as UNAVAILABLE.")
     request_deadline_seconds: float = Field(3600.0, gt=0, description="A request still running after this long is ended as CANCELLED, its pages freed.")
     prefix_cache: bool = Field(True, description="Keep full pages of finished sequences and share them with requests that begin alike.")
+    kv_events: str = Field(
+        "",
+        description="Where routers hear which pages the prefix cache has: a port of 127.0.0.1, tcp://ADDRESS:PORT or ipc://PATH; empty: nowhere. "
+        "They ask at the next port, or PATH.replay, for what they missed. Events hold the tokens of prompts and answers.",
+    )
     preemption: bool = Field(
         True,
         description="With no page left, take the youngest sequence's and recompute it later; off: start a sequence only when its longest answer fits.",
@@ -90,6 +95,12 @@ class EngineConfig(BaseModel):
             raise ValueError(f"page_size: {self.page_size} is neither a power of two nor max_model_len ({self.max_model_len})")
         return self
 
+    @field_validator("kv_events")
+    @classmethod
+    def _kv_events_is_an_address(cls, value: str) -> str:
+        kv_event_addresses(value)
+        return value
+
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> EngineConfig:
         """Checks `options` (name → value; values may be strings, as in config.pbtxt).
@@ -115,6 +126,22 @@ class EngineConfig(BaseModel):
             return demo_model_folder()
         folder = Path(self.model).expanduser()
         return folder if folder.is_dir() else None
+
+
+def kv_event_addresses(kv_events: str) -> tuple[str, str] | None:
+    """Where KV events are published, and where a subscriber asks for those it missed, as ZeroMQ addresses; None: the option is empty.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    if not kv_events:
+        return None
+    if kv_events.startswith("ipc://") and kv_events != "ipc://":
+        return kv_events, f"{kv_events}.replay"
+    host, _, port = (f"tcp://127.0.0.1:{kv_events}" if kv_events.isdecimal() else kv_events).rpartition(":")
+    if not host.startswith("tcp://") or host == "tcp://" or not port.isdecimal() or not 0 < int(port) < 65535:
+        raise ValueError("expected a port up to 65534, tcp://ADDRESS:PORT or ipc://PATH")
+    return f"{host}:{port}", f"{host}:{int(port) + 1}"
 
 
 def demo_model_folder() -> Path:

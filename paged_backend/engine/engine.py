@@ -7,6 +7,7 @@ from typing import Protocol
 
 from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.messages import Stats, Submit
+from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.scheduler import Scheduler
 
 
@@ -23,8 +24,12 @@ class Runner(Protocol):
 class Engine:
     """Offline use and tests call `submit`, `step`, `abort` directly; `process.py` puts sockets around it."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, steps_ahead: int) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, steps_ahead: int, kv_events: KvEvents | None = None) -> None:
         """steps_ahead: steps launched before the results of the oldest are read. 1 on a GPU, which computes meanwhile; 0 on a CPU."""
+        if kv_events is not None:
+            scheduler.record_pages(kv_events)
+        self._kv_events = kv_events
+        self._num_committed = 0  # steps
         self._scheduler = scheduler
         self._runner = runner
         self._steps_ahead = steps_ahead
@@ -49,6 +54,9 @@ class Engine:
             self.num_steps += 1
         keep = self._steps_ahead if batch is not None else 0
         outputs = [self._scheduler.commit(done, result) for done, result in self._runner.finished(keep)]
+        if self._kv_events is not None:
+            self._num_committed += len(outputs)
+            self._kv_events.release(self.num_steps, self._num_committed)
         refusals = self._scheduler.refusals()
         self.stalled = batch is None and not outputs
         return [*outputs, refusals] if refusals is not None else outputs

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import zmq
 
-from paged_backend.config import EngineConfig
+from paged_backend.config import EngineConfig, kv_event_addresses
 from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine.engine import Engine, Runner
+from paged_backend.engine.kv_event_publisher import KvEventPublisher
 from paged_backend.grammar.grammars import Grammars
 from paged_backend.messages import Ready
 from paged_backend.models.architecture import read_architecture
@@ -20,6 +22,7 @@ from paged_backend.models.tokenizer import export_tokenizer
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.scheduler.adapter_slots import Adapters
 from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 
@@ -45,6 +48,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
         EngineError: one sentence for the operator.
     """
     started = time.monotonic()
+    kv_events = _kv_events(config)  # before the weights are read: the port may be taken
     runner = ModelRunner.load(config, log.info)
     limits = runner.limits
     tokenizer_path = export_tokenizer(runner.folder, directory / "tokenizer.json")
@@ -83,7 +87,16 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
         bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens)
         stepped = CheckedRunner(runner, bounds, scheduler.check)
-    return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0), scheduler, ready
+    return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0, kv_events=kv_events), scheduler, ready
+
+
+def _kv_events(config: EngineConfig) -> KvEvents | None:
+    """
+    Raises:
+        EngineError: the address cannot be used.
+    """
+    addresses = kv_event_addresses(config.kv_events)
+    return None if addresses is None else KvEvents(config.page_size, KvEventPublisher(zmq.Context(), *addresses, config.page_size).send)
 
 
 def leave_a_core(environment: Mapping[str, str]) -> None:

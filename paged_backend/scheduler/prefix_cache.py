@@ -8,6 +8,7 @@ process so that nobody outside can prepare two prompts with one hash.)
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from hashlib import blake2b
 
@@ -31,6 +32,7 @@ class PrefixCache:
         self._key = secrets.token_bytes(_HASH_BYTES)
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self.on_forget: Callable[[bytes], None] | None = None  # hears of every hash that leads nowhere from now on
         pool.tell_evictions_to(self._forget)
 
     def root(self, salt: str) -> bytes:
@@ -55,15 +57,20 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Makes a held, full page findable. If another page has this content already, that one stays the known one."""
-        if key not in self._page_of and page not in self._hash_of:
-            self._page_of[key] = page
-            self._hash_of[page] = key
-            self._pool.publish(page)
+    def publish(self, page: int, key: bytes) -> bool:
+        """Makes a held, full page findable. If another page has this content already, that one stays the known one, and the answer is False."""
+        if key in self._page_of or page in self._hash_of:
+            return False
+        self._page_of[key] = page
+        self._hash_of[page] = key
+        self._pool.publish(page)
+        return True
 
     def _forget(self, page: int) -> None:
-        del self._page_of[self._hash_of.pop(page)]
+        key = self._hash_of.pop(page)
+        del self._page_of[key]
+        if self.on_forget is not None:
+            self.on_forget(key)
 
     def _hash(self, parent: bytes, content: bytes) -> bytes:
         return blake2b(parent + content, digest_size=_HASH_BYTES, key=self._key).digest()

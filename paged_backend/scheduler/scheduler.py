@@ -30,6 +30,7 @@ from paged_backend.scheduler.commit import Outcomes
 from paged_backend.scheduler.deadlines import Deadlines
 from paged_backend.scheduler.grammar_masks import Guides
 from paged_backend.scheduler.intake import Intake
+from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.lifecycle import LivingSequences
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.page_pool import PagePool
@@ -144,6 +145,10 @@ class Scheduler:
     def tell_of_suspects(self, tell: Callable[[int | None], None]) -> None:
         """`tell` hears of a suspect request before its first step, and None once it is cleared or gone."""
         self._suspects.tell = tell
+
+    def record_pages(self, events: KvEvents) -> None:
+        """Tells `events` which pages can be found in the prefix cache. Called before the first request."""
+        self._running.pages.record(events)
 
     def share_running(self, path: Path) -> None:
         """Makes a file of the ids of the requests that run, true at any moment: memory that outlives this process."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 
 from paged_backend.arrays import Int32
+from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.page_pool import PagePool
 from paged_backend.scheduler.prefix_cache import PrefixCache
 from paged_backend.scheduler.sequence import Sequence
@@ -18,6 +19,12 @@ class SequencePages:
         self.pool = PagePool(num_pages)
         self._cache = PrefixCache(self.pool, page_size)
         self._page_size = page_size
+        self._events: KvEvents | None = None
+
+    def record(self, events: KvEvents) -> None:
+        """Tells `events` of every page that can be found from now on, and of every one that cannot any more."""
+        self._events = events
+        self._cache.on_forget = events.forget
 
     def take(self, runners: Listing[Sequence], num_tokens: int, headroom: int) -> int | None:
         """Holds the pages of a waiting sequence's first `num_tokens` tokens, known or not, those in the prefix cache first, and leaves `headroom`
@@ -65,8 +72,9 @@ class SequencePages:
     def publish(self, sequence: Sequence, token_ids: Int32, first: int, end: int) -> None:
         """Makes pages `first` … `end` - 1 findable; token_ids: of the sequence, at least those of its first `end` pages."""
         self._cache.extend(sequence.hashes, token_ids, end, sequence.cache_salt)
-        for index in range(first, end):
-            self._cache.publish(sequence.pages[index], sequence.hashes[index])
+        new = [index for index in range(first, end) if self._cache.publish(sequence.pages[index], sequence.hashes[index])]
+        if self._events is not None and new:
+            self._events.store(sequence.hashes, token_ids, new, sequence.cache_salt, sequence.sampling.lora_name)
 
     def release(self, sequence: Sequence) -> None:
         self.pool.release(reversed(sequence.pages))  # leaves first: a page is never evicted before those that extend it
