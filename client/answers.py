@@ -24,6 +24,13 @@ class TokenLogprob:
     token_id: int
     text: str
     logprob: float
+    rank: int | None = None  # in the vocabulary: 1 if no token is more likely; None: a beam search does not know it
+    part: bytes | None = None  # what it spells, where that is part of a character, which `text` cannot show
+
+    @property
+    def spelling(self) -> bytes:
+        """What it spells, in UTF-8."""
+        return self.text.encode() if self.part is None else self.part
 
 
 LogprobEntry = tuple[TokenLogprob, ...]
@@ -91,7 +98,12 @@ def _prompt_entries(outputs: Mapping[str, Any]) -> tuple[LogprobEntry | None, ..
 
 
 def _entry(said: Mapping[str, Any]) -> LogprobEntry:
-    return tuple(TokenLogprob(int(token_id), token["decoded_token"], token["logprob"]) for token_id, token in said.items())
+    return tuple(_token(int(token_id), token) for token_id, token in said.items())
+
+
+def _token(token_id: int, said: Mapping[str, Any]) -> TokenLogprob:
+    part = said.get("bytes")
+    return TokenLogprob(token_id, said["decoded_token"], said["logprob"], said.get("rank"), None if part is None else bytes(part))
 
 
 def _first(outputs: Mapping[str, Any], name: str) -> int:

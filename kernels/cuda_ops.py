@@ -14,6 +14,7 @@ from torch import Tensor
 from paged_kernels import activation, logit_edits, lora, norm, page_copy, reference, rope_kv, row_update, sampling, small_linear
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
 from paged_kernels.prefill_attention import paged_prefill_attention
+from paged_kernels.ranks import ranks
 from paged_kernels.truncation import truncation_thresholds
 
 _MANY_SEQUENCES = 128  # from here on they are usually short: twice the programs, since ends of sequences interrupt them more than merging costs
@@ -36,6 +37,7 @@ class CudaOps:
     num_splits = staticmethod(lora.num_splits)
     add_bias = staticmethod(logit_edits.add_bias)
     apply_token_mask = staticmethod(logit_edits.apply_token_mask)
+    ranks = staticmethod(ranks)
     score_tokens = staticmethod(reference.score_tokens)
     continuations = staticmethod(reference.continuations)
 

@@ -503,6 +503,12 @@ def top_logprobs(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return top.indices, top.values - wide.logsumexp(-1, keepdim=True)
 
 
+def ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """1 for a token than which none is more likely, one more for each that is: [M, V], [M] -> [M] int32."""
+    wide = logits.float()
+    return 1 + (wide > wide.gather(1, token_ids[:, None].long())).sum(-1, dtype=torch.int32)
+
+
 def score_tokens(logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of tokens that are known: log softmax(logits) at token_ids, their ranks (1: no token is more likely), and the n most likely tokens.
 

@@ -171,6 +171,7 @@ class StepResult:
 
     token_ids: Int32  # [num_sampled]
     logprobs: NDArray[np.float32] | None = None  # [num_sampled] log-softmax of the raw logits at the chosen token, if LOGPROBS
+    ranks: Int32 | None = None  # [num_sampled] of the chosen token in the vocabulary, 1: none is more likely; with logprobs
     top_ids: Int32 | None = None  # [num_sampled, n] most likely first, if TOP_LOGPROBS; n = largest asked for in the batch
     top_logprobs: NDArray[np.float32] | None = None  # [num_sampled, n]
     prompts: tuple[PromptScores, ...] = ()  # one for each of Batch.prompts
@@ -184,6 +185,7 @@ class StepOutput:
     request_ids: Int64  # [k]
     token_ids: Int32  # [k]
     logprobs: NDArray[np.float32] | None = None  # [k]
+    ranks: Int32 | None = None  # [k], with logprobs
     top_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # entry -> token id -> logprob
     started: dict[int, int] = field(default_factory=dict)  # request id -> prompt tokens found in the prefix cache
     finishes: tuple[Finish, ...] = ()  # after the tokens above

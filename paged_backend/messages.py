@@ -6,6 +6,8 @@ a request id carries its front end in the upper bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,10 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     reason: str = ""
     error: ErrorKind | None = None
     message: str = ""
+
+
+TokenScores = Mapping[int, tuple[float, int | None]]
+"""Token id -> log-probability, and rank in the vocabulary (1: no token is more likely; None: a beam search does not know it)."""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -155,6 +161,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     request_ids: bytes  # int64 [k]
     token_ids: bytes  # int32 [k]
     logprobs: bytes = b""  # float32 [k], or empty if nobody asked
+    ranks: bytes = b""  # int32 [k], with logprobs
     top_logprobs: dict[int, dict[int, float]] = {}  # entry -> token id -> logprob, most likely first
     started: dict[int, int] = {}  # request id -> num_cached_tokens, with a request's first token
     finishes: tuple[Finish, ...] = ()  # after the tokens above

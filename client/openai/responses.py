@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from paged_client.answers import Answer, Delta, LogprobEntry, TokenLogprob, Usage
 from paged_client.openai.translation import Asked
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is part of a character
 _LEAST_LOGPROB = -9999.0
 
 
@@ -73,6 +74,7 @@ class CompletionReply(_Reply):
     def __init__(self, model: str, asked: Asked, request_id: str | None = None) -> None:
         super().__init__(model, asked, request_id)
         self._lengths: dict[int, int] = defaultdict(int)  # characters that each choice's tokens have so far
+        self._decoders: dict[int, codecs.IncrementalDecoder] = defaultdict(partial(codecs.getincrementaldecoder("utf-8"), "replace"))
 
     def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
         text = "".join(self._asked.echoed[prompt : prompt + 1]) + answer.text
@@ -91,9 +93,9 @@ class CompletionReply(_Reply):
         offsets = []
         for entry in entries:
             offsets.append(self._lengths[index])
-            self._lengths[index] += len(entry[0].text)
+            self._lengths[index] += len(self._decoders[index].decode(entry[0].spelling))  # a character counts where its last byte is
         return {
-            "tokens": [entry[0].text for entry in entries],
+            "tokens": [_name(entry[0]) for entry in entries],
             "token_logprobs": [_finite(entry[0].logprob) for entry in entries],
             "top_logprobs": [_by_text(entry) for entry in entries] if wanted else None,
             "text_offset": offsets,
@@ -129,10 +131,10 @@ def _likeliest(entry: LogprobEntry, count: int) -> list[dict[str, Any]]:
 
 
 def _by_text(entry: LogprobEntry) -> dict[str, float]:
-    """Tokens that are parts of characters may have the same text: the chosen one goes before the others, the likelier before the less likely."""
+    """Tokens may be spelled alike: the chosen one goes before the others, the likelier before the less likely."""
     found: dict[str, float] = {}
     for token in entry:
-        found.setdefault(token.text, _finite(token.logprob))
+        found.setdefault(_name(token), _finite(token.logprob))
     return found
 
 
@@ -142,7 +144,17 @@ def _finite(logprob: float) -> float:
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": None if _BROKEN in token.text else list(token.text.encode())}
+    name = token.text if token.part is None else _escaped(token.part)
+    return {"token": name, "logprob": _finite(token.logprob), "bytes": list(token.spelling)}
+
+
+def _name(token: TokenLogprob) -> str:
+    """As OpenAI names it in completions: "bytes:\\xf0\\x9f" for a part of a character."""
+    return token.text if token.part is None else f"bytes:{_escaped(token.part)}"
+
+
+def _escaped(part: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in part)
 
 
 def usage_of(usages: Iterable[Usage]) -> dict[str, Any]:

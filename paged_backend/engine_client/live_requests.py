@@ -19,7 +19,7 @@ import numpy as np
 
 from paged_backend.engine_client.link import EngineLink
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Finish, Found, PromptLogprobs, Submit, Tokens
+from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Finish, Found, PromptLogprobs, Submit, Tokens, TokenScores
 
 _SUSPECT_AFTER = 2  # deaths in a row while a request ran
 _GUILTY_AFTER = 4  # deaths in a row while it ran as the only suspect: engines die of something else, too, and long prompts need a while to be cleared
@@ -36,7 +36,7 @@ class Piece:
     """
 
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, float]] = field(default_factory=list)  # per token, the chosen one first; empty if not asked for
+    logprobs: list[TokenScores] = field(default_factory=list)  # per token, the chosen one first; empty if not asked for
     num_cached_tokens: int | None = None  # with the first token
     prompts: list[PromptLogprobs] = field(default_factory=list)
     found: Found | None = None  # a beam search's whole answer, with the finish
@@ -164,14 +164,15 @@ class LiveRequests:
         request_ids: list[int] = np.frombuffer(tokens.request_ids, np.int64).tolist()
         token_ids: list[int] = np.frombuffer(tokens.token_ids, np.int32).tolist()
         logprobs: list[float] = np.frombuffer(tokens.logprobs, np.float32).tolist()
+        ranks: list[int] = np.frombuffer(tokens.ranks, np.int32).tolist()
         for entry, (request_id, token_id) in enumerate(zip(request_ids, token_ids, strict=True)):
             piece = pieces.get(request_id)
             if piece is None:
                 piece = pieces[request_id] = Piece()
             piece.token_ids.append(token_id)
             if logprobs:
-                top = tokens.top_logprobs.get(entry, {})
-                piece.logprobs.append({token_id: logprobs[entry]} | {other: logprob for other, logprob in top.items() if other != token_id})
+                top = {other: (logprob, place) for place, (other, logprob) in enumerate(tokens.top_logprobs.get(entry, {}).items(), 1)}
+                piece.logprobs.append({token_id: (logprobs[entry], ranks[entry])} | {other: told for other, told in top.items() if other != token_id})
         for request_id, num_cached_tokens in tokens.started.items():
             pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
         for prompt in tokens.prompts:

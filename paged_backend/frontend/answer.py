@@ -24,7 +24,7 @@ from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.prompt_logprobs import PromptTableParts
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
-from paged_backend.messages import Finish, Found, Prompt, front_end_of, serial_of
+from paged_backend.messages import Finish, Found, Prompt, TokenScores, front_end_of, serial_of
 from paged_backend.request import Request, SamplingParams
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
@@ -70,7 +70,7 @@ class _Strand:
             self.num_cached_tokens = piece.num_cached_tokens
         self.num_tokens += passage.num_tokens
         logprobs = tuple(piece.logprobs[: passage.num_tokens]) if self._wants_logprobs else ()
-        self.cumulative_logprob += sum(next(iter(entry.values())) for entry in logprobs)
+        self.cumulative_logprob += sum(next(iter(entry.values()))[0] for entry in logprobs)
         self.over = finish is not None
         delta = Delta(
             index=self.index,
@@ -323,7 +323,8 @@ def _parts(piece: Piece, found: Found) -> Iterator[Piece]:
         token_ids: list[int] = np.frombuffer(sequence.token_ids, np.int32).tolist()
         logprobs: list[float] = np.frombuffer(sequence.logprobs, np.float32).tolist()
         finish = Finish(found.request_id, "stop" if sequence.stopped else "length")
-        yield replace(piece, token_ids=token_ids, logprobs=[{token: logprob} for token, logprob in zip(token_ids, logprobs, strict=True)], finish=finish)
+        scores: list[TokenScores] = [{token: (logprob, None)} for token, logprob in zip(token_ids, logprobs, strict=True)]
+        yield replace(piece, token_ids=token_ids, logprobs=scores, finish=finish)
 
 
 def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:

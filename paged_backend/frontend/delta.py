@@ -6,6 +6,7 @@ import msgspec
 
 from paged_backend.errors import RequestError
 from paged_backend.frontend.prompt_logprobs import PromptTable
+from paged_backend.messages import TokenScores
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,7 +15,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     index: int = 0  # which sequence
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[dict[int, float], ...] = ()  # per token: token id -> logprob, the chosen one first
+    logprobs: tuple[TokenScores, ...] = ()  # per token, the chosen one first
     cumulative_logprob: float = 0.0  # of the sequence so far
     prompt: PromptTable | None = None  # once in a request, if it asked for prompt_logprobs
     num_input_tokens: int = 0

@@ -57,9 +57,9 @@ class FrontEnd:
     def alive(self) -> bool:
         return self._open and self.client.alive
 
-    def token_text(self, token_id: int) -> str:
-        """One token by itself, special ones too; "" without a tokenizer."""
-        return "" if self.prompts.tokenizer is None else self.prompts.tokenizer.decode([token_id], skip_special_tokens=False)
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token spells, special ones too; nothing without a tokenizer."""
+        return b"" if self.prompts.token_bytes is None else self.prompts.token_bytes.of(token_id)
 
     def ask(self, request: Request, send: Send, is_cancelled: Callable[[], bool]) -> None:
         """Answers `request` by calls of `send` from other threads: deltas, the last ones final, whatever happens.

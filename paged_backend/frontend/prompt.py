@@ -19,6 +19,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.frontend.chat_template import ChatTemplate
 from paged_backend.frontend.words_tokenizer import WordsTokenizer
+from paged_backend.grammar.token_bytes import TokenBytes
 from paged_backend.messages import Prompt, Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 
@@ -36,6 +37,7 @@ class PromptReader:
         self._config = config
         self._ready = ready
         self.tokenizer = None if ready.tokenizer_path is None else load_tokenizer(Path(ready.tokenizer_path))
+        self.token_bytes = None if self.tokenizer is None else TokenBytes(self.tokenizer)
         self._words_tokenizer: WordsTokenizer | None = None  # loaded when the first caller spells a special token
         self._loading = threading.Lock()
         self._chat_template: ChatTemplate | None = None

@@ -19,7 +19,7 @@ class PromptTable:
     top_ids: NDArray[np.int32]  # [P - 1, n] most likely first
     top_logprobs: NDArray[np.float32]  # [P - 1, n]
 
-    def entries(self) -> Iterator[dict[int, tuple[float, int]] | None]:
+    def entries(self) -> Iterator[dict[int, tuple[float, int | None]] | None]:
         """Of each token: token id -> (log-probability, rank), the prompt's own first, then the n most likely. None for the first token."""
         yield None
         columns = (self.token_ids[1:], self.logprobs, self.ranks, self.top_ids, self.top_logprobs)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -28,7 +28,7 @@ from paged_backend.frontend.request_reader import read_request, wants_error_code
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
 from paged_backend.log_lines import LogLines
-from paged_backend.messages import MODEL_NAME
+from paged_backend.messages import MODEL_NAME, TokenScores
 from paged_backend.request import Outputs
 
 _PUBLISH_SECONDS = 0.25
@@ -99,10 +99,10 @@ class TritonPythonModel:
             logging.getLogger("paged").exception("a request could not be read")
             self._refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), parameters, sender)
             return
-        self._front_end.ask(request, _send_to(sender, request.outputs, self._front_end.token_text), sender.is_cancelled)
+        self._front_end.ask(request, _send_to(sender, request.outputs, self._front_end.token_bytes), sender.is_cancelled)
 
     def _refuse(self, error: RequestError, parameters: str, sender: Any) -> None:
-        self._front_end.refuse(error, _send_to(sender, Outputs(error_code=wants_error_code(parameters)), self._front_end.token_text))
+        self._front_end.refuse(error, _send_to(sender, Outputs(error_code=wants_error_code(parameters)), self._front_end.token_bytes))
 
 
 def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -136,15 +136,15 @@ def _num_instances(model_config: Mapping[str, Any]) -> int:
     return sum(group["count"] * max(1, len(group["gpus"]) if group["kind"] == "KIND_GPU" else 1) for group in model_config["instance_group"])
 
 
-def _send_to(sender: Any, outputs: Outputs, token_text: Callable[[int], str]) -> Send:
+def _send_to(sender: Any, outputs: Outputs, token_bytes: Callable[[int], bytes]) -> Send:
     def send(deltas: tuple[Delta, ...], final: bool) -> None:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        sender.send(response_of(deltas, outputs, token_text), flags=flags)
+        sender.send(response_of(deltas, outputs, token_bytes), flags=flags)
 
     return send
 
 
-def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[[int], str]) -> Any:
+def response_of(deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable[[int], bytes]) -> Any:
     """The InferenceResponse for deltas of several sequences, or one with an error: text_output always, the others as asked for, an entry per sequence.
 
     output_ids has the sequences' tokens end to end (num_output_tokens says how many are whose); num_input_tokens and num_cached_tokens have one entry, and so
@@ -155,6 +155,7 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[
         code = _CODES[first.error.kind]
         words = f"{_GRPC_NAMES.get(code, code)}: {first.error}" if outputs.error_code else str(first.error)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(words, getattr(pb_utils.TritonError, code)))
+    spelled = _speller(token_bytes) if outputs.logprobs or outputs.prompt_logprobs else dict
     tensors = [_strings("text_output", [delta.text for delta in deltas])]
     if outputs.sequence_index:
         tensors.append(_numbers("sequence_index", [delta.index for delta in deltas], np.int32))
@@ -163,9 +164,9 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_text: Callable[
     if outputs.cumulative_logprob:
         tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
     if outputs.logprobs:
-        tensors.append(_strings("logprobs", [_json_list(_logprob_entries(entry, token_text) for entry in delta.logprobs) for delta in deltas]))
+        tensors.append(_strings("logprobs", [_json_list(_logprob_entries(entry, spelled) for entry in delta.logprobs) for delta in deltas]))
     if outputs.prompt_logprobs:
-        tensors += [_strings("prompt_logprobs", [_prompt_json(delta.prompt, token_text)]) for delta in deltas if delta.prompt is not None]
+        tensors += [_strings("prompt_logprobs", [_prompt_json(delta.prompt, spelled)]) for delta in deltas if delta.prompt is not None]
     if outputs.num_input_tokens:
         tensors.append(_numbers("num_input_tokens", [first.num_input_tokens], np.uint32))
     if outputs.num_output_tokens:
@@ -185,19 +186,28 @@ def _numbers(name: str, values: Sequence[float], dtype: Any) -> Any:
     return pb_utils.Tensor(name, np.array(values, dtype))
 
 
-def _logprob_entries(entry: Mapping[int, float], token_text: Callable[[int], str]) -> dict[str, dict[str, Any]]:
-    """As NVIDIA's vLLM backend writes them. The rank counts among the tokens listed, so the chosen one's may be better than its true rank."""
-    ranked = sorted(entry.values(), reverse=True)
-    return {str(token): {"logprob": logprob, "rank": ranked.index(logprob) + 1, "decoded_token": token_text(token)} for token, logprob in entry.items()}
+def _logprob_entries(entry: TokenScores, spelled: Callable[[int], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """As NVIDIA's vLLM backend writes them."""
+    return {str(token): {"logprob": logprob, "rank": rank, **spelled(token)} for token, (logprob, rank) in entry.items()}
 
 
-def _prompt_json(prompt: PromptTable, token_text: Callable[[int], str]) -> str:
-    """As `logprobs`, with null for the first token, as vLLM has it; ranks are true ones."""
-    spelled = lru_cache(maxsize=None)(token_text)
-    return _json_list(
-        None if entry is None else {str(token): {"logprob": logprob, "rank": rank, "decoded_token": spelled(token)} for token, (logprob, rank) in entry.items()}
-        for entry in prompt.entries()
-    )
+def _prompt_json(prompt: PromptTable, spelled: Callable[[int], dict[str, Any]]) -> str:
+    """As `logprobs`, with null for the first token, as vLLM has it."""
+    return _json_list(None if entry is None else _logprob_entries(entry, spelled) for entry in prompt.entries())
+
+
+def _speller(token_bytes: Callable[[int], bytes]) -> Callable[[int], dict[str, Any]]:
+    """How a token is told: its text, and its bytes where they are part of a character, which text cannot show."""
+
+    @cache
+    def spelled(token_id: int) -> dict[str, Any]:
+        spelling = token_bytes(token_id)
+        try:
+            return {"decoded_token": spelling.decode()}
+        except UnicodeDecodeError:
+            return {"decoded_token": spelling.decode(errors="replace"), "bytes": list(spelling)}
+
+    return spelled
 
 
 def _json_list(entries: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""What each token of a vocabulary spells, in bytes: what a grammar sees of it."""
+"""What each token of a vocabulary spells, in bytes: what a grammar sees of it, and what log-probabilities are told of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,28 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+_SPELLABLE = frozenset({"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip", "Sequence"})  # decoders whose tokens `_spell` knows
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TokenBytes:
+    """What single tokens spell inside a text, special ones too. A token may be part of a character, or begin with a space that `decode` would drop."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._kinds = _kinds_of(tokenizer)
+        self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+
+    def of(self, token_id: int) -> bytes:
+        """Empty for an id that only the model has."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._kinds <= _SPELLABLE:
+            return _spell(token, self._kinds)
+        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()  # WordPiece and others, whose tokens are text
 
 
 def read_token_bytes(path: Path, vocab_size: int, silent_ids: Collection[int]) -> list[bytes]:
@@ -20,7 +41,7 @@ def read_token_bytes(path: Path, vocab_size: int, silent_ids: Collection[int]) -
     path: a tokenizer.json.
     """
     tokenizer = Tokenizer.from_file(str(path))
-    kinds = set(_decoders(json.loads(tokenizer.to_str())["decoder"]))
+    kinds = _kinds_of(tokenizer)
     added = tokenizer.get_added_tokens_decoder()
     spelled = [b""] * vocab_size
     for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
@@ -31,6 +52,10 @@ def read_token_bytes(path: Path, vocab_size: int, silent_ids: Collection[int]) -
         else:
             spelled[token_id] = _spell(token, kinds)
     return spelled
+
+
+def _kinds_of(tokenizer: Tokenizer) -> set[str]:
+    return set() if tokenizer.decoder is None else set(_decoders(json.loads(tokenizer.decoder.__getstate__())))
 
 
 def _decoders(decoder: Any) -> Iterator[str]:

@@ -31,6 +31,7 @@ class SamplerOps(Protocol):
     def argmax(self, logits: Tensor) -> Tensor: ...
     def write_tokens(self, history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None: ...
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor: ...
+    def ranks(self, logits: Tensor, token_ids: Tensor) -> Tensor: ...
     def top_logprobs(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
     def continuations(self, logits: Tensor, edited: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
     def score_tokens(self, logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
@@ -42,6 +43,7 @@ class Sampled:
 
     token_ids: Tensor  # integers [M]
     logprobs: Tensor | None = None  # float32 [M]
+    ranks: Tensor | None = None  # int32 [M], with logprobs
     top_ids: Tensor | None = None  # int64 [M, n]
     top_logprobs: Tensor | None = None  # float32 [M, n]
     candidates: Tensor | None = None  # int32 [b, 2 n] of the step's beams: ids, and the bits of their log-probabilities
@@ -67,7 +69,7 @@ class Sampler:
         if not step.features & (Feature.LOGPROBS | Feature.TOP_LOGPROBS):
             return Sampled(token_ids, candidates=candidates)
         top_ids, top_logprobs = ops.top_logprobs(logits, min(step.num_top_logprobs, logits.shape[1])) if step.num_top_logprobs else (None, None)
-        return Sampled(token_ids, ops.logprobs(logits, token_ids), top_ids, top_logprobs, candidates)
+        return Sampled(token_ids, ops.logprobs(logits, token_ids), ops.ranks(logits, token_ids), top_ids, top_logprobs, candidates)
 
     def _candidates(self, logits: Tensor, edited: Tensor, beams: Tensor, n: int) -> Tensor:
         """Of log-probabilities of the raw logits, as in transformers: a ban takes a token away and leaves the others what they are."""

@@ -27,7 +27,7 @@ class Flight:
 
     batch: Batch
     slots: Int64  # [num_sampled] the output of each sampled sequence
-    columns: Tensor  # [outputs, columns]: token id, logprob, top ids, top logprobs
+    columns: Tensor  # [outputs, columns]: token id, logprob, rank, top ids, top logprobs
     num_tops: int
     candidates: Tensor | None  # [beams, 2 n]: ids, logprobs
     prompts: Tensor | None  # [tokens of all the batch's PromptSpans, 2 + 2 n]: logprob, rank, top ids, top logprobs
@@ -44,8 +44,8 @@ class Landings:
     def send_back(self, batch: Batch, slots: Int64, sampled: Sampled, prompts: Tensor | None) -> Flight:
         """Starts the copy."""
         columns = [sampled.token_ids.int()[:, None]]
-        if sampled.logprobs is not None:
-            columns.append(sampled.logprobs.view(torch.int32)[:, None])
+        if sampled.logprobs is not None and sampled.ranks is not None:
+            columns += [sampled.logprobs.view(torch.int32)[:, None], sampled.ranks[:, None]]
         num_tops = 0
         if sampled.top_ids is not None and sampled.top_logprobs is not None:
             columns += [sampled.top_ids.int(), sampled.top_logprobs.view(torch.int32)]
@@ -90,8 +90,9 @@ def _result(flight: Flight) -> StepResult:
     return StepResult(
         token_ids=np.ascontiguousarray(columns[:, 0]),
         logprobs=None if columns.shape[1] == 1 else _floats(columns[:, 1]),
-        top_ids=columns[:, 2 : 2 + n] if wants_tops else None,
-        top_logprobs=_floats(columns[:, 2 + n :]) if wants_tops else None,
+        ranks=None if columns.shape[1] == 1 else np.ascontiguousarray(columns[:, 2]),
+        top_ids=columns[:, 3 : 3 + n] if wants_tops else None,
+        top_logprobs=_floats(columns[:, 3 + n :]) if wants_tops else None,
         beams=None if flight.candidates is None else _candidates(flight.candidates.numpy()),
         prompts=() if flight.prompts is None else _prompt_scores(flight.batch, flight.prompts.numpy()),
     )

@@ -47,6 +47,7 @@ class Outcomes:
             request_ids=request_ids[entries],
             token_ids=token_ids[entries],
             logprobs=None if result.logprobs is None else result.logprobs[entries],
+            ranks=None if result.ranks is None else result.ranks[entries],
             top_logprobs=_top_logprobs(result, entries, wanted),
             started=started,
             finishes=self._living.take_finishes(),

@@ -162,8 +162,8 @@ def test_pieces_of_several_sequences_are_kept_apart(kind: type[Script], gather: 
     answer = gather(kind(SEVERAL), FAST)
     assert [(one.text, one.token_ids, one.finish_reason) for one in answer.sequences] == [("ac", (11, 12), "length"), ("bd", (21, 22), "stop")]
     assert answer.usage == answer.others[0].usage == Usage(5, 0, 4)
-    assert answer.prompt_logprobs == (None, (TokenLogprob(5, "t5", -3.0),))
-    assert answer.logprobs == ((TokenLogprob(11, "t11", -0.5),), (TokenLogprob(12, "t12", -1.0),))
+    assert answer.prompt_logprobs == (None, (TokenLogprob(5, "t5", -3.0, 1),))
+    assert answer.logprobs == ((TokenLogprob(11, "t11", -0.5, 1),), (TokenLogprob(12, "t12", -1.0, 1),))
 
 
 def test_every_piece_names_its_sequence_and_counts_the_requests_tokens() -> None:

@@ -237,7 +237,7 @@ def test_an_error_has_a_status_that_says_whether_to_try_again(error: Any, status
 
 # ---- answers
 
-ENTRY = (TokenLogprob(5, "Aé", -1.5), TokenLogprob(6, "b", -0.5), TokenLogprob(7, "\ufffd", float("-inf")))
+ENTRY = (TokenLogprob(5, "Aé", -1.5), TokenLogprob(6, "b", -0.5), TokenLogprob(7, "\ufffd", float("-inf"), 9, b"\xf0\x9f"))
 
 
 def answer(*texts: str) -> Answer:
@@ -263,13 +263,21 @@ def test_completions_say_logprobs_in_parallel_lists() -> None:
     assert choice["logprobs"] == {
         "tokens": ["Aé", "Aé"],
         "token_logprobs": [-1.5, -1.5],
-        "top_logprobs": [{"Aé": -1.5, "b": -0.5, "\ufffd": -9999.0}] * 2,
+        "top_logprobs": [{"Aé": -1.5, "b": -0.5, "bytes:\\xf0\\x9f": -9999.0}] * 2,
         "text_offset": [0, 2],
     }
     reply = CompletionReply("m", asked)
     pieces = [chunk for _ in range(2) for chunk in reply.chunks(0, Delta("", (5,), None, Usage(), 0, (ENTRY,)))]
     assert [piece["choices"][0]["logprobs"]["text_offset"] for piece in pieces] == [[0], [2]]
     assert CompletionReply("m", completion(logprobs=0)).whole([answer("a")])["choices"][0]["logprobs"]["top_logprobs"] is None
+
+
+def test_a_character_counts_where_its_last_byte_is() -> None:
+    spelled = [b" true", b" true", b"\xf0\x9f", b"\x98", b"\x80!", b"x"]
+    entries = tuple((TokenLogprob(at, part.decode(errors="replace"), -1.0, 1, None if part.isascii() else part),) for at, part in enumerate(spelled))
+    (choice,) = CompletionReply("m", completion(logprobs=0)).whole([Answer(" true true😀!x", tuple(range(6)), "stop", Usage(), entries)])["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 5, 10, 10, 10, 12]
+    assert choice["logprobs"]["tokens"] == [" true", " true", "bytes:\\xf0\\x9f", "bytes:\\x98", "bytes:\\x80\\x21", "x"]
 
 
 def test_chat_says_logprobs_token_by_token_with_their_bytes() -> None:
@@ -279,7 +287,7 @@ def test_chat_says_logprobs_token_by_token_with_their_bytes() -> None:
     assert (token["token"], token["logprob"], bytes(token["bytes"])) == ("Aé", -1.5, "Aé".encode())
     assert token["top_logprobs"] == [{"token": "b", "logprob": -0.5, "bytes": [98]}]
     (choice,) = ChatReply("m", chat(logprobs=True, top_logprobs=3)).whole([answer("a")])["choices"]
-    assert choice["logprobs"]["content"][0]["top_logprobs"][2] == {"token": "\ufffd", "logprob": -9999.0, "bytes": None}
+    assert choice["logprobs"]["content"][0]["top_logprobs"][2] == {"token": "\\xf0\\x9f", "logprob": -9999.0, "bytes": [0xF0, 0x9F]}
     json.dumps(choice, allow_nan=False)
 
 

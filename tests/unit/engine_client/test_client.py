@@ -123,7 +123,7 @@ def test_the_last_token_and_the_finish_come_in_one_piece(key: str) -> None:
         assert [piece.num_cached_tokens for piece in inbox.pieces] == [3, None, None]
         assert [piece.finish is not None for piece in inbox.pieces] == [False, False, True]
         token = inbox.ids[0]
-        assert list(inbox.pieces[0].logprobs[0].items()) == [(token, -0.5), (token + 1, -1.5)]
+        assert list(inbox.pieces[0].logprobs[0].items()) == [(token, (-0.5, 1)), (token + 1, (-1.5, 2))]
     finally:
         client.close()
 

@@ -216,7 +216,7 @@ def _series(family: str, **labels: str) -> FakeMetric:
     ],
 )
 def test_each_kind_of_error_has_its_code(triton_io: types.ModuleType, kind: ErrorKind, code: str) -> None:
-    response = triton_io.response_of([Delta(error=RequestError("why", kind))], Outputs(), str)
+    response = triton_io.response_of([Delta(error=RequestError("why", kind))], Outputs(), spelled)
     assert (response.error.message, response.error.code, response.tensors) == ("why", code, {})
 
 
@@ -224,16 +224,16 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
     delta = Delta(
         text="é",
         token_ids=(5, 6),
-        logprobs=({5: -1.0, 7: -0.5}, {6: -0.25}),
+        logprobs=({5: (-1.0, 9), 7: (-0.5, 1), 8: (-0.75, 2)}, {6: (-0.25, None)}),
         cumulative_logprob=-1.25,
         num_input_tokens=3,
         num_cached_tokens=2,
         finish_reason="stop",
     )
-    response = triton_io.response_of([delta], Outputs(), str)
+    response = triton_io.response_of([delta], Outputs(), spelled)
     assert {name: array.tolist() for name, array in response.tensors.items()} == {"text_output": ["é".encode()]}
     everything = Outputs(**dict.fromkeys(Outputs.__struct_fields__, True))
-    arrays = triton_io.response_of([delta], everything, lambda token: f"<{token}>").tensors
+    arrays = triton_io.response_of([delta], everything, spelled).tensors
     logprobs = json.loads(arrays.pop("logprobs")[0])
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "text_output": ["é".encode()],
@@ -254,29 +254,37 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
         "sequence_index": "int32",
     }
     assert logprobs == [
-        {"5": {"logprob": -1.0, "rank": 2, "decoded_token": "<5>"}, "7": {"logprob": -0.5, "rank": 1, "decoded_token": "<7>"}},
-        {"6": {"logprob": -0.25, "rank": 1, "decoded_token": "<6>"}},
+        {
+            "5": {"logprob": -1.0, "rank": 9, "decoded_token": " <5>"},
+            "7": {"logprob": -0.5, "rank": 1, "decoded_token": " <7>"},
+            "8": {"logprob": -0.75, "rank": 2, "decoded_token": "\ufffd", "bytes": [0xF0, 0x9F]},
+        },
+        {"6": {"logprob": -0.25, "rank": None, "decoded_token": " <6>"}},
     ]
+
+
+def spelled(token_id: int) -> bytes:
+    return b"\xf0\x9f" if token_id == 8 else f" <{token_id}>".encode()
 
 
 def test_no_more_than_a_tokens_logprobs_are_written_at_once(triton_io: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library writes JSON without a pause for other threads, and a prompt's may be tens of megabytes."""
     floats, ints = np.full((99, 3), -1.5, np.float32), np.arange(1, 298, dtype=np.int32).reshape(99, 3)
     table = PromptTable(np.arange(100, dtype=np.int32), floats[:, 0], ints[:, 0], ints, floats)
-    delta = Delta(prompt=table, logprobs=({5: -1.0},) * 50)
+    delta = Delta(prompt=table, logprobs=({5: (-1.0, 1)},) * 50)
     written: list[int] = []
     dumps = json.dumps
     monkeypatch.setattr(json, "dumps", lambda value: (written.append(len(value or ())), dumps(value))[1])
-    arrays = triton_io.response_of([delta], Outputs(prompt_logprobs=True, logprobs=True), str).tensors
+    arrays = triton_io.response_of([delta], Outputs(prompt_logprobs=True, logprobs=True), spelled).tensors
     assert len(written) == 150 and max(written) <= 4
     entries = json.loads(arrays["prompt_logprobs"][0])
     assert len(entries) == 100 and entries[0] is None
-    assert entries[1]["1"] == {"logprob": -1.5, "rank": 1, "decoded_token": "1"}
-    assert arrays["logprobs"][0].decode() == dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": "5"}}] * 50)
+    assert entries[1]["1"] == {"logprob": -1.5, "rank": 1, "decoded_token": " <1>"}
+    assert arrays["logprobs"][0].decode() == dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": " <5>"}}] * 50)
 
 
 def test_an_unfinished_response_says_none_as_the_vllm_backend_does(triton_io: types.ModuleType) -> None:
-    response = triton_io.response_of([Delta(text="a")], Outputs(finish_reason=True), str)
+    response = triton_io.response_of([Delta(text="a")], Outputs(finish_reason=True), spelled)
     assert response.tensors["finish_reason"].tolist() == [b"None"]
 
 

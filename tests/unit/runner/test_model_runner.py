@@ -147,6 +147,7 @@ def test_logprobs_equal_transformers(folder: Path, oracle: Oracle) -> None:
         assert result.logprobs[0] == pytest.approx(expected[token].item(), abs=1e-4)
         assert result.top_ids[0].tolist() == expected.topk(4).indices.tolist()
         assert np.allclose(result.top_logprobs[0], expected.topk(4).values.numpy(), atol=1e-4)
+        assert result.ranks.tolist() == [1]
 
 
 def test_limits_are_those_of_checkpoint_and_pool(folder: Path) -> None:

@@ -51,7 +51,9 @@ def sample(new: Sequence[NewRow], logits: Tensor, rows: DeviceRows | None = None
     step = rows.apply(batch, plan)
     outputs = torch.from_numpy(plan.slots)
     sampled = Sampler(reference).sample(logits[outputs.argsort()].clone(), rows.sampling(batch, step), rows)
-    return Sampled(*(None if column is None else column[outputs] for column in (sampled.token_ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)))
+    return Sampled(
+        *(None if column is None else column[outputs] for column in (sampled.token_ids, sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs))
+    )
 
 
 def logits_of(rows: int, seed: int = 0) -> Tensor:
@@ -134,6 +136,8 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     expected = torch.log_softmax(logits, -1)
     assert out.token_ids[0] == 7
     assert torch.allclose(out.logprobs, expected[[0, 1], out.token_ids], atol=1e-6)
+    assert out.ranks.tolist() == [1 + (row > row[token]).sum().item() for row, token in zip(logits, out.token_ids, strict=True)]
+    assert out.ranks[0] == 1 + (logits[0] > logits[0, 7]).sum() > 1, "token 7 is chosen for its bias, though others are likelier"
     assert torch.equal(out.top_ids, expected.topk(2).indices)
     assert torch.allclose(out.top_logprobs, expected.topk(2).values, atol=1e-6)
 

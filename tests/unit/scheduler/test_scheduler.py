@@ -527,6 +527,9 @@ def test_a_wanted_logprob_goes_to_the_sequence_that_asked() -> None:
     batch = scheduler.schedule()
     assert batch is not None and batch.features == 96
     tops = np.array([[3, 4], [5, 6]], np.int32)
-    result = StepResult(np.array([3, 5], np.int32), np.array([-1, -2], np.float32), tops, np.array([[-1, -3], [-2, -4]], np.float32))
+    result = StepResult(
+        np.array([3, 5], np.int32), np.array([-1, -2], np.float32), np.array([7, 8], np.int32), tops, np.array([[-1, -3], [-2, -4]], np.float32)
+    )
     output = scheduler.commit(batch, result)
     assert output.top_logprobs == {1: {5: -2.0, 6: -4.0}}
+    assert output.ranks is not None and output.ranks.tolist() == [7, 8]
