@@ -7,7 +7,6 @@ a request id carries its front end in the upper bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-
 from dataclasses import dataclass
 from typing import Any
 

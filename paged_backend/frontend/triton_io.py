@@ -155,7 +155,7 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable
         code = _CODES[first.error.kind]
         words = f"{_GRPC_NAMES.get(code, code)}: {first.error}" if outputs.error_code else str(first.error)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(words, getattr(pb_utils.TritonError, code)))
-    spelled = _speller(token_bytes) if outputs.logprobs or outputs.prompt_logprobs else dict
+    spelled = _speller(token_bytes)
     tensors = [_strings("text_output", [delta.text for delta in deltas])]
     if outputs.sequence_index:
         tensors.append(_numbers("sequence_index", [delta.index for delta in deltas], np.int32))
@@ -193,13 +193,13 @@ def _logprob_entries(entry: TokenScores, spelled: Callable[[int], dict[str, Any]
 
 def _prompt_json(prompt: PromptTable, spelled: Callable[[int], dict[str, Any]]) -> str:
     """As `logprobs`, with null for the first token, as vLLM has it."""
-    return _json_list(None if entry is None else _logprob_entries(entry, spelled) for entry in prompt.entries())
+    remembered = cache(spelled)
+    return _json_list(None if entry is None else _logprob_entries(entry, remembered) for entry in prompt.entries())
 
 
 def _speller(token_bytes: Callable[[int], bytes]) -> Callable[[int], dict[str, Any]]:
     """How a token is told: its text, and its bytes where they are part of a character, which text cannot show."""
 
-    @cache
     def spelled(token_id: int) -> dict[str, Any]:
         spelling = token_bytes(token_id)
         try:
