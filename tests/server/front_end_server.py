@@ -25,7 +25,7 @@ from paged_backend.server import files as server_files
 MODEL = "paged_llm"
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 WITH_FAKE_ENGINE = f"""
-from paged_backend import triton_io
+from paged_backend.frontend import triton_io
 
 
 class TritonPythonModel(triton_io.TritonPythonModel):
