@@ -24,6 +24,7 @@ import numpy as np
 from paged_backend.errors import ErrorKind
 from paged_backend.grammar.json_schema import unenforced
 from paged_backend.grammar.options import Grammar
+from paged_backend.grammar.schema_patterns import Marks, marked
 from paged_backend.grammar.vocabulary import GrammarError, Vocabulary, read_vocabulary
 
 MAX_BYTES = 2**30  # that a compilation may take, beyond what the vocabulary has
@@ -31,7 +32,6 @@ _FOLLOW_SECONDS = 0.25  # of a processor's time, to follow a grammar as far as n
 _TOKEN_SECONDS = 0.01
 _MAX_REASON_CHARS = 300
 _PROBED_TOKENS = 64
-_FREE_TEXT = ('"pattern"', '"patternProperties"', '"propertyNames"', '"format"')  # what may let a line break into a string
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,7 +47,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar in the library's serial form, or why there is none."""
 
     serial: str = ""
-    controls: str = "all"  # the control characters that may come: "all", "lines" (line breaks), "none"
+    controls: str = "all"  # the control characters that may come: "all", "lines" (line breaks)
     refusal: str = ""
     kind: ErrorKind = ErrorKind.INVALID
 
@@ -58,9 +58,8 @@ def compile_here(grammar: Grammar, vocabulary: Vocabulary) -> Verdict:
     controls = "all"
     try:
         if grammar.kind == "json":
-            _check_schema(grammar.text)
-            compiled = compiler.compile_json_schema(grammar.text, any_whitespace=not grammar.compact)
-            controls = "none" if any(word in grammar.text for word in _FREE_TEXT) else "lines"
+            compiled = _compile_schema(grammar, compiler, vocabulary)
+            controls = "lines"
         elif grammar.kind == "regex":
             compiled = compiler.compile_regex(grammar.text)
         elif "::=" in grammar.text:
@@ -90,7 +89,16 @@ def check_pace(seconds: float, num_tokens: int) -> None:
         raise GrammarError(f"it is too slow to follow: {num_tokens} tokens took {seconds:.2f} s")
 
 
-def _check_schema(text: str) -> None:
+def _compile_schema(grammar: Grammar, compiler: Any, vocabulary: Vocabulary) -> Any:
+    schema, marks = _checked_schema(grammar.text), Marks()
+    rewritten = marked(schema, marks.mark)
+    if not marks:
+        return compiler.compile_json_schema(grammar.text, any_whitespace=not grammar.compact)
+    plain = vocabulary.xgrammar.Grammar.from_json_schema(msgspec.json.encode(rewritten).decode(), any_whitespace=not grammar.compact)
+    return compiler.compile_grammar(marks.resolve(str(plain)))
+
+
+def _checked_schema(text: str) -> Any:
     try:
         schema = msgspec.json.decode(text)
     except RecursionError:
@@ -100,6 +108,7 @@ def _check_schema(text: str) -> None:
     found = unenforced(schema)
     if found is not None:
         raise GrammarError(found)
+    return schema
 
 
 def _probe(compiled: Any, vocabulary: Vocabulary) -> None:

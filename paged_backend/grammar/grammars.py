@@ -206,7 +206,7 @@ class Grammars:
         verdict: Verdict = self._compilers.mine.compile(grammar)
         if verdict.refusal:
             raise GrammarError(verdict.refusal)
-        allowed = {"all": None, "lines": vocabulary.clean_or_lines, "none": vocabulary.clean}[verdict.controls]
+        allowed = {"all": None, "lines": vocabulary.clean_or_lines}[verdict.controls]
         return Compiled(vocabulary, vocabulary.xgrammar.CompiledGrammar.deserialize_json(verdict.serial, vocabulary.tokens), allowed)
 
     def _forget_some(self) -> None:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from paged_backend.grammar.pattern_grammar import PatternError, pattern_grammar
 from paged_backend.grammar.regex_syntax import misread
+from paged_backend.grammar.string_formats import UNENFORCED
 
 MAX_DEPTH = 64  # the library's time grows with the square of it
 
@@ -27,7 +29,8 @@ _CONSTRAINTS = (*_LEADING, "type", *_STRING, *_NUMBER, *_OBJECT, *_ARRAY)
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SINGLES = ("items", "additionalItems", "unevaluatedItems", "additionalProperties", "unevaluatedProperties")
-_UNSPELLABLE = re.compile(r'"|\\\\|\\x(22|5[cC])|\\u00(22|5[cC])')  # must be escaped in JSON, and the library's patterns do not
+_STEP = r"(\$defs|definitions|properties|patternProperties)/[^/]+|items|additionalProperties|(prefixItems|anyOf|oneOf|allOf)/\d+"
+_REFERENCE = re.compile(rf"#(/({_STEP}))*")  # to what is a schema, and is looked at
 _EXACT = 2**53
 
 
@@ -90,7 +93,7 @@ def _beside(schema: dict[str, Any], leading: str, root: Any) -> Iterator[str]:
         branches = value if isinstance(value, list) else []
         redundant = types is not None and leading != "$ref" and all((_types(branch) or {"?"}) <= types for branch in branches)
     yield from (f"'{name}' beside '{leading}' is not supported" for name in others if not (name == "type" and redundant))
-    if leading == "$ref" and not re.match(r"#$|#/(\$defs|definitions|properties|items|prefixItems|anyOf|oneOf)/?", str(value)):
+    if leading == "$ref" and not _REFERENCE.fullmatch(str(value)):
         yield "'$ref' to anything but '#/$defs/…' is not supported"
     if leading == "allOf" and isinstance(value, list) and len(value) > 1:
         yield "'allOf' of more than one schema is not supported"
@@ -111,9 +114,22 @@ def _string(schema: dict[str, Any]) -> Iterator[str]:
     if len(given) > 1 and given[0] in ("pattern", "format"):
         yield f"'{given[1]}' beside '{given[0]}' is not supported"
     patterns = [schema.get("pattern"), *_keys(schema, "patternProperties")]
-    if any(isinstance(pattern, str) and _UNSPELLABLE.search(pattern) for pattern in patterns):
-        yield "a pattern with a quotation mark or a backslash is not supported"
-    yield from (f"pattern: {misreading}" for pattern in patterns if isinstance(pattern, str) and (misreading := misread(pattern)))
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            yield from _pattern(pattern)
+    if schema.get("format") in UNENFORCED and "string" in (_types(schema) or ()):
+        yield f"'format' {schema['format']} is not supported"
+
+
+def _pattern(pattern: str) -> Iterator[str]:
+    try:
+        pattern_grammar(pattern)
+    except PatternError as error:
+        yield str(error)
+        return
+    misreading = misread(pattern)
+    if misreading:
+        yield f"pattern: {misreading}"
 
 
 def _number(schema: dict[str, Any]) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""What of a regular expression xgrammar reads otherwise than it is meant: it ignores anchors inside, and takes an escape that it does not know as its letter.
+"""What of a regular expression xgrammar reads otherwise than it is meant: it ignores anchors inside, takes an escape that it does not know as its letter, and
+inline flags for a group.
 
 Found by what xgrammar 0.2.8 makes of each escape, and of anchors in every place. What it refuses itself (lookarounds, references, word boundaries) is let by.
 """
@@ -8,7 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-_TOKEN = re.compile(r"(?P<escape>\\.)|(?P<set>\[(?:\\.|[^\]\\])*\])|(?P<open>\((?:\?(?:[:=!]|<[=!]|<\w+>))?)|(?P<close>\))|(?P<other>.)", re.DOTALL)
+_TOKEN = re.compile(
+    r"(?P<escape>\\.)|(?P<set>\[(?:\\.|[^\]\\])*\])|(?P<flags>\(\?[a-zA-Z-]+[:)])|(?P<open>\((?:\?(?:[:=!]|<[=!]|P?<\w+>))?)|(?P<close>\))|(?P<other>.)",
+    re.DOTALL,
+)
 _KNOWN = re.compile(r"\\([abcdefknprstuvwxBDPSW]|0(?!\d)|[1-9]|[^A-Za-z0-9])", re.DOTALL)
 _KNOWN_IN_SET = re.compile(_KNOWN.pattern.replace("B", ""), re.DOTALL)
 
@@ -17,6 +21,8 @@ def misread(regex: str) -> str | None:
     """The first part that the library reads otherwise, as a clause for the caller; None: there is none. Time is linear in the length."""
     tokens = list(_TOKEN.finditer(regex))
     for token in tokens:
+        if token.lastgroup == "flags":
+            return f"the inline flag '{token[0]}' at position {token.start() + 1} of the regular expression is not supported"
         known = _KNOWN_IN_SET if token.lastgroup == "set" else _KNOWN
         for escape in re.finditer(r"\\.", token[0], re.DOTALL) if token.lastgroup in ("set", "escape") else ():
             start = token.start() + escape.start()

@@ -31,8 +31,7 @@ class Vocabulary:
     size: int
     spelled: Sequence[bytes]  # empty: no part of an answer that follows a grammar
     following: Sequence[Int32]  # by state of utf8.py: the tokens whose bytes may come
-    clean: Int32  # the tokens without control characters, which JSON's strings must not have and the library lets in
-    clean_or_lines: Int32  # and those whose only ones are line breaks
+    clean_or_lines: Int32  # the tokens whose only control characters are line breaks: JSON's strings must have none, and the library lets them in
 
 
 def read_vocabulary(tokenizer_path: Path | None, size: int, eos_ids: Collection[int]) -> Vocabulary:
@@ -58,7 +57,6 @@ def read_vocabulary(tokenizer_path: Path | None, size: int, eos_ids: Collection[
         size=size,
         spelled=spelled,
         following=_following(spelled, size),
-        clean=bits([token_id for token_id, text in enumerate(spelled) if min(text, default=32) >= 32], size),
         clean_or_lines=bits([token_id for token_id, text in enumerate(spelled) if min(text.replace(b"\n", b""), default=32) >= 32], size),
     )
 

@@ -82,10 +82,12 @@ class SchemaMaker:
 
     def _pattern(self) -> dict[str, Any]:
         if self._chance(0.2):
-            return {"type": "string", "format": "uuid"}
+            return {"type": "string", "format": self._random.choice(["uuid", "ipv4", "date"])}
         return {
             "type": "string",
-            "pattern": self._random.choice(["^[a-z]{1,4}$", "^a|b$", "^\\d{4}-\\d\\d$", "^[^a]{0,5}$", "^.{2}$", "x+y{1,3}", "^(é|日)?$"]),
+            "pattern": self._random.choice(
+                ["^[a-z]{1,4}$", "^a|b$", "^\\d{4}-\\d\\d$", "^[^a]{0,5}$", "^.{2}$", "x+y{1,3}", "^(é|日)?$", "^a+(bc+)?$", '^["\\\\\t]?x$', "^\\S\\W.[^a-z]$"]
+            ),
         }
 
     def _values(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def test_every_finished_answer_validates(folder: Path, tmp_path: Path) -> None:
 
 
 def check(schema: dict[str, Any], ended: Ended) -> None:
-    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker(["uuid"]))
+    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker(["uuid", "ipv4", "date"]))
     try:
         validator.validate(json.loads(ended.text))
     except ValueError as error:

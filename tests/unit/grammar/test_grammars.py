@@ -58,7 +58,7 @@ def one(engine: Engine, **sampling: Any) -> Ended:
         ({"guided_json": "3"}, "guided_json: Schema should be an object or bool, but got 3"),
         ({"guided_json": {"type": "text"}}, 'guided_json: Unsupported type "text"'),
         ({"guided_json": {"not": {}}}, "guided_json: 'not' is not supported"),
-        ({"structured_outputs": {"json": {"type": "string", "pattern": "("}}}, "structured_outputs.json: Regex parsing error at position 2"),
+        ({"structured_outputs": {"json": {"type": "string", "pattern": "("}}}, "structured_outputs.json: pattern: a '(' without its ')' at position 1"),
         ({"guided_regex": "(?=a)b"}, "guided_regex: Regex parsing error at position 3: Lookahead is not supported"),
         ({"guided_regex": "\\p{L}"}, "guided_regex: Regex parsing error"),
         ({"guided_grammar": "root ::= foo"}, 'guided_grammar: EBNF parser error at line 1, column 10: Rule "foo" is not defined'),
@@ -98,7 +98,7 @@ def test_a_model_without_a_tokenizer_has_no_grammars(folder: Path, tmp_path: Pat
 
 
 def test_a_failure_that_is_not_the_grammars_ends_the_request_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_process, "_check_schema", lambda text: 1 // 0)
+    monkeypatch.setattr(grammar_process, "_checked_schema", lambda text: 1 // 0)
     guided, free = run(engine, [{"guided_json": "{}"}, {"max_tokens": 3}])
     assert guided.reason == "guided_json: it cannot be compiled"
     assert guided.finish is not None and guided.finish.error is ErrorKind.INTERNAL

@@ -23,6 +23,7 @@ MISREAD = [
     *[("a^b", "'^' at position 2 "), ("a(^b)", "'^' at position 3 "), ("(a|b)^c", "'^' at position 6 "), ("x(a|^b)", "'^' at position 5 ")],
     *[("a$b", "'$' at position 2 "), ("(a$)b", "'$' at position 3 "), ("(a$|b)c", "'$' at position 3 "), ("(a|b$)(c)", "'$' at position 5 ")],
     *[("(^a)*", "'^' at position 2 "), ("(a$)+", "'$' at position 3 "), ("((^a)b){2}", "'^' at position 3 "), ("^*a$b", "'$' at position 4 ")],
+    *[("(?i)^a", "the inline flag '(?i)' at position 1 "), ("a(?-s:b)", "the inline flag '(?-s:' at position 2 ")],
     *[("[a]^", "'^' at position 4 "), ("\\[^a]", "'^' at position 3 "), ("$?", "'$' at position 1 ")],
 ]
 
