@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: none; 0: the chosen token's; n: the n most likely too
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # the same of the prompt's tokens; all of the prompt is computed then
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None  # only so many of the prompt's last tokens; -1: as many as the model takes
+    add_special_tokens: bool | None = None  # those that the tokenizer puts around a text; None: around text_input, not around messages
     detokenize: bool = True  # False: the answer is token ids, without text
     priority_level: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0  # the lower, the sooner it starts and the later it is preempted
     request_deadline_seconds: Annotated[float, Meta(gt=0)] | None = None  # None, or more than the engine's own: that
@@ -119,6 +121,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     messages: str  # JSON: a list of objects with role and content
     tools: str | None = None  # JSON: a list of function descriptions
     add_generation_prompt: bool = True  # end with the opening of the assistant's turn
+    template_kwargs: Mapping[str, Any] = {}  # variables that the template reads, such as enable_thinking
     continue_final_message: bool = False  # end within the last message, which the answer continues
 
 
@@ -146,7 +149,9 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
     given = {key: [value] if key in ("stop", "bad_words") and isinstance(value, str) else value for key, value in fold(options).items() if value is not None}
     for key, value in given.items():
         if key not in SamplingParams.__struct_fields__:
-            raise RequestError(f"unknown sampling parameter '{_shorten(key)}'; known: {', '.join(SamplingParams.__struct_fields__)}")
+            meant = difflib.get_close_matches(key[:80].casefold(), SamplingParams.__struct_fields__, 1)
+            hint = f": did you mean '{meant[0]}'?" if meant else "; the names are those of vLLM's sampling parameters"
+            raise RequestError(f"unknown sampling parameter '{_shorten(key)}'{hint}")
         if isinstance(value, float) and not math.isfinite(value):
             raise RequestError(f"{key}: {value} is not a finite number")
     try:

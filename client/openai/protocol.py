@@ -66,6 +66,7 @@ class SamplingKeys(BaseModel):
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
     # the server's own
     priority_level: int | None = None
     request_deadline_seconds: float | None = None
@@ -91,7 +92,6 @@ class Body(SamplingKeys):
     request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")] | None = None  # vLLM's: part of the answer's id
     priority: int | None = None  # vLLM's name of priority_level
     # vLLM's, which here are as they are: another value is not followed, and the answer says so.
-    add_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     # They say something about the caller, or how to bill: the answer is the same without.
     user: Any = None
@@ -128,6 +128,7 @@ class ChatBody(Body):
     modalities: Annotated[list[Literal["text"]], _FIRST] | None = None
     continue_final_message: bool = False  # vLLM's
     add_generation_prompt: bool | None = None  # vLLM's
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's: the template's variables, such as enable_thinking
     # Refused if given: the answer would be another.
     audio: Any = None
     functions: Any = None

@@ -74,7 +74,7 @@ def asked_of_chat(body: ChatBody) -> Asked:
     params = _params_of(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
     return Asked(
         prompts=(None,),
-        sampling=_checked(_sampling(body) | {"max_tokens": max_tokens, "logprobs": logprobs}),
+        sampling=_checked(_sampling(body) | {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": body.chat_template_kwargs}),
         num_choices=body.n or 1,
         messages=_checked([_message(position, message) for position, message in enumerate(body.messages)]),
         tools=_checked(_tools(body)),

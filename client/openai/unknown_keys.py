@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from paged_client.openai.errors import RefusalError
-from paged_client.openai.protocol import Body, ChatBody
+from paged_client.openai.protocol import Body
 
 WARNING_HEADER = "x-paged-warning"
 _NEAR = 0.85  # of difflib's ratio: one or two letters of a name
@@ -39,8 +39,6 @@ def unused_keys(body: Body, strict: bool) -> list[str]:
     names = [name for name, _ in unused]
     if body.spaces_between_special_tokens is False:
         names.append("spaces_between_special_tokens")
-    if body.add_special_tokens is isinstance(body, ChatBody):  # a text gets them, and a chat's template writes its own
-        names.append("add_special_tokens")
     return names
 
 

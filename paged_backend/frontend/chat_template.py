@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from paged_backend.errors import RequestError
 from paged_backend.messages import ExportedTemplate
 from paged_backend.request import Chat
 
+_OWN_VARIABLES = frozenset(
+    ["self", "conversations", "messages", "tools", "chat_template", "return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"]
+)  # of the template's caller, or of render_jinja_template's
 _TOOLS_TEMPLATE = "tool_use"
 
 
@@ -56,6 +59,7 @@ class ChatTemplate:
         for position, message in enumerate(given):
             if not isinstance(message.get("role"), str):
                 raise RequestError(f"messages: entry {position} has no role")
+        variables = self._exported.special_tokens | self._kwargs(chat.template_kwargs, marks)
         try:
             rendered: Any = render_jinja_template(  # (one text a conversation, something about each)
                 conversations=[self._marked(given, marks)],
@@ -63,13 +67,19 @@ class ChatTemplate:
                 chat_template=self._template(with_tools=bool(tools)),
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
-                **self._exported.special_tokens,
+                **variables,
             )
         except Exception as error:  # a template may raise anything, and every bit of it was caused by what the caller sent
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise RequestError(f"messages: the model's chat template refuses them: {reason[:500]}") from None
         text: str = rendered[0][0]
         return self._parted(text, *marks)
+
+    def _kwargs(self, given: Mapping[str, Any], marks: tuple[str, str]) -> dict[str, Any]:
+        taken = sorted(given.keys() & (_OWN_VARIABLES | self._exported.special_tokens.keys()))
+        if taken:
+            raise RequestError(f"chat_template_kwargs: '{taken[0]}' is not to be set there")
+        return {name: self._marked(value, marks) for name, value in given.items()}
 
     def _parted(self, text: str, opening: str, closing: str) -> list[str]:
         """Text at its marked words. A template that cuts text at such a word leaves halves of marks, which mark nothing any more."""

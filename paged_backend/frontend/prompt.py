@@ -112,11 +112,12 @@ class PromptReader:
             return self._checked_ids(request.input_ids)
         if request.chat is not None:  # the template writes the special tokens
             parts = self._chat_parts(request.chat)
-            return self._encoded("messages", parts[0], add_special_tokens=False) if len(parts) == 1 else self._ids_of_parts(parts)
+            adds = bool(request.sampling.add_special_tokens)
+            return self._encoded("messages", parts[0], adds) if len(parts) == 1 else self._ids_of_parts(parts, adds)
         assert request.text is not None
-        return self._encoded("text_input", request.text, add_special_tokens=True)
+        return self._encoded("text_input", request.text, request.sampling.add_special_tokens is not False)
 
-    def _ids_of_parts(self, parts: list[str]) -> NDArray[np.int32]:
+    def _ids_of_parts(self, parts: list[str], add_special_tokens: bool) -> NDArray[np.int32]:
         """parts: as ChatTemplate.render's."""
         with self._loading:
             if self._words_tokenizer is None:
@@ -124,7 +125,7 @@ class PromptReader:
                 self._words_tokenizer = WordsTokenizer(load_tokenizer(Path(self._ready.tokenizer_path)))
         words = self._words_tokenizer
         self._check_bytes("messages", "".join(parts))
-        return self._own_ids("messages", words.real_ids(np.array(_encode(words.tokenizer, words.text(parts), False), np.int32)).tolist())
+        return self._own_ids("messages", words.real_ids(np.array(_encode(words.tokenizer, words.text(parts), add_special_tokens), np.int32)).tolist())
 
     def _chat_parts(self, chat: Chat) -> list[str]:
         if chat.tools is None:

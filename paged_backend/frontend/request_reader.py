@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.errors import RequestError
+from paged_backend.frontend.unknown_keys import without_foreign, without_unknown
 from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, parse_sampling
 
 MAX_JSON_BYTES = 1_048_576
@@ -25,11 +26,13 @@ _SAMPLING_TENSORS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 _WORD_TENSORS = {"stop_words": "stop", "bad_words": "bad_words"}
 _PROMPTS = ("text_input", "input_ids", "messages")
 _CHAT_SWITCHES = ("add_generation_prompt", "continue_final_message")
+_TEMPLATE_KWARGS = "chat_template_kwargs"
+_NOT_SERVED = {"image": "this model reads text alone", "embedding_request": "this model makes text, no embeddings"}  # inputs of NVIDIA's vLLM backend
 _ERROR_CODE_SWITCH = "return_error_code"
 _SWITCHES = ("stream", "exclude_input_in_output", *_CHAT_SWITCHES, *_OUTPUT_SWITCHES)
 # Names that the server itself gives a meaning, or that its clients send along.
 _RESERVED = frozenset(
-    ["priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output", "classification", "unary", "content_length"]
+    ["id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output", "classification", "unary", "content_length"]
 )
 
 
@@ -47,8 +50,13 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
     exclude_prompt = _switch(tensors, given, "exclude_input_in_output")
     if stream and exclude_prompt is False:
         raise RequestError("exclude_input_in_output: false is not possible with stream: the prompt cannot be part of a streamed answer")
+    for name, reason in _NOT_SERVED.items():
+        if name in tensors and tensors[name].size:
+            raise RequestError(f"{name}: not served: {reason}")
     name = _prompt_name(tensors)
-    sampling = _read_sampling(tensors, given, outputs)
+    options = _read_options(tensors, given)
+    template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
+    sampling = _read_sampling(options, outputs)
     if stream and (sampling.best_of or 1) > sampling.n:
         raise RequestError(f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end")
     if stream and sampling.n > 1:
@@ -60,11 +68,11 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
     return Request(
         text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
         input_ids=_read_ids(tensors[name]) if name == "input_ids" else None,
-        chat=_read_chat(tensors, given) if name == "messages" else None,
+        chat=_read_chat(tensors, given, template_kwargs) if name == "messages" else None,
         sampling=sampling,
         outputs=outputs,
         stream=stream,
-        prepend_prompt=not stream and not exclude_prompt,
+        prepend_prompt=exclude_prompt is False if name == "messages" else not stream and not exclude_prompt,  # a caller wrote no such text
         cache_salt=_cache_salt(given),
         arrival=arrival,
     )
@@ -101,7 +109,21 @@ def _read_ids(ids: Tensor) -> Tensor:
     return ids.copy()
 
 
-def _read_chat(tensors: Tensors, given: Mapping[str, Any]) -> Chat:
+def _template_kwargs(prompt: str, tensor: Tensor | None, option: Any) -> dict[str, Any]:
+    """The chat template's variables, as a tensor or a sampling key."""
+    kwargs = option if tensor is None else _only(_TEMPLATE_KWARGS, tensor)
+    if kwargs is None:
+        return {}
+    if prompt != "messages":
+        raise RequestError(f"{_TEMPLATE_KWARGS}: only with messages")
+    if isinstance(kwargs, (str, bytes)):
+        return _read_json(_TEMPLATE_KWARGS, _bytes(_TEMPLATE_KWARGS, kwargs))
+    if not isinstance(kwargs, dict):
+        raise RequestError(f"{_TEMPLATE_KWARGS}: expected a JSON object, got {str(kwargs)[:80]!r}")
+    return kwargs
+
+
+def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapping[str, Any]) -> Chat:
     opens, continues = (_switch(tensors, given, name) for name in _CHAT_SWITCHES)
     if opens and continues:
         raise RequestError("add_generation_prompt and continue_final_message: the answer opens a new turn or continues the last one, not both")
@@ -111,33 +133,34 @@ def _read_chat(tensors: Tensors, given: Mapping[str, Any]) -> Chat:
         tools=None if tools is None else _string("tools", _only("tools", tools)),
         add_generation_prompt=not continues if opens is None else opens,
         continue_final_message=bool(continues),
+        template_kwargs=template_kwargs,
     )
 
 
 def _read_parameters(text: str) -> dict[str, Any]:
     """The request's parameters that mean something here."""
     given = _read_json("parameters", _bytes("parameters", text)) if text else {}
-    known = (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, "cache_salt")
-    for name in list(given):
-        if name in _RESERVED or name.startswith("triton_"):
-            del given[name]
-        elif name not in known:
-            raise RequestError(f"unknown request parameter '{name[:80]}'; known: {', '.join(known)}")
-    return given
+    given = {name: value for name, value in given.items() if name not in _RESERVED and not name.startswith("triton_")}
+    return without_unknown(given, (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, _TEMPLATE_KWARGS, "cache_salt"))
 
 
-def _read_sampling(tensors: Tensors, given: Mapping[str, Any], outputs: Outputs) -> SamplingParams:
+def _read_options(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling keys that have a value."""
     options = {_WORD_TENSORS.get(name, name): value for name, value in given.items() if name not in _SWITCHES and name != "cache_salt"}
     text = tensors.get("sampling_parameters")
     if text is not None:
-        members = _read_json("sampling_parameters", _bytes("sampling_parameters", _only("sampling_parameters", text)))
-        options.update({name: value for name, value in members.items() if value is not None})
+        options.update(without_foreign(_read_json("sampling_parameters", _bytes("sampling_parameters", _only("sampling_parameters", text)))))
     for name in _SAMPLING_TENSORS:
         if name in tensors:
             options[name] = _only(name, tensors[name])
     for tensor, name in _WORD_TENSORS.items():
         if tensor in tensors:
             options[name] = _words(tensor, tensors[tensor])
+    return options
+
+
+def _read_sampling(options: dict[str, Any], outputs: Outputs) -> SamplingParams:
+    """options: changed."""
     ranks = options.get("best_of") is not None  # by cumulative logprob
     if options.get("logprobs") is None and (outputs.logprobs or outputs.cumulative_logprob or ranks):
         options["logprobs"] = 0

@@ -123,6 +123,12 @@ def test_max_tokens_go_by_three_names_and_completions_have_openais_default() -> 
     assert (given(newer)["max_tokens"], newer.params["max_tokens"]) == (5, "max_completion_tokens")
 
 
+def test_the_templates_variables_and_special_tokens_go_to_the_server() -> None:
+    assert given(chat(chat_template_kwargs={"enable_thinking": False}))["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in given(chat())
+    assert given(completion(add_special_tokens=False))["add_special_tokens"] is False
+
+
 def test_chat_asks_for_logprobs_with_two_keys_and_completions_with_one() -> None:
     assert given(completion(logprobs=0))["logprobs"] == 0
     assert given(completion(logprobs=5))["logprobs"] == 5

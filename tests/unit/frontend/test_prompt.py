@@ -97,7 +97,7 @@ def test_a_token_of_the_text_that_the_model_has_no_embedding_of_is_named(tokeniz
 def test_parts_of_a_chat_are_bounded_by_the_vocabulary_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
     reader = _reader_with_added_tokens(tokenizer, tmp_path)
     with pytest.raises(RequestError, match="messages: the text has the token '<added>'"):
-        reader._ids_of_parts(["the <added> answer", "<pad>", "to"])
+        reader._ids_of_parts(["the <added> answer", "<pad>", "to"], False)
 
 
 def test_the_tokens_without_an_embedding_are_known_at_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -241,3 +241,10 @@ def test_a_stop_string_that_is_a_special_token_is_a_stop_id(tokenizer: Tokenizer
     assert _read(reader, "the", stop=("</s>", "x"), stop_token_ids=(5,)).sampling.stop_token_ids == (5, eos)
     assert _read(reader, "the", stop=("</s>",), skip_special_tokens=False).sampling.stop_token_ids == (), "its text is seen"
     assert _read(reader, "the", stop=("x</s>",)).sampling.stop_token_ids == ()
+
+
+def test_special_tokens_around_a_text_are_left_out_if_the_caller_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    reader = _reader(tokenizer, tmp_path)
+    plain = tokenizer.encode("the", add_special_tokens=False).ids
+    assert _read(reader, "the", add_special_tokens=False).token_ids.tolist() == plain
+    assert _read(reader, "the", add_special_tokens=True).token_ids.tolist() == tokenizer.encode("the").ids

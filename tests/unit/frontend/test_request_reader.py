@@ -129,7 +129,7 @@ def test_the_cache_salt_is_a_request_parameter() -> None:
 @pytest.mark.parametrize(
     ("message", "parameters", "tensors"),
     [
-        ("unknown request parameter 'max_token'", {"max_token": 5}, {}),
+        ("unknown request parameter 'max_token': did you mean 'max_tokens'", {"max_token": 5}, {}),
         ("unknown sampling parameter 'foo'", {}, {"sampling_parameters": '{"foo": 1}'}),
         ("text_input and input_ids", {}, {"input_ids": [1]}),
         (r"text_input: expected one element, got shape \[2\]", {}, {"text_input": ["a", "b"]}),
