@@ -78,6 +78,11 @@ class EngineConfig(BaseModel):
     max_engine_restarts: int = Field(
         8, ge=0, description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on."
     )
+    on_engine_loss: Literal["unload", "exit", "stay"] = Field(
+        "unload",
+        description="When there are no more restarts. unload: the server unloads the model, if its --model-control-mode is explicit; exit: it ends, so that "
+        "an orchestrator starts it again (the default of `paged serve`); stay: the model stays loaded and refuses every request.",
+    )
     standby_engine: bool = Field(
         True, description="Keep a second process that has imported everything, to take a dead engine's place: some 300 MB of memory, none of the device's."
     )

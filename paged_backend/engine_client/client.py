@@ -36,6 +36,7 @@ class EngineClient:
         self._live = LiveRequests(config.max_queue_size)
         self._serials = count()
         self._thread: threading.Thread | None = None
+        self.on_loss: Callable[[], None] = lambda: None  # called once among all front ends, when there will be no engine any more
         self.ready: Ready
 
     @classmethod
@@ -174,7 +175,7 @@ class EngineClient:
                 link.close()
                 self._live.note_death(*self._supervisor.last_running())
             if self._supervisor.owner:
-                log.error("error: the engine stopped: %s", reason)
+                log.error("error: the engine died: %s; %s", reason, self._supervisor.restart_words())
             try:
                 if not self._supervisor.next_engine():
                     self._lose(reason)
@@ -197,3 +198,4 @@ class EngineClient:
         self._live.lose()
         if not self._closing.is_set() and self._supervisor.end(reason) is None:  # else another front end has said so already
             log.error("error: there is no engine any more: %s", reason)
+            self.on_loss()

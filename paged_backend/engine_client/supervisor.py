@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import subprocess
 import threading
 import time
@@ -154,10 +155,7 @@ class EngineSupervisor:
         self._engine.kill()
         wait_for_exit(self._engine)
         now = time.monotonic()
-        while self._restarts and now - self._restarts[0] > _RESTART_WINDOW_SECONDS:
-            self._restarts.popleft()
-        if len(self._restarts) >= self._config.max_engine_restarts:
-            log.error("error: %d restarts within %.0f s (max_engine_restarts): no more", len(self._restarts), _RESTART_WINDOW_SECONDS)
+        if self._num_recent_restarts() >= self._config.max_engine_restarts:
             self._starter.close()
             return None
         num_quick = sum(now - restart < _QUICK_DEATH_SECONDS for restart in self._restarts)
@@ -165,6 +163,18 @@ class EngineSupervisor:
             return None
         self._restarts.append(time.monotonic())
         return self._election.restart(self._seat, self._start)
+
+    def _num_recent_restarts(self) -> int:
+        while self._restarts and time.monotonic() - self._restarts[0] > _RESTART_WINDOW_SECONDS:
+            self._restarts.popleft()
+        return len(self._restarts)
+
+    def restart_words(self) -> str:
+        """What follows the death of the engine that this front end owns."""
+        count, most, minutes = self._num_recent_restarts(), self._config.max_engine_restarts, _RESTART_WINDOW_SECONDS / 60
+        if count >= most:
+            return f"no restart is left, there were {count} within {minutes:.0f} minutes (max_engine_restarts {most})"
+        return f"restart {count + 1} of at most {most} within {minutes:.0f} minutes (max_engine_restarts)"
 
     def _start(self, folder: Path) -> int:
         self._engine = self._starter.start(folder)
@@ -187,7 +197,7 @@ class EngineSupervisor:
         if self._engine is None or self._engine.returncode is None:
             return "by itself"
         code = self._engine.returncode
-        return f"by signal {-code}" if code < 0 else f"with status {code}"
+        return f"by {signal_name(-code)}" if code < 0 else f"with status {code}"
 
     def last_running(self) -> tuple[set[int], int | None]:
         """(request ids that ran when the engine died, the suspect among them)."""
@@ -221,6 +231,14 @@ class EngineSupervisor:
         self._context.term()
         with suppress(EngineError):  # its folder is lost, or will be swept
             self._election.leave(self._seat)
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`; "signal 40" for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def open_queue(path: Path) -> NDArray[np.int64] | None:

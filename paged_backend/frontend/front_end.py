@@ -28,14 +28,19 @@ log = logging.getLogger("paged")
 class FrontEnd:
     """Thread-safe. `ask` returns at once; the answer goes out on the streamer's threads."""
 
-    def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None = None, on_loss: Callable[[], None] = lambda: None
+    ) -> None:
         """Returns when the engine is ready. See EngineClient.connect.
+
+        on_loss: called in one front end of all, on the thread that hears the engine, when there will be no engine any more; must return at once.
 
         Raises:
             EngineError: the engine cannot start.
         """
         self.config = config
         self.client = EngineClient.connect(config, key, num_front_ends, command)
+        self.client.on_loss = on_loss
         try:
             self.prompts = PromptReader(config, self.client.ready)
         except BaseException:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import http.client
 import re
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _POLL_SECONDS = 0.5
@@ -35,6 +35,7 @@ class ServerArguments:
 
     http: tuple[str, int] | None  # None: it has no HTTP port
     exit_seconds: int
+    control_headers: Mapping[str, str] = field(default_factory=dict)  # that the model control API wants to see
 
     @classmethod
     def of(cls, pid: int) -> ServerArguments:
@@ -46,18 +47,32 @@ class ServerArguments:
 
     @classmethod
     def parse(cls, command: Sequence[str]) -> ServerArguments:
-        given = dict(re.findall(r"^--([\w-]+)[= ](.*)$", "\n".join(_joined(command)), re.MULTILINE))
+        pairs = re.findall(r"^--([\w-]+)[= ](.*)$", "\n".join(_joined(command)), re.MULTILINE)
+        given = dict(pairs)
         address = given.get("http-address", "")
         host = "127.0.0.1" if address in ("", "0.0.0.0", "localhost") else address
         port, seconds = given.get("http-port", ""), given.get("exit-timeout-secs", "")
         allowed = given.get("allow-http", "true").lower() not in ("false", "0")
-        return cls((host, int(port) if port.isdigit() else _HTTP_PORT) if allowed else None, int(seconds) if seconds.isdigit() else _EXIT_SECONDS)
+        http = (host, int(port) if port.isdigit() else _HTTP_PORT) if allowed else None
+        restricted = [value for name, value in pairs if name == "http-restricted-api"]
+        return cls(http, int(seconds) if seconds.isdigit() else _EXIT_SECONDS, _control_headers(restricted))
 
     def drain_seconds(self, num_instances: int) -> float:
         """How long live requests may take once it was noticed that the server stops."""
         left = self.exit_seconds - _NOTICE_SECONDS - _UNLOAD_SECONDS - _INSTANCE_SECONDS * num_instances
         least, most = (self.exit_seconds * share for share in _DRAIN_SHARES)
         return max(least, min(most, left))
+
+
+def _control_headers(restricted: Sequence[str]) -> dict[str, str]:
+    """restricted: values of --http-restricted-api, such as "health,model-repository:key=value"."""
+    found = {}
+    for value in restricted:
+        apis, _, header = value.partition(":")
+        name, equals, content = header.partition("=")
+        if equals and "model-repository" in apis.split(","):
+            found[name] = content
+    return found
 
 
 def _joined(command: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from paged_backend.engine_client.election import ProcessId
 from paged_backend.engine_client.starter import engine_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.frontend.delta import Delta
+from paged_backend.frontend.engine_loss import leave_server
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.prompt_logprobs import PromptTable
@@ -63,13 +64,15 @@ class TritonPythonModel:
             config = EngineConfig.parse(engine_options(model_config["parameters"]))
             num_instances = _num_instances(model_config)
             command = self.engine_command or [*engine_command(), f"{MODEL_NAME}{name}"]
-            self._front_end = FrontEnd(config, _key(args), num_instances, command)
+            server = ServerArguments.of(os.getppid())
+            leave = threading.Thread(target=leave_server, args=(config.on_engine_loss, server, os.getppid(), name), name="engine-loss", daemon=True)
+            self._front_end = FrontEnd(config, _key(args), num_instances, command, leave.start)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})
         if args["model_instance_name"].endswith("_0_0"):  # the first of them speaks for all
             _warn_of(model_config)
-        self._departure = Departure(ServerArguments.of(os.getppid()), name, version, num_instances, self._front_end.drain)
+        self._departure = Departure(server, name, version, num_instances, self._front_end.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Reads the requests and returns at once; each is answered through its own response sender."""

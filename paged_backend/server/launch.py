@@ -139,6 +139,7 @@ class Server:
         finally:
             ports.release()
         if exit_code is None:
+            self._log.note_ready()
             return True
         if self._log.busy_port() in ports.chosen:
             return False
@@ -250,7 +251,7 @@ def engine_options(settings: ServerSettings) -> dict[str, str]:
     """
     if "model" in settings.options and settings.model != DEMO_MODEL:
         raise EngineError("the model is given twice: with --model and with --set model=…")
-    options = {"model": settings.model, **settings.options}
+    options = {"on_engine_loss": "exit", "model": settings.model, **settings.options}  # the server has no other model, and there may be an orchestrator
     config = EngineConfig.parse(options)
     folder = config.model_folder()
     if folder is not None and config.model != DEMO_MODEL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from collections import deque
 
 from paged_backend.log_lines import without_stamp
@@ -18,11 +19,12 @@ _NOT_LOADED = re.compile(r"failed to load '[^']*' version \d+: \w+(?: \w+)*: (?P
 _CREATING = re.compile(r"^error: creating server: (?P<why>.*)")
 _OPTION = re.compile(r"unrecognized option '(?P<option>[^']*)'")
 _DRAIN = re.compile(r"Exit timeout expired")
+_RECENT_SECONDS = 20.0  # an error that came so shortly before the end is why; the server takes some seconds to leave
 _SERVICE = re.compile(r"failed to start (?P<what>\w+) service: (?P<why>.*?)\"?$")
 
 
 class ServerLog:
-    """Reads tritonserver's output line by line. Thread-safe; keeps the first and last lines, and the first error of ours."""
+    """Reads tritonserver's output line by line. Thread-safe; keeps the first and last lines, and an error of ours: the first of the start, later the last."""
 
     def __init__(self, show_all: bool) -> None:
         self._show_all = show_all
@@ -30,18 +32,27 @@ class ServerLog:
         self._head: list[str] = []
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._error: str | None = None
+        self._error_time = 0.0
+        self._serving = False
+
+    def note_ready(self) -> None:
+        """Errors are no reason for a failed start from now on: they are shown as they come."""
+        with self._lock:
+            self._serving = True
+            self._error = None
 
     def add(self, line: str) -> bool:
-        """Keeps `line`; True if the operator should see it now. Errors of ours are left to `failure`, which tells them once."""
+        """Keeps `line`; True if the operator should see it now. Errors of ours during the start are left to `failure`, which tells them once."""
         told = without_stamp(line)
         with self._lock:
             if len(self._head) < _HEAD_LINES:
                 self._head.append(line)
             else:
                 self._tail.append(line)
-            if told.startswith(_ERROR) and self._error is None:
+            if told.startswith(_ERROR) and (self._serving or self._error is None):
                 self._error = told.removeprefix(_ERROR).strip()
-        return self._show_all or (told.startswith(_OURS) and not told.startswith(_ERROR))
+                self._error_time = time.monotonic()
+        return self._show_all or (told.startswith(_OURS) and (self._serving or not told.startswith(_ERROR)))
 
     def lines(self) -> list[str]:
         """The first lines and the last ones, oldest first."""
@@ -58,7 +69,7 @@ class ServerLog:
 
     def failure(self, exit_code: int) -> str:
         """One sentence on why tritonserver ended with `exit_code` (negative: minus the signal), best source first."""
-        if self._error is not None:
+        if self._error is not None and not (self._serving and time.monotonic() > self._error_time + _RECENT_SECONDS):
             return self._error
         lines = self.lines()
         for pattern, sentence in (

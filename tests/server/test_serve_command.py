@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import pytest
 from paged_backend.errors import EngineError
 from paged_backend.server import files as server_files
 from paged_backend.server.launch import Server, ServerSettings, StoppedEarlyError
+from tests.server.front_end_server import WITH_FAKE_ENGINE
 
 pytest.importorskip("tritonclient.grpc")
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
@@ -377,3 +379,34 @@ def test_a_start_can_be_abandoned_from_another_thread(checkpoint: Path, monkeypa
     threading.Timer(2, server.terminate).start()
     with pytest.raises(StoppedEarlyError):
         server.start()
+
+
+def _command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def test_a_death_is_a_line_with_cause_and_count_and_the_last_one_ends_the_server(tmp_path: Path, checkpoint: Path) -> None:
+    """Without --log-verbose: an operator must hear of it at once, and an orchestrator must see that the process has ended."""
+    repository = tmp_path / "front_ends"
+    (repository / "paged_llm" / "1").mkdir(parents=True)
+    shutil.copy(server_files.repository_folder() / "paged_llm" / "config.pbtxt", repository / "paged_llm")
+    (repository / "paged_llm" / "1" / "model.py").write_text(WITH_FAKE_ENGINE)
+    ports = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
+    command = Command(repository, checkpoint, tmp_path, "--instances=1", "--set=max_engine_restarts=1", "--set=standby_engine=false", *ports)
+    command.wait_until_ready()
+    for number in (0, 1):
+        deadline = time.monotonic() + 30
+        while not (engines := [pid for pid in command.servers() if re.search(rf"fake_engine.*/{number}\0$", _command_of(pid))]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(engines[0], signal.SIGKILL)
+    code, stderr = command.finish()
+    assert code == 1
+    first, second = (line for line in stderr.splitlines() if "error: the engine died" in line)
+    assert re.search(r"process ended by SIGKILL; restart 1 of at most 1 within 10 minutes \(max_engine_restarts\)$", first)
+    assert re.search(r"process ended by SIGKILL.*; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)$", second)
+    assert "the server ends, for there is no engine any more" in stderr
+    assert command.servers() == []

@@ -126,3 +126,8 @@ def test_the_servers_command_line_is_understood(command: list[str], http: tuple[
 )
 def test_what_is_left_of_the_exit_timeout_is_enough_to_unload(exit_seconds: int, num_instances: int, drain_seconds: float) -> None:
     assert ServerArguments(None, exit_seconds).drain_seconds(num_instances) == pytest.approx(drain_seconds)
+
+
+def test_the_key_of_the_model_control_api_is_read_from_the_command_line() -> None:
+    command = ["tritonserver", "--http-restricted-api=health,model-repository:key=a=b", "--http-restricted-api", "metadata:other=x"]
+    assert ServerArguments.parse(command).control_headers == {"key": "a=b"}

@@ -31,7 +31,12 @@ def test_a_relative_folder_of_adapters_becomes_absolute(tmp_path: Path, monkeypa
 
 def test_values_are_written_as_the_engine_reads_them() -> None:
     options = engine_options(ServerSettings(model="a/b", options={"prefix_cache": False, "page_size": 32, "seed": "5"}))
-    assert options == {"model": "a/b", "prefix_cache": "false", "page_size": "32", "seed": "5"}
+    assert options == {"model": "a/b", "prefix_cache": "false", "page_size": "32", "seed": "5", "on_engine_loss": "exit"}
+
+
+def test_a_server_of_one_model_ends_when_it_lost_its_engine_unless_the_operator_says_otherwise() -> None:
+    assert engine_options(ServerSettings(options={"on_engine_loss": "stay"}))["on_engine_loss"] == "stay"
+    assert engine_options(ServerSettings())["on_engine_loss"] == "exit"
 
 
 def test_a_model_given_twice_is_refused() -> None:

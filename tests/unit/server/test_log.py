@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from paged_backend.server.log import ServerLog
@@ -45,6 +47,19 @@ def test_a_failure_is_one_sentence_from_the_best_source(lines: list[str], exit_c
 )
 def test_only_our_lines_are_shown_unless_all_are_wanted(line: str, quiet: bool, verbose: bool) -> None:
     assert (ServerLog(show_all=False).add(line), ServerLog(show_all=True).add(line)) == (quiet, verbose)
+
+
+def test_errors_of_a_server_that_serves_are_shown_as_they_come_and_the_last_one_is_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = ServerLog(show_all=False)
+    assert not log.add("paged: error: told at the end")
+    log.note_ready()
+    assert log.failure(3) == "tritonserver ended with exit code 3; --log-verbose shows its log"
+    assert log.add("paged: 2026-11-29T08:05:11.042Z [chat] error: the engine died: SIGKILL")
+    assert log.add("paged: 2026-11-29T08:05:12.042Z [chat] error: there is no engine any more")
+    assert log.failure(0) == "there is no engine any more"
+    an_hour_later = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: an_hour_later)
+    assert log.failure(-9) == "tritonserver was killed by SIGKILL; --log-verbose shows its log"
 
 
 def test_the_first_and_the_last_lines_are_kept() -> None:
