@@ -6,16 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
 
 _BLOCK = 1024
 
 
 @kernel
 def _silu_mul_kernel(gate_up, out, gate_up_stride, out_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
@@ -41,8 +40,7 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None, launch_p
         raise ValueError("rows must be contiguous")
     if num_tokens == 0:
         return out
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     _silu_mul_kernel[(num_tokens, triton.cdiv(size, _BLOCK))](
-        gate_up, out, gate_up.stride(0), out.stride(0), SIZE=size, BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl
+        gate_up, out, gate_up.stride(0), out.stride(0), SIZE=size, BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4
     )
     return out

@@ -1,17 +1,17 @@
 """Paged decode attention: one new token per sequence against its keys and values in the page pool.
 
-The picture. Every sequence is cut into tiles of `tile` tokens and all tiles lie in one line. Slot s of a fixed number of slots walks tiles
+The picture. Every sequence is cut into tiles of `tile` tokens and all tiles lie in one line. Work item s of a fixed number of work items walks tiles
 [s * share, (s + 1) * share) of that line, for each KV head in a program of its own, in one software-pipelined loop that runs on across the borders of
-sequences, so the memory pipe never drains. A sequence that lies in one slot goes straight to `out`; pieces of a sequence that several slots share go to a
+sequences, so the memory pipe never drains. A sequence that lies in one work item goes straight to `out`; pieces of one that several share go to a
 workspace, and the last of its programs to arrive merges them by log-sum-exp, in the line's order, so results do not depend on who came last.
 
     line    | sequence 0 (8 tiles) | 1 (3)  |   sequence 2 (6)   |  ...
-    slots   |   s0    |    s1    |    s2    |    s3    |             s1 finishes sequence 0 with s0, does all of 1, and begins 2
+    work items   |   s0    |    s1    |    s2    |    s3    |             s1 finishes sequence 0 with s0, does all of 1, and begins 2
 
 Keys and values of 8 bits come in pairs, as 16-bit numbers, of which tensor cores' operands are made with the instructions that there are for those. Each
 number becomes two of float16, 2^-8 of the true ones, by moving bits; so a head's even and odd dimensions are two products of half the depth.
 
-The programs of a slot read the same pages at the same time, each its head: a page's heads are neighbours in memory.
+The programs of a work item read the same pages at the same time, each its head: a page's heads are neighbours in memory.
 
 `plan_decode_attention` derives the line from the device's lengths once per step (and per sliding window); all layers share the plan. No length is ever read
 by the host, the grid is fixed and nothing is allocated: both launches can be captured in a CUDA graph.
@@ -25,8 +25,24 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.decode_plan import DecodePlan, DecodeWorkspace, first_token, make_decode_plan, make_decode_workspace, plan_decode_attention
-from paged_kernels.jit import kernel
+from paged_kernels.decode_plan import (
+    AT_LENGTH,
+    AT_RECORD,
+    AT_SEQ,
+    AT_TILE,
+    BEGUN_IN,
+    BEGUN_TO,
+    LAST_SEQ,
+    LAST_TO,
+    RECORD_WORDS,
+    DecodePlan,
+    DecodeWorkspace,
+    first_token,
+    make_decode_plan,
+    make_decode_workspace,
+    plan_decode_attention,
+)  # fmt: skip
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
 
 __all__ = ["DecodePlan", "DecodeWorkspace", "make_decode_plan", "make_decode_workspace", "paged_decode_attention", "plan_decode_attention"]
 
@@ -60,36 +76,36 @@ def _barrier(COMPILED: tl.constexpr):
 
 @triton.jit
 def _merge(
-    first_slot, last_slot, head, out_rows, partial_acc, partial_lse,
+    first_item, last_item, head, out_rows, partial_acc, partial_lse,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh a sequence's partial outputs by their softmax mass, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32.
+    """Weigh a sequence's partial outputs by their sums of softmax, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32.
 
     Little code: it runs once, at the end, where every line of it is an instruction cache miss.
     """
     row = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)
     dim = tl.arange(0, HEAD_PAD)
-    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    mass = tl.zeros([GROUP_PAD], tl.float32)
+    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    l = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    for slot in range(first_slot, last_slot + 1, PARTS):
-        at = slot + tl.arange(0, PARTS)
-        there = at <= last_slot
-        piece = (tl.where(at == first_slot, 2 * at + 1, 2 * at) * HEADS + head)[:, None] * GROUP + row[None, :]
+    for item in range(first_item, last_item + 1, PARTS):
+        at = item + tl.arange(0, PARTS)
+        there = at <= last_item
+        piece = (tl.where(at == first_item, 2 * at + 1, 2 * at) * HEADS + head)[:, None] * GROUP + row[None, :]
         part = tl.load(
             partial_acc + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
             mask=there[:, None, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
         lse = tl.load(partial_lse + piece, mask=there[:, None], other=float("-inf"), cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        weight = tl.exp2(lse - new_top[None, :])
-        fade = tl.exp2(top - new_top)
-        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * part, 0)
-        mass = mass * fade + tl.sum(weight, 0)
-        top = new_top
+        new_m = tl.maximum(m, tl.max(lse, 0))
+        weight = tl.exp2(lse - new_m[None, :])
+        alpha = tl.exp2(m - new_m)
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 0)
+        l = l * alpha + tl.sum(weight, 0)
+        m = new_m
     rows = tl.arange(0, GROUP_PAD)
     where = out_rows + rows[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(where, (acc * (1.0 / mass)[:, None]).to(out_rows.dtype.element_ty), mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+    tl.store(where, (acc * (1.0 / l)[:, None]).to(out_rows.dtype.element_ty), mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
 
 
 @triton.jit
@@ -117,31 +133,32 @@ def _as_float16(x):
 
 
 @triton.jit
-def _softmax_step(scores, visible, top, scale, soft_cap, SOFT_CAP: tl.constexpr):
-    """Online softmax in base 2: the tile's weights, the new maximum, and what sums under the old one are to be multiplied by."""
+def _softmax_step(scores, visible, m, scale, soft_cap, SOFT_CAP: tl.constexpr):
+    """A step of online softmax (Milakov and Gimelshein, 2018) in base 2: the tile's weights, the new maximum m, and alpha, by which sums under the old
+    maximum are to be multiplied."""
     if SOFT_CAP:
         scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * 1.4426950408889634) / soft_cap)) + 1.0)) * 1.4426950408889634
     else:
         scores = scores * (scale * 1.4426950408889634)
     scores = tl.where(visible[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    return tl.exp2(scores - new_top[:, None]), new_top, tl.exp2(top - new_top)
+    new_m = tl.maximum(m, tl.max(scores, 1))
+    return tl.exp2(scores - new_m[:, None]), new_m, tl.exp2(m - new_m)
 
 
 @triton.jit
 def _put_piece(
-    result, lse, slot, head, begins, first_slot, last_slot, arrivals, partial_acc, partial_lse,
+    result, lse, item, head, begins, first_item, last_item, arrivals, partial_acc, partial_lse,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Leave a piece of a sequence that slots `first_slot` to `last_slot` share in the workspace; 1 if all others are there already, else 0."""
+    """Leave a piece of a sequence that work items `first_item` to `last_item` share in the workspace; 1 if all others are there already, else 0."""
     row = tl.arange(0, result.shape[0])
     dim = tl.arange(0, result.shape[1])
-    piece = ((2 * slot + begins.to(tl.int32)) * HEADS + head) * GROUP
+    piece = ((2 * item + begins.to(tl.int32)) * HEADS + head) * GROUP
     tl.store(partial_lse + piece + row, lse, mask=row < GROUP)
     tl.store(partial_acc + (piece + row[:, None]) * HEAD_DIM + dim[None, :], result, mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
     _barrier(COMPILED)  # every thread's stores come before the release
-    earlier = tl.atomic_add(arrivals + first_slot * HEADS + head, 1, sem="acq_rel", scope="gpu")
-    return (earlier == last_slot - first_slot).to(tl.int32)
+    earlier = tl.atomic_add(arrivals + first_item * HEADS + head, 1, sem="acq_rel", scope="gpu")
+    return (earlier == last_item - first_item).to(tl.int32)
 
 
 @kernel(ints=["table_stride"])
@@ -156,27 +173,25 @@ def _decode_kernel(
     CELLS: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM  # of a head in the store: numbers, or pairs of them
     ZERO: tl.constexpr = 0 if PACKED else 0.0
     CELLS_PAD: tl.constexpr = max(16, HEAD_PAD // 2) if PACKED else HEAD_PAD
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if not PLAN_SETTLED:
-            tl.extra.cuda.gdc_wait()
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL and not PLAN_SETTLED)
     head = tl.program_id(0) % HEADS
-    slot = tl.program_id(0) // HEADS
+    item = tl.program_id(0) // HEADS
     share = tl.load(line)
-    count = tl.minimum(tl.load(line + 1) - slot * share, share)
+    count = tl.minimum(tl.load(line + 1) - item * share, share)
     if count <= 0:
-        if LAUNCH_PDL and PLAN_SETTLED:
-            tl.extra.cuda.gdc_wait()  # whoever waits for this kernel relies on it having waited
+        pdl_wait(LAUNCH_PDL and PLAN_SETTLED)  # whoever waits for this kernel relies on it having waited
         return
-    record = tl.load(starts + slot * 8 + 0)
-    seq = tl.load(starts + slot * 8 + 1)
-    length = tl.load(starts + slot * 8 + 2)
-    tile = tl.load(starts + slot * 8 + 3)
-    begun_in = tl.load(starts + slot * 8 + 4)
-    begun_to = tl.load(starts + slot * 8 + 5)
+    start = starts + item * RECORD_WORDS
+    record = tl.load(start + AT_RECORD)
+    seq = tl.load(start + AT_SEQ)
+    length = tl.load(start + AT_LENGTH)
+    tile = tl.load(start + AT_TILE)
+    begun_in = tl.load(start + BEGUN_IN)
+    begun_to = tl.load(start + BEGUN_TO)
     first_seq = seq
-    last_seq = tl.load(starts + slot * 8 + 6)
-    last_to = tl.load(starts + slot * 8 + 7)
+    last_seq = tl.load(start + LAST_SEQ)
+    last_to = tl.load(start + LAST_TO)
     q += head * (GROUP * HEAD_DIM)
     out += head * (GROUP * HEAD_DIM)
     kv_pages += head * HEAD_STRIDE
@@ -192,11 +207,10 @@ def _decode_kernel(
     page = _load_pages(page_table + seq.to(tl.int64) * table_stride, base, length, PAGE_SIZE, TILE, WINDOW)
     next_seq = tl.load(records + (record + 1) * 2)
     next_length = tl.load(records + (record + 1) * 2 + 1)
-    if LAUNCH_PDL and PLAN_SETTLED:
-        tl.extra.cuda.gdc_wait()
+    pdl_wait(LAUNCH_PDL and PLAN_SETTLED)
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    masses = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when a sequence ends: a reduction across warps costs three barriers
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    ls = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when a sequence ends: a reduction across warps costs three barriers
     acc = tl.zeros([ROWS, CELLS_PAD], tl.float32)
     odd = tl.zeros([ROWS, CELLS_PAD if PACKED else 1], tl.float32)
     came_last = begun_in * 0
@@ -230,44 +244,44 @@ def _decode_kernel(
             scores = tl.dot(_as_float16(tl.load(now_q + 1, mask=in_head, other=0.0)), odd_keys, scores)
         else:
             scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision=PRECISION)
-        weights, top, fade = _softmax_step(scores, visible, top, scale, soft_cap, SOFT_CAP)
-        masses = masses * fade[:, None] + weights
+        weights, m, alpha = _softmax_step(scores, visible, m, scale, soft_cap, SOFT_CAP)
+        ls = ls * alpha[:, None] + weights
         if PACKED:
             even_values, odd_values = _unpack(values)
-            acc = tl.dot(weights.to(tl.float16), even_values, acc * fade[:, None])
-            odd = tl.dot(weights.to(tl.float16), odd_values, odd * fade[:, None])
+            acc = tl.dot(weights.to(tl.float16), even_values, acc * alpha[:, None])
+            odd = tl.dot(weights.to(tl.float16), odd_values, odd * alpha[:, None])
         else:
-            acc = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), acc * fade[:, None], input_precision=PRECISION)
+            acc = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), acc * alpha[:, None], input_precision=PRECISION)
 
         if ends | (step + 1 == count):
             begins = now_tile <= step
-            mass = tl.sum(masses, 1)
+            l = tl.sum(ls, 1)
             if PACKED:
-                result = tl.reshape(tl.join(acc, odd), [ROWS, 2 * CELLS_PAD]) * (256.0 / mass)[:, None]
+                result = tl.reshape(tl.join(acc, odd), [ROWS, 2 * CELLS_PAD]) * (256.0 / l)[:, None]
             else:
-                result = acc * (1.0 / mass)[:, None]
+                result = acc * (1.0 / l)[:, None]
             if ends & begins:
                 dim = tl.arange(0, HEAD_PAD)
                 target = out + now_seq.to(tl.int64) * out_stride + row[:, None] * HEAD_DIM + dim[None, :]
                 tl.store(target, result.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
             else:
-                first, last = tl.where(begins, slot, begun_in), tl.where(begins, last_to, begun_to)
-                was_last = _put_piece(result, top + tl.log2(mass), slot, head, begins, first, last, arrivals, partial_acc, partial_lse,
+                first, last = tl.where(begins, item, begun_in), tl.where(begins, last_to, begun_to)
+                was_last = _put_piece(result, m + tl.log2(l), item, head, begins, first, last, arrivals, partial_acc, partial_lse,
                                       HEADS, GROUP, HEAD_DIM, COMPILED)  # fmt: skip
                 came_last += was_last * tl.where(begins, 2, 1)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            masses = tl.zeros([ROWS, TILE], tl.float32)
+            m = tl.full([ROWS], float("-inf"), tl.float32)
+            ls = tl.zeros([ROWS, TILE], tl.float32)
             acc = tl.zeros([ROWS, CELLS_PAD], tl.float32)
             if PACKED:
                 odd = tl.zeros([ROWS, CELLS_PAD], tl.float32)
 
-    # The last of a sequence's programs to come merges its pieces and leaves the counter at zero for the next launch: of the sequence this slot began inside
+    # The last of a sequence's programs to come merges its pieces and leaves the counter at zero for the next launch: of the sequence this item began inside
     # of (1), and of the one it stopped inside of (2).
     if came_last > 0:
-        for turn in range(1, 3):
-            if (came_last & turn) > 0:
-                first, last = tl.where(turn == 1, begun_in, slot), tl.where(turn == 1, begun_to, last_to)
-                target = out + tl.where(turn == 1, first_seq, last_seq).to(tl.int64) * out_stride
+        for part in range(1, 3):
+            if (came_last & part) > 0:
+                first, last = tl.where(part == 1, begun_in, item), tl.where(part == 1, begun_to, last_to)
+                target = out + tl.where(part == 1, first_seq, last_seq).to(tl.int64) * out_stride
                 if last - first < FEW_PARTS:
                     _merge(first, last, head, target, partial_acc, partial_lse, HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, FEW_PARTS)
                 else:
@@ -295,8 +309,7 @@ def paged_decode_attention(
     packed = q.is_cuda and q.itemsize == 2 and kv_pages.itemsize == 1
     group_pad, head_pad = triton.next_power_of_2(workspace.group), max(32 if packed else 16, triton.next_power_of_2(head_dim))
     kv_pages = kv_pages.view(torch.int16) if packed else kv_pages
-    pdl = {"launch_pdl": True} if launch_pdl else {}
-    _decode_kernel[(workspace.num_slots * workspace.num_kv_heads,)](
+    _decode_kernel[(workspace.num_work_items * workspace.num_kv_heads,)](
         q, kv_pages, page_table, out, plan.line, plan.starts, plan.records, workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
         scale * 256 if packed else scale, soft_cap, q.stride(0), out.stride(0), page_table.stride(0),
         HEADS=workspace.num_kv_heads, PAGE_STRIDE=kv_pages.stride(0), VALUE_STRIDE=kv_pages.stride(1), HEAD_STRIDE=kv_pages.stride(2),
@@ -304,7 +317,7 @@ def paged_decode_attention(
         TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, ROWS=max(16, group_pad),
         FEW_PARTS=max(2, 2048 // (group_pad * head_pad)), PARTS=max(4, 8192 // (group_pad * head_pad)),
         PACKED=packed, LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, COMPILED=q.is_cuda, PRECISION="ieee",
-        num_warps=workspace.num_warps, num_stages=workspace.num_stages, **pdl,
+        num_warps=workspace.num_warps, num_stages=workspace.num_stages,
     )  # fmt: skip
 
 

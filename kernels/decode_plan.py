@@ -10,6 +10,17 @@ import triton.language as tl
 
 from paged_kernels.jit import kernel
 
+# A work item's record in `starts`, int32 [RECORD_WORDS]: where it begins on the line, and with which other work items it shares sequences.
+RECORD_WORDS = tl.constexpr(8)
+AT_RECORD = tl.constexpr(0)  # the place in `records` of the sequence that it begins in
+AT_SEQ = tl.constexpr(1)  # that sequence's id,
+AT_LENGTH = tl.constexpr(2)  # its length,
+AT_TILE = tl.constexpr(3)  # and the tile of it that comes first
+BEGUN_IN = tl.constexpr(4)  # the first work item that computes a part of that sequence,
+BEGUN_TO = tl.constexpr(5)  # and the last
+LAST_SEQ = tl.constexpr(6)  # the sequence in which it ends,
+LAST_TO = tl.constexpr(7)  # and the last work item that computes a part of it: itself if it ends there
+
 
 @triton.jit
 def first_token(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
@@ -35,16 +46,15 @@ def _locate(place, begins, ends, length, record, TILE: tl.constexpr, WINDOW: tl.
     return tl.sum(tl.where(here, record[None, :], 0), 1), seq, of_length, tile, num_tiles(of_length, TILE, WINDOW)
 
 
-@kernel(ints=["num_sequences", "num_slots"], unaligned=["seq_lens"])
+@kernel(ints=["num_sequences", "num_work_items"], unaligned=["seq_lens"])
 def _plan_kernel(
-    seq_lens, line, starts, records, num_sequences, num_slots,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, SLOTS: tl.constexpr,
+    seq_lens, line, starts, records, num_sequences, num_work_items,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Each program places SLOTS slots on the line; the first one also writes the records.
+    """Each program places ITEMS work items on the line; the first one also writes the records.
 
-    line: [2] tiles per slot, tiles in the line. records: [sequences, 2] id and length of the non-empty sequences, in order.
-    starts: [slots, 8] where a slot begins: record, sequence, length, tile; the sequence it begins inside of is shared by slots [4] to [5]; the sequence that
-    it begins but does not end is [6] and shared up to slot [7], which is the slot itself if there is none.
+    line: [2] tiles of a work item, tiles in the line. records: [sequences, 2] id and length of the non-empty sequences, in order.
+    starts: [work items, RECORD_WORDS], as above.
     """
     part = tl.program_id(0)
     seq = tl.arange(0, SEQUENCES)
@@ -55,24 +65,24 @@ def _plan_kernel(
     filled = (length > 0).to(tl.int32)
     record = tl.cumsum(filled, 0) - filled
     total = tl.sum(tiles, 0)
-    share = tl.maximum((total + num_slots - 1) // num_slots, 1)
+    share = tl.maximum((total + num_work_items - 1) // num_work_items, 1)
 
-    slot = part * SLOTS + tl.arange(0, SLOTS)
-    mine = slot < num_slots
-    place = slot * share
+    item = part * ITEMS + tl.arange(0, ITEMS)
+    mine = item < num_work_items
+    place = item * share
     at_record, at_seq, at_length, at_tile, at_tiles = _locate(place, begins, ends, length, record, TILE, WINDOW)
-    cell = starts + slot * 8
-    tl.store(cell + 0, at_record, mask=mine)
-    tl.store(cell + 1, at_seq, mask=mine)
-    tl.store(cell + 2, at_length, mask=mine)
-    tl.store(cell + 3, at_tile, mask=mine)
-    tl.store(cell + 4, (place - at_tile) // share, mask=mine)
-    tl.store(cell + 5, (place - at_tile + at_tiles - 1) // share, mask=mine)
+    cell = starts + item * RECORD_WORDS
+    tl.store(cell + AT_RECORD, at_record, mask=mine)
+    tl.store(cell + AT_SEQ, at_seq, mask=mine)
+    tl.store(cell + AT_LENGTH, at_length, mask=mine)
+    tl.store(cell + AT_TILE, at_tile, mask=mine)
+    tl.store(cell + BEGUN_IN, (place - at_tile) // share, mask=mine)
+    tl.store(cell + BEGUN_TO, (place - at_tile + at_tiles - 1) // share, mask=mine)
     last = tl.minimum(place + share, total) - 1
     _, at_seq, _, at_tile, at_tiles = _locate(last, begins, ends, length, record, TILE, WINDOW)
     begin = last - at_tile
-    tl.store(cell + 6, at_seq, mask=mine)
-    tl.store(cell + 7, tl.where(begin >= place, (begin + at_tiles - 1) // share, slot), mask=mine)
+    tl.store(cell + LAST_SEQ, at_seq, mask=mine)
+    tl.store(cell + LAST_TO, tl.where(begin >= place, (begin + at_tiles - 1) // share, item), mask=mine)
     if part == 0:
         tl.store(line, share)
         tl.store(line + 1, total)
@@ -84,16 +94,16 @@ def _plan_kernel(
 class DecodeWorkspace:
     """Scratch of one model's decode attention on one device; layers that run one after another share it.
 
-    arrivals: int32 [num_slots, num_kv_heads], all zero between launches. partial_acc: float32 [2 * num_slots, num_kv_heads, group, head_dim]: normalised
-    outputs of pieces, 2s + 1 for the one that begins a sequence in slot s, 2s for the one that goes on with an earlier slot's. partial_lse: float32
-    [2 * num_slots, num_kv_heads, group]: their log2-sum-exp2. tile: tokens per tile.
+    arrivals: int32 [num_work_items, num_kv_heads], all zero between launches. partial_acc: float32 [2 * num_work_items, num_kv_heads, group, head_dim]:
+    normalised outputs of pieces, 2s + 1 for the one that begins a sequence in item s, 2s for the one that goes on with an earlier item's. partial_lse: float32
+    [2 * num_work_items, num_kv_heads, group]: their log2-sum-exp2. tile: tokens per tile.
     """
 
     num_kv_heads: int
     group: int
     head_dim: int
     tile: int
-    num_slots: int
+    num_work_items: int
     num_warps: int
     num_stages: int
     arrivals: torch.Tensor
@@ -126,7 +136,7 @@ def make_decode_workspace(
     group = num_q_heads // num_kv_heads
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     programs = programs_per_multiprocessor or (2 if kv_dtype.itemsize == 1 else _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim))
-    num_slots = max(1, programs * multiprocessors // num_kv_heads)
+    num_work_items = max(1, programs * multiprocessors // num_kv_heads)
     wide = programs == 1 and 4 < group <= 16  # fewer, larger steps of softmax: there is more of it for each key. With more rows the tensor cores read all keys
     # and values from shared memory, where four such tiles would not fit
     return DecodeWorkspace(
@@ -134,13 +144,13 @@ def make_decode_workspace(
         group=group,
         head_dim=head_dim,
         tile=tile or max(16, (32768 if wide else 16384) // (triton.next_power_of_2(head_dim) * kv_dtype.itemsize)),  # bytes of keys
-        num_slots=num_slots,
+        num_work_items=num_work_items,
         num_warps=num_warps or (8 if wide else 4),
         # So many that no more programs than these fit on a multiprocessor: a launch that begins while another runs would else crowd some of them.
         num_stages=num_stages or (4 if programs == 1 and not wide else 3),
-        arrivals=torch.zeros(num_slots, num_kv_heads, dtype=torch.int32, device=device),
-        partial_acc=torch.empty(2 * num_slots, num_kv_heads, group, head_dim, dtype=torch.float32, device=device),
-        partial_lse=torch.empty(2 * num_slots, num_kv_heads, group, dtype=torch.float32, device=device),
+        arrivals=torch.zeros(num_work_items, num_kv_heads, dtype=torch.int32, device=device),
+        partial_acc=torch.empty(2 * num_work_items, num_kv_heads, group, head_dim, dtype=torch.float32, device=device),
+        partial_lse=torch.empty(2 * num_work_items, num_kv_heads, group, dtype=torch.float32, device=device),
     )
 
 
@@ -158,7 +168,7 @@ def make_decode_plan(workspace: DecodeWorkspace, max_sequences: int, sliding_win
         max_sequences=max_sequences,
         sliding_window=sliding_window,
         line=torch.zeros(2, dtype=torch.int32, device=device),
-        starts=torch.zeros(workspace.num_slots, 8, dtype=torch.int32, device=device),
+        starts=torch.zeros(workspace.num_work_items, RECORD_WORDS.value, dtype=torch.int32, device=device),
         records=torch.zeros(max_sequences + 2, 2, dtype=torch.int32, device=device),
     )
 
@@ -172,8 +182,8 @@ def plan_decode_attention(seq_lens: torch.Tensor, plan: DecodePlan) -> None:
     if num_sequences > plan.max_sequences:
         raise ValueError(f"{num_sequences} sequences, but the plan holds {plan.max_sequences}")
     workspace = plan.workspace
-    slots = 8
-    _plan_kernel[(triton.cdiv(workspace.num_slots, slots),)](
-        seq_lens, plan.line, plan.starts, plan.records, num_sequences, workspace.num_slots,
-        TILE=workspace.tile, WINDOW=plan.sliding_window, SEQUENCES=triton.next_power_of_2(max(num_sequences, 16)), SLOTS=slots,
+    items = 8  # places a program
+    _plan_kernel[(triton.cdiv(workspace.num_work_items, items),)](
+        seq_lens, plan.line, plan.starts, plan.records, num_sequences, workspace.num_work_items,
+        TILE=workspace.tile, WINDOW=plan.sliding_window, SEQUENCES=triton.next_power_of_2(max(num_sequences, 16)), ITEMS=items,
     )  # fmt: skip

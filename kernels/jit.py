@@ -1,7 +1,11 @@
-"""Kernels whose launches cost the host little: `@kernel` in the place of `@triton.jit` on what a launcher starts.
+"""Kernels whose launches cost the host little: `@kernel` in the place of `@triton.jit` on what a launcher starts; and programmatic dependent launch.
 
 `triton.jit` looks at every argument of every launch to find out which compiled variant it needs, 40 to 70 us for a kernel of twenty arguments; a step without a
 graph makes hundreds of launches. Here a launch is looked up by what a variant depends on and nothing else, and goes to the compiled kernel directly.
+
+Programmatic dependent launch (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"): a kernel that is launched with the constant
+LAUNCH_PDL may begin while the kernel before it in the stream still runs. It must not read what that kernel writes, nor write what it reads, before
+`pdl_wait`; with `pdl_release` it lets the next kernel begin in turn. Every kernel waits on every path, since its end stands for that of all before it.
 """
 
 from __future__ import annotations
@@ -11,13 +15,38 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 _LARGEST_INT32 = 2**31 - 1
 
 
+@triton.jit
+def pdl_wait(LAUNCH_PDL: tl.constexpr):
+    """Wait until the kernels before this one are complete and what they wrote can be read."""
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def pdl_release(LAUNCH_PDL: tl.constexpr):
+    """Let the next kernel begin as soon as there is room on the device. It must not be one that writes what this one reads before its own `pdl_wait`."""
+    if LAUNCH_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def pdl_begin(LAUNCH_PDL: tl.constexpr):
+    """The beginning of a kernel that has nothing to do before the kernels ahead of it are complete."""
+    pdl_wait(LAUNCH_PDL)
+    pdl_release(LAUNCH_PDL)
+
+
 class Kernel:
-    """A kernel to be started by `kernel[grid](*arguments, **constants)`, always with the same constants in the same order."""
+    """A kernel to be started by `kernel[grid](*arguments, **constants)`, always with the same constants in the same order.
+
+    With LAUNCH_PDL=True among the constants it is launched as a programmatic dependent.
+    """
 
     def __init__(self, jitted: Any) -> None:
         self.jitted = jitted  # triton.jit's function, or the interpreter's
@@ -51,7 +80,8 @@ class Kernel:
             values.append(value)
         variant = self._variants.get(tuple(key))
         if variant is None:  # compile, which launches too
-            compiled = self.jitted[grid](*arguments, **constants)
+            options = {"launch_pdl": True} if constants.get("LAUNCH_PDL") else {}
+            compiled = self.jitted[grid](*arguments, **constants, **options)
             self._variants[tuple(key)] = compiled, tuple(constants[name] for name in self._constants)
             return
         compiled, given = variant

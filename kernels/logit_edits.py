@@ -2,8 +2,7 @@
 
 Each changes float32 logits [M, V] in place where it must, nothing else.
 
-What a row asked for, and its tokens, are [M, ...], or [R, ...] (the state of all rows) if `rows` [M] says which entry is row m's (-1: padding, left alone).
-How many tokens a row has is [M] in any case.
+What a row asked for, and its tokens, are [M, ...]: the sampler gathers them from the rows' state.
 """
 
 from __future__ import annotations
@@ -12,61 +11,43 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_begin
 
 _BLOCK = 1024
 _FEW = 128  # of what a row seldom has many; a constant, so that no request is the first of its kind and waits for a compiler
 _PARTS = 8  # programs along one history
 
 
-@triton.jit
-def _state_of(rows, m, HAS_ROWS: tl.constexpr):
-    state = m
-    if HAS_ROWS:
-        state = tl.load(rows + m).to(tl.int64)
-    return state
-
-
 @kernel(ints=["width", "ids_stride", "values_stride"], unaligned=["ids", "values"])
 def _add_bias_kernel(
-    logits, rows, ids, values, width, logits_stride, ids_stride, values_stride,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    logits, ids, values, width, logits_stride, ids_stride, values_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(0).to(tl.int64)
-    state = _state_of(rows, m, HAS_ROWS)
-    if state < 0:
-        return
     for begin in range(0, width, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        token = tl.load(ids + state * ids_stride + at, mask=at < width, other=-1)
+        token = tl.load(ids + m * ids_stride + at, mask=at < width, other=-1)
         inside = (token >= 0) & (token < VOCAB)
-        value = tl.load(values + state * values_stride + at, mask=inside, other=0.0)
+        value = tl.load(values + m * values_stride + at, mask=inside, other=0.0)
         tl.atomic_add(logits + m * logits_stride + token, value, mask=inside, sem="relaxed")  # a token may be there twice
 
 
 @kernel(ints=["num_words", "words_stride", "history_stride"], unaligned=["words", "history", "num_tokens"])
 def _ban_bad_words_kernel(
-    logits, rows, words, history, num_tokens, num_words, logits_stride, words_stride, history_stride,
-    LENGTH: tl.constexpr, LENGTH_PAD: tl.constexpr, WORDS: tl.constexpr, VOCAB: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    logits, words, history, num_tokens, num_words, logits_stride, words_stride, history_stride,
+    LENGTH: tl.constexpr, LENGTH_PAD: tl.constexpr, WORDS: tl.constexpr, VOCAB: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(0).to(tl.int64)
-    state = _state_of(rows, m, HAS_ROWS)
-    if state < 0:
-        return
     word = tl.arange(0, WORDS)
     at = tl.arange(0, LENGTH_PAD)
     position = tl.load(num_tokens + m).to(tl.int64) - (LENGTH - 1) + at
-    recent = tl.load(history + state * history_stride + position, mask=(at < LENGTH - 1) & (position >= 0), other=-2)  # -2 equals nothing
-    cell = words + state * words_stride + word[:, None] * LENGTH + at[None, :]
+    recent = tl.load(history + m * history_stride + position, mask=(at < LENGTH - 1) & (position >= 0), other=-2)  # -2 equals nothing
+    cell = words + m * words_stride + word[:, None] * LENGTH + at[None, :]
     prefix = tl.load(cell, mask=(word < num_words)[:, None] & (at < LENGTH - 1)[None, :], other=-1)
     differs = tl.max(((prefix != recent[None, :]) & (prefix >= 0)).to(tl.int32), 1)
-    last = tl.load(words + state * words_stride + word * LENGTH + LENGTH - 1, mask=word < num_words, other=-1)
+    last = tl.load(words + m * words_stride + word * LENGTH + LENGTH - 1, mask=word < num_words, other=-1)
     tl.store(logits + m * logits_stride + last, float("-inf"), mask=(differs == 0) & (last >= 0) & (last < VOCAB))
 
 
@@ -75,9 +56,7 @@ def _apply_token_mask_kernel(
     logits, rows, masks, logits_stride, masks_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(1).to(tl.int64)
     row = tl.load(rows + m).to(tl.int64)
     if row < 0:
@@ -90,28 +69,19 @@ def _apply_token_mask_kernel(
 
 @kernel(ints=["history_stride"], unaligned=["history", "prompt_lens", "num_tokens", "repetition", "presence", "frequency"])
 def _count_tokens_kernel(
-    counts, rows, history, prompt_lens, num_tokens, repetition, presence, frequency, history_stride, state_stride,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    counts, history, prompt_lens, num_tokens, repetition, presence, frequency, history_stride, state_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """counts[m, token] |= 1 for a token of the sequence, += 2 for every occurrence in its answer."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(1).to(tl.int64)
-    state = _state_of(rows, m, HAS_ROWS)
-    if state < 0:
-        return
-    if (
-        (tl.load(repetition + state * state_stride) == 1.0)
-        & (tl.load(presence + state * state_stride) == 0.0)
-        & (tl.load(frequency + state * state_stride) == 0.0)
-    ):
+    if (tl.load(repetition + m * state_stride) == 1.0) & (tl.load(presence + m * state_stride) == 0.0) & (tl.load(frequency + m * state_stride) == 0.0):
         return
     length = tl.load(num_tokens + m).to(tl.int32)
-    prompt_len = tl.load(prompt_lens + state * state_stride).to(tl.int32)
+    prompt_len = tl.load(prompt_lens + m * state_stride).to(tl.int32)
     for begin in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        token = tl.load(history + state * history_stride + at, mask=at < length, other=-1)
+        token = tl.load(history + m * history_stride + at, mask=at < length, other=-1)
         inside = (token >= 0) & (token < VOCAB)
         tl.atomic_or(counts + m * VOCAB + token, 1, mask=inside & (at < prompt_len), sem="relaxed")
         tl.atomic_add(counts + m * VOCAB + token, 2, mask=inside & (at >= prompt_len), sem="relaxed")
@@ -119,24 +89,19 @@ def _count_tokens_kernel(
 
 @kernel(ints=["history_stride"], unaligned=["history", "num_tokens", "repetition", "presence", "frequency"])
 def _penalise_kernel(
-    logits, counts, rows, history, num_tokens, repetition, presence, frequency, logits_stride, history_stride, state_stride,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    logits, counts, history, num_tokens, repetition, presence, frequency, logits_stride, history_stride, state_stride,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """Whoever takes a token's count away applies the penalty: once per token, and the counts are zero again."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(1).to(tl.int64)
-    state = _state_of(rows, m, HAS_ROWS)
-    if state < 0:
-        return
-    factor, offset, slope = tl.load(repetition + state * state_stride), tl.load(presence + state * state_stride), tl.load(frequency + state * state_stride)
+    factor, offset, slope = tl.load(repetition + m * state_stride), tl.load(presence + m * state_stride), tl.load(frequency + m * state_stride)
     if (factor == 1.0) & (offset == 0.0) & (slope == 0.0):
         return
     length = tl.load(num_tokens + m).to(tl.int32)
     for begin in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        token = tl.load(history + state * history_stride + at, mask=at < length, other=-1)
+        token = tl.load(history + m * history_stride + at, mask=at < length, other=-1)
         inside = (token >= 0) & (token < VOCAB)
         count = tl.atomic_xchg(counts + m * VOCAB + token, 0, mask=inside, sem="relaxed")
         mine = inside & (count > 0)
@@ -147,7 +112,7 @@ def _penalise_kernel(
         tl.store(logits + m * logits_stride + token, x, mask=mine)
 
 
-def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, rows: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, launch_pdl: bool = False) -> torch.Tensor:
     """Adds values [M, W] float32 to the logits of ids [M, W], in place; ids outside the vocabulary count for nothing. -inf bans a token. Returns logits.
 
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
@@ -156,17 +121,14 @@ def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, r
     _check(logits)
     width = ids.shape[1]
     if len(logits) and width:
-        pdl = {"launch_pdl": True} if launch_pdl else {}
         _add_bias_kernel[(len(logits),)](
-            logits, logits if rows is None else rows, ids, values, width, logits.stride(0), ids.stride(0), values.stride(0),
-            VOCAB=logits.shape[1], BLOCK=_FEW, HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+            logits, ids, values, width, logits.stride(0), ids.stride(0), values.stride(0),
+            VOCAB=logits.shape[1], BLOCK=_FEW, LAUNCH_PDL=launch_pdl, num_warps=4,
         )  # fmt: skip
     return logits
 
 
-def ban_bad_words(
-    logits: torch.Tensor, words: torch.Tensor, history: torch.Tensor, num_tokens: torch.Tensor, *, rows: torch.Tensor | None = None, launch_pdl: bool = False
-) -> torch.Tensor:
+def ban_bad_words(logits: torch.Tensor, words: torch.Tensor, history: torch.Tensor, num_tokens: torch.Tensor, *, launch_pdl: bool = False) -> torch.Tensor:
     """Sets to -inf, in place, the token that would complete a bad word: its other tokens are the last of the num_tokens [M] in history [M, H]. Returns logits.
 
     words: [M, N, L] integers, contiguous, right-aligned, filled with -1 on the left; a word of -1 alone is none. As `add_bias` otherwise.
@@ -174,11 +136,10 @@ def ban_bad_words(
     _check(logits)
     _, num_words, length = words.shape
     if len(logits) and num_words and length:
-        pdl = {"launch_pdl": True} if launch_pdl else {}
         _ban_bad_words_kernel[(len(logits),)](
-            logits, logits if rows is None else rows, words, history, num_tokens, num_words, logits.stride(0), words.stride(0), history.stride(0),
+            logits, words, history, num_tokens, num_words, logits.stride(0), words.stride(0), history.stride(0),
             LENGTH=length, LENGTH_PAD=triton.next_power_of_2(length), WORDS=max(_FEW, triton.next_power_of_2(num_words)), VOCAB=logits.shape[1],
-            HAS_ROWS=rows is not None, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+            LAUNCH_PDL=launch_pdl, num_warps=4,
         )  # fmt: skip
     return logits
 
@@ -192,16 +153,15 @@ def apply_token_mask(logits: torch.Tensor, masks: torch.Tensor, rows: torch.Tens
     if masks.dtype != torch.int32 or masks.shape[1] * 32 < logits.shape[1] or masks.stride(1) != 1:
         raise ValueError(f"masks {tuple(masks.shape)} {masks.dtype} do not fit logits {tuple(logits.shape)}")
     if len(logits):
-        pdl = {"launch_pdl": True} if launch_pdl else {}
         _apply_token_mask_kernel[(triton.cdiv(logits.shape[1], _BLOCK), len(logits))](
-            logits, rows, masks, logits.stride(0), masks.stride(0), VOCAB=logits.shape[1], BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl
+            logits, rows, masks, logits.stride(0), masks.stride(0), VOCAB=logits.shape[1], BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4
         )
     return logits
 
 
 def apply_penalties(
     logits: torch.Tensor, history: torch.Tensor, prompt_lens: torch.Tensor, num_tokens: torch.Tensor, repetition: torch.Tensor, presence: torch.Tensor,
-    frequency: torch.Tensor, *, counts: torch.Tensor, rows: torch.Tensor | None = None, launch_pdl: bool = False,
+    frequency: torch.Tensor, *, counts: torch.Tensor, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Repetition penalty on every token of the sequence, presence and frequency penalty on those of its answer, in place; returns logits.
 
@@ -219,14 +179,10 @@ def apply_penalties(
         raise ValueError("prompt_lens, repetition, presence and frequency must have one stride")
     if num_rows == 0:
         return logits
-    rows_of = logits if rows is None else rows
-    flags = {"VOCAB": vocab_size, "BLOCK": _BLOCK, "HAS_ROWS": rows is not None, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
-    flags |= {"launch_pdl": True} if launch_pdl else {}
+    flags = {"VOCAB": vocab_size, "BLOCK": _BLOCK, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
     grid = (min(_PARTS, triton.cdiv(history.shape[1], _BLOCK)), num_rows)
-    _count_tokens_kernel[grid](counts, rows_of, history, prompt_lens, num_tokens, repetition, presence, frequency, history.stride(0), state_stride, **flags)
-    _penalise_kernel[grid](
-        logits, counts, rows_of, history, num_tokens, repetition, presence, frequency, logits.stride(0), history.stride(0), state_stride, **flags
-    )
+    _count_tokens_kernel[grid](counts, history, prompt_lens, num_tokens, repetition, presence, frequency, history.stride(0), state_stride, **flags)
+    _penalise_kernel[grid](logits, counts, history, num_tokens, repetition, presence, frequency, logits.stride(0), history.stride(0), state_stride, **flags)
     return logits
 
 

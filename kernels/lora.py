@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_begin, pdl_release, pdl_wait
 
 _MAX_SPLIT = 8
 _GROUP_BLOCK = 256  # tokens that group_tokens looks at together
@@ -29,9 +29,7 @@ _GROUP_BLOCK = 256  # tokens that group_tokens looks at together
 
 @kernel(unaligned=["rows", "query_starts"])
 def _assign_kernel(rows, query_starts, row_berths, token_berths, berths_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     sequence = tl.program_id(0)
     row = tl.load(rows + sequence).to(tl.int64)
     begin = tl.load(query_starts + sequence)
@@ -48,9 +46,7 @@ def _group_kernel(
     LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a berth: it counts everybody's tokens and writes its own. The last one marks the tiles that are left."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     mine = tl.program_id(0)
     berth = tl.arange(0, BERTHS)
     counts = tl.zeros([BERTHS], tl.int32)
@@ -90,9 +86,8 @@ def _shrink_kernel(
     LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of the hidden vectors of a tile's tokens: the sum over SPAN elements of x, the split-th of them."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()  # in every program: the next kernel takes our end for that of all before us
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)  # in every program: the next kernel takes our end for that of all before us
     tile = tiles + tl.program_id(0) * 3
     berth = tl.load(tile)
     split = tl.program_id(2)
@@ -125,9 +120,8 @@ def _expand_kernel(
     TILE: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of the product of a tile's tokens, all of one part."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
     tile = tiles + tl.program_id(0) * 3
     berth = tl.load(tile)
     if berth >= 0:
@@ -184,8 +178,7 @@ def assign_adapters(rows: torch.Tensor, query_starts: torch.Tensor, row_berths: 
     rows: int32 [S]; query_starts: int32 [S + 1]; row_berths: int32 [R], may be strided; token_berths: int32 [T].
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
     """
-    pdl = {"launch_pdl": True} if launch_pdl else {}
-    _assign_kernel[(len(rows),)](rows, query_starts, row_berths, token_berths, row_berths.stride(0), BLOCK=128, LAUNCH_PDL=launch_pdl, num_warps=1, **pdl)
+    _assign_kernel[(len(rows),)](rows, query_starts, row_berths, token_berths, row_berths.stride(0), BLOCK=128, LAUNCH_PDL=launch_pdl, num_warps=1)
 
 
 def group_tokens(token_berths: torch.Tensor, num_berths: int, order: torch.Tensor, tiles: torch.Tensor, *, launch_pdl: bool = False) -> None:
@@ -194,13 +187,12 @@ def group_tokens(token_berths: torch.Tensor, num_berths: int, order: torch.Tenso
 
     token_berths: int32 [T]. launch_pdl: as in `assign_adapters`.
     """
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     num_tokens = len(token_berths)
     berths = triton.next_power_of_2(num_berths)
     block = max(16, min(_GROUP_BLOCK, 8192 // berths))
     _group_kernel[(num_berths,)](
         token_berths, order, tiles, num_tokens, len(tiles), NUM_BERTHS=num_berths, BERTHS=berths, TILE=tile_tokens(num_tokens), BLOCK=block,
-        LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
 
 
@@ -217,13 +209,12 @@ def adapter_shrink(
     (num_tokens, size), (splits, hidden_tokens, width) = x.shape, hidden.shape
     if x.dtype != weights.dtype or x.stride(1) != 1 or hidden_tokens != num_tokens or not hidden.is_contiguous() or width % num_parts:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype}, weights {weights.dtype} and hidden {tuple(hidden.shape)} of {num_parts} parts do not fit each other")
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     columns, block = min(32, max(16, triton.next_power_of_2(width))), min(128, max(16, triton.next_power_of_2(size)))
     span = triton.cdiv(triton.cdiv(size, splits), block) * block
     _shrink_kernel[(len(tiles), triton.cdiv(width, columns), splits)](
         x, weights, ranks, order, tiles, hidden, num_tokens, offset, x.stride(0), weights.stride(0),
         K=size, PARTS=num_parts, WIDTH=width, TILE=tile_tokens(num_tokens), COLUMNS=columns, BLOCK=block, SPAN=span,
-        LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=4, **pdl,
+        LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=4,
     )  # fmt: skip
 
 
@@ -239,12 +230,11 @@ def adapter_expand(
     splits, num_tokens, width = hidden.shape
     if out.shape != (num_tokens, sum(out_sizes)) or out.dtype != weights.dtype or out.stride(1) != 1 or width % len(out_sizes) or len(out_sizes) > 3:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype}, parts of {tuple(out_sizes)} and hidden {tuple(hidden.shape)} do not fit each other")
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     sizes = [*out_sizes, 0, 0][:3]
     columns = min(64 if num_tokens <= 256 else 128, max(16, triton.next_power_of_2(max(sizes))))
     ranks_at_once = min(64, max(16, triton.next_power_of_2(width // len(out_sizes))))
     _expand_kernel[(len(tiles), sum(triton.cdiv(size, columns) for size in sizes))](
         hidden, weights, ranks, order, tiles, out, num_tokens, offset, weights.stride(0), out.stride(0),
         WIDTH=width, SIZE_0=sizes[0], SIZE_1=sizes[1], SIZE_2=sizes[2], SPLIT=splits,
-        TILE=tile_tokens(num_tokens), COLUMNS=columns, RANKS=ranks_at_once, LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=4, **pdl,
+        TILE=tile_tokens(num_tokens), COLUMNS=columns, RANKS=ranks_at_once, LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=4,
     )  # fmt: skip

@@ -12,16 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_begin
 
 _BLOCK = 2048  # words of four bytes
 
 
 @kernel(unaligned=["copies"])
 def _copy_pages_kernel(addresses, copies, copies_stride, PAGE_WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, LAUNCH_PDL: tl.constexpr):
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     pair = copies + tl.program_id(1).to(tl.int64) * copies_stride
     source = tl.load(pair).to(tl.int64)
     target = tl.load(pair + 1).to(tl.int64)
@@ -70,7 +68,6 @@ def copy_pages(layers: PageLayers, copies: torch.Tensor, *, launch_pdl: bool = F
         return
     words = layers.page_bytes // 4
     alignment = 16 if all(layer.data_ptr() % 16 == 0 for layer in layers.kv_pages) else 4
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     _copy_pages_kernel[(triton.cdiv(words, _BLOCK), len(copies), len(layers.kv_pages))](
-        layers.addresses, copies, copies.stride(0), PAGE_WORDS=words, BLOCK=_BLOCK, ALIGNMENT=alignment, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl
+        layers.addresses, copies, copies.stride(0), PAGE_WORDS=words, BLOCK=_BLOCK, ALIGNMENT=alignment, LAUNCH_PDL=launch_pdl, num_warps=4
     )

@@ -37,13 +37,13 @@ def _load_pages(pages, base, first_key, last_key, PAGE_SIZE: tl.constexpr, TILE:
 
 @triton.jit
 def _attend(
-    acc, top, mass, queries, position, in_page, pages, begin, end, first_key, last_key, scale, soft_cap, page_stride,
+    acc, m, l, queries, position, in_page, pages, begin, end, first_key, last_key, scale, soft_cap, page_stride,
     VALUE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax (acc, top, mass) after the tiles that begin in [begin, end), multiples of TILE; keys outside [first_key, last_key] are not read.
+    """The running softmax (acc, m, l) after the tiles that begin in [begin, end), multiples of TILE; keys outside [first_key, last_key] are not read.
 
-    top: the greatest score so far, before `scale`; mass: the sum of exp2 of the scores in units of log 2, less the top.
+    m: the greatest score so far, before `scale`; l: the sum of exp2 of the scores in units of log 2, less m.
     """
     token = tl.arange(0, TILE)
     dim = tl.arange(0, HEAD_PAD)
@@ -81,16 +81,16 @@ def _attend(
             if WINDOW > 0:
                 visible = visible & (key[None, :] > position[:, None] - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        offset = new_top * factor
+        new_m = tl.maximum(m, tl.max(scores, 1))
+        offset = new_m * factor
         if MASKED and WINDOW > 0:
-            offset = tl.where(new_top == float("-inf"), 0.0, offset)  # a row that has seen no key yet
+            offset = tl.where(new_m == float("-inf"), 0.0, offset)  # a row that has seen no key yet
         weights = tl.exp2(scores * factor - offset[:, None])
-        fade = tl.exp2(top * factor - offset)
-        mass = mass * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
-        top = new_top
-    return acc, top, mass
+        alpha = tl.exp2(m * factor - offset)
+        l = l * alpha + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+        m = new_m
+    return acc, m, l
 
 
 @kernel(ints=["table_stride", "num_tiles"], unaligned=["page_table", "query_starts", "seq_lens"])
@@ -127,8 +127,8 @@ def _prefill_kernel(
     in_page = kv_pages + head * HEAD_STRIDE + ((tl.arange(0, TILE) % PAGE_SIZE) * HEAD_DIM)[:, None] + dim[None, :]
     pages = page_table + seq.to(tl.int64) * table_stride
     acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
     whole_end = (first_position + 1) // TILE * TILE
     first_key = 0
     whole_begin = 0
@@ -136,19 +136,19 @@ def _prefill_kernel(
         first_key = tl.maximum(first_position + 1 - WINDOW, 0)
         begin = first_key // TILE * TILE
         whole_begin = tl.minimum((tl.maximum(last_position + 1 - WINDOW, 0) + TILE - 1) // TILE * TILE, whole_end)
-        acc, top, mass = _attend(
-            acc, top, mass, queries, position, in_page, pages, begin, whole_begin, first_key, last_position, scale, soft_cap, page_stride,
+        acc, m, l = _attend(
+            acc, m, l, queries, position, in_page, pages, begin, whole_begin, first_key, last_position, scale, soft_cap, page_stride,
             VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
         )  # fmt: skip
-    acc, top, mass = _attend(
-        acc, top, mass, queries, position, in_page, pages, whole_begin, whole_end, first_key, last_position, scale, soft_cap, page_stride,
+    acc, m, l = _attend(
+        acc, m, l, queries, position, in_page, pages, whole_begin, whole_end, first_key, last_position, scale, soft_cap, page_stride,
         VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, False, PRECISION,
     )  # fmt: skip
-    acc, top, mass = _attend(
-        acc, top, mass, queries, position, in_page, pages, whole_end, last_position + 1, first_key, last_position, scale, soft_cap, page_stride,
+    acc, m, l = _attend(
+        acc, m, l, queries, position, in_page, pages, whole_end, last_position + 1, first_key, last_position, scale, soft_cap, page_stride,
         VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
     )  # fmt: skip
-    result = (acc * (1.0 / mass)[:, None]).to(out.dtype.element_ty)
+    result = (acc * (1.0 / l)[:, None]).to(out.dtype.element_ty)
     tl.store(out + (token * out_stride + at)[:, None] + dim[None, :], result, mask=to_store[:, None] & (dim < HEAD_DIM)[None, :])
 
 

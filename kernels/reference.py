@@ -55,12 +55,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """[T, hidden] twice -> (rms_norm(x + residual), x + residual)."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
-
-
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[T, 2 n] -> [T, n]: silu(first half) * second half (SwiGLU, Shazeer, 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)

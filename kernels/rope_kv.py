@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
 
 _HALF_HEAD_ELEMENTS = 1024  # of a program
 
@@ -47,10 +47,8 @@ def _rope_write_kv_kernel(
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = qkv.dtype.element_ty
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if not SLOTS_SETTLED:
-            tl.extra.cuda.gdc_wait()
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL and not SLOTS_SETTLED)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dim = tl.arange(0, HALF_PAD)
@@ -62,8 +60,7 @@ def _rope_write_kv_kernel(
     angle = rope_table + tl.load(positions + token).to(tl.int64) * rope_stride + dim
     cos = tl.load(angle, mask=dim < HALF, other=0.0)[None, :]
     sin = tl.load(angle + HALF, mask=dim < HALF, other=0.0)[None, :]
-    if LAUNCH_PDL and SLOTS_SETTLED:
-        tl.extra.cuda.gdc_wait()
+    pdl_wait(LAUNCH_PDL and SLOTS_SETTLED)
     cell = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + dim[None, :]
     raw_first = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
     raw_second = tl.load(cell + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -110,12 +107,11 @@ def rope_write_kv(
     q_weight, k_weight, eps = (qkv, qkv, 0.0) if qk_norm is None else qk_norm
     half_pad = triton.next_power_of_2(head_dim // 2)
     heads = min(max(1, _HALF_HEAD_ELEMENTS // half_pad), triton.next_power_of_2(num_heads + 2 * num_kv_heads))
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     _rope_write_kv_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
         qkv, out, q_weight, k_weight, rope_table, positions, kv_pages, slot_mapping, eps,
         qkv.stride(0), out.stride(0), rope_table.stride(0), kv_pages.stride(0), kv_pages.stride(1), kv_pages.stride(2),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF_PAD=half_pad, PAGE_SIZE=page_size,
-        HEADS=heads, NORM=qk_norm is not None, LAUNCH_PDL=launch_pdl, SLOTS_SETTLED=slots_settled, num_warps=4, **pdl,
+        HEADS=heads, NORM=qk_norm is not None, LAUNCH_PDL=launch_pdl, SLOTS_SETTLED=slots_settled, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -10,16 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_begin
 
 _BLOCK = 1024
 
 
 @kernel(unaligned=["spans", "values"])
 def _write_spans_kernel(target, spans, values, target_stride, spans_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     span = spans + tl.program_id(0).to(tl.int64) * spans_stride
     row = tl.load(span).to(tl.int64)
     column = tl.load(span + 1).to(tl.int64)
@@ -33,9 +31,7 @@ def _write_spans_kernel(target, spans, values, target_stride, spans_stride, BLOC
 
 @kernel(ints=["count"], unaligned=["updates"])
 def _update_page_tables_kernel(page_tables, updates, count, tables_stride, updates_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     update = updates + index.to(tl.int64) * updates_stride
     row = tl.load(update, mask=index < count, other=-1).to(tl.int64)
@@ -48,9 +44,7 @@ def _update_page_tables_kernel(page_tables, updates, count, tables_stride, updat
 def _write_tokens_kernel(
     history, num_tokens, rows, positions, token_ids, count, history_stride, BLOCK: tl.constexpr, COUNTS: tl.constexpr, LAUNCH_PDL: tl.constexpr
 ):
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + index, mask=index < count, other=-1).to(tl.int64)
     position = tl.load(positions + index, mask=row >= 0, other=0)
@@ -65,9 +59,7 @@ def _gather_step_kernel(
     rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
     history_stride, tables_stride, table_stride, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     sequence = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + sequence).to(tl.int64)
     real = row >= 0
@@ -102,9 +94,8 @@ def write_spans(target: torch.Tensor, spans: torch.Tensor, values: torch.Tensor,
     """
     if len(spans) == 0:
         return
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     parts = min(8, triton.cdiv(target.shape[1], _BLOCK))
-    _write_spans_kernel[(len(spans), parts)](target, spans, values, target.stride(0), spans.stride(0), BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl)
+    _write_spans_kernel[(len(spans), parts)](target, spans, values, target.stride(0), spans.stride(0), BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4)
 
 
 def update_page_tables(page_tables: torch.Tensor, updates: torch.Tensor, *, launch_pdl: bool = False) -> None:
@@ -114,10 +105,9 @@ def update_page_tables(page_tables: torch.Tensor, updates: torch.Tensor, *, laun
     """
     if len(updates) == 0:
         return
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     block = 256
     _update_page_tables_kernel[(triton.cdiv(len(updates), block),)](
-        page_tables, updates, len(updates), page_tables.stride(0), updates.stride(0), BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32), **pdl
+        page_tables, updates, len(updates), page_tables.stride(0), updates.stride(0), BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32)
     )
 
 
@@ -131,11 +121,10 @@ def write_tokens(
     """
     if len(rows) == 0:
         return
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     block = min(_BLOCK, max(32, triton.next_power_of_2(len(rows))))
     _write_tokens_kernel[(triton.cdiv(len(rows), block),)](
         history, history if num_tokens is None else num_tokens, rows, positions, token_ids, len(rows), history.stride(0),
-        BLOCK=block, COUNTS=num_tokens is not None, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32), **pdl,
+        BLOCK=block, COUNTS=num_tokens is not None, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32),
     )  # fmt: skip
 
 
@@ -151,8 +140,7 @@ def gather_step(
     """
     if len(rows) == 0:
         return
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     _gather_step_kernel[(len(rows),)](
         rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
-        history.stride(0), page_tables.stride(0), page_table.stride(0), PAGE_SIZE=page_size, BLOCK=256, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        history.stride(0), page_tables.stride(0), page_table.stride(0), PAGE_SIZE=page_size, BLOCK=256, LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_begin
 
 MAX_TOP = 20  # of top_logprobs; fits in _TOP_PAD
 _TOP_PAD = 32
@@ -146,9 +146,7 @@ def _choose_kernel(
     RANDOM: tl.constexpr, GIVEN: tl.constexpr, TRUNCATED: tl.constexpr, LOGPROBS: tl.constexpr, HAS_ROWS: tl.constexpr,
     ON_GPU: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     part = tl.program_id(0)
     m = tl.program_id(1).to(tl.int64)
     state = m
@@ -200,9 +198,7 @@ def _choose_kernel(
 @kernel
 def _peaks_kernel(logits, masses, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     """Maximum and mass of every chunk."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
@@ -221,9 +217,7 @@ def _top_kernel(
 
     At least n logits reach the maximum of the n-th highest chunk, so a chunk takes only those of its logits that reach it, at most n: a few.
     """
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     part = tl.program_id(0)
     m = tl.program_id(1).to(tl.int64)
     masses += m * CHUNKS * 2
@@ -364,8 +358,8 @@ def top_logprobs(
     ids, values = (logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)) if out is None else out
     check_logits(logits, workspace)
     if len(logits):
-        w, pdl = workspace, {"launch_pdl": True} if launch_pdl else {}
-        flags = {"VOCAB": w.vocab_size, "CHUNK": w.chunk, "LAUNCH_PDL": launch_pdl, "num_warps": 4, **pdl}
+        w = workspace
+        flags = {"VOCAB": w.vocab_size, "CHUNK": w.chunk, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
         _peaks_kernel[(w.chunks, len(logits))](logits, w.masses, logits.stride(0), **flags)
         _top_kernel[(w.chunks, len(logits))](
             logits, ids, values, w.arrivals, w.candidates, w.best_tokens, w.masses, n, logits.stride(0), ids.stride(0), values.stride(0),
@@ -392,12 +386,11 @@ def _choose(
     if len(logits) == 0:
         return
     unused = workspace.arrivals
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     _choose_kernel[(workspace.chunks, len(logits))](
         logits, *(unused if tensor is None else tensor for tensor in (rows, temperature, seeds, positions, thresholds)),
         tokens, unused if logprobs is None else logprobs, workspace.arrivals, workspace.best_scores, workspace.best_tokens, workspace.masses,
         logits.stride(0), *(0 if tensor is None else tensor.stride(0) for tensor in (temperature, seeds)),
         VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks, CHUNKS_PAD=triton.next_power_of_2(workspace.chunks),
         RANDOM=temperature is not None, GIVEN=given, TRUNCATED=thresholds is not None, LOGPROBS=logprobs is not None, HAS_ROWS=rows is not None,
-        ON_GPU=logits.is_cuda, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl,
+        ON_GPU=logits.is_cuda, LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.sampling import arrive
 
 MAX_TOKENS = 128
@@ -41,8 +41,7 @@ def _vector_kernel(
     NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """N rows of the result, from N (GATED: 2 N) rows of the weight."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_release(LAUNCH_PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = (row < N)[:, None]
@@ -52,8 +51,7 @@ def _vector_kernel(
     next_u = next_w
     if GATED:
         next_u = tl.load(at + N * K, mask=mask, other=0.0, eviction_policy="evict_first")
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
+    pdl_wait(LAUNCH_PDL)
 
     total = tl.zeros([ROWS, BLOCK // _LANES], tl.float32)
     total_u = tl.zeros([ROWS, BLOCK // _LANES], tl.float32)
@@ -107,8 +105,7 @@ def _narrow_kernel(
     STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result for all tokens, or a part of their sums: SPAN columns of the weight, the part-th of SPLIT."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_release(LAUNCH_PDL)
     tile = tl.program_id(0) // SPLIT
     part = tl.program_id(0) % SPLIT
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -122,8 +119,7 @@ def _narrow_kernel(
         _fetch(at + line[None, :], fetched)
         if GATED:
             _fetch(at + N * K + line[None, :], fetched)
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
+    pdl_wait(LAUNCH_PDL)
 
     known = (token < num_tokens)[:, None]
     tokens_at = x + (token * x_stride)[:, None]
@@ -245,12 +241,11 @@ def vector_linear(
     _check(x, weight, bias, residual, out, num_rows, 1)
     shape = shape or vector_shape(num_rows, weight.shape[1], gated)
     norm_weight, eps = (x, 0.0) if norm is None else norm
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     _vector_kernel[(triton.cdiv(num_rows, shape.rows),)](
         x, norm_weight, weight, x if bias is None else bias, x if residual is None else residual, out, eps,
         N=num_rows, K=weight.shape[1], ROWS=shape.rows, BLOCK=shape.block,
         NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
-        num_warps=shape.num_warps, num_stages=1, **pdl,
+        num_warps=shape.num_warps, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -272,13 +267,12 @@ def narrow_linear(
     span = triton.cdiv(triton.cdiv(num_columns, shape.split), shape.block) * shape.block
     if shape.split > 1 and (tiles > len(workspace.arrivals) or tiles * shape.split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials)):
         raise ValueError(f"{tiles} tiles of {shape.rows} x {tokens} in {shape.split} parts do not fit the workspace")
-    pdl = {"launch_pdl": True} if launch_pdl else {}
     _narrow_kernel[(tiles * shape.split,)](
         x, weight, x if bias is None else bias, x if residual is None else residual, out, workspace.partials, workspace.arrivals,
         num_tokens, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         N=num_rows, K=num_columns, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span, STAGES=shape.stages,
         GATED=gated, BIAS=bias is not None, ADD=residual is not None, FETCH=shape.fetch if launch_pdl else 0, LAUNCH_PDL=launch_pdl, PRECISION="ieee",
-        num_warps=shape.num_warps, **pdl,
+        num_warps=shape.num_warps,
     )  # fmt: skip
     return out
 

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel
+from paged_kernels.jit import kernel, pdl_begin
 from paged_kernels.sampling import SamplingWorkspace, arrive, check_logits, order_of, value_of
 
 _PASSES = 3
@@ -79,9 +79,7 @@ def _start_kernel(
     HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """The highest logit, and from it min-p's floor and the first pivots."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     part = tl.program_id(0)
     m = tl.program_id(1).to(tl.int64)
     state = m
@@ -144,9 +142,7 @@ def _narrow_kernel(
     FIRST: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """One pass: count and mass above each pivot, then the interval between the best two and new pivots in it."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     part = tl.program_id(0)
     m = tl.program_id(1).to(tl.int64)
     search += m * 8
@@ -205,9 +201,7 @@ def _gather_kernel(
     logits, search, gathered, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr
 ):  # fmt: skip
     """The logits that are left, if they fit, in any order."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(1).to(tl.int64)
     search += m * 8
     aim, left = _remaining(search)
@@ -266,9 +260,7 @@ def _finish_kernel(
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row: bisect what was gathered, or else the row."""
-    if LAUNCH_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_begin(LAUNCH_PDL)
     m = tl.program_id(0).to(tl.int64)
     search += m * 8
     levels += m * 4
@@ -333,8 +325,6 @@ def truncation_thresholds(
     pad = triton.next_power_of_2(w.chunks)
     each = 16 // logits.element_size()  # loaded by a thread at once
     lanes = min(128, w.chunk // each)  # threads
-    pdl = {"launch_pdl": True} if launch_pdl else {}
-    flags |= pdl
     grid, strides = (w.chunks, len(logits)), (logits.stride(0), state_stride)
     _start_kernel[grid](
         logits, rows_of, heat, top_k, top_p, min_p, out, w.arrivals, w.best_scores, w.search, w.levels, w.pivots, *strides, CHUNKS_PAD=pad, **sizes, **flags
@@ -344,7 +334,7 @@ def truncation_thresholds(
             logits, rows_of, heat, top_k, top_p, w.arrivals, w.search, w.levels, w.pivots, w.above, *strides,
             CHUNKS_PAD=pad, WIDTH=lanes * each, LANES=lanes, FIRST=index == 0, **sizes, **flags,
         )  # fmt: skip
-    _gather_kernel[grid](logits, w.search, w.gathered, logits.stride(0), VOCAB=w.vocab_size, CHUNK=w.chunk, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl)
+    _gather_kernel[grid](logits, w.search, w.gathered, logits.stride(0), VOCAB=w.vocab_size, CHUNK=w.chunk, LAUNCH_PDL=launch_pdl, num_warps=4)
     _finish_kernel[(len(logits),)](
         logits, rows_of, heat, top_k, top_p, out, w.search, w.levels, w.gathered, *strides,
         VOCAB=w.vocab_size, CHUNK=w.chunk, **{**flags, "num_warps": 8},

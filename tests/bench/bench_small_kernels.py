@@ -23,7 +23,7 @@ import triton
 from paged_kernels import reference
 from paged_kernels.activation import silu_mul
 from paged_kernels.logit_edits import apply_penalties
-from paged_kernels.norm import add_rms_norm, rms_norm
+from paged_kernels.norm import rms_norm
 from paged_kernels.page_copy import copy_pages, make_page_layers
 from paged_kernels.rope_kv import rope_write_kv
 from paged_kernels.row_update import gather_step, update_page_tables, write_tokens
@@ -63,16 +63,11 @@ def randn(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 def layer_cases(batch: int, hidden: int, head_dim: int, intermediate: int) -> Iterator[Case]:
-    x, residual, weight, out, total = randn(batch, hidden), randn(batch, hidden), randn(hidden), randn(batch, hidden), randn(batch, hidden)
+    x, weight, out = randn(batch, hidden), randn(hidden), randn(batch, hidden)
     row = 2 * batch * hidden
     yield Case(
         f"rms_norm {hidden}", batch, 2 * row, lambda pdl: rms_norm(x, weight, 1e-5, out=out, launch_pdl=pdl), lambda: reference.rms_norm(x, weight, 1e-5)
     )
-    yield Case(
-        f"add_rms_norm {hidden}", batch, 4 * row,
-        lambda pdl: add_rms_norm(x, residual, weight, 1e-5, out=out, residual_out=total, launch_pdl=pdl),
-        lambda: reference.add_rms_norm(x, residual, weight, 1e-5),
-    )  # fmt: skip
     gate_up, gated = randn(batch, 2 * intermediate), randn(batch, intermediate)
     yield Case(
         f"silu_mul {intermediate}", batch, 3 * gated.nbytes, lambda pdl: silu_mul(gate_up, out=gated, launch_pdl=pdl), lambda: reference.silu_mul(gate_up)

@@ -311,9 +311,7 @@ def test_bias_adds_up_and_ids_outside_count_for_nothing() -> None:
     expected = reference.add_bias(logits, ids, values)
     assert add_bias(logits, ids, values) is logits
     torch.testing.assert_close(logits, expected)
-    banned = add_bias(randn(2, VOCAB), ids, values, rows=ints(1, -1))
-    assert banned[0, 5] == -torch.inf
-    assert torch.equal(banned[1], randn(2, VOCAB)[1])
+    assert logits[1, 5] == -torch.inf
 
 
 def test_only_the_token_that_completes_a_bad_word_is_banned() -> None:
@@ -352,12 +350,6 @@ def test_penalties_equal_the_reference_and_the_counts_are_zero_again() -> None:
     apply_penalties(logits, history, prompt_lens, num_tokens, repetition, presence, frequency, counts=counts)
     torch.testing.assert_close(logits, expected)
     assert not counts.any()
-    again = randn(2, VOCAB, seed=4)
-    expected = reference.apply_penalties(again[:1], history[3:4], prompt_lens[3:4], ints(1450), repetition[3:4], presence[3:4], frequency[3:4])
-    untouched = again[1].clone()
-    apply_penalties(again, history, prompt_lens, ints(1450, 7), repetition, presence, frequency, counts=counts, rows=ints(3, -1))
-    torch.testing.assert_close(again[:1], expected)
-    assert torch.equal(again[1], untouched)
 
 
 def penalised(
