@@ -87,25 +87,19 @@ def _gumbel(hashed, ON_GPU: tl.constexpr):
 @triton.jit
 def _race(
     row, begin, temperature, key, threshold,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, TRUNCATED: tl.constexpr, LOGPROBS: tl.constexpr, ON_GPU: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, TRUNCATED: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
-    """The best score of a chunk and its token: logit / temperature plus noise, or the logit alone at temperature 0; and its maximum and mass, if LOGPROBS.
+    """The best score of a chunk and its token: logit / temperature plus noise, or the logit alone at temperature 0.
 
-    In tiles, to need few registers. -1e30 stands for a maximum of nothing, so that no -inf is subtracted from another.
+    In tiles, to need few registers.
     """
     cooled = 1.0 / tl.where(temperature > 0, temperature, 1.0)
     TILE: tl.constexpr = 1024 if CHUNK > 1024 else CHUNK
     best = tl.full([TILE], float("-inf"), tl.float32)
     best_token = begin + tl.arange(0, TILE)
-    top = tl.full([TILE], -1e30, tl.float32)
-    mass = tl.zeros([TILE], tl.float32)
     for offset in range(0, CHUNK, TILE):
         token = begin + offset + tl.arange(0, TILE)
         score = tl.load(row + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-        if LOGPROBS:
-            new_top = tl.maximum(top, score)
-            mass = mass * tl.exp(top - new_top) + tl.exp(score - new_top)
-            top = new_top
         allowed = temperature > 0
         if TRUNCATED:
             score = tl.where(score >= threshold, score, float("-inf"))
@@ -116,10 +110,7 @@ def _race(
         best = tl.maximum(score, best)
     highest = tl.max(best, 0)
     token = tl.min(tl.where(best == highest, best_token, VOCAB - 1), 0)
-    if LOGPROBS:
-        return highest, token, tl.max(top, 0), tl.sum(mass * tl.exp(top - tl.max(top, 0)), 0)
-    else:
-        return highest, token, 0.0, 0.0
+    return highest, token
 
 
 @triton.jit
@@ -143,7 +134,7 @@ def _choose_kernel(
     logits, rows, temperature, seeds, positions, thresholds, tokens, logprobs, arrivals, best_scores, best_tokens, masses,
     logits_stride, temperature_stride, seeds_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    RANDOM: tl.constexpr, GIVEN: tl.constexpr, TRUNCATED: tl.constexpr, LOGPROBS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    RANDOM: tl.constexpr, GIVEN: tl.constexpr, TRUNCATED: tl.constexpr, HAS_ROWS: tl.constexpr,
     ON_GPU: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     pdl_begin(LAUNCH_PDL)
@@ -163,35 +154,29 @@ def _choose_kernel(
         if TRUNCATED:
             threshold = tl.load(thresholds + m)
         key = _row_key(tl.load(seeds + state * seeds_stride), tl.load(positions + m))
-        best, best_token, top, mass = _race(row, part * CHUNK, t, key, threshold, VOCAB, CHUNK, TRUNCATED, LOGPROBS, ON_GPU)
+        best, best_token = _race(row, part * CHUNK, t, key, threshold, VOCAB, CHUNK, TRUNCATED, ON_GPU)
     else:
         token = part * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(row + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
         best, where = tl.max(x, 0, return_indices=True)
         best_token = tl.minimum(part * CHUNK + where, VOCAB - 1)  # where nothing but NaN is, a lane behind the vocabulary may be the winner
-        top, mass = best, 0.0
-        if LOGPROBS:
-            mass = _mass_below(x, top)
-    if not GIVEN:
+    if GIVEN:  # a token is there already: its log-probability is asked
+        tl.store(masses + (m * CHUNKS + part) * 2, best)
+        tl.store(masses + (m * CHUNKS + part) * 2 + 1, _mass_below(x, best))
+    else:
         tl.store(best_scores + m * CHUNKS + part, best)
         tl.store(best_tokens + m * CHUNKS + part, best_token)
-    if LOGPROBS:
-        tl.store(masses + (m * CHUNKS + part) * 2, top)
-        tl.store(masses + (m * CHUNKS + part) * 2 + 1, mass)
 
     if arrive(arrivals + m, CHUNKS):
         chunk = tl.arange(0, CHUNKS_PAD)
         if GIVEN:
-            chosen = tl.load(tokens + m).to(tl.int32)
+            raw = tl.load(row + tl.load(tokens + m).to(tl.int32)).to(tl.float32)
+            tl.store(logprobs + m, raw - _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS))
         else:
             bests = tl.load(best_scores + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg")
             of_chunk = tl.load(best_tokens + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=0, cache_modifier=".cg")
             _, which = tl.max(bests, 0, return_indices=True)
-            chosen = tl.sum(tl.where(chunk == which, of_chunk, 0), 0)
-            tl.store(tokens + m, chosen.to(tokens.dtype.element_ty))
-        if LOGPROBS:
-            raw = tl.load(row + chosen).to(tl.float32)
-            tl.store(logprobs + m, raw - _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS))
+            tl.store(tokens + m, tl.sum(tl.where(chunk == which, of_chunk, 0), 0).to(tokens.dtype.element_ty))
         tl.store(arrivals + m, 0)
 
 
@@ -306,33 +291,31 @@ def make_sampling_workspace(max_rows: int, vocab_size: int, device: torch.device
     )  # fmt: skip
 
 
-def argmax(
-    logits: torch.Tensor, *, workspace: SamplingWorkspace, out: torch.Tensor | None = None, logprobs_out: torch.Tensor | None = None, launch_pdl: bool = False
-) -> torch.Tensor:
-    """out[m] = the most likely token of row m, the smallest of equals; logprobs_out[m] its log-probability, in the same pass.
+def argmax(logits: torch.Tensor, *, workspace: SamplingWorkspace, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+    """out[m] = the most likely token of row m, the smallest of equals.
 
-    logits: [M, V], any floating dtype, rows contiguous, may be strided. out: [M] int32 or int64 (made as int64). logprobs_out: float32 [M].
+    logits: [M, V], any floating dtype, rows contiguous, may be strided. out: [M] int32 or int64 (made as int64).
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
     Raises ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
-    _choose(logits, None, None, None, None, None, out, logprobs_out, workspace, launch_pdl)
+    _choose(logits, None, None, None, None, None, out, None, workspace, launch_pdl)
     return out
 
 
 def sample(
     logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, workspace: SamplingWorkspace,
-    thresholds: torch.Tensor | None = None, rows: torch.Tensor | None = None, out: torch.Tensor | None = None, logprobs_out: torch.Tensor | None = None,
+    thresholds: torch.Tensor | None = None, rows: torch.Tensor | None = None, out: torch.Tensor | None = None,
     launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out[m] = a token drawn from softmax(logits[m] / temperature), the same for the same seed and position: reference.sample's race. 0: the most likely one.
 
-    logits, out, logprobs_out, launch_pdl: as in `argmax`; logprobs_out is of the logits as they are, at temperature 1, nothing cut off.
-    positions: integers [M]. temperature: float32, seeds: int64, may be strided: [M], or [R] if rows [M] says which entry is row m's (-1: padding, out[m]
+    logits, out, launch_pdl: as in `argmax`. positions: integers [M].
+    temperature: float32, seeds: int64, may be strided: [M], or [R] if rows [M] says which entry is row m's (-1: padding, out[m]
     is 0). thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
-    _choose(logits, rows, temperature, seeds, positions, thresholds, out, logprobs_out, workspace, launch_pdl)
+    _choose(logits, rows, temperature, seeds, positions, thresholds, out, None, workspace, launch_pdl)
     return out
 
 
@@ -341,7 +324,7 @@ def logprobs(
 ) -> torch.Tensor:
     """out[m] = log softmax(logits[m]) at token_ids[m]: [M, V], [M] integers -> [M] float32. As `argmax` otherwise."""
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if out is None else out
-    _choose(logits, None, None, None, None, None, token_ids, out, workspace, launch_pdl, given=True)
+    _choose(logits, None, None, None, None, None, token_ids, out, workspace, launch_pdl)
     return out
 
 
@@ -380,8 +363,9 @@ def check_logits(logits: torch.Tensor, workspace: SamplingWorkspace, *dense: tor
 
 def _choose(
     logits: torch.Tensor, rows: torch.Tensor | None, temperature: torch.Tensor | None, seeds: torch.Tensor | None, positions: torch.Tensor | None,
-    thresholds: torch.Tensor | None, tokens: torch.Tensor, logprobs: torch.Tensor | None, workspace: SamplingWorkspace, launch_pdl: bool, given: bool = False,
+    thresholds: torch.Tensor | None, tokens: torch.Tensor, logprobs: torch.Tensor | None, workspace: SamplingWorkspace, launch_pdl: bool,
 ) -> None:  # fmt: skip
+    """Writes tokens, or with logprobs those of the tokens that are there."""
     check_logits(logits, workspace, rows, positions, thresholds, tokens, logprobs)
     if len(logits) == 0:
         return
@@ -391,6 +375,6 @@ def _choose(
         tokens, unused if logprobs is None else logprobs, workspace.arrivals, workspace.best_scores, workspace.best_tokens, workspace.masses,
         logits.stride(0), *(0 if tensor is None else tensor.stride(0) for tensor in (temperature, seeds)),
         VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks, CHUNKS_PAD=triton.next_power_of_2(workspace.chunks),
-        RANDOM=temperature is not None, GIVEN=given, TRUNCATED=thresholds is not None, LOGPROBS=logprobs is not None, HAS_ROWS=rows is not None,
+        RANDOM=temperature is not None, GIVEN=logprobs is not None, TRUNCATED=thresholds is not None, HAS_ROWS=rows is not None,
         ON_GPU=logits.is_cuda, LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from paged_kernels.norm import rms_norm
 from paged_kernels.page_copy import copy_pages, make_page_layers
 from paged_kernels.rope_kv import rope_write_kv
 from paged_kernels.row_update import gather_step, update_page_tables, write_tokens
-from paged_kernels.sampling import argmax, make_sampling_workspace, sample, top_logprobs
+from paged_kernels.sampling import argmax, logprobs, make_sampling_workspace, sample, top_logprobs
 from paged_kernels.truncation import truncation_thresholds
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
 
@@ -130,14 +130,11 @@ def sampling_cases(batch: int) -> Iterator[Case]:
         lambda: reference.argmax(half),
         True,
     )
-    yield case("argmax, logprob", lambda pdl: argmax(peaked, workspace=workspace, out=tokens, logprobs_out=values, launch_pdl=pdl))
+    yield case("logprobs", lambda pdl: logprobs(peaked, tokens, workspace=workspace, out=values, launch_pdl=pdl), lambda: reference.logprobs(peaked, tokens))
     yield case(
         "sample",
         lambda pdl: sample(peaked, temperature, seeds, positions, workspace=workspace, out=tokens, launch_pdl=pdl),
         lambda: reference.sample(reference.apply_temperature(peaked, temperature), seeds, positions),
-    )
-    yield case(
-        "sample, logprob", lambda pdl: sample(peaked, temperature, seeds, positions, workspace=workspace, out=tokens, logprobs_out=values, launch_pdl=pdl)
     )
     thresholds = torch.empty_like(values)
     cuts = {

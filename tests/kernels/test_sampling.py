@@ -90,9 +90,8 @@ def test_log_probabilities_equal_log_softmax(dtype: torch.dtype) -> None:
     ids = ints(0, 5, 199, 63)
     torch.testing.assert_close(logprobs(logits, ids, workspace=workspace).double(), expected.gather(1, ids.long()[:, None])[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(logprobs(logits.float(), ids, workspace=workspace), reference.logprobs(logits.float(), ids.long()), rtol=0, atol=1e-5)
-    chosen = floats(0, 0, 0, 0)
-    tokens = argmax(logits, workspace=workspace, logprobs_out=chosen)
-    torch.testing.assert_close(chosen.double(), expected.gather(1, tokens[:, None])[:, 0], rtol=0, atol=1e-5)
+    tokens = argmax(logits, workspace=workspace)
+    torch.testing.assert_close(logprobs(logits, tokens, workspace=workspace).double(), expected.amax(-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 3, MAX_TOP])
@@ -195,11 +194,9 @@ def test_a_rows_draw_does_not_depend_on_the_batch() -> None:
 def test_temperature_zero_is_argmax_beside_drawn_rows() -> None:
     logits, (temperature, seeds, positions), workspace = randn(4, VOCAB), draws(4), small()
     temperature[::2] = 0
-    logprob = torch.empty(4, device=DEVICE)
-    tokens = sample(logits, temperature, seeds, positions, workspace=workspace, logprobs_out=logprob)
+    tokens = sample(logits, temperature, seeds, positions, workspace=workspace)
     assert torch.equal(tokens[::2], logits.argmax(-1)[::2])
     assert torch.equal(tokens[1::2], drawn(logits[1::2], temperature[1::2], seeds[1::2], positions[1::2]))
-    torch.testing.assert_close(logprob, reference.logprobs(logits, tokens), rtol=0, atol=1e-5)
 
 
 def test_rows_find_their_state_and_padding_gets_token_0() -> None:
@@ -401,8 +398,8 @@ def test_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_greedy_tokens_and_log_probabilities_over_a_large_vocabulary(dtype: torch.dtype) -> None:
     logits, workspace = randn(200, LARGE_VOCAB, scale=3).to(dtype), large()
-    values = torch.empty(200, device=DEVICE)
-    tokens = argmax(logits, workspace=workspace, logprobs_out=values)
+    tokens = argmax(logits, workspace=workspace)
+    values = logprobs(logits, tokens, workspace=workspace)
     expected = logits.double().log_softmax(-1)
     assert torch.equal(tokens, torch.where(logits == logits.amax(-1, keepdim=True), torch.arange(LARGE_VOCAB, device=DEVICE), LARGE_VOCAB).amin(-1))
     torch.testing.assert_close(values.double(), expected.amax(-1), rtol=0, atol=2e-5)
@@ -498,7 +495,8 @@ def test_a_captured_graph_samples_as_launches_do() -> None:
 
     def launch(pdl: bool) -> None:
         truncation_thresholds(logits, top_k, top_p, min_p, workspace=workspace, temperature=temperature, out=thresholds, launch_pdl=pdl)
-        sample(logits, temperature, seeds, positions, workspace=workspace, thresholds=thresholds, out=tokens, logprobs_out=values, launch_pdl=pdl)
+        sample(logits, temperature, seeds, positions, workspace=workspace, thresholds=thresholds, out=tokens, launch_pdl=pdl)
+        logprobs(logits, tokens, workspace=workspace, out=values, launch_pdl=pdl)
 
     launch(True)
     torch.cuda.synchronize()
