@@ -28,11 +28,20 @@ log = logging.getLogger("paged")
 
 def engine_command() -> list[str]:
     """How the engine process is started; the folder of its sockets is appended."""
+    return python_command("paged_backend.engine.process")
+
+
+def python_command(module: str) -> list[str]:
+    """How a module is run as a process of its own. Within Triton Server's stub, sys.executable need not be an interpreter.
+
+    Raises:
+        EngineError: there is no interpreter.
+    """
     python = sys.executable if sys.executable and Path(sys.executable).is_file() else shutil.which("python3")
     if not python:
-        raise EngineError("no Python interpreter found to start the engine with: put python3 on PATH")
+        raise EngineError("no Python interpreter found to start processes with: put python3 on PATH")
     safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the server's working directory is no place to import from
-    return [python, *safe_path, "-m", "paged_backend.engine.process"]
+    return [python, *safe_path, "-m", module]
 
 
 class EngineStarter:

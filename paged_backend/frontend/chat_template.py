@@ -1,4 +1,4 @@
-"""Chat messages to a prompt's text, by the model's own template. transformers does it, without torch (its `chat_template_utils` needs none).
+"""Chat messages to a prompt's text, by the model's own template, which runs in a process of its own (template_renderer.py).
 
 The engine exports the checkpoint's template beside tokenizer.json (models/tokenizer.py); front ends read that file.
 Special tokens are the template's to write. Where a caller's own words spell one, they stay words: nobody ends a turn or speaks as the system from within one.
@@ -8,39 +8,35 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from paged_backend.errors import RequestError
+from paged_backend.frontend.template_process import Rendered, Rendering
 from paged_backend.messages import ExportedTemplate
 from paged_backend.request import Chat
 
 _OWN_VARIABLES = frozenset(
     ["self", "conversations", "messages", "tools", "chat_template", "return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"]
 )  # of the template's caller, or of render_jinja_template's
+_MARKED_SHARE = 33  # a mark before and behind a special word, the shortest of which have two characters
 _TOOLS_TEMPLATE = "tool_use"
+
+Render = Callable[[Rendering], Rendered]
 
 
 class ChatTemplate:
     """A checkpoint's chat template. Thread-safe."""
 
-    def __init__(self, exported: ExportedTemplate, special_words: Sequence[str] = ()) -> None:
-        """special_words: how the tokenizer's special tokens are spelled."""
+    def __init__(self, exported: ExportedTemplate, special_words: Sequence[str], render: Render, max_bytes: int) -> None:
+        """special_words: how the tokenizer's special tokens are spelled. max_bytes: of a prompt."""
         self._exported = exported
+        self._render = render
+        self._max_bytes = max_bytes
         longest_first = sorted(special_words, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-    @classmethod
-    def load(cls, path: Path, special_words: Sequence[str] = ()) -> ChatTemplate | None:
-        """None if there is no such file: the checkpoint has no chat template."""
-        return cls(msgspec.json.decode(path.read_bytes(), type=ExportedTemplate), special_words) if path.exists() else None
-
-    def warm(self) -> None:
-        """Imports what rendering needs, so that the first caller does not wait for it."""
-        import transformers.utils.chat_template_utils  # noqa: F401
 
     def render(self, chat: Chat) -> list[str]:
         """The prompt's text, special tokens included, in parts: the second, fourth, … are words of the caller's that only look like special tokens.
@@ -48,32 +44,35 @@ class ChatTemplate:
         Raises:
             RequestError: the messages are not what they should be, or the template refuses them; in the template's own words.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         messages = _read_list("messages", chat.messages)
         if not messages:
             raise RequestError("messages: the list is empty")
         tools = None if chat.tools is None else _read_list("tools", chat.tools)
-        marks = secrets.token_hex(16), secrets.token_hex(16)  # before and behind such words on their way through the template; nobody can have guessed them
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]  # as apply_chat_template does
-        for position, message in enumerate(given):
+        for position, message in enumerate(messages):
             if not isinstance(message.get("role"), str):
                 raise RequestError(f"messages: entry {position} has no role")
-        variables = self._exported.special_tokens | self._kwargs(chat.template_kwargs, marks)
+            _read_arguments(message)
+        marks = secrets.token_hex(16), secrets.token_hex(16)  # before and behind such words on their way through the template; nobody can have guessed them
         try:
-            rendered: Any = render_jinja_template(  # (one text a conversation, something about each)
-                conversations=[self._marked(given, marks)],
+            rendering = Rendering(
+                template=self._template(with_tools=bool(tools)),
+                messages=self._marked([_without_null(message) for message in messages], marks),
                 tools=self._marked(tools, marks),
-                chat_template=self._template(with_tools=bool(tools)),
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
-                **variables,
+                variables=self._exported.special_tokens | self._kwargs(chat.template_kwargs, marks),
+                max_bytes=self._max_bytes + len(chat.messages) * _MARKED_SHARE,
             )
-        except Exception as error:  # a template may raise anything, and every bit of it was caused by what the caller sent
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise RequestError(f"messages: the model's chat template refuses them: {reason[:500]}") from None
-        text: str = rendered[0][0]
-        return self._parted(text, *marks)
+            rendered = self._render(rendering)
+            if rendered.error and any(message.get("content", "") is None for message in messages):  # "" for templates that cannot do without
+                given = self._marked([_without_null({**message, "content": message.get("content") or ""}) for message in messages], marks)
+                again = self._render(msgspec.structs.replace(rendering, messages=given))
+                rendered = rendered if again.error else again
+        except RecursionError:
+            raise RequestError("messages: the JSON is nested too deeply") from None
+        if rendered.error:
+            raise RequestError(f"messages: the model's chat template refuses them: {rendered.error}")
+        return self._parted(rendered.text, *marks)
 
     def _kwargs(self, given: Mapping[str, Any], marks: tuple[str, str]) -> dict[str, Any]:
         taken = sorted(given.keys() & (_OWN_VARIABLES | self._exported.special_tokens.keys()))
@@ -106,6 +105,28 @@ class ChatTemplate:
         if "default" not in templates:
             raise RequestError("messages: the model has several chat templates and none of them is the default")
         return templates["default"]
+
+
+def _without_null(message: Mapping[str, Any]) -> dict[str, Any]:
+    """As apply_chat_template does."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _read_arguments(message: Mapping[str, Any]) -> None:
+    """Makes the arguments of tool calls objects, as templates expect them and vLLM hands them over; OpenAI's are strings, and empty or null for none."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "arguments" not in function:
+            continue
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            try:
+                arguments = msgspec.json.decode(arguments) if arguments.strip() else None
+            except (msgspec.DecodeError, RecursionError):
+                continue  # the template may know what to make of it
+        if arguments is None or isinstance(arguments, dict):
+            function["arguments"] = arguments or {}
 
 
 def _read_list(name: str, text: str) -> list[Any]:

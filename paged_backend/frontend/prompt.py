@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from paged_backend.arrays import bits
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.frontend.chat_template import ChatTemplate
+from paged_backend.frontend.chat_template import ChatTemplate, Render
+from paged_backend.frontend.template_renderer import TemplateRenderer
 from paged_backend.frontend.words_tokenizer import WordsTokenizer
 from paged_backend.grammar.token_bytes import TokenBytes
-from paged_backend.messages import Prompt, Ready
+from paged_backend.messages import ExportedTemplate, Prompt, Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 
 _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
@@ -29,8 +30,9 @@ _NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works
 class PromptReader:
     """The model's tokenizer, and the limits a prompt must keep."""
 
-    def __init__(self, config: EngineConfig, ready: Ready) -> None:
-        """
+    def __init__(self, config: EngineConfig, ready: Ready, render: Render | None = None) -> None:
+        """render: how chat templates are rendered; None: by a process of the reader's own.
+
         Raises:
             EngineError: the tokenizer's file cannot be read.
         """
@@ -40,17 +42,21 @@ class PromptReader:
         self.token_bytes = None if self.tokenizer is None else TokenBytes(self.tokenizer)
         self._words_tokenizer: WordsTokenizer | None = None  # loaded when the first caller spells a special token
         self._loading = threading.Lock()
+        self._renderer = TemplateRenderer()
         self._chat_template: ChatTemplate | None = None
         self._special_ids: dict[str, int] = {}  # how the special tokens are spelled
         if ready.tokenizer_path is not None and self.tokenizer is not None:
             added = self.tokenizer.get_added_tokens_decoder()
             self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-            self._chat_template = ChatTemplate.load(Path(ready.tokenizer_path).with_name("chat_template.json"), list(self._special_ids))
+            path = Path(ready.tokenizer_path).with_name("chat_template.json")
+            if path.exists():  # else the checkpoint has none
+                exported = msgspec.json.decode(path.read_bytes(), type=ExportedTemplate)
+                self._chat_template = ChatTemplate(exported, list(self._special_ids), render or self._renderer.render, config.max_prompt_bytes)
         self._lock = threading.Lock()
         self._num_waiting = 0  # tasks that no thread has begun
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
-        if self._chat_template is not None:
-            self._threads.submit(self._chat_template.warm)
+        if self._chat_template is not None and render is None:
+            self._threads.submit(self._renderer.warm)
 
     def later(self, task: Callable[[], None]) -> None:
         """Runs `task`, which calls `read`, on one of the reader's threads. Tasks start in the order they came."""
@@ -69,7 +75,9 @@ class PromptReader:
         return self._num_waiting
 
     def close(self) -> None:
-        """Forgets the tasks that have not started and waits for those that have."""
+        """Forgets the tasks that have not started and waits for those that have; a conversation that is being rendered fails."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._renderer.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def read(self, request: Request) -> Prompt:

@@ -22,6 +22,7 @@ from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.chat_template import ChatTemplate
 from paged_backend.frontend.detokenizer import AnswerText, Detokenizer
 from paged_backend.frontend.request_reader import read_request, wants_error_code
+from paged_backend.frontend.template_process import render_here
 from paged_backend.messages import ExportedTemplate, Submit, decode_to_engine, encode
 from paged_backend.models.step import StepShape
 from paged_backend.request import Chat, SamplingParams
@@ -96,7 +97,7 @@ def _usable(params: SamplingParams) -> None:
 def chat(content: bytes) -> None:
     """messages and tools, between which there is a zero byte."""
     messages, _, tools = content.decode(errors="replace").partition("\0")
-    template = ChatTemplate(ExportedTemplate({"default": _TEMPLATE}, {"eos_token": "<|im_end|>"}), _SPECIAL)
+    template = ChatTemplate(ExportedTemplate({"default": _TEMPLATE}, {"eos_token": "<|im_end|>"}), _SPECIAL, render_here, 2**22)
     try:
         parts = template.render(Chat(messages=messages, tools=tools or None))
     except RequestError as error:
