@@ -78,11 +78,19 @@ class AsyncPagedClient:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         cache_salt: str = "",
+        request_id: str = "",
         **sampling: Any,
     ) -> Answer:
         """See PagedClient.generate."""
         question = question_of(
-            prompt, sampling, stream=False, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+            prompt,
+            sampling,
+            stream=False,
+            messages=messages,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            cache_salt=cache_salt,
+            request_id=request_id,
         )
         async with AsyncStream(self._transport, question, self._limits) as stream:
             async for _ in stream:
@@ -97,11 +105,19 @@ class AsyncPagedClient:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         cache_salt: str = "",
+        request_id: str = "",
         **sampling: Any,
     ) -> AsyncStream:
         """See PagedClient.stream."""
         question = question_of(
-            prompt, sampling, stream=True, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+            prompt,
+            sampling,
+            stream=True,
+            messages=messages,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            cache_salt=cache_salt,
+            request_id=request_id,
         )
         return AsyncStream(self._transport, question, self._limits)
 

@@ -85,11 +85,13 @@ class PagedClient:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         cache_salt: str = "",
+        request_id: str = "",
         **sampling: Any,
     ) -> Answer:
         """The whole answer in one response.
 
         prompt: text, or token ids. messages: a conversation instead, for the model's chat template; tools go to the template too.
+        request_id: what the server's log calls the request, where the tunable log_requests is on.
         sampling: any of the model's sampling keys, such as max_tokens=64, temperature=0, stop=["\\n"], seed=7. With n=3 the answer has three
         `sequences`.
 
@@ -97,7 +99,14 @@ class PagedClient:
             PagedError: a subclass says what kind of failure it is.
         """
         question = question_of(
-            prompt, sampling, stream=False, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+            prompt,
+            sampling,
+            stream=False,
+            messages=messages,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            cache_salt=cache_salt,
+            request_id=request_id,
         )
         with Stream(self._transport, question, self._limits) as stream:
             for _ in stream:
@@ -112,6 +121,7 @@ class PagedClient:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         cache_salt: str = "",
+        request_id: str = "",
         **sampling: Any,
     ) -> Stream:
         """The answer piece by piece; arguments as for `generate`. Leaving the iterator early (`break`, `close`, an exception) cancels the request.
@@ -119,7 +129,14 @@ class PagedClient:
         With n=3 pieces of three sequences come as they are ready: `Delta.sequence_index` says whose each is. Errors are raised while iterating.
         """
         question = question_of(
-            prompt, sampling, stream=True, messages=messages, tools=tools, continue_final_message=continue_final_message, cache_salt=cache_salt
+            prompt,
+            sampling,
+            stream=True,
+            messages=messages,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            cache_salt=cache_salt,
+            request_id=request_id,
         )
         return Stream(self._transport, question, self._limits)
 

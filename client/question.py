@@ -38,8 +38,11 @@ def question_of(
     tools: Sequence[Mapping[str, Any]] | None = None,
     continue_final_message: bool = False,
     cache_salt: str = "",
+    request_id: str = "",
 ) -> Question:
     """
+    request_id: what the server's log calls it (log_requests); "": a number of the server's.
+
     Raises:
         InvalidRequestError: the prompt cannot be sent.
         TypeError: not exactly one of `prompt` and `messages` is given, or something in them is not JSON.
@@ -69,6 +72,8 @@ def question_of(
     parameters: dict[str, bool | str] = {"return_error_code": True}
     if cache_salt:
         parameters["cache_salt"] = cache_salt
+    if request_id:
+        parameters["id"] = request_id
     return Question(tensors, parameters, num_sequences)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -26,7 +26,7 @@ from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
 from paged_client.openai.limits import Bodies, BodyLimits
 from paged_client.openai.metrics import CONTENT_TYPE, GatewayMetrics
-from paged_client.openai.middleware import GatewayMiddleware, response_of
+from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of
 from paged_client.openai.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from paged_client.openai.responses import ChatReply, CompletionReply, usage_of
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
@@ -190,6 +190,7 @@ class _Gateway:
         Raises:
             RefusalError: nothing has been answered.
         """
+        asked = replace(asked, request_id=body.request_id or request.scope.get(REQUEST_ID, ""))
         try:
             if not body.stream:
                 answers = await unless_left(request.receive, self._whole(asked))
@@ -288,6 +289,7 @@ def _options(asked: Asked) -> dict[str, Any]:
         "tools": asked.tools,
         "continue_final_message": asked.continue_final_message,
         "cache_salt": asked.cache_salt,
+        "request_id": asked.request_id,
         **asked.sampling,
     }
 

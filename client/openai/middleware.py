@@ -17,6 +17,8 @@ from paged_client.openai.errors import RefusalError
 from paged_client.openai.limits import Bodies, check_framing, check_type
 from paged_client.openai.metrics import GatewayMetrics
 
+REQUEST_ID = "paged.request_id"  # in the scope: the number that the caller reads in x-request-id
+
 log = logging.getLogger("paged.openai")
 
 
@@ -37,7 +39,7 @@ class GatewayMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = "req_" + secrets.token_hex(12)
+        request_id = scope[REQUEST_ID] = "req_" + secrets.token_hex(12)
         closing = False
         with self._metrics.request(scope["path"]) as measured, self._bodies.place() as place:
 

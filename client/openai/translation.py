@@ -29,6 +29,7 @@ class Asked:
     tools: Sequence[Mapping[str, Any]] | None = None
     continue_final_message: bool = False
     cache_salt: str = ""
+    request_id: str = ""  # in the server's log
     echoed: tuple[str, ...] = ()  # what each prompt's choices begin with
     params: Mapping[str, str] = field(default_factory=dict)  # the server's names of fields → the body's, where they differ
 

@@ -91,6 +91,14 @@ def wants_error_code(parameters: str) -> bool:
         return False
 
 
+def id_parameter(parameters: str) -> str:
+    """The parameter `id`, as the HTTP endpoint passes on the member of that name; "" if there is none."""
+    if '"id"' not in parameters:
+        return ""
+    value = _read_json("parameters", _bytes("parameters", parameters)).get("id", "")
+    return value if isinstance(value, str) else str(value)[:128]
+
+
 def _prompt_name(tensors: Tensors) -> str:
     names = [name for name in _PROMPTS if name in tensors]
     if not names:

@@ -25,7 +25,7 @@ from paged_backend.frontend.engine_loss import leave_server
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.prompt_logprobs import PromptTable
-from paged_backend.frontend.request_reader import read_request, wants_error_code
+from paged_backend.frontend.request_reader import id_parameter, read_request, wants_error_code
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
 from paged_backend.log_lines import LogLines
@@ -94,7 +94,7 @@ class TritonPythonModel:
         parameters = inference.parameters()
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
-            request = msgspec.structs.replace(read_request(tensors, parameters, time.monotonic()), caller_id=inference.request_id())
+            request = msgspec.structs.replace(read_request(tensors, parameters, time.monotonic()), caller_id=inference.request_id() or id_parameter(parameters))
         except RequestError as error:
             self._refuse(error, parameters, sender)
             return

@@ -192,6 +192,15 @@ def test_tools_and_messages_reach_the_server() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_the_servers_log_and_the_caller_have_the_same_number_of_a_request(stream: bool) -> None:
+    transport = Transport(piece("a", "stop"))
+    reply = complete(transport, stream=stream)
+    assert transport.asked[-1].parameters["id"] == reply.headers["x-request-id"]
+    complete(transport, stream=stream, request_id="mine-1")
+    assert transport.asked[-1].parameters["id"] == "mine-1"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("error", "status"), [(InvalidRequestError("top_p: no"), 400), (UnavailableError("full"), 503), (ServerError("broken"), 500)], ids=str)
 def test_an_error_before_the_first_piece_has_a_status(stream: bool, error: PagedError, status: int) -> None:
     reply = complete(Transport(error), stream=stream)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.frontend.request_reader import MAX_JSON_BYTES, read_request, wants_error_code
+from paged_backend.frontend.request_reader import MAX_JSON_BYTES, id_parameter, read_request, wants_error_code
 from paged_backend.request import Outputs, Request
 
 
@@ -118,6 +118,11 @@ def test_the_prompt_is_part_of_the_answer_unless_streamed_or_excluded() -> None:
 
 def test_the_servers_own_parameters_are_no_business_of_ours() -> None:
     _read({"priority": 3, "timeout": 5, "sequence_id": 1, "sequence_start": True, "sequence_end": False, "triton_enable_empty_final_response": True})
+
+
+@pytest.mark.parametrize(("parameters", "name"), [('{"id": "a"}', "a"), ('{"id": 7}', "7"), ('{"min_p": 0}', ""), ("", "")])
+def test_a_generate_bodys_id_is_the_requests(parameters: str, name: str) -> None:
+    assert id_parameter(parameters) == name
 
 
 def test_the_cache_salt_is_a_request_parameter() -> None:

@@ -382,15 +382,18 @@ def test_a_logged_request_shows_lengths_and_times_but_no_text(model: Any) -> Non
     assert isinstance(handler, logging.StreamHandler)
     handler.setStream(stream)
     _answered(model, text_input="tokens=9 secret")
+    generated = FakeRequest(parameters='{"id": "zz-9"}', text_input="tokens=3 secret")
     named = FakeRequest(text_input="tokens=2 secret")
     named.caller_id = "order 66\npaged: forged" + "x" * 1000
-    model.execute([named])
-    _wait(lambda: _series("paged_requests_finished_total", reason="length").value == 2)
-    line, second = sorted(stream.getvalue().splitlines())
-    assert re.match(r"paged: \S+Z \[m\] request 0\.\d+ length: \d+ tokens", line)
-    assert re.match(r"paged: \S+Z \[m\] request order 66\\x0apaged: forgedx+ length: \d+ tokens", second)
+    model.execute([named, generated])
+    _wait(lambda: _series("paged_requests_finished_total", reason="length").value == 3)
+    assert all(re.match(r"paged: \S+Z \[m\] request ", line) for line in stream.getvalue().splitlines())
+    line, second, third = sorted(map(without_stamp, stream.getvalue().splitlines()))
+    assert re.match(r"paged: request 0\.\d+ length: \d+ tokens", line)
+    assert re.match(r"paged: request order 66\\x0apaged: forgedx+ length: \d+ tokens", second)
+    assert third.startswith("paged: request zz-9 length: ")
     assert "9 out" in line
-    assert "secret" not in line + second
+    assert "secret" not in line + second + third
     assert len(second) < 300
 
 
