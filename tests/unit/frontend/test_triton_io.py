@@ -24,6 +24,7 @@ import pytest
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.prompt_logprobs import PromptTable
+from paged_backend.log_lines import without_stamp
 from paged_backend.request import Outputs
 from tests.server import fake_engine
 
