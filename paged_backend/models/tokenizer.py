@@ -9,6 +9,7 @@ import msgspec
 
 from paged_backend.errors import EngineError
 from paged_backend.messages import ExportedTemplate
+from paged_backend.models.shipped_tokenizer import follow_shipped
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -17,8 +18,8 @@ def export_tokenizer(folder: Path, path: Path) -> Path | None:
     """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the folder has no tokenizer.
     If it has a chat template, that goes to chat_template.json beside it.
 
-    Front ends read that file with the `tokenizers` package alone, which keeps them small (no torch in any of them), and they tokenise exactly as
-    transformers does, whatever the checkpoint's own format is.
+    Front ends read that file with the `tokenizers` package alone, which keeps them small (no torch in any of them), and they tokenise as the
+    checkpoint's own tokenizer.json says, or else as transformers does, whatever the checkpoint's format is.
 
     Raises:
         EngineError: the folder has tokenizer files, but transformers cannot make a fast tokenizer of them.
@@ -29,7 +30,7 @@ def export_tokenizer(folder: Path, path: Path) -> Path | None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        backend = tokenizer.backend_tokenizer
+        backend = follow_shipped(folder, tokenizer.backend_tokenizer)
     except Exception as error:  # transformers raises whatever the parser of the day raises, or a package that it imports
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EngineError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from error
