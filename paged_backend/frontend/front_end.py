@@ -76,7 +76,7 @@ class FrontEnd:
         self._answers[id(answer)] = answer
         refusal = self._refusal()
         if refusal is None:
-            self.prompts.later(answer.begin)
+            self.prompts.later(answer.begin, request.chat is not None)
         else:
             answer.fail(refusal)
 

@@ -55,14 +55,15 @@ class PromptReader:
         self._lock = threading.Lock()
         self._num_waiting = 0  # tasks that no thread has begun
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
+        self._chat_threads = ThreadPoolExecutor(_NUM_THREADS, "chat")  # of their own: no text waits for a template that takes long
         if self._chat_template is not None and render is None:
-            self._threads.submit(self._renderer.warm)
+            self._chat_threads.submit(self._renderer.warm)
 
-    def later(self, task: Callable[[], None]) -> None:
-        """Runs `task`, which calls `read`, on one of the reader's threads. Tasks start in the order they came."""
+    def later(self, task: Callable[[], None], is_chat: bool = False) -> None:
+        """Runs `task`, which calls `read`, on one of the reader's threads. Tasks of a kind start in the order they came."""
         with self._lock:
             self._num_waiting += 1
-        self._threads.submit(self._begin, task)
+        (self._chat_threads if is_chat else self._threads).submit(self._begin, task)
 
     def _begin(self, task: Callable[[], None]) -> None:
         with self._lock:
@@ -76,9 +77,10 @@ class PromptReader:
 
     def close(self) -> None:
         """Forgets the tasks that have not started and waits for those that have; a conversation that is being rendered fails."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._chat_threads.shutdown(wait=False, cancel_futures=True)
         self._renderer.close()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._threads, self._chat_threads):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def read(self, request: Request) -> Prompt:
         """

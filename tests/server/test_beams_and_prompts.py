@@ -200,3 +200,20 @@ def test_only_allowed_tokens_are_said(server: Server, oracle: Oracle) -> None:
     with pytest.raises(HTTPError) as raised:
         generate(server, {"allowed_token_ids": [5, 99_999]})
     assert json.load(raised.value)["error"].startswith("allowed_token_ids: 99999 is not a token of this model")
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_answer(server: Server) -> None:
+    ended = generate(server, {"max_tokens": 150, "temperature": 0}, return_finish_reason=True)
+    assert ended["finish_reason"] == "stop", "the answer has no end: the test misses its point"
+    asked = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "stop": [TOKENIZER.id_to_token(token_id) for token_id in EOS_IDS]}
+    assert generate(server, asked, return_finish_reason=True)["text_output"] == ended["text_output"]
+
+
+def test_ranks_count_in_the_vocabulary(server: Server) -> None:
+    banned = {str(PROMPT_IDS[-1]): -100} | {"5": -100}
+    sampling = {"max_tokens": 4, "temperature": 5, "seed": 3, "logprobs": 2, "logit_bias": banned}
+    entries = json.loads(generate(server, sampling, return_logprobs=True)["logprobs"])
+    chosen = [next(iter(entry.values())) for entry in entries]
+    assert all(len(entry) in (2, 3) for entry in entries)
+    assert max(one["rank"] for one in chosen) > 20, "hot sampling takes unlikely tokens"
+    assert [min(one["rank"] for one in entry.values()) for entry in entries] == [1] * 4

@@ -28,7 +28,8 @@ TOKENIZER = fake_engine.make_tokenizer()
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["1 instance", "4 instances"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]:
-    with serving(tmp_path_factory.mktemp("server"), instances=request.param) as server:
+    forwarded = [f"--{protocol}-header-forward-pattern=x-.*|user-agent" for protocol in ("http", "grpc")]  # every request brings parameters of the server's
+    with serving(tmp_path_factory.mktemp("server"), instances=request.param, arguments=forwarded) as server:
         yield server
 
 
@@ -152,7 +153,8 @@ def test_litellms_request_is_understood(server: FrontEndServer) -> None:
         ("temperature: nan", {"temperature": float("nan")}),
         ("temperature: ", {"temperature": -1.0}),
         ("unknown sampling parameter 'foo'", {"sampling_parameters": '{"foo": 1}'}),
-        ("unknown request parameter 'foo'", {"parameters": {"foo": 1}}),
+        ("unknown request parameter 'max_token': did you mean 'max_tokens'", {"parameters": {"max_token": 1}}),
+        ("image: not served", {"image": [b"aGk="]}),
         ("nested too deeply", {"sampling_parameters": '{"stop":' + "[" * 10_000 + "]" * 10_000 + "}"}),
         ("max_tokens", {"max_tokens": 0}),
         ("max_tokens: 5000 is more than this model's longest sequence", {"max_tokens": 5000}),
@@ -168,6 +170,12 @@ def test_a_wrong_request_gets_one_error_that_says_why(server: FrontEndServer, me
     with pytest.raises(Exception, match=message):
         raise answer.error
     assert server.ask("tokens=3").text == _expected("tokens=3", 3)
+
+
+def test_what_the_server_and_other_clients_add_to_a_body_is_ignored(server: FrontEndServer) -> None:
+    body = {"text_input": "tokens=3", "exclude_input_in_output": True, "id": "mine", "x-request-id": "7", "user-agent": "x", "model": "y", "stream_options": ""}
+    status, text = _post(server, "generate", body)
+    assert (status, json.loads(text)["text_output"]) == (200, _expected("tokens=3", 3)), text
 
 
 def test_the_engines_refusal_reaches_the_caller(server: FrontEndServer) -> None:

@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend import template_renderer
+from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.template_process import Rendering, render_here
 from paged_backend.frontend.template_renderer import TemplateRenderer
+from paged_backend.messages import ExportedTemplate, Ready
+from paged_backend.request import Chat
+from tests.small_tokenizers import byte_level
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 LARGE = {
@@ -104,3 +110,25 @@ def test_what_it_is_told_is_json_of_any_size_of_number(renderer: TemplateRendere
     asked = rendering("{{ messages[0].n }}")
     asked.messages[0]["n"] = json.loads("123456789012345678901234567890")
     assert renderer.render(asked).text == "123456789012345678901234567890"
+
+
+def test_texts_do_not_wait_for_a_template_and_a_close_ends_it(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.json").write_bytes(msgspec.json.encode(ExportedTemplate({"default": ENDLESS}, {})))
+    reader = PromptReader(EngineConfig.parse({}), Ready(str(tmp_path / "tokenizer.json"), 400, 64, 1024, 16, 64))
+    ended, done = [], threading.Event()
+
+    def chat() -> None:
+        try:
+            reader._chat_parts(Chat(messages='[{"role": "user", "content": "x"}]'))
+        except RequestError as error:
+            ended.append(error.kind)
+
+    for _ in range(3):
+        reader.later(chat, is_chat=True)
+    reader.later(done.set)
+    assert done.wait(5)
+    begun = time.monotonic()
+    reader.close()
+    assert time.monotonic() - begun < 8, "the first may have to wait until the process has started"
+    assert set(ended) == {ErrorKind.OVERLOADED}
