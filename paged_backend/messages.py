@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.errors import ErrorKind
+from paged_backend.process_id import ProcessId
 from paged_backend.request import SamplingParams
 
 
@@ -108,6 +109,7 @@ def front_ends_of(request_ids: NDArray[np.int64]) -> NDArray[np.int64]:
 class Hello(msgspec.Struct, frozen=True, tag=True):
     front_end: int
     address: str  # the ZeroMQ address of the front end's inbox
+    process: ProcessId | None = None  # whose death is noticed
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -1,7 +1,8 @@
 """The engine process: `python -m paged_backend.engine.process --model-name=NAME DIRECTORY`, one for all front ends of a model.
 
-Started by a front end (engine_client/starter.py) with the options as one JSON line on stdin. stdin then stays open: its end means that the parent is gone. With
-`--standby` after the folder it imports what an engine needs and waits for another line. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`;
+Started by a front end (engine_client/starter.py) with the options as one JSON line on stdin. With `--standby` after the folder it imports
+what an engine needs and waits for another line. From then on it lives as long as any front end does (life_line.py), not only the one that
+started it. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`;
 each front end is answered at the address it said hello with. `paged top` finds this process by its command line and its name, and subscribes at
 `ipc://DIRECTORY/watch.sock` (snapshot_publisher.py).
 """
@@ -15,11 +16,10 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import numpy as np
 import zmq
@@ -28,8 +28,10 @@ from numpy.typing import NDArray
 from paged_backend.batch import StepOutput
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
+from paged_backend.engine.front_end_deaths import FrontEndDeaths
 from paged_backend.engine.snapshot_publisher import Watch
 from paged_backend.errors import EngineError
+from paged_backend.life_line import live_by
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import (
     ENGINE_NAME,
@@ -57,6 +59,7 @@ from paged_backend.messages import (
     front_end_of,
     front_ends_of,
 )
+from paged_backend.process_id import ProcessId
 from paged_backend.scheduler.scheduler import Scheduler
 
 _STATS_SECONDS = 0.25
@@ -97,6 +100,9 @@ class Outbox:
     def front_ends(self) -> list[int]:
         return sorted(self._sockets)
 
+    def __contains__(self, front_end: int) -> bool:
+        return front_end in self._sockets
+
     def connect(self, front_end: int, address: str) -> None:
         socket = self._context.socket(zmq.PUSH)
         socket.set_hwm(0)
@@ -104,10 +110,11 @@ class Outbox:
         socket.connect(address)
         self._sockets[front_end] = socket
 
-    def disconnect(self, front_end: int) -> None:
+    def disconnect(self, front_end: int, linger_ms: int | None = None) -> None:
+        """linger_ms: how long what was sent may still take to leave; None: as long as usual."""
         socket = self._sockets.pop(front_end, None)
         if socket is not None:
-            socket.close()
+            socket.close(linger_ms)
 
     def send(self, front_end: int, message: FromEngine) -> None:
         socket = self._sockets.get(front_end)
@@ -158,6 +165,7 @@ class EngineProcess:
         self._model = model
         self._inbox = Inbox(context, f"ipc://{directory}/{ENGINE_SOCKET}")  # bound before the slow load: nobody's hello is lost
         self._outbox = Outbox(context)
+        self._deaths = FrontEndDeaths()
         self._end_by: float | None = None
         self._next_stats = 0.0
 
@@ -188,6 +196,8 @@ class EngineProcess:
     def _turn(self) -> None:
         for message in self._inbox.drain():
             self._receive(message)
+        while (dead := self._deaths.next_one()) is not None:
+            self._forget_front_end(*dead)
         self._queue[0] = self._scheduler.num_waiting  # front ends look, and spare us and their callers a way that ends in a refusal
         if self._engine.idle:
             self._inbox.wait(_IDLE_WAIT_SECONDS)
@@ -203,17 +213,29 @@ class EngineProcess:
     def _receive(self, message: ToEngine) -> None:
         match message:
             case Submit():
-                self._engine.submit(message)
-                self._watch.note_request(message)
+                if front_end_of(message.request_id) in self._outbox:  # else it died, and this came late
+                    self._engine.submit(message)
+                    self._watch.note_request(message)
             case Abort():
                 self._engine.abort(message.request_id)
             case Hello():
                 self._outbox.connect(message.front_end, message.address)
                 self._outbox.send(message.front_end, self._ready)
+                if message.process is not None:
+                    self._deaths.watch(message.front_end, message.process)
             case Goodbye():
+                self._deaths.forget(message.front_end)
                 self._outbox.disconnect(message.front_end)
             case Shutdown():
                 self._end_by = time.monotonic() + message.patience_seconds
+
+    def _forget_front_end(self, front_end: int, process: ProcessId) -> None:
+        """Nobody listens for its requests any more: their pages are freed."""
+        self._outbox.disconnect(front_end, linger_ms=0)
+        request_ids = {sequence.request_id for sequence in self._scheduler.sequences if front_end_of(sequence.request_id) == front_end}
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+        log.error("error: front end %d (process %d) died: %d requests of its callers are lost, their pages free", front_end, process.pid, len(request_ids))
 
     def _note_suspect(self, request_id: int | None) -> None:
         """For those who ask, should this process die now."""
@@ -248,10 +270,14 @@ def prepare(config: EngineConfig) -> None:
         prepare_to_load(config)
 
 
-def wait_to_be_engine(flags: Collection[str]) -> EngineConfig | None:
-    """The options, once this process is to be the engine. It dies with its parent, or rather with the thread that started it. None: the parent has gone.
+def wait_to_be_engine(directory: Path, flags: Collection[str]) -> EngineConfig | None:
+    """The options, once this process is to be the engine of that folder. Until then it dies with its parent, or rather with the thread that started it;
+    from then on with the last front end. None: the parent has gone.
 
     flags: with STANDBY among them it prepares and waits until it is needed.
+
+    Raises:
+        EngineError: nobody would notice if it were left alone.
     """
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent cannot say goodbye
@@ -263,19 +289,10 @@ def wait_to_be_engine(flags: Collection[str]) -> EngineConfig | None:
         prepare(config)
         if not sys.stdin.readline():
             return None
-    _watch_life_line(sys.stdin)
+    live_by(directory)
+    prctl(_PR_SET_PDEATHSIG, 0)
     prctl(_PR_SET_NAME, ENGINE_NAME.encode())
     return config
-
-
-def _watch_life_line(life_line: TextIO) -> None:
-    """The end of stdin says it too, and more: the parent need not have died."""
-
-    def wait_for_the_end() -> None:
-        life_line.read()
-        os._exit(0)
-
-    threading.Thread(target=wait_for_the_end, name="life-line", daemon=True).start()
 
 
 def main() -> int:
@@ -285,15 +302,15 @@ def main() -> int:
     stderr = logging.StreamHandler()
     stderr.setFormatter(LogLines(names[-1] if names else "paged"))
     logging.basicConfig(level=logging.INFO, handlers=[stderr])
-    config = wait_to_be_engine(flags)
+    config = wait_to_be_engine(Path(directory), flags)
     if config is None:
         return 0
 
-    def load(directory: Path) -> tuple[Engine, Scheduler, Ready]:
+    def load(folder: Path) -> tuple[Engine, Scheduler, Ready]:
         from paged_backend.engine.loading import leave_a_core, load_engine
 
         leave_a_core(os.environ)
-        return load_engine(config, directory)
+        return load_engine(config, folder)
 
     return EngineProcess(Path(directory), Path(config.model).name).run(load)
 

@@ -37,6 +37,9 @@ class EngineClient:
         self._serials = count()
         self._thread: threading.Thread | None = None
         self.on_loss: Callable[[], None] = lambda: None  # called once among all front ends, when there will be no engine any more
+        self._on_stats: Callable[[Stats], None]
+        self._on_restart: Callable[[], None]
+        self._on_inherit: Callable[[], None]
         self.ready: Ready
 
     @classmethod
@@ -62,10 +65,11 @@ class EngineClient:
         client._live.connect(link)
         return client
 
-    def start(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None] = lambda: None) -> None:
+    def start(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None] = lambda: None, on_inherit: Callable[[], None] = lambda: None) -> None:
         """Begins to receive. In the front end that owns the engine, on_stats is called with the engine's numbers a few times a second, and on_restart
-        whenever another engine is started in a dead one's place."""
-        self._thread = threading.Thread(target=self._receive, args=(on_stats, on_restart), name="engine-receive", daemon=True)
+        whenever another engine is started in a dead one's place. on_inherit: this front end owns the engine from now on."""
+        self._on_stats, self._on_restart, self._on_inherit = on_stats, on_restart, on_inherit
+        self._thread = threading.Thread(target=self._receive, name="engine-receive", daemon=True)
         self._thread.start()
 
     @property
@@ -124,49 +128,51 @@ class EngineClient:
 
     # ---- what the engine says
 
-    def _receive(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None]) -> None:
+    def _receive(self) -> None:
         """The receive thread."""
         try:
             while not self._closing.is_set() and self.alive:
-                reason = self._listen(on_stats)
+                reason = self._listen()
                 if reason is not None:
-                    self._survive(reason, on_restart)
+                    self._survive(reason)
         except Exception as error:  # whatever it was, nobody may wait for ever
             log.exception("the engine's messages cannot be read")
             self._lose(str(error))
-        self._closing.wait()  # the kernel ends an engine with the thread that started it
+        self._closing.wait()  # the kernel ends a standby with the thread that started it
         self._leave()
 
-    def _listen(self, on_stats: Callable[[Stats], None]) -> str | None:
+    def _listen(self) -> str | None:
         """Until the engine is gone: why. None when closing."""
         link, heard = self._live.link, time.monotonic()
         assert link is not None
         while not self._closing.is_set():
             self._supervisor.stand_by()
+            if self._supervisor.inherit():
+                self._on_inherit()
             message = link.next_message()
             if message is not None:
                 heard = time.monotonic()
                 if isinstance(message, Failed):
                     return message.message
-                self._take(message, on_stats)
+                self._take(message)
             elif not self._supervisor.engine_runs():
                 while (message := link.next_message(0)) is not None:  # its last words
-                    self._take(message, on_stats)
+                    self._take(message)
                 return f"its process ended {self._supervisor.exit_words()}"
             elif self._supervisor.owner and 0 < self._config.engine_hang_seconds < time.monotonic() - heard:
                 return f"it said nothing for {self._config.engine_hang_seconds:g} s (engine_hang_seconds)"
         return None
 
-    def _take(self, message: FromEngine, on_stats: Callable[[Stats], None]) -> None:
+    def _take(self, message: FromEngine) -> None:
         match message:
             case Tokens():
                 self._live.hand_out(message)
             case Stats() if self._supervisor.owner:  # another may be told before the owner has said hello; counters must not be added up twice
-                on_stats(message)
+                self._on_stats(message)
 
     # ---- when it is gone
 
-    def _survive(self, reason: str, on_restart: Callable[[], None]) -> None:
+    def _survive(self, reason: str) -> None:
         """Another engine, and every live request goes on in it; or the end of all of them."""
         died = time.monotonic()
         while True:
@@ -181,7 +187,7 @@ class EngineClient:
                     self._lose(reason)
                     return
                 if self._supervisor.owner:
-                    on_restart()
+                    self._on_restart()
                 link, self.ready = self._supervisor.meet_next()
                 break
             except EngineError as error:

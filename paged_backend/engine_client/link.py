@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import zmq
 
 from paged_backend.errors import EngineError
 from paged_backend.messages import ENGINE_SOCKET, FromEngine, Hello, ToEngine, decode_from_engine, encode
+from paged_backend.process_id import ProcessId
 
 POLL_MS = 100
 
@@ -32,7 +34,7 @@ class EngineLink:
         try:
             self._inbox.bind(address)
             self._outbox.connect(f"ipc://{folder}/{ENGINE_SOCKET}")
-            self.send(Hello(front_end, address))
+            self.send(Hello(front_end, address, ProcessId.of(os.getpid())))
         except zmq.ZMQError as error:
             self.close()  # the context's end would wait for an open socket for ever
             raise EngineError(f"no socket can be opened in '{folder}': {error.strerror}") from None

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paged_backend.config import EngineConfig
+from paged_backend.engine_client.inherited_engine import InheritedEngine
 from paged_backend.errors import EngineError
 from paged_backend.messages import STANDBY
 
@@ -45,7 +46,7 @@ def python_command(module: str) -> list[str]:
 
 
 class EngineStarter:
-    """Owns the standby. For one thread at a time, which must live as long as what it starts: engines die with the thread that started them."""
+    """Owns the standby. For one thread at a time, which must live until what it starts has begun to load: a standby dies with the thread that started it."""
 
     def __init__(self, config: EngineConfig, command: Sequence[str] | None) -> None:
         """command: how to start the engine, for tests; the folder of its sockets is appended."""
@@ -119,7 +120,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     wait_for_exit(process)
 
 
-def wait_for_exit(engine: subprocess.Popen[bytes]) -> None:
+def wait_for_exit(engine: subprocess.Popen[bytes] | InheritedEngine) -> None:
     """At most 10 s; then it is killed."""
     started = time.monotonic()
     try:

@@ -1,18 +1,20 @@
 """Which engine process a front end speaks to: the one it starts, and restarts when it dies, or the one that another front end does that for.
 
-The front ends of a model elect the one that owns the engine (election.py); the others wait for what it starts.
+The front ends of a model elect the one that owns the engine (election.py); the others wait for what it starts. The engine outlives its owner as long as any
+front end lives (life_line.py): another one inherits it, and nobody's stream stops.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,11 +23,14 @@ import zmq
 from numpy.typing import NDArray
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_client.election import Election, Incarnation
+from paged_backend.engine_client.election import Election, Incarnation, Outlook
+from paged_backend.engine_client.inherited_engine import InheritedEngine
 from paged_backend.engine_client.link import EngineLink
 from paged_backend.engine_client.starter import EngineStarter, wait_for_exit
 from paged_backend.errors import EngineError
+from paged_backend.life_line import create_life_line, hold_life_line
 from paged_backend.messages import ENGINE_SOCKET, QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
+from paged_backend.process_id import ProcessId
 
 _LINGER_MS = 1000  # for the last goodbye
 _PATIENCE_SECONDS = 1.0  # with the requests of other front ends. Their goodbyes may come only later: Triton Server finalizes instances one after another
@@ -33,6 +38,8 @@ _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0
 _BEGIN_SECONDS = 30.0  # until a new engine has opened its socket, which it does before it loads anything
+_OWNER_SECONDS = 0.5  # between looks whether the owner lives
+_FRESHEN_SECONDS = 3600.0  # between touches of the folder's files; cleaners look at days
 _LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
 
 log = logging.getLogger("paged")
@@ -50,10 +57,14 @@ class EngineSupervisor:
         self._config = config
         self._starter = EngineStarter(config, command)
         self._closing = closing
-        self._engine: subprocess.Popen[bytes] | None = None  # the engine process, if this front end owns it
+        self._engine: subprocess.Popen[bytes] | InheritedEngine | None = None  # the engine process, if this front end owns it
+        self._life_line: int | None = None  # the newest engine lives while any front end holds one
         self._election = Election(key, num_front_ends)
         self._seat = self._election.take_seat(self._start)
         self._incarnation = self._seat.first
+        self._owner: ProcessId | None = None  # the front end that owns the engine, if it is another one; known after the first look
+        self._next_look = 0.0
+        self._next_touch = time.monotonic() + _FRESHEN_SECONDS
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._queue: NDArray[np.int64] | None = None  # of the newest engine, in memory that it shares
         self._load_seconds = 0.0  # how long the first load took, or what was seen of it
@@ -61,8 +72,8 @@ class EngineSupervisor:
 
     @property
     def owner(self) -> bool:
-        """This front end started the engine."""
-        return self._seat.owner
+        """This front end started the engine, or inherited it."""
+        return self._engine is not None
 
     @property
     def front_end(self) -> int:
@@ -88,7 +99,7 @@ class EngineSupervisor:
     def meet_first(self) -> tuple[EngineLink, Ready]:
         """See `_meet`."""
         started = time.monotonic()
-        met = self._meet(math.inf)
+        met = self._meet(lambda: (math.inf, math.inf))
         self._load_seconds = time.monotonic() - started
         return met
 
@@ -104,19 +115,25 @@ class EngineSupervisor:
         return following is not None
 
     def meet_next(self) -> tuple[EngineLink, Ready]:
-        """See `_meet`. Only who can do something about it loses patience."""
-        if not self.owner:
-            return self._meet(math.inf)
-        hang_seconds = self._config.engine_hang_seconds
-        return self._meet(max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, _BEGIN_SECONDS)
+        """See `_meet`."""
+        return self._meet(self._patience)
 
-    def _meet(self, patience: float, begin_seconds: float = math.inf) -> tuple[EngineLink, Ready]:
-        """Says hello and waits as long as the engine's process lives, `patience` seconds at most: a large model takes minutes to load. An engine that has
-        not begun to after `begin_seconds` hangs.
+    def _patience(self) -> tuple[float, float]:
+        """Seconds until an engine that replaces another must be ready, and until it must have begun to load. Only who can do something about it loses
+        patience."""
+        hang_seconds = self._config.engine_hang_seconds
+        if not self.owner:
+            return math.inf, math.inf
+        return max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, _BEGIN_SECONDS
+
+    def _meet(self, patience: Callable[[], tuple[float, float]]) -> tuple[EngineLink, Ready]:
+        """Says hello and waits as long as the engine's process lives, or patience lasts: a large model takes minutes to load.
 
         Raises:
             EngineError: why it cannot serve; or this front end is closing.
         """
+        if not self.owner:
+            self._hold_on(self.engine_folder)
         link = EngineLink(self._context, self.engine_folder, self.front_end)
         started = time.monotonic()
         try:
@@ -130,8 +147,10 @@ class EngineSupervisor:
                     raise EngineError(message.message)
                 if message is None and not self.engine_runs() and (message := link.next_message(0)) is None:
                     raise EngineError(f"the engine process ended {self.exit_words()} before it was ready; its log lines say why")
-                if message is None and time.monotonic() > started + patience:
-                    raise EngineError(f"it was not ready after {patience:.0f} s")
+                self.inherit()
+                ready_seconds, begin_seconds = patience()
+                if message is None and time.monotonic() > started + ready_seconds:
+                    raise EngineError(f"it was not ready after {ready_seconds:.0f} s")
                 if message is None and time.monotonic() > started + begin_seconds and not (self.engine_folder / ENGINE_SOCKET).exists():
                     raise EngineError(f"it had not begun to load after {begin_seconds:.0f} s")
             raise EngineError("the model is being unloaded")
@@ -142,12 +161,16 @@ class EngineSupervisor:
     def _await(self) -> Incarnation | None:
         while not self._closing.wait(0.05):
             try:
-                current = self._election.current(self._seat)
+                outlook = self._election.look(self._seat)
             except EngineError as error:
                 log.error("error: %s", error)
                 return None
-            if current is None or current.number > self._incarnation.number:
-                return current
+            if outlook is None:
+                return None
+            if outlook.incarnation.number > self._incarnation.number:
+                return outlook.incarnation
+            if self._inherits(outlook):
+                return self._restart()
         return None
 
     def _restart(self) -> Incarnation | None:
@@ -177,13 +200,60 @@ class EngineSupervisor:
         return f"restart {count + 1} of at most {most} within {minutes:.0f} minutes (max_engine_restarts)"
 
     def _start(self, folder: Path) -> int:
-        self._engine = self._starter.start(folder)
+        create_life_line(folder)
+        self._hold_on(folder)
+        try:
+            self._engine = self._starter.start(folder)
+        except BaseException:
+            self._let_go()
+            raise
         return self._engine.pid
+
+    def _hold_on(self, folder: Path) -> None:
+        """Lets go of the engine before, if there was one."""
+        line = hold_life_line(folder)
+        self._let_go()
+        self._life_line = line
+
+    def _let_go(self) -> None:
+        if self._life_line is not None:
+            os.close(self._life_line)
+            self._life_line = None
 
     def stand_by(self) -> None:
         """Keeps a process ready to take this front end's engine's place. To be called often, by the thread that restarts it."""
         if self._engine is not None:
             self._starter.stand_by(self._seat.folder_after(self._incarnation))
+
+    # ---- another owner
+
+    def inherit(self) -> bool:
+        """Takes the engine over if its owner has died and nobody has done so yet; True: it was taken over just now. To be called often."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._next_look = now + _OWNER_SECONDS
+        if now > self._next_touch and self.owner:
+            self._next_touch = now + _FRESHEN_SECONDS
+            self._election.keep_fresh(self._seat)
+        if self.owner or (self._owner is not None and self._owner.alive):
+            return False
+        try:
+            outlook = self._election.look(self._seat)
+        except EngineError as error:
+            log.warning("%s", error)
+            return False
+        return outlook is not None and outlook.incarnation == self._incarnation and self._inherits(outlook)
+
+    def _inherits(self, outlook: Outlook) -> bool:
+        """True: this front end owns the engine from now on."""
+        if outlook.owner != self.front_end:
+            self._owner = outlook.owner_process
+            return False
+        log.warning("the front end that owned the engine died; front end %d owns it now", self.front_end)
+        self._engine = InheritedEngine(self._incarnation.engine)
+        self._starter.note_ready()
+        return True
 
     # ---- is it alive, and what did it leave
 
@@ -228,6 +298,7 @@ class EngineSupervisor:
             self._engine.kill()  # it was still loading
         if self._engine is not None:
             wait_for_exit(self._engine)
+        self._let_go()
         self._context.term()
         with suppress(EngineError):  # its folder is lost, or will be swept
             self._election.leave(self._seat)

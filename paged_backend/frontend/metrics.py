@@ -136,6 +136,7 @@ class Tally:
         self._increments: dict[Series, float] = defaultdict(float)
         self._observations: dict[Series, list[float]] = defaultdict(list)
         self._last_stats: Stats | None = None
+        self._inherits = False
 
     def add(self, name: str, amount: float = 1, label: str = "") -> None:
         with self._lock:
@@ -148,6 +149,8 @@ class Tally:
     def take_stats(self, stats: Stats) -> None:
         """The engine's numbers: it counts from its own start, so the difference to the last time is what counts here."""
         last, self._last_stats = self._last_stats, stats
+        if self._inherits:
+            last, self._inherits = stats, False
         if last is None or stats.num_steps < last.num_steps:  # the first of an engine
             last = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         with self._lock:
@@ -157,9 +160,14 @@ class Tally:
             self._increments["paged_prefix_cache_hits_total", ""] += stats.prefix_hits - last.prefix_hits
             self._observations["paged_queue_seconds", ""].extend(stats.queue_times)
 
+    def inherit(self) -> None:
+        """The front end that told the engine's numbers so far died: what it counted is told already."""
+        self._inherits = True
+
     def note_restart(self) -> None:
         """Another engine, which counts from zero."""
         self._last_stats = None
+        self._inherits = False
         self.add("paged_engine_restarts_total")
 
     def drain(self) -> Measurements:

@@ -17,7 +17,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_client.election import ProcessId
 from paged_backend.engine_client.starter import engine_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.frontend.delta import Delta
@@ -30,6 +29,7 @@ from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import MODEL_NAME, TokenScores
+from paged_backend.process_id import ProcessId
 from paged_backend.request import Outputs
 
 _PUBLISH_SECONDS = 0.25

@@ -82,7 +82,7 @@ def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
     """An engine's life, from the line on stdin to its end."""
     register = Register(orders.register)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = wait_to_be_engine(flags)
+    config = wait_to_be_engine(directory, flags)
     if config is None:
         return 0
     number = "/".join(directory.parts[-2:])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paged_backend.engine_client.election import ProcessId
+from paged_backend.process_id import ProcessId
 
 DEADLY = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
 _STOP_SHARE = 0.15

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind
+from paged_backend.life_line import live_by
 from paged_backend.messages import (
     RUNNING_FILE,
     STANDBY,
@@ -204,14 +204,9 @@ class FakeEngine:
         return Stats(NUM_PAGES - held, held, 0, held * 8, len(self._jobs), 0, 0, 160, 48, self._num_steps, (0.001,))
 
 
-def _die_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(0)
-
-
 if __name__ == "__main__":
     given = EngineConfig.model_validate_json(sys.stdin.readline())
     if STANDBY in sys.argv and not sys.stdin.readline():
         sys.exit(0)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    live_by(Path(sys.argv[1]))
     sys.exit(FakeEngine(Path(sys.argv[1]), given).run())

@@ -16,7 +16,7 @@ import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
-from paged_backend.engine_client.election import ProcessId
+from paged_backend.process_id import ProcessId
 from tests.server import fake_engine
 from tests.server.front_end_server import MODEL, Answer, FrontEndServer, send, serving, take
 

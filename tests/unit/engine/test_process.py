@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import leave_a_core
 from paged_backend.engine.process import EngineProcess
 from paged_backend.errors import EngineError, ErrorKind
+from paged_backend.life_line import create_life_line, hold_life_line
 from paged_backend.messages import (
     Abort,
     Failed,
@@ -35,6 +39,7 @@ from paged_backend.messages import (
     encode,
     request_id_of,
 )
+from paged_backend.process_id import ProcessId
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
@@ -46,7 +51,7 @@ VOCAB = 97
 class FrontEnd:
     """A front end's sockets and what it has heard."""
 
-    def __init__(self, directory: Path, number: int) -> None:
+    def __init__(self, directory: Path, number: int, process: ProcessId | None = None) -> None:
         self._context = zmq.Context()
         self.number = number
         self._inbox = self._context.socket(zmq.PULL)
@@ -54,7 +59,7 @@ class FrontEnd:
         self._inbox.bind(address)
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.connect(f"ipc://{directory}/engine.sock")
-        self.say(Hello(number, address))
+        self.say(Hello(number, address, process))
 
     def say(self, message: ToEngine) -> None:
         self._outbox.send(encode(message))
@@ -134,6 +139,42 @@ def test_an_aborted_request_is_not_spoken_of_again(tmp_path: Path, loop: threadi
     front_end.say(Shutdown(0.0))
 
 
+def test_the_requests_of_a_front_end_that_died_are_forgotten_and_those_of_others_go_on(tmp_path: Path) -> None:
+    def slow(_: Path) -> tuple[Engine, Scheduler, Ready]:
+        engine, scheduler = simulated(replace(LIMITS, max_model_len=4000, num_pages=4000))
+        launch = engine._runner.launch
+        engine._runner.launch = lambda batch: (time.sleep(0.002), launch(batch))  # type: ignore[method-assign]
+        return engine, scheduler, READY
+
+    loop = threading.Thread(target=lambda: EngineProcess(tmp_path).run(slow))
+    loop.start()
+    with subprocess.Popen(["sleep", "300"]) as process:
+        dead, heir = FrontEnd(tmp_path, 0, ProcessId.of(process.pid)), FrontEnd(tmp_path, 1, ProcessId.of(os.getpid()))
+        assert dead.hear(Ready) and heir.hear(Ready)
+        for serial in range(3):
+            dead.submit(serial, [1, 2, 3], max_tokens=3900)  # eight seconds
+        own = heir.submit(0, [1, 2, 3], max_tokens=100)
+        assert dead.hear(Tokens)
+        process.kill()
+    assert heir.answers([own])[own] == solo([1, 2, 3], 100, (), VOCAB)
+    while numbers(heir).num_running:
+        pass
+    assert numbers(heir).pages_held == 0
+    assert numbers(heir).num_steps < 3000, "they ran to their end"
+    dead.submit(9, [1, 2, 3], max_tokens=3900)  # was under way when it died
+    heir.answers([heir.submit(1, [1, 2, 3])])
+    assert (numbers(heir).num_running, numbers(heir).num_waiting) == (0, 0)
+    heir.say(Shutdown(0.0))
+    loop.join(5)
+    assert not loop.is_alive()
+
+
+def numbers(front_end: FrontEnd) -> Stats:
+    stats = front_end.hear(Stats)
+    assert isinstance(stats, Stats)
+    return stats
+
+
 def test_a_refusal_reaches_the_caller(tmp_path: Path, loop: threading.Thread) -> None:
     front_end = FrontEnd(tmp_path, 0)
     request_id = front_end.submit(1, [1] * 64)
@@ -211,6 +252,8 @@ def test_a_standby_has_imported_everything_and_touches_nothing_until_it_is_told_
             assert time.monotonic() < deadline and process.poll() is None
         assert not folder.exists()
         folder.mkdir()
+        create_life_line(folder)
+        line = hold_life_line(folder)
         process.stdin.write(b"start\n")
         process.stdin.flush()
         front_end = FrontEnd(folder, 0)
@@ -218,8 +261,11 @@ def test_a_standby_has_imported_everything_and_touches_nothing_until_it_is_told_
         assert isinstance(ready, Ready) and ready.num_pages == 8
         request_id = front_end.submit(1, [1, 2, 3])
         assert len(front_end.answers([request_id])[request_id]) == 4
-        process.stdin.close()
-        assert process.wait(10) == 0
+        process.stdin.close()  # as if the one that started it had died
+        time.sleep(0.3)
+        assert process.poll() is None
+        os.close(line)  # the last one
+        assert process.wait(10) == -signal.SIGKILL
 
 
 def test_a_standby_ends_with_its_parents_stdin(tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ import pytest
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
-from paged_backend.engine_client.election import Election, ProcessId
+from paged_backend.engine_client.election import Election
 from paged_backend.engine_client.live_requests import Piece
 from paged_backend.engine_client.starter import engine_command
 from paged_backend.engine_client.supervisor import EngineSupervisor
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.messages import Prompt, Stats
+from paged_backend.process_id import ProcessId
 from paged_backend.request import SamplingParams
 from tests.server import fake_engine
 
@@ -331,23 +332,40 @@ def test_a_standby_that_hangs_is_not_waited_for(key: str, folder: Path, monkeypa
         client.close()
 
 
-@pytest.mark.parametrize("loss", ["state", "folder", "space"])
-def test_nobody_waits_for_ever_when_the_folder_of_the_engine_is_lost(key: str, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
-    """Swept by somebody's cron job, or on a disk that is full: the engine goes on, but there cannot be another one."""
+@pytest.mark.parametrize("loss", ["state", "half of the state", "folder"])
+def test_what_a_cleaner_of_temporary_files_removes_is_made_again_and_the_engine_restarted(key: str, loss: str) -> None:
+    clients = _connect_all(key, 2)
+    asked = [(f"tokens=60 delay=0.02 {number}", _ask(client, f"tokens=60 delay=0.02 {number}")[1]) for number, client in enumerate(clients)]
+    try:
+        for _ in range(2):
+            election = clients[0]._supervisor._election._folder
+            if loss == "state":
+                (election / "state.json").unlink()
+            elif loss == "half of the state":
+                os.truncate(election / "state.json", 20)
+            else:
+                election.rename(election.with_name("swept"))  # at once: a process that is about to stand by may be writing into it
+                shutil.rmtree(election.with_name("swept"), ignore_errors=True)
+            before = _engine_pid(clients[0])
+            os.kill(before, signal.SIGKILL)
+            _wait(lambda before=before: all(_engine_pid(client) != before and client._live.link for client in clients), 20)  # type: ignore[misc]
+        for prompt, inbox in asked:
+            assert inbox.finished.wait(20)
+            assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, 60)
+    finally:
+        _close_all(clients)
+    assert not election.exists()
+
+
+def test_nobody_waits_for_ever_when_the_folder_of_the_engine_cannot_be_used(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is full: the engine goes on, but there cannot be another one."""
     clients = _connect_all(key, 2, max_engine_restarts=1)
     inboxes = [_ask(client, "silent")[1] for client in clients]
-    election = clients[0]._supervisor._election._folder
-    if loss == "state":
-        (election / "state.json").unlink()
-    elif loss == "folder":
-        election.rename(election.with_name("swept"))  # at once: a process that is about to stand by may be writing into it
-        shutil.rmtree(election.with_name("swept"), ignore_errors=True)
-    else:
 
-        def full(*_: Any, **__: Any) -> Any:
-            raise OSError(28, "No space left on device")
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("paged_backend.engine_client.election._make_private", full)
+    monkeypatch.setattr("paged_backend.engine_client.election_state.make_private", full)
     os.kill(_engine_pid(clients[0]), signal.SIGKILL)
     try:
         for inbox in inboxes:
@@ -356,7 +374,23 @@ def test_nobody_waits_for_ever_when_the_folder_of_the_engine_is_lost(key: str, m
             assert finish.error is ErrorKind.OVERLOADED
         _wait(lambda: not any(client.alive for client in clients))
     finally:
+        monkeypatch.undo()
         _close_all(clients)
+
+
+def test_files_are_kept_fresh_against_cleaners(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paged_backend.engine_client.supervisor._FRESHEN_SECONDS", 0.2)
+    client = _connect(key)
+    try:
+        for path in (
+            client._supervisor.engine_folder,
+            client._supervisor._election._folder / "state.json",
+            client._supervisor.engine_folder / "tokenizer.json",
+        ):
+            os.utime(path, (1, 1))
+            _wait(lambda path=path: path.stat().st_mtime > 1)  # type: ignore[misc]
+    finally:
+        client.close()
 
 
 def test_a_folder_without_room_for_a_socket_is_one_sentence_and_nothing_hangs(key: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,110 @@
+"""Front ends as processes of their own, which can be killed: `python -m tests.front_end_process KEY NUM_FRONT_ENDS FOLDER OPTIONS`.
+
+Each has a fake engine (tests/server/fake_engine.py) in common with the others. It is told on stdin what to ask, a prompt a line, and says on stdout, in JSON,
+again and again what it knows of the engine, and each answer once. The end of stdin tells it to leave.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine_client import starter as engine_starter
+from paged_backend.engine_client.client import EngineClient
+from paged_backend.engine_client.live_requests import Piece
+from paged_backend.messages import Prompt
+from paged_backend.request import SamplingParams
+from tests.server import fake_engine
+
+COMMAND = [sys.executable, str(Path(fake_engine.__file__))]
+STANDBY_AFTER_SECONDS = 0.2
+
+
+class FrontEndProcess:
+    """The parent's side."""
+
+    def __init__(self, key: str, num_front_ends: int, folder: Path, **options: Any) -> None:
+        command = [sys.executable, "-m", "tests.front_end_process", key, str(num_front_ends), str(folder), json.dumps(options)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.told: dict[str, Any] = {}  # front_end, owner, engine
+        self.standby: int | None = None
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.num_tokens = 0
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            told = json.loads(line)
+            self.num_tokens = told.pop("num_tokens", self.num_tokens)
+            if "prompt" in told:
+                self.answers[told["prompt"]] = told
+            else:
+                self.told = told
+
+    def ask(self, prompt: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(prompt + "\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+    def leave(self) -> int:
+        """In peace. Returns the exit status."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait(20)
+
+
+def _say(**told: Any) -> None:
+    sys.stdout.write(json.dumps(told) + "\n")  # at once: several threads tell
+    sys.stdout.flush()
+
+
+def _ask(client: EngineClient, prompt: str, tokens: list[int]) -> None:
+    ids: list[int] = []
+
+    def receive(piece: Piece) -> None:
+        ids.extend(piece.token_ids)
+        tokens.extend(piece.token_ids)
+        if piece.finish is not None:
+            _say(prompt=prompt, ids=ids, reason=piece.finish.reason, error=piece.finish.message, num_tokens=len(tokens))
+
+    encoded = np.array(fake_engine.make_tokenizer().encode(prompt).ids, np.int32)
+    client.submit(Prompt(encoded, SamplingParams(max_tokens=400), ()), "", time.monotonic(), receive)
+
+
+def main() -> None:
+    key, num_front_ends, folder, options = sys.argv[1:]
+    tempfile.tempdir = folder
+    engine_starter.STANDBY_AFTER_SECONDS = STANDBY_AFTER_SECONDS
+    client = EngineClient.connect(EngineConfig(**{"model": "fake", **json.loads(options)}), key, int(num_front_ends), COMMAND)
+    client.start(lambda stats: None)
+    tokens: list[int] = []
+
+    def tell() -> None:
+        while True:
+            standby = client._supervisor._starter._standby
+            now = {"front_end": client.front_end, "owner": client._supervisor.owner, "engine": client.engine_pid, "alive": client.alive}
+            _say(**now, standby=standby.pid if standby is not None else None, num_tokens=len(tokens))
+            time.sleep(0.05)
+
+    threading.Thread(target=tell, daemon=True).start()
+    for line in sys.stdin:
+        _ask(client, line.rstrip("\n"), tokens)
+    client.close()
+
+
+if __name__ == "__main__":
+    main()
