@@ -14,9 +14,10 @@ import msgspec
 
 from paged_backend.engine_client.starter import python_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.frontend.template_process import Rendered, Rendering, send, too_large
+from paged_backend.frontend.template_process import Rendered, Rendering, send
 
 RENDER_SECONDS = 10.0  # for one conversation, on the clock: a long one takes milliseconds
+_TRIES = 2  # processes may be killed for other reasons than the template
 _START_SECONDS = 120.0  # for importing transformers
 
 
@@ -34,24 +35,23 @@ class TemplateRenderer:
             self._started()
 
     def render(self, rendering: Rendering) -> Rendered:
-        """Waits for the text; a process that dies or takes too long is an error of the template's.
+        """Waits for the text; a process that takes too long, or dies over and over, is an error of the template's.
 
         Raises:
             RequestError: no process can be started, or `close` was called.
         """
         with self._lock:
-            process = self._started()
-            try:
-                send(_pipe(process.stdin), rendering)
-                return _receive(process, RENDER_SECONDS)
-            except TimeoutError:
-                self._end(process)
-                return Rendered(error=f"it takes more than {RENDER_SECONDS:g} s")
-            except (EOFError, BrokenPipeError):
-                self._end(process)
-                if self._closed:
-                    raise RequestError("the model is being unloaded", ErrorKind.OVERLOADED) from None
-                return Rendered(error=too_large())
+            for _ in range(_TRIES):
+                process = self._started()
+                try:
+                    send(_pipe(process.stdin), rendering)
+                    return _receive(process, RENDER_SECONDS)
+                except TimeoutError:
+                    self._end(process)
+                    return Rendered(error=f"it takes more than {RENDER_SECONDS:g} s")
+                except (EOFError, BrokenPipeError):  # somebody killed it; or the template did, which asks for memory in a way that Python does not survive
+                    self._end(process)
+            return Rendered(error="the process that rendered it died")
 
     def close(self) -> None:
         """Ends the process, whatever it is at: a rendering that is under way fails."""

@@ -83,6 +83,26 @@ def test_a_process_that_was_killed_is_replaced_and_torch_is_not_imported(rendere
     assert renderer.render(rendering(CHATML)).text
 
 
+def test_a_process_killed_while_it_renders_is_replaced_and_asked_again(renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer.warm()
+    killed: list[int] = []
+    send = template_renderer.send
+
+    def kill_first(stream: Any, message: Any) -> None:
+        assert renderer._process is not None
+        if len(killed) < deaths:
+            killed.append(renderer._process.pid)
+            os.kill(renderer._process.pid, 9)
+        send(stream, message)
+
+    monkeypatch.setattr(template_renderer, "send", kill_first)
+    for deaths in (1, 2):
+        killed.clear()
+        answer = renderer.render(rendering(CHATML))
+        assert (bool(answer.text), answer.error) == ((True, "") if deaths == 1 else (False, "the process that rendered it died"))
+        assert len(set(killed)) == deaths
+
+
 def test_a_stop_does_not_wait_for_a_template() -> None:
     renderer = TemplateRenderer()
     renderer.warm()
