@@ -63,7 +63,7 @@ class TritonPythonModel:
 PAGED = """
 import sys
 from pathlib import Path
-from paged_backend import server_files
+from paged_backend.server import files as server_files
 repository = Path(sys.argv.pop(1))
 server_files.repository_folder = lambda: repository
 from paged_client.cli import main
