@@ -28,3 +28,19 @@ class RequestError(Exception):
 
 class EngineError(Exception):
     """The engine cannot start or go on. The message is one sentence for the operator."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line: libraries begin their messages with empty lines, and transformers says of a module that it cannot be imported, but
+    only in the exception behind it why."""
+    words = _first_words(error)
+    cause = error
+    while isinstance(cause, ImportError) and isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    return words if cause is error else f"{words} ({type(cause).__name__}: {_first_words(cause)})"
+
+
+def _first_words(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # which str() would put in quotes
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__

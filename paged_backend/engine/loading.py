@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import zmq
+from tokenizers import Tokenizer
 
 from paged_backend.config import EngineConfig, kv_event_addresses
 from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
@@ -18,7 +20,9 @@ from paged_backend.engine.kv_event_publisher import KvEventPublisher
 from paged_backend.grammar.grammars import Grammars
 from paged_backend.messages import Ready
 from paged_backend.models.architecture import read_architecture
-from paged_backend.models.tokenizer import export_tokenizer
+from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
+from paged_backend.models.generation_config import find_stop_ids
+from paged_backend.models.tokenizer import export
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.scheduler.adapter_slots import Adapters
 from paged_backend.scheduler.grammar_masks import Guides
@@ -49,11 +53,9 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     """
     started = time.monotonic()
     kv_events = _kv_events(config)  # before the weights are read: the port may be taken
-    runner = ModelRunner.load(config, log.info)
+    checkpoint, tokenizer_path = _open(config, directory / "tokenizer.json")
+    runner = ModelRunner.load(config, log.info, checkpoint)
     limits = runner.limits
-    tokenizer_path = export_tokenizer(runner.folder, directory / "tokenizer.json")
-    if tokenizer_path is None:
-        log.info("no tokenizer beside the checkpoint: requests must bring input_ids")
     scheduler = Scheduler(
         SchedulerLimits(
             page_size=config.page_size,
@@ -97,6 +99,25 @@ def _kv_events(config: EngineConfig) -> KvEvents | None:
     """
     addresses = kv_event_addresses(config.kv_events)
     return None if addresses is None else KvEvents(config.page_size, KvEventPublisher(zmq.Context(), *addresses, config.page_size).send)
+
+
+def _open(config: EngineConfig, path: Path) -> tuple[Checkpoint, Path | None]:
+    """The checkpoint, and its tokenizer's export at `path`, if it has one: all that can be refused before the weights are read, which takes longest."""
+    checkpoint = open_checkpoint(config)
+    tokenizer = export(checkpoint.folder, path)
+    stop_ids = find_stop_ids(checkpoint.architecture, checkpoint.generation, None if tokenizer is None else tokenizer.eos_id)
+    log.info("%s", _about_ends(stop_ids, None if tokenizer is None else path))
+    return replace(checkpoint, eos_ids=tuple(stop_ids)), None if tokenizer is None else path
+
+
+def _about_ends(stop_ids: Mapping[int, str], tokenizer_path: Path | None) -> str:
+    """Sentences for the log: where answers end and why, and whether text can be read at all."""
+    words = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path is not None else None
+    named = [f"{token_id}{f' {word}' if words is not None and (word := words.id_to_token(token_id)) else ''} ({why})" for token_id, why in stop_ids.items()]
+    ends = (
+        f"answers end at {', '.join(named)}" if named else "no token ends an answer: neither generation_config.json nor config.json nor the tokenizer names one"
+    )
+    return ends if words is not None else f"no tokenizer beside the checkpoint: requests must bring input_ids; {ends}"
 
 
 def leave_a_core(environment: Mapping[str, str]) -> None:

@@ -30,7 +30,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.front_end_deaths import FrontEndDeaths
 from paged_backend.engine.snapshot_publisher import Watch
-from paged_backend.errors import EngineError
+from paged_backend.errors import EngineError, reason_of
 from paged_backend.life_line import live_by
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import (
@@ -178,7 +178,7 @@ class EngineProcess:
             self._refuse(str(error))
             return 1
         except Exception as error:  # ours to explain: what goes to stderr by itself may be seen by nobody
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {reason_of(error)}"
             log.exception("error: the engine could not start: %s", reason)
             self._refuse(f"the engine could not start: {reason}; its log has the traceback")
             return 1

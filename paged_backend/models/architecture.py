@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from paged_backend.errors import EngineError
-from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, first_words
+from paged_backend.errors import EngineError, reason_of
+from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile
 
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _QUANTISERS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
@@ -133,7 +133,7 @@ def _transformers_config(model_type: str, file: ConfigFile) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](**file.for_transformers())
     except Exception as error:  # transformers raises what it likes for a bad value, and its own checks wrap the reason
-        raise EngineError(f"config.json: {first_words(error.__cause__ or error)}") from None
+        raise EngineError(f"config.json: {reason_of(error.__cause__ or error)}") from None
     return config
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paged_backend.config import EngineConfig
-from paged_backend.errors import EngineError
+from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.architecture import Architecture, read_architecture
-from paged_backend.models.config_file import first_words
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids
 from paged_backend.models.rope import check_rope
 from paged_backend.models.weights import settle_weights
@@ -63,4 +62,4 @@ def _fetch(config: EngineConfig) -> Path:
     except HFValidationError:
         raise EngineError(f"model: {config.model} is neither a folder nor a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise EngineError(f"model: {config.model} is no folder, and the hub did not give it: {first_words(error)}") from None
+        raise EngineError(f"model: {config.model} is no folder, and the hub did not give it: {reason_of(error)}") from None

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from paged_backend.errors import EngineError
+from paged_backend.errors import EngineError, reason_of
 
 MAX_VOCAB_SIZE = 2**24  # token ids beyond it are no vocabulary; the largest published ones have 262,144
 _MAX_LAYERS = 4096
@@ -141,19 +141,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise EngineError(f"{path.parent}: no {path.name}, so this is not a checkpoint") from None
     except (OSError, ValueError) as error:
-        raise EngineError(f"{path}: {first_words(error)}") from None
+        raise EngineError(f"{path}: {reason_of(error)}") from None
     except RecursionError:
         raise EngineError(f"{path}: the JSON is nested too deeply") from None
     if not isinstance(content, dict):
         raise EngineError(f"{path}: expected a JSON object")
     return content
-
-
-def first_words(error: BaseException) -> str:
-    """What an exception says, in one line: libraries begin their messages with empty lines, or say the reason in the second one."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # which str() would put in quotes
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 def _spelled(value: Any) -> str:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from paged_backend.errors import EngineError
+from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.architecture import Rope
-from paged_backend.models.config_file import first_words
 
 _CHUNK = 65_536  # positions computed at once: bounds the memory that the table's making needs
 
@@ -45,7 +44,7 @@ def check_rope(rope: Rope) -> None:
             if not (frequencies.isfinite().all() and math.isfinite(factor)):
                 raise EngineError(f"rope_parameters: {dict(rope.parameters)} give positions that are not finite")
     except (ArithmeticError, ValueError, TypeError) as error:
-        raise EngineError(f"rope_parameters: {dict(rope.parameters)} cannot be used: {first_words(error)}") from None
+        raise EngineError(f"rope_parameters: {dict(rope.parameters)} cannot be used: {reason_of(error)}") from None
 
 
 def _frequencies(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from paged_backend.errors import EngineError
+from paged_backend.errors import EngineError, reason_of
 from paged_backend.messages import ExportedTemplate
 from paged_backend.models.shipped_tokenizer import follow_shipped
+from paged_backend.models.tokenizer_files import TokenizerFormat, find_tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """A tokenizer in files that front ends read."""
+
+    path: Path  # tokenizer.json
+    eos_id: int | None  # the tokenizer's own, with which answers end
 
 
 def export_tokenizer(folder: Path, path: Path) -> Path | None:
+    """As `export`, but returns its path alone."""
+    exported = export(folder, path)
+    return None if exported is None else exported.path
+
+
+def export(folder: Path, path: Path) -> ExportedTokenizer | None:
     """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the folder has no tokenizer.
     If it has a chat template, that goes to chat_template.json beside it.
 
@@ -24,22 +38,37 @@ def export_tokenizer(folder: Path, path: Path) -> Path | None:
     Raises:
         EngineError: the folder has tokenizer files, but transformers cannot make a fast tokenizer of them.
     """
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    form = find_tokenizer(folder)
+    if form is None:
         return None
     try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _tekken(folder / form.value) if form is TokenizerFormat.TEKKEN else _auto(folder)
         backend = follow_shipped(folder, tokenizer.backend_tokenizer)
     except Exception as error:  # transformers raises whatever the parser of the day raises, or a package that it imports
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EngineError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from error
+        raise EngineError(f"the tokenizer in '{folder}' cannot be loaded: {reason_of(error)}") from error
     backend.no_truncation()
     backend.no_padding()
     backend.save(str(path))
     if tokenizer.chat_template:
         path.with_name("chat_template.json").write_bytes(msgspec.json.encode(_chat_template(tokenizer)))
-    return path
+    return ExportedTokenizer(path, tokenizer.eos_token_id)
+
+
+def _auto(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)  # mistral-common's own class has no tokenizer.json to export
+
+
+def _tekken(path: Path) -> Any:
+    """Mistral's own format. mistral-common knows the chat template; texts begin with <s>, as it encodes them."""
+    from tokenizers import processors
+    from transformers.integrations.mistral import convert_tekken_tokenizer  # type: ignore[attr-defined]
+
+    tokenizer = convert_tekken_tokenizer(str(path))
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    return tokenizer
 
 
 def _chat_template(tokenizer: Any) -> ExportedTemplate:

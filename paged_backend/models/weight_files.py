@@ -10,8 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from paged_backend.errors import EngineError
-from paged_backend.models.config_file import first_words
+from paged_backend.errors import EngineError, reason_of
 
 FLOATS = ("F32", "F16", "BF16")  # safetensors' names of the types that can be loaded
 _QUANTISED_ENDINGS = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale")
@@ -40,7 +39,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
                     view = file.get_slice(name)
                     stored[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise EngineError(f"checkpoint: {path.name} is broken: {first_words(error)}") from None
+            raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
     return stored
 
 
@@ -57,7 +56,7 @@ def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str]) ->
                     if tensor.path == path and name in wanted:
                         yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise EngineError(f"checkpoint: {path.name} is broken: {first_words(error)}") from None
+            raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
 
 
 def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> None:

@@ -53,8 +53,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def size_pool(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> PoolSize:
-    """Decides num_pages and max_model_len. To be asked when the weights are in memory: what is free then is shared out.
+def size_pool(
+    config: EngineConfig, architecture: Architecture, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, spoken_for: int = 0
+) -> PoolSize:
+    """Decides num_pages and max_model_len. To be asked when the weights are in memory: what is free then is shared out. Asked before, with the bytes of the
+    weights as `spoken_for`, it refuses what cannot fit in any case.
 
     num_pages and pool_bytes are taken as given if they fit; else the pool takes its fraction of the memory left after weights and the largest
     step, but not more than max_num_sequences sequences of max_model_len tokens can use.
@@ -64,7 +67,7 @@ def size_pool(config: EngineConfig, architecture: Architecture, dtype: torch.dty
     """
     max_model_len = _wanted_length(config, architecture)
     page_bytes = page_bytes_of(architecture, config.page_size, kv_dtype)
-    free = free_bytes(device)
+    free = free_bytes(device) - spoken_for
     for_step = step_bytes(config, architecture, dtype, max_model_len)
     for_graphs = graph_bytes(config, architecture, dtype) if device.type == "cuda" and config.cuda_graphs else 0
     available = max(free - for_step - for_graphs, 0)

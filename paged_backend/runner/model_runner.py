@@ -95,6 +95,7 @@ class ModelRunner:
         for warning in checkpoint.warnings:
             tell(warning)
         _check_room(a, dtype, device)
+        size_pool(config, a, dtype, kv_dtype, device, weight_bytes(a, dtype))  # refuses what cannot fit before the weights are read
         weights = allocate_weights(a, dtype, device)
         if config.load_format == "dummy":
             tell(randomise_weights(weights, a, config.seed))
