@@ -51,7 +51,7 @@ def export(folder: Path, path: Path) -> ExportedTokenizer | None:
     backend.save(str(path))
     if tokenizer.chat_template:
         path.with_name("chat_template.json").write_bytes(msgspec.json.encode(_chat_template(tokenizer)))
-    return ExportedTokenizer(path, tokenizer.eos_token_id)
+    return ExportedTokenizer(path, None if tokenizer.eos_token is None else backend.token_to_id(tokenizer.eos_token))
 
 
 def _auto(folder: Path) -> Any:
