@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -15,7 +16,7 @@ from paged_client.grpc_transport import AsyncGrpcTransport, Outputs
 from paged_client.http_transport import AsyncHttpTransport
 from paged_client.patience import Limits, Patience
 from paged_client.progress import Progress
-from paged_client.question import Messages, Prompt, Question, question_of
+from paged_client.question import Messages, Prompt, Question, question_of, task_question
 
 
 class _Call(Protocol):
@@ -120,6 +121,38 @@ class AsyncPagedClient:
             request_id=request_id,
         )
         return AsyncStream(self._transport, question, self._limits)
+
+    async def tokenize(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        **switches: bool | None,
+    ) -> tuple[int, ...]:
+        """The prompt's token ids.
+
+        sampling: add_special_tokens, truncate_prompt_tokens, chat_template_kwargs. switches: add_generation_prompt,
+        continue_final_message.
+        """
+        chat = None if messages is None else {"messages": messages, "tools": tools, **switches}
+        return (await self._task(task_question("tokenize", prompt, chat, sampling))).token_ids
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens included."""
+        return (await self._task(task_question("detokenize", list(token_ids)))).text
+
+    async def describe(self) -> dict[str, Any]:
+        """What the model says of itself: max_model_len, vocab_size, chat_templates, adapters …"""
+        described: dict[str, Any] = json.loads((await self._task(task_question("describe"))).text)
+        return described
+
+    async def _task(self, question: Question) -> Answer:
+        async with AsyncStream(self._transport, question, self._limits) as stream:
+            async for _ in stream:
+                pass
+        return stream.answer
 
 
 class AsyncStream:

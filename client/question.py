@@ -77,6 +77,34 @@ def question_of(
     return Question(tensors, parameters, num_sequences)
 
 
+def task_question(
+    task: str,
+    prompt: Prompt | None = None,
+    chat: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> Question:
+    """A request that needs no engine.
+
+    chat: messages, and tools, add_generation_prompt and continue_final_message beside them. sampling: keys that change
+    the prompt.
+
+    Raises:
+        InvalidRequestError: the prompt cannot be sent.
+    """
+    tensors: dict[str, bool | str | list[int]] = {"task": task, "stream": False, "return_finish_reason": True}
+    if isinstance(prompt, str):
+        tensors["text_input"] = _encodable("text_input", prompt)
+    elif prompt is not None:
+        tensors["input_ids"] = _checked_ids(prompt)
+    for name, value in (chat or {}).items():
+        if value is not None:
+            tensors[name] = value if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+    given = {name: value for name, value in (sampling or {}).items() if value is not None}
+    if given:
+        tensors["sampling_parameters"] = json.dumps(given, ensure_ascii=False)
+    return Question(tensors, {"return_error_code": True})
+
+
 def _encodable(name: str, text: str) -> str:
     try:
         text.encode()

@@ -34,6 +34,7 @@ class ExportedTemplate(msgspec.Struct, frozen=True):
 
     templates: dict[str, str]
     special_tokens: dict[str, Any]  # bos_token, eos_token …: the template's variables
+    response_template: dict[str, Any] | None = None  # transformers': how to read what the model answers
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):

@@ -125,6 +125,9 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     continue_final_message: bool = False  # end within the last message, which the answer continues
 
 
+Task = Literal["generate", "tokenize", "detokenize", "describe"]
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One caller's question after the tensors were read: one of `text`, `input_ids` and `chat` is set."""
 
@@ -138,6 +141,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     arrival: float  # seconds, time.monotonic()
     caller_id: str = ""  # what the caller calls it, for the log
+    task: Task = "generate"  # the others need no engine, and "describe" no prompt
 
 
 def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:

@@ -47,6 +47,7 @@ def serve_openai(
     allow_origin: Annotated[
         list[str] | None, typer.Option("--allow-origin", metavar="ORIGIN", help="Web pages that may ask, such as https://example.org; repeatable.")
     ] = None,
+    hide_adapters: Annotated[bool, typer.Option("--hide-adapters", help="Leave adapters out of /v1/models; whoever knows a name may use it.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse keys that are unknown here, instead of ignoring them with a warning.")] = False,
     drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for answers in flight.")] = 30,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line for every request: address, path and status, never text.")] = False,
@@ -77,6 +78,7 @@ def serve_openai(
             tuple(allow_origin or ()),
             prompts_at_once=_HTTP_PROMPTS_AT_ONCE if over_http else _PROMPTS_AT_ONCE,
             strict=strict,
+            list_adapters=not hide_adapters,
         )
         client = AsyncPagedClient(url, model=model_name, timeout=timeout, retries=_NO_RETRIES, max_connections=upstream)
     except ValueError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -27,8 +27,10 @@ from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body
 from paged_client.openai.limits import Bodies, BodyLimits
 from paged_client.openai.metrics import CONTENT_TYPE, GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of
-from paged_client.openai.protocol import Body, ChatBody, CompletionBody, StreamOptions
+from paged_client.openai.model_card import Backend, Description, ModelCard
+from paged_client.openai.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, TokenizeBody
 from paged_client.openai.responses import ChatReply, CompletionReply, usage_of
+from paged_client.openai.tokens import detokenize, tokenize
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
 from paged_client.openai.unknown_keys import WARNING_HEADER, unused_keys, warning_of
 from paged_client.question import Prompt
@@ -37,30 +39,25 @@ _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
 _DONE = b"data: [DONE]\n\n"
 
 
-class Backend(Protocol):
-    """What the gateway needs of AsyncPagedClient."""
-
-    async def is_ready(self) -> bool: ...
-    async def generate(self, prompt: Any = None, **options: Any) -> Answer: ...
-    def stream(self, prompt: Any = None, **options: Any) -> AsyncStream: ...
-
-
 @dataclass(frozen=True)
 class Offer:
     """What the gateway says it serves, and to whom."""
 
-    model_names: tuple[str, ...]  # by any of them, and MODEL:ADAPTER with the server's adapters, which are not listed
+    model_names: tuple[str, ...]  # by any of them, and MODEL:ADAPTER with the server's adapters
     api_key: str = ""  # "": everybody may ask
     bodies: BodyLimits = field(default_factory=BodyLimits)
     origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
     prompts_at_once: int = 256  # of one request; its others wait
     strict: bool = False  # unknown keys are refused, not ignored
+    list_adapters: bool = True
 
 
 ENDPOINTS = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/models",
+    "/tokenize",
+    "/detokenize",
     "/health",
     "/v1/health",
     "/ping",
@@ -76,20 +73,12 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     """metrics: created with ENDPOINTS; None: of the application's own."""
     app = FastAPI(title="paged openai", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     metrics = metrics or GatewayMetrics(ENDPOINTS)
+    card = ModelCard(client)
     gateway = _Gateway(client, offer, metrics)
     bodies = Bodies(offer.bodies)
     metrics.body_bytes.set_function(lambda: bodies.held_bytes)
     _add_status_paths(app, client, metrics)
-    started = int(time.time())
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model(name, started) for name in offer.model_names]})
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        gateway.check_model(name)
-        return JSONResponse(_model(name, started))
+    _add_model_paths(app, card, gateway, offer)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -137,8 +126,38 @@ def _warning(response: Response, unused: list[str]) -> Response:
     return response
 
 
-def _model(name: str, started: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": started, "owned_by": "paged"}
+def _add_model_paths(app: FastAPI, card: ModelCard, gateway: _Gateway, offer: Offer) -> None:
+    """What the model is, and its tokens."""
+    started = int(time.time())
+
+    def entry(name: str, description: Description, parent: str | None = None) -> dict[str, Any]:
+        facts = {"root": parent or name, "parent": parent, "max_model_len": description.max_model_len}  # as vLLM has them
+        return {"id": name, "object": "model", "created": started, "owned_by": "paged", **facts}
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        description = await card.description()
+        adapters = description.adapters if offer.list_adapters else ()
+        entries = [entry(name, description) for name in offer.model_names]
+        entries += [entry(f"{name}:{adapter}", description, name) for name in offer.model_names for adapter in adapters]
+        return JSONResponse({"object": "list", "data": entries})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        adapter, description = gateway.adapter_of(name), await card.description()
+        if adapter and (adapter not in description.adapters or not offer.list_adapters):
+            raise unknown_model(name)
+        return JSONResponse(entry(name, description, name.removesuffix(f":{adapter}") if adapter else None))
+
+    @app.post("/tokenize")
+    async def tokens_of_text(body: TokenizeBody) -> Response:
+        unused = gateway.check_tokens_body(body)
+        return _warning(JSONResponse(await tokenize(card, body)), unused)
+
+    @app.post("/detokenize")
+    async def text_of_tokens(body: DetokenizeBody) -> Response:
+        unused = gateway.check_tokens_body(body)
+        return _warning(JSONResponse(await detokenize(card, body)), unused)
 
 
 def _say_errors_in_openais_words(app: FastAPI) -> None:
@@ -184,6 +203,16 @@ class _Gateway:
                 return name.removeprefix(f"{model}:")
         self.check_model(name)
         return ""
+
+    def check_tokens_body(self, body: TokenizeBody | DetokenizeBody) -> list[str]:
+        """Names of the keys that have no effect.
+
+        Raises:
+            RefusalError: the model is not served, or a key is refused.
+        """
+        if body.model is not None:
+            self.adapter_of(body.model)
+        return unused_keys(body, self._offer.strict)
 
     async def answer(self, request: Request, body: Body, asked: Asked, reply: Reply) -> Response:
         """

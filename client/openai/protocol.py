@@ -103,6 +103,30 @@ class Body(SamplingKeys):
     prompt_cache_retention: Any = None
 
 
+class TokenizeBody(BaseModel):
+    """POST /tokenize, vLLM's: a prompt or messages."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], _FIRST_OF_SOME] | None = None
+    tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize, vLLM's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: str | None = None
+    tokens: TokenIds
+
+
 class CompletionBody(Body):
     """POST /v1/completions."""
 

@@ -39,7 +39,7 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     Raises:
         RefusalError: what cannot be asked of the server, by its name in the body.
     """
-    prompts = _prompts(_checked(body.prompt))
+    prompts = _prompts(checked(body.prompt))
     if body.suffix:
         raise RefusalError("suffix: not supported: the model continues text, it does not fill gaps", param="suffix", code="unsupported_parameter")
     sampling = _sampling(body) | {
@@ -49,9 +49,9 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     _check_stream(body)
     return Asked(
         prompts=prompts,
-        sampling=_checked(sampling),
+        sampling=checked(sampling),
         num_choices=body.n or 1,
-        cache_salt=_checked(body.cache_salt or ""),
+        cache_salt=checked(body.cache_salt or ""),
         echoed=_echoed(body, prompts) if body.echo else (),
         params=_PARAMS_OF_PROMPT | _params_of(body),
     )
@@ -75,12 +75,12 @@ def asked_of_chat(body: ChatBody) -> Asked:
     params = _params_of(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
     return Asked(
         prompts=(None,),
-        sampling=_checked(_sampling(body) | {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": body.chat_template_kwargs}),
+        sampling=checked(_sampling(body) | {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": body.chat_template_kwargs}),
         num_choices=body.n or 1,
-        messages=_checked([_message(position, message) for position, message in enumerate(body.messages)]),
-        tools=_checked(_tools(body)),
+        messages=checked([message_of(position, message) for position, message in enumerate(body.messages)]),
+        tools=checked(_tools(body)),
         continue_final_message=body.continue_final_message,
-        cache_salt=_checked(body.cache_salt or ""),
+        cache_salt=checked(body.cache_salt or ""),
         params=params,
     )
 
@@ -95,7 +95,7 @@ def with_adapter(asked: Asked, adapter: str) -> Asked:
         return asked
     if asked.sampling.get("lora_name") is not None:
         raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
-    return replace(asked, sampling={**asked.sampling, "lora_name": _checked(adapter)}, params={**asked.params, "lora_name": "model"})
+    return replace(asked, sampling={**asked.sampling, "lora_name": checked(adapter)}, params={**asked.params, "lora_name": "model"})
 
 
 def _sampling(body: Body) -> dict[str, Any]:
@@ -159,17 +159,22 @@ def _echoed(body: CompletionBody, prompts: tuple[Prompt, ...]) -> tuple[str, ...
     return texts
 
 
+def template_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """For the template; None: there are none."""
+    return tools or None
+
+
 def _tools(body: ChatBody) -> list[dict[str, Any]] | None:
     """For the template. Whether the model calls them, and how, is text to us."""
     match body.tool_choice:
         case "none":
             return None
         case None | "auto":
-            return body.tools or None
+            return template_tools(body.tools)
     raise RefusalError("tool_choice: expected none or auto: the model cannot be made to call a tool", param="tool_choice", code="unsupported_parameter")
 
 
-def _message(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
+def message_of(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """As chat templates expect it: text is a string, a tool call's arguments an object."""
     changed = dict(message)
     if not isinstance(message.get("role"), str):
@@ -202,7 +207,7 @@ def _tool_call(call: Any) -> Any:
     return call
 
 
-def _checked(value: Any) -> Any:
+def checked(value: Any) -> Any:
     """The same.
 
     Raises:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from paged_client.openai.errors import RefusalError
-from paged_client.openai.protocol import Body
 
 WARNING_HEADER = "x-paged-warning"
 _NEAR = 0.85  # of difflib's ratio: one or two letters of a name
@@ -23,7 +22,7 @@ _LONGEST_NAME = 64
 _OTHERS = frozenset(["models", "top_a", "include_reasoning", "return_token_ids", "guided_decoding_backend", "stop_sequences"])
 
 
-def unused_keys(body: Body, strict: bool) -> list[str]:
+def unused_keys(body: BaseModel, strict: bool) -> list[str]:
     """Names of the keys that were given a value and have no effect. Null is not a value.
 
     strict: refuse them instead.
@@ -37,7 +36,7 @@ def unused_keys(body: Body, strict: bool) -> list[str]:
             hint = f"; did you mean '{nearest}'?" if nearest else ""
             raise RefusalError(f"unknown parameter: '{name}'{hint}", param=name, code="unknown_parameter")
     names = [name for name, _ in unused]
-    if body.spaces_between_special_tokens is False:
+    if getattr(body, "spaces_between_special_tokens", None) is False:
         names.append("spaces_between_special_tokens")
     return names
 

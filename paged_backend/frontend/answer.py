@@ -24,6 +24,7 @@ from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.prompt_logprobs import PromptTableParts
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
+from paged_backend.frontend.tasks import answer_task
 from paged_backend.messages import Finish, Found, Prompt, TokenScores, front_end_of, serial_of
 from paged_backend.request import Request, SamplingParams
 
@@ -117,6 +118,9 @@ class Answer:
         if self._over:
             return
         try:
+            if self._request.task != "generate":
+                self._answer_task()
+                return
             prompt = self._services.prompts.read(self._request)
             with self._lock:
                 if not self._over:
@@ -126,6 +130,14 @@ class Answer:
         except Exception:
             log.exception("a prompt could not be read")
             self.fail(RequestError("the prompt could not be read", ErrorKind.INTERNAL))
+
+    def _answer_task(self) -> None:
+        answer = answer_task(self._request, self._services.prompts, self._services.config)
+        with self._lock:
+            if not self._over:
+                self._over = True
+                self._outcome = "stop"
+                self._services.streamer.put(self._channel, answer)
 
     def _submit(self, prompt: Prompt) -> None:
         request, services = self._request, self._services
@@ -296,6 +308,8 @@ class Answer:
 
     def _record(self, now: float) -> None:
         tally, request = self._services.tally, self._request
+        if request.task != "generate":
+            return
         num_tokens = sum(strand.num_tokens for strand in self._strands)
         seconds = now - request.arrival
         tally.add("paged_requests_finished_total", label=self._outcome)

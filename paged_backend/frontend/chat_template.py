@@ -32,7 +32,7 @@ class ChatTemplate:
 
     def __init__(self, exported: ExportedTemplate, special_words: Sequence[str], render: Render, max_bytes: int) -> None:
         """special_words: how the tokenizer's special tokens are spelled. max_bytes: of a prompt."""
-        self._exported = exported
+        self.exported = exported
         self._render = render
         self._max_bytes = max_bytes
         longest_first = sorted(special_words, key=len, reverse=True)
@@ -60,7 +60,7 @@ class ChatTemplate:
                 tools=self._marked(tools, marks),
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
-                variables=self._exported.special_tokens | self._kwargs(chat.template_kwargs, marks),
+                variables=self.exported.special_tokens | self._kwargs(chat.template_kwargs, marks),
                 max_bytes=self._max_bytes + len(chat.messages) * _MARKED_SHARE,
             )
             rendered = self._render(rendering)
@@ -75,7 +75,7 @@ class ChatTemplate:
         return self._parted(rendered.text, *marks)
 
     def _kwargs(self, given: Mapping[str, Any], marks: tuple[str, str]) -> dict[str, Any]:
-        taken = sorted(given.keys() & (_OWN_VARIABLES | self._exported.special_tokens.keys()))
+        taken = sorted(given.keys() & (_OWN_VARIABLES | self.exported.special_tokens.keys()))
         if taken:
             raise RequestError(f"chat_template_kwargs: '{taken[0]}' is not to be set there")
         return {name: self._marked(value, marks) for name, value in given.items()}
@@ -99,7 +99,7 @@ class ChatTemplate:
         return value
 
     def _template(self, with_tools: bool) -> str:
-        templates = self._exported.templates
+        templates = self.exported.templates
         if with_tools and _TOOLS_TEMPLATE in templates:
             return templates[_TOOLS_TEMPLATE]
         if "default" not in templates:

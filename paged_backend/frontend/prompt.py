@@ -37,26 +37,26 @@ class PromptReader:
             EngineError: the tokenizer's file cannot be read.
         """
         self._config = config
-        self._ready = ready
+        self.ready = ready
         self.tokenizer = None if ready.tokenizer_path is None else load_tokenizer(Path(ready.tokenizer_path))
         self.token_bytes = None if self.tokenizer is None else TokenBytes(self.tokenizer)
         self._words_tokenizer: WordsTokenizer | None = None  # loaded when the first caller spells a special token
         self._loading = threading.Lock()
         self._renderer = TemplateRenderer()
-        self._chat_template: ChatTemplate | None = None
-        self._special_ids: dict[str, int] = {}  # how the special tokens are spelled
+        self.chat_template: ChatTemplate | None = None
+        self.special_ids: dict[str, int] = {}  # how the special tokens are spelled
         if ready.tokenizer_path is not None and self.tokenizer is not None:
             added = self.tokenizer.get_added_tokens_decoder()
-            self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+            self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
             path = Path(ready.tokenizer_path).with_name("chat_template.json")
             if path.exists():  # else the checkpoint has none
                 exported = msgspec.json.decode(path.read_bytes(), type=ExportedTemplate)
-                self._chat_template = ChatTemplate(exported, list(self._special_ids), render or self._renderer.render, config.max_prompt_bytes)
+                self.chat_template = ChatTemplate(exported, list(self.special_ids), render or self._renderer.render, config.max_prompt_bytes)
         self._lock = threading.Lock()
         self._num_waiting = 0  # tasks that no thread has begun
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
         self._chat_threads = ThreadPoolExecutor(_NUM_THREADS, "chat")  # of their own: no text waits for a template that takes long
-        if self._chat_template is not None and render is None:
+        if self.chat_template is not None and render is None:
             self._chat_threads.submit(self._renderer.warm)
 
     def later(self, task: Callable[[], None], is_chat: bool = False) -> None:
@@ -89,18 +89,18 @@ class PromptReader:
         """
         sampling = request.sampling
         max_tokens = self._config.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
-        if sampling.max_tokens is not None and max_tokens > self._ready.max_model_len:
-            raise RequestError(f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self._ready.max_model_len})")
+        if sampling.max_tokens is not None and max_tokens > self.ready.max_model_len:
+            raise RequestError(f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self.ready.max_model_len})")
         if self.tokenizer is None and sampling.stop:
             raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
         if self.tokenizer is None and sampling.grammar is not None:
             raise RequestError(f"{sampling.grammar.key}: this model has no tokenizer, and without one an answer has no form")
-        token_ids = self._token_ids(request)
+        token_ids = self.token_ids(request)
         if sampling.truncate_prompt_tokens is not None:
-            longest = self._ready.max_model_len - 1
+            longest = self.ready.max_model_len - 1
             token_ids = token_ids[-(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :]
         self._check_length(len(token_ids))
-        max_tokens = min(max_tokens, self._ready.max_model_len - len(token_ids))
+        max_tokens = min(max_tokens, self.ready.max_model_len - len(token_ids))
         self._check_known("logit_bias", sampling.logit_bias)
         self._check_known("stop_token_ids", sampling.stop_token_ids)
         allowed = self._allowed(sampling.allowed_token_ids)
@@ -117,7 +117,12 @@ class PromptReader:
         assert request.input_ids is not None
         return "" if self.tokenizer is None else self.tokenizer.decode(request.input_ids.tolist(), skip_special_tokens=True)
 
-    def _token_ids(self, request: Request) -> NDArray[np.int32]:
+    def token_ids(self, request: Request) -> NDArray[np.int32]:
+        """The prompt, however long.
+
+        Raises:
+            RequestError: what the caller must change.
+        """
         if request.input_ids is not None:
             return self._checked_ids(request.input_ids)
         if request.chat is not None:  # the template writes the special tokens
@@ -131,8 +136,8 @@ class PromptReader:
         """parts: as ChatTemplate.render's."""
         with self._loading:
             if self._words_tokenizer is None:
-                assert self._ready.tokenizer_path is not None
-                self._words_tokenizer = WordsTokenizer(load_tokenizer(Path(self._ready.tokenizer_path)))
+                assert self.ready.tokenizer_path is not None
+                self._words_tokenizer = WordsTokenizer(load_tokenizer(Path(self.ready.tokenizer_path)))
         words = self._words_tokenizer
         self._check_bytes("messages", "".join(parts))
         return self._own_ids("messages", words.real_ids(np.array(_encode(words.tokenizer, words.text(parts), add_special_tokens), np.int32)).tolist())
@@ -142,9 +147,9 @@ class PromptReader:
             self._check_bytes("messages", chat.messages)
         else:
             self._check_bytes("messages and tools", chat.messages + chat.tools)
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise RequestError("messages: this model has no chat template; send text_input or input_ids")
-        return self._chat_template.render(chat)
+        return self.chat_template.render(chat)
 
     def _encoded(self, name: str, text: str, add_special_tokens: bool) -> NDArray[np.int32]:
         self._check_bytes(name, text)
@@ -163,22 +168,22 @@ class PromptReader:
         Raises:
             RequestError: names the first such token.
         """
-        if max(token_ids, default=0) >= self._ready.vocab_size:
+        if max(token_ids, default=0) >= self.ready.vocab_size:
             assert self.tokenizer is not None
-            unknown = next(token_id for token_id in token_ids if token_id >= self._ready.vocab_size)
+            unknown = next(token_id for token_id in token_ids if token_id >= self.ready.vocab_size)
             added = self.tokenizer.get_added_tokens_decoder().get(unknown)
             token = self.tokenizer.id_to_token(unknown) if added is None else added.content  # as it was written, not as the normalizer has it
             raise RequestError(f"{name}: the text has the token '{token}' (id {unknown}), which this model has no embedding of; {self._known_ids()}")
         return np.array(token_ids, np.int32)
 
     def _known_ids(self) -> str:
-        return f"its ids are 0 to {self._ready.vocab_size - 1}"
+        return f"its ids are 0 to {self.ready.vocab_size - 1}"
 
     def unknown_tokens(self) -> dict[str, int]:
         """The tokens that the tokenizer knows and the model has no embedding of, by their ids' order."""
         if self.tokenizer is None:
             return {}
-        found = [(token_id, token) for token, token_id in self.tokenizer.get_vocab().items() if token_id >= self._ready.vocab_size]
+        found = [(token_id, token) for token, token_id in self.tokenizer.get_vocab().items() if token_id >= self.ready.vocab_size]
         return {token: token_id for token_id, token in sorted(found)}
 
     def _check_bytes(self, name: str, text: str) -> None:
@@ -189,7 +194,7 @@ class PromptReader:
     def _checked_ids(self, token_ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         if not len(token_ids):
             raise RequestError("input_ids: the prompt is empty")
-        unknown = token_ids[(token_ids < 0) | (token_ids >= self._ready.vocab_size)]
+        unknown = token_ids[(token_ids < 0) | (token_ids >= self.ready.vocab_size)]
         if len(unknown):
             raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; {self._known_ids()}")
         return token_ids.astype(np.int32)
@@ -198,27 +203,27 @@ class PromptReader:
         """With the stop strings that are special tokens: a text that skips those never shows them."""
         if not (sampling.stop and sampling.skip_special_tokens):
             return sampling.stop_token_ids
-        spelled = [self._special_ids[text] for text in sampling.stop if text in self._special_ids]
-        return tuple(dict.fromkeys([*sampling.stop_token_ids, *(token_id for token_id in spelled if token_id < self._ready.vocab_size)]))
+        spelled = [self.special_ids[text] for text in sampling.stop if text in self.special_ids]
+        return tuple(dict.fromkeys([*sampling.stop_token_ids, *(token_id for token_id in spelled if token_id < self.ready.vocab_size)]))
 
     def _allowed(self, token_ids: tuple[int, ...] | None) -> NDArray[np.int32] | None:
         if token_ids is None:
             return None
         self._check_known("allowed_token_ids", token_ids)
-        return bits(token_ids, self._ready.vocab_size)
+        return bits(token_ids, self.ready.vocab_size)
 
     def _check_known(self, name: str, token_ids: Collection[int]) -> None:
         largest = max(token_ids, default=0)
-        if largest >= self._ready.vocab_size:
+        if largest >= self.ready.vocab_size:
             raise RequestError(f"{name}: {largest} is not a token of this model; {self._known_ids()}")
 
     def _check_length(self, prompt_len: int) -> None:
-        if prompt_len > self._ready.max_model_len - 1:
-            longest = self._ready.max_model_len - 1
+        if prompt_len > self.ready.max_model_len - 1:
+            longest = self.ready.max_model_len - 1
             raise RequestError(f"the prompt has {prompt_len} tokens; the longest this model takes is {longest} (max_model_len − 1)")
-        if prompt_len > self._ready.max_pool_tokens:
-            pages = f"{self._ready.num_pages} pages of {self._ready.page_size}"
-            raise RequestError(f"the prompt has {prompt_len} tokens; the page pool holds {self._ready.max_pool_tokens} ({pages})")
+        if prompt_len > self.ready.max_pool_tokens:
+            pages = f"{self.ready.num_pages} pages of {self.ready.page_size}"
+            raise RequestError(f"the prompt has {prompt_len} tokens; the page pool holds {self.ready.max_pool_tokens} ({pages})")
 
     def _bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Each word as it is spelled at a text's beginning and, with a space before it, inside a text."""
@@ -232,7 +237,7 @@ class PromptReader:
                 token_ids = tuple(_encode(self.tokenizer, spelling, add_special_tokens=False))
                 if len(token_ids) > MAX_BAD_WORD_TOKENS:
                     raise RequestError(f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is {MAX_BAD_WORD_TOKENS}")
-                if token_ids and max(token_ids) < self._ready.vocab_size:  # what has no embedding is never chosen
+                if token_ids and max(token_ids) < self.ready.vocab_size:  # what has no embedding is never chosen
                     found[token_ids] = None
         return tuple(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from paged_backend.errors import RequestError
 from paged_backend.frontend.unknown_keys import without_foreign, without_unknown
-from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, parse_sampling
+from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, Task, parse_sampling
 
 MAX_JSON_BYTES = 1_048_576
 MAX_INPUT_IDS = 4_194_304  # that are read at all; the model's own limit is known later
@@ -45,6 +45,8 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
         RequestError: names the tensor, key or parameter, and what is allowed.
     """
     given = _read_parameters(parameters)
+    if "task" in tensors and (task := _read_task(tensors)) != "generate":
+        return _task_request(task, tensors, given, arrival)
     outputs = Outputs(**{name: bool(_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
     stream = bool(_switch(tensors, given, "stream"))
     exclude_prompt = _switch(tensors, given, "exclude_input_in_output")
@@ -75,6 +77,39 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
         prepend_prompt=exclude_prompt is False if name == "messages" else not stream and not exclude_prompt,  # a caller wrote no such text
         cache_salt=_cache_salt(given),
         arrival=arrival,
+    )
+
+
+def _read_task(tensors: Tensors) -> Task:
+    task = _string("task", _only("task", tensors["task"]))
+    for known in get_args(Task):
+        if task == known:
+            return cast(Task, known)
+    raise RequestError(f"task: expected {', '.join(get_args(Task))}, got {task[:80]!r}")
+
+
+def _task_request(task: Task, tensors: Tensors, given: Mapping[str, Any], arrival: float) -> Request:
+    """One that needs no engine, and of whose options only those of the prompt and the error's form mean anything."""
+    name = "" if task == "describe" else _prompt_name(tensors)
+    if task == "detokenize" and name != "input_ids":
+        raise RequestError(f"{name}: task detokenize takes input_ids")
+    options = _read_options(tensors, given)
+    template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
+    return Request(
+        text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
+        input_ids=_read_ids(tensors[name]) if name == "input_ids" else None,
+        chat=_read_chat(tensors, given, template_kwargs) if name == "messages" else None,
+        sampling=_read_sampling(options, Outputs()),
+        outputs=Outputs(
+            output_ids=task == "tokenize",
+            num_input_tokens=task == "tokenize",
+            finish_reason=bool(_switch(tensors, given, "return_finish_reason")),
+            error_code=bool(_switch(tensors, given, _ERROR_CODE_SWITCH)),
+        ),
+        stream=False,
+        prepend_prompt=False,
+        arrival=arrival,
+        task=task,
     )
 
 

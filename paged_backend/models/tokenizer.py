@@ -73,4 +73,14 @@ def _tekken(path: Path) -> Any:
 
 def _chat_template(tokenizer: Any) -> ExportedTemplate:
     template = tokenizer.chat_template
-    return ExportedTemplate(template if isinstance(template, dict) else {"default": template}, dict(tokenizer.special_tokens_map))
+    templates = template if isinstance(template, dict) else {"default": template}
+    return ExportedTemplate(templates, dict(tokenizer.special_tokens_map), _response_template(tokenizer))
+
+
+def _response_template(tokenizer: Any) -> dict[str, Any] | None:
+    """None also for one that is no JSON: nobody could be told of it."""
+    template = getattr(tokenizer, "response_template", None)
+    try:
+        return None if template is None else msgspec.json.decode(msgspec.json.encode(template), type=dict[str, Any])
+    except (TypeError, ValueError, msgspec.MsgspecError):
+        return None

@@ -25,7 +25,8 @@ from tests.chaos.judge import Heard
 from tests.server.calls import MODEL, metrics, tensor, tensor_array
 
 _MODEL_PY = """
-from paged_backend import engine_supervisor, triton_io
+from paged_backend.engine_client import supervisor as engine_supervisor
+from paged_backend.frontend import triton_io
 
 engine_supervisor._LONGEST_PAUSE_SECONDS = {pause}
 

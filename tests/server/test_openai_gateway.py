@@ -276,6 +276,28 @@ def test_the_async_client_asks_many_at_once(server: Server, gateway: Gateway) ->
     assert asyncio.run(together()) == [direct(server, PROMPT, seed=seed, max_tokens=10).text for seed in range(12)]
 
 
+def test_tokens_are_the_models_own(server: Server, gateway: Gateway, client: Any) -> None:
+    root = client.with_options(base_url=gateway.url.removesuffix("/v1"))
+    tokens = root.post("/tokenize", body={"prompt": PROMPT}, cast_to=object)
+    greedy = {"model": "paged_llm", "temperature": 0, "max_tokens": 1}
+    answer = client.completions.create(prompt=PROMPT, **greedy)
+    assert tokens["count"] == len(tokens["tokens"]) == answer.usage.prompt_tokens
+    assert client.completions.create(prompt=tokens["tokens"], **greedy).choices[0].text == answer.choices[0].text
+    assert root.post("/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)["prompt"].endswith(PROMPT)
+    chatted = root.post("/tokenize", body={"messages": HI}, cast_to=object)
+    assert chatted["count"] == client.chat.completions.create(messages=HI, **greedy).usage.prompt_tokens
+    assert client.models.retrieve("paged_llm").max_model_len == tokens["max_model_len"] == 2048
+    with pytest.raises(openai.BadRequestError, match="tokens: 99999999 is not a token of this model"):
+        root.post("/detokenize", body={"tokens": [99_999_999]}, cast_to=object)
+
+
+def test_tokens_need_no_engine_over_either_transport(slow_gateway: Gateway) -> None:
+    with slow_gateway.client() as client:
+        root = client.with_options(base_url=slow_gateway.url.removesuffix("/v1"))
+        tokens = root.post("/tokenize", body={"prompt": "tokens=3"}, cast_to=object)["tokens"]
+        assert root.post("/detokenize", body={"tokens": tokens}, cast_to=object) == {"prompt": "tokens=3"}
+
+
 # ---- errors
 
 

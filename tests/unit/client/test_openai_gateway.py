@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,13 @@ Outputs = dict[str, list[Any]]
 HI = [{"role": "user", "content": "Hi"}]
 
 
+DESCRIBED = {"max_model_len": 512, "adapters": ["french"], "chat_templates": {"default": "…"}, "special_words": ["<s>"]}
+
+
+def described(**facts: Any) -> Outputs:
+    return {"text_output": [json.dumps({**DESCRIBED, **facts})], "output_ids": [], "finish_reason": ["stop"]}
+
+
 def piece(text: str, finish: str = "None") -> Outputs:
     return {"text_output": [text], "output_ids": [7], "finish_reason": [finish], "num_input_tokens": [5], "num_cached_tokens": [4]}
 
@@ -47,8 +54,11 @@ class Transport:
         self.asked: list[Question] = []
         self.num_left = 0
         self.ready = True
+        self.description: Any = described()
 
     def ask(self, question: Question) -> Call:
+        if question.tensors.get("task") == "describe":
+            return Call(self, [self.description])
         self.asked.append(question)
         return Call(self)
 
@@ -65,9 +75,9 @@ class Transport:
 
 
 class Call:
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, events: Sequence[Any] | None = None) -> None:
         self._transport = transport
-        self._events = list(transport.events)
+        self._events = list(transport.events if events is None else events)
 
     async def next(self, seconds: float | None) -> tuple[Outputs, bool]:
         await asyncio.sleep(0)
@@ -265,14 +275,19 @@ def test_one_prompts_error_cancels_the_others() -> None:
 
 def test_models_are_those_that_are_offered() -> None:
     listed = call(WHOLE, "/v1/models").json
-    assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["m", "alias"])
+    assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["m", "alias", "m:french", "alias:french"])
+    assert {model["max_model_len"] for model in listed["data"]} == {512}
+    assert [model["parent"] for model in listed["data"]] == [None, None, "m", "alias"]
+    silent = Transport()
+    silent.description = InvalidRequestError("unexpected inference input 'task' for model 'm'")
+    assert [model["id"] for model in call(silent, "/v1/models").json["data"]] == ["m", "alias"], "an older model says nothing"
     assert call(WHOLE, "/v1/models/alias").json["id"] == "alias"
     assert complete(WHOLE, model="alias").json["model"] == "alias"
     for reply in (call(WHOLE, "/v1/models/a/b"), complete(WHOLE, model="other"), chat(WHOLE, model="other")):
         assert (reply.status, reply.json["error"]["code"], reply.json["error"]["param"]) == (404, "model_not_found", "model")
 
 
-def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name_but_never_listed() -> None:
+def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name() -> None:
     transport = Transport(piece("x", "stop"))
     for ask in (complete, chat):
         reply = ask(transport, model="alias:french")
@@ -283,7 +298,8 @@ def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name_but_never_li
         assert (both.status, both.json["error"]["param"]) == (400, "lora_name")
         for name in ("x:french", "m:", ":french"):
             assert ask(transport, model=name).status == 404
-    assert call(transport, "/v1/models/m:french").status == 404
+    assert call(transport, "/v1/models/m:french").json["parent"] == "m"
+    assert call(transport, "/v1/models/m:german").status == 404
     unknown = Transport(InvalidRequestError("lora_name: 'french': this server has no such adapter"))
     as_model, as_field = complete(unknown, model="m:french"), complete(unknown, model="m", lora_name="french")
     named, plain = as_model.json["error"], as_field.json["error"]
@@ -453,6 +469,35 @@ def test_unknown_names_do_not_cost_time() -> None:
     started = time.process_time()
     complete(WHOLE, **{"max_" + "x" * 3000 + str(number): 1 for number in range(1000)})
     assert time.process_time() - started < 2
+
+
+# ---- tokens
+
+
+def test_tokens_of_a_prompt_or_messages_and_back() -> None:
+    transport = Transport({"text_output": [""], "output_ids": [5, 6], "finish_reason": ["stop"], "num_input_tokens": [2]})
+    assert call(transport, "/tokenize", {"model": "m", "prompt": "a b"}).json == {
+        "count": 2,
+        "max_model_len": 512,
+        "tokens": [5, 6],
+        "token_strs": None,
+    }
+    assert {**transport.asked[-1].tensors} == {"task": "tokenize", "stream": False, "return_finish_reason": True, "text_input": "a b"}
+    chatted = call(transport, "/tokenize", {"messages": HI, "tools": [], "add_generation_prompt": False})
+    assert chatted.json["count"] == 2
+    assert json.loads(str(transport.asked[-1].tensors["messages"])) == HI
+    assert transport.asked[-1].tensors["add_generation_prompt"] is False and "tools" not in transport.asked[-1].tensors
+    back = Transport({"text_output": ["a b"], "output_ids": [], "finish_reason": ["stop"]})
+    assert call(back, "/detokenize", {"tokens": [5, 6]}).json == {"prompt": "a b"}
+    for path, body, param in (
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": HI}, "prompt"),
+        ("/tokenize", {"model": "x", "prompt": "x"}, "model"),
+        ("/detokenize", {"tokens": []}, "tokens"),
+    ):
+        assert call(transport, path, body).json["error"]["param"] == param
+    refused = call(Transport(InvalidRequestError("input_ids: 999 is not a token")), "/detokenize", {"tokens": [999]})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "tokens")
 
 
 # ---- what a stranger can send

@@ -98,7 +98,7 @@ def test_nothing_that_happens_to_a_request_puts_its_prompt_into_the_log(lines: i
             ("error", {}, send, {}),
             ("tokens=4", {"max_tokens": 10**6}, send, {}),
             ("tokens=4", {}, broken_send, {}),
-            ("tokens=4", {}, send, {"paged_backend.messages.PromptReader.read": fail}),
+            ("tokens=4", {}, send, {"paged_backend.frontend.prompt.PromptReader.read": fail}),
             ("tokens=4", {}, send, {"paged_backend.frontend.answer.AnswerText.add": fail}),
         ]
         for words, sampling, sender, broken in cases:

@@ -215,3 +215,17 @@ def test_parameters_that_are_not_utf_8_are_the_callers_mistake() -> None:
     with pytest.raises(RequestError, match="parameters: not valid JSON"):
         read_request({"text_input": np.array([b"a"], np.object_)}, '{"cache_salt": "\udc80"}', 0.0)
     assert not wants_error_code('{"return_error_code": "\udc80"}')
+
+
+def test_a_task_that_needs_no_engine_is_read_without_its_options() -> None:
+    assert _read(task="generate", stream=True).task == "generate"
+    tokenize = _read({"return_error_code": True}, task="tokenize", sampling_parameters='{"add_special_tokens": false}')
+    assert tokenize.sampling.add_special_tokens is False
+    assert (tokenize.task, tokenize.text, tokenize.outputs.output_ids, tokenize.outputs.error_code) == ("tokenize", "hello", True, True)
+    assert read_request(_tensors(task="describe"), "", 0.0).task == "describe"
+    ids = read_request(_tensors(task="detokenize", input_ids=[5, 6]), "", 0.0).input_ids
+    assert ids is not None and ids.tolist() == [5, 6]
+    _refused("text_input: task detokenize takes input_ids", task="detokenize")
+    _refused("task: expected generate, tokenize, detokenize, describe, got 'embed'", task="embed")
+    with pytest.raises(RequestError, match="text_input: missing"):
+        read_request(_tensors(task="tokenize"), "", 0.0)

@@ -1,0 +1,51 @@
+"""`/tokenize` and `/detokenize`, as vLLM has them: the model's own front end answers, no token is generated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paged_client.errors import PagedError
+from paged_client.openai.errors import RefusalError, refusal_of
+from paged_client.openai.model_card import ModelCard
+from paged_client.openai.protocol import DetokenizeBody, TokenizeBody
+from paged_client.openai.translation import checked, message_of, template_tools
+
+_PARAMS = {"text_input": "prompt", "input_ids": "tokens"}
+
+
+async def tokenize(card: ModelCard, body: TokenizeBody) -> dict[str, Any]:
+    """
+    Raises:
+        RefusalError: neither a prompt nor messages, or both; or the server refuses them.
+    """
+    if (body.prompt is None) == (body.messages is None):
+        raise RefusalError("prompt: send either prompt or messages", param="prompt")
+    sampling = {"add_special_tokens": body.add_special_tokens, "chat_template_kwargs": body.chat_template_kwargs}
+    try:
+        if body.messages is None:
+            token_ids = await card.client.tokenize(checked(body.prompt), sampling=sampling)
+        else:
+            messages = [message_of(position, message) for position, message in enumerate(body.messages)]
+            token_ids = await card.client.tokenize(
+                messages=checked(messages),
+                tools=checked(template_tools(body.tools)),
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                sampling=checked(sampling),
+            )
+        description = await card.description()
+    except PagedError as error:
+        raise refusal_of(error, _PARAMS) from None
+    tokens = list(token_ids)
+    return {"count": len(tokens), "max_model_len": description.max_model_len, "tokens": tokens, "token_strs": None}
+
+
+async def detokenize(card: ModelCard, body: DetokenizeBody) -> dict[str, Any]:
+    """
+    Raises:
+        RefusalError: the server refuses them.
+    """
+    try:
+        return {"prompt": await card.client.detokenize(body.tokens)}
+    except PagedError as error:
+        raise refusal_of(error, _PARAMS) from None
