@@ -1,4 +1,4 @@
-"""The ops of `reference` by kernels, for one model on one CUDA device: what the decoder and the sampler call there.
+"""The ops of `reference.py` by kernels, for one model on one CUDA device: what the decoder and the sampler call there.
 
 Scratch memory is allocated once, here; a launch reads nothing back to the host, so a whole decode step can be captured as a CUDA graph.
 Products of many tokens are cuBLAS's, through torch.
@@ -11,16 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_kernels import activation, logit_edits, lora, norm, page_copy, reference, rope_kv, row_update, sampling, small_linear
+from paged_kernels import activation, logit_edits, lora, norm, page_copy, rope_kv, row_update, sampling, small_linear
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
 from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.ranks import ranks
+from paged_kernels.reference import Ops
 from paged_kernels.truncation import truncation_thresholds
 
 _MANY_SEQUENCES = 128  # from here on they are usually short: twice the programs, since ends of sequences interrupt them more than merging costs
 
 
-class CudaOps:
+class CudaOps(Ops):
     """Keeps scratch memory and the plan of the step at hand; steps run one after another on one stream.
 
     Launches overlap (programmatic dependent launch): a kernel may begin before those before it are complete, and fetches weights, the plan of attention, page
@@ -28,7 +29,6 @@ class CudaOps:
     for everything before it; what one layer's kernel leaves for the next is read after waiting.
     """
 
-    embedding = staticmethod(reference.embedding)
     write_spans = staticmethod(row_update.write_spans)
     update_page_tables = staticmethod(row_update.update_page_tables)
     gather_step = staticmethod(row_update.gather_step)
@@ -38,8 +38,6 @@ class CudaOps:
     add_bias = staticmethod(logit_edits.add_bias)
     apply_token_mask = staticmethod(logit_edits.apply_token_mask)
     ranks = staticmethod(ranks)
-    score_tokens = staticmethod(reference.score_tokens)
-    continuations = staticmethod(reference.continuations)
 
     def __init__(
         self,
@@ -79,7 +77,7 @@ class CudaOps:
         if small_linear.is_narrow(len(x), weight):
             return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, out=out, launch_pdl=self._pdl)
         if out is None:
-            return reference.linear(x, weight, bias)
+            return super().linear(x, weight, bias)
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
     def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,7 +86,7 @@ class CudaOps:
         x = norm.rms_norm(x, norm_weight, eps, launch_pdl=self._pdl)
         if small_linear.is_narrow(len(x), weight):
             return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, gated=True, launch_pdl=self._pdl)
-        return activation.silu_mul(reference.linear(x, weight, bias), launch_pdl=self._pdl)
+        return activation.silu_mul(super().linear(x, weight, bias), launch_pdl=self._pdl)
 
     def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """Writes over residual."""
@@ -105,7 +103,7 @@ class CudaOps:
             return small_linear.vector_linear(x, weight, bias, launch_pdl=self._pdl)
         if small_linear.is_narrow(len(x), weight):
             return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, launch_pdl=self._pdl)
-        return reference.linear(x, weight, bias)
+        return super().linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps, launch_pdl=self._pdl)

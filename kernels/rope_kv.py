@@ -32,7 +32,7 @@ def _norm_halves(first, second, q_weight, k_weight, is_query, dim, eps, DTYPE: t
 
 @triton.jit
 def _as_stored(x, STORED: tl.constexpr):
-    """reference.as_stored."""
+    """reference_layers.as_stored."""
     if STORED == tl.float8e4nv:  # noqa: SIM300 - no constant, a type
         x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(STORED)

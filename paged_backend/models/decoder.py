@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paged_backend.models.architecture import Architecture
-from paged_backend.models.linears import LinearOps, Linears, PlainLinears
+from paged_backend.models.linears import Linears, PlainLinears
 from paged_backend.models.step import StepTensors
 from paged_backend.models.weights import LayerWeights, Weights
-
-
-class DecoderOps(LinearOps, Protocol):
-    """What the decoder computes with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
-
-    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor: ...
-    def rope_write_kv(
-        self,
-        qkv: Tensor,
-        num_heads: int,
-        qk_norm: tuple[Tensor, Tensor, float] | None,
-        rope_table: Tensor,
-        positions: Tensor,
-        kv_pages: Tensor,
-        slot_mapping: Tensor,
-    ) -> Tensor: ...
-    def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None: ...
-    def decode_attention(
-        self, q: Tensor, kv_pages: Tensor, page_table: Tensor, seq_lens: Tensor, max_seq_len: int, scale: float, sliding_window: int | None = None
-    ) -> Tensor: ...
-    def prefill_attention(
-        self, q: Tensor, kv_pages: Tensor, page_table: Tensor, lens: Sequence[tuple[int, int]], scale: float, sliding_window: int | None = None
-    ) -> Tensor: ...
+from paged_kernels.reference import Ops
 
 
 class Decoder:
     """Weights, position table and ops, bound to an architecture. Keeps no state between steps: K and V are in the pages it is given."""
 
-    def __init__(self, architecture: Architecture, weights: Weights, rope_table: Tensor, ops: DecoderOps, adapted: Linears | None = None) -> None:
+    def __init__(self, architecture: Architecture, weights: Weights, rope_table: Tensor, ops: Ops, adapted: Linears | None = None) -> None:
         """adapted: the products of steps whose sequences have adapters; without any there is no such step."""
         self._architecture = architecture
         self._weights = weights

@@ -11,6 +11,7 @@ from torch import Tensor
 from paged_backend.models.adapter_layout import AdapterLayout, Site
 from paged_backend.models.step import StepTensors
 from paged_backend.models.weights import LayerWeights
+from paged_kernels.reference import Ops
 
 
 class Linears(Protocol):
@@ -32,16 +33,8 @@ class Linears(Protocol):
         """[T, intermediate], added to the residual."""
 
 
-class LinearOps(Protocol):
-    """What plain products are computed with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
-
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
-    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor: ...
-
-
 class PlainLinears:
-    def __init__(self, ops: LinearOps, eps: float) -> None:
+    def __init__(self, ops: Ops, eps: float) -> None:
         self._ops, self._eps = ops, eps
 
     def begin(self, step: StepTensors) -> None:
@@ -60,30 +53,13 @@ class PlainLinears:
         return self._ops.add_linear(gated, layer.down, layer.down_bias, residual)
 
 
-class AdapterOps(Protocol):
-    """As LinearOps."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
-    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor: ...
-    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
-    def num_tiles(self, num_tokens: int, num_berths: int) -> int: ...
-    def num_splits(self, num_tokens: int, num_columns: int) -> int: ...
-    def assign_adapters(self, rows: Tensor, query_starts: Tensor, row_berths: Tensor, token_berths: Tensor) -> None: ...
-    def group_tokens(self, token_berths: Tensor, num_berths: int, order: Tensor, tiles: Tensor) -> None: ...
-    def adapter_shrink(self, x: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, num_parts: int, hidden: Tensor) -> None: ...
-    def adapter_expand(
-        self, hidden: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, out_sizes: tuple[int, ...], out: Tensor
-    ) -> None: ...
-
-
 class AdaptedLinears:
     """Products and, where a sequence has an adapter, its adapter's. The norm before and the gate behind stand alone: adapters come in between.
 
     Scratch memory is shared by the steps, which run one after another.
     """
 
-    def __init__(self, ops: AdapterOps, eps: float, layout: AdapterLayout, weights: Tensor, ranks: Tensor, row_berths: Tensor, max_tokens: int) -> None:
+    def __init__(self, ops: Ops, eps: float, layout: AdapterLayout, weights: Tensor, ranks: Tensor, row_berths: Tensor, max_tokens: int) -> None:
         """weights [berths, elements] and ranks int32 [berths]: kernels/lora.py. row_berths: int32 [rows], -1: no adapter. max_tokens of a step."""
         self._ops, self._eps, self._layout, self._weights, self._ranks, self._row_berths = ops, eps, layout, weights, ranks, row_berths
         self._max_rank = weights.shape[1] // layout.size

@@ -13,8 +13,9 @@ from paged_backend.errors import EngineError
 from paged_backend.models.adapter_files import Adapter, check_adapter, open_folder, read_adapter
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
-from paged_backend.models.linears import AdaptedLinears, AdapterOps
+from paged_backend.models.linears import AdaptedLinears
 from paged_backend.units import spell_bytes
+from paged_kernels.reference import Ops
 
 
 class Berths:
@@ -56,7 +57,7 @@ class Berths:
         self._weights[berth, : len(adapter.packed)].copy_(adapter.packed, non_blocking=True)
         self._ranks[berth].fill_(adapter.rank)
 
-    def linears(self, ops: AdapterOps, eps: float, row_berths: Tensor, max_tokens: int) -> AdaptedLinears:
+    def linears(self, ops: Ops, eps: float, row_berths: Tensor, max_tokens: int) -> AdaptedLinears:
         """The products of a step with adapters, of at most max_tokens tokens. row_berths: int32 [rows], -1: none."""
         return AdaptedLinears(ops, eps, self._layout, self._weights, self._ranks, row_berths, max_tokens)
 

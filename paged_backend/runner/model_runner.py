@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import paged_kernels.reference as reference
 from paged_backend.batch import Batch, StepResult
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
@@ -31,6 +29,7 @@ from paged_backend.runner.step_results import Flight, Landings
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.runner.warm_up import warm_up_batches
 from paged_backend.units import spell_bytes
+from paged_kernels.reference import Ops, reference
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 
@@ -201,7 +200,7 @@ def _check_room(a: Architecture, dtype: torch.dtype, device: torch.device) -> No
 
 def _make_ops(
     config: EngineConfig, a: Architecture, max_sequences: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, tell: Callable[[str], None]
-) -> Any:
+) -> Ops:
     """Kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
     if device.type != "cuda":
         return reference

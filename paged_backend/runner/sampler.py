@@ -4,7 +4,6 @@ temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,29 +11,9 @@ from torch import Tensor
 from paged_backend.batch import Feature
 from paged_backend.request import MAX_BAD_WORD_TOKENS
 from paged_backend.runner.step_tensors import DeviceRows, SampleTensors
+from paged_kernels.reference import Ops
 
 _EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY | Feature.MASK
-
-
-class SamplerOps(Protocol):
-    """What the sampler computes with: `paged_kernels.reference`, which documents each op, or kernels of the same names, which may write over logits."""
-
-    def add_bias(self, logits: Tensor, ids: Tensor, values: Tensor) -> Tensor: ...
-    def ban_bad_words(self, logits: Tensor, words: Tensor, recent: Tensor) -> Tensor: ...
-    def apply_penalties(
-        self, logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
-    ) -> Tensor: ...
-    def apply_token_mask(self, logits: Tensor, masks: Tensor, rows: Tensor) -> Tensor: ...
-    def choose(
-        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> Tensor: ...
-    def argmax(self, logits: Tensor) -> Tensor: ...
-    def write_tokens(self, history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None: ...
-    def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor: ...
-    def ranks(self, logits: Tensor, token_ids: Tensor) -> Tensor: ...
-    def top_logprobs(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
-    def continuations(self, logits: Tensor, edited: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
-    def score_tokens(self, logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +31,7 @@ class Sampled:
 class Sampler:
     """Keeps no state: random numbers are a function of a row's seed and position, penalties of its tokens."""
 
-    def __init__(self, ops: SamplerOps) -> None:
+    def __init__(self, ops: Ops) -> None:
         self._ops = ops
 
     def sample(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Sampled:

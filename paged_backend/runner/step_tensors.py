@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import paged_kernels.reference as reference
 from paged_backend.arrays import Int32
 from paged_backend.batch import Batch, Feature
 from paged_backend.models.step import StepShape, StepTensors
@@ -18,31 +16,9 @@ from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_
 from paged_backend.runner.staging import Staging
 from paged_backend.runner.step_plan import StepPlan
 from paged_backend.runner.step_sections import COLUMN, SIZES, sections_of, sizes_of
+from paged_kernels.reference import Ops, reference
 
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
-
-
-class RowOps(Protocol):
-    """What the rows are kept with: `paged_kernels.reference`, which documents each op, or kernels of the same names."""
-
-    def write_spans(self, target: Tensor, spans: Tensor, values: Tensor) -> None: ...
-    def update_page_tables(self, page_tables: Tensor, updates: Tensor) -> None: ...
-    def gather_step(
-        self,
-        rows: Tensor,
-        starts: Tensor,
-        counts: Tensor,
-        offsets: Tensor,
-        history: Tensor,
-        page_tables: Tensor,
-        page_size: int,
-        *,
-        input_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        page_table: Tensor,
-        seq_lens: Tensor,
-    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,7 @@ class DeviceRows:
         page_size: int,
         num_eos_ids: int,
         device: torch.device,
-        ops: RowOps = reference,
+        ops: Ops = reference,
         copy_pages: Callable[[Tensor], None] = lambda copies: None,
     ) -> None:
         """copy_pages: does a batch's page_copies, int32 [k, 2], in the store; the rows have no page themselves."""

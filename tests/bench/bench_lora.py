@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-import paged_kernels.reference as reference
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.linears import AdaptedLinears, Linears, PlainLinears
 from paged_backend.models.weights import LayerWeights, allocate_weights, randomise_weights
 from paged_kernels.cuda_ops import CudaOps
+from paged_kernels.reference import reference
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
 from tests.bench.geometries import GEOMETRIES, write_geometry
 

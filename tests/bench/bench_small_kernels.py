@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from paged_kernels import reference
 from paged_kernels.activation import silu_mul
 from paged_kernels.logit_edits import apply_penalties
 from paged_kernels.norm import rms_norm
 from paged_kernels.page_copy import copy_pages, make_page_layers
+from paged_kernels.reference import reference
 from paged_kernels.rope_kv import rope_write_kv
 from paged_kernels.row_update import gather_step, update_page_tables, write_tokens
 from paged_kernels.sampling import argmax, logprobs, make_sampling_workspace, sample, top_logprobs

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from paged_kernels import reference
 from paged_kernels.decode_attention import DecodePlan, make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
+from paged_kernels.reference import reference
 
 gpu = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import paged_kernels.reference as reference
 from paged_kernels import lora
+from paged_kernels.reference import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}  # hidden vectors and result are rounded once each

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paged_kernels import reference
 from paged_kernels.norm import rms_norm
+from paged_kernels.reference import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}

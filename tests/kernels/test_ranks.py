@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paged_kernels import reference
 from paged_kernels.ranks import ranks
+from paged_kernels.reference import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from paged_kernels import reference
+from paged_kernels.reference import reference
 from paged_kernels.rope_kv import rope_write_kv
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

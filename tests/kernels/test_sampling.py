@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels import reference
+from paged_kernels import reference_sampling
 from paged_kernels.logit_edits import add_bias, apply_penalties, ban_bad_words
+from paged_kernels.reference import reference
 from paged_kernels.sampling import MAX_TOP, SamplingWorkspace, _row_key, _token_hash, argmax, logprobs, make_sampling_workspace, sample, top_logprobs
 from paged_kernels.truncation import truncation_thresholds
 
@@ -162,10 +163,10 @@ def drawn(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, 
 
 def race(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """float64 scores of reference.sample."""
-    key = reference._splitmix64(seeds, positions)
+    key = reference_sampling._splitmix64(seeds, positions)
     low, high = (key & 0xFFFFFFFF)[:, None], (key >> 32 & 0xFFFFFFFF)[:, None]
     hashed = torch.arange(logits.shape[1], device=DEVICE) * 0x9E3779B1 + low & 0xFFFFFFFF
-    uniform = ((reference._fmix32(reference._fmix32(hashed) ^ high).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
+    uniform = ((reference_sampling._fmix32(reference_sampling._fmix32(hashed) ^ high).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
     return logits.double() / temperature.double()[:, None] - torch.log(-torch.log1p(-uniform))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import paged_kernels.reference as reference
+from paged_kernels.reference import reference
 
 # sums of a few hundred float32 products against float64: relative RMS error far below this, a wrong index far above
 TOLERANCE = 1e-5
@@ -71,7 +71,7 @@ def test_decode_attention_in_many_chunks_equals_one(monkeypatch: pytest.MonkeyPa
     store = Store(lens, 8)
     q = torch.randn(len(lens), 4, 8)
     whole = reference.decode_attention(q, store.kv_pages, store.page_table, store.lens, 150, 0.3, window)
-    monkeypatch.setattr(reference, "_GATHER_BYTES", 8 * len(lens) * 2 * 8 * 16)  # sixteen tokens at once
+    monkeypatch.setattr("paged_kernels.reference_layers._GATHER_BYTES", 8 * len(lens) * 2 * 8 * 16)  # sixteen tokens at once
     assert_close(reference.decode_attention(q, store.kv_pages, store.page_table, store.lens, 150, 0.3, window), whole)
 
 

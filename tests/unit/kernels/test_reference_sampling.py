@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-import paged_kernels.reference as reference
+from paged_kernels.reference import reference
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import paged_kernels.reference as reference
 from paged_backend.batch import Batch, NewRow
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.decoder import Decoder
@@ -18,6 +17,7 @@ from paged_backend.models.rope import rope_table
 from paged_backend.models.weights import allocate_weights, load_weights
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
+from paged_kernels.reference import reference
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import GREEDY, Driver, load_runner
 

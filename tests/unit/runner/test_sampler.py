@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import paged_kernels.reference as reference
 from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.request import SamplingParams
 from paged_backend.runner.sampler import Sampled, Sampler
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
+from paged_kernels.reference import reference
 
 VOCAB = 40
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(name: str) -> None:
 def test_many_rows_in_turns_get_the_tokens_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits_of(len(VARIETY))
     whole = sample(variety(), logits).token_ids
-    monkeypatch.setattr(reference, "SAMPLING_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("paged_kernels.reference_sampling.SAMPLING_BYTES", 1)  # a row at a time
     assert torch.equal(sample(variety(), logits).token_ids, whole)
 
 
