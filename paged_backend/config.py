@@ -65,6 +65,10 @@ class EngineConfig(BaseModel):
         description="With no page left, take the youngest sequence's and recompute it later; off: start a sequence only when its longest answer fits.",
     )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none.")
+    generation_defaults: bool = Field(
+        False,
+        description="Take what a request leaves open of sampling from the checkpoint's generation_config.json, as `vllm serve` does; requests may say.",
+    )
     max_prompt_bytes: Bytes = Field(4_194_304, ge=1, description="Longest prompt text in bytes, or such as 4MiB; longer ones are refused before tokenisation.")
     lora_directory: str = Field("", description="Folder of LoRA adapters as PEFT saves them, one folder each: lora_name names one. Empty: none are served.")
     max_loras: int = Field(8, ge=1, le=256, description="Adapters that the device has room for at once; others are read when they are asked for.")

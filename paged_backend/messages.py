@@ -155,6 +155,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_pool_tokens: int  # num_pages * page_size
     page_size: int
     num_pages: int
+    sampling: dict[str, float] = {}  # what the checkpoint's makers recommend, by sampling key
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

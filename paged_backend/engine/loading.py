@@ -21,7 +21,7 @@ from paged_backend.grammar.grammars import Grammars
 from paged_backend.messages import Ready
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
-from paged_backend.models.generation_config import find_stop_ids
+from paged_backend.models.generation_config import GenerationConfig, find_stop_ids, recommended_sampling
 from paged_backend.models.tokenizer import export
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.scheduler.adapter_slots import Adapters
@@ -83,6 +83,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
         max_pool_tokens=limits.num_pages * config.page_size,
         page_size=config.page_size,
         num_pages=limits.num_pages,
+        sampling=_recommended(config, checkpoint.generation, limits.max_model_len),
     )
     stepped: Runner = runner
     if config.debug_checks:
@@ -108,6 +109,18 @@ def _open(config: EngineConfig, path: Path) -> tuple[Checkpoint, Path | None]:
     stop_ids = find_stop_ids(checkpoint.architecture, checkpoint.generation, None if tokenizer is None else tokenizer.eos_id)
     log.info("%s", _about_ends(stop_ids, None if tokenizer is None else path))
     return replace(checkpoint, eos_ids=tuple(stop_ids)), None if tokenizer is None else path
+
+
+def _recommended(config: EngineConfig, generation: GenerationConfig, max_model_len: int) -> dict[str, float]:
+    """generation_config.json's sampling; the log says what it is and who gets it."""
+    sampling, warnings = recommended_sampling(generation, max_model_len)
+    for warning in warnings:
+        log.warning("%s", warning)
+    if sampling:
+        whom = "requests that leave them open have" if config.generation_defaults else "only requests that ask for generation_defaults have"
+        values = ", ".join(f"{key} {value:g}" for key, value in sampling.items())
+        log.info("sampling that %s from generation_config.json (generation_defaults=%s): %s", whom, "on" if config.generation_defaults else "off", values)
+    return sampling
 
 
 def _about_ends(stop_ids: Mapping[int, str], tokenizer_path: Path | None) -> str:

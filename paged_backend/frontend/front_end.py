@@ -13,6 +13,7 @@ from paged_backend.engine_client.client import EngineClient
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.answer import Answer, Services
 from paged_backend.frontend.delta import Delta
+from paged_backend.frontend.generation_defaults import GenerationDefaults
 from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.streamer import Send, Streamer
@@ -48,6 +49,7 @@ class FrontEnd:
             raise
         if self.client.front_end == 0:
             _warn_of_unknown_tokens(self.prompts.unknown_tokens())
+        self.generation_defaults = GenerationDefaults(self.client.ready.sampling, config.generation_defaults)
         self.tally = Tally(config, self.client.ready)
         self.streamer = Streamer(config.stream_max_delay_ms / 1000)
         self._answers: dict[int, Answer] = {}  # by id(answer); from arrival to final response

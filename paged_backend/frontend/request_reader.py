@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.errors import RequestError
+from paged_backend.frontend.generation_defaults import KEY as GENERATION_DEFAULTS
+from paged_backend.frontend.generation_defaults import GenerationDefaults
 from paged_backend.frontend.unknown_keys import without_foreign, without_unknown
 from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, Task, parse_sampling
 
@@ -29,6 +31,7 @@ _CHAT_SWITCHES = ("add_generation_prompt", "continue_final_message")
 _TEMPLATE_KWARGS = "chat_template_kwargs"
 _NOT_SERVED = {"image": "this model reads text alone", "embedding_request": "this model makes text, no embeddings"}  # inputs of NVIDIA's vLLM backend
 _ERROR_CODE_SWITCH = "return_error_code"
+_NO_DEFAULTS = GenerationDefaults()
 _SWITCHES = ("stream", "exclude_input_in_output", *_CHAT_SWITCHES, *_OUTPUT_SWITCHES)
 # Names that the server itself gives a meaning, or that its clients send along.
 _RESERVED = frozenset(
@@ -36,10 +39,11 @@ _RESERVED = frozenset(
 )
 
 
-def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
+def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: GenerationDefaults = _NO_DEFAULTS) -> Request:
     """Checks shapes, types and values.
 
-    tensors: by name; BYTES tensors hold bytes objects. parameters: the request's parameters as a JSON object, as the server writes them.
+    tensors: by name; BYTES tensors hold bytes objects. parameters: the request's parameters as a JSON object, as the server writes them. defaults: for the
+    sampling keys that the request leaves open.
 
     Raises:
         RequestError: names the tensor, key or parameter, and what is allowed.
@@ -58,7 +62,7 @@ def read_request(tensors: Tensors, parameters: str, arrival: float) -> Request:
     name = _prompt_name(tensors)
     options = _read_options(tensors, given)
     template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
-    sampling = _read_sampling(options, outputs)
+    sampling = _read_sampling(defaults.with_defaults(options), outputs)
     if stream and (sampling.best_of or 1) > sampling.n:
         raise RequestError(f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end")
     if stream and sampling.n > 1:
@@ -184,7 +188,7 @@ def _read_parameters(text: str) -> dict[str, Any]:
     """The request's parameters that mean something here."""
     given = _read_json("parameters", _bytes("parameters", text)) if text else {}
     given = {name: value for name, value in given.items() if name not in _RESERVED and not name.startswith("triton_")}
-    return without_unknown(given, (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, _TEMPLATE_KWARGS, "cache_salt"))
+    return without_unknown(given, (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, _TEMPLATE_KWARGS, GENERATION_DEFAULTS, "cache_salt"))
 
 
 def _read_options(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class TritonPythonModel:
         parameters = inference.parameters()
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
-            request = msgspec.structs.replace(read_request(tensors, parameters, time.monotonic()), caller_id=inference.request_id() or id_parameter(parameters))
+            request = read_request(tensors, parameters, time.monotonic(), self._front_end.generation_defaults)
+            request = msgspec.structs.replace(request, caller_id=inference.request_id() or id_parameter(parameters))
         except RequestError as error:
             self._refuse(error, parameters, sender)
             return

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from paged_backend.errors import RequestError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.config_file import CheckedFile, TokenId, TokenIds, checked, read_json
+from paged_backend.request import parse_sampling
 
 _FILE = "generation_config.json"
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 class GenerationConfig(CheckedFile):
@@ -15,6 +18,12 @@ class GenerationConfig(CheckedFile):
 
     bos_token_id: TokenId | None = None
     eos_token_id: TokenIds | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> GenerationConfig:
@@ -25,6 +34,24 @@ class GenerationConfig(CheckedFile):
         """
         path = folder / _FILE
         return checked(cls, read_json(path), _FILE) if path.is_file() else cls()
+
+
+def recommended_sampling(generation: GenerationConfig, max_model_len: int) -> tuple[dict[str, float], list[str]]:
+    """Sampling keys with the values that the checkpoint's makers recommend, as `vllm serve` reads them, and a warning for each value that is out of range and
+    left out. Like there, `do_sample` does not matter: who wants greedy answers says temperature 0."""
+    values, warnings = {}, []
+    for name in _SAMPLING:
+        value = getattr(generation, name)
+        if value is None:
+            continue
+        key, value = ("max_tokens", min(value, max_model_len)) if name == "max_new_tokens" else (name, value)
+        try:
+            parse_sampling({key: value})
+        except RequestError as error:
+            warnings.append(f"warning: {_FILE}: {error}: left out of what it recommends")
+        else:
+            values[key] = value
+    return values, warnings
 
 
 def find_stop_ids(architecture: Architecture, generation: GenerationConfig, tokenizer_eos: int | None) -> dict[int, str]:
