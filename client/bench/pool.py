@@ -17,6 +17,7 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _POLL_SECONDS = 0.1
 _READ_SECONDS = 2.0
 _PUBLISH_SECONDS = 0.5  # the gauges' age when they are read: the engine and its front end each publish four times a second
+_FINISHED = "paged_requests_finished_total{"
 _KEPT_LABELS = ("state", "reason")
 COUNTERS = ("paged_preemptions_total", "paged_prefix_cache_queries_total", "paged_prefix_cache_hits_total", "paged_generation_tokens_total")
 
@@ -85,7 +86,11 @@ class PoolWatch:
 
     @property
     def num_finished(self) -> float:
-        """Requests that the server has answered since it started, as it counts for every model."""
+        """Requests that the server has answered since it started. A model that does not tell is counted by the server, which takes a request of a decoupled
+        model for answered when the model has taken it in."""
+        told = [value for name, value in self._last.items() if name.startswith(_FINISHED)]
+        if told:
+            return sum(told)
         return self._last.get("nv_inference_request_success", 0.0) + self._last.get("nv_inference_request_failure", 0.0)
 
     def counters(self) -> dict[str, float]:

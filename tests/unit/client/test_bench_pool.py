@@ -23,8 +23,12 @@ paged_utilisation{model="mine",version="1"} 0.75
 paged_requests{model="mine",state="running",version="1"} 5
 paged_requests{model="mine",state="waiting",version="1"} 2
 paged_preemptions_total{model="mine",version="1"} 4
+paged_requests_finished_total{model="mine",reason="length",version="1"} 30
+paged_requests_finished_total{model="mine",reason="invalid",version="1"} 5
 nv_inference_request_success{model="mine",version="1"} 40
 nv_inference_request_success{model="mine",version="2"} 2
+nv_inference_request_success{model="third",version="1"} 9
+nv_inference_request_failure{model="third",version="1"} 1
 nv_cpu_utilization 0.5
 """
 
@@ -64,7 +68,7 @@ def test_only_the_models_own_series_count_and_versions_add_up(url: str) -> None:
 
 def test_the_watch_samples_what_the_page_says(url: str) -> None:
     with PoolWatch(url, "mine") as watch:
-        assert watch.num_finished == 42
+        assert watch.num_finished == 35, "the server's own count is of requests that were taken in"
         assert watch.counters() == {"paged_preemptions_total": 4}
         time.sleep(0.5)
     first = watch.samples(0, time.time() + 1)[0]
@@ -82,6 +86,7 @@ def test_a_server_without_a_page_gives_no_samples_and_no_error(url: str | None) 
 
 def test_a_server_without_our_gauges_gives_no_pool_figures(url: str) -> None:
     with PoolWatch(url, "third") as watch:
+        assert watch.num_finished == 10
         time.sleep(0.25)
     assert pool_figures(watch.samples(0, time.time() + 1), {}) is None
 
