@@ -24,6 +24,7 @@ _DIM = Style(dim=True)
 _BOLD = Style(bold=True)
 _FIXED_LINES = 10  # everything but the map's cells, the curves' lines and the table's rows
 _FEWEST_ROWS = 3
+_FRAME = 6  # columns of a panel's border beside its subtitle
 _ROOM_FOR_TWO = 20  # lines of a terminal: then the facts may take a second one
 
 
@@ -56,7 +57,7 @@ def frame(view: View, snapshot: Snapshot | None, history: History, room: Room) -
             drawn.text,
             title=_title(view, snapshot),
             title_align="left",
-            subtitle=_legend(snapshot, drawn.pages_per_cell, hidden, coloured),
+            subtitle=_legend(snapshot, drawn.pages_per_cell, hidden, room),
             subtitle_align="left",
             border_style=_DIM,
         ),
@@ -87,10 +88,15 @@ def _title(view: View, snapshot: Snapshot) -> Text:
     return title
 
 
-def _legend(snapshot: Snapshot, pages_per_cell: int, num_hidden: int, coloured: bool) -> Text:
+def _legend(snapshot: Snapshot, pages_per_cell: int, num_hidden: int, room: Room) -> Text:
+    """What the signs mean and how many there are; what a colour is, only where there is room for it."""
+    explained = _legend_of(snapshot, pages_per_cell, num_hidden, room.coloured, " (a colour a request)" if room.coloured else " (a letter a request)")
+    return explained if explained.cell_len <= room.width - _FRAME else _legend_of(snapshot, pages_per_cell, num_hidden, room.coloured, "")
+
+
+def _legend_of(snapshot: Snapshot, pages_per_cell: int, num_hidden: int, coloured: bool, explanation: str) -> Text:
     counts = ((FREE, "free", snapshot.pages_free), (CACHED, "cached", snapshot.pages_cached), (SHARED, "shared", snapshot.pages_shared))
-    mark, what = (HELD_GLYPH, "colour") if coloured else ("a", "letter")
-    legend = Text.assemble(f"{mark} held ", (f"{snapshot.pages_held:,}", _BOLD), f" (a {what} a request)")
+    legend = Text.assemble(f"{HELD_GLYPH if coloured else 'a'} held ", (f"{snapshot.pages_held:,}", _BOLD), explanation)
     for code, name, count in counts:
         legend.append("  ").append(GLYPHS[code], style_of(code)).append(f" {name} ").append(f"{count:,}", _BOLD)
     if pages_per_cell > 1:

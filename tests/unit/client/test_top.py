@@ -126,6 +126,8 @@ def test_a_first_frame_draws_a_page_a_cell_and_says_what_it_leaves_out() -> None
     assert "a a a a a a a a a ·" in text
     hidden = re.search(r"([\d,]+) free not drawn", text)
     assert hidden is not None and 30_000 < int(hidden[1].replace(",", "")) < 32_768
+    narrow = shown(View(None, latest), latest, history, 80, 24)
+    assert re.search(r"a held 4  · free 1  □ cached 1  ◆ shared 1  [\d,]+ free not drawn", narrow)
     console = Console(width=100, height=40, color_system=None, highlight=False)
     with console.capture() as capture:
         console.print(frame(View(None, latest), latest, history, Room(100, 40, False, whole=True)))
