@@ -39,8 +39,10 @@ def question_of(
     continue_final_message: bool = False,
     cache_salt: str = "",
     request_id: str = "",
+    answer_ids: Sequence[int] = (),
 ) -> Question:
     """
+    answer_ids: the answer's first tokens, if another server has sent them.
     request_id: what the server's log calls it (log_requests); "": a number of the server's.
 
     Raises:
@@ -66,6 +68,8 @@ def question_of(
             tensors["tools"] = json.dumps(tools, ensure_ascii=False)
         if continue_final_message:
             tensors["continue_final_message"] = True
+    if answer_ids:
+        tensors["answer_ids"] = list(answer_ids)
     given = {name: value for name, value in sampling.items() if value is not None}
     if given:
         tensors["sampling_parameters"] = json.dumps(given, ensure_ascii=False)

@@ -27,6 +27,7 @@ class Prompt:
     sampling: SamplingParams  # max_tokens set, and such that prompt and answer fit into max_model_len
     bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
     allowed: NDArray[np.int32] | None = None  # [ceil(vocab / 32)] a bit per token, the first in the lowest; None: all
+    answer_ids: NDArray[np.int32] | None = None  # the answer's first tokens, which the caller has from another server
 
 
 class ExportedTemplate(msgspec.Struct, frozen=True):

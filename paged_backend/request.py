@@ -140,6 +140,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prepend_prompt: bool  # text_output begins with the prompt (stream=false without exclude_input_in_output)
     cache_salt: str = ""
     arrival: float  # seconds, time.monotonic()
+    answer_ids: NDArray[np.integer[Any]] | None = None  # [n] of any integer type: the answer's first tokens, sent by another server
     caller_id: str = ""  # what the caller calls it, for the log
     task: Task = "generate"  # the others need no engine, and "describe" no prompt
 

@@ -11,18 +11,34 @@ from typing import Annotated
 import typer
 
 from paged_backend.extras import install_command
-from paged_client.asking import ModelName, Url
+from paged_client.asking import ModelName
 from paged_client.async_client import AsyncPagedClient
 from paged_client.client import DEFAULT_MODEL, DEFAULT_URL
 
+ROUTERS = ("kv", "least", "turns")
 _NO_RETRIES = 0  # the caller's library does that
 _PROMPTS_AT_ONCE = 256  # of one request: more than a batch takes gain nothing
 _HTTP_PROMPTS_AT_ONCE = 32  # each has a connection of its own
 
 
 def serve_openai(
-    url: Url = DEFAULT_URL,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--url",
+            "-u",
+            metavar="URL",
+            help="HOST:PORT of the server's gRPC service, or http://HOST:PORT of its HTTP service. Given more than once: servers that answer as one. "
+            "Also dns://HOST:PORT, for every address that a name has, and file:///PATH, for a URL a line; both are read again while the gateway runs.",
+            show_default=DEFAULT_URL,
+        ),
+    ] = None,
     model_name: ModelName = DEFAULT_MODEL,
+    routing: Annotated[
+        str,
+        typer.Option(metavar="|".join(ROUTERS), help="Of several servers: the one that has most of the prompt and least to do; the least busy; each in turn."),
+    ] = "kv",
+    tokenizer: Annotated[str, typer.Option(metavar="FOLDER_OR_ID", help="Of several servers' model, where it is not on this machine.")] = "",
     served_name: Annotated[
         list[str] | None, typer.Option("--served-name", metavar="NAME", help="What callers call the model, instead of --model-name; repeatable.")
     ] = None,
@@ -60,6 +76,7 @@ def serve_openai(
     Needs the packages of the extra `openai`.
     """
     try:
+        from paged_client.cluster.cluster_client import ClusterClient
         from paged_client.openai.auth import usable_key
         from paged_client.openai.connections import ConnectionLimits, available_descriptors
         from paged_client.openai.gateway import Offer
@@ -67,7 +84,8 @@ def serve_openai(
         from paged_client.openai.serving import Listening, listen, serve
     except ImportError as error:
         raise _failure(f"{error.name} is missing: {install_command('openai')}") from None
-    over_http = url.startswith("http")
+    urls = url or [DEFAULT_URL]
+    over_http = any(one.startswith("http") for one in urls)
     descriptors = available_descriptors()
     upstream = descriptors // 2 if over_http else 0  # over gRPC one connection carries every request
     try:
@@ -80,7 +98,12 @@ def serve_openai(
             strict=strict,
             list_adapters=not hide_adapters,
         )
-        client = AsyncPagedClient(url, model=model_name, timeout=timeout, retries=_NO_RETRIES, max_connections=upstream)
+        if len(urls) > 1 or urls[0].startswith(("dns://", "file://")):
+            client: AsyncPagedClient | ClusterClient = ClusterClient(urls, model=model_name, routing=routing, timeout=timeout, tokenizer=tokenizer)
+        else:
+            client = AsyncPagedClient(urls[0], model=model_name, timeout=timeout, retries=_NO_RETRIES, max_connections=upstream)
+    except ImportError as error:
+        raise _failure(f"{error.name} is missing: {install_command('cluster')}, or choose --routing least") from None
     except ValueError as error:
         raise _failure(str(error)) from None
     if not offer.api_key and not _is_loopback(host):
@@ -93,11 +116,11 @@ def serve_openai(
     with contextlib.closing(listener):
         listening = Listening(host, listener, drain_seconds, access_log, wait_seconds)
         try:
-            asyncio.run(serve(client, offer, connections, listening, url))
+            asyncio.run(serve(client, offer, connections, listening, ", ".join(urls)))
         except KeyboardInterrupt:
             raise typer.Exit() from None
         except TimeoutError:
-            raise _failure(f"{url} is not there, or has not loaded the model '{model_name}' ({wait_seconds:g} s waited)") from None
+            raise _failure(f"{', '.join(urls)} is not there, or has not loaded the model '{model_name}' ({wait_seconds:g} s waited)") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.async_client import AsyncStream
+from paged_client.cluster.resuming import ClusterStream
 from paged_client.errors import PagedError
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
@@ -284,11 +285,11 @@ class _Gateway:
         yield _DONE
 
 
-async def _merged(streams: Sequence[Callable[[], AsyncStream]], at_once: int) -> Pieces:
+async def _merged(streams: Sequence[Callable[[], AsyncStream | ClusterStream]], at_once: int) -> Pieces:
     arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
     places = asyncio.Semaphore(at_once)
 
-    async def listen(number: int, open_stream: Callable[[], AsyncStream]) -> None:
+    async def listen(number: int, open_stream: Callable[[], AsyncStream | ClusterStream]) -> None:
         try:
             async with places, open_stream() as stream:
                 async for delta in stream:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import uvicorn
 
 from paged_client.async_client import AsyncPagedClient
+from paged_client.cluster.cluster_client import ClusterClient
+from paged_client.cluster.gateway import join
 from paged_client.openai.connections import BACKLOG, ConnectionLimits, Connections, say_failed_accepts
 from paged_client.openai.gateway import ENDPOINTS, Offer, make_app
 from paged_client.openai.metrics import GatewayMetrics
@@ -48,7 +50,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise
 
 
-async def serve(client: AsyncPagedClient, offer: Offer, limits: ConnectionLimits, listening: Listening, server_url: str) -> None:
+async def serve(client: AsyncPagedClient | ClusterClient, offer: Offer, limits: ConnectionLimits, listening: Listening, server_url: str) -> None:
     """Until SIGINT or SIGTERM.
 
     Raises:
@@ -56,8 +58,11 @@ async def serve(client: AsyncPagedClient, offer: Offer, limits: ConnectionLimits
     """
     metrics = GatewayMetrics(ENDPOINTS)
     connections = Connections(limits, metrics)
+    app = make_app(client, offer, metrics)
+    if isinstance(client, ClusterClient):
+        join(app, metrics.registry, client)
     config = uvicorn.Config(
-        make_app(client, offer, metrics),
+        app,
         http=connections.protocol(),
         ws="none",
         log_level="info" if listening.access_log else "warning",
@@ -81,7 +86,7 @@ async def serve(client: AsyncPagedClient, offer: Offer, limits: ConnectionLimits
             sweeping.cancel()
 
 
-async def _wait_until_ready(client: AsyncPagedClient, seconds: float) -> None:
+async def _wait_until_ready(client: AsyncPagedClient | ClusterClient, seconds: float) -> None:
     end = time.monotonic() + seconds
     said = False
     while not await client.is_ready():

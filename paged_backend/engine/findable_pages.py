@@ -16,6 +16,7 @@ from hashlib import blake2b
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_backend.scheduler.kv_events import Forgotten, Note, Stored
 
@@ -163,6 +164,15 @@ class FindablePages:
             assert (page.block_hash is not None) == (page.parent is None or (before is not None and before.block_hash is not None))
             assert page.key in self._followers[page.parent]
         assert sum(map(len, self._followers.values())) == len(self._pages)
+
+
+def block_hashes_of(token_ids: NDArray[np.int32], page_size: int, lora_name: str | None = None, cache_salt: str = "") -> list[int]:
+    """The hashes of a prompt's full pages, as every server gives them."""
+    hashes: list[int] = []
+    for start in range(0, len(token_ids) // page_size * page_size, page_size):
+        page = _Page(b"", None, token_ids[start : start + page_size].tobytes(), lora_name, cache_salt)
+        hashes.append(_block_hash(page, hashes[-1] if hashes else None))
+    return hashes
 
 
 def _block_hash(page: _Page, parent_hash: int | None) -> int:

@@ -15,6 +15,7 @@ from hashlib import blake2b
 from itertools import count
 
 import msgspec
+import numpy as np
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.live_requests import LiveRequests, Receiver
@@ -101,7 +102,10 @@ class EngineClient:
         if sampling.seed is None and not sampling.greedy:  # drawn here, so that another engine can go on with the same random numbers
             sampling = msgspec.structs.replace(sampling, seed=self._own_seed(request_id))
         allowed = b"" if prompt.allowed is None else prompt.allowed.tobytes()
-        submit = Submit(request_id, prompt.token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family, allowed=allowed)
+        token_ids, num_answered = prompt.token_ids, 0
+        if prompt.answer_ids is not None:
+            token_ids, num_answered = np.concatenate([token_ids, prompt.answer_ids]), len(prompt.answer_ids)
+        submit = Submit(request_id, token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family, num_answered, allowed=allowed)
         self._live.submit(submit, receive)
         return request_id
 

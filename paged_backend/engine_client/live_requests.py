@@ -64,7 +64,8 @@ class LiveRequest:
         prompt_ids = self.submit.prompt_ids + np.array(self.token_ids, np.int32).tobytes()
         resumed, self.sent = self.sent, True
         suspect = self.deaths >= _SUSPECT_AFTER
-        return msgspec.structs.replace(self.submit, prompt_ids=prompt_ids, num_answered=len(self.token_ids), resumed=resumed, suspect=suspect)
+        num_answered = self.submit.num_answered + len(self.token_ids)
+        return msgspec.structs.replace(self.submit, prompt_ids=prompt_ids, num_answered=num_answered, resumed=resumed, suspect=suspect)
 
 
 class LiveRequests:

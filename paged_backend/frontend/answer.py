@@ -61,6 +61,15 @@ class _Strand:
         self._text = text
         self._wants_logprobs = wants_logprobs
 
+    def pass_over(self, token_ids: list[int]) -> None:
+        """Takes tokens that the caller has already.
+
+        Raises:
+            RequestError: the answer ends with them.
+        """
+        if self._text.add(token_ids, None).stopped:
+            raise RequestError("answer_ids: a stop string ends the answer within them")
+
     def take(self, piece: Piece, prompt_len: int) -> tuple[Delta, bool]:
         """What the piece adds; and whether the engine must be told to stop."""
         finish = piece.finish
@@ -152,6 +161,8 @@ class Answer:
         wants_logprobs = sampling.logprobs is not None
         stops = stops_of(sampling)
         self._strands = [_Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs) for index in range(count)]
+        if prompt.answer_ids is not None:
+            self._strands[0].pass_over(prompt.answer_ids.tolist())
         if request.prepend_prompt and sampling.detokenize:
             text = services.prompts.text_of(request)
             for index in range(count):

@@ -101,12 +101,15 @@ class PromptReader:
             token_ids = token_ids[-(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :]
         self._check_length(len(token_ids))
         max_tokens = min(max_tokens, self.ready.max_model_len - len(token_ids))
+        answer_ids = None if request.answer_ids is None else self._checked_ids("answer_ids", request.answer_ids)
+        if answer_ids is not None and len(answer_ids) >= max_tokens:
+            raise RequestError(f"answer_ids: {len(answer_ids)} tokens are all that the answer may have: max_tokens is {max_tokens}")
         self._check_known("logit_bias", sampling.logit_bias)
         self._check_known("stop_token_ids", sampling.stop_token_ids)
         allowed = self._allowed(sampling.allowed_token_ids)
         min_tokens, stop_token_ids = min(sampling.min_tokens, max_tokens), self._stop_token_ids(sampling)
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, allowed_token_ids=None)
-        return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed)
+        return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed, answer_ids)
 
     def text_of(self, request: Request) -> str:
         """The prompt as text, to be put before an answer."""
@@ -124,7 +127,7 @@ class PromptReader:
             RequestError: what the caller must change.
         """
         if request.input_ids is not None:
-            return self._checked_ids(request.input_ids)
+            return self._checked_ids("input_ids", request.input_ids)
         if request.chat is not None:  # the template writes the special tokens
             parts = self._chat_parts(request.chat)
             adds = bool(request.sampling.add_special_tokens)
@@ -191,12 +194,12 @@ class PromptReader:
         if num_bytes > limit:
             raise RequestError(f"{name}: the prompt has {num_bytes} bytes; the longest allowed is {limit} (max_prompt_bytes)")
 
-    def _checked_ids(self, token_ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def _checked_ids(self, name: str, token_ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         if not len(token_ids):
-            raise RequestError("input_ids: the prompt is empty")
+            raise RequestError(f"{name}: the prompt is empty")
         unknown = token_ids[(token_ids < 0) | (token_ids >= self.ready.vocab_size)]
         if len(unknown):
-            raise RequestError(f"input_ids: {unknown[0]} is not a token of this model; {self._known_ids()}")
+            raise RequestError(f"{name}: {unknown[0]} is not a token of this model; {self._known_ids()}")
         return token_ids.astype(np.int32)
 
     def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ _OUTPUT_SWITCHES = {f"return_{name}": name for name in Outputs.__struct_fields__
 _SAMPLING_TENSORS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 _WORD_TENSORS = {"stop_words": "stop", "bad_words": "bad_words"}
 _PROMPTS = ("text_input", "input_ids", "messages")
+_ANSWER = "answer_ids"
 _CHAT_SWITCHES = ("add_generation_prompt", "continue_final_message")
 _TEMPLATE_KWARGS = "chat_template_kwargs"
 _NOT_SERVED = {"image": "this model reads text alone", "embedding_request": "this model makes text, no embeddings"}  # inputs of NVIDIA's vLLM backend
@@ -73,13 +74,14 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
         outputs = msgspec.structs.replace(outputs, output_ids=True)  # there is nothing else
     return Request(
         text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
-        input_ids=_read_ids(tensors[name]) if name == "input_ids" else None,
+        input_ids=_read_ids(name, tensors[name]) if name == "input_ids" else None,
         chat=_read_chat(tensors, given, template_kwargs) if name == "messages" else None,
         sampling=sampling,
         outputs=outputs,
         stream=stream,
         prepend_prompt=exclude_prompt is False if name == "messages" else not stream and not exclude_prompt,  # a caller wrote no such text
         cache_salt=_cache_salt(given),
+        answer_ids=_read_answer(tensors, sampling),
         arrival=arrival,
     )
 
@@ -101,7 +103,7 @@ def _task_request(task: Task, tensors: Tensors, given: Mapping[str, Any], arriva
     template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
     return Request(
         text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
-        input_ids=_read_ids(tensors[name]) if name == "input_ids" else None,
+        input_ids=_read_ids("input_ids", tensors[name]) if name == "input_ids" else None,
         chat=_read_chat(tensors, given, template_kwargs) if name == "messages" else None,
         sampling=_read_sampling(options, Outputs()),
         outputs=Outputs(
@@ -147,12 +149,12 @@ def _prompt_name(tensors: Tensors) -> str:
     return names[0]
 
 
-def _read_ids(ids: Tensor) -> Tensor:
+def _read_ids(name: str, ids: Tensor) -> Tensor:
     """A copy: the tensor is in memory of the server's."""
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise RequestError(f"input_ids: expected a list of integers, got shape {list(ids.shape)}")
+        raise RequestError(f"{name}: expected a list of integers, got shape {list(ids.shape)}")
     if len(ids) > MAX_INPUT_IDS:
-        raise RequestError(f"input_ids: {len(ids)} token ids; the most allowed is {MAX_INPUT_IDS}")
+        raise RequestError(f"{name}: {len(ids)} token ids; the most allowed is {MAX_INPUT_IDS}")
     return ids.copy()
 
 
@@ -168,6 +170,15 @@ def _template_kwargs(prompt: str, tensor: Tensor | None, option: Any) -> dict[st
     if not isinstance(kwargs, dict):
         raise RequestError(f"{_TEMPLATE_KWARGS}: expected a JSON object, got {str(kwargs)[:80]!r}")
     return kwargs
+
+
+def _read_answer(tensors: Tensors, sampling: SamplingParams) -> Tensor | None:
+    """The answer's first tokens, if another server has sent them; None: there are none."""
+    if _ANSWER not in tensors or not tensors[_ANSWER].size:
+        return None
+    if max(sampling.n, sampling.best_of or 1) > 1 or sampling.use_beam_search:
+        raise RequestError(f"{_ANSWER}: only with one sequence (n = 1, best_of = 1, no beams): whose tokens are they?")
+    return _read_ids(_ANSWER, tensors[_ANSWER])
 
 
 def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapping[str, Any]) -> Chat:

@@ -42,6 +42,7 @@ def tensor_array(name: str, value: Any) -> NDArray[Any]:
         "text_input": lambda: np.array([value], object),
         "sampling_parameters": lambda: np.array([value if isinstance(value, (str, bytes)) else json.dumps(value)], object),
         "input_ids": lambda: np.array(value, np.int32),
+        "answer_ids": lambda: np.array(value, np.int32),
         "max_tokens": lambda: np.array([value], np.int32),
         "stop_words": lambda: np.array(value, object),
         "temperature": lambda: np.array([value], np.float32),

@@ -118,3 +118,30 @@ def test_leaving_ends_all_sequences(server: Server) -> None:
 
     started = time.monotonic()
     assert wait_for_metrics(server.addresses.metrics_url, idle, seconds=3.0), f"still running after {time.monotonic() - started:.1f} s"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0},
+        {"temperature": 1.2, "presence_penalty": 1.5, "repetition_penalty": 1.2, "min_tokens": 20, "logprobs": 1},
+        {"temperature": 1.2, "stop": ["e w", " and t"], "min_tokens": 9},
+        {"temperature": 1.2, "guided_regex": r"[a-z]+( [a-z]+){9} \d{3}"},
+    ],
+    ids=["greedy", "penalties", "stop strings", "a grammar"],
+)
+def test_an_answer_goes_on_from_any_of_its_tokens(server: Server, sampling: dict[str, Any]) -> None:
+    """As when the server that sent them has died: the caller's text is what it would have been."""
+    wanted = {"seed": SEED, "max_tokens": 24} | sampling
+    pieces = ask(server, wanted, stream=True)
+    token_ids = [token_id for piece in pieces for token_id in piece["output_ids"]]
+    sent, num_sent = "", 0
+    assert len(pieces) > 5
+    for piece in pieces[:-1]:
+        sent, num_sent = sent + piece["text_output"][0].decode(), num_sent + piece["num_output_tokens"][0]
+        if num_sent not in (1, 2, 7, 15, 16, 17, 23):
+            continue
+        rest = ask(server, wanted, stream=True, answer_ids=np.array(token_ids[:num_sent], np.int32))
+        assert sent + "".join(one["text_output"][0].decode() for one in rest) == "".join(one["text_output"][0].decode() for one in pieces)
+        assert [token_id for one in rest for token_id in one["output_ids"]] == token_ids[num_sent:]
+        assert rest[-1]["finish_reason"] == pieces[-1]["finish_reason"]

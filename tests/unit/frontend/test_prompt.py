@@ -164,6 +164,27 @@ def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(tmp_path: Pat
         _read(reader, ids=(1,) * 33)
 
 
+@pytest.mark.parametrize(
+    ("answer_ids", "message"),
+    [([5, 6, 7], "answer_ids: 3 tokens are all that the answer may have: max_tokens is 3"), ([10**6], "answer_ids: 1000000 is not a token of this model")],
+    ids=["nothing is left to say", "no token"],
+)
+def test_an_answer_that_cannot_go_on_is_refused(tmp_path: Path, answer_ids: list[int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        _continued(_reader(byte_level(), tmp_path), answer_ids)
+
+
+def test_an_answers_first_tokens_are_no_part_of_the_prompt(tmp_path: Path) -> None:
+    prompt = _continued(_reader(byte_level(), tmp_path), [5, 6])
+    assert prompt.answer_ids is not None
+    assert (prompt.token_ids.tolist(), prompt.answer_ids.tolist(), prompt.sampling.max_tokens) == ([3, 4], [5, 6], 3)
+
+
+def _continued(reader: PromptReader, answer_ids: list[int]) -> Prompt:
+    asked = {"text": None, "sampling": SamplingParams(max_tokens=3), "outputs": Outputs(), "stream": True, "prepend_prompt": False, "arrival": 0.0}
+    return reader.read(Request(input_ids=np.array([3, 4]), answer_ids=np.array(answer_ids), **asked))  # type: ignore[arg-type]
+
+
 def test_max_tokens_has_a_default_and_a_limit(tmp_path: Path) -> None:
     reader = _reader(None, tmp_path, max_model_len=64, default_max_tokens=7)
     assert _read(reader, ids=(1,)).sampling.max_tokens == 7

@@ -16,7 +16,8 @@ from paged_backend.request import Outputs, Request
 
 
 def _tensors(**values: object) -> dict[str, np.ndarray]:
-    dtypes = {"max_tokens": np.int32, "top_k": np.int32, "input_ids": np.int32, "temperature": np.float32, "top_p": np.float32, "seed": np.uint64}
+    dtypes = dict.fromkeys(("max_tokens", "top_k", "input_ids", "answer_ids"), np.int32)
+    dtypes |= {"temperature": np.float32, "top_p": np.float32, "seed": np.uint64}
     tensors = {}
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
@@ -159,6 +160,9 @@ def test_the_cache_salt_is_a_request_parameter() -> None:
         ("max_tokens", {}, {"sampling_parameters": '{"max_tokens": [1]}'}),
         ("stop_words: 100000 strings; the most allowed is", {}, {"stop_words": ["x"] * 100_000}),
         ("stop: .*100000 entries", {}, {"sampling_parameters": json.dumps({"stop": ["x"] * 100_000})}),
+        ("answer_ids: only with one sequence", {}, {"sampling_parameters": '{"n": 2}', "answer_ids": [5]}),
+        ("answer_ids: only with one sequence", {}, {"sampling_parameters": '{"use_beam_search": true, "beam_width": 2}', "answer_ids": [5]}),
+        (r"answer_ids: expected a list of integers, got shape \[1, 1\]", {}, {"answer_ids": [[5]]}),
         ("n: ", {}, {"sampling_parameters": '{"n": 65}'}),
         ("best_of: ", {}, {"sampling_parameters": '{"best_of": 3}', "stream": True}),
         ("stream: expected true or false, got 'yes'", {"stream": "yes"}, {}),

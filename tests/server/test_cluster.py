@@ -1,0 +1,142 @@
+"""Three tritonservers behind one gateway, as typed: texts are those of one server, also when a server is killed under 64 streams."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("openai")
+pytest.importorskip("dynamo.llm", reason="ai-dynamo-runtime is not installed")
+
+import openai
+
+from paged_backend.server.launch import Server, ServerSettings
+from paged_client import PagedClient
+from tests.server.test_openai_gateway import KEY, Gateway, gateway_to
+
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
+
+NUM_STREAMS = 64
+HEADS = [f"The {name} lived in the {place} and was very fond of stories." for name in ("fox", "owl", "mouse", "bear") for place in ("orchard", "harbour")]
+OPTIONS = {"num_pages": 1200, "dtype": "float32", "max_model_len": 512, "max_num_sequences": 64, "standby_engine": False}
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    folder = tmp_path_factory.mktemp("kv")
+    running = []
+    try:
+        for number in range(3):
+            server = Server(ServerSettings(instances=1, options=OPTIONS | {"kv_events": f"ipc://{folder}/{number}"}, drain_seconds=3))
+            running.append(server)
+            server.start()
+        yield running
+    finally:
+        for server in running:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def gateway(servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    first, *others = [server.addresses.grpc_url for server in servers]
+    with gateway_to(first, tmp_path_factory.mktemp("gateway"), *(argument for url in others for argument in ("-u", url))) as running:
+        yield running
+
+
+def metric(gateway: Gateway, name: str) -> dict[str, float]:
+    """Labels → value."""
+    with urlopen(gateway.url.removesuffix("/v1") + "/metrics") as response:
+        text = response.read().decode()
+    return {labels: float(value) for labels, value in re.findall(rf"^{name}(\{{[^}}]*\}})? ([\d.e+-]+)$", text, re.MULTILINE)}
+
+
+def prompt(number: int) -> str:
+    return f"{HEADS[number % len(HEADS)]} One day, it was day {number},"
+
+
+def asked(number: int) -> dict[str, Any]:
+    """Every other one is greedy."""
+    sampling: dict[str, Any] = {"temperature": 0} if number % 2 else {"temperature": 1.1, "seed": number, "extra_body": {"top_k": 50}}
+    return {"model": "paged_llm", "prompt": prompt(number), "max_tokens": 48, **sampling}
+
+
+def expected(server: Server, number: int) -> str:
+    options = {key: value for key, value in asked(number).items() if key not in ("model", "prompt")}
+    with PagedClient(server.addresses.grpc_url) as client:
+        return client.generate(prompt(number), **(options | options.pop("extra_body", {}))).text
+
+
+async def stream(client: openai.AsyncOpenAI, number: int, begun: list[int]) -> str:
+    text = ""
+    async for chunk in await client.completions.create(**asked(number), stream=True):
+        text += chunk.choices[0].text
+        if len(text) > 20 and number not in begun:
+            begun.append(number)
+    return text
+
+
+def _until(condition: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert condition()
+
+
+def test_answers_are_those_of_one_server_and_heads_stay_where_they_are(servers: list[Server], gateway: Gateway) -> None:
+    with gateway.client() as client:
+        for number in range(len(HEADS) * 2):
+            assert client.completions.create(**asked(number)).choices[0].text == expected(servers[0], number)
+        time.sleep(0.5)  # events are on their way
+        cached = [client.completions.create(**asked(100 + number)).usage.prompt_tokens_details.cached_tokens for number in range(len(HEADS))]
+    assert all(tokens >= 16 for tokens in cached), cached
+    assert metric(gateway, "paged_gateway_servers") == {'{state="ready"}': 3, '{state="not_ready"}': 0}
+    routed = metric(gateway, "paged_gateway_requests_routed_total")
+    assert len(routed) == 3 and sum(routed.values()) == 3 * len(HEADS)
+    assert min(routed.values()) > 0, routed
+
+
+def test_nothing_is_lost_and_no_text_is_another_when_a_server_is_killed_under_64_streams(servers: list[Server], gateway: Gateway) -> None:
+    texts = [expected(servers[0], number) for number in range(NUM_STREAMS)]
+
+    async def ask() -> list[str | BaseException]:
+        begun: list[int] = []
+        async with openai.AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=200) as client:
+            streams = [asyncio.ensure_future(stream(client, number, begun)) for number in range(NUM_STREAMS)]
+            while len(begun) < NUM_STREAMS // 2:
+                await asyncio.sleep(0.01)
+            servers[1].kill()
+            return await asyncio.gather(*streams, return_exceptions=True)
+
+    got = asyncio.run(ask())
+    assert [one for one in got if isinstance(one, BaseException)] == []
+    assert got == texts
+    moved = metric(gateway, "paged_gateway_answers_resumed_total")[""], metric(gateway, "paged_gateway_requests_asked_anew_total")[""]
+    print(f"{NUM_STREAMS} streams: {moved[0]:.0f} went on elsewhere, {moved[1]:.0f} were asked anew")
+    assert moved[0] > 0, "nobody was on the server that was killed"
+    assert metric(gateway, "paged_gateway_servers") == {'{state="ready"}': 2, '{state="not_ready"}': 1}
+
+
+def test_a_server_that_comes_back_is_asked_again(servers: list[Server], gateway: Gateway) -> None:
+    dead = servers[1]
+    dead.stop()
+    again = ServerSettings(
+        instances=1,
+        options=dead.settings.options,
+        drain_seconds=3,
+        grpc_port=dead.addresses.grpc_port,
+        http_port=dead.addresses.http_port,
+        metrics_port=dead.addresses.metrics_port,
+    )
+    with Server(again):
+        _until(lambda: metric(gateway, "paged_gateway_servers")['{state="ready"}'] == 3, 20)
+        with gateway.client() as client:
+            for number in range(6):
+                assert client.completions.create(**asked(number)).choices[0].text == expected(servers[0], number)
