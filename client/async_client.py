@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 from paged_client.answers import Answer, Delta
 from paged_client.client import DEFAULT_MODEL, DEFAULT_URL, parse_url
-from paged_client.errors import PagedError
+from paged_client.errors import InvalidRequestError, PagedError
 from paged_client.grpc_transport import AsyncGrpcTransport, Outputs
 from paged_client.http_transport import AsyncHttpTransport
 from paged_client.patience import Limits, Patience
 from paged_client.progress import Progress
-from paged_client.question import Messages, Prompt, Question, question_of, task_question
+from paged_client.question import HEALTH_QUESTION, Messages, Prompt, Question, question_of, task_question
+
+_HEALTH_SECONDS = 5.0  # a model that needs longer to say that it takes requests takes none
 
 
 class _Call(Protocol):
@@ -72,6 +74,21 @@ class AsyncPagedClient:
     async def is_ready(self) -> bool:
         """Whether the server is there and has loaded the model."""
         return await self._transport.is_ready()
+
+    async def takes_requests(self) -> bool:
+        """Whether the model itself says so. Triton Server before 26.03 calls a model ready that has lost its engine for good."""
+        if not await self._transport.is_ready():
+            return False
+        call = self._transport.ask(HEALTH_QUESTION)
+        try:
+            await call.next(_HEALTH_SECONDS)
+        except InvalidRequestError:  # an older model, which does not know the question and reads requests
+            return True
+        except (PagedError, TimeoutError):
+            return False
+        finally:
+            call.cancel()
+        return True
 
     async def generate(
         self,

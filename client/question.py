@@ -29,6 +29,10 @@ class Question:
         return bool(self.tensors["stream"])
 
 
+HEALTH_QUESTION = Question({"stream": False}, {"health_check": True, "return_error_code": True})
+"""Answered at once by the model itself: with an empty text, or with an error if it has no engine and will have none."""
+
+
 def question_of(
     prompt: Prompt | None,
     sampling: Mapping[str, Any],

@@ -104,9 +104,9 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
 
 def _add_status_paths(app: FastAPI, client: Backend, metrics: GatewayMetrics) -> None:
     async def health() -> Response:
-        if await client.is_ready():
+        if await client.takes_requests():
             return JSONResponse({"status": "ok"})
-        return response_of(RefusalError("the server is not there, or has not loaded the model", 503, code="not_ready"))
+        return response_of(RefusalError("the server is not there, has not loaded the model, or the model has lost its engine", 503, code="not_ready"))
 
     for path, methods in (("/health", ("GET", "HEAD")), ("/v1/health", ("GET", "HEAD")), ("/ping", ("GET", "HEAD"))):
         for method in methods:  # one route each: a route of several has one operation id in the schema for all of them

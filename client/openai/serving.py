@@ -89,7 +89,7 @@ async def serve(client: AsyncPagedClient | ClusterClient, offer: Offer, limits: 
 async def _wait_until_ready(client: AsyncPagedClient | ClusterClient, seconds: float) -> None:
     end = time.monotonic() + seconds
     said = False
-    while not await client.is_ready():
+    while not await client.takes_requests():
         if time.monotonic() > end:
             raise TimeoutError
         if not said:

@@ -152,7 +152,7 @@ def _prompts(prompt: str | Sequence[Any]) -> tuple[Prompt, ...]:
 
 def _echoed(body: CompletionBody, prompts: tuple[Prompt, ...]) -> tuple[str, ...]:
     if body.logprobs is not None:
-        raise RefusalError("echo: not together with logprobs: those of the prompt's tokens are not known", param="echo", code="unsupported_parameter")
+        raise RefusalError("echo: not together with logprobs: the prompt's are the server's prompt_logprobs", param="echo", code="unsupported_parameter")
     texts = tuple(prompt for prompt in prompts if isinstance(prompt, str))
     if len(texts) != len(prompts):
         raise RefusalError("echo: only with prompts that are text", param="echo", code="unsupported_parameter")

@@ -98,6 +98,15 @@ class FrontEnd:
         channel = self.streamer.open(send, lambda _: self.tally.add("paged_requests_finished_total", label=reason), stream=False)
         self.streamer.put(channel, Delta(error=error, last=True))
 
+    def tell_health(self, send: Send) -> None:
+        """Answers at once: with an empty text if requests are taken, with an error if the model has no engine and will have none, or is being unloaded."""
+        channel = self.streamer.open(send, lambda _: None, stream=False)
+        if self.alive:
+            self.streamer.put(channel, Delta(finish_reason="stop", last=True))
+        else:
+            reason = "the model has no engine any more" if self._open else "the model is being unloaded"
+            self.streamer.put(channel, Delta(error=RequestError(reason, ErrorKind.OVERLOADED), last=True))
+
     def drain(self, seconds: float) -> None:
         """Takes no more requests, and gives the live ones so long; returns at once. No effect the second time."""
         if self._open:

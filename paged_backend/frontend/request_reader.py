@@ -33,6 +33,7 @@ _TEMPLATE_KWARGS = "chat_template_kwargs"
 _NOT_SERVED = {"image": "this model reads text alone", "embedding_request": "this model makes text, no embeddings"}  # inputs of NVIDIA's vLLM backend
 _ERROR_CODE_SWITCH = "return_error_code"
 _NO_DEFAULTS = GenerationDefaults()
+_HEALTH_SWITCH = "health_check"
 _SWITCHES = ("stream", "exclude_input_in_output", *_CHAT_SWITCHES, *_OUTPUT_SWITCHES)
 # Names that the server itself gives a meaning, or that its clients send along.
 _RESERVED = frozenset(
@@ -124,10 +125,19 @@ def wants_error_code(parameters: str) -> bool:
 
     Asked before the request is read, which may fail, so whatever cannot be understood means no.
     """
-    if _ERROR_CODE_SWITCH not in parameters:
+    return _is_switched_on(_ERROR_CODE_SWITCH, parameters)
+
+
+def asks_for_health(parameters: str) -> bool:
+    """Whether nothing is asked but if the model would answer: no prompt is looked at."""
+    return _is_switched_on(_HEALTH_SWITCH, parameters)
+
+
+def _is_switched_on(name: str, parameters: str) -> bool:
+    if name not in parameters:
         return False
     try:
-        return _switch({}, _read_json("parameters", _bytes("parameters", parameters)), _ERROR_CODE_SWITCH) is True
+        return _switch({}, _read_json("parameters", _bytes("parameters", parameters)), name) is True
     except RequestError:
         return False
 

@@ -23,14 +23,15 @@ from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.engine_loss import leave_server
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
+from paged_backend.frontend.model_config import check_tensors, may_stream
 from paged_backend.frontend.prompt_logprobs import PromptTable
-from paged_backend.frontend.request_reader import id_parameter, read_request, wants_error_code
+from paged_backend.frontend.request_reader import asks_for_health, id_parameter, read_request, wants_error_code
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
 from paged_backend.log_lines import LogLines
 from paged_backend.messages import MODEL_NAME, TokenScores
 from paged_backend.process_id import ProcessId
-from paged_backend.request import Outputs
+from paged_backend.request import Outputs, Request
 
 _PUBLISH_SECONDS = 0.25
 _PUBLISH_ALARM_SECONDS = 30  # a publication takes milliseconds
@@ -60,7 +61,9 @@ class TritonPythonModel:
         _log_to_stderr(name)
         threading.Thread(target=_exit_with_server, args=(os.getppid(),), name="server", daemon=True).start()
         model_config = json.loads(args["model_config"])
+        self._may_stream = may_stream(model_config)
         try:
+            check_tensors(model_config)
             config = EngineConfig.parse(engine_options(model_config["parameters"]))
             num_instances = _num_instances(model_config)
             command = self.engine_command or [*engine_command(), f"{MODEL_NAME}{name}"]
@@ -92,21 +95,34 @@ class TritonPythonModel:
     def _accept(self, inference: Any) -> None:
         sender = inference.get_response_sender()
         parameters = inference.parameters()
+        if asks_for_health(parameters):
+            self._front_end.tell_health(self._send_bare(parameters, sender))
+            return
         try:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
-            request = read_request(tensors, parameters, time.monotonic(), self._front_end.generation_defaults)
-            request = msgspec.structs.replace(request, caller_id=inference.request_id() or id_parameter(parameters))
+            request = self._read(inference, parameters)
         except RequestError as error:
-            self._refuse(error, parameters, sender)
+            self._front_end.refuse(error, self._send_bare(parameters, sender))
             return
         except Exception:
             logging.getLogger("paged").exception("a request could not be read")
-            self._refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), parameters, sender)
+            self._front_end.refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), self._send_bare(parameters, sender))
             return
         self._front_end.ask(request, _send_to(sender, request.outputs, self._front_end.token_bytes), sender.is_cancelled)
 
-    def _refuse(self, error: RequestError, parameters: str, sender: Any) -> None:
-        self._front_end.refuse(error, _send_to(sender, Outputs(error_code=wants_error_code(parameters)), self._front_end.token_bytes))
+    def _read(self, inference: Any, parameters: str) -> Request:
+        """
+        Raises:
+            RequestError: what the caller must change.
+        """
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
+        request = read_request(tensors, parameters, time.monotonic(), self._front_end.generation_defaults)
+        if request.stream and not self._may_stream:
+            raise RequestError("stream: true is not possible: a request has one response here (model_transaction_policy of config.pbtxt: decoupled: false)")
+        return msgspec.structs.replace(request, caller_id=inference.request_id() or id_parameter(parameters))
+
+    def _send_bare(self, parameters: str, sender: Any) -> Send:
+        """For an answer of which nothing is known but how its error is to be told."""
+        return _send_to(sender, Outputs(error_code=wants_error_code(parameters)), self._front_end.token_bytes)
 
 
 def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -236,9 +252,11 @@ class Publisher:
         self._thread.start()
 
     def close(self) -> None:
-        """Publishes the last numbers."""
+        """Publishes the last numbers, and lets go of every metric: one that outlives the stub's channel to the server crashes the stub at its exit."""
         self._stopping.set()
         self._thread.join()
+        self._series.clear()
+        self._families.clear()
 
     def _run(self) -> None:
         try:

@@ -24,6 +24,7 @@ from paged_backend.runner.adapter_store import Berths, allocate_berths
 from paged_backend.runner.cuda_graphs import StepGraphs, captured_shapes
 from paged_backend.runner.kv_store import allocate_kv_store, free_bytes, prompt_tokens_at_once, size_pool
 from paged_backend.runner.sampler import Sampler
+from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_results import Flight, Landings
 from paged_backend.runner.step_tensors import DeviceRows
@@ -87,7 +88,13 @@ class ModelRunner:
             EngineError: the checkpoint cannot be run, or does not fit; one sentence for the operator.
         """
         device = _device(config.device)
-        checkpoint = checkpoint or open_checkpoint(config)
+        checkpoint = checkpoint or open_checkpoint(config)  # which may be fetched first: nobody has to wait for that
+        with alone_on(device, tell):
+            return cls._load(config, device, tell, checkpoint)
+
+    @classmethod
+    def _load(cls, config: EngineConfig, device: torch.device, tell: Callable[[str], None], checkpoint: Checkpoint) -> ModelRunner:
+        """As `load`, with nobody else taking the device's memory meanwhile."""
         a = checkpoint.architecture
         dtype, kv_dtype = _dtypes(config, a, device)
         tell(f"model: {a.name}, {a.num_layers} layers, vocabulary {a.vocab_size}, on {_name(device)} in {_dtype_name(dtype)}, KV in {_dtype_name(kv_dtype)}")

@@ -124,9 +124,12 @@ class FrontEndServer:
         ((_, arguments),) = self._engines()
         return Path(arguments.split()[-1]).parent
 
+    def stub_pids(self) -> set[int]:
+        """The front ends' processes."""
+        return {int(pid) for pid, parent, _ in _processes() if int(parent) == self.process.pid}
+
     def _engines(self) -> list[tuple[int, str]]:
-        listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-        rows = [line.split(None, 2) for line in listing]
+        rows = _processes()
         stubs = {int(pid) for pid, parent, _ in rows if int(parent) == self.process.pid}
         return [(int(pid), arguments) for pid, parent, arguments in rows if int(parent) in stubs and "fake_engine" in arguments]
 
@@ -196,15 +199,19 @@ def serving(
     arguments: Sequence[str] = (),
     scratch: Path | None = None,
     model_py: str | None = WITH_FAKE_ENGINE,
+    stub_exits: Path | None = None,
 ) -> Iterator[FrontEndServer]:
     """Starts a server in `folder`, with the model loaded unless `load` says no.
 
     arguments: more of tritonserver's. scratch: its folder for temporary files. model_py: the model's program; None: the shipped one, and `options` names
-    the checkpoint.
+    the checkpoint. stub_exits: where each stub's exit status is to be written, a line each; then the stubs' parent is a shell, so there is one instance.
     """
     folder.mkdir(exist_ok=True, parents=True)
     installation = server_files.find_installation()
     backends = server_files.prepare_backends(installation, folder)
+    if stub_exits is not None:
+        assert instances == 1
+        _note_exits(backends / "python" / "triton_python_backend_stub", stub_exits)
     environment = server_files.prepare_environment(installation, folder) | ({} if scratch is None else {"TMPDIR": str(scratch)})
     defaults = {"model": "fake", "standby_engine": "false"} if model_py is not None else {}
     repository = server_files.prepare_repository(folder, model_name=MODEL, options={**defaults, **(options or {})}, instances=instances)
@@ -239,6 +246,20 @@ def serving(
         finally:
             process.kill()
             shutil.rmtree(folder / "repository", ignore_errors=True)
+
+
+def _processes() -> list[list[str]]:
+    """[pid, parent's pid, command] of every process."""
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    return [line.split(None, 2) for line in listing]
+
+
+def _note_exits(stub: Path, file: Path) -> None:
+    """Puts a shell between the server and the stub: the server tells nobody how its children ended. Without arguments it is only tried out."""
+    program = stub.resolve()
+    stub.unlink()
+    stub.write_text(f'#!/bin/sh\n"{program}" "$@"\nstatus=$?\n[ $# -eq 0 ] || echo $status >> "{file}"\nexit $status\n')
+    stub.chmod(0o755)
 
 
 def _free_ports(count: int) -> list[int]:

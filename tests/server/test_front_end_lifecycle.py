@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -157,3 +159,31 @@ def test_a_killed_server_takes_its_engine_with_it(tmp_path: Path) -> None:
         engines = server.engine_pids()
         server.process.kill()
         _wait(lambda: not any(ProcessId.of(pid) for pid in engines), 20)
+
+
+def test_without_decoupled_responses_infer_works_streams_are_refused_and_the_unload_ends(tmp_path: Path) -> None:
+    """LiteLLM's `triton/…/infer` and other clients of the plain protocol want one response."""
+    with serving(tmp_path, instances=2, load=False) as server:
+        path = tmp_path / "repository" / MODEL / "config.pbtxt"
+        path.write_text(path.read_text().replace("decoupled: true", "decoupled: false"))
+        server.load()
+        body = {"inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["tokens=3"]}]}
+        body["inputs"] += [{"name": "exclude_input_in_output", "shape": [1], "datatype": "BOOL", "data": [True]}]
+        request = urllib.request.Request(f"http://{server.http}/v2/models/{MODEL}/infer", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            (output,) = (output for output in json.load(answer)["outputs"] if output["name"] == "text_output")
+        assert output["data"] == [_expected("tokens=3", 3)]
+        refused = server.ask("tokens=3", stream=True)
+        assert "stream: true is not possible" in str(refused.error)
+        assert server.ask("tokens=3", stream=False, exclude_input_in_output=True).text == _expected("tokens=3", 3)
+        assert server.unload() < 6
+
+
+def test_a_partial_config_at_a_load_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """It replaces config.pbtxt: the model would be ready and refuse every request."""
+    with serving(tmp_path, load=False) as server:
+        given = {"backend": "python", "parameters": {"max_model_len": {"string_value": "64"}}}
+        with closing(grpc.InferenceServerClient(server.grpc)) as client, pytest.raises(InferenceServerException, match="declares no input of text_input"):
+            client.load_model(MODEL, config=json.dumps(given))
+        server.load()
+        assert server.ask("tokens=3").error is None

@@ -312,12 +312,27 @@ def test_load_balancers_may_ask_for_the_head_of_health_alone() -> None:
 
 
 def test_health_is_the_servers() -> None:
-    transport = Transport()
+    transport = Transport({"text_output": [""], "finish_reason": ["stop"]})
     for path in ("/health", "/v1/health", "/ping"):
         transport.ready = True
         assert call(transport, path, key="secret").status == 200
         transport.ready = False
         assert call(transport, path, key="secret").status == 503
+
+
+@pytest.mark.parametrize(
+    ("event", "status"),
+    [
+        pytest.param(UnavailableError("the model has no engine any more"), 503, id="its engine is lost"),
+        pytest.param(ServerError("Stub process is not healthy"), 503, id="its front end is dead"),
+        pytest.param(InvalidRequestError("text_input: missing"), 200, id="a model that does not know the question"),
+    ],
+)
+def test_health_is_what_the_model_says_of_itself(event: Exception, status: int) -> None:
+    """Triton Server before 26.03 calls a model ready that has no engine any more."""
+    transport = Transport(event)
+    assert call(transport, "/health", key="secret").status == status
+    assert transport.asked[0].parameters["health_check"] is True
 
 
 @pytest.mark.parametrize(

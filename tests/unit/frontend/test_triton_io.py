@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -173,7 +174,8 @@ def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 def _arguments(**options: str) -> dict[str, str]:
     parameters = {name: {"string_value": value} for name, value in {"model": "fake", **options}.items()}
     groups = [{"count": 1, "kind": "KIND_MODEL", "gpus": []}]
-    config = json.dumps({"parameters": parameters, "instance_group": groups})
+    tensors = {"input": [{"name": "text_input"}], "output": [{"name": "text_output"}], "model_transaction_policy": {"decoupled": True}}
+    config = json.dumps({"parameters": parameters, "instance_group": groups, **tensors})
     return {"model_config": config, "model_name": "m", "model_instance_name": "m_0_0", "model_version": "1", "model_repository": "/r"}
 
 
@@ -303,6 +305,8 @@ def test_a_load_that_fails_is_one_sentence(triton_io: types.ModuleType) -> None:
     instance.engine_command = COMMAND
     with pytest.raises(triton_io.pb_utils.TritonModelException, match="^model 'broken': the checkpoint is broken$"):
         instance.initialize(_arguments(model="broken"))
+    with pytest.raises(triton_io.pb_utils.TritonModelException, match="^the model's config declares no input of text_input"):
+        instance.initialize({**_arguments(), "model_config": json.dumps({"parameters": {}})})
     with pytest.raises(triton_io.pb_utils.TritonModelException, match="^unknown parameter 'page_sise': did you mean 'page_size'"):
         instance.initialize(_arguments(page_sise="1"))
 
@@ -416,6 +420,35 @@ def test_a_request_that_kills_engines_ends_with_an_error_and_the_model_stays_rea
     assert "the engine died" in sender.error.message
     assert model.is_ready()
     _wait(lambda: _series("paged_engine_restarts_total").value >= 3)
+
+
+def test_a_model_says_whether_it_takes_requests(triton_io: types.ModuleType) -> None:
+    instance = triton_io.TritonPythonModel()
+    instance.engine_command = COMMAND
+    instance.initialize(_arguments(max_engine_restarts="0", on_engine_loss="stay"))
+    asked = {"parameters": '{"health_check": true}', "stream": False}
+    sender = _answered(instance, **asked)
+    assert (sender.error, sender.text, len(sender.responses)) == (None, "", 1)
+    os.kill(instance._front_end.client.engine_pid, signal.SIGKILL)
+    _wait(lambda: not instance._front_end.alive)
+    sender = _answered(instance, **asked)
+    assert sender.error is not None
+    assert (sender.error.message, sender.error.code) == ("the model has no engine any more", "UNAVAILABLE")
+    instance.finalize()
+
+
+def test_a_model_of_one_response_a_request_refuses_streams_by_name(triton_io: types.ModuleType) -> None:
+    instance = triton_io.TritonPythonModel()
+    instance.engine_command = COMMAND
+    arguments = _arguments()
+    described = {**json.loads(arguments["model_config"]), "model_transaction_policy": {"decoupled": False}}
+    instance.initialize({**arguments, "model_config": json.dumps(described)})
+    sender = _answered(instance, text_input="tokens=3", stream=True)
+    assert sender.error is not None and sender.error.code == "INVALID_ARG"
+    assert re.match("stream: true is not possible.*decoupled: false", sender.error.message)
+    sender = _answered(instance, text_input="tokens=3")
+    assert (sender.error, len(sender.responses)) == (None, 1)
+    instance.finalize()
 
 
 def test_finalize_waits_for_live_requests(triton_io: types.ModuleType) -> None:
