@@ -80,7 +80,7 @@ class Found(msgspec.Struct, frozen=True, array_like=True):
 _FRONT_END_SHIFT = 40
 ENGINE_SOCKET = "engine.sock"  # in the engine's folder: its inbox
 SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
-RUNNING_FILE = "running"  # in the engine's folder: int64, the ids of the requests that run, anything negative between them
+RUNNING_FILE = "running"  # in the engine's folder: int64, the ids of the requests that run or are looked at, anything negative between them
 QUEUE_FILE = "queue"  # in the engine's folder: int64, how many requests wait at the moment
 STANDBY = "--standby"  # after the folder in an engine's command line: it waits for a second line on stdin before it becomes the engine
 MODEL_NAME = "--model-name="  # before the folder in an engine's command line: as clients call the model, for the log and for those who watch

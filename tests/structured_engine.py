@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.grammar.compiler_process import Verdict, VocabularyPlace, compile_here
+from paged_backend.grammar.follower_process import Followed, GrammarFollower, ToFollower
 from paged_backend.grammar.options import Grammar
-from paged_backend.grammar.vocabulary import read_vocabulary
+from paged_backend.grammar.vocabulary import Vocabulary, read_vocabulary
 from paged_backend.messages import Finish, Submit
 from paged_backend.request import parse_sampling
 from tests.oracle import save_checkpoint
@@ -59,11 +59,51 @@ def save_speaker(folder: Path, tokenizer: Tokenizer = TOKENIZER, eos_token_id: i
 class CompilerHere:
     """Compiles as the process beside an engine does, without the seconds it takes to start."""
 
-    def __init__(self, place: VocabularyPlace) -> None:
-        self._vocabulary = read_vocabulary(Path(place.tokenizer_path), place.size, place.eos_ids)
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
 
-    def compile(self, grammar: Grammar) -> Verdict:
+    def compile(self, grammar: Grammar, seconds: float) -> Verdict | None:
         return compile_here(grammar, self._vocabulary)
+
+
+class FollowerHere:
+    """Follows grammars as the process beside an engine does, and answers at once."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._follower = GrammarFollower(vocabulary)
+        self._followed: list[Followed] = []
+
+    def send(self, message: ToFollower) -> None:
+        followed = self._follower.take(message)
+        if followed is not None:
+            self._followed.append(followed)
+
+    def flush(self) -> None: ...
+
+    def replies(self) -> list[Followed]:
+        followed, self._followed = self._followed, []
+        return followed
+
+    def wait(self, seconds: float) -> None: ...
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def close(self) -> None: ...
+
+
+class WorkshopHere:
+    def __init__(self, place: VocabularyPlace, compiler: type[CompilerHere] = CompilerHere) -> None:
+        self._place, self._compiler = place, compiler
+
+    def _vocabulary(self) -> Vocabulary:
+        return read_vocabulary(Path(self._place.tokenizer_path), self._place.size, self._place.eos_ids)
+
+    def compiler(self) -> CompilerHere:
+        return self._compiler(self._vocabulary())
+
+    def follower(self) -> FollowerHere:
+        return FollowerHere(self._vocabulary())
 
 
 def load_speaker(folder: Path, exports: Path, **options: Any) -> Engine:
@@ -71,7 +111,9 @@ def load_speaker(folder: Path, exports: Path, **options: Any) -> Engine:
     exports.mkdir(exist_ok=True)
     given = {"model": str(folder), "device": "cpu", "num_pages": 1024, "max_num_sequences": 32, "max_model_len": 640, **options}
     engine, scheduler, _ = load_engine(EngineConfig.parse(given), exports)
-    scheduler._guides._grammars._make_compiler = partial(CompilerHere, scheduler._guides._grammars._make_compiler.args[0])
+    grammars = scheduler._guides._grammars
+    grammars._workshop = WorkshopHere(grammars._workshop._workers._place)  # type: ignore[attr-defined]
+    grammars.follower._open_link = grammars._workshop.follower
     return engine
 
 

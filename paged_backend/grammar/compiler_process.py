@@ -1,22 +1,16 @@
-"""Compiles grammars where they can harm nobody: `python -m paged_backend.grammar.compiler_process VOCABULARY`, a child of the engine (compiler.py).
+"""Compiles grammars where they harm nobody: in a process of its own, forked by nursery.py.
 
 A short expression may take minutes and gigabytes, and the library does not stop when asked: this process is killed instead. Its memory is bounded, and before
 a grammar is let go it is followed for a while, because for some the compilation is quick and the first mask is not.
-VOCABULARY is JSON; grammars come on stdin, verdicts go to stdout, each a msgpack message after its length (4 bytes, little-endian).
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import random
 import re
-import resource
-import signal
-import sys
+import socket
 import time
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,14 +19,13 @@ from paged_backend.errors import ErrorKind
 from paged_backend.grammar.json_schema import unenforced
 from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.schema_patterns import Marks, marked
-from paged_backend.grammar.vocabulary import GrammarError, Vocabulary, read_vocabulary
+from paged_backend.grammar.vocabulary import GrammarError, Vocabulary
 
 MAX_BYTES = 2**30  # that a compilation may take, beyond what the vocabulary has
 _FOLLOW_SECONDS = 0.25  # of a processor's time, to follow a grammar as far as n tokens: this, and n times that
 _TOKEN_SECONDS = 0.01
 _MAX_REASON_CHARS = 300
 _PROBED_TOKENS = 64
-_PR_SET_PDEATHSIG = 1
 
 
 class VocabularyPlace(msgspec.Struct, frozen=True):
@@ -47,6 +40,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar in the library's serial form, or why there is none."""
 
     serial: str = ""
+    num_bytes: int = 0  # that it takes in memory
     controls: str = "all"  # the control characters that may come: "all", "lines" (line breaks)
     refusal: str = ""
     kind: ErrorKind = ErrorKind.INVALID
@@ -67,7 +61,7 @@ def compile_here(grammar: Grammar, vocabulary: Vocabulary) -> Verdict:
         else:
             compiled = compiler.compile_lark(grammar.text)
         _probe(compiled, vocabulary)
-        return Verdict(serial=compiled.serialize_json(), controls=controls)
+        return Verdict(serial=compiled.serialize_json(), num_bytes=int(compiled.memory_size_bytes), controls=controls)
     except MemoryError:
         return Verdict(refusal=too_large())
     except GrammarError as error:
@@ -136,35 +130,11 @@ def _reason(error: Exception) -> str:
     return reason if len(reason) <= _MAX_REASON_CHARS else f"{reason[:_MAX_REASON_CHARS]}…"
 
 
-def send(stream: IO[bytes], message: msgspec.Struct) -> None:
-    encoded = msgspec.msgpack.encode(message)
-    stream.write(len(encoded).to_bytes(4, "little") + encoded)
-    stream.flush()
-
-
-def _bound_memory() -> None:
-    """RLIMIT_DATA, not RLIMIT_AS: libraries reserve addresses that they never use."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmData:\s+(\d+) kB", status)
-    assert found is not None
-    limit = int(found[1]) * 1024 + MAX_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    verdicts = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # libraries that print must not spoil a verdict
-    place = msgspec.json.decode(sys.argv[1], type=VocabularyPlace)
-    vocabulary = read_vocabulary(Path(place.tokenizer_path), place.size, place.eos_ids)
-    _bound_memory()
-    send(verdicts, Verdict())  # ready
-    grammars = sys.stdin.buffer
-    while len(head := grammars.read(4)) == 4:
-        send(verdicts, compile_here(msgspec.msgpack.decode(grammars.read(int.from_bytes(head, "little")), type=Grammar), vocabulary))
-    return 0
-
-
-if __name__ == "__main__":
-    os._exit(main())
+def compile_for(connection: socket.socket, vocabulary: Vocabulary) -> None:
+    """Answers each grammar with a verdict, until the engine closes the connection. Messages are msgpack, each after its length (4 bytes, little-endian)."""
+    stream = connection.makefile("rwb")
+    while len(head := stream.read(4)) == 4:
+        grammar = msgspec.msgpack.decode(stream.read(int.from_bytes(head, "little")), type=Grammar)
+        body = msgspec.msgpack.encode(compile_here(grammar, vocabulary))
+        stream.write(len(body).to_bytes(4, "little") + body)
+        stream.flush()

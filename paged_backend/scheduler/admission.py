@@ -40,11 +40,15 @@ class Admission:
         """Gives those a place in the queue that have got what they waited for; yields those that never will get it, or need not go on with it."""
         self._suspects.review(self._running.table)
         self._adapters.collect()
+        self._guides.collect()
         yield from self._guides.review_waiting(self._waiting.let_in(self._is_ready))
         yield from ((sequence, finish) for sequence, finish in self._adapters.refusals() if sequence.status is Status.WAITING)
 
     def _is_ready(self, sequence: Sequence) -> bool:
-        return (sequence.guide is None or sequence.guide.compiled) and self._adapters.take(sequence)
+        self._running.table.attend_to(sequence.request_id)
+        ready = self._guides.is_ready(sequence) and self._adapters.take(sequence)
+        self._running.table.attend_to(None)
+        return ready
 
     def short_tokens(self) -> int:
         """Of the short prompts that wait; 0 if the first of them will not start: for want of a row, or pages, or priority."""

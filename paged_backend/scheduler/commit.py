@@ -36,6 +36,8 @@ class Outcomes:
         wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
         prompts = prompt_logprobs.told(batch, result, self._living)
         self._append(rows[entries], token_ids[entries])
+        if batch.features & Feature.GUIDED:
+            self._guides.ask(table, rows[entries])
         for sequence, found in self._beams.take(batch, result):
             self._conclude(sequence, found)
         if len(entries) < len(rows):  # aborted, ended or preempted while the step was in flight
@@ -83,8 +85,6 @@ class Outcomes:
         stop = token_id in sequence.stop_ids
         if stop or len(sequence.token_ids) >= sequence.length_limit:
             self._finish(sequence, token_id, stop)
-        else:
-            self._living.end_all(self._guides.review_waiting([sequence]))
         return True
 
     def _conclude(self, sequence: Sequence, found: Found | None) -> None:

@@ -60,7 +60,7 @@ class Intake:
             resumed=request.resumed,
             deadline_seconds=min(sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds),
             answered=request.num_answered > 0,
-            guide=self._guides.guide(sampling, stop_ids, allowed),
+            guide=self._guides.guide(sampling, stop_ids, allowed, request.cache_salt),
             allowed=None if sampling.guided else allowed,
         )
         if sampling.prompt_logprobs is not None and not sequence.answered:

@@ -91,7 +91,7 @@ class RunningSequences:
         num_tokens = table.num_tokens[rows]
         counts = num_tokens - table.num_computed[rows]
         counts[num_tokens >= table.length_limit[rows]] = 0  # its last token is in flight and need not be computed
-        counts[(num_tokens > table.num_known[rows]) & (table.features[rows] & Feature.STEPWISE != 0)] = 0  # what may come next depends on it
+        counts[((num_tokens > table.num_known[rows]) | table.unmasked[rows]) & (table.features[rows] & Feature.STEPWISE != 0)] = 0  # it depends on that
         return rows, counts
 
     def append_page(self, runner: Sequence) -> bool:

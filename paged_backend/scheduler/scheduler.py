@@ -65,6 +65,7 @@ class Scheduler:
 
     def submit(self, request: Submit) -> None:
         """Queues a request, or ends it at once with an error that says which limit it met."""
+        self._running.table.attend_to(request.request_id)
         try:
             taken: Sequence | Finish = self._intake.take(request, self.num_waiting)
         except Exception as error:  # our fault: it must not end the engine, and the next one that is asked the same
@@ -74,6 +75,7 @@ class Scheduler:
             self._living.refuse(taken)
         else:
             self._living.enter(taken)
+        self._running.table.attend_to(None)
 
     def abort(self, request_id: int) -> None:
         """Forgets a request and frees its pages; nothing more is said of it. Unknown ids (already over) are fine."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from paged_backend.arrays import Int32
 from paged_backend.batch import Feature, features_of
-from paged_backend.grammar.grammars import Guide
+from paged_backend.grammar.guide import Guide
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.beam_search import BeamSearch, Candidates
 
@@ -93,8 +93,9 @@ class Sequence:
 
     @property
     def prepared(self) -> bool:
-        """It has what it must have before it can start: its grammar, its adapter."""
-        return (self.guide is None or self.guide.started) and (self.sampling.lora_name is None or self.berth != NO_BERTH)
+        """It has what it must have before it can start: its grammar's mask, its adapter."""
+        guided = self.guide is None or (not self.awaits_token and self.guide.knows(len(self.token_ids) - self.prompt_len))
+        return guided and (self.sampling.lora_name is None or self.berth != NO_BERTH)
 
     def turn(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
@@ -116,7 +117,8 @@ class Rows:
         self.page_size = page_size
         self.sequences: list[Sequence | None] = [None] * max_num_sequences
         self.request_id = np.full(max_num_sequences, _FREE, np.int64)
-        self.running_id = np.full(max_num_sequences, _FREE, np.int64)  # of the request that a row works for: a beam has no id that anybody else knows
+        # Of the request that a row works for: a beam has no id that anybody else knows. The last is that of a request without a row that is attended to.
+        self.running_id = np.full(max_num_sequences + 1, _FREE, np.int64)
         self.token_ids = np.zeros((max_num_sequences, max_model_len + 1), np.int32)
         self.num_tokens = np.zeros(max_num_sequences, np.int32)
         self.num_known = np.zeros(max_num_sequences, np.int32)
@@ -128,6 +130,7 @@ class Rows:
         self.features = np.zeros(max_num_sequences, np.int32)
         self.berth = np.full(max_num_sequences, NO_BERTH, np.int32)
         self.unanswered = np.zeros(max_num_sequences, np.bool_)
+        self.unmasked = np.zeros(max_num_sequences, np.bool_)  # its grammar's mask is not known yet
         self._free = list(range(max_num_sequences - 1, -1, -1))
 
     @property
@@ -135,10 +138,14 @@ class Rows:
         return len(self._free)
 
     def share_request_ids(self, path: Path) -> None:
-        """Keeps `running_id` in a file from now on, int64 [num_rows]."""
+        """Keeps `running_id` in a file from now on, int64 [num_rows + 1]."""
         shared = np.asarray(np.memmap(path, np.int64, "w+", shape=self.running_id.shape))
         shared[:] = self.running_id
         self.running_id = shared
+
+    def attend_to(self, request_id: int | None) -> None:
+        """A request without a row is looked at, or none any more: should this process die meanwhile, it may have been the cause."""
+        self.running_id[-1] = _FREE if request_id is None else request_id
 
     def occupy(self, sequence: Sequence, num_computed: int) -> int:
         """Moves a waiting sequence, whose pages are held and whose first `num_computed` tokens are in them, onto a free row."""
@@ -189,5 +196,6 @@ class Rows:
         self.request_id[row] = self.running_id[row] = _FREE
         self.num_tokens[row] = self.num_known[row] = self.num_computed[row] = self.capacity[row] = 0
         self.stop_ids[row] = -1
+        self.unmasked[row] = False
         self._free.append(row)
         sequence.row = None

@@ -17,6 +17,7 @@ from paged_backend.messages import Finish, Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
+from paged_backend.scheduler.sequence import Sequence
 from tests.simulated_runner import SimulatedRunner, solo
 
 VOCAB = 97
@@ -269,6 +270,27 @@ def test_a_file_says_at_any_moment_who_runs(tmp_path: Path) -> None:
     assert running() == {7, 8}
     bench.run()
     assert running() == set()
+
+
+def test_the_file_names_a_request_that_waits_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine dies of need not run: it may be taken in, or its grammar or adapter may be at fault."""
+    bench, seen = Bench(), []
+    bench.scheduler.share_running(tmp_path / "running")
+
+    def note() -> bool:
+        seen.append({number for number in np.fromfile(tmp_path / "running", np.int64).tolist() if number >= 0})
+        return len(seen) > 2
+
+    take = bench.scheduler._intake.take
+    monkeypatch.setattr(bench.scheduler._intake, "take", lambda *given: (note(), take(*given))[1])
+    monkeypatch.setattr(bench.scheduler._admission._guides, "is_ready", lambda sequence: note())
+    monkeypatch.setattr(Sequence, "prepared", property(lambda sequence: len(seen) > 2))
+    bench.submit(7, list(range(20)), max_tokens=5)
+    for _ in range(3):
+        bench.scheduler.schedule()
+    assert seen[:3] == [{7}, {7}, {7}]
+    bench.scheduler.abort(7)
+    assert max(np.fromfile(tmp_path / "running", np.int64)) < 0
 
 
 def test_a_suspect_is_not_kept_waiting_by_those_that_come_after_it() -> None:

@@ -1,0 +1,235 @@
+"""The processes that work on grammars, as the engine sees them: a nursery (nursery.py) that is started when first wanted, and its children."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+
+import msgspec
+
+from paged_backend.grammar import nursery
+from paged_backend.grammar.compiler_process import Verdict, VocabularyPlace, too_large
+from paged_backend.grammar.follower_process import Followed, Frames, ToFollower, decode_followed, framed
+from paged_backend.grammar.options import Grammar
+from paged_backend.grammar.vocabulary import GrammarError
+
+COMPILE_SECONDS = 20.0  # for one grammar, on the clock
+_START_SECONDS = 120.0  # for the vocabulary, and for importing the library
+_FORK_SECONDS = 30.0
+_CPUCLOCK_SCHED = 2  # linux/include/linux/posix-timers.h: the clock of another process's processor time
+
+
+class Worker:
+    """A child of the nursery and the connection to it."""
+
+    def __init__(self, workers: Workers, pid: int, connection: socket.socket) -> None:
+        self.pid = pid
+        self.connection = connection
+        self._workers = workers
+
+    def cpu_seconds(self) -> float:
+        """Of a processor's time, that it took so far."""
+        return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED)
+
+    def kill(self) -> None:
+        """Whatever it is at."""
+        self.connection.close()
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)  # its number is not given away before `reap`
+        self._workers.reap(self.pid)
+
+
+class Workers:
+    """Starts the nursery, and has it make children. May be used by several threads."""
+
+    def __init__(self, place: VocabularyPlace) -> None:
+        self._place = place
+        self._lock = threading.Lock()
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._dead: deque[int] = deque()
+
+    def make(self, kind: bytes) -> Worker:
+        """A new child, COMPILE or FOLLOW.
+
+        Raises:
+            GrammarError: there is no vocabulary, or no library.
+            OSError: no process can be started.
+        """
+        with self._lock:
+            for last_try in (False, True):
+                control = self._started()
+                ours, theirs = socket.socketpair()
+                try:
+                    while self._dead:
+                        control.send(str(self._dead.popleft()).encode())
+                    with theirs:
+                        socket.send_fds(control, [kind], [theirs.fileno()])
+                    pid = int(control.recv(64) or b"0")
+                    if pid:
+                        return Worker(self, pid, ours)
+                except OSError:
+                    theirs.close()
+                ours.close()
+                self._end()  # the nursery was killed
+                if last_try:
+                    break
+        raise OSError("the process that works on grammars does not answer")
+
+    def reap(self, pid: int) -> None:
+        """Its number may be given away, once somebody wants another child. Never waits."""
+        self._dead.append(pid)
+
+    def close(self) -> None:
+        """Ends all of them."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._nursery is not None and self._control is not None:
+            self._control.close()
+            self._nursery.kill()
+            self._nursery.wait()
+        self._nursery = self._control = None
+
+    def _started(self) -> socket.socket:
+        if self._nursery is not None and self._nursery.poll() is not None:
+            self._end()
+        if self._control is not None:
+            return self._control
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the server's working directory is no place to import from
+        command = [sys.executable, *safe_path, "-m", "paged_backend.grammar.nursery", msgspec.json.encode(self._place).decode()]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        with theirs:
+            self._nursery = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
+        self._control = ours
+        ours.settimeout(_START_SECONDS)
+        try:
+            ready = msgspec.msgpack.decode(ours.recv(2**16), type=Verdict)
+        except (OSError, msgspec.DecodeError):
+            self._end()
+            raise OSError("the process that works on grammars did not start") from None
+        if ready.refusal:
+            self._end()
+            raise GrammarError(ready.refusal, ready.kind)
+        ours.settimeout(_FORK_SECONDS)
+        return ours
+
+
+class GrammarCompiler:
+    """Compiles in a child that is kept until a grammar is too much for it. Used by one thread."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._worker: Worker | None = None
+
+    def compile(self, grammar: Grammar, seconds: float = COMPILE_SECONDS) -> Verdict | None:
+        """Waits for the verdict; None: there is none after `seconds`. A child that dies of a grammar is a verdict, too.
+
+        Raises:
+            GrammarError, OSError: see Workers.make.
+        """
+        if self._worker is not None and _hung_up(self._worker.connection):
+            self.close()  # it died while it had nothing to do with this grammar
+        worker = self._worker = self._worker or self._workers.make(nursery.COMPILE)
+        try:
+            worker.connection.settimeout(seconds)
+            worker.connection.sendall(framed(grammar))
+            return _receive(worker.connection, time.monotonic() + seconds)
+        except TimeoutError:
+            self.close()
+            return None
+        except (EOFError, OSError):
+            self.close()
+            return Verdict(refusal=too_large())
+
+    def close(self) -> None:
+        """Ends the child, whatever it is at."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    ready = select.poll()  # select knows no descriptor above 1023
+    ready.register(connection, select.POLLIN)
+    return bool(ready.poll(0))
+
+
+def _receive(connection: socket.socket, end: float) -> Verdict:
+    frames = Frames()
+    while True:
+        connection.settimeout(max(0.001, end - time.monotonic()))
+        part = connection.recv(2**20)
+        if not part:
+            raise EOFError
+        for frame in frames.feed(part):
+            return msgspec.msgpack.decode(frame, type=Verdict)
+
+
+class FollowerLink:
+    """The way to the child that follows grammars. Nothing here waits, but `wait`, as long as it is told."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._connection = worker.connection
+        self._connection.setblocking(False)
+        self._unsent = bytearray()
+        self._frames = Frames()
+        self._received = memoryview(bytearray(2**18))
+        self._ready = select.poll()
+        self._ready.register(self._connection, select.POLLIN)
+
+    def send(self, message: ToFollower) -> None:
+        """Goes out with the next `flush`."""
+        self._unsent += framed(message)
+
+    def flush(self) -> None:
+        """
+        Raises:
+            EOFError: the child is gone.
+        """
+        try:
+            while self._unsent:
+                del self._unsent[: self._connection.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise EOFError from None
+
+    def replies(self) -> list[Followed]:
+        """Those that have come.
+
+        Raises:
+            EOFError: the child is gone.
+        """
+        found: list[Followed] = []
+        try:
+            while num_bytes := self._connection.recv_into(self._received):
+                found += map(decode_followed, self._frames.feed(self._received[:num_bytes]))
+        except BlockingIOError:
+            return found
+        except OSError:
+            pass
+        if found:
+            return found
+        raise EOFError
+
+    def wait(self, seconds: float) -> None:
+        """For a reply."""
+        self._ready.poll(seconds * 1000)
+
+    def cpu_seconds(self) -> float:
+        return self._worker.cpu_seconds()
+
+    def close(self) -> None:
+        self._worker.kill()

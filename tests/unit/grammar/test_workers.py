@@ -1,0 +1,193 @@
+"""The processes that compile and follow grammars: they say what is said here, and what they cannot finish is refused while everything else goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paged_backend.grammar import compiler_process as grammar_process
+from paged_backend.grammar import workers
+from paged_backend.grammar.compiler_process import Verdict, VocabularyPlace, compile_here
+from paged_backend.grammar.follower_process import may_come
+from paged_backend.grammar.grammars import Grammars
+from paged_backend.grammar.guide import Guide
+from paged_backend.grammar.lanes import CompileLanes, Job
+from paged_backend.grammar.options import Grammar
+from paged_backend.grammar.vocabulary import read_vocabulary
+from paged_backend.grammar.workers import FollowerLink, GrammarCompiler, Workers
+from tests.structured_engine import EOS, TOKENIZER, VOCAB
+
+BOMB = Grammar("guided_regex", "regex", "((((a|b){0,99}){0,99}){0,99}){0,99}")  # compiled in milliseconds, and then no end of its masks
+HUGE = Grammar("guided_json", "json", json.dumps({"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(3000)}}))
+PLAIN = Grammar("guided_regex", "regex", "[a-z]{3}")
+LATE_BOMB = Grammar("guided_regex", "regex", "7{80}((([ a-z]{0,250}){0,250}){0,250}){0,250}")  # no trial finds it: it looks harmless for 80 tokens
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> VocabularyPlace:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    TOKENIZER.save(str(path))
+    return VocabularyPlace(str(path), VOCAB, (EOS,))
+
+
+@pytest.fixture(scope="module")
+def compiler(place: VocabularyPlace) -> Iterator[GrammarCompiler]:
+    made = Workers(place)
+    yield GrammarCompiler(made)
+    made.close()
+
+
+def refusal(compiler: GrammarCompiler, grammar: Grammar) -> str:
+    verdict = compiler.compile(grammar)
+    assert verdict is not None
+    return verdict.refusal
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        PLAIN,
+        Grammar("guided_json", "json", '{"type":"object"}', compact=True),
+        Grammar("guided_json", "json", '{"type":"string","pattern":"^a"}'),
+        Grammar("guided_json", "json", "{"),
+        Grammar("guided_grammar", "grammar", "root ::= foo"),
+        Grammar("guided_grammar", "grammar", 'start: "a"+'),
+    ],
+    ids=lambda grammar: grammar.text,
+)
+def test_the_process_says_what_compiling_here_says(compiler: GrammarCompiler, place: VocabularyPlace, grammar: Grammar) -> None:
+    assert compiler.compile(grammar) == compile_here(grammar, read_vocabulary(Path(place.tokenizer_path), place.size, place.eos_ids))
+
+
+def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiled(compiler: GrammarCompiler) -> None:
+    assert not refusal(compiler, PLAIN)  # it runs
+    begun = time.monotonic()
+    assert compiler.compile(HUGE, 0.5) is None
+    assert time.monotonic() - begun < 3
+    assert not refusal(compiler, PLAIN)
+
+
+def test_a_grammar_that_is_compiled_soon_and_followed_slowly_is_refused(compiler: GrammarCompiler) -> None:
+    assert refusal(compiler, BOMB).startswith("it is too slow to follow: ")
+    assert not refusal(compiler, PLAIN)
+
+
+def test_a_grammar_that_takes_too_much_memory_is_refused_and_the_next_one_compiled(compiler: GrammarCompiler) -> None:
+    assert refusal(compiler, HUGE) == "it cannot be compiled with 1024 MiB of memory"
+    assert not refusal(compiler, PLAIN)
+
+
+@pytest.mark.parametrize("victim", ["child", "nursery"])
+def test_a_process_that_dies_is_replaced(compiler: GrammarCompiler, victim: str) -> None:
+    assert not refusal(compiler, PLAIN)
+    assert compiler._worker is not None and compiler._workers._nursery is not None
+    pid = compiler._worker.pid if victim == "child" else compiler._workers._nursery.pid
+    os.kill(pid, signal.SIGKILL)
+    while not workers._hung_up(compiler._worker.connection):
+        time.sleep(0.01)
+    assert not refusal(compiler, PLAIN)
+
+
+def test_a_grammar_whose_masks_are_slow_is_refused(place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_process, "_FOLLOW_SECONDS", -9.0)
+    refused = compile_here(PLAIN, read_vocabulary(Path(place.tokenizer_path), place.size, place.eos_ids)).refusal
+    assert refused.startswith("it is too slow to follow: 0 tokens took 0.00 s")
+
+
+def test_a_process_that_cannot_start_is_our_failure(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="did not start"):
+        GrammarCompiler(Workers(VocabularyPlace(str(tmp_path / "nothing.json"), VOCAB, ()))).compile(PLAIN)
+
+
+# ---- following
+
+
+@pytest.fixture(scope="module")
+def grammars(place: VocabularyPlace) -> Iterator[Grammars]:
+    made = Grammars(Path(place.tokenizer_path), place.size, place.eos_ids)
+    yield made
+    made._workshop._workers.close()  # type: ignore[attr-defined]
+
+
+def ids(text: str) -> list[int]:
+    return [TOKENIZER.token_to_id("Ġ" if char == " " else char) for char in text]
+
+
+def follow(grammars: Grammars, guide: Guide, text: str) -> float:
+    """Until it is known what may come after a text. Returns the longest that any call to the follower took."""
+    token_ids, longest = np.array(ids(text), np.int32), 0.0
+    end = time.monotonic() + 200
+    while not guide.knows(len(token_ids)):
+        begun = time.monotonic()
+        assert begun < end
+        grammars.follower.ask(guide, token_ids)
+        grammars.follower.wait()
+        longest = max(longest, time.monotonic() - begun)
+        time.sleep(0.001)
+    return longest
+
+
+def test_a_mask_without_end_holds_nobody_up_and_is_refused_while_others_go_on(grammars: Grammars) -> None:
+    """On a busy machine a call may take a while; a mask of this grammar takes minutes."""
+    hostile, innocent = (grammars.guide(grammar, (EOS,), 0) for grammar in (LATE_BOMB, PLAIN))
+    for guide, text in ((hostile, "7" * 79), (innocent, "a")):
+        follow(grammars, guide, text)
+        assert guide.refusal is None
+    begun = time.monotonic()
+    longest = follow(grammars, hostile, "7" * 80 + "ab" * 8)
+    assert hostile.refusal is not None and hostile.refusal.message.startswith("it is too slow to follow: ")
+    assert longest < 1 and time.monotonic() - begun < 30
+    follow(grammars, innocent, "ab")
+    assert innocent.refusal is None and may_come(innocent.mask, *ids("z")) and not may_come(innocent.mask, *ids("7"))
+
+
+def test_a_follower_that_is_killed_is_replaced_and_answers_go_on(grammars: Grammars) -> None:
+    guide = grammars.guide(PLAIN, (EOS,), 0)
+    follow(grammars, guide, "a")
+    link = grammars.follower._link
+    assert isinstance(link, FollowerLink)
+    os.kill(link._worker.pid, signal.SIGKILL)
+    follow(grammars, guide, "ab")
+    assert guide.refusal is None and may_come(guide.mask, *ids("z")) and not may_come(guide.mask, EOS)
+    follow(grammars, guide, "abc")
+    assert may_come(guide.mask, EOS) and not may_come(guide.mask, *ids("z"))
+
+
+# ---- whose turn it is
+
+
+class Endless:
+    """Compiles what is called so for ever, anything else at once."""
+
+    def __init__(self, compiled: list[str]) -> None:
+        self._compiled = compiled
+
+    def compile(self, grammar: Grammar, seconds: float) -> Verdict | None:
+        if grammar.text == "endless":
+            time.sleep(min(seconds, 1.0))
+            return None
+        self._compiled.append(grammar.text)
+        return Verdict()
+
+
+def test_a_grammar_waits_for_first_tries_of_others_alone_and_callers_have_turns() -> None:
+    compiled: list[str] = []
+    lanes, guide = CompileLanes(lambda: Endless(compiled)), Guide("", Future(), (), 0)
+    jobs = [Job(Grammar("", "regex", text), caller) for text, caller in (*[("endless", "a")] * 10, ("mine", "a"), ("other's", "b"))]
+    begun = time.monotonic()
+    for job in jobs:
+        job.waiting.add(guide)
+        lanes.put(job)
+    assert jobs[-1].verdict.result(5) == Verdict()
+    assert compiled == ["other's"] and time.monotonic() - begun < 2
+    assert jobs[-2].verdict.result(10) == Verdict()
+    assert time.monotonic() - begun < 6  # ten first tries; ten times a whole second would be more
+    assert jobs[0].verdict.result(20).refusal == "it takes more than 20 s to compile"
