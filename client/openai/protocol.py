@@ -72,6 +72,7 @@ class SamplingKeys(BaseModel):
     request_deadline_seconds: float | None = None
     skip_prefix_cache: bool | None = None
     lora_name: str | None = None
+    generation_defaults: bool | None = None  # what a body leaves open is as the checkpoint recommends; a chat's is unless it says false
     # what the answer must match
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

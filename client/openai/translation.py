@@ -73,9 +73,11 @@ def asked_of_chat(body: ChatBody) -> Asked:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params_of(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
+    defaults = True if body.generation_defaults is None else body.generation_defaults  # as `vllm serve` has it
+    own = {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": body.chat_template_kwargs, "generation_defaults": defaults}
     return Asked(
         prompts=(None,),
-        sampling=checked(_sampling(body) | {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": body.chat_template_kwargs}),
+        sampling=checked(_sampling(body) | own),
         num_choices=body.n or 1,
         messages=checked([message_of(position, message) for position, message in enumerate(body.messages)]),
         tools=checked(_tools(body)),

@@ -60,6 +60,13 @@ def test_a_prompt_of_another_kind_is_refused(prompt: Any) -> None:
         completion(prompt=prompt)
 
 
+def test_chats_are_sampled_as_the_checkpoint_recommends_unless_they_say_otherwise() -> None:
+    assert given(chat())["generation_defaults"] is True
+    assert given(chat(generation_defaults=False))["generation_defaults"] is False
+    assert "generation_defaults" not in given(completion())
+    assert given(completion(generation_defaults=True))["generation_defaults"] is True
+
+
 def test_sampling_keys_keep_their_names() -> None:
     keys = {
         "n": 2,
@@ -83,6 +90,7 @@ def test_sampling_keys_keep_their_names() -> None:
         "priority_level": -1,
         "request_deadline_seconds": 2.5,
         "skip_prefix_cache": True,
+        "generation_defaults": False,
     }
     for asked in (completion(**keys, max_tokens=9), chat(**keys, max_tokens=9)):
         assert given(asked) == keys | {"max_tokens": 9}
