@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from paged_backend.errors import EngineError, reason_of
-from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile
+from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, read_json
 
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _QUANTISERS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
@@ -74,9 +74,12 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         EngineError: the file is missing or broken, or asks for something that is not supported; the sentence names it.
     """
-    file = ConfigFile.read(folder / "config.json")
-    name = _supported_name(file)
-    _refuse_quantised(folder, file)
+    path = folder / "config.json"
+    content = read_json(path)
+    kind = checked(ConfigKind, content, path.name)
+    name = _supported_name(kind)
+    _refuse_quantised(folder, kind)
+    file = checked(ConfigFile, content, path.name)
     config = _transformers_config(MODEL_TYPES[name], file)
     _check_options(config)
     attention_bias = bool(getattr(config, "attention_bias", False))
@@ -109,7 +112,7 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
-def _supported_name(file: ConfigFile) -> str:
+def _supported_name(file: ConfigKind) -> str:
     """The architecture, one of MODEL_TYPES."""
     name = (file.architectures or ["none"])[0]
     if name not in MODEL_TYPES:
@@ -119,7 +122,7 @@ def _supported_name(file: ConfigFile) -> str:
     return name
 
 
-def _refuse_quantised(folder: Path, file: ConfigFile) -> None:
+def _refuse_quantised(folder: Path, file: ConfigKind) -> None:
     if file.quantization_config:
         method = str(file.quantization_config.get("quant_method", "unnamed"))[:80]
         raise EngineError(f"quantization_config: quantised checkpoints are not supported ({method})")

@@ -82,12 +82,17 @@ def checked(kind: type[File], content: Mapping[str, Any], name: str) -> File:
         raise EngineError(f"{name}: {place}: {wanted}, got {_spelled(first['input'])}") from None
 
 
-class ConfigFile(CheckedFile):
-    """A checkpoint's config.json. Which keys were given is `model_fields_set`; null is a value where transformers takes it."""
+class ConfigKind(CheckedFile):
+    """What kind of model a config.json describes: to be looked at first, for other kinds give the keys below other types."""
 
     architectures: list[str] | None = None
     model_type: str | None = None
     quantization_config: dict[str, Any] | None = None
+
+
+class ConfigFile(ConfigKind):
+    """A checkpoint's config.json. Which keys were given is `model_fields_set`; null is a value where transformers takes it."""
+
     vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB_SIZE)] = 1
     hidden_size: Size = 1
     intermediate_size: Annotated[int, Field(ge=1, le=16 * _MAX_SIZE)] = 1
@@ -115,14 +120,6 @@ class ConfigFile(CheckedFile):
     eos_token_id: TokenIds | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> ConfigFile:
-        """
-        Raises:
-            EngineError: the file is missing or broken, or a value is of a wrong type or out of range; the sentence names key and value.
-        """
-        return checked(cls, read_json(path), path.name)
 
     def for_transformers(self) -> dict[str, Any]:
         """What was given, for the class of transformers that knows the defaults of the rest."""

@@ -103,13 +103,13 @@ class ModelRunner:
         _check_room(a, dtype, device)
         size_pool(config, a, dtype, kv_dtype, device, weight_bytes(a, dtype))  # refuses what cannot fit before the weights are read
         weights = allocate_weights(a, dtype, device)
+        berths = allocate_berths(config, a, dtype, device)
+        if berths is not None:
+            tell(berths.told)
         if config.load_format == "dummy":
             tell(randomise_weights(weights, a, config.seed))
         else:
             tell(load_weights(weights, a, checkpoint.folder, tell))
-        berths = allocate_berths(config, a, dtype, device)
-        if berths is not None:
-            tell(berths.told)
         size = size_pool(config, a, dtype, kv_dtype, device)
         tell(size.decided_by)
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)

@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
@@ -42,6 +44,7 @@ def write(folder: Path, **options: Any) -> Path:
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
         ({"architectures": None}, ["architecture none"]),
+        ({"architectures": ["DeciLMForCausalLM"], "intermediate_size": None}, ["DeciLMForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
@@ -180,6 +183,29 @@ def test_a_broken_generation_config_is_refused(content: str, tmp_path: Path) -> 
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(EngineError, match=r"generation_config\.json"):
         open_checkpoint(EngineConfig(model=str(tmp_path), load_format="dummy"))
+
+
+def test_of_a_hub_repository_only_what_is_read_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Mistral's repositories hold the weights twice: in consolidated.safetensors beside Hugging Face's shards."""
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options)
+        return str(write(tmp_path))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "tekken.json", "chat_template.jinja"]
+    others = [
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "a.bin",
+        "README.md",
+    ]
+    with pytest.raises(EngineError, match=r"no model\.safetensors"):
+        open_checkpoint(EngineConfig(model="mistralai/some-model"))
+    assert list(filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])) == files
 
 
 def test_windows_are_per_layer(tmp_path: Path) -> None:
