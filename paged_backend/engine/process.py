@@ -319,11 +319,17 @@ def end_with(status_of: Callable[[], int]) -> NoReturn:
     """Ends the process at once: threads that compile a grammar, and libraries with device memory, take long to leave and talk about it."""
     try:
         status = status_of()
-    except BaseException:
-        log.exception("error: the engine stopped")
+    except BaseException as error:
+        log.exception("error: the engine stopped%s", _device_words(error))
         status = 1
     logging.shutdown()
     os._exit(status)
+
+
+def _device_words(error: BaseException) -> str:
+    """What torch or CUDA said: its first line, which quotes no prompt, as other exceptions may."""
+    first = (str(error).splitlines() or [""])[0]
+    return f": {first}" if type(error).__module__.split(".")[0] == "torch" or first.startswith("CUDA") else ""
 
 
 if __name__ == "__main__":

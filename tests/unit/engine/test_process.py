@@ -20,7 +20,7 @@ import zmq
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import leave_a_core
-from paged_backend.engine.process import EngineProcess
+from paged_backend.engine.process import EngineProcess, _device_words
 from paged_backend.errors import EngineError, ErrorKind
 from paged_backend.life_line import create_life_line, hold_life_line
 from paged_backend.messages import (
@@ -287,3 +287,18 @@ def test_a_processor_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch, num_
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        pytest.param(
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), ": CUDA out of memory. Tried to allocate 2 GiB", id="torch's"
+        ),
+        pytest.param(RuntimeError("CUDA error: device-side assert triggered\nhints"), ": CUDA error: device-side assert triggered", id="the device's"),
+        pytest.param(KeyError("a secret prompt"), "", id="may quote a prompt"),
+        pytest.param(KeyError(), "", id="says nothing"),
+    ],
+)
+def test_the_last_words_tell_what_the_device_said_and_nothing_of_prompts(error: BaseException, words: str) -> None:
+    assert _device_words(error) == words
