@@ -202,11 +202,21 @@ def test_only_allowed_tokens_are_said(server: Server, oracle: Oracle) -> None:
     assert json.load(raised.value)["error"].startswith("allowed_token_ids: 99999 is not a token of this model")
 
 
-def test_a_stop_string_that_is_a_special_token_ends_the_answer(server: Server) -> None:
-    ended = generate(server, {"max_tokens": 150, "temperature": 0}, return_finish_reason=True)
+def test_a_chats_answer_is_no_more_than_that_and_a_special_token_can_be_its_stop_string(server: Server) -> None:
+    def chat(**sampling: Any) -> dict[str, Any]:
+        messages = [{"role": "user", "content": "What is 17 + 25?"}]
+        body = {"messages": json.dumps(messages), "return_finish_reason": True, "max_tokens": 60, "temperature": 0, "sampling_parameters": json.dumps(sampling)}
+        with urlopen(Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(body).encode()), timeout=60) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
+    ended = chat()
     assert ended["finish_reason"] == "stop", "the answer has no end: the test misses its point"
-    asked = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "stop": [TOKENIZER.id_to_token(token_id) for token_id in EOS_IDS]}
-    assert generate(server, asked, return_finish_reason=True)["text_output"] == ended["text_output"]
+    assert "42" in ended["text_output"] and "17 + 25?" not in ended["text_output"]
+    (end,) = (TOKENIZER.id_to_token(token_id) for token_id in EOS_IDS)
+    assert chat(ignore_eos=True, stop=[end])["text_output"] == ended["text_output"]
+    assert chat(ignore_eos=True, stop=[end], include_stop_str_in_output=True)["text_output"] == ended["text_output"] + end
+    assert chat(ignore_eos=True)["finish_reason"] == "length"
 
 
 def test_ranks_count_in_the_vocabulary(server: Server) -> None:
