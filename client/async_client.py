@@ -30,7 +30,6 @@ class _Call(Protocol):
 class _Transport(Protocol):
     def ask(self, question: Question) -> _Call: ...
     async def is_ready(self) -> bool: ...
-    async def model_config(self) -> dict[str, Any]: ...
     async def close(self) -> None: ...
 
 
@@ -145,14 +144,6 @@ class AsyncPagedClient:
         """The answer to a question that has been put together already. timeout: seconds for it; None: the client's."""
         return AsyncStream(self._transport, question, self._limits if timeout is None else replace(self._limits, timeout=timeout))
 
-    async def model_parameters(self) -> dict[str, str]:
-        """The options that the server's model was loaded with: `parameters` of its config.pbtxt.
-
-        Raises:
-            PagedError: the server does not say.
-        """
-        return _parameters_of(await self._transport.model_config())
-
     async def tokenize(
         self,
         prompt: Prompt | None = None,
@@ -254,8 +245,3 @@ class AsyncStream:
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
-
-
-def _parameters_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """config: a model's, as Triton Server writes it in JSON."""
-    return {name: str(value.get("string_value", "")) for name, value in config.get("parameters", {}).items()}

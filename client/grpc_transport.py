@@ -161,20 +161,6 @@ class AsyncGrpcTransport:
         except InferenceServerException:
             return False
 
-    async def model_config(self) -> dict[str, Any]:
-        """The model's configuration.
-
-        Raises:
-            PagedError: the server does not say.
-        """
-        from tritonclient.utils import InferenceServerException
-
-        try:
-            config: dict[str, Any] = (await self._connected().get_model_config(self._model, as_json=True, client_timeout=_READY_SECONDS))["config"]
-        except InferenceServerException as error:
-            raise _error_of(error, self._address) from None
-        return config
-
     def _connected(self) -> AsyncInferenceServerClient:
         from tritonclient.grpc.aio import InferenceServerClient
 

@@ -126,16 +126,6 @@ class AsyncHttpTransport:
         except (OSError, asyncio.TimeoutError, aiohttp.ClientError):
             return False
 
-    async def model_config(self) -> dict[str, Any]:
-        """As AsyncGrpcTransport.model_config."""
-        import aiohttp
-
-        try:
-            async with self._connected().get(f"{self._path}/config", timeout=aiohttp.ClientTimeout(total=_READY_SECONDS)) as response:
-                return _outputs_of(await response.read(), response.status)
-        except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
-            raise _unreachable(error, urlsplit(self._path).netloc) from None
-
     def _connected(self) -> ClientSession:
         import aiohttp
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
@@ -24,6 +25,8 @@ Result = TypeVar("Result")
 SESSION_HEADER = "x-session-id"
 _NOT_SAMPLING = ("messages", "tools", "continue_final_message", "cache_salt", "request_id")
 ROUTERS = ("kv", "least", "turns")
+
+log = logging.getLogger("paged.cluster")
 
 _session: ContextVar[str] = ContextVar("session", default="")
 
@@ -104,7 +107,11 @@ class ClusterClient:
         """Once a server says what model it has; until then servers are asked to tokenise."""
         name = self._tokenizer_name
         while not name:
-            name = next((server.config.model for server in self.servers.all if server.config is not None), "")
+            facts = next((server.facts for server in self.servers.all if server.facts is not None), None)
+            if facts is not None and not facts.model:
+                log.warning("the servers' model is a folder of theirs: they are asked to tokenise; --tokenizer names one here")
+                return
+            name = "" if facts is None else facts.model
             if not name:
                 await asyncio.sleep(0.2)
         self._way.tokenizer = await asyncio.to_thread(GatewayTokenizer.load, name) or self._way.tokenizer

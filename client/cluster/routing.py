@@ -155,8 +155,8 @@ class KvAware:
         self._known &= ready.keys()
 
     async def _register(self, server: Server) -> None:
-        addresses, config = server.kv_addresses, server.config
-        if addresses is None or config is None:
+        addresses, facts = server.kv_addresses, server.facts
+        if addresses is None or facts is None:
             if server.url not in self._silent:
                 log.warning("%s tells nobody what it has cached (kv_events): requests go where the fewest are", server.url)
                 self._silent.add(server.url)
@@ -165,11 +165,11 @@ class KvAware:
             "worker_id": server.number,
             "model_name": _MODEL,
             "endpoint": server.url,
-            "block_size": config.page_size,
+            "block_size": facts.page_size,
             "kv_events_endpoint": addresses[0],
             "replay_endpoint": addresses[1],
-            "max_num_batched_tokens": config.max_batched_tokens,
-            **({"total_kv_blocks": config.num_pages} if config.num_pages else {}),
+            "max_num_batched_tokens": facts.max_batched_tokens,
+            "total_kv_blocks": facts.num_pages,
         }
         await self._selection.upsert_worker(worker)
         self._known.add(server.number)

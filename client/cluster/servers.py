@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from paged_backend.config import EngineConfig, kv_event_addresses
-from paged_backend.errors import EngineError
+from paged_backend.config import kv_event_addresses
 from paged_client.async_client import AsyncPagedClient, AsyncStream
 from paged_client.client import parse_url
-from paged_client.errors import PagedError
+from paged_client.errors import InvalidRequestError, PagedError
 from paged_client.question import Question
 
 _CHECK_SECONDS = 1.0  # between two looks at a server
@@ -32,11 +31,21 @@ class Connection(Protocol):
 
     def ask(self, question: Question, timeout: float | None = None) -> AsyncStream: ...
     async def is_ready(self) -> bool: ...
-    async def model_parameters(self) -> dict[str, str]: ...
     async def tokenize(self, prompt: Any = None, **options: Any) -> tuple[int, ...]: ...
     async def detokenize(self, token_ids: Sequence[int]) -> str: ...
     async def describe(self) -> dict[str, Any]: ...
     async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server says of itself."""
+
+    model: str = ""  # hub id; "": a folder, or not known
+    page_size: int = 0
+    num_pages: int = 0
+    max_batched_tokens: int = 0
+    kv_events: str = ""  # its option
 
 
 @dataclass
@@ -47,14 +56,14 @@ class Server:
     connection: Connection
     number: int  # its name among routers; never given to another
     ready: bool = False
-    config: EngineConfig | None = None  # None: not known, or another version's
+    facts: Facts | None = None  # None: not asked yet
     num_outstanding: int = 0  # requests of this gateway that it has not answered
     num_asked: int = 0  # requests of this gateway, all in all
 
     @property
     def kv_addresses(self) -> tuple[str, str] | None:
         """Where it tells what it has cached, and where one asks for what was missed, as seen from here; None: nowhere that can be reached."""
-        addresses = None if self.config is None else kv_event_addresses(self.config.kv_events)
+        addresses = None if self.facts is None else kv_event_addresses(self.facts.kv_events)
         if addresses is None or addresses[0].startswith("ipc://"):
             return addresses
         own_host = host_of(self.url)
@@ -184,8 +193,8 @@ class Servers:
 
     async def _check(self, server: Server) -> None:
         ready = await server.connection.is_ready()
-        if ready and (server.config is None or not server.ready):  # another start may bring other options
-            server.config = await _config_of(server.connection)
+        if ready and (server.facts is None or not server.ready):  # another start may bring other options
+            server.facts = await _facts_of(server.connection)
         if ready != server.ready and server in self.all:
             server.ready = ready
             log.warning("%s is %s", server.url, "ready" if ready else "not ready")
@@ -196,10 +205,18 @@ class Servers:
             await listener()
 
 
-async def _config_of(connection: Connection) -> EngineConfig | None:
+async def _facts_of(connection: Connection) -> Facts:
     try:
-        parameters: dict[str, Any] = {name: value for name, value in (await connection.model_parameters()).items() if name in EngineConfig.model_fields}
-        return EngineConfig.parse(parameters)
-    except (PagedError, EngineError) as error:
-        log.warning("a server's options are not known: %s", error)
-        return None
+        said = await connection.describe()
+    except InvalidRequestError:
+        return Facts()  # an older release says nothing of itself
+    except PagedError as error:
+        log.warning("a server does not say what it is: %s", error)
+        return Facts()
+    return Facts(
+        model=said.get("model") or "",
+        page_size=said.get("page_size") or 0,
+        num_pages=said.get("num_pages") or 0,
+        max_batched_tokens=said.get("max_batched_tokens") or 0,
+        kv_events=said.get("kv_events") or "",
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from paged_backend.config import EngineConfig
+from paged_backend.config import DEMO_MODEL, EngineConfig
 from paged_backend.errors import RequestError
 from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.prompt import PromptReader
@@ -42,6 +42,11 @@ def describe(prompts: PromptReader, config: EngineConfig) -> dict[str, Any]:
         "chat_templates": {} if template is None else template.exported.templates,
         "response_template": None if template is None else template.exported.response_template,
         "adapters": _adapters(config.lora_directory),
+        "model": None if config.model_folder() is not None and config.model != DEMO_MODEL else config.model,  # no paths
+        "page_size": prompts.ready.page_size,
+        "num_pages": prompts.ready.num_pages,
+        "max_batched_tokens": config.max_batched_tokens,
+        "kv_events": config.kv_events,
     }
 
 

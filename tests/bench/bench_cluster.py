@@ -103,6 +103,7 @@ async def rounds(urls: Sequence[str], options: argparse.Namespace) -> None:
         clients = {}
         for routing in options.routings:
             clients[routing] = await stack.enter_async_context(ClusterClient(list(urls), model="paged_llm", routing=routing))
+            await clients[routing].tokenizer_loaded()  # takes a processor from the servers
         for number in range(options.rounds):
             trace = make_trace(options, dice)
             traces.append(trace)

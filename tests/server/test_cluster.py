@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -53,7 +53,8 @@ def gateway(servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def metric(gateway: Gateway, name: str) -> dict[str, float]:
     """Labels → value."""
-    with urlopen(gateway.url.removesuffix("/v1") + "/metrics") as response:
+    asked = Request(gateway.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urlopen(asked, timeout=10) as response:
         text = response.read().decode()
     return {labels: float(value) for labels, value in re.findall(rf"^{name}(\{{[^}}]*\}})? ([\d.e+-]+)$", text, re.MULTILINE)}
 

@@ -19,7 +19,7 @@ from paged_backend.scheduler.kv_events import KvEvents, Note
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 from tools.cluster_sim.costs import StepCost
-from tools.cluster_sim.routers import Router
+from tools.cluster_sim.routers import Choice, Router
 from tools.cluster_sim.traces import ANSWER_TOKEN, Request
 
 EVENT_SECONDS = 0.005  # from a commit until a router knows of its pages
@@ -83,7 +83,7 @@ def simulate(trace: Sequence[Request], num_servers: int, router: Router, cost: S
     numbers = itertools.count()
     queue: list[tuple[float, int, str, Any]] = [(request.seconds, next(numbers), "arrival", request) for request in trace]
     heapq.heapify(queue)
-    live: dict[int, tuple[Request, int]] = {}  # request id → the request, and its server
+    live: dict[int, tuple[Request, Choice]] = {}  # by request id
     news: deque[tuple[int, list[Note]]] = deque()
 
     def start(number: int, now: float) -> None:
@@ -98,8 +98,9 @@ def simulate(trace: Sequence[Request], num_servers: int, router: Router, cost: S
         outcome.end = now
         if kind == "arrival":
             hashes = block_hashes_of(what.token_ids, limits.page_size)
-            number = router.choose(hashes, len(what.token_ids))
-            live[serial] = what, number
+            choice = router.choose(hashes, len(what.token_ids))
+            live[serial] = what, choice
+            number = choice.server
             sampling = SamplingParams(max_tokens=what.output_tokens, temperature=0.0, ignore_eos=True)
             servers[number].now = now
             servers[number].scheduler.submit(Submit(serial, what.token_ids.tobytes(), sampling, (), "", now))
@@ -114,17 +115,17 @@ def simulate(trace: Sequence[Request], num_servers: int, router: Router, cost: S
             server.now = now
             output = server.end(batch)
             for request_id, num_known in output.started.items():
-                request, _ = live[request_id]
+                request, choice = live[request_id]
                 outcome.first_seconds.append(now - request.seconds)
                 outcome.prompt_tokens += len(request.token_ids)
                 outcome.hit_tokens += num_known
-                router.begun(number, len(request.token_ids), num_known)
+                router.begun(choice)
             outcome.output_tokens += len(output.request_ids)
             for finish in output.finishes:
                 assert finish.error is None, finish
-                request, _ = live.pop(finish.request_id)
+                request, choice = live.pop(finish.request_id)
                 outcome.total_seconds.append(now - request.seconds)
-                router.over(number, len(request.token_ids))
+                router.over(choice)
             if server.notes:
                 news.append((number, server.notes[:]))
                 server.notes.clear()

@@ -15,14 +15,13 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from paged_backend.config import EngineConfig
 from paged_client import Answer, AsyncPagedClient, Delta, InvalidRequestError, UnavailableError, UnreachableError
 from paged_client.async_client import AsyncStream
 from paged_client.cluster import resuming, servers
 from paged_client.cluster.cluster_client import ClusterClient
 from paged_client.cluster.resuming import SEED_STEP
 from paged_client.cluster.routing import Inquiry, LeastOutstanding, RoundRobin
-from paged_client.cluster.servers import Lookups, Server
+from paged_client.cluster.servers import Facts, Lookups, Server
 from paged_client.cluster.tokens import ServerTokenizer
 from paged_client.patience import Limits
 from paged_client.question import Question, question_of
@@ -55,7 +54,6 @@ class Fake:
     refusal: Exception | None = None
     alive: bool = True
     asked: list[Question] = field(default_factory=list)
-    parameters: dict[str, str] = field(default_factory=dict)
     num_cached: int = 3
 
     def ask(self, question: Question, timeout: float | None = None) -> Any:
@@ -66,15 +64,15 @@ class Fake:
     async def is_ready(self) -> bool:
         return self.alive
 
-    async def model_parameters(self) -> dict[str, str]:
-        return self.parameters
+    async def describe(self) -> dict[str, Any]:
+        return {"model": await self.tell()}
 
     async def tell(self, *_: Any, **__: Any) -> Any:
         if self.refusal is not None:
             raise self.refusal
         return self.url
 
-    tokenize = detokenize = describe = tell
+    tokenize = detokenize = tell
 
     async def close(self) -> None:
         pass
@@ -366,7 +364,7 @@ def test_a_name_without_addresses_stands_for_nobody() -> None:
     ],
 )
 def test_where_a_server_tells_what_it_has(url: str, kv_events: str, seen: tuple[str, str] | None) -> None:
-    server = Server(url, Fake(url), 1, config=EngineConfig.parse({"kv_events": kv_events}))
+    server = Server(url, Fake(url), 1, facts=Facts(kv_events=kv_events))
     assert server.kv_addresses == seen
 
 
@@ -435,7 +433,8 @@ def test_what_any_server_can_tell_the_first_that_can_is_asked() -> None:
         first, second = two()
         first.refusal = UnavailableError("its engine is being restarted")
         async with cluster(first, second) as client:
-            assert await client.detokenize([1]) == await client.tokenize("x") == await client.describe() == "b:1"  # type: ignore[comparison-overlap]
+            assert await client.detokenize([1]) == await client.tokenize("x") == "b:1"  # type: ignore[comparison-overlap]
+            assert await client.describe() == {"model": "b:1"}
             second.refusal = first.refusal
             with pytest.raises(UnavailableError, match="its engine"):
                 await client.describe()

@@ -32,13 +32,13 @@ class Listed:
 
     def __init__(self, wire: Wire, url: str) -> None:
         self.alive = True
-        self.parameters = {"kv_events": wire.addresses[0], "page_size": str(SIZE), "num_pages": "64", "max_batched_tokens": "32"}
+        self.said: dict[str, Any] = {"kv_events": wire.addresses[0], "page_size": SIZE, "num_pages": 64, "max_batched_tokens": 32}
 
     async def is_ready(self) -> bool:
         return self.alive
 
-    async def model_parameters(self) -> dict[str, str]:
-        return self.parameters
+    async def describe(self) -> dict[str, Any]:
+        return self.said
 
     async def close(self) -> None:
         pass
@@ -151,7 +151,7 @@ def test_a_session_stays_with_its_server(servers: Cluster) -> None:
 
 
 def test_while_a_server_tells_nothing_requests_go_where_the_fewest_are(servers: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    servers.listed["1:1"].parameters["kv_events"] = ""
+    servers.listed["1:1"].said["kv_events"] = ""
 
     async def ask() -> None:
         async with servers.client() as client:
