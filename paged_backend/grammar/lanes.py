@@ -20,7 +20,7 @@ from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import GrammarError
 from paged_backend.grammar.workers import COMPILE_SECONDS
 
-TRY_SECONDS = 0.3  # of the first try, on the clock
+TRY_SECONDS = 0.3  # of the first try, of a processor's time
 
 
 class Compiler(Protocol):

@@ -21,7 +21,9 @@ from paged_backend.grammar.follower_process import Followed, Frames, ToFollower,
 from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import GrammarError
 
-COMPILE_SECONDS = 20.0  # for one grammar, on the clock
+COMPILE_SECONDS = 20.0  # of a processor's time, for one grammar
+_CLOCK_TIMES = 4  # so many times that on the clock: a busy machine is not the grammar's fault
+_LOOK_SECONDS = 0.05  # how often somebody looks at a worker's time
 _START_SECONDS = 120.0  # for the vocabulary, and for importing the library
 _FORK_SECONDS = 30.0
 _CPUCLOCK_SCHED = 2  # linux/include/linux/posix-timers.h: the clock of another process's processor time
@@ -133,7 +135,7 @@ class GrammarCompiler:
         self._worker: Worker | None = None
 
     def compile(self, grammar: Grammar, seconds: float = COMPILE_SECONDS) -> Verdict | None:
-        """Waits for the verdict; None: there is none after `seconds`. A child that dies of a grammar is a verdict, too.
+        """Waits for the verdict; None: there is none after `seconds` of a processor's time. A child that dies of a grammar is a verdict, too.
 
         Raises:
             GrammarError, OSError: see Workers.make.
@@ -142,9 +144,9 @@ class GrammarCompiler:
             self.close()  # it died while it had nothing to do with this grammar
         worker = self._worker = self._worker or self._workers.make(nursery.COMPILE)
         try:
-            worker.connection.settimeout(seconds)
+            worker.connection.settimeout(_CLOCK_TIMES * seconds)
             worker.connection.sendall(framed(grammar))
-            return _receive(worker.connection, time.monotonic() + seconds)
+            return _receive(worker, seconds)
         except TimeoutError:
             self.close()
             return None
@@ -165,11 +167,21 @@ def _hung_up(connection: socket.socket) -> bool:
     return bool(ready.poll(0))
 
 
-def _receive(connection: socket.socket, end: float) -> Verdict:
-    frames = Frames()
+def _receive(worker: Worker, seconds: float) -> Verdict:
+    """
+    Raises:
+        TimeoutError: it has not come after `seconds` of the worker's time.
+        EOFError, OSError: the worker is gone.
+    """
+    frames, end, end_cpu = Frames(), time.monotonic() + _CLOCK_TIMES * seconds, worker.cpu_seconds() + seconds
+    worker.connection.settimeout(_LOOK_SECONDS)
     while True:
-        connection.settimeout(max(0.001, end - time.monotonic()))
-        part = connection.recv(2**20)
+        try:
+            part = worker.connection.recv(2**20)
+        except TimeoutError:
+            if time.monotonic() > end or worker.cpu_seconds() > end_cpu:
+                raise
+            continue
         if not part:
             raise EOFError
         for frame in frames.feed(part):

@@ -118,10 +118,11 @@ def test_a_stop_string_and_max_tokens_end_an_answer_before_its_form_is_complete(
         ({"guided_regex": "(a"}, "guided_regex: Regex parsing error"),
         ({"guided_json": PERSON, "guided_regex": "a"}, "guided_json and guided_regex: an answer has one form"),
         ({"guided_regex": "((((a|b){0,99}){0,99}){0,99}){0,99}"}, "guided_regex: it is too slow to follow: "),
+        ({"guided_regex": "7{80}((([ a-z]{0,250}){0,250}){0,250}){0,250}", "min_tokens": 190}, "guided_regex: it is too slow to follow: "),
         ({"guided_json": "x" * 200_000}, "guided_json: "),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs: "),
     ],
-    ids=["schema", "regex", "two forms", "bomb", "long", "unknown"],
+    ids=["schema", "regex", "two forms", "bomb", "late bomb", "long", "unknown"],
 )
 def test_what_cannot_be_followed_is_an_invalid_argument_with_the_reason_while_others_go_on(server: Server, sampling: dict[str, Any], message: str) -> None:
     requests = [{"text_input": PROMPT, "sampling_parameters": sampling, "parameters": {"return_error_code": True}}]

@@ -71,7 +71,7 @@ def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiled(com
     assert not refusal(compiler, PLAIN)  # it runs
     begun = time.monotonic()
     assert compiler.compile(HUGE, 0.5) is None
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 10
     assert not refusal(compiler, PLAIN)
 
 
