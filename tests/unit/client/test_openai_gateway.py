@@ -183,9 +183,9 @@ def test_a_json_schema_reaches_the_server_as_structured_outputs() -> None:
     transport = Transport(piece("{}", "stop"))
     reply = chat(transport, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}})
     assert reply.json["choices"][0]["message"]["content"] == "{}"
-    assert transport.sampling == {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
+    assert transport.sampling == {"generation_defaults": True, "structured_outputs": {"json": schema, "disable_any_whitespace": True}}
     chat(transport, response_format={"type": "json_object"})
-    assert transport.sampling == {"structured_outputs": {"json": {"type": "object"}, "disable_any_whitespace": True}}
+    assert transport.sampling == {"generation_defaults": True, "structured_outputs": {"json": {"type": "object"}, "disable_any_whitespace": True}}
     complete(transport, guided_regex="a+", max_tokens=3)
     assert transport.sampling == {"guided_regex": "a+", "max_tokens": 3}
 
