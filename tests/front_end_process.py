@@ -1,7 +1,7 @@
 """Front ends as processes of their own, which can be killed: `python -m tests.front_end_process KEY NUM_FRONT_ENDS FOLDER OPTIONS`.
 
-Each has a fake engine (tests/server/fake_engine.py) in common with the others. It is told on stdin what to ask, a prompt a line, and says on stdout, in JSON,
-again and again what it knows of the engine, and each answer once. The end of stdin tells it to leave.
+Together they have a fake engine (tests/server/fake_engine.py), or with the option "command" another one. Each is told on stdin what to ask, a
+prompt a line, and says on stdout, in JSON, again and again what it knows of the engine, and each answer once. The end of stdin tells it to leave.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine_client import starter as engine_starter
 from paged_backend.engine_client.client import EngineClient
 from paged_backend.engine_client.live_requests import Piece
-from paged_backend.messages import Prompt
+from paged_backend.messages import Prompt, Stats
 from paged_backend.request import SamplingParams
 from tests.server import fake_engine
 
@@ -35,8 +35,7 @@ class FrontEndProcess:
     def __init__(self, key: str, num_front_ends: int, folder: Path, **options: Any) -> None:
         command = [sys.executable, "-m", "tests.front_end_process", key, str(num_front_ends), str(folder), json.dumps(options)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.told: dict[str, Any] = {}  # front_end, owner, engine
-        self.standby: int | None = None
+        self.told: dict[str, Any] = {}  # front_end, owner, engine, alive, standby, held: the newest
         self.answers: dict[str, dict[str, Any]] = {}
         self.num_tokens = 0
         threading.Thread(target=self._read, daemon=True).start()
@@ -72,7 +71,18 @@ def _say(**told: Any) -> None:
     sys.stdout.flush()
 
 
-def _ask(client: EngineClient, prompt: str, tokens: list[int]) -> None:
+def prompt_of(text: str, model: str) -> Prompt:
+    """The fake engine answers as its prompts say. Real ones take the bytes as token ids; a first word "guided" asks for a grammar's words, and what
+    follows a # tells questions apart and is not asked."""
+    if model == "fake":
+        return Prompt(np.array(fake_engine.make_tokenizer().encode(text).ids, np.int32), SamplingParams(max_tokens=400), ())
+    sampling = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    if text.startswith("guided"):
+        sampling = SamplingParams(max_tokens=40, temperature=0.0, guided_regex="[a-z ]{30,40}")
+    return Prompt(np.frombuffer(text.partition("#")[0].encode(), np.uint8).astype(np.int32), sampling, ())
+
+
+def _ask(client: EngineClient, prompt: str, model: str, tokens: list[int]) -> None:
     ids: list[int] = []
 
     def receive(piece: Piece) -> None:
@@ -81,28 +91,34 @@ def _ask(client: EngineClient, prompt: str, tokens: list[int]) -> None:
         if piece.finish is not None:
             _say(prompt=prompt, ids=ids, reason=piece.finish.reason, error=piece.finish.message, num_tokens=len(tokens))
 
-    encoded = np.array(fake_engine.make_tokenizer().encode(prompt).ids, np.int32)
-    client.submit(Prompt(encoded, SamplingParams(max_tokens=400), ()), "", time.monotonic(), receive)
+    client.submit(prompt_of(prompt, model), "", time.monotonic(), receive)
 
 
 def main() -> None:
-    key, num_front_ends, folder, options = sys.argv[1:]
+    key, num_front_ends, folder, given = sys.argv[1:]
+    options = {"model": "fake", **json.loads(given)}
+    command = options.pop("command", COMMAND)
     tempfile.tempdir = folder
     engine_starter.STANDBY_AFTER_SECONDS = STANDBY_AFTER_SECONDS
-    client = EngineClient.connect(EngineConfig(**{"model": "fake", **json.loads(options)}), key, int(num_front_ends), COMMAND)
-    client.start(lambda stats: None)
+    client = EngineClient.connect(EngineConfig(**options), key, int(num_front_ends), command)
+    held = [0]
+
+    def note(stats: Stats) -> None:
+        held[0] = stats.pages_held
+
+    client.start(note)
     tokens: list[int] = []
 
     def tell() -> None:
         while True:
             standby = client._supervisor._starter._standby
             now = {"front_end": client.front_end, "owner": client._supervisor.owner, "engine": client.engine_pid, "alive": client.alive}
-            _say(**now, standby=standby.pid if standby is not None else None, num_tokens=len(tokens))
+            _say(**now, standby=standby.pid if standby is not None else None, num_tokens=len(tokens), held=held[0])
             time.sleep(0.05)
 
     threading.Thread(target=tell, daemon=True).start()
     for line in sys.stdin:
-        _ask(client, line.rstrip("\n"), tokens)
+        _ask(client, line.rstrip("\n"), options["model"], tokens)
     client.close()
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import numpy as np
 import zmq
 from numpy.typing import NDArray
@@ -82,7 +83,11 @@ class Inbox:
     def drain(self) -> Iterator[ToEngine]:
         """Every message that has arrived; never waits."""
         while self._socket.poll(0):
-            yield decode_to_engine(self._socket.recv())
+            received = self._socket.recv()
+            try:
+                yield decode_to_engine(received)
+            except msgspec.DecodeError as error:
+                log.warning("%d bytes that are no message of a front end are dropped: %s", len(received), error)
 
     def wait(self, seconds: float) -> None:
         """Returns when a message has arrived, or after `seconds`."""

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_client.live_requests import LiveRequests, Receiver
+from paged_backend.engine_client.live_requests import LiveRequests, Receiver, pieces_of
 from paged_backend.engine_client.supervisor import EngineSupervisor
 from paged_backend.errors import EngineError
 from paged_backend.messages import Failed, FromEngine, Prompt, Ready, Stats, Submit, Tokens, request_id_of
@@ -170,7 +170,12 @@ class EngineClient:
     def _take(self, message: FromEngine) -> None:
         match message:
             case Tokens():
-                self._live.hand_out(message)
+                try:
+                    pieces = pieces_of(message)
+                except (ValueError, IndexError) as error:
+                    log.warning("a message that no engine writes is dropped: %s", error)
+                    return
+                self._live.hand_out(pieces)
             case Stats() if self._supervisor.owner:  # another may be told before the owner has said hello; counters must not be added up twice
                 self._on_stats(message)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from paged_backend.errors import EngineError
@@ -13,6 +15,8 @@ from paged_backend.messages import ENGINE_SOCKET, FromEngine, Hello, ToEngine, d
 from paged_backend.process_id import ProcessId
 
 POLL_MS = 100
+
+log = logging.getLogger("paged")
 
 
 class EngineLink:
@@ -46,8 +50,16 @@ class EngineLink:
                 self._outbox.send(encode(message))
 
     def next_message(self, wait_ms: int = POLL_MS) -> FromEngine | None:
-        """None if nothing came for a while."""
-        return decode_from_engine(self._inbox.recv()) if self._inbox.poll(wait_ms) else None
+        """None if nothing came for a while, or nothing that an engine says: any process of this user can write into the socket."""
+        if not self._inbox.poll(wait_ms):
+            return None
+        received = self._inbox.recv()
+        try:
+            message: FromEngine = decode_from_engine(received)
+        except msgspec.DecodeError as error:
+            log.warning("%d bytes that are no message of an engine are dropped: %s", len(received), error)
+            return None
+        return message
 
     def close(self, linger_ms: int = 0) -> None:
         """linger_ms: how long what was sent may still take to leave."""

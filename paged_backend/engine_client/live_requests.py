@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -159,29 +159,8 @@ class LiveRequests:
 
     # ---- answers
 
-    def hand_out(self, tokens: Tokens) -> None:
+    def hand_out(self, pieces: Mapping[int, Piece]) -> None:
         """Gives every request its piece of a message."""
-        pieces: dict[int, Piece] = {}
-        request_ids: list[int] = np.frombuffer(tokens.request_ids, np.int64).tolist()
-        token_ids: list[int] = np.frombuffer(tokens.token_ids, np.int32).tolist()
-        logprobs: list[float] = np.frombuffer(tokens.logprobs, np.float32).tolist()
-        ranks: list[int] = np.frombuffer(tokens.ranks, np.int32).tolist()
-        for entry, (request_id, token_id) in enumerate(zip(request_ids, token_ids, strict=True)):
-            piece = pieces.get(request_id)
-            if piece is None:
-                piece = pieces[request_id] = Piece()
-            piece.token_ids.append(token_id)
-            if logprobs:
-                top = {other: (logprob, place) for place, (other, logprob) in enumerate(tokens.top_logprobs.get(entry, {}).items(), 1)}
-                piece.logprobs.append({token_id: (logprobs[entry], ranks[entry])} | {other: told for other, told in top.items() if other != token_id})
-        for request_id, num_cached_tokens in tokens.started.items():
-            pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
-        for prompt in tokens.prompts:
-            pieces.setdefault(prompt.request_id, Piece()).prompts.append(prompt)
-        for found in tokens.found:
-            pieces.setdefault(found.request_id, Piece()).found = found
-        for finish in tokens.finishes:
-            pieces.setdefault(finish.request_id, Piece()).finish = finish
         for request_id, piece in pieces.items():
             self._deliver(request_id, piece)
 
@@ -198,3 +177,33 @@ class LiveRequests:
         except Exception:  # one request's trouble must not silence the others
             log.exception("a request's receiver failed")
             self.abort(request_id)
+
+
+def pieces_of(tokens: Tokens) -> dict[int, Piece]:
+    """A message by requests.
+
+    Raises:
+        ValueError, IndexError: its parts do not fit together.
+    """
+    pieces: dict[int, Piece] = {}
+    request_ids: list[int] = np.frombuffer(tokens.request_ids, np.int64).tolist()
+    token_ids: list[int] = np.frombuffer(tokens.token_ids, np.int32).tolist()
+    logprobs: list[float] = np.frombuffer(tokens.logprobs, np.float32).tolist()
+    ranks: list[int] = np.frombuffer(tokens.ranks, np.int32).tolist()
+    for entry, (request_id, token_id) in enumerate(zip(request_ids, token_ids, strict=True)):
+        piece = pieces.get(request_id)
+        if piece is None:
+            piece = pieces[request_id] = Piece()
+        piece.token_ids.append(token_id)
+        if logprobs:
+            top = {other: (logprob, place) for place, (other, logprob) in enumerate(tokens.top_logprobs.get(entry, {}).items(), 1)}
+            piece.logprobs.append({token_id: (logprobs[entry], ranks[entry])} | {other: told for other, told in top.items() if other != token_id})
+    for request_id, num_cached_tokens in tokens.started.items():
+        pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
+    for prompt in tokens.prompts:
+        pieces.setdefault(prompt.request_id, Piece()).prompts.append(prompt)
+    for found in tokens.found:
+        pieces.setdefault(found.request_id, Piece()).found = found
+    for finish in tokens.finishes:
+        pieces.setdefault(finish.request_id, Piece()).finish = finish
+    return pieces

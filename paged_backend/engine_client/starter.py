@@ -97,7 +97,7 @@ class EngineStarter:
     def _spawn(self, folder: Path, *flags: str) -> subprocess.Popen[bytes]:
         command = [*(self._command or engine_command()), str(folder), *flags]
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, umask=int(os.environ.get("PAGED_UMASK", "-1"), 8))
         except OSError as error:
             raise EngineError(f"the engine process cannot be started: {os.strerror(error.errno or 0)}") from None
         _say(process, self._config.model_dump_json().encode() + b"\n")  # should it be dead already, whoever waits for Ready finds out

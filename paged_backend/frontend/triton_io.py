@@ -26,6 +26,7 @@ from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.model_config import check_tensors, may_stream
 from paged_backend.frontend.prompt_logprobs import PromptTable
 from paged_backend.frontend.request_reader import asks_for_health, id_parameter, read_request, wants_error_code
+from paged_backend.frontend.shared_memory import keep_shared_memory_private
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
 from paged_backend.log_lines import LogLines
@@ -60,6 +61,7 @@ class TritonPythonModel:
         name, version = args["model_name"], args["model_version"]
         _log_to_stderr(name)
         threading.Thread(target=_exit_with_server, args=(os.getppid(),), name="server", daemon=True).start()
+        keep_shared_memory_private()
         model_config = json.loads(args["model_config"])
         self._may_stream = may_stream(model_config)
         try:

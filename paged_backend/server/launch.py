@@ -18,6 +18,7 @@ from paged_backend.config import DEMO_MODEL, EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.server import files as server_files
 from paged_backend.server.child import ServerChild
+from paged_backend.server.front_end_watch import FrontEndWatch, num_requests
 from paged_backend.server.log import ServerLog
 from paged_backend.server.ports import Addresses, PortClaim, resolve_host
 
@@ -28,6 +29,8 @@ _ATTEMPTS = 3
 _FORBIDDEN = 403
 _GIVE_UP_SECONDS = 3.0  # for a server that is told to stop while it loads
 _LAST_SECONDS = 30.0  # for unloading, after the drain
+_POLL_DRAIN_SECONDS = 0.5
+_IDLE_SECONDS = 2.0  # without a request in the engine: the last pieces are with their callers, too
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -66,6 +69,8 @@ class Server:
         self._folder: Path | None = None
         self._child: ServerChild | None = None
         self._addresses: Addresses | None = None
+        self._front_ends: FrontEndWatch | None = None
+        self._loss: str | None = None  # why it ends although nobody told it to
         self._stopping = False
 
     def __enter__(self) -> Server:
@@ -117,6 +122,8 @@ class Server:
         try:
             for _ in range(_ATTEMPTS):
                 if self._attempt(installation, options, deadline):
+                    assert self._folder is not None
+                    self._front_ends = FrontEndWatch(self.pid, self._folder, self._is_ready, self._lose_front_ends)
                     return self.addresses
             raise EngineError(self._log.failure(1))
         except BaseException:
@@ -218,6 +225,8 @@ class Server:
 
     def stop(self) -> int:
         """Drains and ends the server, waits for it and removes what it left. Returns its exit code; may be called again."""
+        if self._front_ends is not None:
+            self._front_ends.close()
         self.terminate()
         exit_code = self.wait(self.settings.drain_seconds + _LAST_SECONDS)
         if exit_code is None:
@@ -227,9 +236,28 @@ class Server:
         assert exit_code is not None
         return exit_code
 
+    def _lose_front_ends(self, dead: list[int], num_living: int) -> None:
+        """Triton Server cannot start another one, and would give it requests: so it stops, once the others' streams are at their end.
+
+        The requests of the dead never end for the server, which would wait for its whole exit timeout.
+        """
+        child, front_ends = self._child, self._front_ends
+        assert child is not None and front_ends is not None
+        who = f"front end process {', '.join(map(str, dead))} died, with its callers' requests"
+        self._loss = f"{who}; the server must be started again"
+        if self._on_line is not None:
+            self._on_line(f"paged: error: {who}; no more requests are taken, {num_living} others finish theirs (at most {self.settings.drain_seconds} s)")
+        child.send(signal.SIGTERM)
+        num_idle = 0
+        while child.wait(_POLL_DRAIN_SECONDS) is None:
+            waited_for = num_requests(_get(self.addresses.host, self.addresses.metrics_port, "/metrics")[1].decode(errors="replace"))
+            num_idle = num_idle + 1 if waited_for == 0 else 0
+            if num_idle * _POLL_DRAIN_SECONDS > _IDLE_SECONDS or not front_ends.living():
+                child.kill_all()
+
     def failure(self) -> str:
         """One sentence on why a server that nobody stopped is gone."""
-        return self._log.failure(self.wait() or 0)
+        return self._loss or self._log.failure(self.wait() or 0)
 
     def _clean_up(self) -> None:
         """After the child is gone: its processes that lag behind, its folder, its shared memory."""

@@ -17,6 +17,7 @@ import zmq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from paged_backend.config import EngineConfig
+from paged_backend.engine.front_end_deaths import FrontEndDeaths
 from paged_backend.errors import ErrorKind
 from paged_backend.life_line import live_by
 from paged_backend.messages import (
@@ -89,6 +90,7 @@ class FakeEngine:
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.bind(f"ipc://{directory}/engine.sock")
         self._outboxes: dict[int, zmq.Socket[bytes]] = {}
+        self._deaths = FrontEndDeaths()
         self._jobs: dict[int, _Job] = {}
         self._suspects: dict[int, _Job] = {}
         self._suspect = -1
@@ -109,6 +111,9 @@ class FakeEngine:
             self._inbox.poll(2)
             while self._inbox.poll(0):
                 self._receive(decode_to_engine(self._inbox.recv()))
+            while (dead := self._deaths.next_one()) is not None:
+                self._outboxes.pop(dead[0]).close(0)
+                self._jobs = {request_id: job for request_id, job in self._jobs.items() if front_end_of(request_id) != dead[0]}
             self._step()
         return 0
 
@@ -123,6 +128,8 @@ class FakeEngine:
                 socket.set_hwm(0)
                 socket.connect(message.address)
                 self._send(message.front_end, self._welcome())
+                if message.process is not None:
+                    self._deaths.watch(message.front_end, message.process)
             case Submit():
                 job = _Job(self._tokenizer, message)
                 if message.suspect:
@@ -133,6 +140,7 @@ class FakeEngine:
                 self._jobs.pop(message.request_id, None)
                 self._suspects.pop(message.request_id, None)
             case Goodbye():
+                self._deaths.forget(message.front_end)
                 self._outboxes.pop(message.front_end).close()
             case Shutdown():
                 self._end_by = time.monotonic() + message.patience_seconds

@@ -25,6 +25,7 @@ import pytest
 from paged_backend.errors import EngineError
 from paged_backend.server import files as server_files
 from paged_backend.server.launch import Server, ServerSettings, StoppedEarlyError
+from tests.server import fake_engine
 from tests.server.front_end_server import WITH_FAKE_ENGINE
 
 pytest.importorskip("tritonclient.grpc")
@@ -410,3 +411,62 @@ def test_a_death_is_a_line_with_cause_and_count_and_the_last_one_ends_the_server
     assert re.search(r"process ended by SIGKILL.*; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)$", second)
     assert "the server ends, for there is no engine any more" in stderr
     assert command.servers() == []
+
+
+class Stream(threading.Thread):
+    """A generate_stream request whose pieces are told with their times."""
+
+    def __init__(self, url: str, prompt: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.prompt = f"{url}/v2/models/paged_llm/generate_stream", prompt
+        self.text, self.last = "", 0.0
+        self.start()
+
+    def run(self) -> None:
+        body = json.dumps({"text_input": self.prompt, "stream": True, "max_tokens": 400, "exclude_input_in_output": True})
+        with contextlib.suppress(OSError, HTTPException), urlopen(self.url, body.encode()) as answer:
+            for line in answer:
+                if line.startswith(b"data: "):
+                    self.text += json.loads(line[6:]).get("text_output", "")
+                    self.last = time.monotonic()
+
+
+@pytest.mark.parametrize("instances", [1, 3])
+def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(stand_in: Path, checkpoint: Path, tmp_path: Path, instances: int) -> None:
+    repository = tmp_path / "front_ends"
+    (repository / "paged_llm" / "1").mkdir(parents=True)
+    shutil.copy(server_files.repository_folder() / "paged_llm" / "config.pbtxt", repository / "paged_llm")
+    (repository / "paged_llm" / "1" / "model.py").write_text(WITH_FAKE_ENGINE)
+    ports = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
+    command = Command(repository, checkpoint, tmp_path, f"--instances={instances}", *ports)
+    url = command.wait_until_ready()["HTTP"]
+    streams = [Stream(url, f"tokens=350 delay=0.02 {number}") for number in range(6)]
+    assert wait_until(lambda: all(stream.text for stream in streams), 20)
+    front_ends = [pid for pid in command.servers() if "triton_python_backend_stub" in _command_of(pid).split("\0")[0]]
+    assert len(front_ends) == instances
+    os.kill(front_ends[0], signal.SIGKILL)
+    killed = time.monotonic()
+    assert wait_until(lambda: not is_ready(url), 5)
+    code, stderr = command.finish(60)
+    assert code == 1
+    assert time.monotonic() - killed < 20  # the streams took seven, and the server's exit timeout is thirty
+    assert (
+        f"error: front end process {front_ends[0]} died, with its callers' requests; no more requests are taken, {instances - 1} others finish theirs" in stderr
+    )
+    assert stderr.splitlines()[-1].endswith("the server must be started again")
+    assert command.servers() == []
+    for stream in streams:
+        stream.join(5)
+    survivors = [stream for stream in streams if stream.last > killed + 1]
+    assert bool(survivors) == (instances > 1)
+    tokenizer = fake_engine.make_tokenizer()
+    for stream in survivors:
+        assert stream.text == tokenizer.decode(fake_engine.answer_ids(tokenizer, stream.prompt, 350))
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/v2/models/paged_llm/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, HTTPException):
+        return False

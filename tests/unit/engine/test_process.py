@@ -175,6 +175,16 @@ def numbers(front_end: FrontEnd) -> Stats:
     return stats
 
 
+def test_garbage_in_the_engines_socket_is_dropped(tmp_path: Path, loop: threading.Thread) -> None:
+    front_end = FrontEnd(tmp_path, 0)
+    assert front_end.hear(Ready)
+    for garbage in (b"", b"\xff" * 100, encode(Failed("an engine's"))):
+        front_end._outbox.send(garbage)
+    first = front_end.submit(1, [1])
+    assert front_end.answers([first])[first] == solo([1], 4, (), VOCAB)
+    front_end.say(Shutdown(0.0))
+
+
 def test_a_refusal_reaches_the_caller(tmp_path: Path, loop: threading.Thread) -> None:
     front_end = FrontEnd(tmp_path, 0)
     request_id = front_end.submit(1, [1] * 64)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
@@ -26,7 +27,7 @@ from paged_backend.engine_client.live_requests import Piece
 from paged_backend.engine_client.starter import engine_command
 from paged_backend.engine_client.supervisor import EngineSupervisor
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.messages import Prompt, Stats
+from paged_backend.messages import Prompt, Stats, Tokens, encode
 from paged_backend.process_id import ProcessId
 from paged_backend.request import SamplingParams
 from tests.server import fake_engine
@@ -655,3 +656,21 @@ def test_the_engine_is_started_with_this_interpreter_or_the_one_on_path(monkeypa
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EngineError, match="python3"):
         engine_command()
+
+
+def test_garbage_in_a_front_ends_socket_is_dropped_and_told_and_its_streams_go_on(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    client = _connect(key)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        _, inbox = _ask(client, "tokens=60 delay=0.02")
+        _wait(lambda: len(inbox.ids) > 3)
+        socket = context.socket(zmq.PUSH)
+        socket.connect(f"ipc://{client._supervisor.engine_folder}/front_end_0.sock")
+        for garbage in (b"", b"\xff" * 100, b"\x81\xa4type\xa6Tokens", encode(Tokens(b"123", b"4")), encode(Tokens(b"\0" * 8, b""))):
+            socket.send(garbage)
+        assert inbox.finished.wait(10)
+        assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.02", 60)
+        _wait(lambda: len([record for record in caplog.records if "dropped" in record.getMessage()]) == 5)
+    finally:
+        context.destroy(linger=0)
+        client.close()

@@ -1,0 +1,210 @@
+"""Front ends that are killed, and everything beside them: engines, standbys, processes that compile grammars. Prints a JSON report.
+
+    python -m tests.chaos.front_end_kills --kills 200 --seed 1
+
+In each round some front ends, processes of their own (tests/front_end_process.py), share a real engine with a model of one layer, which a nursery
+forks. All of them ask all the time, some for a grammar's words; and at random moments one is killed after another, with engines (SIGKILL, or
+SIGSTOP for ever), standbys and compilers between them, until one front end is left. No answer of those that live may be lost, wrong or cut; when
+they have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is killed: no process and,
+after peace, no file may be left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from paged_backend.config import demo_model_folder
+from paged_backend.process_id import ProcessId
+from tests.chaos.chaotic_engine import Orders
+from tests.chaos.nursery import Nursery
+from tests.chaos.wishes import save_shallow
+from tests.front_end_process import FrontEndProcess
+
+_PROMPTS = [f"{kind} Once upon a time there was number {number}" for number in range(2) for kind in ("", "plain", "guided")]
+_STUCK_SECONDS = 60.0
+_GONE_SECONDS = 5.0
+
+
+class Round:
+    """Some front ends from their start to the last one's end."""
+
+    def __init__(self, count: int, folder: Path, options: dict[str, Any], truth: dict[str, list[int]], chance: random.Random) -> None:
+        self.counts: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self._truth, self._chance, self._folder = truth, chance, folder
+        key = uuid.uuid4().hex
+        self._living = [FrontEndProcess(key, count, folder, **options) for _ in range(count)]
+        self._asked: dict[FrontEndProcess, list[str]] = {front_end: [] for front_end in self._living}
+        self._processes: set[ProcessId] = set()  # engines and standbys
+
+    def run(self) -> None:
+        try:
+            if self._wait("the front ends start", lambda: all(front_end.told for front_end in self._living)):
+                victims = ["front end"] * (len(self._living) - 1) + ["engine", "standby", "compiler", "stopped engine"]
+                self._chance.shuffle(victims)
+                self._ask()
+                for victim in victims:
+                    time.sleep(self._chance.choice([0.0, 0.05, 0.3, 0.8]))
+                    self._strike(victim)
+                    self._ask()
+                self._check()
+                self._end()
+        finally:
+            for front_end in self._living:
+                front_end.kill()
+
+    def _wait(self, what: str, condition: Callable[[], object], seconds: float = _STUCK_SECONDS) -> bool:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                self.faults.append(f"not within {seconds:g} s: {what}")
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _ask(self) -> None:
+        """Each has a few questions under way at any time. The number tells their answers apart."""
+        for front_end in self._living:
+            while len(self._asked[front_end]) - len(front_end.answers) < 4:
+                prompt = self._chance.choice(list(self._truth))
+                self._asked[front_end].append(prompt)
+                with suppress(BrokenPipeError):
+                    front_end.ask(f"{prompt}#{len(self._asked[front_end])}")
+
+    def _strike(self, victim: str) -> None:
+        if victim == "front end":
+            front_end = self._living.pop(self._chance.randrange(len(self._living)))
+            self.counts["owners killed"] += bool(front_end.told["owner"])
+            front_end.kill()
+            self.counts["front ends killed"] += 1
+            return
+        owner = next((front_end for front_end in self._living if front_end.told["owner"]), None)
+        pid = owner and (owner.told["standby"] if victim == "standby" else owner.told["engine"])
+        for process in _compilers() if victim == "compiler" else [pid] if pid else []:
+            self._processes.update(filter(None, [ProcessId.of(process)]))
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGSTOP if victim == "stopped engine" else signal.SIGKILL)
+                self.counts[f"{victim}s killed" if victim != "stopped engine" else "engines stopped for ever"] += 1
+
+    def _check(self) -> None:
+        def answered() -> bool:
+            return all(len(front_end.answers) == len(self._asked[front_end]) for front_end in self._living)
+
+        self._wait("answers of the living", answered)
+        for front_end in self._living:
+            for number, prompt in enumerate(self._asked[front_end], start=1):
+                answer = front_end.answers.get(f"{prompt}#{number}")
+                self.counts["answers of survivors"] += 1
+                if answer is None or answer["error"] or answer["ids"] != self._truth[prompt]:
+                    self.faults.append(f"{prompt}: {answer}, right: {self._truth[prompt]}")
+            self._wait("pages of the dead are free", lambda front_end=front_end: front_end.told["owner"] and not front_end.told["held"])  # type: ignore[misc]
+
+    def _end(self) -> None:
+        (last,) = self._living
+        pids = [last.told["engine"], last.told["standby"]]
+        self._processes.update(filter(None, [ProcessId.of(pid) for pid in pids if pid]))
+        if self._chance.random() < 0.5:
+            if last.leave():
+                self.faults.append(f"the last front end left with status {last.process.returncode}")
+            if list(self._folder.iterdir()):
+                self.faults.append(f"left behind: {list(self._folder.rglob('*'))}")
+        else:
+            last.kill()
+            self.counts["front ends killed"] += 1
+        self._wait("engines and standbys are gone", lambda: not any(process.alive for process in self._processes), _GONE_SECONDS)
+
+
+def _compilers() -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdigit() and b"paged_backend.grammar." in (folder / "cmdline").read_bytes() and b"fekills" in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def find_truth(folder: Path, options: dict[str, Any]) -> dict[str, list[int]]:
+    """What each prompt is answered, asked alone."""
+    front_end = FrontEndProcess(uuid.uuid4().hex, 1, folder, **options)
+    try:
+        for prompt in _PROMPTS:
+            front_end.ask(f"{prompt}#1")
+            deadline = time.monotonic() + _STUCK_SECONDS
+            while f"{prompt}#1" not in front_end.answers:
+                assert time.monotonic() < deadline and front_end.process.poll() is None
+                time.sleep(0.02)
+        assert not any(answer["error"] for answer in front_end.answers.values()), front_end.answers
+        return {prompt: front_end.answers[f"{prompt}#1"]["ids"] for prompt in _PROMPTS}
+    finally:
+        front_end.leave()
+
+
+def run_kills(kills: int, seconds: float, seed: int, count: int) -> tuple[dict[str, Any], list[str]]:
+    """(the report, the faults). Ends after so many killed front ends, or seconds."""
+    counts: Counter[str] = Counter()
+    faults: list[str] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fekills-", dir="/tmp")))
+        os.environ["PAGED_CHAOS"] = "fekills"
+        save_shallow(folder / "model", demo_model_folder(), 1)
+        nursery = stack.enter_context(Nursery(Orders(str(folder / "register"))))
+        options = {
+            "command": nursery.command,
+            "model": str(folder / "model"),
+            "dtype": "float32",
+            "num_pages": 200,
+            "max_model_len": 512,
+            "max_engine_restarts": 100,
+            "engine_hang_seconds": 4,
+            "debug_checks": True,
+        }
+        sockets = folder / "s"
+        sockets.mkdir()
+        truth = find_truth(sockets, options)
+        started = time.monotonic()
+        while counts["front ends killed"] < kills and time.monotonic() < started + seconds:
+            counts["rounds"] += 1
+            chance = random.Random(f"{seed}/{counts['rounds']}")
+            shutil.rmtree(sockets)
+            sockets.mkdir()
+            one = Round(count, sockets, options, truth, chance)
+            one.run()
+            counts.update(one.counts)
+            for fault in one.faults:
+                faults.append(f"seed {seed}, round {counts['rounds']}: {fault}")
+                print(f"FAULT {faults[-1][:1000]}", file=sys.stderr, flush=True)
+            print(dict(counts), file=sys.stderr, flush=True)
+        register = folder / "register"
+        failed = [line for line in (register.read_text().splitlines() if register.exists() else []) if "fault" in json.loads(line)]
+        faults += [f"the engine failed by itself: {line}" for line in failed]
+    return {"bench": "front end kills", "seed": seed, "seconds": round(time.monotonic() - started), **counts, "faults": len(faults)}, faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="of front ends, at least")
+    parser.add_argument("--seconds", type=float, default=3600, help="no round begins after so long")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--front-ends", type=int, default=8, help="in each round")
+    plan = parser.parse_args()
+    report, faults = run_kills(plan.kills, plan.seconds, plan.seed, plan.front_ends)
+    print(json.dumps(report), flush=True)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
