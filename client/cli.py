@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import locale
 import os
 import re
 import shlex
@@ -59,10 +60,18 @@ def _port(service: str) -> Any:
 
 
 def main() -> None:
+    _speak_utf8()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open as long as the process
     app()
+
+
+def _speak_utf8() -> None:
+    """Begins anew in Python's UTF-8 mode where the locale has another encoding: models, prompts and answers are UTF-8, and so are what we say and read."""
+    if not sys.flags.utf8_mode and "utf" not in locale.getpreferredencoding(False).lower() and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _print_version(wanted: bool) -> None:
@@ -236,6 +245,12 @@ def _one_sentence_on_failure() -> Iterator[None]:
     except EngineError as error:
         sys.stdout.flush()
         print(f"paged: error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except BrokenPipeError:  # the library's business
+        raise
+    except OSError as error:  # a full disk, ulimit -f
+        where = f"'{error.filename}'" if error.filename else "a file"
+        print(f"paged: error: {where} cannot be used: {error.strerror or error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 

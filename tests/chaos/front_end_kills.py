@@ -4,8 +4,8 @@
 
 In each round some front ends, processes of their own (tests/front_end_process.py), share a real engine with a model of one layer, which a nursery
 forks. All of them ask all the time, some for a grammar's words; and at random moments one is killed after another, with engines (SIGKILL, or
-SIGSTOP for ever), standbys and compilers between them, until one front end is left. No answer of those that live may be lost, wrong or cut; when
-they have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is killed: no process and,
+SIGSTOP for ever), standbys and compilers between them, until one front end is left. No answer of those that live may be lost, wrong or cut, but
+for a guided one that is refused in a round in which its compiler was killed: that death is taken for the grammar's own doing. When they have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is killed: no process and,
 after peace, no file may be left.
 """
 
@@ -109,7 +109,9 @@ class Round:
             for number, prompt in enumerate(self._asked[front_end], start=1):
                 answer = front_end.answers.get(f"{prompt}#{number}")
                 self.counts["answers of survivors"] += 1
-                if answer is None or answer["error"] or answer["ids"] != self._truth[prompt]:
+                if answer is not None and prompt.startswith("guided") and self.counts["compilers killed"] and answer["error"]:
+                    self.counts["guided answers refused after their compiler was killed"] += 1
+                elif answer is None or answer["error"] or answer["ids"] != self._truth[prompt]:
                     self.faults.append(f"{prompt}: {answer}, right: {self._truth[prompt]}")
             self._wait("pages of the dead are free", lambda front_end=front_end: front_end.told["owner"] and not front_end.told["held"])  # type: ignore[misc]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.chaos.campaign import Plan, run_campaign
+from tests.chaos.front_end_kills import run_kills
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -16,3 +17,12 @@ def test_no_answer_is_wrong_lost_or_ended_twice_while_the_engine_is_killed_and_r
     assert not faults, faults[0]
     assert report["outcomes"]["whole"] > 30
     assert report["mishaps"]["refused_pages"] > 0
+
+
+@pytest.mark.long
+def test_no_answer_of_the_living_is_lost_while_front_ends_engines_standbys_and_compilers_are_killed() -> None:
+    report, faults = run_kills(kills=5, seconds=120, seed=1, count=4)
+    print(report)
+    assert not faults, faults[0]
+    assert report["front ends killed"] >= 5
+    assert report["answers of survivors"] > 5

@@ -431,7 +431,7 @@ class Stream(threading.Thread):
                     self.last = time.monotonic()
 
 
-@pytest.mark.parametrize("instances", [1, 3])
+@pytest.mark.parametrize("instances", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(stand_in: Path, checkpoint: Path, tmp_path: Path, instances: int) -> None:
     repository = tmp_path / "front_ends"
     (repository / "paged_llm" / "1").mkdir(parents=True)
@@ -444,6 +444,7 @@ def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(s
     assert wait_until(lambda: all(stream.text for stream in streams), 20)
     front_ends = [pid for pid in command.servers() if "triton_python_backend_stub" in _command_of(pid).split("\0")[0]]
     assert len(front_ends) == instances
+    assert {path.stat().st_mode & 0o777 for path in Path("/dev/shm").glob(f"{command.server_folder().name}-*")} == {0o600}
     os.kill(front_ends[0], signal.SIGKILL)
     killed = time.monotonic()
     assert wait_until(lambda: not is_ready(url), 5)

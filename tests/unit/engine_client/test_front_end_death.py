@@ -129,7 +129,7 @@ def test_the_last_to_leave_in_peace_ends_an_inherited_engine_and_removes_the_fol
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_front_ends_engines_and_standbys_die_in_any_order_and_the_survivors_answers_are_whole(start: Start, seed: int) -> None:
     chance = random.Random(seed)
     front_ends = start(5, max_engine_restarts=100)
