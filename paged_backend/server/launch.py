@@ -200,10 +200,12 @@ class Server:
 
     def _is_ready(self) -> bool:
         """The server that answers must be ours, by its id or (with restricted APIs) its log: another one may have taken the port."""
-        assert self._folder is not None
+        folder = self._folder
+        if folder is None:
+            return False  # it is gone already
         host, port = self.addresses.host, self.addresses.http_port
         status, body = _get(host, port, "/v2")
-        ours = _server_id(body) == self._folder.name if status == 200 else status == _FORBIDDEN and self._log.listens()
+        ours = _server_id(body) == folder.name if status == 200 else status == _FORBIDDEN and self._log.listens()
         return ours and _get(host, port, f"/v2/models/{self.settings.model_name}/ready")[0] in (200, _FORBIDDEN)
 
     def terminate(self) -> None:

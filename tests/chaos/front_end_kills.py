@@ -5,8 +5,9 @@
 In each round some front ends, processes of their own (tests/front_end_process.py), share a real engine with a model of one layer, which a nursery
 forks. All of them ask all the time, some for a grammar's words; and at random moments one is killed after another, with engines (SIGKILL, or
 SIGSTOP for ever), standbys and compilers between them, until one front end is left. No answer of those that live may be lost, wrong or cut, but
-for a guided one that is refused in a round in which its compiler was killed: that death is taken for the grammar's own doing. When they have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is killed: no process and,
-after peace, no file may be left.
+for a guided one that is refused in a round in which its compiler was killed: that death is taken for the grammar's own doing. When they have all
+theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is killed: no process and, after peace, no
+file may be left.
 """
 
 from __future__ import annotations
