@@ -58,7 +58,6 @@ def test_a_stop_lets_streams_finish_and_tells_those_that_would_not(tmp_path: Pat
         short = [Listener(server, f"tokens=60 delay=0.02 {number}") for number in range(4)]
         endless = [Listener(server, f"silent {number}") for number in range(2)]
         server.wait_for('paged_requests{state="running"}', 6, seconds=WAIT_SECONDS)
-        assert {path.stat().st_mode & 0o777 for path in Path("/dev/shm").glob(f"{prefix}*")} == {0o600}  # prompts and answers lie there
         server.process.terminate()
         for listener in short + endless:
             listener.close()
