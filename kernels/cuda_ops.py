@@ -1,7 +1,7 @@
 """The ops of `reference.py` by kernels, for one model on one CUDA device: what the decoder and the sampler call there.
 
 Scratch memory is allocated once, here; a launch reads nothing back to the host, so a whole decode step can be captured as a CUDA graph.
-Products of many tokens are cuBLAS's, through torch.
+products.py chooses who multiplies.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_kernels import activation, logit_edits, lora, norm, page_copy, rope_kv, row_update, sampling, small_linear
+from paged_kernels import activation, logit_edits, lora, norm, page_copy, rope_kv, row_update, sampling
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
+from paged_kernels.linear import Linear
 from paged_kernels.prefill_attention import paged_prefill_attention
+from paged_kernels.products import Products
 from paged_kernels.ranks import ranks
 from paged_kernels.reference import Ops
 from paged_kernels.truncation import truncation_thresholds
@@ -61,7 +63,7 @@ class CudaOps(Ops):
             {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows} for workspace in (few, many)
         )
         self._plans = self._plans_of_few
-        self._linear = small_linear.make_linear_workspace(device)
+        self._products = Products(device)
         self._sampling = sampling.make_sampling_workspace(max_outputs, vocab_size, device)
         self._prefill: tuple[Tensor, Tensor, int] | None = None
         self._counts: Tensor | None = None  # of apply_penalties
@@ -70,40 +72,17 @@ class CudaOps(Ops):
 
     # ---- products, and what hangs on them
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if len(x) == 1:
-            return small_linear.vector_linear(x, weight, bias, norm=(norm_weight, eps), out=out, launch_pdl=self._pdl)
-        x = norm.rms_norm(x, norm_weight, eps, launch_pdl=self._pdl)
-        if small_linear.is_narrow(len(x), weight):
-            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, out=out, launch_pdl=self._pdl)
-        if out is None:
-            return super().linear(x, weight, bias)
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear, out: Tensor | None = None) -> Tensor:
+        return self._products(x, linear, norm_before=(norm_weight, eps), out=out)
 
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(x) == 1:
-            return small_linear.vector_linear(x, weight, bias, norm=(norm_weight, eps), gated=True, launch_pdl=self._pdl)
-        x = norm.rms_norm(x, norm_weight, eps, launch_pdl=self._pdl)
-        if small_linear.is_narrow(len(x), weight):
-            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, gated=True, launch_pdl=self._pdl)
-        return activation.silu_mul(super().linear(x, weight, bias), launch_pdl=self._pdl)
+    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        return self._products(x, linear, norm_before=(norm_weight, eps), gated=True)
 
-    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """Writes over residual."""
-        if len(x) == 1:
-            return small_linear.vector_linear(x, weight, bias, residual=residual, out=residual, launch_pdl=self._pdl)
-        if small_linear.is_narrow(len(x), weight):
-            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, residual=residual, out=residual, launch_pdl=self._pdl)
-        if bias is not None:
-            residual += bias
-        return residual.addmm_(x, weight.t())
+    def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        return self._products(x, linear, residual=residual)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(x) == 1:
-            return small_linear.vector_linear(x, weight, bias, launch_pdl=self._pdl)
-        if small_linear.is_narrow(len(x), weight):
-            return small_linear.narrow_linear(x, weight, bias, workspace=self._linear, launch_pdl=self._pdl)
-        return super().linear(x, weight, bias)
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._products(x, linear)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps, launch_pdl=self._pdl)

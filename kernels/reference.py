@@ -11,14 +11,15 @@ its docstring here says so.
 from __future__ import annotations
 
 from paged_kernels.reference_adapters import AdapterOps
+from paged_kernels.reference_layers import LayerOps
 from paged_kernels.reference_rows import RowOps
 from paged_kernels.reference_sampling import SAMPLING_BYTES, SamplingOps
 
 __all__ = ["SAMPLING_BYTES", "Ops", "reference"]
 
 
-class Ops(AdapterOps, RowOps, SamplingOps):
-    """All ops that the runner calls (AdapterOps brings the layers' with it). Keeps no state."""
+class Ops(LayerOps, AdapterOps, RowOps, SamplingOps):
+    """All ops that the runner calls. Keeps no state."""
 
 
 reference = Ops()

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from paged_kernels.reference_layers import LayerOps
 
-
-class AdapterOps(LayerOps):
+class AdapterOps:
     """Adapters (LoRA; runner/adapter_store.py has the picture): row b of `weights` [berths, elements] holds one of rank ranks[b]."""
 
     def assign_adapters(self, rows: Tensor, query_starts: Tensor, row_berths: Tensor, token_berths: Tensor) -> None:
@@ -48,7 +47,7 @@ class AdapterOps(LayerOps):
         for berth, rank, first, tokens in _tiles(ranks, order, tiles):
             width = num_parts * rank
             a = weights[berth, rank * offset : rank * offset + width * x.shape[1]].view(width, -1)
-            hidden[0, first : first + len(tokens), :width] = self.linear(x[tokens], a).float()
+            hidden[0, first : first + len(tokens), :width] = functional.linear(x[tokens], a).float()
 
     def adapter_expand(
         self, hidden: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, out_sizes: Sequence[int], out: Tensor
@@ -61,7 +60,7 @@ class AdapterOps(LayerOps):
             b = weights[berth, rank * offset : rank * (offset + out.shape[1])].view(-1, rank)
             places = hidden[:, first : first + len(tokens), : len(out_sizes) * rank].sum(0).to(out.dtype)
             parts = zip(places.split(rank, 1), b.split(list(out_sizes)), strict=True)
-            out[tokens] += torch.cat([self.linear(vectors, rows) for vectors, rows in parts], dim=1)
+            out[tokens] += torch.cat([functional.linear(vectors, rows) for vectors, rows in parts], dim=1)
 
 
 def _tiles(ranks: Tensor, order: Tensor, tiles: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:

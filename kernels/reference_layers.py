@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from paged_kernels.linear import Linear
+
 _GATHER_BYTES = 64 * 2**20  # of K and V that decode attention has in hand at once
 _LARGEST_TILE = 64  # tokens
 
@@ -20,22 +22,22 @@ class LayerOps:
         """[T] ids, [V, hidden] -> [T, hidden]."""
         return functional.embedding(token_ids, table)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[T, in], [out, in], [out] -> [T, out]."""
-        return functional.linear(x, weight, bias)
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return functional.linear(x, linear.weight, linear.bias)
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """linear(rms_norm(x)): [T, in], [in], [out, in], [out] -> [T, out]."""
-        result = self.linear(self.rms_norm(x, norm_weight, eps), weight, bias)
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """linear(rms_norm(x)): [T, in], [in] -> [T, out]."""
+        result = self.linear(self.rms_norm(x, norm_weight, eps), linear)
         return result if out is None else out.copy_(result)
 
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """silu_mul(norm_linear(x)): [T, in], [in], [2 out, in], [2 out] -> [T, out]."""
-        return self.silu_mul(self.norm_linear(x, norm_weight, eps, weight, bias))
+    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        """silu_mul(norm_linear(x)): [T, in], [in], a linear of 2 out rows -> [T, out]."""
+        return self.silu_mul(self.norm_linear(x, norm_weight, eps, linear))
 
-    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """residual + linear(x): [T, in], [out, in], [out], [T, out] -> [T, out]. A kernel may write over residual."""
-        return residual + self.linear(x, weight, bias)
+    def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        """residual + linear(x): [T, in], [T, out] -> [T, out]. A kernel may write over residual."""
+        return residual + self.linear(x, linear)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[..., n], [n] -> [..., n]: x / sqrt(mean(x²) + eps) in float32, back in x's type, times weight (Zhang and Sennrich, 2019)."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paged_backend.errors import RequestError
-from paged_backend.models.adapter_layout import AdapterLayout, Site
+from paged_backend.models.adapter_layout import AdapterLayout, PlacedSite
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 2**20
@@ -111,7 +111,7 @@ def read_adapter(folder: Path, layout: AdapterLayout, max_rank: int, dtype: torc
     return Adapter(rank, packed, version)
 
 
-def _pack(packed: Tensor, rank: int, site: Site, index: int, a: Tensor, b: Tensor) -> None:
+def _pack(packed: Tensor, rank: int, site: PlacedSite, index: int, a: Tensor, b: Tensor) -> None:
     """Puts A [r, in] and B [out, r], scaled, at their places; r may be less than the adapter's rank."""
     a_place, b_place = (rank * place for place in site.places(index))
     packed[a_place : a_place + rank * site.in_size].view(rank, -1)[: len(a)] = a
@@ -138,9 +138,7 @@ def _check_tensors(file: Any, layout: AdapterLayout, config: _Config, max_rank: 
     for name in file.keys():  # noqa: SIM118 - the file is no mapping
         match = _TENSOR.fullmatch(name)
         if match is None or match["module"] not in modules:
-            raise RequestError(
-                f"tensor {name[:200]} is not supported; supported: lora_A and lora_B of {', '.join(_PROJECTIONS)} in {len(layout.layers)} layers"
-            )
+            raise RequestError(f"tensor {name[:200]} is not supported; supported: lora_A and lora_B of {', '.join(_PROJECTIONS)} in {layout.num_layers} layers")
         found.setdefault(match["module"], {})[match["side"]] = name
     if not found:
         raise RequestError(f"{_WEIGHTS} holds no tensors")

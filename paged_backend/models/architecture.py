@@ -12,8 +12,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, read_json
+from paged_backend.models.families.family import Family, head_dim_of
+from paged_backend.models.families.registry import FAMILIES
+from paged_backend.models.layer_spec import AttentionSpec, LayerSpec
 
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _QUANTISERS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -44,28 +46,38 @@ class Rope:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder: token embedding, layers of attention and SwiGLU with RMSNorm before each, final norm, head."""
+    """A decoder: token embedding, layers, final norm, head."""
 
     name: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerSpec, ...]
     rms_norm_eps: float
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     tied_head: bool
-    sliding_windows: tuple[int | None, ...]  # [num_layers] tokens a layer attends to, itself included; None: all
     rope: Rope
     dtype: str  # the checkpoint's own: float32, bfloat16 or float16
     initializer_range: float
     eos_ids: tuple[int, ...]
     bos_id: int | None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """Of all layers but for their sliding windows: their K and V lie in pages of one shape."""
+        return self.layers[0].attention
+
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """[num_layers] tokens a layer attends to, itself included; None: all."""
+        return tuple(layer.attention.sliding_window for layer in self.layers)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Of the widest perceptron."""
+        return max(layer.mlp.intermediate_size for layer in self.layers)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -77,29 +89,19 @@ def read_architecture(folder: Path) -> Architecture:
     path = folder / "config.json"
     content = read_json(path)
     kind = checked(ConfigKind, content, path.name)
-    name = _supported_name(kind)
+    family = _family_of(kind)
     _refuse_quantised(folder, kind)
     file = checked(ConfigFile, content, path.name)
-    config = _transformers_config(MODEL_TYPES[name], file)
+    config = _transformers_config(family.model_type, file)
     _check_options(config)
-    attention_bias = bool(getattr(config, "attention_bias", False))
     return Architecture(
-        name=name,
+        name=family.architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=_head_dim(config),
+        layers=family.layers(config),
         rms_norm_eps=config.rms_norm_eps,
-        qkv_bias=True if name == "Qwen2ForCausalLM" else attention_bias and name != "MistralForCausalLM",
-        out_bias=attention_bias and name in ("LlamaForCausalLM", "Qwen3ForCausalLM"),
-        mlp_bias=name == "LlamaForCausalLM" and config.mlp_bias,
-        qk_norm=name == "Qwen3ForCausalLM",
         tied_head=bool(config.tie_word_embeddings),
-        sliding_windows=_sliding_windows(name, config),
-        rope=Rope(dict(config.rope_parameters), config.max_position_embeddings, _head_dim(config), config),
+        rope=Rope(dict(config.rope_parameters), config.max_position_embeddings, head_dim_of(config), config),
         dtype=_dtype_name(file),
         initializer_range=config.initializer_range,
         eos_ids=token_ids(config.eos_token_id),
@@ -112,14 +114,14 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
-def _supported_name(file: ConfigKind) -> str:
-    """The architecture, one of MODEL_TYPES."""
+def _family_of(file: ConfigKind) -> Family:
     name = (file.architectures or ["none"])[0]
-    if name not in MODEL_TYPES:
-        raise EngineError(f"architecture {name[:80]} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    if file.model_type not in (None, MODEL_TYPES[name]):
-        raise EngineError(f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of model_type {MODEL_TYPES[name]}")
-    return name
+    family = FAMILIES.get(name)
+    if family is None:
+        raise EngineError(f"architecture {name[:80]} is not supported; supported: {', '.join(FAMILIES)}")
+    if file.model_type not in (None, family.model_type):
+        raise EngineError(f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of model_type {family.model_type}")
+    return family
 
 
 def _refuse_quantised(folder: Path, file: ConfigKind) -> None:
@@ -140,10 +142,6 @@ def _transformers_config(model_type: str, file: ConfigFile) -> PreTrainedConfig:
     return config
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def _check_options(config: PreTrainedConfig) -> None:
     """Refuses, by name, what the decoder does not compute."""
     rope = config.rope_parameters or {}
@@ -158,31 +156,23 @@ def _check_options(config: PreTrainedConfig) -> None:
         raise EngineError(f"partial_rotary_factor: {partial} is not supported; supported: 1.0")
     if config.num_attention_heads % config.num_key_value_heads:
         raise EngineError(f"num_attention_heads: {config.num_attention_heads} is not a multiple of num_key_value_heads ({config.num_key_value_heads})")
-    head_dim = _head_dim(config)
+    head_dim = head_dim_of(config)
     if head_dim % 2 or not head_dim:
         raise EngineError(f"head_dim: {head_dim} is not supported, rotary positions need an even one")
+    _check_layer_types(config)
 
 
-def _sliding_windows(name: str, config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Mistral: every layer; Qwen: the layers that layer_types calls sliding, if use_sliding_window; Llama: none."""
+def _check_layer_types(config: PreTrainedConfig) -> None:
     layer_types = getattr(config, "layer_types", None)
-    num_layers = int(config.num_hidden_layers)
-    window: int | None = getattr(config, "sliding_window", None)
-    if window == 0:
+    if getattr(config, "sliding_window", None) == 0:
         raise EngineError("sliding_window: 0 tokens are nothing to attend to; null means all")
-    if layer_types is not None:
-        for layer_type in layer_types:
-            if layer_type not in ("full_attention", "sliding_attention"):
-                raise EngineError(f"layer_types: {layer_type} is not supported; supported: full_attention, sliding_attention")
-        if len(layer_types) != num_layers:
-            raise EngineError(f"layer_types: {len(layer_types)} entries for {num_layers} layers")
-    if name == "LlamaForCausalLM":
-        return (None,) * num_layers
-    if name == "MistralForCausalLM":
-        if layer_types is not None and len(set(layer_types)) > 1:
-            raise EngineError("layer_types: layers that differ in attention are not supported for MistralForCausalLM")
-        return (window,) * num_layers
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types or ())
+    if layer_types is None:
+        return
+    for layer_type in layer_types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise EngineError(f"layer_types: {layer_type} is not supported; supported: full_attention, sliding_attention")
+    if len(layer_types) != config.num_hidden_layers:
+        raise EngineError(f"layer_types: {len(layer_types)} entries for {config.num_hidden_layers} layers")
 
 
 def _dtype_name(file: ConfigFile) -> str:

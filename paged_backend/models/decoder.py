@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from paged_backend.models.architecture import Architecture
-from paged_backend.models.linears import Linears, PlainLinears
+from paged_backend.models.blocks.forward_pass import ForwardPass
+from paged_backend.models.blocks.products import Products
 from paged_backend.models.step import StepTensors
-from paged_backend.models.weights import LayerWeights, Weights
+from paged_backend.models.weights import Weights
 from paged_kernels.reference import Ops
 
 
 class Decoder:
-    """Weights, position table and ops, bound to an architecture. Keeps no state between steps: K and V are in the pages it is given."""
+    """Weights, position table and ops. Keeps no state between steps: K and V are in the pages it is given."""
 
-    def __init__(self, architecture: Architecture, weights: Weights, rope_table: Tensor, ops: Ops, adapted: Linears | None = None) -> None:
+    def __init__(self, weights: Weights, rope_table: Tensor, ops: Ops, adapted: Products | None = None) -> None:
         """adapted: the products of steps whose sequences have adapters; without any there is no such step."""
-        self._architecture = architecture
         self._weights = weights
         self._rope_table = rope_table
         self._ops = ops
-        plain = PlainLinears(ops, architecture.rms_norm_eps)
-        self._linears: Mapping[bool, Linears] = {False: plain, True: adapted or plain}  # by StepShape.adapted
-        self._scale = architecture.head_dim**-0.5
+        plain = Products(ops)
+        self._products: Mapping[bool, Products] = {False: plain, True: adapted or plain}  # by StepShape.adapted
 
     def forward(self, step: StepTensors, kv_pages: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,
@@ -35,31 +32,17 @@ class Decoder:
 
     def hidden(self, step: StepTensors, kv_pages: Sequence[Tensor]) -> Tensor:
         """As `forward`, but returns what the last layer makes of all the step's tokens, [T, hidden], which the next step may write over."""
-        ops, shape, linears = self._ops, step.shape, self._linears[step.shape.adapted]
-        ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)
-        linears.begin(step)
-        x = ops.embedding(step.input_ids, self._weights.embedding)
-        for index, (layer, window, pages) in enumerate(zip(self._weights.layers, self._architecture.sliding_windows, kv_pages, strict=True)):
-            qkv = linears.qkv(index, layer, x)
-            attended = self._attention(layer, window, qkv, step, pages)
-            x = linears.out(index, layer, attended, x)
-            x = linears.down(index, layer, linears.gated(index, layer, x), x)
+        shape, products = step.shape, self._products[step.shape.adapted]
+        self._ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)
+        products.begin(step)
+        at = ForwardPass(self._ops, products, step, self._rope_table)
+        x = self._ops.embedding(step.input_ids, self._weights.embedding)
+        for layer, pages in zip(self._weights.layers, kv_pages, strict=True):
+            x = layer.attention.forward(x, pages, at)
+            x = layer.mlp.forward(x, at)
         return x
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """[k, hidden] of `hidden` -> [k, vocab]."""
-        return self._ops.norm_linear(x, self._weights.final_norm, self._architecture.rms_norm_eps, self._weights.head, out=out)
-
-    def _attention(self, layer: LayerWeights, window: int | None, qkv: Tensor, step: StepTensors, pages: Tensor) -> Tensor:
-        """[T, num_heads head_dim]."""
-        ops, a = self._ops, self._architecture
-        qk_norm = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm, a.rms_norm_eps)
-        q = ops.rope_write_kv(qkv, a.num_heads, qk_norm, self._rope_table, step.positions, pages, step.slot_mapping)
-        n, end = step.shape.num_decodes, step.shape.num_outputs
-        parts = []
-        if n:
-            parts.append(ops.decode_attention(q[:n], pages, step.page_table[:n], step.seq_lens[:n], step.max_decode_len, self._scale, window))
-        if step.shape.num_prefills:
-            parts.append(ops.prefill_attention(q[n:], pages, step.page_table[n:end], step.prefill_lens, self._scale, window))
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return attended.reshape(len(qkv), -1)
+        weights = self._weights
+        return self._ops.norm_linear(x, weights.final_norm, weights.norm_eps, weights.head, out=out)

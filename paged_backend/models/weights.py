@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +12,13 @@ from torch import Tensor
 
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.blocks.attention import Attention
+from paged_backend.models.blocks.mlp import Mlp
+from paged_backend.models.layer_spec import LayerSpec
 from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
+from paged_kernels.linear import Linear
 
 Progress = Callable[[str], None]
 
@@ -24,36 +28,34 @@ _PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer. Weights are [out, in], as torch's linear wants them; None where the architecture has none."""
+class Layer:
+    attention: Attention
+    mlp: Mlp
 
-    input_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(num_heads + 2 num_kv_heads) head_dim, hidden]: q, k, v
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None  # [head_dim]
-    k_norm: Tensor | None  # [head_dim]
-    out: Tensor  # [hidden, num_heads head_dim]
-    out_bias: Tensor | None
-    post_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 intermediate, hidden]: gate, up
-    gate_up_bias: Tensor | None
-    down: Tensor  # [hidden, intermediate]
-    down_bias: Tensor | None
+    def parameters(self) -> dict[str, Tensor]:
+        """Name in the checkpoint, within the layer -> the tensor, or the rows of a packed one, that it fills."""
+        return self.attention.parameters() | self.mlp.parameters()
 
 
 @dataclass(frozen=True)
 class Weights:
     embedding: Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[Layer, ...]
     final_norm: Tensor  # [hidden]
-    head: Tensor  # [vocab, hidden]; the embedding itself if tied
+    norm_eps: float
+    head: Linear  # [vocab, hidden]; its weight is the embedding itself if tied
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.embedding, self.final_norm, *(tensor for layer in self.layers for tensor in _tensors(layer))]
-        if self.head is not self.embedding:
-            tensors.append(self.head)
+        tensors = [self.embedding, self.final_norm, *(tensor for layer in self.layers for tensor in layer.parameters().values())]
+        if self.head.weight is not self.embedding:
+            tensors.append(self.head.weight)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Of all layers, in the order of AdapterLayout.sites."""
+        return tuple(linear for layer in self.layers for linear in (*layer.attention.linears, *layer.mlp.linears))
 
 
 def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Weights:
@@ -67,43 +69,27 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def optional(wanted: bool, *shape: int) -> Tensor | None:
-        return empty(*shape) if wanted else None
-
-    q_size, qkv_size = a.num_heads * a.head_dim, (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            input_norm=empty(a.hidden_size),
-            qkv=empty(qkv_size, a.hidden_size),
-            qkv_bias=optional(a.qkv_bias, qkv_size),
-            q_norm=optional(a.qk_norm, a.head_dim),
-            k_norm=optional(a.qk_norm, a.head_dim),
-            out=empty(a.hidden_size, q_size),
-            out_bias=optional(a.out_bias, a.hidden_size),
-            post_norm=empty(a.hidden_size),
-            gate_up=empty(2 * a.intermediate_size, a.hidden_size),
-            gate_up_bias=optional(a.mlp_bias, 2 * a.intermediate_size),
-            down=empty(a.hidden_size, a.intermediate_size),
-            down_bias=optional(a.mlp_bias, a.hidden_size),
-        )
+    def layer(spec: LayerSpec) -> Layer:
+        size, eps = a.hidden_size, a.rms_norm_eps
+        return Layer(Attention(spec.attention, size, eps, empty), Mlp(spec.mlp, size, eps, empty))
 
     try:
         embedding = empty(a.vocab_size, a.hidden_size)
-        layers = tuple(layer() for _ in range(a.num_layers))
-        return Weights(embedding, layers, empty(a.hidden_size), embedding if a.tied_head else empty(a.vocab_size, a.hidden_size))
+        layers = tuple(layer(spec) for spec in a.layers)
+        head = embedding if a.tied_head else empty(a.vocab_size, a.hidden_size)
+        return Weights(embedding, layers, empty(a.hidden_size), a.rms_norm_eps, Linear(head))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise EngineError(f"the weights do not fit into the memory of {device}: {str(error).splitlines()[0]}") from None
 
 
-def load_weights(weights: Weights, architecture: Architecture, folder: Path, progress: Progress) -> str:
+def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
     """Fills `weights` from `folder`'s safetensors; `progress` hears of it at most once a second. Returns a sentence on what was loaded.
 
     Raises:
         EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN or infinity.
     """
     stored = find_tensors(folder)
-    targets = _targets(weights, architecture, stored)
+    targets = _targets(weights, stored)
     check_tensors(stored, targets)
     started, reported, loaded = time.monotonic(), time.monotonic(), 0
     total = sum(target.numel() for target in targets.values())
@@ -136,7 +122,7 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
     if architecture.tied_head and _EMBEDDING in stored and _HEAD in stored and not _equal(stored, _EMBEDDING, _HEAD):
         architecture = replace(architecture, tied_head=False)
         note = f"warning: config.json ties {_HEAD} to {_EMBEDDING}, but the checkpoint has two that differ: each is used as it is"
-    check_tensors(stored, _targets(allocate_weights(architecture, torch.float32, torch.device("meta")), architecture, stored))
+    check_tensors(stored, _targets(allocate_weights(architecture, torch.float32, torch.device("meta")), stored))
     return architecture, note
 
 
@@ -172,7 +158,7 @@ def _check_finite(targets: Mapping[str, Tensor]) -> None:
 def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -> str:
     """Fills `weights` with seeded noise of the checkpoint's initializer_range, norms with 1. Returns a sentence that says so."""
     generator = torch.Generator(weights.embedding.device).manual_seed(seed)
-    for name, target in _targets(weights, architecture, {}).items():
+    for name, target in _targets(weights, {}).items():
         if name.endswith("norm.weight"):
             target.fill_(1)
         else:
@@ -180,35 +166,13 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
     return f"weights: {spell_bytes(weights.num_bytes)} of random numbers (load_format=dummy)"
 
 
-def _targets(weights: Weights, architecture: Architecture, stored: Collection[str]) -> dict[str, Tensor]:
+def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
     """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: the names that the checkpoint has."""
     targets = {_EMBEDDING: weights.embedding, "model.norm.weight": weights.final_norm}
-    if weights.head is not weights.embedding:
-        targets[_HEAD] = weights.head
+    if weights.head.weight is not weights.embedding:
+        targets[_HEAD] = weights.head.weight
     elif _EMBEDDING not in stored and _HEAD in stored:  # tied from the other end
         targets[_HEAD] = targets.pop(_EMBEDDING)
-    q_size, kv_size = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
     for index, layer in enumerate(weights.layers):
-        whole: dict[str, Tensor | None] = {
-            "input_layernorm.weight": layer.input_norm,
-            "post_attention_layernorm.weight": layer.post_norm,
-            "self_attn.q_norm.weight": layer.q_norm,
-            "self_attn.k_norm.weight": layer.k_norm,
-            "self_attn.o_proj.weight": layer.out,
-            "self_attn.o_proj.bias": layer.out_bias,
-            "mlp.down_proj.weight": layer.down,
-            "mlp.down_proj.bias": layer.down_bias,
-        }
-        for kind, qkv, gate_up in (("weight", layer.qkv, layer.gate_up), ("bias", layer.qkv_bias, layer.gate_up_bias)):
-            if qkv is not None:
-                parts = torch.split(qkv, [q_size, kv_size, kv_size])
-                whole |= {f"self_attn.{letter}_proj.{kind}": part for letter, part in zip("qkv", parts, strict=True)}
-            if gate_up is not None:
-                whole |= {f"mlp.{side}_proj.{kind}": part for side, part in zip(("gate", "up"), gate_up.chunk(2), strict=True)}
-        targets |= {f"model.layers.{index}.{name}": target for name, target in whole.items() if target is not None}
+        targets |= {f"model.layers.{index}.{name}": target for name, target in layer.parameters().items()}
     return targets
-
-
-def _tensors(layer: LayerWeights) -> list[Tensor]:
-    values = [getattr(layer, field.name) for field in fields(layer)]
-    return [value for value in values if value is not None]

@@ -13,7 +13,8 @@ from paged_backend.errors import EngineError
 from paged_backend.models.adapter_files import Adapter, check_adapter, open_folder, read_adapter
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
-from paged_backend.models.linears import AdaptedLinears
+from paged_backend.models.blocks.products import AdaptedProducts
+from paged_backend.models.weights import Weights
 from paged_backend.units import spell_bytes
 from paged_kernels.reference import Ops
 
@@ -57,9 +58,10 @@ class Berths:
         self._weights[berth, : len(adapter.packed)].copy_(adapter.packed, non_blocking=True)
         self._ranks[berth].fill_(adapter.rank)
 
-    def linears(self, ops: Ops, eps: float, row_berths: Tensor, max_tokens: int) -> AdaptedLinears:
+    def products(self, ops: Ops, weights: Weights, row_berths: Tensor, max_tokens: int) -> AdaptedProducts:
         """The products of a step with adapters, of at most max_tokens tokens. row_berths: int32 [rows], -1: none."""
-        return AdaptedLinears(ops, eps, self._layout, self._weights, self._ranks, row_berths, max_tokens)
+        sites = dict(zip(weights.linears, self._layout.sites, strict=True))
+        return AdaptedProducts(ops, sites, self._layout, self._weights, self._ranks, row_berths, max_tokens)
 
 
 def allocate_berths(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Berths | None:
@@ -73,7 +75,7 @@ def allocate_berths(config: EngineConfig, architecture: Architecture, dtype: tor
     root = Path(config.lora_directory).expanduser()
     if not root.is_dir():
         raise EngineError(f"lora_directory: no folder {config.lora_directory}")
-    layout = AdapterLayout.of(architecture)
+    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size)
     try:
         return Berths(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
     except (torch.OutOfMemoryError, RuntimeError) as error:

@@ -39,7 +39,7 @@ def allocate_kv_store(size: PoolSize, architecture: Architecture, page_size: int
     Raises:
         EngineError: the device has not that much memory after all.
     """
-    shape = (size.num_pages, 2, architecture.num_kv_heads, page_size, architecture.head_dim)
+    shape = (size.num_pages, 2, architecture.attention.num_kv_heads, page_size, architecture.attention.head_dim)
     try:
         return [_zeros(shape, dtype, device) for _ in range(architecture.num_layers)]
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -96,18 +96,18 @@ def size_pool(
 
 def page_bytes_of(architecture: Architecture, page_size: int, kv_dtype: torch.dtype) -> int:
     """K and V of page_size tokens in all layers."""
-    return 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * page_size * kv_dtype.itemsize
+    return 2 * architecture.num_layers * architecture.attention.kv_size * page_size * kv_dtype.itemsize
 
 
 def step_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, max_model_len: int) -> int:
     """Upper bound of what a step of max_batched_tokens allocates beyond weights and pool, and of the rows' persistent tensors."""
     a, num_tokens = architecture, config.max_batched_tokens
     num_rows = min(config.max_num_sequences, num_tokens)
-    q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    q_size, kv_size = a.attention.num_heads * a.attention.head_dim, a.attention.num_kv_heads * a.attention.head_dim
     wide = 4 * a.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * a.intermediate_size  # alive at once in a layer, per token
     float32 = 3 * max(a.hidden_size, q_size)  # of norm, rotation and attention
     gathered = 2 * 4 * kv_size * max_model_len + num_tokens * max_model_len  # one sequence's K and V, and its mask
-    rows = num_rows * 4 * (max_model_len + 1 + -(-max_model_len // config.page_size)) + max_model_len * a.head_dim * 4
+    rows = num_rows * 4 * (max_model_len + 1 + -(-max_model_len // config.page_size)) + max_model_len * a.attention.head_dim * 4
     logits = num_rows * a.vocab_size * (dtype.itemsize + 8)  # as they are, float32 to be edited, counts of penalised tokens
     sampling = min(int(SAMPLING_BYTES), 6 * logits)
     adapters = 3 * config.max_lora_rank * 4 * (num_tokens + num_rows + 1024) if config.lora_directory else 0  # hidden vectors of the largest step
@@ -123,7 +123,7 @@ def graph_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.d
     """Upper bound of what captured steps (cuda_graphs.py) keep: their logits, the activations of the largest, the graphs and the code of the kernels."""
     num_tokens = min(config.max_num_sequences, config.max_batched_tokens) + 1024
     logits = min(num_tokens, config.max_num_sequences + 8) * architecture.vocab_size * dtype.itemsize
-    wide = 6 * architecture.hidden_size + 3 * architecture.intermediate_size + 3 * architecture.num_heads * architecture.head_dim
+    wide = 6 * architecture.hidden_size + 3 * architecture.intermediate_size + 3 * architecture.attention.q_size
     num_sets = 3 if config.lora_directory else 1  # with adapters each shape is captured twice, the second time with twice the kernels
     return logits + num_tokens * wide * dtype.itemsize + num_sets * _GRAPH_RESERVE_BYTES
 

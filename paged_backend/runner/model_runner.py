@@ -109,7 +109,7 @@ class ModelRunner:
         if config.load_format == "dummy":
             tell(randomise_weights(weights, a, config.seed))
         else:
-            tell(load_weights(weights, a, checkpoint.folder, tell))
+            tell(load_weights(weights, checkpoint.folder, tell))
         size = size_pool(config, a, dtype, kv_dtype, device)
         tell(size.decided_by)
         kv_pages = allocate_kv_store(size, a, config.page_size, kv_dtype, device)
@@ -120,8 +120,8 @@ class ModelRunner:
         rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops, partial(ops.copy_pages, kv_pages))
         shapes = captured_shapes(max_sequences, config.max_batched_tokens, adapters=berths is not None)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in shapes))
-        adapted = None if berths is None else berths.linears(ops, a.rms_norm_eps, rows.berths, largest_step)
-        decoder, sampler = Decoder(a, weights, rope_table(a.rope, size.max_model_len, device), ops, adapted), Sampler(ops)
+        adapted = None if berths is None else berths.products(ops, weights, rows.berths, largest_step)
+        decoder, sampler = Decoder(weights, rope_table(a.rope, size.max_model_len, device), ops, adapted), Sampler(ops)
         graphs = None
         if config.cuda_graphs and ops is not reference:
             logits = torch.empty(max(shape.num_outputs for shape in shapes), a.vocab_size, dtype=dtype, device=device)
@@ -217,9 +217,9 @@ def _make_ops(
     from paged_kernels.cuda_ops import CudaOps
 
     return CudaOps(
-        num_heads=a.num_heads,
-        num_kv_heads=a.num_kv_heads,
-        head_dim=a.head_dim,
+        num_heads=a.attention.num_heads,
+        num_kv_heads=a.attention.num_kv_heads,
+        head_dim=a.attention.head_dim,
         sliding_windows=a.sliding_windows,
         vocab_size=a.vocab_size,
         max_sequences=max_sequences,

@@ -23,8 +23,8 @@ import torch
 
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import read_architecture
-from paged_backend.models.linears import AdaptedLinears, Linears, PlainLinears
-from paged_backend.models.weights import LayerWeights, allocate_weights, randomise_weights
+from paged_backend.models.blocks.products import AdaptedProducts, Products
+from paged_backend.models.weights import Layer, allocate_weights, randomise_weights
 from paged_kernels.cuda_ops import CudaOps
 from paged_kernels.reference import reference
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
@@ -48,14 +48,15 @@ class Reference:
 class Case:
     def __init__(self, model: str, folder: Path, num_tokens: int, num_adapters: int, rank: int) -> None:
         device, dtype = torch.device("cuda"), torch.bfloat16
-        a = replace(read_architecture(write_geometry(model, folder)), num_layers=_LAYERS, sliding_windows=(None,) * _LAYERS, vocab_size=1024)
+        a = read_architecture(write_geometry(model, folder))
+        a = replace(a, layers=a.layers[:1] * _LAYERS, vocab_size=1024)
         weights = allocate_weights(a, dtype, device)
         randomise_weights(weights, a, 0)
         self.layers = weights.layers
         self.ops = CudaOps(
-            num_heads=a.num_heads,
-            num_kv_heads=a.num_kv_heads,
-            head_dim=a.head_dim,
+            num_heads=a.attention.num_heads,
+            num_kv_heads=a.attention.num_kv_heads,
+            head_dim=a.attention.head_dim,
             sliding_windows=a.sliding_windows,
             vocab_size=a.vocab_size,
             max_sequences=256,
@@ -63,36 +64,38 @@ class Case:
             kv_dtype=dtype,
             device=device,
         )
-        self.layout = AdapterLayout.of(a)
+        self.layout = AdapterLayout.of(a.layers, a.hidden_size)
+        sites = dict(zip(weights.linears, self.layout.sites, strict=True))
         berths = torch.randn(num_adapters, self.layout.size * rank, device=device, dtype=dtype) * 0.01
         ranks = torch.full((num_adapters,), rank, dtype=torch.int32, device=device)
         rows = torch.arange(num_tokens, dtype=torch.int32, device=device)
-        self.arguments = (EPS, self.layout, berths, ranks, rows % num_adapters, num_tokens)
+        self.arguments = (sites, self.layout, berths, ranks, rows % num_adapters, num_tokens)
         starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=device)
         self.step: Any = SimpleNamespace(shape=SimpleNamespace(num_tokens=num_tokens), plan={"rows": rows}, query_starts=starts)
         self.x = torch.randn(num_tokens, a.hidden_size, device=device, dtype=dtype)
         self.attended = torch.randn(num_tokens, a.num_heads * a.head_dim, device=device, dtype=dtype)
         self.bytes = berths.nbytes // _LAYERS * min(num_tokens, num_adapters) // num_adapters
 
-    def layer(self, linears: Linears, index: int, layer: LayerWeights) -> None:
-        linears.qkv(index, layer, self.x)
-        x = linears.out(index, layer, self.attended, self.x)
-        linears.down(index, layer, linears.gated(index, layer, x), x)
+    def layer(self, products: Products, layer: Layer) -> None:
+        attention, mlp = layer.attention, layer.mlp
+        products.norm_linear(self.x, attention.norm, EPS, attention.qkv)
+        x = products.add_linear(self.attended, attention.out, self.x)
+        products.add_linear(products.norm_gated_linear(x, mlp.norm, EPS, mlp.gate_up), mlp.down, x)
 
-    def time(self, linears: Linears) -> float:
-        linears.begin(self.step)
-        return replay_us(lambda turn: self.layer(linears, turn % _LAYERS, self.layers[turn % _LAYERS]), 2 * _LAYERS, 9)
+    def time(self, products: Products) -> float:
+        products.begin(self.step)
+        return replay_us(lambda index: self.layer(products, self.layers[index % _LAYERS]), 2 * _LAYERS, 9)
 
     def loop(self) -> float:
         """Launched, not captured: it asks the device which tokens are whose."""
-        linears = AdaptedLinears(Reference(self.ops), *self.arguments)
-        linears.begin(self.step)
+        products = AdaptedProducts(Reference(self.ops), *self.arguments)
+        products.begin(self.step)
         times = []
         for _ in range(5):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            for index, layer in enumerate(self.layers):
-                self.layer(linears, index, layer)
+            for layer in self.layers:
+                self.layer(products, layer)
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end) * 1000 / _LAYERS)
@@ -111,7 +114,7 @@ def main() -> None:
         for num_tokens in map(int, options.tokens.split(",")):
             for num_adapters in map(int, options.adapters.split(",")):
                 case = Case(options.model, Path(folder) / "model", num_tokens, num_adapters, options.rank)
-                plain, adapted = case.time(PlainLinears(case.ops, EPS)), case.time(AdaptedLinears(case.ops, *case.arguments))
+                plain, adapted = case.time(Products(case.ops)), case.time(AdaptedProducts(case.ops, *case.arguments))
                 row = {"bench": "lora", "model": options.model, "tokens": num_tokens, "adapters": num_adapters, "rank": options.rank}
                 row |= {"plain_us": round(plain, 2), "adapted_us": round(adapted, 2), "added": round(adapted / plain - 1, 3)}
                 row |= {"floor_us": round(case.bytes / reading * 1e6, 2), "loop_us": round(case.loop(), 1), "device": torch.cuda.get_device_name()}

@@ -30,9 +30,9 @@ def use_kernels(runner: ModelRunner) -> None:
     """Puts the kernels, in the interpreter, in the place of plain torch. Of a runner of 4 rows and 64 tokens."""
     a = runner.architecture
     ops = CudaOps(
-        num_heads=a.num_heads,
-        num_kv_heads=a.num_kv_heads,
-        head_dim=a.head_dim,
+        num_heads=a.attention.num_heads,
+        num_kv_heads=a.attention.num_kv_heads,
+        head_dim=a.attention.head_dim,
         sliding_windows=a.sliding_windows,
         vocab_size=a.vocab_size,
         max_sequences=4,
@@ -40,8 +40,9 @@ def use_kernels(runner: ModelRunner) -> None:
         kv_dtype=torch.float32,
         device=runner.device,
     )
-    adapted = None if runner.berths is None else runner.berths.linears(ops, a.rms_norm_eps, runner._rows.berths, 64)
-    runner._decoder = Decoder(a, runner._decoder._weights, rope_table(a.rope, 64, runner.device), ops, adapted)
+    weights = runner._decoder._weights
+    adapted = None if runner.berths is None else runner.berths.products(ops, weights, runner._rows.berths, 64)
+    runner._decoder = Decoder(weights, rope_table(a.rope, 64, runner.device), ops, adapted)
     runner._sampler = Sampler(ops)
     runner._rows._ops = ops
     runner._rows._copy_pages = partial(ops.copy_pages, runner._kv_pages)

@@ -41,8 +41,13 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return copy
 
 
+def layout_of(checkpoint: Path) -> AdapterLayout:
+    architecture = read_architecture(checkpoint)
+    return AdapterLayout.of(architecture.layers, architecture.hidden_size)
+
+
 def read(folder: Path, checkpoint: Path, max_rank: int = 8, dtype: torch.dtype = torch.float32) -> Adapter:
-    return read_adapter(folder, AdapterLayout.of(read_architecture(checkpoint)), max_rank, dtype, pinned=False)
+    return read_adapter(folder, layout_of(checkpoint), max_rank, dtype, pinned=False)
 
 
 def change_config(folder: Path, **fields: Any) -> None:
@@ -89,7 +94,7 @@ def test_a_config_that_asks_for_something_else_is_refused_by_name(folder: Path, 
     change_config(folder, **fields)
     assert reason in refusal(folder, checkpoint)
     with pytest.raises(RequestError):
-        check_adapter(folder, AdapterLayout.of(read_architecture(checkpoint)), 8)
+        check_adapter(folder, layout_of(checkpoint), 8)
 
 
 @pytest.mark.parametrize(

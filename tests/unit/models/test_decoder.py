@@ -101,10 +101,10 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     a = read_architecture(tmp_path)
     cpu = torch.device("cpu")
     weights = allocate_weights(a, torch.float32, cpu)
-    load_weights(weights, a, tmp_path, lambda sentence: None)
+    load_weights(weights, tmp_path, lambda sentence: None)
     rows = DeviceRows(2, 64, 16, 0, cpu)
-    decoder = Decoder(a, weights, rope_table(a.rope, 64, cpu), reference)
-    kv_pages = [torch.zeros(8, 2, a.num_kv_heads, 16, a.head_dim) for _ in range(a.num_layers)]
+    decoder = Decoder(weights, rope_table(a.rope, 64, cpu), reference)
+    kv_pages = [torch.zeros(8, 2, a.attention.num_kv_heads, 16, a.attention.head_dim) for _ in range(a.num_layers)]
     ours = []
     for start, end in ((0, 20), *((at, at + 1) for at in range(20, 40))):
         new = (NewRow(1, tokens, len(tokens), GREEDY, 0, (), ()),) if start == 0 else ()

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Weights, Architecture, str]:
     architecture, _ = settle_weights(read_architecture(folder), folder)
     weights = allocate_weights(architecture, dtype, CPU)
-    return weights, architecture, load_weights(weights, architecture, folder, lambda sentence: None)
+    return weights, architecture, load_weights(weights, folder, lambda sentence: None)
 
 
 def edit(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
@@ -47,9 +47,9 @@ def test_parameters_are_packed_in_order(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     layer = "model.layers.1."
     qkv = [tensors[f"{layer}self_attn.{letter}_proj.weight"] for letter in "qkv"]
-    assert torch.equal(weights.layers[1].qkv, torch.cat(qkv))
-    assert torch.equal(weights.layers[1].gate_up, torch.cat([tensors[f"{layer}mlp.{side}_proj.weight"] for side in ("gate", "up")]))
-    assert torch.equal(weights.head, tensors["lm_head.weight"])
+    assert torch.equal(weights.layers[1].attention.qkv.weight, torch.cat(qkv))
+    assert torch.equal(weights.layers[1].mlp.gate_up.weight, torch.cat([tensors[f"{layer}mlp.{side}_proj.weight"] for side in ("gate", "up")]))
+    assert torch.equal(weights.head.weight, tensors["lm_head.weight"])
     assert weights.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -58,7 +58,7 @@ def test_a_sharded_checkpoint_equals_a_single_file(folder: Path, tmp_path: Path)
     assert len(list(sharded.glob("*.safetensors"))) > 2
     whole, parts = load(folder)[0], load(sharded)[0]
     assert torch.equal(whole.embedding, parts.embedding)
-    assert all(torch.equal(a.qkv, b.qkv) and torch.equal(a.down, b.down) for a, b in zip(whole.layers, parts.layers, strict=True))
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(whole.linears, parts.linears, strict=True))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -71,17 +71,17 @@ def test_half_precision_checkpoints_give_transformers_tokens_in_float32(stored: 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_parameters_take_the_type_asked_for(folder: Path, dtype: torch.dtype) -> None:
     weights, _, _ = load(folder, dtype)
-    assert weights.layers[0].down.dtype == dtype
-    assert torch.equal(weights.layers[0].down, load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].to(dtype))
+    assert weights.layers[0].mlp.down.weight.dtype == dtype
+    assert torch.equal(weights.layers[0].mlp.down.weight, load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].to(dtype))
 
 
 def test_a_tied_head_is_the_embedding_and_takes_no_memory(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
     weights, _, _ = load(tmp_path)
-    assert weights.head is weights.embedding
+    assert weights.head.weight is weights.embedding
     edit(tmp_path, "lm_head.weight", weights.embedding.clone())
     weights, _, sentence = load(tmp_path)
-    assert weights.head is weights.embedding
+    assert weights.head.weight is weights.embedding
     assert "ignored 1 tensors" in sentence
     assert "lm_head.weight" in sentence
 
@@ -217,7 +217,7 @@ def test_progress_is_told_with_share_and_size(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(weights_module, "_PROGRESS_SECONDS", 0)
     heard: list[str] = []
     architecture = read_architecture(folder)
-    load_weights(allocate_weights(architecture, torch.float32, CPU), architecture, folder, heard.append)
+    load_weights(allocate_weights(architecture, torch.float32, CPU), folder, heard.append)
     assert heard[-1].startswith("loading weights 100 % (")
     assert heard[-1].endswith("GB)")
 
@@ -237,7 +237,7 @@ def test_random_weights_have_the_range_of_the_config_and_norms_of_one(folder: Pa
     weights = allocate_weights(architecture, torch.float32, CPU)
     randomise_weights(weights, architecture, 0)
     assert json.loads((folder / "config.json").read_text())["initializer_range"] == 0.2
-    assert weights.layers[0].down.std().item() == pytest.approx(0.2, rel=0.05)
+    assert weights.layers[0].mlp.down.weight.std().item() == pytest.approx(0.2, rel=0.05)
     assert (weights.final_norm == 1).all()
-    assert weights.layers[0].q_norm is not None
-    assert (weights.layers[0].q_norm == 1).all()
+    assert weights.layers[0].attention.q_norm is not None
+    assert (weights.layers[0].attention.q_norm == 1).all()

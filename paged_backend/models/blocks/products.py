@@ -1,0 +1,90 @@
+"""How blocks multiply: plainly, or with the adapters of a step's sequences added to the products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from paged_backend.models.adapter_layout import AdapterLayout, PlacedSite
+from paged_backend.models.step import StepTensors
+from paged_kernels.linear import Linear
+from paged_kernels.reference import Ops
+
+
+class Products:
+    """Plain products: those of the ops, which say what goes in and comes out. The norm before and the gate behind are part of a product."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+
+    def begin(self, step: StepTensors) -> None:
+        """Before the first layer of a step."""
+
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        return self._ops.norm_linear(x, norm_weight, eps, linear)
+
+    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        return self._ops.norm_gated_linear(x, norm_weight, eps, linear)
+
+    def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        return self._ops.add_linear(x, linear, residual)
+
+
+class AdaptedProducts(Products):
+    """Products and, where a sequence has an adapter, its adapter's. The norm before and the gate behind stand alone: adapters come in between.
+
+    Scratch memory is shared by the steps, which run one after another.
+    """
+
+    def __init__(
+        self, ops: Ops, sites: Mapping[Linear, PlacedSite], layout: AdapterLayout, weights: Tensor, ranks: Tensor, row_berths: Tensor, max_tokens: int
+    ) -> None:
+        """sites: of every linear of the model's blocks. weights [berths, elements] and ranks int32 [berths]: kernels/lora.py.
+        row_berths: int32 [rows], -1: no adapter. max_tokens of a step."""
+        super().__init__(ops)
+        self._sites, self._weights, self._ranks, self._row_berths = sites, weights, ranks, row_berths
+        self._max_rank = weights.shape[1] // layout.size
+        num_berths = len(weights)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=weights.device)
+
+        self._token_berths, self._order = empty(max_tokens), empty(max_tokens)
+        sizes = range(1, max_tokens + 1)
+        self._tiles = empty(max(ops.num_tiles(num_tokens, num_berths) for num_tokens in sizes), 3)
+        self._grouped = self._order, self._tiles  # of the step at hand
+        widths = {(site.in_size, len(site.modules)): site for site in layout.sites}
+        largest = max(math.prod(self._hidden_shape(site, num_tokens)) for site in widths.values() for num_tokens in sizes)
+        self._hidden = empty(largest).view(torch.float32)
+
+    def begin(self, step: StepTensors) -> None:
+        num_tokens, num_berths = step.shape.num_tokens, len(self._weights)
+        token_berths = self._token_berths[:num_tokens]
+        self._ops.assign_adapters(step.plan["rows"], step.query_starts, self._row_berths, token_berths)
+        self._grouped = self._order[:num_tokens], self._tiles[: self._ops.num_tiles(num_tokens, num_berths)]
+        self._ops.group_tokens(token_berths, num_berths, *self._grouped)
+
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        normed = self._ops.rms_norm(x, norm_weight, eps)
+        return self._adapt(linear, normed, self._ops.linear(normed, linear))
+
+    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        return self._ops.silu_mul(self.norm_linear(x, norm_weight, eps, linear))
+
+    def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        return self._adapt(linear, x, self._ops.add_linear(x, linear, residual))
+
+    def _adapt(self, linear: Linear, x: Tensor, out: Tensor) -> Tensor:
+        """out, which is written over."""
+        site = self._sites[linear]
+        shape = self._hidden_shape(site, len(x))
+        hidden = self._hidden[: math.prod(shape)].view(shape)
+        self._ops.adapter_shrink(x, self._weights, self._ranks, *self._grouped, site.offset, len(site.modules), hidden)
+        self._ops.adapter_expand(hidden, self._weights, self._ranks, *self._grouped, site.b_offset, site.out_sizes, out)
+        return out
+
+    def _hidden_shape(self, site: PlacedSite, num_tokens: int) -> tuple[int, int, int]:
+        return self._ops.num_splits(num_tokens, site.in_size), num_tokens, len(site.modules) * self._max_rank
