@@ -34,6 +34,10 @@ def serve_openai(
         ),
     ] = None,
     model_name: ModelName = DEFAULT_MODEL,
+    metrics_url: Annotated[
+        str,
+        typer.Option(metavar="URL", help="The server's metrics, such as http://localhost:8002/metrics: the gateway's tell them under vLLM's names, too."),
+    ] = "",
     routing: Annotated[
         str,
         typer.Option(metavar="|".join(ROUTERS), help="Of several servers: the one that has most of the prompt and least to do; the least busy; each in turn."),
@@ -96,6 +100,7 @@ def serve_openai(
             tuple(allow_origin or ()),
             prompts_at_once=_HTTP_PROMPTS_AT_ONCE if over_http else _PROMPTS_AT_ONCE,
             strict=strict,
+            server_metrics=(metrics_url, model_name) if metrics_url else None,
             list_adapters=not hide_adapters,
         )
         if len(urls) > 1 or urls[0].startswith(("dns://", "file://")):

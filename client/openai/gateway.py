@@ -50,6 +50,7 @@ class Offer:
     origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
     prompts_at_once: int = 256  # of one request; its others wait
     strict: bool = False  # unknown keys are refused, not ignored
+    server_metrics: tuple[str, str] | None = None  # URL of Triton Server's metrics, and what it calls the model
     list_adapters: bool = True
 
 
@@ -118,7 +119,7 @@ def _add_status_paths(app: FastAPI, client: Backend, metrics: GatewayMetrics) ->
 
     @app.get("/metrics")
     async def exposition() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+        return Response(await metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _warning(response: Response, unused: list[str]) -> Response:
@@ -241,7 +242,8 @@ class _Gateway:
 
         async def generate(prompt: Prompt | None) -> Answer:
             async with places:
-                return await self._client.generate(prompt, **_options(asked))
+                with self._metrics.adapter(asked.sampling.get("lora_name")):
+                    return await self._client.generate(prompt, **_options(asked))
 
         tasks = [asyncio.ensure_future(generate(prompt)) for prompt in asked.prompts]
         try:
@@ -251,6 +253,12 @@ class _Gateway:
 
     async def _pieces(self, asked: Asked) -> Pieces:
         """(which prompt, piece) of all prompts. Closing it cancels what is not over."""
+        with self._metrics.adapter(asked.sampling.get("lora_name")):
+            async with aclosing(self._streamed(asked)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _streamed(self, asked: Asked) -> Pieces:
         streams = [partial(self._client.stream, prompt, **_options(asked)) for prompt in asked.prompts]
         if len(streams) > 1:
             async with aclosing(_merged(streams, self._offer.prompts_at_once)) as merged:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 
 from paged_client.answers import Usage
+from paged_client.openai.server_metrics import ServerMetrics
 
 __all__ = ["CONTENT_TYPE", "GatewayMetrics", "MeasuredRequest"]
 
@@ -46,6 +47,7 @@ class GatewayMetrics:
         self.connections = Gauge("paged_gateway_connections", "Connections from callers.", registry=registry)
         self.body_bytes = Gauge("paged_gateway_body_bytes", "Of the bodies in flight, beyond what is free.", registry=registry)
         ProcessCollector(registry=registry)
+        self.server: ServerMetrics | None = None  # whose numbers are told beside the gateway's own
 
     @contextmanager
     def request(self, path: str) -> Iterator[MeasuredRequest]:
@@ -67,8 +69,14 @@ class GatewayMetrics:
         self._tokens.labels("cached").inc(usage.num_cached_tokens)
         self._tokens.labels("answer").inc(usage.num_output_tokens)
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """A request that uses an adapter, if any, is under way."""
+        with nullcontext() if self.server is None else self.server.adapter(name):
+            yield
+
+    async def text(self) -> bytes:
+        return generate_latest(self.registry) + (b"" if self.server is None else await self.server.text())
 
 
 class MeasuredRequest:

@@ -18,6 +18,7 @@ from paged_client.cluster.gateway import join
 from paged_client.openai.connections import BACKLOG, ConnectionLimits, Connections, say_failed_accepts
 from paged_client.openai.gateway import ENDPOINTS, Offer, make_app
 from paged_client.openai.metrics import GatewayMetrics
+from paged_client.openai.server_metrics import ServerMetrics
 
 _POLL_SECONDS = 0.25
 
@@ -57,6 +58,8 @@ async def serve(client: AsyncPagedClient | ClusterClient, offer: Offer, limits: 
         TimeoutError: the server is not ready.
     """
     metrics = GatewayMetrics(ENDPOINTS)
+    if offer.server_metrics is not None:
+        metrics.server = ServerMetrics(*offer.server_metrics)
     connections = Connections(limits, metrics)
     app = make_app(client, offer, metrics)
     if isinstance(client, ClusterClient):

@@ -51,7 +51,7 @@ def test_the_image_is_no_older_than_the_security_page_asks_for() -> None:
 
 def test_compose_has_server_and_gateway_that_are_restarted_and_closed_to_networks(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"server", "gateway", "prometheus"}
+    assert set(services) == {"server", "gateway", "prometheus", "grafana"}
     for service in services.values():
         assert service["restart"] == "unless-stopped"
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
@@ -65,6 +65,12 @@ def test_prometheus_asks_services_that_are_there(compose: dict[str, Any]) -> Non
     jobs = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"]
     hosts = [target.split(":")[0] for job in jobs for group in job["static_configs"] for target in group["targets"]]
     assert set(hosts) <= set(compose["services"])
+
+
+def test_compose_mounts_files_that_are_there(compose: dict[str, Any]) -> None:
+    mounted = [volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", ()) if volume.startswith("./")]
+    assert "./helm/paged/files/dashboard.json" in mounted and "./helm/paged/files/alerts.yml" in mounted
+    assert all((DOCKER / path).exists() for path in mounted)
 
 
 def test_every_variable_of_compose_is_told() -> None:
