@@ -67,6 +67,11 @@ def serve_openai(
     allow_origin: Annotated[
         list[str] | None, typer.Option("--allow-origin", metavar="ORIGIN", help="Web pages that may ask, such as https://example.org; repeatable.")
     ] = None,
+    tool_format: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="How the model writes tool calls: hermes, llama3_json …; auto: as its chat template says; none: not read."),
+    ] = "auto",
+    reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Tell what the model thinks apart from its answer.")] = True,
     hide_adapters: Annotated[bool, typer.Option("--hide-adapters", help="Leave adapters out of /v1/models; whoever knows a name may use it.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse keys that are unknown here, instead of ignoring them with a warning.")] = False,
     drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for answers in flight.")] = 30,
@@ -75,12 +80,13 @@ def serve_openai(
     """Speak OpenAI's API for a running server: completions, chat completions, models.
 
     Any client of OpenAI's works with the base URL that is printed. vLLM's sampling keys (top_k, min_p, ignore_eos, guided_json …) are taken too.
-    Tools go to the model's chat template; calls that the model makes are returned as text, not parsed. /health says whether the model is ready.
+    Tool calls and reasoning are read from the model's text, as its family writes them. /health says whether the model is ready.
 
     Needs the packages of the extra `openai`.
     """
     try:
         from paged_client.cluster.cluster_client import ClusterClient
+        from paged_client.openai.answer_forms import FormOptions
         from paged_client.openai.auth import usable_key
         from paged_client.openai.connections import ConnectionLimits, available_descriptors
         from paged_client.openai.gateway import Offer
@@ -92,7 +98,9 @@ def serve_openai(
     over_http = any(one.startswith("http") for one in urls)
     descriptors = available_descriptors()
     upstream = descriptors // 2 if over_http else 0  # over gRPC one connection carries every request
+    forms = FormOptions(tool_format, reasoning)
     try:
+        forms.check()
         offer = Offer(
             tuple(served_name or [model_name]),
             usable_key(api_key),
@@ -102,6 +110,7 @@ def serve_openai(
             strict=strict,
             server_metrics=(metrics_url, model_name) if metrics_url else None,
             list_adapters=not hide_adapters,
+            forms=forms,
         )
         if len(urls) > 1 or urls[0].startswith(("dns://", "file://")):
             client: AsyncPagedClient | ClusterClient = ClusterClient(urls, model=model_name, routing=routing, timeout=timeout, tokenizer=tokenizer)

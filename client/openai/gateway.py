@@ -23,15 +23,18 @@ from paged_client.answers import Answer, Delta, Usage
 from paged_client.async_client import AsyncStream
 from paged_client.cluster.resuming import ClusterStream
 from paged_client.errors import PagedError
+from paged_client.openai.answer_forms import FormOptions, chat_form, held
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
 from paged_client.openai.limits import Bodies, BodyLimits
 from paged_client.openai.metrics import CONTENT_TYPE, GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of
 from paged_client.openai.model_card import Backend, Description, ModelCard
+from paged_client.openai.parsed_chat import ParsedChatReply
 from paged_client.openai.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, TokenizeBody
-from paged_client.openai.responses import ChatReply, CompletionReply, usage_of
+from paged_client.openai.responses import ChatReply, CompletionReply
 from paged_client.openai.tokens import detokenize, tokenize
+from paged_client.openai.tools import tool_wishes
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
 from paged_client.openai.unknown_keys import WARNING_HEADER, unused_keys, warning_of
 from paged_client.question import Prompt
@@ -52,6 +55,7 @@ class Offer:
     strict: bool = False  # unknown keys are refused, not ignored
     server_metrics: tuple[str, str] | None = None  # URL of Triton Server's metrics, and what it calls the model
     list_adapters: bool = True
+    forms: FormOptions = field(default_factory=FormOptions)
 
 
 ENDPOINTS = (
@@ -93,7 +97,7 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         unused = unused_keys(body, offer.strict)
         asked = with_adapter(asked_of_chat(body), gateway.adapter_of(body.model))
-        reply = ChatReply(body.model, asked, body.request_id)
+        asked, reply = await chat_of(card, offer.forms, body, asked)
         return _warning(await gateway.answer(request, body, asked, reply), unused)
 
     _say_errors_in_openais_words(app)
@@ -101,6 +105,23 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     if offer.origins:
         app.add_middleware(CORSMiddleware, allow_origins=offer.origins, allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+async def chat_of(card: ModelCard, options: FormOptions, body: ChatBody, asked: Asked) -> tuple[Asked, ChatReply]:
+    """What the server is asked, and how its answer is read.
+
+    Raises:
+        RefusalError: what is said of tools cannot be followed.
+    """
+    wishes = tool_wishes(body)
+    try:
+        form = await chat_form(card, options, body, wishes)
+    except PagedError as error:
+        raise refusal_of(error, asked.params) from None
+    asked = held(asked, wishes, form)
+    if form.answer.is_plain:
+        return asked, ChatReply(body.model, asked, body.request_id)
+    return asked, ParsedChatReply(body.model, asked, form, body.request_id)
 
 
 def _add_status_paths(app: FastAPI, client: Backend, metrics: GatewayMetrics) -> None:
@@ -280,7 +301,7 @@ class _Gateway:
                 usages[number] = delta.usage
                 for chunk in reply.chunks(number, delta):
                     if options.include_usage:
-                        chunk["usage"] = usage_of(usages.values()) if options.continuous_usage_stats else None
+                        chunk["usage"] = reply.usage(usages.values()) if options.continuous_usage_stats else None
                     yield _event(chunk)
                 piece = await _next(pieces)
             if options.include_usage:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +13,9 @@ from paged_client.async_client import AsyncStream
 from paged_client.cluster.resuming import ClusterStream
 from paged_client.errors import InvalidRequestError, PagedError
 
+_ANYTHING = [{"role": "user", "content": "Hello"}]
+_END_TOKENS = 32
+_MOST_PROMPT_ENDS = 100
 _FRESH_SECONDS = 10.0  # a model may be loaded anew, and adapters come and go
 
 
@@ -43,12 +48,38 @@ class ModelCard:
         self.client = client
         self._description = Description()
         self._asked_at = float("-inf")
+        self._prompt_ends: dict[str, str] = {}
+        self._tokens: dict[str, int | None] = {}
+
+    async def prompt_end(self, kwargs: Mapping[str, Any] | None) -> str:
+        """How the template ends a prompt: it may have begun the answer's reasoning, or ended it. Asked once for each kwargs.
+
+        It does not depend on what was said before, in any template known.
+        """
+        key = json.dumps(kwargs or {}, sort_keys=True)
+        if key not in self._prompt_ends:
+            if len(self._prompt_ends) >= _MOST_PROMPT_ENDS:
+                self._prompt_ends.clear()
+            tokens = await self.client.tokenize(messages=_ANYTHING, sampling={"chat_template_kwargs": kwargs or None})
+            self._prompt_ends[key] = await self.client.detokenize(tokens[-_END_TOKENS:])
+        return self._prompt_ends[key]
+
+    async def token_of(self, word: str) -> int | None:
+        """The id of a word that is one token; None: it is several."""
+        if word not in self._tokens:
+            tokens = await self.client.tokenize(word, sampling={"add_special_tokens": False})
+            self._tokens[word] = tokens[0] if len(tokens) == 1 else None
+        return self._tokens[word]
 
     async def description(self) -> Description:
         """At most some seconds old, as long as the model can be asked."""
         if time.monotonic() - self._asked_at > _FRESH_SECONDS:
             try:
-                self._description = _description_of(await self.client.describe())
+                description = _description_of(await self.client.describe())
+                if description != self._description:  # another model under the old name
+                    self._prompt_ends.clear()
+                    self._tokens.clear()
+                self._description = description
             except InvalidRequestError:
                 self._description = Description()
             except PagedError:  # it is away for a while, and is as it was until it says otherwise

@@ -148,7 +148,9 @@ class ChatBody(Body):
     top_logprobs: int | None = None
     tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: Any = None  # calls are not parsed
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # for the template
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None  # vLLM's; False: it is left out
     prediction: Any = None  # a hint for speed
     modalities: Annotated[list[Literal["text"]], _FIRST] | None = None
     continue_final_message: bool = False  # vLLM's
@@ -158,7 +160,6 @@ class ChatBody(Body):
     audio: Any = None
     functions: Any = None
     function_call: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     chat_template: Any = None  # vLLM's

@@ -36,7 +36,7 @@ class _Reply:
             for prompt, answer in enumerate(answers)
             for number, sequence in enumerate(answer.sequences)
         ]
-        return {**self._head, "object": self.whole_kind, "choices": choices, "usage": usage_of(answer.usage for answer in answers)}
+        return {**self._head, "object": self.whole_kind, "choices": choices, "usage": self.usage(answer.usage for answer in answers)}
 
     def chunks(self, prompt: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """What a stream says of a piece of an answer to the prompt of that number; nothing, if it has neither text nor log-probabilities nor an end."""
@@ -49,7 +49,11 @@ class _Reply:
             yield self._chunk([self._piece(index, delta)])
 
     def usage_chunk(self, usages: Iterable[Usage]) -> dict[str, Any]:
-        return {**self._chunk([]), "usage": usage_of(usages)}
+        return {**self._chunk([]), "usage": self.usage(usages)}
+
+    def usage(self, usages: Iterable[Usage]) -> dict[str, Any]:
+        """usages: of each prompt so far."""
+        return usage_of(usages)
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": choices}

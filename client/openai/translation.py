@@ -12,7 +12,7 @@ from paged_client.openai.protocol import MAX_PROMPTS, Body, ChatBody, Completion
 from paged_client.question import Prompt
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default, and vLLM's
-_REFUSED = ("audio", "functions", "function_call", "reasoning_effort", "verbosity", "web_search_options", "chat_template", "documents")
+_REFUSED = ("audio", "functions", "function_call", "verbosity", "web_search_options", "chat_template", "documents")
 _INSTEAD = {"functions": "; use tools", "function_call": "; use tool_choice"}
 _SYSTEM_ROLES = ("system", "developer")  # the same, by the older name that templates know
 _PARAMS_OF_PROMPT = {"text_input": "prompt", "input_ids": "prompt"}
@@ -74,17 +74,26 @@ def asked_of_chat(body: ChatBody) -> Asked:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params_of(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
     defaults = True if body.generation_defaults is None else body.generation_defaults  # as `vllm serve` has it
-    own = {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": body.chat_template_kwargs, "generation_defaults": defaults}
+    own = {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": template_kwargs(body), "generation_defaults": defaults}
     return Asked(
         prompts=(None,),
         sampling=checked(_sampling(body) | own),
         num_choices=body.n or 1,
         messages=checked([message_of(position, message) for position, message in enumerate(body.messages)]),
-        tools=checked(_tools(body)),
+        tools=None if body.tool_choice == "none" else checked(template_tools(body.tools)),
         continue_final_message=body.continue_final_message,
         cache_salt=checked(body.cache_salt or ""),
         params=params,
     )
+
+
+def template_kwargs(body: ChatBody) -> dict[str, Any] | None:
+    """With the effort as templates know it: gpt-oss's and others' have the word, Qwen's and DeepSeek's a switch."""
+    if body.reasoning_effort is None:
+        return body.chat_template_kwargs
+    thinks = body.reasoning_effort != "none"
+    effort = {"reasoning_effort": body.reasoning_effort} if thinks else {}
+    return {**effort, "enable_thinking": thinks, "thinking": thinks, **(body.chat_template_kwargs or {})}
 
 
 def with_adapter(asked: Asked, adapter: str) -> Asked:
@@ -164,16 +173,6 @@ def _echoed(body: CompletionBody, prompts: tuple[Prompt, ...]) -> tuple[str, ...
 def template_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
     """For the template; None: there are none."""
     return tools or None
-
-
-def _tools(body: ChatBody) -> list[dict[str, Any]] | None:
-    """For the template. Whether the model calls them, and how, is text to us."""
-    match body.tool_choice:
-        case "none":
-            return None
-        case None | "auto":
-            return template_tools(body.tools)
-    raise RefusalError("tool_choice: expected none or auto: the model cannot be made to call a tool", param="tool_choice", code="unsupported_parameter")
 
 
 def message_of(position: int, message: Mapping[str, Any]) -> dict[str, Any]:

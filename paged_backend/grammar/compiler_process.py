@@ -19,6 +19,7 @@ from paged_backend.errors import ErrorKind
 from paged_backend.grammar.json_schema import unenforced
 from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.schema_patterns import Marks, marked
+from paged_backend.grammar.structural_tags import compile_tag
 from paged_backend.grammar.vocabulary import GrammarError, Vocabulary
 
 MAX_BYTES = 2**30  # that a compilation may take, beyond what the vocabulary has
@@ -53,6 +54,9 @@ def compile_here(grammar: Grammar, vocabulary: Vocabulary) -> Verdict:
     try:
         if grammar.kind == "json":
             compiled = _compile_schema(grammar, compiler, vocabulary)
+            controls = "lines"
+        elif grammar.kind == "structural_tag":
+            compiled = compile_tag(grammar.text, compiler, vocabulary)
             controls = "lines"
         elif grammar.kind == "regex":
             compiled = compiler.compile_regex(grammar.text)

@@ -14,7 +14,7 @@ from paged_backend.grammar.regex_syntax import misread
 MAX_GRAMMAR_CHARS = 131_072
 MAX_CHOICES = 4096
 _OLD_NAME = "guided_decoding"
-_ONLY_VLLM = ("whitespace_pattern", "structural_tag", "disable_additional_properties")  # a form that differs where they are set
+_ONLY_VLLM = ("whitespace_pattern", "disable_additional_properties")  # a form that differs where they are set
 _VLLM_INTERNAL = ("_backend", "_backend_was_auto", "_backend_options", "backend", "backend_was_auto")  # which library is to do it: here there is one
 
 GrammarString = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
@@ -22,26 +22,27 @@ Choices = Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_len
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """vLLM's `structured_outputs`: at most one of the first five. Whatever else vLLM has there must be null or false (`_drop_unset`)."""
+    """vLLM's `structured_outputs`: at most one of the first six. Whatever else vLLM has there must be null or false (`_drop_unset`)."""
 
     json: GrammarString | None = None  # a JSON schema, as text
     regex: GrammarString | None = None
     choice: Choices | None = None
     grammar: GrammarString | None = None
+    structural_tag: GrammarString | None = None  # text with parts of a given form in it: structural_tags.py
     json_object: bool = False  # any JSON object
     disable_any_whitespace: bool = False  # JSON on one line
     disable_fallback: bool = False  # there is only one library, so this is always so
 
     @property
     def asks(self) -> bool:
-        return self.json_object or any(form is not None for form in (self.json, self.regex, self.choice, self.grammar))
+        return self.json_object or any(form is not None for form in (self.json, self.regex, self.choice, self.grammar, self.structural_tag))
 
 
 class Grammar(msgspec.Struct, frozen=True):
     """What an answer must match. `key` is how the caller named it; grammars that differ in nothing else are one."""
 
     key: str
-    kind: str  # "json" (a schema), "regex", or "grammar" (GBNF, or Lark)
+    kind: str  # "json" (a schema), "regex", "structural_tag", or "grammar" (GBNF, or Lark)
     text: str
     compact: bool = False  # no white space between the parts of JSON but one space
 
@@ -68,6 +69,8 @@ def fold(given: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError(f"{name}: not valid JSON: {error}") from None
     if isinstance(outputs, dict):
         outputs = _fold_one(_drop_unset(name, outputs), "json", "choice")
+        if isinstance(outputs.get("structural_tag"), dict):
+            outputs["structural_tag"] = msgspec.json.encode(outputs["structural_tag"]).decode()
     if outputs is not None:
         folded["structured_outputs"] = outputs
     return _fold_one(folded, "guided_json", "guided_choice")
@@ -98,6 +101,8 @@ def grammars_of(
     if outputs is not None:
         compact = outputs.disable_any_whitespace
         found += _named("structured_outputs.", outputs.json, outputs.regex, outputs.choice, outputs.grammar, compact)
+        if outputs.structural_tag is not None:
+            found.append(Grammar("structured_outputs.structural_tag", "structural_tag", outputs.structural_tag, compact))
         if outputs.json_object:
             found.append(Grammar("structured_outputs.json_object", "json", '{"type":"object"}', compact))
     return found

@@ -203,6 +203,33 @@ def test_a_chat_goes_through_the_models_template(server: Server, client: Any) ->
     assert [piece.choices[0].finish_reason for piece in pieces if piece.choices[0].finish_reason] == [expected.finish_reason]
 
 
+def test_a_tool_that_must_be_called_is_called_with_arguments_that_validate(client: Any) -> None:
+    """Streamed and whole, by a model that has never seen a tool."""
+    schema = {
+        "type": "object",
+        "properties": {"room": {"enum": ["hall", "attic"]}, "lit": {"type": "boolean"}},
+        "required": ["room", "lit"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "find_lamp", "parameters": schema}}, {"type": "function", "function": {"name": "wait"}}]
+    asked = {"model": "paged_llm", "messages": HI, "max_tokens": 200, "seed": 4, "tools": tools, "parallel_tool_calls": False}
+    named = {"type": "function", "function": {"name": "find_lamp"}}
+    for choice in ("required", named):
+        answer = client.chat.completions.create(**asked, tool_choice=choice).choices[0]
+        assert answer.finish_reason == "tool_calls" and answer.message.content is None
+        (made,) = answer.message.tool_calls
+        assert made.function.name in ("find_lamp", "wait") if choice == "required" else made.function.name == "find_lamp"
+        if made.function.name == "find_lamp":
+            jsonschema.validate(json.loads(made.function.arguments), schema)
+        with client.chat.completions.stream(**asked, tool_choice=choice) as stream:
+            final = stream.get_final_completion().choices[0]
+        assert final.message.tool_calls[0].function.arguments == made.function.arguments
+        assert final.finish_reason == "tool_calls"
+    wrong = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
+    with pytest.raises(openai.BadRequestError, match="tools: 'not' is not supported"):
+        client.chat.completions.create(**{**asked, "tools": [wrong]}, tool_choice="required")
+
+
 def test_tools_reach_the_template_and_calls_come_back_as_text(server: Server, client: Any) -> None:
     tools = [{"type": "function", "function": {"name": "find_lamp", "parameters": {}}}]
     expected = direct(server, "tool: find_lamp\nuser: Where is the lamp?\nassistant:", temperature=0, max_tokens=8)
@@ -496,4 +523,4 @@ def test_help_explains_every_option() -> None:
     options = re.findall(r"^  (?:-\w, )?(--[\w-]+)(.*)$", text, re.MULTILINE)
     assert len(options) >= 12
     assert all(len(explained.split()) >= 4 for _, explained in options)
-    assert "returned as text, not parsed" in " ".join(text.split())
+    assert "Tool calls and reasoning are read" in " ".join(text.split())

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from starlette.datastructures import Headers
 
 from paged_client import AsyncPagedClient, InvalidRequestError, PagedError, ServerError, UnavailableError, UnreachableError
+from paged_client.openai.answer_forms import FormOptions
 from paged_client.openai.auth import usable_key
 from paged_client.openai.connections import ConnectionLimits, Connections, say_failed_accepts
 from paged_client.openai.errors import RefusalError
@@ -120,11 +121,12 @@ def call(
     method: str = "",
     metrics: GatewayMetrics | None = None,
     strict: bool = False,
+    forms: FormOptions | None = None,
 ) -> Reply:
     """One request. leave: asked over and over; True closes the connection."""
     client = AsyncPagedClient("nowhere:1", retries=0)
     client._transport = transport
-    app = make_app(client, Offer(("m", "alias"), key, bodies or BodyLimits(), origins, strict=strict), metrics)
+    app = make_app(client, Offer(("m", "alias"), key, bodies or BodyLimits(), origins, strict=strict, forms=forms or FormOptions()), metrics)
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
     scope = {

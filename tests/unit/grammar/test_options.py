@@ -64,7 +64,7 @@ def test_each_key_names_one_grammar(options: dict[str, Any], expected: Grammar |
         ({"guided_json": "x" * 200_000}, "guided_json: "),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs: .*regexp"),
         ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs: 'whitespace_pattern' is not supported"),
-        ({"guided_decoding": {"structural_tag": "{}"}}, "guided_decoding: 'structural_tag' is not supported"),
+        ({"guided_decoding": {"structural_tag": "{}", "regex": "a"}}, "structured_outputs.regex and structured_outputs.structural_tag: "),
         ({"guided_decoding": {"regex": "a"}, "structured_outputs": {"regex": "a"}}, "guided_decoding and structured_outputs: "),
         ({"guided_decoding": "{"}, "guided_decoding: not valid JSON"),
         ({"structured_outputs": "{"}, "structured_outputs: not valid JSON"),

@@ -1,0 +1,143 @@
+"""Which form a chat's answer has: from the model's chat template, what the caller asked for, and the gateway's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from paged_client.errors import InvalidRequestError
+from paged_client.openai.errors import RefusalError
+from paged_client.openai.formats.families import (
+    TOOL_FORMATS,
+    ReasoningFormat,
+    ToolFormat,
+    reasoning_format_of,
+    tool_format_of,
+    types_of,
+)
+from paged_client.openai.formats.parser import AnswerForm
+from paged_client.openai.model_card import Description, ModelCard
+from paged_client.openai.protocol import ChatBody
+from paged_client.openai.tools import ToolWishes, format_for, structural_tag
+from paged_client.openai.translation import Asked, template_kwargs
+
+_TOOLS_TEMPLATE = "tool_use"
+
+
+@dataclass(frozen=True)
+class FormOptions:
+    """Of the gateway."""
+
+    tools: str = "auto"  # a name of TOOL_FORMATS, "template", "none"; auto: what the chat template says
+    reasoning: bool = True  # told apart from content
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: there is no such format.
+        """
+        known = ("auto", "none", "template", *TOOL_FORMATS)
+        if self.tools not in known:
+            raise ValueError(f"--tool-format {self.tools}: expected one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """How a chat's answer is read."""
+
+    answer: AnswerForm
+    parallel: bool = True
+    tells_reasoning: bool = True
+    closer_id: int | None = None  # the token that ends reasoning, if it is one
+
+
+async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishes: ToolWishes | None) -> ChatForm:
+    """
+    Raises:
+        PagedError: the model cannot be asked.
+    """
+    description = await card.description()
+    templates = description.chat_templates
+    template = templates.get(_TOOLS_TEMPLATE, "") if wishes is not None else ""
+    template = template or templates.get("default", "")
+    tools = None if wishes is None else format_for(wishes, _tool_format(options, template))
+    reasoning = reasoning_format_of(template) if options.reasoning else None
+    end = await _prompt_end(card, body) if reasoning is not None or description.response_template is not None else ""
+    form = AnswerForm(
+        tools=tools,
+        reasoning=reasoning,
+        begins_reasoning=reasoning is not None and end.rstrip().endswith(reasoning.opener.rstrip()),
+        types=types_of(wishes.tools) if wishes is not None else {},
+        dropped=_dropped(tools, reasoning, description, body),
+        template=description.response_template if _follows_template(options, wishes) else None,
+        prompt_end=end,
+    )
+    closer = None if reasoning is None else await card.token_of(reasoning.closer)
+    return ChatForm(form, wishes is None or wishes.parallel, body.include_reasoning is not False, closer)
+
+
+def held(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Asked:
+    """With what the server must know: the calls' form, and whether markers are to be seen.
+
+    Raises:
+        RefusalError: the answer has another form already.
+    """
+    sampling = dict(asked.sampling)
+    params = dict(asked.params)
+    if form.answer.dropped or form.answer.template is not None or _is_harmony(form.answer.tools):
+        sampling["skip_special_tokens"] = False
+    if wishes is not None and wishes.holds:
+        taken = [name for name in sampling if name.startswith(("guided_", "structured_")) and sampling[name] is not None]
+        if taken:
+            name = params.get(taken[0], taken[0])
+            raise RefusalError(f"{name}: not together with tools that must be called: an answer has one form", param=name)
+        assert form.answer.tools is not None
+        tag = structural_tag(wishes, form.answer.tools, form.answer.begins_reasoning)
+        sampling["structured_outputs"] = {"structural_tag": tag}
+        params["structured_outputs"] = "tools"
+    return replace(asked, sampling=sampling, params=params)
+
+
+def _tool_format(options: FormOptions, template: str) -> ToolFormat | None:
+    return tool_format_of(template) if options.tools in ("auto", "template") else TOOL_FORMATS.get(options.tools)
+
+
+def _follows_template(options: FormOptions, wishes: ToolWishes | None) -> bool:
+    """What is enforced has the format's own form; else the checkpoint's template knows best."""
+    return options.tools in ("auto", "template") and (wishes is None or not wishes.holds)
+
+
+def _is_harmony(tools: ToolFormat | None) -> bool:
+    return tools is not None and tools.name == "harmony"
+
+
+async def _prompt_end(card: ModelCard, body: ChatBody) -> str:
+    if body.continue_final_message:
+        return ""
+    try:
+        return await card.prompt_end(template_kwargs(body))
+    except InvalidRequestError:  # whatever is wrong, the request itself is refused for it
+        return ""
+
+
+def _dropped(tools: ToolFormat | None, reasoning: ReasoningFormat | None, description: Description, body: ChatBody) -> tuple[str, ...]:
+    """Special words that come with the markers once special tokens are not skipped; none: no marker is special."""
+    markers: set[str] = set() if tools is None else {*tools.openers, *tools.ignored}
+    if reasoning is not None:
+        markers |= {reasoning.opener.strip(), reasoning.closer}
+    if not any(word in marker for marker in markers for word in description.special_words):
+        return ()
+    if body.skip_special_tokens is False:
+        return ()
+    return tuple(word for word in description.special_words if word not in markers)
+
+
+def reasoning_tokens(form: ChatForm, token_ids: tuple[int, ...], begun: bool) -> int | None:
+    """How many of an answer's tokens are reasoning, its closing one included; None: it cannot be told.
+
+    begun: something was reasoning.
+    """
+    if form.closer_id is None:
+        return None if begun else 0
+    if form.closer_id in token_ids:
+        return token_ids.index(form.closer_id) + 1
+    return len(token_ids) if begun else 0
