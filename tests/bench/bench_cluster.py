@@ -75,6 +75,23 @@ async def measure(client: ClusterClient, trace: Sequence[Asked], dice: random.Ra
     return await asyncio.gather(*(ask(client, asked, prompt) for asked, prompt in zip(trace, prompts, strict=True)))
 
 
+async def step_cost(client: ClusterClient, num_servers: int, dice: random.Random) -> dict[str, float]:
+    """What a step takes while every server is busy, for tools/cluster_sim: medians of first tokens of short and long prompts, and of the tokens after."""
+
+    async def median(num_tokens: int, output_tokens: int) -> Measured:
+        measured = []
+        for _ in range(5):
+            trace = [Asked(0.0, 0, 0, num_tokens, output_tokens) for _ in range(num_servers)]
+            prompts = [[dice.randrange(10, 4000) for _ in range(num_tokens)] for _ in trace]
+            measured += await asyncio.gather(*(ask(client, asked, prompt) for asked, prompt in zip(trace, prompts, strict=True)))
+        return sorted(measured, key=lambda one: one.first_seconds)[len(measured) // 2]
+
+    short, long = await median(16, 33), await median(512, 1)
+    prompt_token = (long.first_seconds - short.first_seconds) / (512 - 16)
+    decoding = (short.total_seconds - short.first_seconds) / 32
+    return {"step_ms": 1000 * decoding, "prompt_token_us": 1e6 * prompt_token, "decoding_us": 0.0}
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
@@ -104,6 +121,8 @@ async def rounds(urls: Sequence[str], options: argparse.Namespace) -> None:
         for routing in options.routings:
             clients[routing] = await stack.enter_async_context(ClusterClient(list(urls), model="paged_llm", routing=routing))
             await clients[routing].tokenizer_loaded()  # takes a processor from the servers
+        cost = await step_cost(clients[options.routings[-1]], len(urls), dice)
+        print(json.dumps({name: round(value, 3) for name, value in cost.items()}), flush=True)
         for number in range(options.rounds):
             trace = make_trace(options, dice)
             traces.append(trace)

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-EXTRAS = ("structured", "openai", "bench")
+EXTRAS = ("structured", "openai", "cluster", "bench")
 
 
 @pytest.fixture(scope="module")

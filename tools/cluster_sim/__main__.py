@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--servers", type=int, nargs="+", default=[3])
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--cost", choices=list(COSTS), default="llama-3.1-8b-h100")
+    parser.add_argument("--step-cost", type=float, nargs=3, metavar=("STEP_MS", "PROMPT_TOKEN_US", "DECODING_US"), help="instead of --cost")
     parser.add_argument("--trace", choices=("heads", "conversations"), default="heads")
     parser.add_argument("--recorded", type=Path)
     parser.add_argument("--requests", type=int, default=40, help="a server")
@@ -109,16 +110,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit-mix", action="store_true")
     options = parser.parse_args()
-    options.heads = int(options.heads)
+    options.heads = max(1, int(options.heads))
     if options.fit_mix:
         print(json.dumps({"prompt_token_us": round(1e6 * fit_mix(COSTS[options.cost]), 2)}))
         return
+    cost = COSTS[options.cost]
+    if options.step_cost is not None:
+        cost = StepCost(1e-3 * options.step_cost[0], 1e-6 * options.step_cost[1], 1e-6 * options.step_cost[2])
     for num_servers in options.servers:
         rounds = traces_of(options, num_servers)
         for routing in options.routings:
             started = time.monotonic()
             limits = limits_of(options)
-            outcomes = [simulate(trace, num_servers, router_of(routing, num_servers, options.seed), COSTS[options.cost], limits) for trace in rounds]
+            outcomes = [simulate(trace, num_servers, router_of(routing, num_servers, options.seed), cost, limits) for trace in rounds]
             said = {"servers": num_servers, "routing": routing, "requests": sum(map(len, rounds)), **joined(outcomes).line()}
             print(json.dumps(said | {"simulated_in_seconds": round(time.monotonic() - started, 1)}), flush=True)
 
