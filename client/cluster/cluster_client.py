@@ -116,7 +116,7 @@ class ClusterClient:
                 await asyncio.sleep(0.2)
         self._way.tokenizer = await asyncio.to_thread(GatewayTokenizer.load, name) or self._way.tokenizer
 
-    async def is_ready(self) -> bool:
+    async def takes_requests(self) -> bool:
         """Whether a request could be answered."""
         return bool(self.servers.ready())
 

@@ -61,7 +61,7 @@ class Fake:
         transport = type("Transport", (), {"ask": lambda _, question: Call(self, question)})()
         return AsyncStream(transport, question, Limits(timeout, None, 0))
 
-    async def is_ready(self) -> bool:
+    async def takes_requests(self) -> bool:
         return self.alive
 
     async def describe(self) -> dict[str, Any]:
@@ -440,6 +440,16 @@ def test_what_any_server_can_tell_the_first_that_can_is_asked() -> None:
                 await client.describe()
 
     asyncio.run(ask())
+
+
+def test_the_gateway_finds_everything_it_asks_of_one_server() -> None:
+    pytest.importorskip("fastapi")
+    from paged_client.openai.model_card import Backend
+
+    asked = {name for name in vars(Backend) if not name.startswith("_")}
+    assert len(asked) > 4
+    for kind in (AsyncPagedClient, ClusterClient):
+        assert asked <= set(dir(kind)), asked - set(dir(kind))
 
 
 def test_a_question_can_go_on_with_an_answer() -> None:

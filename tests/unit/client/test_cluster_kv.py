@@ -34,7 +34,7 @@ class Listed:
         self.alive = True
         self.said: dict[str, Any] = {"kv_events": wire.addresses[0], "page_size": SIZE, "num_pages": 64, "max_batched_tokens": 32}
 
-    async def is_ready(self) -> bool:
+    async def takes_requests(self) -> bool:
         return self.alive
 
     async def describe(self) -> dict[str, Any]:
