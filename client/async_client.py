@@ -15,9 +15,9 @@ from paged_client.client import DEFAULT_MODEL, DEFAULT_URL, parse_url
 from paged_client.errors import InvalidRequestError, PagedError
 from paged_client.grpc_transport import AsyncGrpcTransport, Outputs
 from paged_client.http_transport import AsyncHttpTransport
-from paged_client.patience import Limits, Patience
 from paged_client.progress import Progress
 from paged_client.question import HEALTH_QUESTION, Messages, Prompt, Question, question_of, task_question
+from paged_client.retry_policy import Limits, RetryPolicy
 
 _HEALTH_SECONDS = 5.0  # a model that needs longer to say that it takes requests takes none
 
@@ -184,7 +184,7 @@ class AsyncStream:
         self._call: _Call | None = None
         self._transport = transport
         self._question = question
-        self._patience = Patience(limits)
+        self._retry_policy = RetryPolicy(limits)
         self._progress = Progress()
         self._arrived: deque[Delta] = deque()
 
@@ -212,16 +212,16 @@ class AsyncStream:
         try:
             if self._call is None:
                 self._call = self._transport.ask(self._question)
-            outputs, final = await self._call.next(self._patience.seconds())
+            outputs, final = await self._call.next(self._retry_policy.seconds())
         except PagedError as error:
-            pause = self._patience.pause(error, begun=self._progress.begun)
+            pause = self._retry_policy.pause(error, begun=self._progress.begun)
             if pause is None:
                 raise
             self._leave()
             await asyncio.sleep(pause)
             return
         except TimeoutError:
-            raise self._patience.over() from None
+            raise self._retry_policy.over() from None
         self._arrived.extend(self._progress.take(outputs, final))
         if final:
             self._leave()

@@ -12,9 +12,9 @@ from paged_client.answers import Answer, Delta
 from paged_client.errors import PagedError
 from paged_client.grpc_transport import GrpcTransport, Outputs
 from paged_client.http_transport import HttpTransport
-from paged_client.patience import Limits, Patience
 from paged_client.progress import Progress
 from paged_client.question import Messages, Prompt, Question, question_of
+from paged_client.retry_policy import Limits, RetryPolicy
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL = "paged_llm"
@@ -148,7 +148,7 @@ class Stream:
         self._call: _Call | None = None
         self._transport = transport
         self._question = question
-        self._patience = Patience(limits)
+        self._retry_policy = RetryPolicy(limits)
         self._progress = Progress()
         self._arrived: deque[Delta] = deque()
 
@@ -176,16 +176,16 @@ class Stream:
         try:
             if self._call is None:
                 self._call = self._transport.ask(self._question)
-            outputs, final = self._call.next(self._patience.seconds())
+            outputs, final = self._call.next(self._retry_policy.seconds())
         except PagedError as error:
-            pause = self._patience.pause(error, begun=self._progress.begun)
+            pause = self._retry_policy.pause(error, begun=self._progress.begun)
             if pause is None:
                 raise
             self._leave()
             time.sleep(pause)
             return
         except TimeoutError:
-            raise self._patience.over() from None
+            raise self._retry_policy.over() from None
         self._arrived.extend(self._progress.take(outputs, final))
         if final:
             self._leave()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from paged_client.errors import PagedError, UnreachableError, error_of
-from paged_client.patience import within
 from paged_client.question import Question
+from paged_client.retry_policy import within
 
 if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient, InferResult

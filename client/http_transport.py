@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from paged_client.errors import PagedError, ServerError, UnreachableError, error_of
-from paged_client.patience import within
 from paged_client.question import Question
+from paged_client.retry_policy import within
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession

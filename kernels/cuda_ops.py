@@ -92,11 +92,11 @@ class CudaOps(Ops):
 
     # ---- adapters
 
-    def assign_adapters(self, rows: Tensor, query_starts: Tensor, row_berths: Tensor, token_berths: Tensor) -> None:
-        lora.assign_adapters(rows, query_starts, row_berths, token_berths, launch_pdl=self._pdl)
+    def assign_adapters(self, rows: Tensor, query_starts: Tensor, row_adapters: Tensor, token_adapters: Tensor) -> None:
+        lora.assign_adapters(rows, query_starts, row_adapters, token_adapters, launch_pdl=self._pdl)
 
-    def group_tokens(self, token_berths: Tensor, num_berths: int, order: Tensor, tiles: Tensor) -> None:
-        lora.group_tokens(token_berths, num_berths, order, tiles, launch_pdl=self._pdl)
+    def group_tokens(self, token_adapters: Tensor, num_adapters: int, order: Tensor, tiles: Tensor) -> None:
+        lora.group_tokens(token_adapters, num_adapters, order, tiles, launch_pdl=self._pdl)
 
     def adapter_shrink(self, x: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, num_parts: int, hidden: Tensor) -> None:
         lora.adapter_shrink(x, weights, ranks, order, tiles, offset, num_parts, hidden, launch_pdl=self._pdl)

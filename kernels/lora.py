@@ -1,13 +1,14 @@
 """Low-rank adapters of many sequences in one step: out[t] += B[a] . (A[a] . x[t]), with the adapter a of token t's sequence.
 
-Adapters lie in *berths*: `weights` [berths, elements] is the memory of all, `ranks` [berths] how long each one's vectors are. An adapter of rank r takes the
-first r * (elements of rank 1) of its berth, so adapters of any rank are moved by one copy and nothing is padded. Of a packed product with a weight [N, K], made
-of parts (q, k and v; gate and up) whose rows add up to N, r * offset elements from the berth's beginning lie A [parts r, K], and behind it B [N, r]:
+Adapters lie in *adapter slots* of one size: `weights` [adapters, elements] is the memory of all, `ranks` [adapters] how long each one's vectors are. An
+adapter of rank r takes the first r * (elements of rank 1) of its slot, so adapters of any rank are moved by one copy and nothing is padded. Of a packed
+product with a weight [N, K], made of parts (q, k and v; gate and up) whose rows add up to N, r * offset elements from the adapter's beginning lie
+A [parts r, K], and behind it B [N, r]:
 
-    berth | ... | A of part 0, of part 1 ... | B of part 0, of part 1 ... | A of the next product ...
+    adapter | ... | A of part 0, of part 1 ... | B of part 0, of part 1 ... | A of the next product ...
                 ^ r * offset
 
-Tokens are grouped by berth once a step (`group_tokens`), in tiles of one berth each; tokens without an adapter are in no tile, and cost nothing. Then every
+Tokens are grouped by adapter once a step (`group_tokens`), in tiles of one adapter each; tokens without an adapter are in no tile, and cost nothing. Then every
 product takes two launches: `adapter_shrink` multiplies tiles with A (long sums, so they may be split; the parts are added in order, so that results do not
 depend on chance), `adapter_expand` multiplies the result with B and adds it to the product. Sums are float32.
 Sources: Hu et al., 2021 (LoRA); Chen et al., 2023 (Punica: SGMV); Sheng et al., 2023 (S-LoRA).
@@ -28,36 +29,36 @@ _GROUP_BLOCK = 256  # tokens that group_tokens looks at together
 
 
 @kernel(unaligned=["rows", "query_starts"])
-def _assign_kernel(rows, query_starts, row_berths, token_berths, berths_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+def _assign_kernel(rows, query_starts, row_adapters, token_adapters, adapters_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     pdl_begin(LAUNCH_PDL)
     sequence = tl.program_id(0)
     row = tl.load(rows + sequence).to(tl.int64)
     begin = tl.load(query_starts + sequence)
     end = tl.load(query_starts + sequence + 1)
-    berth = tl.load(row_berths + row * berths_stride, mask=row >= 0, other=-1)
+    adapter = tl.load(row_adapters + row * adapters_stride, mask=row >= 0, other=-1)
     for at in range(begin, end, BLOCK):
         index = at + tl.arange(0, BLOCK)
-        tl.store(token_berths + index, tl.zeros([BLOCK], tl.int32) + berth, mask=index < end)
+        tl.store(token_adapters + index, tl.zeros([BLOCK], tl.int32) + adapter, mask=index < end)
 
 
 @kernel(ints=["num_tokens", "max_tiles"])
 def _group_kernel(
-    token_berths, order, tiles, num_tokens, max_tiles, NUM_BERTHS: tl.constexpr, BERTHS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    token_adapters, order, tiles, num_tokens, max_tiles, NUM_ADAPTERS: tl.constexpr, ADAPTERS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a berth: it counts everybody's tokens and writes its own. The last one marks the tiles that are left."""
+    """One program an adapter: it counts everybody's tokens and writes its own. The last one marks the tiles that are left."""
     pdl_begin(LAUNCH_PDL)
     mine = tl.program_id(0)
-    berth = tl.arange(0, BERTHS)
-    counts = tl.zeros([BERTHS], tl.int32)
+    adapter = tl.arange(0, ADAPTERS)
+    counts = tl.zeros([ADAPTERS], tl.int32)
     for begin in range(0, num_tokens, BLOCK):
         index = begin + tl.arange(0, BLOCK)
-        owner = tl.load(token_berths + index, mask=index < num_tokens, other=-1)
-        counts += tl.sum((owner[:, None] == berth[None, :]).to(tl.int32), 0)
+        owner = tl.load(token_adapters + index, mask=index < num_tokens, other=-1)
+        counts += tl.sum((owner[:, None] == adapter[None, :]).to(tl.int32), 0)
     num_tiles = (counts + TILE - 1) // TILE
-    count = tl.sum(tl.where(berth == mine, counts, 0), 0)
-    first = tl.sum(tl.where(berth < mine, counts, 0), 0)
-    first_tile = tl.sum(tl.where(berth < mine, num_tiles, 0), 0)
+    count = tl.sum(tl.where(adapter == mine, counts, 0), 0)
+    first = tl.sum(tl.where(adapter < mine, counts, 0), 0)
+    first_tile = tl.sum(tl.where(adapter < mine, num_tiles, 0), 0)
     end_tile = first_tile + (count + TILE - 1) // TILE
     for begin in range(0, end_tile - first_tile, BLOCK):
         index = begin + tl.arange(0, BLOCK)
@@ -69,11 +70,11 @@ def _group_kernel(
     place = first
     for begin in range(0, num_tokens, BLOCK):
         index = begin + tl.arange(0, BLOCK)
-        owner = tl.load(token_berths + index, mask=index < num_tokens, other=-1)
+        owner = tl.load(token_adapters + index, mask=index < num_tokens, other=-1)
         is_mine = (owner == mine).to(tl.int32)
         tl.store(order + place + tl.cumsum(is_mine, 0) - 1, index, mask=is_mine > 0)
         place += tl.sum(is_mine, 0)
-    if mine == NUM_BERTHS - 1:
+    if mine == NUM_ADAPTERS - 1:
         for begin in range(end_tile, max_tiles, BLOCK):
             index = begin + tl.arange(0, BLOCK)
             tl.store(tiles + index * 3, tl.zeros([BLOCK], tl.int32) - 1, mask=index < max_tiles)
@@ -89,10 +90,10 @@ def _shrink_kernel(
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)  # in every program: the next kernel takes our end for that of all before us
     tile = tiles + tl.program_id(0) * 3
-    berth = tl.load(tile)
+    adapter = tl.load(tile)
     split = tl.program_id(2)
-    if berth >= 0:
-        rank = tl.load(ranks + berth)
+    if adapter >= 0:
+        rank = tl.load(ranks + adapter)
         if tl.program_id(1) * COLUMNS < PARTS * rank:
             first = tl.load(tile + 1)
             position = tl.arange(0, TILE)
@@ -101,7 +102,7 @@ def _shrink_kernel(
             column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
             there = (column < PARTS * rank)[:, None]
             tokens_at = x + (token.to(tl.int64) * x_stride)[:, None]
-            at = weights + berth.to(tl.int64) * weights_stride + rank.to(tl.int64) * offset + (column.to(tl.int64) * K)[:, None]
+            at = weights + adapter.to(tl.int64) * weights_stride + rank.to(tl.int64) * offset + (column.to(tl.int64) * K)[:, None]
             total = tl.zeros([TILE, COLUMNS], tl.float32)
             for begin in range(0, SPAN, BLOCK):
                 element = split * SPAN + begin + tl.arange(0, BLOCK)
@@ -123,9 +124,9 @@ def _expand_kernel(
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
     tile = tiles + tl.program_id(0) * 3
-    berth = tl.load(tile)
-    if berth >= 0:
-        rank = tl.load(ranks + berth)
+    adapter = tl.load(tile)
+    if adapter >= 0:
+        rank = tl.load(ranks + adapter)
         first = tl.load(tile + 1)
         position = tl.arange(0, TILE)
         known = (position < tl.load(tile + 2))[:, None]
@@ -139,7 +140,7 @@ def _expand_kernel(
         column = block * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < size
         column += tl.where(part == 0, 0, tl.where(part == 1, SIZE_0, SIZE_0 + SIZE_1))
-        at = weights + berth.to(tl.int64) * weights_stride + rank.to(tl.int64) * offset + (column.to(tl.int64) * rank)[:, None]
+        at = weights + adapter.to(tl.int64) * weights_stride + rank.to(tl.int64) * offset + (column.to(tl.int64) * rank)[:, None]
         total = tl.zeros([TILE, COLUMNS], tl.float32)
         for begin in range(0, rank, RANKS):
             index = begin + tl.arange(0, RANKS)
@@ -161,9 +162,9 @@ def tile_tokens(num_tokens: int) -> int:
     return 16 if num_tokens <= 256 else 32 if num_tokens <= 1024 else 64
 
 
-def num_tiles(num_tokens: int, num_berths: int) -> int:
-    """Tiles that a step of so many tokens may need: full ones, and one of each berth that is not."""
-    return min(num_tokens, num_tokens // tile_tokens(num_tokens) + num_berths)
+def num_tiles(num_tokens: int, num_adapters: int) -> int:
+    """Tiles that a step of so many tokens may need: full ones, and one of each adapter that is not."""
+    return min(num_tokens, num_tokens // tile_tokens(num_tokens) + num_adapters)
 
 
 def num_splits(num_tokens: int, num_columns: int) -> int:
@@ -172,26 +173,29 @@ def num_splits(num_tokens: int, num_columns: int) -> int:
     return max(1, min(most, num_columns // 512))
 
 
-def assign_adapters(rows: torch.Tensor, query_starts: torch.Tensor, row_berths: torch.Tensor, token_berths: torch.Tensor, *, launch_pdl: bool = False) -> None:
-    """token_berths[t] = row_berths[rows[s]] for the tokens t of sequence s, query_starts[s] ... query_starts[s + 1] - 1; -1 for a row of -1, padding.
+def assign_adapters(
+    rows: torch.Tensor, query_starts: torch.Tensor, row_adapters: torch.Tensor, token_adapters: torch.Tensor, *, launch_pdl: bool = False
+) -> None:
+    """token_adapters[t] = row_adapters[rows[s]] for the tokens t of sequence s, query_starts[s] ... query_starts[s + 1] - 1; -1 for a row of -1, padding.
 
-    rows: int32 [S]; query_starts: int32 [S + 1]; row_berths: int32 [R], may be strided; token_berths: int32 [T].
+    rows: int32 [S]; query_starts: int32 [S + 1]; row_adapters: int32 [R], may be strided; token_adapters: int32 [T].
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
     """
-    _assign_kernel[(len(rows),)](rows, query_starts, row_berths, token_berths, row_berths.stride(0), BLOCK=128, LAUNCH_PDL=launch_pdl, num_warps=1)
+    _assign_kernel[(len(rows),)](rows, query_starts, row_adapters, token_adapters, row_adapters.stride(0), BLOCK=128, LAUNCH_PDL=launch_pdl, num_warps=1)
 
 
-def group_tokens(token_berths: torch.Tensor, num_berths: int, order: torch.Tensor, tiles: torch.Tensor, *, launch_pdl: bool = False) -> None:
-    """Groups a step's tokens by berth, in their order: order int32 [T] names the tokens of berth 0, then of berth 1 ...; those of -1 are left out, and what is
-    behind the last is undefined. tiles int32 [num_tiles(T, num_berths), 3]: berth, first place in order and number of tokens of each; berth -1: no tile.
+def group_tokens(token_adapters: torch.Tensor, num_adapters: int, order: torch.Tensor, tiles: torch.Tensor, *, launch_pdl: bool = False) -> None:
+    """Groups a step's tokens by adapter, in their order: order int32 [T] names the tokens of adapter 0, then of adapter 1 ...; those of -1 are left out.
 
-    token_berths: int32 [T]. launch_pdl: as in `assign_adapters`.
+    What is behind the last is undefined. tiles int32 [num_tiles(T, num_adapters), 3]: adapter, first place in order and number of tokens of each; -1: no tile.
+
+    token_adapters: int32 [T]. launch_pdl: as in `assign_adapters`.
     """
-    num_tokens = len(token_berths)
-    berths = triton.next_power_of_2(num_berths)
-    block = max(16, min(_GROUP_BLOCK, 8192 // berths))
-    _group_kernel[(num_berths,)](
-        token_berths, order, tiles, num_tokens, len(tiles), NUM_BERTHS=num_berths, BERTHS=berths, TILE=tile_tokens(num_tokens), BLOCK=block,
+    num_tokens = len(token_adapters)
+    adapters = triton.next_power_of_2(num_adapters)
+    block = max(16, min(_GROUP_BLOCK, 8192 // adapters))
+    _group_kernel[(num_adapters,)](
+        token_adapters, order, tiles, num_tokens, len(tiles), NUM_ADAPTERS=num_adapters, ADAPTERS=adapters, TILE=tile_tokens(num_tokens), BLOCK=block,
         LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
 
@@ -200,9 +204,9 @@ def adapter_shrink(
     x: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, offset: int, num_parts: int,
     hidden: torch.Tensor, *, launch_pdl: bool = False,
 ) -> None:  # fmt: skip
-    """hidden[:, i, :parts r].sum(0) = A . x[order[i]] for the places i of each tile, with A [parts r, K] of the tile's berth, whose rank is r.
+    """hidden[:, i, :parts r].sum(0) = A . x[order[i]] for the places i of each tile, with A [parts r, K] of the tile's adapter, whose rank is r.
 
-    x: [T, K], rows contiguous; weights: [berths, elements], of x's dtype; ranks: int32 [berths]; order, tiles: as group_tokens left them; offset: elements
+    x: [T, K], rows contiguous; weights: [adapters, elements], of x's dtype; ranks: int32 [adapters]; order, tiles: as group_tokens left them; offset: elements
     of rank 1 before A. hidden: float32 [num_splits(T, K), T, parts * largest rank], contiguous; what belongs to no tile stays undefined.
     launch_pdl: as in `assign_adapters`. Raises ValueError for shapes and dtypes that do not fit.
     """

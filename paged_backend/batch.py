@@ -27,7 +27,7 @@ class NewRow:
     allowed: Int32 | None = (
         None  # [ceil(vocab / 32)] as TokenMasks.words: the only tokens, whatever the step; None: a grammar's masks come with the steps, or none
     )
-    berth: int = -1  # where its adapter lies on the device; -1: it has none
+    adapter_slot: int = -1  # where its adapter lies on the device; -1: it has none
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Batch:
     page_updates: Int32 = field(default_factory=lambda: np.empty((0, 3), np.int32))  # [k, 3] (row, index in its page table, page id)
     features: int = 0  # union of the rows' `Feature` bits: what the sampler must do beyond argmax
     adapted: bool = False  # some row has an adapter
-    adapters: tuple[tuple[int, Any], ...] = ()  # (berth, adapter): to be brought to the device before the step
+    adapters: tuple[tuple[int, Any], ...] = ()  # (adapter slot, adapter): to be brought to the device before the step
     masks: TokenMasks | None = None  # of all sampled rows that follow a grammar; None: there are none
     prompts: tuple[PromptSpan, ...] = ()
     beams: BeamRows | None = None  # None: no sampled row is a beam

@@ -38,9 +38,9 @@ class LogLines(logging.Formatter):
 def _explain(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> str:
     """`KeyError (answer.py:118 begin, prompt.py:77 read)`: the outermost place first, the last eight of them; then what caused it."""
     places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(trace)[-8:]]
-    told = f"{kind.__name__ if kind else 'no exception'} ({', '.join(places)})"
+    reported = f"{kind.__name__ if kind else 'no exception'} ({', '.join(places)})"
     cause = error.__cause__ if error is not None else None
-    return told if cause is None else f"{told}, from {_explain(type(cause), cause, cause.__traceback__)}"
+    return reported if cause is None else f"{reported}, from {_explain(type(cause), cause, cause.__traceback__)}"
 
 
 def without_stamp(line: str) -> str:

@@ -88,16 +88,16 @@ ENGINE_NAME = "paged-engine"  # of the process that is
 CLEARED_AFTER_TOKENS = 3  # a request that brought so many since it was resumed did not cause the death before: it was resumed where that happened
 
 
-def request_id_of(front_end: int, serial: int) -> int:
+def request_id_of(front_end: int, number: int) -> int:
     """The id of a front end's `serial`-th request: unique in the engine, 63 bits."""
-    return front_end << _FRONT_END_SHIFT | serial
+    return front_end << _FRONT_END_SHIFT | number
 
 
 def front_end_of(request_id: int) -> int:
     return request_id >> _FRONT_END_SHIFT
 
 
-def serial_of(request_id: int) -> int:
+def number_of(request_id: int) -> int:
     return request_id & ((1 << _FRONT_END_SHIFT) - 1)
 
 

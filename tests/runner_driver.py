@@ -55,14 +55,14 @@ class Driver:
         seeds: Sequence[int] | None = None,
         stop_ids: tuple[int, ...] = (),
         bad_words: tuple[tuple[int, ...], ...] = (),
-        berths: Sequence[int] | None = None,
+        adapter_slots: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Answers of exactly max_tokens tokens. A prompt is computed `chunk` tokens a step; a new one starts every `arrive_every` steps (0: all at once).
-        berths: of the prompts' adapters; -1: none."""
+        adapter slots: of the prompts' adapters; -1: none."""
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         waiting = [
-            NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words, berth=berth)
-            for prompt, params, seed, berth in zip(prompts, samplings, seeds or range(len(prompts)), berths or [-1] * len(prompts), strict=True)
+            NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words, adapter_slot=adapter_slot)
+            for prompt, params, seed, adapter_slot in zip(prompts, samplings, seeds or range(len(prompts)), adapter_slots or [-1] * len(prompts), strict=True)
         ]
         answers: list[list[int]] = [[] for _ in prompts]
         live: list[_Live] = []
@@ -112,7 +112,7 @@ class Driver:
             new_rows=tuple(new_rows),
             page_updates=np.array(updates, np.int32).reshape(-1, 3),
             features=features,
-            adapted=any(sequence.new.berth >= 0 for sequence in running),
+            adapted=any(sequence.new.adapter_slot >= 0 for sequence in running),
         )
 
     def _drop_finished(self, live: list[_Live], answers: list[list[int]]) -> list[_Live]:

@@ -88,9 +88,9 @@ class PoolWatch:
     def num_finished(self) -> float:
         """Requests that the server has answered since it started. A model that does not tell is counted by the server, which takes a request of a decoupled
         model for answered when the model has taken it in."""
-        told = [value for name, value in self._last.items() if name.startswith(_FINISHED)]
-        if told:
-            return sum(told)
+        reported = [value for name, value in self._last.items() if name.startswith(_FINISHED)]
+        if reported:
+            return sum(reported)
         return self._last.get("nv_inference_request_success", 0.0) + self._last.get("nv_inference_request_failure", 0.0)
 
     def counters(self) -> dict[str, float]:

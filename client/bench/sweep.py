@@ -106,14 +106,14 @@ class SpokenProgress(Progress):
     def __init__(self, seconds: float = 20.0) -> None:
         super().__init__(disable=True)
         self._seconds = seconds
-        self._told = ""
+        self._reported = ""
         self._next = 0.0
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
         task, now = self.tasks[task_id], time.monotonic()
-        if task.description and (task.description != self._told or now >= self._next):
-            self._told, self._next = task.description, now + self._seconds
+        if task.description and (task.description != self._reported or now >= self._next):
+            self._reported, self._next = task.description, now + self._seconds
             print(f"paged: {task.description}: {task.completed:.0f} of {task.total or 0:.0f} requests", file=sys.stderr, flush=True)
 
 

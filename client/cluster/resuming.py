@@ -60,7 +60,7 @@ class Way:
 
 
 @dataclass
-class _Told:
+class _Reported:
     """What the caller has of an answer."""
 
     token_ids: dict[int, list[int]] = field(default_factory=dict)  # by sequence
@@ -89,7 +89,7 @@ class ClusterStream:
         self._way = way
         self._question = question
         self._session = session
-        self._told = _Told()
+        self._reported = _Reported()
         self._end = None if way.timeout is None else time.monotonic() + way.timeout
         self._deltas = self._run()
 
@@ -119,9 +119,9 @@ class ClusterStream:
                     yield delta
             return
         except UnavailableError:
-            if question.num_sequences == 1 or not self._told.begun:
+            if question.num_sequences == 1 or not self._reported.begun:
                 raise
-        left = [index for index in range(question.num_sequences) if index not in self._told.finished]
+        left = [index for index in range(question.num_sequences) if index not in self._reported.finished]
         async with aclosing(_merged([self._passed_on(_only(question, index), index) for index in left])) as deltas:
             async for delta in deltas:
                 yield delta
@@ -131,28 +131,28 @@ class ClusterStream:
         tried: list[Server] = []
         waits_until = time.monotonic() + _PATIENCE_SECONDS
         while True:
-            ids = self._told.token_ids.get(index or 0, []) if question.num_sequences == 1 else []
+            ids = self._reported.token_ids.get(index or 0, []) if question.num_sequences == 1 else []
             ticket = await self._place(question, ids, tried)
             try:
                 async with aclosing(self._from(ticket, _continued(question, ids))) as deltas:
                     async for delta in deltas:
-                        yield self._told.take(delta, delta.sequence_index if index is None else index)
+                        yield self._reported.take(delta, delta.sequence_index if index is None else index)
                 return
             except UnavailableError as error:
                 if isinstance(error, UnreachableError):
                     await self._way.servers.lose(ticket.server, error)
-                if question.num_sequences > 1 and self._told.begun:
+                if question.num_sequences > 1 and self._reported.begun:
                     raise
                 tried.append(ticket.server)
                 if not self._way.servers.ready(but=tried):
-                    if not self._told.begun or time.monotonic() > waits_until:
+                    if not self._reported.begun or time.monotonic() > waits_until:
                         raise
                     await asyncio.sleep(_PAUSE_SECONDS)
                     tried.clear()
                 self._count()
 
     def _count(self) -> None:
-        if self._told.begun:
+        if self._reported.begun:
             self._way.num_resumed += 1
         else:
             self._way.num_asked_anew += 1
@@ -164,7 +164,7 @@ class ClusterStream:
         """
         way, waits_until = self._way, time.monotonic() + _PATIENCE_SECONDS
         while not (candidates := way.servers.ready(but=tried)):
-            if not self._told.begun or time.monotonic() > waits_until:
+            if not self._reported.begun or time.monotonic() > waits_until:
                 raise UnreachableError("no server is ready")
             await asyncio.sleep(_PAUSE_SECONDS)
         sampling = json.loads(question.tensors["sampling_parameters"])  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ async def whole(stream: ClusterStream) -> Answer:
     async with stream:
         async for delta in stream:
             texts.setdefault(delta.sequence_index, []).append(delta)
-    usage = stream._told.usage
+    usage = stream._reported.usage
     first, *others = (_answer(texts[index], usage) for index in sorted(texts)) if texts else (Answer(usage=usage),)
     return replace(first, others=tuple(others))
 

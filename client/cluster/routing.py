@@ -86,13 +86,13 @@ class LeastOutstanding:
 
     def __init__(self) -> None:
         self._sessions = Sessions()
-        self._turn = 0
+        self._next_choice = 0
 
     async def choose(self, inquiry: Inquiry, candidates: Sequence[Server]) -> Ticket:
         server = self._sessions.find(inquiry.session, candidates)
         if server is None:
-            self._turn += 1
-            ordered = [candidates[(self._turn + index) % len(candidates)] for index in range(len(candidates))]
+            self._next_choice += 1
+            ordered = [candidates[(self._next_choice + index) % len(candidates)] for index in range(len(candidates))]
             server = min(ordered, key=lambda one: one.num_outstanding)
         self._sessions.note(inquiry.session, server)
         return _Counted(server)
@@ -102,10 +102,10 @@ class RoundRobin:
     """Each server in turn, whatever it has to do."""
 
     def __init__(self) -> None:
-        self._turns = itertools.count()
+        self._next_choice = itertools.count()
 
     async def choose(self, inquiry: Inquiry, candidates: Sequence[Server]) -> Ticket:
-        return _Counted(candidates[next(self._turns) % len(candidates)])
+        return _Counted(candidates[next(self._next_choice) % len(candidates)])
 
 
 class _Reserved(_Counted):

@@ -113,7 +113,7 @@ class ServerTokenizer:
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
-        self._turns = itertools.count()
+        self._next_choice = itertools.count()
 
     async def ids_of(self, tensors: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None = None) -> list[int] | None:
         """As GatewayTokenizer.ids_of."""
@@ -131,7 +131,7 @@ class ServerTokenizer:
             asked["sampling_parameters"] = json.dumps(sampling, ensure_ascii=False)
         question = Question({"task": "tokenize", "stream": False, "return_finish_reason": True, **asked}, {"return_error_code": True})
         try:
-            async with ready[next(self._turns) % len(ready)].connection.ask(question) as stream:
+            async with ready[next(self._next_choice) % len(ready)].connection.ask(question) as stream:
                 async for _ in stream:
                     pass
         except PagedError:  # what is wrong with it is said when it is asked

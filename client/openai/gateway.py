@@ -82,7 +82,7 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     card = ModelCard(client)
     gateway = _Gateway(client, offer, metrics)
     bodies = Bodies(offer.bodies)
-    metrics.body_bytes.set_function(lambda: bodies.held_bytes)
+    metrics.body_bytes.set_function(lambda: bodies.bytes_in_flight)
     _add_status_paths(app, client, metrics)
     _add_model_paths(app, card, gateway, offer)
 

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from paged_client.openai.errors import RefusalError
-from paged_client.patience import within
+from paged_client.retry_policy import within
 
 FREE_BYTES = 64 * 1024  # of each body are not counted, so that those who hold all the room keep nobody with an ordinary question out
 
@@ -27,7 +27,7 @@ class Bodies:
 
     def __init__(self, limits: BodyLimits) -> None:
         self.limits = limits
-        self.held_bytes = 0  # of all, beyond what is free
+        self.bytes_in_flight = 0  # of all, beyond what is free
 
     @contextmanager
     def place(self) -> Iterator[BodyPlace]:
@@ -44,7 +44,7 @@ class BodyPlace:
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
-        self._held_bytes = 0
+        self._bytes_in_flight = 0
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
         """The body; what has come of it, if the caller leaves.
@@ -80,16 +80,16 @@ class BodyPlace:
         limits = self._bodies.limits
         if size > limits.max_body_bytes:
             raise _too_long(limits)
-        more = max(0, size - FREE_BYTES) - self._held_bytes
-        if more > 0 and self._bodies.held_bytes + more > limits.max_bodies_bytes:
+        more = max(0, size - FREE_BYTES) - self._bytes_in_flight
+        if more > 0 and self._bodies.bytes_in_flight + more > limits.max_bodies_bytes:
             reason = f"the bodies of all requests together are longer than {limits.max_bodies_bytes} bytes (max_bodies_bytes)"
             raise RefusalError(reason, 503, code="overloaded")
-        self._held_bytes += more
-        self._bodies.held_bytes += more
+        self._bytes_in_flight += more
+        self._bodies.bytes_in_flight += more
 
     def release(self) -> None:
-        self._bodies.held_bytes -= self._held_bytes
-        self._held_bytes = 0
+        self._bodies.bytes_in_flight -= self._bytes_in_flight
+        self._bytes_in_flight = 0
 
 
 def check_framing(headers: Headers) -> None:

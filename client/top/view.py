@@ -163,9 +163,9 @@ def _requests(snapshot: Snapshot, num_rows: int, coloured: bool) -> RenderableTy
 def _row(request: LiveRequest, coloured: bool) -> list[Text | str]:
     if request.number:
         mark = (glyph_of(request.number, coloured), style_of(request.number))
-        name = Text.assemble(mark, f" {request.serial}")
+        name = Text.assemble(mark, f" {request.arrival_index}")
     else:
-        name = Text(f"waiting {request.serial}", _DIM)
+        name = Text(f"waiting {request.arrival_index}", _DIM)
     numbers = (request.num_prompt_tokens, request.num_cached_tokens, request.num_tokens - request.num_prompt_tokens, request.num_pages)
     return [name, *(f"{number:,}" for number in numbers), f"{request.age_seconds:.1f} s"]
 

@@ -87,7 +87,7 @@ class FindablePages:
                         events.append(BlockRemoved(gone, _DEVICE))
         return events
 
-    def told(self) -> list[Event]:
+    def reported(self) -> list[Event]:
         """Events that say it all, from nothing; a page comes after the one before it."""
         reached = (page for key in self._followers.get(None, ()) for page in self._subtree(key) if page.block_hash is not None)
         return [AllBlocksCleared(), *self._stored(reached)]

@@ -122,7 +122,7 @@ class KvEventPublisher:
         if self._kept and self._kept[0][0] <= first:
             missed = [(number, body) for number, body in self._kept if number >= first]
         else:
-            missed = [(self._number, _encode(EventBatch(time.time(), self._pages.told())))]
+            missed = [(self._number, _encode(EventBatch(time.time(), self._pages.reported())))]
         for number, body in missed:
             self._replaying.send_multipart((asker, b"", _TOPIC, number.to_bytes(8, "big"), body))
         self._replaying.send_multipart((asker, b"", _TOPIC, _END, b""))

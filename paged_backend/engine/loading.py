@@ -24,8 +24,8 @@ from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids, recommended_sampling
 from paged_backend.models.tokenizer import export
 from paged_backend.runner.model_runner import ModelRunner
-from paged_backend.scheduler.adapter_slots import Adapters
-from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.adapter_slots import AdapterSlots
+from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
@@ -72,8 +72,8 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
             eos_ids=limits.eos_ids,
             seed=config.seed,
         ),
-        guides=Guides(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
-        adapters=None if runner.berths is None else Adapters(len(runner.berths), runner.berths),
+        guides=GrammarMasks(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
+        adapters=None if runner.adapter_slots is None else AdapterSlots(len(runner.adapter_slots), runner.adapter_slots),
     )
     log.info("engine ready after %.1f s", time.monotonic() - started)
     ready = Ready(

@@ -195,10 +195,10 @@ class EngineProcess:
         gc.collect()
         gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again
         while not self._over():
-            self._turn()
+            self._iterate()
         return 0
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         for message in self._inbox.drain():
             self._receive(message)
         while (dead := self._deaths.next_one()) is not None:

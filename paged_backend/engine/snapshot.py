@@ -21,7 +21,7 @@ Cells = NDArray[np.uint16]
 class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
     """A request in the engine."""
 
-    serial: int  # order of arrival
+    arrival_index: int  # order of arrival
     number: int  # what its pages are marked with in the map; 0 while it waits
     num_prompt_tokens: int
     num_cached_tokens: int  # of the prompt, from the prefix cache

@@ -92,7 +92,7 @@ class Watch:
         self._arrivals = {sequence.request_id: sequence.arrival for sequence in sequences if not sequence.answered}
         held = [(numbers[sequence.request_id], sequence.held_pages) for sequence in running]
         cells, pages_per_cell, num_shared = page_cells(scheduler.pool.num_pages, scheduler.pool.cached_pages, held)
-        told = running[:_MAX_RUNNING] + waiting[:_MAX_WAITING]
+        reported = running[:_MAX_RUNNING] + waiting[:_MAX_WAITING]
         snapshot = Snapshot(
             model=self._model,
             time=now,
@@ -111,7 +111,7 @@ class Watch:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             num_tokens=self._num_tokens,
-            requests=tuple([self._told(sequence, numbers.get(sequence.request_id, 0), now) for sequence in told]),
+            requests=tuple([self._reported(sequence, numbers.get(sequence.request_id, 0), now) for sequence in reported]),
             first_token_seconds=tuple(self._first_token_seconds),
             step_seconds=tuple(self._step_seconds),
         )
@@ -119,9 +119,9 @@ class Watch:
         self._step_seconds.clear()
         return snapshot
 
-    def _told(self, sequence: Sequence, number: int, now: float) -> LiveRequest:
+    def _reported(self, sequence: Sequence, number: int, now: float) -> LiveRequest:
         return LiveRequest(
-            serial=sequence.serial,
+            arrival_index=sequence.arrival_index,
             number=number,
             num_prompt_tokens=sequence.prompt_len,
             num_cached_tokens=sequence.num_cached_tokens,

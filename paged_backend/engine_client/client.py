@@ -35,7 +35,7 @@ class EngineClient:
         self._closing = threading.Event()
         self._supervisor = EngineSupervisor(config, key, num_front_ends, command, self._closing)
         self._live = LiveRequests(config.max_queue_size)
-        self._serials = count()
+        self._numbers = count()
         self._thread: threading.Thread | None = None
         self.on_loss: Callable[[], None] = lambda: None  # called once among all front ends, when there will be no engine any more
         self._on_stats: Callable[[Stats], None]
@@ -97,7 +97,7 @@ class EngineClient:
         Raises:
             RequestError: the engine is gone; or it is being restarted, and as many requests wait for it as the queue holds.
         """
-        request_id = request_id_of(self.front_end, next(self._serials))
+        request_id = request_id_of(self.front_end, next(self._numbers))
         sampling = prompt.sampling
         if sampling.seed is None and not sampling.greedy:  # drawn here, so that another engine can go on with the same random numbers
             sampling = msgspec.structs.replace(sampling, seed=self._own_seed(request_id))

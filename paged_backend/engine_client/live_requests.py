@@ -197,7 +197,7 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
         piece.token_ids.append(token_id)
         if logprobs:
             top = {other: (logprob, place) for place, (other, logprob) in enumerate(tokens.top_logprobs.get(entry, {}).items(), 1)}
-            piece.logprobs.append({token_id: (logprobs[entry], ranks[entry])} | {other: told for other, told in top.items() if other != token_id})
+            piece.logprobs.append({token_id: (logprobs[entry], ranks[entry])} | {other: reported for other, reported in top.items() if other != token_id})
     for request_id, num_cached_tokens in tokens.started.items():
         pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
     for prompt in tokens.prompts:

@@ -116,9 +116,9 @@ class EngineSupervisor:
 
     def meet_next(self) -> tuple[EngineLink, Ready]:
         """See `_meet`."""
-        return self._meet(self._patience)
+        return self._meet(self._retry_policy)
 
-    def _patience(self) -> tuple[float, float]:
+    def _retry_policy(self) -> tuple[float, float]:
         """Seconds until an engine that replaces another must be ready, and until it must have begun to load. Only who can do something about it loses
         patience."""
         hang_seconds = self._config.engine_hang_seconds
@@ -126,7 +126,7 @@ class EngineSupervisor:
             return math.inf, math.inf
         return max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, _BEGIN_SECONDS
 
-    def _meet(self, patience: Callable[[], tuple[float, float]]) -> tuple[EngineLink, Ready]:
+    def _meet(self, retry_policy: Callable[[], tuple[float, float]]) -> tuple[EngineLink, Ready]:
         """Says hello and waits as long as the engine's process lives, or patience lasts: a large model takes minutes to load.
 
         Raises:
@@ -148,7 +148,7 @@ class EngineSupervisor:
                 if message is None and not self.engine_runs() and (message := link.next_message(0)) is None:
                     raise EngineError(f"the engine process ended {self.exit_words()} before it was ready; its log lines say why")
                 self.inherit()
-                ready_seconds, begin_seconds = patience()
+                ready_seconds, begin_seconds = retry_policy()
                 if message is None and time.monotonic() > started + ready_seconds:
                     raise EngineError(f"it was not ready after {ready_seconds:.0f} s")
                 if message is None and time.monotonic() > started + begin_seconds and not (self.engine_folder / ENGINE_SOCKET).exists():

@@ -25,7 +25,7 @@ from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.prompt_logprobs import PromptTableParts
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
 from paged_backend.frontend.tasks import answer_task
-from paged_backend.messages import Finish, Found, Prompt, TokenScores, front_end_of, serial_of
+from paged_backend.messages import Finish, Found, Prompt, TokenScores, front_end_of, number_of
 from paged_backend.request import Request, SamplingParams
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
@@ -108,7 +108,7 @@ class Answer:
         self._forget = forget
         self._lock = threading.Lock()
         self._strands: list[_Strand] = []
-        self._drafts: list[list[Delta]] | None = None  # best_of: what each strand said, until it is known which ones are sent
+        self._candidates: list[list[Delta]] | None = None  # best_of: what each strand said, until it is known which ones are sent
         self._over = False
         self._farewell_time: float | None = None  # when a caller who left gets the final response
         self._prompt_len = 0
@@ -156,7 +156,7 @@ class Answer:
             self._prompt_parts = PromptTableParts(prompt.token_ids, sampling.prompt_logprobs)
         count = sampling.best_of or sampling.n
         if count > sampling.n:
-            self._drafts = [[] for _ in range(count)]
+            self._candidates = [[] for _ in range(count)]
         context = prompt.token_ids[-_CONTEXT_TOKENS:].tolist()
         wants_logprobs = sampling.logprobs is not None
         stops = stops_of(sampling)
@@ -207,23 +207,23 @@ class Answer:
         if last and delta.finish_reason is not None:
             self._outcome = delta.finish_reason
         self._over = last
-        if self._drafts is not None:
-            self._drafts[strand.index].append(delta)
+        if self._candidates is not None:
+            self._candidates[strand.index].append(delta)
             if last:
-                self._choose(self._drafts)
+                self._choose(self._candidates)
         else:
             self._pass_on(msgspec.structs.replace(delta, last=last) if last else delta)
 
-    def _choose(self, drafts: list[list[Delta]]) -> None:
+    def _choose(self, candidates: list[list[Delta]]) -> None:
         """best_of: the n likeliest strands are the answer."""
         ranked = sorted(self._strands, key=lambda strand: -strand.cumulative_logprob)[: self._request.sampling.n]
         for index, strand in enumerate(ranked):
-            whole = joined(drafts[strand.index])
+            whole = joined(candidates[strand.index])
             self._put(msgspec.structs.replace(whole, index=index, last=index == len(ranked) - 1))
 
     def _pass_on(self, delta: Delta) -> None:
-        if self._drafts is not None and not delta.last:
-            self._drafts[delta.index].append(delta)
+        if self._candidates is not None and not delta.last:
+            self._candidates[delta.index].append(delta)
         else:
             self._put(delta)
 
@@ -339,7 +339,7 @@ class Answer:
     def _strands_name(self) -> str:
         """For a request without an id of its caller's: where it was, and which it was there."""
         first = self._strands[0].request_id if self._strands else None
-        return "-" if first is None else f"{front_end_of(first)}.{serial_of(first)}"
+        return "-" if first is None else f"{front_end_of(first)}.{number_of(first)}"
 
 
 def _parts(piece: Piece, found: Found) -> Iterator[Piece]:

@@ -15,7 +15,7 @@ from paged_backend.request import SamplingParams
 _REPLACEMENT = "\ufffd"  # how the tokenizer shows bytes that are not, or not yet, a character
 _CONTEXT_TOKENS = 8  # tokens before the answer that decide whether it begins with a space
 _MAX_RECENT = 64
-_MAX_HELD = 12  # tokens without text after which it is not a split character (4 bytes at most) but a run of invalid bytes
+_MAX_PENDING = 12  # tokens without text after which it is not a split character (4 bytes at most) but a run of invalid bytes
 _UNSETTLED_CHARS = 3  # bytes of a 4-byte character's beginning, each of which some decoders show as one replacement character
 
 
@@ -31,14 +31,14 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._recent = self._context(prompt_ids)  # tokens that decide how the next one is spelled, then those held back
-        self._num_held = 0
+        self._num_pending = 0
         self._stream: DecodeStream | None = DecodeStream(ids=self._recent, skip_special_tokens=skip_special_tokens)
         self._num_sent_chars = 0  # of the text of `_recent`; only while `_stream` is None
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""
         self._recent.append(token_id)
-        self._num_held += 1
+        self._num_pending += 1
         if self._stream is None:
             return self._step_slowly()
         try:
@@ -46,23 +46,23 @@ class Detokenizer:
         except Exception:  # "Invalid prefix encountered": the library has no type of its own
             return self._slow_down()
         if text is None:
-            return self._slow_down() if self._num_held > _MAX_HELD else ""
-        self._num_held = 0
+            return self._slow_down() if self._num_pending > _MAX_PENDING else ""
+        self._num_pending = 0
         if len(self._recent) > _MAX_RECENT:
             self._recent = self._recent[-_CONTEXT_TOKENS:]
         return text
 
     def flush(self) -> str:
         """The text of the tokens held back, complete or not."""
-        if not self._num_held:
+        if not self._num_pending:
             return ""
         if self._stream is not None:
-            self._num_sent_chars = len(self._decode(self._recent[: -self._num_held]))
-        self._num_held = 0
+            self._num_sent_chars = len(self._decode(self._recent[: -self._num_pending]))
+        self._num_pending = 0
         return self._decode(self._recent)[self._num_sent_chars :]
 
     def _slow_down(self) -> str:
-        self._num_sent_chars = len(self._decode(self._recent[: -self._num_held]))
+        self._num_sent_chars = len(self._decode(self._recent[: -self._num_pending]))
         self._stream = None
         return self._step_slowly()
 
@@ -75,7 +75,7 @@ class Detokenizer:
         if whole:
             self._recent = self._context(self._recent)
             self._stream = DecodeStream(ids=self._recent, skip_special_tokens=self._skip)
-            self._num_held = 0
+            self._num_pending = 0
         elif len(self._recent) > _MAX_RECENT:
             self._shorten(text)
         return settled
@@ -120,28 +120,28 @@ class StopStrings:
             self._add(string)
         self._link()
         self._state = 0
-        self._held = ""
+        self._pending = ""
 
     def push(self, text: str, armed: bool = True) -> tuple[str, bool]:
         """The text that is safe to send now, and whether a stop string was found (then nothing more may be pushed).
 
         armed: False ignores matches that end in this text (min_tokens).
         """
-        buffer = self._held + text
-        for position, char in enumerate(text, len(self._held) + 1):
+        buffer = self._pending + text
+        for position, char in enumerate(text, len(self._pending) + 1):
             self._state = self._after(self._state, char)
             length = self._match_len[self._state]
             if length and armed:
-                self._held = ""
+                self._pending = ""
                 return buffer[: position if self._include else position - length], True
         num_safe = len(buffer) - self._depth[self._state]
-        self._held = buffer[num_safe:]
+        self._pending = buffer[num_safe:]
         return buffer[:num_safe], False
 
     def flush(self) -> str:
         """The text held back; no stop string came."""
-        held, self._held, self._state = self._held, "", 0
-        return held
+        pending, self._pending, self._state = self._pending, "", 0
+        return pending
 
     def _add(self, string: str) -> None:
         state = 0

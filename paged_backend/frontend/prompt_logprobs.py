@@ -25,7 +25,7 @@ class PromptTable:
         columns = (self.token_ids[1:], self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
         for token_id, logprob, rank, ids, values in zip(*(column.tolist() for column in columns), strict=True):
             likeliest = {other: (value, place) for place, (other, value) in enumerate(zip(ids, values, strict=True), 1)}
-            yield {token_id: (logprob, rank)} | {other: told for other, told in likeliest.items() if other != token_id}
+            yield {token_id: (logprob, rank)} | {other: reported for other, reported in likeliest.items() if other != token_id}
 
 
 class PromptTableParts:

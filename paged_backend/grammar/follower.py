@@ -73,19 +73,19 @@ class Follower:
 
     def ask(self, guide: Guide, answer: Int32) -> None:
         """Has it followed as far as the answer goes, of which it knows the beginning. Goes out with the next `collect` or `wait`."""
-        epoch, num_told = guide.asked
-        if guide.knows(len(answer)) or (epoch == self._epoch and num_told == len(answer)):
+        epoch, num_reported = guide.asked
+        if guide.knows(len(answer)) or (epoch == self._epoch and num_reported == len(answer)):
             return
         compiled = guide.compiled_grammar()
         link = None if compiled is None else self._opened(guide)
         if link is None or compiled is None:
             return
         begins = epoch != self._epoch
-        told = answer if begins else answer[num_told:]
-        token_ids = np.ascontiguousarray(told, np.int32).tobytes()
+        reported = answer if begins else answer[num_reported:]
+        token_ids = np.ascontiguousarray(reported, np.int32).tobytes()
         link.send(self._beginning(guide, compiled, token_ids) if begins else Follow(guide.number, token_ids))
         guide.asked = (self._epoch, len(answer))
-        self._asked.append(_Asked(guide, len(answer), _MASK_SECONDS + _TOKEN_SECONDS * len(told) + (_LOAD_SECONDS if begins else 0)))
+        self._asked.append(_Asked(guide, len(answer), _MASK_SECONDS + _TOKEN_SECONDS * len(reported) + (_LOAD_SECONDS if begins else 0)))
 
     def _beginning(self, guide: Guide, compiled: Compiled, token_ids: bytes) -> Begin:
         if not guide.noted:

@@ -1,4 +1,4 @@
-"""An adapter's folder, as PEFT saves it (adapter_config.json, adapter_model.safetensors) -> one tensor, laid out for a berth. Nothing pickled is ever read."""
+"""An adapter's folder, as PEFT saves it (adapter_config.json, adapter_model.safetensors) -> one tensor, laid out for an adapter slot. No pickle is read."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")  # the 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter, ready to be copied into a berth."""
+    """An adapter, ready to be copied into an adapter slot."""
 
     rank: int  # the largest of its modules'
-    packed: Tensor  # [layout.size * rank]; on the host, pinned if the berths are on a GPU
+    packed: Tensor  # [layout.size * rank]; on the host, pinned if the adapter slots are on a GPU
     version: str  # other if the files are others
 
 

@@ -1,4 +1,4 @@
-"""Where an adapter's tensors lie in a berth: one after another, as kernels/lora.py reads them."""
+"""Where an adapter's tensors lie in an adapter slot: one after another, as kernels/lora.py reads them."""
 
 from __future__ import annotations
 

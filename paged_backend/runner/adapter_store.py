@@ -1,4 +1,4 @@
-"""The adapters' place on the device: a fixed number of berths, sized for the largest rank, and the products that use what lies in them."""
+"""The adapters' place on the device: a fixed number of adapter slots, sized for the largest rank, and the products that use what lies in them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from paged_backend.units import spell_bytes
 from paged_kernels.reference import Ops
 
 
-class Berths:
+class AdapterStore:
     """Owns their memory. Which adapter lies where is decided by scheduler/adapter_slots.py. `check` and `read` may be called on any thread."""
 
-    def __init__(self, root: Path, layout: AdapterLayout, num_berths: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, root: Path, layout: AdapterLayout, num_adapter_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self._root, self._layout, self._max_rank, self._dtype, self._pinned = root, layout, max_rank, dtype, device.type == "cuda"
         self._device = device
-        self._weights = torch.zeros(num_berths, layout.size * max_rank, dtype=dtype, device=device)  # kernels/lora.py
-        self._ranks = torch.zeros(num_berths, dtype=torch.int32, device=device)  # 0: empty
-        self.told = (
-            f"adapters: room for {num_berths} of rank {max_rank} at most, {spell_bytes(self._weights[0].nbytes)} each, "
+        self._weights = torch.zeros(num_adapter_slots, layout.size * max_rank, dtype=dtype, device=device)  # kernels/lora.py
+        self._ranks = torch.zeros(num_adapter_slots, dtype=torch.int32, device=device)  # 0: empty
+        self.reported = (
+            f"adapters: room for {num_adapter_slots} of rank {max_rank} at most, {spell_bytes(self._weights[0].nbytes)} each, "
             f"{spell_bytes(self._weights.nbytes)} in all (max_loras, max_lora_rank)"
         )
 
@@ -53,18 +53,18 @@ class Berths:
             return read_adapter(open_folder(self._root, name), self._layout, self._max_rank, self._dtype, self._pinned)
 
     @torch.inference_mode()
-    def fill(self, berth: int, adapter: Adapter) -> None:
-        """Copies an adapter into a berth, after the steps that were launched before and without waiting for them."""
-        self._weights[berth, : len(adapter.packed)].copy_(adapter.packed, non_blocking=True)
-        self._ranks[berth].fill_(adapter.rank)
+    def fill(self, adapter_slot: int, adapter: Adapter) -> None:
+        """Copies an adapter into an adapter slot, after the steps that were launched before and without waiting for them."""
+        self._weights[adapter_slot, : len(adapter.packed)].copy_(adapter.packed, non_blocking=True)
+        self._ranks[adapter_slot].fill_(adapter.rank)
 
-    def products(self, ops: Ops, weights: Weights, row_berths: Tensor, max_tokens: int) -> AdaptedProducts:
-        """The products of a step with adapters, of at most max_tokens tokens. row_berths: int32 [rows], -1: none."""
+    def products(self, ops: Ops, weights: Weights, row_adapter_slots: Tensor, max_tokens: int) -> AdaptedProducts:
+        """The products of a step with adapters, of at most max_tokens tokens. row_adapter_slots: int32 [rows], -1: none."""
         sites = dict(zip(weights.linears, self._layout.sites, strict=True))
-        return AdaptedProducts(ops, sites, self._layout, self._weights, self._ranks, row_berths, max_tokens)
+        return AdaptedProducts(ops, sites, self._layout, self._weights, self._ranks, row_adapter_slots, max_tokens)
 
 
-def allocate_berths(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Berths | None:
+def allocate_adapter_store(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> AdapterStore | None:
     """None if the config names no folder of adapters.
 
     Raises:
@@ -77,7 +77,7 @@ def allocate_berths(config: EngineConfig, architecture: Architecture, dtype: tor
         raise EngineError(f"lora_directory: no folder {config.lora_directory}")
     layout = AdapterLayout.of(architecture.layers, architecture.hidden_size)
     try:
-        return Berths(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
+        return AdapterStore(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         num_bytes = layout.size * config.max_lora_rank * config.max_loras * dtype.itemsize
         what = f"{config.max_loras} adapters of rank {config.max_lora_rank}, {spell_bytes(num_bytes)}, do not fit (max_loras, max_lora_rank)"

@@ -116,12 +116,12 @@ class StepGraphs:
 
     def _capture_all(self, max_len: int, logits: Tensor, tell: Callable[[str], None]) -> None:
         """The largest first: the smaller ones fit into its memory."""
-        started = told = time.monotonic()
+        started = reported = time.monotonic()
         free = torch.cuda.mem_get_info()[0]
         page_table = self._rows.make_page_table(max(shape.num_sequences for shape in self._shapes), max_len)  # of one step after another, whatever its shape
         for number, shape in enumerate(reversed(self._shapes)):
-            if time.monotonic() - told > _PROGRESS_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - reported > _PROGRESS_SECONDS:
+                reported = time.monotonic()
                 tell(f"capturing steps {100 * number // len(self._shapes)} % ({number} of {len(self._shapes)} shapes)")
             self._flat.fill_(-1)
             self._flat[: shape.size].copy_(torch.from_numpy(plan_of_padding(shape)))

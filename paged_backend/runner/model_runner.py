@@ -20,13 +20,13 @@ from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
 from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights, weight_bytes
-from paged_backend.runner.adapter_store import Berths, allocate_berths
+from paged_backend.runner.adapter_store import AdapterStore, allocate_adapter_store
 from paged_backend.runner.cuda_graphs import StepGraphs, captured_shapes
 from paged_backend.runner.kv_store import allocate_kv_store, free_bytes, prompt_tokens_at_once, size_pool
 from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_plan import plan_step, shape_of
-from paged_backend.runner.step_results import Flight, Landings
+from paged_backend.runner.step_results import InFlightStep, ResultBuffers
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.runner.warm_up import warm_up_batches
 from paged_backend.units import spell_bytes
@@ -61,7 +61,7 @@ class ModelRunner:
         rows: DeviceRows,
         device: torch.device,
         graphs: StepGraphs | None,
-        berths: Berths | None = None,
+        adapter_slots: AdapterStore | None = None,
     ) -> None:
         self.folder = folder  # the checkpoint's
         self.architecture = architecture
@@ -71,10 +71,10 @@ class ModelRunner:
         self._kv_pages = kv_pages
         self._rows = rows
         self._sampler = sampler
-        self.berths = berths  # None: this server has no adapters
+        self.adapter_slots = adapter_slots  # None: this server has no adapters
         self._graphs = graphs  # None: every step is launched kernel by kernel
-        self._in_flight: deque[Flight] = deque()
-        self._landings = Landings(device)
+        self._in_flight: deque[InFlightStep] = deque()
+        self._result_buffers = ResultBuffers(device)
         self._scored_at_once = prompt_tokens_at_once(rows.num_rows, limits.vocab_size)
 
     @classmethod
@@ -103,9 +103,9 @@ class ModelRunner:
         _check_room(a, dtype, device)
         size_pool(config, a, dtype, kv_dtype, device, weight_bytes(a, dtype))  # refuses what cannot fit before the weights are read
         weights = allocate_weights(a, dtype, device)
-        berths = allocate_berths(config, a, dtype, device)
-        if berths is not None:
-            tell(berths.told)
+        adapter_slots = allocate_adapter_store(config, a, dtype, device)
+        if adapter_slots is not None:
+            tell(adapter_slots.reported)
         if config.load_format == "dummy":
             tell(randomise_weights(weights, a, config.seed))
         else:
@@ -118,15 +118,15 @@ class ModelRunner:
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
         ops = _make_ops(config, a, max_sequences, dtype, kv_dtype, device, tell)
         rows = DeviceRows(max_sequences, size.max_model_len, config.page_size, len(limits.eos_ids), device, ops, partial(ops.copy_pages, kv_pages))
-        shapes = captured_shapes(max_sequences, config.max_batched_tokens, adapters=berths is not None)
+        shapes = captured_shapes(max_sequences, config.max_batched_tokens, adapters=adapter_slots is not None)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in shapes))
-        adapted = None if berths is None else berths.products(ops, weights, rows.berths, largest_step)
+        adapted = None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
         decoder, sampler = Decoder(weights, rope_table(a.rope, size.max_model_len, device), ops, adapted), Sampler(ops)
         graphs = None
         if config.cuda_graphs and ops is not reference:
             logits = torch.empty(max(shape.num_outputs for shape in shapes), a.vocab_size, dtype=dtype, device=device)
             graphs = StepGraphs(decoder, sampler, kv_pages, rows, shapes, limits.max_model_len, logits, tell)
-        runner = cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs, berths)
+        runner = cls(checkpoint.folder, a, limits, decoder, sampler, kv_pages, rows, device, graphs, adapter_slots)
         if ops is not reference:
             started = time.monotonic()
             runner.warm_up(max_sequences, config.max_batched_tokens)
@@ -137,7 +137,7 @@ class ModelRunner:
         """Runs steps of every kind before the first request comes; rows and pages are free afterwards."""
         limits = self.limits
         sizes = max_batched_tokens, max_sequences, limits.max_model_len, limits.page_size, limits.num_pages, limits.vocab_size
-        for batch in warm_up_batches(*sizes, adapters=self.berths is not None):
+        for batch in warm_up_batches(*sizes, adapters=self.adapter_slots is not None):
             self.launch(batch)
             for _ in self.finished(0):
                 pass
@@ -149,9 +149,9 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
-        for berth, adapter in batch.adapters:
-            assert self.berths is not None
-            self.berths.fill(berth, adapter)
+        for adapter_slot, adapter in batch.adapters:
+            assert self.adapter_slots is not None
+            self.adapter_slots.fill(adapter_slot, adapter)
         shape = shape_of(batch)
         captured = None if self._graphs is None or batch.prompts else self._graphs.fit(shape)  # a captured step keeps the logits of its outputs only
         plan = plan_step(batch, captured or shape)
@@ -166,13 +166,13 @@ class ModelRunner:
             prompts = self._score_prompts(batch, hidden) if batch.prompts else None
         if sampled is None:
             sampled = self._sampler.sample(logits, self._rows.sampling(batch, step), self._rows)
-        self._in_flight.append(self._landings.send_back(batch, plan.slots, sampled, prompts))
+        self._in_flight.append(self._result_buffers.send_back(batch, plan.output_indices, sampled, prompts))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""
         while len(self._in_flight) > keep:
-            flight = self._in_flight.popleft()
-            yield flight.batch, self._landings.receive(flight)
+            step = self._in_flight.popleft()
+            yield step.batch, self._result_buffers.receive(step)
 
     def _score_prompts(self, batch: Batch, hidden: Tensor) -> Tensor:
         """int32 [k, 2 + 2 n] of the tokens of all the batch's PromptSpans. hidden: [T, hidden_size]. Few at a time: logits are large."""

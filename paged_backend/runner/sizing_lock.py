@@ -28,11 +28,11 @@ def alone_on(device: torch.device, tell: Callable[[str], None]) -> Iterator[None
 def alone_with(name: str, tell: Callable[[str], None], patience_seconds: float = _PATIENCE_SECONDS) -> Iterator[None]:
     """The lock is an abstract socket address: no file that could be left behind, and the kernel gives it back when its owner dies, however it dies."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lock:
-        started, told = time.monotonic(), False
+        started, reported = time.monotonic(), False
         while not _bound(lock, f"\0paged-sizing-{name}"):
-            if not told:
+            if not reported:
                 tell("waiting: another engine is loading on this GPU, and what it takes must be known before the pool is sized")
-                told = True
+                reported = True
             if time.monotonic() > started + patience_seconds:
                 tell(f"warning: another engine has been loading on this GPU for {patience_seconds:.0f} s: this one goes on beside it")
                 break

@@ -28,7 +28,7 @@ class Staging:
         self._device = device
         self._pinned = device.type == "cuda"
         self._capacity = 0
-        self._turn = 0
+        self._current = 0
         self._grow(_FIRST_CAPACITY)
 
     def send(self, sections: Mapping[str, NDArray[np.int32]]) -> dict[str, Tensor]:
@@ -36,8 +36,8 @@ class Staging:
         total = sum(array.size for array in sections.values())
         if total > self._capacity:
             self._grow(max(total, 2 * self._capacity))
-        self._turn ^= 1
-        host = self._hosts[self._turn]
+        self._current ^= 1
+        host = self._hosts[self._current]
         if host.copied is not None:
             host.copied.synchronize()  # of two steps ago: over, unless the host is far ahead
         end = 0

@@ -26,7 +26,7 @@ class StepPlan:
 
     shape: StepShape
     flat: Int32  # [shape.size]
-    slots: Int64  # [num_sampled] which output belongs to each of the batch's sampled sequences
+    output_indices: Int64  # [num_sampled] which output belongs to each of the batch's sampled sequences
     firsts: Int32  # [num_sequences] which token of the step is the first of each of the batch's sequences
     prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of the real prefills
     max_decode_len: int  # longest decoding sequence, after the step
@@ -58,7 +58,7 @@ def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
     return StepPlan(
         shape=shape,
         flat=np.concatenate(list(arrays.values())),
-        slots=places[batch.samples],
+        output_indices=places[batch.samples],
         firsts=arrays["query_starts"][places],
         prefill_lens=tuple(zip(batch.counts[prefills].tolist(), lens[prefills].tolist(), strict=True)),
         max_decode_len=int(lens[order[:num_decodes]].max(initial=0)),

@@ -13,7 +13,7 @@ from paged_backend.batch import Batch, BeamCandidates, Feature, PromptScores, St
 from paged_backend.runner.sampler import Sampled
 
 
-class _Landing:
+class _ResultBuffer:
     """Pinned host memory for a step's results, and the moment from which they are there."""
 
     def __init__(self, capacity: int) -> None:
@@ -22,26 +22,26 @@ class _Landing:
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlightStep:
     """A launched step, and where its result will be: int32 matrices in host memory, floats as their bits."""
 
     batch: Batch
-    slots: Int64  # [num_sampled] the output of each sampled sequence
+    output_indices: Int64  # [num_sampled] the output of each sampled sequence
     columns: Tensor  # [outputs, columns]: token id, logprob, rank, top ids, top logprobs
     num_tops: int
     candidates: Tensor | None  # [beams, 2 n]: ids, logprobs
     prompts: Tensor | None  # [tokens of all the batch's PromptSpans, 2 + 2 n]: logprob, rank, top ids, top logprobs
-    landing: _Landing | None  # None: it is there already
+    buffer: _ResultBuffer | None  # None: it is there already
 
 
-class Landings:
+class ResultBuffers:
     """Pinned memory is made once: as many landings exist as steps were ever in flight."""
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
-        self._free: list[_Landing] = []
+        self._free: list[_ResultBuffer] = []
 
-    def send_back(self, batch: Batch, slots: Int64, sampled: Sampled, prompts: Tensor | None) -> Flight:
+    def send_back(self, batch: Batch, output_indices: Int64, sampled: Sampled, prompts: Tensor | None) -> InFlightStep:
         """Starts the copy."""
         columns = [sampled.token_ids.int()[:, None]]
         if sampled.logprobs is not None and sampled.ranks is not None:
@@ -52,30 +52,30 @@ class Landings:
             num_tops = sampled.top_ids.shape[1]
         packed = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         if not self._pinned:
-            return Flight(batch, slots, packed, num_tops, sampled.candidates, prompts, None)
+            return InFlightStep(batch, output_indices, packed, num_tops, sampled.candidates, prompts, None)
         parts = [packed, sampled.candidates, prompts]
-        landing = self._landing(sum(part.numel() for part in parts if part is not None))
+        buffer = self._buffer(sum(part.numel() for part in parts if part is not None))
         hosts: list[Tensor | None] = []
         at = 0
         for part in parts:
-            hosts.append(None if part is None else _copy(part, landing.memory[at:]))
+            hosts.append(None if part is None else _copy(part, buffer.memory[at:]))
             at += 0 if part is None else part.numel()
-        landing.arrived.record()
-        host, candidates, told = hosts
+        buffer.arrived.record()
+        host, candidates, reported = hosts
         assert host is not None
-        return Flight(batch, slots, host, num_tops, candidates, told, landing)
+        return InFlightStep(batch, output_indices, host, num_tops, candidates, reported, buffer)
 
-    def receive(self, flight: Flight) -> StepResult:
+    def receive(self, step: InFlightStep) -> StepResult:
         """Waits until it is there."""
-        if flight.landing is None:
-            return _result(flight)
-        flight.landing.arrived.synchronize()
-        self._free.append(flight.landing)
-        return _result(flight)
+        if step.buffer is None:
+            return _result(step)
+        step.buffer.arrived.synchronize()
+        self._free.append(step.buffer)
+        return _result(step)
 
-    def _landing(self, size: int) -> _Landing:
-        landing = self._free.pop() if self._free else _Landing(size)
-        return landing if landing.memory.numel() >= size else _Landing(size)
+    def _buffer(self, size: int) -> _ResultBuffer:
+        buffer = self._free.pop() if self._free else _ResultBuffer(size)
+        return buffer if buffer.memory.numel() >= size else _ResultBuffer(size)
 
 
 def _copy(packed: Tensor, memory: Tensor) -> Tensor:
@@ -84,17 +84,17 @@ def _copy(packed: Tensor, memory: Tensor) -> Tensor:
     return host
 
 
-def _result(flight: Flight) -> StepResult:
-    columns, n = flight.columns.numpy()[flight.slots], flight.num_tops  # a copy: the memory is used again
-    wants_tops = bool(flight.batch.features & Feature.TOP_LOGPROBS)
+def _result(step: InFlightStep) -> StepResult:
+    columns, n = step.columns.numpy()[step.output_indices], step.num_tops  # a copy: the memory is used again
+    wants_tops = bool(step.batch.features & Feature.TOP_LOGPROBS)
     return StepResult(
         token_ids=np.ascontiguousarray(columns[:, 0]),
         logprobs=None if columns.shape[1] == 1 else _floats(columns[:, 1]),
         ranks=None if columns.shape[1] == 1 else np.ascontiguousarray(columns[:, 2]),
         top_ids=columns[:, 3 : 3 + n] if wants_tops else None,
         top_logprobs=_floats(columns[:, 3 + n :]) if wants_tops else None,
-        beams=None if flight.candidates is None else _candidates(flight.candidates.numpy()),
-        prompts=() if flight.prompts is None else _prompt_scores(flight.batch, flight.prompts.numpy()),
+        beams=None if step.candidates is None else _candidates(step.candidates.numpy()),
+        prompts=() if step.prompts is None else _prompt_scores(step.batch, step.prompts.numpy()),
     )
 
 

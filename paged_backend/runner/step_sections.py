@@ -17,7 +17,7 @@ from paged_backend.runner.step_plan import StepPlan
 _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbers anyway, and may overflow
 
 # columns of a row's parameters; the floats are stored as their bits. The seed comes first and their number is even: it is read as one int64
-_INTEGERS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "masked", "berth")
+_INTEGERS = ("seed_low", "seed_high", "prompt_len", "min_len", "top_k", "num_bias", "num_stop", "num_bad_words", "masked", "adapter slot")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 COLUMN = {name: index for index, name in enumerate(_INTEGERS + _FLOATS)}
 
@@ -43,7 +43,7 @@ def sections_of(batch: Batch, plan: StepPlan) -> dict[str, Int32]:
     if len(batch.page_copies):
         sections["page_copies"] = batch.page_copies
     if batch.beams is not None:
-        sections["beams"] = plan.slots[batch.beams.sampled].astype(np.int32)
+        sections["beams"] = plan.output_indices[batch.beams.sampled].astype(np.int32)
     if batch.prompts:
         sections["prompt_tokens"] = _prompt_tokens(batch, plan)
     return sections
@@ -121,7 +121,7 @@ def _parameter_block(new: NewRow) -> Int32:
     s = new.sampling
     seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
     min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), new.berth]
+    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), new.adapter_slot]
     floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
     return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
 

@@ -115,9 +115,9 @@ class DeviceRows:
         return every.integers("top_k"), every.floats("top_p"), every.floats("min_p")
 
     @property
-    def berths(self) -> Tensor:
+    def adapter_slots(self) -> Tensor:
         """int32 [num_rows], strided; -1: no adapter."""
-        return RowParameters(self._parameters).integers("berth")
+        return RowParameters(self._parameters).integers("adapter slot")
 
     def parameters(self, rows: Tensor) -> RowParameters:
         return RowParameters(self._parameters[rows])

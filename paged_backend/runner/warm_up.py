@@ -28,7 +28,7 @@ def warm_up_batches(
 ) -> Iterator[Batch]:
     """Prompts of many lengths, alone and beside decoding sequences, with every kind of sampling. All rows and pages must be free, and are so afterwards.
 
-    max_tokens of a step; max_len of a sequence, in tokens. adapters: the prompts once more, with the adapter of berth 0, where there may be none.
+    max_tokens of a step; max_len of a sequence, in tokens. adapters: the prompts once more, with the adapter of adapter slot 0, where there may be none.
     """
     room = min(max_len, num_pages * page_size)  # a token is needed for what a step appends
     longest = min(max_tokens, room) - 1
@@ -37,8 +37,8 @@ def warm_up_batches(
     size = 16
     while size <= max_tokens:
         count = min(-(-size // longest), max_sequences, num_pages * page_size // (longest + page_size) or 1)
-        for berth in (-1, 0) if adapters else (-1,):
-            yield _prompts([min(size // count, longest)] * count, _SAMPLINGS[0], page_size, vocab_size, berth)
+        for adapter_slot in (-1, 0) if adapters else (-1,):
+            yield _prompts([min(size // count, longest)] * count, _SAMPLINGS[0], page_size, vocab_size, adapter_slot)
         size *= 2
     few = [length for length in (1, 5, 3, 37)[: min(4, max_sequences)] if length <= longest]
     if sum(-(-(length + 1) // page_size) for length in few) > num_pages or sum(few) > max_tokens:
@@ -49,11 +49,11 @@ def warm_up_batches(
         yield _beside_decodes(batch, few)
 
 
-def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, vocab_size: int, berth: int = -1) -> Batch:
+def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, vocab_size: int, adapter_slot: int = -1) -> Batch:
     """A step that computes whole prompts, in rows 0, 1, 2 … and pages 0, 1, 2 …"""
     rows, counts = np.arange(len(lens), dtype=np.int32), np.array(lens, np.int32)
     bad_words = _BAD_WORDS if sampling.logit_bias else ()
-    new = tuple(NewRow(row, np.zeros(length, np.int32), length, sampling, row, (0,), bad_words, berth=berth) for row, length in enumerate(lens))
+    new = tuple(NewRow(row, np.zeros(length, np.int32), length, sampling, row, (0,), bad_words, adapter_slot=adapter_slot) for row, length in enumerate(lens))
     pages = -(-(counts + 1) // page_size)
     firsts = np.cumsum(pages) - pages
     updates = [(row, index, firsts[row] + index) for row in range(len(lens)) for index in range(pages[row])]
@@ -70,7 +70,7 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, voca
         features=features,
         page_copies=np.array([[0, pages[0]]] if features & Feature.BEAM and len(lens) > 1 else [], np.int32).reshape(-1, 2),
         beams=BeamRows(rows, _CANDIDATES) if features & Feature.BEAM else None,
-        adapted=berth >= 0,
+        adapted=adapter_slot >= 0,
         masks=TokenMasks(rows, np.full((len(lens), -(-vocab_size // 32)), -1, np.int32)) if features & Feature.MASK else None,
     )
 

@@ -9,11 +9,11 @@ import numpy as np
 from paged_backend.arrays import Int32
 from paged_backend.messages import Finish
 from paged_backend.scheduler import budget
-from paged_backend.scheduler.adapter_slots import Adapters
-from paged_backend.scheduler.grammar_masks import Guides
-from paged_backend.scheduler.lifecycle import LivingSequences
+from paged_backend.scheduler.adapter_slots import AdapterSlots
+from paged_backend.scheduler.grammar_masks import GrammarMasks
+from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.limits import SchedulerLimits
-from paged_backend.scheduler.quarantine import Suspects
+from paged_backend.scheduler.quarantine import Quarantine
 from paged_backend.scheduler.sequence import Sequence, Status
 
 
@@ -21,7 +21,7 @@ class Admission:
     """Owns whose turn it is, and the counts of what was admitted for the first time."""
 
     def __init__(
-        self, limits: SchedulerLimits, living: LivingSequences, suspects: Suspects, guides: Guides, adapters: Adapters, clock: Callable[[], float]
+        self, limits: SchedulerLimits, living: Lifecycle, suspects: Quarantine, guides: GrammarMasks, adapters: AdapterSlots, clock: Callable[[], float]
     ) -> None:
         self._limits = limits
         self._living = living
@@ -31,7 +31,7 @@ class Admission:
         self._guides = guides
         self._adapters = adapters
         self._clock = clock
-        self._short_ones_turn = False
+        self._short_is_next = False
         self.prefix_queries = 0  # prompt tokens of the admitted
         self.prefix_hits = 0  # of which were found in the prefix cache
         self._queue_times: list[float] = []
@@ -73,8 +73,8 @@ class Admission:
             row = None if sequence is None else self._start(sequence)
             if row is None:
                 break
-            if sequence is not short or self._short_ones_turn:
-                self._short_ones_turn = sequence is not short and short is not None
+            if sequence is not short or self._short_is_next:
+                self._short_is_next = sequence is not short and short is not None
             start = int(table.num_computed[row])
             count = min(left if sequence is short else left - kept, int(table.num_tokens[row]) - start)
             self._running.publish(row, start + count)
@@ -89,7 +89,7 @@ class Admission:
     def _next(self) -> Sequence | None:
         """The oldest; or after a long prompt the oldest short one, if it has the same priority: a flood of long prompts does not keep it waiting."""
         first, short = self._waiting.first(suspects=self._suspects.one_may_start), self._waiting.first_short()
-        if first is None or short is None or not self._short_ones_turn:
+        if first is None or short is None or not self._short_is_next:
             return first
         return short if short.sampling.priority_level == first.sampling.priority_level else first
 

@@ -26,15 +26,15 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Beam:
+class BeamHypothesis:
     """An answer that goes on, or is complete."""
 
     token_ids: Int32 = field(default_factory=lambda: np.empty(0, np.int32))  # [t] of the answer
     logprobs: Float32 = field(default_factory=lambda: np.empty(0, np.float32))  # [t]
     total: np.float32 = field(default_factory=lambda: np.float32(0))  # sum of the logprobs
 
-    def extended(self, token_id: int, logprob: np.float32) -> Beam:
-        return Beam(np.append(self.token_ids, np.int32(token_id)), np.append(self.logprobs, logprob), self.total + logprob)
+    def extended(self, token_id: int, logprob: np.float32) -> BeamHypothesis:
+        return BeamHypothesis(np.append(self.token_ids, np.int32(token_id)), np.append(self.logprobs, logprob), self.total + logprob)
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Fork:
     """A next beam, and which of the present ones it continues."""
 
     parent: int
-    beam: Beam
+    beam: BeamHypothesis
 
 
 @dataclass(frozen=True)
 class Ending:
     """A complete answer."""
 
-    beam: Beam
+    beam: BeamHypothesis
     score: float  # by which answers are ranked
     stopped: bool  # by a stop id, not by its length
 
@@ -59,7 +59,7 @@ class BeamSearch:
 
     def __init__(self, width: int, stop_ids: Sequence[int], max_tokens: int, length_penalty: float, early_stopping: bool | Literal["never"]) -> None:
         self.width = width
-        self.beams = [Beam()]
+        self.beams = [BeamHypothesis()]
         self.endings: list[Ending] = []
         self.over = False
         self._stop_ids = np.array(stop_ids, np.int32)

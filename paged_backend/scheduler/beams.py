@@ -23,7 +23,7 @@ from paged_backend.batch import Batch, BeamRows, Feature, StepResult, TokenEdit
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Found, FoundSequence
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler.beam_search import Beam, BeamSearch, Candidates, Fork
+from paged_backend.scheduler.beam_search import BeamHypothesis, BeamSearch, Candidates, Fork
 from paged_backend.scheduler.row_changes import RowChanges
 from paged_backend.scheduler.sequence import BeamGroup, Rows, Sequence
 from paged_backend.scheduler.sequence_pages import SequencePages
@@ -145,7 +145,7 @@ class Beams:
             self._rows.rewrite(runner, runner.token_ids[:0], 0)
         return True
 
-    def _continue(self, leader: Sequence, runner: Sequence, beam: Beam, num_computed: int) -> None:
+    def _continue(self, leader: Sequence, runner: Sequence, beam: BeamHypothesis, num_computed: int) -> None:
         """Puts a beam onto a runner that holds its pages."""
         assert runner.row is not None
         token_ids = np.concatenate([leader.token_ids, beam.token_ids])

@@ -11,15 +11,15 @@ from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Found
 from paged_backend.scheduler import prompt_logprobs
 from paged_backend.scheduler.beams import Beams
-from paged_backend.scheduler.grammar_masks import Guides
-from paged_backend.scheduler.lifecycle import LivingSequences
+from paged_backend.scheduler.grammar_masks import GrammarMasks
+from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.sequence import Sequence
 
 
-class Outcomes:
+class Commit:
     """Owns what one step's output will say, while its result is taken in."""
 
-    def __init__(self, living: LivingSequences, guides: Guides, beams: Beams) -> None:
+    def __init__(self, living: Lifecycle, guides: GrammarMasks, beams: Beams) -> None:
         self._living = living
         self._running = living.running
         self._guides = guides
@@ -34,7 +34,7 @@ class Outcomes:
         present = table.request_id[rows] == request_ids
         entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
         wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
-        prompts = prompt_logprobs.told(batch, result, self._living)
+        prompts = prompt_logprobs.reported(batch, result, self._living)
         self._append(rows[entries], token_ids[entries])
         if batch.features & Feature.GUIDED:
             self._guides.ask(table, rows[entries])

@@ -17,7 +17,7 @@ from paged_backend.scheduler.sequence import Rows
 from paged_backend.scheduler.sequence import Sequence as Generation
 
 
-class Guides:
+class GrammarMasks:
     """What the scheduler asks about grammars. A sequence with one waits until it is compiled (waiting.py), and then runs only with all its tokens
     known: the mask of the next depends on them."""
 

@@ -11,7 +11,7 @@ from paged_backend.arrays import Int32
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Submit
 from paged_backend.scheduler.beams import Beams
-from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.sequence import Sequence
 
@@ -19,11 +19,11 @@ from paged_backend.scheduler.sequence import Sequence
 class Intake:
     """Owns the numbers that say who came first. A refusal changes nothing."""
 
-    def __init__(self, limits: SchedulerLimits, guides: Guides, beams: Beams) -> None:
+    def __init__(self, limits: SchedulerLimits, guides: GrammarMasks, beams: Beams) -> None:
         self._limits = limits
         self._guides = guides
         self._beams = beams
-        self._serial = 0
+        self._next_arrival_index = 0
 
     def take(self, request: Submit, num_waiting: int) -> Sequence | Finish:
         """num_waiting: requests in the queue before it. A Finish: it is refused."""
@@ -41,16 +41,16 @@ class Intake:
         )
         if refusal is not None:
             return Finish(request.request_id, error=refusal[0], message=refusal[1])
-        serial = self._serial = self._serial + 1
+        arrival_index = self._next_arrival_index = self._next_arrival_index + 1
         finds = self._limits.prefix_cache and not sampling.skip_prefix_cache
         sequence = Sequence(
             request_id=request.request_id,
-            serial=serial,
+            arrival_index=arrival_index,
             token_ids=token_ids,
             prompt_len=prompt_len,
             length_limit=length_limit,
             sampling=sampling,
-            seed=self._own_seed(serial) if sampling.seed is None else sampling.seed & (2**64 - 1),
+            seed=self._own_seed(arrival_index) if sampling.seed is None else sampling.seed & (2**64 - 1),
             stop_ids=stop_ids,
             bad_words=request.bad_words,
             cache_salt=f"salt {request.cache_salt}" if finds else f"family {request.family}",
@@ -78,5 +78,5 @@ class Intake:
             return ErrorKind.INVALID, f"prompt: token ids from {token_ids.min()} to {token_ids.max()}, this model's are 0 to {limits.vocab_size - 1}"
         return None
 
-    def _own_seed(self, serial: int) -> int:
-        return int.from_bytes(blake2b(f"{self._limits.seed}/{serial}".encode(), digest_size=8).digest(), "little")
+    def _own_seed(self, arrival_index: int) -> int:
+        return int.from_bytes(blake2b(f"{self._limits.seed}/{arrival_index}".encode(), digest_size=8).digest(), "little")

@@ -13,20 +13,20 @@ import numpy as np
 
 from paged_backend.arrays import Int32
 from paged_backend.messages import Finish
-from paged_backend.scheduler.adapter_slots import Adapters
+from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence, Status
 from paged_backend.scheduler.waiting import WaitingQueue
 
 
-class LivingSequences:
+class Lifecycle:
     """Owns who lives, and the ends that nobody has been told of yet. Nobody else moves a sequence from one place to another.
 
     Invariant (`check`): a sequence waits or runs; the runners of running ones hold rows and pages, those of waiting ones neither, and there are no others.
     """
 
-    def __init__(self, waiting: WaitingQueue, running: RunningSequences, beams: Beams, adapters: Adapters) -> None:
+    def __init__(self, waiting: WaitingQueue, running: RunningSequences, beams: Beams, adapters: AdapterSlots) -> None:
         self.waiting = waiting
         self.running = running
         self.num_preemptions = 0
@@ -139,7 +139,7 @@ class LivingSequences:
         """Pages for so many tokens of a runner, at the cost of the youngest others if need be."""
         while self.running.table.capacity[row] < num_tokens:
             while not self.running.append_page(runner):
-                victim = max(self.running.runners, key=Sequence.turn).leader
+                victim = max(self.running.runners, key=Sequence.priority_key).leader
                 if victim is runner.leader:
                     return False  # it keeps what it has and waits: whoever is older will finish
                 self.preempt(victim)

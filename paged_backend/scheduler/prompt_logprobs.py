@@ -32,7 +32,7 @@ def spans(table: Rows, rows: Int32, starts: Int32, counts: Int32) -> tuple[Promp
     return tuple(found)
 
 
-def told(batch: Batch, result: StepResult, living: Container[int]) -> tuple[PromptLogprobs, ...]:
+def reported(batch: Batch, result: StepResult, living: Container[int]) -> tuple[PromptLogprobs, ...]:
     """What a step found, for the requests that are not over."""
     return tuple(
         PromptLogprobs(

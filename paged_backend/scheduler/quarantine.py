@@ -8,7 +8,7 @@ from paged_backend.messages import CLEARED_AFTER_TOKENS
 from paged_backend.scheduler.sequence import Rows, Sequence
 
 
-class Suspects:
+class Quarantine:
     """Invariant: at most one uncleared suspect runs."""
 
     def __init__(self) -> None:

@@ -61,7 +61,7 @@ class RunningSequences:
             stop_ids=runner.stop_ids,
             bad_words=runner.bad_words,
             allowed=runner.allowed,
-            berth=runner.berth,
+            adapter_slot=runner.adapter_slot,
         )
         self.changes.new_rows.append(new)
         self.changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.pages))

@@ -23,20 +23,20 @@ from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Submit
 from paged_backend.scheduler import budget, prompt_logprobs
-from paged_backend.scheduler.adapter_slots import Adapters
+from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.admission import Admission
 from paged_backend.scheduler.beams import Beams
-from paged_backend.scheduler.commit import Outcomes
+from paged_backend.scheduler.commit import Commit
 from paged_backend.scheduler.deadlines import Deadlines
-from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.intake import Intake
 from paged_backend.scheduler.kv_events import KvEvents
-from paged_backend.scheduler.lifecycle import LivingSequences
+from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.page_pool import PagePool
-from paged_backend.scheduler.quarantine import Suspects
+from paged_backend.scheduler.quarantine import Quarantine
 from paged_backend.scheduler.running import RunningSequences
-from paged_backend.scheduler.sequence import NO_BERTH, Sequence
+from paged_backend.scheduler.sequence import NO_ADAPTER_SLOT, Sequence
 from paged_backend.scheduler.waiting import WaitingQueue
 
 log = logging.getLogger("paged")
@@ -46,19 +46,19 @@ class Scheduler:
     """The rooms that schedule together, and the step that leads through them. Owns nothing but the number of the step."""
 
     def __init__(
-        self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: Guides | None = None, adapters: Adapters | None = None
+        self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: GrammarMasks | None = None, adapters: AdapterSlots | None = None
     ) -> None:
         self._max_batched_tokens = limits.max_batched_tokens
-        self._guides = guides or Guides()
-        self._adapters = adapters or Adapters()
-        self._suspects = Suspects()
+        self._guides = guides or GrammarMasks()
+        self._adapters = adapters or AdapterSlots()
+        self._suspects = Quarantine()
         self._running = RunningSequences(limits)
         self._beams = Beams(self._running.table, self._running.pages, self._running.changes)
-        self._living = LivingSequences(WaitingQueue(budget.short_len(limits.max_batched_tokens)), self._running, self._beams, self._adapters)
+        self._living = Lifecycle(WaitingQueue(budget.short_len(limits.max_batched_tokens)), self._running, self._beams, self._adapters)
         self._intake = Intake(limits, self._guides, self._beams)
         self._admission = Admission(limits, self._living, self._suspects, self._guides, self._adapters, clock)
         self._deadlines = Deadlines(limits, clock)
-        self._outcomes = Outcomes(self._living, self._guides, self._beams)
+        self._outcomes = Commit(self._living, self._guides, self._beams)
         self._step = 0
 
     # ---- requests come and go
@@ -126,7 +126,7 @@ class Scheduler:
             samples=samples,
             request_ids=table.request_id[rows],
             features=int(np.bitwise_or.reduce(table.features[rows])),
-            adapted=self._adapters.in_use and bool((table.berth[rows] != NO_BERTH).any()),
+            adapted=self._adapters.in_use and bool((table.adapter_slot[rows] != NO_ADAPTER_SLOT).any()),
             adapters=self._adapters.arrivals(),
             masks=self._guides.masks(table, rows[samples]),
             prompts=prompt_logprobs.spans(table, rows, starts, counts),

@@ -20,7 +20,7 @@ from paged_backend.request import SamplingParams
 from paged_backend.scheduler.beam_search import BeamSearch, Candidates
 
 _NEVER = int(np.iinfo(np.int32).max)
-NO_BERTH = -1
+NO_ADAPTER_SLOT = -1
 
 
 class Status(Enum):
@@ -47,7 +47,7 @@ class Sequence:
     """
 
     request_id: int
-    serial: int  # order of arrival in the engine: the higher, the younger
+    arrival_index: int  # order of arrival in the engine: the higher, the younger
     token_ids: Int32  # [num_tokens] known tokens, as of the last time it waited
     prompt_len: int
     length_limit: int  # finish ("length") at this many tokens
@@ -64,7 +64,7 @@ class Sequence:
     guide: Guide | None = None  # through the grammar that its answer follows
     allowed: Int32 | None = None  # [ceil(vocab / 32)] its only tokens, where no guide has them; None: all
     unscored: int = _NEVER  # position of the first token whose logits are wanted for prompt_logprobs
-    berth: int = NO_BERTH  # where its adapter lies, which it holds (adapter_slots.py)
+    adapter_slot: int = NO_ADAPTER_SLOT  # where its adapter lies, which it holds (adapter_slots.py)
     status: Status = Status.WAITING
     placed: bool = False  # it has a place in the waiting queue
     row: int | None = None
@@ -95,12 +95,12 @@ class Sequence:
     def prepared(self) -> bool:
         """It has what it must have before it can start: its grammar's mask, its adapter."""
         guided = self.guide is None or (not self.awaits_token and self.guide.knows(len(self.token_ids) - self.prompt_len))
-        return guided and (self.sampling.lora_name is None or self.berth != NO_BERTH)
+        return guided and (self.sampling.lora_name is None or self.adapter_slot != NO_ADAPTER_SLOT)
 
-    def turn(self) -> tuple[int, int]:
+    def priority_key(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
         leader = self.leader
-        return (leader.sampling.priority_level, leader.serial)
+        return (leader.sampling.priority_level, leader.arrival_index)
 
 
 _FREE = -1
@@ -128,7 +128,7 @@ class Rows:
         self.publish_at = np.zeros(max_num_sequences, np.int32)  # known and computed tokens that make the next page publishable
         self.stop_ids = np.full((max_num_sequences, 4), -1, np.int32)  # widened on demand
         self.features = np.zeros(max_num_sequences, np.int32)
-        self.berth = np.full(max_num_sequences, NO_BERTH, np.int32)
+        self.adapter_slot = np.full(max_num_sequences, NO_ADAPTER_SLOT, np.int32)
         self.unanswered = np.zeros(max_num_sequences, np.bool_)
         self.unmasked = np.zeros(max_num_sequences, np.bool_)  # its grammar's mask is not known yet
         self._free = list(range(max_num_sequences - 1, -1, -1))
@@ -167,7 +167,7 @@ class Rows:
         self.features[row] = features_of(sequence.sampling, sequence.stop_ids, sequence.bad_words, sequence.allowed is not None)
         if not sequence.scored:
             self.features[row] |= Feature.PROMPT_LOGPROBS
-        self.berth[row] = sequence.berth
+        self.adapter_slot[row] = sequence.adapter_slot
         self.unanswered[row] = not sequence.answered
         sequence.row, sequence.status = row, Status.RUNNING
         return row

@@ -26,7 +26,7 @@ class WaitingQueue:
         self._short: list[_Entry] = []
         self._long: list[_Entry] = []
         self._suspects: list[_Entry] = []
-        self._held: list[Sequence] = []  # not prepared yet; in their turn
+        self._unready: list[Sequence] = []  # not prepared yet; in their turn
         self._num_waiting = 0
         self._num_left = 0  # entries of those that left
 
@@ -39,23 +39,23 @@ class WaitingQueue:
         if sequence.prepared:
             self._place(sequence)
         else:
-            bisect.insort(self._held, sequence, key=Sequence.turn)
+            bisect.insort(self._unready, sequence, key=Sequence.priority_key)
 
     def let_in(self, is_ready: Callable[[Sequence], bool]) -> list[Sequence]:
         """Gives those of the held back that are ready, asked in their turn, their places, and returns them: a grammar may turn out to be none."""
-        let_in = [sequence for sequence in self._held if sequence.status is Status.WAITING and is_ready(sequence)]
+        let_in = [sequence for sequence in self._unready if sequence.status is Status.WAITING and is_ready(sequence)]
         for sequence in let_in:
             self._place(sequence)
         if let_in:
             there = set(map(id, let_in))
-            self._held = [sequence for sequence in self._held if sequence.status is Status.WAITING and id(sequence) not in there]
+            self._unready = [sequence for sequence in self._unready if sequence.status is Status.WAITING and id(sequence) not in there]
         return let_in
 
     def first(self, *, suspects: bool = True) -> Sequence | None:
         """Whose turn it is; stays in the queue. suspects: they count."""
         lanes = (self._short, self._long, self._suspects) if suspects else (self._short, self._long)
         heads = [head for head in map(self._head, lanes) if head is not None]
-        return min(heads, key=Sequence.turn) if heads else None
+        return min(heads, key=Sequence.priority_key) if heads else None
 
     def first_short(self) -> Sequence | None:
         """Whose turn it is among the short ones; stays in the queue."""
@@ -83,15 +83,15 @@ class WaitingQueue:
         lane = self._lane(sequence)
         sequence.placed = True
         self.short_tokens += sequence.prompt_len if lane is self._short else 0
-        heapq.heappush(lane, (sequence.turn(), sequence))
+        heapq.heappush(lane, (sequence.priority_key(), sequence))
 
     def _forget(self, sequence: Sequence) -> None:
         self._num_waiting -= 1
         if sequence.placed and self._lane(sequence) is self._short:
             self.short_tokens -= sequence.prompt_len
         sequence.placed = False
-        if len(self._held) > self._num_waiting:
-            self._held = [held for held in self._held if held.status is Status.WAITING]
+        if len(self._unready) > self._num_waiting:
+            self._unready = [unready for unready in self._unready if unready.status is Status.WAITING]
 
     def _lane(self, sequence: Sequence) -> list[_Entry]:
         if sequence.suspect:

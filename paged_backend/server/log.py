@@ -43,16 +43,16 @@ class ServerLog:
 
     def add(self, line: str) -> bool:
         """Keeps `line`; True if the operator should see it now. Errors of ours during the start are left to `failure`, which tells them once."""
-        told = without_stamp(line)
+        reported = without_stamp(line)
         with self._lock:
             if len(self._head) < _HEAD_LINES:
                 self._head.append(line)
             else:
                 self._tail.append(line)
-            if told.startswith(_ERROR) and (self._serving or self._error is None):
-                self._error = told.removeprefix(_ERROR).strip()
+            if reported.startswith(_ERROR) and (self._serving or self._error is None):
+                self._error = reported.removeprefix(_ERROR).strip()
                 self._error_time = time.monotonic()
-        return self._show_all or (told.startswith(_OURS) and (self._serving or not told.startswith(_ERROR)))
+        return self._show_all or (reported.startswith(_OURS) and (self._serving or not reported.startswith(_ERROR)))
 
     def lines(self) -> list[str]:
         """The first lines and the last ones, oldest first."""

@@ -24,7 +24,7 @@ from paged_backend.batch import Batch, StepResult
 from paged_backend.grammar.grammars import Grammars
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler.grammar_masks import Guides
+from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 
@@ -58,7 +58,7 @@ def measure(num_guided: int, num_free: int, steps: int, vocab_size: int, step_ms
     save_tokenizer(folder / "tokenizer.json", vocab_size)
     length, num_rows = 64 + 4 * steps, num_guided + num_free
     limits = SchedulerLimits(page_size=16, num_pages=num_rows * (length // 16 + 2), max_model_len=length, max_num_sequences=num_rows, max_batched_tokens=4096)
-    scheduler = Scheduler(limits, guides=Guides(Grammars(folder / "tokenizer.json", vocab_size, ())))
+    scheduler = Scheduler(limits, guides=GrammarMasks(Grammars(folder / "tokenizer.json", vocab_size, ())))
     form = {"guided_json": json.dumps(SCHEMA)}
     for serial in range(num_rows):
         sampling = SamplingParams(max_tokens=length - 16, ignore_eos=True, **(form if serial < num_guided else {}))

@@ -66,15 +66,15 @@ class Case:
         )
         self.layout = AdapterLayout.of(a.layers, a.hidden_size)
         sites = dict(zip(weights.linears, self.layout.sites, strict=True))
-        berths = torch.randn(num_adapters, self.layout.size * rank, device=device, dtype=dtype) * 0.01
+        adapters = torch.randn(num_adapters, self.layout.size * rank, device=device, dtype=dtype) * 0.01
         ranks = torch.full((num_adapters,), rank, dtype=torch.int32, device=device)
         rows = torch.arange(num_tokens, dtype=torch.int32, device=device)
-        self.arguments = (sites, self.layout, berths, ranks, rows % num_adapters, num_tokens)
+        self.arguments = (sites, self.layout, adapters, ranks, rows % num_adapters, num_tokens)
         starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=device)
         self.step: Any = SimpleNamespace(shape=SimpleNamespace(num_tokens=num_tokens), plan={"rows": rows}, query_starts=starts)
         self.x = torch.randn(num_tokens, a.hidden_size, device=device, dtype=dtype)
         self.attended = torch.randn(num_tokens, a.num_heads * a.head_dim, device=device, dtype=dtype)
-        self.bytes = berths.nbytes // _LAYERS * min(num_tokens, num_adapters) // num_adapters
+        self.bytes = adapters.nbytes // _LAYERS * min(num_tokens, num_adapters) // num_adapters
 
     def layer(self, products: Products, layer: Layer) -> None:
         attention, mlp = layer.attention, layer.mlp

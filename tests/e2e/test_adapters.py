@@ -109,7 +109,7 @@ def test_greedy_tokens_of_mixed_steps_are_those_of_peft_alone(any_checkpoint: Pa
     truth = expected(any_checkpoint, asked)
     assert len({tuple(answer) for answer in truth[:7]}) > 4, "the adapters change nothing"
     engine = load(any_checkpoint, tmp_path, **options)
-    for _ in range(2):  # the second time with what the first left in the cache and in the berths
+    for _ in range(2):  # the second time with what the first left in the cache and in the adapter slots
         tokens, finishes = answers(engine, asked)
         assert [finish.message for finish in finishes] == [""] * len(asked)
         assert tokens == truth
@@ -192,7 +192,7 @@ def test_sequences_of_a_request_and_seeded_ones_are_the_same_in_any_company(chec
     ],
     ids=["unknown", "rank"],
 )
-def test_what_cannot_be_used_ends_alone_and_takes_nobodys_berth(checkpoint: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_what_cannot_be_used_ends_alone_and_takes_nobodys_adapter_slot(checkpoint: Path, tmp_path: Path, name: str, message: str) -> None:
     wide = adapters_of(checkpoint) / "wide"
     if not wide.exists():
         save_adapter(wide, checkpoint, 9, rank=32, targets=("q_proj",))
@@ -202,9 +202,9 @@ def test_what_cannot_be_used_ends_alone_and_takes_nobodys_berth(checkpoint: Path
     assert tokens == [*expected(checkpoint, asked), []]
     assert finishes[-1].message.startswith(message) and not any(other in finishes[-1].message for other in ADAPTERS)
     answers(engine, [(asked[0][0], name)])
-    berths = engine._scheduler._adapters._berths
-    assert [berth.name for berth in berths] == ["all of rank 4"]
-    assert sum(berth.last_use for berth in berths) == len(LENGTHS), "read once"
+    adapter_slots = engine._scheduler._adapters._adapter_slots
+    assert [adapter_slot.name for adapter_slot in adapter_slots] == ["all of rank 4"]
+    assert sum(adapter_slot.last_use for adapter_slot in adapter_slots) == len(LENGTHS), "read once"
 
 
 def test_an_adapter_whose_files_changed_finds_no_pages_of_the_old_one(checkpoint: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_an_adapter_whose_files_changed_finds_no_pages_of_the_old_one(checkpoint
         save_adapter(root / "changing", checkpoint, seed, rank=8)
         truths.append(expected(checkpoint, asked))
         assert answers(engine, asked)[0] == truths[-1]
-        answers(engine, [(asked[0][0], "all of rank 4")])  # takes its berth
+        answers(engine, [(asked[0][0], "all of rank 4")])  # takes its adapter slot
     assert truths[0] != truths[1]
 
 
@@ -242,4 +242,4 @@ def test_without_a_folder_of_adapters_nothing_of_them_is_there(checkpoint: Path,
     tokens, finishes = answers(engine, [*asked, (asked[0][0], "all of rank 4")])
     assert tokens[:-1] == expected(checkpoint, asked)
     assert finishes[-1].message == "lora_name: 'all of rank 4': this server has no adapters (lora_directory)"
-    assert engine._runner.berths is None and not engine._scheduler._adapters.in_use  # type: ignore[attr-defined]
+    assert engine._runner.adapter_slots is None and not engine._scheduler._adapters.in_use  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ def use_kernels(runner: ModelRunner) -> None:
         device=runner.device,
     )
     weights = runner._decoder._weights
-    adapted = None if runner.berths is None else runner.berths.products(ops, weights, runner._rows.berths, 64)
+    adapted = None if runner.adapters is None else runner.adapters.products(ops, weights, runner._rows.adapters, 64)
     runner._decoder = Decoder(weights, rope_table(a.rope, 64, runner.device), ops, adapted)
     runner._sampler = Sampler(ops)
     runner._rows._ops = ops
@@ -93,10 +93,10 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(tmp_path: Path) -> None:
     options = {"lora_directory": str(tmp_path), "max_loras": 2, "max_lora_rank": 8}
     runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64, **options)
     use_kernels(runner)
-    assert runner.berths is not None
-    for berth, name in enumerate("ab"):
-        runner.berths.fill(berth, runner.berths.read(name))
-    prompts, berths = random_prompts((1, 14, 9, 6)), (1, 0, -1, 0)
-    answers = Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1, berths=berths)
+    assert runner.adapters is not None
+    for adapter, name in enumerate("ab"):
+        runner.adapters.fill(adapter, runner.adapters.read(name))
+    prompts, adapters = random_prompts((1, 14, 9, 6)), (1, 0, -1, 0)
+    answers = Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1, adapters=adapters)
     oracles = {0: AdapterOracle(folder, adapters[0]), 1: AdapterOracle(folder, adapters[1]), -1: Oracle(folder)}
-    assert answers == [oracles[berth].greedy([prompt], 4)[0] for prompt, berth in zip(prompts, berths, strict=True)]
+    assert answers == [oracles[adapter].greedy([prompt], 4)[0] for prompt, adapter in zip(prompts, adapters, strict=True)]

@@ -56,7 +56,7 @@ class Scheduling(RuleBasedStateMachine):
         self.answers: dict[int, list[int]] = {}
         self.searches: dict[int, list[list[int]]] = {}
         self.widths: dict[int, int] = {}
-        self.serial = 0
+        self.arrival_index = 0
 
     @rule(
         prompt=st.lists(st.integers(6, 8), min_size=1, max_size=39),  # few tokens: many common prefixes
@@ -66,13 +66,13 @@ class Scheduling(RuleBasedStateMachine):
         siblings=st.sampled_from([0, 0, 1, 3]),
     )
     def submit(self, prompt: list[int], max_tokens: int, ignore_eos: bool, salt: str, siblings: int) -> None:
-        family = self.serial if siblings else None
+        family = self.arrival_index if siblings else None
         for _ in range(1 + siblings):
             self._submit_one(prompt, max_tokens, ignore_eos, salt, family)
 
     def _submit_one(self, prompt: list[int], max_tokens: int, ignore_eos: bool, salt: str, family: int | None) -> None:
-        self.serial += 1
-        request_id = self.serial
+        self.arrival_index += 1
+        request_id = self.arrival_index
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, temperature=0.0)
         refused = self.scheduler.num_waiting >= self.limits.max_queue_size or len(prompt) >= self.limits.max_model_len
         self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), salt, self.now, family))
@@ -93,8 +93,8 @@ class Scheduling(RuleBasedStateMachine):
         early_stopping=st.sampled_from([False, True, "never"]),
     )
     def search(self, prompt: list[int], max_tokens: int, width: int, stop_ids: tuple[int, ...], length_penalty: float, early_stopping: bool | str) -> None:
-        self.serial += 1
-        request_id = self.serial
+        self.arrival_index += 1
+        request_id = self.arrival_index
         options = {"length_penalty": length_penalty, "early_stopping": early_stopping, "stop_token_ids": stop_ids}
         sampling = SamplingParams(max_tokens=max_tokens, use_beam_search=True, beam_width=width, n=width, temperature=0.0, **options)
         self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), "", self.now))

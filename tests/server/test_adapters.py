@@ -71,7 +71,7 @@ def test_two_adapters_and_none_at_once_answer_as_peft_does_though_there_is_room_
     requests = asked([*ADAPTERS, None])
     expected = truth(folder, requests)
     assert len({tuple(answer) for answer in expected}) == len(expected), "the adapters change nothing"
-    for _ in range(2):  # each takes the other's berth again, and finds its own pages alone
+    for _ in range(2):  # each takes the other's adapter slot again, and finds its own pages alone
         answers = run_all(server.addresses.grpc_url, requests)
         assert [answer.message for answer in answers] == [""] * len(requests)
         assert [answer.token_ids for answer in answers] == expected

@@ -40,32 +40,32 @@ class AdaptedProducts(Products):
     """
 
     def __init__(
-        self, ops: Ops, sites: Mapping[Linear, PlacedSite], layout: AdapterLayout, weights: Tensor, ranks: Tensor, row_berths: Tensor, max_tokens: int
+        self, ops: Ops, sites: Mapping[Linear, PlacedSite], layout: AdapterLayout, weights: Tensor, ranks: Tensor, row_adapters: Tensor, max_tokens: int
     ) -> None:
-        """sites: of every linear of the model's blocks. weights [berths, elements] and ranks int32 [berths]: kernels/lora.py.
-        row_berths: int32 [rows], -1: no adapter. max_tokens of a step."""
+        """sites: of every linear of the model's blocks. weights [adapters, elements] and ranks int32 [adapters]: kernels/lora.py.
+        row_adapters: int32 [rows], -1: no adapter. max_tokens of a step."""
         super().__init__(ops)
-        self._sites, self._weights, self._ranks, self._row_berths = sites, weights, ranks, row_berths
+        self._sites, self._weights, self._ranks, self._row_adapters = sites, weights, ranks, row_adapters
         self._max_rank = weights.shape[1] // layout.size
-        num_berths = len(weights)
+        num_adapters = len(weights)
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=weights.device)
 
-        self._token_berths, self._order = empty(max_tokens), empty(max_tokens)
+        self._token_adapters, self._order = empty(max_tokens), empty(max_tokens)
         sizes = range(1, max_tokens + 1)
-        self._tiles = empty(max(ops.num_tiles(num_tokens, num_berths) for num_tokens in sizes), 3)
+        self._tiles = empty(max(ops.num_tiles(num_tokens, num_adapters) for num_tokens in sizes), 3)
         self._grouped = self._order, self._tiles  # of the step at hand
         widths = {(site.in_size, len(site.modules)): site for site in layout.sites}
         largest = max(math.prod(self._hidden_shape(site, num_tokens)) for site in widths.values() for num_tokens in sizes)
         self._hidden = empty(largest).view(torch.float32)
 
     def begin(self, step: StepTensors) -> None:
-        num_tokens, num_berths = step.shape.num_tokens, len(self._weights)
-        token_berths = self._token_berths[:num_tokens]
-        self._ops.assign_adapters(step.plan["rows"], step.query_starts, self._row_berths, token_berths)
-        self._grouped = self._order[:num_tokens], self._tiles[: self._ops.num_tiles(num_tokens, num_berths)]
-        self._ops.group_tokens(token_berths, num_berths, *self._grouped)
+        num_tokens, num_adapters = step.shape.num_tokens, len(self._weights)
+        token_adapters = self._token_adapters[:num_tokens]
+        self._ops.assign_adapters(step.plan["rows"], step.query_starts, self._row_adapters, token_adapters)
+        self._grouped = self._order[:num_tokens], self._tiles[: self._ops.num_tiles(num_tokens, num_adapters)]
+        self._ops.group_tokens(token_adapters, num_adapters, *self._grouped)
 
     def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
         normed = self._ops.rms_norm(x, norm_weight, eps)

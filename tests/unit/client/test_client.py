@@ -32,8 +32,8 @@ from paged_client import (
 from paged_client.cli import app
 from paged_client.client import parse_url
 from paged_client.errors import error_of
-from paged_client.patience import Limits, Patience, within
 from paged_client.question import Question, question_of
+from paged_client.retry_policy import Limits, RetryPolicy, within
 
 QUESTION = question_of("hello", {}, stream=True)
 FAST = Limits(timeout=5.0)
@@ -331,7 +331,7 @@ def test_a_url_says_which_service_it_means() -> None:
 @pytest.mark.parametrize("seconds", [math.inf, 1e12])
 def test_patience_may_be_endless(seconds: float) -> None:
     """Sockets and locks cannot be told to wait for so long."""
-    assert 0 < (Patience(Limits(timeout=seconds)).seconds() or 0) <= threading.TIMEOUT_MAX
+    assert 0 < (RetryPolicy(Limits(timeout=seconds)).seconds() or 0) <= threading.TIMEOUT_MAX
 
 
 @pytest.mark.parametrize(

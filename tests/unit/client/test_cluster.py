@@ -23,8 +23,8 @@ from paged_client.cluster.resuming import SEED_STEP
 from paged_client.cluster.routing import Inquiry, LeastOutstanding, RoundRobin
 from paged_client.cluster.servers import Facts, Lookups, Server
 from paged_client.cluster.tokens import ServerTokenizer
-from paged_client.patience import Limits
 from paged_client.question import Question, question_of
+from paged_client.retry_policy import Limits
 
 PROMPT = [5, 6, 7, 8]
 

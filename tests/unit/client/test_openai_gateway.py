@@ -554,13 +554,13 @@ def test_bodies_in_flight_have_a_bound_that_small_ones_do_not_meet() -> None:
         bodies = Bodies(BodyLimits(max_body_bytes=2**20, max_bodies_bytes=2**20, seconds=5))
         with bodies.place() as large:
             assert len(await large.read(Headers(), arriving(500_000, 500_000))) == 1_000_000
-            assert bodies.held_bytes == 1_000_000 - FREE_BYTES
+            assert bodies.bytes_in_flight == 1_000_000 - FREE_BYTES
             with bodies.place() as second, pytest.raises(RefusalError, match="max_bodies_bytes") as refused:
                 await second.read(Headers(), arriving(FREE_BYTES, 200_000))
             assert refused.value.status == 503
             with bodies.place() as small:
                 assert len(await small.read(Headers(), arriving(FREE_BYTES))) == FREE_BYTES
-        assert bodies.held_bytes == 0
+        assert bodies.bytes_in_flight == 0
 
     asyncio.run(scenario())
 
@@ -570,7 +570,7 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
         bodies = Bodies(BodyLimits(seconds=0.05))
         with bodies.place() as place, pytest.raises(RefusalError, match="had not arrived after 0.05 s") as refused:
             await place.read(Headers(), arriving(100_000, end=False))
-        assert (refused.value.status, bodies.held_bytes) == (408, 0)
+        assert (refused.value.status, bodies.bytes_in_flight) == (408, 0)
 
     asyncio.run(scenario())
 

@@ -174,7 +174,7 @@ def test_a_frame_tells_everything() -> None:
 @settings(deadline=None)
 @given(st.integers(30, 200), st.integers(18, 70), st.integers(0, 300), st.integers(1, 30_000), st.booleans())
 def test_a_frame_is_no_larger_than_the_terminal(width: int, height: int, num_requests: int, num_cells: int, coloured: bool) -> None:
-    requests = tuple(LiveRequest(serial, 3 + serial, 10, 0, 20, 2, 1.0) for serial in range(num_requests))
+    requests = tuple(LiveRequest(arrival_index, 3 + arrival_index, 10, 0, 20, 2, 1.0) for arrival_index in range(num_requests))
     latest = snapshot(cells=np.full(num_cells, 3, np.uint16), requests=requests, num_running=num_requests, num_waiting=0)
     text = shown(View(RunningEngine(77, Path("/nowhere")), latest), latest, History(), width, height, coloured)
     assert text.count("\n") <= height

@@ -125,7 +125,7 @@ def test_every_page_is_shown_as_what_it_is(watched: Watched) -> None:
     cells = np.frombuffer(snapshot.cells, "<u2")
     pool = watched.scheduler.pool
     two, three = watched.scheduler.sequences
-    numbers = {request.serial: request.number for request in snapshot.requests}
+    numbers = {request.arrival_index: request.number for request in snapshot.requests}
     assert set(two.pages[:2]) == set(three.pages[:2]), "the second and third request begin alike"
     expected = np.full(32, FREE)
     expected[list(pool.cached_pages)] = CACHED
@@ -150,7 +150,7 @@ def test_requests_are_told_with_their_tokens_and_times(watched: Watched) -> None
     told.append(watched.hear(socket)) if socket.poll(10) else None
     first, last = told[2], told[-1]
     assert (first.num_running, first.num_waiting) == (8, 2)
-    assert [request.serial for request in first.requests] == list(range(1, 11))
+    assert [request.arrival_index for request in first.requests] == list(range(1, 11))
     assert [request.number > 0 for request in first.requests] == [True] * 8 + [False] * 2
     assert {request.num_prompt_tokens for request in first.requests} == {5}
     assert first.requests[0].num_tokens > first.requests[-1].num_tokens == 5

@@ -154,9 +154,9 @@ def test_text_is_held_back_only_if_it_may_begin_a_stop_string(pieces: list[str],
         seen, sent = seen + piece, sent + text
         if stopped:
             break
-        held = seen[len(sent) :]
-        assert not held or any(string.startswith(held) for string in strings)
-        assert not any(string.startswith(seen[-length:]) for string in strings for length in range(len(held) + 1, min(len(seen), len(string)) + 1))
+        pending = seen[len(sent) :]
+        assert not pending or any(string.startswith(pending) for string in strings)
+        assert not any(string.startswith(seen[-length:]) for string in strings for length in range(len(pending) + 1, min(len(seen), len(string)) + 1))
 
 
 def test_many_long_stop_strings_cost_little_per_character() -> None:

@@ -84,22 +84,22 @@ def test_captured_steps_give_the_tokens_of_launched_ones(folder: Path, options: 
 
 
 def adapted_runner(folder: Path, root: Path, device: str = "cuda", **options: Any) -> ModelRunner:
-    """With three adapters in three of four berths."""
+    """With three adapters in three of four adapter slots."""
     runner = load_runner(folder, device=device, lora_directory=str(root), max_loras=4, max_lora_rank=16, **options)
-    assert runner.berths is not None
-    for berth, rank in enumerate((4, 16, 1)):
+    assert runner.adapter_slots is not None
+    for adapter_slot, rank in enumerate((4, 16, 1)):
         if not (root / str(rank)).exists():
             save_adapter(root / str(rank), folder, rank, rank, lora_alpha=8)
-        runner.berths.fill(berth, runner.berths.read(str(rank)))
+        runner.adapter_slots.fill(adapter_slot, runner.adapter_slots.read(str(rank)))
     return runner
 
 
 def test_captured_and_launched_steps_with_adapters_give_the_tokens_of_the_cpu(folder: Path, tmp_path: Path) -> None:
-    """Several adapters, none and an empty berth, in steps of prompts, of single tokens and of both."""
-    prompts, berths = random_prompts((1, 700, 65, 300, 20, 33, 5, 8, 90, 2, 44)), (0, 1, -1, 2, 0, 1, -1, -1, 3, 2, 1)
+    """Several adapters, none and an empty adapter slot, in steps of prompts, of single tokens and of both."""
+    prompts, adapter_slots = random_prompts((1, 700, 65, 300, 20, 33, 5, 8, 90, 2, 44)), (0, 1, -1, 2, 0, 1, -1, -1, 3, 2, 1)
     runners = [adapted_runner(folder, tmp_path, device, **options) for device, options in (("cpu", {}), ("cuda", {}), ("cuda", {"cuda_graphs": False}))]
     cpu, captured, launched = (
-        Driver(runner).generate(prompts, 24, chunk=150, arrive_every=2, steps_ahead=ahead, berths=berths)
+        Driver(runner).generate(prompts, 24, chunk=150, arrive_every=2, steps_ahead=ahead, adapter_slots=adapter_slots)
         for runner, ahead in zip(runners, (0, 1, 1), strict=True)
     )
     assert captured == launched == cpu
@@ -110,19 +110,19 @@ def test_captured_and_launched_steps_with_adapters_give_the_tokens_of_the_cpu(fo
 def test_an_adapter_that_comes_while_steps_are_in_flight_changes_none_of_them(folder: Path, tmp_path: Path) -> None:
     runner = adapted_runner(folder, tmp_path)
     prompts = random_prompts((20, 33))
-    before = Driver(runner).generate(prompts, 40, steps_ahead=1, berths=(0, 1))
-    assert runner.berths is not None
-    other = runner.berths.read("1")
+    before = Driver(runner).generate(prompts, 40, steps_ahead=1, adapter_slots=(0, 1))
+    assert runner.adapter_slots is not None
+    other = runner.adapter_slots.read("1")
     driver, launch, launched = Driver(runner), runner.launch, []
 
     def launch_and_fill(batch: Batch) -> None:
         launch(batch)
         launched.append(batch)
         if len(launched) == 40:  # the last that anybody's token comes from
-            runner.berths.fill(0, other)  # type: ignore[union-attr]
+            runner.adapter_slots.fill(0, other)  # type: ignore[union-attr]
 
     runner.launch = launch_and_fill  # type: ignore[method-assign]
-    assert driver.generate(prompts, 40, steps_ahead=1, berths=(0, 1)) == before
+    assert driver.generate(prompts, 40, steps_ahead=1, adapter_slots=(0, 1)) == before
 
 
 def test_a_sequence_gets_the_same_tokens_alone_and_in_a_full_batch(folder: Path) -> None:
@@ -162,14 +162,14 @@ def test_no_step_makes_the_host_wait(folder: Path, sampling: SamplingParams) -> 
 
 def test_no_step_with_adapters_makes_the_host_wait(folder: Path, tmp_path: Path) -> None:
     runner = adapted_runner(folder, tmp_path)
-    prompts, berths = random_prompts((20, 30, 40, 900)), (0, -1, 1, 2)
-    Driver(runner).generate(prompts, 4, chunk=700, arrive_every=1, steps_ahead=1, berths=berths)
-    assert runner.berths is not None
-    adapter = runner.berths.read("4")
+    prompts, adapter_slots = random_prompts((20, 30, 40, 900)), (0, -1, 1, 2)
+    Driver(runner).generate(prompts, 4, chunk=700, arrive_every=1, steps_ahead=1, adapter_slots=adapter_slots)
+    assert runner.adapter_slots is not None
+    adapter = runner.adapter_slots.read("4")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        runner.berths.fill(3, adapter)
-        answers = Driver(runner).generate(prompts, 30, chunk=700, arrive_every=3, steps_ahead=1, berths=berths)
+        runner.adapter_slots.fill(3, adapter)
+        answers = Driver(runner).generate(prompts, 30, chunk=700, arrive_every=3, steps_ahead=1, adapter_slots=adapter_slots)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [len(answer) for answer in answers] == [30] * 4

@@ -40,7 +40,7 @@ def test_decodes_come_first_and_results_find_their_way_back() -> None:
     assert parts["query_starts"].tolist() == [0, 1, 2, 7, 10, 10]
     assert parts["logit_indices"].tolist() == [0, 1, 6, 9]
     assert parts["sample_rows"].tolist() == [11, 13, 10, -1]
-    assert plan.slots.tolist() == [2, 0, 1]
+    assert plan.output_indices.tolist() == [2, 0, 1]
     assert plan.prefill_lens == ((5, 105), (3, 105))
     assert (plan.max_decode_len, plan.max_len) == (104, 105)
 
@@ -53,7 +53,7 @@ def test_padding_takes_what_is_left() -> None:
     assert parts["counts"].tolist() == [1, 1, 1, 4, 0, 5]
     assert parts["query_starts"].tolist() == [0, 1, 2, 3, 7, 7, 12]
     assert parts["sample_rows"].tolist() == [11, -1, -1, 10, -1]
-    assert plan.slots.tolist() == [3, 0]
+    assert plan.output_indices.tolist() == [3, 0]
 
 
 @pytest.mark.parametrize("shape", [StepShape(1), StepShape(7), StepShape(0, 8, 128), StepShape(16, 8, 512)], ids=str)

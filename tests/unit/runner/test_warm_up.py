@@ -50,7 +50,7 @@ def test_steps_with_adapters_are_those_of_a_server_that_has_some() -> None:
     batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199, adapters=True))
     adapted = [batch for batch in batches if batch.adapted]
     assert [batch.num_tokens for batch in adapted] == [batch.num_tokens for batch in batches[: 2 * len(adapted)] if not batch.adapted]
-    assert all({new.berth for new in batch.new_rows} <= ({0} if batch.adapted else {-1}) for batch in batches)
+    assert all({new.adapter_slot for new in batch.new_rows} <= ({0} if batch.adapted else {-1}) for batch in batches)
     assert not any(batch.adapted for batch in warm_up_batches(*LIMITS["usual"], vocab_size=199))
 
 

@@ -1,4 +1,4 @@
-"""Who gets which berth, when: with a scheduler, a library that reads when it is told to, and no device."""
+"""Who gets which adapter slot, when: with a scheduler, a library that reads when it is told to, and no device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.messages import Finish, Submit
 from paged_backend.request import parse_sampling
-from paged_backend.scheduler.adapter_slots import Adapters
+from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 
@@ -52,11 +52,11 @@ class Library:
 class Desk:
     """A scheduler that runs as fast as its threads read."""
 
-    def __init__(self, num_berths: int, **limits: Any) -> None:
+    def __init__(self, num_adapter_slots: int, **limits: Any) -> None:
         self.library, self.now = Library(), 0.0
-        self.adapters = Adapters(num_berths, self.library, clock=lambda: self.now)
+        self.adapters = AdapterSlots(num_adapter_slots, self.library, clock=lambda: self.now)
         self.scheduler = Scheduler(SchedulerLimits(**{**LIMITS.__dict__, **limits}), adapters=self.adapters)
-        self.lying: dict[int, str] = {}  # berth -> the adapter that the device has there
+        self.lying: dict[int, str] = {}  # adapter slot -> the adapter that the device has there
         self.rows: dict[int, str | None] = {}  # request id -> the adapter that its last step used
         self.finishes: dict[int, Finish] = {}
         self.cached: dict[int, int] = {}
@@ -84,19 +84,22 @@ class Desk:
 
     def _settle(self) -> None:
         """Waits for the threads."""
-        futures = [*self.adapters._checks.values(), *(berth.reading for berth in self.adapters._berths if berth.reading is not None)]
+        futures = [
+            *self.adapters._checks.values(),
+            *(adapter_slot.reading for adapter_slot in self.adapters._adapter_slots if adapter_slot.reading is not None),
+        ]
         for future in futures if self.library.gate.is_set() else []:
             future.exception(10)
 
     def _run(self, batch: Batch) -> None:
-        self.lying |= {berth: adapter.name for berth, adapter in batch.adapters}
+        self.lying |= {adapter_slot: adapter.name for adapter_slot, adapter in batch.adapters}
         for new in batch.new_rows:
             sequence = self.scheduler._running.table.sequences[new.row]
             assert sequence is not None
             wanted = sequence.sampling.lora_name
-            assert (None if new.berth < 0 else self.lying[new.berth]) == wanted, "the device has another adapter there"
+            assert (None if new.adapter_slot < 0 else self.lying[new.adapter_slot]) == wanted, "the device has another adapter there"
             self.rows[sequence.request_id] = wanted
-        assert batch.adapted == any(sequence.berth >= 0 for sequence in self.scheduler._running.runners if sequence.row in batch.rows)
+        assert batch.adapted == any(sequence.adapter_slot >= 0 for sequence in self.scheduler._running.runners if sequence.row in batch.rows)
         self._take(self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), 3, np.int32))))
 
     def _take(self, output: StepOutput | None) -> None:
@@ -125,17 +128,17 @@ def test_the_adapter_not_used_for_longest_goes_and_one_in_use_stays() -> None:
         desk.run()
     desk.submit(3, "c")
     desk.run()
-    assert {berth.name for berth in desk.adapters._berths} == {"a", "c"}
+    assert {adapter_slot.name for adapter_slot in desk.adapters._adapter_slots} == {"a", "c"}
     desk.submit(4, "a", max_tokens=30)
     desk.submit(5, "c", max_tokens=3)
     desk.step()
     desk.submit(6, "b", max_tokens=3)
     desk.run()
     assert desk.library.reads == ["a", "b", "c", "b"]
-    assert {berth.name for berth in desk.adapters._berths} == {"a", "b"}
+    assert {adapter_slot.name for adapter_slot in desk.adapters._adapter_slots} == {"a", "b"}
 
 
-def test_who_finds_no_berth_waits_while_others_are_served_and_then_gets_one() -> None:
+def test_who_finds_no_adapter_slot_waits_while_others_are_served_and_then_gets_one() -> None:
     desk = Desk(1)
     desk.submit(0, "a", max_tokens=12)
     desk.submit(1, "b")
@@ -147,7 +150,7 @@ def test_who_finds_no_berth_waits_while_others_are_served_and_then_gets_one() ->
     assert desk.rows == {0: "a", 1: "b", 2: None, 3: "a"}
 
 
-def test_nobody_waits_for_ever_for_a_berth_that_others_keep_busy() -> None:
+def test_nobody_waits_for_ever_for_a_adapter_slot_that_others_keep_busy() -> None:
     desk = Desk(1, max_num_sequences=2)
     desk.submit(0, "a", max_tokens=8)
     desk.step()
@@ -166,7 +169,7 @@ def test_nobody_waits_for_ever_for_a_berth_that_others_keep_busy() -> None:
     assert len(desk.finishes) == served_at + 1
 
 
-def test_a_promised_berth_is_given_up_when_the_one_who_waits_for_it_leaves() -> None:
+def test_a_promised_adapter_slot_is_given_up_when_the_one_who_waits_for_it_leaves() -> None:
     desk = Desk(1)
     desk.submit(0, "a", max_tokens=30)
     desk.step()
@@ -204,7 +207,7 @@ def test_our_own_failure_is_told_without_its_text() -> None:
     assert desk.finishes[0].error is ErrorKind.INTERNAL and "secret" not in desk.finishes[0].message
 
 
-def test_names_that_mean_nothing_take_no_berth_from_anybody() -> None:
+def test_names_that_mean_nothing_take_no_adapter_slot_from_anybody() -> None:
     desk = Desk(1)
     desk.submit(0, "a")
     desk.run()
@@ -212,7 +215,7 @@ def test_names_that_mean_nothing_take_no_berth_from_anybody() -> None:
         desk.library.broken[f"x{request_id}"] = RequestError("there is none")
         desk.submit(request_id, f"x{request_id}")
         desk.run()
-    assert desk.lying == {0: "a"} and [berth.name for berth in desk.adapters._berths] == ["a"]
+    assert desk.lying == {0: "a"} and [adapter_slot.name for adapter_slot in desk.adapters._adapter_slots] == ["a"]
 
 
 def test_one_who_leaves_while_its_adapter_is_read_leaves_nothing_behind() -> None:
@@ -220,7 +223,7 @@ def test_one_who_leaves_while_its_adapter_is_read_leaves_nothing_behind() -> Non
     desk.library.gate.clear()
     desk.submit(0, "a")
     desk.step()
-    while desk.adapters._berths[0].reading is None:
+    while desk.adapters._adapter_slots[0].reading is None:
         desk.step()
     desk.scheduler.abort(0)
     assert not desk.scheduler.has_work
@@ -248,7 +251,7 @@ def test_no_salt_of_a_caller_finds_an_adapters_pages() -> None:
     assert all(num_cached == 0 for num_cached in desk.cached.values())
 
 
-def test_a_preempted_sequence_keeps_its_berth() -> None:
+def test_a_preempted_sequence_keeps_its_adapter_slot() -> None:
     desk = Desk(1, num_pages=8, max_model_len=32)
     desk.submit(0, "a", max_tokens=20)
     desk.submit(1, "a", max_tokens=20)
@@ -262,10 +265,10 @@ NAMES = [None, "a", "b", "c", "d", "broken", "broken later"]
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), num_berths=st.integers(1, 3), num_pages=st.sampled_from([8, 64]))
-def test_whatever_comes_and_goes_everybody_gets_his_adapter_or_a_reason(data: st.DataObject, num_berths: int, num_pages: int) -> None:
-    """`step` checks after every turn that no invariant is broken and that the device has each row's adapter in its berth."""
-    desk = Desk(num_berths, num_pages=num_pages, max_model_len=32)
+@given(data=st.data(), num_adapter_slots=st.integers(1, 3), num_pages=st.sampled_from([8, 64]))
+def test_whatever_comes_and_goes_everybody_gets_his_adapter_or_a_reason(data: st.DataObject, num_adapter_slots: int, num_pages: int) -> None:
+    """`step` checks after every turn that no invariant is broken and that the device has each row's adapter in its adapter slot."""
+    desk = Desk(num_adapter_slots, num_pages=num_pages, max_model_len=32)
     desk.library.broken = {"broken": RequestError("it is broken"), "broken later later": RequestError("it broke")}
     asked: dict[int, str | None] = {}
     gone = set()

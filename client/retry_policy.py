@@ -26,7 +26,7 @@ class Limits:
     retries: int = 2  # after UNAVAILABLE, and only before the first token: nothing that was shown is ever shown twice
 
 
-class Patience:
+class RetryPolicy:
     """Time and attempts that one request has left."""
 
     def __init__(self, limits: Limits) -> None:
