@@ -80,7 +80,7 @@ async def step_cost(client: ClusterClient, num_servers: int, dice: random.Random
 
     async def median(num_tokens: int, output_tokens: int) -> Measured:
         measured = []
-        for _ in range(5):
+        for _ in range(3):
             trace = [Asked(0.0, 0, 0, num_tokens, output_tokens) for _ in range(num_servers)]
             prompts = [[dice.randrange(10, 4000) for _ in range(num_tokens)] for _ in trace]
             measured += await asyncio.gather(*(ask(client, asked, prompt) for asked, prompt in zip(trace, prompts, strict=True)))
@@ -119,8 +119,8 @@ async def rounds(urls: Sequence[str], options: argparse.Namespace) -> None:
     async with AsyncExitStack() as stack:
         clients = {}
         for routing in options.routings:
-            clients[routing] = await stack.enter_async_context(ClusterClient(list(urls), model="paged_llm", routing=routing))
-            await clients[routing].tokenizer_loaded()  # takes a processor from the servers
+            client = ClusterClient(list(urls), model="paged_llm", routing=routing, tokenizer="none: prompts are token ids")
+            clients[routing] = await stack.enter_async_context(client)
         cost = await step_cost(clients[options.routings[-1]], len(urls), dice)
         print(json.dumps({name: round(value, 3) for name, value in cost.items()}), flush=True)
         for number in range(options.rounds):
@@ -128,8 +128,7 @@ async def rounds(urls: Sequence[str], options: argparse.Namespace) -> None:
             traces.append(trace)
             for routing in options.routings if number % 2 == 0 else reversed(options.routings):
                 results[routing] += await measure(clients[routing], trace, dice)
-    for routing, measured in results.items():
-        print(json.dumps(line(routing, measured)), flush=True)
+                print(json.dumps(line(routing, results[routing])), flush=True)
     if options.trace is not None:
         options.trace.write_text("".join(json.dumps(asdict(asked)) + "\n" for trace in traces for asked in trace))
 

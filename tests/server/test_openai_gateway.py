@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -524,3 +525,20 @@ def test_help_explains_every_option() -> None:
     assert len(options) >= 12
     assert all(len(explained.split()) >= 4 for _, explained in options)
     assert "Tool calls and reasoning are read" in " ".join(text.split())
+
+
+def test_several_urls_answer_as_one(server: Server, tmp_path: Path) -> None:
+    """One server by both of its services; three of them, and deaths, are in test_cluster.py."""
+    expected = direct(server, PROMPT, temperature=0, max_tokens=20)
+    with gateway_to(server.addresses.grpc_url, tmp_path, "-u", server.addresses.http_url, "--routing", "turns") as running, running.client() as client:
+        for _ in range(2):
+            answer = client.completions.create(model="paged_llm", prompt=PROMPT, temperature=0, max_tokens=20)
+            assert (answer.choices[0].text, answer.usage.prompt_tokens) == (expected.text, expected.usage.num_input_tokens)
+            pieces = client.completions.create(model="paged_llm", prompt=PROMPT, temperature=0, max_tokens=20, stream=True)
+            assert "".join(piece.choices[0].text for piece in pieces) == expected.text
+        assert client.models.retrieve("paged_llm").id == "paged_llm"
+        request = Request(running.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        with urlopen(request, timeout=10) as response:
+            text = response.read().decode()
+    assert 'paged_gateway_servers{state="ready"} 2.0' in text
+    assert re.findall(r"paged_gateway_requests_routed_total\{[^}]*\} (\S+)", text) == ["2.0", "2.0"]
