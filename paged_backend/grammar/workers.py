@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -26,7 +28,17 @@ _CLOCK_TIMES = 4  # so many times that on the clock: a busy machine is not the g
 _LOOK_SECONDS = 0.05  # how often somebody looks at a worker's time
 _START_SECONDS = 120.0  # for the vocabulary, and for importing the library
 _FORK_SECONDS = 30.0
+_EXIT_SECONDS = 5.0  # from the end of a connection to that of the process, which frees its memory first
+_TRIES = 3  # of what processes were killed at: by an operator, or by the kernel for want of memory, which the grammar may have used up
+_EXIT_CODE = 49  # of the fields of /proc/PID/stat behind the name: the 52nd of all, a wait status; see proc(5)
 _CPUCLOCK_SCHED = 2  # linux/include/linux/posix-timers.h: the clock of another process's processor time
+
+
+log = logging.getLogger("paged")
+
+
+class NurseryLostError(OSError):
+    """The nursery was killed, or does not answer; another one may."""
 
 
 class Worker:
@@ -40,6 +52,22 @@ class Worker:
     def cpu_seconds(self) -> float:
         """Of a processor's time, that it took so far."""
         return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED)
+
+    def was_killed(self) -> bool:
+        """By SIGKILL, which no fault of its own and no limit sends it; True also if it is gone without a trace, as with a nursery that was killed.
+
+        To be asked when its connection has ended, before `kill`.
+        """
+        end = time.monotonic() + _EXIT_SECONDS
+        while time.monotonic() < end:
+            try:
+                fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                return True
+            if fields[0] in "ZX":
+                return os.WTERMSIG(int(fields[_EXIT_CODE])) == signal.SIGKILL
+            time.sleep(_LOOK_SECONDS / 10)
+        return False
 
     def kill(self) -> None:
         """Whatever it is at."""
@@ -67,24 +95,35 @@ class Workers:
             OSError: no process can be started.
         """
         with self._lock:
-            for last_try in (False, True):
-                control = self._started()
+            for last_try in (False, False, True):
                 ours, theirs = socket.socketpair()
                 try:
-                    while self._dead:
-                        control.send(str(self._dead.popleft()).encode())
                     with theirs:
-                        socket.send_fds(control, [kind], [theirs.fileno()])
-                    pid = int(control.recv(64) or b"0")
-                    if pid:
-                        return Worker(self, pid, ours)
-                except OSError:
-                    theirs.close()
-                ours.close()
-                self._end()  # the nursery was killed
-                if last_try:
-                    break
-        raise OSError("the process that works on grammars does not answer")
+                        return Worker(self, self._fork(kind, theirs), ours)
+                except BaseException as error:
+                    ours.close()
+                    if last_try or not isinstance(error, NurseryLostError):
+                        raise
+        raise AssertionError
+
+    def _fork(self, kind: bytes, theirs: socket.socket) -> int:
+        """
+        Raises:
+            NurseryLostError: it was killed, or does not answer; another one may.
+            GrammarError, OSError: see `make`.
+        """
+        control = self._started()
+        try:
+            while self._dead:
+                control.send(str(self._dead.popleft()).encode())
+            socket.send_fds(control, [kind], [theirs.fileno()])
+            pid = int(control.recv(64) or b"0")
+        except OSError:
+            pid = 0
+        if not pid:
+            self._end()
+            raise NurseryLostError("the process that works on grammars does not answer")
+        return pid
 
     def reap(self, pid: int) -> None:
         """Its number may be given away, once somebody wants another child. Never waits."""
@@ -102,6 +141,13 @@ class Workers:
             self._nursery.wait()
         self._nursery = self._control = None
 
+    def _exit_code(self) -> int | None:
+        """Of a nursery that has hung up; None: it does not end even so."""
+        assert self._nursery is not None
+        with suppress(subprocess.TimeoutExpired):
+            return self._nursery.wait(_EXIT_SECONDS)
+        return None
+
     def _started(self) -> socket.socket:
         if self._nursery is not None and self._nursery.poll() is not None:
             self._end()
@@ -117,9 +163,10 @@ class Workers:
         ours.settimeout(_START_SECONDS)
         try:
             ready = msgspec.msgpack.decode(ours.recv(2**16), type=Verdict)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError) as error:
+            killed = not isinstance(error, TimeoutError) and self._exit_code() == -signal.SIGKILL
             self._end()
-            raise OSError("the process that works on grammars did not start") from None
+            raise (NurseryLostError if killed else OSError)("the process that works on grammars did not start") from None
         if ready.refusal:
             self._end()
             raise GrammarError(ready.refusal, ready.kind)
@@ -135,24 +182,32 @@ class GrammarCompiler:
         self._worker: Worker | None = None
 
     def compile(self, grammar: Grammar, seconds: float = COMPILE_SECONDS) -> Verdict | None:
-        """Waits for the verdict; None: there is none after `seconds` of a processor's time. A child that dies of a grammar is a verdict, too.
+        """Waits for the verdict; None: there is none after `seconds` of a processor's time. That a child dies of a grammar is a verdict, too.
+
+        A child that was killed is not: another one tries the grammar again.
 
         Raises:
+            OSError: all of them were killed.
             GrammarError, OSError: see Workers.make.
         """
-        if self._worker is not None and _hung_up(self._worker.connection):
-            self.close()  # it died while it had nothing to do with this grammar
-        worker = self._worker = self._worker or self._workers.make(nursery.COMPILE)
-        try:
-            worker.connection.settimeout(_CLOCK_TIMES * seconds)
-            worker.connection.sendall(framed(grammar))
-            return _receive(worker, seconds)
-        except TimeoutError:
-            self.close()
-            return None
-        except (EOFError, OSError):
-            self.close()
-            return Verdict(refusal=too_large())
+        for _ in range(_TRIES):
+            if self._worker is not None and _hung_up(self._worker.connection):
+                self.close()  # it died while it had nothing to do with this grammar
+            worker = self._worker = self._worker or self._workers.make(nursery.COMPILE)
+            try:
+                worker.connection.settimeout(_CLOCK_TIMES * seconds)
+                worker.connection.sendall(framed(grammar))
+                return _receive(worker, seconds)
+            except TimeoutError:
+                self.close()
+                return None
+            except (EOFError, OSError):
+                killed = worker.was_killed()
+                self.close()
+            if not killed:
+                return Verdict(refusal=too_large())
+            log.warning("the process that compiled a grammar was killed; another one takes its place")
+        raise OSError(f"{_TRIES} processes were killed while they compiled a grammar")
 
     def close(self) -> None:
         """Ends the child, whatever it is at."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread, Timer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +97,81 @@ def test_a_process_that_dies_is_replaced(compiler: GrammarCompiler, victim: str)
     while not workers._hung_up(compiler._worker.connection):
         time.sleep(0.01)
     assert not refusal(compiler, PLAIN)
+
+
+def compile_while(compiler: GrammarCompiler, strike: Callable[[int], None]) -> str:
+    """The refusal of a plain grammar; its child is stopped before it can answer, and struck when it has been asked."""
+    assert not refusal(compiler, PLAIN)  # it runs
+    assert compiler._worker is not None
+    pid, connection = compiler._worker.pid, compiler._worker.connection
+    connection.settimeout(None)
+
+    def wait_and_strike() -> None:
+        while connection.gettimeout() != workers._LOOK_SECONDS:  # it waits for the verdict
+            time.sleep(0.01)
+        strike(pid)
+
+    os.kill(pid, signal.SIGSTOP)
+    striker = Thread(target=wait_and_strike)
+    striker.start()
+    refused = refusal(compiler, PLAIN)  # on this thread: the nursery that it starts dies with the thread
+    striker.join()
+    return refused
+
+
+def test_a_grammar_whose_process_is_killed_is_compiled_by_another(compiler: GrammarCompiler) -> None:
+    assert not compile_while(compiler, lambda pid: os.kill(pid, signal.SIGKILL))
+
+
+def test_a_grammar_whose_process_and_its_nursery_are_killed_is_compiled_by_others(compiler: GrammarCompiler) -> None:
+    nursery = compiler._workers._nursery
+    assert nursery is not None
+    assert not compile_while(compiler, lambda _: nursery.kill())
+
+
+def test_a_grammar_that_its_process_dies_of_is_refused_and_the_next_one_compiled(compiler: GrammarCompiler) -> None:
+    def crash(pid: int) -> None:
+        os.kill(pid, signal.SIGSEGV)
+        os.kill(pid, signal.SIGCONT)
+
+    assert compile_while(compiler, crash) == "it cannot be compiled with 1024 MiB of memory"
+    assert not refusal(compiler, PLAIN)
+
+
+def test_a_grammar_whose_processes_are_all_killed_is_no_mistake_of_its_callers(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.close()
+    make, made = compiler._workers.make, []
+
+    def make_stopped(kind: bytes) -> workers.Worker:
+        worker = make(kind)
+        made.append(worker)
+        os.kill(worker.pid, signal.SIGSTOP)
+        Timer(0.2, os.kill, (worker.pid, signal.SIGKILL)).start()
+        return worker
+
+    monkeypatch.setattr(compiler._workers, "make", make_stopped)
+    with pytest.raises(OSError, match="3 processes were killed while they compiled a grammar"):
+        compiler.compile(PLAIN)
+    assert len(made) == 3
+    monkeypatch.undo()
+    assert not refusal(compiler, PLAIN)
+
+
+def test_a_nursery_that_is_killed_while_it_starts_is_replaced(place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        if len(started) == 1:
+            started[0].kill()
+        return started[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    made = Workers(place)
+    assert not refusal(GrammarCompiler(made), PLAIN)
+    assert len(started) == 2
+    made.close()
 
 
 def test_a_grammar_whose_masks_are_slow_is_refused(place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch) -> None:
