@@ -59,7 +59,7 @@ def traces_of(options: argparse.Namespace, num_servers: int) -> list[list[traces
     num_requests, rate = options.requests * num_servers, options.rate * num_servers
     if options.trace == "conversations":
         return [traces.conversations(num_requests, rate, options.seed, options.max_model_len)]
-    num_heads = options.heads * num_servers
+    num_heads = max(1, round(options.heads * num_servers))
     return [traces.shared_heads(num_requests, rate, num_heads, options.head_tokens, options.own_tokens, options.output_tokens, options.seed)]
 
 
@@ -110,7 +110,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit-mix", action="store_true")
     options = parser.parse_args()
-    options.heads = max(1, int(options.heads))
     if options.fit_mix:
         print(json.dumps({"prompt_token_us": round(1e6 * fit_mix(COSTS[options.cost]), 2)}))
         return
