@@ -33,7 +33,7 @@ from paged_client.openai.model_card import Backend, Description, ModelCard
 from paged_client.openai.parsed_chat import ParsedChatReply
 from paged_client.openai.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, TokenizeBody
 from paged_client.openai.responses import ChatReply, CompletionReply
-from paged_client.openai.tokens import detokenize, tokenize
+from paged_client.openai.tokens import detokenize, tokenize, with_echo
 from paged_client.openai.tools import tool_wishes
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
 from paged_client.openai.unknown_keys import WARNING_HEADER, unused_keys, warning_of
@@ -90,6 +90,8 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     async def completions(body: CompletionBody, request: Request) -> Response:
         unused = unused_keys(body, offer.strict)
         asked = with_adapter(asked_of_completion(body), gateway.adapter_of(body.model))
+        if body.echo:
+            asked = await with_echo(card, asked, body.logprobs is not None)
         reply = CompletionReply(body.model, asked, body.request_id)
         return _warning(await gateway.answer(request, body, asked, reply), unused)
 

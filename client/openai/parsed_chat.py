@@ -76,7 +76,7 @@ class ParsedChatReply(ChatReply):
         if index not in self._choices:
             form = self._form.answer
             self._choices[index] = _Choice(form.parser(), form.begins_reasoning)
-            for opening in self._opening(index, prompt):
+            for opening in self._opening(index, prompt, delta):
                 yield self._chunk([opening])
         choice = self._choices[index]
         if self._form.answer.reasoning is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import math
 import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,7 +45,7 @@ class _Reply:
         index = self._index(prompt, delta.sequence_index)
         if index not in self._begun:
             self._begun.add(index)
-            for choice in self._opening(index, prompt):
+            for choice in self._opening(index, prompt, delta):
                 yield self._chunk([choice])
         if delta.text or delta.logprobs or delta.finish_reason:
             yield self._chunk([self._piece(index, delta)])
@@ -64,7 +66,7 @@ class _Reply:
     def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _opening(self, index: int, prompt: int) -> list[dict[str, Any]]:
+    def _opening(self, index: int, prompt: int, delta: Delta) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
@@ -77,31 +79,54 @@ class CompletionReply(_Reply):
 
     def __init__(self, model: str, asked: Asked, request_id: str | None = None) -> None:
         super().__init__(model, asked, request_id)
+        self._prompts: dict[int, Sequence[LogprobEntry | None]] = {}  # their log-probabilities, which come once
         self._lengths: dict[int, int] = defaultdict(int)  # characters that each choice's tokens have so far
         self._decoders: dict[int, codecs.IncrementalDecoder] = defaultdict(partial(codecs.getincrementaldecoder("utf-8"), "replace"))
 
     def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
-        text = "".join(self._asked.echoed[prompt : prompt + 1]) + answer.text
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, answer.logprobs), "finish_reason": answer.finish_reason}
+        echoed = "".join(self._asked.echoed[prompt : prompt + 1])
+        wants = not self._asked.prompt_only
+        known = self._prompt_entries(prompt, answer.prompt_logprobs)
+        return {
+            "index": index,
+            "text": echoed + (answer.text if wants else ""),
+            "logprobs": self._logprobs(index, known, answer.logprobs if wants else ()),
+            "finish_reason": answer.finish_reason,
+        }
 
-    def _opening(self, index: int, prompt: int) -> list[dict[str, Any]]:
-        return [{"index": index, "text": text, "logprobs": None, "finish_reason": None} for text in self._asked.echoed[prompt : prompt + 1]]
+    def _opening(self, index: int, prompt: int, delta: Delta) -> list[dict[str, Any]]:
+        known = self._prompt_entries(prompt, delta.prompt_logprobs or self._prompts.get(prompt, ()))
+        self._prompts.setdefault(prompt, delta.prompt_logprobs)
+        logprobs = self._logprobs(index, known, ()) if known else None
+        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None} for text in self._asked.echoed[prompt : prompt + 1]]
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        return {"index": index, "text": delta.text, "logprobs": self._logprobs(index, delta.logprobs), "finish_reason": delta.finish_reason}
+        if self._asked.prompt_only:
+            return {"index": index, "text": "", "logprobs": None, "finish_reason": delta.finish_reason}
+        return {"index": index, "text": delta.text, "logprobs": self._logprobs(index, (), delta.logprobs), "finish_reason": delta.finish_reason}
 
-    def _logprobs(self, index: int, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
+    def usage(self, usages: Iterable[Usage]) -> dict[str, Any]:
+        return super().usage(replace(usage, num_output_tokens=0) if self._asked.prompt_only else usage for usage in usages)
+
+    def _prompt_entries(self, prompt: int, entries: Sequence[LogprobEntry | None]) -> list[LogprobEntry]:
+        """Of an echoed prompt; its first token has no log-probability."""
+        if not self._asked.first_tokens:
+            return []
+        first = (TokenLogprob(-1, self._asked.first_tokens[prompt], math.nan),)
+        return [entry or first for entry in entries]
+
+    def _logprobs(self, index: int, prompt: Sequence[LogprobEntry], entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
         wanted = self._asked.sampling.get("logprobs")
         if wanted is None:
             return None
-        offsets = []
+        offsets, entries = [], [*prompt, *entries]
         for entry in entries:
             offsets.append(self._lengths[index])
             self._lengths[index] += len(self._decoders[index].decode(entry[0].spelling))  # a character counts where its last byte is
         return {
             "tokens": [_name(entry[0]) for entry in entries],
-            "token_logprobs": [_finite(entry[0].logprob) for entry in entries],
-            "top_logprobs": [_by_text(entry) for entry in entries] if wanted else None,
+            "token_logprobs": [None if math.isnan(entry[0].logprob) else _finite(entry[0].logprob) for entry in entries],
+            "top_logprobs": [None if math.isnan(entry[0].logprob) else _by_text(entry) for entry in entries] if wanted else None,
             "text_offset": offsets,
         }
 
@@ -115,7 +140,7 @@ class ChatReply(_Reply):
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self._logprobs(answer.logprobs), "finish_reason": answer.finish_reason}
 
-    def _opening(self, index: int, prompt: int) -> list[dict[str, Any]]:
+    def _opening(self, index: int, prompt: int, delta: Delta) -> list[dict[str, Any]]:
         return [{"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:

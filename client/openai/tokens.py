@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 from paged_client.errors import PagedError
 from paged_client.openai.errors import RefusalError, refusal_of
 from paged_client.openai.model_card import ModelCard
 from paged_client.openai.protocol import DetokenizeBody, TokenizeBody
-from paged_client.openai.translation import checked, message_of, template_tools
+from paged_client.openai.translation import Asked, checked, message_of, template_tools
+from paged_client.question import Prompt
 
+_AT_ONCE = 32
 _PARAMS = {"text_input": "prompt", "input_ids": "tokens"}
 
 
@@ -38,6 +42,35 @@ async def tokenize(card: ModelCard, body: TokenizeBody) -> dict[str, Any]:
         raise refusal_of(error, _PARAMS) from None
     tokens = list(token_ids)
     return {"count": len(tokens), "max_model_len": description.max_model_len, "tokens": tokens, "token_strs": None}
+
+
+async def with_echo(card: ModelCard, asked: Asked, with_logprobs: bool) -> Asked:
+    """With what the answers to echo begin with: each prompt's text, and its first token's.
+
+    Raises:
+        RefusalError: the server cannot read a prompt.
+    """
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(prompt: Prompt | None) -> tuple[str, str]:
+        assert prompt is not None
+        async with places:
+            text = prompt if isinstance(prompt, str) else await card.client.detokenize(prompt)
+            if not with_logprobs:
+                return text, ""
+            token_ids = await card.client.tokenize(prompt, sampling=_of_prompt(asked)) if isinstance(prompt, str) else prompt
+            return text, await card.client.detokenize(token_ids[:1])
+
+    try:
+        found = await asyncio.gather(*map(one, asked.prompts))
+    except PagedError as error:
+        raise refusal_of(error, asked.params) from None
+    return replace(asked, echoed=tuple(text for text, _ in found), first_tokens=tuple(first for _, first in found))
+
+
+def _of_prompt(asked: Asked) -> dict[str, Any]:
+    """The sampling keys that change the prompt's tokens."""
+    return {name: asked.sampling.get(name) for name in ("add_special_tokens", "truncate_prompt_tokens")}
 
 
 async def detokenize(card: ModelCard, body: DetokenizeBody) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Asked:
     cache_salt: str = ""
     request_id: str = ""  # in the server's log
     echoed: tuple[str, ...] = ()  # what each prompt's choices begin with
+    first_tokens: tuple[str, ...] = ()  # of each prompt whose log-probabilities are echoed: it has none itself
+    prompt_only: bool = False  # nothing of the answer is wanted
     params: Mapping[str, str] = field(default_factory=dict)  # the server's names of fields → the body's, where they differ
 
 
@@ -42,9 +44,11 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     prompts = _prompts(checked(body.prompt))
     if body.suffix:
         raise RefusalError("suffix: not supported: the model continues text, it does not fill gaps", param="suffix", code="unsupported_parameter")
+    prompt_only = body.max_tokens == 0 and bool(body.echo)  # the server makes a token at least
     sampling = _sampling(body) | {
-        "max_tokens": _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        "max_tokens": _COMPLETION_MAX_TOKENS if body.max_tokens is None else 1 if prompt_only else body.max_tokens,
         "logprobs": body.logprobs,
+        "prompt_logprobs": body.logprobs if body.echo else None,
     }
     _check_stream(body)
     return Asked(
@@ -52,8 +56,8 @@ def asked_of_completion(body: CompletionBody) -> Asked:
         sampling=checked(sampling),
         num_choices=body.n or 1,
         cache_salt=checked(body.cache_salt or ""),
-        echoed=_echoed(body, prompts) if body.echo else (),
-        params=_PARAMS_OF_PROMPT | _params_of(body),
+        prompt_only=prompt_only,
+        params=_PARAMS_OF_PROMPT | {"prompt_logprobs": "logprobs"} | _params_of(body),
     )
 
 
@@ -159,15 +163,6 @@ def _prompts(prompt: str | Sequence[Any]) -> tuple[Prompt, ...]:
     if len(prompt) > MAX_PROMPTS:
         raise RefusalError(f"prompt: {len(prompt)} prompts; the most allowed is {MAX_PROMPTS}", param="prompt")
     return tuple(prompt)
-
-
-def _echoed(body: CompletionBody, prompts: tuple[Prompt, ...]) -> tuple[str, ...]:
-    if body.logprobs is not None:
-        raise RefusalError("echo: not together with logprobs: the prompt's are the server's prompt_logprobs", param="echo", code="unsupported_parameter")
-    texts = tuple(prompt for prompt in prompts if isinstance(prompt, str))
-    if len(texts) != len(prompts):
-        raise RefusalError("echo: only with prompts that are text", param="echo", code="unsupported_parameter")
-    return texts
 
 
 def template_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:

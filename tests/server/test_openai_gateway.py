@@ -279,6 +279,29 @@ def test_logprobs_are_the_servers_streamed_and_whole(server: Server, client: Any
     assert [token.token for piece in pieces if piece for token in piece.content] == [token.token for token in content]
 
 
+def test_an_echoed_prompt_has_log_probabilities_as_evaluations_read_them(server: Server, client: Any) -> None:
+    """lm-evaluation-harness sends token ids, and adds up what the tokens after the context have."""
+    expected = direct(server, PROMPT, temperature=0, max_tokens=1, prompt_logprobs=2).prompt_logprobs
+    asked = {"model": "paged_llm", "temperature": 0, "logprobs": 2, "echo": True}
+    root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
+    ids = root.post("/tokenize", body={"prompt": PROMPT}, cast_to=object)["tokens"]
+    for prompt in (PROMPT, ids):
+        for max_tokens in (0, 1):
+            answer = client.completions.create(**asked, prompt=prompt, max_tokens=max_tokens)
+            choice = answer.choices[0]
+            assert len(choice.logprobs.tokens) == len(ids) + max_tokens and answer.usage.completion_tokens == max_tokens
+            assert choice.logprobs.token_logprobs[0] is None and choice.logprobs.top_logprobs[0] is None
+            told = choice.logprobs.token_logprobs[1 : len(ids)]
+            assert told == pytest.approx([entry[0].logprob for entry in expected[1:]], abs=1e-4)
+            assert "".join(choice.logprobs.tokens).endswith(choice.text[1:]) and PROMPT in choice.text
+            assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+        chunks = list(client.completions.create(**asked, prompt=prompt, max_tokens=3, stream=True))
+        streamed = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens]
+        whole = client.completions.create(**asked, prompt=prompt, max_tokens=3).choices[0]
+        assert streamed == whole.logprobs.tokens
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
+
+
 def test_the_likeliest_of_several_and_keys_of_vllm(client: Any) -> None:
     asked = {"model": "paged_llm", "prompt": PROMPT, "seed": 5, "max_tokens": 8}
     tried = client.completions.create(**asked, n=4, logprobs=0).choices
