@@ -72,6 +72,9 @@ def serve_openai(
         typer.Option(metavar="NAME", help="How the model writes tool calls: hermes, llama3_json …; auto: as its chat template says; none: not read."),
     ] = "auto",
     reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Tell what the model thinks apart from its answer.")] = True,
+    max_stored_responses: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Answers of /v1/responses that later ones may go on from, in memory; 0: none.")
+    ] = 1000,
     hide_adapters: Annotated[bool, typer.Option("--hide-adapters", help="Leave adapters out of /v1/models; whoever knows a name may use it.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse keys that are unknown here, instead of ignoring them with a warning.")] = False,
     drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for answers in flight.")] = 30,
@@ -111,6 +114,7 @@ def serve_openai(
             server_metrics=(metrics_url, model_name) if metrics_url else None,
             list_adapters=not hide_adapters,
             forms=forms,
+            max_stored_responses=max_stored_responses,
         )
         if len(urls) > 1 or urls[0].startswith(("dns://", "file://")):
             client: AsyncPagedClient | ClusterClient = ClusterClient(urls, model=model_name, routing=routing, timeout=timeout, tokenizer=tokenizer)

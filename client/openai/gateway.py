@@ -8,8 +8,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
 from typing import Any
 
 import msgspec
@@ -24,23 +22,28 @@ from paged_client.async_client import AsyncStream
 from paged_client.cluster.resuming import ClusterStream
 from paged_client.errors import PagedError
 from paged_client.openai.answer_forms import FormOptions, chat_form, held
+from paged_client.openai.chat_source import Chunks
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
 from paged_client.openai.limits import Bodies, BodyLimits
-from paged_client.openai.metrics import CONTENT_TYPE, GatewayMetrics
+from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of
 from paged_client.openai.model_card import Backend, Description, ModelCard
 from paged_client.openai.parsed_chat import ParsedChatReply
 from paged_client.openai.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, TokenizeBody
+from paged_client.openai.response_store import ResponseStore
 from paged_client.openai.responses import ChatReply, CompletionReply
+from paged_client.openai.responses_api import add_response_paths
+from paged_client.openai.status_paths import add_status_paths
 from paged_client.openai.tokens import detokenize, tokenize, with_echo
 from paged_client.openai.tools import tool_wishes
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
-from paged_client.openai.unknown_keys import WARNING_HEADER, unused_keys, warning_of
+from paged_client.openai.unknown_keys import unused_keys, with_warning
 from paged_client.question import Prompt
 
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
 _DONE = b"data: [DONE]\n\n"
+_MAX_STORED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ class Offer:
     server_metrics: tuple[str, str] | None = None  # URL of Triton Server's metrics, and what it calls the model
     list_adapters: bool = True
     forms: FormOptions = field(default_factory=FormOptions)
+    max_stored_responses: int = 1000  # 0: none
 
 
 ENDPOINTS = (
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/models",
     "/tokenize",
     "/detokenize",
@@ -81,9 +86,10 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     metrics = metrics or GatewayMetrics(ENDPOINTS)
     card = ModelCard(client)
     gateway = _Gateway(client, offer, metrics)
+    chat = _Chat(gateway, card, offer.forms)
     bodies = Bodies(offer.bodies)
     metrics.body_bytes.set_function(lambda: bodies.bytes_in_flight)
-    _add_status_paths(app, client, metrics)
+    add_status_paths(app, client, metrics)
     _add_model_paths(app, card, gateway, offer)
 
     @app.post("/v1/completions")
@@ -93,14 +99,15 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
         if body.echo:
             asked = await with_echo(card, asked, body.logprobs is not None)
         reply = CompletionReply(body.model, asked, body.request_id)
-        return _warning(await gateway.answer(request, body, asked, reply), unused)
+        return with_warning(await gateway.answer(request, body, asked, reply), unused)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         unused = unused_keys(body, offer.strict)
-        asked = with_adapter(asked_of_chat(body), gateway.adapter_of(body.model))
-        asked, reply = await chat_of(card, offer.forms, body, asked)
-        return _warning(await gateway.answer(request, body, asked, reply), unused)
+        asked, reply = await chat.asked(body)
+        return with_warning(await gateway.answer(request, body, asked, reply), unused)
+
+    add_response_paths(app, chat, ResponseStore(offer.max_stored_responses, _MAX_STORED_BYTES), offer.strict)
 
     _say_errors_in_openais_words(app)
     app.add_middleware(GatewayMiddleware, api_key=offer.api_key, bodies=bodies, metrics=metrics)
@@ -124,31 +131,6 @@ async def chat_of(card: ModelCard, options: FormOptions, body: ChatBody, asked: 
     if form.answer.is_plain:
         return asked, ChatReply(body.model, asked, body.request_id)
     return asked, ParsedChatReply(body.model, asked, form, body.request_id)
-
-
-def _add_status_paths(app: FastAPI, client: Backend, metrics: GatewayMetrics) -> None:
-    async def health() -> Response:
-        if await client.takes_requests():
-            return JSONResponse({"status": "ok"})
-        return response_of(RefusalError("the server is not there, has not loaded the model, or the model has lost its engine", 503, code="not_ready"))
-
-    for path, methods in (("/health", ("GET", "HEAD")), ("/v1/health", ("GET", "HEAD")), ("/ping", ("GET", "HEAD"))):
-        for method in methods:  # one route each: a route of several has one operation id in the schema for all of them
-            app.add_api_route(path, health, methods=[method], include_in_schema=method == "GET")
-
-    @app.get("/version")
-    async def version() -> Response:
-        return JSONResponse({"version": installed_version()})
-
-    @app.get("/metrics")
-    async def exposition() -> Response:
-        return Response(await metrics.text(), media_type=CONTENT_TYPE)
-
-
-def _warning(response: Response, unused: list[str]) -> Response:
-    if unused:
-        response.headers[WARNING_HEADER] = warning_of(unused)
-    return response
 
 
 def _add_model_paths(app: FastAPI, card: ModelCard, gateway: _Gateway, offer: Offer) -> None:
@@ -177,18 +159,22 @@ def _add_model_paths(app: FastAPI, card: ModelCard, gateway: _Gateway, offer: Of
     @app.post("/tokenize")
     async def tokens_of_text(body: TokenizeBody) -> Response:
         unused = gateway.check_tokens_body(body)
-        return _warning(JSONResponse(await tokenize(card, body)), unused)
+        return with_warning(JSONResponse(await tokenize(card, body)), unused)
 
     @app.post("/detokenize")
     async def text_of_tokens(body: DetokenizeBody) -> Response:
         unused = gateway.check_tokens_body(body)
-        return _warning(JSONResponse(await detokenize(card, body)), unused)
+        return with_warning(JSONResponse(await detokenize(card, body)), unused)
 
 
 def _say_errors_in_openais_words(app: FastAPI) -> None:
     @app.exception_handler(RefusalError)
     async def refused(request: Request, refusal: RefusalError) -> Response:
         return response_of(refusal)
+
+    @app.exception_handler(CallerLeftError)
+    async def left(request: Request, error: CallerLeftError) -> Response:
+        return Response(status_code=_CALLER_LEFT)
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> Response:
@@ -243,22 +229,33 @@ class _Gateway:
         """
         Raises:
             RefusalError: nothing has been answered.
+            CallerLeftError: nobody waits for it any more.
         """
+        if not body.stream:
+            return JSONResponse(await self.whole(request, body, asked, reply))
+        chunks, pieces = await self.chunks(request, body, asked, reply)
+        return EventStream(_events(chunks), pieces)
+
+    async def whole(self, request: Request, body: Body, asked: Asked, reply: Reply) -> dict[str, Any]:
+        """As `answer`."""
         asked = replace(asked, request_id=body.request_id or request.scope.get(REQUEST_ID, ""))
         try:
-            if not body.stream:
-                answers = await unless_left(request.receive, self._whole(asked))
-                for answer in answers:
-                    self._metrics.count(answer.usage)
-                return JSONResponse(reply.whole(answers))
-            pieces = self._pieces(asked)
-            first = await unless_left(request.receive, _next(pieces))  # while there is none, the status can say why
-            events = self._events(first, pieces, reply, asked.params, body.stream_options or StreamOptions())
-            return EventStream(events, pieces)
-        except CallerLeftError:
-            return Response(status_code=_CALLER_LEFT)
+            answers = await unless_left(request.receive, self._whole(asked))
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
+        for answer in answers:
+            self._metrics.count(answer.usage)
+        return reply.whole(answers)
+
+    async def chunks(self, request: Request, body: Body, asked: Asked, reply: Reply) -> tuple[Chunks, Pieces]:
+        """As `answer`; once there is a first piece: while there is none, the status can say why."""
+        asked = replace(asked, request_id=body.request_id or request.scope.get(REQUEST_ID, ""))
+        pieces = self._pieces(asked)
+        try:
+            first = await unless_left(request.receive, _next(pieces))
+        except PagedError as error:
+            raise refusal_of(error, asked.params) from None
+        return self._chunks(first, pieces, reply, asked.params, body.stream_options or StreamOptions()), pieces
 
     async def _whole(self, asked: Asked) -> list[Answer]:
         places = asyncio.Semaphore(self._offer.prompts_at_once)
@@ -292,10 +289,8 @@ class _Gateway:
             async for delta in stream:
                 yield 0, delta
 
-    async def _events(
-        self, piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], options: StreamOptions
-    ) -> AsyncGenerator[bytes, None]:
-        """Pieces, of which `piece` is the first, as server-sent events. An error is the last but one."""
+    async def _chunks(self, piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], options: StreamOptions) -> Chunks:
+        """Pieces, of which `piece` is the first, as OpenAI's chunks. An error is the last."""
         usages: dict[int, Usage] = {}
         try:
             while piece is not None:
@@ -304,16 +299,49 @@ class _Gateway:
                 for chunk in reply.chunks(number, delta):
                     if options.include_usage:
                         chunk["usage"] = reply.usage(usages.values()) if options.continuous_usage_stats else None
-                    yield _event(chunk)
+                    yield chunk
                 piece = await _next(pieces)
             if options.include_usage:
-                yield _event(reply.usage_chunk(usages.values()))
+                yield reply.usage_chunk(usages.values())
         except PagedError as error:
-            yield _event(refusal_of(error, params).body())
+            yield refusal_of(error, params).body()
         finally:
             for usage in usages.values():
                 self._metrics.count(usage)
-        yield _DONE
+
+
+class _Chat:
+    """What other APIs need of the chat (ChatSource)."""
+
+    def __init__(self, gateway: _Gateway, card: ModelCard, forms: FormOptions) -> None:
+        self._gateway = gateway
+        self._card = card
+        self._forms = forms
+
+    async def asked(self, body: ChatBody) -> tuple[Asked, ChatReply]:
+        asked = with_adapter(asked_of_chat(body), self._gateway.adapter_of(body.model))
+        return await chat_of(self._card, self._forms, body, asked)
+
+    async def whole(self, request: Request, body: ChatBody) -> dict[str, Any]:
+        return await self._gateway.whole(request, body, *await self.asked(body))
+
+    async def chunks(self, request: Request, body: ChatBody) -> tuple[Chunks, Pieces]:
+        return await self._gateway.chunks(request, body, *await self.asked(body))
+
+    async def num_prompt_tokens(self, body: ChatBody) -> int:
+        asked, _ = await self.asked(body)
+        sampling = {"chat_template_kwargs": asked.sampling.get("chat_template_kwargs")}
+        try:
+            return len(await self._card.client.tokenize(messages=asked.messages, tools=asked.tools, sampling=sampling))
+        except PagedError as error:
+            raise refusal_of(error, asked.params) from None
+
+
+async def _events(chunks: Chunks) -> AsyncGenerator[bytes, None]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+    yield _DONE
 
 
 async def _merged(streams: Sequence[Callable[[], AsyncStream | ClusterStream]], at_once: int) -> Pieces:
@@ -366,14 +394,3 @@ async def _next(pieces: Pieces) -> tuple[int, Delta] | None:
     async for piece in pieces:
         return piece
     return None
-
-
-def _event(said: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(said) + b"\n\n"
-
-
-def installed_version() -> str:
-    try:
-        return version_of("paged-backend")
-    except PackageNotFoundError:
-        return "unknown"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from paged_client.openai.errors import RefusalError
 
@@ -39,6 +40,12 @@ def unused_keys(body: BaseModel, strict: bool) -> list[str]:
     if getattr(body, "spaces_between_special_tokens", None) is False:
         names.append("spaces_between_special_tokens")
     return names
+
+
+def with_warning(response: Response, names: list[str]) -> Response:
+    if names:
+        response.headers[WARNING_HEADER] = warning_of(names)
+    return response
 
 
 def warning_of(names: list[str]) -> str:

@@ -349,6 +349,31 @@ def test_tokens_need_no_engine_over_either_transport(slow_gateway: Gateway) -> N
         assert root.post("/detokenize", body={"tokens": tokens}, cast_to=object) == {"prompt": "tokens=3"}
 
 
+def test_responses_stream_go_on_and_have_the_form_that_was_asked_for(client: Any) -> None:
+    asked = {"model": "paged_llm", "max_output_tokens": 12, "temperature": 0}
+    first = client.responses.create(**asked, input="Where is the lamp?")
+    same = client.chat.completions.create(model="paged_llm", messages=HI, temperature=0, max_tokens=12)
+    assert first.output_text == same.choices[0].message.content
+    assert (first.usage.input_tokens, first.usage.output_tokens) == (same.usage.prompt_tokens, same.usage.completion_tokens)
+    with client.responses.stream(**asked, input="Where is the lamp?") as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == stream.get_final_response().output_text == first.output_text
+    second = client.responses.create(**asked, input="And now?", previous_response_id=first.id)
+    assert second.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
+    assert client.responses.retrieve(second.id).output_text == second.output_text
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(**asked, input="x", previous_response_id=first.id)
+    schema = {"type": "object", "properties": {"lit": {"type": "boolean"}}, "required": ["lit"], "additionalProperties": False}
+    form = {"type": "json_schema", "name": "lamp", "schema": schema}
+    formed = client.responses.create(model="paged_llm", input="x", max_output_tokens=60, text={"format": form})
+    jsonschema.validate(json.loads(formed.output_text), schema)
+    tool = {"type": "function", "name": "find_lamp", "parameters": schema, "strict": True}
+    called = client.responses.create(model="paged_llm", input="x", max_output_tokens=90, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    (item,) = called.output
+    assert item.type == "function_call" and json.loads(item.arguments)["lit"] in (True, False)
+
+
 # ---- errors
 
 

@@ -1,0 +1,125 @@
+"""`/v1/responses`: OpenAI's Responses API over the chat that the gateway has anyway."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.responses import JSONResponse, Response
+
+from paged_client.openai.chat_source import ChatSource, Chunks
+from paged_client.openai.disconnect import EventStream
+from paged_client.openai.errors import RefusalError, refusal_of_body
+from paged_client.openai.response_events import ResponseBuilder
+from paged_client.openai.response_items import ResponsesBody, chat_body, messages_of
+from paged_client.openai.response_store import ResponseStore
+from paged_client.openai.unknown_keys import unused_keys, with_warning
+
+_PARAMS = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+
+
+def add_response_paths(app: FastAPI, source: ChatSource, store: ResponseStore, strict: bool) -> None:
+    @app.post("/v1/responses")
+    async def create(body: ResponsesBody, request: Request) -> Response:
+        unused = unused_keys(body, strict)
+        try:
+            return with_warning(await _answer(source, store, body, request), unused)
+        except RefusalError as refusal:
+            raise _renamed(refusal) from None
+
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve(response_id: str) -> Response:
+        return JSONResponse(store.get(response_id).response)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        store.delete(response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+async def _answer(source: ChatSource, store: ResponseStore, body: ResponsesBody, request: Request) -> Response:
+    earlier: list[dict[str, Any]] = []
+    if body.previous_response_id is not None:
+        earlier = store.get(body.previous_response_id, "previous_response_id").messages
+    keeps = store.keeps and body.store is not False
+    try:
+        chat = chat_body(body, earlier)
+    except ValidationError as error:
+        raise refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
+    builder = ResponseBuilder(body, stored=keeps)
+
+    def keep(response: dict[str, Any]) -> None:
+        if keeps:
+            store.put(response, [*earlier, *messages_of(body.input), _answer_message(response)])
+
+    if chat.stream:
+        chunks, pieces = await source.chunks(request, chat)
+        return EventStream(_events(builder, chunks, keep), pieces)
+    return JSONResponse(_whole(builder, await source.whole(request, chat), keep))
+
+
+def _whole(builder: ResponseBuilder, answer: Mapping[str, Any], keep: Any) -> dict[str, Any]:
+    (choice,) = answer["choices"]
+    for _ in builder.take(choice["message"]):
+        pass
+    (last,) = [event for event in builder.finish(choice["finish_reason"], answer["usage"]) if "response" in event]
+    keep(last["response"])
+    response: dict[str, Any] = last["response"]
+    return response
+
+
+async def _events(builder: ResponseBuilder, chunks: Chunks, keep: Any) -> AsyncGenerator[bytes, None]:
+    reason, usage = None, None
+    for event in builder.begin():
+        yield _event(event)
+    async for chunk in chunks:
+        if "error" in chunk:
+            for event in builder.fail(chunk["error"]):
+                yield _event(event)
+            return
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            reason = choice["finish_reason"] or reason
+            for event in builder.take(choice["delta"]):
+                yield _event(event)
+    for event in builder.finish(reason, usage):
+        if event["type"] in ("response.completed", "response.incomplete"):
+            keep(event["response"])
+        yield _event(event)
+
+
+def _event(said: Mapping[str, Any]) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (said["type"].encode(), msgspec.json.encode(said))
+
+
+def _answer_message(response: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer as the next chat has it."""
+    texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
+    calls = [
+        {"id": item["call_id"], "type": "function", "function": {"name": item["name"], "arguments": item["arguments"]}}
+        for item in response["output"]
+        if item["type"] == "function_call"
+    ]
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) or (None if calls else "")}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _renamed(refusal: RefusalError) -> RefusalError:
+    """By the names of this API's fields."""
+    param = refusal.param or ""
+    first, _, rest = param.partition(".")
+    if first not in _PARAMS:
+        return refusal
+    renamed = ".".join([_PARAMS[first], *([rest] if rest else [])])
+    message = str(refusal)
+    message = renamed + message.removeprefix(param) if message.startswith(param) else message
+    return RefusalError(message, refusal.status, param=renamed, code=refusal.code)

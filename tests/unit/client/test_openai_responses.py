@@ -1,0 +1,159 @@
+"""The Responses API: items in, items and events out, conversations that go on, in the shapes of OpenAI's own library."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("openai")
+
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from paged_client.openai.errors import RefusalError
+from paged_client.openai.response_items import messages_of
+from paged_client.openai.response_store import ResponseStore
+from tests.unit.client.test_openai_gateway import Reply, call
+from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
+
+TOOL = {"type": "function", "name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+EVENTS = TypeAdapter(ResponseStreamEvent)
+
+
+def respond(server: Model, **keys: Any) -> Reply:
+    return call(server, "/v1/responses", {"model": "m", "input": "Hi", **keys})
+
+
+def events_of(reply: Reply) -> list[dict[str, Any]]:
+    found = []
+    for block in reply.text.strip().split("\n\n"):
+        kind, data = (line.partition(": ")[2] for line in block.split("\n"))
+        event = json.loads(data)
+        assert event["type"] == kind and event["sequence_number"] == len(found)
+        EVENTS.validate_python(event)
+        found.append(event)
+    return found
+
+
+def asked(model: Model) -> Any:
+    return json.loads(str(model.asked[-1].tensors["messages"]))
+
+
+def test_a_text_is_answered_by_a_message() -> None:
+    model = Model(HERMES, "Hel", "lo.")
+    said = respond(model, instructions="Be kind.", max_output_tokens=9, temperature=0.5).json
+    response = Response.model_validate(said)
+    assert (response.status, response.output_text, [item.type for item in response.output]) == ("completed", "Hello.", ["message"])
+    assert response.usage is not None and (response.usage.input_tokens, response.usage.output_tokens) == (5, 2)
+    assert asked(model) == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert model.sampling["max_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("template", "texts", "end", "keys", "kinds"),
+    [
+        (HERMES, ("Hel", "lo."), "", {}, ["message"]),
+        (HERMES, CALL, "", {"tools": [TOOL]}, ["message", "function_call"]),
+        (THINKS, THOUGHT, "<think>", {}, ["reasoning", "message"]),
+    ],
+    ids=["text", "call", "thought"],
+)
+def test_the_events_of_a_stream_tell_what_the_whole_has(template: str, texts: Any, end: str, keys: dict[str, Any], kinds: list[str]) -> None:
+    whole = respond(Model(template, *texts, end=end), **keys).json
+    events = events_of(respond(Model(template, *texts, end=end), **keys, stream=True))
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1]["type"] == "response.completed"
+    final = events[-1]["response"]
+    Response.model_validate(final)
+    assert [item["type"] for item in final["output"]] == kinds == [item["type"] for item in whole["output"]]
+    assert (final["usage"], final["status"]) == (whole["usage"], "completed")
+    for place, item in enumerate(final["output"]):
+        mine = [event for event in events if event.get("output_index") == place]
+        assert (mine[0]["type"], mine[-1]["type"]) == ("response.output_item.added", "response.output_item.done")
+        assert mine[-1]["item"] == item and item["status"] == "completed"
+        deltas = "".join(event["delta"] for event in mine if event["type"].endswith(".delta"))
+        told = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
+        assert deltas == told == (lambda other: other.get("arguments") or other["content"][0]["text"])(whole["output"][place])
+
+
+def test_a_call_and_its_output_go_back_as_a_chat() -> None:
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "Paris"}'},
+        {"type": "function_call", "call_id": "c2", "name": "get_weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "sun"},
+    ]
+    user, turn, result = messages_of(items)
+    assert user == {"role": "user", "content": "Weather?"}
+    assert (turn["role"], turn["content"], [made["id"] for made in turn["tool_calls"]]) == ("assistant", "I look.", ["c1", "c2"])
+    assert result == {"role": "tool", "tool_call_id": "c1", "content": "sun"}
+
+
+def test_tools_choices_and_forms_have_this_apis_shapes() -> None:
+    model = Model(HERMES, *CALL)
+    respond(model, tools=[TOOL | {"strict": True}], tool_choice={"type": "function", "name": "get_weather"})
+    tag = model.sampling["structured_outputs"]["structural_tag"]
+    assert tag["tool_choice"] == {"type": "function", "function": {"name": "get_weather"}}
+    schema = {"type": "object", "properties": {}}
+    respond(model, text={"format": {"type": "json_schema", "name": "x", "schema": schema}})
+    assert model.sampling["structured_outputs"]["json"] == schema
+    respond(model, reasoning={"effort": "low"})
+    assert model.sampling["chat_template_kwargs"]["reasoning_effort"] == "low"
+
+
+def test_an_answer_that_is_cut_off_is_incomplete() -> None:
+    model = Model(HERMES, "Hel")
+    model.events = ({**model.events[0], "finish_reason": ["length"]},)
+    response = Response.model_validate(respond(model).json)
+    assert response.status == "incomplete" and response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+
+
+@pytest.mark.parametrize(
+    ("keys", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"background": True}, "background"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"previous_response_id": "resp_x"}, "previous_response_id"),
+        ({"max_output_token": 1}, "max_output_token"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"model": "x"}, "model"),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_had_is_refused_by_this_apis_names(keys: dict[str, Any], param: str) -> None:
+    reply = respond(Model(HERMES, "x"), **keys)
+    assert reply.status in (400, 404)
+    assert reply.json["error"]["param"] == param, reply.text
+
+
+def test_conversations_are_kept_as_long_as_there_is_room() -> None:
+    store = ResponseStore(2, 10_000)
+    for name in ("a", "b", "c"):
+        store.put({"id": name}, [{"role": "user", "content": name}])
+    with pytest.raises(RefusalError, match="there is no response 'a', or not any more") as gone:
+        store.get("a", "previous_response_id")
+    assert (gone.value.status, gone.value.param, gone.value.code) == (404, "previous_response_id", "response_not_found")
+    assert store.get("b").messages == [{"role": "user", "content": "b"}]
+    store.put({"id": "large"}, [{"content": "x" * 9_940}])
+    assert store.get("large").num_bytes > 9_900
+    with pytest.raises(RefusalError):
+        store.get("b")
+    store.put({"id": "too large"}, [{"content": "x" * 20_000}])
+    store.delete("large")
+    assert store._num_bytes == 0
+    off = ResponseStore(0, 10_000)
+    off.put({"id": "a"}, [])
+    with pytest.raises(RefusalError, match="previous_response_id: responses are not kept here"):
+        off.get("a", "previous_response_id")
