@@ -20,7 +20,9 @@ def check_key(path: str, headers: Headers, key: str) -> None:
     if not key or path in OPEN_PATHS:
         return
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+    if scheme.lower() != "bearer":
+        given = headers.get("x-api-key", "")  # Anthropic's clients send it so
+    if not hmac.compare_digest(given.strip().encode(), key.encode()):
         raise RefusalError("no valid API key: send the header Authorization: Bearer KEY", 401, code="invalid_api_key")
 
 

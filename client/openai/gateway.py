@@ -26,6 +26,7 @@ from paged_client.openai.chat_source import Chunks
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
 from paged_client.openai.limits import Bodies, BodyLimits
+from paged_client.openai.messages_api import add_message_paths
 from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of
 from paged_client.openai.model_card import Backend, Description, ModelCard
@@ -66,6 +67,7 @@ ENDPOINTS = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/responses",
+    "/v1/messages",
     "/v1/models",
     "/tokenize",
     "/detokenize",
@@ -107,6 +109,7 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
         asked, reply = await chat.asked(body)
         return with_warning(await gateway.answer(request, body, asked, reply), unused)
 
+    add_message_paths(app, chat, offer.strict)
     add_response_paths(app, chat, ResponseStore(offer.max_stored_responses, _MAX_STORED_BYTES), offer.strict)
 
     _say_errors_in_openais_words(app)
@@ -170,7 +173,7 @@ def _add_model_paths(app: FastAPI, card: ModelCard, gateway: _Gateway, offer: Of
 def _say_errors_in_openais_words(app: FastAPI) -> None:
     @app.exception_handler(RefusalError)
     async def refused(request: Request, refusal: RefusalError) -> Response:
-        return response_of(refusal)
+        return response_of(refusal, request.url.path)
 
     @app.exception_handler(CallerLeftError)
     async def left(request: Request, error: CallerLeftError) -> Response:
@@ -178,13 +181,13 @@ def _say_errors_in_openais_words(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> Response:
-        return response_of(refusal_of_body(error.errors()))
+        return response_of(refusal_of_body(error.errors()), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def astray(request: Request, error: HTTPException) -> Response:
         broken = error.status_code == 400  # other than by a syntax error: bytes that are no text, nesting without end
         reason = "the body is not valid JSON" if broken else f"{request.method} {request.url.path}: {error.detail}"
-        response = response_of(RefusalError(reason, error.status_code))
+        response = response_of(RefusalError(reason, error.status_code), request.url.path)
         response.headers.update(error.headers or {})  # what is allowed instead
         return response
 

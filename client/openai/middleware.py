@@ -15,15 +15,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from paged_client.openai.auth import check_key
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.limits import Bodies, check_framing, check_type
+from paged_client.openai.message_events import error_body
 from paged_client.openai.metrics import GatewayMetrics
 
 REQUEST_ID = "paged.request_id"  # in the scope: the number that the caller reads in x-request-id
 
 log = logging.getLogger("paged.openai")
 
+_ANTHROPICS = "/v1/messages"
 
-def response_of(refusal: RefusalError) -> Response:
-    return JSONResponse(refusal.body(), refusal.status, refusal.headers())
+
+def response_of(refusal: RefusalError, path: str = "") -> Response:
+    """In OpenAI's words, or Anthropic's on its paths."""
+    body = error_body(str(refusal), refusal.status) if path.startswith(_ANTHROPICS) else refusal.body()
+    return JSONResponse(body, refusal.status, refusal.headers())
 
 
 class GatewayMiddleware:
@@ -65,11 +70,12 @@ class GatewayMiddleware:
                 body = await place.read(headers, receive)
                 await self._app(scope, _replayed(body, receive), named)
             except RefusalError as refusal:
-                await response_of(refusal)(scope, receive, named)
+                await response_of(refusal, scope["path"])(scope, receive, named)
             except Exception as error:  # its text may quote the prompt
                 log.error("%s failed: %s", request_id, _place_of(error))
                 if not measured.status:
-                    await response_of(RefusalError("the gateway failed; its log says where", 500))(scope, receive, named)
+                    failure = RefusalError("the gateway failed; its log says where", 500)
+                    await response_of(failure, scope["path"])(scope, receive, named)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -1,0 +1,154 @@
+"""Anthropic's Messages API, on its way in: a body and its blocks → the chat that is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from paged_client.openai.errors import RefusalError
+from paged_client.openai.protocol import ChatBody
+
+_FIRST = Field(fail_fast=True)
+
+
+class Thinking(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None  # not enforced
+
+
+class CountBody(BaseModel):
+    """POST /v1/messages/count_tokens."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    model: str
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1)]
+    system: str | Annotated[list[dict[str, Any]], _FIRST] | None = None
+    tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: Thinking | None = None
+
+
+class MessagesBody(CountBody):
+    """POST /v1/messages."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    stream: bool | None = None
+    stop_sequences: Annotated[list[str], _FIRST] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    metadata: Any = None
+    service_tier: Any = None
+    container: None = None
+
+
+def chat_of_messages(body: CountBody) -> ChatBody:
+    """
+    Raises:
+        RefusalError: what cannot be asked, by its name in the body.
+        pydantic.ValidationError: as for a chat.
+    """
+    system = [{"role": "system", "content": _text("system", body.system)}] if body.system else []
+    messages = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
+    choice = body.tool_choice or {}
+    given: dict[str, Any] = {
+        "model": body.model,
+        "messages": [*system, *messages],
+        "tools": [_tool(position, tool) for position, tool in enumerate(body.tools or ())] or None,
+        "tool_choice": _choice(choice) if body.tools and choice else None,
+        "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
+        "chat_template_kwargs": None if body.thinking is None else _switches(body.thinking.type != "disabled"),
+        "include_reasoning": body.thinking is not None and body.thinking.type != "disabled",
+    }
+    if isinstance(body, MessagesBody):
+        given |= {"max_tokens": body.max_tokens, "stream": body.stream, "stop": body.stop_sequences or None}
+        given |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
+        if body.stream:
+            given["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    return ChatBody.model_validate({name: value for name, value in given.items() if value is not None})
+
+
+def _switches(thinks: bool) -> dict[str, bool]:
+    """By the names that templates have for it."""
+    return {"enable_thinking": thinks, "thinking": thinks}
+
+
+def _messages(position: int, message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One turn: results of tools are messages of their own, before what the user says."""
+    where = f"messages.{position}"
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant"):
+        raise RefusalError(f"{where}.role: expected user or assistant", param=f"{where}.role")
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    if not isinstance(content, list):
+        raise RefusalError(f"{where}.content: expected a string or a list of blocks", param=f"{where}.content")
+    texts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for at, block in enumerate(content):
+        _block(f"{where}.content.{at}", block, texts, calls, results)
+    own: dict[str, Any] = {"role": role, "content": "\n".join(texts) if texts else None}
+    if calls:
+        own["tool_calls"] = calls
+    return [*results, *([own] if texts or calls or not results else [])]
+
+
+def _block(where: str, block: Any, texts: list[str], calls: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
+    match block:
+        case {"type": "text", "text": str() as text}:
+            texts.append(text)
+        case {"type": "tool_use", "id": str() as call_id, "name": str() as name, "input": dict() as arguments}:
+            function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            calls.append({"id": call_id, "type": "function", "function": function})
+        case {"type": "tool_result", "tool_use_id": str() as call_id}:
+            text = _text(f"{where}.content", block.get("content") or "")
+            results.append({"role": "tool", "tool_call_id": call_id, "content": text})
+        case {"type": "thinking" | "redacted_thinking"}:
+            pass  # templates leave earlier thoughts out
+        case _:
+            kind = str(block.get("type"))[:80] if isinstance(block, dict) else type(block).__name__
+            raise RefusalError(f"{where}: no block of type '{kind}': not supported, or not complete", param=where)
+
+
+def _text(where: str, content: str | Sequence[Any]) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for block in content:
+        match block:
+            case {"type": "text", "text": str() as text}:
+                texts.append(text)
+            case _:
+                raise RefusalError(f"{where}: only blocks of type text are supported", param=where)
+    return "\n".join(texts)
+
+
+def _tool(position: int, tool: Mapping[str, Any]) -> dict[str, Any]:
+    where = f"tools.{position}"
+    if tool.get("type", "custom") not in ("custom", None):
+        raise RefusalError(f"{where}.type: '{str(tool['type'])[:80]}' is not supported; only custom is", param=f"{where}.type")
+    if not isinstance(tool.get("name"), str) or not tool["name"]:
+        raise RefusalError(f"{where}.name: missing", param=f"{where}.name")
+    if not isinstance(tool.get("input_schema"), dict):
+        raise RefusalError(f"{where}.input_schema: expected a JSON schema", param=f"{where}.input_schema")
+    function = {"name": tool["name"], "parameters": tool["input_schema"]}
+    function |= {name: tool[name] for name in ("description", "strict") if tool.get(name) is not None}
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: Mapping[str, Any]) -> Any:
+    match choice:
+        case {"type": "auto" | "none" as kind}:
+            return kind
+        case {"type": "any"}:
+            return "required"
+        case {"type": "tool", "name": str() as name}:
+            return {"type": "function", "function": {"name": name}}
+    raise RefusalError("tool_choice: expected type auto, any, none, or tool with a name", param="tool_choice")
