@@ -65,7 +65,8 @@ def serve_openai(
         typer.Option(metavar="SECONDS", min=0.1, help="How long a request's head, and then its body, may take to arrive."),
     ] = 30.0,
     allow_origin: Annotated[
-        list[str] | None, typer.Option("--allow-origin", metavar="ORIGIN", help="Web pages that may ask, such as https://example.org; repeatable.")
+        list[str] | None,
+        typer.Option("--allow-origin", metavar="ORIGIN", help="Web pages that may ask, such as https://example.org; localhost: this machine's; repeatable."),
     ] = None,
     tool_format: Annotated[
         str,

@@ -45,6 +45,8 @@ from paged_client.question import Prompt
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
 _DONE = b"data: [DONE]\n\n"
 _MAX_STORED_BYTES = 64 * 2**20
+_THIS_MACHINE = "localhost"  # as an origin: pages that any port of this machine serves
+_ORIGINS_HERE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     _say_errors_in_openais_words(app)
     app.add_middleware(GatewayMiddleware, api_key=offer.api_key, bodies=bodies, metrics=metrics)
     if offer.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=offer.origins, allow_methods=["*"], allow_headers=["*"])
+        named = [origin for origin in offer.origins if origin != _THIS_MACHINE]
+        here = _ORIGINS_HERE if _THIS_MACHINE in offer.origins else None
+        app.add_middleware(CORSMiddleware, allow_origins=named, allow_origin_regex=here, allow_methods=["*"], allow_headers=["*"])
     return app
 
 

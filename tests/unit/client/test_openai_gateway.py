@@ -430,6 +430,14 @@ def test_pages_of_allowed_origins_may_ask() -> None:
     headers = {"origin": "https://a.example"}
     assert call(WHOLE, "/v1/models", headers=headers, origins=("https://a.example",)).headers["access-control-allow-origin"] == "https://a.example"
     assert "access-control-allow-origin" not in call(WHOLE, "/v1/models", headers=headers).headers
+    for origin, allowed in {
+        "http://localhost:3000": True,
+        "http://127.0.0.1": True,
+        "http://localhost.evil.example": False,
+        "http://evil.example/localhost": False,
+    }.items():
+        reply = call(WHOLE, "/v1/models", headers={"origin": origin}, origins=("localhost",))
+        assert ("access-control-allow-origin" in reply.headers) == allowed, origin
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
