@@ -1,4 +1,4 @@
-"""What goes out: a prompt and its options as the model's tensors (README: "The model's tensors")."""
+"""What goes out: a prompt and its options as the model's tensors (docs/reference.md: "The model's tensors")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The README's examples, run as written against a server on the ports they name; genai-perf only where it is installed (it wants an environment of its own)."""
+"""The examples of the README and of docs/, run as written against a server on the ports they name.
+
+genai-perf runs only where it is installed (it wants an environment of its own).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,12 @@ from paged_backend.server.launch import Server, ServerSettings
 pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.DOTALL)
 PORTS = {"http_port": 8000, "grpc_port": 8001, "metrics_port": 8002}
 
 
-def block(language: str, containing: str) -> str:
-    (found,) = [text for kind, text in BLOCKS if kind == language and containing in text]
+def block(page: str, language: str, containing: str) -> str:
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (found,) = [text for kind, text in blocks if kind == language and containing in text]
     return found
 
 
@@ -58,13 +60,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_curl_gets_an_answer_and_a_stream(server: Server, folder: Path) -> None:
-    whole, streamed = run(["bash", "-e", "-c", block("sh", "curl -sN")], folder).split("data:", 1)
+    whole, streamed = run(["bash", "-e", "-c", block("README.md", "sh", "curl -sN")], folder).split("data:", 1)
     assert "Once there was a lamp" in whole
     assert streamed.count('"text_output"') > 2
 
 
-def test_the_python_example_prints_an_answer(server: Server, folder: Path) -> None:
-    assert len(run([sys.executable, "-c", block("python", "start_stream")], folder)) > 20
+@pytest.mark.parametrize(("page", "containing"), [("README.md", "paged_client"), ("docs/reference.md", "start_stream")], ids=["paged_client", "tritonclient"])
+def test_a_python_example_prints_an_answer(server: Server, folder: Path, page: str, containing: str) -> None:
+    assert len(run([sys.executable, "-c", block(page, "python", containing)], folder)) > 20
 
 
 def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) -> None:
@@ -72,13 +75,15 @@ def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) ->
     pytest.importorskip("fastapi")
     if in_use(9000):
         pytest.skip("the README's port is in use")
-    (command,) = re.findall(r"^paged (openai [^#]*)", block("sh", "paged openai"), re.MULTILINE)
+    commands = [re.findall(r"^paged (openai [^#]*)", block(page, "sh", "paged openai"), re.MULTILINE) for page in ("README.md", "docs/openai.md")]
+    (command,) = commands[0]
+    assert commands[1] == [command]
     gateway = subprocess.Popen([sys.executable, "-m", "paged_client.cli", *command.split()], stdout=subprocess.PIPE, text=True)
     try:
         assert gateway.stdout is not None
         assert "http://127.0.0.1:9000/v1" in gateway.stdout.readline()
-        assert len(run([sys.executable, "-c", block("python", "from openai")], folder)) > 20
-        said = run(["bash", "-e", "-c", block("sh", "chat/completions")], folder)
+        assert len(run([sys.executable, "-c", block("README.md", "python", "from openai")], folder)) > 20
+        said = run(["bash", "-e", "-c", block("docs/openai.md", "sh", "chat/completions")], folder)
         assert "17 + 25 = 42" in said
     finally:
         gateway.kill()
@@ -86,7 +91,7 @@ def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) ->
 
 
 def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> None:
-    out = run(["bash", "-e", "-c", block("sh", "perf_analyzer -m")], folder)
+    out = run(["bash", "-e", "-c", block("docs/benchmarking.md", "sh", "perf_analyzer -m")], folder)
     (num_successful,) = map(int, re.findall(r"Successful request count: (\d+)", out))
     assert 16 <= num_successful <= 32, out  # 24, but it counts what ended in its window: on a machine that stood still that is not all
     requests = json.loads((folder / "perf/profile.json").read_text())["experiments"][0]["requests"]
@@ -96,7 +101,7 @@ def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> Non
 
 @pytest.mark.skipif(not shutil.which("genai-perf"), reason="genai-perf is not installed")
 def test_genai_perf_measures_the_streams(server: Server, folder: Path) -> None:
-    preparation = block("sh", "perf_analyzer -m").split("\necho")[0]
-    command = block("sh", ".genai/bin/genai-perf").split("\n", 1)[1].replace(".genai/bin/genai-perf", "genai-perf")
+    preparation = block("docs/benchmarking.md", "sh", "perf_analyzer -m").split("\necho")[0]
+    command = block("docs/benchmarking.md", "sh", ".genai/bin/genai-perf").split("\n", 1)[1].replace(".genai/bin/genai-perf", "genai-perf")
     out = run(["bash", "-e", "-c", f"{preparation}\n{command}"], folder, COLUMNS="200")
     assert "Request Throughput" in out

@@ -8,7 +8,7 @@ import pytest
 from paged_backend.config import EngineConfig, demo_model_folder
 from paged_backend.errors import EngineError
 
-README = Path(__file__).parents[2] / "README.md"
+REFERENCE = Path(__file__).parents[2] / "docs/reference.md"
 
 
 def test_strings_are_read_as_config_pbtxt_writes_them() -> None:
@@ -60,8 +60,8 @@ def test_one_page_a_sequence_is_allowed_whatever_its_length() -> None:
     assert EngineConfig.parse({"page_size": 1000, "max_model_len": 1000}).page_size == 1000
 
 
-def test_the_readme_tells_every_tunable_with_its_default() -> None:
-    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", README.read_text(), re.MULTILINE))
+def test_the_reference_tells_every_tunable_with_its_default() -> None:
+    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", REFERENCE.read_text(), re.MULTILINE))
     names = {True: "on", False: "off", None: "unset"}
     for name, field in EngineConfig.model_fields.items():
         default = names[field.default] if field.default is None or isinstance(field.default, bool) else str(field.default)
