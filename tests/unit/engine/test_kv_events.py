@@ -60,7 +60,7 @@ def test_who_hears_every_event_knows_what_can_be_found(seed: int, steps_ahead: i
         pages.check()
     assert any(isinstance(note, Forgotten) for notes in told.steps for note in notes), "nothing was evicted: the pool is too large for this test"
     assert {page.key for page in pages._pages.values()} == set(told.cache._page_of)
-    _apply(pages.told(), stored_anew)
+    _apply(pages.reported(), stored_anew)
     assert stored_anew == known, "who comes late knows the same"
     for prompt, salt in prompts:
         assert _found_in(known, prompt, salt) == told.found(prompt, salt)
@@ -146,12 +146,12 @@ def test_a_page_whose_predecessor_is_gone_is_told_again_when_that_is_back() -> N
     assert isinstance(stored, BlockStored)
     one, two, three, four = stored.block_hashes
     assert pages.take([Forgotten([b"2"])]) == [BlockRemoved([four, three, two], "GPU")]
-    assert pages.told() == [AllBlocksCleared(), BlockStored([one], None, [0], 1, "GPU")]
+    assert pages.reported() == [AllBlocksCleared(), BlockStored([one], None, [0], 1, "GPU")]
     assert pages.take([Stored([b"2"], b"1", np.array([1], np.int32).tobytes(), None, "")]) == [BlockStored([two, three, four], one, [1, 2, 3], 1, "GPU")]
     for key in (b"4", b"2", b"3", b"1", b"9"):
         pages.take([Forgotten([key])])
         pages.check()
-    assert not len(pages) and pages.told() == [AllBlocksCleared()] and not pages._followers
+    assert not len(pages) and pages.reported() == [AllBlocksCleared()] and not pages._followers
 
 
 def test_an_engine_that_was_not_asked_keeps_no_notes() -> None:
