@@ -4,10 +4,9 @@
 
 In each round some front ends, processes of their own (tests/front_end_process.py), share a real engine with a model of one layer, which a nursery
 forks. All of them ask all the time, some for a grammar's words; and at random moments one is killed after another, with engines (SIGKILL, or
-SIGSTOP for ever), standbys and compilers between them, until one front end is left. No answer of those that live may be lost, wrong or cut, but
-for a guided one that is refused in a round in which its compiler was killed: that death is taken for the grammar's own doing. When they have all
-theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is killed: no process and, after peace, no
-file may be left.
+SIGSTOP for ever), standbys and the processes that work on grammars between them, until one front end is left. No answer of those that live may be
+lost, refused, wrong or cut. When they have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or
+is killed: no process and, after peace, no file may be left.
 """
 
 from __future__ import annotations
@@ -36,6 +35,12 @@ from tests.chaos.wishes import save_shallow
 from tests.front_end_process import FrontEndProcess
 
 _PROMPTS = [f"{kind} Once upon a time there was number {number}" for number in range(2) for kind in ("", "plain", "guided")]
+_COUNTED = {
+    "engine": "engines killed",
+    "standby": "standbys killed",
+    "grammar process": "grammar processes killed",
+    "stopped engine": "engines stopped for ever",
+}
 _STUCK_SECONDS = 60.0
 _GONE_SECONDS = 5.0
 
@@ -43,10 +48,12 @@ _GONE_SECONDS = 5.0
 class Round:
     """Some front ends from their start to the last one's end."""
 
-    def __init__(self, count: int, folder: Path, options: dict[str, Any], truth: dict[str, list[int]], chance: random.Random) -> None:
-        self.counts: Counter[str] = Counter()
+    def __init__(self, count: int, folder: Path, options: dict[str, Any], truth: dict[str, list[int]], chance: random.Random, register: Path) -> None:
+        """folder: of the sockets. register: where engines write down that they were born (chaotic_engine.py)."""
+        self.counts: Counter[str] = Counter({"pages held for the dead": 0, "processes left": 0, "files left": 0})
         self.faults: list[str] = []
         self._truth, self._chance, self._folder = truth, chance, folder
+        self._register, self._register_at = register, register.stat().st_size
         key = uuid.uuid4().hex
         self._living = [FrontEndProcess(key, count, folder, **options) for _ in range(count)]
         self._asked: dict[FrontEndProcess, list[str]] = {front_end: [] for front_end in self._living}
@@ -55,7 +62,7 @@ class Round:
     def run(self) -> None:
         try:
             if self._wait("the front ends start", lambda: all(front_end.told for front_end in self._living)):
-                victims = ["front end"] * (len(self._living) - 1) + ["engine", "standby", "compiler", "stopped engine"]
+                victims = ["front end"] * (len(self._living) - 1) + ["engine", "standby", "grammar process", "stopped engine"]
                 self._chance.shuffle(victims)
                 self._ask()
                 for victim in victims:
@@ -95,11 +102,11 @@ class Round:
             return
         owner = next((front_end for front_end in self._living if front_end.told["owner"]), None)
         pid = owner and (owner.told["standby"] if victim == "standby" else owner.told["engine"])
-        for process in _compilers() if victim == "compiler" else [pid] if pid else []:
+        for process in _grammar_processes() if victim == "grammar process" else [pid] if pid else []:
             self._processes.update(filter(None, [ProcessId.of(process)]))
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGSTOP if victim == "stopped engine" else signal.SIGKILL)
-                self.counts[f"{victim}s killed" if victim != "stopped engine" else "engines stopped for ever"] += 1
+                self.counts[_COUNTED[victim]] += 1
 
     def _check(self) -> None:
         def answered() -> bool:
@@ -110,11 +117,10 @@ class Round:
             for number, prompt in enumerate(self._asked[front_end], start=1):
                 answer = front_end.answers.get(f"{prompt}#{number}")
                 self.counts["answers of survivors"] += 1
-                if answer is not None and prompt.startswith("guided") and self.counts["compilers killed"] and answer["error"]:
-                    self.counts["guided answers refused after their compiler was killed"] += 1
-                elif answer is None or answer["error"] or answer["ids"] != self._truth[prompt]:
+                if answer is None or answer["error"] or answer["ids"] != self._truth[prompt]:
                     self.faults.append(f"{prompt}: {answer}, right: {self._truth[prompt]}")
-            self._wait("pages of the dead are free", lambda front_end=front_end: front_end.told["owner"] and not front_end.told["held"])  # type: ignore[misc]
+            if not self._wait("pages of the dead are free", lambda front_end=front_end: front_end.told["owner"] and not front_end.told["held"]):  # type: ignore[misc]
+                self.counts["pages held for the dead"] += front_end.told["held"]
 
     def _end(self) -> None:
         (last,) = self._living
@@ -123,19 +129,42 @@ class Round:
         if self._chance.random() < 0.5:
             if last.leave():
                 self.faults.append(f"the last front end left with status {last.process.returncode}")
-            if list(self._folder.iterdir()):
-                self.faults.append(f"left behind: {list(self._folder.rglob('*'))}")
+            left = list(self._folder.rglob("*"))
+            self.counts["files left"] += len(left)
+            if left:
+                self.faults.append(f"left behind: {left}")
         else:
             last.kill()
             self.counts["front ends killed"] += 1
-        self._wait("engines and standbys are gone", lambda: not any(process.alive for process in self._processes), _GONE_SECONDS)
+        if not self._wait("engines, standbys and grammar processes are gone", lambda: not self._left(), _GONE_SECONDS):
+            self.counts["processes left"] += len(self._left())
+            self.faults[-1] += f" {[_described(pid) for pid in self._left()]}"
+
+    def _left(self) -> list[int]:
+        with self._register.open() as file:
+            file.seek(self._register_at)
+            born = [line["born"] for line in map(json.loads, file) if "born" in line]
+        stand_ins = [process.pid for process in self._processes if process.alive]
+        return stand_ins + [pid for pid in born if "tests.chaos.nursery" in _described(pid)] + _grammar_processes()
 
 
-def _compilers() -> list[int]:
+def _described(pid: int) -> str:
+    """Its state, number and command line; empty if it is gone."""
+    if ProcessId.of(pid) is None:
+        return ""
+    with suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return f"{state} {pid} {Path(f'/proc/{pid}/cmdline').read_text()[:300]!r}"
+    return ""
+
+
+def _grammar_processes() -> list[int]:
+    """The nurseries of grammars' processes, and those that compile and follow them."""
     found = []
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
-            if folder.name.isdigit() and b"paged_backend.grammar." in (folder / "cmdline").read_bytes() and b"fekills" in (folder / "environ").read_bytes():
+            ours = folder.name.isdigit() and b"paged_backend.grammar." in (folder / "cmdline").read_bytes()
+            if ours and os.environ["PAGED_CHAOS"].encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -162,9 +191,10 @@ def run_kills(kills: int, seconds: float, seed: int, count: int) -> tuple[dict[s
     faults: list[str] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fekills-", dir="/tmp")))
-        os.environ["PAGED_CHAOS"] = "fekills"
+        os.environ["PAGED_CHAOS"] = folder.name  # tells our processes from another campaign's
+        register = folder / "register"
         save_shallow(folder / "model", demo_model_folder(), 1)
-        nursery = stack.enter_context(Nursery(Orders(str(folder / "register"))))
+        nursery = stack.enter_context(Nursery(Orders(str(register))))
         options = {
             "command": nursery.command,
             "model": str(folder / "model"),
@@ -184,15 +214,14 @@ def run_kills(kills: int, seconds: float, seed: int, count: int) -> tuple[dict[s
             chance = random.Random(f"{seed}/{counts['rounds']}")
             shutil.rmtree(sockets)
             sockets.mkdir()
-            one = Round(count, sockets, options, truth, chance)
+            one = Round(count, sockets, options, truth, chance, register)
             one.run()
             counts.update(one.counts)
             for fault in one.faults:
                 faults.append(f"seed {seed}, round {counts['rounds']}: {fault}")
                 print(f"FAULT {faults[-1][:1000]}", file=sys.stderr, flush=True)
             print(dict(counts), file=sys.stderr, flush=True)
-        register = folder / "register"
-        failed = [line for line in (register.read_text().splitlines() if register.exists() else []) if "fault" in json.loads(line)]
+        failed = [line for line in register.read_text().splitlines() if "fault" in json.loads(line)]
         faults += [f"the engine failed by itself: {line}" for line in failed]
     return {"bench": "front end kills", "seed": seed, "seconds": round(time.monotonic() - started), **counts, "faults": len(faults)}, faults
 

@@ -1,5 +1,7 @@
 """Engines in a tenth of the time: `python -m tests.chaos.nursery SOCKET ORDERS` imports what an engine needs once, and forks for each engine that is wanted.
 
+What is forked stands still while its stand-in (newborn.py) is stopped, and ends with it; a stand-in that is stopped is killed when its engine has ended.
+
 What is forked is the engine process with its own sockets, memory and threads; only importing torch is saved, which takes seconds a start on a CPU. Kills in
 their thousands need that. How long a restart takes with paged's own command is measured by tests/bench/bench_reliability.py.
 """
@@ -13,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -81,13 +84,31 @@ def _serve(path: str, orders: Orders) -> None:
                 pid = next(pid for pid, connection in children.items() if connection.fileno() == descriptor)
                 poll.unregister(descriptor)
                 os.kill(pid, signal.SIGKILL)
+        for pid, connection in children.items():
+            if _is_stopped(_peer(connection)) and not _is_stopped(pid):
+                os.kill(pid, signal.SIGSTOP)
         for pid, status in _ended(children):
             connection = children.pop(pid)
             with contextlib.suppress(KeyError):
                 poll.unregister(connection)
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(status).encode() + b"\n")
+                if _is_stopped(_peer(connection)):
+                    os.kill(_peer(connection), signal.SIGKILL)
             connection.close()
+
+
+def _peer(connection: socket.socket) -> int:
+    """The stand-in's process."""
+    pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+    return pid
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _ended(children: dict[int, socket.socket]) -> list[tuple[int, int]]:

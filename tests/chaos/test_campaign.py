@@ -20,9 +20,10 @@ def test_no_answer_is_wrong_lost_or_ended_twice_while_the_engine_is_killed_and_r
 
 
 @pytest.mark.long
-def test_no_answer_of_the_living_is_lost_while_front_ends_engines_standbys_and_compilers_are_killed() -> None:
+def test_no_answer_of_the_living_is_lost_while_front_ends_engines_standbys_and_grammar_processes_are_killed() -> None:
     report, faults = run_kills(kills=5, seconds=120, seed=1, count=4)
     print(report)
     assert not faults, faults[0]
     assert report["front ends killed"] >= 5
     assert report["answers of survivors"] > 5
+    assert (report["pages held for the dead"], report["processes left"], report["files left"]) == (0, 0, 0)
