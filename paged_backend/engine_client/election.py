@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from paged_backend.engine_client.election_state import Generation, State, StateF
 from paged_backend.errors import EngineError
 from paged_backend.process_id import ProcessId
 
+_MAX_REMEMBERED_RESTARTS = 1000
 _LONGEST_ADDRESS = 100  # bytes of an ipc address; sockaddr_un ends at 107
 
 
@@ -59,6 +61,7 @@ class Outlook:
     incarnation: Incarnation
     owner: int  # the front end that restarts and ends the engine
     owner_process: ProcessId
+    restarts: tuple[float, ...]  # time.monotonic() of each, the newest at the end
 
 
 class Election:
@@ -112,6 +115,7 @@ class Election:
             generation = self._of(state, seat)
             shutil.rmtree(seat.folder / str(generation.incarnation - 1), ignore_errors=True)
             generation.incarnation += 1
+            generation.restarts = (*generation.restarts, time.monotonic())[-_MAX_REMEMBERED_RESTARTS:]
             generation.engine = _start(seat.folder, generation.incarnation, start_engine)
             return Incarnation(generation.incarnation, generation.engine)
 
@@ -128,7 +132,8 @@ class Election:
             generation.members = {number: member for number, member in generation.members.items() if member.alive}
             if generation.owner not in generation.members:
                 generation.owner = min(generation.members)  # the one that the engine tells its numbers to
-            return Outlook(Incarnation(generation.incarnation, generation.engine), generation.owner, generation.members[generation.owner])
+            newest = Incarnation(generation.incarnation, generation.engine)
+            return Outlook(newest, generation.owner, generation.members[generation.owner], generation.restarts)
 
     def keep_fresh(self, seat: Seat) -> None:
         """Cleaners of temporary files take what is old."""
@@ -165,7 +170,7 @@ class Election:
         seen = self._seen
         generation = self._seen = state.generations.setdefault(seat.generation, seen)
         if seen.incarnation > generation.incarnation:  # written again by a front end that knew less
-            generation.incarnation, generation.engine = seen.incarnation, seen.engine
+            generation.incarnation, generation.engine, generation.restarts = seen.incarnation, seen.engine, seen.restarts
         generation.members[seat.front_end] = _ourselves()
         state.newest = max(state.newest, seat.generation)
         return generation

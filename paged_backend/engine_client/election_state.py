@@ -32,6 +32,7 @@ class Generation(msgspec.Struct):
     arrivals: int = 1
     over: bool = False  # the load failed, the engine died for good or the owner left: nobody may join
     reason: str = ""  # why the load failed
+    restarts: tuple[float, ...] = ()  # time.monotonic() of the newest ones, whoever owned the engine then; one clock for all processes of a machine
 
     def may_join(self, num_front_ends: int) -> bool:
         owner = self.members.get(self.owner)

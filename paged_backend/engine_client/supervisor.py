@@ -252,6 +252,7 @@ class EngineSupervisor:
             return False
         log.warning("the front end that owned the engine died; front end %d owns it now", self.front_end)
         self._engine = InheritedEngine(self._incarnation.engine)
+        self._restarts = deque(outlook.restarts)  # max_engine_restarts is the engine's, whoever restarts it
         self._starter.note_ready()
         return True
 

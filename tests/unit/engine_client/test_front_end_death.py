@@ -101,6 +101,20 @@ def test_the_heir_restarts_the_engine_and_keeps_a_standby(start: Start, first: s
     assert others[0].told["engine"] == others[1].told["engine"] == (standby or others[0].told["engine"]) != engine
 
 
+def test_an_heir_counts_the_restarts_that_were_before_it(start: Start) -> None:
+    owner, heir = start(2, max_engine_restarts=1)
+    first = heir.told["engine"]
+    os.kill(first, signal.SIGKILL)
+    _wait(lambda: heir.told["engine"] != first and heir.told["alive"])
+    second = heir.told["engine"]
+    owner.kill()
+    _wait(lambda: heir.told["owner"])
+    heir.ask("silent")
+    os.kill(second, signal.SIGKILL)
+    _wait(lambda: not heir.told["alive"] and heir.answers)
+    assert heir.told["engine"] == second and heir.answers["silent"]["error"]
+
+
 @pytest.mark.parametrize("state", ["serves", "is stopped"])
 def test_an_engine_and_its_standby_are_gone_when_all_front_ends_are(start: Start, state: str) -> None:
     front_ends = start(2)
