@@ -75,7 +75,7 @@ async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishe
     return ChatForm(form, wishes is None or wishes.parallel, body.include_reasoning is not False, closer)
 
 
-def held(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Asked:
+def constrained(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Asked:
     """With what the server must know: the calls' form, and whether markers are to be seen.
 
     Raises:
@@ -85,7 +85,7 @@ def held(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Asked:
     params = dict(asked.params)
     if form.answer.dropped or form.answer.template is not None or _is_harmony(form.answer.tools):
         sampling["skip_special_tokens"] = False
-    if wishes is not None and wishes.holds:
+    if wishes is not None and wishes.enforces:
         taken = [name for name in sampling if name.startswith(("guided_", "structured_")) and sampling[name] is not None]
         if taken:
             name = params.get(taken[0], taken[0])
@@ -103,7 +103,7 @@ def _tool_format(options: FormOptions, template: str) -> ToolFormat | None:
 
 def _follows_template(options: FormOptions, wishes: ToolWishes | None) -> bool:
     """What is enforced has the format's own form; else the checkpoint's template knows best."""
-    return options.tools in ("auto", "template") and (wishes is None or not wishes.holds)
+    return options.tools in ("auto", "template") and (wishes is None or not wishes.enforces)
 
 
 def _is_harmony(tools: ToolFormat | None) -> bool:

@@ -21,7 +21,7 @@ from paged_client.answers import Answer, Delta, Usage
 from paged_client.async_client import AsyncStream
 from paged_client.cluster.resuming import ClusterStream
 from paged_client.errors import PagedError
-from paged_client.openai.answer_forms import FormOptions, chat_form, held
+from paged_client.openai.answer_forms import FormOptions, chat_form, constrained
 from paged_client.openai.chat_source import Chunks
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
@@ -134,7 +134,7 @@ async def chat_of(card: ModelCard, options: FormOptions, body: ChatBody, asked: 
         form = await chat_form(card, options, body, wishes)
     except PagedError as error:
         raise refusal_of(error, asked.params) from None
-    asked = held(asked, wishes, form)
+    asked = constrained(asked, wishes, form)
     if form.answer.is_plain:
         return asked, ChatReply(body.model, asked, body.request_id)
     return asked, ParsedChatReply(body.model, asked, form, body.request_id)

@@ -102,8 +102,8 @@ def _values_of(text: str, model: str) -> Values:
 
 
 def _gauge(name: str, description: str, labels: Mapping[str, str], value: float) -> tuple[str, str, str]:
-    told = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-    return f"# HELP {name} {description}", f"# TYPE {name} gauge", f"{name}{{{told}}} {value}"
+    labelled = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+    return f"# HELP {name} {description}", f"# TYPE {name} gauge", f"{name}{{{labelled}}} {value}"
 
 
 def _escaped(text: str) -> str:

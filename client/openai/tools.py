@@ -28,7 +28,7 @@ class ToolWishes:
         return self.choice != "auto"
 
     @property
-    def holds(self) -> bool:
+    def enforces(self) -> bool:
         """Whether something about the calls must be enforced."""
         return self.choice != "auto" or any(tool["function"].get("strict") for tool in self.tools)
 
@@ -54,7 +54,7 @@ def tool_wishes(body: ChatBody) -> ToolWishes | None:
 
 def format_for(wishes: ToolWishes, of_model: ToolFormat | None) -> ToolFormat | None:
     """How calls are to be read. What must come, in a format that cannot be enforced, comes as JSON."""
-    if wishes.holds and (of_model is None or not of_model.xgrammar):
+    if wishes.enforces and (of_model is None or not of_model.xgrammar):
         return ANY_MODEL
     return of_model
 
@@ -103,9 +103,9 @@ def _choosable(wishes: ToolWishes) -> list[dict[str, Any]]:
 
 def _strict(tool: dict[str, Any], must: bool) -> dict[str, Any]:
     function = tool["function"]
-    held = must or bool(function.get("strict"))
+    enforced = must or bool(function.get("strict"))
     parameters = function.get("parameters") or _NO_ARGUMENTS
-    kept = {"name": function["name"], "parameters": parameters, "strict": held}
+    kept = {"name": function["name"], "parameters": parameters, "strict": enforced}
     return {"type": "function", "function": kept}
 
 
