@@ -355,9 +355,9 @@ def test_responses_stream_go_on_and_have_the_form_that_was_asked_for(client: Any
     same = client.chat.completions.create(model="paged_llm", messages=HI, temperature=0, max_tokens=12)
     assert first.output_text == same.choices[0].message.content
     assert (first.usage.input_tokens, first.usage.output_tokens) == (same.usage.prompt_tokens, same.usage.completion_tokens)
-    with client.responses.stream(**asked, input="Where is the lamp?") as stream:
-        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
-        assert "".join(deltas) == stream.get_final_response().output_text == first.output_text
+    *events, last = client.responses.create(**asked, input="Where is the lamp?", stream=True)
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == first.output_text
+    assert last.type == f"response.{first.status}" and last.response.output_text == first.output_text
     second = client.responses.create(**asked, input="And now?", previous_response_id=first.id)
     assert second.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
     assert client.responses.retrieve(second.id).output_text == second.output_text
