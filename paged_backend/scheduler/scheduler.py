@@ -4,9 +4,9 @@ One loop without phases: every sequence has tokens that are not computed yet, on
 a step is a share-out of `max_batched_tokens` among them. Steps may be scheduled before the results of earlier ones are known: a token that is
 still in flight counts as present (`Rows.num_tokens`), only its id is missing, and the device knows it.
 
-    Submit -> intake -> living_sequences: waiting_queue -> admission -> running_sequences -> Batch
-                                                                             ^                 |
-                                               StepOutput <- outcomes <------+--- StepResult <-+
+    Submit -> intake -> lifecycle: waiting -> admission -> running -> Batch
+                                                              ^         |
+                                     StepOutput <- commit <---+--- StepResult
 """
 
 from __future__ import annotations
