@@ -151,7 +151,7 @@ def test_generate_with_closed_streams_does_what_it_can(server: Server) -> None:
 def test_json_has_the_prompts_logprobs(server: Server) -> None:
     ended = run("generate", ASKED, "-u", server.addresses.grpc_url, "--json", "-s", "prompt_logprobs=1", "-n", "1")
     entries = json.loads(ended.stdout)["prompt_logprobs"]
-    assert entries[0] is None and len(entries) > 5 and set(entries[1][0]) == {"token_id", "text", "logprob"}
+    assert entries[0] is None and len(entries) > 5 and set(entries[1][0]) == {"token_id", "text", "logprob", "rank", "part"}
 
 
 # ---- chat
