@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from paged_backend.config import repository_folder
 from paged_backend.frontend.metrics import FAMILIES
+from paged_backend.request import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -52,6 +54,13 @@ def test_a_link_that_leads_nowhere_is_noticed() -> None:
     assert not broken(readme, "docs/architecture.md#one-step-in-five-files")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_row_of_a_table_has_as_many_cells_as_its_head(page: Path) -> None:
+    tables = re.findall(r"^(?:\|.*\n)+", prose(page), re.MULTILINE)
+    rows = [[len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()] for table in tables]
+    assert [table.splitlines()[counts.index(wrong)] for table, counts in zip(tables, rows, strict=True) for wrong in counts if wrong != counts[0]] == []
+
+
 def test_files_that_the_architecture_names_exist() -> None:
     names = NAMED_FILE.findall(ARCHITECTURE)
     assert len(names) > 100
@@ -91,6 +100,13 @@ def test_the_readme_sells_and_starts_in_150_lines() -> None:
 def test_the_server_and_the_language_are_not_called_by_the_same_word(page: Path) -> None:
     text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose(page))
     assert re.findall(r".{30}\bTriton\b(?![\s-]+(?:Inference\s+)?(?:Server|language)).{0,20}", text, re.DOTALL) == []
+
+
+def test_every_sampling_key_and_tensor_is_in_the_reference() -> None:
+    tensors = re.findall(r'\{ name: "(\w+)"', (repository_folder() / "paged_llm/config.pbtxt").read_text())
+    told = set(re.findall(r"`(\w+)`", (DOCS / "reference.md").read_text()))
+    assert len(tensors) > 30
+    assert {*SamplingParams.__struct_fields__, *tensors} - told == set()
 
 
 def test_every_metric_is_in_the_reference() -> None:
