@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import locale
@@ -10,8 +11,10 @@ import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from types import FrameType
 from typing import Annotated, Any
 
@@ -21,7 +24,7 @@ from rich.status import Status
 
 from paged_backend.errors import EngineError
 from paged_backend.log_lines import without_stamp
-from paged_backend.server.launch import Server, ServerSettings, StoppedEarlyError
+from paged_backend.server.launch import FrontEndsLostError, Server, ServerSettings, StoppedEarlyError
 from paged_client.bench.command import bench_app
 from paged_client.chat import chat
 from paged_client.demo import DEMO_PROMPT, run_demo
@@ -33,6 +36,17 @@ from paged_client.top.command import top
 _HURRIED_EXIT = 130
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WAIT_SECONDS = 0.2
+
+_MAX_RESTARTS = 4  # of servers that lost front ends; as max_engine_restarts
+_RESTART_WINDOW_SECONDS = 600.0
+
+
+class OnFrontEndDeath(str, Enum):
+    """What `paged serve` does when a front end has died."""
+
+    EXIT = "exit"
+    RESTART = "restart"
+
 
 app = typer.Typer(
     name="paged",
@@ -99,6 +113,10 @@ def serve(
     model_name: Annotated[str, typer.Option(metavar="NAME", help="What clients call the model.")] = "paged_llm",
     instances: Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Front ends (they tokenise and stream) on the one engine.")] = None,
     drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for requests in flight.")] = 30,
+    on_front_end_death: Annotated[
+        OnFrontEndDeath,
+        typer.Option(help="When a process that callers are connected to dies: exit with code 1, for an orchestrator; or restart the server."),
+    ] = OnFrontEndDeath.EXIT,
     log_verbose: Verbose = False,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
@@ -128,10 +146,42 @@ def serve(
         show_log=log_verbose,
         arguments=tuple(context.args),
     )
-    with _one_sentence_on_failure(), _running(settings) as server:
+    with _one_sentence_on_failure():
+        if on_front_end_death is OnFrontEndDeath.EXIT:
+            _serve(settings)
+        else:
+            _serve_again_and_again(settings)
+
+
+def _serve(settings: ServerSettings) -> None:
+    """Until it is stopped.
+
+    Raises:
+        EngineError: why it ended although nobody stopped it.
+    """
+    with _running(settings) as server:
         print(ready_text(server), flush=True)
         while server.wait(_WAIT_SECONDS) is None and not server.stopping:
             pass
+
+
+def _serve_again_and_again(settings: ServerSettings) -> None:
+    """A server that lost front ends is replaced by another at the same ports, `_MAX_RESTARTS` times within `_RESTART_WINDOW_SECONDS`.
+
+    The model alone cannot be loaded anew: Triton Server does not unload it while it waits for the requests that died with the front end.
+    """
+    restarts: list[float] = []
+    while True:
+        try:
+            _serve(settings)
+            return
+        except FrontEndsLostError as error:
+            now, at = time.monotonic(), error.addresses
+            settings = dataclasses.replace(settings, http_port=at.http_port, grpc_port=at.grpc_port, metrics_port=at.metrics_port)
+            restarts = [*(restart for restart in restarts if now - restart < _RESTART_WINDOW_SECONDS), now]
+            if len(restarts) > _MAX_RESTARTS:
+                raise EngineError(f"{error}; it was started again {_MAX_RESTARTS} times within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes") from None
+            print(f"paged: {error}: restart {len(restarts)} of at most {_MAX_RESTARTS} within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes", file=sys.stderr)
 
 
 @app.command()
@@ -221,13 +271,13 @@ def _running(settings: ServerSettings) -> Iterator[Server]:
             server.start()
         yield server
         if not server.stopping and server.wait(0) is not None:
-            raise EngineError(server.failure())
+            raise server.failure()
         narrator.show("paged: stopping: waiting for requests in flight (Ctrl-C again to hurry)")
         exit_code = server.stop()
         if exit_code == -signal.SIGKILL:
             raise typer.Exit(_HURRIED_EXIT)
         if exit_code != 0:
-            raise EngineError(server.failure())
+            raise EngineError(str(server.failure()))  # of whatever kind: it was told to stop, and is not to be started again
         narrator.show("paged: stopped")
     except StoppedEarlyError:
         narrator.show("paged: stopped")

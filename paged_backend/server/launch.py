@@ -55,6 +55,14 @@ class StoppedEarlyError(EngineError):
     """`stop` or `terminate` was called while the server was starting."""
 
 
+class FrontEndsLostError(EngineError):
+    """Front ends died, and so the server that nobody stopped has ended. Another one may be started, which answers at the same addresses."""
+
+    def __init__(self, message: str, addresses: Addresses) -> None:
+        super().__init__(message)
+        self.addresses = addresses
+
+
 class Server:
     """One tritonserver: `start` returns when it answers, `stop` when it is gone. Usable as a context manager.
 
@@ -257,9 +265,9 @@ class Server:
             if num_idle * _POLL_DRAIN_SECONDS > _IDLE_SECONDS or not front_ends.living():
                 child.kill_all()
 
-    def failure(self) -> str:
+    def failure(self) -> EngineError:
         """One sentence on why a server that nobody stopped is gone."""
-        return self._loss or self._log.failure(self.wait() or 0)
+        return FrontEndsLostError(self._loss, self.addresses) if self._loss else EngineError(self._log.failure(self.wait() or 0))
 
     def _clean_up(self) -> None:
         """After the child is gone: its processes that lag behind, its folder, its shared memory."""

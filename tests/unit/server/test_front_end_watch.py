@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,20 @@ def test_unloading_and_loading_anew_are_no_deaths(server: _Server) -> None:
     _wait(lambda: told)
     assert told == [([anew[0]], 1)]
     watch.close()
+
+
+def test_the_documented_liveness_probe_fails_when_a_front_end_is_dead(server: _Server) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "reliability.md").read_text()
+    documented = re.search(r"command: \[sh, -c, '(.*)'\]\n", page)
+    assert documented is not None
+    *folders, name = server.model.parts
+    probe = documented[1].replace("/[p]aged_llm/", f"/[{folders[-1][0]}]{folders[-1][1:]}/{name}/").replace("-ge 4", "-ge 2")
+    assert probe != documented[1]
+    pids = server.start(2)
+    assert subprocess.run(["sh", "-c", probe], check=False).returncode == 0
+    os.kill(pids[0], signal.SIGKILL)
+    _wait(lambda: len(server.pids()) == 1)
+    assert subprocess.run(["sh", "-c", probe], check=False).returncode == 1
 
 
 def test_requests_of_all_states_are_counted_and_a_page_without_any_says_nothing() -> None:
