@@ -13,6 +13,7 @@ from paged_backend.arrays import Int32
 from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.config import EngineConfig
 from paged_backend.request import SamplingParams
+from paged_backend.runner.builder import build_runner
 from paged_backend.runner.model_runner import ModelRunner
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -20,7 +21,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def load_runner(folder: Path, tell: Callable[[str], None] = lambda sentence: None, **options: Any) -> ModelRunner:
     """A float32 runner on the CPU; `options` are those of EngineConfig."""
-    return ModelRunner.load(EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), tell)
+    return build_runner(EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), tell)
 
 
 class _Live:

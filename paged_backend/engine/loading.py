@@ -23,7 +23,7 @@ from paged_backend.models.architecture import read_architecture
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids, recommended_sampling
 from paged_backend.models.tokenizer import export
-from paged_backend.runner.model_runner import ModelRunner
+from paged_backend.runner.builder import build_runner
 from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.kv_events import KvEvents
@@ -54,7 +54,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     started = time.monotonic()
     kv_events = _kv_events(config)  # before the weights are read: the port may be taken
     checkpoint, tokenizer_path = _open(config, directory / "tokenizer.json")
-    runner = ModelRunner.load(config, log.info, checkpoint)
+    runner = build_runner(config, log.info, checkpoint)
     limits = runner.limits
     scheduler = Scheduler(
         SchedulerLimits(

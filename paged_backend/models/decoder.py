@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from paged_backend.models.blocks.forward_pass import ForwardPass
@@ -23,6 +24,11 @@ class Decoder:
         self._ops = ops
         plain = Products(ops)
         self._products: Mapping[bool, Products] = {False: plain, True: adapted or plain}  # by StepShape.adapted
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and logits."""
+        return self._weights.embedding.dtype
 
     def forward(self, step: StepTensors, kv_pages: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,

@@ -79,6 +79,14 @@ def allocate_adapter_store(config: EngineConfig, architecture: Architecture, dty
     try:
         return AdapterStore(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        num_bytes = layout.size * config.max_lora_rank * config.max_loras * dtype.itemsize
+        num_bytes = adapter_store_bytes(config, architecture, dtype)
         what = f"{config.max_loras} adapters of rank {config.max_lora_rank}, {spell_bytes(num_bytes)}, do not fit (max_loras, max_lora_rank)"
         raise EngineError(f"{what}: {str(error).splitlines()[0]}") from None
+
+
+def adapter_store_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dtype) -> int:
+    """What `allocate_adapter_store` takes."""
+    if not config.lora_directory:
+        return 0
+    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size)
+    return layout.size * config.max_lora_rank * config.max_loras * dtype.itemsize

@@ -14,13 +14,18 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.units import spell_bytes
-from paged_kernels.reference import SAMPLING_BYTES
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
-_STEP_RESERVE_BYTES = 64 * 2**20  # what libraries allocate on their own when a step first runs
-_FEW_TOKENS = 16  # of which the logits fit into the reserve
-_BYTES_PER_SCORED_LOGIT = 64
-_GRAPH_RESERVE_BYTES = 384 * 2**20  # 23 shapes of 32 layers and the code of their kernels took 294 MiB on an H100
+_CPU_STEP_DIVISOR = 10  # a step of many tokens takes a CPU too long to be run for its bytes alone; the pool's memory is taken when it is first used
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """What is not taken yet of a device's memory, and is not for the pool. In bytes."""
+
+    weights: int = 0
+    step: int = 0  # as measured (measured_memory.py); on a CPU nothing is
+    graphs: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class PoolSize:
     page_bytes: int  # K and V of one page in all layers
     max_model_len: int  # tokens; not more than the pool holds
     decided_by: str  # sentences for the operator
+    free_bytes: int = 0  # of the device, once the weights are there
 
 
 def allocate_kv_store(size: PoolSize, architecture: Architecture, page_size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -53,28 +59,21 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def size_pool(
-    config: EngineConfig, architecture: Architecture, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, spoken_for: int = 0
-) -> PoolSize:
-    """Decides num_pages and max_model_len. To be asked when the weights are in memory: what is free then is shared out. Asked before, with the bytes of the
-    weights as `spoken_for`, it refuses what cannot fit in any case.
+def size_pool(config: EngineConfig, architecture: Architecture, kv_dtype: torch.dtype, device: torch.device, needs: MemoryNeeds) -> PoolSize:
+    """Decides num_pages and max_model_len. With `needs` as they were measured it shares out what is free once the weights are in memory. With nothing but the
+    bytes of the weights, before they are there, it refuses what cannot fit in any case.
 
-    num_pages and pool_bytes are taken as given if they fit; else the pool takes its fraction of the memory left after weights and the largest
-    step, but not more than max_num_sequences sequences of max_model_len tokens can use.
+    num_pages and pool_bytes are taken as given if they fit; else the pool takes its fraction of the memory left after weights and steps, but not more
+    than max_num_sequences sequences of max_model_len tokens can use.
 
     Raises:
         EngineError: the pool asked for does not fit, or not even one page does, or max_model_len is beyond what the checkpoint allows.
     """
     max_model_len = _wanted_length(config, architecture)
     page_bytes = page_bytes_of(architecture, config.page_size, kv_dtype)
-    free = free_bytes(device) - spoken_for
-    for_step = step_bytes(config, architecture, dtype, max_model_len)
-    for_graphs = graph_bytes(config, architecture, dtype) if device.type == "cuda" and config.cuda_graphs else 0
-    available = max(free - for_step - for_graphs, 0)
+    free = max(free_bytes(device) - needs.weights, 0)
+    available, detail = _available(free, device, needs)
     num_pages, reason = _decide(config, page_bytes, available, max_model_len, device)
-    detail = f"{spell_bytes(free)} free after the weights, of which the largest step needs {spell_bytes(for_step)}"
-    if for_graphs:
-        detail += f" and the captured steps {spell_bytes(for_graphs)}"
     if num_pages < 1:
         raise EngineError(f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): {reason}; {detail}")
     if num_pages * page_bytes > available:
@@ -91,41 +90,25 @@ def size_pool(
         f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens, {spell_bytes(num_pages * page_bytes)}, "
         f"room for {num_pages // pages_of_one} sequences of {max_model_len} tokens; decided by {reason} ({detail}){shrunk}"
     )
-    return PoolSize(num_pages, page_bytes, max_model_len, decided_by)
+    return PoolSize(num_pages, page_bytes, max_model_len, decided_by, free)
+
+
+def _available(free: int, device: torch.device, needs: MemoryNeeds) -> tuple[int, str]:
+    """Bytes that the pool may take, and how that comes, in words."""
+    detail = f"{spell_bytes(free)} free after the weights"
+    if device.type == "cpu":
+        kept = free // _CPU_STEP_DIVISOR
+        return free - kept, f"{detail}, of which a tenth, {spell_bytes(kept)}, is left for steps"
+    if needs.step:
+        detail += f", of which the largest step takes {spell_bytes(needs.step)}"
+    if needs.graphs:
+        detail += f" and the captured steps {spell_bytes(needs.graphs)}"
+    return max(free - needs.step - needs.graphs, 0), detail
 
 
 def page_bytes_of(architecture: Architecture, page_size: int, kv_dtype: torch.dtype) -> int:
     """K and V of page_size tokens in all layers."""
     return 2 * architecture.num_layers * architecture.attention.kv_size * page_size * kv_dtype.itemsize
-
-
-def step_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, max_model_len: int) -> int:
-    """Upper bound of what a step of max_batched_tokens allocates beyond weights and pool, and of the rows' persistent tensors."""
-    a, num_tokens = architecture, config.max_batched_tokens
-    num_rows = min(config.max_num_sequences, num_tokens)
-    q_size, kv_size = a.attention.num_heads * a.attention.head_dim, a.attention.num_kv_heads * a.attention.head_dim
-    wide = 4 * a.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * a.intermediate_size  # alive at once in a layer, per token
-    float32 = 3 * max(a.hidden_size, q_size)  # of norm, rotation and attention
-    gathered = 2 * 4 * kv_size * max_model_len + num_tokens * max_model_len  # one sequence's K and V, and its mask
-    rows = num_rows * 4 * (max_model_len + 1 + -(-max_model_len // config.page_size)) + max_model_len * a.attention.head_dim * 4
-    logits = num_rows * a.vocab_size * (dtype.itemsize + 8)  # as they are, float32 to be edited, counts of penalised tokens
-    sampling = min(int(SAMPLING_BYTES), 6 * logits)
-    adapters = 3 * config.max_lora_rank * 4 * (num_tokens + num_rows + 1024) if config.lora_directory else 0  # hidden vectors of the largest step
-    return num_tokens * (wide * dtype.itemsize + float32 * 4) + gathered + rows + logits + sampling + adapters + _STEP_RESERVE_BYTES
-
-
-def prompt_tokens_at_once(num_rows: int, vocab_size: int) -> int:
-    """So many logits of prompt tokens can be had at once within what `step_bytes` keeps free for sampling, which is over by then."""
-    return max(_FEW_TOKENS, min(num_rows, int(SAMPLING_BYTES) // (_BYTES_PER_SCORED_LOGIT * vocab_size)))
-
-
-def graph_bytes(config: EngineConfig, architecture: Architecture, dtype: torch.dtype) -> int:
-    """Upper bound of what captured steps (cuda_graphs.py) keep: their logits, the activations of the largest, the graphs and the code of the kernels."""
-    num_tokens = min(config.max_num_sequences, config.max_batched_tokens) + 1024
-    logits = min(num_tokens, config.max_num_sequences + 8) * architecture.vocab_size * dtype.itemsize
-    wide = 6 * architecture.hidden_size + 3 * architecture.intermediate_size + 3 * architecture.attention.q_size
-    num_sets = 3 if config.lora_directory else 1  # with adapters each shape is captured twice, the second time with twice the kernels
-    return logits + num_tokens * wide * dtype.itemsize + num_sets * _GRAPH_RESERVE_BYTES
 
 
 def free_bytes(device: torch.device) -> int:

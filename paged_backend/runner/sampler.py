@@ -11,8 +11,10 @@ from torch import Tensor
 from paged_backend.batch import Feature
 from paged_backend.request import MAX_BAD_WORD_TOKENS
 from paged_backend.runner.step_tensors import DeviceRows, SampleTensors
-from paged_kernels.reference import Ops
+from paged_kernels.reference import SAMPLING_BYTES, Ops
 
+_FEW_TOKENS = 16  # of which the logits are at hand at least
+_BYTES_PER_SCORED_LOGIT = 64
 _EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY | Feature.MASK
 
 
@@ -83,3 +85,8 @@ class Sampler:
         if step.masked:
             logits = ops.apply_token_mask(logits, rows.token_masks, torch.where(p.integers("masked") > 0, mine, -1))
         return logits
+
+
+def prompt_tokens_at_once(num_rows: int, vocab_size: int) -> int:
+    """So many logits of prompt tokens are scored at once: what that allocates stays within what sampling may, which comes after it."""
+    return max(_FEW_TOKENS, min(num_rows, int(SAMPLING_BYTES) // (_BYTES_PER_SCORED_LOGIT * vocab_size)))

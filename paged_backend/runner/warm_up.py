@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from paged_backend.batch import Batch, BeamRows, Feature, NewRow, TokenMasks, features_of
-from paged_backend.request import SamplingParams
+from paged_backend.arrays import Int32
+from paged_backend.batch import Batch, BeamRows, Feature, NewRow, PromptSpan, TokenMasks, features_of
+from paged_backend.request import MAX_BEAM_WIDTH, MAX_LOGPROBS, SamplingParams
 
 _SAMPLINGS = (
     SamplingParams(temperature=0.0),
@@ -18,6 +20,21 @@ _SAMPLINGS = (
     SamplingParams(temperature=0.0, use_beam_search=True, beam_width=2),
     SamplingParams(temperature=0.7, presence_penalty=0.1),  # edited logits are float32
     SamplingParams(temperature=0.7, top_k=5, min_tokens=1, logit_bias={0: 1.0}, repetition_penalty=1.1, presence_penalty=0.1, logprobs=1),
+)
+_EVERYTHING = SamplingParams(  # at once, as no request can ask for it: whatever a row asks for takes no more memory
+    temperature=0.7,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.05,
+    min_tokens=1,
+    logit_bias={0: 1.0},
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    logprobs=MAX_LOGPROBS,
+    guided_regex="a",
+    use_beam_search=True,
+    beam_width=MAX_BEAM_WIDTH,
 )
 _BAD_WORDS = ((0, 1),)
 _CANDIDATES = 3
@@ -47,6 +64,28 @@ def warm_up_batches(
         batch = _prompts(few, sampling, page_size, vocab_size)
         yield batch
         yield _beside_decodes(batch, few)
+
+
+def largest_batches(max_tokens: int, max_sequences: int, max_len: int, vocab_size: int, adapters: bool) -> tuple[Batch, Batch]:
+    """The two steps that take most of a device's memory: as many prompt tokens as a step may have, and as many decodes, each with one sequence at its longest
+    and every kind of sampling for every row. All rows must be free; no page of theirs is named, so all their K and V lie in page 0. Page 1 is written, too.
+
+    max_sequences of a step, at most max_tokens; max_len of a sequence, in tokens.
+    """
+    decodes = np.ones(max_sequences, np.int32)
+    more = np.full(max_sequences, max_len - 1, np.int64).cumsum().clip(max=max_tokens - max_sequences)  # beyond a token each: the first rows have most
+    prefills = decodes + np.diff(more, prepend=0).astype(np.int32)
+    first, second = (_at_its_longest(counts, max_len, vocab_size, 0 if adapters else -1) for counts in (prefills, decodes))
+    scored = PromptSpan(0, 0, int(first.starts[0]), int(first.counts[0]), MAX_LOGPROBS)
+    return replace(first, prompts=(scored,)), second
+
+
+def _at_its_longest(counts: Int32, max_len: int, vocab_size: int, adapter_slot: int) -> Batch:
+    """A step that computes `counts` tokens of the rows 0, 1, 2 … and samples for each; the first row ends at max_len, the others begin at 0."""
+    starts = np.zeros_like(counts)
+    starts[0] = max_len - counts[0]
+    batch = _prompts([1] * len(counts), _EVERYTHING, page_size=2, vocab_size=vocab_size, adapter_slot=adapter_slot)
+    return replace(batch, starts=starts, counts=counts, page_updates=np.empty((0, 3), np.int32))
 
 
 def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, vocab_size: int, adapter_slot: int = -1) -> Batch:

@@ -41,7 +41,7 @@ def use_kernels(runner: ModelRunner) -> None:
         device=runner.device,
     )
     weights = runner._decoder._weights
-    adapted = None if runner.adapters is None else runner.adapters.products(ops, weights, runner._rows.adapters, 64)
+    adapted = None if runner.adapter_slots is None else runner.adapter_slots.products(ops, weights, runner._rows.adapter_slots, 64)
     runner._decoder = Decoder(weights, rope_table(a.rope, 64, runner.device), ops, adapted)
     runner._sampler = Sampler(ops)
     runner._rows._ops = ops
@@ -93,10 +93,10 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(tmp_path: Path) -> None:
     options = {"lora_directory": str(tmp_path), "max_loras": 2, "max_lora_rank": 8}
     runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64, **options)
     use_kernels(runner)
-    assert runner.adapters is not None
+    assert runner.adapter_slots is not None
     for adapter, name in enumerate("ab"):
-        runner.adapters.fill(adapter, runner.adapters.read(name))
+        runner.adapter_slots.fill(adapter, runner.adapter_slots.read(name))
     prompts, adapters = random_prompts((1, 14, 9, 6)), (1, 0, -1, 0)
-    answers = Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1, adapters=adapters)
+    answers = Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1, adapter_slots=adapters)
     oracles = {0: AdapterOracle(folder, adapters[0]), 1: AdapterOracle(folder, adapters[1]), -1: Oracle(folder)}
     assert answers == [oracles[adapter].greedy([prompt], 4)[0] for prompt, adapter in zip(prompts, adapters, strict=True)]

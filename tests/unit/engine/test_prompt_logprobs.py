@@ -19,7 +19,7 @@ from paged_backend.frontend.prompt_logprobs import PromptTable, PromptTableParts
 from paged_backend.frontend.streamer import by_sequence
 from paged_backend.messages import PromptLogprobs, Submit
 from paged_backend.request import MAX_LOGPROBS, SamplingParams, parse_sampling
-from paged_backend.runner import kv_store
+from paged_backend.runner.sampler import prompt_tokens_at_once
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 
 
@@ -142,7 +142,7 @@ def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle,
                 heard.setdefault(piece.request_id, Heard()).pieces.append(piece)
         engine.check()
         if seen == 0 and engine.num_steps == 40:  # in the middle of a prompt: the pool is taken away from all but the oldest
-            victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.serial)
+            victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.arrival_index)
             assert 0 < victim.unscored < victim.prompt_len - 1
             engine._scheduler._living.preempt(victim)
             seen = 1
@@ -178,7 +178,7 @@ def test_few_logits_are_in_memory_at_once(folder: Path, oracle: Oracle, tmp_path
     check(oracle, prompt, ask(engine, [prompt])[0], 4)
     assert max(rows) == 20
     for num_rows, vocab_size in ((256, 128_256), (1, 151_936), (4096, 32_000)):
-        at_once = kv_store.prompt_tokens_at_once(num_rows, vocab_size)
+        at_once = prompt_tokens_at_once(num_rows, vocab_size)
         assert at_once == 16 or (at_once <= num_rows and at_once * vocab_size * 64 <= 512 * 2**20)
 
 

@@ -12,7 +12,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture, read_architecture
 from paged_backend.runner import kv_store
-from paged_backend.runner.kv_store import PoolSize, allocate_kv_store, free_bytes, page_bytes_of, size_pool, step_bytes
+from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, page_bytes_of, size_pool
 from tests.oracle import save_checkpoint
 
 CPU = torch.device("cpu")
@@ -27,13 +27,13 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
 
 @pytest.fixture
 def size(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """size(pool_room=bytes left for the pool, **options)."""
+    """size(pool_room=bytes left for the pool once a CPU's tenth is kept for steps, **options)."""
 
     def of(pool_room: int = GIB, **options: Any) -> PoolSize:
-        config = EngineConfig(**options)
-        reserved = step_bytes(config, architecture, torch.float32, config.max_model_len or 1024)
-        monkeypatch.setattr(kv_store, "free_bytes", lambda device: reserved + pool_room)
-        return size_pool(config, architecture, torch.float32, torch.float32, CPU)
+        free = pool_room + (pool_room - 1) // 9
+        assert free - free // 10 == pool_room
+        monkeypatch.setattr(kv_store, "free_bytes", lambda device: free)
+        return size_pool(EngineConfig(**options), architecture, torch.float32, CPU, MemoryNeeds())
 
     return of
 
@@ -77,6 +77,27 @@ def test_a_pool_that_does_not_fit_is_refused_with_the_numbers(size: Any, options
 def test_no_room_for_one_page_is_refused_with_the_numbers(size: Any, options: dict[str, int]) -> None:
     with pytest.raises(EngineError, match=r"one page of 12 KiB \(16 tokens\)"):
         size(pool_room=30_000, **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "room", "words"),
+    [
+        ("cuda", 10 * 2**20, r"100 MiB free after the weights, of which the largest step takes 50 MiB and the captured steps 40 MiB"),
+        ("cpu", 90 * 2**20, r"100 MiB free after the weights, of which a tenth, 10 MiB, is left for steps"),
+    ],
+)
+def test_the_pool_leaves_what_weights_and_steps_need(architecture: Architecture, monkeypatch: pytest.MonkeyPatch, device: str, room: int, words: str) -> None:
+    """On a GPU as it was measured, on a CPU a share."""
+    monkeypatch.setattr(kv_store, "free_bytes", lambda device: 107 * 2**20)
+    needs = MemoryNeeds(weights=7 * 2**20, step=50 * 2**20, graphs=40 * 2**20)
+
+    def fit(num_pages: int) -> PoolSize:
+        return size_pool(EngineConfig(num_pages=num_pages), architecture, torch.float32, torch.device(device), needs)
+
+    most = room // (16 * 768)
+    assert words in fit(most).decided_by
+    with pytest.raises(EngineError, match=words):
+        fit(most + 1)
 
 
 def test_max_model_len_shrinks_to_the_pool_and_says_so(size: Any) -> None:

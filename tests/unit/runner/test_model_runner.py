@@ -14,7 +14,8 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import read_architecture
 from paged_backend.request import SamplingParams
-from paged_backend.runner import model_runner as room
+from paged_backend.runner import placement
+from paged_backend.runner.builder import build_runner
 from paged_backend.runner.model_runner import ModelRunner
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import GREEDY, Driver, load_runner
@@ -174,7 +175,7 @@ def test_half_precision_runs_near_float32(folder: Path, oracle: Oracle, dtype: s
 
 def test_every_decision_is_told(folder: Path) -> None:
     told: list[str] = []
-    ModelRunner.load(EngineConfig(model=str(folder), device="cpu", num_pages=20), told.append)
+    build_runner(EngineConfig(model=str(folder), device="cpu", num_pages=20), told.append)
     assert ["Qwen3ForCausalLM" in told[0], "weights" in told[1], "num_pages" in told[2]] == [True] * 3
 
 
@@ -183,8 +184,8 @@ def test_a_gpu_that_cannot_convert_8_bits_is_refused(folder: Path, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A10")
     architecture = read_architecture(folder)
     with pytest.raises(EngineError, match=r"kv_dtype: fp8_e4m3 needs a GPU of compute capability 8\.9; an A10 has less"):
-        room._dtypes(EngineConfig(kv_dtype="fp8_e4m3"), architecture, torch.device("cuda"))
-    assert room._dtypes(EngineConfig(kv_dtype="fp8_e4m3"), architecture, torch.device("cpu"))[1] == torch.float8_e4m3fn
+        placement._dtypes(EngineConfig(kv_dtype="fp8_e4m3"), architecture, torch.device("cuda"))
+    assert placement._dtypes(EngineConfig(kv_dtype="fp8_e4m3"), architecture, torch.device("cpu"))[1] == torch.float8_e4m3fn
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 
 from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.config import EngineConfig, demo_model_folder
+from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.request import SamplingParams
-from paged_backend.runner.kv_store import graph_bytes, step_bytes
+from paged_backend.runner.builder import RunnerBuilder
+from paged_backend.runner.measured_memory import run_largest
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.runner.step_plan import plan_step, shape_of
 from tests.adapter_oracle import save_adapter
@@ -133,17 +135,20 @@ def test_a_sequence_gets_the_same_tokens_alone_and_in_a_full_batch(folder: Path)
     assert alone == together[::3]
 
 
-def test_captured_steps_take_no_more_memory_than_reserved(tmp_path: Path) -> None:
+def test_captured_steps_take_no_more_memory_than_measured(tmp_path: Path) -> None:
     shape = {"vocab_size": 150_000, "max_position_embeddings": 8192, "dtype": "bfloat16", "hidden_size": 2048, "intermediate_size": 8192}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 16}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape, **heads}))
     told: list[str] = []
     options = {"load_format": "dummy", "device": "cuda", "pool_bytes": 2**30, "max_batched_tokens": 4096}
     with_graphs = EngineConfig(model=str(tmp_path), **options)
-    runner = ModelRunner.load(with_graphs, told.append)
+    builder = RunnerBuilder(with_graphs, told.append, open_checkpoint(with_graphs))
+    builder.build()
     captured = next(sentence for sentence in told if "shapes of steps captured" in sentence)
     taken = int(captured.rsplit(" ", 2)[1]) * 2**20
-    assert taken <= graph_bytes(with_graphs, runner.architecture, torch.bfloat16), captured
+    print(f"{captured}; measured before: at most {builder.needs.graphs / 2**20:.0f} MiB")
+    assert 0 < taken <= builder.needs.graphs, captured
+    assert builder.needs.graphs < 2 * 2**30, "what is kept for nothing is lost to the pool"
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(top_p=0.9)], ids=["greedy", "top_p"])
@@ -214,13 +219,14 @@ def test_bfloat16_agrees_with_float32_on_a_trained_model(kv_dtype: str, error: f
 
 
 @pytest.mark.parametrize("num_sequences", [1, 256])
-def test_the_largest_step_takes_no_more_memory_than_reserved(tmp_path: Path, num_sequences: int) -> None:
+def test_the_largest_step_takes_no_more_memory_than_measured(tmp_path: Path, num_sequences: int) -> None:
     """bfloat16, a vocabulary of 150,000 and every row truncated and penalised: the hungriest step there is."""
     options = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 2}
     shape = {"vocab_size": 150_000, "max_position_embeddings": 8192, "dtype": "bfloat16", **options}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape}))
     config = EngineConfig(model=str(tmp_path), load_format="dummy", device="cuda", pool_bytes=2**30, max_batched_tokens=4096)
-    runner = ModelRunner.load(config, lambda sentence: None)
+    builder = RunnerBuilder(config, lambda sentence: None, open_checkpoint(config))
+    runner = builder.build()
     length = 4096 // num_sequences
     sampling = SamplingParams(top_p=0.9, presence_penalty=1.0, repetition_penalty=1.1, logprobs=5)
     rows = np.arange(num_sequences, dtype=np.int32)
@@ -236,6 +242,20 @@ def test_the_largest_step_takes_no_more_memory_than_reserved(tmp_path: Path, num
     runner.launch(batch)
     list(runner.finished(0))
     taken = torch.cuda.max_memory_reserved() - before
-    reserved = step_bytes(config, runner.architecture, torch.bfloat16, runner.limits.max_model_len)
-    print(f"largest step of {num_sequences}: takes {taken / 2**20:.0f} MiB, {reserved / 2**20:.0f} MiB are reserved")
-    assert taken <= reserved
+    print(f"largest step of {num_sequences}: takes {taken / 2**20:.0f} MiB, measured before with its rows: {builder.needs.step / 2**20:.0f} MiB")
+    assert taken <= builder.needs.step
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_with_all_memory_in_the_pool_the_largest_steps_still_run(tmp_path: Path, cuda_graphs: bool) -> None:
+    """pool_memory_fraction is 1 and more sequences may run than the device has room for: nothing is left but what was measured."""
+    shape = {"vocab_size": 150_000, "max_position_embeddings": 32_768, "dtype": "bfloat16", "hidden_size": 2048, "intermediate_size": 8192}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 16}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape, **heads}))
+    options = {"load_format": "dummy", "device": "cuda", "max_batched_tokens": 4096, "pool_memory_fraction": 1.0, "cuda_graphs": cuda_graphs}
+    told: list[str] = []
+    config = EngineConfig(model=str(tmp_path), **options)
+    runner = RunnerBuilder(config, told.append, open_checkpoint(config)).build()
+    assert any("pool_memory_fraction = 1" in sentence for sentence in told)
+    run_largest(runner, 4096)
+    print(f"{told[-3:]}; {torch.cuda.mem_get_info()[0] / 2**20:.0f} MiB are left")

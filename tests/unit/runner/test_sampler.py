@@ -49,7 +49,7 @@ def sample(new: Sequence[NewRow], logits: Tensor, rows: DeviceRows | None = None
     batch = batch_of(new)
     plan = plan_step(batch, shape_of(batch))
     step = rows.apply(batch, plan)
-    outputs = torch.from_numpy(plan.slots)
+    outputs = torch.from_numpy(plan.output_indices)
     sampled = Sampler(reference).sample(logits[outputs.argsort()].clone(), rows.sampling(batch, step), rows)
     return Sampled(
         *(None if column is None else column[outputs] for column in (sampled.token_ids, sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paged_backend.batch import Feature
-from paged_backend.runner.warm_up import warm_up_batches
+from paged_backend.runner.warm_up import largest_batches, warm_up_batches
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
 
@@ -60,3 +60,29 @@ def test_answers_after_a_warm_up_are_those_of_transformers(tmp_path: Path) -> No
     runner.warm_up(64, 512)
     prompts = random_prompts((1, 9, 40))
     assert Driver(runner).generate(prompts, 8, chunk=7, arrive_every=1) == Oracle(folder).greedy(prompts, 8)
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+def test_the_largest_steps_have_all_tokens_and_rows_and_the_longest_sequence(limits: tuple[int, int, int, int, int]) -> None:
+    max_tokens, max_sequences, max_len = limits[:3]
+    prompts, decodes = largest_batches(max_tokens, max_sequences, max_len, vocab_size=199, adapters=False)
+    assert prompts.num_tokens == min(max_tokens, max_sequences * max_len)
+    assert decodes.decode_only
+    for batch in (prompts, decodes):
+        assert batch.num_sequences == max_sequences
+        assert batch.samples.all()
+        ends = batch.starts + batch.counts
+        assert (batch.starts >= 0).all()
+        assert ends[0] == max_len == ends.max()
+        assert batch.page_updates.shape == (0, 3)
+        assert (batch.page_copies < 2).all()
+    assert prompts.counts.max() == prompts.counts[0]
+
+
+def test_the_largest_steps_sample_in_every_way_there_is() -> None:
+    prompts, decodes = largest_batches(64, 4, 100, vocab_size=199, adapters=True)
+    ways = {value for name, value in vars(Feature).items() if name.isupper()} - {Feature.PROMPT_LOGPROBS}
+    for batch in (prompts, decodes):
+        assert all(batch.features & way for way in ways)
+        assert batch.adapted
+    assert sum(span.count for span in prompts.prompts) == prompts.counts[0]

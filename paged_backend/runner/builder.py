@@ -1,0 +1,202 @@
+"""From a checkpoint to a runner that is ready for its first request: `RunnerBuilder.build` is the order of a start, a line each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
+from paged_backend.models.decoder import Decoder
+from paged_backend.models.rope import rope_table
+from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
+from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes, allocate_adapter_store
+from paged_backend.runner.cuda_graphs import captured_shapes
+from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, size_pool
+from paged_backend.runner.measured_memory import NUM_PAGES, measure
+from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
+from paged_backend.runner.placement import Placement, dtype_name, name_of, place
+from paged_backend.runner.sampler import Sampler
+from paged_backend.runner.sizing_lock import alone_on
+from paged_backend.runner.step_tensors import DeviceRows
+from paged_backend.units import spell_bytes
+from paged_kernels.reference import Ops, reference
+
+Tell = Callable[[str], None]
+
+
+def build_runner(config: EngineConfig, tell: Tell, checkpoint: Checkpoint | None = None) -> ModelRunner:
+    """Reads the checkpoint, sizes the pool, allocates everything a step needs. `tell` hears of progress and of every decision, a sentence each.
+
+    checkpoint: if it was opened already.
+
+    Raises:
+        EngineError: the checkpoint cannot be run, or does not fit; one sentence for the operator.
+    """
+    return RunnerBuilder(config, tell, checkpoint or open_checkpoint(config)).build()  # it may be fetched first, and nobody waits for that
+
+
+class RunnerBuilder:
+    """Builds one runner. What it found out on the way stays readable, for benchmarks."""
+
+    def __init__(self, config: EngineConfig, tell: Tell, checkpoint: Checkpoint) -> None:
+        """
+        Raises:
+            EngineError: there is no such device, or it cannot compute in such a type.
+        """
+        self._config, self._tell, self._checkpoint = config, tell, checkpoint
+        self._architecture = checkpoint.architecture
+        self._place = place(config, checkpoint.architecture)
+        self._max_sequences = min(config.max_num_sequences, config.max_batched_tokens)  # of a step
+        self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
+        self._shapes = captured_shapes(self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory))
+        self.size: PoolSize | None = None  # as decided
+        self.needs = MemoryNeeds()  # as measured
+        self.seconds: dict[str, float] = {}  # of each phase
+
+    @torch.inference_mode()
+    def build(self) -> ModelRunner:
+        """The checkpoint and its tokenizer were checked before (engine/loading.py). Nobody else takes the device's memory meanwhile."""
+        with alone_on(self._place.device, self._tell):
+            self._tell_what_comes()
+            at_most = self._refuse_what_cannot_fit()
+            with self._phase("weights"):
+                weights, adapter_slots = self._read_weights()
+            with self._phase("largest step"), _in_one_sentence("the largest step", "max_batched_tokens, max_num_sequences"):
+                self._measure(weights, adapter_slots, at_most)
+            with self._phase("pool"), _in_one_sentence("rows beside the pool", "pool_memory_fraction, num_pages, pool_bytes"):
+                runner = self._assemble(weights, adapter_slots, self._size_pool())
+            with self._phase("graphs"), _in_one_sentence("captured steps beside the pool", "pool_memory_fraction, num_pages, pool_bytes, cuda_graphs"):
+                if self._captures:
+                    runner.capture(self._shapes, self._tell)
+            with self._phase("warm-up"), _in_one_sentence("a step beside the pool", "pool_memory_fraction, num_pages, pool_bytes"):
+                self._warm_up(runner)
+        return runner
+
+    @property
+    def device(self) -> torch.device:
+        return self._place.device
+
+    @property
+    def _captures(self) -> bool:
+        return self._config.cuda_graphs and self._uses_kernels
+
+    def _tell_what_comes(self) -> None:
+        a, place = self._architecture, self._place
+        sizes = f"{a.num_layers} layers, vocabulary {a.vocab_size}"
+        self._tell(f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in {dtype_name(place.kv_dtype)}")
+        for warning in self._checkpoint.warnings:
+            self._tell(warning)
+        if place.device.type == "cuda" and not self._uses_kernels:
+            self._tell("kernels: off, they want a page_size that is a power of two, and K and V of no more bits than the weights; plain torch computes, slowly")
+
+    def _refuse_what_cannot_fit(self) -> PoolSize:
+        """By the bytes that are known before anything is read. Returns the largest pool there may be.
+
+        A CPU's memory is promised before it is there: a process that takes more than there is gets killed, without a word.
+        """
+        a, place = self._architecture, self._place
+        needed, free = weight_bytes(a, place.dtype), free_bytes(place.device)
+        if needed > free:
+            where = f"the weights do not fit into the memory of {name_of(place.device)}"
+            raise EngineError(f"{where}: {spell_bytes(needed)} in {dtype_name(place.dtype)}, {spell_bytes(free)} are free")
+        needs = MemoryNeeds(weights=needed + adapter_store_bytes(self._config, a, place.dtype))
+        return size_pool(self._config, a, place.kv_dtype, place.device, needs)
+
+    def _read_weights(self) -> tuple[Weights, AdapterStore | None]:
+        """Memory for adapters is taken before the weights are read: it may not be there."""
+        a, place = self._architecture, self._place
+        weights = allocate_weights(a, place.dtype, place.device)
+        adapter_slots = allocate_adapter_store(self._config, a, place.dtype, place.device)
+        if adapter_slots is not None:
+            self._tell(adapter_slots.reported)
+        if self._config.load_format == "dummy":
+            self._tell(randomise_weights(weights, a, self._config.seed))
+        else:
+            self._tell(load_weights(weights, self._checkpoint.folder, self._tell))
+        return weights, adapter_slots
+
+    def _measure(self, weights: Weights, adapter_slots: AdapterStore | None, at_most: PoolSize) -> None:
+        """On a CPU nothing is measured: a tenth of its memory is left for steps (kv_store.py)."""
+        if self._place.device.type != "cuda":
+            return
+        few = replace(at_most, num_pages=NUM_PAGES)
+        shapes = self._shapes if self._captures else []
+        started = time.monotonic()
+        self.needs = measure(partial(self._assemble, weights, adapter_slots, few), self._config.max_batched_tokens, shapes, self._place.device)
+        words = f"the largest step takes {spell_bytes(self.needs.step)}"
+        if shapes:
+            words += f", {len(shapes)} captured shapes of steps at most {spell_bytes(self.needs.graphs)}"
+        self._tell(f"measured: {words}, in {time.monotonic() - started:.1f} s")
+
+    def _size_pool(self) -> PoolSize:
+        self.size = size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, self.needs)
+        self._tell(self.size.decided_by)
+        return self.size
+
+    def _assemble(self, weights: Weights, adapter_slots: AdapterStore | None, size: PoolSize) -> ModelRunner:
+        """A runner with a pool of that size; nothing is captured yet."""
+        a, config, place = self._architecture, self._config, self._place
+        kv_pages = allocate_kv_store(size, a, config.page_size, place.kv_dtype, place.device)
+        eos_ids = tuple(token_id for token_id in self._checkpoint.eos_ids if 0 <= token_id < a.vocab_size)  # no other is ever chosen
+        limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, eos_ids, self._checkpoint.bos_id)
+        ops = self._make_ops()
+        copy_pages = partial(ops.copy_pages, kv_pages)
+        rows = DeviceRows(self._max_sequences, size.max_model_len, config.page_size, len(eos_ids), place.device, ops, copy_pages)
+        largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in self._shapes))
+        adapted = None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
+        decoder = Decoder(weights, rope_table(a.rope, size.max_model_len, place.device), ops, adapted)
+        return ModelRunner(self._checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, adapter_slots)
+
+    def _make_ops(self) -> Ops:
+        """Kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
+        if not self._uses_kernels:
+            return reference
+        from paged_kernels.cuda_ops import CudaOps
+
+        a = self._architecture
+        return CudaOps(
+            num_heads=a.attention.num_heads,
+            num_kv_heads=a.attention.num_kv_heads,
+            head_dim=a.attention.head_dim,
+            sliding_windows=a.sliding_windows,
+            vocab_size=a.vocab_size,
+            max_sequences=self._max_sequences,
+            max_outputs=max(shape.num_outputs for shape in self._shapes),
+            kv_dtype=self._place.kv_dtype,
+            device=self._place.device,
+        )
+
+    def _warm_up(self, runner: ModelRunner) -> None:
+        if not self._uses_kernels:
+            return
+        started = time.monotonic()
+        runner.warm_up(self._max_sequences, self._config.max_batched_tokens)
+        self._tell(f"kernels warmed up in {time.monotonic() - started:.1f} s")
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def _kernels_reach(config: EngineConfig, place: Placement) -> bool:
+    return config.page_size & (config.page_size - 1) == 0 and place.kv_dtype.itemsize <= place.dtype.itemsize
+
+
+@contextmanager
+def _in_one_sentence(what: str, options: str) -> Iterator[None]:
+    """Memory that is not there after all, in the operator's words. options: which make it less."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own kind for it is one of these, the driver's words come in another
+        if "out of memory" not in str(error).lower():
+            raise
+        raise EngineError(f"the device has no memory for {what} (smaller with {options}): {str(error).splitlines()[0]}") from None
