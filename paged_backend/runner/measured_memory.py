@@ -16,6 +16,7 @@ from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.runner.warm_up import largest_batches
 
 NUM_PAGES = 2  # all that `largest_batches` name
+_BLOCK_BYTES = 2 * 2**20  # torch rounds what it asks the device for up to this, once for each layer of the pool
 _NUM_SAMPLES = 5  # of the shapes of captured steps
 
 
@@ -46,12 +47,12 @@ def measure(make_runner: Callable[[], ModelRunner], max_batched_tokens: int, sha
     """make_runner: with NUM_PAGES pages, nothing captured; called once. shapes: those that will be captured, the smallest first; none: no step will be.
 
     The largest step's bytes are the most that torch had while it ran, rows and all other lasting tensors of a runner among them, and once more what the code
-    of its kernels took, for that of other steps' kernels. A captured step's bytes are its tensors, which all share, and the graphs' own, in proportion.
+    of its kernels took, for that of other steps' kernels, and what is lost to rounding when the pool is allocated. A captured step's bytes are its tensors, which all share, and the graphs' own, in proportion.
     """
     meter = MemoryMeter(device)
     runner = make_runner()
     run_largest(runner, max_batched_tokens)
-    step = meter.peak() + meter.kept()[1]
+    step = meter.peak() + meter.kept()[1] + runner.architecture.num_layers * _BLOCK_BYTES
     graphs = _measure_graphs(runner, shapes, device) if shapes else 0
     del runner
     gc.collect()

@@ -55,7 +55,7 @@ def start(model: str, options: dict[str, Any]) -> dict[str, object]:
         "bench": "start",
         "model": model,
         "device": torch.cuda.get_device_name(builder.device) if on_gpu else "CPU",
-        **options,
+        "options": options,
         "free_before_bytes": before,
         "free_after_weights_bytes": size.free_bytes,
         "step_bytes": needs.step,
