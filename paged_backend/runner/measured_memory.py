@@ -46,8 +46,9 @@ class MemoryMeter:
 def measure(make_runner: Callable[[], ModelRunner], max_batched_tokens: int, shapes: Sequence[StepShape], device: torch.device) -> MemoryNeeds:
     """make_runner: with NUM_PAGES pages, nothing captured; called once. shapes: those that will be captured, the smallest first; none: no step will be.
 
-    The largest step's bytes are the most that torch had while it ran, rows and all other lasting tensors of a runner among them, and once more what the code
-    of its kernels took, for that of other steps' kernels, and what is lost to rounding when the pool is allocated. A captured step's bytes are its tensors, which all share, and the graphs' own, in proportion.
+    The largest step's bytes are the most that torch had while it ran, with rows and all other lasting tensors of a runner; once
+    more what the code of its kernels took, for that of other steps' kernels; and what rounding costs when the pool is allocated.
+    Captured steps' bytes are their tensors, which all of them share, and the graphs' own in proportion to their number.
     """
     meter = MemoryMeter(device)
     runner = make_runner()
