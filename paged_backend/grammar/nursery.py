@@ -13,6 +13,7 @@ import gc
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import sys
@@ -34,6 +35,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     control = socket.socket(fileno=os.dup(0))
+    if _hung_up(control):
+        return 0  # the engine was gone before this process was tied to it
     os.dup2(2, 1)  # libraries that print
     place = msgspec.json.decode(sys.argv[1], type=VocabularyPlace)
     try:
@@ -71,6 +74,12 @@ def _work(kind: bytes, connection: socket.socket, vocabulary: Vocabulary) -> NoR
             follower_process.follow(connection, vocabulary)
     finally:
         os._exit(0)
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    state = select.poll()
+    state.register(connection, 0)
+    return bool(state.poll(0))
 
 
 def _end_with_parent() -> None:

@@ -413,6 +413,18 @@ def test_a_death_is_a_line_with_cause_and_count_and_the_last_one_ends_the_server
     assert command.servers() == []
 
 
+FREE_PORTS = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
+
+
+def with_fake_engine(folder: Path) -> Path:
+    """A model repository with the shipped model, whose engine is the fake one."""
+    repository = folder / "front_ends"
+    (repository / "paged_llm" / "1").mkdir(parents=True)
+    shutil.copy(server_files.repository_folder() / "paged_llm" / "config.pbtxt", repository / "paged_llm")
+    (repository / "paged_llm" / "1" / "model.py").write_text(WITH_FAKE_ENGINE)
+    return repository
+
+
 class Stream(threading.Thread):
     """A generate_stream request whose pieces are told with their times."""
 
@@ -433,12 +445,7 @@ class Stream(threading.Thread):
 
 @pytest.mark.parametrize("instances", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(stand_in: Path, checkpoint: Path, tmp_path: Path, instances: int) -> None:
-    repository = tmp_path / "front_ends"
-    (repository / "paged_llm" / "1").mkdir(parents=True)
-    shutil.copy(server_files.repository_folder() / "paged_llm" / "config.pbtxt", repository / "paged_llm")
-    (repository / "paged_llm" / "1" / "model.py").write_text(WITH_FAKE_ENGINE)
-    ports = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
-    command = Command(repository, checkpoint, tmp_path, f"--instances={instances}", *ports)
+    command = Command(with_fake_engine(tmp_path), checkpoint, tmp_path, f"--instances={instances}", *FREE_PORTS)
     url = command.wait_until_ready()["HTTP"]
     streams = [Stream(url, f"tokens=350 delay=0.02 {number}") for number in range(6)]
     assert wait_until(lambda: all(stream.text for stream in streams), 20)
@@ -463,6 +470,23 @@ def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(s
     tokenizer = fake_engine.make_tokenizer()
     for stream in survivors:
         assert stream.text == tokenizer.decode(fake_engine.answer_ids(tokenizer, stream.prompt, 350))
+
+
+def test_a_server_that_lost_a_front_end_is_replaced_at_the_same_ports_if_told_so(checkpoint: Path, tmp_path: Path) -> None:
+    command = Command(with_fake_engine(tmp_path), checkpoint, tmp_path, "--instances=2", "--on-front-end-death=restart", *FREE_PORTS)
+    block = command.wait_until_ready()
+    front_ends = [pid for pid in command.servers() if "triton_python_backend_stub" in _command_of(pid).split("\0")[0]]
+    os.kill(front_ends[1], signal.SIGKILL)
+    assert command.wait_until_ready() == block
+    stream = Stream(block["HTTP"], "tokens=5")
+    stream.join(20)
+    tokenizer = fake_engine.make_tokenizer()
+    assert stream.text == tokenizer.decode(fake_engine.answer_ids(tokenizer, "tokens=5", 5))
+    command.process.send_signal(signal.SIGTERM)
+    code, stderr = command.finish()
+    assert code == 0
+    assert f"front end process {front_ends[1]} died, with its callers' requests; the server must be started again: restart 1 of at most 4" in stderr
+    assert command.servers() == []
 
 
 def is_ready(url: str) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -13,6 +15,7 @@ from pathlib import Path
 from threading import Thread, Timer
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -172,6 +175,15 @@ def test_a_nursery_that_is_killed_while_it_starts_is_replaced(place: VocabularyP
     assert not refusal(GrammarCompiler(made), PLAIN)
     assert len(started) == 2
     made.close()
+
+
+def test_a_nursery_whose_engine_died_before_it_began_reads_no_vocabulary(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    place = VocabularyPlace(str(tmp_path / "nothing.json"), VOCAB, ())
+    command = [sys.executable, "-m", "paged_backend.grammar.nursery", msgspec.json.encode(place).decode()]
+    with theirs:
+        assert subprocess.run(command, stdin=theirs.fileno(), check=False).returncode == 0  # 1 if it had missed the file
 
 
 def test_a_grammar_whose_masks_are_slow_is_refused(place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch) -> None:
