@@ -16,3 +16,8 @@ def bits(token_ids: Sequence[int], vocab_size: int) -> Int32:
     flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     flags[list(token_ids)] = 1
     return np.packbits(flags, bitorder="little").view(np.int32)
+
+
+def floats(bits: Int32) -> NDArray[np.float32]:
+    """The float32 whose bits these are; a copy."""
+    return np.array(bits, order="C").view(np.float32)

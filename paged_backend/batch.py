@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,20 +31,31 @@ class NewRow:
 
 
 @dataclass(frozen=True)
-class TokenMasks:
-    """Which tokens the rows that follow a grammar may sample in a step."""
-
-    rows: Int32  # [k] distinct
-    words: Int32  # [k, ceil(vocab / 32)] a bit per token, the first in the lowest; 0: must not be chosen
-
-
-@dataclass(frozen=True)
 class TokenEdit:
     """Tokens of a row from `start` on that the device does not have, or not so."""
 
     row: int
     start: int
     token_ids: Int32
+
+
+# ---- what features ask of a step, and what it answers; an ask without an answer gets None
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """Adapters that a step needs. Not answered."""
+
+    arrivals: tuple[tuple[int, Any], ...]  # (adapter slot, adapter): to be brought to the device before the step
+    in_use: bool  # some row of the step has an adapter
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens the rows that follow a grammar may sample in a step: all sampled rows that do. Not answered."""
+
+    rows: Int32  # [k] distinct
+    words: Int32  # [k, ceil(vocab / 32)] a bit per token, the first in the lowest; 0: must not be chosen
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,25 @@ class PromptScores:
 
 
 @dataclass(frozen=True)
+class PromptScoring:
+    """Prompts whose tokens are to be scored."""
+
+    spans: tuple[PromptSpan, ...]  # at least one
+
+
+@dataclass(frozen=True)
+class ScoredPrompts:
+    """What a step found for PromptScoring."""
+
+    scores: tuple[PromptScores, ...]  # one for each of its spans
+
+
+Ask = AdapterUse | TokenMasks | BeamRows | PromptScoring
+Answer = BeamCandidates | ScoredPrompts
+A = TypeVar("A", AdapterUse, TokenMasks, BeamRows, PromptScoring)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step: which rows run, how many tokens of each, and what changed since the step before.
 
@@ -101,11 +131,7 @@ class Batch:
     new_rows: tuple[NewRow, ...] = ()  # to be applied before the page updates
     page_updates: Int32 = field(default_factory=lambda: np.empty((0, 3), np.int32))  # [k, 3] (row, index in its page table, page id)
     features: int = 0  # union of the rows' `Feature` bits: what the sampler must do beyond argmax
-    adapted: bool = False  # some row has an adapter
-    adapters: tuple[tuple[int, Any], ...] = ()  # (adapter slot, adapter): to be brought to the device before the step
-    masks: TokenMasks | None = None  # of all sampled rows that follow a grammar; None: there are none
-    prompts: tuple[PromptSpan, ...] = ()
-    beams: BeamRows | None = None  # None: no sampled row is a beam
+    asks: tuple[Ask, ...] = ()  # of features that some row uses; at most one of a kind
     token_edits: tuple[TokenEdit, ...] = ()  # to be applied after new_rows
     page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [k, 2] (page, page that becomes its copy) before anything is computed
 
@@ -121,6 +147,10 @@ class Batch:
     def decode_only(self) -> bool:
         """Every sequence computes its newest token and nothing else."""
         return bool((self.counts == 1).all() and self.samples.all())
+
+    def ask(self, kind: type[A]) -> A | None:
+        """The ask of that kind; None: nobody asks."""
+        return next((ask for ask in self.asks if isinstance(ask, kind)), None)
 
 
 class Feature:
@@ -174,8 +204,7 @@ class StepResult:
     ranks: Int32 | None = None  # [num_sampled] of the chosen token in the vocabulary, 1: none is more likely; with logprobs
     top_ids: Int32 | None = None  # [num_sampled, n] most likely first, if TOP_LOGPROBS; n = largest asked for in the batch
     top_logprobs: NDArray[np.float32] | None = None  # [num_sampled, n]
-    prompts: tuple[PromptScores, ...] = ()  # one for each of Batch.prompts
-    beams: BeamCandidates | None = None  # if Batch.beams is not None
+    answers: tuple[Answer | None, ...] = ()  # to Batch.asks, in their order
 
 
 @dataclass(frozen=True)

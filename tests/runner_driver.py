@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, NewRow, features_of
+from paged_backend.batch import AdapterUse, Batch, NewRow, features_of
 from paged_backend.config import EngineConfig
 from paged_backend.request import SamplingParams
 from paged_backend.runner.builder import build_runner
@@ -113,7 +113,7 @@ class Driver:
             new_rows=tuple(new_rows),
             page_updates=np.array(updates, np.int32).reshape(-1, 3),
             features=features,
-            adapted=any(sequence.new.adapter_slot >= 0 for sequence in running),
+            asks=(AdapterUse((), in_use=True),) if any(sequence.new.adapter_slot >= 0 for sequence in running) else (),
         )
 
     def _drop_finished(self, live: list[_Live], answers: list[list[int]]) -> list[_Live]:

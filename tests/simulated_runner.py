@@ -11,7 +11,7 @@ from zlib import crc32
 
 import numpy as np
 
-from paged_backend.batch import Batch, BeamCandidates, StepResult
+from paged_backend.batch import Batch, BeamCandidates, BeamRows, StepResult
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.beam_search import BeamSearch, Candidates
 
@@ -87,16 +87,17 @@ class SimulatedRunner:
                 self._history[row, end] = token
                 sampled.append(token)
         self.num_tokens_computed += batch.num_tokens
-        beams = None
-        if batch.beams is not None:
-            found = [continuations(contexts[entry], self.vocab_size, self.vocab_size) for entry in batch.beams.sampled.tolist()]
-            n = min(batch.beams.num_candidates, self.vocab_size)
-            beams = BeamCandidates(np.stack([one.token_ids[:n] for one in found]), np.stack([one.logprobs[:n] for one in found]))
-        self._in_flight.append((batch, StepResult(np.array(sampled, np.int32), beams=beams)))
+        answers = tuple(self._candidates(ask, contexts) if isinstance(ask, BeamRows) else None for ask in batch.asks)
+        self._in_flight.append((batch, StepResult(np.array(sampled, np.int32), answers=answers)))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         while len(self._in_flight) > keep:
             yield self._in_flight.popleft()
+
+    def _candidates(self, ask: BeamRows, contexts: list[list[int]]) -> BeamCandidates:
+        found = [continuations(contexts[entry], self.vocab_size, self.vocab_size) for entry in ask.sampled.tolist()]
+        n = min(ask.num_candidates, self.vocab_size)
+        return BeamCandidates(np.stack([one.token_ids[:n] for one in found]), np.stack([one.logprobs[:n] for one in found]))
 
     def _slot(self, row: int, position: int) -> tuple[int, int]:
         return self._tables[row][position // self._page_size], position % self._page_size

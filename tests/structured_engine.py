@@ -20,6 +20,7 @@ from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import Vocabulary, read_vocabulary
 from paged_backend.messages import Finish, Submit
 from paged_backend.request import parse_sampling
+from paged_backend.scheduler.grammar_masks import GrammarMasks
 from tests.oracle import save_checkpoint
 from tests.small_tokenizers import byte_level
 
@@ -111,7 +112,7 @@ def load_speaker(folder: Path, exports: Path, **options: Any) -> Engine:
     exports.mkdir(exist_ok=True)
     given = {"model": str(folder), "device": "cpu", "num_pages": 1024, "max_num_sequences": 32, "max_model_len": 640, **options}
     engine, scheduler, _ = load_engine(EngineConfig.parse(given), exports)
-    grammars = scheduler._guides._grammars
+    grammars = next(feature for feature in scheduler._features.every if isinstance(feature, GrammarMasks))._grammars
     grammars._workshop = WorkshopHere(grammars._workshop._workers._place)  # type: ignore[attr-defined]
     grammars.follower._open_link = grammars._workshop.follower
     return engine

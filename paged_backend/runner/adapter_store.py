@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from paged_backend.batch import AdapterUse
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.adapter_files import Adapter, check_adapter, open_folder, read_adapter
@@ -15,8 +17,12 @@ from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.products import AdaptedProducts
 from paged_backend.models.weights import Weights
+from paged_backend.runner.asks import AskRoom
 from paged_backend.units import spell_bytes
 from paged_kernels.reference import Ops
+
+if TYPE_CHECKING:
+    from paged_backend.runner.model_runner import ModelRunner
 
 
 class AdapterStore:
@@ -62,6 +68,15 @@ class AdapterStore:
         """The products of a step with adapters, of at most max_tokens tokens. row_adapter_slots: int32 [rows], -1: none."""
         sites = dict(zip(weights.linears, self._layout.sites, strict=True))
         return AdaptedProducts(ops, sites, self._layout, self._weights, self._ranks, row_adapter_slots, max_tokens)
+
+
+class AdapterRoom(AskRoom):
+    """Brings adapters to the device. Whether a step has the products for them is a part of its shape (step_plan.py)."""
+
+    def prepare(self, ask: AdapterUse, runner: ModelRunner) -> None:
+        for adapter_slot, adapter in ask.arrivals:
+            assert runner.adapter_slots is not None
+            runner.adapter_slots.fill(adapter_slot, adapter)
 
 
 def allocate_adapter_store(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> AdapterStore | None:

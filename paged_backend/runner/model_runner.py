@@ -18,6 +18,8 @@ from paged_backend.models.architecture import Architecture
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.step import StepShape
 from paged_backend.runner.adapter_store import AdapterStore
+from paged_backend.runner.ask_table import room_of
+from paged_backend.runner.asks import ComputedStep
 from paged_backend.runner.cuda_graphs import StepGraphs
 from paged_backend.runner.sampler import Sampler, prompt_tokens_at_once
 from paged_backend.runner.step_plan import plan_step, shape_of
@@ -97,13 +99,12 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
-        for adapter_slot, adapter in batch.adapters:
-            assert self.adapter_slots is not None
-            self.adapter_slots.fill(adapter_slot, adapter)
+        for ask in batch.asks:
+            room_of(ask).prepare(ask, self)
         shape = shape_of(batch)
-        captured = None if self._graphs is None or batch.prompts else self._graphs.fit(shape)  # a captured step keeps the logits of its outputs only
+        captured = self._graphs.fit(shape) if self._graphs is not None and all(room_of(ask).captured for ask in batch.asks) else None
         plan = plan_step(batch, captured or shape)
-        sampled = prompts = None
+        sampled = hidden = None
         if self._graphs is not None and captured is not None:
             step, logits = self._graphs.forward(self._rows.update(batch, plan), captured)
             sampled = self._graphs.sample(captured, batch.features)
@@ -111,10 +112,10 @@ class ModelRunner:
             step = self._rows.apply(batch, plan)
             hidden = self._decoder.hidden(step, self._kv_pages)
             logits = self._decoder.logits(hidden if step.logit_indices is None else hidden.index_select(0, step.logit_indices))
-            prompts = self._score_prompts(batch, hidden) if batch.prompts else None
         if sampled is None:
             sampled = self._sampler.sample(logits, self._rows.sampling(batch, step), self._rows)
-        self._in_flight.append(self._result_buffers.send_back(batch, plan.output_indices, sampled, prompts))
+        found = tuple(room_of(ask).compute(ask, ComputedStep(self, hidden, sampled)) for ask in batch.asks)
+        self._in_flight.append(self._result_buffers.send_back(batch, plan.output_indices, sampled, found))
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""
@@ -122,9 +123,10 @@ class ModelRunner:
             step = self._in_flight.popleft()
             yield step.batch, self._result_buffers.receive(step)
 
-    def _score_prompts(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """int32 [k, 2 + 2 n] of the tokens of all the batch's PromptSpans. hidden: [T, hidden_size]. Few at a time: logits are large."""
+    def score_prompts(self, hidden: Tensor, num_tops: int) -> Tensor:
+        """int32 [k, 2 + 2 n] of the tokens that the launched step's prompts want scored (prompt_scores.py). hidden: [T, hidden_size]. Few at a time: logits
+        are large."""
         at, token_ids = self._rows.prompt_tokens()
-        n = min(max(span.num_tops for span in batch.prompts), self.limits.vocab_size)
+        n = min(num_tops, self.limits.vocab_size)
         parts = zip(torch.split(at, self._scored_at_once), torch.split(token_ids, self._scored_at_once), strict=True)
         return torch.cat([self._sampler.score(self._decoder.logits(hidden.index_select(0, some)), following, n) for some, following in parts])

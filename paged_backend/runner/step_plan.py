@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32, Int64
-from paged_backend.batch import Batch
+from paged_backend.batch import AdapterUse, Batch
 from paged_backend.models.step import StepShape
 
 
@@ -37,7 +37,8 @@ def shape_of(batch: Batch) -> StepShape:
     """Without padding."""
     prefills = batch.counts > 1
     num_prefills = int(prefills.sum())
-    return StepShape(batch.num_sequences - num_prefills, num_prefills, int(batch.counts[prefills].sum()), batch.adapted)
+    use = batch.ask(AdapterUse) if batch.asks else None
+    return StepShape(batch.num_sequences - num_prefills, num_prefills, int(batch.counts[prefills].sum()), use is not None and use.in_use)
 
 
 def plan_step(batch: Batch, shape: StepShape) -> StepPlan:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_backend.arrays import Int32, Int64
-from paged_backend.batch import Batch, BeamCandidates, Feature, PromptScores, StepResult
+from paged_backend.arrays import Int64, floats
+from paged_backend.batch import Batch, Feature, StepResult
+from paged_backend.runner.ask_table import room_of
 from paged_backend.runner.sampler import Sampled
 
 
@@ -29,8 +30,7 @@ class InFlightStep:
     output_indices: Int64  # [num_sampled] the output of each sampled sequence
     columns: Tensor  # [outputs, columns]: token id, logprob, rank, top ids, top logprobs
     num_tops: int
-    candidates: Tensor | None  # [beams, 2 n]: ids, logprobs
-    prompts: Tensor | None  # [tokens of all the batch's PromptSpans, 2 + 2 n]: logprob, rank, top ids, top logprobs
+    found: tuple[Tensor | None, ...]  # for each of the batch's asks, what its room left (asks.py)
     buffer: _ResultBuffer | None  # None: it is there already
 
 
@@ -41,8 +41,8 @@ class ResultBuffers:
         self._pinned = device.type == "cuda"
         self._free: list[_ResultBuffer] = []
 
-    def send_back(self, batch: Batch, output_indices: Int64, sampled: Sampled, prompts: Tensor | None) -> InFlightStep:
-        """Starts the copy."""
+    def send_back(self, batch: Batch, output_indices: Int64, sampled: Sampled, found: tuple[Tensor | None, ...]) -> InFlightStep:
+        """Starts the copy. found: for each of the batch's asks, what its room left."""
         columns = [sampled.token_ids.int()[:, None]]
         if sampled.logprobs is not None and sampled.ranks is not None:
             columns += [sampled.logprobs.view(torch.int32)[:, None], sampled.ranks[:, None]]
@@ -52,8 +52,8 @@ class ResultBuffers:
             num_tops = sampled.top_ids.shape[1]
         packed = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         if not self._pinned:
-            return InFlightStep(batch, output_indices, packed, num_tops, sampled.candidates, prompts, None)
-        parts = [packed, sampled.candidates, prompts]
+            return InFlightStep(batch, output_indices, packed, num_tops, found, None)
+        parts = [packed, *found]
         buffer = self._buffer(sum(part.numel() for part in parts if part is not None))
         hosts: list[Tensor | None] = []
         at = 0
@@ -61,9 +61,9 @@ class ResultBuffers:
             hosts.append(None if part is None else _copy(part, buffer.memory[at:]))
             at += 0 if part is None else part.numel()
         buffer.arrived.record()
-        host, candidates, reported = hosts
+        host, *reported = hosts
         assert host is not None
-        return InFlightStep(batch, output_indices, host, num_tops, candidates, reported, buffer)
+        return InFlightStep(batch, output_indices, host, num_tops, tuple(reported), buffer)
 
     def receive(self, step: InFlightStep) -> StepResult:
         """Waits until it is there."""
@@ -89,31 +89,9 @@ def _result(step: InFlightStep) -> StepResult:
     wants_tops = bool(step.batch.features & Feature.TOP_LOGPROBS)
     return StepResult(
         token_ids=np.ascontiguousarray(columns[:, 0]),
-        logprobs=None if columns.shape[1] == 1 else _floats(columns[:, 1]),
+        logprobs=None if columns.shape[1] == 1 else floats(columns[:, 1]),
         ranks=None if columns.shape[1] == 1 else np.ascontiguousarray(columns[:, 2]),
         top_ids=columns[:, 3 : 3 + n] if wants_tops else None,
-        top_logprobs=_floats(columns[:, 3 + n :]) if wants_tops else None,
-        beams=None if step.candidates is None else _candidates(step.candidates.numpy()),
-        prompts=() if step.prompts is None else _prompt_scores(step.batch, step.prompts.numpy()),
+        top_logprobs=floats(columns[:, 3 + n :]) if wants_tops else None,
+        answers=tuple(None if found is None else room_of(ask).answer(ask, found.numpy()) for ask, found in zip(step.batch.asks, step.found, strict=True)),
     )
-
-
-def _candidates(columns: Int32) -> BeamCandidates:
-    n = columns.shape[1] // 2
-    return BeamCandidates(columns[:, :n].copy(), _floats(columns[:, n:]))
-
-
-def _prompt_scores(batch: Batch, columns: Int32) -> tuple[PromptScores, ...]:
-    widest = (columns.shape[1] - 2) // 2
-    found = []
-    at = 0
-    for span in batch.prompts:
-        part, n = columns[at : at + span.count], span.num_tops
-        at += span.count
-        found.append(PromptScores(_floats(part[:, 0]), part[:, 1].copy(), part[:, 2 : 2 + n].copy(), _floats(part[:, 2 + widest : 2 + widest + n])))
-    return tuple(found)
-
-
-def _floats(bits: Int32) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """A copy."""
-    return np.array(bits, order="C").view(np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 from paged_backend.arrays import Int32
 from paged_backend.batch import Batch, NewRow, TokenEdit, TokenMasks
 from paged_backend.request import MAX_BAD_WORD_TOKENS
+from paged_backend.runner.ask_table import room_of
 from paged_backend.runner.step_plan import StepPlan
 
 _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbers anyway, and may overflow
@@ -35,17 +36,16 @@ def sections_of(batch: Batch, plan: StepPlan) -> dict[str, Int32]:
     sections = {"plan": plan.flat, "page_updates": batch.page_updates}
     if batch.new_rows:
         sections |= _new_row_sections(batch.new_rows)
-    masks = _masks_to_write(batch)
-    if masks is not None:
-        sections |= {"mask_spans": _mask_spans(masks), "masks": masks.words}
+    if batch.new_rows or batch.asks:
+        masks = _masks_to_write(batch)
+        if masks is not None:
+            sections |= {"mask_spans": _mask_spans(masks), "masks": masks.words}
     if batch.token_edits:
         sections |= _edit_sections(batch.token_edits)
     if len(batch.page_copies):
         sections["page_copies"] = batch.page_copies
-    if batch.beams is not None:
-        sections["beams"] = plan.output_indices[batch.beams.sampled].astype(np.int32)
-    if batch.prompts:
-        sections["prompt_tokens"] = _prompt_tokens(batch, plan)
+    for ask in batch.asks:
+        sections |= room_of(ask).sections(ask, batch, plan)
     return sections
 
 
@@ -89,25 +89,16 @@ def _edit_sections(edits: tuple[TokenEdit, ...]) -> dict[str, Int32]:
     return {"edit_spans": np.stack(columns, axis=1), "edited_tokens": np.concatenate([edit.token_ids for edit in edits])}
 
 
-def _prompt_tokens(batch: Batch, plan: StepPlan) -> Int32:
-    """int32 [3, k]: which token of the step, and the row and position of the one after it."""
-    columns = []
-    for span in batch.prompts:
-        positions = np.arange(span.start, span.start + span.count, dtype=np.int32)
-        at = plan.firsts[span.entry] + positions - batch.starts[span.entry]
-        columns.append(np.stack([at, np.full_like(positions, batch.rows[span.entry]), positions + 1]))
-    return np.concatenate(columns, axis=1)
-
-
 def _masks_to_write(batch: Batch) -> TokenMasks | None:
     """Those of new rows, which stay, and those of this step."""
+    asked = batch.ask(TokenMasks)
     fixed = [(new.row, new.allowed) for new in batch.new_rows if new.allowed is not None]
     if not fixed:
-        return batch.masks
+        return asked
     rows, words = np.array([row for row, _ in fixed], np.int32), np.stack([allowed for _, allowed in fixed])
-    if batch.masks is None:
+    if asked is None:
         return TokenMasks(rows, words)
-    return TokenMasks(np.concatenate([rows, batch.masks.rows]), np.concatenate([words, batch.masks.words]))
+    return TokenMasks(np.concatenate([rows, asked.rows]), np.concatenate([words, asked.words]))
 
 
 def _mask_spans(masks: TokenMasks) -> Int32:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, Feature
+from paged_backend.batch import Batch, BeamRows, Feature
 from paged_backend.models.step import StepShape, StepTensors
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.runner.staging import Staging
@@ -210,6 +210,7 @@ class DeviceRows:
     def sampling(self, batch: Batch, step: StepTensors) -> SampleTensors:
         """What the sampler needs of a step."""
         sampled, features = batch.rows[batch.samples], batch.features
+        beams = batch.ask(BeamRows) if features & Feature.BEAM else None
         return SampleTensors(
             rows=step.plan["sample_rows"],
             positions=step.seq_lens[: step.shape.num_outputs],
@@ -219,8 +220,8 @@ class DeviceRows:
             num_stop=self._widest("num_stop", sampled) if features & Feature.BIAS else 0,
             num_bad_words=self._widest("num_bad_words", sampled) if features & Feature.BAD_WORDS else 0,
             num_top_logprobs=self._widest("num_top_logprobs", batch.rows) if features & Feature.TOP_LOGPROBS else 0,
-            beams=None if batch.beams is None else self._sent["beams"],
-            num_candidates=0 if batch.beams is None else batch.beams.num_candidates,
+            beams=None if beams is None else self._sent["beams"],
+            num_candidates=0 if beams is None else beams.num_candidates,
             masked=bool(features & Feature.MASK and self._widest("masked", sampled)),
         )
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, BeamRows, Feature, NewRow, PromptSpan, TokenMasks, features_of
+from paged_backend.batch import AdapterUse, Ask, Batch, BeamRows, Feature, NewRow, PromptScoring, PromptSpan, TokenMasks, features_of
 from paged_backend.request import MAX_BEAM_WIDTH, MAX_LOGPROBS, SamplingParams
 
 _SAMPLINGS = (
@@ -77,7 +77,7 @@ def largest_batches(max_tokens: int, max_sequences: int, max_len: int, vocab_siz
     prefills = decodes + np.diff(more, prepend=0).astype(np.int32)
     first, second = (_at_its_longest(counts, max_len, vocab_size, 0 if adapters else -1) for counts in (prefills, decodes))
     scored = PromptSpan(0, 0, int(first.starts[0]), int(first.counts[0]), MAX_LOGPROBS)
-    return replace(first, prompts=(scored,)), second
+    return replace(first, asks=(*first.asks, PromptScoring((scored,)))), second
 
 
 def _at_its_longest(counts: Int32, max_len: int, vocab_size: int, adapter_slot: int) -> Batch:
@@ -108,10 +108,17 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, voca
         page_updates=np.array(updates, np.int32),
         features=features,
         page_copies=np.array([[0, pages[0]]] if features & Feature.BEAM and len(lens) > 1 else [], np.int32).reshape(-1, 2),
-        beams=BeamRows(rows, _CANDIDATES) if features & Feature.BEAM else None,
-        adapted=adapter_slot >= 0,
-        masks=TokenMasks(rows, np.full((len(lens), -(-vocab_size // 32)), -1, np.int32)) if features & Feature.MASK else None,
+        asks=_asks(rows, features, vocab_size, adapter_slot),
     )
+
+
+def _asks(rows: Int32, features: int, vocab_size: int, adapter_slot: int) -> tuple[Ask, ...]:
+    asks: list[Ask] = [AdapterUse((), in_use=True)] if adapter_slot >= 0 else []
+    if features & Feature.MASK:
+        asks.append(TokenMasks(rows, np.full((len(rows), -(-vocab_size // 32)), -1, np.int32)))
+    if features & Feature.BEAM:
+        asks.append(BeamRows(rows, _CANDIDATES))
+    return tuple(asks)
 
 
 def _beside_decodes(batch: Batch, lens: Sequence[int]) -> Batch:
@@ -119,6 +126,11 @@ def _beside_decodes(batch: Batch, lens: Sequence[int]) -> Batch:
     first = np.arange(len(lens)) == 0
     counts = np.where(first, 1, np.maximum(batch.counts - 1, 1)).astype(np.int32)
     starts = np.where(first, batch.counts, batch.counts - counts).astype(np.int32)
-    masks = None if batch.masks is None else TokenMasks(batch.masks.rows[:1], batch.masks.words[:1])
-    beams = None if batch.beams is None else BeamRows(batch.beams.sampled[:1], _CANDIDATES)
-    return Batch(batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features, adapted=batch.adapted, masks=masks, beams=beams)
+    asks: list[Ask] = []
+    for ask in batch.asks:
+        if isinstance(ask, TokenMasks):
+            ask = TokenMasks(ask.rows[:1], ask.words[:1])
+        elif isinstance(ask, BeamRows):
+            ask = BeamRows(ask.sampled[:1], _CANDIDATES)
+        asks.append(ask)
+    return Batch(batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features, asks=tuple(asks))

@@ -13,12 +13,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from paged_backend.batch import AdapterUse
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.messages import Finish
-from paged_backend.scheduler.sequence import NO_ADAPTER_SLOT, Sequence
+from paged_backend.messages import Finish, Submit
+from paged_backend.scheduler.features import SchedulerFeature, StepRows
+from paged_backend.scheduler.sequence import Sequence, Status
 
 _NUM_THREADS = 2
 _PATIENCE_SECONDS = 2.0  # for which others may go on sharing all adapter slots while an adapter waits for one
@@ -52,8 +54,13 @@ class _AdapterSlot:
     promised_to: str | None = None  # the adapter that comes next
 
 
-class AdapterSlots:
-    """Invariant (`check`): an adapter slot's holders are the living sequences that name it, and asked for its adapter; no two have the same adapter."""
+class AdapterSlots(SchedulerFeature):
+    """Owns which sequence holds which adapter slot.
+
+    Invariant (`check`): an adapter slot's holders are the living sequences that name it, and asked for its adapter; no two have the same adapter.
+    """
+
+    asks = AdapterUse
 
     def __init__(self, num_adapter_slots: int = 0, library: Library | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """num_adapter_slots: 0, and no library: this server has no adapters."""
@@ -71,11 +78,39 @@ class AdapterSlots:
         self._waits: dict[str, float] = {}  # name -> since when it has waited for an adapter slot
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "adapter")
         self._num_uses = 0
-        self._num_holders = 0
+        self._adapter_slot_of: dict[Sequence, int] = {}  # of those that hold one
+        self._num_users = 0  # sequences that want an adapter, or have it
 
-    # ---- once a turn
+    # ---- a request comes, waits, runs, ends
 
-    def collect(self) -> None:
+    def enter(self, sequence: Sequence, request: Submit) -> bool:
+        if sequence.sampling.lora_name is None:
+            return False
+        self._num_users += 1
+        return True
+
+    def prepared(self, sequence: Sequence) -> bool:
+        return sequence in self._adapter_slot_of
+
+    def started(self, sequence: Sequence) -> None:
+        """The device learns with its rows which adapter slot they use."""
+        rows = {runner.row for runner in sequence.runners}
+        number = self._adapter_slot_of[sequence]
+        self.changes.new_rows = [replace(new, adapter_slot=number) if new.row in rows else new for new in self.changes.new_rows]
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence is over, whether it had an adapter slot or not."""
+        number = self._adapter_slot_of.pop(sequence, None)
+        if number is not None:
+            self._adapter_slots[number].num_holders -= 1
+        self._num_users -= 1
+        if not self._num_users:  # nobody will call `review` before somebody wants an adapter again
+            self._wanted.clear()
+            self._forget_unwanted()
+
+    # ---- once a step
+
+    def review(self) -> None:
         """Takes in what the threads have found out and read."""
         self._unusable.clear()
         self._forget_unwanted()
@@ -97,11 +132,12 @@ class AdapterSlots:
                     self._unusable[adapter_slot.name] = _reason(error)
                     self._empty(adapter_slot)
 
-    def take(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence has the adapter it wants, if any; it holds the adapter slot then. If it cannot ever, it is one of the next `refusals`."""
-        name = sequence.sampling.lora_name
-        if name is None or sequence.adapter_slot != NO_ADAPTER_SLOT:
+    def prepare(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence has the adapter it wants; it holds the adapter slot then. If it cannot ever, it is one of the next `endings`."""
+        if sequence in self._adapter_slot_of:
             return True
+        name = sequence.sampling.lora_name
+        assert name is not None
         reason = self._unusable.get(name) if self._adapter_slots else RequestError("this server has no adapters (lora_directory)")
         if reason is not None:
             self._refused.append((sequence, Finish(sequence.request_id, error=reason.kind, message=f"lora_name: '{name}': {reason}")))
@@ -117,39 +153,28 @@ class AdapterSlots:
             self._want(name)
         return False
 
-    def refusals(self) -> Iterator[tuple[Sequence, Finish]]:
-        """Ends of sequences whose adapters cannot be used."""
+    def endings(self, let_in: list[Sequence]) -> Iterator[tuple[Sequence, Finish]]:
+        """Those whose adapters cannot be used."""
         refused, self._refused = self._refused, []
-        yield from refused
+        yield from ((sequence, finish) for sequence, finish in refused if sequence.status is Status.WAITING)
 
-    def arrivals(self) -> tuple[tuple[int, ReadAdapter], ...]:
-        """(adapter slot, adapter) of those that the next batch must bring to the device."""
-        arrived, self._arrived = tuple(self._arrived.items()), {}
-        return arrived
-
-    @property
-    def in_use(self) -> bool:
-        """Some sequence holds an adapter slot."""
-        return self._num_holders > 0
+    def ask(self, step: StepRows) -> AdapterUse | None:
+        arrivals, self._arrived = tuple(self._arrived.items()), {}
+        rows = set(step.rows.tolist())
+        in_use = any(runner.row in rows for sequence in self._adapter_slot_of for runner in sequence.runners)
+        return AdapterUse(arrivals, in_use) if arrivals or in_use else None
 
     # ---- adapter slots
 
-    def release(self, sequence: Sequence) -> None:
-        """A sequence is over, whether it had an adapter slot or not."""
-        if sequence.adapter_slot != NO_ADAPTER_SLOT:
-            self._adapter_slots[sequence.adapter_slot].num_holders -= 1
-            self._num_holders -= 1
-            sequence.adapter_slot = NO_ADAPTER_SLOT
-
     def _hold(self, adapter_slot: _AdapterSlot, sequence: Sequence) -> None:
         self._num_uses += 1
-        self._num_holders += 1
+        self._adapter_slot_of[sequence] = adapter_slot.number
         adapter_slot.last_use = self._num_uses
         adapter_slot.num_holders += 1
         # pages are shared with those alone that have the same adapter, from the same files; a name has no zero byte in it
         salt = f"adapter {adapter_slot.version}\0{adapter_slot.name}\0{sequence.cache_salt}"
         for one in (sequence, *sequence.runners):
-            one.adapter_slot, one.cache_salt = adapter_slot.number, salt
+            one.cache_salt = salt
 
     def _want(self, name: str) -> None:
         """Has an adapter looked at, and then read for an adapter slot that nobody holds. If there is none, sees to it that the wait does not last for ever."""
@@ -199,12 +224,12 @@ class AdapterSlots:
     def check(self, living: Iterable[Sequence]) -> None:
         """Raises AssertionError if the invariant is broken."""
         counts = [0] * len(self._adapter_slots)
-        for sequence in living:
-            if sequence.adapter_slot != NO_ADAPTER_SLOT:
-                counts[sequence.adapter_slot] += 1
-                assert self._adapter_slots[sequence.adapter_slot].name == sequence.sampling.lora_name, "a sequence holds the adapter slot of another adapter"
+        alive = set(living)
+        for sequence, number in self._adapter_slot_of.items():
+            counts[number] += 1
+            assert sequence in alive, "a sequence that is over holds an adapter slot"
+            assert self._adapter_slots[number].name == sequence.sampling.lora_name, "a sequence holds the adapter slot of another adapter"
         assert counts == [adapter_slot.num_holders for adapter_slot in self._adapter_slots], "an adapter slot's count is not its number of holders"
-        assert self._num_holders == sum(counts)
         assert {adapter_slot.name: adapter_slot for adapter_slot in self._adapter_slots if adapter_slot.name is not None} == self._by_name, (
             "the adapter slots and their names differ"
         )

@@ -9,27 +9,22 @@ import numpy as np
 from paged_backend.arrays import Int32
 from paged_backend.messages import Finish
 from paged_backend.scheduler import budget
-from paged_backend.scheduler.adapter_slots import AdapterSlots
-from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.quarantine import Quarantine
-from paged_backend.scheduler.sequence import Sequence, Status
+from paged_backend.scheduler.sequence import Sequence
 
 
 class Admission:
     """Owns whose turn it is, and the counts of what was admitted for the first time."""
 
-    def __init__(
-        self, limits: SchedulerLimits, living: Lifecycle, suspects: Quarantine, guides: GrammarMasks, adapters: AdapterSlots, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, limits: SchedulerLimits, living: Lifecycle, quarantine: Quarantine, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._living = living
         self._waiting = living.waiting
         self._running = living.running
-        self._suspects = suspects
-        self._guides = guides
-        self._adapters = adapters
+        self._features = living.features
+        self._quarantine = quarantine
         self._clock = clock
         self._short_is_next = False
         self.prefix_queries = 0  # prompt tokens of the admitted
@@ -38,15 +33,15 @@ class Admission:
 
     def review(self) -> Iterator[tuple[Sequence, Finish]]:
         """Gives those a place in the queue that have got what they waited for; yields those that never will get it, or need not go on with it."""
-        self._suspects.review(self._running.table)
-        self._adapters.collect()
-        self._guides.collect()
-        yield from self._guides.review_waiting(self._waiting.let_in(self._is_ready))
-        yield from ((sequence, finish) for sequence, finish in self._adapters.refusals() if sequence.status is Status.WAITING)
+        for feature in self._features.active:
+            feature.review()
+        let_in = self._waiting.let_in(self._is_ready)
+        for feature in self._features.active:
+            yield from feature.endings(let_in)
 
     def _is_ready(self, sequence: Sequence) -> bool:
         self._running.table.attend_to(sequence.request_id)
-        ready = self._guides.is_ready(sequence) and self._adapters.take(sequence)
+        ready = self._features.prepare(sequence)
         self._running.table.attend_to(None)
         return ready
 
@@ -88,7 +83,7 @@ class Admission:
 
     def _next(self) -> Sequence | None:
         """The oldest; or after a long prompt the oldest short one, if it has the same priority: a flood of long prompts does not keep it waiting."""
-        first, short = self._waiting.first(suspects=self._suspects.one_may_start), self._waiting.first_short()
+        first, short = self._waiting.first(suspects=self._quarantine.one_may_start), self._waiting.first_short()
         if first is None or short is None or not self._short_is_next:
             return first
         return short if short.sampling.priority_level == first.sampling.priority_level else first
@@ -100,7 +95,6 @@ class Admission:
         row = self._living.start(sequence, len(sequence.token_ids) if self._limits.preemption else sequence.length_limit - 1)
         if row is None:
             return None
-        self._suspects.note_start(sequence.runners[0])
         if sequence.admitted is None:
             num_computed = int(self._running.table.num_computed[row])
             sequence.admitted = self._clock()

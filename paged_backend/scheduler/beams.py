@@ -11,70 +11,82 @@ the reserve. From then on a beam that goes on more than once takes over the row 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import msgspec
 import numpy as np
 
-from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, BeamRows, Feature, StepResult, TokenEdit
+from paged_backend.batch import Answer, Ask, Batch, BeamCandidates, BeamRows, Feature, TokenEdit
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Found, FoundSequence
-from paged_backend.request import SamplingParams
+from paged_backend.messages import Found, FoundSequence, Submit
 from paged_backend.scheduler.beam_search import BeamHypothesis, BeamSearch, Candidates, Fork
-from paged_backend.scheduler.row_changes import RowChanges
-from paged_backend.scheduler.sequence import BeamGroup, Rows, Sequence
+from paged_backend.scheduler.features import SchedulerFeature, StepRows, Takings
+from paged_backend.scheduler.sequence import Sequence
 from paged_backend.scheduler.sequence_pages import SequencePages
 
 
-class Beams:
-    """What the scheduler asks about beam searches."""
+@dataclass
+class BeamGroup:
+    """What a sequence that searches with beams has beside them."""
 
-    def __init__(self, rows: Rows, pages: SequencePages, changes: RowChanges) -> None:
-        self._rows = rows
+    search: BeamSearch
+    live: list[Sequence] = field(default_factory=list)  # the runner of each of the search's beams; none: the prompt is not computed yet
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # by row, of the runners whose results are in
+
+
+class Beams(SchedulerFeature):
+    """Owns each leader's group."""
+
+    asks = BeamRows
+
+    def __init__(self, pages: SequencePages) -> None:
         self._pages = pages
-        self._changes = changes
+        self._groups: dict[Sequence, BeamGroup] = {}  # by leader
         self._runner_ids = count(-2, -1)  # of no request; never the same, so that a step's late result finds nobody
 
     # ---- requests come and go
 
-    def refusal(self, sampling: SamplingParams, prompt_len: int, length_limit: int) -> tuple[ErrorKind, str] | None:
+    def refusal(self, sequence: Sequence) -> tuple[ErrorKind, str] | None:
         """A search that could never run to its end, even alone."""
+        sampling, prompt_len, length_limit = sequence.sampling, sequence.prompt_len, sequence.length_limit
         width = sampling.beam_width if sampling.use_beam_search else None
         if width is None:
             return None
-        max_running = len(self._rows.sequences)
+        max_running = len(self.rows.sequences)
         if width > max_running:
             return ErrorKind.INVALID, f"beam_width: {width} beams are more than may run at once: {max_running} (max_num_sequences, max_batched_tokens)"
-        size, num_pages = self._rows.page_size, self._pages.pool.num_pages
+        size, num_pages = self.rows.page_size, self._pages.pool.num_pages
         shared = prompt_len // size
         needed = shared + width * max(-(-(length_limit - 1) // size) - shared, 1)
         if needed > num_pages:
             return ErrorKind.INVALID, f"beam_width: {width} beams of up to {length_limit} tokens may need {needed} pages; the pool has {num_pages}"
         return None
 
-    def enrol(self, leader: Sequence) -> None:
-        """A new sequence; nothing changes for one that searches nothing."""
-        s = leader.sampling
-        if s.use_beam_search and s.beam_width is not None:
-            max_tokens = leader.length_limit - leader.prompt_len
-            leader.group = BeamGroup(BeamSearch(s.beam_width, leader.stop_ids, max_tokens, s.length_penalty, s.early_stopping))
-            leader.runners = self._make_runners(leader, s.beam_width)
+    def enter(self, sequence: Sequence, request: Submit) -> bool:
+        s = sequence.sampling
+        if not s.use_beam_search or s.beam_width is None:
+            return False
+        max_tokens = sequence.length_limit - sequence.prompt_len
+        self._groups[sequence] = BeamGroup(BeamSearch(s.beam_width, sequence.stop_ids, max_tokens, s.length_penalty, s.early_stopping))
+        sequence.runners = self._make_runners(sequence, s.beam_width)
+        return True
 
-    def fold(self, leader: Sequence) -> None:
-        """It lost its rows and pages: it will begin with the prompt again, then go on with the beams it has."""
-        group = leader.group
-        if group is not None:
-            group.live, group.candidates = [], {}
-            leader.runners = self._make_runners(leader, group.search.width)
+    def leave(self, sequence: Sequence) -> None:
+        del self._groups[sequence]
+
+    def preempted(self, sequence: Sequence) -> None:
+        """It will begin with the prompt again, then go on with the beams it has."""
+        group = self._groups[sequence]
+        group.live, group.candidates = [], {}
+        sequence.runners = self._make_runners(sequence, group.search.width)
 
     def _make_runners(self, leader: Sequence, width: int) -> list[Sequence]:
         sampling = msgspec.structs.replace(leader.sampling, logprobs=None)  # the search has them
-        first = replace(leader, request_id=next(self._runner_ids), sampling=sampling, group=None)
+        first = replace(leader, request_id=next(self._runner_ids), sampling=sampling)
         nothing = leader.token_ids[:0]
-        others = [replace(first, request_id=next(self._runner_ids), token_ids=nothing, shares=False, suspect=False) for _ in range(width - 1)]
+        others = [replace(first, request_id=next(self._runner_ids), token_ids=nothing, shares=False) for _ in range(width - 1)]
         for runner in (first, *others):
             runner.leader = leader
             runner.pages, runner.hashes = [], []
@@ -82,27 +94,31 @@ class Beams:
 
     # ---- steps
 
-    def wanted(self, sampled: Int32) -> BeamRows | None:
-        """sampled: the rows that a step samples."""
-        mine = np.flatnonzero(self._rows.features[sampled] & Feature.BEAM)
+    def ask(self, step: StepRows) -> BeamRows | None:
+        sampled = step.rows[step.samples]
+        mine = np.flatnonzero(self.rows.features[sampled] & Feature.BEAM)
         if not len(mine):
             return None
         return BeamRows(mine.astype(np.int32), max(self._group_at(row)[1].search.num_candidates for row in sampled[mine].tolist()))
 
-    def take(self, batch: Batch, result: StepResult) -> Iterator[tuple[Sequence, Found | None]]:
-        """A step's results. Yields the sequences that are over, with their answers, and with None those that must begin again, for want of a page.
+    def settle(self, batch: Batch, ask: Ask, answer: Answer | None, takings: Takings) -> None:
+        """Beams go on, end, or begin again for want of a page."""
+        assert isinstance(ask, BeamRows) and isinstance(answer, BeamCandidates)
+        for leader, found in self._advanced(batch, ask, answer):
+            takings.conclude(leader, found)
+
+    def _advanced(self, batch: Batch, ask: BeamRows, answer: BeamCandidates) -> Iterator[tuple[Sequence, Found | None]]:
+        """Yields the sequences that are over, with their answers, and with None those that must begin again.
 
         Whoever is yielded must have been ended or preempted when the next is asked for.
         """
-        if batch.beams is None or result.beams is None:
-            return
-        rows, request_ids = batch.rows[batch.samples][batch.beams.sampled], batch.request_ids[batch.samples][batch.beams.sampled]
+        rows, request_ids = batch.rows[batch.samples][ask.sampled], batch.request_ids[batch.samples][ask.sampled]
         ready = []
         for entry, (row, request_id) in enumerate(zip(rows.tolist(), request_ids.tolist(), strict=True)):
-            if self._rows.request_id[row] != request_id:
+            if self.rows.request_id[row] != request_id:
                 continue  # ended or preempted while the step was in flight
             leader, group = self._group_at(row)
-            group.candidates[row] = Candidates(result.beams.token_ids[entry], result.beams.logprobs[entry])
+            group.candidates[row] = Candidates(answer.token_ids[entry], answer.logprobs[entry])
             if len(group.candidates) == max(len(group.live), 1):
                 ready.append((leader, group))
         for leader, group in ready:
@@ -117,8 +133,8 @@ class Beams:
 
     def _place(self, leader: Sequence, group: BeamGroup, parents: list[Sequence], forks: list[Fork]) -> bool:
         """Gives every next beam a runner. parents: the runners that forks refer to. False: a reserve is missing, nothing has changed."""
-        num_computed = int(self._rows.num_computed[parents[0].row])
-        num_full, is_partial = divmod(num_computed, self._rows.page_size)
+        num_computed = int(self.rows.num_computed[parents[0].row])
+        num_full, is_partial = divmod(num_computed, self.rows.page_size)
         kept = {fork.parent: fork for fork in reversed(forks)}  # the first of each parent stays where it is
         moved = [fork for fork in forks if kept[fork.parent] is not fork]
         free = [runner for runner in leader.runners if all(runner is not parents[parent] for parent in kept)]
@@ -136,30 +152,33 @@ class Beams:
             self._pages.share(runner, parents[fork.parent], num_full, shared.get(id(runner), 0))
             changed = [(index, page) for index, page in enumerate(runner.pages) if index >= len(before) or before[index] != page]
             assert runner.row is not None
-            self._changes.page_updates += [(runner.row, index, page) for index, page in changed]
+            self.changes.page_updates += [(runner.row, index, page) for index, page in changed]
             if is_partial:
-                self._changes.page_copies.append((runner.row, parents[fork.parent].pages[num_full], runner.pages[num_full]))
+                self.changes.page_copies.append((runner.row, parents[fork.parent].pages[num_full], runner.pages[num_full]))
             self._continue(leader, runner, fork.beam, num_computed)
         for runner in free[len(moved) :]:
             self._pages.share(runner, runner, 0, shared.get(id(runner), 0))
-            self._rows.rewrite(runner, runner.token_ids[:0], 0)
+            self.rows.rewrite(runner, runner.token_ids[:0], 0)
         return True
 
     def _continue(self, leader: Sequence, runner: Sequence, beam: BeamHypothesis, num_computed: int) -> None:
         """Puts a beam onto a runner that holds its pages."""
         assert runner.row is not None
         token_ids = np.concatenate([leader.token_ids, beam.token_ids])
-        known = self._rows.token_ids_of(runner)
+        known = self.rows.token_ids_of(runner)
         length = min(len(known), len(token_ids))
         differing = np.flatnonzero(known[:length] != token_ids[:length])
         start = int(differing[0]) if len(differing) else length
-        self._changes.token_edits.append(TokenEdit(runner.row, start, token_ids[start:]))
-        self._rows.rewrite(runner, token_ids, num_computed)
+        self.changes.token_edits.append(TokenEdit(runner.row, start, token_ids[start:]))
+        self.rows.rewrite(runner, token_ids, num_computed)
 
     def _group_at(self, row: int) -> tuple[Sequence, BeamGroup]:
-        runner = self._rows.sequences[row]
-        assert runner is not None and runner.leader.group is not None
-        return runner.leader, runner.leader.group
+        runner = self.rows.sequences[row]
+        assert runner is not None
+        return runner.leader, self._groups[runner.leader]
+
+    def check(self, living: Iterable[Sequence]) -> None:
+        assert set(self._groups) == {sequence for sequence in living if sequence.runners != [sequence]}, "beams without a search, or the reverse"
 
 
 def _next_beams(group: BeamGroup, parents: list[Sequence]) -> list[Fork]:

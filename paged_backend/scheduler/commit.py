@@ -8,10 +8,7 @@ from numpy.typing import NDArray
 from paged_backend.arrays import Int32, Int64
 from paged_backend.batch import Batch, Feature, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Finish, Found
-from paged_backend.scheduler import prompt_logprobs
-from paged_backend.scheduler.beams import Beams
-from paged_backend.scheduler.grammar_masks import GrammarMasks
+from paged_backend.messages import Finish, Found, PromptLogprobs
 from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.sequence import Sequence
 
@@ -19,13 +16,13 @@ from paged_backend.scheduler.sequence import Sequence
 class Commit:
     """Owns what one step's output will say, while its result is taken in."""
 
-    def __init__(self, living: Lifecycle, guides: GrammarMasks, beams: Beams) -> None:
+    def __init__(self, living: Lifecycle) -> None:
         self._living = living
         self._running = living.running
-        self._guides = guides
-        self._beams = beams
+        self._features = living.features
         self._started: dict[int, int] = {}
         self._found: list[Found] = []
+        self._prompts: list[PromptLogprobs] = []
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their limit."""
@@ -34,17 +31,18 @@ class Commit:
         present = table.request_id[rows] == request_ids
         entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
         wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
-        prompts = prompt_logprobs.reported(batch, result, self._living)
+        asked = [(self._features.asked(ask), ask, answer) for ask, answer in zip(batch.asks, result.answers, strict=True)]
+        for feature, ask, answer in asked:
+            feature.take(batch, ask, answer, self)
         self._append(rows[entries], token_ids[entries])
-        if batch.features & Feature.GUIDED:
-            self._guides.ask(table, rows[entries])
-        for sequence, found in self._beams.take(batch, result):
-            self._conclude(sequence, found)
+        for feature, ask, answer in asked:
+            feature.settle(batch, ask, answer, self)
         if len(entries) < len(rows):  # aborted, ended or preempted while the step was in flight
             landed = [entry for entry in np.flatnonzero(~present).tolist() if self._land(int(request_ids[entry]), int(token_ids[entry]))]
             entries = np.concatenate([entries, np.array(landed, np.intp)])
         started, self._started = self._started, {}
         answers, self._found = tuple(self._found), []
+        prompts, self._prompts = tuple(self._prompts), []
         return StepOutput(
             request_ids=request_ids[entries],
             token_ids=token_ids[entries],
@@ -87,7 +85,12 @@ class Commit:
             self._finish(sequence, token_id, stop)
         return True
 
-    def _conclude(self, sequence: Sequence, found: Found | None) -> None:
+    # ---- what features have to say (features.py: Takings)
+
+    def tell_prompt(self, scored: PromptLogprobs) -> None:
+        self._prompts.append(scored)
+
+    def conclude(self, sequence: Sequence, found: Found | None) -> None:
         """A beam search is over; or it must begin again (None), for want of a page."""
         if found is None:
             self._living.preempt(sequence)
@@ -108,7 +111,7 @@ class Commit:
 
     def _finish(self, sequence: Sequence | None, token_id: int, stop: bool) -> None:
         assert sequence is not None
-        self._living.end(sequence, self._guides.last_word(sequence, token_id, "stop" if stop else "length"))
+        self._living.end(sequence, self._features.last_word(sequence, token_id, "stop" if stop else "length"))
 
     def _num_tops(self, rows: Int32, request_ids: Int64) -> dict[int, int]:
         """Entry of a step's results -> how many of the most likely tokens its sequence asked for, also one that has lost its row."""

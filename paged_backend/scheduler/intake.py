@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from hashlib import blake2b
 
 import numpy as np
@@ -10,8 +9,7 @@ import numpy as np
 from paged_backend.arrays import Int32
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Submit
-from paged_backend.scheduler.beams import Beams
-from paged_backend.scheduler.grammar_masks import GrammarMasks
+from paged_backend.scheduler.features import LiveFeatures
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.sequence import Sequence
 
@@ -19,54 +17,47 @@ from paged_backend.scheduler.sequence import Sequence
 class Intake:
     """Owns the numbers that say who came first. A refusal changes nothing."""
 
-    def __init__(self, limits: SchedulerLimits, guides: GrammarMasks, beams: Beams) -> None:
+    def __init__(self, limits: SchedulerLimits, features: LiveFeatures) -> None:
         self._limits = limits
-        self._guides = guides
-        self._beams = beams
+        self._features = features
         self._next_arrival_index = 0
 
     def take(self, request: Submit, num_waiting: int) -> Sequence | Finish:
         """num_waiting: requests in the queue before it. A Finish: it is refused."""
         token_ids = np.frombuffer(request.prompt_ids, np.int32)
-        sampling = request.sampling
-        eos_ids = () if sampling.ignore_eos else self._limits.eos_ids
-        stop_ids = tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids))
-        allowed = np.frombuffer(request.allowed, np.int32) if request.allowed else None
-        prompt_len = len(token_ids) - request.num_answered
-        length_limit = min(prompt_len + (sampling.max_tokens or self._limits.max_model_len), self._limits.max_model_len)
-        refusal = (
-            self._refusal(token_ids, request.resumed, num_waiting)
-            or self._guides.refusal(sampling, stop_ids, request.bad_words, allowed)
-            or self._beams.refusal(sampling, prompt_len, length_limit)
-        )
+        refusal = self._refusal(token_ids, request.resumed, num_waiting)
+        if refusal is None:
+            sequence = self._sequence(request, token_ids)
+            refusal = self._features.refusal(sequence)
         if refusal is not None:
             return Finish(request.request_id, error=refusal[0], message=refusal[1])
-        arrival_index = self._next_arrival_index = self._next_arrival_index + 1
-        finds = self._limits.prefix_cache and not sampling.skip_prefix_cache
-        sequence = Sequence(
+        self._next_arrival_index += 1
+        self._features.enter(sequence, request)
+        return sequence
+
+    def _sequence(self, request: Submit, token_ids: Int32) -> Sequence:
+        """All that is known of a request when it comes."""
+        limits, sampling, arrival_index = self._limits, request.sampling, self._next_arrival_index + 1
+        eos_ids = () if sampling.ignore_eos else limits.eos_ids
+        prompt_len = len(token_ids) - request.num_answered
+        finds = limits.prefix_cache and not sampling.skip_prefix_cache
+        return Sequence(
             request_id=request.request_id,
             arrival_index=arrival_index,
             token_ids=token_ids,
             prompt_len=prompt_len,
-            length_limit=length_limit,
+            length_limit=min(prompt_len + (sampling.max_tokens or limits.max_model_len), limits.max_model_len),
             sampling=sampling,
             seed=self._own_seed(arrival_index) if sampling.seed is None else sampling.seed & (2**64 - 1),
-            stop_ids=stop_ids,
+            stop_ids=tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids)),
             bad_words=request.bad_words,
             cache_salt=f"salt {request.cache_salt}" if finds else f"family {request.family}",
             shares=finds or request.family is not None,
             arrival=request.arrival,
-            suspect=request.suspect,
             resumed=request.resumed,
-            deadline_seconds=min(sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds),
             answered=request.num_answered > 0,
-            guide=self._guides.guide(sampling, stop_ids, allowed, request.cache_salt),
-            allowed=None if sampling.guided else allowed,
+            allowed=np.frombuffer(request.allowed, np.int32) if request.allowed and not sampling.guided else None,
         )
-        if sampling.prompt_logprobs is not None and not sequence.answered:
-            sequence.unscored = 0
-        self._beams.enrol(sequence)
-        return sequence
 
     def _refusal(self, token_ids: Int32, resumed: bool, num_waiting: int) -> tuple[ErrorKind, str] | None:
         limits = self._limits

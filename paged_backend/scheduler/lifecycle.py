@@ -13,8 +13,7 @@ import numpy as np
 
 from paged_backend.arrays import Int32
 from paged_backend.messages import Finish
-from paged_backend.scheduler.adapter_slots import AdapterSlots
-from paged_backend.scheduler.beams import Beams
+from paged_backend.scheduler.features import LiveFeatures
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence, Status
 from paged_backend.scheduler.waiting import WaitingQueue
@@ -26,12 +25,11 @@ class Lifecycle:
     Invariant (`check`): a sequence waits or runs; the runners of running ones hold rows and pages, those of waiting ones neither, and there are no others.
     """
 
-    def __init__(self, waiting: WaitingQueue, running: RunningSequences, beams: Beams, adapters: AdapterSlots) -> None:
+    def __init__(self, waiting: WaitingQueue, running: RunningSequences, features: LiveFeatures) -> None:
         self.waiting = waiting
         self.running = running
         self.num_preemptions = 0
-        self._beams = beams
-        self._adapters = adapters
+        self.features = features
         self._by_id: dict[int, Sequence] = {}
         self._finishes: list[Finish] = []
 
@@ -52,13 +50,15 @@ class Lifecycle:
 
     def enter(self, sequence: Sequence) -> None:
         self._by_id[sequence.request_id] = sequence
-        self.waiting.add(sequence)
+        self.waiting.add(sequence, self.features.prepared(sequence))
 
     def start(self, sequence: Sequence, num_tokens: int) -> int | None:
         """Lets one run that is first in its lane of the queue; see RunningSequences.start."""
-        row = self.running.start(sequence, num_tokens)
+        row = self.running.start(sequence, num_tokens, self.features.num_reusable(sequence))
         if row is not None:
             self.waiting.pop(sequence)
+            for feature in self.features.of(sequence):
+                feature.started(sequence)
         return row
 
     def preempt(self, sequence: Sequence) -> None:
@@ -66,8 +66,9 @@ class Lifecycle:
         row, table = sequence.row, self.running.table  # None: its results are not waited for, its runners will be others
         sequence.awaits_token = row is not None and bool(table.num_tokens[row] > table.num_known[row])
         self.running.stop(sequence)
-        self._beams.fold(sequence)
-        self.waiting.add(sequence)
+        for feature in self.features.of(sequence):
+            feature.preempted(sequence)
+        self.waiting.add(sequence, self.features.prepared(sequence))
         self.num_preemptions += 1
 
     def end(self, sequence: Sequence, finish: Finish) -> None:
@@ -97,7 +98,7 @@ class Lifecycle:
             sequence.status = Status.FINISHED
         else:
             self.waiting.leave(sequence)
-        self._adapters.release(sequence)
+        self.features.leave(sequence)
         del self._by_id[sequence.request_id]
 
     @property
@@ -148,7 +149,7 @@ class Lifecycle:
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self.running.check()
-        self._adapters.check(self)
+        self.features.check(self)
         waiting = [sequence for sequence in self if sequence.status is Status.WAITING]
         assert len(waiting) == len(self.waiting)
         assert not any(runner.pages or runner.row is not None for sequence in waiting for runner in sequence.runners)

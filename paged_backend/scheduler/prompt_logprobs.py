@@ -6,43 +6,72 @@ for what was told before. The pages of such a prompt can be found by others as a
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 import numpy as np
 
-from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, Feature, PromptSpan, StepResult
-from paged_backend.messages import PromptLogprobs
-from paged_backend.scheduler.sequence import Rows
+from paged_backend.batch import Answer, Ask, Batch, Feature, PromptScoring, PromptSpan, ScoredPrompts
+from paged_backend.messages import PromptLogprobs, Submit
+from paged_backend.scheduler.features import SchedulerFeature, StepRows, Takings
+from paged_backend.scheduler.sequence import Sequence
 
 
-def spans(table: Rows, rows: Int32, starts: Int32, counts: Int32) -> tuple[PromptSpan, ...]:
-    """Of a step that computes counts[i] tokens of rows[i] from starts[i]. Each token is asked for once: its result will come, whatever becomes of the row."""
-    found = []
-    for entry in np.flatnonzero(table.features[rows] & Feature.PROMPT_LOGPROBS).tolist():
-        runner = table.sequences[rows[entry]]
-        assert runner is not None
-        sequence = runner.leader
-        start, end = max(int(starts[entry]), sequence.unscored), min(int(starts[entry] + counts[entry]), sequence.prompt_len - 1)
-        if start < end:
-            found.append(PromptSpan(sequence.request_id, entry, start, end - start, sequence.sampling.prompt_logprobs or 0))
-            sequence.unscored = end
-        if sequence.scored:
-            table.features[rows[entry]] &= ~Feature.PROMPT_LOGPROBS
-    return tuple(found)
+class PromptLogprobsFeature(SchedulerFeature):
+    """Owns how far each prompt's tokens were asked for."""
 
+    asks = PromptScoring
 
-def reported(batch: Batch, result: StepResult, living: Container[int]) -> tuple[PromptLogprobs, ...]:
-    """What a step found, for the requests that are not over."""
-    return tuple(
-        PromptLogprobs(
-            request_id=span.request_id,
-            start=span.start + 1,
-            logprobs=scores.logprobs.tobytes(),
-            ranks=scores.ranks.tobytes(),
-            top_ids=scores.top_ids.tobytes(),
-            top_logprobs=scores.top_logprobs.tobytes(),
-        )
-        for span, scores in zip(batch.prompts, result.prompts, strict=True)
-        if span.request_id in living
-    )
+    def __init__(self) -> None:
+        self._unscored: dict[Sequence, int] = {}  # position of the first token whose logits are wanted still
+        self._by_id: dict[int, Sequence] = {}
+
+    def enter(self, sequence: Sequence, request: Submit) -> bool:
+        if sequence.sampling.prompt_logprobs is None or sequence.answered:
+            return False
+        self._unscored[sequence], self._by_id[sequence.request_id] = 0, sequence
+        return True
+
+    def leave(self, sequence: Sequence) -> None:
+        del self._unscored[sequence], self._by_id[sequence.request_id]
+
+    def num_reusable(self, sequence: Sequence) -> int:
+        return self._unscored[sequence]
+
+    def started(self, sequence: Sequence) -> None:
+        if not self._scored(sequence):
+            for runner in sequence.runners:
+                self.rows.features[runner.row] |= Feature.PROMPT_LOGPROBS
+
+    def ask(self, step: StepRows) -> PromptScoring | None:
+        """Each token is asked for once: its result will come, whatever becomes of the row."""
+        table, found = self.rows, []
+        for entry in np.flatnonzero(table.features[step.rows] & Feature.PROMPT_LOGPROBS).tolist():
+            row, start, count = int(step.rows[entry]), int(step.starts[entry]), int(step.counts[entry])
+            runner = table.sequences[row]
+            assert runner is not None
+            sequence = runner.leader
+            start, end = max(start, self._unscored[sequence]), min(start + count, sequence.prompt_len - 1)
+            if start < end:
+                found.append(PromptSpan(sequence.request_id, entry, start, end - start, sequence.sampling.prompt_logprobs or 0))
+                self._unscored[sequence] = end
+            if self._scored(sequence):
+                table.features[row] &= ~Feature.PROMPT_LOGPROBS
+        return PromptScoring(tuple(found)) if found else None
+
+    def take(self, batch: Batch, ask: Ask, answer: Answer | None, takings: Takings) -> None:
+        """What a step found, for the requests that are not over."""
+        assert isinstance(ask, PromptScoring) and isinstance(answer, ScoredPrompts)
+        for span, scores in zip(ask.spans, answer.scores, strict=True):
+            if span.request_id in self._by_id:
+                takings.tell_prompt(
+                    PromptLogprobs(
+                        request_id=span.request_id,
+                        start=span.start + 1,
+                        logprobs=scores.logprobs.tobytes(),
+                        ranks=scores.ranks.tobytes(),
+                        top_ids=scores.top_ids.tobytes(),
+                        top_logprobs=scores.top_logprobs.tobytes(),
+                    )
+                )
+
+    def _scored(self, sequence: Sequence) -> bool:
+        """No more logits are wanted."""
+        return self._unscored[sequence] >= sequence.prompt_len - 1

@@ -32,12 +32,12 @@ class RunningSequences:
 
     # ---- start and stop
 
-    def start(self, sequence: Sequence, num_tokens: int) -> int | None:
-        """Gives a waiting sequence's runners rows, and pages for `num_tokens` tokens, known or not. Returns the row of the first: the others have nothing
-        to compute yet. None: rows or pages are short, and nothing has changed."""
+    def start(self, sequence: Sequence, num_tokens: int, num_reusable: int) -> int | None:
+        """Gives a waiting sequence's runners rows, and pages for `num_tokens` tokens, known or not; those of the first `num_reusable` may come from the
+        prefix cache. Returns the row of the first: the others have nothing to compute yet. None: rows or pages are short, and nothing has changed."""
         if self.table.num_free < len(sequence.runners):
             return None
-        num_computed = self.pages.take(sequence.runners, num_tokens, self.headroom())
+        num_computed = self.pages.take(sequence.runners, num_tokens, num_reusable, self.headroom())
         if num_computed is None:
             return None
         first, *others = sequence.runners
@@ -61,7 +61,6 @@ class RunningSequences:
             stop_ids=runner.stop_ids,
             bad_words=runner.bad_words,
             allowed=runner.allowed,
-            adapter_slot=runner.adapter_slot,
         )
         self.changes.new_rows.append(new)
         self.changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.pages))

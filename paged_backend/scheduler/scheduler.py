@@ -7,6 +7,8 @@ still in flight counts as present (`Rows.num_tokens`), only its id is missing, a
     Submit -> intake -> lifecycle: waiting -> admission -> running -> Batch
                                                               ^         |
                                      StepOutput <- commit <---+--- StepResult
+
+What only some requests ask for (grammars, adapters, beams, …) hangs off these rooms as features (features.py).
 """
 
 from __future__ import annotations
@@ -22,21 +24,23 @@ from paged_backend.arrays import Int32
 from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Submit
-from paged_backend.scheduler import budget, prompt_logprobs
+from paged_backend.scheduler import budget
 from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.admission import Admission
 from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.commit import Commit
 from paged_backend.scheduler.deadlines import Deadlines
+from paged_backend.scheduler.features import LiveFeatures, StepRows
 from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.intake import Intake
 from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.page_pool import PagePool
+from paged_backend.scheduler.prompt_logprobs import PromptLogprobsFeature
 from paged_backend.scheduler.quarantine import Quarantine
 from paged_backend.scheduler.running import RunningSequences
-from paged_backend.scheduler.sequence import NO_ADAPTER_SLOT, Sequence
+from paged_backend.scheduler.sequence import Sequence
 from paged_backend.scheduler.waiting import WaitingQueue
 
 log = logging.getLogger("paged")
@@ -49,16 +53,17 @@ class Scheduler:
         self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: GrammarMasks | None = None, adapters: AdapterSlots | None = None
     ) -> None:
         self._max_batched_tokens = limits.max_batched_tokens
-        self._guides = guides or GrammarMasks()
-        self._adapters = adapters or AdapterSlots()
-        self._suspects = Quarantine()
-        self._running = RunningSequences(limits)
-        self._beams = Beams(self._running.table, self._running.pages, self._running.changes)
-        self._living = Lifecycle(WaitingQueue(budget.short_len(limits.max_batched_tokens)), self._running, self._beams, self._adapters)
-        self._intake = Intake(limits, self._guides, self._beams)
-        self._admission = Admission(limits, self._living, self._suspects, self._guides, self._adapters, clock)
+        self._clock = clock
+        self._running = running = RunningSequences(limits)
+        self._quarantine = Quarantine()
+        every = (self._quarantine, guides or GrammarMasks(), adapters or AdapterSlots(), PromptLogprobsFeature(), Beams(running.pages))
+        self._features = LiveFeatures(every, running.table, running.changes)
+        waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__)
+        self._living = Lifecycle(waiting, running, self._features)
+        self._intake = Intake(limits, self._features)
+        self._admission = Admission(limits, self._living, self._quarantine, clock)
         self._deadlines = Deadlines(limits, clock)
-        self._outcomes = Commit(self._living, self._guides, self._beams)
+        self._outcomes = Commit(self._living)
         self._step = 0
 
     # ---- requests come and go
@@ -75,6 +80,7 @@ class Scheduler:
             self._living.refuse(taken)
         else:
             self._living.enter(taken)
+            self._deadlines.enter(taken)
         self._running.table.attend_to(None)
 
     def abort(self, request_id: int) -> None:
@@ -86,9 +92,11 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next step, or None if nothing can be computed before a result comes back or a request arrives."""
         living = self._living
-        living.end_all(self._deadlines.overdue(living))
+        if self._clock() >= self._deadlines.next_check:
+            living.end_all(self._deadlines.overdue(living))
         living.end_all(self._admission.review())
-        living.end_all(self._guides.review_running(self._running.table))
+        for feature in self._features.active:
+            living.end_all(feature.endings_of_running())
         rows, counts = self._computed_by_those_that_run()
         rows, counts = self._admission.admit(rows, counts)
         return self._batch(rows, counts) if len(rows) else None
@@ -126,11 +134,7 @@ class Scheduler:
             samples=samples,
             request_ids=table.request_id[rows],
             features=int(np.bitwise_or.reduce(table.features[rows])),
-            adapted=self._adapters.in_use and bool((table.adapter_slot[rows] != NO_ADAPTER_SLOT).any()),
-            adapters=self._adapters.arrivals(),
-            masks=self._guides.masks(table, rows[samples]),
-            prompts=prompt_logprobs.spans(table, rows, starts, counts),
-            beams=self._beams.wanted(rows[samples]),
+            asks=self._features.asks(StepRows(rows, starts, counts, samples)) if self._features.active else (),
             **self._running.changes.take(),
         )
 
@@ -146,7 +150,7 @@ class Scheduler:
 
     def tell_of_suspects(self, tell: Callable[[int | None], None]) -> None:
         """`tell` hears of a suspect request before its first step, and None once it is cleared or gone."""
-        self._suspects.tell = tell
+        self._quarantine.tell = tell
 
     def record_pages(self, events: KvEvents) -> None:
         """Tells `events` which pages can be found in the prefix cache. Called before the first request."""

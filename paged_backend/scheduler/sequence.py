@@ -6,7 +6,6 @@ array operations; the same rows exist on the device (step_tensors.py).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,28 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Feature, features_of
-from paged_backend.grammar.guide import Guide
+from paged_backend.batch import features_of
 from paged_backend.request import SamplingParams
-from paged_backend.scheduler.beam_search import BeamSearch, Candidates
 
 _NEVER = int(np.iinfo(np.int32).max)
-NO_ADAPTER_SLOT = -1
 
 
 class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-@dataclass
-class BeamGroup:
-    """What a sequence that searches with beams has beside them (beams.py)."""
-
-    search: BeamSearch
-    live: list[Sequence] = field(default_factory=list)  # the runner of each of the search's beams; none: the prompt is not computed yet
-    candidates: dict[int, Candidates] = field(default_factory=dict)  # by row, of the runners whose results are in
 
 
 @dataclass(eq=False)
@@ -59,12 +46,7 @@ class Sequence:
     shares: bool  # its pages may be found by others, and theirs by it
     arrival: float  # seconds, CLOCK_MONOTONIC
     resumed: bool = False  # an engine that died had let it in
-    suspect: bool = False  # engines may have died of it: no other suspect runs meanwhile
-    deadline_seconds: float = math.inf  # from its arrival
-    guide: Guide | None = None  # through the grammar that its answer follows
-    allowed: Int32 | None = None  # [ceil(vocab / 32)] its only tokens, where no guide has them; None: all
-    unscored: int = _NEVER  # position of the first token whose logits are wanted for prompt_logprobs
-    adapter_slot: int = NO_ADAPTER_SLOT  # where its adapter lies, which it holds (adapter_slots.py)
+    allowed: Int32 | None = None  # [ceil(vocab / 32)] its only tokens, where no grammar has them; None: all
     status: Status = Status.WAITING
     placed: bool = False  # it has a place in the waiting queue
     row: int | None = None
@@ -74,7 +56,6 @@ class Sequence:
     awaits_token: bool = False  # preempted while a sampled token was in flight: must not start before it lands
     admitted: float | None = None  # when it first left the queue
     answered: bool = False  # its first token has been told
-    group: BeamGroup | None = None  # of a leader whose runners are beams
     leader: Sequence = field(init=False, repr=False)
     runners: list[Sequence] = field(init=False, repr=False)
 
@@ -82,20 +63,9 @@ class Sequence:
         self.leader, self.runners = self, [self]
 
     @property
-    def scored(self) -> bool:
-        """No more logits are wanted for prompt_logprobs."""
-        return self.leader.unscored >= self.prompt_len - 1
-
-    @property
     def held_pages(self) -> list[int]:
         """Of all its runners, each once."""
         return self.pages if self.runners == [self] else list(dict.fromkeys(page for runner in self.runners for page in runner.pages))
-
-    @property
-    def prepared(self) -> bool:
-        """It has what it must have before it can start: its grammar's mask, its adapter."""
-        guided = self.guide is None or (not self.awaits_token and self.guide.knows(len(self.token_ids) - self.prompt_len))
-        return guided and (self.sampling.lora_name is None or self.adapter_slot != NO_ADAPTER_SLOT)
 
     def priority_key(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
@@ -128,7 +98,6 @@ class Rows:
         self.publish_at = np.zeros(max_num_sequences, np.int32)  # known and computed tokens that make the next page publishable
         self.stop_ids = np.full((max_num_sequences, 4), -1, np.int32)  # widened on demand
         self.features = np.zeros(max_num_sequences, np.int32)
-        self.adapter_slot = np.full(max_num_sequences, NO_ADAPTER_SLOT, np.int32)
         self.unanswered = np.zeros(max_num_sequences, np.bool_)
         self.unmasked = np.zeros(max_num_sequences, np.bool_)  # its grammar's mask is not known yet
         self._free = list(range(max_num_sequences - 1, -1, -1))
@@ -165,9 +134,6 @@ class Rows:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, width - self.stop_ids.shape[1])), constant_values=-1)
         self.stop_ids[row, :width] = sequence.stop_ids
         self.features[row] = features_of(sequence.sampling, sequence.stop_ids, sequence.bad_words, sequence.allowed is not None)
-        if not sequence.scored:
-            self.features[row] |= Feature.PROMPT_LOGPROBS
-        self.adapter_slot[row] = sequence.adapter_slot
         self.unanswered[row] = not sequence.answered
         sequence.row, sequence.status = row, Status.RUNNING
         return row

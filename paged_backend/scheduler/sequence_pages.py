@@ -26,16 +26,14 @@ class SequencePages:
         self._events = events
         self._cache.on_forget = events.forget
 
-    def take(self, runners: Listing[Sequence], num_tokens: int, headroom: int) -> int | None:
-        """Holds the pages of a waiting sequence's first `num_tokens` tokens, known or not, those in the prefix cache first, and leaves `headroom`
-        pages available. Each of its other runners gets what it will need for itself, a page at least, where the tokens it shares with the first end.
-        Returns how many tokens need not be computed; None if pages are short, then nothing has changed."""
+    def take(self, runners: Listing[Sequence], num_tokens: int, num_reusable: int, headroom: int) -> int | None:
+        """Holds the pages of a waiting sequence's first `num_tokens` tokens, known or not, those of the first `num_reusable` that are in the prefix cache
+        first, and leaves `headroom` pages available. Each of its other runners gets what it will need for itself, a page at least, where the tokens it
+        shares with the first end. Returns how many tokens need not be computed; None if pages are short, then nothing has changed."""
         sequence, *others = runners
         shared: list[int] = []
         if sequence.shares:
-            reusable = (
-                min(len(sequence.token_ids) - 1, sequence.leader.unscored) // self._page_size
-            )  # the newest token is always computed: its logits are wanted
+            reusable = min(len(sequence.token_ids) - 1, num_reusable) // self._page_size  # the newest token is always computed: its logits are wanted
             self._cache.extend(sequence.hashes, sequence.token_ids, reusable, sequence.cache_salt)
             shared = self._cache.match(sequence.hashes[:reusable])
         num_pages = -(-num_tokens // self._page_size)

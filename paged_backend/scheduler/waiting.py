@@ -19,8 +19,9 @@ class WaitingQueue:
     Invariant: len(queue) is the number of entries whose sequence is WAITING; `short_tokens` is how many tokens the prompts in the short lane have.
     """
 
-    def __init__(self, short_len: int) -> None:
+    def __init__(self, short_len: int, is_suspect: Callable[[Sequence], bool]) -> None:
         """short_len: the longest prompt that counts as short, in tokens."""
+        self._is_suspect = is_suspect
         self.short_tokens = 0
         self._short_len = short_len
         self._short: list[_Entry] = []
@@ -33,10 +34,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._num_waiting
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, prepared: bool) -> None:
+        """prepared: it has what it must have before it can start."""
         sequence.status = Status.WAITING
         self._num_waiting += 1
-        if sequence.prepared:
+        if prepared:
             self._place(sequence)
         else:
             bisect.insort(self._unready, sequence, key=Sequence.priority_key)
@@ -94,7 +96,7 @@ class WaitingQueue:
             self._unready = [unready for unready in self._unready if unready.status is Status.WAITING]
 
     def _lane(self, sequence: Sequence) -> list[_Entry]:
-        if sequence.suspect:
+        if self._is_suspect(sequence):
             return self._suspects
         return self._short if sequence.prompt_len <= self._short_len else self._long
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
-from paged_backend.batch import Batch, StepResult
+from paged_backend.batch import Batch, StepResult, TokenMasks
 from paged_backend.grammar.grammars import Grammars
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
@@ -47,11 +47,12 @@ def save_tokenizer(path: Path, vocab_size: int) -> None:
 def drawn(batch: Batch, vocab_size: int, randomly: np.random.Generator) -> StepResult:
     """A token for each row: one of those that its mask allows, the first letters of the vocabulary for the others."""
     tokens = dict.fromkeys(batch.rows[batch.samples].tolist(), 40)
-    if batch.masks is not None:
-        for row, words in zip(batch.masks.rows.tolist(), batch.masks.words, strict=True):
+    masks = batch.ask(TokenMasks)
+    if masks is not None:
+        for row, words in zip(masks.rows.tolist(), masks.words, strict=True):
             allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
             tokens[row] = int(randomly.choice(allowed))
-    return StepResult(np.array([tokens[row] for row in batch.rows[batch.samples].tolist()], np.int32))
+    return StepResult(np.array([tokens[row] for row in batch.rows[batch.samples].tolist()], np.int32), answers=(None,) * len(batch.asks))
 
 
 def measure(num_guided: int, num_free: int, steps: int, vocab_size: int, step_ms: float, folder: Path) -> dict[str, object]:
@@ -92,7 +93,7 @@ def _decode(scheduler: Scheduler, num_guided: int, num_free: int, steps: int, vo
         schedule_us.append((middle - start) * 1e6)
         commit_us.append((time.perf_counter() - before_commit) * 1e6)
         cpu_us.append((cpu + time.thread_time()) * 1e6)
-        guided += 0 if batch.masks is None else len(batch.masks.rows)
+        guided += sum(len(ask.rows) for ask in batch.asks if isinstance(ask, TokenMasks))
     seconds = time.perf_counter() - begun
     return {
         "bench": "grammars",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paged_backend.batch import Batch, BeamCandidates, StepResult
+from paged_backend.batch import Batch, BeamCandidates, BeamRows, StepResult
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
@@ -56,12 +56,14 @@ def stand_in(spread: float, random: np.random.Generator) -> Callable[[Batch], St
 
     def result(batch: Batch) -> StepResult:
         num_sampled = int(batch.samples.sum())
-        beams = None
-        if batch.beams is not None:
-            shape = len(batch.beams.sampled), batch.beams.num_candidates
+        answers = []
+        for ask in batch.asks:
+            assert isinstance(ask, BeamRows)
+            shape = len(ask.sampled), ask.num_candidates
             logprobs = -np.cumsum(random.exponential(spread, shape), axis=1).astype(np.float32)
-            beams = BeamCandidates(np.argsort(random.random((shape[0], 4 * shape[1])), axis=1)[:, : shape[1]].astype(np.int32), logprobs)
-        return StepResult(random.integers(100, VOCAB, num_sampled, dtype=np.int32), beams=beams)
+            token_ids = np.argsort(random.random((shape[0], 4 * shape[1])), axis=1)[:, : shape[1]].astype(np.int32)
+            answers.append(BeamCandidates(token_ids, logprobs))
+        return StepResult(random.integers(100, VOCAB, num_sampled, dtype=np.int32), answers=tuple(answers))
 
     return result
 

@@ -17,6 +17,7 @@ from paged_backend.engine.loading import load_engine
 from paged_backend.errors import EngineError
 from paged_backend.messages import Finish, Submit
 from paged_backend.request import SamplingParams, parse_sampling
+from paged_backend.scheduler.adapter_slots import AdapterSlots
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.structured_engine import load_speaker, run, save_speaker
@@ -202,7 +203,7 @@ def test_what_cannot_be_used_ends_alone_and_takes_nobodys_adapter_slot(checkpoin
     assert tokens == [*expected(checkpoint, asked), []]
     assert finishes[-1].message.startswith(message) and not any(other in finishes[-1].message for other in ADAPTERS)
     answers(engine, [(asked[0][0], name)])
-    adapter_slots = engine._scheduler._adapters._adapter_slots
+    adapter_slots = next(feature for feature in engine._scheduler._features.every if isinstance(feature, AdapterSlots))._adapter_slots
     assert [adapter_slot.name for adapter_slot in adapter_slots] == ["all of rank 4"]
     assert sum(adapter_slot.last_use for adapter_slot in adapter_slots) == len(LENGTHS), "read once"
 
@@ -242,4 +243,4 @@ def test_without_a_folder_of_adapters_nothing_of_them_is_there(checkpoint: Path,
     tokens, finishes = answers(engine, [*asked, (asked[0][0], "all of rank 4")])
     assert tokens[:-1] == expected(checkpoint, asked)
     assert finishes[-1].message == "lora_name: 'all of rank 4': this server has no adapters (lora_directory)"
-    assert engine._runner.adapter_slots is None and not engine._scheduler._adapters.in_use  # type: ignore[attr-defined]
+    assert engine._runner.adapter_slots is None and not engine._scheduler._features.active  # type: ignore[attr-defined]

@@ -69,7 +69,7 @@ class SimulatedServer:
 
     def end(self, batch: Batch) -> Any:
         """Commits a step."""
-        output = self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), ANSWER_TOKEN, np.int32)))
+        output = self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), ANSWER_TOKEN, np.int32), answers=(None,) * len(batch.asks)))
         self._num_steps += 1
         self._events.release(self._num_steps, self._num_steps)
         self.busy = False

@@ -128,7 +128,7 @@ def test_no_step_waits_for_the_result_of_the_step_before(folder: Path, tmp_path:
     drain(engine, 1)
     assert len(sent) == 12  # a step a token
     assert engine.num_steps == 12
-    assert all(batch.masks is None and batch.features & Feature.MASK for batch in sent)
+    assert all(not batch.asks and batch.features & Feature.MASK for batch in sent)
     assert [len(batch.new_rows) for batch in sent] == [1] + [0] * 11
 
 

@@ -364,7 +364,7 @@ def test_leaving_at_any_step_frees_everything(folder: Path, oracle: Oracle, tmp_
 def test_a_deadline_ends_a_search(folder: Path, tmp_path: Path) -> None:
     engine = load(folder, tmp_path)
     now = [0.0]
-    engine._scheduler._deadlines._clock = lambda: now[0]
+    engine._scheduler._clock = engine._scheduler._deadlines._clock = lambda: now[0]
     caller = Caller(engine)
     params = SamplingParams(use_beam_search=True, beam_width=4, temperature=0.0, max_tokens=20, ignore_eos=True, request_deadline_seconds=5)
     engine.submit(Submit(0, random_prompts([9])[0].tobytes(), params, (), "", 0.0))

@@ -143,7 +143,8 @@ def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle,
         engine.check()
         if seen == 0 and engine.num_steps == 40:  # in the middle of a prompt: the pool is taken away from all but the oldest
             victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.arrival_index)
-            assert 0 < victim.unscored < victim.prompt_len - 1
+            (feature,) = engine._scheduler._features.of(victim)
+            assert 0 < feature.num_reusable(victim) < victim.prompt_len - 1
             engine._scheduler._living.preempt(victim)
             seen = 1
     assert engine.stats().num_preemptions > 0
@@ -188,7 +189,7 @@ def test_steps_without_a_prompt_that_asks_have_no_span(folder: Path, tmp_path: P
     launch = engine._runner.launch
     engine._runner.launch = lambda batch: (sent.append(batch), launch(batch))[1]  # type: ignore[method-assign]
     ask(engine, random_prompts([20]), 1, max_tokens=5)
-    assert [len(batch.prompts) for batch in sent] == [1, 0, 0, 0, 0]
+    assert [[len(ask.spans) for ask in batch.asks] for batch in sent] == [[1], [], [], [], []]
     assert {batch.features for batch in sent[1:]} == {0}  # what captured steps are looked up by
 
 

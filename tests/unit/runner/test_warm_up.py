@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paged_backend.batch import Feature
+from paged_backend.batch import AdapterUse, Batch, Feature, PromptScoring, TokenMasks
 from paged_backend.runner.warm_up import largest_batches, warm_up_batches
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
@@ -41,17 +41,23 @@ def test_the_usual_runner_sees_every_kind_of_step() -> None:
     assert max(batch.num_tokens for batch in batches) == 4095  # a token of the row is left for what the step samples
     assert len({batch.features for batch in batches}) == 8
     assert any(len(batch.page_copies) for batch in batches)
-    assert all((batch.masks is not None) == bool(batch.features & Feature.MASK) for batch in batches)
-    assert all(batch.masks is None or batch.masks.words.shape == (batch.samples.sum(), 7) for batch in batches)
+    masks = [batch.ask(TokenMasks) for batch in batches]
+    assert [asked is not None for asked in masks] == [bool(batch.features & Feature.MASK) for batch in batches]
+    assert all(asked is None or asked.words.shape == (batch.samples.sum(), 7) for batch, asked in zip(batches, masks, strict=True))
     assert any(not batch.decode_only and 1 in batch.counts and batch.counts.max() > 1 for batch in batches)
+
+
+def is_adapted(batch: Batch) -> bool:
+    use = batch.ask(AdapterUse)
+    return use is not None and use.in_use
 
 
 def test_steps_with_adapters_are_those_of_a_server_that_has_some() -> None:
     batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199, adapters=True))
-    adapted = [batch for batch in batches if batch.adapted]
-    assert [batch.num_tokens for batch in adapted] == [batch.num_tokens for batch in batches[: 2 * len(adapted)] if not batch.adapted]
-    assert all({new.adapter_slot for new in batch.new_rows} <= ({0} if batch.adapted else {-1}) for batch in batches)
-    assert not any(batch.adapted for batch in warm_up_batches(*LIMITS["usual"], vocab_size=199))
+    adapted = [batch for batch in batches if is_adapted(batch)]
+    assert [batch.num_tokens for batch in adapted] == [batch.num_tokens for batch in batches[: 2 * len(adapted)] if not is_adapted(batch)]
+    assert all({new.adapter_slot for new in batch.new_rows} <= ({0} if is_adapted(batch) else {-1}) for batch in batches)
+    assert not any(is_adapted(batch) for batch in warm_up_batches(*LIMITS["usual"], vocab_size=199))
 
 
 def test_answers_after_a_warm_up_are_those_of_transformers(tmp_path: Path) -> None:
@@ -84,5 +90,7 @@ def test_the_largest_steps_sample_in_every_way_there_is() -> None:
     ways = {value for name, value in vars(Feature).items() if name.isupper()} - {Feature.PROMPT_LOGPROBS}
     for batch in (prompts, decodes):
         assert all(batch.features & way for way in ways)
-        assert batch.adapted
-    assert sum(span.count for span in prompts.prompts) == prompts.counts[0]
+        assert is_adapted(batch)
+    scoring = prompts.ask(PromptScoring)
+    assert scoring is not None
+    assert sum(span.count for span in scoring.spans) == prompts.counts[0]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_backend.batch import Batch, StepOutput, StepResult
+from paged_backend.batch import AdapterUse, Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.messages import Finish, Submit
 from paged_backend.request import parse_sampling
@@ -92,15 +92,19 @@ class Desk:
             future.exception(10)
 
     def _run(self, batch: Batch) -> None:
-        self.lying |= {adapter_slot: adapter.name for adapter_slot, adapter in batch.adapters}
+        use = batch.ask(AdapterUse)
+        if use is not None:
+            self.lying |= {adapter_slot: adapter.name for adapter_slot, adapter in use.arrivals}
         for new in batch.new_rows:
             sequence = self.scheduler._running.table.sequences[new.row]
             assert sequence is not None
             wanted = sequence.sampling.lora_name
             assert (None if new.adapter_slot < 0 else self.lying[new.adapter_slot]) == wanted, "the device has another adapter there"
             self.rows[sequence.request_id] = wanted
-        assert batch.adapted == any(sequence.adapter_slot >= 0 for sequence in self.scheduler._running.runners if sequence.row in batch.rows)
-        self._take(self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), 3, np.int32))))
+        adapted = any(runner.leader in self.adapters._adapter_slot_of for runner in self.scheduler._running.runners if runner.row in batch.rows)
+        assert (use is not None and use.in_use) == adapted
+        answers = (None,) * len(batch.asks)
+        self._take(self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), 3, np.int32), answers=answers)))
 
     def _take(self, output: StepOutput | None) -> None:
         if output is not None:
@@ -292,4 +296,4 @@ def test_whatever_comes_and_goes_everybody_gets_his_adapter_or_a_reason(data: st
             finish = desk.finishes[request_id]
             assert (finish.error is ErrorKind.INVALID) == (name is not None and "broken" in name)
             assert finish.error is not None or desk.rows[request_id] == name
-    assert not desk.adapters.in_use and not desk.adapters._waits
+    assert not desk.adapters._adapter_slot_of and not desk.adapters._waits

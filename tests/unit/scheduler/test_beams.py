@@ -15,6 +15,7 @@ from paged_backend.errors import RequestError
 from paged_backend.messages import Submit
 from paged_backend.request import MAX_BEAM_WIDTH, SamplingParams, parse_sampling
 from paged_backend.scheduler.beam_search import BeamSearch, Candidates
+from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 from tests import simulated_runner
@@ -92,7 +93,8 @@ def test_a_search_that_finds_no_pages_keeps_the_budget_from_nobody_whose_end_wou
         return "" if sequence is None else str(sequence.status.value)
 
     submit(1, 14, **search)
-    step_until(lambda: scheduler._living.find(1) is not None and len(scheduler._living.find(1).group.search.beams[0].token_ids) >= 8)  # type: ignore[union-attr]
+    beams = next(feature for feature in scheduler._features.every if isinstance(feature, Beams))
+    step_until(lambda: any(len(group.search.beams[0].token_ids) >= 8 for group in beams._groups.values()))
     submit(2, 40, max_tokens=30, priority_level=-1)
     step_until(lambda: scheduler.num_preemptions > 0)
     engine.abort(2)

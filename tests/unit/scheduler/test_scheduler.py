@@ -17,7 +17,6 @@ from paged_backend.messages import Finish, Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
-from paged_backend.scheduler.sequence import Sequence
 from tests.simulated_runner import SimulatedRunner, solo
 
 VOCAB = 97
@@ -283,8 +282,8 @@ def test_the_file_names_a_request_that_waits_while_it_is_looked_at(tmp_path: Pat
 
     take = bench.scheduler._intake.take
     monkeypatch.setattr(bench.scheduler._intake, "take", lambda *given: (note(), take(*given))[1])
-    monkeypatch.setattr(bench.scheduler._admission._guides, "is_ready", lambda sequence: note())
-    monkeypatch.setattr(Sequence, "prepared", property(lambda sequence: len(seen) > 2))
+    monkeypatch.setattr(bench.scheduler._features, "prepare", lambda sequence: note())
+    monkeypatch.setattr(bench.scheduler._features, "prepared", lambda sequence: len(seen) > 2)
     bench.submit(7, list(range(20)), max_tokens=5)
     for _ in range(3):
         bench.scheduler.schedule()

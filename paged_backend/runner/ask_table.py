@@ -1,0 +1,22 @@
+"""Which room does what a batch asks: the one table of the runner's features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from paged_backend.batch import AdapterUse, Ask, BeamRows, PromptScoring, TokenMasks
+from paged_backend.runner.adapter_store import AdapterRoom
+from paged_backend.runner.asks import AskRoom
+from paged_backend.runner.beam_candidates import BeamRoom
+from paged_backend.runner.prompt_scores import PromptRoom
+
+ROOMS: Mapping[type[Ask], AskRoom] = {
+    AdapterUse: AdapterRoom(),
+    TokenMasks: AskRoom(),  # masks are written with those of new rows (step_sections.py); the sampler applies what lies in the rows
+    BeamRows: BeamRoom(),
+    PromptScoring: PromptRoom(),
+}
+
+
+def room_of(ask: Ask) -> AskRoom:
+    return ROOMS[type(ask)]
