@@ -24,6 +24,8 @@ from paged_backend.grammar.grammars import Grammars
 from paged_backend.grammar.guide import Guide
 from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import read_vocabulary
+from paged_backend.messages import Submit
+from paged_backend.request import parse_sampling
 from tests.small_tokenizers import byte_fallback
 from tests.structured_engine import EOS, PROMPT, TOKENIZER, VOCAB, CompilerHere, Ended, WorkshopHere, drain, load_speaker, run, save_speaker, submit
 
@@ -156,9 +158,8 @@ def test_who_leaves_while_his_grammar_is_compiled_is_forgotten(engine: Engine, g
 
 def test_a_request_overdue_by_its_grammar_is_told_so(folder: Path, tmp_path: Path, gate: threading.Event) -> None:
     engine = load_speaker(folder, tmp_path, max_waiting_seconds=0.1)
-    submit(engine, 0, {"guided_regex": "a"})
-    sequence = engine._scheduler.sequences[0]
-    sequence.arrival = time.monotonic() - 10
+    sampling = parse_sampling({"guided_regex": "a"})
+    engine.submit(Submit(0, np.array(PROMPT, np.int32).tobytes(), sampling, (), "", time.monotonic() - 10))
     assert "max_waiting_seconds" in drain(engine, 1)[0].reason
 
 
