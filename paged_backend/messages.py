@@ -89,7 +89,7 @@ CLEARED_AFTER_TOKENS = 3  # a request that brought so many since it was resumed 
 
 
 def request_id_of(front_end: int, number: int) -> int:
-    """The id of a front end's `serial`-th request: unique in the engine, 63 bits."""
+    """The id of a front end's `number`-th request: unique in the engine, 63 bits."""
     return front_end << _FRONT_END_SHIFT | number
 
 

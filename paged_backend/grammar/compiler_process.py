@@ -40,7 +40,7 @@ class VocabularyPlace(msgspec.Struct, frozen=True):
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar in the library's serial form, or why there is none."""
 
-    number: str = ""
+    serialised: str = ""
     num_bytes: int = 0  # that it takes in memory
     controls: str = "all"  # the control characters that may come: "all", "lines" (line breaks)
     refusal: str = ""
@@ -65,7 +65,7 @@ def compile_here(grammar: Grammar, vocabulary: Vocabulary) -> Verdict:
         else:
             compiled = compiler.compile_lark(grammar.text)
         _probe(compiled, vocabulary)
-        return Verdict(number=compiled.serialize_json(), num_bytes=int(compiled.memory_size_bytes), controls=controls)
+        return Verdict(serialised=compiled.serialize_json(), num_bytes=int(compiled.memory_size_bytes), controls=controls)
     except MemoryError:
         return Verdict(refusal=too_large())
     except GrammarError as error:

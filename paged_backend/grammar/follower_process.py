@@ -198,8 +198,8 @@ class GrammarFollower:
 
     def _grammar(self, begin: Begin) -> Any:
         if begin.grammar not in self._grammars:
-            number = Path(begin.path).read_text()
-            self._grammars[begin.grammar] = self._vocabulary.xgrammar.CompiledGrammar.deserialize_json(number, self._vocabulary.tokens)
+            serialised = Path(begin.path).read_text()
+            self._grammars[begin.grammar] = self._vocabulary.xgrammar.CompiledGrammar.deserialize_json(serialised, self._vocabulary.tokens)
         return self._grammars[begin.grammar]
 
 

@@ -117,7 +117,7 @@ class Grammars:
         number = next(self._numbers)
         path = self._tokenizer_path.with_name(f"grammar-{os.getpid()}-{id(self)}-{number}.json")
         with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-            file.write(verdict.number)
+            file.write(verdict.serialised)
         compiled = Compiled(number, path, verdict.controls, verdict.num_bytes)
         finalize(compiled, path.unlink, missing_ok=True).atexit = False  # the folder goes with the engine
         return compiled

@@ -337,7 +337,7 @@ def test_an_event_has_the_snapshot_and_the_rates() -> None:
     event = json.loads(json.dumps(event_of(View(engine, snapshot(11.0, num_tokens=90)), history)))
     assert event["cells"] == "AAABAAIAAwAEAAMA"
     assert event["requests"][0] == {
-        "serial": 41,
+        "arrival_index": 41,
         "number": 3,
         "num_prompt_tokens": 20,
         "num_cached_tokens": 16,

@@ -117,7 +117,7 @@ def sample(schema: Any, randomly: random.Random, longest: int = 400) -> str | No
     """An answer, each of whose bytes is any of those that may come; None: it has no end within `longest` bytes."""
     verdict = compile_here(Grammar("guided_json", "json", json.dumps(schema), compact=True), BYTES)
     assert not verdict.refusal, verdict.refusal
-    matcher = xgrammar.GrammarMatcher(xgrammar.CompiledGrammar.deserialize_json(verdict.serial, BYTES.tokens))
+    matcher = xgrammar.GrammarMatcher(xgrammar.CompiledGrammar.deserialize_json(verdict.serialised, BYTES.tokens))
     mask, text = np.zeros((1, 8), np.int32), bytearray()
     while len(text) < longest:
         matcher.fill_next_token_bitmask(mask)

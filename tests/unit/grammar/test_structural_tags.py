@@ -38,7 +38,7 @@ def compiled(tag: Any) -> Verdict:
 def said(verdict: Verdict, randomly: random.Random, longest: int = 1500) -> str | None:
     """What a model without any sense says; None: it does not come to an end."""
     assert not verdict.refusal, verdict.refusal
-    matcher = xgrammar.GrammarMatcher(xgrammar.CompiledGrammar.deserialize_json(verdict.serial, BYTES.tokens))
+    matcher = xgrammar.GrammarMatcher(xgrammar.CompiledGrammar.deserialize_json(verdict.serialised, BYTES.tokens))
     mask, text = np.zeros((1, 8), np.int32), bytearray()
     while len(text) < longest:
         if matcher.is_completed():
