@@ -93,6 +93,7 @@ def test_a_sweep_with_a_server_of_its_own_counts_every_token(tmp_path: Path) -> 
     assert "512 pages" in results["servers"]["started"]
 
 
+@pytest.mark.long
 def test_paging_wastes_less_of_the_same_memory_than_reservation(tmp_path: Path) -> None:
     options = ("--max-model-len", "256", "--pool-sequences", "2", "--rates", "20", "--seconds", "1", "--instances", "1")
     printed, results = bench(tmp_path, "memory", *options)
