@@ -72,12 +72,17 @@ def _foreign(right: Heard, heard: Heard) -> str:
         if not right.texts[index].startswith(heard.texts[index]):
             return f"sequence {index} began with {heard.texts[index]!r}, right is {right.texts[index]!r}"
         pairs = zip(heard.logprobs[index], right.logprobs[index], strict=False)
-        if not all(math.isclose(got, wanted, abs_tol=_LOGPROB_TOLERANCE) for got, wanted in pairs):
+        if not all(math.isclose(_logprob(got), _logprob(wanted), abs_tol=_LOGPROB_TOLERANCE) for got, wanted in pairs):
             return f"sequence {index} has logprobs {heard.logprobs[index]}, right is {right.logprobs[index]}"
     for told in heard.prompts:
         if len(told) != len(right.prompts[0]) or not all(map(_same, told, right.prompts[0])):
             return f"the prompt has logprobs {told}, right is {right.prompts}"
     return ""
+
+
+def _logprob(entry: float | tuple[float, int]) -> float:
+    """Of a token; with a rank beside it, which a tie may change."""
+    return entry[0] if isinstance(entry, tuple) else entry
 
 
 def _same(told: dict[int, float], right: dict[int, float]) -> bool:

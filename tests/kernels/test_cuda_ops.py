@@ -96,7 +96,7 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(tmp_path: Path) -> None:
     assert runner.adapter_slots is not None
     for adapter, name in enumerate("ab"):
         runner.adapter_slots.fill(adapter, runner.adapter_slots.read(name))
-    prompts, adapters = random_prompts((1, 14, 9, 6)), (1, 0, -1, 0)
-    answers = Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1, adapter_slots=adapters)
+    prompts, chosen = random_prompts((1, 14, 9, 6)), (1, 0, -1, 0)
+    answers = Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1, adapter_slots=chosen)
     oracles = {0: AdapterOracle(folder, adapters[0]), 1: AdapterOracle(folder, adapters[1]), -1: Oracle(folder)}
-    assert answers == [oracles[adapter].greedy([prompt], 4)[0] for prompt, adapter in zip(prompts, adapters, strict=True)]
+    assert answers == [oracles[adapter].greedy([prompt], 4)[0] for prompt, adapter in zip(prompts, chosen, strict=True)]

@@ -65,11 +65,11 @@ def test_a_difference_is_told_with_the_first_text(tmp_path: Path, caplog: pytest
     monkeypatch.setattr(logging.getLogger("paged"), "propagate", True)
     folder = checkpoint(tmp_path / "checkpoint", digits_in_threes(), "qwen2", tokenizer_class="Qwen2Tokenizer")
     export_tokenizer(folder, tmp_path / "exported.json")
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.name == "paged"]
     assert record.message.startswith("tokenizer.json is followed; transformers would make other tokens: of '12345 67 3.14' [")
     caplog.clear()
     follow_shipped(folder, digits_in_threes())
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name == "paged"]
 
 
 def test_added_tokens_of_the_config_are_known_too(tmp_path: Path) -> None:
