@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import urllib.error
@@ -48,7 +49,7 @@ def test_a_lost_engine_unloads_the_model_which_can_be_loaded_again(tmp_path: Pat
             time.sleep(0.05)
         log = server.log.read_text()
         assert "error: the engine died: its process ended by SIGKILL; restart 1 of at most 1 within 10 minutes" in log
-        assert "error: the engine died: its process ended by SIGKILL; no restart is left, there were 1 within 10 minutes (max_engine_restarts 1)" in log
+        assert re.search(r"error: the engine died: .+; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)", log), log
         assert log.count("error: there is no engine any more") == log.count("error: the model is unloaded") == 1
         server.load()
         assert _status(ready) == 200
