@@ -13,6 +13,7 @@ from paged_backend.errors import RequestError
 from paged_backend.frontend import unknown_keys
 from paged_backend.frontend.request_reader import read_request
 from paged_backend.request import SamplingParams
+from tests.log_records import lines_logged_by
 
 
 def read(parameters: dict[str, Any] | None = None, sampling: dict[str, Any] | None = None) -> SamplingParams:
@@ -61,7 +62,7 @@ def test_vllms_own_keys_are_ignored_with_one_warning_each(caplog: pytest.LogCapt
     keys = {"request_id": "r", "spaces_between_special_tokens": True, "extra_args": {"a": 1}, "output_kind": 0, "_real_n": 1, "max_tokens": 3}
     for _ in range(2):
         assert read(sampling=keys) == SamplingParams(max_tokens=3)
-    assert [record.message for record in caplog.records] == [
+    assert lines_logged_by("unknown_keys", caplog) == [
         f"sampling parameter '{name}' means nothing to this model and is ignored" for name in keys if name != "max_tokens"
     ]
 
@@ -71,8 +72,9 @@ def test_warnings_are_bounded(caplog: pytest.LogCaptureFixture, monkeypatch: pyt
     monkeypatch.setattr(logging.getLogger("paged"), "propagate", True)
     for number in range(200):
         read({f"header-{number}-{'x' * 100}\n": "v"})
-    assert len(caplog.records) == 64
-    assert all(len(record.message) < 160 and "\n" not in record.message for record in caplog.records)
+    lines = lines_logged_by("unknown_keys", caplog)
+    assert len(lines) == 64
+    assert all(len(line) < 160 and "\n" not in line for line in lines)
     unknown_keys._warned.cache_clear()
 
 

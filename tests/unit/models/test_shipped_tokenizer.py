@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 
 from paged_backend.models.shipped_tokenizer import follow_shipped
 from paged_backend.models.tokenizer import export_tokenizer
+from tests.log_records import lines_logged_by
 from tests.small_tokenizers import byte_fallback, byte_level
 
 TEXTS = ["12345 it's", "12345", "hello  world\n\nx", " a", "日本語 €😀", "e\u0301", "the answer </s> to it's"]
@@ -65,11 +66,11 @@ def test_a_difference_is_told_with_the_first_text(tmp_path: Path, caplog: pytest
     monkeypatch.setattr(logging.getLogger("paged"), "propagate", True)
     folder = checkpoint(tmp_path / "checkpoint", digits_in_threes(), "qwen2", tokenizer_class="Qwen2Tokenizer")
     export_tokenizer(folder, tmp_path / "exported.json")
-    (record,) = [record for record in caplog.records if record.name == "paged"]
-    assert record.message.startswith("tokenizer.json is followed; transformers would make other tokens: of '12345 67 3.14' [")
+    (line,) = lines_logged_by("shipped_tokenizer", caplog)
+    assert line.startswith("tokenizer.json is followed; transformers would make other tokens: of '12345 67 3.14' [")
     caplog.clear()
     follow_shipped(folder, digits_in_threes())
-    assert not [record for record in caplog.records if record.name == "paged"]
+    assert lines_logged_by("shipped_tokenizer", caplog) == []
 
 
 def test_added_tokens_of_the_config_are_known_too(tmp_path: Path) -> None:
