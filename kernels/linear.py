@@ -13,3 +13,4 @@ class Linear:
 
     weight: Tensor  # [out, in], of the activations' type, rows contiguous
     bias: Tensor | None = None  # [out], of the weight's type
+    partial: bool = False  # the product is this rank's part of a sum over ranks (rank_ops.py)

@@ -78,6 +78,10 @@ class SamplingOps:
         kept = torch.where(top_p < 1, torch.minimum(kept, kth), kth)
         return logits.masked_fill(logits < ordered.gather(1, kept[:, None]), -torch.inf)
 
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """Of the whole vocabulary, [M, V], from what `norm_linear` with the head leaves: the same, unless several ranks have parts of it (rank_ops.py)."""
+        return logits
+
     def argmax(self, logits: Tensor) -> Tensor:
         """[M, V] -> [M] int64: the most likely token."""
         return logits.argmax(-1)
@@ -120,12 +124,16 @@ class SamplingOps:
             h(t) = fmix32(fmix32(t * 0x9E3779B1 + k0) ^ k1), with murmur3's finaliser fmix32, everything modulo 2^32
             v(t) = min((float32(h) + 0.5) * 2^-32, 1 - 2^-24)
         """
+        return self.race(logits, seeds, positions).argmax(-1)
+
+    def race(self, logits: Tensor, seeds: Tensor, positions: Tensor, first: int = 0) -> Tensor:
+        """logit - log E(t) of `sample`, for the tokens first, first + 1 …: [M, L], [M] int64, [M] int -> [M, L]."""
         key = _splitmix64(seeds, positions)
         low, high = (key & 0xFFFFFFFF)[:, None], (key >> 32 & 0xFFFFFFFF)[:, None]
-        hashed = torch.arange(logits.shape[1], device=logits.device) * 0x9E3779B1 + low & 0xFFFFFFFF
-        hashed = _fmix32(_fmix32(hashed) ^ high)
+        tokens = torch.arange(first, first + logits.shape[1], device=logits.device)
+        hashed = _fmix32(_fmix32(tokens * 0x9E3779B1 + low & 0xFFFFFFFF) ^ high)
         uniform = ((hashed.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-        return (logits - torch.log(-torch.log1p(-uniform))).argmax(-1)
+        return logits - torch.log(-torch.log1p(-uniform))
 
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         """log softmax(logits) at token_ids: [M, V], [M] -> [M] float32."""

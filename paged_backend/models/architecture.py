@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, read_json
 from paged_backend.models.families.family import Family, head_dim_of
 from paged_backend.models.families.registry import FAMILIES
-from paged_backend.models.layer_spec import AttentionSpec, LayerSpec
+from paged_backend.models.layer_spec import WHOLE, AttentionSpec, LayerSpec
+from paged_backend.models.shard import Cut, Shard, padded_rows, vocabulary_cut
 
 _QUANTISERS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -59,6 +60,28 @@ class Architecture:
     initializer_range: float
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    shard: Shard = WHOLE  # the layers are this rank's parts
+
+    def of_rank(self, shard: Shard) -> Architecture:
+        """What one of the ranks that share the model computes.
+
+        Raises:
+            EngineError: it cannot be divided among so many.
+        """
+        if shard.size == 1:
+            return self
+        vocabulary_cut(shard, self.vocab_size)
+        return replace(self, layers=tuple(layer.of_rank(shard) for layer in self.layers), shard=shard)
+
+    @property
+    def vocabulary(self) -> Cut:
+        """The rank's rows of the embedding and of the head; `vocab_size` is the whole vocabulary's."""
+        return vocabulary_cut(self.shard, self.vocab_size)
+
+    @property
+    def num_logits(self) -> int:
+        """Of a token, on one rank."""
+        return padded_rows(self.shard, self.vocab_size)
 
     @property
     def num_layers(self) -> int:

@@ -49,6 +49,6 @@ class Decoder:
         return x
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """[k, hidden] of `hidden` -> [k, vocab]."""
+        """[k, hidden] of `hidden` -> [k, vocab]; of several ranks each has its part of the vocabulary (Ops.gather_logits)."""
         weights = self._weights
         return self._ops.norm_linear(x, weights.final_norm, weights.norm_eps, weights.head, out=out)

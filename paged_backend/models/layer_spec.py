@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from paged_backend.errors import EngineError
+from paged_backend.models.shard import IN, OUT, Cut, Shard, even_cut
+
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class AttentionSpec:
     out_bias: bool = False
     qk_norm: bool = False  # an RMS norm of each query and key head
     sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all
+    shard: Shard = WHOLE  # the heads are this rank's
+    kv_copies: int = 1  # ranks that have the same KV heads
 
     @property
     def q_size(self) -> int:
@@ -33,6 +40,25 @@ class AttentionSpec:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def of_rank(self, shard: Shard) -> AttentionSpec:
+        """With the rank's query heads and the KV heads that those share. Where there are fewer KV heads than ranks, several ranks keep the same.
+
+        Raises:
+            EngineError: the heads cannot be divided among so many ranks.
+        """
+        num_heads = shard.divide(self.num_heads, "num_attention_heads")
+        if shard.size <= self.num_kv_heads:
+            return replace(self, num_heads=num_heads, num_kv_heads=shard.divide(self.num_kv_heads, "num_key_value_heads"), shard=shard)
+        if shard.size % self.num_kv_heads:
+            raise EngineError(f"tensor_parallel_size: {shard.size} ranks cannot have equal parts of num_key_value_heads ({self.num_kv_heads})")
+        return replace(self, num_heads=num_heads, num_kv_heads=1, shard=shard, kv_copies=shard.size // self.num_kv_heads)
+
+    def cuts(self) -> dict[str, Cut]:
+        """The rank's part of each matrix, by the module's name within the layer."""
+        q, out = even_cut(self.shard, OUT, self.q_size), even_cut(self.shard, IN, self.q_size)
+        kv = Cut(OUT, self.shard.rank // self.kv_copies * self.kv_size, self.kv_size, self.shard.size // self.kv_copies * self.kv_size)
+        return {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv, "self_attn.o_proj": out}
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears."""
@@ -46,6 +72,20 @@ class MlpSpec:
 
     intermediate_size: int
     bias: bool = False
+    shard: Shard = WHOLE  # the intermediate size is this rank's
+
+    def of_rank(self, shard: Shard) -> MlpSpec:
+        """With the rank's part of the intermediate size.
+
+        Raises:
+            EngineError: it cannot be divided among so many ranks.
+        """
+        return replace(self, intermediate_size=shard.divide(self.intermediate_size, "intermediate_size"), shard=shard)
+
+    def cuts(self) -> dict[str, Cut]:
+        """The rank's part of each matrix, by the module's name within the layer."""
+        rows, columns = (even_cut(self.shard, dim, self.intermediate_size) for dim in (OUT, IN))
+        return {"mlp.gate_proj": rows, "mlp.up_proj": rows, "mlp.down_proj": columns}
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears."""
@@ -59,3 +99,14 @@ class LayerSpec:
 
     attention: AttentionSpec
     mlp: MlpSpec
+
+    def of_rank(self, shard: Shard) -> LayerSpec:
+        """
+        Raises:
+            EngineError: a block cannot be divided among so many ranks.
+        """
+        return LayerSpec(self.attention.of_rank(shard), self.mlp.of_rank(shard))
+
+    def cuts(self) -> dict[str, Cut]:
+        """The rank's part of each matrix, by the module's name within the layer; other tensors are whole on every rank."""
+        return self.attention.cuts() | self.mlp.cuts()

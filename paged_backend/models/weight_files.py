@@ -6,11 +6,13 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paged_backend.errors import EngineError, reason_of
+from paged_backend.models.shard import Cut
 
 FLOATS = ("F32", "F16", "BF16")  # safetensors' names of the types that can be loaded
 _QUANTISED_ENDINGS = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale")
@@ -43,8 +45,8 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of those names, in the files' order. They are mapped: their bytes are read when they are used.
+def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str], cuts: Mapping[str, Cut] = MappingProxyType({})) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of those names, or their parts for which there are cuts, in the files' order. They are mapped: their bytes are read when they are used.
 
     Raises:
         EngineError: a file is broken.
@@ -54,13 +56,15 @@ def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str]) ->
             with safe_open(path, framework="pt") as file:
                 for name, tensor in stored.items():
                     if tensor.path == path and name in wanted:
-                        yield name, file.get_tensor(name)
+                        yield name, file.get_slice(name)[cuts[name].slices] if name in cuts else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> None:
+def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], cuts: Mapping[str, Cut] = MappingProxyType({})) -> None:
     """
+    cuts: of the targets that are filled from a part of their tensor.
+
     Raises:
         EngineError: the checkpoint lacks what a target, by its name, is filled from, or has it in another shape or of a type that is not float.
     """
@@ -72,8 +76,9 @@ def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tens
         raise EngineError(f"checkpoint: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
     for name, target in targets.items():
         shape, kind = list(stored[name].shape), stored[name].kind
-        if shape != list(target.shape):
-            raise EngineError(f"checkpoint: tensor {name} has shape {shape}, config.json implies {list(target.shape)}")
+        implied = cuts[name].whole_shape(target) if name in cuts else list(target.shape)
+        if shape != implied:
+            raise EngineError(f"checkpoint: tensor {name} has shape {shape}, config.json implies {implied}")
         if kind not in FLOATS:
             raise EngineError(f"checkpoint: tensor {name} is of type {kind}; supported: {', '.join(FLOATS)}")
 

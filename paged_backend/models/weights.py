@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.mlp import Mlp
 from paged_backend.models.layer_spec import LayerSpec
+from paged_backend.models.shard import Cut, cuts_of_tensors
 from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
@@ -44,6 +46,8 @@ class Weights:
     final_norm: Tensor  # [hidden]
     norm_eps: float
     head: Linear  # [vocab, hidden]; its weight is the embedding itself if tied
+    vocabulary: Cut  # what of the vocabulary the embedding's and the head's first rows are; the others, if any, belong to no token
+    cuts: Mapping[str, Cut]  # of the tensors of the checkpoint that this rank has a part of, by name
 
     @property
     def num_bytes(self) -> int:
@@ -74,10 +78,10 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
         return Layer(Attention(spec.attention, size, eps, empty), Mlp(spec.mlp, size, eps, empty))
 
     try:
-        embedding = empty(a.vocab_size, a.hidden_size)
+        embedding = empty(a.num_logits, a.hidden_size)
         layers = tuple(layer(spec) for spec in a.layers)
-        head = embedding if a.tied_head else empty(a.vocab_size, a.hidden_size)
-        return Weights(embedding, layers, empty(a.hidden_size), a.rms_norm_eps, Linear(head))
+        head = embedding if a.tied_head else empty(a.num_logits, a.hidden_size)
+        return Weights(embedding, layers, empty(a.hidden_size), a.rms_norm_eps, Linear(head), a.vocabulary, _cuts(a))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise EngineError(f"the weights do not fit into the memory of {device}: {str(error).splitlines()[0]}") from None
 
@@ -90,11 +94,11 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
     """
     stored = find_tensors(folder)
     targets = _targets(weights, stored)
-    check_tensors(stored, targets)
+    check_tensors(stored, targets, weights.cuts)
     started, reported, loaded = time.monotonic(), time.monotonic(), 0
     total = sum(target.numel() for target in targets.values())
     with Uploads(weights.embedding.device) as uploads:
-        for name, tensor in read_tensors(stored, targets):
+        for name, tensor in read_tensors(stored, targets, weights.cuts):
             uploads.put(targets[name], tensor)
             loaded += tensor.numel()
             if time.monotonic() - reported >= _PROGRESS_SECONDS:
@@ -157,8 +161,9 @@ def _check_finite(targets: Mapping[str, Tensor]) -> None:
 
 def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -> str:
     """Fills `weights` with seeded noise of the checkpoint's initializer_range, norms with 1. Returns a sentence that says so."""
-    generator = torch.Generator(weights.embedding.device).manual_seed(seed)
+    generator = torch.Generator(weights.embedding.device)
     for name, target in _targets(weights, {}).items():
+        generator.manual_seed(seed ^ zlib.crc32(name.encode()))  # what several ranks have whole is the same on all of them
         if name.endswith("norm.weight"):
             target.fill_(1)
         else:
@@ -168,11 +173,22 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
 
 def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
     """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: the names that the checkpoint has."""
-    targets = {_EMBEDDING: weights.embedding, "model.norm.weight": weights.final_norm}
+    num_tokens = weights.vocabulary.count
+    targets = {_EMBEDDING: weights.embedding[:num_tokens], "model.norm.weight": weights.final_norm}
     if weights.head.weight is not weights.embedding:
-        targets[_HEAD] = weights.head.weight
+        targets[_HEAD] = weights.head.weight[:num_tokens]
     elif _EMBEDDING not in stored and _HEAD in stored:  # tied from the other end
         targets[_HEAD] = targets.pop(_EMBEDDING)
     for index, layer in enumerate(weights.layers):
         targets |= {f"model.layers.{index}.{name}": target for name, target in layer.parameters().items()}
     return targets
+
+
+def _cuts(architecture: Architecture) -> Mapping[str, Cut]:
+    """Of the tensors of the checkpoint that a rank has a part of, by name; none for a model that one rank has whole."""
+    if architecture.shard.size == 1:
+        return {}
+    cuts = dict.fromkeys((_EMBEDDING, _HEAD), architecture.vocabulary)
+    for index, layer in enumerate(architecture.layers):
+        cuts |= {f"model.layers.{index}.{name}": cut for name, cut in cuts_of_tensors(layer.cuts()).items()}
+    return cuts

@@ -15,6 +15,7 @@ from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_table
+from paged_backend.models.shard import Shard
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes, allocate_adapter_store
 from paged_backend.runner.cuda_graphs import captured_shapes
@@ -26,32 +27,35 @@ from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.units import spell_bytes
+from paged_kernels.rank_ops import RankOps, Ranks, VocabularyPart
 from paged_kernels.reference import Ops, reference
 
 Tell = Callable[[str], None]
 
+ALONE = Ranks()
 
-def build_runner(config: EngineConfig, tell: Tell, checkpoint: Checkpoint | None = None) -> ModelRunner:
+
+def build_runner(config: EngineConfig, tell: Tell, checkpoint: Checkpoint | None = None, ranks: Ranks = ALONE) -> ModelRunner:
     """Reads the checkpoint, sizes the pool, allocates everything a step needs. `tell` hears of progress and of every decision, a sentence each.
 
-    checkpoint: if it was opened already.
+    checkpoint: if it was opened already. ranks: those that share the model; each builds its own runner.
 
     Raises:
         EngineError: the checkpoint cannot be run, or does not fit; one sentence for the operator.
     """
-    return RunnerBuilder(config, tell, checkpoint or open_checkpoint(config)).build()  # it may be fetched first, and nobody waits for that
+    return RunnerBuilder(config, tell, checkpoint or open_checkpoint(config), ranks).build()  # it may be fetched first, and nobody waits for that
 
 
 class RunnerBuilder:
     """Builds one runner. What it found out on the way stays readable, for benchmarks."""
 
-    def __init__(self, config: EngineConfig, tell: Tell, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: EngineConfig, tell: Tell, checkpoint: Checkpoint, ranks: Ranks = ALONE) -> None:
         """
         Raises:
             EngineError: there is no such device, or it cannot compute in such a type.
         """
-        self._config, self._tell, self._checkpoint = config, tell, checkpoint
-        self._architecture = checkpoint.architecture
+        self._config, self._tell, self._checkpoint, self._ranks = config, tell, checkpoint, ranks
+        self._architecture = checkpoint.architecture.of_rank(Shard(ranks.rank, ranks.size))
         self._place = place(config, checkpoint.architecture)
         self._max_sequences = min(config.max_num_sequences, config.max_batched_tokens)  # of a step
         self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
@@ -156,12 +160,15 @@ class RunnerBuilder:
 
     def _make_ops(self) -> Ops:
         """Kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
+        a, ranks = self._architecture, self._ranks
+        part = VocabularyPart(a.vocabulary.start, a.vocabulary.count, a.num_logits, a.vocab_size)
         if not self._uses_kernels:
-            return reference
+            return reference if ranks.size == 1 else RankOps(ranks, part)
         from paged_kernels.cuda_ops import CudaOps
+        from paged_kernels.cuda_rank_ops import CudaRankOps
 
-        a = self._architecture
-        return CudaOps(
+        make = CudaOps if ranks.size == 1 else partial(CudaRankOps, ranks, part)
+        return make(
             num_heads=a.attention.num_heads,
             num_kv_heads=a.attention.num_kv_heads,
             head_dim=a.attention.head_dim,

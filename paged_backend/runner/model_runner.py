@@ -71,7 +71,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture(self, shapes: Sequence[StepShape], tell: Callable[[str], None]) -> None:
         """Captures steps of these shapes, the smallest first, as CUDA graphs: from now on a step that fits one of them is replayed."""
-        logits = self._kv_pages[0].new_empty((max(shape.num_outputs for shape in shapes), self.limits.vocab_size), dtype=self._decoder.dtype)
+        logits = self._kv_pages[0].new_empty((max(shape.num_outputs for shape in shapes), self.architecture.num_logits), dtype=self._decoder.dtype)
         self._graphs = StepGraphs(self._decoder, self._sampler, self._kv_pages, self._rows, shapes, self.limits.max_model_len, logits, tell)
 
     def warm_up(self, max_sequences: int, max_batched_tokens: int) -> None:

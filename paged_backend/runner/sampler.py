@@ -15,6 +15,9 @@ from paged_kernels.reference import SAMPLING_BYTES, Ops
 
 _FEW_TOKENS = 16  # of which the logits are at hand at least
 _BYTES_PER_SCORED_LOGIT = 64
+_WHOLE_VOCABULARY = (  # all logits of a row are needed, not only the likeliest's
+    Feature.TRUNCATE | Feature.PENALTY | Feature.BIAS | Feature.BAD_WORDS | Feature.LOGPROBS | Feature.TOP_LOGPROBS | Feature.MASK | Feature.BEAM
+)
 _EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY | Feature.MASK
 
 
@@ -37,8 +40,10 @@ class Sampler:
         self._ops = ops
 
     def sample(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Sampled:
-        """Chooses a token for each row and appends it to the row. logits: [M, vocab], any floating type."""
+        """Chooses a token for each row and appends it to the row. logits: [M, vocab], any floating type; of several ranks' each has its part of them."""
         ops = self._ops
+        if step.features & _WHOLE_VOCABULARY:
+            logits = ops.gather_logits(logits)
         edited = self._edit(logits, step, rows) if step.features & _EDITS else logits
         if step.features & Feature.RANDOM:
             truncation = rows.truncation if step.features & Feature.TRUNCATE else None
@@ -61,8 +66,9 @@ class Sampler:
     def score(self, logits: Tensor, token_ids: Tensor, n: int) -> Tensor:
         """What is told of tokens that are known: int32 [k, 2 + 2 n], the bits of their log-probabilities, ranks, the n most likely ids and their bits.
 
-        logits: [k, vocab], token_ids [k].
+        logits: [k, vocab] as in `sample`, token_ids [k].
         """
+        logits = self._ops.gather_logits(logits)
         logprobs, ranks, top_ids, top_logprobs = self._ops.score_tokens(logits, token_ids, n)
         return torch.cat([logprobs.view(torch.int32)[:, None], ranks.int()[:, None], top_ids.int(), top_logprobs.view(torch.int32)], dim=1)
 

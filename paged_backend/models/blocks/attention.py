@@ -21,7 +21,8 @@ class Attention:
         self.qkv = Linear(empty(qkv_size, hidden_size), empty(qkv_size) if spec.qkv_bias else None)
         self.q_norm = empty(spec.head_dim) if spec.qk_norm else None
         self.k_norm = empty(spec.head_dim) if spec.qk_norm else None
-        self.out = Linear(empty(hidden_size, spec.q_size), empty(hidden_size) if spec.out_bias else None)
+        partial = spec.shard.size > 1
+        self.out = Linear(empty(hidden_size, spec.q_size), empty(hidden_size) if spec.out_bias and spec.shard.first else None, partial=partial)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -17,7 +17,7 @@ class Mlp:
         size = spec.intermediate_size
         self.norm = empty(hidden_size)
         self.gate_up = Linear(empty(2 * size, hidden_size), empty(2 * size) if spec.bias else None)
-        self.down = Linear(empty(hidden_size, size), empty(hidden_size) if spec.bias else None)
+        self.down = Linear(empty(hidden_size, size), empty(hidden_size) if spec.bias and spec.shard.first else None, partial=spec.shard.size > 1)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

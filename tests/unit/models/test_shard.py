@@ -1,0 +1,138 @@
+"""A model cut into shards and added up again is the model: tokens and log-probabilities of every rank are those of one rank alone, and of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.models.architecture import read_architecture
+from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.models.shard import Shard
+from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights
+from paged_backend.request import SamplingParams
+from paged_backend.runner.builder import build_runner
+from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.runner_driver import GREEDY, Driver, load_runner
+from tests.thread_ranks import ThreadRanks, on_every_rank
+
+CPU = torch.device("cpu")
+LENGTHS = (1, 5, 33)
+MAX_TOKENS = 8
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "llama, one KV head, tied": ("LlamaForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "mistral, window": ("MistralForCausalLM", {"sliding_window": 9}),
+    "qwen2, biases of q, k and v": ("Qwen2ForCausalLM", {}),
+    "qwen3, norms of q and k": ("Qwen3ForCausalLM", {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4}),
+}
+SAMPLINGS = {
+    "drawn": SamplingParams(temperature=0.9, seed=3),
+    "truncated": SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01),
+    "edited": SamplingParams(temperature=0.0, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={7: 1.5, 190: 2.0}),
+    "log-probabilities": SamplingParams(temperature=0.0, logprobs=5),
+}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, options = request.param
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **{"num_hidden_layers": 2, **options})
+
+
+def generate(folder: Path, size: int, sampling: SamplingParams) -> list[tuple[list[list[int]], list[Any], int]]:
+    """Of each rank: its answers, its log-probabilities of them, and how often it gathered logits."""
+    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_pages=64)
+    checkpoint = open_checkpoint(config)
+
+    def one(ranks: ThreadRanks) -> tuple[list[list[int]], list[Any], int]:
+        driver = Driver(build_runner(config, lambda sentence: None, checkpoint, ranks))
+        answers = driver.generate(random_prompts(LENGTHS), MAX_TOKENS, sampling, chunk=7, arrive_every=2, seeds=(5, 6, 7))
+        return answers, [result.logprobs for _, result in driver.results], ranks.num_gathers
+
+    return on_every_rank(size, one)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_greedy_tokens_of_every_rank_are_those_of_transformers(folder: Path, size: int) -> None:
+    expected = Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS)
+    for answers, _, num_gathers in generate(folder, size, GREEDY):
+        assert answers == expected
+        assert num_gathers == 0
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_sampled_tokens_of_every_rank_are_those_of_one(tmp_path: Path, sampling: SamplingParams) -> None:
+    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=2)  # 199 tokens: the last rank has fewer
+    alone = Driver(load_runner(folder, num_pages=64))
+    expected = alone.generate(random_prompts(LENGTHS), MAX_TOKENS, sampling, chunk=7, arrive_every=2, seeds=(5, 6, 7))
+    for answers, logprobs, num_gathers in generate(folder, 4, sampling):
+        assert answers == expected
+        assert (num_gathers == 0) == (sampling is SAMPLINGS["drawn"])
+        for mine, (_, result) in zip(logprobs, alone.results, strict=True):
+            assert (mine is None) == (result.logprobs is None)
+            np.testing.assert_allclose(mine if mine is not None else 0, result.logprobs if result.logprobs is not None else 0, atol=1e-4)
+
+
+def shards(folder: Path, size: int) -> list[Weights]:
+    found = []
+    for rank in range(size):
+        weights = allocate_weights(read_architecture(folder).of_rank(Shard(rank, size)), torch.float32, CPU)
+        load_weights(weights, folder, lambda sentence: None)
+        found.append(weights)
+    return found
+
+
+def test_each_rank_reads_its_part_and_together_they_have_everything_once(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=1, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
+    tensors = load_file(folder / "model.safetensors")
+    parts = shards(folder, 4)
+    attention = [weights.layers[0].attention for weights in parts]
+    q, k = tensors["model.layers.0.self_attn.q_proj.weight"], tensors["model.layers.0.self_attn.k_proj.weight"]
+    for rank, block in enumerate(attention):
+        found = block.parameters()
+        assert torch.equal(found["self_attn.q_proj.weight"], q[16 * rank : 16 * (rank + 1)])
+        assert torch.equal(found["self_attn.k_proj.weight"], k[16 * (rank // 2) : 16 * (rank // 2 + 1)]), "two ranks share a KV head"
+        assert ("self_attn.o_proj.bias" in found) == ("mlp.down_proj.bias" in weights_of_mlp(parts[rank])) == (rank == 0)
+    assert torch.equal(torch.cat([block.out.weight for block in attention], dim=1), tensors["model.layers.0.self_attn.o_proj.weight"])
+    assert torch.equal(torch.cat([weights.layers[0].mlp.down.weight for weights in parts], dim=1), tensors["model.layers.0.mlp.down_proj.weight"])
+    heads = torch.cat([weights.head.weight[: weights.vocabulary.count] for weights in parts])
+    assert torch.equal(heads, tensors["lm_head.weight"])
+    assert [weights.vocabulary.count for weights in parts] == [50, 50, 50, 49]
+
+
+def weights_of_mlp(weights: Weights) -> dict[str, torch.Tensor]:
+    return weights.layers[0].mlp.parameters()
+
+
+def test_what_every_rank_has_whole_is_equal_when_it_is_random(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=2, num_key_value_heads=1, attention_bias=True)
+    keys = []
+    for rank in range(2):
+        a = read_architecture(folder).of_rank(Shard(rank, 2))
+        weights = allocate_weights(a, torch.float32, CPU)
+        randomise_weights(weights, a, seed=1)
+        keys.append(weights.layers[1].attention.parameters()["self_attn.k_proj.weight"])
+    assert torch.equal(*keys)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (3, {}, r"3 ranks cannot have equal parts of num_attention_heads \(4\)"),
+        (6, {"num_attention_heads": 12, "num_key_value_heads": 4}, r"6 ranks cannot have equal parts of num_key_value_heads \(4\)"),
+        (2, {"num_attention_heads": 6, "num_key_value_heads": 3}, r"2 ranks cannot have equal parts of num_key_value_heads \(3\)"),
+        (4, {"intermediate_size": 90}, r"4 ranks cannot have equal parts of intermediate_size \(90\)"),
+        (4, {"vocab_size": 5}, r"4 ranks are too many for vocab_size 5"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_refused_in_a_sentence(tmp_path: Path, size: int, options: dict[str, Any], message: str) -> None:
+    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", **{"hidden_size": 48, "head_dim": 16, **options})
+    with pytest.raises(EngineError, match=f"^tensor_parallel_size: {message}$"):
+        read_architecture(folder).of_rank(Shard(0, size))
