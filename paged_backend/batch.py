@@ -217,6 +217,7 @@ class StepOutput:
     ranks: Int32 | None = None  # [k], with logprobs
     top_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # entry -> token id -> logprob
     started: dict[int, int] = field(default_factory=dict)  # request id -> prompt tokens found in the prefix cache
+    admitted: dict[int, float] = field(default_factory=dict)  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; traced requests only
     finishes: tuple[Finish, ...] = ()  # after the tokens above
     prompts: tuple[PromptLogprobs, ...] = ()  # before them
     found: tuple[Found, ...] = ()  # before their finishes

@@ -96,6 +96,11 @@ class EngineConfig(BaseModel):
     debug_checks: bool = Field(
         False, description="Check every step's page tables and the whole pool before it runs, and stop the engine at the first mistake; slow, for tests."
     )
+    otlp_traces_endpoint: str = Field(
+        "",
+        description="URL of an OpenTelemetry collector (OTLP) that is told of every request as spans, such as http://localhost:4318; empty: where the "
+        "variables OTEL_EXPORTER_OTLP_* say, or nowhere. Lengths, times and options, never text.",
+    )
     log_requests: bool = Field(False, description="Log one line per finished request: its id, lengths and times, never text.")
 
     @model_validator(mode="after")
@@ -108,6 +113,13 @@ class EngineConfig(BaseModel):
     @classmethod
     def _kv_events_is_an_address(cls, value: str) -> str:
         kv_event_addresses(value)
+        return value
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _otlp_traces_endpoint_is_a_url(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
         return value
 
     @classmethod

@@ -126,6 +126,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     resumed: bool = False  # an engine that died had it: it was let in once, whatever the queue's length is now
     allowed: bytes = b""  # int32 [ceil(vocab / 32)]: a bit per token, the first in the lowest; empty: every token is allowed
     suspect: bool = False  # engines died over and over while it ran: it must not run beside another suspect
+    traced: bool = False  # its times are told: Tokens.admitted
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -168,6 +169,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     ranks: bytes = b""  # int32 [k], with logprobs
     top_logprobs: dict[int, dict[int, float]] = {}  # entry -> token id -> logprob, most likely first
     started: dict[int, int] = {}  # request id -> num_cached_tokens, with a request's first token
+    admitted: dict[int, float] = {}  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; with the first token of a traced request
     finishes: tuple[Finish, ...] = ()  # after the tokens above
     prompts: tuple[PromptLogprobs, ...] = ()  # before them
     found: tuple[Found, ...] = ()  # before their finishes

@@ -142,6 +142,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival: float  # seconds, time.monotonic()
     answer_ids: NDArray[np.integer[Any]] | None = None  # [n] of any integer type: the answer's first tokens, sent by another server
     caller_id: str = ""  # what the caller calls it, for the log
+    trace: Mapping[str, str] = {}  # W3C headers: in the course of which span it was sent
     task: Task = "generate"  # the others need no engine, and "describe" no prompt
 
 

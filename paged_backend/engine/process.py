@@ -143,6 +143,7 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish,
     request_ids = output.request_ids[mine]
     answered = {*request_ids.tolist(), *(one.request_id for one in found)}
     started = {key: value for key, value in output.started.items() if key in answered} if output.started else {}
+    admitted = {key: value for key, value in output.admitted.items() if key in answered} if output.admitted else {}
     tops = {}
     if output.top_logprobs:
         tops = {position: output.top_logprobs[entry] for position, entry in enumerate(np.flatnonzero(mine).tolist()) if entry in output.top_logprobs}
@@ -153,6 +154,7 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish,
         ranks=b"" if output.ranks is None else output.ranks[mine].tobytes(),
         top_logprobs=tops,
         started=started,
+        admitted=admitted,
         finishes=finishes,
         prompts=prompts,
         found=found,

@@ -91,8 +91,10 @@ class EngineClient:
     def engine_pid(self) -> int:
         return self._supervisor.engine_pid
 
-    def submit(self, prompt: Prompt, cache_salt: str, arrival: float, receive: Receiver, family: int | None = None) -> int:
+    def submit(self, prompt: Prompt, cache_salt: str, arrival: float, receive: Receiver, family: int | None = None, *, traced: bool = False) -> int:
         """Gives a request to the engine; every piece of its answer goes to `receive`, the last one with a `finish`. Returns the request's id.
+
+        traced: its first piece says when the engine let it in.
 
         Raises:
             RequestError: the engine is gone; or it is being restarted, and as many requests wait for it as the queue holds.
@@ -105,7 +107,7 @@ class EngineClient:
         token_ids, num_answered = prompt.token_ids, 0
         if prompt.answer_ids is not None:
             token_ids, num_answered = np.concatenate([token_ids, prompt.answer_ids]), len(prompt.answer_ids)
-        submit = Submit(request_id, token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family, num_answered, allowed=allowed)
+        submit = Submit(request_id, token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family, num_answered, allowed=allowed, traced=traced)
         self._live.submit(submit, receive)
         return request_id
 

@@ -38,6 +38,7 @@ class Piece:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenScores] = field(default_factory=list)  # per token, the chosen one first; empty if not asked for
     num_cached_tokens: int | None = None  # with the first token
+    admitted: float | None = None  # seconds, CLOCK_MONOTONIC: with the first token of a traced request
     prompts: list[PromptLogprobs] = field(default_factory=list)
     found: Found | None = None  # a beam search's whole answer, with the finish
     finish: Finish | None = None
@@ -200,6 +201,8 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
             piece.logprobs.append({token_id: (logprobs[entry], ranks[entry])} | {other: reported for other, reported in top.items() if other != token_id})
     for request_id, num_cached_tokens in tokens.started.items():
         pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
+    for request_id, admitted in tokens.admitted.items():
+        pieces.setdefault(request_id, Piece()).admitted = admitted
     for prompt in tokens.prompts:
         pieces.setdefault(prompt.request_id, Piece()).prompts.append(prompt)
     for found in tokens.found:

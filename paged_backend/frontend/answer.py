@@ -23,6 +23,7 @@ from paged_backend.frontend.detokenizer import AnswerText, stops_of
 from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.prompt_logprobs import PromptTableParts
+from paged_backend.frontend.spans import Outcome, RequestSpans, Times
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
 from paged_backend.frontend.tasks import answer_task
 from paged_backend.messages import Finish, Found, Prompt, TokenScores, front_end_of, number_of
@@ -46,6 +47,7 @@ class Services:
     prompts: PromptReader
     tally: Tally
     streamer: Streamer
+    spans: RequestSpans | None = None  # None: nobody collects them
 
 
 class _Strand:
@@ -58,6 +60,7 @@ class _Strand:
         self.cumulative_logprob = 0.0
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.finish_reason: str | None = None
         self._text = text
         self._wants_logprobs = wants_logprobs
 
@@ -82,6 +85,7 @@ class _Strand:
         logprobs = tuple(piece.logprobs[: passage.num_tokens]) if self._wants_logprobs else ()
         self.cumulative_logprob += sum(next(iter(entry.values()))[0] for entry in logprobs)
         self.over = finish is not None
+        self.finish_reason = None if finish is None or finish.error is not None else finish.reason
         delta = Delta(
             index=self.index,
             text=passage.text,
@@ -90,7 +94,7 @@ class _Strand:
             cumulative_logprob=self.cumulative_logprob,
             num_input_tokens=prompt_len,
             num_cached_tokens=self.num_cached_tokens,
-            finish_reason=None if finish is None or finish.error is not None else finish.reason,
+            finish_reason=self.finish_reason,
             error=None if finish is None or finish.error is None else RequestError(finish.message, finish.error),
         )
         return delta, passage.stopped and piece.finish is None
@@ -113,6 +117,8 @@ class Answer:
         self._farewell_time: float | None = None  # when a caller who left gets the final response
         self._prompt_len = 0
         self._prompt_parts: PromptTableParts | None = None  # until the table is sent
+        self._submitted_time: float | None = None
+        self._admitted_time: float | None = None  # of the first strand, where spans are collected
         self._first_token_time = 0.0
         self._last_token_time = 0.0
         self._outcome = reason_of(ErrorKind.INTERNAL)
@@ -168,13 +174,15 @@ class Answer:
             for index in range(count):
                 self._pass_on(Delta(index=index, text=text))
         family = secrets.randbits(62) if count > 1 else None
+        submit = partial(services.client.submit, traced=services.spans is not None)
+        self._submitted_time = time.monotonic()
         if sampling.use_beam_search:  # one search, of which all strands are
             strand = self._strands[0]
-            strand.request_id = services.client.submit(prompt, request.cache_salt, request.arrival, partial(self._receive, strand))
+            strand.request_id = submit(prompt, request.cache_salt, request.arrival, partial(self._receive, strand))
             return
         for strand in self._strands:
             mine = replace(prompt, sampling=_sampling_of(sampling, strand.index))
-            strand.request_id = services.client.submit(mine, request.cache_salt, request.arrival, partial(self._receive, strand), family)
+            strand.request_id = submit(mine, request.cache_salt, request.arrival, partial(self._receive, strand), family)
 
     # ---- its way out
 
@@ -193,6 +201,8 @@ class Answer:
         if self._prompt_parts is not None:
             for part in piece.prompts:
                 self._prompt_parts.add(part.start, part.logprobs, part.ranks, part.top_ids, part.top_logprobs)
+        if self._admitted_time is None:
+            self._admitted_time = piece.admitted
         if not piece.token_ids and piece.finish is None:
             return
         delta, must_stop = strand.take(piece, self._prompt_len)
@@ -330,11 +340,20 @@ class Answer:
         longest = max((strand.num_tokens for strand in self._strands), default=0)
         if longest > 1:
             tally.observe("paged_time_per_output_token_seconds", (self._last_token_time - self._first_token_time) / (longest - 1))
+        if self._services.spans is not None:
+            self._trace(self._services.spans, num_tokens, now)
         if self._services.config.log_requests:
             first = f"first after {self._first_token_time - request.arrival:.3f} s" if num_tokens else "none sent"
             cached = f"({self._strands[0].num_cached_tokens if self._strands else 0} cached)"
             name = request.caller_id[:_LONGEST_NAME] or self._strands_name()
             log.info("request %s %s: %d tokens in %s, %d out, %s, %.3f s", name, self._outcome, self._prompt_len, cached, num_tokens, first, seconds)
+
+    def _trace(self, spans: RequestSpans, num_tokens: int, now: float) -> None:
+        first, last = (moment or None for moment in (self._first_token_time, self._last_token_time))
+        times = Times(self._request.arrival, self._submitted_time, self._admitted_time, first, last, now)
+        reasons = [strand.finish_reason for strand in self._strands if strand.finish_reason is not None]
+        num_cached_tokens = self._strands[0].num_cached_tokens if self._strands else 0
+        spans.record(self._request, times, Outcome(self._outcome, reasons, self._prompt_len, num_cached_tokens, num_tokens))
 
     def _strands_name(self) -> str:
         """For a request without an id of its caller's: where it was, and which it was there."""

@@ -16,8 +16,10 @@ from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.generation_defaults import GenerationDefaults
 from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
+from paged_backend.frontend.spans import RequestSpans
 from paged_backend.frontend.streamer import Send, Streamer
 from paged_backend.request import Request
+from paged_backend.tracing import open_tracing
 
 _CANCEL_POLL_SECONDS = 0.025
 _CANCEL_POLL_SHARE = 0.2  # of one core: asking is a round trip for each live request, which mostly waits
@@ -30,9 +32,15 @@ class FrontEnd:
     """Thread-safe. `ask` returns at once; the answer goes out on the streamer's threads."""
 
     def __init__(
-        self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None = None, on_loss: Callable[[], None] = lambda: None
+        self,
+        config: EngineConfig,
+        key: str,
+        num_front_ends: int,
+        command: Sequence[str] | None = None,
+        on_loss: Callable[[], None] = lambda: None,
+        model_name: str = "",
     ) -> None:
-        """Returns when the engine is ready. See EngineClient.connect.
+        """Returns when the engine is ready. See EngineClient.connect. model_name: as clients call it.
 
         on_loss: called in one front end of all, on the thread that hears the engine, when there will be no engine any more; must return at once.
 
@@ -40,6 +48,8 @@ class FrontEnd:
             EngineError: the engine cannot start.
         """
         self.config = config
+        tracing = open_tracing(config.otlp_traces_endpoint, "paged", {"gen_ai.request.model": model_name})
+        self._spans = None if tracing is None else RequestSpans(tracing, model_name)
         self.client = EngineClient.connect(config, key, num_front_ends, command)
         self.client.on_loss = on_loss
         try:
@@ -73,7 +83,7 @@ class FrontEnd:
 
         is_cancelled: asked every few tens of milliseconds, never during or after the final call of `send`; True ends the request.
         """
-        services = Services(self.config, self.client, self.prompts, self.tally, self.streamer)
+        services = Services(self.config, self.client, self.prompts, self.tally, self.streamer, self._spans)
         answer = Answer(services, request, send, is_cancelled, self.forget)
         self._answers[id(answer)] = answer
         refusal = self._refusal()
@@ -128,6 +138,8 @@ class FrontEnd:
         self.prompts.close()
         self.streamer.close()
         self.client.close()
+        if self._spans is not None:
+            self._spans.close()
 
     def forget(self, answer: Answer) -> None:
         self._answers.pop(id(answer), None)

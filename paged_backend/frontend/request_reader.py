@@ -15,6 +15,7 @@ from paged_backend.frontend.generation_defaults import KEY as GENERATION_DEFAULT
 from paged_backend.frontend.generation_defaults import GenerationDefaults
 from paged_backend.frontend.unknown_keys import without_foreign, without_unknown
 from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, Task, parse_sampling
+from paged_backend.tracing import TRACE_HEADERS, trace_headers
 
 MAX_JSON_BYTES = 1_048_576
 MAX_INPUT_IDS = 4_194_304  # that are read at all; the model's own limit is known later
@@ -38,7 +39,7 @@ _SWITCHES = ("stream", "exclude_input_in_output", *_CHAT_SWITCHES, *_OUTPUT_SWIT
 # Names that the server itself gives a meaning, or that its clients send along.
 _RESERVED = frozenset(
     ["id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output", "classification", "unary", "content_length"]
-)
+).union(TRACE_HEADERS)
 
 
 def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: GenerationDefaults = _NO_DEFAULTS) -> Request:
@@ -50,7 +51,7 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
     Raises:
         RequestError: names the tensor, key or parameter, and what is allowed.
     """
-    given = _read_parameters(parameters)
+    given, trace = _read_parameters(parameters)
     if "task" in tensors and (task := _read_task(tensors)) != "generate":
         return _task_request(task, tensors, given, arrival)
     outputs = Outputs(**{name: bool(_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
@@ -84,6 +85,7 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
         cache_salt=_cache_salt(given),
         answer_ids=_read_answer(tensors, sampling),
         arrival=arrival,
+        trace=trace,
     )
 
 
@@ -205,11 +207,13 @@ def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapp
     )
 
 
-def _read_parameters(text: str) -> dict[str, Any]:
-    """The request's parameters that mean something here."""
+def _read_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The request's parameters that mean something here, and the headers among them that say in the course of which span it was sent."""
     given = _read_json("parameters", _bytes("parameters", text)) if text else {}
-    given = {name: value for name, value in given.items() if name not in _RESERVED and not name.startswith("triton_")}
-    return without_unknown(given, (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, _TEMPLATE_KWARGS, GENERATION_DEFAULTS, "cache_salt"))
+    trace = trace_headers(given)
+    given = {name: value for name, value in given.items() if name.lower() not in _RESERVED and not name.startswith("triton_")}
+    known = (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, _TEMPLATE_KWARGS, GENERATION_DEFAULTS, "cache_salt")
+    return without_unknown(given, known), trace
 
 
 def _read_options(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:

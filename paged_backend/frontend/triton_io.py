@@ -72,7 +72,7 @@ class TritonPythonModel:
             command = self.engine_command or [*engine_command(), f"{MODEL_NAME}{name}"]
             server = ServerArguments.of(os.getppid())
             leave = threading.Thread(target=leave_server, args=(config.on_engine_loss, server, os.getppid(), name), name="engine-loss", daemon=True)
-            self._front_end = FrontEnd(config, _key(args), num_instances, command, leave.start)
+            self._front_end = FrontEnd(config, _key(args), num_instances, command, leave.start, name)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})

@@ -21,6 +21,7 @@ class Commit:
         self._running = living.running
         self._features = living.features
         self._started: dict[int, int] = {}
+        self._admitted: dict[int, float] = {}
         self._found: list[Found] = []
         self._prompts: list[PromptLogprobs] = []
 
@@ -41,6 +42,7 @@ class Commit:
             landed = [entry for entry in np.flatnonzero(~present).tolist() if self._land(int(request_ids[entry]), int(token_ids[entry]))]
             entries = np.concatenate([entries, np.array(landed, np.intp)])
         started, self._started = self._started, {}
+        admitted, self._admitted = self._admitted, {}
         answers, self._found = tuple(self._found), []
         prompts, self._prompts = tuple(self._prompts), []
         return StepOutput(
@@ -50,6 +52,7 @@ class Commit:
             ranks=None if result.ranks is None else result.ranks[entries],
             top_logprobs=_top_logprobs(result, entries, wanted),
             started=started,
+            admitted=admitted,
             finishes=self._living.take_finishes(),
             prompts=prompts,
             found=answers,
@@ -108,6 +111,8 @@ class Commit:
         assert sequence is not None
         sequence.answered = True
         self._started[sequence.request_id] = sequence.num_cached_tokens
+        if sequence.traced and sequence.admitted is not None:
+            self._admitted[sequence.request_id] = sequence.admitted
 
     def _finish(self, sequence: Sequence | None, token_id: int, stop: bool) -> None:
         assert sequence is not None

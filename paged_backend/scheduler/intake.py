@@ -55,6 +55,7 @@ class Intake:
             shares=finds or request.family is not None,
             arrival=request.arrival,
             resumed=request.resumed,
+            traced=request.traced,
             answered=request.num_answered > 0,
             allowed=np.frombuffer(request.allowed, np.int32) if request.allowed and not sampling.guided else None,
         )

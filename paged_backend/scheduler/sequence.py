@@ -46,6 +46,7 @@ class Sequence:
     shares: bool  # its pages may be found by others, and theirs by it
     arrival: float  # seconds, CLOCK_MONOTONIC
     resumed: bool = False  # an engine that died had let it in
+    traced: bool = False  # its admission is told with its first token
     allowed: Int32 | None = None  # [ceil(vocab / 32)] its only tokens, where no grammar has them; None: all
     status: Status = Status.WAITING
     placed: bool = False  # it has a place in the waiting queue

@@ -21,6 +21,7 @@ from paged_backend.server.child import ServerChild
 from paged_backend.server.front_end_watch import FrontEndWatch, num_requests
 from paged_backend.server.log import ServerLog
 from paged_backend.server.ports import Addresses, PortClaim, resolve_host
+from paged_backend.tracing import TRACE_HEADERS, asks_for_spans, check_tracing
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 2.0
@@ -124,7 +125,9 @@ class Server:
         assert self._child is None, "a server is started once"
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         options = engine_options(self.settings)
-        server_files.check_checkpoint(EngineConfig.parse(options))
+        config = EngineConfig.parse(options)
+        check_tracing(config.otlp_traces_endpoint)
+        server_files.check_checkpoint(config)
         resolve_host(self.settings.host)
         installation = server_files.find_installation()
         try:
@@ -194,6 +197,7 @@ class Server:
             f"--http-port={addresses.http_port}",
             f"--grpc-port={addresses.grpc_port}",
             f"--metrics-port={addresses.metrics_port}",
+            *_forwarding(options.get("otlp_traces_endpoint", "")),
             *settings.arguments,
         ]
         environment = server_files.prepare_environment(installation, self._folder)
@@ -297,6 +301,13 @@ def engine_options(settings: ServerSettings) -> dict[str, str]:
     if config.lora_directory:
         options["lora_directory"] = Path(config.lora_directory).expanduser().resolve()
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+
+
+def _forwarding(otlp_traces_endpoint: str) -> list[str]:
+    """Where spans are collected, the model must see which span of the caller's a request belongs to: headers become request parameters."""
+    if not asks_for_spans(otlp_traces_endpoint):
+        return []
+    return [f"--{protocol}-header-forward-pattern=(?i)({'|'.join(TRACE_HEADERS)})" for protocol in ("http", "grpc")]
 
 
 def _get(host: str, port: int, path: str) -> tuple[int, bytes]:

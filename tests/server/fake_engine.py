@@ -80,7 +80,8 @@ class _Job:
         self.said = said
         self.num_sent = self.num_resumed = submit.num_answered
         assert self.ids[: self.num_sent] == given[len(given) - submit.num_answered :], "the answer so far is not what was said"
-        self.next_time = time.monotonic() + self.delay
+        self.arrived, self.traced = time.monotonic(), submit.traced
+        self.next_time = self.arrived + self.delay
         self.prompt_len = len(submit.prompt_ids) // 4
 
 
@@ -184,13 +185,15 @@ class FakeEngine:
             self._send(min(self._outboxes), self._stats())
 
     def _advance(self, jobs: dict[int, _Job], now: float) -> Tokens:
-        request_ids, token_ids, started, finishes = [], [], {}, []
+        request_ids, token_ids, started, admitted, finishes = [], [], {}, {}, []
         for request_id, job in jobs.items():
             if "error" in job.said:
                 finishes.append(Finish(request_id, "", ErrorKind.OVERLOADED, "the queue is full"))
                 continue
             if not job.num_sent:
                 started[request_id] = 3
+                if job.traced:
+                    admitted[request_id] = job.arrived
             request_ids.append(request_id)
             token_ids.append(job.ids[job.num_sent])
             job.num_sent += 1
@@ -205,7 +208,7 @@ class FakeEngine:
         logprobs = np.full(len(ids), -0.5, np.float32).tobytes()
         top = {entry: {int(token): -0.5, int(token) + 1: -1.5} for entry, token in enumerate(token_ids)}
         ranks = np.full(len(ids), 1, np.int32).tobytes()
-        return Tokens(np.array(request_ids, np.int64).tobytes(), ids.tobytes(), logprobs, ranks, top, started, tuple(finishes))
+        return Tokens(np.array(request_ids, np.int64).tobytes(), ids.tobytes(), logprobs, ranks, top, started, admitted, tuple(finishes))
 
     def _stats(self) -> Stats:
         held = min(len(self._jobs), NUM_PAGES)
