@@ -11,14 +11,14 @@ its docstring here says so.
 from __future__ import annotations
 
 from paged_kernels.reference_adapters import AdapterOps
-from paged_kernels.reference_layers import LayerOps
+from paged_kernels.reference_experts import ExpertOps
 from paged_kernels.reference_rows import RowOps
 from paged_kernels.reference_sampling import SAMPLING_BYTES, SamplingOps
 
 __all__ = ["SAMPLING_BYTES", "Ops", "reference"]
 
 
-class Ops(LayerOps, AdapterOps, RowOps, SamplingOps):
+class Ops(ExpertOps, AdapterOps, RowOps, SamplingOps):
     """All ops that the runner calls. Keeps no state."""
 
 

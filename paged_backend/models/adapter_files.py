@@ -137,6 +137,8 @@ def _check_tensors(file: Any, layout: AdapterLayout, config: _Config, max_rank: 
     found: dict[str, dict[str, str]] = {}
     for name in file.keys():  # noqa: SIM118 - the file is no mapping
         match = _TENSOR.fullmatch(name)
+        if ".experts." in name:
+            raise RequestError(f"tensor {name[:200]} is an expert's: adapters of experts are not supported, those of attention are")
         if match is None or match["module"] not in modules:
             raise RequestError(f"tensor {name[:200]} is not supported; supported: lora_A and lora_B of {', '.join(_PROJECTIONS)} in {layout.num_layers} layers")
         found.setdefault(match["module"], {})[match["side"]] = name

@@ -187,7 +187,7 @@ def _check_options(config: PreTrainedConfig) -> None:
 
 def _check_layer_types(config: PreTrainedConfig) -> None:
     layer_types = getattr(config, "layer_types", None)
-    if getattr(config, "sliding_window", None) == 0:
+    if getattr(config, "sliding_window", None) == 0 and (layer_types is None or "sliding_attention" in layer_types):  # qwen2_moe's says 0 for none
         raise EngineError("sliding_window: 0 tokens are nothing to attend to; null means all")
     if layer_types is None:
         return

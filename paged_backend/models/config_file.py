@@ -19,6 +19,8 @@ MAX_VOCAB_SIZE = 2**24  # token ids beyond it are no vocabulary; the largest pub
 _MAX_LAYERS = 4096
 _MAX_SIZE = 2**20  # of hidden states and heads
 MAX_POSITIONS = 2**31 - 1  # positions are int32 on the device
+_MAX_EXPERTS = 1024  # of a layer; the largest published ones have 512
+_MAX_EXPERTS_OF_TOKEN = 32  # the largest published ones have 10
 _SPELLINGS = {"swish": "silu"}  # of one activation, as transformers' ACT2FN has them
 
 
@@ -35,6 +37,7 @@ Length = Annotated[int, Field(ge=1, le=MAX_POSITIONS)]
 TokenId = Annotated[int, Field(ge=-(2**31), le=MAX_POSITIONS)]  # some checkpoints say -1 for none
 TokenIds = Annotated[list[TokenId], BeforeValidator(_as_list)]  # one id or several
 Positive = Annotated[float, Field(gt=0)]
+Experts = Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]
 
 
 class RopeOptions(BaseModel):
@@ -116,6 +119,16 @@ class ConfigFile(ConfigKind):
     use_sliding_window: bool = False
     max_window_layers: Annotated[int, Field(ge=0, le=MAX_POSITIONS)] = 1
     layer_types: Annotated[list[str], Field(max_length=_MAX_LAYERS)] | None = None
+    # of mixtures of experts
+    num_local_experts: Experts = 1
+    num_experts: Experts = 1
+    num_experts_per_tok: Annotated[int, Field(ge=1, le=_MAX_EXPERTS_OF_TOKEN)] = 1
+    moe_intermediate_size: Size = 1
+    shared_expert_intermediate_size: Size = 1
+    norm_topk_prob: bool = False
+    qkv_bias: bool = True
+    decoder_sparse_step: Annotated[int, Field(ge=1, le=_MAX_LAYERS)] = 1
+    mlp_only_layers: Annotated[list[int], Field(max_length=_MAX_LAYERS)] | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenIds | None = None
     dtype: str | None = None

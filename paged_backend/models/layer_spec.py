@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from paged_backend.errors import EngineError
 from paged_backend.models.shard import IN, OUT, Cut, Shard, even_cut
+from paged_kernels.experts import Gate, Routing
 
 WHOLE = Shard()
 
@@ -94,11 +95,60 @@ class MlpSpec:
 
 
 @dataclass(frozen=True)
+class MoeNames:
+    """Where a layer's experts lie in a checkpoint that stores them one by one; stored together they have the names that transformers 5 gives them."""
+
+    root: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    router: str = "gate"
+    correction: str = "gate.e_score_correction_bias"
+    shared: str = "shared_expert"
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """A mixture of experts: each token goes through the few that a router chooses for it, and through the shared one if there is one."""
+
+    num_experts: int
+    intermediate_size: int  # of an expert
+    routing: Routing
+    gate: Gate = field(default_factory=Gate)
+    bias: bool = False  # of the experts' products and the router
+    correction: bool = False  # scores are corrected for the choice
+    shared_size: int = 0  # of the expert that every token goes through; 0: there is none
+    shared_gate: bool = False  # its answer is scaled by a sigmoid of the token
+    names: MoeNames = field(default_factory=MoeNames)
+
+    def of_rank(self, shard: Shard) -> MoeSpec:
+        """
+        Raises:
+            EngineError: there is more than one rank.
+        """
+        if shard.size > 1:
+            raise EngineError(f"tensor_parallel_size: {shard.size} is not supported for layers of experts; supported: 1")
+        return self
+
+    def cuts(self) -> dict[str, Cut]:
+        """None: a rank has all experts."""
+        return {}
+
+    def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
+        """In the order of the block's linears: the shared expert's. The others have none."""
+        if not self.shared_size:
+            return ()
+        root = f"{self.names.root}.{self.names.shared}"
+        gate_up = AdapterSite((f"{root}.gate_proj", f"{root}.up_proj"), hidden_size, (self.shared_size,) * 2)
+        return gate_up, AdapterSite((f"{root}.down_proj",), self.shared_size, (hidden_size,))
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """A layer adds attention's and then the perceptron's answer to the residual stream, each of its RMS norm of the stream."""
 
     attention: AttentionSpec
-    mlp: MlpSpec
+    mlp: MlpSpec | MoeSpec
 
     def of_rank(self, shard: Shard) -> LayerSpec:
         """

@@ -15,7 +15,8 @@ from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.mlp import Mlp
-from paged_backend.models.layer_spec import LayerSpec
+from paged_backend.models.blocks.moe import MoeMlp
+from paged_backend.models.layer_spec import LayerSpec, MoeSpec
 from paged_backend.models.shard import Cut, cuts_of_tensors
 from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import StoredTensor, check_tensors, find_tensors, read_tensors
@@ -24,7 +25,7 @@ from paged_kernels.linear import Linear
 
 Progress = Callable[[str], None]
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _HEAD, _LAYERS = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
 _COMPARED_AT_ONCE = 2**24  # numbers
 _PROGRESS_SECONDS = 1.0
 
@@ -32,11 +33,13 @@ _PROGRESS_SECONDS = 1.0
 @dataclass(frozen=True)
 class Layer:
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | MoeMlp
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Name in the checkpoint, within the layer -> the tensor, or the rows of a packed one, that it fills."""
-        return self.attention.parameters() | self.mlp.parameters()
+    def parameters(self, stored: Collection[str] = ()) -> dict[str, Tensor]:
+        """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills. stored: names that the checkpoint has, within
+        the layer."""
+        mlp = self.mlp.parameters(stored) if isinstance(self.mlp, MoeMlp) else self.mlp.parameters()
+        return self.attention.parameters() | mlp
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,13 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
     """
     a = architecture
 
-    def empty(*shape: int) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def layer(spec: LayerSpec) -> Layer:
         size, eps = a.hidden_size, a.rms_norm_eps
-        return Layer(Attention(spec.attention, size, eps, empty), Mlp(spec.mlp, size, eps, empty))
+        mlp = MoeMlp(spec.mlp, size, eps, empty) if isinstance(spec.mlp, MoeSpec) else Mlp(spec.mlp, size, eps, empty)
+        return Layer(Attention(spec.attention, size, eps, empty), mlp)
 
     try:
         embedding = empty(a.num_logits, a.hidden_size)
@@ -179,8 +183,9 @@ def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
         targets[_HEAD] = weights.head.weight[:num_tokens]
     elif _EMBEDDING not in stored and _HEAD in stored:  # tied from the other end
         targets[_HEAD] = targets.pop(_EMBEDDING)
+    names = _names_by_layer(stored)
     for index, layer in enumerate(weights.layers):
-        targets |= {f"model.layers.{index}.{name}": target for name, target in layer.parameters().items()}
+        targets |= {f"{_LAYERS}{index}.{name}": target for name, target in layer.parameters(names.get(str(index), ())).items()}
     return targets
 
 
@@ -192,3 +197,13 @@ def _cuts(architecture: Architecture) -> Mapping[str, Cut]:
     for index, layer in enumerate(architecture.layers):
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in cuts_of_tensors(layer.cuts()).items()}
     return cuts
+
+
+def _names_by_layer(stored: Collection[str]) -> dict[str, set[str]]:
+    """A layer's number -> names within it."""
+    found: dict[str, set[str]] = {}
+    for name in stored:
+        if name.startswith(_LAYERS):
+            index, _, rest = name.removeprefix(_LAYERS).partition(".")
+            found.setdefault(index, set()).add(rest)
+    return found

@@ -14,6 +14,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
+from paged_backend.models.layer_spec import MoeSpec
 from paged_backend.models.rope import rope_table
 from paged_backend.models.shard import Shard
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
@@ -89,7 +90,8 @@ class RunnerBuilder:
 
     @property
     def _captures(self) -> bool:
-        return self._config.cuda_graphs and self._uses_kernels
+        """A layer of experts in plain torch asks the device who chose whom, which a captured step cannot."""
+        return self._config.cuda_graphs and self._uses_kernels and not any(isinstance(layer.mlp, MoeSpec) for layer in self._architecture.layers)
 
     def _tell_what_comes(self) -> None:
         a, place = self._architecture, self._place

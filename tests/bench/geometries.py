@@ -11,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from tests.bench.expert_geometries import EXPERT_GEOMETRIES
+
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -59,6 +61,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    **EXPERT_GEOMETRIES,
 }
 
 

@@ -24,6 +24,7 @@ from tests.runner_driver import GREEDY, Driver, load_runner
 THETA = {"rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, **THETA}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64, **THETA}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "llama-mha-tied": ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -56,6 +57,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN,
         },
     ),
+}
+CASES |= {
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "mixtral-window": ("MixtralForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 9}),
+    "qwen2-moe-sparse-step": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2}),
+    "qwen2-moe-renormalised-windows": (
+        "Qwen2MoeForCausalLM",
+        {
+            **EXPERTS,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3-moe-dense-layer": ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16, "mlp_only_layers": [1], "attention_bias": True}),
+    "qwen3-moe-window": ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16, "use_sliding_window": True, "sliding_window": 9}),
 }
 LENGTHS = (1, 5, 16, 33, 50)
 MAX_TOKENS = 12
@@ -93,7 +114,7 @@ def test_tokens_do_not_depend_on_paging_and_chunking(windowed: Path, windowed_tr
     assert driver.generate(random_prompts((1, 64, 65, 300)), 20, chunk=chunk, arrive_every=arrive_every) == windowed_truth
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "llama-yarn", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["llama-biases", "llama-yarn", "mistral-window", "qwen2", "qwen3", "mixtral", "qwen2-moe-sparse-step", "qwen3-moe"])
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     architecture, options = CASES[case]
     save_checkpoint(tmp_path, architecture, **options)

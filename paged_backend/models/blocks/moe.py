@@ -1,0 +1,86 @@
+"""The mixture of experts of a layer: norm, router, the experts that it chooses for each token, and the shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import Tensor
+
+from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
+from paged_backend.models.layer_spec import MoeSpec
+from paged_kernels.experts import ExpertLinear, Experts
+from paged_kernels.linear import Linear
+
+_FUSED = "mlp.experts.gate_up_proj"
+
+
+class MoeMlp:
+    """The second block of a layer. Parameters are uninitialised until `parameters` are filled."""
+
+    def __init__(self, spec: MoeSpec, hidden_size: int, norm_eps: float, empty: Allocate) -> None:
+        self.spec = spec
+        self._eps = norm_eps
+        count, size = spec.num_experts, spec.intermediate_size
+        self.norm = empty(hidden_size)
+        self.experts = Experts(
+            router=Linear(empty(count, hidden_size), empty(count) if spec.bias else None),
+            correction=empty(count, dtype=torch.float32) if spec.correction else None,
+            routing=spec.routing,
+            gate_up=ExpertLinear(empty(count, 2 * size, hidden_size), empty(count, 2 * size) if spec.bias else None),
+            gate=spec.gate,
+            down=ExpertLinear(empty(count, hidden_size, size), empty(count, hidden_size) if spec.bias else None),
+        )
+        shared = spec.shared_size
+        self.shared_gate_up = Linear(empty(2 * shared, hidden_size)) if shared else None
+        self.shared_down = Linear(empty(hidden_size, shared)) if shared else None
+        self.shared_scale = Linear(empty(1, hidden_size)) if spec.shared_gate else None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Those that adapters may change."""
+        return () if self.shared_gate_up is None or self.shared_down is None else (self.shared_gate_up, self.shared_down)
+
+    def parameters(self, stored: Container[str] = ()) -> dict[str, Tensor]:
+        """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills.
+
+        stored: the names that the checkpoint has, within the layer: experts lie there one by one, unless it has them together.
+        """
+        fused, names = not stored or _FUSED in stored, self.spec.names
+        root = "mlp" if fused else names.root
+        found: dict[str, Tensor | None] = {
+            "post_attention_layernorm.weight": self.norm,
+            f"{root}.{names.router}.weight": self.experts.router.weight,
+            f"{root}.{names.router}.bias": self.experts.router.bias,
+            f"{root}.{names.correction}": self.experts.correction,
+        }
+        found |= self._together() if fused else self._one_by_one()
+        if self.shared_gate_up is not None and self.shared_down is not None:
+            gate, up = self.shared_gate_up.weight.chunk(2)
+            shared = f"{root}.{names.shared}"
+            found |= {f"{shared}.gate_proj.weight": gate, f"{shared}.up_proj.weight": up, f"{shared}.down_proj.weight": self.shared_down.weight}
+        if self.shared_scale is not None:
+            found[f"{root}.{names.shared}_gate.weight"] = self.shared_scale.weight
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def forward(self, x: Tensor, at: ForwardPass) -> Tensor:
+        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over."""
+        if self.shared_gate_up is None or self.shared_down is None:
+            return at.ops.norm_add_experts(x, self.norm, self._eps, self.experts)
+        shared = at.products.norm_gated_linear(x, self.norm, self._eps, self.shared_gate_up)
+        if self.shared_scale is not None:
+            shared = shared * at.ops.norm_linear(x, self.norm, self._eps, self.shared_scale).sigmoid()
+        x = at.ops.norm_add_experts(x, self.norm, self._eps, self.experts)
+        return at.products.add_linear(shared, self.shared_down, x)
+
+    def _together(self) -> dict[str, Tensor | None]:
+        return {_FUSED: self.experts.gate_up.weight, "mlp.experts.down_proj": self.experts.down.weight}
+
+    def _one_by_one(self) -> dict[str, Tensor | None]:
+        names = self.spec.names
+        found: dict[str, Tensor | None] = {}
+        for expert in range(self.spec.num_experts):
+            gate, up = self.experts.gate_up.weight[expert].chunk(2)
+            parts = {names.gate: gate, names.up: up, names.down: self.experts.down.weight[expert]}
+            found |= {f"{names.root}.experts.{expert}.{name}.weight": part for name, part in parts.items()}
+        return found

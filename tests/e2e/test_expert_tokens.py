@@ -1,0 +1,78 @@
+"""Families with experts through the whole engine: whatever its pages, budget and cache are, the tokens are those of transformers in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_backend.config import EngineConfig
+from paged_backend.engine.engine import Engine
+from paged_backend.engine.loading import load_engine
+from paged_backend.messages import Submit
+from paged_backend.request import SamplingParams
+from tests.bench.geometries import GEOMETRIES
+from tests.oracle import Oracle, random_prompts, save_checkpoint
+
+LENGTHS = [1, 2, 15, 17, 33, 64, 100, 300, 700]
+MAX_TOKENS = 24
+SHRUNK = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "num_attention_heads": 4}
+SHRUNK |= {"num_key_value_heads": 2, "vocab_size": 199, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {},
+    "qwen1.5-moe-a2.7b": {"shared_expert_intermediate_size": 40},
+    "qwen3-30b-a3b": {},
+}
+SETTINGS = {
+    "tight pages of 16": {"page_size": 16, "num_pages": 56, "max_batched_tokens": 64},
+    "pages of 1, small steps": {"page_size": 1, "num_pages": 1800, "max_batched_tokens": 32, "prefix_cache": False},
+    "pages of 64, large steps": {"page_size": 64, "num_pages": 64, "max_batched_tokens": 4096},
+}
+Case = tuple[Path, list[np.ndarray], list[list[int]]]
+
+
+def shrunk(name: str) -> dict[str, Any]:
+    """The published config of a model with less width and depth, and nothing else changed."""
+    published = {key: value for key, value in GEOMETRIES[name].items() if key not in ("architectures", "model_type")}
+    own = {key: value for key, value in SHRUNK.items() if key in published or key.endswith("_token_id")}
+    return {**published, **own, **MODELS[name], "initializer_range": 0.2}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    name = request.param
+    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), GEOMETRIES[name]["architectures"][0], **shrunk(name))
+    prompts = random_prompts(LENGTHS)
+    prompts += [np.concatenate([prompts[-2][:130], prompt[:5]]) for prompt in prompts[2:4]]  # common beginnings
+    return folder, prompts, Oracle(folder).greedy(prompts, MAX_TOKENS)
+
+
+def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
+    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "max_num_sequences": 24, "max_model_len": 760, **options}), tmp_path)
+    return engine
+
+
+def answers(engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], None] = lambda: None) -> list[list[int]]:
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for request_id, prompt in enumerate(prompts):
+        engine.submit(Submit(request_id, prompt.tobytes(), SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0), (), "", 1e18))
+    while not engine.idle:
+        for output in engine.step():
+            for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
+                tokens[request_id].append(token)
+        engine.check()
+        after_step()
+    return tokens
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder, prompts, expected = case
+    engine = load(folder, tmp_path, **settings)
+    assert answers(engine, prompts) == expected
+    assert answers(engine, prompts) == expected  # now with what the first round left in the cache
+    assert (engine.stats().prefix_hits > 0) == settings.get("prefix_cache", True)
+    assert (engine.stats().num_preemptions > 0) == (settings["page_size"] == 16)

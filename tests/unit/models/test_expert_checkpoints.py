@@ -1,0 +1,114 @@
+"""Checkpoints with experts: stored one by one or together, what is refused by name, and adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from paged_backend.errors import EngineError, RequestError
+from paged_backend.models.adapter_files import check_adapter
+from paged_backend.models.adapter_layout import AdapterLayout
+from paged_backend.models.architecture import read_architecture
+from paged_backend.models.weights import Weights, allocate_weights, load_weights, settle_weights
+from tests.adapter_oracle import AdapterOracle, save_adapter
+from tests.oracle import random_prompts, save_checkpoint
+from tests.runner_driver import Driver, load_runner
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 40}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [0]}),
+}
+
+
+def save(folder: Path, name: str, **options: Any) -> Path:
+    architecture, own = CHECKPOINTS[name]
+    return save_checkpoint(folder, architecture, **{**SMALL, **own, **options})
+
+
+def load(folder: Path) -> Weights:
+    weights = allocate_weights(read_architecture(folder), torch.float32, torch.device("cpu"))
+    load_weights(weights, folder, lambda sentence: None)
+    return weights
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_experts_stored_together_are_those_stored_one_by_one(name: str, tmp_path: Path) -> None:
+    """Published files have them one by one; transformers 5 keeps them together and saves them so when it is told to."""
+    one_by_one = save(tmp_path / "published", name)
+    AutoModelForCausalLM.from_pretrained(one_by_one, dtype=torch.float32).save_pretrained(tmp_path / "fused", save_original_format=False)
+    stored = [set(load_file(folder / "model.safetensors")) for folder in (one_by_one, tmp_path / "fused")]
+    assert any(".experts.0." in tensor for tensor in stored[0]) and any(tensor.endswith(".experts.gate_up_proj") for tensor in stored[1])
+    layers = [load(folder).layers for folder in (one_by_one, tmp_path / "fused")]
+    for published, fused in zip(*layers, strict=True):
+        for tensor, other in zip(published.parameters().values(), fused.parameters().values(), strict=True):
+            assert torch.equal(tensor, other)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, "qwen3-moe")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if ".experts.4." not in name}, folder / "model.safetensors")
+    with pytest.raises(EngineError, match=r"tensor model\.layers\.1\.mlp\.experts\.4\.gate_proj\.weight is missing, and 2 more"):
+        settle_weights(read_architecture(folder), folder)
+
+
+def test_an_expert_of_another_size_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, "mixtral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 25}))
+    with pytest.raises(EngineError, match=r"experts\.0\.w1\.weight has shape \[24, 32\], config\.json implies \[25, 32\]"):
+        settle_weights(read_architecture(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_experts_per_tok": 9}, ["num_experts_per_tok: 9", "6 experts"]),
+        ({"num_experts_per_tok": 0}, ["num_experts_per_tok", "greater than or equal to 1"]),
+        ({"num_experts": 5000}, ["num_experts", "1024"]),
+        ({"decoder_sparse_step": 0}, ["decoder_sparse_step"]),
+        ({"mlp_only_layers": "none"}, ["mlp_only_layers"]),
+        ({"hidden_act": "gelu"}, ["hidden_act: gelu"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_not_supported_is_refused_by_name(options: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    folder = save(tmp_path, "qwen3-moe")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | options))
+    with pytest.raises(EngineError) as refusal:
+        read_architecture(folder)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_adapters_of_attention_and_of_the_shared_expert_say_what_peft_says(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "qwen2-moe")
+    targets = ("q_proj", "o_proj", "shared_expert.gate_proj", "shared_expert.down_proj")
+    save_adapter(tmp_path / "adapters" / "one", folder, 0, targets=targets)
+    prompts = random_prompts((3, 20, 41))
+    expected = AdapterOracle(folder, tmp_path / "adapters" / "one").greedy(prompts, 8)
+    runner = load_runner(folder, lora_directory=str(tmp_path / "adapters"), max_lora_rank=4)
+    assert runner.adapter_slots is not None
+    runner.adapter_slots.fill(0, runner.adapter_slots.read("one"))
+    assert Driver(runner).generate(prompts, 8, chunk=7, adapter_slots=[0, 0, 0]) == expected
+
+
+def test_adapters_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "qwen3-moe")
+    adapter = save_adapter(tmp_path / "adapter", folder, 0, targets=("q_proj",))
+    path = adapter / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.mlp.experts.3.gate_proj.lora_A.weight"
+    save_file(load_file(path) | {name: torch.zeros(4, 32)}, path)
+    architecture = read_architecture(folder)
+    with pytest.raises(RequestError, match=r"experts\.3\.gate_proj\.lora_A\.weight is an expert's: adapters of experts are not supported"):
+        check_adapter(adapter, AdapterLayout.of(architecture.layers, architecture.hidden_size), max_rank=8)
