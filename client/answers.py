@@ -61,6 +61,7 @@ class Answer:
     logprobs: tuple[LogprobEntry, ...] = ()
     others: tuple[Answer, ...] = ()
     prompt_logprobs: tuple[LogprobEntry | None, ...] = ()  # of the request: the first token has none
+    embedding: tuple[float, ...] = ()  # of the prompt, if it was asked for instead of text
 
     @property
     def sequences(self) -> tuple[Answer, ...]:

@@ -161,6 +161,13 @@ class AsyncPagedClient:
         chat = None if messages is None else {"messages": messages, "tools": tools, **switches}
         return (await self._task(task_question("tokenize", prompt, chat, sampling))).token_ids
 
+    async def embed(
+        self, prompt: Prompt | None = None, *, messages: Messages | None = None, cache_salt: str = "", request_id: str = "", **sampling: Any
+    ) -> Answer:
+        """See PagedClient.embed."""
+        question = task_question("embed", prompt, None if messages is None else {"messages": messages}, sampling, cache_salt, request_id)
+        return await self._task(question)
+
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Their text, special tokens included."""
         return (await self._task(task_question("detokenize", list(token_ids)))).text

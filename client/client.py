@@ -13,7 +13,7 @@ from paged_client.errors import PagedError
 from paged_client.grpc_transport import GrpcTransport, Outputs
 from paged_client.http_transport import HttpTransport
 from paged_client.progress import Progress
-from paged_client.question import Messages, Prompt, Question, question_of
+from paged_client.question import Messages, Prompt, Question, question_of, task_question
 from paged_client.retry_policy import Limits, RetryPolicy
 
 DEFAULT_URL = "localhost:8001"
@@ -108,6 +108,20 @@ class PagedClient:
             cache_salt=cache_salt,
             request_id=request_id,
         )
+        with Stream(self._transport, question, self._limits) as stream:
+            for _ in stream:
+                pass
+        return stream.answer
+
+    def embed(self, prompt: Prompt | None = None, *, messages: Messages | None = None, cache_salt: str = "", request_id: str = "", **sampling: Any) -> Answer:
+        """The prompt's embedding, as `Answer.embedding`.
+
+        sampling: pooling="last" or "mean", dimensions=N, normalize=False, and the keys that change a prompt.
+
+        Raises:
+            PagedError: a subclass says what kind of failure it is.
+        """
+        question = task_question("embed", prompt, None if messages is None else {"messages": messages}, sampling, cache_salt, request_id)
         with Stream(self._transport, question, self._limits) as stream:
             for _ in stream:
                 pass

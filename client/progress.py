@@ -36,6 +36,7 @@ class Progress:
         self._sequences = [_Sequence()]
         self._usage = Usage()
         self._prompt_logprobs: tuple[LogprobEntry | None, ...] = ()
+        self._embedding: tuple[float, ...] = ()
 
     @property
     def begun(self) -> bool:
@@ -44,7 +45,7 @@ class Progress:
     @property
     def answer(self) -> Answer:
         first, *others = (sequence.answer(self._usage, self._prompt_logprobs) for sequence in self._sequences)
-        return replace(first, others=tuple(others))
+        return replace(first, others=tuple(others), embedding=self._embedding)
 
     def take(self, outputs: dict[str, list[Any]], final: bool) -> list[Delta]:
         """A response's Deltas, without those that have nothing to say."""
@@ -52,6 +53,7 @@ class Progress:
         if not outputs:
             return []
         deltas = [delta for delta in deltas_of(outputs, self._usage.num_output_tokens) if delta.text or delta.token_ids or delta.finish_reason]
+        self._embedding = tuple(outputs.get("embedding", ())) or self._embedding
         for delta in deltas:
             while delta.sequence_index >= len(self._sequences):
                 self._sequences.append(_Sequence())

@@ -90,16 +90,20 @@ def task_question(
     prompt: Prompt | None = None,
     chat: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
+    cache_salt: str = "",
+    request_id: str = "",
 ) -> Question:
-    """A request that needs no engine.
+    """A request whose answer is no text.
 
     chat: messages, and tools, add_generation_prompt and continue_final_message beside them. sampling: keys that change
-    the prompt.
+    the prompt, or say how it is embedded.
 
     Raises:
         InvalidRequestError: the prompt cannot be sent.
     """
     tensors: dict[str, bool | str | list[int]] = {"task": task, "stream": False, "return_finish_reason": True}
+    if task == "embed":
+        tensors |= {"return_num_input_tokens": True, "return_num_cached_tokens": True, "return_output_ids": True}
     if isinstance(prompt, str):
         tensors["text_input"] = _encodable("text_input", prompt)
     elif prompt is not None:
@@ -110,7 +114,9 @@ def task_question(
     given = {name: value for name, value in (sampling or {}).items() if value is not None}
     if given:
         tensors["sampling_parameters"] = json.dumps(given, ensure_ascii=False)
-    return Question(tensors, {"return_error_code": True})
+    parameters: dict[str, bool | str] = {"return_error_code": True}
+    named = {"cache_salt": cache_salt, "id": request_id}
+    return Question(tensors, parameters | {name: value for name, value in named.items() if value})
 
 
 def _encodable(name: str, text: str) -> str:

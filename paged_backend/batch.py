@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32, Int64
-from paged_backend.messages import Finish, Found, PromptLogprobs
+from paged_backend.messages import Finish, Found, PromptReport
 from paged_backend.request import SamplingParams
 
 
@@ -109,9 +109,33 @@ class ScoredPrompts:
     scores: tuple[PromptScores, ...]  # one for each of its spans
 
 
-Ask = AdapterUse | TokenMasks | BeamRows | PromptScoring
-Answer = BeamCandidates | ScoredPrompts
-A = TypeVar("A", AdapterUse, TokenMasks, BeamRows, PromptScoring)
+@dataclass(frozen=True)
+class PooledSpan:
+    """Consecutive tokens of a step, whose hidden states are part of a prompt's embedding."""
+
+    request_id: int
+    entry: int  # of the batch
+    start: int  # position of the first
+    count: int  # at least 1
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Prompts of which embeddings are made."""
+
+    spans: tuple[PooledSpan, ...]  # at least one
+
+
+@dataclass(frozen=True)
+class PooledPrompts:
+    """What a step found for Pooling."""
+
+    sums: NDArray[np.float32]  # [spans, hidden_size] of the hidden states, after the final norm
+
+
+Ask = AdapterUse | TokenMasks | BeamRows | PromptScoring | Pooling
+Answer = BeamCandidates | ScoredPrompts | PooledPrompts
+A = TypeVar("A", AdapterUse, TokenMasks, BeamRows, PromptScoring, Pooling)
 
 
 @dataclass(frozen=True)
@@ -219,5 +243,5 @@ class StepOutput:
     started: dict[int, int] = field(default_factory=dict)  # request id -> prompt tokens found in the prefix cache
     admitted: dict[int, float] = field(default_factory=dict)  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; traced requests only
     finishes: tuple[Finish, ...] = ()  # after the tokens above
-    prompts: tuple[PromptLogprobs, ...] = ()  # before them
+    prompts: tuple[PromptReport, ...] = ()  # before them
     found: tuple[Found, ...] = ()  # before their finishes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -51,7 +51,7 @@ TokenScores = Mapping[int, tuple[float, int | None]]
 """Token id -> log-probability, and rank in the vocabulary (1: no token is more likely; None: a beam search does not know it)."""
 
 
-class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Log-probabilities of k consecutive tokens of a prompt, each given those before it. Arrays are in native byte order."""
 
     request_id: int
@@ -60,6 +60,17 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     ranks: bytes  # int32 [k]; 1: no token is more likely
     top_ids: bytes  # int32 [k, n] the most likely instead of it, most likely first
     top_logprobs: bytes  # float32 [k, n]
+
+
+class PromptEmbedding(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A prompt's embedding, as it was pooled: neither shortened nor normalised."""
+
+    request_id: int
+    values: bytes  # float32 [hidden_size], native byte order
+
+
+PromptReport = PromptLogprobs | PromptEmbedding
+"""What a step tells of a prompt, beside the tokens that it samples."""
 
 
 class FoundSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -158,6 +169,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     page_size: int
     num_pages: int
     sampling: dict[str, float] = {}  # what the checkpoint's makers recommend, by sampling key
+    pooling: Literal["last", "mean"] = "last"  # of embeddings, where a request does not say
+    embedding_size: int = 0  # numbers of an embedding; 0: of an engine that makes none
+    makes_text: bool = True  # False: the checkpoint has no head, and makes embeddings alone
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -171,7 +185,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     started: dict[int, int] = {}  # request id -> num_cached_tokens, with a request's first token
     admitted: dict[int, float] = {}  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; with the first token of a traced request
     finishes: tuple[Finish, ...] = ()  # after the tokens above
-    prompts: tuple[PromptLogprobs, ...] = ()  # before them
+    prompts: tuple[PromptReport, ...] = ()  # before them
     found: tuple[Found, ...] = ()  # before their finishes
 
 

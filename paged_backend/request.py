@@ -29,6 +29,7 @@ MAX_LORA_NAME_CHARS = 128
 MAX_SEQUENCES = 64  # of one request
 MAX_BEAM_WIDTH = 16
 MAX_LENGTH_PENALTY = 5
+MAX_DIMENSIONS = 1_048_576  # that can be asked for; how many an embedding has, the model says
 
 Word = Annotated[str, Meta(min_length=1, max_length=MAX_WORD_CHARS)]
 LoraName = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
@@ -72,6 +73,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_prefix_cache: bool = False  # neither finds pages of others nor leaves any
 
     lora_name: LoraName | None = None  # one of the server's adapters
+
+    # with the task embed: which of the prompt's hidden states are the embedding, and what becomes of it
+    pooling: Literal["last", "mean"] | None = None  # the last token's, or the mean of all; None, and the task is embed: the checkpoint's own
+    dimensions: Annotated[int, Meta(ge=1, le=MAX_DIMENSIONS)] | None = None  # only so many of the first
+    normalize: bool = True  # to length 1
 
     guided_json: GrammarString | None = None  # a JSON schema
     guided_regex: GrammarString | None = None
@@ -125,7 +131,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     continue_final_message: bool = False  # end within the last message, which the answer continues
 
 
-Task = Literal["generate", "tokenize", "detokenize", "describe"]
+Task = Literal["generate", "embed", "tokenize", "detokenize", "describe"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +149,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     answer_ids: NDArray[np.integer[Any]] | None = None  # [n] of any integer type: the answer's first tokens, sent by another server
     caller_id: str = ""  # what the caller calls it, for the log
     trace: Mapping[str, str] = {}  # W3C headers: in the course of which span it was sent
-    task: Task = "generate"  # the others need no engine, and "describe" no prompt
+    task: Task = "generate"  # those after "embed" need no engine, and "describe" no prompt
+    embedding_as_text: bool = False  # text_output has the embedding, as NVIDIA's vLLM backend answers its own input
 
 
 def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
+from itertools import count
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -70,6 +71,7 @@ class ClusterClient:
         self._tokenizer_name = tokenizer
         self._tokenises = tokenises
         self._tasks: list[asyncio.Task[None]] = []
+        self._embeddings = count()
 
     async def __aenter__(self) -> ClusterClient:
         await self.servers.look()
@@ -124,6 +126,11 @@ class ClusterClient:
         """See AsyncPagedClient.tokenize."""
         return await self._of_any(lambda connection: connection.tokenize(prompt, **options))
 
+    async def embed(self, prompt: Prompt | None = None, **options: Any) -> Answer:
+        """See AsyncPagedClient.embed. Servers are asked in turn: no answer goes on for long, and most prompts have nothing in common."""
+        first = next(self._embeddings)
+        return await self._of_any(lambda connection: connection.embed(prompt, **options), first)
+
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """See AsyncPagedClient.detokenize."""
         return await self._of_any(lambda connection: connection.detokenize(token_ids))
@@ -132,10 +139,12 @@ class ClusterClient:
         """See AsyncPagedClient.describe."""
         return await self._of_any(lambda connection: connection.describe())
 
-    async def _of_any(self, ask: Callable[[Connection], Awaitable[Result]]) -> Result:
-        """What the first server says that can: they all have the same model."""
+    async def _of_any(self, ask: Callable[[Connection], Awaitable[Result]], first: int = 0) -> Result:
+        """What a server says that can, beginning with the `first`: they all have the same model."""
         failure: PagedError = UnreachableError("no server is ready")
-        for server in self.servers.ready():
+        ready = self.servers.ready()
+        first %= max(1, len(ready))
+        for server in [*ready[first:], *ready[:first]]:
             try:
                 return await ask(server.connection)
             except UnavailableError as error:

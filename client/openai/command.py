@@ -73,6 +73,9 @@ def serve_openai(
         typer.Option(metavar="NAME", help="How the model writes tool calls: hermes, llama3_json …; auto: as its chat template says; none: not read."),
     ] = "auto",
     reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Tell what the model thinks apart from its answer.")] = True,
+    scoring: Annotated[
+        str, typer.Option(metavar="cosine|yes_no", help="How /v1/score and /v1/rerank score where a body does not say; yes_no: for Qwen3-Reranker.")
+    ] = "cosine",
     max_stored_responses: Annotated[
         int, typer.Option(metavar="N", min=0, help="Answers of /v1/responses that later ones may go on from, in memory; 0: none.")
     ] = 1000,
@@ -95,6 +98,7 @@ def serve_openai(
         from paged_client.openai.connections import ConnectionLimits, available_descriptors
         from paged_client.openai.gateway import Offer
         from paged_client.openai.limits import BodyLimits
+        from paged_client.openai.ranking_api import checked_scoring
         from paged_client.openai.serving import Listening, listen, serve
     except ImportError as error:
         raise _failure(f"{error.name} is missing: {install_command('openai')}") from None
@@ -116,6 +120,7 @@ def serve_openai(
             list_adapters=not hide_adapters,
             forms=forms,
             max_stored_responses=max_stored_responses,
+            scoring=checked_scoring(scoring),
         )
         if len(urls) > 1 or urls[0].startswith(("dns://", "file://")):
             client: AsyncPagedClient | ClusterClient = ClusterClient(urls, model=model_name, routing=routing, timeout=timeout, tokenizer=tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,20 +18,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from paged_client.answers import Answer, Delta, Usage
-from paged_client.async_client import AsyncStream
-from paged_client.cluster.resuming import ClusterStream
 from paged_client.errors import PagedError
 from paged_client.openai.answer_forms import FormOptions, chat_form, constrained
 from paged_client.openai.chat_source import Chunks
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
+from paged_client.openai.embeddings_api import EmbeddingSource, add_embedding_paths
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
 from paged_client.openai.limits import Bodies, BodyLimits
+from paged_client.openai.merging import cancelled, merged
 from paged_client.openai.messages_api import add_message_paths
 from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of
 from paged_client.openai.model_card import Backend, Description, ModelCard
 from paged_client.openai.parsed_chat import ParsedChatReply
 from paged_client.openai.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, TokenizeBody
+from paged_client.openai.ranking_api import add_ranking_paths
 from paged_client.openai.response_store import ResponseStore
 from paged_client.openai.responses import ChatReply, CompletionReply
 from paged_client.openai.responses_api import add_response_paths
@@ -63,6 +64,7 @@ class Offer:
     list_adapters: bool = True
     forms: FormOptions = field(default_factory=FormOptions)
     max_stored_responses: int = 1000  # 0: none
+    scoring: str = "cosine"  # of /v1/score and /v1/rerank, where a body does not say: one of SCORINGS
 
 
 ENDPOINTS = (
@@ -70,6 +72,9 @@ ENDPOINTS = (
     "/v1/chat/completions",
     "/v1/responses",
     "/v1/messages",
+    "/v1/embeddings",
+    "/v1/score",
+    "/v1/rerank",
     "/v1/models",
     "/tokenize",
     "/detokenize",
@@ -113,6 +118,10 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
 
     add_message_paths(app, chat, offer.strict)
     add_response_paths(app, chat, ResponseStore(offer.max_stored_responses, _MAX_STORED_BYTES), offer.strict)
+
+    embeddings = EmbeddingSource(card, gateway.adapter_of, metrics, offer.prompts_at_once)
+    add_embedding_paths(app, embeddings, offer.strict)
+    add_ranking_paths(app, embeddings, offer.strict, offer.scoring)
 
     _say_errors_in_openais_words(app)
     app.add_middleware(GatewayMiddleware, api_key=offer.api_key, bodies=bodies, metrics=metrics)
@@ -276,7 +285,7 @@ class _Gateway:
         try:
             return await asyncio.gather(*tasks)
         finally:
-            await _cancelled(tasks)
+            await cancelled(tasks)
 
     async def _pieces(self, asked: Asked) -> Pieces:
         """(which prompt, piece) of all prompts. Closing it cancels what is not over."""
@@ -288,8 +297,8 @@ class _Gateway:
     async def _streamed(self, asked: Asked) -> Pieces:
         streams = [partial(self._client.stream, prompt, **_options(asked)) for prompt in asked.prompts]
         if len(streams) > 1:
-            async with aclosing(_merged(streams, self._offer.prompts_at_once)) as merged:
-                async for piece in merged:
+            async with aclosing(merged(streams, self._offer.prompts_at_once)) as arriving:
+                async for piece in arriving:
                     yield piece
             return
         async with streams[0]() as stream:
@@ -351,34 +360,6 @@ async def _events(chunks: Chunks) -> AsyncGenerator[bytes, None]:
     yield _DONE
 
 
-async def _merged(streams: Sequence[Callable[[], AsyncStream | ClusterStream]], at_once: int) -> Pieces:
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
-    places = asyncio.Semaphore(at_once)
-
-    async def listen(number: int, open_stream: Callable[[], AsyncStream | ClusterStream]) -> None:
-        try:
-            async with places, open_stream() as stream:
-                async for delta in stream:
-                    await arrived.put((number, delta))
-            await arrived.put(None)
-        except Exception as error:
-            await arrived.put(error)
-
-    tasks = [asyncio.ensure_future(listen(number, open_stream)) for number, open_stream in enumerate(streams)]
-    num_running = len(tasks)
-    try:
-        while num_running:
-            event = await arrived.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                num_running -= 1
-            else:
-                yield event
-    finally:
-        await _cancelled(tasks)
-
-
 def _options(asked: Asked) -> dict[str, Any]:
     return {
         "messages": asked.messages,
@@ -388,12 +369,6 @@ def _options(asked: Asked) -> dict[str, Any]:
         "request_id": asked.request_id,
         **asked.sampling,
     }
-
-
-async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _next(pieces: Pieces) -> tuple[int, Delta] | None:

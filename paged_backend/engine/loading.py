@@ -22,6 +22,7 @@ from paged_backend.messages import Ready
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids, recommended_sampling
+from paged_backend.models.pooling_config import recommended_pooling
 from paged_backend.models.tokenizer import export
 from paged_backend.runner.builder import build_runner
 from paged_backend.scheduler.adapter_slots import AdapterSlots
@@ -84,6 +85,9 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
         page_size=config.page_size,
         num_pages=limits.num_pages,
         sampling=_recommended(config, checkpoint.generation, limits.max_model_len),
+        pooling=recommended_pooling(checkpoint.folder),
+        embedding_size=checkpoint.architecture.hidden_size,
+        makes_text=checkpoint.architecture.has_head,
     )
     stepped: Runner = runner
     if config.debug_checks:

@@ -49,7 +49,7 @@ from paged_backend.messages import (
     FromEngine,
     Goodbye,
     Hello,
-    PromptLogprobs,
+    PromptReport,
     Ready,
     Shutdown,
     Submit,
@@ -138,7 +138,7 @@ class Outbox:
                 self.send(front_end, _tokens(output, mine, finishes, prompts, found))
 
 
-def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish, ...], prompts: tuple[PromptLogprobs, ...], found: tuple[Found, ...]) -> Tokens:
+def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish, ...], prompts: tuple[PromptReport, ...], found: tuple[Found, ...]) -> Tokens:
     """The part of an output that belongs to one front end."""
     request_ids = output.request_ids[mine]
     answered = {*request_ids.tolist(), *(one.request_id for one in found)}

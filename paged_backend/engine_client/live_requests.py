@@ -19,7 +19,7 @@ import numpy as np
 
 from paged_backend.engine_client.link import EngineLink
 from paged_backend.errors import ErrorKind, RequestError
-from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Finish, Found, PromptLogprobs, Submit, Tokens, TokenScores
+from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Finish, Found, PromptReport, Submit, Tokens, TokenScores
 
 _SUSPECT_AFTER = 2  # deaths in a row while a request ran
 _GUILTY_AFTER = 4  # deaths in a row while it ran as the only suspect: engines die of something else, too, and long prompts need a while to be cleared
@@ -39,7 +39,7 @@ class Piece:
     logprobs: list[TokenScores] = field(default_factory=list)  # per token, the chosen one first; empty if not asked for
     num_cached_tokens: int | None = None  # with the first token
     admitted: float | None = None  # seconds, CLOCK_MONOTONIC: with the first token of a traced request
-    prompts: list[PromptLogprobs] = field(default_factory=list)
+    prompts: list[PromptReport] = field(default_factory=list)
     found: Found | None = None  # a beam search's whole answer, with the finish
     finish: Finish | None = None
 

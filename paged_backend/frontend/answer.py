@@ -20,13 +20,14 @@ from paged_backend.engine_client.live_requests import Piece
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.detokenizer import AnswerText, stops_of
+from paged_backend.frontend.embeddings import embedding_delta
 from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.prompt_logprobs import PromptTableParts
 from paged_backend.frontend.spans import Outcome, RequestSpans, Times
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
 from paged_backend.frontend.tasks import answer_task
-from paged_backend.messages import Finish, Found, Prompt, TokenScores, front_end_of, number_of
+from paged_backend.messages import Finish, Found, Prompt, PromptEmbedding, PromptLogprobs, TokenScores, front_end_of, number_of
 from paged_backend.request import Request, SamplingParams
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
@@ -133,7 +134,7 @@ class Answer:
         if self._over:
             return
         try:
-            if self._request.task != "generate":
+            if self._request.task not in ("generate", "embed"):
                 self._answer_task()
                 return
             prompt = self._services.prompts.read(self._request)
@@ -199,7 +200,7 @@ class Answer:
 
     def _take(self, strand: _Strand, piece: Piece) -> None:
         if self._prompt_parts is not None:
-            for part in piece.prompts:
+            for part in (report for report in piece.prompts if isinstance(report, PromptLogprobs)):
                 self._prompt_parts.add(part.start, part.logprobs, part.ranks, part.top_ids, part.top_logprobs)
         if self._admitted_time is None:
             self._admitted_time = piece.admitted
@@ -208,7 +209,10 @@ class Answer:
         delta, must_stop = strand.take(piece, self._prompt_len)
         if must_stop and strand.request_id is not None:
             self._services.client.abort(strand.request_id)
-        self._count(len(delta.token_ids))
+        embedding = next((report for report in piece.prompts if isinstance(report, PromptEmbedding)), None)
+        if embedding is not None:
+            delta, strand.num_tokens = embedding_delta(delta, embedding, self._request), 0
+        self._count(len(delta.token_ids), embedding is not None)
         if delta.error is not None:
             self._end_with(delta)
             self._abort()
@@ -245,14 +249,15 @@ class Answer:
                 self._prompt_parts = None
         self._services.streamer.put(self._channel, delta)
 
-    def _count(self, num_tokens: int) -> None:
-        if not num_tokens:
+    def _count(self, num_tokens: int, is_embedding: bool) -> None:
+        if not num_tokens and not is_embedding:
             return
         tally = self._services.tally
         self._last_token_time = time.monotonic()
         if not self._first_token_time:
             self._first_token_time = self._last_token_time
-            tally.observe("paged_time_to_first_token_seconds", self._first_token_time - self._request.arrival)
+            if not is_embedding:
+                tally.observe("paged_time_to_first_token_seconds", self._first_token_time - self._request.arrival)
             tally.add("paged_prompt_tokens_total", self._prompt_len)
             tally.observe("paged_request_prompt_tokens", self._prompt_len)
         tally.add("paged_generation_tokens_total", num_tokens)
@@ -329,7 +334,7 @@ class Answer:
 
     def _record(self, now: float) -> None:
         tally, request = self._services.tally, self._request
-        if request.task != "generate":
+        if request.task not in ("generate", "embed"):
             return
         num_tokens = sum(strand.num_tokens for strand in self._strands)
         seconds = now - request.arrival

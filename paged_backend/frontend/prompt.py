@@ -18,6 +18,7 @@ from paged_backend.arrays import bits
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.frontend.chat_template import ChatTemplate, Render
+from paged_backend.frontend.embeddings import settled
 from paged_backend.frontend.template_renderer import TemplateRenderer
 from paged_backend.frontend.words_tokenizer import WordsTokenizer
 from paged_backend.grammar.token_bytes import TokenBytes
@@ -87,7 +88,9 @@ class PromptReader:
         Raises:
             RequestError: what the caller must change, with the limit.
         """
-        sampling = request.sampling
+        sampling = settled(request.sampling, self.ready) if request.task == "embed" else request.sampling
+        if request.task == "generate" and not self.ready.makes_text:
+            raise RequestError("this model's checkpoint has no head: it makes embeddings (task embed), no text", ErrorKind.UNSUPPORTED)
         max_tokens = self._config.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
         if sampling.max_tokens is not None and max_tokens > self.ready.max_model_len:
             raise RequestError(f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self.ready.max_model_len})")

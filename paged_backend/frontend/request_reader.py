@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.errors import RequestError
+from paged_backend.frontend.embeddings import check_no_embedding_keys, embedding_sampling, vllm_request
 from paged_backend.frontend.generation_defaults import KEY as GENERATION_DEFAULTS
 from paged_backend.frontend.generation_defaults import GenerationDefaults
 from paged_backend.frontend.unknown_keys import without_foreign, without_unknown
@@ -31,7 +32,8 @@ _PROMPTS = ("text_input", "input_ids", "messages")
 _ANSWER = "answer_ids"
 _CHAT_SWITCHES = ("add_generation_prompt", "continue_final_message")
 _TEMPLATE_KWARGS = "chat_template_kwargs"
-_NOT_SERVED = {"image": "this model reads text alone", "embedding_request": "this model makes text, no embeddings"}  # inputs of NVIDIA's vLLM backend
+_NOT_SERVED = {"image": "this model reads text alone"}  # inputs of NVIDIA's vLLM backend
+_VLLM_EMBEDDING = "embedding_request"  # another of its inputs
 _ERROR_CODE_SWITCH = "return_error_code"
 _NO_DEFAULTS = GenerationDefaults()
 _HEALTH_SWITCH = "health_check"
@@ -52,7 +54,10 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
         RequestError: names the tensor, key or parameter, and what is allowed.
     """
     given, trace = _read_parameters(parameters)
-    if "task" in tensors and (task := _read_task(tensors)) != "generate":
+    task: Task = _read_task(tensors) if "task" in tensors else "generate"
+    if task == "embed" or (_VLLM_EMBEDDING in tensors and tensors[_VLLM_EMBEDDING].size):
+        return msgspec.structs.replace(_embed_request(tensors, given, arrival), trace=trace)
+    if task != "generate":
         return _task_request(task, tensors, given, arrival)
     outputs = Outputs(**{name: bool(_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
     stream = bool(_switch(tensors, given, "stream"))
@@ -65,6 +70,7 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
     name = _prompt_name(tensors)
     options = _read_options(tensors, given)
     template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
+    check_no_embedding_keys(options)
     sampling = _read_sampling(defaults.with_defaults(options), outputs)
     if stream and (sampling.best_of or 1) > sampling.n:
         raise RequestError(f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end")
@@ -119,6 +125,38 @@ def _task_request(task: Task, tensors: Tensors, given: Mapping[str, Any], arriva
         prepend_prompt=False,
         arrival=arrival,
         task=task,
+    )
+
+
+def _embed_request(tensors: Tensors, given: Mapping[str, Any], arrival: float) -> Request:
+    """One whose answer is the prompt's embedding; the prompt may come in the vLLM backend's own input."""
+    options, text, ids = _read_options(tensors, given), None, None
+    template_kwargs: dict[str, Any] = {}
+    as_text = _VLLM_EMBEDDING in tensors and bool(tensors[_VLLM_EMBEDDING].size)
+    if as_text:
+        if others := [name for name in _PROMPTS if name in tensors]:
+            raise RequestError(f"{_VLLM_EMBEDDING} and {others[0]}: send one of them, not both")
+        prompt, own = vllm_request(_read_json(_VLLM_EMBEDDING, _bytes(_VLLM_EMBEDDING, _only(_VLLM_EMBEDDING, tensors[_VLLM_EMBEDDING]))))
+        name, options = "", {**options, **own}
+        text, ids = (prompt, None) if isinstance(prompt, str) else (None, np.array(prompt, np.int64))
+    else:
+        name = _prompt_name(tensors)
+        template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
+        text = _string(name, _only(name, tensors[name])) if name == "text_input" else None
+        ids = _read_ids(name, tensors[name]) if name == "input_ids" else None
+    outputs = Outputs(**{name: bool(_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
+    return Request(
+        text=text,
+        input_ids=ids,
+        chat=_read_chat(tensors, given, template_kwargs) if name == "messages" else None,
+        sampling=embedding_sampling(options),
+        outputs=msgspec.structs.replace(outputs, logprobs=False, prompt_logprobs=False, cumulative_logprob=False),
+        stream=False,
+        prepend_prompt=False,
+        cache_salt=_cache_salt(given),
+        arrival=arrival,
+        task="embed",
+        embedding_as_text=as_text,
     )
 
 

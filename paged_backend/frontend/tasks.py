@@ -47,6 +47,8 @@ def describe(prompts: PromptReader, config: EngineConfig) -> dict[str, Any]:
         "num_pages": prompts.ready.num_pages,
         "max_batched_tokens": config.max_batched_tokens,
         "kv_events": config.kv_events,
+        "embeddings": {"pooling": prompts.ready.pooling, "dimensions": prompts.ready.embedding_size},
+        "makes_text": prompts.ready.makes_text,
     }
 
 

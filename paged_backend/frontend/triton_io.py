@@ -20,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.starter import engine_command
 from paged_backend.errors import EngineError, ErrorKind, RequestError
-from paged_backend.frontend.delta import Delta
+from paged_backend.frontend.delta import Delta, Embedding
 from paged_backend.frontend.engine_loss import leave_server
 from paged_backend.frontend.front_end import FrontEnd
 from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
@@ -188,8 +188,11 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable
         tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
     if outputs.logprobs:
         tensors.append(_strings("logprobs", [_json_list(_logprob_entries(entry, spelled) for entry in delta.logprobs) for delta in deltas]))
+    if isinstance(first.prompt, Embedding):
+        tensors.append(pb_utils.Tensor("embedding", first.prompt.values))
     if outputs.prompt_logprobs:
-        tensors += [_strings("prompt_logprobs", [_prompt_json(delta.prompt, spelled)]) for delta in deltas if delta.prompt is not None]
+        tables = [delta.prompt for delta in deltas if isinstance(delta.prompt, PromptTable)]
+        tensors += [_strings("prompt_logprobs", [_prompt_json(table, spelled)]) for table in tables]
     if outputs.num_input_tokens:
         tensors.append(_numbers("num_input_tokens", [first.num_input_tokens], np.uint32))
     if outputs.num_output_tokens:

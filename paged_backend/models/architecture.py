@@ -60,6 +60,7 @@ class Architecture:
     initializer_range: float
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    has_head: bool = True  # False: the checkpoint is of the layers alone, which make embeddings and no text
     shard: Shard = WHOLE  # the layers are this rank's parts
 
     def of_rank(self, shard: Shard) -> Architecture:
@@ -139,7 +140,7 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _family_of(file: ConfigKind) -> Family:
     name = (file.architectures or ["none"])[0]
-    family = FAMILIES.get(name)
+    family = FAMILIES.get(name) or FAMILIES.get(f"{name.removesuffix('Model')}ForCausalLM")  # Qwen3Model: the same without a head
     if family is None:
         raise EngineError(f"architecture {name[:80]} is not supported; supported: {', '.join(FAMILIES)}")
     if file.model_type not in (None, family.model_type):

@@ -52,3 +52,7 @@ class Decoder:
         """[k, hidden] of `hidden` -> [k, vocab]; of several ranks each has its part of the vocabulary (Ops.gather_logits)."""
         weights = self._weights
         return self._ops.norm_linear(x, weights.final_norm, weights.norm_eps, weights.head, out=out)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """[k, hidden] of `hidden` -> the same after the final norm: what transformers calls the last hidden state."""
+        return self._ops.rms_norm(x, self._weights.final_norm, self._weights.norm_eps)

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from paged_backend.units import spell_bytes
 from paged_kernels.linear import Linear
 
 Progress = Callable[[str], None]
+Named = TypeVar("Named")
 
 _EMBEDDING, _HEAD, _LAYERS = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
 _COMPARED_AT_ONCE = 2**24  # numbers
@@ -127,6 +129,8 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
     """
     stored = find_tensors(folder)
     note = ""
+    if _is_headless(stored):
+        architecture = replace(architecture, tied_head=True, has_head=False)
     if architecture.tied_head and _EMBEDDING in stored and _HEAD in stored and not _equal(stored, _EMBEDDING, _HEAD):
         architecture = replace(architecture, tied_head=False)
         note = f"warning: config.json ties {_HEAD} to {_EMBEDDING}, but the checkpoint has two that differ: each is used as it is"
@@ -186,7 +190,7 @@ def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
     names = _names_by_layer(stored)
     for index, layer in enumerate(weights.layers):
         targets |= {f"{_LAYERS}{index}.{name}": target for name, target in layer.parameters(names.get(str(index), ())).items()}
-    return targets
+    return _inner_names(targets) if _is_headless(stored) else targets
 
 
 def _cuts(architecture: Architecture) -> Mapping[str, Cut]:
@@ -196,14 +200,25 @@ def _cuts(architecture: Architecture) -> Mapping[str, Cut]:
     cuts = dict.fromkeys((_EMBEDDING, _HEAD), architecture.vocabulary)
     for index, layer in enumerate(architecture.layers):
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in cuts_of_tensors(layer.cuts()).items()}
-    return cuts
+    return cuts if architecture.has_head else _inner_names(cuts)
 
 
 def _names_by_layer(stored: Collection[str]) -> dict[str, set[str]]:
     """A layer's number -> names within it."""
     found: dict[str, set[str]] = {}
     for name in stored:
-        if name.startswith(_LAYERS):
-            index, _, rest = name.removeprefix(_LAYERS).partition(".")
+        inner = name.removeprefix("model.")
+        if inner.startswith(_LAYERS.removeprefix("model.")):
+            index, _, rest = inner.removeprefix(_LAYERS.removeprefix("model.")).partition(".")
             found.setdefault(index, set()).add(rest)
     return found
+
+
+def _inner_names(by_name: Mapping[str, Named]) -> dict[str, Named]:
+    """By the names that a checkpoint of the layers alone has."""
+    return {name.removeprefix("model."): value for name, value in by_name.items()}
+
+
+def _is_headless(stored: Collection[str]) -> bool:
+    """A checkpoint of the layers alone, as models of embeddings are published: its names are those of the inner model, which has no head."""
+    return _EMBEDDING.removeprefix("model.") in stored and _HEAD not in stored

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from paged_backend.batch import AdapterUse, Ask, BeamRows, PromptScoring, TokenMasks
+from paged_backend.batch import AdapterUse, Ask, BeamRows, Pooling, PromptScoring, TokenMasks
 from paged_backend.runner.adapter_store import AdapterRoom
 from paged_backend.runner.asks import AskRoom
 from paged_backend.runner.beam_candidates import BeamRoom
+from paged_backend.runner.embeddings import PoolingRoom
 from paged_backend.runner.prompt_scores import PromptRoom
 
 ROOMS: Mapping[type[Ask], AskRoom] = {
@@ -15,6 +16,7 @@ ROOMS: Mapping[type[Ask], AskRoom] = {
     TokenMasks: AskRoom(),  # masks are written with those of new rows (step_sections.py); the sampler applies what lies in the rows
     BeamRows: BeamRoom(),
     PromptScoring: PromptRoom(),
+    Pooling: PoolingRoom(),
 }
 
 

@@ -130,3 +130,12 @@ class ModelRunner:
         n = min(num_tops, self.limits.vocab_size)
         parts = zip(torch.split(at, self._scored_at_once), torch.split(token_ids, self._scored_at_once), strict=True)
         return torch.cat([self._sampler.score(self._decoder.logits(hidden.index_select(0, some)), following, n) for some, following in parts])
+
+    def pool(self, hidden: Tensor, counts: Sequence[int]) -> Tensor:
+        """int32 [len(counts), hidden_size], float32's bits: sums of the normed states of the tokens that the launched step's prompts want pooled
+        (embeddings.py), of which the first counts[0] belong together, and so on. hidden: [T, hidden_size]."""
+        at = self._rows.pooled_tokens()
+        if max(counts) == 1:
+            return self._decoder.normed(hidden.index_select(0, at)).float().view(torch.int32)
+        parts = torch.split(at, list(counts))
+        return torch.stack([self._decoder.normed(hidden.index_select(0, part)).sum(0, dtype=torch.float32) for part in parts]).view(torch.int32)

@@ -230,6 +230,10 @@ class DeviceRows:
         at, rows, positions = self._sent["prompt_tokens"]
         return at, self.token_ids[rows, positions]
 
+    def pooled_tokens(self) -> Tensor:
+        """Of the last update: int32 [k] which of the step's tokens leave their hidden states for embeddings."""
+        return self._sent["pooled_tokens"]
+
     def _widest(self, name: str, rows: Int32) -> int:
         return int(self._sizes[name][rows].max(initial=0))
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from paged_backend.arrays import Int32, Int64
 from paged_backend.batch import Batch, Feature, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Finish, Found, PromptLogprobs
+from paged_backend.messages import Finish, Found, PromptReport
 from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.sequence import Sequence
 
@@ -23,7 +23,7 @@ class Commit:
         self._started: dict[int, int] = {}
         self._admitted: dict[int, float] = {}
         self._found: list[Found] = []
-        self._prompts: list[PromptLogprobs] = []
+        self._prompts: list[PromptReport] = []
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their limit."""
@@ -90,8 +90,8 @@ class Commit:
 
     # ---- what features have to say (features.py: Takings)
 
-    def tell_prompt(self, scored: PromptLogprobs) -> None:
-        self._prompts.append(scored)
+    def tell_prompt(self, report: PromptReport) -> None:
+        self._prompts.append(report)
 
     def conclude(self, sequence: Sequence, found: Found | None) -> None:
         """A beam search is over; or it must begin again (None), for want of a page."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from paged_backend.arrays import Int32
 from paged_backend.batch import Answer, Ask, Batch
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Finish, Found, PromptLogprobs, Submit
+from paged_backend.messages import Finish, Found, PromptReport, Submit
 from paged_backend.scheduler.row_changes import RowChanges
 from paged_backend.scheduler.sequence import Rows, Sequence
 
@@ -35,7 +35,7 @@ class StepRows:
 class Takings(Protocol):
     """Where a feature puts what a step has brought (commit.py)."""
 
-    def tell_prompt(self, scored: PromptLogprobs) -> None:
+    def tell_prompt(self, report: PromptReport) -> None:
         """Goes out before the step's tokens."""
 
     def conclude(self, sequence: Sequence, found: Found | None) -> None:

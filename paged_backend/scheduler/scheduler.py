@@ -30,6 +30,7 @@ from paged_backend.scheduler.admission import Admission
 from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.commit import Commit
 from paged_backend.scheduler.deadlines import Deadlines
+from paged_backend.scheduler.embeddings import EmbeddingsFeature
 from paged_backend.scheduler.features import LiveFeatures, StepRows
 from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.intake import Intake
@@ -56,7 +57,7 @@ class Scheduler:
         self._clock = clock
         self._running = running = RunningSequences(limits)
         self._quarantine = Quarantine()
-        every = (self._quarantine, guides or GrammarMasks(), adapters or AdapterSlots(), PromptLogprobsFeature(), Beams(running.pages))
+        every = (self._quarantine, guides or GrammarMasks(), adapters or AdapterSlots(), PromptLogprobsFeature(), EmbeddingsFeature(), Beams(running.pages))
         self._features = LiveFeatures(every, running.table, running.changes)
         waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__)
         self._living = Lifecycle(waiting, running, self._features)

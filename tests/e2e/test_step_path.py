@@ -23,6 +23,7 @@ FEATURES = (
     "scheduler/beam_search.py",
     "scheduler/beams.py",
     "scheduler/deadlines.py",
+    "scheduler/embeddings.py",
     "scheduler/grammar_masks.py",
     "scheduler/prompt_logprobs.py",
     "scheduler/quarantine.py",
@@ -31,6 +32,7 @@ FEATURES = (
     "runner/ask_table.py",
     "runner/asks.py",
     "runner/beam_candidates.py",
+    "runner/embeddings.py",
     "runner/prompt_scores.py",
 )
 MOST_FUNCTIONS = 82

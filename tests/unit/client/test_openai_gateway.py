@@ -421,7 +421,7 @@ def test_what_any_web_page_could_send_is_not_taken_for_json(kind: str) -> None:
 
 
 def test_other_paths_and_methods_are_refused_in_the_same_shape() -> None:
-    assert call(WHOLE, "/v1/embeddings", {}).json["error"]["message"] == "POST /v1/embeddings: Not Found"
+    assert call(WHOLE, "/v1/images", {}).json["error"]["message"] == "POST /v1/images: Not Found"
     wrong = call(WHOLE, "/v1/completions")
     assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.frontend.generation_defaults import GenerationDefaults
 from paged_backend.frontend.request_reader import MAX_JSON_BYTES, id_parameter, read_request, wants_error_code
 from paged_backend.request import Outputs, Request
 
@@ -230,6 +231,41 @@ def test_a_task_that_needs_no_engine_is_read_without_its_options() -> None:
     ids = read_request(_tensors(task="detokenize", input_ids=[5, 6]), "", 0.0).input_ids
     assert ids is not None and ids.tolist() == [5, 6]
     _refused("text_input: task detokenize takes input_ids", task="detokenize")
-    _refused("task: expected generate, tokenize, detokenize, describe, got 'embed'", task="embed")
+    _refused("task: expected generate, embed, tokenize, detokenize, describe, got 'draw'", task="draw")
     with pytest.raises(RequestError, match="text_input: missing"):
         read_request(_tensors(task="tokenize"), "", 0.0)
+
+
+def test_an_embedding_is_asked_for_with_a_task_and_its_own_keys() -> None:
+    asked = _read({"normalize": False}, task="embed", stream=True, sampling_parameters='{"pooling": "mean", "dimensions": "8", "lora_name": "french"}')
+    sampling = asked.sampling
+    assert (asked.task, asked.text, asked.stream, asked.embedding_as_text) == ("embed", "hello", False, False)
+    assert (sampling.pooling, sampling.dimensions, sampling.normalize, sampling.lora_name, sampling.max_tokens) == ("mean", 8, False, "french", 1)
+    defaults = GenerationDefaults({"temperature": 0.6}, True)
+    assert read_request(_tensors(task="embed", text_input="x"), "", 0.0, defaults).sampling.greedy, "what is recommended for text is nothing to it"
+    for refused in ("n", "temperature", "guided_regex", "prompt_logprobs", "use_beam_search"):
+        _refused(f"{refused}: not with task embed", task="embed", sampling_parameters=json.dumps({refused: 1}))
+    for key, value in {"pooling": "mean", "dimensions": 8, "normalize": True}.items():
+        _refused(f"{key}: only with task embed", sampling_parameters=json.dumps({key: value}))
+    _refused("dimensions: expected int >= 1", task="embed", sampling_parameters='{"dimensions": 0}')
+    _refused("pooling: ", task="embed", sampling_parameters='{"pooling": "max"}')
+
+
+def test_the_vllm_backends_own_input_asks_for_an_embedding() -> None:
+    def read(members: object) -> Request:
+        return read_request(_tensors(embedding_request=json.dumps(members)), "", 0.0)
+
+    asked = read({"input": "hello", "pooling_params": {"dimensions": [16]}})
+    assert (asked.task, asked.text, asked.sampling.dimensions, asked.embedding_as_text) == ("embed", "hello", 16, True)
+    ids = read({"input": [5, 6], "model": "m"}).input_ids
+    assert ids is not None and ids.tolist() == [5, 6]
+    for members, message in (
+        ({}, "embedding_request: input: expected"),
+        ({"input": ["a", "b"]}, "embedding_request: input: expected"),
+        ({"input": [True]}, "embedding_request: input: expected"),
+        ({"input": "a", "pooling_params": 3}, "embedding_request: pooling_params: expected a JSON object"),
+        ({"input": "a", "pooling_params": {"dimensions": [0]}}, "dimensions: expected int >= 1"),
+        ([], "embedding_request: expected a JSON object"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            read(members)

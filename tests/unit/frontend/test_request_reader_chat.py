@@ -71,7 +71,7 @@ def test_tools_go_with_the_messages() -> None:
         ({"messages": MESSAGES, "chat_template_kwargs": "[]"}, "chat_template_kwargs: expected a JSON object"),
         ({"messages": MESSAGES, "sampling_parameters": '{"chat_template_kwargs": 5}'}, "chat_template_kwargs: expected a JSON object, got '5'"),
         ({"text_input": "x", "image": b"aGk="}, "image: not served: this model reads text alone"),
-        ({"text_input": "x", "embedding_request": b"{}"}, "embedding_request: not served: this model makes text"),
+        ({"text_input": "x", "embedding_request": b"{}"}, "embedding_request and text_input: send one of them, not both"),
         ({"messages": b"\xff"}, "messages: not valid UTF-8"),
     ],
     ids=["two prompts", "none", "both ends", "variables of a text", "no object", "a number", "an image", "embeddings", "not text"],

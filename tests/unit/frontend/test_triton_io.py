@@ -19,14 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.delta import Delta
+from paged_backend.frontend.embeddings import embedding_delta
 from paged_backend.frontend.prompt_logprobs import PromptTable
 from paged_backend.log_lines import without_stamp
-from paged_backend.request import Outputs
+from paged_backend.messages import PromptEmbedding
+from paged_backend.request import Outputs, Request, SamplingParams
 from tests.server import fake_engine
 
 COMMAND = [sys.executable, str(Path(fake_engine.__file__))]
@@ -284,6 +287,23 @@ def test_no_more_than_a_tokens_logprobs_are_written_at_once(triton_io: types.Mod
     assert len(entries) == 100 and entries[0] is None
     assert entries[1]["1"] == {"logprob": -1.5, "rank": 1, "decoded_token": " <1>"}
     assert arrays["logprobs"][0].decode() == dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": " <5>"}}] * 50)
+
+
+@pytest.mark.parametrize(("normalize", "dimensions", "expected"), [(True, None, [0.6, 0.0, 0.8]), (True, 1, [1.0]), (False, 2, [3.0, 0.0])])
+def test_an_embedding_is_shortened_normalised_and_sent_once(
+    triton_io: types.ModuleType, normalize: bool, dimensions: int | None, expected: list[float]
+) -> None:
+    sampling = SamplingParams(pooling="last", normalize=normalize, dimensions=dimensions)
+    for as_text in (False, True):
+        request = Request(text="x", input_ids=None, sampling=sampling, outputs=Outputs(), stream=False, prepend_prompt=False, arrival=0.0, task="embed")
+        request = msgspec.structs.replace(request, embedding_as_text=as_text)
+        report = PromptEmbedding(1, np.array([3, 0, 4], np.float32).tobytes())
+        delta = embedding_delta(Delta(text="t", token_ids=(9,), num_input_tokens=5, finish_reason="length"), report, request)
+        arrays = triton_io.response_of([delta], Outputs(output_ids=True, num_input_tokens=True, num_output_tokens=True, finish_reason=True), spelled).tensors
+        np.testing.assert_allclose(arrays["embedding"], np.array(expected, np.float32), rtol=1e-6)
+        assert arrays["embedding"].dtype == np.float32
+        assert [arrays[name].tolist() for name in ("output_ids", "num_input_tokens", "num_output_tokens", "finish_reason")] == [[], [5], [0], [b"stop"]]
+        assert arrays["text_output"][0].decode() == (json.dumps(arrays["embedding"].tolist()) if as_text else "")
 
 
 def test_an_unfinished_response_says_none_as_the_vllm_backend_does(triton_io: types.ModuleType) -> None:

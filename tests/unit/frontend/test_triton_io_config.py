@@ -45,7 +45,7 @@ def test_every_output_switch_has_its_tensor(shipped: Any) -> None:
     inputs = {tensor.name: tensor for tensor in shipped.input}
     outputs = {tensor.name for tensor in shipped.output}
     switched = set(Outputs.__struct_fields__) - {"error_code"}  # a request parameter only: it adds a word to an error's text, no tensor
-    assert outputs == {"text_output", *switched}
+    assert outputs == {"text_output", "embedding", *switched}  # the last with task embed alone
     assert {name.removeprefix("return_") for name in inputs if name.startswith("return_")} == switched
     assert all(tensor.optional for tensor in shipped.input)
 
@@ -53,7 +53,8 @@ def test_every_output_switch_has_its_tensor(shipped: Any) -> None:
 def test_the_tensors_are_a_superset_of_nvidias_vllm_backend(shipped: Any) -> None:
     kinds = {tensor.name: tensor.data_type for tensor in [*shipped.input, *shipped.output]}
     string, boolean = 13, 1  # TYPE_STRING, TYPE_BOOL
-    assert kinds["text_input"] == kinds["sampling_parameters"] == kinds["text_output"] == kinds["finish_reason"] == kinds["logprobs"] == string
+    names = ("text_input", "sampling_parameters", "text_output", "finish_reason", "logprobs", "embedding_request")
+    assert {kinds[name] for name in names} == {string}
     assert kinds["stream"] == kinds["exclude_input_in_output"] == kinds["return_num_output_tokens"] == boolean
 
 
