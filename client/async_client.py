@@ -51,14 +51,21 @@ class AsyncPagedClient:
         delta_timeout: float | None = None,
         retries: int = 2,
         max_connections: int = 0,
+        keepalive_seconds: float | None = None,
     ) -> None:
-        """See PagedClient. max_connections: to an http URL at once, others wait for one; 0: no limit. gRPC has one."""
+        """See PagedClient.
+
+        max_connections: to an http URL at once, others wait for one; 0: no limit. gRPC has one.
+        keepalive_seconds: a gRPC server that says nothing for so long is asked whether it is there, and is gone if it does
+        not answer for as long again. Only for a client that asks something at least every minute: Triton Server takes pings
+        with nothing between them for an attack. None: it is not asked.
+        """
         scheme, address = parse_url(url)
         self._limits = Limits(timeout, delta_timeout, retries)
         self._transport: _Transport = (
             AsyncHttpTransport(f"{scheme}://{address}", model, max_connections)
             if scheme.startswith("http")
-            else AsyncGrpcTransport(address, model, ssl=scheme == "grpcs")
+            else AsyncGrpcTransport(address, model, scheme == "grpcs", keepalive_seconds)
         )
 
     async def __aenter__(self) -> AsyncPagedClient:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Outputs = dict[str, list[Any]]
 _END_SECONDS = 5.0  # for the server to end a stream whose request is over
 _READY_SECONDS = 5.0  # for the server to say whether it is
+_MAX_MESSAGE_BYTES = 2**31 - 1  # as tritonclient has it
 
 
 class GrpcTransport:
@@ -144,10 +145,12 @@ def _in_daemon_thread(task: Callable[[], None]) -> None:
 class AsyncGrpcTransport:
     """One client and connection carries every stream."""
 
-    def __init__(self, address: str, model: str, ssl: bool) -> None:
+    def __init__(self, address: str, model: str, ssl: bool, keepalive_seconds: float | None = None) -> None:
+        """keepalive_seconds: see AsyncPagedClient."""
         self._address = address
         self._model = model
         self._ssl = ssl
+        self._keepalive_seconds = keepalive_seconds
         self._client: AsyncInferenceServerClient | None = None
 
     def ask(self, question: Question) -> AsyncGrpcCall:
@@ -165,13 +168,28 @@ class AsyncGrpcTransport:
         from tritonclient.grpc.aio import InferenceServerClient
 
         if self._client is None:
-            self._client = InferenceServerClient(self._address, ssl=self._ssl)
+            self._client = InferenceServerClient(self._address, ssl=self._ssl, channel_args=_channel_options(self._keepalive_seconds))
         return self._client
 
     async def close(self) -> None:
         client, self._client = self._client, None
         if client is not None:
             await client.close()
+
+
+def _channel_options(keepalive_seconds: float | None) -> list[tuple[str, int]] | None:
+    """None: tritonclient's own, which never ask whether a server is there."""
+    if keepalive_seconds is None:
+        return None
+    milliseconds = round(1000 * keepalive_seconds)
+    return [
+        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", milliseconds),
+        ("grpc.keepalive_timeout_ms", milliseconds),
+        ("grpc.http2.ping_timeout_ms", milliseconds),  # a minute by default, and the timeout above counts for nothing then
+        ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+    ]
 
 
 class AsyncGrpcCall:

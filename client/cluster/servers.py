@@ -21,6 +21,7 @@ from paged_client.question import Question
 
 _CHECK_SECONDS = 1.0  # between two looks at a server
 _LOOKUP_SECONDS = 2.0  # between two readings of a list or name
+KEEPALIVE_SECONDS = 5.0  # of silence before a server is asked for a sign of life, and then for it: one that vanished is noticed after twice as long
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _EVERYWHERE = ("*", "0.0.0.0", "[::]")
 
@@ -190,8 +191,10 @@ class Servers:
 
     def _new(self, url: str) -> Server:
         self._count += 1
-        connection = self.connect(url) if self.connect is not None else AsyncPagedClient(url, model=self.model, timeout=self.timeout, retries=0)
-        return Server(url, connection, self._count)
+        return Server(url, self.connect(url) if self.connect is not None else self._connection(url), self._count)
+
+    def _connection(self, url: str) -> AsyncPagedClient:
+        return AsyncPagedClient(url, model=self.model, timeout=self.timeout, retries=0, keepalive_seconds=KEEPALIVE_SECONDS)
 
     async def _check(self, server: Server) -> None:
         ready = await server.connection.takes_requests()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -20,6 +22,7 @@ import openai
 
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import AsyncPagedClient
+from paged_client.cluster.servers import KEEPALIVE_SECONDS
 from tests.server.test_openai_gateway import KEY, Gateway, gateway_to
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
@@ -83,6 +86,17 @@ def expected(server: Server, *numbers: int, max_tokens: int = 24) -> list[str]:
     return asyncio.run(ask())
 
 
+async def ask_all(gateway: Gateway, break_off: Callable[[], None]) -> list[str | BaseException]:
+    """The texts of 64 streams. break_off: called once three quarters of them have begun."""
+    begun: set[int] = set()
+    async with openai.AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=200) as client:
+        streams = [asyncio.ensure_future(stream(client, number, begun)) for number in range(NUM_STREAMS)]
+        while len(begun) < NUM_STREAMS * 3 // 4:
+            await asyncio.sleep(0.01)
+        break_off()
+        return await asyncio.gather(*streams, return_exceptions=True)
+
+
 async def stream(client: openai.AsyncOpenAI, number: int, begun: set[int]) -> str:
     text = ""
     async for chunk in await client.completions.create(**asked(number, LONG), stream=True):
@@ -113,17 +127,7 @@ def test_answers_are_those_of_one_server_and_heads_stay_where_they_are(servers: 
 
 def test_nothing_is_lost_and_no_text_is_another_when_a_server_is_killed_under_64_streams(servers: list[Server], gateway: Gateway) -> None:
     texts = expected(servers[0], *range(NUM_STREAMS), max_tokens=LONG)
-
-    async def ask() -> list[str | BaseException]:
-        begun: set[int] = set()
-        async with openai.AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=200) as client:
-            streams = [asyncio.ensure_future(stream(client, number, begun)) for number in range(NUM_STREAMS)]
-            while len(begun) < NUM_STREAMS * 3 // 4:
-                await asyncio.sleep(0.01)
-            servers[1].kill()
-            return await asyncio.gather(*streams, return_exceptions=True)
-
-    got = asyncio.run(ask())
+    got = asyncio.run(ask_all(gateway, servers[1].kill))
     assert [one for one in got if isinstance(one, BaseException)] == []
     assert got == texts
     moved = metric(gateway, "paged_gateway_answers_resumed_total")[""], metric(gateway, "paged_gateway_requests_asked_anew_total")[""]
@@ -149,3 +153,29 @@ def test_a_server_that_comes_back_is_asked_again(servers: list[Server], gateway:
         with gateway.client() as client:
             for number in range(6):
                 assert [client.completions.create(**asked(number)).choices[0].text] == expected(servers[0], number)
+
+
+def test_a_server_that_hangs_is_given_up_in_time_and_its_streams_go_on_elsewhere(servers: list[Server], gateway: Gateway) -> None:
+    """It is stopped, so that it neither answers nor closes its connections. Two are there, of which one goes on."""
+    texts = expected(servers[0], *range(NUM_STREAMS), max_tokens=LONG)
+    resumed, hung = metric(gateway, "paged_gateway_answers_resumed_total")[""], servers[2].pid
+    stopped_at = 0.0
+
+    def stop() -> None:
+        nonlocal stopped_at
+        os.kill(hung, signal.SIGSTOP)
+        stopped_at = time.monotonic()
+
+    try:
+        got = asyncio.run(ask_all(gateway, stop))
+        seconds = time.monotonic() - stopped_at
+        assert [one for one in got if isinstance(one, BaseException)] == []
+        assert got == texts
+        moved = metric(gateway, "paged_gateway_answers_resumed_total")[""] - resumed
+        print(f"{NUM_STREAMS} streams, all over {seconds:.1f} s after the stop: {moved:.0f} went on elsewhere")
+        assert moved > 0, "nobody was on the server that hangs"
+        assert seconds < 2 * KEEPALIVE_SECONDS + 60, "a minute for what was left of the answers, on two loaded cores"
+        assert not any('"ready"' in labels and number > 1 for labels, number in metric(gateway, "paged_gateway_servers").items())
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    _until(lambda: metric(gateway, "paged_gateway_servers")['{state="ready"}'] == 2, 30)
