@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paged_kernels.linear import Linear
+from paged_kernels.codes import dequantise, rounded
+from paged_kernels.linear import PLAIN, Linear
 
 _GATHER_BYTES = 64 * 2**20  # of K and V that decode attention has in hand at once
 _LARGEST_TILE = 64  # tokens
@@ -23,8 +24,13 @@ class LayerOps:
         return functional.embedding(token_ids, table)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """[T, in] -> [T, out]."""
-        return functional.linear(x, linear.weight, linear.bias)
+        """[T, in] -> [T, out]. A quantised weight is dequantised and multiplied in float32; activations are rounded first where its format says so."""
+        if linear.format == PLAIN:
+            return functional.linear(x, linear.weight, linear.bias)
+        if linear.format.codes == "plain":
+            return functional.linear(rounded(x, linear).to(x.dtype), linear.weight, linear.bias)
+        bias = None if linear.bias is None else linear.bias.float()
+        return functional.linear(rounded(x, linear).float(), dequantise(linear), bias).to(x.dtype)
 
     def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear, out: Tensor | None = None) -> Tensor:
         """linear(rms_norm(x)): [T, in], [in] -> [T, out]."""

@@ -31,6 +31,11 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and activations; auto: the checkpoint's own on a GPU, float32 on a CPU."
     )
+    quantization: Literal["none", "fp8", "int4"] = Field(
+        "none",
+        description="Round a checkpoint of floats while it is read. fp8: a scale a row, activations per token; int4: groups of 128, loses quality. "
+        "A quantised checkpoint needs no option.",
+    )
     load_format: Literal["auto", "dummy"] = Field("auto", description="auto: safetensors; dummy: random weights from config.json alone, for benchmarks.")
     page_size: int = Field(
         16,

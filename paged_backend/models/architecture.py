@@ -15,9 +15,10 @@ from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKi
 from paged_backend.models.families.family import Family, head_dim_of
 from paged_backend.models.families.registry import FAMILIES
 from paged_backend.models.layer_spec import WHOLE, AttentionSpec, LayerSpec
+from paged_backend.models.quantization.quantization import Quantization
+from paged_backend.models.quantization.reading import read_quantization
 from paged_backend.models.shard import Cut, Shard, padded_rows, vocabulary_cut
 
-_QUANTISERS_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -61,6 +62,7 @@ class Architecture:
     eos_ids: tuple[int, ...]
     bos_id: int | None
     has_head: bool = True  # False: the checkpoint is of the layers alone, which make embeddings and no text
+    quantization: Quantization | None = None
     shard: Shard = WHOLE  # the layers are this rank's parts
 
     def of_rank(self, shard: Shard) -> Architecture:
@@ -114,7 +116,6 @@ def read_architecture(folder: Path) -> Architecture:
     content = read_json(path)
     kind = checked(ConfigKind, content, path.name)
     family = _family_of(kind)
-    _refuse_quantised(folder, kind)
     file = checked(ConfigFile, content, path.name)
     config = _transformers_config(family.model_type, file)
     _check_options(config)
@@ -130,6 +131,7 @@ def read_architecture(folder: Path) -> Architecture:
         initializer_range=config.initializer_range,
         eos_ids=token_ids(config.eos_token_id),
         bos_id=config.bos_token_id,
+        quantization=read_quantization(folder, kind.quantization_config),
     )
 
 
@@ -146,15 +148,6 @@ def _family_of(file: ConfigKind) -> Family:
     if file.model_type not in (None, family.model_type):
         raise EngineError(f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of model_type {family.model_type}")
     return family
-
-
-def _refuse_quantised(folder: Path, file: ConfigKind) -> None:
-    if file.quantization_config:
-        method = str(file.quantization_config.get("quant_method", "unnamed"))[:80]
-        raise EngineError(f"quantization_config: quantised checkpoints are not supported ({method})")
-    for name in _QUANTISERS_FILES:
-        if (folder / name).is_file():
-            raise EngineError(f"{name}: quantised checkpoints are not supported (config.json has no quantization_config, but GPTQ and AWQ write this file)")
 
 
 def _transformers_config(model_type: str, file: ConfigFile) -> PreTrainedConfig:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.architecture import Architecture, read_architecture
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids
+from paged_backend.models.quantization.online import read_online
+from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import check_rope
 from paged_backend.models.weights import settle_weights
 
@@ -40,6 +43,8 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
         folder = _fetch(config)
     architecture = read_architecture(folder)
     check_rope(architecture.rope)
+    if config.quantization != "none":
+        architecture = replace(architecture, quantization=_online(config.quantization, architecture.quantization))
     warning = ""
     if config.load_format == "auto":
         architecture, warning = settle_weights(architecture, folder)
@@ -47,6 +52,12 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     stops = find_stop_ids(architecture, generation, None)
     bos_id = architecture.bos_id if generation.bos_token_id is None else generation.bos_token_id
     return Checkpoint(folder, architecture, generation, tuple(stops), bos_id, (warning,) if warning else ())
+
+
+def _online(name: Literal["fp8", "int4"], found: Quantization | None) -> Quantization:
+    if found is not None:
+        raise EngineError(f"quantization: {name} is for checkpoints of floats, this one is quantised already ({found.name})")
+    return read_online(name)
 
 
 def _fetch(config: EngineConfig) -> Path:

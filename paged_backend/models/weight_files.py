@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paged_backend.errors import EngineError, reason_of
+from paged_backend.models.quantization.scheme import FLOATS
 from paged_backend.models.shard import Cut
 
-FLOATS = ("F32", "F16", "BF16")  # safetensors' names of the types that can be loaded
 _QUANTISED_ENDINGS = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale")
 
 
@@ -61,6 +63,36 @@ def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str], cu
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
 
 
+class OpenTensors:
+    """A context that reads tensors by name, in any order; files stay open in it."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._files: dict[Path, Any] = {}
+        self._open = ExitStack()
+
+    def read(self, name: str) -> Tensor:
+        """It is mapped: its bytes are read when they are used.
+
+        Raises:
+            EngineError: its file is broken.
+        """
+        path = self._stored[name].path
+        try:
+            if path not in self._files:
+                self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
+            tensor: Tensor = self._files[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
+        return tensor
+
+    def __enter__(self) -> OpenTensors:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+
 def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], cuts: Mapping[str, Cut] = MappingProxyType({})) -> None:
     """
     cuts: of the targets that are filled from a part of their tensor.
@@ -72,7 +104,7 @@ def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tens
     if missing:
         quantised = next((name for name in stored if name.endswith(_QUANTISED_ENDINGS)), None)
         if quantised is not None:
-            raise EngineError(f"checkpoint: quantised checkpoints are not supported, and it has tensors such as {quantised}")
+            raise EngineError(f"checkpoint: tensor {missing[0]} is missing; there are quantised ones such as {quantised}, which config.json does not tell of")
         raise EngineError(f"checkpoint: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
     for name, target in targets.items():
         shape, kind = list(stored[name].shape), stored[name].kind

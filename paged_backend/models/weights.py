@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor
 
 from paged_backend.errors import EngineError
+from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.attention import Attention
+from paged_backend.models.blocks.forward_pass import Allocate
 from paged_backend.models.blocks.mlp import Mlp
 from paged_backend.models.blocks.moe import MoeMlp
-from paged_backend.models.layer_spec import LayerSpec, MoeSpec
+from paged_backend.models.layer_spec import AdapterSite, LayerSpec, MoeSpec
+from paged_backend.models.quantization.modules import QuantisedModule, check_modules, modules_of, settle_quantization, split_quantised
+from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.shard import Cut, cuts_of_tensors
 from paged_backend.models.upload import Uploads
-from paged_backend.models.weight_files import StoredTensor, check_tensors, find_tensors, read_tensors
+from paged_backend.models.weight_files import OpenTensors, StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
 from paged_kernels.linear import Linear
 
@@ -53,12 +58,16 @@ class Weights:
     head: Linear  # [vocab, hidden]; its weight is the embedding itself if tied
     vocabulary: Cut  # what of the vocabulary the embedding's and the head's first rows are; the others, if any, belong to no token
     cuts: Mapping[str, Cut]  # of the tensors of the checkpoint that this rank has a part of, by name
+    quantization: Quantization | None = None
+    modules: tuple[QuantisedModule, ...] = ()  # of the linears, those that do not come as plain floats
 
     @property
     def num_bytes(self) -> int:
         tensors = [self.embedding, self.final_norm, *(tensor for layer in self.layers for tensor in layer.parameters().values())]
         if self.head.weight is not self.embedding:
             tensors.append(self.head.weight)
+        for linear in (*self.linears, self.head):
+            tensors += [scales for scales in (linear.scale, linear.zero, linear.row_scale, linear.input_scale) if scales is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
@@ -71,50 +80,93 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
     """Uninitialised parameters.
 
     Raises:
-        EngineError: the device has no room for them.
+        EngineError: the device has no room for them, or their sizes do not allow what the checkpoint says of its quantisation.
     """
     a = architecture
+    empty = Allocate(dtype, device, a.quantization)
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    def layer(spec: LayerSpec) -> Layer:
+    def layer(number: int, spec: LayerSpec) -> Layer:
         size, eps = a.hidden_size, a.rms_norm_eps
-        mlp = MoeMlp(spec.mlp, size, eps, empty) if isinstance(spec.mlp, MoeSpec) else Mlp(spec.mlp, size, eps, empty)
-        return Layer(Attention(spec.attention, size, eps, empty), mlp)
+        of_layer = replace(empty, prefix=_layer_prefix(number))
+        mlp = MoeMlp(spec.mlp, size, eps, of_layer) if isinstance(spec.mlp, MoeSpec) else Mlp(spec.mlp, size, eps, of_layer)
+        return Layer(Attention(spec.attention, size, eps, of_layer), mlp)
 
     try:
         embedding = empty(a.num_logits, a.hidden_size)
-        layers = tuple(layer(spec) for spec in a.layers)
-        head = embedding if a.tied_head else empty(a.num_logits, a.hidden_size)
-        return Weights(embedding, layers, empty(a.hidden_size), a.rms_norm_eps, Linear(head), a.vocabulary, _cuts(a))
+        layers = tuple(layer(number, spec) for number, spec in enumerate(a.layers))
+        head = Linear(embedding) if a.tied_head else empty.linear(_head_site(a))
+        weights = Weights(embedding, layers, empty(a.hidden_size), a.rms_norm_eps, head, a.vocabulary, _cuts(a))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise EngineError(f"the weights do not fit into the memory of {device}: {str(error).splitlines()[0]}") from None
+    if a.quantization is None:
+        return weights
+    return replace(weights, quantization=a.quantization, modules=tuple(_modules(weights, a, a.quantization)))
+
+
+def _modules(weights: Weights, architecture: Architecture, quantization: Quantization) -> Iterator[QuantisedModule]:
+    sites = AdapterLayout.of(architecture.layers, architecture.hidden_size).sites
+    placed: list[tuple[Linear, AdapterSite, str]] = [(linear, site, _layer_prefix(site.layer)) for linear, site in zip(weights.linears, sites, strict=True)]
+    if not architecture.tied_head:
+        placed.append((weights.head, _head_site(architecture), ""))
+    for linear, site, prefix in placed:
+        for module in modules_of(quantization, linear, site, prefix):
+            yield replace(module, cut=weights.cuts.get(f"{module.name}.weight"))
+
+
+def _layer_prefix(number: int) -> str:
+    return f"{_LAYERS}{number}."
+
+
+def _head_site(architecture: Architecture) -> AdapterSite:
+    return AdapterSite(("lm_head",), architecture.hidden_size, (architecture.num_logits,))
 
 
 def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
     """Fills `weights` from `folder`'s safetensors; `progress` hears of it at most once a second. Returns a sentence on what was loaded.
 
+    Quantised modules are read one after another: beside the weights there is no more in memory than the tensors of one module, and its numbers in float32.
+
     Raises:
-        EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN or infinity.
+        EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN or infinity; or a quantised
+        module's scales are not positive.
     """
     stored = find_tensors(folder)
-    targets = _targets(weights, stored)
+    targets, modules = split_quantised(_targets(weights, stored), weights.modules, weights.quantization, weights.cuts)
     check_tensors(stored, targets, weights.cuts)
-    started, reported, loaded = time.monotonic(), time.monotonic(), 0
-    total = sum(target.numel() for target in targets.values())
+    check_modules(stored, modules)
+    needed = {*targets, *(name for module in modules for name in module.stored if name in stored)}
+    started = time.monotonic()
+    tell = LoadingProgress(progress, sum(math.prod(stored[name].shape) for name in needed), weights.num_bytes)
     with Uploads(weights.embedding.device) as uploads:
         for name, tensor in read_tensors(stored, targets, weights.cuts):
             uploads.put(targets[name], tensor)
-            loaded += tensor.numel()
-            if time.monotonic() - reported >= _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                scale = weights.num_bytes / total / 1e9
-                progress(f"loading weights {100 * loaded // total} % ({loaded * scale:.1f} of {total * scale:.1f} GB)")
+            tell.add(tensor.numel())
+    with OpenTensors(stored) as tensors:
+        for module in modules:
+            own = {name: tensors.read(name).to(weights.embedding.device) for name in module.stored if name in stored}
+            with torch.inference_mode():
+                module.fill(own)
+            tell.add(sum(tensor.numel() for tensor in own.values()))
     _check_finite(targets)
-    ignored = [name for name in stored if name not in targets]
+    ignored = [name for name in stored if name not in needed]
     note = f"; ignored {len(ignored)} tensors that the model has no use for ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})" if ignored else ""
     return f"weights: {spell_bytes(weights.num_bytes)} loaded in {time.monotonic() - started:.1f} s{note}"
+
+
+class LoadingProgress:
+    """Tells how much of a checkpoint's numbers is read, at most once a second."""
+
+    def __init__(self, tell: Progress, total: int, num_bytes: int) -> None:
+        """total: numbers in the files; num_bytes: what they become."""
+        self._tell, self._total, self._scale = tell, total, num_bytes / max(total, 1) / 1e9
+        self._loaded, self._last = 0, time.monotonic()
+
+    def add(self, num_numbers: int) -> None:
+        self._loaded += num_numbers
+        if time.monotonic() - self._last >= _PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            gigabytes = f"{self._loaded * self._scale:.1f} of {self._total * self._scale:.1f} GB"
+            self._tell(f"loading weights {100 * self._loaded // self._total} % ({gigabytes})")
 
 
 def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architecture, str]:
@@ -134,7 +186,12 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
     if architecture.tied_head and _EMBEDDING in stored and _HEAD in stored and not _equal(stored, _EMBEDDING, _HEAD):
         architecture = replace(architecture, tied_head=False)
         note = f"warning: config.json ties {_HEAD} to {_EMBEDDING}, but the checkpoint has two that differ: each is used as it is"
-    check_tensors(stored, _targets(allocate_weights(architecture, torch.float32, torch.device("meta")), stored))
+    if architecture.quantization is not None:
+        architecture = replace(architecture, quantization=settle_quantization(architecture.quantization, stored))
+    weights = allocate_weights(architecture, torch.float32, torch.device("meta"))
+    targets, modules = split_quantised(_targets(weights, stored), weights.modules, weights.quantization, weights.cuts)
+    check_modules(stored, modules)
+    check_tensors(stored, targets)
     return architecture, note
 
 
@@ -170,12 +227,16 @@ def _check_finite(targets: Mapping[str, Tensor]) -> None:
 def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -> str:
     """Fills `weights` with seeded noise of the checkpoint's initializer_range, norms with 1. Returns a sentence that says so."""
     generator = torch.Generator(weights.embedding.device)
-    for name, target in _targets(weights, {}).items():
+    targets, modules = split_quantised(_targets(weights, {}), weights.modules, weights.quantization, weights.cuts)
+    for name, target in targets.items():
         generator.manual_seed(seed ^ zlib.crc32(name.encode()))  # what several ranks have whole is the same on all of them
         if name.endswith("norm.weight"):
             target.fill_(1)
         else:
             target.normal_(0, architecture.initializer_range, generator=generator)
+    for module in modules:
+        generator.manual_seed(seed ^ zlib.crc32(module.name.encode()))
+        module.fill_at_random(architecture.initializer_range, generator)
     return f"weights: {spell_bytes(weights.num_bytes)} of random numbers (load_format=dummy)"
 
 

@@ -15,6 +15,7 @@ from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.layer_spec import MoeSpec
+from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import rope_table
 from paged_backend.models.shard import Shard
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
@@ -58,6 +59,9 @@ class RunnerBuilder:
         self._config, self._tell, self._checkpoint, self._ranks = config, tell, checkpoint, ranks
         self._architecture = checkpoint.architecture.of_rank(Shard(ranks.rank, ranks.size))
         self._place = place(config, checkpoint.architecture)
+        if self._architecture.quantization is not None:
+            quantization = replace(self._architecture.quantization, dequantised=True, rounds=self._place.device.type == "cpu")
+            self._architecture = replace(self._architecture, quantization=quantization)
         self._max_sequences = min(config.max_num_sequences, config.max_batched_tokens)  # of a step
         self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
         self._shapes = captured_shapes(self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory))
@@ -99,8 +103,19 @@ class RunnerBuilder:
         self._tell(f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in {dtype_name(place.kv_dtype)}")
         for warning in self._checkpoint.warnings:
             self._tell(warning)
+        if a.quantization is not None:
+            self._tell(f"quantization: {self._about_quantization(a.quantization)}")
         if place.device.type == "cuda" and not self._uses_kernels:
             self._tell("kernels: off, they want a page_size that is a power of two, and K and V of no more bits than the weights; plain torch computes, slowly")
+
+    def _about_quantization(self, quantization: Quantization) -> str:
+        """Which formats there are, and what they save."""
+        a, dtype = self._architecture, self._place.dtype
+        if quantization.dequantised:
+            return f"{quantization.words}; dequantised into {dtype_name(dtype)} while loading: {name_of(self._place.device)} has no kernels for it"
+        plain = weight_bytes(replace(a, quantization=None), dtype)
+        taken = weight_bytes(a, dtype)
+        return f"{quantization.words}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in {dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
 
     def _refuse_what_cannot_fit(self) -> PoolSize:
         """By the bytes that are known before anything is read. Returns the largest pool there may be.

@@ -16,13 +16,12 @@ class Attention:
     def __init__(self, spec: AttentionSpec, hidden_size: int, norm_eps: float, empty: Allocate) -> None:
         self.spec = spec
         self._eps = norm_eps
-        qkv_size = spec.q_size + 2 * spec.kv_size
+        qkv_site, out_site = spec.sites(hidden_size)
         self.norm = empty(hidden_size)
-        self.qkv = Linear(empty(qkv_size, hidden_size), empty(qkv_size) if spec.qkv_bias else None)
+        self.qkv = empty.linear(qkv_site, spec.qkv_bias)
         self.q_norm = empty(spec.head_dim) if spec.qk_norm else None
         self.k_norm = empty(spec.head_dim) if spec.qk_norm else None
-        partial = spec.shard.size > 1
-        self.out = Linear(empty(hidden_size, spec.q_size), empty(hidden_size) if spec.out_bias and spec.shard.first else None, partial=partial)
+        self.out = empty.linear(out_site, spec.out_bias and spec.shard.first, partial=spec.shard.size > 1)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from paged_backend.models.blocks.products import Products
+from paged_backend.models.layer_spec import AdapterSite
+from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.step import StepTensors
+from paged_kernels.linear import Linear, empty_linear
 from paged_kernels.reference import Ops
 
-Allocate = Callable[..., Tensor]  # sizes -> an uninitialised tensor of the weights' type on their device
+
+@dataclass(frozen=True)
+class Allocate:
+    """Gives a layer's blocks the memory of their parameters, uninitialised."""
+
+    dtype: torch.dtype  # of the weights, unless they are quantised
+    device: torch.device
+    quantization: Quantization | None = None
+    prefix: str = ""  # of the layer's modules in the checkpoint, such as model.layers.0.
+
+    def __call__(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the weights' type, or of another, on their device."""
+        return torch.empty(sizes, dtype=dtype or self.dtype, device=self.device)
+
+    def linear(self, site: AdapterSite, bias: bool = False, *, partial: bool = False) -> Linear:
+        """The packed product of a site, in the format that the checkpoint has its modules in. partial: as in Linear.
+
+        Raises:
+            EngineError: its modules are quantised in different ways, or in a way that their sizes do not allow.
+        """
+        if self.quantization is None:
+            rows = sum(site.out_sizes)
+            return Linear(self(rows, site.in_size), self(rows) if bias else None, partial=partial)
+        format = self.quantization.format_of([self.prefix + module for module in site.modules], site.out_sizes, site.in_size)
+        return replace(empty_linear(sum(site.out_sizes), site.in_size, format, self.dtype, self.device, bias=bias), partial=partial)
 
 
 @dataclass(frozen=True)

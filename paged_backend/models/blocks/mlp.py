@@ -14,10 +14,10 @@ class Mlp:
 
     def __init__(self, spec: MlpSpec, hidden_size: int, norm_eps: float, empty: Allocate) -> None:
         self._eps = norm_eps
-        size = spec.intermediate_size
+        gate_up_site, down_site = spec.sites(hidden_size)
         self.norm = empty(hidden_size)
-        self.gate_up = Linear(empty(2 * size, hidden_size), empty(2 * size) if spec.bias else None)
-        self.down = Linear(empty(hidden_size, size), empty(hidden_size) if spec.bias and spec.shard.first else None, partial=spec.shard.size > 1)
+        self.gate_up = empty.linear(gate_up_site, spec.bias)
+        self.down = empty.linear(down_site, spec.bias and spec.shard.first, partial=spec.shard.size > 1)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

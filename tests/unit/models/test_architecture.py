@@ -129,9 +129,13 @@ def test_swish_is_silu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
-def test_folders_of_quantisers_that_do_not_say_so_in_config_json_are_refused(name: str, tmp_path: Path) -> None:
+def test_what_older_quantisers_wrote_is_read_from_their_own_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"bits": 4, "w_bit": 4, "group_size": 32}')
+    quantization = read_architecture(write(tmp_path)).quantization
+    assert quantization is not None
+    assert "int4 in groups of 32" in quantization.words
     (tmp_path / name).write_text("{}")
-    with pytest.raises(EngineError, match=f"{name}: quantised"):
+    with pytest.raises(EngineError, match=rf"{name}: \w+: bits: None"):
         read_architecture(write(tmp_path))
 
 

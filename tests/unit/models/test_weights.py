@@ -147,7 +147,7 @@ def test_quantised_tensors_are_called_that(folder: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     edit(folder, name, None)
     edit(folder, "model.layers.0.mlp.down_proj.qweight", torch.zeros(8, 64, dtype=torch.int32))
-    with pytest.raises(EngineError, match=r"quantised checkpoints are not supported, and it has tensors such as model\.layers\.0\.mlp\.down_proj\.qweight"):
+    with pytest.raises(EngineError, match=r"down_proj\.weight is missing; there are quantised ones such as model\.layers\.0\.mlp\.down_proj\.qweight"):
         load(folder)
 
 

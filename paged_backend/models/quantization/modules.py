@@ -1,0 +1,165 @@
+"""The quantised modules of a model: what they need of a checkpoint, and their way into the linears that they are packed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from paged_backend.errors import EngineError
+from paged_backend.models.layer_spec import AdapterSite
+from paged_backend.models.quantization.float8 import has_nan
+from paged_backend.models.quantization.quantization import Quantization
+from paged_backend.models.quantization.scheme import FLOATS, Scheme, StoredKind
+from paged_backend.models.shard import OUT, Cut
+from paged_backend.models.weight_files import StoredTensor
+from paged_kernels.codes import dequantise, quantise
+from paged_kernels.linear import Linear
+
+
+@dataclass(frozen=True)
+class QuantisedModule:
+    """Rows of a linear that come from the tensors of one module."""
+
+    name: str  # in the checkpoint
+    scheme: Scheme
+    linear: Linear
+    begin: int  # its first row there
+    num_rows: int
+    cut: Cut | None = None  # what this rank has of it, if not all
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the whole module."""
+        if self.cut is None:
+            return self.num_rows, self.linear.num_columns
+        return (self.cut.whole, self.linear.num_columns) if self.cut.dim == OUT else (self.num_rows, self.cut.whole)
+
+    @property
+    def stored(self) -> dict[str, StoredKind]:
+        """Name in the checkpoint -> what must be there."""
+        return {f"{self.name}.{ending}": kind for ending, kind in self.scheme.stored(*self.shape).items()}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: by their names in the checkpoint, on the linear's device.
+
+        Raises:
+            EngineError: numbers that cannot be used; the sentence names the tensor.
+        """
+        for name, kind in self.stored.items():
+            if name in tensors:
+                _check_numbers(name, kind, tensors[name])
+        try:
+            part = self._own(self.scheme.read({name[len(self.name) + 1 :]: tensor for name, tensor in tensors.items()}, *self.shape))
+        except ValueError as error:
+            raise EngineError(f"checkpoint: tensor {self.name}.{error}") from None
+        self._place(part)
+
+    def fill_at_random(self, deviation: float, generator: torch.Generator) -> None:
+        """With normally distributed numbers, rounded as the format has it."""
+        weight = torch.empty(self.num_rows, self.linear.num_columns, device=self.linear.weight.device).normal_(0, deviation, generator=generator)
+        part = quantise(weight, self.scheme.format(self.linear.num_columns))
+        if part.input_scale is not None:
+            part.input_scale.fill_(0.05)
+        self._place(part)
+
+    def _own(self, whole: Linear) -> Linear:
+        """This rank's part of a module.
+
+        Raises:
+            EngineError: it would begin or end inside of a group that shares a scale.
+        """
+        if self.cut is None:
+            return whole
+        begin, end = self.cut.start, self.cut.start + self.cut.count
+        try:
+            if whole.format.block[0] > 1 and self.cut.dim == OUT and begin % whole.format.block[0]:
+                raise ValueError(f"rows {begin} to {end} are not whole blocks of {whole.format.block[0]}")
+            return whole.rows(begin, end) if self.cut.dim == OUT else whole.columns(begin, end)
+        except ValueError as error:
+            raise EngineError(f"tensor_parallel_size: {self.name} ({self.scheme.words}) cannot be divided so: {error}") from None
+
+    def _place(self, part: Linear) -> None:
+        target = self.linear.rows(self.begin, self.begin + part.num_rows)
+        if target.format.codes == "plain":
+            target.weight.copy_(dequantise(part))
+        else:
+            target.weight.copy_(part.weight)
+        for into, numbers in ((target.scale, part.scale), (target.zero, part.zero)):
+            if into is not None and numbers is not None:
+                into.copy_(numbers.repeat_interleave(part.format.block[0] // target.format.block[0], 0)[: len(into)])
+        if target.row_scale is not None and part.row_scale is not None:
+            target.row_scale.copy_(part.row_scale)
+        if target.input_scale is not None and part.input_scale is not None:  # of modules that share their input: the widest, as it was measured
+            target.input_scale.copy_(torch.maximum(target.input_scale, part.input_scale) if self.begin else part.input_scale)
+
+
+def modules_of(quantization: Quantization, linear: Linear, site: AdapterSite, prefix: str) -> Iterator[QuantisedModule]:
+    """The modules of a linear that are quantised, in their order: all or none. prefix: of the site's names."""
+    begin = 0
+    for module, num_rows in zip(site.modules, site.out_sizes, strict=True):
+        scheme = quantization.scheme_of(prefix + module)
+        if scheme is not None:
+            yield QuantisedModule(prefix + module, scheme, linear, begin, num_rows)
+        begin += num_rows
+
+
+def split_quantised(
+    targets: Mapping[str, Tensor], modules: Sequence[QuantisedModule], quantization: Quantization | None, cuts: Mapping[str, Cut]
+) -> tuple[dict[str, Tensor], list[QuantisedModule]]:
+    """Targets that are filled as they are, and all quantised modules: `modules`, those of linears, and matrices that a product cannot read in another format
+    than the activations', such as experts'. They are dequantised. Of floats that are rounded while they are read those stay as they are."""
+    if quantization is None:
+        return dict(targets), []
+    plain, found, of_linears = {}, list(modules), {module.name for module in modules}
+    for name, target in targets.items():
+        module = name.removesuffix(".weight")
+        scheme = None if quantization.online or module == name or target.dim() != 2 else quantization.scheme_of(module)
+        if module in of_linears:
+            continue
+        if scheme is None or module.endswith("embed_tokens"):
+            plain[name] = target
+        else:
+            found.append(QuantisedModule(module, scheme, Linear(target), 0, len(target), cuts.get(name)))
+    return plain, found
+
+
+def settle_quantization(quantization: Quantization, stored: Mapping[str, StoredTensor]) -> Quantization:
+    """Takes from the files' headers what configs leave open: the type of integers' scales, and which modules are plain although no list says so."""
+    kinds = (tensor.kind for name, tensor in stored.items() if name.endswith((".weight_scale", ".scales")))
+    scale_dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(next(kinds, ""))
+    floats = () if quantization.online else (name.removesuffix(".weight") for name, tensor in stored.items() if tensor.kind in FLOATS)
+    return replace(quantization, scale_dtype=scale_dtype, plain_modules=frozenset(floats))
+
+
+def check_modules(stored: Mapping[str, StoredTensor], modules: Sequence[QuantisedModule]) -> None:
+    """
+    Raises:
+        EngineError: the checkpoint lacks a module's tensor, or has it in another shape or of another type.
+    """
+    for module in modules:
+        for name, kind in module.stored.items():
+            found = stored.get(name)
+            if found is None:
+                if kind.optional:
+                    continue
+                raise EngineError(f"checkpoint: tensor {name} is missing; {module.name} is {module.scheme.words} by quantization_config")
+            if found.shape not in kind.shapes:
+                wanted = " or ".join(str(list(shape)) for shape in kind.shapes)
+                raise EngineError(f"checkpoint: tensor {name} has shape {list(found.shape)}, config.json implies {wanted} ({module.scheme.words})")
+            if found.kind not in kind.kinds:
+                raise EngineError(f"checkpoint: tensor {name} is of type {found.kind}; {module.scheme.words} is stored as {', '.join(kind.kinds)}")
+
+
+def _check_numbers(name: str, kind: StoredKind, tensor: Tensor) -> None:
+    if not kind.is_scale:
+        if tensor.dtype == torch.float8_e4m3fn and has_nan(tensor):
+            raise EngineError(f"checkpoint: tensor {name} holds numbers that are not finite (NaN)")
+        return
+    least, greatest = torch.aminmax(tensor.float())
+    if not bool(least.isfinite() & greatest.isfinite()):
+        raise EngineError(f"checkpoint: tensor {name} holds scales that are not finite (NaN or infinity)")
+    if float(least) < 0 or (float(least) == 0 and not kind.may_be_zero):
+        raise EngineError(f"checkpoint: tensor {name} holds a scale of {float(least):g}, expected more than 0")

@@ -1,0 +1,78 @@
+"""What a model's quantisation is: for each module of its layers the scheme that it is stored by, or none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from paged_backend.errors import EngineError
+from paged_backend.models.quantization.scheme import Scheme
+from paged_kernels.linear import PLAIN, Format
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose names `matches` accepts are stored by `scheme`; None: as plain floats."""
+
+    matches: Callable[[str], bool]
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The first rule that accepts a module's name decides; a module that none accepts is plain.
+
+    A module is a product of a layer, or lm_head. Embeddings and norms are never quantised.
+    """
+
+    name: str  # quant_method and what else names it, for the log and for errors
+    rules: tuple[Rule, ...]
+    online: bool = False  # the checkpoint's are floats, which are rounded while they are read
+    dequantised: bool = False  # weights become floats when they are read: for devices that have no kernels for them
+    rounds: bool = True  # activations are rounded as the format has it, also before a product with dequantised weights
+    scale_dtype: torch.dtype | None = None  # of the scales of groups of 4- and 8-bit integers, as the files have them
+    plain_modules: frozenset[str] = frozenset()  # that the files have as floats, whatever the rules say
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """module: its full name in the checkpoint, such as model.layers.0.self_attn.q_proj."""
+        if module in self.plain_modules:
+            return None
+        return next((rule.scheme for rule in self.rules if rule.matches(module)), None)
+
+    def format_of(self, modules: Sequence[str], out_sizes: Sequence[int], in_size: int) -> Format:
+        """Of a linear that is packed from `modules`, with so many rows each.
+
+        Raises:
+            EngineError: they are stored in different ways, or in one that their sizes do not allow.
+        """
+        schemes = [self.scheme_of(module) for module in modules]
+        if any(scheme != schemes[0] for scheme in schemes):
+            words = ", ".join(f"{module} as {spell_scheme(scheme)}" for module, scheme in zip(modules, schemes, strict=True))
+            raise EngineError(f"quantization_config: modules that are multiplied together are stored in different ways, which is not supported: {words}")
+        scheme = schemes[0]
+        if scheme is None:
+            return PLAIN
+        for module, rows in zip(modules, out_sizes, strict=True):
+            reason = scheme.refusal(rows, in_size)
+            if reason:
+                raise EngineError(f"quantization_config: {module} [{rows}, {in_size}] cannot be {scheme.words}: {reason}")
+        format = scheme.format(in_size)
+        if format.block[0] > 1:  # parts begin where blocks do
+            format = replace(format, block=(math.gcd(format.block[0], *list(accumulate(out_sizes))[:-1]), format.block[1]))
+        if self.scale_dtype is not None and format.codes in ("int4", "int8") and format.block[1]:
+            format = replace(format, scale_dtype=self.scale_dtype)
+        return Format(rounding=format.rounding if self.rounds else None) if self.dequantised else format
+
+    @property
+    def words(self) -> str:
+        """For the log: which schemes there are."""
+        schemes = dict.fromkeys(rule.scheme.words for rule in self.rules if rule.scheme is not None)
+        return f"{self.name}: {', '.join(schemes)}"
+
+
+def spell_scheme(scheme: Scheme | None) -> str:
+    return "plain floats" if scheme is None else scheme.words

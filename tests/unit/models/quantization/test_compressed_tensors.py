@@ -1,0 +1,44 @@
+"""Checkpoints that the library compressed-tensors writes give the tokens and logits of its own quantised model in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.oracle import random_prompts
+from tests.quantised_checkpoints import save_compressed
+from tests.runner_driver import Driver, load_runner
+
+WEIGHTS_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+CASES: dict[str, dict[str, Any]] = {
+    "W4A16-g128": {"W4A16": ["Linear"]},
+    "W4A16-g32": {"all": {"targets": ["Linear"], "weights": {**WEIGHTS_INT4, "symmetric": True}}},
+    "W4A16-g32-asymmetric": {"all": {"targets": ["Linear"], "weights": {**WEIGHTS_INT4, "symmetric": False}}},
+    "W4A16-per-channel": {"all": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}}},
+    "W8A16": {"W8A16": ["Linear"]},
+    "W8A8": {"W8A8": ["Linear"]},
+    "W8A8-static": {
+        "all": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True},
+            "input_activations": {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True},
+        }
+    },
+    "FP8-static": {"FP8": ["Linear"]},
+    "FP8-dynamic": {"FP8_DYNAMIC": ["Linear"]},
+    "FP8-block": {"FP8_BLOCK": ["Linear"]},
+    "NVFP4A16": {"NVFP4A16": ["Linear"]},
+    "MXFP4A16": {"MXFP4A16": ["Linear"]},
+}
+LENGTHS = (3, 20)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_equal_the_librarys(case: str, tmp_path: Path) -> None:
+    truth = save_compressed(tmp_path, CASES[case])
+    heard: list[str] = []
+    prompts = random_prompts(LENGTHS)
+    assert Driver(load_runner(tmp_path, tell=heard.append)).generate(prompts, 6, chunk=7) == truth.greedy(prompts, 6)
+    assert [sentence for sentence in heard if sentence.startswith("quantization: compressed-tensors")]
