@@ -1,14 +1,14 @@
 """Whose grammar is compiled next: callers in turns, and nobody behind a grammar that takes long.
 
-Most are compiled in milliseconds, some take as long as they may. Each is tried for a moment first, and stopped and put into another lane if that is not
-enough. One thread serves only first tries; the other serves those that take long, and first tries while there are none.
+Most are compiled in milliseconds, some take as long as they may. Each is tried for a moment first, and stopped and put into the next lane, for a longer try,
+if that is not enough. One thread serves the short tries alone; the other serves those that take long, and short tries while there are none.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,7 +20,7 @@ from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import GrammarError
 from paged_backend.grammar.workers import COMPILE_SECONDS
 
-TRY_SECONDS = 0.3  # of the first try, of a processor's time
+TRIES_SECONDS = (0.05, 0.4, COMPILE_SECONDS)  # of a processor's time, in the first lane, the second, the last
 
 
 class Compiler(Protocol):
@@ -59,50 +59,51 @@ class _Lane:
 
 
 class CompileLanes:
-    """Owns the two lanes and their threads, which are started with the first job."""
+    """Owns the lanes and two threads, which are started with the first job."""
 
     def __init__(self, make_compiler: Callable[[], Compiler]) -> None:
         self._make_compiler = make_compiler
-        self._first_tries, self._long = _Lane(), _Lane()
+        self._lanes = [_Lane() for _ in TRIES_SECONDS]
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
     def put(self, job: Job) -> None:
         with self._changed:
             if not self._threads:
-                self._threads = [threading.Thread(target=self._work, args=(long_ones,), name="grammar", daemon=True) for long_ones in (False, True)]
+                short, last = self._lanes[:-1], self._lanes[-1]
+                orders = (short, [last, *short])  # in which a thread looks at them
+                self._threads = [threading.Thread(target=self._work, args=(order,), name="grammar", daemon=True) for order in orders]
                 for thread in self._threads:
                     thread.start()
-            self._first_tries.put(job)
+            self._lanes[0].put(job)
             self._changed.notify_all()
 
-    def _work(self, long_ones: bool) -> None:
+    def _work(self, order: Sequence[_Lane]) -> None:
         compiler: Compiler | None = None
         while True:
-            job, first_try = self._next(long_ones)
+            job, lane = self._next(order)
+            number = self._lanes.index(lane)
             try:
                 if not job.waiting:
                     raise GrammarError("nobody waits for it any more")
                 compiler = compiler or self._make_compiler()
-                verdict = compiler.compile(job.grammar, TRY_SECONDS if first_try else COMPILE_SECONDS)
+                verdict = compiler.compile(job.grammar, TRIES_SECONDS[number])
             except Exception as error:
                 job.verdict.set_exception(error)
                 continue
-            if verdict is None and first_try:
+            if verdict is None and lane is not self._lanes[-1]:
                 with self._changed:
-                    self._long.put(job)
+                    self._lanes[number + 1].put(job)
                     self._changed.notify_all()
             else:
                 job.verdict.set_result(verdict or Verdict(refusal=f"it takes more than {COMPILE_SECONDS:g} s to compile"))
 
-    def _next(self, long_ones: bool) -> tuple[Job, bool]:
-        """(job, whether it is its first try)."""
+    def _next(self, order: Sequence[_Lane]) -> tuple[Job, _Lane]:
+        """The job whose turn it is, and where it was."""
         with self._changed:
             while True:
-                job = self._long.take() if long_ones else None
-                if job is not None:
-                    return job, False
-                job = self._first_tries.take()
-                if job is not None:
-                    return job, True
+                for lane in order:
+                    job = lane.take()
+                    if job is not None:
+                        return job, lane
                 self._changed.wait()

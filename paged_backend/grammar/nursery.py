@@ -28,6 +28,7 @@ from paged_backend.grammar.compiler_process import Verdict, VocabularyPlace
 from paged_backend.grammar.vocabulary import GrammarError, Vocabulary, read_vocabulary
 
 COMPILE, FOLLOW = b"c", b"f"
+_NICE = 5  # of what compiles: steps, masks and answers of those who have theirs come first where processors are few
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,6 +68,7 @@ def _work(kind: bytes, connection: socket.socket, vocabulary: Vocabulary) -> NoR
     _end_with_parent()
     try:
         if kind == COMPILE:
+            os.nice(_NICE)
             _bound_memory(compiler_process.MAX_BYTES)
             compiler_process.compile_for(connection, vocabulary)
         else:

@@ -24,8 +24,8 @@ from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import GrammarError
 
 COMPILE_SECONDS = 20.0  # of a processor's time, for one grammar
-_CLOCK_TIMES = 4  # so many times that on the clock: a busy machine is not the grammar's fault
-_LOOK_SECONDS = 0.05  # how often somebody looks at a worker's time
+_CLOCK_TIMES = 6  # so many times that on the clock: a busy machine, where everything else goes before it, is not the grammar's fault
+_LOOK_SECONDS = 0.02  # how often somebody looks at a worker's time
 _START_SECONDS = 120.0  # for the vocabulary, and for importing the library
 _FORK_SECONDS = 30.0
 _EXIT_SECONDS = 5.0  # from the end of a connection to that of the process, which frees its memory first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import msgspec
 
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.messages import ExportedTemplate
+from paged_backend.models.chat_template_syntax import template_mistakes
 from paged_backend.models.shipped_tokenizer import follow_shipped
 from paged_backend.models.tokenizer_files import TokenizerFormat, find_tokenizer
+
+log = logging.getLogger("paged")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ def export_tokenizer(folder: Path, path: Path) -> Path | None:
 
 def export(folder: Path, path: Path) -> ExportedTokenizer | None:
     """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the folder has no tokenizer.
-    If it has a chat template, that goes to chat_template.json beside it.
+    If it has a chat template, that goes to chat_template.json beside it; the log tells a mistake in it.
 
     Front ends read that file with the `tokenizers` package alone, which keeps them small (no torch in any of them), and they tokenise as the
     checkpoint's own tokenizer.json says, or else as transformers does, whatever the checkpoint's format is.
@@ -50,7 +54,10 @@ def export(folder: Path, path: Path) -> ExportedTokenizer | None:
     backend.no_padding()
     backend.save(str(path))
     if tokenizer.chat_template:
-        path.with_name("chat_template.json").write_bytes(msgspec.json.encode(_chat_template(tokenizer)))
+        exported = _chat_template(tokenizer)
+        for mistake in template_mistakes(exported.templates, folder):
+            log.warning("%s", mistake)
+        path.with_name("chat_template.json").write_bytes(msgspec.json.encode(exported))
     return ExportedTokenizer(path, None if tokenizer.eos_token is None else backend.token_to_id(tokenizer.eos_token))
 
 
