@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tools.demo_model import exam
 from tools.demo_model.chat import Conversation, Exchange, Turn, messages
+from tools.demo_model.quantised import quantise_model
 from tools.demo_model.records import records
 from tools.demo_model.stories import told, write_story
 from tools.demo_model.world import Split, World
@@ -191,9 +192,15 @@ def main() -> None:
     options.add_argument("--model", type=Path, default=MODEL_FOLDER)
     options.add_argument("--conversations", type=int, default=60, help="of each of the ten forms")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--quantization", choices=("none", "fp8", "int4"), default="none", help="as the tunable of that name rounds the layers")
+    options.add_argument("--exact-only", action="store_true", help="the exact answers alone: no samples, nothing decoded")
     chosen = options.parse_args()
     started = time.monotonic()
     talker = Talker.load(chosen.model, chosen.device)
+    quantise_model(talker.model, chosen.quantization)
+    if chosen.exact_only:
+        print_exam(talker, chosen.conversations)
+        return
     print(f"loaded in {time.monotonic() - started:.2f} s: {talker.model.num_parameters()} parameters, {len(talker.tokenizer)} tokens")
     print(f"{sum(file.stat().st_size for file in chosen.model.iterdir())} bytes in all")
     for text in ROUND_TRIPS:
