@@ -133,9 +133,16 @@ class PooledPrompts:
     sums: NDArray[np.float32]  # [spans, hidden_size] of the hidden states, after the final norm
 
 
-Ask = AdapterUse | TokenMasks | BeamRows | PromptScoring | Pooling
+@dataclass(frozen=True)
+class LastThoughts:
+    """Tokens of a step that the end of thinking may have to replace. Not answered, and nothing to the device."""
+
+    sampled: tuple[int, ...]  # which of the batch's sampled sequences
+
+
+Ask = AdapterUse | TokenMasks | BeamRows | PromptScoring | Pooling | LastThoughts
 Answer = BeamCandidates | ScoredPrompts | PooledPrompts
-A = TypeVar("A", AdapterUse, TokenMasks, BeamRows, PromptScoring, Pooling)
+A = TypeVar("A", AdapterUse, TokenMasks, BeamRows, PromptScoring, Pooling, LastThoughts)
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,8 @@ class Feature:
     GUIDED = 256  # some row follows a grammar: its mask depends on all tokens before, so it runs only when they are known
     PROMPT_LOGPROBS = 512  # some row's prompt has tokens whose logits are wanted; of no concern to the sampler
     BEAM = 1024  # some row is a beam: what it says next depends on the others' results
-    STEPWISE = GUIDED | BEAM  # some row computes nothing while a token of it is unknown
+    UNSETTLED = 2048  # a row's newest token may be replaced when it is known; never in Batch.features
+    STEPWISE = GUIDED | BEAM | UNSETTLED  # some row computes nothing while a token of it is unknown
 
 
 def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...], restricted: bool = False) -> int:

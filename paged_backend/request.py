@@ -65,6 +65,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None  # no other token is chosen
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: none; 0: the chosen token's; n: the n most likely too
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # the same of the prompt's tokens; all of the prompt is computed then
+    max_thinking_tokens: Annotated[int, Meta(ge=0, lt=2**31)] | None = None  # after so many of the answer, thinking that is not over is ended
+    end_thinking_token_id: TokenId | None = None  # by this token
+    start_thinking_token_id: TokenId | None = None  # the answer thinks once it has this token; None: from the start
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None  # only so many of the prompt's last tokens; -1: as many as the model takes
     add_special_tokens: bool | None = None  # those that the tokenizer puts around a text; None: around text_input, not around messages
     detokenize: bool = True  # False: the answer is token ids, without text
@@ -181,6 +184,8 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise RequestError(f"min_tokens: {sampling.min_tokens} is more than max_tokens ({sampling.max_tokens})")
     if sampling.best_of is not None and sampling.best_of < sampling.n:
         raise RequestError(f"best_of: {sampling.best_of} is less than n ({sampling.n})")
+    if sampling.max_thinking_tokens is not None and sampling.end_thinking_token_id is None:
+        raise RequestError("max_thinking_tokens: end_thinking_token_id is missing: which token ends thinking?")
     if sampling.truncate_prompt_tokens == 0:
         raise RequestError("truncate_prompt_tokens: expected at least 1 token, or -1 for as many as the model takes; got 0")
     if sampling.stop and not sampling.detokenize:
@@ -216,6 +221,8 @@ def _checked_search(sampling: SamplingParams, given: Mapping[str, Any]) -> Sampl
         value = getattr(sampling, name)
         if name in given and value != getattr(plain, name) and not (name == "top_k" and value == -1):
             raise RequestError(f"use_beam_search and {name}: beams follow the model's own probabilities alone")
+    if sampling.max_thinking_tokens is not None:
+        raise RequestError("use_beam_search and max_thinking_tokens: beams follow the model's own probabilities alone")
     if sampling.guided:
         raise RequestError(f"use_beam_search and {sampling.grammars[0].key}: beams follow no grammar")
     if sampling.logprobs:

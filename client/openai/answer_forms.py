@@ -48,6 +48,7 @@ class ChatForm:
     parallel: bool = True
     tells_reasoning: bool = True
     closer_id: int | None = None  # the token that ends reasoning, if it is one
+    opener_id: int | None = None  # the same of the one that begins it
 
 
 async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishes: ToolWishes | None) -> ChatForm:
@@ -71,8 +72,25 @@ async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishe
         template=description.response_template if _follows_template(options, wishes) else None,
         prompt_end=end,
     )
-    closer = None if reasoning is None else await card.token_of(reasoning.closer)
-    return ChatForm(form, wishes is None or wishes.parallel, body.include_reasoning is not False, closer)
+    opener, closer = (None, None) if reasoning is None else (await card.token_of(reasoning.opener.strip()), await card.token_of(reasoning.closer))
+    return ChatForm(form, wishes is None or wishes.parallel, body.include_reasoning is not False, closer, opener)
+
+
+def within_budget(asked: Asked, body: ChatBody, form: ChatForm) -> Asked:
+    """With the caller's limit on reasoning, which the server keeps. A model that does not reason keeps any.
+
+    Raises:
+        RefusalError: where its reasoning begins or ends cannot be told by a token.
+    """
+    name = "max_thinking_tokens" if body.max_thinking_tokens is not None else "thinking_token_budget"
+    budget = getattr(body, name)
+    if budget is None or (form.answer.reasoning is None and not _is_harmony(form.answer.tools)):
+        return asked
+    begun = form.answer.begins_reasoning
+    if form.closer_id is None or (form.opener_id is None and not begun):
+        raise RefusalError(f"{name}: this model's reasoning does not begin and end with a token of its own, so it cannot be ended", param=name)
+    keys = {"max_thinking_tokens": budget, "end_thinking_token_id": form.closer_id, "start_thinking_token_id": None if begun else form.opener_id}
+    return replace(asked, sampling={**asked.sampling, **keys}, params={**asked.params, "max_thinking_tokens": name})
 
 
 def constrained(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Asked:

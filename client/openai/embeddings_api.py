@@ -126,7 +126,7 @@ def add_embedding_paths(app: FastAPI, source: EmbeddingSource, strict: bool) -> 
     @app.post(PATH)
     async def create(body: EmbeddingBody, request: Request) -> Response:
         unused, sampling = unused_keys(body, strict), source.sampling(body)
-        prompts = _prompts(checked(body.input))
+        prompts = _prompts(checked(body.input, "input"))
         params = {"text_input": "input", "input_ids": "input", "priority_level": "priority", **({"lora_name": "model"} if body.lora_name is None else {})}
         answers = await source.embeddings(request, prompts, sampling, params)
         encode = _base64 if body.encoding_format == "base64" else list

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from paged_client.errors import (
@@ -91,7 +92,8 @@ def _invalid(message: str, field: str, params: Mapping[str, str]) -> RefusalErro
 
 
 def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
-    """What pydantic found wrong with a body; the first of it. A field of several types has an error for each: `loc` goes on with the type's name."""
+    """What pydantic found wrong with a body; the first of it. A field of several types has an error for each, whose `loc` go on with the types' names: what
+    they have in common is the field's path."""
     first = errors[0]
     where = first["loc"][1:]
     if first["type"] == "json_invalid":
@@ -99,9 +101,10 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
     if not where:
         ours = first["type"] == "value_error"
         return RefusalError(first["msg"].removeprefix("Value error, ") if ours else "the body must be a JSON object")
-    field = str(where[0])
     if first["type"] == "missing":
         name = ".".join(str(step) for step in where)
         return RefusalError(f"{name}: missing", param=name, code="missing_required_parameter")
-    reasons = dict.fromkeys(error["msg"].replace("Input should be", "expected") for error in errors if error["loc"][1:2] == (where[0],))
-    return RefusalError(f"{field}: {', or '.join(reasons)}", param=field)
+    of_field = [error for error in errors if error["loc"][1:2] == (where[0],)]
+    path = ".".join(str(steps[0]) for steps in takewhile(lambda steps: len(set(steps)) == 1, zip(*(error["loc"][1:] for error in of_field), strict=False)))
+    reasons = dict.fromkeys(error["msg"].removeprefix("Value error, ").replace("Input should be", "expected") for error in of_field)
+    return RefusalError(f"{path}: {', or '.join(reasons)}", param=path)

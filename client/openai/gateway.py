@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.errors import PagedError
-from paged_client.openai.answer_forms import FormOptions, chat_form, constrained
+from paged_client.openai.answer_forms import FormOptions, chat_form, constrained, within_budget
 from paged_client.openai.chat_source import Chunks
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.embeddings_api import EmbeddingSource, add_embedding_paths
@@ -143,7 +143,7 @@ async def chat_of(card: ModelCard, options: FormOptions, body: ChatBody, asked: 
         form = await chat_form(card, options, body, wishes)
     except PagedError as error:
         raise refusal_of(error, asked.params) from None
-    asked = constrained(asked, wishes, form)
+    asked = within_budget(constrained(asked, wishes, form), body, form)
     if form.answer.is_plain:
         return asked, ChatReply(body.model, asked, body.request_id)
     return asked, ParsedChatReply(body.model, asked, form, body.request_id)

@@ -18,7 +18,7 @@ class Thinking(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None  # not enforced
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class CountBody(BaseModel):
@@ -67,6 +67,8 @@ def chat_of_messages(body: CountBody) -> ChatBody:
         "include_reasoning": body.thinking is not None and body.thinking.type != "disabled",
     }
     if isinstance(body, MessagesBody):
+        if body.thinking is not None and body.thinking.type == "enabled":
+            given["max_thinking_tokens"] = body.thinking.budget_tokens
         given |= {"max_tokens": body.max_tokens, "stream": body.stream, "stop": body.stop_sequences or None}
         given |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
         if body.stream:

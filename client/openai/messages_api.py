@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -12,27 +13,52 @@ from starlette.responses import JSONResponse, Response
 
 from paged_client.openai.chat_source import ChatSource, Chunks
 from paged_client.openai.disconnect import EventStream
-from paged_client.openai.errors import refusal_of_body
+from paged_client.openai.errors import RefusalError, refusal_of_body
 from paged_client.openai.message_events import MessageEvents, error_body, whole_message
 from paged_client.openai.message_items import CountBody, MessagesBody, chat_of_messages
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.unknown_keys import unused_keys, with_warning
 
 PATH = "/v1/messages"
+_RENAMED = {"max_thinking_tokens": "thinking.budget_tokens", "stop": "stop_sequences", "chat_template_kwargs": "thinking"}
+_OF_TOOLS = {"name": "name", "parameters": "input_schema"}
 
 
 def add_message_paths(app: FastAPI, source: ChatSource, strict: bool) -> None:
     @app.post(PATH)
     async def create(body: MessagesBody, request: Request) -> Response:
         unused, chat = unused_keys(body, strict), _chat(body)
-        if not chat.stream:
-            return with_warning(JSONResponse(whole_message(body.model, await source.whole(request, chat))), unused)
-        chunks, pieces = await source.chunks(request, chat)
-        return with_warning(EventStream(_events(MessageEvents(body.model), chunks), pieces), unused)
+        try:
+            return with_warning(await _answer(source, request, body.model, chat), unused)
+        except RefusalError as refusal:
+            if refusal.param != "max_thinking_tokens" or strict:
+                raise _renamed(refusal) from None
+        unlimited = chat.model_copy(update={"max_thinking_tokens": None})  # Anthropic's clients always send it, whatever the model
+        return with_warning(await _answer(source, request, body.model, unlimited), [*unused, _RENAMED["max_thinking_tokens"]])
 
     @app.post(f"{PATH}/count_tokens")
     async def count(body: CountBody) -> Response:
-        return JSONResponse({"input_tokens": await source.num_prompt_tokens(_chat(body))})
+        try:
+            return JSONResponse({"input_tokens": await source.num_prompt_tokens(_chat(body))})
+        except RefusalError as refusal:
+            raise _renamed(refusal) from None
+
+
+async def _answer(source: ChatSource, request: Request, model: str, chat: ChatBody) -> Response:
+    if not chat.stream:
+        return JSONResponse(whole_message(model, await source.whole(request, chat)))
+    chunks, pieces = await source.chunks(request, chat)
+    return EventStream(_events(MessageEvents(model), chunks), pieces)
+
+
+def _renamed(refusal: RefusalError) -> RefusalError:
+    """By the names of this API's fields, which begin its messages: it tells a field in no other way."""
+    param, message = refusal.param or "", str(refusal)
+    if not param:
+        return refusal
+    renamed = re.sub(r"^(tools\.\d+)\.function\.(name|parameters)", lambda found: f"{found[1]}.{_OF_TOOLS[found[2]]}", _RENAMED.get(param, param))
+    said = message.removeprefix(param).removeprefix(": ") if message.startswith(param) else message
+    return RefusalError(f"{renamed}: {said}", refusal.status, param=renamed, code=refusal.code)
 
 
 def _chat(body: CountBody) -> ChatBody:

@@ -151,6 +151,8 @@ class ChatBody(Body):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # for the template
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None  # vLLM's; False: it is left out
+    max_thinking_tokens: Annotated[int, Field(ge=0)] | None = None  # then the end of thinking is forced
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = None  # vLLM's name of it
     prediction: Any = None  # a hint for speed
     modalities: Annotated[list[Literal["text"]], _FIRST] | None = None
     continue_final_message: bool = False  # vLLM's

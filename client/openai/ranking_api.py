@@ -80,7 +80,7 @@ def add_ranking_paths(app: FastAPI, source: EmbeddingSource, strict: bool, scori
 
     async def score(body: ScoreBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
-        pairs = _pairs(checked(body.text_1), checked(body.text_2))
+        pairs = _pairs(checked(body.text_1, "text_1"), checked(body.text_2, "text_2"))
         scores, answers = await _scores(source, request, body, pairs, scoring, "text_2")
         entries = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
         head = {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": body.model}
@@ -88,10 +88,10 @@ def add_ranking_paths(app: FastAPI, source: EmbeddingSource, strict: bool, scori
 
     async def rerank(body: RerankBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
-        documents = checked([document if isinstance(document, str) else document.text for document in body.documents])
+        documents = checked([document if isinstance(document, str) else document.text for document in body.documents], "documents")
         if len(documents) > MAX_PROMPTS:
             raise RefusalError(f"documents: {len(documents)} documents; the most allowed is {MAX_PROMPTS}", param="documents")
-        pairs = [(checked(body.query), document) for document in documents]
+        pairs = [(checked(body.query, "query"), document) for document in documents]
         scores, answers = await _scores(source, request, body, pairs, scoring, "documents")
         order = sorted(range(len(documents)), key=lambda index: -scores[index])[: body.top_n or len(documents)]
         shown = [{} if body.return_documents is False else {"document": {"text": documents[index]}} for index in order]
@@ -153,7 +153,7 @@ async def _answered_scores(
     search = {"use_beam_search": True, "beam_width": 2, "n": 2, "max_tokens": 1, "allowed_token_ids": [yes, no], "logprobs": 0, "ignore_eos": True}
     template = {"chat_template_kwargs": {"enable_thinking": False}}
     sampling = {**source.sampling(body), **search, **template, "request_id": request.scope.get(REQUEST_ID, "")}
-    instruction = _INSTRUCTION if body.instruction is None else checked(body.instruction)
+    instruction = _INSTRUCTION if body.instruction is None else checked(body.instruction, "instruction")
 
     async def ask(pair: tuple[str, str]) -> Answer:
         asked = f"<Instruct>: {instruction}\n<Query>: {pair[0]}\n<Document>: {pair[1]}"

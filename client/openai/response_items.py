@@ -57,6 +57,8 @@ class ResponsesBody(BaseModel):
     top_k: int | None = None
     request_id: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # ours, as in a chat
+    max_thinking_tokens: Annotated[int, Field(ge=0)] | None = None
     # Refused if given.
     background: Any = None
     conversation: Any = None
@@ -89,6 +91,7 @@ def chat_body(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> Chat
         "response_format": _response_format(body.text),
         "reasoning_effort": body.reasoning.effort if body.reasoning is not None else None,
         "chat_template_kwargs": body.chat_template_kwargs,
+        "max_thinking_tokens": body.max_thinking_tokens,
         "request_id": body.request_id,
     }
     return ChatBody.model_validate({name: value for name, value in given.items() if value is not None})

@@ -27,12 +27,12 @@ async def tokenize(card: ModelCard, body: TokenizeBody) -> dict[str, Any]:
     sampling = {"add_special_tokens": body.add_special_tokens, "chat_template_kwargs": body.chat_template_kwargs}
     try:
         if body.messages is None:
-            token_ids = await card.client.tokenize(checked(body.prompt), sampling=sampling)
+            token_ids = await card.client.tokenize(checked(body.prompt, "prompt"), sampling=sampling)
         else:
             messages = [message_of(position, message) for position, message in enumerate(body.messages)]
             token_ids = await card.client.tokenize(
-                messages=checked(messages),
-                tools=checked(template_tools(body.tools)),
+                messages=checked(messages, "messages"),
+                tools=checked(template_tools(body.tools), "tools"),
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 sampling=checked(sampling),

@@ -41,7 +41,7 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     Raises:
         RefusalError: what cannot be asked of the server, by its name in the body.
     """
-    prompts = _prompts(checked(body.prompt))
+    prompts = _prompts(checked(body.prompt, "prompt"))
     if body.suffix:
         raise RefusalError("suffix: not supported: the model continues text, it does not fill gaps", param="suffix", code="unsupported_parameter")
     prompt_only = body.max_tokens == 0 and bool(body.echo)  # the server makes a token at least
@@ -55,7 +55,7 @@ def asked_of_completion(body: CompletionBody) -> Asked:
         prompts=prompts,
         sampling=checked(sampling),
         num_choices=body.n or 1,
-        cache_salt=checked(body.cache_salt or ""),
+        cache_salt=checked(body.cache_salt or "", "cache_salt"),
         prompt_only=prompt_only,
         params=_PARAMS_OF_PROMPT | {"prompt_logprobs": "logprobs"} | _params_of(body),
     )
@@ -83,10 +83,10 @@ def asked_of_chat(body: ChatBody) -> Asked:
         prompts=(None,),
         sampling=checked(_sampling(body) | own),
         num_choices=body.n or 1,
-        messages=checked([message_of(position, message) for position, message in enumerate(body.messages)]),
-        tools=None if body.tool_choice == "none" else checked(template_tools(body.tools)),
+        messages=[checked(message_of(position, message), f"messages.{position}") for position, message in enumerate(body.messages)],
+        tools=None if body.tool_choice == "none" else checked(template_tools(body.tools), "tools"),
         continue_final_message=body.continue_final_message,
-        cache_salt=checked(body.cache_salt or ""),
+        cache_salt=checked(body.cache_salt or "", "cache_salt"),
         params=params,
     )
 
@@ -110,7 +110,7 @@ def with_adapter(asked: Asked, adapter: str) -> Asked:
         return asked
     if asked.sampling.get("lora_name") is not None:
         raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
-    return replace(asked, sampling={**asked.sampling, "lora_name": checked(adapter)}, params={**asked.params, "lora_name": "model"})
+    return replace(asked, sampling={**asked.sampling, "lora_name": checked(adapter, "model")}, params={**asked.params, "lora_name": "model"})
 
 
 def _sampling(body: Body) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def _tool_call(call: Any) -> Any:
     return call
 
 
-def checked(value: Any) -> Any:
-    """The same.
+def checked(value: Any, param: str | None = None) -> Any:
+    """The same. param: the field that it is in.
 
     Raises:
         RefusalError: a string in it is half a character (a lone surrogate), which no text can hold.
@@ -212,5 +212,6 @@ def checked(value: Any) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
-        raise RefusalError("the body holds something that is no Unicode text, or is nested too deeply") from None
+        name = f"{param}: it" if param else "the body"
+        raise RefusalError(f"{name} holds something that is no Unicode text, or is nested too deeply", param=param) from None
     return value

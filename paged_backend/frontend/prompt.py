@@ -109,6 +109,8 @@ class PromptReader:
             raise RequestError(f"answer_ids: {len(answer_ids)} tokens are all that the answer may have: max_tokens is {max_tokens}")
         self._check_known("logit_bias", sampling.logit_bias)
         self._check_known("stop_token_ids", sampling.stop_token_ids)
+        for name in ("end_thinking_token_id", "start_thinking_token_id"):
+            self._check_known(name, [getattr(sampling, name) or 0])
         allowed = self._allowed(sampling.allowed_token_ids)
         min_tokens, stop_token_ids = min(sampling.min_tokens, max_tokens), self._stop_token_ids(sampling)
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, allowed_token_ids=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from paged_backend.batch import AdapterUse, Ask, BeamRows, Pooling, PromptScoring, TokenMasks
+from paged_backend.batch import AdapterUse, Ask, BeamRows, LastThoughts, Pooling, PromptScoring, TokenMasks
 from paged_backend.runner.adapter_store import AdapterRoom
 from paged_backend.runner.asks import AskRoom
 from paged_backend.runner.beam_candidates import BeamRoom
@@ -17,6 +17,7 @@ ROOMS: Mapping[type[Ask], AskRoom] = {
     BeamRows: BeamRoom(),
     PromptScoring: PromptRoom(),
     Pooling: PoolingRoom(),
+    LastThoughts: AskRoom(),
 }
 
 

@@ -24,6 +24,7 @@ class Commit:
         self._admitted: dict[int, float] = {}
         self._found: list[Found] = []
         self._prompts: list[PromptReport] = []
+        self._result: StepResult | None = None  # the step's that is taken in
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their limit."""
@@ -33,6 +34,7 @@ class Commit:
         entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
         wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
         asked = [(self._features.asked(ask), ask, answer) for ask, answer in zip(batch.asks, result.answers, strict=True)]
+        self._result = result
         for feature, ask, answer in asked:
             feature.take(batch, ask, answer, self)
         self._append(rows[entries], token_ids[entries])
@@ -92,6 +94,17 @@ class Commit:
 
     def tell_prompt(self, report: PromptReport) -> None:
         self._prompts.append(report)
+
+    def replace_token(self, place: int, token_id: int) -> bool:
+        """Its log-probability is that of what is certain."""
+        assert self._result is not None
+        result = self._result
+        if result.token_ids[place] == token_id:
+            return False
+        result.token_ids[place] = token_id
+        if result.logprobs is not None and result.ranks is not None:
+            result.logprobs[place], result.ranks[place] = 0.0, 1
+        return True
 
     def conclude(self, sequence: Sequence, found: Found | None) -> None:
         """A beam search is over; or it must begin again (None), for want of a page."""

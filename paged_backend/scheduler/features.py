@@ -38,6 +38,9 @@ class Takings(Protocol):
     def tell_prompt(self, report: PromptReport) -> None:
         """Goes out before the step's tokens."""
 
+    def replace_token(self, place: int, token_id: int) -> bool:
+        """The step's sampled sequence at that place has this token instead, certain as it is. False: it has it anyway."""
+
     def conclude(self, sequence: Sequence, found: Found | None) -> None:
         """A search is over, with its answers; None: it must begin again, for want of a page."""
 

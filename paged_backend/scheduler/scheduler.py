@@ -42,6 +42,7 @@ from paged_backend.scheduler.prompt_logprobs import PromptLogprobsFeature
 from paged_backend.scheduler.quarantine import Quarantine
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
+from paged_backend.scheduler.thinking_budget import ThinkingBudgets
 from paged_backend.scheduler.waiting import WaitingQueue
 
 log = logging.getLogger("paged")
@@ -57,7 +58,15 @@ class Scheduler:
         self._clock = clock
         self._running = running = RunningSequences(limits)
         self._quarantine = Quarantine()
-        every = (self._quarantine, guides or GrammarMasks(), adapters or AdapterSlots(), PromptLogprobsFeature(), EmbeddingsFeature(), Beams(running.pages))
+        every = (
+            self._quarantine,
+            guides or GrammarMasks(),
+            adapters or AdapterSlots(),
+            PromptLogprobsFeature(),
+            EmbeddingsFeature(),
+            ThinkingBudgets(),
+            Beams(running.pages),
+        )
         self._features = LiveFeatures(every, running.table, running.changes)
         waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__)
         self._living = Lifecycle(waiting, running, self._features)

@@ -28,6 +28,7 @@ FEATURES = (
     "scheduler/prompt_logprobs.py",
     "scheduler/quarantine.py",
     "scheduler/features.py",
+    "scheduler/thinking_budget.py",
     "runner/adapter_store.py",
     "runner/ask_table.py",
     "runner/asks.py",

@@ -590,3 +590,26 @@ def test_several_urls_answer_as_one(server: Server, tmp_path: Path) -> None:
             text = response.read().decode()
     assert 'paged_gateway_servers{state="ready"} 2.0' in text
     assert re.findall(r"paged_gateway_requests_routed_total\{[^}]*\} (\S+)", text) == ["2.0", "2.0"]
+
+
+def test_embeddings_are_transformers_last_hidden_states_and_documents_are_ranked(server: Server, client: Any) -> None:
+    """A real engine, the server's own tensors, and OpenAI's library, which asks for base64."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.AutoModel.from_pretrained(demo_model_folder(), dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(str(demo_model_folder() / "tokenizer.json"))
+    made = client.embeddings.create(model="paged_llm", input=[PROMPT, "The lamp is in the cupboard."])
+    whole = client.embeddings.create(model="paged_llm", input=PROMPT, encoding_format="float", extra_body={"pooling": "mean", "normalize": False})
+    short = client.embeddings.create(model="paged_llm", input=PROMPT, dimensions=16)
+    with torch.inference_mode():
+        states = model(torch.tensor([tokenizer.encode(PROMPT).ids])).last_hidden_state[0]
+    for found, expected in ((made, states[-1]), (whole, states.mean(0)), (short, states[-1][:16])):
+        expected = expected if found is whole else expected / expected.norm()
+        assert torch.allclose(torch.tensor(found.data[0].embedding), expected, atol=2e-5 * float(expected.abs().max()) + 1e-6)
+    assert made.usage.total_tokens == sum(len(tokenizer.encode(text).ids) for text in (PROMPT, "The lamp is in the cupboard."))
+    with pytest.raises(openai.BadRequestError, match="dimensions: 100000 is more than this model's embeddings have"):
+        client.embeddings.create(model="paged_llm", input="a", dimensions=100_000)
+    asked = {"model": "paged_llm", "query": "Where is the lamp?", "documents": ["A fox.", "Where is the lamp?"]}
+    first, second = client.post("/rerank", body=asked, cast_to=object)["results"]
+    assert (first["index"], second["index"]) == (1, 0) and first["relevance_score"] == pytest.approx(1, abs=1e-5) > second["relevance_score"]
+    with pytest.raises(openai.BadRequestError, match="scoring: the model's tokenizer spells yes or no in several tokens"):
+        client.post("/rerank", body={**asked, "scoring": "yes_no"}, cast_to=object)

@@ -93,6 +93,22 @@ def test_greedy_answers_are_the_models_likeliest_allowed_tokens(folder: Path, or
         assert got.token_ids == greedy(oracle, prompt, allowed, banned=banned, **sampling)
 
 
+def test_two_beams_of_one_token_tell_the_log_probabilities_of_two_tokens_in_the_whole_vocabulary(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
+    """What a reranker asks (client/openai/ranking_api.py): which of "yes" and "no", and how likely."""
+    prompts, pair = random_prompts((9, 30)), [100, 7]
+    engine = load(folder, tmp_path)
+    for request_id, prompt in enumerate(prompts):
+        engine.submit(submit_of(request_id, prompt, pair, use_beam_search=True, beam_width=2, n=2, max_tokens=1, logprobs=0, ignore_eos=True))
+    found = {}
+    while not engine.idle:
+        for output in engine.step():
+            found |= {one.request_id: one.sequences for one in output.found}
+    for request_id, prompt in enumerate(prompts):
+        truth = torch.log_softmax(oracle.logits(prompt)[-1], -1)
+        scores = {int(np.frombuffer(one.token_ids, np.int32)[0]): float(np.frombuffer(one.logprobs, np.float32)[0]) for one in found[request_id]}
+        assert scores == {token_id: pytest.approx(float(truth[token_id]), abs=1e-4) for token_id in pair}
+
+
 def test_bias_and_penalties_choose_among_the_allowed(folder: Path, tmp_path: Path) -> None:
     prompt = random_prompts([12])[0]
     engine = load(folder, tmp_path)
