@@ -73,6 +73,8 @@ def read_fp8(config: Mapping[str, Any]) -> Quantization:
         EngineError: it asks for something that is not supported.
     """
     size, activations, scale_format = config.get("weight_block_size"), config.get("activation_scheme", "dynamic"), config.get("scale_fmt")
+    if config.get("quant_algo"):
+        raise EngineError(f"quantization_config: fp8 beside modelopt's quant_algo {str(config['quant_algo'])[:80]} is not supported")
     if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise EngineError(f"quantization_config: fmt: {str(config['fmt'])[:80]} is not supported; supported: e4m3")
     if size not in (None, [BLOCK, BLOCK]):

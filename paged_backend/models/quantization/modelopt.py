@@ -5,7 +5,7 @@ Source: Model Optimizer's documentation of unified Hugging Face checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from paged_backend.errors import EngineError
@@ -56,7 +56,17 @@ def _rules_of_layers(layers: Any) -> list[Rule]:
     if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
         raise EngineError("quantization_config: quantized_layers: expected an object of modules")
     schemes = {name: _scheme(entry.get("quant_algo"), entry.get("group_size")) for name, entry in layers.items()}
-    return [Rule(frozenset(name for name in schemes if schemes[name] == scheme).__contains__, scheme) for scheme in dict.fromkeys(schemes.values())]
+    return [Rule(_within(frozenset(name for name in schemes if schemes[name] == scheme)), scheme) for scheme in dict.fromkeys(schemes.values())]
+
+
+def _within(names: frozenset[str]) -> Callable[[str], bool]:
+    """Whether a module, or one that it lies in, is among the names: there may be tens of thousands."""
+
+    def matches(module: str) -> bool:
+        parts = module.split(".")
+        return any(".".join(parts[:end]) in names for end in range(len(parts), 0, -1))
+
+    return matches
 
 
 def _algorithm_of_groups(config: Mapping[str, Any]) -> str:

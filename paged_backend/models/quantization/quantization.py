@@ -71,7 +71,7 @@ class Quantization:
     def words(self) -> str:
         """For the log: which schemes there are."""
         schemes = dict.fromkeys(rule.scheme.words for rule in self.rules if rule.scheme is not None)
-        return f"{self.name}: {', '.join(schemes)}"
+        return f"{self.name}: {', '.join(schemes)}" if schemes else f"{self.name}, of experts alone"
 
 
 def spell_scheme(scheme: Scheme | None) -> str:
