@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU layer. Source: GLU Variants Improve Transformer, Shazeer, 2020."""
+"""Activations of perceptrons, alone or as the gate of a GLU layer. Sources: GLU Variants Improve Transformer, Shazeer, 2020; of each, at ACTIVATIONS."""
 
 from __future__ import annotations
 
@@ -7,40 +7,72 @@ import triton
 import triton.language as tl
 
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
+from paged_kernels.reference_layers import ACTIVATIONS
 
 _BLOCK = 1024
 
 
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """reference_layers.ACTIVATIONS[ACTIVATION] of float32 numbers."""
+    if ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        x = x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # x (1 + tanh(y)) / 2 = x / (1 + exp(-2 y))
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        x = tl.maximum(x, 0.0)
+        x = x * x
+    return x
+
+
 @kernel
-def _silu_mul_kernel(gate_up, out, gate_up_stride, out_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+def _gate_kernel(
+    x, out, x_stride, out_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LAUNCH_PDL: tl.constexpr
+):
+    """GATED: rows of 2 SIZE numbers, of which the first half is activated."""
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
-    gate = tl.load(gate_up + row * gate_up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * gate_up_stride + SIZE + column, mask=inside, other=0.0)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + column, (activated.to(tl.float32) * up.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
+    gate = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    result = activated(gate, ACTIVATION).to(out.dtype.element_ty)
+    if GATED:
+        up = tl.load(x + row * x_stride + SIZE + column, mask=inside, other=0.0)
+        result = (result.to(tl.float32) * up.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + column, result, mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
-    """out[t] = silu(gate_up[t, :n]) * gate_up[t, n:], silu(x) = x / (1 + exp(-x)) in float32, rounded before the product as in the reference.
+def gate(gate_up: torch.Tensor, activation: str = "silu", *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+    """out[t] = activation(gate_up[t, :n]) * gate_up[t, n:], the activation in float32 and rounded before the product as in the reference.
 
     gate_up: [T, 2 n], out: [T, n], one dtype (bfloat16, float16, float32), rows contiguous, may be strided. out may be gate_up[:, :n].
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
-    Raises ValueError for shapes, strides or dtypes that do not fit.
+    Raises ValueError for shapes, strides, dtypes or activations that do not fit.
     """
-    num_tokens, double = gate_up.shape
-    size = double // 2
-    out = gate_up.new_empty(num_tokens, size) if out is None else out
-    if double % 2 or out.shape != (num_tokens, size) or out.dtype != gate_up.dtype:
-        raise ValueError(f"gate_up {tuple(gate_up.shape)} {gate_up.dtype} and out {tuple(out.shape)} {out.dtype} do not fit each other")
-    if gate_up.stride(1) != 1 or out.stride(1) != 1:
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up {tuple(gate_up.shape)}: rows of an odd length do not fit, for they have no two halves")
+    return _launch(gate_up, gate_up.shape[1] // 2, activation, out, launch_pdl)
+
+
+def activate(x: torch.Tensor, activation: str, *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+    """out[t] = activation(x[t]): [T, n], out may be x. Otherwise as `gate`."""
+    return _launch(x, x.shape[1], activation, out, launch_pdl)
+
+
+def _launch(x: torch.Tensor, size: int, activation: str, out: torch.Tensor | None, launch_pdl: bool) -> torch.Tensor:
+    out = x.new_empty(len(x), size) if out is None else out
+    if out.shape != (len(x), size) or out.dtype != x.dtype:
+        raise ValueError(f"rows {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} do not fit each other")
+    if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError("rows must be contiguous")
-    if num_tokens == 0:
-        return out
-    _silu_mul_kernel[(num_tokens, triton.cdiv(size, _BLOCK))](
-        gate_up, out, gate_up.stride(0), out.stride(0), SIZE=size, BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4
-    )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation} is none of {', '.join(ACTIVATIONS)}")
+    if len(x):
+        _gate_kernel[(len(x), triton.cdiv(size, _BLOCK))](
+            x, out, x.stride(0), out.stride(0), SIZE=size, BLOCK=_BLOCK, GATED=size != x.shape[1], ACTIVATION=activation, LAUNCH_PDL=launch_pdl, num_warps=4
+        )
     return out

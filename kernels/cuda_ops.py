@@ -11,9 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_kernels import activation, logit_edits, lora, norm, page_copy, rope_kv, row_update, sampling
+from paged_kernels import activation as activations
+from paged_kernels import logit_edits, lora, page_copy, rope_kv, row_update, sampling
+from paged_kernels import norm as norms
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
 from paged_kernels.linear import Linear
+from paged_kernels.norm_value import Norm
 from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.products import Products
 from paged_kernels.ranks import ranks
@@ -72,11 +75,14 @@ class CudaOps(Ops):
 
     # ---- products, and what hangs on them
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear, out: Tensor | None = None) -> Tensor:
-        return self._products(x, linear, norm_before=(norm_weight, eps), out=out)
+    def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear, out: Tensor | None = None) -> Tensor:
+        return self._products(x, linear, norm_before=norm, out=out)
 
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        return self._products(x, linear, norm_before=(norm_weight, eps), gated=True)
+    def norm_gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str = "silu") -> Tensor:
+        return self._products(x, linear, norm_before=norm, gated=True, activation=activation)
+
+    def norm_active_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str) -> Tensor:
+        return self.activate(self._products(x, linear, norm_before=norm), activation)
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         return self._products(x, linear, residual=residual)
@@ -84,11 +90,17 @@ class CudaOps(Ops):
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         return self._products(x, linear)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return norm.rms_norm(x, weight, eps, launch_pdl=self._pdl)
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return norms.norm(x, norm, launch_pdl=self._pdl)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return activation.silu_mul(gate_up, launch_pdl=self._pdl)
+    def add_scaled(self, residual: Tensor, x: Tensor, norm: Norm | None, multiplier: float) -> Tensor:
+        return norms.add_scaled(residual, x, norm, multiplier, launch_pdl=self._pdl)
+
+    def gate(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+        return activations.gate(gate_up, activation, launch_pdl=self._pdl)
+
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        return activations.activate(x, activation, out=x, launch_pdl=self._pdl)
 
     # ---- adapters
 
@@ -112,13 +124,34 @@ class CudaOps(Ops):
         self,
         qkv: Tensor,
         num_heads: int,
-        qk_norm: tuple[Tensor, Tensor, float] | None,
-        rope_table: Tensor,
+        qk_norm: tuple[Norm, Norm] | None,
+        rope_table: Tensor | None,
         positions: Tensor,
         kv_pages: Tensor,
         slot_mapping: Tensor,
+        interleaved: bool = False,
+        query_factors: Tensor | None = None,
     ) -> Tensor:
-        return rope_kv.rope_write_kv(qkv, num_heads, qk_norm, rope_table, positions, kv_pages, slot_mapping, launch_pdl=self._pdl, slots_settled=True)
+        """A norm of all heads together is a launch of its own, in place."""
+        head_dim = kv_pages.shape[4]
+        if qk_norm is not None and len(qk_norm[0].weight) != head_dim:
+            q_size, k_size = (len(norm.weight) for norm in qk_norm)
+            for x, norm in zip((qkv[:, :q_size], qkv[:, q_size : q_size + k_size]), qk_norm, strict=True):
+                norms.norm(x, norm, out=x, launch_pdl=self._pdl)
+            qk_norm = None
+        return rope_kv.rope_write_kv(
+            qkv,
+            num_heads,
+            qk_norm,
+            rope_table,
+            positions,
+            kv_pages,
+            slot_mapping,
+            interleaved=interleaved,
+            query_factors=query_factors,
+            launch_pdl=self._pdl,
+            slots_settled=True,
+        )
 
     def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
         """Divides a step's decoding sequences among the multiprocessors and notes where the others' queries are. seq_lens 0: padding."""
@@ -129,24 +162,42 @@ class CudaOps(Ops):
         self._prefill = (query_starts[num_decodes:] - num_decodes, seq_lens[num_decodes:], max_query_len) if max_query_len else None
 
     def decode_attention(
-        self, q: Tensor, kv_pages: Tensor, page_table: Tensor, seq_lens: Tensor, max_seq_len: int, scale: float, sliding_window: int | None = None
+        self,
+        q: Tensor,
+        kv_pages: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        max_seq_len: int,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """reference.decode_attention for the lengths that were planned; rows of length 0 stay undefined."""
         out = torch.empty_like(q)
         plan = self._plans[sliding_window]
-        paged_decode_attention(q, kv_pages, page_table, out, plan, scale=scale, launch_pdl=self._pdl, plan_settled=self._pdl)
+        paged_decode_attention(
+            q, kv_pages, page_table, out, plan, scale=scale, soft_cap=soft_cap or 0.0, sinks=sinks, launch_pdl=self._pdl, plan_settled=self._pdl
+        )
         return out
 
     def prefill_attention(
-        self, q: Tensor, kv_pages: Tensor, page_table: Tensor, lens: Sequence[tuple[int, int]], scale: float, sliding_window: int | None = None
+        self,
+        q: Tensor,
+        kv_pages: Tensor,
+        page_table: Tensor,
+        lens: Sequence[tuple[int, int]],
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """reference.prefill_attention for the queries that were planned."""
         assert self._prefill is not None, "plan_attention was told of no prefill"
         query_starts, seq_lens, max_query_len = self._prefill
         out = torch.empty_like(q)
-        paged_prefill_attention(
-            q, kv_pages, page_table, query_starts, seq_lens, out, max_query_len=max_query_len, scale=scale, sliding_window=sliding_window or 0
-        )
+        options = {"sliding_window": sliding_window or 0, "soft_cap": soft_cap or 0.0, "sinks": sinks}
+        paged_prefill_attention(q, kv_pages, page_table, query_starts, seq_lens, out, max_query_len=max_query_len, scale=scale, **options)
         return out
 
     # ---- pages

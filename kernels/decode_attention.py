@@ -163,11 +163,11 @@ def _put_piece(
 
 @kernel(ints=["table_stride"])
 def _decode_kernel(
-    q, kv_pages, page_table, out, line, starts, records, arrivals, partial_acc, partial_lse,
+    q, kv_pages, page_table, out, sinks, line, starts, records, arrivals, partial_acc, partial_lse,
     scale, soft_cap, q_stride, out_stride, table_stride,
     HEADS: tl.constexpr, PAGE_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, FEW_PARTS: tl.constexpr, PARTS: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr, FEW_PARTS: tl.constexpr, PARTS: tl.constexpr,
     PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr, PLAN_SETTLED: tl.constexpr, COMPILED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CELLS: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM  # of a head in the store: numbers, or pairs of them
@@ -256,6 +256,9 @@ def _decode_kernel(
         if ends | (step + 1 == count):
             begins = now_tile <= step
             l = tl.sum(ls, 1)
+            if SINKS:  # counted once for a sequence, in the piece that begins it. Beyond 2^100 times the rest the rest is nothing, too
+                sink = tl.load(sinks + head * GROUP + tl.minimum(row, GROUP - 1)).to(tl.float32) * 1.4426950408889634
+                l += tl.where(begins, tl.exp2(tl.minimum(sink - m, 100.0)), 0.0)
             if PACKED:
                 result = tl.reshape(tl.join(acc, odd), [ROWS, 2 * CELLS_PAD]) * (256.0 / l)[:, None]
             else:
@@ -291,30 +294,34 @@ def _decode_kernel(
 
 def paged_decode_attention(
     q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, plan: DecodePlan,
-    *, scale: float, soft_cap: float = 0.0, launch_pdl: bool = False, plan_settled: bool = False,
+    *, scale: float, soft_cap: float = 0.0, sinks: torch.Tensor | None = None, launch_pdl: bool = False, plan_settled: bool = False,
 ) -> None:  # fmt: skip
     """out[s, h] = softmax(cap(q[s, h] . K[s] * scale)) . V[s] over the last `sliding_window` tokens of sequence s, as planned.
 
     q, out: [num_sequences, num_q_heads, head_dim], rows may be strided. kv_pages: [num_pages, 2, num_kv_heads, page_size, head_dim], keys then values, with
     page_size a power of two. page_table: int32 [num_sequences, max_pages]; entries past a sequence's length are never read. q and out of one dtype (bfloat16,
     float16 or float32; sums in float32), in which K and V are taken whatever type the store has (float8_e4m3fn beside 16-bit queries as float16, NaN as 480);
-    rows aligned to 16 bytes. Rows of length 0 are left as they are. cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0. launch_pdl: begin while the
+    rows aligned to 16 bytes. Rows of length 0 are left as they are. cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0.
+    sinks: [num_q_heads], any floating dtype: a score more for each head, of a token without a value. launch_pdl: begin while the
     kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete; with plan_settled, the plan and the page table are
     read earlier: only for when neither was written by the kernel before, nor by one it did not wait for.
     Raises ValueError if the tensors do not fit each other or the plan's workspace.
     """
     workspace = plan.workspace
     _check(q, kv_pages, page_table, out, workspace)
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.stride(0) != 1):
+        raise ValueError(f"sinks {tuple(sinks.shape)} are not one for each of {q.shape[1]} query heads, side by side")
     page_size, head_dim = kv_pages.shape[3:]
     packed = q.is_cuda and q.itemsize == 2 and kv_pages.itemsize == 1
     group_pad, head_pad = triton.next_power_of_2(workspace.group), max(32 if packed else 16, triton.next_power_of_2(head_dim))
     kv_pages = kv_pages.view(torch.int16) if packed else kv_pages
     _decode_kernel[(workspace.num_work_items * workspace.num_kv_heads,)](
-        q, kv_pages, page_table, out, plan.line, plan.starts, plan.records, workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
+        q, kv_pages, page_table, out, q if sinks is None else sinks, plan.line, plan.starts, plan.records,
+        workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
         scale * 256 if packed else scale, soft_cap, q.stride(0), out.stride(0), page_table.stride(0),
         HEADS=workspace.num_kv_heads, PAGE_STRIDE=kv_pages.stride(0), VALUE_STRIDE=kv_pages.stride(1), HEAD_STRIDE=kv_pages.stride(2),
         GROUP=workspace.group, GROUP_PAD=group_pad, HEAD_DIM=head_dim, HEAD_PAD=head_pad, PAGE_SIZE=page_size,
-        TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, ROWS=max(16, group_pad),
+        TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, SINKS=sinks is not None, ROWS=max(16, group_pad),
         FEW_PARTS=max(2, 2048 // (group_pad * head_pad)), PARTS=max(4, 8192 // (group_pad * head_pad)),
         PACKED=packed, LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, COMPILED=q.is_cuda, PRECISION="ieee",
         num_warps=workspace.num_warps, num_stages=workspace.num_stages,

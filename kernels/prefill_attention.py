@@ -95,10 +95,10 @@ def _attend(
 
 @kernel(ints=["table_stride", "num_tiles"], unaligned=["page_table", "query_starts", "seq_lens"])
 def _prefill_kernel(
-    q, kv_pages, page_table, query_starts, seq_lens, out, scale, soft_cap, q_stride, out_stride, table_stride, page_stride, num_tiles,
+    q, kv_pages, page_table, query_starts, seq_lens, out, sinks, scale, soft_cap, q_stride, out_stride, table_stride, page_stride, num_tiles,
     HEADS: tl.constexpr, HEAD_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     place = tl.program_id(0) // HEADS
@@ -148,6 +148,10 @@ def _prefill_kernel(
         acc, m, l, queries, position, in_page, pages, whole_end, last_position + 1, first_key, last_position, scale, soft_cap, page_stride,
         VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
     )  # fmt: skip
+    if SINKS:
+        sink = tl.load(sinks + head * GROUP + row % GROUP).to(tl.float32)
+        greatest = m if SOFT_CAP else m * scale
+        l += tl.exp2(tl.minimum((sink - greatest) * 1.4426950408889634, 100.0))  # beyond 2^100 times the rest the rest is nothing, too
     result = (acc * (1.0 / l)[:, None]).to(out.dtype.element_ty)
     tl.store(out + (token * out_stride + at)[:, None] + dim[None, :], result, mask=to_store[:, None] & (dim < HEAD_DIM)[None, :])
 
@@ -179,7 +183,8 @@ def _launch_shape(head_dim: int, dtype: torch.dtype, num_rows: int) -> PrefillSh
 
 def paged_prefill_attention(
     q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, query_starts: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor,
-    *, max_query_len: int, scale: float, sliding_window: int = 0, soft_cap: float = 0.0, shape: PrefillShape | None = None,
+    *, max_query_len: int, scale: float, sliding_window: int = 0, soft_cap: float = 0.0, sinks: torch.Tensor | None = None,
+    shape: PrefillShape | None = None,
 ) -> None:  # fmt: skip
     """out[t, h] = softmax(cap(q[t, h] . K * scale)) . V over the keys of t's sequence up to t's own, the last `sliding_window` of them (0 = all).
 
@@ -190,10 +195,13 @@ def paged_prefill_attention(
     are left as they are. max_query_len: at least
     the greatest number of queries of a sequence. q and out of one dtype (bfloat16, float16 or float32; sums in float32), in which K and V
     are taken, whatever type the store has; rows aligned to 16 bytes.
-    cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0; scale > 0. shape overrides the tuned launch (tests, benchmarks).
+    cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0; scale > 0. sinks: [num_q_heads], any floating dtype: a score more for each
+    head, of a token without a value. shape overrides the tuned launch (tests, benchmarks).
     Raises ValueError if tensors do not fit each other.
     """
     _check(q, kv_pages, page_table, query_starts, seq_lens, out)
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.stride(0) != 1):
+        raise ValueError(f"sinks {tuple(sinks.shape)} are not one for each of {q.shape[1]} query heads, side by side")
     num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
     group = q.shape[1] // num_kv_heads
     num_sequences = seq_lens.shape[0]
@@ -203,10 +211,11 @@ def paged_prefill_attention(
     rows = max(shape.rows, triton.next_power_of_2(group))
     num_tiles = triton.cdiv(max_query_len, rows // group)
     _prefill_kernel[(num_kv_heads * num_tiles * num_sequences,)](
-        q, kv_pages, page_table, query_starts, seq_lens, out, scale, soft_cap, q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), num_tiles,
+        q, kv_pages, page_table, query_starts, seq_lens, out, q if sinks is None else sinks, scale, soft_cap,
+        q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), num_tiles,
         HEADS=num_kv_heads, HEAD_STRIDE=kv_pages.stride(2), VALUE_STRIDE=kv_pages.stride(1),
         GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=page_size, ROWS=rows, TOKENS=rows // group,
-        TILE=shape.tile, WINDOW=sliding_window, SOFT_CAP=soft_cap != 0.0, PRECISION="ieee",
+        TILE=shape.tile, WINDOW=sliding_window, SOFT_CAP=soft_cap != 0.0, SINKS=sinks is not None, PRECISION="ieee",
         num_warps=shape.num_warps, num_stages=shape.num_stages, maxnreg=shape.max_registers,
     )  # fmt: skip
 

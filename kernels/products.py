@@ -5,12 +5,16 @@ One row: a matrix-vector kernel, with the norm before and everything behind in t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paged_kernels import activation, norm, small_linear
+from paged_kernels import activation as activations
+from paged_kernels import norm, small_linear
 from paged_kernels.linear import Linear
+from paged_kernels.norm_value import Norm
 
 
 class Products:
@@ -25,29 +29,31 @@ class Products:
         x: Tensor,
         linear: Linear,
         *,
-        norm_before: tuple[Tensor, float] | None = None,
+        norm_before: Norm | None = None,
         gated: bool = False,
+        activation: str = "silu",
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """[T, in] -> [T, out]: x is normed, multiplied, and then gated ([T, out / 2]) or added to residual, which is written over.
 
-        norm_before: weight [in] and eps of an RMS norm. gated: silu(first half) * second half. residual: [T, out], not with gated or out.
+        norm_before: of [in]. gated: activation(first half) * second half. residual: [T, out], not with gated or out.
         """
         weight, bias, pdl = linear.weight, linear.bias, self._pdl
         out = out if residual is None else residual
+        behind: dict[str, Any] = {"gated": gated, "activation": activation, "residual": residual, "out": out, "launch_pdl": pdl}
+        if norm_before is not None and (len(x) > 1 or norm_before.centred or norm_before.bias is not None):
+            x, norm_before = norm.norm(x, norm_before, launch_pdl=pdl), None
         if len(x) == 1:
-            return small_linear.vector_linear(x, weight, bias, norm=norm_before, gated=gated, residual=residual, out=out, launch_pdl=pdl)
-        if norm_before is not None:
-            x = norm.rms_norm(x, *norm_before, launch_pdl=pdl)
+            return small_linear.vector_linear(x, weight, bias, norm=norm_before, **behind)
         if small_linear.is_narrow(len(x), weight):
-            return small_linear.narrow_linear(x, weight, bias, workspace=self._workspace, gated=gated, residual=residual, out=out, launch_pdl=pdl)
+            return small_linear.narrow_linear(x, weight, bias, workspace=self._workspace, **behind)
         if residual is not None:
             if bias is not None:
                 residual += bias
             return residual.addmm_(x, weight.t())
         if gated:
-            return activation.silu_mul(functional.linear(x, weight, bias), launch_pdl=pdl)
+            return activations.gate(functional.linear(x, weight, bias), activation, launch_pdl=pdl)
         if out is None:
             return functional.linear(x, weight, bias)
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from paged_kernels.linear import Linear
 from paged_kernels.reference import Ops
@@ -56,11 +55,11 @@ class RankOps(Ops):
     def __init__(self, ranks: Ranks, vocabulary: VocabularyPart) -> None:
         self._ranks, self._vocabulary = ranks, vocabulary
 
-    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def embedding(self, token_ids: Tensor, table: Tensor, multiplier: float = 1.0) -> Tensor:
         """Ids of the whole vocabulary, this rank's rows of the table: [T], [width, hidden] -> [T, hidden]. One rank adds a row, the others zeros."""
         at = token_ids.long() - self._vocabulary.first
         mine = (at >= 0) & (at < self._vocabulary.count)
-        rows = functional.embedding(torch.where(mine, at, 0), table)
+        rows = super().embedding(torch.where(mine, at, 0), table, multiplier)
         return self._ranks.sum(rows.masked_fill_(~mine[:, None], 0))
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing
+from paged_kernels.norm_value import Norm
 from paged_kernels.reference_layers import LayerOps
 
 
@@ -38,9 +39,9 @@ class ExpertOps(LayerOps):
         total = (found.view(num_tokens, top_k, x.shape[1]) * weights[..., None]).sum(1)
         return residual + total.to(residual.dtype)
 
-    def norm_add_experts(self, x: Tensor, norm_weight: Tensor, eps: float, experts: Experts) -> Tensor:
-        """x + the experts' answer to rms_norm(x): [T, hidden], [hidden] -> [T, hidden]. A kernel may write over x."""
-        normed = self.rms_norm(x, norm_weight, eps)
+    def norm_add_experts(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
+        """x + the experts' answer to norm(x): [T, hidden] -> [T, hidden]; None: no norm. A kernel may write over x."""
+        normed = x if norm is None else self.norm(x, norm)
         return self.add_experts(normed, *self.route(normed, experts), experts, x)
 
 

@@ -11,7 +11,14 @@ from torch.nn import functional
 
 from paged_kernels.codes import dequantise, rounded
 from paged_kernels.linear import PLAIN, Linear
+from paged_kernels.norm_value import Norm
 
+ACTIVATIONS = {
+    "silu": functional.silu,  # x / (1 + exp(-x)) (Elfwing et al., 2018)
+    "gelu": functional.gelu,  # x times the normal distribution's mass below x (Hendrycks and Gimpel, 2016)
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),  # the same by their formula with tanh
+    "relu2": lambda x: functional.relu(x).square(),  # So et al., 2021
+}
 _GATHER_BYTES = 64 * 2**20  # of K and V that decode attention has in hand at once
 _LARGEST_TILE = 64  # tokens
 
@@ -19,9 +26,10 @@ _LARGEST_TILE = 64  # tokens
 class LayerOps:
     """What a layer of the decoder computes, and the KV store it writes and reads."""
 
-    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        """[T] ids, [V, hidden] -> [T, hidden]."""
-        return functional.embedding(token_ids, table)
+    def embedding(self, token_ids: Tensor, table: Tensor, multiplier: float = 1.0) -> Tensor:
+        """[T] ids, [V, hidden] -> [T, hidden], times the multiplier, which is rounded to the table's type first, as transformers does it."""
+        x = functional.embedding(token_ids, table)
+        return x if multiplier == 1 else x * torch.tensor(multiplier, dtype=table.dtype).item()
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """[T, in] -> [T, out]. A quantised weight is dequantised and multiplied in float32; activations are rounded first where its format says so."""
@@ -32,37 +40,69 @@ class LayerOps:
         bias = None if linear.bias is None else linear.bias.float()
         return functional.linear(rounded(x, linear).float(), dequantise(linear), bias).to(x.dtype)
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear, out: Tensor | None = None) -> Tensor:
-        """linear(rms_norm(x)): [T, in], [in] -> [T, out]."""
-        result = self.linear(self.rms_norm(x, norm_weight, eps), linear)
+    def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear, out: Tensor | None = None) -> Tensor:
+        """linear(norm(x)): [T, in] -> [T, out]; None: no norm."""
+        result = self.linear(x if norm is None else self.norm(x, norm), linear)
         return result if out is None else out.copy_(result)
 
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        """silu_mul(norm_linear(x)): [T, in], [in], a linear of 2 out rows -> [T, out]."""
-        return self.silu_mul(self.norm_linear(x, norm_weight, eps, linear))
+    def norm_gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str = "silu") -> Tensor:
+        """gate(norm_linear(x)): [T, in], a linear of 2 out rows -> [T, out]."""
+        return self.gate(self.norm_linear(x, norm, linear), activation)
+
+    def norm_active_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str) -> Tensor:
+        """activation(norm_linear(x)): [T, in] -> [T, out]."""
+        return self.activate(self.norm_linear(x, norm, linear), activation)
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         """residual + linear(x): [T, in], [T, out] -> [T, out]. A kernel may write over residual."""
         return residual + self.linear(x, linear)
+
+    def add_scaled(self, residual: Tensor, x: Tensor, norm: Norm | None, multiplier: float) -> Tensor:
+        """residual + multiplier * norm(x): [T, n], [T, n] -> [T, n]; None: no norm. A kernel may write over residual."""
+        return residual + multiplier * (x if norm is None else self.norm(x, norm))
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """[..., n] -> [..., n]. Computed in float32; only a plain RMS norm is rounded to x's type before its weight comes in, as Llama's is."""
+        if norm.is_plain:
+            return self.rms_norm(x, norm.weight, norm.eps)
+        wide = x.float()
+        if norm.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * (norm.weight.float() + (1.0 if norm.plus_one else 0.0))
+        return (wide if norm.bias is None else wide + norm.bias.float()).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[..., n], [n] -> [..., n]: x / sqrt(mean(x²) + eps) in float32, back in x's type, times weight (Zhang and Sennrich, 2019)."""
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[T, 2 n] -> [T, n]: silu(first half) * second half (SwiGLU, Shazeer, 2020)."""
+    def gate(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+        """[T, 2 n] -> [T, n]: activation(first half) * second half (GLU variants, Shazeer, 2020)."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate) * up
+        return self.activate(gate, activation) * up
 
-    def apply_rope(self, x: Tensor, rope_table: Tensor, positions: Tensor) -> Tensor:
-        """Rotates [T, heads, D] by position; rope_table is [max_len, D] float32: cosines in the first half of a row, sines in the second.
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        """ACTIVATIONS[activation] of every number."""
+        return ACTIVATIONS[activation](x)
 
-        Pairs are (i, i + D/2), as in Hugging Face checkpoints (Su et al., 2021). Computed in float32, returned in x's type.
+    def scale_logits(self, logits: Tensor, multiplier: float, soft_cap: float | None) -> Tensor:
+        """logits, written over with cap(multiplier * logits), where cap(x) = soft_cap * tanh(x / soft_cap), or x if it is None."""
+        scaled = logits.float() * multiplier
+        return logits.copy_(scaled if soft_cap is None else soft_cap * torch.tanh(scaled / soft_cap))
+
+    def apply_rope(self, x: Tensor, rope_table: Tensor, positions: Tensor, interleaved: bool = False) -> Tensor:
+        """Rotates the first R numbers of [T, heads, D] by position; rope_table is [max_len, R] float32: cosines in the first half of a row, then sines.
+
+        Pairs are (i, i + R/2), as in most Hugging Face checkpoints, or (2 i, 2 i + 1) if interleaved (Su et al., 2021). Computed in float32, returned in
+        x's type.
         """
         cos, sin = rope_table[positions][:, None].chunk(2, dim=-1)
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        rotated, rest = x.split([rope_table.shape[1], x.shape[-1] - rope_table.shape[1]], dim=-1)
+        pairs = rotated.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotated.float().chunk(2, dim=-1)
+        first, second = pairs
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+        return torch.cat((joined.to(x.dtype), rest), dim=-1)
 
     def write_kv(self, k: Tensor, v: Tensor, kv_pages: Tensor, slot_mapping: Tensor) -> None:
         """Stores k and v [T, num_kv_heads, D] at their slots: `page_id * page_size + offset`, -1 for padding, which is not stored."""
@@ -86,21 +126,29 @@ class LayerOps:
         self,
         qkv: Tensor,
         num_heads: int,
-        qk_norm: tuple[Tensor, Tensor, float] | None,
-        rope_table: Tensor,
+        qk_norm: tuple[Norm, Norm] | None,
+        rope_table: Tensor | None,
         positions: Tensor,
         kv_pages: Tensor,
         slot_mapping: Tensor,
+        interleaved: bool = False,
+        query_factors: Tensor | None = None,
     ) -> Tensor:
-        """Splits qkv [T, (num_heads + 2 num_kv_heads) D] into heads, norms q and k (weight of q [D], of k [D], eps) if asked to,
-        rotates them, stores k and v, returns q [T, num_heads, D]."""
+        """Splits qkv [T, (num_heads + 2 num_kv_heads) D] into heads, norms q and k if asked to, rotates them (rope_table None: not), multiplies
+        q by query_factors[position] (float32 [max_len]; None: not), stores k and v, returns q [T, num_heads, D].
+
+        A norm whose weight has D numbers is of each head; of more, of all heads of q or k together.
+        """
         num_kv_heads, head_dim = kv_pages.shape[2], kv_pages.shape[4]
         q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if qk_norm is not None:
-            q_weight, k_weight, eps = qk_norm
-            q, k = self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)
-        self.write_kv(self.apply_rope(k, rope_table, positions), v, kv_pages, slot_mapping)
-        return self.apply_rope(q, rope_table, positions)
+            q, k = (self.norm(x if len(norm.weight) == head_dim else x.flatten(1), norm).view(x.shape) for x, norm in zip((q, k), qk_norm, strict=True))
+        if rope_table is not None:
+            q, k = (self.apply_rope(x, rope_table, positions, interleaved) for x in (q, k))
+        if query_factors is not None:
+            q = (q.float() * query_factors[positions][:, None, None]).to(q.dtype)
+        self.write_kv(k, v, kv_pages, slot_mapping)
+        return q.contiguous()
 
     def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
         """Called once a step, before its first attention: kernels share out the work here, plain torch needs no plan.
@@ -109,10 +157,20 @@ class LayerOps:
         """
 
     def decode_attention(
-        self, q: Tensor, kv_pages: Tensor, page_table: Tensor, seq_lens: Tensor, max_seq_len: int, scale: float, sliding_window: int | None = None
+        self,
+        q: Tensor,
+        kv_pages: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        max_seq_len: int,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """The newest token of each sequence attends to the sequence's last `sliding_window` tokens (None: to all), itself included.
 
+        Scores become soft_cap * tanh(score / soft_cap) if it is given; sinks [num_heads]: a score more for each head, of a token without a value.
         q [S, num_heads, D]; page_table [S, P]; seq_lens [S] (0: an empty row, its result is 0); max_seq_len >= every length -> [S, num_heads, D].
         Goes along the context in chunks of all sequences that reach that far and merges them by running maximum and sum (Milakov and Gimelshein, 2018),
         so that no more than _GATHER_BYTES of K and V are gathered at once. Asks the device which sequences reach a chunk: on CUDA the host waits.
@@ -124,6 +182,9 @@ class LayerOps:
         firsts = torch.zeros_like(seq_lens) if sliding_window is None else (seq_lens - sliding_window).clamp(min=0)
         top = queries.new_full((*queries.shape[:3], 1), -torch.inf)
         mass, acc = torch.zeros_like(top), torch.zeros_like(queries)
+        if sinks is not None:
+            top[:] = sinks.float().view(num_kv_heads, -1, 1)
+            mass[:] = 1
         tile = math.gcd(kv_pages.shape[3], _LARGEST_TILE)
         chunk = max(_GATHER_BYTES // (8 * num_sequences * num_kv_heads * head_dim) // tile, 1) * tile
         for begin in range(0, max_seq_len, chunk):
@@ -135,7 +196,7 @@ class LayerOps:
             hidden = (positions >= seq_lens[live, None]) | (positions < firsts[live, None])
             k, v = _gather(kv_pages, page_table[live], begin, end, tile)
             v.transpose(1, 2)[hidden] = 0  # 0 * NaN is NaN: what another sequence left in a slot must not matter
-            scores = (queries[live] @ k.transpose(-1, -2)).masked_fill_(hidden[:, None, None, :], -torch.inf)
+            scores = _capped(queries[live] @ k.transpose(-1, -2), soft_cap).masked_fill_(hidden[:, None, None, :], -torch.inf)
             new_top = torch.maximum(top[live], scores.amax(-1, keepdim=True))
             weights = torch.exp(scores - new_top)
             decay = torch.exp(top[live] - new_top)
@@ -145,10 +206,19 @@ class LayerOps:
         return (acc / torch.where(mass > 0, mass, 1)).view(num_sequences, num_heads, head_dim).to(q.dtype)
 
     def prefill_attention(
-        self, q: Tensor, kv_pages: Tensor, page_table: Tensor, lens: Sequence[tuple[int, int]], scale: float, sliding_window: int | None = None
+        self,
+        q: Tensor,
+        kv_pages: Tensor,
+        page_table: Tensor,
+        lens: Sequence[tuple[int, int]],
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """The newest tokens of each sequence attend to the tokens before them, at most the last `sliding_window`, and to themselves.
 
+        soft_cap and sinks: as of decode_attention.
         q [T, num_heads, D], sequence after sequence; page_table [S, P]; lens: (query_len, seq_len) of each sequence, on the host -> [T, num_heads, D].
         K and V of the query tokens are already in the store.
         """
@@ -162,16 +232,39 @@ class LayerOps:
             begin = 0 if sliding_window is None else max(start + 1 - sliding_window, 0) // tile * tile
             k, v = (x[0, :, : seq_len - begin] for x in _gather(kv_pages, page_table[index : index + 1], begin, -(-seq_len // tile) * tile, tile))
             queries = q[at : at + query_len].float().view(query_len, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-            shape = (num_kv_heads, queries.shape[1], seq_len - begin, head_dim)
             query_at = torch.arange(start, seq_len, device=q.device)[:, None]
             key_at = torch.arange(begin, seq_len, device=q.device)
             visible = key_at <= query_at
             if sliding_window is not None:
                 visible &= key_at > query_at - sliding_window
-            result = functional.scaled_dot_product_attention(queries, k[:, None].expand(shape), v[:, None].expand(shape), attn_mask=visible, scale=scale)
+            if soft_cap is None and sinks is None:
+                shape = (num_kv_heads, queries.shape[1], seq_len - begin, head_dim)
+                result = functional.scaled_dot_product_attention(queries, k[:, None].expand(shape), v[:, None].expand(shape), attn_mask=visible, scale=scale)
+            else:
+                result = _attend(queries * scale, k[:, None], v[:, None], visible, soft_cap, sinks)
             out[at : at + query_len] = result.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim).to(q.dtype)
             at += query_len
         return out
+
+
+def _attend(queries: Tensor, k: Tensor, v: Tensor, visible: Tensor, soft_cap: float | None, sinks: Tensor | None) -> Tensor:
+    """[kv_heads, group, queries, D] float32, scaled, over K and V [kv_heads, 1, keys, D], where visible [queries, keys] -> [kv_heads, group, queries, D].
+
+    So many queries at once that their scores take no more than _GATHER_BYTES.
+    """
+    rows = max(1, _GATHER_BYTES // (4 * queries.shape[0] * queries.shape[1] * k.shape[2]))
+    results = []
+    for some, seen in zip(queries.split(rows, dim=2), visible.split(rows), strict=True):
+        scores = _capped(some @ k.transpose(-1, -2), soft_cap).masked_fill_(~seen, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((sinks.float().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1), scores), dim=-1)
+        weights = scores.softmax(-1)
+        results.append((weights if sinks is None else weights[..., 1:]) @ v)
+    return torch.cat(results, dim=2)
+
+
+def _capped(scores: Tensor, soft_cap: float | None) -> Tensor:
+    return scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
 
 
 def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:

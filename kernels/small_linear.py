@@ -19,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
+from paged_kernels.norm_value import Norm
 from paged_kernels.sampling import arrive
 
 MAX_TOKENS = 128
@@ -28,17 +30,12 @@ _MAX_SPLIT = 16
 _LANES = tl.constexpr(8)  # neighbours that a thread sums before anything else: 16 bytes of bfloat16
 
 
-@triton.jit
-def _gate(gate, up):
-    """silu(gate) * up."""
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
 @kernel
 def _vector_kernel(
     x, norm_weight, weight, bias, residual, out, eps,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """N rows of the result, from N (GATED: 2 N) rows of the weight."""
     pdl_release(LAUNCH_PDL)
@@ -62,7 +59,8 @@ def _vector_kernel(
         value = tl.load(x + begin + column, mask=begin + column < K, other=0.0).to(tl.float32)
         if NORM:
             squares += value * value
-            value *= tl.load(norm_weight + begin + column, mask=begin + column < K, other=0.0).to(tl.float32)
+            scale = tl.load(norm_weight + begin + column, mask=begin + column < K, other=0.0).to(tl.float32)
+            value *= scale + 1.0 if PLUS_ONE else scale
         ahead = begin + BLOCK + column
         mask = there & (ahead < K)[None, :]
         next_w = tl.load(at + begin + BLOCK, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -83,7 +81,7 @@ def _vector_kernel(
         up = tl.sum(total_u, 1) * shrink
         if BIAS:
             up += tl.load(bias + N + row, mask=row < N, other=0.0).to(tl.float32)
-        result = _gate(result, up)
+        result = activated(result, ACTIVATION) * up
     if ADD:
         result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
@@ -102,7 +100,8 @@ def _fetch(at, mask):
 def _narrow_kernel(
     x, weight, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride, out_stride,
     N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result for all tokens, or a part of their sums: SPAN columns of the weight, the part-th of SPLIT."""
     pdl_release(LAUNCH_PDL)
@@ -159,7 +158,7 @@ def _narrow_kernel(
         if GATED:
             if BIAS:
                 total_u += tl.load(bias + N + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-            result = _gate(result, total_u)
+            result = activated(result, ACTIVATION) * total_u
         wanted = there & (token < num_tokens)[None, :]
         if ADD:
             result += tl.load(residual + row[:, None] + (token * residual_stride)[None, :], mask=wanted, other=0.0).to(tl.float32)
@@ -226,13 +225,14 @@ def is_narrow(num_tokens: int, weight: torch.Tensor) -> bool:
 
 
 def vector_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, norm: tuple[torch.Tensor, float] | None = None, gated: bool = False,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, norm: Norm | None = None, gated: bool = False, activation: str = "silu",
     residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: VectorShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out = residual + gate(weight . rms_norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for.
+    """out = residual + gate(weight . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for.
 
-    x: [1, K]; weight: [N, K], contiguous, or [2 N, K] if gated (rows of the gate, then of what it lets through: silu(first) * second); bias: [N] or [2 N];
-    norm: its weight [K] and eps; residual, out: [1, N], out may be residual. One floating dtype; sums in float32, rounded at the end.
+    x: [1, K]; weight: [N, K], contiguous, or [2 N, K] if gated (rows of the gate, then of what it lets through: activation(first) * second);
+    bias: [N] or [2 N]; norm: an RMS norm of [K] without bias;
+    residual, out: [1, N], out may be residual. One floating dtype; sums in float32, rounded at the end.
     launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing but weight before that kernel is complete.
     Raises ValueError for shapes, strides or dtypes that do not fit.
     """
@@ -240,11 +240,13 @@ def vector_linear(
     out = x.new_empty(1, num_rows) if out is None else out
     _check(x, weight, bias, residual, out, num_rows, 1)
     shape = shape or vector_shape(num_rows, weight.shape[1], gated)
-    norm_weight, eps = (x, 0.0) if norm is None else norm
+    if norm is not None and (norm.centred or norm.bias is not None):
+        raise ValueError("only an RMS norm without bias can be taken in before a product")
     _vector_kernel[(triton.cdiv(num_rows, shape.rows),)](
-        x, norm_weight, weight, x if bias is None else bias, x if residual is None else residual, out, eps,
+        x, x if norm is None else norm.weight, weight, x if bias is None else bias, x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
         N=num_rows, K=weight.shape[1], ROWS=shape.rows, BLOCK=shape.block,
-        NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
+        NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated, ACTIVATION=activation, BIAS=bias is not None,
+        ADD=residual is not None, LAUNCH_PDL=launch_pdl,
         num_warps=shape.num_warps, num_stages=1,
     )  # fmt: skip
     return out
@@ -252,7 +254,7 @@ def vector_linear(
 
 def narrow_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, workspace: LinearWorkspace, gated: bool = False,
-    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: NarrowShape | None = None, launch_pdl: bool = False,
+    activation: str = "silu", residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: NarrowShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(x . weight + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
 
@@ -271,7 +273,8 @@ def narrow_linear(
         x, weight, x if bias is None else bias, x if residual is None else residual, out, workspace.partials, workspace.arrivals,
         num_tokens, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         N=num_rows, K=num_columns, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span, STAGES=shape.stages,
-        GATED=gated, BIAS=bias is not None, ADD=residual is not None, FETCH=shape.fetch if launch_pdl else 0, LAUNCH_PDL=launch_pdl, PRECISION="ieee",
+        GATED=gated, ACTIVATION=activation, BIAS=bias is not None, ADD=residual is not None, FETCH=shape.fetch if launch_pdl else 0,
+        LAUNCH_PDL=launch_pdl, PRECISION="ieee",
         num_warps=shape.num_warps,
     )  # fmt: skip
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from paged_backend.errors import EngineError, reason_of
-from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, read_json
+from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, language_part, read_json
 from paged_backend.models.families.family import Family, head_dim_of
 from paged_backend.models.families.registry import FAMILIES
-from paged_backend.models.layer_spec import WHOLE, AttentionSpec, LayerSpec
+from paged_backend.models.layer_spec import ALL_LAYERS, WHOLE, AttentionSpec, EndsSpec, LayerSpec
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.quantization.reading import read_quantization
 from paged_backend.models.shard import Cut, Shard, padded_rows, vocabulary_cut
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Rope:
 
     parameters: Mapping[str, Any]
     max_position_embeddings: int
-    head_dim: int
+    rotary_dim: int  # numbers of a head that are rotated
     config: PreTrainedConfig  # what transformers' own frequency functions ask for
+    layer_type: str = ""  # whose entry of the config's rope_parameters these are, where layers differ
 
     @property
     def rope_type(self) -> str:
@@ -54,15 +55,17 @@ class Architecture:
     vocab_size: int
     hidden_size: int
     layers: tuple[LayerSpec, ...]
-    rms_norm_eps: float
+    ends: EndsSpec
     tied_head: bool
-    rope: Rope
+    ropes: Mapping[str, Rope]  # by their names in AttentionSpec.rope
     dtype: str  # the checkpoint's own: float32, bfloat16 or float16
     initializer_range: float
     eos_ids: tuple[int, ...]
     bos_id: int | None
     has_head: bool = True  # False: the checkpoint is of the layers alone, which make embeddings and no text
     quantization: Quantization | None = None
+    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names -> what they are called here
+    unread: tuple[str, ...] = ()  # beginnings of names of tensors that are for other inputs than text
     shard: Shard = WHOLE  # the layers are this rank's parts
 
     def of_rank(self, shard: Shard) -> Architecture:
@@ -91,19 +94,19 @@ class Architecture:
         return len(self.layers)
 
     @property
+    def max_len(self) -> int:
+        """Tokens the checkpoint allows."""
+        return min(rope.max_len for rope in self.ropes.values())
+
+    @property
     def attention(self) -> AttentionSpec:
-        """Of all layers but for their sliding windows: their K and V lie in pages of one shape."""
+        """Of all layers, but for what differs between layers: their K and V lie in pages of one shape."""
         return self.layers[0].attention
 
     @property
     def sliding_windows(self) -> tuple[int | None, ...]:
         """[num_layers] tokens a layer attends to, itself included; None: all."""
         return tuple(layer.attention.sliding_window for layer in self.layers)
-
-    @property
-    def intermediate_size(self) -> int:
-        """Of the widest perceptron."""
-        return max(layer.mlp.intermediate_size for layer in self.layers)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -116,22 +119,24 @@ def read_architecture(folder: Path) -> Architecture:
     content = read_json(path)
     kind = checked(ConfigKind, content, path.name)
     family = _family_of(kind)
-    file = checked(ConfigFile, content, path.name)
-    config = _transformers_config(family.model_type, file)
+    file = checked(family.config, language_part(content) if family.has_other_parts else content, path.name)
+    config = _transformers_config(family, file)
     _check_options(config)
     return Architecture(
         name=family.architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         layers=family.layers(config),
-        rms_norm_eps=config.rms_norm_eps,
+        ends=family.ends(config),
         tied_head=bool(config.tie_word_embeddings),
-        rope=Rope(dict(config.rope_parameters), config.max_position_embeddings, head_dim_of(config), config),
+        ropes=_ropes(family, config),
         dtype=_dtype_name(file),
         initializer_range=config.initializer_range,
         eos_ids=token_ids(config.eos_token_id),
         bos_id=config.bos_token_id,
         quantization=read_quantization(folder, kind.quantization_config),
+        renames=family.renames,
+        unread=family.unread,
     )
 
 
@@ -150,27 +155,37 @@ def _family_of(file: ConfigKind) -> Family:
     return family
 
 
-def _transformers_config(model_type: str, file: ConfigFile) -> PreTrainedConfig:
+def _transformers_config(family: Family, file: ConfigFile) -> PreTrainedConfig:
     """transformers' config of what the file says, with the defaults of the rest."""
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type](**file.for_transformers())
+        config: PreTrainedConfig = CONFIG_MAPPING[family.text_model_type or family.model_type](**file.for_transformers())
     except Exception as error:  # transformers raises what it likes for a bad value, and its own checks wrap the reason
         raise EngineError(f"config.json: {reason_of(error.__cause__ or error)}") from None
     return config
 
 
+def _ropes(family: Family, config: PreTrainedConfig) -> dict[str, Rope]:
+    """The rotary positions of a checkpoint: one kind for all layers, or one for each type of them."""
+    parameters = config.rope_parameters or {}
+    kinds = {name: entry for name, entry in parameters.items() if isinstance(entry, Mapping)} or {ALL_LAYERS: parameters}
+    if ALL_LAYERS not in kinds and not family.ropes_by_layer_type:
+        raise EngineError(f"rope_parameters: different positions for different layers are not supported for {family.architecture}")
+    ropes = {}
+    for name, entry in kinds.items():
+        if entry.get("rope_type") not in ROPE_TYPES:
+            raise EngineError(f"rope_type: {entry.get('rope_type')} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        head_dim, partial = head_dim_of(config), entry.get("partial_rotary_factor") or 1.0
+        if partial != 1 and not family.partial_rotary:
+            raise EngineError(f"partial_rotary_factor: {partial} is not supported for {family.architecture}; supported: 1.0")
+        rotary_dim = int(head_dim * partial)
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+            raise EngineError(f"partial_rotary_factor: {partial} of a head of {head_dim} numbers is {rotary_dim}; an even number of 2 to {head_dim} is needed")
+        ropes[name] = Rope(dict(entry), config.max_position_embeddings, rotary_dim, config, "" if name == ALL_LAYERS else name)
+    return ropes
+
+
 def _check_options(config: PreTrainedConfig) -> None:
     """Refuses, by name, what the decoder does not compute."""
-    rope = config.rope_parameters or {}
-    if config.hidden_act != "silu":
-        raise EngineError(f"hidden_act: {config.hidden_act} is not supported; supported: silu")
-    if "rope_type" not in rope or any(isinstance(entry, Mapping) for entry in rope.values()):
-        raise EngineError("rope_parameters: different positions for different layers are not supported")
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise EngineError(f"rope_type: {rope['rope_type']} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    partial = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    if partial != 1.0:
-        raise EngineError(f"partial_rotary_factor: {partial} is not supported; supported: 1.0")
     if config.num_attention_heads % config.num_key_value_heads:
         raise EngineError(f"num_attention_heads: {config.num_attention_heads} is not a multiple of num_key_value_heads ({config.num_key_value_heads})")
     head_dim = head_dim_of(config)

@@ -42,7 +42,8 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     if folder is None:
         folder = _fetch(config)
     architecture = read_architecture(folder)
-    check_rope(architecture.rope)
+    for rope in architecture.ropes.values():
+        check_rope(rope)
     if config.quantization != "none":
         architecture = replace(architecture, quantization=_online(config.quantization, architecture.quantization))
     warning = ""

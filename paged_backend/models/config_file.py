@@ -38,6 +38,8 @@ TokenId = Annotated[int, Field(ge=-(2**31), le=MAX_POSITIONS)]  # some checkpoin
 TokenIds = Annotated[list[TokenId], BeforeValidator(_as_list)]  # one id or several
 Positive = Annotated[float, Field(gt=0)]
 Experts = Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Activation = Annotated[str, AfterValidator(lambda name: _SPELLINGS.get(name, name))]
 
 
 class RopeOptions(BaseModel):
@@ -59,6 +61,11 @@ class RopeOptions(BaseModel):
     mscale_all_dim: float | None = None
     truncate: bool | None = None
     partial_rotary_factor: Positive | None = None
+    short_factor: list[Positive] | None = None
+    long_factor: list[Positive] | None = None
+    llama_4_scaling_beta: Annotated[float, Field(ge=0)] | None = None
+    full_attention: RopeOptions | None = None  # where types of layers have positions of their own
+    sliding_attention: RopeOptions | None = None
 
 
 class CheckedFile(BaseModel):
@@ -103,11 +110,11 @@ class ConfigFile(ConfigKind):
     num_attention_heads: Size = 1
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
-    hidden_act: Annotated[str, AfterValidator(lambda name: _SPELLINGS.get(name, name))] = "silu"
+    hidden_act: Activation = "silu"
     max_position_embeddings: Length = 1
     original_max_position_embeddings: Length | None = None
-    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-6
-    initializer_range: Annotated[float, Field(ge=0, le=1)] = 0.02
+    rms_norm_eps: Fraction = 1e-6
+    initializer_range: Fraction = 0.02
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -138,6 +145,21 @@ class ConfigFile(ConfigKind):
         """What was given, for the class of transformers that knows the defaults of the rest."""
         ours = {"architectures", "model_type", "quantization_config", "dtype", "torch_dtype"}
         return self.model_dump(exclude_unset=True, exclude=ours)
+
+
+_BESIDE_PARTS = ("architectures", "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+
+
+def language_part(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json of several parts (text, images, …) says of the language model: its text_config, and what is said of the whole.
+
+    Raises:
+        EngineError: it has no text_config.
+    """
+    part = content.get("text_config")
+    if not isinstance(part, Mapping):
+        raise EngineError(f"config.json: text_config: expected an object, got {_spelled(part)}")
+    return {key: content[key] for key in _BESIDE_PARTS if key in content} | dict(part)
 
 
 def read_json(path: Path) -> dict[str, Any]:

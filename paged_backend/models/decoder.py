@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from paged_backend.models.blocks.forward_pass import ForwardPass
+from paged_backend.models.blocks.forward_pass import ForwardPass, RopeTensors
 from paged_backend.models.blocks.products import Products
 from paged_backend.models.step import StepTensors
 from paged_backend.models.weights import Weights
@@ -15,12 +15,12 @@ from paged_kernels.reference import Ops
 
 
 class Decoder:
-    """Weights, position table and ops. Keeps no state between steps: K and V are in the pages it is given."""
+    """Weights, position tables and ops. Keeps no state between steps: K and V are in the pages it is given."""
 
-    def __init__(self, weights: Weights, rope_table: Tensor, ops: Ops, adapted: Products | None = None) -> None:
-        """adapted: the products of steps whose sequences have adapters; without any there is no such step."""
+    def __init__(self, weights: Weights, ropes: Mapping[str, RopeTensors], ops: Ops, adapted: Products | None = None) -> None:
+        """ropes: by their names in AttentionSpec.rope. adapted: the products of steps whose sequences have adapters; without any there is no such step."""
         self._weights = weights
-        self._rope_table = rope_table
+        self._ropes = ropes
         self._ops = ops
         plain = Products(ops)
         self._products: Mapping[bool, Products] = {False: plain, True: adapted or plain}  # by StepShape.adapted
@@ -41,18 +41,20 @@ class Decoder:
         shape, products = step.shape, self._products[step.shape.adapted]
         self._ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)
         products.begin(step)
-        at = ForwardPass(self._ops, products, step, self._rope_table)
-        x = self._ops.embedding(step.input_ids, self._weights.embedding)
+        at = ForwardPass(self._ops, products, step, self._ropes)
+        x = self._ops.embedding(step.input_ids, self._weights.embedding, self._weights.ends.embedding_multiplier)
         for layer, pages in zip(self._weights.layers, kv_pages, strict=True):
-            x = layer.attention.forward(x, pages, at)
-            x = layer.mlp.forward(x, at)
+            x = layer.forward(x, pages, at)
         return x
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """[k, hidden] of `hidden` -> [k, vocab]; of several ranks each has its part of the vocabulary (Ops.gather_logits)."""
         weights = self._weights
-        return self._ops.norm_linear(x, weights.final_norm, weights.norm_eps, weights.head, out=out)
+        logits = self._ops.norm_linear(x, weights.final_norm, weights.head, out=out)
+        if weights.ends.logit_multiplier == 1 and weights.ends.logit_soft_cap is None:
+            return logits
+        return self._ops.scale_logits(logits, weights.ends.logit_multiplier, weights.ends.logit_soft_cap)
 
     def normed(self, x: Tensor) -> Tensor:
         """[k, hidden] of `hidden` -> the same after the final norm: what transformers calls the last hidden state."""
-        return self._ops.rms_norm(x, self._weights.final_norm, self._weights.norm_eps)
+        return self._ops.norm(x, self._weights.final_norm)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from paged_backend.errors import EngineError
 from paged_backend.models.shard import IN, OUT, Cut, Shard, even_cut
 from paged_kernels.experts import Gate, Routing
 
 WHOLE = Shard()
+ALL_LAYERS = "all layers"  # the name of the rotary positions of a checkpoint that has only one kind of them
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,41 @@ class AdapterSite:
 
 
 @dataclass(frozen=True)
+class NormSpec:
+    """A norm: divided by the root mean square, times a weight (RMSNorm, Zhang and Sennrich, 2019), unless a field says otherwise."""
+
+    eps: float = 1e-6
+    centred: bool = False  # the mean is subtracted first: LayerNorm (Ba et al., 2016)
+    bias: bool = False
+    plus_one: bool = False  # times 1 + weight, as Gemma stores it
+
+
+@dataclass(frozen=True)
+class Branch:
+    """How a block's answer joins the residual stream x: x + multiplier * after(block(before(x)))."""
+
+    before: str | None  # a norm by its name in the checkpoint, within the layer; None: the block reads x itself
+    after: str | None = None  # the same; None: the answer as it is
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
-    """Attention with rotary positions over K and V in pages; query heads share KV heads (GQA, Ainslie et al., 2023)."""
+    """Attention over K and V in pages; query heads share KV heads (GQA, Ainslie et al., 2023)."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # an RMS norm of each query and key head
+    qk_norm: Literal["head", "projection"] | None = None  # a norm of each query and key head, or of all heads together
     sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all
+    rope: str | None = ALL_LAYERS  # which of Architecture.ropes; None: no positions at all (NoPE, Kazemnejad et al., 2023)
+    interleaved: bool = False  # rotated pairs are (2 i, 2 i + 1) instead of (i, i + half)
+    query_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    soft_cap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma 2)
+    sinks: bool = False  # a learned score for each head that takes its share of the softmax and gives no value (gpt-oss)
+    qkv_names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # in the checkpoint: three, or one with the rows of all
     shard: Shard = WHOLE  # the heads are this rank's
     kv_copies: int = 1  # ranks that have the same KV heads
 
@@ -42,12 +69,19 @@ class AttentionSpec:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
     def of_rank(self, shard: Shard) -> AttentionSpec:
         """With the rank's query heads and the KV heads that those share. Where there are fewer KV heads than ranks, several ranks keep the same.
 
         Raises:
-            EngineError: the heads cannot be divided among so many ranks.
+            EngineError: the heads, or the tensors in which the checkpoint has them, cannot be divided among so many ranks.
         """
+        _refuse_packed(self.qkv_names, 3)
+        if self.sinks or self.qk_norm == "projection":
+            raise EngineError("tensor_parallel_size: attention with sinks, or with a norm of all heads together, cannot be divided among ranks")
         num_heads = shard.divide(self.num_heads, "num_attention_heads")
         if shard.size <= self.num_kv_heads:
             return replace(self, num_heads=num_heads, num_kv_heads=shard.divide(self.num_kv_heads, "num_key_value_heads"), shard=shard)
@@ -63,17 +97,27 @@ class AttentionSpec:
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears."""
-        qkv = AdapterSite(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), hidden_size, (self.q_size, self.kv_size, self.kv_size))
+        sizes = (self.q_size, self.kv_size, self.kv_size)
+        qkv = AdapterSite(_modules("self_attn", self.qkv_names), hidden_size, sizes if len(self.qkv_names) > 1 else (sum(sizes),))
         return qkv, AdapterSite(("self_attn.o_proj",), self.q_size, (hidden_size,))
 
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """A gated perceptron: down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer, 2020)."""
+    """A perceptron: down(activation(gate(x)) * up(x)) (GLU variants, Shazeer, 2020), or down(activation(in(x))) if it is not gated."""
 
     intermediate_size: int
     bias: bool = False
+    activation: str = "silu"  # one of kernels/reference_layers.py's ACTIVATIONS
+    gated: bool = True
+    in_names: tuple[str, ...] = ("gate_proj", "up_proj")  # in the checkpoint: two, or one with the rows of both; one if it is not gated
+    out_name: str = "down_proj"
     shard: Shard = WHOLE  # the intermediate size is this rank's
+
+    @property
+    def in_size(self) -> int:
+        """Rows of the first product."""
+        return (2 if self.gated else 1) * self.intermediate_size
 
     def of_rank(self, shard: Shard) -> MlpSpec:
         """With the rank's part of the intermediate size.
@@ -81,17 +125,19 @@ class MlpSpec:
         Raises:
             EngineError: it cannot be divided among so many ranks.
         """
+        _refuse_packed(self.in_names, 2 if self.gated else 1)
         return replace(self, intermediate_size=shard.divide(self.intermediate_size, "intermediate_size"), shard=shard)
 
     def cuts(self) -> dict[str, Cut]:
         """The rank's part of each matrix, by the module's name within the layer."""
         rows, columns = (even_cut(self.shard, dim, self.intermediate_size) for dim in (OUT, IN))
-        return {"mlp.gate_proj": rows, "mlp.up_proj": rows, "mlp.down_proj": columns}
+        return dict.fromkeys(_modules("mlp", self.in_names), rows) | {f"mlp.{self.out_name}": columns}
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears."""
-        gate_up = AdapterSite(("mlp.gate_proj", "mlp.up_proj"), hidden_size, (self.intermediate_size,) * 2)
-        return gate_up, AdapterSite(("mlp.down_proj",), self.intermediate_size, (hidden_size,))
+        parts = len(self.in_names)
+        first = AdapterSite(_modules("mlp", self.in_names), hidden_size, (self.in_size // parts,) * parts)
+        return first, AdapterSite(_modules("mlp", (self.out_name,)), self.intermediate_size, (hidden_size,))
 
 
 @dataclass(frozen=True)
@@ -145,18 +191,45 @@ class MoeSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer adds attention's and then the perceptron's answer to the residual stream, each of its RMS norm of the stream."""
+    """A layer adds attention's answer to the residual stream and then the perceptron's."""
 
     attention: AttentionSpec
     mlp: MlpSpec | MoeSpec
+    norm: NormSpec = NormSpec()  # of every norm of the layer
+    attention_branch: Branch = Branch("input_layernorm")
+    mlp_branch: Branch = Branch("post_attention_layernorm")
+    parallel: bool = False  # the perceptron reads what attention read, instead of what it made of the stream; mlp_branch has no norm before
 
     def of_rank(self, shard: Shard) -> LayerSpec:
         """
         Raises:
             EngineError: a block cannot be divided among so many ranks.
         """
-        return LayerSpec(self.attention.of_rank(shard), self.mlp.of_rank(shard))
+        return replace(self, attention=self.attention.of_rank(shard), mlp=self.mlp.of_rank(shard))
 
     def cuts(self) -> dict[str, Cut]:
         """The rank's part of each matrix, by the module's name within the layer; other tensors are whole on every rank."""
         return self.attention.cuts() | self.mlp.cuts()
+
+
+@dataclass(frozen=True)
+class EndsSpec:
+    """What stands before the first layer and behind the last."""
+
+    norm: NormSpec = NormSpec()  # after the last layer
+    embedding_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_soft_cap: float | None = None  # logits become cap * tanh(logits / cap), after the multiplier
+
+
+def _modules(block: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{block}.{name}" for name in names)
+
+
+def _refuse_packed(names: tuple[str, ...], num_parts: int) -> None:
+    """
+    Raises:
+        EngineError: the checkpoint has several matrices in one tensor, whose parts lie in several places.
+    """
+    if len(names) < num_parts:
+        raise EngineError(f"tensor_parallel_size: checkpoints with several matrices in one tensor ({names[0]}) cannot be divided among ranks")

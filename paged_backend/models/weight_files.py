@@ -27,10 +27,13 @@ class StoredTensor:
     path: Path
     shape: tuple[int, ...]
     kind: str  # safetensors' name of its type
+    name: str  # there
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+def find_tensors(folder: Path, renames: Mapping[str, str] = MappingProxyType({})) -> dict[str, StoredTensor]:
     """The tensors of model.safetensors, or of every file of model.safetensors.index.json, in the files' order.
+
+    renames: beginnings of names there -> what they are called here; the first that fits counts.
 
     Raises:
         EngineError: a file is missing or broken, or weights come in another format.
@@ -41,7 +44,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no mapping
                     view = file.get_slice(name)
-                    stored[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
+                    stored[_renamed(name, renames)] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype(), name)
         except (SafetensorError, OSError) as error:
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
     return stored
@@ -58,7 +61,7 @@ def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str], cu
             with safe_open(path, framework="pt") as file:
                 for name, tensor in stored.items():
                     if tensor.path == path and name in wanted:
-                        yield name, file.get_slice(name)[cuts[name].slices] if name in cuts else file.get_tensor(name)
+                        yield name, file.get_slice(tensor.name)[cuts[name].slices] if name in cuts else file.get_tensor(tensor.name)
         except (SafetensorError, OSError) as error:
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
 
@@ -77,11 +80,12 @@ class OpenTensors:
         Raises:
             EngineError: its file is broken.
         """
-        path = self._stored[name].path
+        stored = self._stored[name]
+        path = stored.path
         try:
             if path not in self._files:
                 self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
-            tensor: Tensor = self._files[path].get_tensor(name)
+            tensor: Tensor = self._files[path].get_tensor(stored.name)
         except (SafetensorError, OSError) as error:
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
         return tensor
@@ -91,6 +95,11 @@ class OpenTensors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.close()
+
+
+def _renamed(name: str, renames: Mapping[str, str]) -> str:
+    beginning = next((beginning for beginning in renames if name.startswith(beginning)), None)
+    return name if beginning is None else renames[beginning] + name.removeprefix(beginning)
 
 
 def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], cuts: Mapping[str, Cut] = MappingProxyType({})) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,11 +16,10 @@ from torch import Tensor
 from paged_backend.errors import EngineError
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
-from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.forward_pass import Allocate
-from paged_backend.models.blocks.mlp import Mlp
-from paged_backend.models.blocks.moe import MoeMlp
-from paged_backend.models.layer_spec import AdapterSite, LayerSpec, MoeSpec
+from paged_backend.models.blocks.layer import Layer
+from paged_backend.models.blocks.residual import allocate_norm, norm_parameters
+from paged_backend.models.layer_spec import AdapterSite, EndsSpec
 from paged_backend.models.quantization.modules import QuantisedModule, check_modules, modules_of, settle_quantization, split_quantised
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.shard import Cut, cuts_of_tensors
@@ -28,6 +27,7 @@ from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import OpenTensors, StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
 from paged_kernels.linear import Linear
+from paged_kernels.norm_value import Norm
 
 Progress = Callable[[str], None]
 Named = TypeVar("Named")
@@ -38,32 +38,22 @@ _PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Layer:
-    attention: Attention
-    mlp: Mlp | MoeMlp
-
-    def parameters(self, stored: Collection[str] = ()) -> dict[str, Tensor]:
-        """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills. stored: names that the checkpoint has, within
-        the layer."""
-        mlp = self.mlp.parameters(stored) if isinstance(self.mlp, MoeMlp) else self.mlp.parameters()
-        return self.attention.parameters() | mlp
-
-
-@dataclass(frozen=True)
 class Weights:
     embedding: Tensor  # [vocab, hidden]
     layers: tuple[Layer, ...]
-    final_norm: Tensor  # [hidden]
-    norm_eps: float
+    final_norm: Norm
     head: Linear  # [vocab, hidden]; its weight is the embedding itself if tied
     vocabulary: Cut  # what of the vocabulary the embedding's and the head's first rows are; the others, if any, belong to no token
     cuts: Mapping[str, Cut]  # of the tensors of the checkpoint that this rank has a part of, by name
+    ends: EndsSpec
+    renames: Mapping[str, str]  # Architecture.renames
+    unread: tuple[str, ...]  # Architecture.unread
     quantization: Quantization | None = None
     modules: tuple[QuantisedModule, ...] = ()  # of the linears, those that do not come as plain floats
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.embedding, self.final_norm, *(tensor for layer in self.layers for tensor in layer.parameters().values())]
+        tensors = [self.embedding, *norm_parameters("", self.final_norm).values(), *(tensor for layer in self.layers for tensor in layer.parameters().values())]
         if self.head.weight is not self.embedding:
             tensors.append(self.head.weight)
         for linear in (*self.linears, self.head):
@@ -73,7 +63,7 @@ class Weights:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Of all layers, in the order of AdapterLayout.sites."""
-        return tuple(linear for layer in self.layers for linear in (*layer.attention.linears, *layer.mlp.linears))
+        return tuple(linear for layer in self.layers for linear in layer.linears)
 
 
 def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Weights:
@@ -85,17 +75,12 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
     a = architecture
     empty = Allocate(dtype, device, a.quantization)
 
-    def layer(number: int, spec: LayerSpec) -> Layer:
-        size, eps = a.hidden_size, a.rms_norm_eps
-        of_layer = replace(empty, prefix=_layer_prefix(number))
-        mlp = MoeMlp(spec.mlp, size, eps, of_layer) if isinstance(spec.mlp, MoeSpec) else Mlp(spec.mlp, size, eps, of_layer)
-        return Layer(Attention(spec.attention, size, eps, of_layer), mlp)
-
     try:
         embedding = empty(a.num_logits, a.hidden_size)
-        layers = tuple(layer(number, spec) for number, spec in enumerate(a.layers))
+        layers = tuple(Layer(spec, a.hidden_size, replace(empty, prefix=_layer_prefix(number))) for number, spec in enumerate(a.layers))
         head = Linear(embedding) if a.tied_head else empty.linear(_head_site(a))
-        weights = Weights(embedding, layers, empty(a.hidden_size), a.rms_norm_eps, head, a.vocabulary, _cuts(a))
+        final_norm = allocate_norm(a.ends.norm, a.hidden_size, empty)
+        weights = Weights(embedding, layers, final_norm, head, a.vocabulary, _cuts(a), a.ends, a.renames, a.unread)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise EngineError(f"the weights do not fit into the memory of {device}: {str(error).splitlines()[0]}") from None
     if a.quantization is None:
@@ -130,7 +115,7 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
         EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN or infinity; or a quantised
         module's scales are not positive.
     """
-    stored = find_tensors(folder)
+    stored = find_tensors(folder, weights.renames)
     targets, modules = split_quantised(_targets(weights, stored), weights.modules, weights.quantization, weights.cuts)
     check_tensors(stored, targets, weights.cuts)
     check_modules(stored, modules)
@@ -148,9 +133,19 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
                 module.fill(own)
             tell.add(sum(tensor.numel() for tensor in own.values()))
     _check_finite(targets)
-    ignored = [name for name in stored if name not in needed]
-    note = f"; ignored {len(ignored)} tensors that the model has no use for ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})" if ignored else ""
+    note = _of_the_rest([tensor.name for name, tensor in stored.items() if name not in needed], weights.unread)
     return f"weights: {spell_bytes(weights.num_bytes)} loaded in {time.monotonic() - started:.1f} s{note}"
+
+
+def _of_the_rest(names: Sequence[str], unread: tuple[str, ...]) -> str:
+    """What is said of tensors that were not loaded. unread: beginnings of the names of those that are for other inputs than text."""
+    others = [name for name in names if name.startswith(unread)]
+    ignored = [name for name in names if not name.startswith(unread)]
+    note = f"; ignored {len(ignored)} tensors that the model has no use for ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})" if ignored else ""
+    if others:
+        parts = ", ".join(sorted({name.partition(".")[0] for name in (other.removeprefix("model.") for other in others)}))
+        note += f"; served as a model of text: {len(others)} tensors of {parts} are left unread"
+    return note
 
 
 class LoadingProgress:
@@ -179,7 +174,7 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
     Raises:
         EngineError: as `load_weights`, but for what only the numbers say.
     """
-    stored = find_tensors(folder)
+    stored = find_tensors(folder, architecture.renames)
     note = ""
     if _is_headless(stored):
         architecture = replace(architecture, tied_head=True, has_head=False)
@@ -243,7 +238,7 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
 def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
     """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: the names that the checkpoint has."""
     num_tokens = weights.vocabulary.count
-    targets = {_EMBEDDING: weights.embedding[:num_tokens], "model.norm.weight": weights.final_norm}
+    targets = {_EMBEDDING: weights.embedding[:num_tokens], **norm_parameters("model.norm", weights.final_norm)}
     if weights.head.weight is not weights.embedding:
         targets[_HEAD] = weights.head.weight[:num_tokens]
     elif _EMBEDDING not in stored and _HEAD in stored:  # tied from the other end

@@ -16,7 +16,7 @@ from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.layer_spec import MoeSpec
 from paged_backend.models.quantization.quantization import Quantization
-from paged_backend.models.rope import rope_table
+from paged_backend.models.rope import rope_tensors
 from paged_backend.models.shard import Shard
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes, allocate_adapter_store
@@ -172,7 +172,7 @@ class RunnerBuilder:
         rows = DeviceRows(self._max_sequences, size.max_model_len, config.page_size, len(eos_ids), place.device, ops, copy_pages)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in self._shapes))
         adapted = None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
-        decoder = Decoder(weights, rope_table(a.rope, size.max_model_len, place.device), ops, adapted)
+        decoder = Decoder(weights, rope_tensors(a.ropes, size.max_model_len, place.device), ops, adapted)
         return ModelRunner(self._checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, adapter_slots)
 
     def _make_ops(self) -> Ops:

@@ -121,7 +121,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _wanted_length(config: EngineConfig, architecture: Architecture) -> int:
-    allowed = architecture.rope.max_len
+    allowed = architecture.max_len
     if config.max_model_len > allowed:
         raise EngineError(f"max_model_len: {config.max_model_len} is more than the checkpoint allows ({allowed})")
     return config.max_model_len or allowed

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from paged_kernels.activation import silu_mul
+from paged_kernels.activation import gate
 from paged_kernels.norm import rms_norm
+from paged_kernels.norm_value import Norm
 from paged_kernels.small_linear import NarrowShape, VectorShape, make_linear_workspace, narrow_linear, narrow_shape, vector_linear, vector_shape
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
 from tests.bench.geometries import GEOMETRIES
@@ -66,10 +67,10 @@ class Case:
         else:
             torch.mm(x, weight.t(), out=self.wide)
             if self.gated:
-                silu_mul(self.wide, out=self.y, launch_pdl=True)
+                gate(self.wide, out=self.y, launch_pdl=True)
 
     def vector(self, weight: torch.Tensor, shape: VectorShape) -> None:
-        norm = (self.norm, EPS) if self.normed else None
+        norm = Norm(self.norm, EPS) if self.normed else None
         vector_linear(self.x, weight, norm=norm, gated=self.gated, residual=self.y if self.adds else None, out=self.y, shape=shape, launch_pdl=True)
 
     def narrow(self, weight: torch.Tensor, shape: NarrowShape) -> None:

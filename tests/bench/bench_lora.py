@@ -23,8 +23,9 @@ import torch
 
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import read_architecture
+from paged_backend.models.blocks.layer import Layer
 from paged_backend.models.blocks.products import AdaptedProducts, Products
-from paged_backend.models.weights import Layer, allocate_weights, randomise_weights
+from paged_backend.models.weights import allocate_weights, randomise_weights
 from paged_kernels.cuda_ops import CudaOps
 from paged_kernels.reference import reference
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
@@ -78,9 +79,9 @@ class Case:
 
     def layer(self, products: Products, layer: Layer) -> None:
         attention, mlp = layer.attention, layer.mlp
-        products.norm_linear(self.x, attention.norm, EPS, attention.qkv)
+        products.norm_linear(self.x, attention.residual.before, attention.qkv)
         x = products.add_linear(self.attended, attention.out, self.x)
-        products.add_linear(products.norm_gated_linear(x, mlp.norm, EPS, mlp.gate_up), mlp.down, x)
+        products.add_linear(products.norm_gated_linear(x, mlp.residual.before, mlp.gate_up), mlp.down, x)
 
     def time(self, products: Products) -> float:
         products.begin(self.step)

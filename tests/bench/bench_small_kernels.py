@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from paged_kernels.activation import silu_mul
+from paged_kernels.activation import gate
 from paged_kernels.logit_edits import apply_penalties
 from paged_kernels.norm import rms_norm
+from paged_kernels.norm_value import Norm
 from paged_kernels.page_copy import copy_pages, make_page_layers
 from paged_kernels.reference import reference
 from paged_kernels.rope_kv import rope_write_kv
@@ -69,15 +70,13 @@ def layer_cases(batch: int, hidden: int, head_dim: int, intermediate: int) -> It
         f"rms_norm {hidden}", batch, 2 * row, lambda pdl: rms_norm(x, weight, 1e-5, out=out, launch_pdl=pdl), lambda: reference.rms_norm(x, weight, 1e-5)
     )
     gate_up, gated = randn(batch, 2 * intermediate), randn(batch, intermediate)
-    yield Case(
-        f"silu_mul {intermediate}", batch, 3 * gated.nbytes, lambda pdl: silu_mul(gate_up, out=gated, launch_pdl=pdl), lambda: reference.silu_mul(gate_up)
-    )
+    yield Case(f"silu_mul {intermediate}", batch, 3 * gated.nbytes, lambda pdl: gate(gate_up, out=gated, launch_pdl=pdl), lambda: reference.gate(gate_up))
     num_heads, num_kv_heads = 32, 8
     qkv, q = randn(batch, (num_heads + 2 * num_kv_heads) * head_dim), randn(batch, num_heads, head_dim)
     kv_pages, table = randn(4 * batch, 2, num_kv_heads, PAGE_SIZE, head_dim), randn(4096, head_dim, dtype=torch.float32)
     positions = torch.randint(0, 4096, (batch,), device="cuda")
     slots = torch.randperm(4 * batch * PAGE_SIZE, device="cuda")[:batch]
-    norm = (randn(head_dim), randn(head_dim), 1e-6)
+    norm = (Norm(randn(head_dim), 1e-6), Norm(randn(head_dim), 1e-6))
     for label, qk_norm in (("", None), (" with norm", norm)):
         yield Case(
             f"rope_write_kv 32/8x{head_dim}{label}", batch, 2 * qkv.nbytes,

@@ -36,8 +36,8 @@ FEATURES = (
     "runner/embeddings.py",
     "runner/prompt_scores.py",
 )
-MOST_FUNCTIONS = 82
-MOST_FILES = 25
+MOST_FUNCTIONS = 92
+MOST_FILES = 31
 _INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>")  # of a function that counts already
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paged_kernels.activation import silu_mul
+from paged_kernels.activation import gate
 from paged_kernels.reference import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,8 +27,8 @@ LARGE = [
 def test_equals_float64(rows: int, size: int, dtype: torch.dtype) -> None:
     gate_up = randn(rows, 2 * size, dtype=dtype)
     out = torch.full((rows, size), float("nan"), device=DEVICE, dtype=dtype)
-    assert silu_mul(gate_up, out=out) is out
-    expected = reference.silu_mul(gate_up.double())
+    assert gate(gate_up, out=out) is out
+    expected = reference.gate(gate_up.double())
     error = (out.double() - expected).norm() / expected.norm()
     assert error <= TOLERANCE[dtype], f"relative RMS error {error:.2e}"  # NaN fails too
 
@@ -36,22 +36,22 @@ def test_equals_float64(rows: int, size: int, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore:overflow")  # of exp, on purpose; the interpreter says so
 def test_large_gates_neither_overflow_nor_vanish() -> None:
     gate_up = torch.tensor([[-200.0, 200.0, 0.0, -90.0, 2.0, 2.0, 2.0, 2.0]], device=DEVICE)
-    torch.testing.assert_close(silu_mul(gate_up), torch.tensor([[0.0, 400.0, 0.0, 0.0]], device=DEVICE))
+    torch.testing.assert_close(gate(gate_up), torch.tensor([[0.0, 400.0, 0.0, 0.0]], device=DEVICE))
 
 
 def test_rows_may_be_strided_and_out_may_be_the_gate() -> None:
     wide = randn(3, 24)
     gate_up = wide[:, :16]
-    expected, rest = reference.silu_mul(gate_up.clone()), wide[:, 8:].clone()
-    silu_mul(gate_up, out=wide[:, :8])
+    expected, rest = reference.gate(gate_up.clone()), wide[:, 8:].clone()
+    gate(gate_up, out=wide[:, :8])
     torch.testing.assert_close(wide[:, :8], expected)
     assert torch.equal(wide[:, 8:], rest)
 
 
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        silu_mul(randn(2, 7))
+        gate(randn(2, 7))
     with pytest.raises(ValueError, match="do not fit"):
-        silu_mul(randn(2, 8), out=randn(2, 8))
+        gate(randn(2, 8), out=randn(2, 8))
     with pytest.raises(ValueError, match="contiguous"):
-        silu_mul(randn(8, 2).T)
+        gate(randn(8, 2).T)

@@ -14,7 +14,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.rope import rope_table
+from paged_backend.models.rope import rope_tensors
 from paged_backend.request import SamplingParams
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.runner.sampler import Sampler
@@ -42,7 +42,7 @@ def use_kernels(runner: ModelRunner) -> None:
     )
     weights = runner._decoder._weights
     adapted = None if runner.adapter_slots is None else runner.adapter_slots.products(ops, weights, runner._rows.adapter_slots, 64)
-    runner._decoder = Decoder(weights, rope_table(a.rope, 64, runner.device), ops, adapted)
+    runner._decoder = Decoder(weights, rope_tensors(a.ropes, 64, runner.device), ops, adapted)
     runner._sampler = Sampler(ops)
     runner._rows._ops = ops
     runner._rows._copy_pages = partial(ops.copy_pages, runner._kv_pages)

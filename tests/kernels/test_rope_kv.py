@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from paged_kernels.norm_value import Norm
 from paged_kernels.reference import reference
 from paged_kernels.rope_kv import rope_write_kv
 
@@ -34,7 +35,7 @@ class Case:
 @dataclass(frozen=True)
 class Tensors:
     qkv: torch.Tensor
-    qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None
+    qk_norm: tuple[Norm, Norm] | None
     rope_table: torch.Tensor
     positions: torch.Tensor
     kv_pages: torch.Tensor
@@ -52,7 +53,7 @@ def make(case: Case) -> Tensors:
     weights = torch.randn(2, case.head_dim, generator=generator).to(DEVICE, case.dtype)
     return Tensors(
         qkv=qkv.to(DEVICE, case.dtype),
-        qk_norm=(weights[0], weights[1], EPS) if case.norm else None,
+        qk_norm=(Norm(weights[0], EPS), Norm(weights[1], EPS)) if case.norm else None,
         rope_table=torch.cat((angles.cos(), angles.sin()), dim=1).float().to(DEVICE),
         positions=torch.randint(0, max_len, (case.num_tokens,), generator=generator).to(DEVICE, case.index_dtype),
         kv_pages=torch.full((num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim), float("nan"), dtype=case.dtype, device=DEVICE),
@@ -72,7 +73,7 @@ def oracle(case: Case, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, to
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    q_weight, k_weight = (None, None) if tensors.qk_norm is None else tensors.qk_norm[:2]
+    q_weight, k_weight = (None, None) if tensors.qk_norm is None else (norm.weight for norm in tensors.qk_norm)
     return rotate(q, q_weight), rotate(k, k_weight), v
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paged_kernels.norm_value import Norm
 from paged_kernels.small_linear import NarrowShape, VectorShape, make_linear_workspace, narrow_linear, vector_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +63,7 @@ def test_one_token_equals_float64(num_rows: int, num_columns: int, dtype: torch.
     x, weight, given = operands(1, num_rows, num_columns, dtype, options)
     norm = randn(num_columns, dtype=dtype, seed=4) if with_norm else None
     out = torch.full((1, num_rows), float("nan"), dtype=dtype, device=DEVICE)
-    assert vector_linear(x, weight, out=out, shape=shape, norm=None if norm is None else (norm, EPS), **given) is out  # type: ignore[arg-type]
+    assert vector_linear(x, weight, out=out, shape=shape, norm=None if norm is None else Norm(norm, EPS), **given) is out  # type: ignore[arg-type]
     assert_close(out, oracle(x, weight, given, norm))
 
 
@@ -129,7 +130,7 @@ def test_a_chain_of_dependent_launches_is_bit_equal_to_a_plain_one(num_tokens: i
         x, y = randn(num_tokens, 2048, dtype=torch.bfloat16), torch.empty(num_tokens, 2048, dtype=torch.bfloat16, device=DEVICE)
         for step in range(100):
             if num_tokens == 1:
-                vector_linear(x, weights[step % 4], residual=x, out=y, norm=(weights[0][0], EPS), launch_pdl=launch_pdl)
+                vector_linear(x, weights[step % 4], residual=x, out=y, norm=Norm(weights[0][0], EPS), launch_pdl=launch_pdl)
             else:
                 narrow_linear(x, weights[step % 4], residual=x, out=y, workspace=workspace, launch_pdl=launch_pdl)
             x, y = y, x

@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
-from paged_backend.models.layer_spec import AttentionSpec
+from paged_backend.models.blocks.residual import Residual, allocate_norm, norm_parameters
+from paged_backend.models.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from paged_kernels.linear import Linear
+from paged_kernels.norm_value import Norm
 
 
 class Attention:
     """The first block of a layer. Parameters are uninitialised until `parameters` are filled."""
 
-    def __init__(self, spec: AttentionSpec, hidden_size: int, norm_eps: float, empty: Allocate) -> None:
-        self.spec = spec
-        self._eps = norm_eps
+    def __init__(self, layer: LayerSpec, hidden_size: int, empty: Allocate) -> None:
+        self.spec = spec = layer.attention
+        self.residual = Residual(layer.attention_branch, layer.norm, hidden_size, empty)
         qkv_site, out_site = spec.sites(hidden_size)
-        self.norm = empty(hidden_size)
         self.qkv = empty.linear(qkv_site, spec.qkv_bias)
-        self.q_norm = empty(spec.head_dim) if spec.qk_norm else None
-        self.k_norm = empty(spec.head_dim) if spec.qk_norm else None
+        self.qk_norm = _allocate_qk_norm(spec, layer.norm, empty)
+        self.sinks = empty(spec.num_heads) if spec.sinks else None
         self.out = empty.linear(out_site, spec.out_bias and spec.shard.first, partial=spec.shard.size > 1)
 
     @property
@@ -29,35 +30,45 @@ class Attention:
 
     def parameters(self) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor, or the rows of a packed one, that it fills."""
+        spec = self.spec
+        sizes = [spec.q_size, spec.kv_size, spec.kv_size] if len(spec.qkv_names) > 1 else [spec.q_size + 2 * spec.kv_size]
         found: dict[str, Tensor | None] = {
-            "input_layernorm.weight": self.norm,
-            "self_attn.q_norm.weight": self.q_norm,
-            "self_attn.k_norm.weight": self.k_norm,
             "self_attn.o_proj.weight": self.out.weight,
             "self_attn.o_proj.bias": self.out.bias,
+            "self_attn.sinks": self.sinks,
         }
         for kind, packed in (("weight", self.qkv.weight), ("bias", self.qkv.bias)):
             if packed is not None:
-                parts = torch.split(packed, [self.spec.q_size, self.spec.kv_size, self.spec.kv_size])
-                found |= {f"self_attn.{letter}_proj.{kind}": part for letter, part in zip("qkv", parts, strict=True)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+                found |= {f"self_attn.{name}.{kind}": part for name, part in zip(spec.qkv_names, torch.split(packed, sizes), strict=True)}
+        for letter, norm in zip("qk", self.qk_norm or (), strict=False):
+            found |= norm_parameters(f"self_attn.{letter}_norm", norm)
+        return self.residual.parameters() | {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def forward(self, x: Tensor, pages: Tensor, at: ForwardPass) -> Tensor:
-        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: the layer's KV store."""
-        qkv = at.products.norm_linear(x, self.norm, self._eps, self.qkv)
-        return at.products.add_linear(self._attend(qkv, pages, at), self.out, x)
+    def forward(self, x: Tensor, pages: Tensor, at: ForwardPass, normed: Tensor | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: the layer's KV store.
+        normed: the stream after the norm before, if it was computed already."""
+        before = (x, self.residual.before) if normed is None else (normed, None)
+        qkv = at.products.norm_linear(*before, self.qkv)
+        return self.residual.add_product(self._attend(qkv, pages, at), self.out, x, at)
 
     def _attend(self, qkv: Tensor, pages: Tensor, at: ForwardPass) -> Tensor:
         """[T, q_size + 2 kv_size] -> [T, q_size]; writes K and V into the pages first."""
         ops, step, spec = at.ops, at.step, self.spec
-        scale, window = spec.head_dim**-0.5, spec.sliding_window
-        qk_norm = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm, self._eps)
-        q = ops.rope_write_kv(qkv, spec.num_heads, qk_norm, at.rope_table, step.positions, pages, step.slot_mapping)
+        rope = at.rope_of(spec.rope)
+        q = ops.rope_write_kv(qkv, spec.num_heads, self.qk_norm, rope.table, step.positions, pages, step.slot_mapping, spec.interleaved, rope.query_factors)
+        options = spec.scale, spec.sliding_window, spec.soft_cap, self.sinks
         n, end = step.shape.num_decodes, step.shape.num_outputs
         parts = []
         if n:
-            parts.append(ops.decode_attention(q[:n], pages, step.page_table[:n], step.seq_lens[:n], step.max_decode_len, scale, window))
+            parts.append(ops.decode_attention(q[:n], pages, step.page_table[:n], step.seq_lens[:n], step.max_decode_len, *options))
         if step.shape.num_prefills:
-            parts.append(ops.prefill_attention(q[n:], pages, step.page_table[n:end], step.prefill_lens, scale, window))
+            parts.append(ops.prefill_attention(q[n:], pages, step.page_table[n:end], step.prefill_lens, *options))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended.reshape(len(qkv), -1)
+
+
+def _allocate_qk_norm(spec: AttentionSpec, norm: NormSpec, empty: Allocate) -> tuple[Norm, Norm] | None:
+    if spec.qk_norm is None:
+        return None
+    sizes = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (spec.q_size, spec.kv_size)
+    return allocate_norm(norm, sizes[0], empty), allocate_norm(norm, sizes[1], empty)

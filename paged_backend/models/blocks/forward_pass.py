@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,10 +43,25 @@ class Allocate:
 
 
 @dataclass(frozen=True)
+class RopeTensors:
+    """Rotary positions as attention reads them (models/rope.py)."""
+
+    table: Tensor | None = None  # [max_len, rotated numbers of a head] float32; None: nothing is rotated
+    query_factors: Tensor | None = None  # [max_len] float32, by which queries are multiplied; None: by nothing
+
+
+_NO_ROPE = RopeTensors()
+
+
+@dataclass(frozen=True)
 class ForwardPass:
     """One step on its way through the blocks."""
 
     ops: Ops
     products: Products
     step: StepTensors
-    rope_table: Tensor  # [max_len, head_dim] float32: models/rope.py
+    ropes: Mapping[str, RopeTensors]
+
+    def rope_of(self, name: str | None) -> RopeTensors:
+        """The positions that an AttentionSpec names; None: a layer without any."""
+        return _NO_ROPE if name is None else self.ropes[name]

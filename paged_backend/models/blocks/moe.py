@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
-from paged_backend.models.layer_spec import MoeSpec
+from paged_backend.models.blocks.residual import Residual
+from paged_backend.models.layer_spec import LayerSpec, MoeSpec
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.linear import Linear
 
@@ -18,11 +19,10 @@ _FUSED = "mlp.experts.gate_up_proj"
 class MoeMlp:
     """The second block of a layer. Parameters are uninitialised until `parameters` are filled."""
 
-    def __init__(self, spec: MoeSpec, hidden_size: int, norm_eps: float, empty: Allocate) -> None:
+    def __init__(self, layer: LayerSpec, spec: MoeSpec, hidden_size: int, empty: Allocate) -> None:
         self.spec = spec
-        self._eps = norm_eps
+        self.residual = Residual(layer.mlp_branch, layer.norm, hidden_size, empty)
         count, size = spec.num_experts, spec.intermediate_size
-        self.norm = empty(hidden_size)
         self.experts = Experts(
             router=Linear(empty(count, hidden_size), empty(count) if spec.bias else None),
             correction=empty(count, dtype=torch.float32) if spec.correction else None,
@@ -49,7 +49,6 @@ class MoeMlp:
         fused, names = not stored or _FUSED in stored, self.spec.names
         root = "mlp" if fused else names.root
         found: dict[str, Tensor | None] = {
-            "post_attention_layernorm.weight": self.norm,
             f"{root}.{names.router}.weight": self.experts.router.weight,
             f"{root}.{names.router}.bias": self.experts.router.bias,
             f"{root}.{names.correction}": self.experts.correction,
@@ -61,16 +60,17 @@ class MoeMlp:
             found |= {f"{shared}.gate_proj.weight": gate, f"{shared}.up_proj.weight": up, f"{shared}.down_proj.weight": self.shared_down.weight}
         if self.shared_scale is not None:
             found[f"{root}.{names.shared}_gate.weight"] = self.shared_scale.weight
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return self.residual.parameters() | {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def forward(self, x: Tensor, at: ForwardPass) -> Tensor:
         """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over."""
+        norm = self.residual.before
         if self.shared_gate_up is None or self.shared_down is None:
-            return at.ops.norm_add_experts(x, self.norm, self._eps, self.experts)
-        shared = at.products.norm_gated_linear(x, self.norm, self._eps, self.shared_gate_up)
+            return at.ops.norm_add_experts(x, norm, self.experts)
+        shared = at.products.norm_gated_linear(x, norm, self.shared_gate_up)
         if self.shared_scale is not None:
-            shared = shared * at.ops.norm_linear(x, self.norm, self._eps, self.shared_scale).sigmoid()
-        x = at.ops.norm_add_experts(x, self.norm, self._eps, self.experts)
+            shared = shared * at.ops.norm_linear(x, norm, self.shared_scale).sigmoid()
+        x = at.ops.norm_add_experts(x, norm, self.experts)
         return at.products.add_linear(shared, self.shared_down, x)
 
     def _together(self) -> dict[str, Tensor | None]:

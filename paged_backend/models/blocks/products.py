@@ -11,6 +11,7 @@ from torch import Tensor
 from paged_backend.models.adapter_layout import AdapterLayout, PlacedSite
 from paged_backend.models.step import StepTensors
 from paged_kernels.linear import Linear
+from paged_kernels.norm_value import Norm
 from paged_kernels.reference import Ops
 
 
@@ -23,11 +24,17 @@ class Products:
     def begin(self, step: StepTensors) -> None:
         """Before the first layer of a step."""
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        return self._ops.norm_linear(x, norm_weight, eps, linear)
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._ops.linear(x, linear)
 
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        return self._ops.norm_gated_linear(x, norm_weight, eps, linear)
+    def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
+        return self._ops.norm_linear(x, norm, linear)
+
+    def norm_gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str = "silu") -> Tensor:
+        return self._ops.norm_gated_linear(x, norm, linear, activation)
+
+    def norm_active_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str) -> Tensor:
+        return self._ops.norm_active_linear(x, norm, linear, activation)
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         return self._ops.add_linear(x, linear, residual)
@@ -67,12 +74,17 @@ class AdaptedProducts(Products):
         self._grouped = self._order[:num_tokens], self._tiles[: self._ops.num_tiles(num_tokens, num_adapters)]
         self._ops.group_tokens(token_adapters, num_adapters, *self._grouped)
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        normed = self._ops.rms_norm(x, norm_weight, eps)
-        return self._adapt(linear, normed, self._ops.linear(normed, linear))
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._adapt(linear, x, self._ops.linear(x, linear))
 
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        return self._ops.silu_mul(self.norm_linear(x, norm_weight, eps, linear))
+    def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
+        return self.linear(x if norm is None else self._ops.norm(x, norm), linear)
+
+    def norm_gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str = "silu") -> Tensor:
+        return self._ops.gate(self.norm_linear(x, norm, linear), activation)
+
+    def norm_active_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str) -> Tensor:
+        return self._ops.activate(self.norm_linear(x, norm, linear), activation)
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         return self._adapt(linear, x, self._ops.add_linear(x, linear, residual))

@@ -8,16 +8,19 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from paged_backend.errors import EngineError
-from paged_backend.models.layer_spec import LayerSpec, MoeSpec
+from paged_backend.models.layer_spec import LayerSpec, MlpSpec, MoeSpec
 
 
 def with_experts(layers: Sequence[LayerSpec], moe: MoeSpec, sparse: Sequence[bool]) -> tuple[LayerSpec, ...]:
     """The layers, with experts in the place of the dense perceptron where `sparse` says so.
 
     Raises:
-        EngineError: the router is asked for more experts, or more groups of them, than there are.
+        EngineError: the router is asked for more experts, or more groups of them, than there are; or their activation is not silu.
     """
     _check_routing(moe)
+    for layer in layers:
+        if isinstance(layer.mlp, MlpSpec) and layer.mlp.activation != "silu":
+            raise EngineError(f"hidden_act: {layer.mlp.activation} is not supported for experts; supported: silu")
     return tuple(replace(layer, mlp=moe) if has_experts else layer for layer, has_experts in zip(layers, sparse, strict=True))
 
 

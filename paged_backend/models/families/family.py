@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from paged_backend.models.layer_spec import AttentionSpec, LayerSpec, MlpSpec
+from paged_backend.errors import EngineError
+from paged_backend.models.config_file import ConfigFile
+from paged_backend.models.layer_spec import ALL_LAYERS, AttentionSpec, EndsSpec, LayerSpec, MlpSpec, NormSpec
+
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu2": "relu2"}  # as config.json calls them
+
+
+IN_OTHER_PARTS = MappingProxyType({"language_model.": "", "model.language_model.": "model."})  # as they are published, and as transformers 5 calls them
+
+
+def plain_ends(config: PreTrainedConfig) -> EndsSpec:
+    """The final norm and nothing else."""
+    return EndsSpec(NormSpec(config.rms_norm_eps))
 
 
 @dataclass(frozen=True)
@@ -18,13 +31,53 @@ class Family:
     architecture: str  # its name in config.json's `architectures`
     model_type: str  # its name in config.json's `model_type`
     layers: Callable[[PreTrainedConfig], tuple[LayerSpec, ...]]  # raises EngineError for what is not supported; the sentence names it
+    ends: Callable[[PreTrainedConfig], EndsSpec] = plain_ends
+    config: type[ConfigFile] = ConfigFile  # the keys of config.json that it reads, and what they may hold
+    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names in its checkpoints -> what they are called in a model of text
+    partial_rotary: bool = False  # partial_rotary_factor may be other than 1
+    ropes_by_layer_type: bool = False  # rope_parameters has an entry for each of layer_types
+    text_model_type: str = ""  # of the language model within a checkpoint of several parts: transformers' name of its config
+    unread: tuple[str, ...] = ()  # beginnings of the names of the other parts' tensors
+
+    @property
+    def has_other_parts(self) -> bool:
+        """Whether config.json describes more than a language model, which is then its text_config."""
+        return bool(self.text_model_type)
 
 
-def dense_layers(config: PreTrainedConfig, windows: tuple[int | None, ...], *, mlp_bias: bool = False, **attention: Any) -> tuple[LayerSpec, ...]:
-    """Layers that differ in their sliding windows only; `attention`: further fields of AttentionSpec."""
-    mlp = MlpSpec(config.intermediate_size, mlp_bias)
+def dense_layers(
+    config: PreTrainedConfig,
+    windows: tuple[int | None, ...],
+    *,
+    mlp: MlpSpec | None = None,
+    ropes: tuple[str | None, ...] | None = None,
+    layer: dict[str, Any] | None = None,
+    **attention: Any,
+) -> tuple[LayerSpec, ...]:
+    """Layers that differ in their sliding windows and rotary positions only. mlp: None: gated, without biases. layer: further fields of LayerSpec, by
+    default an RMS norm of rms_norm_eps. attention: further fields of AttentionSpec."""
+    mlp = mlp or MlpSpec(config.intermediate_size, activation=activation_of(config))
+    fields = dict(layer) if layer else {}
+    if "norm" not in fields:
+        fields["norm"] = NormSpec(config.rms_norm_eps)
     heads = (config.num_attention_heads, config.num_key_value_heads, head_dim_of(config))
-    return tuple(LayerSpec(AttentionSpec(*heads, sliding_window=window, **attention), mlp) for window in windows)
+    specs = []
+    for index, window in enumerate(windows):
+        rope = ALL_LAYERS if ropes is None else ropes[index]
+        specs.append(LayerSpec(AttentionSpec(*heads, sliding_window=window, rope=rope, **attention), mlp, **fields))
+    return tuple(specs)
+
+
+def activation_of(config: PreTrainedConfig, key: str = "hidden_act") -> str:
+    """The activation that config.json names under `key`, by its name here.
+
+    Raises:
+        EngineError: there is none of that name.
+    """
+    name = getattr(config, key)
+    if name not in _ACTIVATIONS:
+        raise EngineError(f"{key}: {str(name)[:80]} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

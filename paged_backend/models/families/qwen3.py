@@ -10,7 +10,7 @@ from paged_backend.models.layer_spec import LayerSpec
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     bias = bool(config.attention_bias)
-    return dense_layers(config, windows_by_layer_type(config), qkv_bias=bias, out_bias=bias, qk_norm=True)
+    return dense_layers(config, windows_by_layer_type(config), qkv_bias=bias, out_bias=bias, qk_norm="head")
 
 
 QWEN3 = Family("Qwen3ForCausalLM", "qwen3", layers)

@@ -12,7 +12,7 @@ from paged_kernels.experts import Routing
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     bias = bool(config.attention_bias)
-    dense = dense_layers(config, (config.sliding_window,) * config.num_hidden_layers, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    dense = dense_layers(config, (config.sliding_window,) * config.num_hidden_layers, qkv_bias=bias, out_bias=bias, qk_norm="head")
     routing = Routing(config.num_experts_per_tok, "softmax", renormalised=bool(config.norm_topk_prob))
     return with_experts(dense, MoeSpec(config.num_experts, config.moe_intermediate_size, routing), sparse_by_step(config))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from paged_kernels.norm_value import Norm
 from paged_kernels.reference import reference
 
 # sums of a few hundred float32 products against float64: relative RMS error far below this, a wrong index far above
@@ -140,7 +141,7 @@ def test_rms_norm_equals_its_definition() -> None:
 def test_silu_mul_gates_the_second_half_with_the_first() -> None:
     gate_up = torch.randn(3, 10).double()
     gate, up = gate_up[:, :5], gate_up[:, 5:]
-    assert_close(reference.silu_mul(gate_up), gate / (1 + torch.exp(-gate)) * up)
+    assert_close(reference.gate(gate_up), gate / (1 + torch.exp(-gate)) * up)
 
 
 def test_rope_turns_each_pair_by_its_angle() -> None:
@@ -160,11 +161,11 @@ def test_rope_turns_each_pair_by_its_angle() -> None:
 def test_rope_write_kv_splits_norms_turns_and_stores(qk_norm: bool) -> None:
     qkv, kv_pages = torch.randn(3, (4 + 2 * 2) * 8), torch.zeros(2, 2, 2, 4, 8)
     table, positions, slots = torch.randn(10, 8), torch.tensor([3, 4, 9]), torch.tensor([7, 1, 2])
-    norms = (torch.randn(8), torch.randn(8), 1e-6) if qk_norm else None
+    norms = (Norm(torch.randn(8), 1e-6), Norm(torch.randn(8), 1e-6)) if qk_norm else None
     q_out = reference.rope_write_kv(qkv, 4, norms, table, positions, kv_pages, slots)
     q, k, v = qkv[:, :32].view(3, 4, 8), qkv[:, 32:48].view(3, 2, 8), qkv[:, 48:].view(3, 2, 8)
     if norms is not None:
-        q, k = reference.rms_norm(q, norms[0], 1e-6), reference.rms_norm(k, norms[1], 1e-6)
+        q, k = reference.norm(q, norms[0]), reference.norm(k, norms[1])
     assert torch.equal(q_out, reference.apply_rope(q, table, positions))
     for token, slot in enumerate(slots.tolist()):
         assert torch.equal(kv_pages[slot // 4, 0, :, slot % 4], reference.apply_rope(k, table, positions)[token])

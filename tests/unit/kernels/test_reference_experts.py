@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paged_kernels.experts import Experts, Gate, Routing
+from paged_kernels.norm_value import Norm
 from paged_kernels.reference import reference
 from tests.expert_cases import expert_layer, gated, routing_cases, written_out
 
@@ -25,7 +26,7 @@ def x() -> torch.Tensor:
 def test_the_layer_is_the_weighted_sum_over_each_tokens_experts(routing: Routing, gate: Gate, x: torch.Tensor) -> None:
     experts = expert_layer(EXPERTS, HIDDEN, SIZE, routing, gate, bias=True, correction=routing.scores == "sigmoid")
     norm = torch.rand(HIDDEN, generator=torch.Generator().manual_seed(2)) + 0.5
-    found = reference.norm_add_experts(x.clone(), norm, 1e-5, experts)
+    found = reference.norm_add_experts(x.clone(), Norm(norm, 1e-5), experts)
     normed = reference.rms_norm(x, norm, 1e-5)
     expected = x.double() + written_out(normed, *reference.route(normed, experts), experts)
     assert (found.double() - expected).norm() <= 1e-6 * expected.norm()
@@ -64,4 +65,4 @@ def test_one_expert_may_get_all_tokens_and_the_others_none(x: torch.Tensor) -> N
 
 def test_no_token_makes_no_answer() -> None:
     experts: Experts = expert_layer(EXPERTS, HIDDEN, SIZE, Routing(2, "softmax"), Gate(), bias=False)
-    assert reference.norm_add_experts(torch.empty(0, HIDDEN), torch.ones(HIDDEN), 1e-5, experts).shape == (0, HIDDEN)
+    assert reference.norm_add_experts(torch.empty(0, HIDDEN), Norm(torch.ones(HIDDEN), 1e-5), experts).shape == (0, HIDDEN)

@@ -45,10 +45,10 @@ def write(folder: Path, **options: Any) -> Path:
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
         ({"architectures": None}, ["architecture none"]),
         ({"architectures": ["DeciLMForCausalLM"], "intermediate_size": None}, ["DeciLMForCausalLM"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"hidden_act": "quick_gelu"}, ["hidden_act", "quick_gelu"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
-        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}}, ["rope_type", "longrope"]),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, ["rope_type", "proportional"]),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, ["rope_type", "su"]),
         ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types", "linear_attention"]),
         ({"layer_types": ["full_attention"]}, ["layer_types"]),
@@ -113,7 +113,8 @@ def test_every_key_may_be_of_a_wrong_type(key: str, tmp_path: Path) -> None:
     for value in ("x", -7, 2.5, [], ["x"], {"x": [1]}, True, None, 10**400):
         refusal = ""
         try:
-            check_rope(read_architecture(write(tmp_path, **{key: value})).rope)
+            for rope in read_architecture(write(tmp_path, **{key: value})).ropes.values():
+                check_rope(rope)
         except EngineError as error:
             refusal = str(error)
         assert not refusal or key in refusal or "rope_parameters" in refusal or "architecture" in refusal, value

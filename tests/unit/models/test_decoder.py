@@ -13,7 +13,7 @@ import torch
 from paged_backend.batch import Batch, NewRow
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.rope import rope_table
+from paged_backend.models.rope import rope_tensors
 from paged_backend.models.weights import allocate_weights, load_weights
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
@@ -124,7 +124,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     weights = allocate_weights(a, torch.float32, cpu)
     load_weights(weights, tmp_path, lambda sentence: None)
     rows = DeviceRows(2, 64, 16, 0, cpu)
-    decoder = Decoder(weights, rope_table(a.rope, 64, cpu), reference)
+    decoder = Decoder(weights, rope_tensors(a.ropes, 64, cpu), reference)
     kv_pages = [torch.zeros(8, 2, a.attention.num_kv_heads, 16, a.attention.head_dim) for _ in range(a.num_layers)]
     ours = []
     for start, end in ((0, 20), *((at, at + 1) for at in range(20, 40))):

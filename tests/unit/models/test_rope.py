@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from paged_backend.models import rope as rope_module
 from paged_backend.models.architecture import Rope, read_architecture
+from paged_backend.models.layer_spec import ALL_LAYERS
 from paged_backend.models.rope import rope_table
 
 THETA = {"rope_theta": 500_000.0}
@@ -31,12 +32,12 @@ def rope_of(folder: Path, name: str, length: int = 128) -> Rope:
         "llama", rope_parameters=dict(TYPES[name]), max_position_embeddings=length, hidden_size=64, num_attention_heads=4, architectures=["LlamaForCausalLM"]
     )
     config.save_pretrained(folder)
-    return read_architecture(folder).rope
+    return read_architecture(folder).ropes[ALL_LAYERS]
 
 
 def oracle(rope: Rope, length: int) -> Tensor:
     cos, sin = LlamaRotaryEmbedding(rope.config)(torch.zeros(1), torch.arange(length)[None])
-    half = rope.head_dim // 2
+    half = rope.rotary_dim // 2
     return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=1)
 
 

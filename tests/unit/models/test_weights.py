@@ -238,6 +238,6 @@ def test_random_weights_have_the_range_of_the_config_and_norms_of_one(folder: Pa
     randomise_weights(weights, architecture, 0)
     assert json.loads((folder / "config.json").read_text())["initializer_range"] == 0.2
     assert weights.layers[0].mlp.down.weight.std().item() == pytest.approx(0.2, rel=0.05)
-    assert (weights.final_norm == 1).all()
-    assert weights.layers[0].attention.q_norm is not None
-    assert (weights.layers[0].attention.q_norm == 1).all()
+    assert (weights.final_norm.weight == 1).all()
+    assert weights.layers[0].attention.qk_norm is not None
+    assert all((norm.weight == 1).all() for norm in weights.layers[0].attention.qk_norm)
