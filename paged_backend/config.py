@@ -83,6 +83,9 @@ class EngineConfig(BaseModel):
         50.0, ge=0, description="Longest time in milliseconds that text which is ready may wait to be joined with later text when the sender falls behind."
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one, else cpu.")
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="GPUs that share the model, a process each, from `device` on: 2, 4, 8; what divides the heads. On a CPU: processes."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds the random numbers of requests that bring no seed of their own.")
     max_engine_restarts: int = Field(
         8, ge=0, description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on."
@@ -112,6 +115,12 @@ class EngineConfig(BaseModel):
     def _page_size_is_a_power_of_two(self) -> EngineConfig:
         if self.page_size & (self.page_size - 1) and self.page_size != self.max_model_len:
             raise ValueError(f"page_size: {self.page_size} is neither a power of two nor max_model_len ({self.max_model_len})")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_serve_no_adapters(self) -> EngineConfig:
+        if self.tensor_parallel_size > 1 and self.lora_directory:
+            raise ValueError(f"tensor_parallel_size: {self.tensor_parallel_size} ranks serve no adapters; lora_directory must be empty, or the size 1")
         return self
 
     @field_validator("kv_events")

@@ -10,11 +10,14 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 from paged_backend.errors import EngineError
 
 _NAME = "life_line"
+_RANKS = "ranks.lock"
+_POLL_SECONDS = 0.02
 _F_SETSIG = 10  # fcntl.h; Python's fcntl has no name for it
 
 
@@ -67,3 +70,36 @@ def _wait_for_the_end_of(line: int) -> None:
     """Where the kernel is not Linux itself and sends no such signal."""
     os.read(line, 1)
     os._exit(0)
+
+
+def note_rank(folder: Path) -> None:
+    """For the rest of this process's life it is a rank of that folder's engine: `wait_for_ranks` waits for its end.
+
+    Raises:
+        EngineError: the folder has gone.
+    """
+    try:
+        lock = os.open(folder / _RANKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise EngineError(f"no rank can be of the engine in '{folder}': {error.strerror}") from None
+    fcntl.flock(lock, fcntl.LOCK_SH)  # the kernel lets go of it when the process has ended, however it ends
+
+
+def wait_for_ranks(folder: Path, seconds: float) -> bool:
+    """Waits until the ranks of that folder's engine, which has ended, have ended too: the next engine must find their GPUs' memory free. False: too long."""
+    try:
+        lock = os.open(folder / _RANKS, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # it had no other ranks
+        return True
+    end = time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(_POLL_SECONDS)
+    finally:
+        os.close(lock)

@@ -34,6 +34,11 @@ class ThreadRanks(Ranks):
         self.num_gathers += 1
         return self._exchange(x)
 
+    def tell_all(self, sentence: str) -> list[str]:
+        letters = torch.zeros(1000, dtype=torch.uint8)
+        letters[: len(sentence)] = torch.frombuffer(bytearray(sentence.encode("ascii") + b"\0"), dtype=torch.uint8)[:-1]
+        return [bytes(said.tolist()).rstrip(b"\0").decode() for said in self._exchange(letters)]
+
     def _exchange(self, x: Tensor) -> Tensor:
         assert x.is_contiguous()
         self._parts[self.rank] = x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,12 @@ from paged_backend.models.architecture import read_architecture
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids, recommended_sampling
 from paged_backend.models.pooling_config import recommended_pooling
+from paged_backend.models.shard import Shard
 from paged_backend.models.tokenizer import export
 from paged_backend.runner.builder import build_runner
+from paged_backend.runner.model_runner import ModelRunner
+from paged_backend.runner.parallel.rank_processes import LeadingRunner, RankProcesses, RankStart, end_engine
+from paged_backend.runner.placement import device_of, leave_a_core
 from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.kv_events import KvEvents
@@ -46,8 +50,12 @@ def prepare_to_load(config: EngineConfig) -> None:
         read_architecture(folder)
 
 
-def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Scheduler, Ready]:
+def load_engine(
+    config: EngineConfig, directory: Path, others: RankProcesses | None = None, on_rank_death: Callable[[], None] = end_engine
+) -> tuple[Engine, Scheduler, Ready]:
     """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
+
+    others: the ranks beside this one, if tensor_parallel_size asks for any; they are started here if they were not before.
 
     Raises:
         EngineError: one sentence for the operator.
@@ -55,7 +63,7 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
     started = time.monotonic()
     kv_events = _kv_events(config)  # before the weights are read: the port may be taken
     checkpoint, tokenizer_path = _open(config, directory / "tokenizer.json")
-    runner = build_runner(config, log.info, checkpoint)
+    runner, stepped = _build(config, checkpoint, directory, others, on_rank_death)
     limits = runner.limits
     scheduler = Scheduler(
         SchedulerLimits(
@@ -89,12 +97,29 @@ def load_engine(config: EngineConfig, directory: Path) -> tuple[Engine, Schedule
         embedding_size=checkpoint.architecture.hidden_size,
         makes_text=checkpoint.architecture.has_head,
     )
-    stepped: Runner = runner
     if config.debug_checks:
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
         bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens)
-        stepped = CheckedRunner(runner, bounds, scheduler.check)
+        stepped = CheckedRunner(stepped, bounds, scheduler.check)
     return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0, kv_events=kv_events), scheduler, ready
+
+
+def _build(
+    config: EngineConfig, checkpoint: Checkpoint, directory: Path, others: RankProcesses | None, on_rank_death: Callable[[], None]
+) -> tuple[ModelRunner, Runner]:
+    """This process's runner, and the one to launch steps with, which tells the other ranks of them if there are any."""
+    if config.tensor_parallel_size == 1:
+        runner = build_runner(config, log.info, checkpoint)
+        return runner, runner
+    from paged_backend.runner.parallel.process_ranks import ProcessRanks
+
+    checkpoint.architecture.of_rank(Shard(0, config.tensor_parallel_size))  # what cannot be divided, and
+    device = device_of(config, 0)  # GPUs that are not there are refused before anybody is waited for
+    others = others or RankProcesses(config)
+    others.start(RankStart(str(directory), str(checkpoint.folder), checkpoint.eos_ids), on_rank_death)
+    leave_a_core(os.environ, config.tensor_parallel_size)
+    runner = build_runner(config, log.info, checkpoint, ProcessRanks(0, config.tensor_parallel_size, directory, device))
+    return runner, LeadingRunner(runner, others)
 
 
 def _kv_events(config: EngineConfig) -> KvEvents | None:
@@ -135,13 +160,3 @@ def _about_ends(stop_ids: Mapping[int, str], tokenizer_path: Path | None) -> str
         f"answers end at {', '.join(named)}" if named else "no token ends an answer: neither generation_config.json nor config.json nor the tokenizer names one"
     )
     return ends if words is not None else f"no tokenizer beside the checkpoint: requests must bring input_ids; {ends}"
-
-
-def leave_a_core(environment: Mapping[str, str]) -> None:
-    """Takes torch's threads of this process down to one less than there are processors, unless OMP_NUM_THREADS says otherwise.
-
-    The server, its front ends and clients need a processor too, and threads that wait for one another at every op stand still while one of them has none:
-    on two busy cores the demo model's stream ran at 7 tokens/s with two threads and at 70 with one.
-    """
-    if "OMP_NUM_THREADS" not in environment:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))

@@ -61,6 +61,7 @@ from paged_backend.messages import (
     front_ends_of,
 )
 from paged_backend.process_id import ProcessId
+from paged_backend.runner.parallel.rank_processes import RankProcesses
 from paged_backend.scheduler.scheduler import Scheduler
 
 _STATS_SECONDS = 0.25
@@ -277,11 +278,11 @@ def prepare(config: EngineConfig) -> None:
         prepare_to_load(config)
 
 
-def wait_to_be_engine(directory: Path, flags: Collection[str]) -> EngineConfig | None:
-    """The options, once this process is to be the engine of that folder. Until then it dies with its parent, or rather with the thread that started it;
-    from then on with the last front end. None: the parent has gone.
+def wait_to_be_engine(directory: Path, flags: Collection[str], model_name: str = "paged") -> tuple[EngineConfig, RankProcesses | None] | None:
+    """The options, and the other ranks if there are to be any, once this process is to be the engine of that folder. Until then it dies with its parent,
+    or rather with the thread that started it; from then on with the last front end. None: the parent has gone.
 
-    flags: with STANDBY among them it prepares and waits until it is needed.
+    flags: with STANDBY among them it prepares and waits until it is needed. model_name: for the ranks' log lines.
 
     Raises:
         EngineError: nobody would notice if it were left alone.
@@ -292,6 +293,7 @@ def wait_to_be_engine(directory: Path, flags: Collection[str]) -> EngineConfig |
     if not line:
         return None
     config = EngineConfig.model_validate_json(line)
+    others = RankProcesses(config, model_name) if config.tensor_parallel_size > 1 else None  # they import what they need meanwhile
     if STANDBY in flags:
         prepare(config)
         if not sys.stdin.readline():
@@ -299,7 +301,7 @@ def wait_to_be_engine(directory: Path, flags: Collection[str]) -> EngineConfig |
     live_by(directory)
     prctl(_PR_SET_PDEATHSIG, 0)
     prctl(_PR_SET_NAME, ENGINE_NAME.encode())
-    return config
+    return config, others
 
 
 def main() -> int:
@@ -307,17 +309,20 @@ def main() -> int:
     names = [word.removeprefix(MODEL_NAME) for word in sys.argv[1:] if word.startswith(MODEL_NAME)]
     directory, *flags = [word for word in sys.argv[1:] if not word.startswith(MODEL_NAME)]
     stderr = logging.StreamHandler()
-    stderr.setFormatter(LogLines(names[-1] if names else "paged"))
+    model_name = names[-1] if names else "paged"
+    stderr.setFormatter(LogLines(model_name))
     logging.basicConfig(level=logging.INFO, handlers=[stderr])
-    config = wait_to_be_engine(Path(directory), flags)
-    if config is None:
+    found = wait_to_be_engine(Path(directory), flags, model_name)
+    if found is None:
         return 0
+    config, others = found
 
     def load(folder: Path) -> tuple[Engine, Scheduler, Ready]:
-        from paged_backend.engine.loading import leave_a_core, load_engine
+        from paged_backend.engine.loading import load_engine
+        from paged_backend.runner.placement import leave_a_core
 
         leave_a_core(os.environ)
-        return load_engine(config, folder)
+        return load_engine(config, folder, others)
 
     return EngineProcess(Path(directory), Path(config.model).name).run(load)
 

@@ -28,7 +28,7 @@ from paged_backend.engine_client.inherited_engine import InheritedEngine
 from paged_backend.engine_client.link import EngineLink
 from paged_backend.engine_client.starter import EngineStarter, wait_for_exit
 from paged_backend.errors import EngineError
-from paged_backend.life_line import create_life_line, hold_life_line
+from paged_backend.life_line import create_life_line, hold_life_line, wait_for_ranks
 from paged_backend.messages import ENGINE_SOCKET, QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
 from paged_backend.process_id import ProcessId
 
@@ -40,6 +40,7 @@ _LONGEST_PAUSE_SECONDS = 5.0
 _BEGIN_SECONDS = 30.0  # until a new engine has opened its socket, which it does before it loads anything
 _OWNER_SECONDS = 0.5  # between looks whether the owner lives
 _FRESHEN_SECONDS = 3600.0  # between touches of the folder's files; cleaners look at days
+_RANKS_SECONDS = 10.0  # they are killed with the engine; a GPU's driver may take a while to let one go
 _LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
 
 log = logging.getLogger("paged")
@@ -177,6 +178,8 @@ class EngineSupervisor:
         assert self._engine is not None
         self._engine.kill()
         wait_for_exit(self._engine)
+        if not wait_for_ranks(self.engine_folder, _RANKS_SECONDS):
+            log.warning("ranks of the engine before did not end within %.0f s: their GPUs may lack memory", _RANKS_SECONDS)
         now = time.monotonic()
         if self._num_recent_restarts() >= self._config.max_engine_restarts:
             self._starter.close()

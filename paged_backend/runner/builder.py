@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -21,10 +22,10 @@ from paged_backend.models.shard import Shard
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes, allocate_adapter_store
 from paged_backend.runner.cuda_graphs import captured_shapes
-from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, size_pool
+from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
 from paged_backend.runner.measured_memory import NUM_PAGES, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
-from paged_backend.runner.placement import Placement, dtype_name, name_of, place
+from paged_backend.runner.placement import Placement, devices_of_all, dtype_name, name_of, place
 from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_tensors import DeviceRows
@@ -34,6 +35,7 @@ from paged_kernels.reference import Ops, reference
 
 Tell = Callable[[str], None]
 
+T = TypeVar("T")
 ALONE = Ranks()
 
 
@@ -71,12 +73,13 @@ class RunnerBuilder:
 
     @torch.inference_mode()
     def build(self) -> ModelRunner:
-        """The checkpoint and its tokenizer were checked before (engine/loading.py). Nobody else takes the device's memory meanwhile."""
-        with alone_on(self._place.device, self._tell):
+        """The checkpoint and its tokenizer were checked before (engine/loading.py). Nobody else takes the device's memory meanwhile. Several ranks build at
+        once: what only one of them may not be able to do is agreed upon, and the rest they do in the same order."""
+        with self._alone_on_devices():
             self._tell_what_comes()
-            at_most = self._refuse_what_cannot_fit()
+            at_most = agreed(self._ranks, self._refuse_what_cannot_fit)
             with self._phase("weights"):
-                weights, adapter_slots = self._read_weights()
+                weights, adapter_slots = agreed(self._ranks, self._read_weights)
             with self._phase("largest step"), _in_one_sentence("the largest step", "max_batched_tokens, max_num_sequences"):
                 self._measure(weights, adapter_slots, at_most)
             with self._phase("pool"), _in_one_sentence("rows beside the pool", "pool_memory_fraction, num_pages, pool_bytes"):
@@ -86,11 +89,22 @@ class RunnerBuilder:
                     runner.capture(self._shapes, self._tell)
             with self._phase("warm-up"), _in_one_sentence("a step beside the pool", "pool_memory_fraction, num_pages, pool_bytes"):
                 self._warm_up(runner)
+            self._ranks.tell_all("ready")
         return runner
 
     @property
     def device(self) -> torch.device:
         return self._place.device
+
+    @contextmanager
+    def _alone_on_devices(self) -> Iterator[None]:
+        """Rank 0 waits for the devices of all ranks, one after another: two engines that wait for each other's would wait for ever."""
+        with ExitStack() as locks:
+            if self._ranks.rank == 0:
+                for device in devices_of_all(self._place.device, 0, self._ranks.size):
+                    locks.enter_context(alone_on(device, self._tell))
+            self._ranks.tell_all("begin")
+            yield
 
     @property
     def _captures(self) -> bool:
@@ -100,6 +114,9 @@ class RunnerBuilder:
     def _tell_what_comes(self) -> None:
         a, place = self._architecture, self._place
         sizes = f"{a.num_layers} layers, vocabulary {a.vocab_size}"
+        if self._ranks.size > 1:
+            heads = f"{a.attention.num_heads} heads, {a.attention.num_kv_heads} KV heads, {a.intermediate_size} of the perceptron"
+            sizes += f", rank {self._ranks.rank} of {self._ranks.size} with {heads}, {a.vocabulary.count} of the vocabulary"
         self._tell(f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in {dtype_name(place.kv_dtype)}")
         for warning in self._checkpoint.warnings:
             self._tell(warning)
@@ -157,7 +174,10 @@ class RunnerBuilder:
         self._tell(f"measured: {words}, in {time.monotonic() - started:.1f} s")
 
     def _size_pool(self) -> PoolSize:
-        self.size = size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, self.needs)
+        """All ranks have as many pages as the one with the least room."""
+        size = agreed(self._ranks, lambda: size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, self.needs))
+        rooms = [int(num_pages) for num_pages in self._ranks.tell_all(str(size.num_pages))]
+        self.size = of_smallest(size, rooms, self._config.page_size)
         self._tell(self.size.decided_by)
         return self.size
 
@@ -209,6 +229,23 @@ class RunnerBuilder:
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
+
+
+def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work` returns, once no rank has failed at it: all begin what comes next together, or none does.
+
+    Raises:
+        EngineError: this rank's own sentence, or else that of the first that has failed.
+    """
+    try:
+        result = work()
+    except EngineError as error:
+        ranks.tell_all(str(error))
+        raise
+    for rank, sentence in enumerate(ranks.tell_all("")):
+        if sentence:
+            raise EngineError(f"rank {rank}: {sentence}")
+    return result
 
 
 def _kernels_reach(config: EngineConfig, place: Placement) -> bool:

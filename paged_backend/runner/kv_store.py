@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,8 @@ def size_pool(config: EngineConfig, architecture: Architecture, kv_dtype: torch.
     """
     max_model_len = _wanted_length(config, architecture)
     page_bytes = page_bytes_of(architecture, config.page_size, kv_dtype)
-    free = max(free_bytes(device) - needs.weights, 0)
+    num_sharing = architecture.shard.size if device.type == "cpu" else 1  # ranks on one machine's memory
+    free = max(free_bytes(device) // num_sharing - needs.weights, 0)
     available, detail = _available(free, device, needs)
     num_pages, reason = _decide(config, page_bytes, available, max_model_len, device)
     if num_pages < 1:
@@ -91,6 +93,16 @@ def size_pool(config: EngineConfig, architecture: Architecture, kv_dtype: torch.
         f"room for {num_pages // pages_of_one} sequences of {max_model_len} tokens; decided by {reason} ({detail}){shrunk}"
     )
     return PoolSize(num_pages, page_bytes, max_model_len, decided_by, free)
+
+
+def of_smallest(size: PoolSize, rooms: Sequence[int], page_size: int) -> PoolSize:
+    """`size` with no more pages than every rank has room for. rooms: pages, by rank."""
+    num_pages = min(rooms)
+    if num_pages == size.num_pages:
+        return size
+    max_model_len = min(size.max_model_len, num_pages * page_size)
+    decided_by = f"{size.decided_by}; rank {rooms.index(num_pages)} has room for {num_pages} pages, and so have all, max_model_len is {max_model_len}"
+    return replace(size, num_pages=num_pages, max_model_len=max_model_len, decided_by=decided_by)
 
 
 def _available(free: int, device: torch.device, needs: MemoryNeeds) -> tuple[int, str]:

@@ -82,16 +82,17 @@ def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
     """An engine's life, from the line on stdin to its end."""
     register = Register(orders.register)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = wait_to_be_engine(directory, flags)
-    if config is None:
+    found = wait_to_be_engine(directory, flags)
+    if found is None:
         return 0
+    config, others = found
     number = "/".join(directory.parts[-2:])
     register.note(born=os.getpid(), number=number)
 
     def load(directory: Path) -> tuple[Engine, Scheduler, Ready]:
         from paged_backend.engine.loading import load_engine
 
-        engine, scheduler, ready = load_engine(config, directory)
+        engine, scheduler, ready = load_engine(config, directory, others)
         engine._runner = Mishaps(orders, number, engine._runner, scheduler.pool, register)
         return engine, scheduler, ready
 

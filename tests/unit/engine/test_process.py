@@ -19,7 +19,6 @@ import zmq
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
-from paged_backend.engine.loading import leave_a_core
 from paged_backend.engine.process import EngineProcess, _device_words
 from paged_backend.errors import EngineError, ErrorKind
 from paged_backend.life_line import create_life_line, hold_life_line
@@ -41,6 +40,7 @@ from paged_backend.messages import (
 )
 from paged_backend.process_id import ProcessId
 from paged_backend.request import SamplingParams
+from paged_backend.runner.placement import leave_a_core
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 from tests.simulated_runner import SimulatedRunner, solo

@@ -1,0 +1,51 @@
+"""What ranks do together, by torch.distributed: gloo between processes of a CPU, NCCL between GPUs, and a file in the engine's folder by which they meet."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from paged_kernels.rank_ops import Ranks
+
+_MEETING_FILE = "ranks"
+_PATIENCE = timedelta(hours=1)  # with a rank that reads its weights slowly. One that hangs in a step is noticed by front ends long before (engine_hang_seconds)
+
+
+class ProcessRanks(Ranks):
+    """This process's membership. There is one in a process, for torch.distributed keeps its group in a global."""
+
+    def __init__(self, rank: int, size: int, folder: Path, device: torch.device) -> None:
+        """Waits for the others. folder: the engine's, new for each engine; nothing listens beyond the loopback interface."""
+        super().__init__(rank, size)
+        for library in ("GLOO", "NCCL"):
+            os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
+        self._store = FileStore(str(folder / _MEETING_FILE), size)
+        gpu = device if device.type == "cuda" else None
+        backend = "gloo" if gpu is None else "nccl"
+        torch.distributed.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE, device_id=gpu)
+        self._num_tellings = 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x)
+        return x
+
+    def maximum(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        every = x.new_empty(self.size, *x.shape)
+        torch.distributed.all_gather_into_tensor(every.view(-1), x.view(-1))
+        return every
+
+    def tell_all(self, sentence: str) -> list[str]:
+        """Through the file: no GPU is needed, and nobody is heard before all have spoken."""
+        self._num_tellings += 1
+        self._store.set(f"{self._num_tellings}/{self.rank}", sentence)
+        return [self._store.get(f"{self._num_tellings}/{rank}").decode() for rank in range(self.size)]

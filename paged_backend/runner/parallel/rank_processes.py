@@ -1,0 +1,136 @@
+"""Rank 0's side of tensor parallelism: it starts the other ranks as its children, sends them every batch, and ends when one of them does.
+
+Nothing here imports torch: children are started before rank 0 has imported it, so that all of them do so at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from paged_backend.batch import Batch, StepResult
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.runner.parallel.batch_codec import encode_batch
+from paged_backend.runner.parallel.channel import Sender
+
+if TYPE_CHECKING:
+    from paged_backend.runner.model_runner import ModelRunner
+
+_EXIT_SECONDS = 10.0
+
+log = logging.getLogger("paged")
+
+
+class RankStart(msgspec.Struct, frozen=True):
+    """What a rank must know to load, beyond the options."""
+
+    folder: str  # the engine's
+    model_folder: str  # the checkpoint's: rank 0 has fetched it
+    eos_ids: tuple[int, ...]
+
+
+class RankProcesses:
+    """The ranks 1 … size - 1. They die with this process, or with the thread of it that made this; none outlives it by more than the time of its own exit."""
+
+    def __init__(self, config: EngineConfig, model_name: str = "paged") -> None:
+        """model_name: for their log lines.
+
+        Raises:
+            EngineError: a process cannot be started.
+        """
+        self.size = config.tensor_parallel_size
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._senders: list[Sender] = []
+        self._closing = False
+        options = config.model_dump_json().encode()
+        for rank in range(1, self.size):
+            mine, theirs = socket.socketpair()
+            with theirs:
+                self._processes.append(_spawn(rank, theirs.fileno(), model_name))
+            self._senders.append(Sender(mine))
+            self._senders[-1].send(options)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def start(self, start: RankStart, on_death: Callable[[], None]) -> None:
+        """Lets them load. on_death: called, on a thread of its own, when one of them has ended although nobody asked it to."""
+        for rank, process in enumerate(self._processes, 1):
+            threading.Thread(target=self._watch, args=(rank, process, on_death), name=f"rank-{rank}", daemon=True).start()
+        self.send(msgspec.msgpack.encode(start))
+
+    def send(self, message: bytes) -> None:
+        """
+        Raises:
+            EngineError: a rank has gone.
+        """
+        for rank, sender in enumerate(self._senders, 1):
+            try:
+                sender.send(message)
+            except OSError as error:
+                raise EngineError(f"rank {rank} is not there any more: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Ends them and waits for their exit."""
+        self._closing = True
+        for sender in self._senders:
+            sender.close()
+        for process in self._processes:
+            try:
+                process.wait(_EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _watch(self, rank: int, process: subprocess.Popen[bytes], on_death: Callable[[], None]) -> None:
+        status = process.wait()
+        if not self._closing:
+            log.error("error: rank %d (process %d) ended %s: so does the engine", rank, process.pid, _exit_words(status))
+            on_death()
+
+
+class LeadingRunner:
+    """Rank 0's runner: what it launches, the other ranks are told of first. Results are its own alone."""
+
+    def __init__(self, runner: ModelRunner, others: RankProcesses) -> None:
+        self._runner, self._others = runner, others
+
+    def launch(self, batch: Batch) -> None:
+        """
+        Raises:
+            EngineError: a rank has gone.
+        """
+        self._others.send(encode_batch(batch))
+        self._runner.launch(batch)
+
+    def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
+        return self._runner.finished(keep)
+
+
+def end_engine() -> None:
+    """Ends this process at once, whatever its main thread waits for: front ends start the next engine and resume every request."""
+    logging.shutdown()
+    os._exit(1)
+
+
+def _spawn(rank: int, descriptor: int, model_name: str) -> subprocess.Popen[bytes]:
+    safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # as for the engine: its working directory is no place to import from
+    command = [sys.executable, *safe_path, "-m", "paged_backend.runner.parallel.rank_process", str(rank), str(descriptor), str(os.getpid()), model_name]
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[descriptor])
+    except OSError as error:
+        raise EngineError(f"rank {rank} cannot be started: {os.strerror(error.errno or 0)}") from None
+
+
+def _exit_words(status: int) -> str:
+    return f"by signal {-status}" if status < 0 else f"with status {status}"
