@@ -47,7 +47,13 @@ class Engines:
     deaths: list[float]
 
 
-@pytest.fixture(scope="module", params=[("LlamaForCausalLM", 2), ("Qwen3ForCausalLM", 4)], ids=["llama, 2 ranks", "qwen3, 4 ranks"])
+SEVERAL = [
+    pytest.param(("LlamaForCausalLM", 2), id="llama, 2 ranks"),
+    pytest.param(("Qwen3ForCausalLM", 4), id="qwen3, 4 ranks", marks=pytest.mark.long),  # tests/unit/models/test_shard.py has 4 as threads
+]
+
+
+@pytest.fixture(scope="module", params=SEVERAL)
 def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     architecture, size = request.param
     folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, tie_word_embeddings=size == 4)

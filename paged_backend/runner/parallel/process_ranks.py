@@ -15,6 +15,7 @@ from paged_kernels.rank_ops import Ranks
 
 _MEETING_FILE = "ranks"
 _PATIENCE = timedelta(hours=1)  # with a rank that reads its weights slowly. One that hangs in a step is noticed by front ends long before (engine_hang_seconds)
+_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor  # its name until torch 2.12
 
 
 class ProcessRanks(Ranks):
@@ -41,7 +42,7 @@ class ProcessRanks(Ranks):
 
     def gather(self, x: Tensor) -> Tensor:
         every = x.new_empty(self.size, *x.shape)
-        torch.distributed.all_gather_into_tensor(every.view(-1), x.view(-1))
+        _all_gather(every.view(-1), x.view(-1))
         return every
 
     def tell_all(self, sentence: str) -> list[str]:

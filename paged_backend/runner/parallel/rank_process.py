@@ -53,10 +53,10 @@ def serve_rank(rank: int, receiver: Receiver) -> int:
         return 0
     config = EngineConfig.model_validate_json(options)
     prepare_rank(config)
-    told = receiver.receive()
-    if told is None:
+    order = receiver.receive()
+    if order is None:
         return 0
-    start = msgspec.msgpack.decode(told, type=RankStart)
+    start = msgspec.msgpack.decode(order, type=RankStart)
     config = config.model_copy(update={"model": start.model_folder})
     note_rank(Path(start.folder))
     size = config.tensor_parallel_size

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from paged_backend.batch import AdapterUse, Ask, Batch, BeamRows, NewRow, PromptScoring, PromptSpan, TokenEdit, TokenMasks
+from paged_backend.batch import AdapterUse, Ask, Batch, BeamRows, NewRow, PooledSpan, Pooling, PromptScoring, PromptSpan, TokenEdit, TokenMasks
 from paged_backend.request import SamplingParams
 from paged_backend.runner.parallel.batch_codec import decode_batch, encode_batch
 from paged_backend.runner.warm_up import largest_batches, warm_up_batches
@@ -18,6 +18,7 @@ ASKS: dict[type, Any] = {
     AdapterUse: AdapterUse((), in_use=False),
     TokenMasks: TokenMasks(np.array([3], np.int32), np.array([[7, -1]], np.int32)),
     BeamRows: BeamRows(np.array([0], np.int32), 5),
+    Pooling: Pooling((PooledSpan(3, 0, 0, 4),)),
     PromptScoring: PromptScoring((PromptSpan(2**40 + 1, 0, 3, 4, 2), PromptSpan(5, 1, 0, 1, 0))),
 }
 

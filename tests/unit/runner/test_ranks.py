@@ -1,0 +1,114 @@
+"""What ranks agree upon before they compute, which GPU is whose, and what is between rank 0 and another rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.life_line import wait_for_ranks
+from paged_backend.runner.builder import agreed
+from paged_backend.runner.kv_store import PoolSize, of_smallest
+from paged_backend.runner.parallel.channel import Receiver, Sender
+from paged_backend.runner.placement import device_of, devices_of_all
+from tests.thread_ranks import ThreadRanks, on_every_rank
+
+
+def test_what_one_rank_cannot_do_all_refuse() -> None:
+    def one(ranks: ThreadRanks) -> str:
+        def work() -> int:
+            if ranks.rank == 1:
+                raise EngineError("no room")
+            return ranks.rank
+
+        try:
+            return str(agreed(ranks, work))
+        except EngineError as error:
+            return str(error)
+
+    assert on_every_rank(3, one) == ["rank 1: no room", "no room", "rank 1: no room"]
+    assert on_every_rank(3, lambda ranks: agreed(ranks, lambda: ranks.rank)) == [0, 1, 2]
+
+
+def test_the_pool_is_as_large_as_the_smallest_ranks() -> None:
+    size = PoolSize(num_pages=100, page_bytes=10, max_model_len=1000, decided_by="pool: 100 pages")
+    assert of_smallest(size, [100, 120], 16) is size
+    smaller = of_smallest(size, [100, 40, 90], 16)
+    assert (smaller.num_pages, smaller.max_model_len) == (40, 640)
+    assert smaller.decided_by == "pool: 100 pages; rank 1 has room for 40 pages, and so have all, max_model_len is 640"
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Returns the devices that were made current."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+def test_ranks_have_the_gpus_from_the_first_on(four_gpus: list[torch.device]) -> None:
+    config = EngineConfig(device="cuda:1", tensor_parallel_size=3)
+    assert [device_of(config, rank).index for rank in range(3)] == [1, 2, 3]
+    assert [device.index for device in four_gpus] == [1, 2, 3]
+    assert [device.index for device in devices_of_all(torch.device("cuda:2"), rank=1, size=3)] == [1, 2, 3]
+    assert devices_of_all(torch.device("cpu"), rank=0, size=2) == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "message"),
+    [("auto", 8, "8 ranks need a GPU each, there are 4 "), ("cuda:3", 2, "2 ranks need a GPU each, there are 1 from cuda:3 on ")],
+)
+def test_more_ranks_than_gpus_are_refused(four_gpus: list[torch.device], device: str, size: int, message: str) -> None:
+    with pytest.raises(EngineError, match=f"^tensor_parallel_size: {message}" + r"\(CUDA_VISIBLE_DEVICES says which are seen\)$"):
+        device_of(EngineConfig(device=device, tensor_parallel_size=size), 0)
+    assert not four_gpus
+
+
+def test_adapters_are_refused_with_several_ranks() -> None:
+    with pytest.raises(EngineError, match="^tensor_parallel_size: 2 ranks serve no adapters; lora_directory must be empty, or the size 1$"):
+        EngineConfig.parse({"tensor_parallel_size": "2", "lora_directory": "/adapters"})
+
+
+def test_messages_arrive_whole_and_in_order_until_rank_0_goes() -> None:
+    mine, theirs = socket.socketpair()
+    sender, receiver = Sender(mine), Receiver(theirs)
+    messages = [b"", b"one", os.urandom(3_000_000)]  # more than a socket's buffer
+    thread = threading.Thread(target=lambda: [sender.send(message) for message in messages])
+    thread.start()
+    assert [receiver.receive() for _ in messages] == messages
+    thread.join()
+    sender.close()
+    assert receiver.receive() is None
+
+
+def test_a_missing_message_is_noticed() -> None:
+    mine, theirs = socket.socketpair()
+    sender, receiver = Sender(mine), Receiver(theirs)
+    sender.send(b"first")
+    theirs.recv(16 + 5)
+    sender.send(b"second")
+    with pytest.raises(EngineError, match="message 1 of rank 0 came where 0 was due"):
+        receiver.receive()
+
+
+def test_the_end_of_an_engines_ranks_is_waited_for(tmp_path: Path) -> None:
+    assert wait_for_ranks(tmp_path, 0), "an engine of one rank"
+    code = f"from pathlib import Path; from paged_backend.life_line import note_rank; note_rank(Path({str(tmp_path)!r})); print(1, flush=True); input()"
+    rank = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert rank.stdout is not None and rank.stdout.readline() == b"1\n"
+    assert not wait_for_ranks(tmp_path, 0.05)
+    threading.Timer(0.1, rank.kill).start()
+    started = time.monotonic()
+    assert wait_for_ranks(tmp_path, 20) and time.monotonic() - started >= 0.05
+    rank.wait()
