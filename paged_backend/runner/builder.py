@@ -115,7 +115,7 @@ class RunnerBuilder:
         a, place = self._architecture, self._place
         sizes = f"{a.num_layers} layers, vocabulary {a.vocab_size}"
         if self._ranks.size > 1:
-            heads = f"{a.attention.num_heads} heads, {a.attention.num_kv_heads} KV heads, {a.intermediate_size} of the perceptron"
+            heads = f"{a.attention.num_heads} heads, {a.attention.num_kv_heads} KV heads"
             sizes += f", rank {self._ranks.rank} of {self._ranks.size} with {heads}, {a.vocabulary.count} of the vocabulary"
         self._tell(f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in {dtype_name(place.kv_dtype)}")
         for warning in self._checkpoint.warnings:
