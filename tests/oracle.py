@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from paged_backend.arrays import Int32
 
@@ -60,6 +60,11 @@ def random_prompts(lengths: Sequence[int], vocab_size: int = _SMALL["vocab_size"
     return [generator.integers(0, vocab_size, length, dtype=np.int32) for length in lengths]
 
 
+def kind_of(config: Any) -> Any:
+    """The auto class of a model that makes text."""
+    return AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+
+
 class RoundedCache(DynamicCache):
     """Of a model whose keys and values are kept in 8 bits: rounded to float8_e4m3fn, the greatest of which is 448."""
 
@@ -77,17 +82,19 @@ class Oracle:
         self.model = self._load()
 
     def _load(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        config = AutoConfig.from_pretrained(self._folder)
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # which caps no scores
+        return kind_of(config).from_pretrained(self._folder, dtype=torch.float32, attn_implementation=attention).eval()
 
     def greedy(self, prompts: Sequence[Sequence[int] | Int32], max_tokens: int) -> list[list[int]]:
         """The answers to the prompts, each generated alone: max_tokens tokens, or fewer if the checkpoint's EOS comes first (it is included)."""
         return [self._greedy(prompt, max_tokens) for prompt in prompts]
 
     def _greedy(self, prompt: Sequence[int] | Int32, max_tokens: int) -> list[int]:
-        if self.model.config.rope_parameters["rope_type"] == "dynamic":
+        if (self.model.config.get_text_config().rope_parameters or {}).get("rope_type") == "dynamic":
             self.model = self._load()  # it keeps the frequencies of the longest sequence it has seen
         ids = torch.as_tensor(np.asarray(prompt, np.int64))[None]
-        options = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache(config=self.model.config)}
+        options = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache(config=self.model.config.get_text_config())}
         with torch.inference_mode():
             answer = self.model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, **options)
         return answer[0, ids.shape[1] :].tolist()

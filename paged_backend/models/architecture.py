@@ -157,8 +157,14 @@ def _family_of(file: ConfigKind) -> Family:
 
 def _transformers_config(family: Family, file: ConfigFile) -> PreTrainedConfig:
     """transformers' config of what the file says, with the defaults of the rest."""
+    model_type = family.model_type
+    if family.has_other_parts:
+        model_type = file.model_type or family.text_model_types[0]
+        if model_type not in family.text_model_types:
+            supported = ", ".join(family.text_model_types)
+            raise EngineError(f"text_config: model_type: {model_type[:80]} is not supported for {family.architecture}; supported: {supported}")
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[family.text_model_type or family.model_type](**file.for_transformers())
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type](**file.for_transformers())
     except Exception as error:  # transformers raises what it likes for a bad value, and its own checks wrap the reason
         raise EngineError(f"config.json: {reason_of(error.__cause__ or error)}") from None
     return config

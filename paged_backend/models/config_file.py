@@ -147,11 +147,13 @@ class ConfigFile(ConfigKind):
         return self.model_dump(exclude_unset=True, exclude=ours)
 
 
-_BESIDE_PARTS = ("architectures", "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+_BESIDE_PARTS = ("architectures", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config")
 
 
 def language_part(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json of several parts (text, images, …) says of the language model: its text_config, and what is said of the whole.
+
+    Whether the head is tied is said of the whole, and to transformers it is where nothing is said.
 
     Raises:
         EngineError: it has no text_config.
@@ -159,7 +161,7 @@ def language_part(content: Mapping[str, Any]) -> dict[str, Any]:
     part = content.get("text_config")
     if not isinstance(part, Mapping):
         raise EngineError(f"config.json: text_config: expected an object, got {_spelled(part)}")
-    return {key: content[key] for key in _BESIDE_PARTS if key in content} | dict(part)
+    return {key: content[key] for key in _BESIDE_PARTS if key in content} | dict(part) | {"tie_word_embeddings": content.get("tie_word_embeddings", True)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

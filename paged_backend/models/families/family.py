@@ -16,6 +16,7 @@ from paged_backend.models.layer_spec import ALL_LAYERS, AttentionSpec, EndsSpec,
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu2": "relu2"}  # as config.json calls them
 
 
+OTHER_PARTS = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")  # of checkpoints that also take images
 IN_OTHER_PARTS = MappingProxyType({"language_model.": "", "model.language_model.": "model."})  # as they are published, and as transformers 5 calls them
 
 
@@ -36,13 +37,13 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names in its checkpoints -> what they are called in a model of text
     partial_rotary: bool = False  # partial_rotary_factor may be other than 1
     ropes_by_layer_type: bool = False  # rope_parameters has an entry for each of layer_types
-    text_model_type: str = ""  # of the language model within a checkpoint of several parts: transformers' name of its config
+    text_model_types: tuple[str, ...] = ()  # of language models within checkpoints of several parts: what text_config calls its `model_type`
     unread: tuple[str, ...] = ()  # beginnings of the names of the other parts' tensors
 
     @property
     def has_other_parts(self) -> bool:
         """Whether config.json describes more than a language model, which is then its text_config."""
-        return bool(self.text_model_type)
+        return bool(self.text_model_types)
 
 
 def dense_layers(
