@@ -14,6 +14,7 @@ from paged_client.errors import (
     UnreachableError,
     UnsupportedError,
 )
+from paged_client.question import in_trace
 
 __all__ = [
     "Answer",
@@ -33,4 +34,5 @@ __all__ = [
     "UnreachableError",
     "UnsupportedError",
     "Usage",
+    "in_trace",
 ]

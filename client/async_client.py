@@ -30,6 +30,8 @@ class _Call(Protocol):
 class _Transport(Protocol):
     def ask(self, question: Question) -> _Call: ...
     async def is_ready(self) -> bool: ...
+    async def ready_models(self) -> list[str]: ...
+    async def inputs_of(self, model: str) -> frozenset[str]: ...
     async def close(self) -> None: ...
 
 
@@ -95,6 +97,18 @@ class AsyncPagedClient:
         finally:
             call.cancel()
         return True
+
+    async def ready_models(self) -> list[str]:
+        """Names of all models that the server has loaded, whoever's they are.
+
+        Raises:
+            PagedError: it cannot be asked, or does not say.
+        """
+        return await self._transport.ready_models()
+
+    async def inputs_of(self, model: str) -> frozenset[str]:
+        """The names of the inputs that a model of the server declares. Raises: as `ready_models`."""
+        return await self._transport.inputs_of(model)
 
     async def generate(
         self,

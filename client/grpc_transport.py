@@ -9,11 +9,11 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from paged_client.errors import PagedError, UnreachableError, error_of
+from paged_client.errors import PagedError, UnreachableError, UnsupportedError, error_of
 from paged_client.question import Question
 from paged_client.retry_policy import within
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Outputs = dict[str, list[Any]]
 _END_SECONDS = 5.0  # for the server to end a stream whose request is over
 _READY_SECONDS = 5.0  # for the server to say whether it is
+_RESTRICTED = "This protocol is restricted"  # Triton Server's words, with --grpc-restricted-protocol
 _MAX_MESSAGE_BYTES = 2**31 - 1  # as tritonclient has it
 
 
@@ -163,6 +164,26 @@ class AsyncGrpcTransport:
             return bool(await self._connected().is_model_ready(self._model, client_timeout=_READY_SECONDS))
         except InferenceServerException:
             return False
+
+    async def ready_models(self) -> list[str]:
+        """See AsyncPagedClient."""
+        index = await self._said(self._connected().get_model_repository_index(client_timeout=_READY_SECONDS))
+        return [model.name for model in index.models if model.state == "READY"]
+
+    async def inputs_of(self, model: str) -> frozenset[str]:
+        """See AsyncPagedClient."""
+        metadata = await self._said(self._connected().get_model_metadata(model, client_timeout=_READY_SECONDS))
+        return frozenset(tensor.name for tensor in metadata.inputs)
+
+    async def _said(self, asking: Awaitable[Any]) -> Any:
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return await asking
+        except InferenceServerException as failure:
+            if _RESTRICTED in (failure.message() or ""):  # its status is that of a server that cannot be reached
+                raise UnsupportedError(f"the server at {self._address} restricts this to those with a key") from None
+            raise _error_of(failure, self._address) from None
 
     def _connected(self) -> AsyncInferenceServerClient:
         from tritonclient.grpc.aio import InferenceServerClient

@@ -111,6 +111,7 @@ class HttpCall:
 class AsyncHttpTransport:
     def __init__(self, url: str, model: str, max_connections: int = 0) -> None:
         self._max_connections = max_connections
+        self._url = url.rstrip("/")
         self._path = f"{url.rstrip('/')}/v2/models/{quote(model, safe='')}"
         self._session: ClientSession | None = None
 
@@ -125,6 +126,31 @@ class AsyncHttpTransport:
                 return response.status == 200
         except (OSError, asyncio.TimeoutError, aiohttp.ClientError):
             return False
+
+    async def ready_models(self) -> list[str]:
+        """See AsyncPagedClient."""
+        index = await self._said("POST", "repository/index")
+        return [model["name"] for model in index if model.get("state") == "READY"]
+
+    async def inputs_of(self, model: str) -> frozenset[str]:
+        """See AsyncPagedClient."""
+        metadata = await self._said("GET", f"models/{quote(model, safe='')}")
+        return frozenset(tensor["name"] for tensor in metadata["inputs"])
+
+    async def _said(self, method: str, path: str) -> Any:
+        import aiohttp
+
+        try:
+            async with self._connected().request(method, f"{self._url}/v2/{path}", timeout=aiohttp.ClientTimeout(total=_READY_SECONDS)) as response:
+                body = await response.read()
+        except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
+            raise _unreachable(error, self._url) from None
+        if response.status != 200:
+            raise error_of(f"{self._url} answered {response.status} to {path}", http_status=response.status)
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise ServerError(f"{self._url} answered {path} with something that is no JSON") from None
 
     def _connected(self) -> ClientSession:
         import aiohttp

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from paged_backend.tracing import trace_headers
 from paged_client.errors import InvalidRequestError
 
 Prompt = str | Sequence[int]
@@ -14,6 +18,20 @@ Messages = Sequence[Mapping[str, Any]]
 
 _WANTED = ("return_finish_reason", "return_num_input_tokens", "return_num_cached_tokens", "return_output_ids")
 _WANTED_OF_SEVERAL = ("return_sequence_index", "return_num_output_tokens")  # which piece is whose
+
+
+_trace: ContextVar[Mapping[str, str]] = ContextVar("trace", default=MappingProxyType({}))
+
+
+@contextmanager
+def in_trace(headers: Mapping[str, str]) -> Iterator[None]:
+    """Requests that are made inside go with these W3C headers (traceparent, tracestate), as `opentelemetry.propagate.inject` writes them: the server's spans
+    become children of the caller's."""
+    token = _trace.set(trace_headers(headers))
+    try:
+        yield
+    finally:
+        _trace.reset(token)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ def question_of(
     given = {name: value for name, value in sampling.items() if value is not None}
     if given:
         tensors["sampling_parameters"] = json.dumps(given, ensure_ascii=False)
-    parameters: dict[str, bool | str] = {"return_error_code": True}
+    parameters: dict[str, bool | str] = {"return_error_code": True, **_trace.get()}
     if cache_salt:
         parameters["cache_salt"] = cache_salt
     if request_id:

@@ -44,13 +44,13 @@ class Collector:
             for scope in resource.scope_spans:
                 self.spans += [_seen(span, service) for span in scope.spans]
 
-    def wait(self, count: int, seconds: float = 15.0) -> list[Seen]:
-        """At least so many spans, the earliest first."""
+    def wait(self, count: int, trace_id: str = "", seconds: float = 15.0) -> list[Seen]:
+        """At least so many spans, the earliest first. trace_id: of this trace alone."""
         end = time.monotonic() + seconds
-        while len(self.spans) < count and time.monotonic() < end:
+        while len(found := [span for span in self.spans if trace_id in (span.trace_id, "")]) < count and time.monotonic() < end:
             time.sleep(0.02)
-        assert len(self.spans) >= count, [span.name for span in self.spans]
-        return sorted(self.spans, key=lambda span: span.start)
+        assert len(found) >= count, [(span.name, span.trace_id) for span in self.spans]
+        return sorted(found, key=lambda span: span.start)
 
 
 def _seen(span: Any, service: str) -> Seen:

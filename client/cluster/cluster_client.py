@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paged_client.answers import Answer
 from paged_client.cluster.resuming import ClusterStream, Way, whole
-from paged_client.cluster.routing import KvAware, LeastOutstanding, RoundRobin, Router
+from paged_client.cluster.routing import KvAware, LeastOutstanding, RoundRobin, Router, load_selection
 from paged_client.cluster.servers import Connection, Lookups, Servers
 from paged_client.cluster.tokens import GatewayTokenizer, ServerTokenizer
 from paged_client.errors import PagedError, UnavailableError, UnreachableError
@@ -164,12 +164,20 @@ class ClusterClient:
         return ClusterStream(self._way, question_of(prompt, options, stream=stream, **named), _session.get())
 
 
+def check_routing(routing: str) -> None:
+    """
+    Raises:
+        ImportError: routing is "kv", and NVIDIA Dynamo's runtime is not installed.
+        ValueError: there is no such routing.
+    """
+    if routing not in ROUTERS:
+        raise ValueError(f"routing: '{routing}' is none of {', '.join(ROUTERS)}")
+    if routing == "kv":
+        load_selection()
+
+
 def _router(routing: str, servers: Servers) -> Router:
-    match routing:
-        case "kv":
-            return KvAware(servers)
-        case "least":
-            return LeastOutstanding()
-        case "turns":
-            return RoundRobin()
-    raise ValueError(f"routing: '{routing}' is none of {', '.join(ROUTERS)}")
+    check_routing(routing)
+    if routing == "kv":
+        return KvAware(servers)
+    return LeastOutstanding() if routing == "least" else RoundRobin()

@@ -124,6 +124,18 @@ class _Reserved(_Counted):
         await _quietly(self._selection.free_reservation(self._selection_id))
 
 
+def load_selection() -> Any:
+    """The class SelectionService.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    os.environ.setdefault("DYN_LOG", "error")  # else a line for every request
+    from dynamo.llm import SelectionService
+
+    return SelectionService
+
+
 class KvAware:
     """NVIDIA Dynamo's selection (`dynamo.llm.SelectionService`), in this process: it listens to every server's KV events and books the load of every
     request. A request whose tokens are not known here, and every request while a server tells nothing, goes to the server with the least to do.
@@ -134,10 +146,7 @@ class KvAware:
         Raises:
             ImportError: the package is not installed.
         """
-        os.environ.setdefault("DYN_LOG", "error")  # else a line for every request
-        from dynamo.llm import SelectionService
-
-        self._selection = SelectionService(indexer_threads=2, session_affinity_ttl_secs=_SESSION_SECONDS)
+        self._selection = load_selection()(indexer_threads=2, session_affinity_ttl_secs=_SESSION_SECONDS)
         self._servers = servers
         self._known: set[int] = set()
         self._silent: set[str] = set()  # servers of which it was said that they tell nothing

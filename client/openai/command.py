@@ -10,13 +10,12 @@ from typing import Annotated
 
 import typer
 
+from paged_backend.errors import EngineError
 from paged_backend.extras import install_command
-from paged_client.asking import ModelName
-from paged_client.async_client import AsyncPagedClient
-from paged_client.client import DEFAULT_MODEL, DEFAULT_URL
+from paged_backend.tracing import open_tracing
+from paged_client.client import DEFAULT_URL
 
 ROUTERS = ("kv", "least", "turns")
-_NO_RETRIES = 0  # the caller's library does that
 _PROMPTS_AT_ONCE = 256  # of one request: more than a batch takes gain nothing
 _HTTP_PROMPTS_AT_ONCE = 32  # each has a connection of its own
 
@@ -33,7 +32,10 @@ def serve_openai(
             show_default=DEFAULT_URL,
         ),
     ] = None,
-    model_name: ModelName = DEFAULT_MODEL,
+    model_name: Annotated[
+        list[str] | None,
+        typer.Option("--model-name", metavar="NAME", help="What the server calls the model; repeatable. Without it: all paged models that it has loaded."),
+    ] = None,
     metrics_url: Annotated[
         str,
         typer.Option(metavar="URL", help="The server's metrics, such as http://localhost:8002/metrics: the gateway's tell them under vLLM's names, too."),
@@ -44,7 +46,7 @@ def serve_openai(
     ] = "kv",
     tokenizer: Annotated[str, typer.Option(metavar="FOLDER_OR_ID", help="Of several servers' model, where it is not on this machine.")] = "",
     served_name: Annotated[
-        list[str] | None, typer.Option("--served-name", metavar="NAME", help="What callers call the model, instead of --model-name; repeatable.")
+        list[str] | None, typer.Option("--served-name", metavar="NAME", help="What callers call the only model, instead of --model-name; repeatable.")
     ] = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0: every network, and then set an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", metavar="PORT", min=0, max=65535, help="Where to listen; 0: a free one.")] = 9000,
@@ -79,6 +81,10 @@ def serve_openai(
     max_stored_responses: Annotated[
         int, typer.Option(metavar="N", min=0, help="Answers of /v1/responses that later ones may go on from, in memory; 0: none.")
     ] = 1000,
+    otlp_traces_endpoint: Annotated[
+        str,
+        typer.Option(metavar="URL", help="An OpenTelemetry collector that is told of every request as a span, such as http://localhost:4318, never of text."),
+    ] = "",
     hide_adapters: Annotated[bool, typer.Option("--hide-adapters", help="Leave adapters out of /v1/models; whoever knows a name may use it.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse keys that are unknown here, instead of ignoring them with a warning.")] = False,
     drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for answers in flight.")] = 30,
@@ -92,7 +98,6 @@ def serve_openai(
     Needs the packages of the extra `openai`.
     """
     try:
-        from paged_client.cluster.cluster_client import ClusterClient
         from paged_client.openai.answer_forms import FormOptions
         from paged_client.openai.auth import usable_key
         from paged_client.openai.connections import ConnectionLimits, available_descriptors
@@ -100,6 +105,7 @@ def serve_openai(
         from paged_client.openai.limits import BodyLimits
         from paged_client.openai.ranking_api import checked_scoring
         from paged_client.openai.serving import Listening, listen, serve
+        from paged_client.openai.upstream import Upstream
     except ImportError as error:
         raise _failure(f"{error.name} is missing: {install_command('openai')}") from None
     urls = url or [DEFAULT_URL]
@@ -110,22 +116,21 @@ def serve_openai(
     try:
         forms.check()
         offer = Offer(
-            tuple(served_name or [model_name]),
-            usable_key(api_key),
-            BodyLimits(max_body_bytes, max_bodies_bytes, request_seconds),
-            tuple(allow_origin or ()),
+            api_key=usable_key(api_key),
+            bodies=BodyLimits(max_body_bytes, max_bodies_bytes, request_seconds),
+            origins=tuple(allow_origin or ()),
             prompts_at_once=_HTTP_PROMPTS_AT_ONCE if over_http else _PROMPTS_AT_ONCE,
             strict=strict,
-            server_metrics=(metrics_url, model_name) if metrics_url else None,
+            server_metrics=metrics_url,
             list_adapters=not hide_adapters,
             forms=forms,
             max_stored_responses=max_stored_responses,
             scoring=checked_scoring(scoring),
         )
-        if len(urls) > 1 or urls[0].startswith(("dns://", "file://")):
-            client: AsyncPagedClient | ClusterClient = ClusterClient(urls, model=model_name, routing=routing, timeout=timeout, tokenizer=tokenizer)
-        else:
-            client = AsyncPagedClient(urls[0], model=model_name, timeout=timeout, retries=_NO_RETRIES, max_connections=upstream)
+        models = Upstream(urls, routing, timeout, tokenizer, upstream).models(model_name or (), served_name or ())
+        tracing = open_tracing(otlp_traces_endpoint, "paged-gateway", {})
+    except EngineError as error:
+        raise _failure(str(error).replace("otlp_traces_endpoint:", "--otlp-traces-endpoint:")) from None
     except ImportError as error:
         raise _failure(f"{error.name} is missing: {install_command('cluster')}, or choose --routing least") from None
     except ValueError as error:
@@ -140,11 +145,12 @@ def serve_openai(
     with contextlib.closing(listener):
         listening = Listening(host, listener, drain_seconds, access_log, wait_seconds)
         try:
-            asyncio.run(serve(client, offer, connections, listening, ", ".join(urls)))
+            asyncio.run(serve(models, offer, connections, listening, ", ".join(urls), tracing))
         except KeyboardInterrupt:
             raise typer.Exit() from None
         except TimeoutError:
-            raise _failure(f"{', '.join(urls)} is not there, or has not loaded the model '{model_name}' ({wait_seconds:g} s waited)") from None
+            wanted = f"the model '{', '.join(model_name)}'" if model_name else "a model of paged's"
+            raise _failure(f"{', '.join(urls)} is not there, or has not loaded {wanted} ({wait_seconds:g} s waited)") from None
 
 
 def _is_loopback(host: str) -> bool:

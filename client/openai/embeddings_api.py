@@ -19,7 +19,8 @@ from paged_client.openai.disconnect import unless_left
 from paged_client.openai.errors import RefusalError, refusal_of
 from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID
-from paged_client.openai.model_card import Backend, ModelCard
+from paged_client.openai.model_card import ModelCard
+from paged_client.openai.models import Models
 from paged_client.openai.protocol import MAX_PROMPTS, TokenIds
 from paged_client.openai.translation import checked
 from paged_client.openai.unknown_keys import unused_keys, with_warning
@@ -61,16 +62,19 @@ class EmbeddingBody(PoolingBody):
 class EmbeddingSource:
     """Embeddings of a model behind the gateway."""
 
-    def __init__(self, card: ModelCard, adapter_of: Callable[[str], str], metrics: GatewayMetrics, at_once: int) -> None:
-        """adapter_of: of a model's name, "" if it names none; refuses what is not served. at_once: requests of one body; the others wait."""
-        self.card = card
-        self._adapter_of = adapter_of
+    def __init__(self, models: Models, metrics: GatewayMetrics, at_once: int) -> None:
+        """at_once: requests of one body; the others wait."""
+        self._models = models
         self._metrics = metrics
         self._at_once = at_once
 
-    @property
-    def client(self) -> Backend:
-        return self.card.client
+    def card(self, body: PoolingBody) -> ModelCard:
+        """Of the model that a body names.
+
+        Raises:
+            RefusalError: it is not served.
+        """
+        return self._models.find(body.model)[0].card
 
     def sampling(self, body: PoolingBody) -> dict[str, Any]:
         """The server's keys.
@@ -78,21 +82,21 @@ class EmbeddingSource:
         Raises:
             RefusalError: the model is not served, or names an adapter beside lora_name.
         """
-        adapter = self._adapter_of(body.model)
+        _, adapter = self._models.find(body.model)
         if adapter and body.lora_name is not None:
             raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
         given = {name: getattr(body, name, None) for name in _SAME_NAMES}
         return checked({**given, "priority_level": body.priority, "lora_name": adapter or body.lora_name, "cache_salt": body.cache_salt or ""})
 
-    async def embeddings(self, request: Request, prompts: Sequence[Prompt], sampling: Mapping[str, Any], params: Mapping[str, str]) -> list[Answer]:
+    async def embeddings(self, request: Request, body: PoolingBody, prompts: Sequence[Prompt], params: Mapping[str, str]) -> list[Answer]:
         """One answer a prompt, in their order. params: the server's names of fields → the body's.
 
         Raises:
             RefusalError: one of them is refused.
             CallerLeftError: nobody waits for them any more.
         """
-        request_id = request.scope.get(REQUEST_ID, "")
-        return await self.answers(request, prompts, lambda prompt: self.client.embed(prompt, request_id=request_id, **sampling), params)
+        client, sampling, request_id = self.card(body).client, self.sampling(body), request.scope.get(REQUEST_ID, "")
+        return await self.answers(request, prompts, lambda prompt: client.embed(prompt, request_id=request_id, **sampling), params)
 
     async def answers(self, request: Request, items: Sequence[Item], ask: Callable[[Item], Awaitable[Answer]], params: Mapping[str, str]) -> list[Answer]:
         """As `embeddings`, of anything that is asked for each of some items."""
@@ -125,10 +129,10 @@ async def _gathered(asked: Sequence[Awaitable[Result]]) -> list[Result]:
 def add_embedding_paths(app: FastAPI, source: EmbeddingSource, strict: bool) -> None:
     @app.post(PATH)
     async def create(body: EmbeddingBody, request: Request) -> Response:
-        unused, sampling = unused_keys(body, strict), source.sampling(body)
+        unused = unused_keys(body, strict)
         prompts = _prompts(checked(body.input, "input"))
         params = {"text_input": "input", "input_ids": "input", "priority_level": "priority", **({"lora_name": "model"} if body.lora_name is None else {})}
-        answers = await source.embeddings(request, prompts, sampling, params)
+        answers = await source.embeddings(request, body, prompts, params)
         encode = _base64 if body.encoding_format == "base64" else list
         entries = [{"object": "embedding", "index": index, "embedding": encode(answer.embedding)} for index, answer in enumerate(answers)]
         return with_warning(json_response({"object": "list", "data": entries, "model": body.model, "usage": usage_of(answers)}), unused)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -17,28 +16,32 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
+from paged_backend.tracing import Tracing
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.errors import PagedError
 from paged_client.openai.answer_forms import FormOptions, chat_form, constrained, within_budget
 from paged_client.openai.chat_source import Chunks
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.embeddings_api import EmbeddingSource, add_embedding_paths
-from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body, unknown_model
+from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body
 from paged_client.openai.limits import Bodies, BodyLimits
 from paged_client.openai.merging import cancelled, merged
 from paged_client.openai.messages_api import add_message_paths
 from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of
-from paged_client.openai.model_card import Backend, Description, ModelCard
+from paged_client.openai.model_card import Backend, ModelCard
+from paged_client.openai.model_paths import add_model_paths
+from paged_client.openai.models import Models, ServedModel
 from paged_client.openai.parsed_chat import ParsedChatReply
-from paged_client.openai.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, TokenizeBody
+from paged_client.openai.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from paged_client.openai.ranking_api import add_ranking_paths
 from paged_client.openai.response_store import ResponseStore
 from paged_client.openai.responses import ChatReply, CompletionReply
 from paged_client.openai.responses_api import add_response_paths
 from paged_client.openai.status_paths import add_status_paths
-from paged_client.openai.tokens import detokenize, tokenize, with_echo
+from paged_client.openai.tokens import with_echo
 from paged_client.openai.tools import tool_wishes
+from paged_client.openai.tracing import TraceMiddleware
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
 from paged_client.openai.unknown_keys import unused_keys, with_warning
 from paged_client.question import Prompt
@@ -54,13 +57,13 @@ _ORIGINS_HERE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 class Offer:
     """What the gateway says it serves, and to whom."""
 
-    model_names: tuple[str, ...]  # by any of them, and MODEL:ADAPTER with the server's adapters
+    model_names: tuple[str, ...] = ()  # of the only model, where the gateway is given one; by any of them, and MODEL:ADAPTER with the server's adapters
     api_key: str = ""  # "": everybody may ask
     bodies: BodyLimits = field(default_factory=BodyLimits)
     origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
     prompts_at_once: int = 256  # of one request; its others wait
     strict: bool = False  # unknown keys are refused, not ignored
-    server_metrics: tuple[str, str] | None = None  # URL of Triton Server's metrics, and what it calls the model
+    server_metrics: str = ""  # URL of Triton Server's metrics
     list_adapters: bool = True
     forms: FormOptions = field(default_factory=FormOptions)
     max_stored_responses: int = 1000  # 0: none
@@ -89,24 +92,27 @@ Reply = CompletionReply | ChatReply
 Pieces = AsyncGenerator[tuple[int, Delta], None]
 
 
-def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = None) -> FastAPI:
-    """metrics: created with ENDPOINTS; None: of the application's own."""
+def make_app(served: Models | Backend, offer: Offer, metrics: GatewayMetrics | None = None, tracing: Tracing | None = None) -> FastAPI:
+    """
+    served: models, or the client of one that is called as the offer says. metrics: created with ENDPOINTS; None: of the application's own.
+    tracing: where the spans of requests go; None: nowhere.
+    """
     app = FastAPI(title="paged openai", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     metrics = metrics or GatewayMetrics(ENDPOINTS)
-    card = ModelCard(client)
-    gateway = _Gateway(client, offer, metrics)
-    chat = _Chat(gateway, card, offer.forms)
+    models = served if isinstance(served, Models) else Models.of_one(served, offer.model_names)
+    gateway = _Gateway(models, offer, metrics)
+    chat = _Chat(gateway, offer.forms)
     bodies = Bodies(offer.bodies)
     metrics.body_bytes.set_function(lambda: bodies.bytes_in_flight)
-    add_status_paths(app, client, metrics)
-    _add_model_paths(app, card, gateway, offer)
+    add_status_paths(app, models, metrics)
+    add_model_paths(app, models, offer.strict, offer.list_adapters)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         unused = unused_keys(body, offer.strict)
-        asked = with_adapter(asked_of_completion(body), gateway.adapter_of(body.model))
+        model, asked = gateway.choose(body, asked_of_completion(body))
         if body.echo:
-            asked = await with_echo(card, asked, body.logprobs is not None)
+            asked = await with_echo(model.card, asked, body.logprobs is not None)
         reply = CompletionReply(body.model, asked, body.request_id)
         return with_warning(await gateway.answer(request, body, asked, reply), unused)
 
@@ -119,12 +125,13 @@ def make_app(client: Backend, offer: Offer, metrics: GatewayMetrics | None = Non
     add_message_paths(app, chat, offer.strict)
     add_response_paths(app, chat, ResponseStore(offer.max_stored_responses, _MAX_STORED_BYTES), offer.strict)
 
-    embeddings = EmbeddingSource(card, gateway.adapter_of, metrics, offer.prompts_at_once)
+    embeddings = EmbeddingSource(models, metrics, offer.prompts_at_once)
     add_embedding_paths(app, embeddings, offer.strict)
     add_ranking_paths(app, embeddings, offer.strict, offer.scoring)
 
     _say_errors_in_openais_words(app)
     app.add_middleware(GatewayMiddleware, api_key=offer.api_key, bodies=bodies, metrics=metrics)
+    app.add_middleware(TraceMiddleware, tracing=tracing, endpoints=ENDPOINTS)
     if offer.origins:
         named = [origin for origin in offer.origins if origin != _THIS_MACHINE]
         here = _ORIGINS_HERE if _THIS_MACHINE in offer.origins else None
@@ -147,40 +154,6 @@ async def chat_of(card: ModelCard, options: FormOptions, body: ChatBody, asked: 
     if form.answer.is_plain:
         return asked, ChatReply(body.model, asked, body.request_id)
     return asked, ParsedChatReply(body.model, asked, form, body.request_id)
-
-
-def _add_model_paths(app: FastAPI, card: ModelCard, gateway: _Gateway, offer: Offer) -> None:
-    """What the model is, and its tokens."""
-    started = int(time.time())
-
-    def entry(name: str, description: Description, parent: str | None = None) -> dict[str, Any]:
-        facts = {"root": parent or name, "parent": parent, "max_model_len": description.max_model_len}  # as vLLM has them
-        return {"id": name, "object": "model", "created": started, "owned_by": "paged", **facts}
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        description = await card.description()
-        adapters = description.adapters if offer.list_adapters else ()
-        entries = [entry(name, description) for name in offer.model_names]
-        entries += [entry(f"{name}:{adapter}", description, name) for name in offer.model_names for adapter in adapters]
-        return JSONResponse({"object": "list", "data": entries})
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        adapter, description = gateway.adapter_of(name), await card.description()
-        if adapter and (adapter not in description.adapters or not offer.list_adapters):
-            raise unknown_model(name)
-        return JSONResponse(entry(name, description, name.removesuffix(f":{adapter}") if adapter else None))
-
-    @app.post("/tokenize")
-    async def tokens_of_text(body: TokenizeBody) -> Response:
-        unused = gateway.check_tokens_body(body)
-        return with_warning(JSONResponse(await tokenize(card, body)), unused)
-
-    @app.post("/detokenize")
-    async def text_of_tokens(body: DetokenizeBody) -> Response:
-        unused = gateway.check_tokens_body(body)
-        return with_warning(JSONResponse(await detokenize(card, body)), unused)
 
 
 def _say_errors_in_openais_words(app: FastAPI) -> None:
@@ -206,40 +179,19 @@ def _say_errors_in_openais_words(app: FastAPI) -> None:
 
 
 class _Gateway:
-    def __init__(self, client: Backend, offer: Offer, metrics: GatewayMetrics) -> None:
-        self._client = client
+    def __init__(self, models: Models, offer: Offer, metrics: GatewayMetrics) -> None:
+        self._models = models
         self._offer = offer
         self._metrics = metrics
 
-    def check_model(self, name: str) -> None:
-        """
-        Raises:
-            RefusalError: it is not served.
-        """
-        if name not in self._offer.model_names:
-            raise unknown_model(name)
-
-    def adapter_of(self, name: str) -> str:
-        """The adapter that a model's name asks for; "" if none. Whether there is one, the server knows.
+    def choose(self, body: Body, asked: Asked) -> tuple[ServedModel, Asked]:
+        """The model that a body names, and what it is asked: with the adapter that the name asks for.
 
         Raises:
             RefusalError: the model is not served.
         """
-        for model in self._offer.model_names if name not in self._offer.model_names else ():
-            if name.startswith(f"{model}:") and name != f"{model}:":
-                return name.removeprefix(f"{model}:")
-        self.check_model(name)
-        return ""
-
-    def check_tokens_body(self, body: TokenizeBody | DetokenizeBody) -> list[str]:
-        """Names of the keys that have no effect.
-
-        Raises:
-            RefusalError: the model is not served, or a key is refused.
-        """
-        if body.model is not None:
-            self.adapter_of(body.model)
-        return unused_keys(body, self._offer.strict)
+        model, adapter = self._models.find(body.model)
+        return model, with_adapter(asked, adapter)
 
     async def answer(self, request: Request, body: Body, asked: Asked, reply: Reply) -> Response:
         """
@@ -255,8 +207,9 @@ class _Gateway:
     async def whole(self, request: Request, body: Body, asked: Asked, reply: Reply) -> dict[str, Any]:
         """As `answer`."""
         asked = replace(asked, request_id=body.request_id or request.scope.get(REQUEST_ID, ""))
+        client = self._models.find(body.model)[0].client
         try:
-            answers = await unless_left(request.receive, self._whole(asked))
+            answers = await unless_left(request.receive, self._whole(client, asked))
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
         for answer in answers:
@@ -266,20 +219,20 @@ class _Gateway:
     async def chunks(self, request: Request, body: Body, asked: Asked, reply: Reply) -> tuple[Chunks, Pieces]:
         """As `answer`; once there is a first piece: while there is none, the status can say why."""
         asked = replace(asked, request_id=body.request_id or request.scope.get(REQUEST_ID, ""))
-        pieces = self._pieces(asked)
+        pieces = self._pieces(self._models.find(body.model)[0].client, asked)
         try:
             first = await unless_left(request.receive, _next(pieces))
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
         return self._chunks(first, pieces, reply, asked.params, body.stream_options or StreamOptions()), pieces
 
-    async def _whole(self, asked: Asked) -> list[Answer]:
+    async def _whole(self, client: Backend, asked: Asked) -> list[Answer]:
         places = asyncio.Semaphore(self._offer.prompts_at_once)
 
         async def generate(prompt: Prompt | None) -> Answer:
             async with places:
                 with self._metrics.adapter(asked.sampling.get("lora_name")):
-                    return await self._client.generate(prompt, **_options(asked))
+                    return await client.generate(prompt, **_options(asked))
 
         tasks = [asyncio.ensure_future(generate(prompt)) for prompt in asked.prompts]
         try:
@@ -287,15 +240,15 @@ class _Gateway:
         finally:
             await cancelled(tasks)
 
-    async def _pieces(self, asked: Asked) -> Pieces:
+    async def _pieces(self, client: Backend, asked: Asked) -> Pieces:
         """(which prompt, piece) of all prompts. Closing it cancels what is not over."""
         with self._metrics.adapter(asked.sampling.get("lora_name")):
-            async with aclosing(self._streamed(asked)) as pieces:
+            async with aclosing(self._streamed(client, asked)) as pieces:
                 async for piece in pieces:
                     yield piece
 
-    async def _streamed(self, asked: Asked) -> Pieces:
-        streams = [partial(self._client.stream, prompt, **_options(asked)) for prompt in asked.prompts]
+    async def _streamed(self, client: Backend, asked: Asked) -> Pieces:
+        streams = [partial(client.stream, prompt, **_options(asked)) for prompt in asked.prompts]
         if len(streams) > 1:
             async with aclosing(merged(streams, self._offer.prompts_at_once)) as arriving:
                 async for piece in arriving:
@@ -329,14 +282,13 @@ class _Gateway:
 class _Chat:
     """What other APIs need of the chat (ChatSource)."""
 
-    def __init__(self, gateway: _Gateway, card: ModelCard, forms: FormOptions) -> None:
+    def __init__(self, gateway: _Gateway, forms: FormOptions) -> None:
         self._gateway = gateway
-        self._card = card
         self._forms = forms
 
     async def asked(self, body: ChatBody) -> tuple[Asked, ChatReply]:
-        asked = with_adapter(asked_of_chat(body), self._gateway.adapter_of(body.model))
-        return await chat_of(self._card, self._forms, body, asked)
+        model, asked = self._gateway.choose(body, asked_of_chat(body))
+        return await chat_of(model.card, self._forms, body, asked)
 
     async def whole(self, request: Request, body: ChatBody) -> dict[str, Any]:
         return await self._gateway.whole(request, body, *await self.asked(body))
@@ -345,10 +297,11 @@ class _Chat:
         return await self._gateway.chunks(request, body, *await self.asked(body))
 
     async def num_prompt_tokens(self, body: ChatBody) -> int:
+        model, _ = self._gateway.choose(body, asked_of_chat(body))
         asked, _ = await self.asked(body)
         sampling = {"chat_template_kwargs": asked.sampling.get("chat_template_kwargs")}
         try:
-            return len(await self._card.client.tokenize(messages=asked.messages, tools=asked.tools, sampling=sampling))
+            return len(await model.client.tokenize(messages=asked.messages, tools=asked.tools, sampling=sampling))
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
 

@@ -127,7 +127,7 @@ async def _scores(
     if body.instruction is not None:
         raise RefusalError("instruction: only with scoring yes_no; put it before the query", param="instruction")
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    answers = await source.embeddings(request, texts, source.sampling(body), params)
+    answers = await source.embeddings(request, body, texts, params)
     found = dict(zip(texts, (answer.embedding for answer in answers), strict=True))
     return [_dot(found[first], found[second]) for first, second in pairs], answers
 
@@ -144,8 +144,9 @@ async def _answered_scores(
     for name in _OF_EMBEDDINGS:
         if getattr(body, name) is not None:
             raise RefusalError(f"{name}: not with scoring yes_no", param=name)
+    card = source.card(body)
     try:
-        yes, no = await source.card.token_of("yes"), await source.card.token_of("no")
+        yes, no = await card.token_of("yes"), await card.token_of("no")
     except PagedError as error:
         raise refusal_of(error, params) from None
     if yes is None or no is None:
@@ -158,7 +159,7 @@ async def _answered_scores(
     async def ask(pair: tuple[str, str]) -> Answer:
         asked = f"<Instruct>: {instruction}\n<Query>: {pair[0]}\n<Document>: {pair[1]}"
         messages = [{"role": "system", "content": _JUDGE}, {"role": "user", "content": asked}]
-        return await source.client.generate(messages=messages, **sampling)
+        return await card.client.generate(messages=messages, **sampling)
 
     answers = await source.answers(request, pairs, ask, params)
     return [_probability(answer, yes) for answer in answers], answers

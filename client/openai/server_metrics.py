@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,10 +26,10 @@ Values = Mapping[tuple[str, str], float]  # (family, state) of one model → val
 class ServerMetrics:
     """Triton Server's `/metrics`, asked when the gateway's is."""
 
-    def __init__(self, url: str, model: str) -> None:
-        """model: its name on the server."""
+    def __init__(self, url: str, models: Callable[[], Sequence[str]]) -> None:
+        """models: their names on the server, asked each time."""
         self._url = url
-        self._model = model
+        self._models = models
         self._text = b""
         self._asked_at = float("-inf")
         self._asking = asyncio.Lock()
@@ -65,31 +65,40 @@ class ServerMetrics:
         return text.decode(errors="replace")
 
     def _in_vllms_words(self, text: str) -> bytes:
-        values = _values_of(text, self._model)
+        """A family's lines follow each other, whatever models there are, as Prometheus' format has it."""
+        families: dict[str, list[str]] = {}
+        for model in self._models():
+            for name, description, series in self._series(model, _values_of(text, model)):
+                families.setdefault(name, [f"# HELP {name} {description}", f"# TYPE {name} gauge"]).append(series)
+        return "".join(f"{line}\n" for lines in families.values() for line in lines).encode()
+
+    def _series(self, name: str, values: Values) -> Iterator[tuple[str, str, str]]:
+        """(family, its description, line) of a model."""
         pages = values.get(("paged_pool_pages", ""), 0.0)
         if not pages:
-            return b""  # the model is not loaded
-        model = {"model_name": self._model, "engine": _ENGINE}
+            return  # the model is not loaded
+        model = {"model_name": name, "engine": _ENGINE}
+        several = {"model_name": name} if len(self._models()) > 1 else {}  # vLLM has one model, and says so in some families alone
         running, waiting = (values.get(("paged_requests", state), 0.0) for state in ("running", "waiting"))
         config = {
             "block_size": f"{values.get(('paged_page_size', ''), 0):.0f}",
             "num_gpu_blocks": f"{pages:.0f}",
             "enable_prefix_caching": "True",
             "engine": _ENGINE,
+            **several,
         }
         adapters = {
             "running_lora_adapters": ",".join(sorted(+self._adapters)),
             "waiting_lora_adapters": "",
             "max_lora": f"{values.get(('paged_max_loras', ''), 0):.0f}",
+            **several,
         }
-        lines = [
-            *_gauge("vllm:num_requests_running", "Requests in the engine that run.", model, running),
-            *_gauge("vllm:num_requests_waiting", "Requests in the engine that wait.", model, waiting),
-            *_gauge("vllm:kv_cache_usage_perc", "Share of the pool's pages that are held; 1 is all.", model, values.get(("paged_pages", "held"), 0.0) / pages),
-            *_gauge("vllm:cache_config_info", "The pool.", config, 1),
-            *_gauge("vllm:lora_requests_info", "Adapters of requests in flight; the value is the time in seconds.", adapters, time.time()),
-        ]
-        return "".join(f"{line}\n" for line in lines).encode()
+        held = values.get(("paged_pages", "held"), 0.0)
+        yield _gauge("vllm:num_requests_running", "Requests in the engine that run.", model, running)
+        yield _gauge("vllm:num_requests_waiting", "Requests in the engine that wait.", model, waiting)
+        yield _gauge("vllm:kv_cache_usage_perc", "Share of the pool's pages that are held; 1 is all.", model, held / pages)
+        yield _gauge("vllm:cache_config_info", "The pool.", config, 1)
+        yield _gauge("vllm:lora_requests_info", "Adapters of requests in flight; the value is the time in seconds.", adapters, time.time())
 
 
 def _values_of(text: str, model: str) -> Values:
@@ -103,7 +112,7 @@ def _values_of(text: str, model: str) -> Values:
 
 def _gauge(name: str, description: str, labels: Mapping[str, str], value: float) -> tuple[str, str, str]:
     labelled = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-    return f"# HELP {name} {description}", f"# TYPE {name} gauge", f"{name}{{{labelled}}} {value}"
+    return name, description, f"{name}{{{labelled}}} {value}"
 
 
 def _escaped(text: str) -> str:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from paged_client.async_client import AsyncPagedClient
-from paged_client.cluster.cluster_client import ClusterClient
+from paged_backend.tracing import Tracing
 from paged_client.cluster.gateway import join
+from paged_client.errors import UnreachableError
 from paged_client.openai.connections import BACKLOG, ConnectionLimits, Connections, say_failed_accepts
 from paged_client.openai.gateway import ENDPOINTS, Offer, make_app
 from paged_client.openai.metrics import GatewayMetrics
+from paged_client.openai.models import Models
 from paged_client.openai.server_metrics import ServerMetrics
 
 _POLL_SECONDS = 0.25
@@ -51,19 +52,18 @@ def listen(host: str, port: int) -> socket.socket:
         raise
 
 
-async def serve(client: AsyncPagedClient | ClusterClient, offer: Offer, limits: ConnectionLimits, listening: Listening, server_url: str) -> None:
+async def serve(models: Models, offer: Offer, limits: ConnectionLimits, listening: Listening, server_url: str, tracing: Tracing | None = None) -> None:
     """Until SIGINT or SIGTERM.
 
     Raises:
         TimeoutError: the server is not ready.
     """
     metrics = GatewayMetrics(ENDPOINTS)
-    if offer.server_metrics is not None:
-        metrics.server = ServerMetrics(*offer.server_metrics)
+    if offer.server_metrics:
+        metrics.server = ServerMetrics(offer.server_metrics, models.server_names)
     connections = Connections(limits, metrics)
-    app = make_app(client, offer, metrics)
-    if isinstance(client, ClusterClient):
-        join(app, metrics.registry, client)
+    app = make_app(models, offer, metrics, tracing)
+    join(app, metrics.registry, lambda: models.clusters)
     config = uvicorn.Config(
         app,
         http=connections.protocol(),
@@ -75,10 +75,10 @@ async def serve(client: AsyncPagedClient | ClusterClient, offer: Offer, limits: 
         lifespan="off",
         server_header=False,
     )
-    async with client:
-        await _wait_until_ready(client, listening.wait_seconds)
-        models = ", ".join(offer.model_names)
-        print(f"paged: OpenAI's API on {listening.base_url}, model {models} from {server_url}", flush=True)
+    async with models:
+        await _wait_until_ready(models, listening.wait_seconds)
+        names = ", ".join(model.name for model in models.all)
+        print(f"paged: OpenAI's API on {listening.base_url}, model {names} from {server_url}", flush=True)
         print("Ctrl-C stops it.", flush=True)
         signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it once more when it has drained
         say_failed_accepts(asyncio.get_running_loop())
@@ -87,15 +87,25 @@ async def serve(client: AsyncPagedClient | ClusterClient, offer: Offer, limits: 
             await uvicorn.Server(config).serve([listening.listener])
         finally:
             sweeping.cancel()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
 
-async def _wait_until_ready(client: AsyncPagedClient | ClusterClient, seconds: float) -> None:
+async def _wait_until_ready(models: Models, seconds: float) -> None:
     end = time.monotonic() + seconds
     said = False
-    while not await client.takes_requests():
+    while not await _any_is_ready(models):
         if time.monotonic() > end:
             raise TimeoutError
         if not said:
             print("paged: waiting for the server to be there and to have loaded the model", file=sys.stderr, flush=True)
             said = True
         await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _any_is_ready(models: Models) -> bool:
+    try:
+        await models.look()
+    except UnreachableError:
+        return False
+    return await models.takes_requests()

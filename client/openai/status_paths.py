@@ -11,12 +11,12 @@ from starlette.responses import JSONResponse, Response
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.metrics import CONTENT_TYPE, GatewayMetrics
 from paged_client.openai.middleware import response_of
-from paged_client.openai.model_card import Backend
+from paged_client.openai.models import Models
 
 
-def add_status_paths(app: FastAPI, client: Backend, metrics: GatewayMetrics) -> None:
+def add_status_paths(app: FastAPI, models: Models, metrics: GatewayMetrics) -> None:
     async def health() -> Response:
-        if await client.takes_requests():
+        if await models.takes_requests():
             return JSONResponse({"status": "ok"})
         return response_of(RefusalError("the server is not there, has not loaded the model, or the model has lost its engine", 503, code="not_ready"))
 

@@ -28,6 +28,7 @@ from tests.server.test_openai_gateway import KEY, Gateway, gateway_to
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
 NUM_STREAMS = 64
+OF_MODEL = '{model="paged_llm"}'
 LONG = 200  # tokens: a stream must still run when all have begun
 HEADS = [f"The {name} lived in the {place} and was very fond of stories." for name in ("fox", "owl", "mouse", "bear") for place in ("orchard", "harbour")]
 OPTIONS = {"num_pages": 1200, "dtype": "float32", "max_model_len": 512, "max_num_sequences": 64, "standby_engine": False}
@@ -119,7 +120,7 @@ def test_answers_are_those_of_one_server_and_heads_stay_where_they_are(servers: 
         time.sleep(0.5)  # events are on their way
         cached = [client.completions.create(**asked(100 + number)).usage.prompt_tokens_details.cached_tokens for number in range(len(HEADS))]
     assert all(tokens >= 16 for tokens in cached), cached
-    assert metric(gateway, "paged_gateway_servers") == {'{state="ready"}': 3, '{state="not_ready"}': 0}
+    assert metric(gateway, "paged_gateway_servers") == {'{model="paged_llm",state="ready"}': 3, '{model="paged_llm",state="not_ready"}': 0}
     routed = metric(gateway, "paged_gateway_requests_routed_total")
     assert len(routed) == 3 and sum(routed.values()) == 3 * len(HEADS)
     assert min(routed.values()) > 0, routed
@@ -130,11 +131,11 @@ def test_nothing_is_lost_and_no_text_is_another_when_a_server_is_killed_under_64
     got = asyncio.run(ask_all(gateway, servers[1].kill))
     assert [one for one in got if isinstance(one, BaseException)] == []
     assert got == texts
-    moved = metric(gateway, "paged_gateway_answers_resumed_total")[""], metric(gateway, "paged_gateway_requests_asked_anew_total")[""]
+    moved = metric(gateway, "paged_gateway_answers_resumed_total")[OF_MODEL], metric(gateway, "paged_gateway_requests_asked_anew_total")[OF_MODEL]
     routed = metric(gateway, "paged_gateway_requests_routed_total")
     print(f"{NUM_STREAMS} streams: {moved[0]:.0f} went on elsewhere, {moved[1]:.0f} were asked anew; routed {routed}")
     assert moved[0] > 0, "nobody was on the server that was killed"
-    assert metric(gateway, "paged_gateway_servers") == {'{state="ready"}': 2, '{state="not_ready"}': 1}
+    assert metric(gateway, "paged_gateway_servers") == {'{model="paged_llm",state="ready"}': 2, '{model="paged_llm",state="not_ready"}': 1}
 
 
 def test_a_server_that_comes_back_is_asked_again(servers: list[Server], gateway: Gateway) -> None:
@@ -149,7 +150,7 @@ def test_a_server_that_comes_back_is_asked_again(servers: list[Server], gateway:
         metrics_port=dead.addresses.metrics_port,
     )
     with Server(again):
-        _until(lambda: metric(gateway, "paged_gateway_servers")['{state="ready"}'] == 3, 20)
+        _until(lambda: metric(gateway, "paged_gateway_servers")['{model="paged_llm",state="ready"}'] == 3, 20)
         with gateway.client() as client:
             for number in range(6):
                 assert [client.completions.create(**asked(number)).choices[0].text] == expected(servers[0], number)
@@ -158,7 +159,7 @@ def test_a_server_that_comes_back_is_asked_again(servers: list[Server], gateway:
 def test_a_server_that_hangs_is_given_up_in_time_and_its_streams_go_on_elsewhere(servers: list[Server], gateway: Gateway) -> None:
     """It is stopped, so that it neither answers nor closes its connections. Two are there, of which one goes on."""
     texts = expected(servers[0], *range(NUM_STREAMS), max_tokens=LONG)
-    resumed, hung = metric(gateway, "paged_gateway_answers_resumed_total")[""], servers[2].pid
+    resumed, hung = metric(gateway, "paged_gateway_answers_resumed_total")[OF_MODEL], servers[2].pid
     stopped_at = 0.0
 
     def stop() -> None:
@@ -171,11 +172,11 @@ def test_a_server_that_hangs_is_given_up_in_time_and_its_streams_go_on_elsewhere
         seconds = time.monotonic() - stopped_at
         assert [one for one in got if isinstance(one, BaseException)] == []
         assert got == texts
-        moved = metric(gateway, "paged_gateway_answers_resumed_total")[""] - resumed
+        moved = metric(gateway, "paged_gateway_answers_resumed_total")[OF_MODEL] - resumed
         print(f"{NUM_STREAMS} streams, all over {seconds:.1f} s after the stop: {moved:.0f} went on elsewhere")
         assert moved > 0, "nobody was on the server that hangs"
         assert seconds < 2 * KEEPALIVE_SECONDS + 60, "a minute for what was left of the answers, on two loaded cores"
-        assert not any('"ready"' in labels and number > 1 for labels, number in metric(gateway, "paged_gateway_servers").items())
+        assert not any('="ready"' in labels and number > 1 for labels, number in metric(gateway, "paged_gateway_servers").items())
     finally:
         os.kill(hung, signal.SIGCONT)
-    _until(lambda: metric(gateway, "paged_gateway_servers")['{state="ready"}'] == 2, 30)
+    _until(lambda: metric(gateway, "paged_gateway_servers")['{model="paged_llm",state="ready"}'] == 2, 30)

@@ -588,7 +588,7 @@ def test_several_urls_answer_as_one(server: Server, tmp_path: Path) -> None:
         request = Request(running.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
         with urlopen(request, timeout=10) as response:
             text = response.read().decode()
-    assert 'paged_gateway_servers{state="ready"} 2.0' in text
+    assert 'paged_gateway_servers{model="paged_llm",state="ready"} 2.0' in text
     assert re.findall(r"paged_gateway_requests_routed_total\{[^}]*\} (\S+)", text) == ["2.0", "2.0"]
 
 

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-EXTRAS = ("structured", "openai", "cluster", "bench")
+EXTRAS = ("structured", "openai", "cluster", "bench", "tracing")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_image_is_no_older_than_the_security_page_asks_for() -> None:
 
 def test_compose_has_server_and_gateway_that_are_restarted_and_closed_to_networks(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"server", "gateway", "prometheus", "grafana"}
+    assert set(services) == {"server", "gateway", "prometheus", "grafana", "jaeger"}
     for service in services.values():
         assert service["restart"] == "unless-stopped"
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
@@ -76,3 +76,11 @@ def test_compose_mounts_files_that_are_there(compose: dict[str, Any]) -> None:
 def test_every_variable_of_compose_is_told() -> None:
     variables = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
     assert variables == set(re.findall(r"^\| `([A-Z_]+)` \|", (DOCKER / "README.md").read_text(), re.MULTILINE))
+
+
+def test_the_collector_of_the_tracing_profile_is_the_one_that_the_pages_name(compose: dict[str, Any]) -> None:
+    """It starts only when asked for, and both that send spans have the same variable."""
+    assert [name for name, service in compose["services"].items() if service.get("profiles") == ["tracing"]] == ["jaeger"]
+    senders = [name for name, service in compose["services"].items() if any("${PAGED_OTLP:-}" in word for word in service.get("command", ()))]
+    assert senders == ["server", "gateway"]
+    assert "PAGED_OTLP=http://jaeger:4318 docker compose -f docker/compose.yaml --profile tracing up" in (ROOT / "docs" / "tracing.md").read_text()

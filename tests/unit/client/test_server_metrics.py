@@ -66,7 +66,7 @@ def told(text: bytes) -> dict[str, tuple[dict[str, str], float]]:
 def test_routers_find_the_names_they_know(url: str) -> None:
     async def ask() -> bytes:
         metrics = GatewayMetrics(("/v1/completions",))
-        metrics.server = ServerMetrics(url, "m")
+        metrics.server = ServerMetrics(url, lambda: ["m"])
         with metrics.adapter("poet"), metrics.adapter("poet"), metrics.adapter(None), metrics.adapter("chef"):
             text = await metrics.text()
         assert told(await metrics.text())["vllm:lora_requests_info"][0]["running_lora_adapters"] == "chef,poet", "as fresh as the numbers beside it"
@@ -87,7 +87,7 @@ def test_routers_find_the_names_they_know(url: str) -> None:
 
 def test_the_server_is_asked_again_when_its_numbers_are_old(url: str) -> None:
     async def ask() -> None:
-        server = ServerMetrics(url, "m")
+        server = ServerMetrics(url, lambda: ["m"])
         first = await server.text()
         assert await server.text() == first and Triton.num_asked == 1
         Triton.said = SAID.replace('state="waiting",version="1"} 2', 'state="waiting",version="1"} 5')
@@ -99,10 +99,10 @@ def test_the_server_is_asked_again_when_its_numbers_are_old(url: str) -> None:
 
 def test_while_the_server_or_the_model_is_not_there_only_the_gateways_own_are_told(url: str, caplog: pytest.LogCaptureFixture) -> None:
     async def ask() -> None:
-        assert await ServerMetrics(url, "unknown").text() == b""
-        assert await ServerMetrics("http://127.0.0.1:9/metrics", "m").text() == b""
+        assert await ServerMetrics(url, lambda: ["unknown"]).text() == b""
+        assert await ServerMetrics("http://127.0.0.1:9/metrics", lambda: ["m"]).text() == b""
         Triton.said = "<html>"
-        assert await ServerMetrics(url, "m").text() == b""
+        assert await ServerMetrics(url, lambda: ["m"]).text() == b""
 
     asyncio.run(ask())
     assert "http://127.0.0.1:9/metrics cannot be read" in caplog.text
