@@ -26,6 +26,7 @@ Outputs = dict[str, list[Any]]
 _END_SECONDS = 5.0  # for the server to end a stream whose request is over
 _READY_SECONDS = 5.0  # for the server to say whether it is
 _RESTRICTED = "This protocol is restricted"  # Triton Server's words, with --grpc-restricted-protocol
+_BACKOFF_MS = 1000  # between attempts to connect, where somebody waits for a server to come back: two minutes by default
 _MAX_MESSAGE_BYTES = 2**31 - 1  # as tritonclient has it
 
 
@@ -210,6 +211,8 @@ def _channel_options(keepalive_seconds: float | None) -> list[tuple[str, int]] |
         ("grpc.keepalive_timeout_ms", milliseconds),
         ("grpc.http2.ping_timeout_ms", milliseconds),  # a minute by default, and the timeout above counts for nothing then
         ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+        ("grpc.initial_reconnect_backoff_ms", _BACKOFF_MS),
+        ("grpc.max_reconnect_backoff_ms", _BACKOFF_MS),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -110,5 +111,31 @@ def test_a_server_that_thinks_for_long_is_not_given_up_while_it_is_asked_now_and
                 assert await client.is_ready()
                 await asyncio.sleep(KEEPALIVE / 2)
             assert (await asked).text == "ok"
+
+    asyncio.run(ask())
+
+
+@pytest.mark.long
+def test_a_server_that_was_away_is_seen_soon_after_it_is_back() -> None:
+    """By default the pauses between attempts to connect grow to two minutes."""
+
+    async def ask() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        client = AsyncPagedClient(f"127.0.0.1:{port}", retries=0, keepalive_seconds=KEEPALIVE)
+        away_until = time.monotonic() + 6
+        while time.monotonic() < away_until:
+            assert not await client.is_ready()
+            await asyncio.sleep(0.1)
+        running = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Silent(0), running)
+        assert running.add_insecure_port(f"127.0.0.1:{port}") == port
+        await running.start()
+        back = time.monotonic()
+        while not await client.is_ready():
+            await asyncio.sleep(0.05)
+        assert time.monotonic() - back < 2.2, "a second and a half, at most, with its jitter"
+        await client.close()
+        await running.stop(None)
 
     asyncio.run(ask())

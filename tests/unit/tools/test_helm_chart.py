@@ -148,7 +148,7 @@ def _known_names() -> set[str]:
     from paged_client.openai.metrics import GatewayMetrics
 
     metrics = GatewayMetrics(())
-    metrics.registry.register(ClusterCollector(ClusterClient([], model="m", routing="least")))
+    metrics.registry.register(ClusterCollector(lambda: {"m": ClusterClient([], model="m", routing="least")}))
     names = {family.name for family in FAMILIES}
     for family in metrics.registry.collect():
         names |= {family.name, f"{family.name}_total"}
