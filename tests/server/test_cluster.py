@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -160,23 +161,24 @@ def test_a_server_that_hangs_is_given_up_in_time_and_its_streams_go_on_elsewhere
     """It is stopped, so that it neither answers nor closes its connections. Two are there, of which one goes on."""
     texts = expected(servers[0], *range(NUM_STREAMS), max_tokens=LONG)
     resumed, hung = metric(gateway, "paged_gateway_answers_resumed_total")[OF_MODEL], servers[2].pid
-    stopped_at = 0.0
+    given_up: list[float] = []  # seconds after the stop
+
+    def watch(stopped_at: float) -> None:
+        _until(lambda: metric(gateway, "paged_gateway_servers")['{model="paged_llm",state="ready"}'] == 1, 60)
+        given_up.append(time.monotonic() - stopped_at)
 
     def stop() -> None:
-        nonlocal stopped_at
         os.kill(hung, signal.SIGSTOP)
-        stopped_at = time.monotonic()
+        threading.Thread(target=watch, args=(time.monotonic(),), daemon=True).start()
 
     try:
         got = asyncio.run(ask_all(gateway, stop))
-        seconds = time.monotonic() - stopped_at
         assert [one for one in got if isinstance(one, BaseException)] == []
         assert got == texts
         moved = metric(gateway, "paged_gateway_answers_resumed_total")[OF_MODEL] - resumed
-        print(f"{NUM_STREAMS} streams, all over {seconds:.1f} s after the stop: {moved:.0f} went on elsewhere")
+        print(f"{NUM_STREAMS} streams: {moved:.0f} went on elsewhere, from a server that was given up after {given_up} s")
         assert moved > 0, "nobody was on the server that hangs"
-        assert seconds < 2 * KEEPALIVE_SECONDS + 60, "a minute for what was left of the answers, on two loaded cores"
-        assert not any('="ready"' in labels and number > 1 for labels, number in metric(gateway, "paged_gateway_servers").items())
+        assert given_up and given_up[0] < 2 * KEEPALIVE_SECONDS + 5, "five seconds for a loaded machine"
     finally:
         os.kill(hung, signal.SIGCONT)
     _until(lambda: metric(gateway, "paged_gateway_servers")['{model="paged_llm",state="ready"}'] == 2, 30)
