@@ -15,6 +15,8 @@ from paged_kernels import activation as activations
 from paged_kernels import logit_edits, lora, page_copy, rope_kv, row_update, sampling
 from paged_kernels import norm as norms
 from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
+from paged_kernels.expert_kernels import ExpertKernels
+from paged_kernels.experts import Experts
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.prefill_attention import paged_prefill_attention
@@ -67,6 +69,7 @@ class CudaOps(Ops):
         )
         self._plans = self._plans_of_few
         self._products = Products(device)
+        self._experts = ExpertKernels(device)
         self._sampling = sampling.make_sampling_workspace(max_outputs, vocab_size, device)
         self._prefill: tuple[Tensor, Tensor, int] | None = None
         self._counts: Tensor | None = None  # of apply_penalties
@@ -101,6 +104,17 @@ class CudaOps(Ops):
 
     def activate(self, x: Tensor, activation: str) -> Tensor:
         return activations.activate(x, activation, out=x, launch_pdl=self._pdl)
+
+    # ---- experts
+
+    def route(self, x: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+        return self._experts.route(x, experts)
+
+    def add_experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
+        return self._experts.add(x, expert_ids, weights, experts, residual)
+
+    def norm_add_experts(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
+        return self._experts.norm_add(x, norm, experts)
 
     # ---- adapters
 

@@ -38,10 +38,15 @@ class Gate:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLinear:
-    """One matrix of each expert: x -> x @ weight[e].T + bias[e]."""
+    """One matrix of each expert: x -> x @ weight[e].T + bias[e]. With scales the weight is in mxfp4 (kernels/mxfp4.py)."""
 
-    weight: Tensor  # [E, out, in], of the activations' type, contiguous
+    weight: Tensor  # [E, out, in], of the activations' type; or uint8 [E, out, in / 2]; contiguous
     bias: Tensor | None = None  # [E, out], of the activations' type
+    scales: Tensor | None = None  # uint8 [E, out, at least in / 32], contiguous; what is beyond is not read as a scale of anything
+
+    @property
+    def num_columns(self) -> int:
+        return self.weight.shape[2] * (1 if self.scales is None else 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels import grouping
 from paged_kernels.jit import kernel, pdl_begin, pdl_release, pdl_wait
 
 _MAX_SPLIT = 8
-_GROUP_BLOCK = 256  # tokens that group_tokens looks at together
 
 
 @kernel(unaligned=["rows", "query_starts"])
@@ -39,45 +39,6 @@ def _assign_kernel(rows, query_starts, row_adapters, token_adapters, adapters_st
     for at in range(begin, end, BLOCK):
         index = at + tl.arange(0, BLOCK)
         tl.store(token_adapters + index, tl.zeros([BLOCK], tl.int32) + adapter, mask=index < end)
-
-
-@kernel(ints=["num_tokens", "max_tiles"])
-def _group_kernel(
-    token_adapters, order, tiles, num_tokens, max_tiles, NUM_ADAPTERS: tl.constexpr, ADAPTERS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
-):  # fmt: skip
-    """One program an adapter: it counts everybody's tokens and writes its own. The last one marks the tiles that are left."""
-    pdl_begin(LAUNCH_PDL)
-    mine = tl.program_id(0)
-    adapter = tl.arange(0, ADAPTERS)
-    counts = tl.zeros([ADAPTERS], tl.int32)
-    for begin in range(0, num_tokens, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        owner = tl.load(token_adapters + index, mask=index < num_tokens, other=-1)
-        counts += tl.sum((owner[:, None] == adapter[None, :]).to(tl.int32), 0)
-    num_tiles = (counts + TILE - 1) // TILE
-    count = tl.sum(tl.where(adapter == mine, counts, 0), 0)
-    first = tl.sum(tl.where(adapter < mine, counts, 0), 0)
-    first_tile = tl.sum(tl.where(adapter < mine, num_tiles, 0), 0)
-    end_tile = first_tile + (count + TILE - 1) // TILE
-    for begin in range(0, end_tile - first_tile, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        at = tiles + (first_tile + index) * 3
-        wanted = first_tile + index < end_tile
-        tl.store(at, tl.zeros([BLOCK], tl.int32) + mine, mask=wanted)
-        tl.store(at + 1, first + index * TILE, mask=wanted)
-        tl.store(at + 2, tl.minimum(count - index * TILE, TILE), mask=wanted)
-    place = first
-    for begin in range(0, num_tokens, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        owner = tl.load(token_adapters + index, mask=index < num_tokens, other=-1)
-        is_mine = (owner == mine).to(tl.int32)
-        tl.store(order + place + tl.cumsum(is_mine, 0) - 1, index, mask=is_mine > 0)
-        place += tl.sum(is_mine, 0)
-    if mine == NUM_ADAPTERS - 1:
-        for begin in range(end_tile, max_tiles, BLOCK):
-            index = begin + tl.arange(0, BLOCK)
-            tl.store(tiles + index * 3, tl.zeros([BLOCK], tl.int32) - 1, mask=index < max_tiles)
 
 
 @kernel(ints=["num_tokens", "offset"])
@@ -191,13 +152,7 @@ def group_tokens(token_adapters: torch.Tensor, num_adapters: int, order: torch.T
 
     token_adapters: int32 [T]. launch_pdl: as in `assign_adapters`.
     """
-    num_tokens = len(token_adapters)
-    adapters = triton.next_power_of_2(num_adapters)
-    block = max(16, min(_GROUP_BLOCK, 8192 // adapters))
-    _group_kernel[(num_adapters,)](
-        token_adapters, order, tiles, num_tokens, len(tiles), NUM_ADAPTERS=num_adapters, ADAPTERS=adapters, TILE=tile_tokens(num_tokens), BLOCK=block,
-        LAUNCH_PDL=launch_pdl, num_warps=4,
-    )  # fmt: skip
+    grouping.group_by_owner(token_adapters, num_adapters, order, tiles, tile_tokens(len(token_adapters)), launch_pdl=launch_pdl)
 
 
 def adapter_shrink(

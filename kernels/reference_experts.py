@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing
+from paged_kernels.mxfp4 import dequantise
 from paged_kernels.norm_value import Norm
 from paged_kernels.reference_layers import LayerOps
 
@@ -72,7 +73,10 @@ def apply_gate(gate_up: Tensor, gate: Gate) -> Tensor:
 
 def _multiply(x: Tensor, linear: ExpertLinear, expert: int) -> Tensor:
     """[n, in] -> [n, out]."""
-    return functional.linear(x, linear.weight[expert], None if linear.bias is None else linear.bias[expert])
+    weight = linear.weight[expert]
+    if linear.scales is not None:
+        weight = dequantise(weight, linear.scales[expert], x.dtype)
+    return functional.linear(x, weight, None if linear.bias is None else linear.bias[expert])
 
 
 def _within_best_groups(ranked: Tensor, routing: Routing) -> Tensor:

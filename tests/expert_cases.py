@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing
 from paged_kernels.linear import Linear
+from paged_kernels.mxfp4 import dequantise
 
 
 def routing_cases(num_experts: int) -> dict[str, Routing]:
@@ -38,9 +41,44 @@ def expert_layer(
     )
 
 
+def on(experts: Experts, device: torch.device, dtype: torch.dtype | None = None) -> Experts:
+    """On a device, and of a type."""
+
+    def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor if tensor is None else tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    def linear(given: ExpertLinear) -> ExpertLinear:
+        return ExpertLinear(given.weight.to(device, dtype if given.scales is None else None), moved(given.bias), moved(given.scales))
+
+    router = Linear(experts.router.weight.to(device, dtype), moved(experts.router.bias))
+    correction = None if experts.correction is None else experts.correction.to(device)
+    return replace(experts, router=router, correction=correction, gate_up=linear(experts.gate_up), down=linear(experts.down))
+
+
+def quantised(experts: Experts, seed: int = 4) -> Experts:
+    """The same shapes in mxfp4, of random bytes; rows of scales are longer than they need to be."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(given: ExpertLinear) -> ExpertLinear:
+        count, rows, columns = given.weight.shape
+        packed = torch.randint(0, 256, (count, rows, columns // 2), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 124, (count, rows, -(-columns // 128) * 4), generator=generator, dtype=torch.uint8)
+        scales[..., columns // 32 :] = 255
+        return ExpertLinear(packed, given.bias, scales)
+
+    return replace(experts, gate_up=linear(experts.gate_up), down=linear(experts.down))
+
+
+def matrix(linear: ExpertLinear, expert: int) -> torch.Tensor:
+    """float64 [out, in]."""
+    if linear.scales is None:
+        return linear.weight[expert].double()
+    return dequantise(linear.weight[expert], linear.scales[expert], torch.float64)
+
+
 def gated(experts: Experts, expert: int, x: torch.Tensor) -> torch.Tensor:
     """float64 [T, hidden] -> [T, intermediate]."""
-    product = x @ experts.gate_up.weight[expert].double().T
+    product = x @ matrix(experts.gate_up, expert).T
     if experts.gate_up.bias is not None:
         product = product + experts.gate_up.bias[expert].double()
     size = product.shape[1] // 2
@@ -56,7 +94,7 @@ def written_out(x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(len(x)):
         for expert, weight in zip(expert_ids[token].tolist(), weights[token].tolist(), strict=True):
-            answer = gated(experts, expert, x[token : token + 1].double()) @ experts.down.weight[expert].double().T
+            answer = gated(experts, expert, x[token : token + 1].double()) @ matrix(experts.down, expert).T
             if experts.down.bias is not None:
                 answer = answer + experts.down.bias[expert].double()
             out[token] += weight * answer[0]

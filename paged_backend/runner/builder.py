@@ -15,7 +15,6 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.layer_spec import MoeSpec
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import rope_tensors
 from paged_backend.models.shard import Shard
@@ -108,8 +107,7 @@ class RunnerBuilder:
 
     @property
     def _captures(self) -> bool:
-        """A layer of experts in plain torch asks the device who chose whom, which a captured step cannot."""
-        return self._config.cuda_graphs and self._uses_kernels and not any(isinstance(layer.mlp, MoeSpec) for layer in self._architecture.layers)
+        return self._config.cuda_graphs and self._uses_kernels
 
     def _tell_what_comes(self) -> None:
         a, place = self._architecture, self._place

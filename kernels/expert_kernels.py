@@ -1,0 +1,47 @@
+"""The one place that chooses kernels for a layer of experts, from the number of tokens.
+
+One token: a launch for norm and routing, two for the experts. Many: norm, routing, grouping (one or two launches), two grouped products, and the sum of each
+token's answers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paged_kernels import expert_products, expert_routing, expert_vectors
+from paged_kernels import norm as norms
+from paged_kernels.experts import Experts
+from paged_kernels.norm_value import Norm
+
+_PROGRAMS_PER_MULTIPROCESSOR = 2  # what shared memory has room for
+_PROGRAMS_INTERPRETED = 3
+
+
+class ExpertKernels:
+    """Keeps the counters of its kernels; layers run one after another on one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pdl = device.type == "cuda"
+        self._arrivals = expert_routing.make_arrivals(device)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if self._pdl else 0
+        self._num_programs = multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR or _PROGRAMS_INTERPRETED
+
+    def route(self, x: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+        """reference.route."""
+        return expert_routing.route(x, experts, arrivals=self._arrivals, launch_pdl=self._pdl)
+
+    def add(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
+        """reference.add_experts; residual is written over."""
+        if len(x) == 1:
+            return expert_vectors.add_experts_of_one(x, expert_ids, weights, experts, residual, launch_pdl=self._pdl)
+        return expert_products.add_experts(x, expert_ids, weights, experts, residual, num_programs=self._num_programs, launch_pdl=self._pdl)
+
+    def norm_add(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
+        """reference.norm_add_experts; x is written over."""
+        if len(x) == 1 and norm is not None and norm.is_plain:
+            normed, *chosen = expert_routing.norm_route_one(x, norm.weight, norm.eps, experts, arrivals=self._arrivals, launch_pdl=self._pdl)
+        else:
+            normed = x if norm is None else norms.norm(x, norm, launch_pdl=self._pdl)
+            chosen = list(self.route(normed, experts))
+        return self.add(normed, *chosen, experts, x)

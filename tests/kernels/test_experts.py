@@ -1,0 +1,169 @@
+"""Kernels of a layer of experts, over ragged routing, against the twins in plain torch and sums written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paged_kernels.expert_kernels import ExpertKernels
+from paged_kernels.expert_products import ProductShape, add_experts
+from paged_kernels.expert_routing import make_arrivals, norm_route_one, route
+from paged_kernels.expert_vectors import add_experts_of_one
+from paged_kernels.experts import Experts, Gate, Routing
+from paged_kernels.norm_value import Norm
+from paged_kernels.reference import reference
+from tests.expert_cases import expert_layer, on, quantised, routing_cases, written_out
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 3e-6}  # an expert's gated vector and answer are rounded once each, and their sum
+SWIGLU, CLAMPED = Gate(), Gate(limit=0.5, alpha=1.702, interleaved=True)
+HIDDEN, SIZE, EXPERTS, TOP_K = 32, 32, 8, 3
+FEW = Routing(TOP_K, "softmax", renormalised=True)
+TILE = ProductShape(tokens=16, rows=16, block=32, stages=2, num_warps=1)
+
+
+def tokens(count: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.float32, seed: int = 5) -> torch.Tensor:
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def layer(routing: Routing = FEW, gate: Gate = SWIGLU, *, bias: bool = True, dtype: torch.dtype = torch.float32, mxfp4: bool = False) -> Experts:
+    experts = expert_layer(EXPERTS, HIDDEN, SIZE, routing, gate, bias=bias, correction=routing.scores == "sigmoid", dtype=dtype)
+    return on(quantised(experts) if mxfp4 else experts, DEVICE)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error, size = (found.double().cpu() - expected).norm(), expected.norm()
+    assert error <= TOLERANCE[found.dtype] * size, f"relative RMS error {error / size:.2e}"  # NaN fails too
+
+
+def choice(kind: str, num_tokens: int, top_k: int = TOP_K, num_experts: int = EXPERTS) -> torch.Tensor:
+    """int32 [T, k]: experts of tokens, at random, the same for all, or all but some."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    few = {"spread": num_experts, "the same for all": top_k, "some get none": top_k + 1}[kind]
+    shift = 0 if kind == "spread" else num_experts - few
+    drawn = torch.stack([torch.randperm(few, generator=generator)[:top_k] for _ in range(num_tokens)]) + shift
+    return drawn.to(DEVICE, torch.int32)
+
+
+def weights_of(expert_ids: torch.Tensor) -> torch.Tensor:
+    return torch.rand(expert_ids.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE) + 0.1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 21])
+@pytest.mark.parametrize("routing", routing_cases(EXPERTS).values(), ids=routing_cases(EXPERTS))
+def test_the_same_experts_are_chosen_with_the_same_weights(routing: Routing, num_tokens: int) -> None:
+    experts, x, arrivals = layer(routing), tokens(num_tokens), make_arrivals(DEVICE)
+    expected_ids, expected = reference.route(x, experts)
+    for _ in range(2):  # the second launch finds the counters as the first left them
+        expert_ids, weights = route(x, experts, arrivals=arrivals)
+        assert torch.equal(expert_ids, expected_ids)
+        torch.testing.assert_close(weights, expected, rtol=2e-5, atol=1e-7)
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize("routing", routing_cases(EXPERTS).values(), ids=routing_cases(EXPERTS))
+def test_a_lone_token_is_normed_on_the_way_to_the_router(routing: Routing) -> None:
+    experts, x, arrivals = layer(routing), tokens(1), make_arrivals(DEVICE)
+    norm = tokens(1, seed=9)[0].abs() + 0.5
+    normed, expert_ids, weights = norm_route_one(x, norm, 1e-5, experts, arrivals=arrivals)
+    torch.testing.assert_close(normed, reference.rms_norm(x, norm, 1e-5), rtol=1e-5, atol=1e-6)
+    expected_ids, expected = reference.route(normed, experts)
+    assert torch.equal(expert_ids, expected_ids) and not arrivals.any()
+    torch.testing.assert_close(weights, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("gate", "bias"), [(SWIGLU, False), (CLAMPED, True)], ids=["swiglu", "clamped and bias"])
+@pytest.mark.parametrize("kind", ["spread", "the same for all", "some get none"])
+@pytest.mark.parametrize("num_tokens", [1, 19])
+def test_products_of_ragged_groups_equal_float64(num_tokens: int, kind: str, gate: Gate, bias: bool) -> None:
+    experts, x, residual = layer(gate=gate, bias=bias), tokens(num_tokens), tokens(num_tokens, seed=6)
+    expert_ids = choice(kind, num_tokens)
+    weights = weights_of(expert_ids)
+    expected = residual.double().cpu() + written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
+    found = add_experts(x, expert_ids, weights, experts, residual.clone(), shape=TILE, num_programs=3)
+    assert_close(found, expected)
+    if num_tokens == 1:
+        assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
+
+
+@pytest.mark.parametrize("gate", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
+@pytest.mark.parametrize("num_tokens", [1, 19])
+def test_products_with_mxfp4_equal_those_with_its_numbers(num_tokens: int, gate: Gate) -> None:
+    experts, x, residual = layer(gate=gate, dtype=torch.float16, mxfp4=True), tokens(num_tokens, dtype=torch.float16), tokens(num_tokens, dtype=torch.float16)
+    expert_ids = choice("spread", num_tokens)
+    weights = weights_of(expert_ids)
+    expected = residual.double().cpu() + written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
+    assert_close(add_experts(x, expert_ids, weights, experts, residual.clone(), shape=TILE, num_programs=3), expected)
+    if num_tokens == 1:
+        assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_a_whole_layer_equals_its_twin(num_tokens: int) -> None:
+    experts, x = layer(), tokens(num_tokens)
+    for norm in (Norm(torch.linspace(0.5, 1.5, HIDDEN, device=DEVICE), 1e-5), None):
+        expected = reference.norm_add_experts(x.clone(), norm, experts)
+        assert_close(ExpertKernels(DEVICE).norm_add(x.clone(), norm, experts), expected.double().cpu())
+
+
+def test_no_token_makes_no_launch() -> None:
+    experts, x = layer(), tokens(0)
+    assert ExpertKernels(DEVICE).norm_add(x, Norm(torch.ones(HIDDEN, device=DEVICE), 1e-5), experts).shape == (0, HIDDEN)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    experts, x, expert_ids = layer(), tokens(2), choice("spread", 2)
+    weights = weights_of(expert_ids)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        route(x.half(), experts, arrivals=make_arrivals(DEVICE))
+    with pytest.raises(ValueError, match="not one token"):
+        norm_route_one(x, torch.ones(HIDDEN, device=DEVICE), 1e-5, experts, arrivals=make_arrivals(DEVICE))
+    with pytest.raises(ValueError, match="do not fit 2 tokens' choice"):
+        add_experts(x, expert_ids, weights, experts, x.half())
+    with pytest.raises(ValueError, match=r"gate_up \(8, 64, 32\) is not contiguous \[E, 64, 16\]"):
+        add_experts(x[:, :16].contiguous(), expert_ids, weights, experts, x[:, :16].contiguous())
+    with pytest.raises(ValueError, match="mxfp4 are multiplied with bfloat16 or float16"):
+        add_experts(x, expert_ids, weights, layer(mxfp4=True), x.clone())
+    with pytest.raises(ValueError, match="are not one token"):
+        add_experts_of_one(x, expert_ids, weights, experts, x.clone())
+
+
+GEOMETRIES = {
+    "qwen3-30b-a3b": (2048, 768, 128, 8, False),
+    "gpt-oss-20b": (2880, 2880, 32, 4, False),
+    "gpt-oss-20b, mxfp4": (2880, 2880, 32, 4, True),
+    "mixtral-8x7b": (4096, 14336, 8, 2, False),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 100, 1024])
+@pytest.mark.parametrize(("hidden", "size", "num_experts", "top_k", "mxfp4"), GEOMETRIES.values(), ids=GEOMETRIES)
+def test_published_geometries_equal_the_twin(hidden: int, size: int, num_experts: int, top_k: int, mxfp4: bool, num_tokens: int) -> None:
+    """The twin in float32 on the same device, with the same choice."""
+    gate = CLAMPED if size == hidden else SWIGLU
+    experts = expert_layer(num_experts, hidden, size, Routing(top_k, "softmax", renormalised=True), gate, bias=size == hidden, dtype=torch.bfloat16)
+    experts = on(quantised(experts) if mxfp4 else experts, DEVICE)
+    x, residual = tokens(num_tokens, hidden, torch.bfloat16), tokens(num_tokens, hidden, torch.bfloat16, seed=6)
+    for kind in ("spread", "the same for all", "some get none"):
+        expert_ids = choice(kind, num_tokens, top_k, num_experts)
+        weights = weights_of(expert_ids)
+        expected = reference.add_experts(x.float(), expert_ids, weights, on(experts, DEVICE, torch.float32), residual.float())
+        found = ExpertKernels(DEVICE).add(x, expert_ids, weights, experts, residual.clone())
+        assert_close(found, expected.double().cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 16, 300])
+def test_a_captured_layer_computes_what_it_computes_without_a_graph(num_tokens: int) -> None:
+    """Other tokens at replay choose other experts: nothing of a choice is in the graph."""
+    experts = on(expert_layer(EXPERTS, HIDDEN, SIZE, FEW, SWIGLU, bias=False, dtype=torch.bfloat16), DEVICE)
+    kernels, norm = ExpertKernels(DEVICE), Norm(torch.ones(HIDDEN, device=DEVICE, dtype=torch.bfloat16), 1e-5)
+    x, given = tokens(num_tokens, dtype=torch.bfloat16), tokens(num_tokens, dtype=torch.bfloat16, seed=11)
+    kernels.norm_add(x.clone(), norm, experts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = kernels.norm_add(x.clone(), norm, experts)
+    x.copy_(given)
+    graph.replay()
+    assert torch.equal(found, kernels.norm_add(given.clone(), norm, experts))
