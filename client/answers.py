@@ -69,9 +69,16 @@ class Answer:
         return (self, *self.others)
 
 
+_SINGLE = frozenset({"text_output", "output_ids", "finish_reason", "num_input_tokens", "num_cached_tokens"})
+
+
 def deltas_of(outputs: Mapping[str, Any], num_output_tokens: int) -> tuple[Delta, ...]:
     """A response's outputs (name → list of values) as a Delta for each sequence with news; `num_output_tokens` of the request came before it."""
     texts = outputs.get("text_output", ())
+    if len(texts) == 1 and _SINGLE.issuperset(outputs):  # a plain piece of a stream: nothing to be told apart
+        ids, reason = tuple(outputs.get("output_ids", ())), _first(outputs, "finish_reason", "None")
+        usage = Usage(_first(outputs, "num_input_tokens"), _first(outputs, "num_cached_tokens"), num_output_tokens + len(ids))
+        return (Delta(texts[0], ids, None if reason == "None" else reason, usage),)
     indices = outputs.get("sequence_index") or range(len(texts))
     ids = [int(token_id) for token_id in outputs.get("output_ids", ())]
     counts = outputs.get("num_output_tokens") or [len(ids)]
@@ -94,7 +101,9 @@ def _entries(text: str) -> tuple[LogprobEntry, ...]:
 
 
 def _prompt_entries(outputs: Mapping[str, Any]) -> tuple[LogprobEntry | None, ...]:
-    text = next(iter(outputs.get("prompt_logprobs", ())), "[]")
+    if "prompt_logprobs" not in outputs:
+        return ()
+    text = next(iter(outputs["prompt_logprobs"]), "[]")
     return tuple(None if entry is None else _entry(entry) for entry in json.loads(text))
 
 
@@ -107,5 +116,6 @@ def _token(token_id: int, said: Mapping[str, Any]) -> TokenLogprob:
     return TokenLogprob(token_id, said["decoded_token"], said["logprob"], said.get("rank"), None if part is None else bytes(part))
 
 
-def _first(outputs: Mapping[str, Any], name: str) -> int:
-    return int(next(iter(outputs.get(name, ())), 0))
+def _first(outputs: Mapping[str, Any], name: str, default: Any = 0) -> Any:
+    values = outputs.get(name)
+    return values[0] if values else default

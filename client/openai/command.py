@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import sys
@@ -104,7 +103,7 @@ def serve_openai(
         from paged_client.openai.gateway import Offer
         from paged_client.openai.limits import BodyLimits
         from paged_client.openai.ranking_api import checked_scoring
-        from paged_client.openai.serving import Listening, listen, serve
+        from paged_client.openai.serving import Listening, listen, run, serve
         from paged_client.openai.upstream import Upstream
     except ImportError as error:
         raise _failure(f"{error.name} is missing: {install_command('openai')}") from None
@@ -145,7 +144,7 @@ def serve_openai(
     with contextlib.closing(listener):
         listening = Listening(host, listener, drain_seconds, access_log, wait_seconds)
         try:
-            asyncio.run(serve(models, offer, connections, listening, ", ".join(urls), tracing))
+            run(serve(models, offer, connections, listening, ", ".join(urls), tracing))
         except KeyboardInterrupt:
             raise typer.Exit() from None
         except TimeoutError:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from paged_client.openai.pace import Pace, PacedWriter
+
 Result = TypeVar("Result")
 
 
@@ -46,18 +48,26 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_left(receive, self._send(send))
+            await unless_left(receive, self._send(send, getattr(scope["app"].state, "pace", None) or Pace()))
         except CallerLeftError:
             pass
         finally:
             await self._events.aclose()
             await self._source.aclose()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, pace: Pace) -> None:
+        async def write(events: bytes) -> None:
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        writer = PacedWriter(pace, write)
+        try:
+            async for event in self._events:
+                await writer.put(event)
+            await writer.flush()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await writer.close()
 
 
 async def _left(receive: Receive) -> None:

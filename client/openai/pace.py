@@ -1,0 +1,90 @@
+"""How long the events of a stream are gathered before they are written together: not at all while the process keeps up, and longer the further it is behind.
+
+A write is a system call, and with many streams it is what most of the gateway's time goes into. The first event of a stream, and its last ones, never wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+_LOOK_SECONDS = 0.05  # between two looks at how late the loop is
+_LATE_SECONDS = 0.002  # a loop that comes so much too late has a queue
+_IN_TIME_SECONDS = 0.001
+_SHORTEST_SECONDS = 0.005
+_LONGEST_SECONDS = 0.04  # at 25 writes a second a text still flows
+
+
+class Pace:
+    """Of one event loop."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    async def watch(self) -> None:
+        """Adapts it, for as long as it is awaited."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _LOOK_SECONDS
+            await asyncio.sleep(_LOOK_SECONDS)
+            self.note(loop.time() - due)
+
+    def note(self, late: float) -> None:
+        """late: seconds that a timer came after its time."""
+        if late > _LATE_SECONDS:
+            self.seconds = min(max(2 * self.seconds, _SHORTEST_SECONDS), _LONGEST_SECONDS)
+        elif late < _IN_TIME_SECONDS:
+            self.seconds = self.seconds / 2 if self.seconds > _SHORTEST_SECONDS else 0.0
+
+
+class PacedWriter:
+    """Writes a stream's events in their order."""
+
+    def __init__(self, pace: Pace, write: Callable[[bytes], Awaitable[None]]) -> None:
+        self._pace = pace
+        self._write = write
+        self._waiting: list[bytes] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._flushing: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
+        self._begun = False
+
+    async def put(self, event: bytes) -> None:
+        """
+        Raises:
+            whatever `write` does, also of an event before.
+        """
+        if self._flushing is not None and self._flushing.done():
+            self._flushing.result()
+            self._flushing = None
+        self._waiting.append(event)
+        seconds = self._pace.seconds if self._begun else 0.0
+        if not seconds:
+            self._begun = True
+            await self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._begin_flush)
+
+    async def flush(self) -> None:
+        """Writes what waits."""
+        self._forget_timer()
+        async with self._writing:
+            waiting, self._waiting = self._waiting, []
+            if waiting:
+                await self._write(b"".join(waiting))
+
+    async def close(self) -> None:
+        """Nothing is written any more."""
+        self._forget_timer()
+        if self._flushing is not None:
+            self._flushing.cancel()
+            await asyncio.gather(self._flushing, return_exceptions=True)
+
+    def _begin_flush(self) -> None:
+        self._timer = None
+        self._flushing = asyncio.ensure_future(self.flush())
+
+    def _forget_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
