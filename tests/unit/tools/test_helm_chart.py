@@ -31,6 +31,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "everything else": {
         "options": {"max_model_len": 8192, "page_size": 32},
         "huggingFaceTokenSecret": "hub",
+        "otlpTracesEndpoint": "http://collector.monitoring:4318",
         "apiKey": {"existingSecret": "keys"},
         "image": {"pullSecrets": ["registry"], "tag": "1"},
         "networkPolicy": {"from": [{"namespaceSelector": {}}], "monitoringFrom": [{"podSelector": {"matchLabels": {"a": "b"}}}]},
