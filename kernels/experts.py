@@ -59,6 +59,7 @@ class Experts:
     gate_up: ExpertLinear  # [E, 2 intermediate, hidden]
     gate: Gate
     down: ExpertLinear  # [E, hidden, intermediate]
+    partial: bool = False  # the answer is this rank's part of a sum over ranks (rank_ops.py)
 
     @property
     def num_experts(self) -> int:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paged_kernels.experts import Experts
 from paged_kernels.linear import Linear
+from paged_kernels.norm_value import Norm
 from paged_kernels.reference import Ops
 
 _LAST_TOKEN = 2**31 - 1
@@ -72,6 +74,18 @@ class RankOps(Ops):
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
         return residual.add_(self.linear(x, linear)) if linear.partial else super().add_linear(x, linear, residual)
+
+    def add_experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
+        if not experts.partial:
+            return super().add_experts(x, expert_ids, weights, experts, residual)
+        return residual.add_(self._ranks.sum(super().add_experts(x, expert_ids, weights, experts, torch.zeros_like(residual))))
+
+    def norm_add_experts(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
+        """Every rank routes: the router is whole and x the same, so all choose the same experts."""
+        if not experts.partial:
+            return super().norm_add_experts(x, norm, experts)
+        normed = x if norm is None else self.norm(x, norm)
+        return self.add_experts(normed, *self.route(normed, experts), experts, x)
 
     # ---- sampling: logits are this rank's part of the vocabulary, or what gather_logits made of them
 

@@ -166,19 +166,32 @@ class MoeSpec:
     shared_size: int = 0  # of the expert that every token goes through; 0: there is none
     shared_gate: bool = False  # its answer is scaled by a sigmoid of the token
     names: MoeNames = field(default_factory=MoeNames)
+    shard: Shard = WHOLE  # the intermediate sizes are this rank's
 
     def of_rank(self, shard: Shard) -> MoeSpec:
-        """
+        """With the router, and the rank's part of every expert: all ranks have as much to do, whichever experts are chosen.
+
         Raises:
-            EngineError: there is more than one rank.
+            EngineError: the experts cannot be divided among so many ranks.
         """
-        if shard.size > 1:
-            raise EngineError(f"tensor_parallel_size: {shard.size} is not supported for layers of experts; supported: 1")
-        return self
+        if self.bias or self.gate.interleaved:
+            raise EngineError("tensor_parallel_size: experts with biases, or with rows of gate and up in turns, cannot be divided among ranks")
+        size, shared_size = shard.divide(self.intermediate_size, "moe_intermediate_size"), shard.divide(self.shared_size, "shared_expert_intermediate_size")
+        return replace(self, intermediate_size=size, shared_size=shared_size, shard=shard)
 
     def cuts(self) -> dict[str, Cut]:
-        """None: a rank has all experts."""
-        return {}
+        """The rank's part of each matrix, by the module's name within the layer, where the checkpoint has experts one by one."""
+        names = self.names
+        found: dict[str, Cut] = {}
+        for expert in range(self.num_experts):
+            rows, columns = (even_cut(self.shard, dim, self.intermediate_size) for dim in (OUT, IN))
+            root = f"{names.root}.experts.{expert}"
+            found |= {f"{root}.{names.gate}": rows, f"{root}.{names.up}": rows, f"{root}.{names.down}": columns}
+        if self.shared_size:
+            rows, columns = (even_cut(self.shard, dim, self.shared_size) for dim in (OUT, IN))
+            root = f"{names.root}.{names.shared}"
+            found |= {f"{root}.gate_proj": rows, f"{root}.up_proj": rows, f"{root}.down_proj": columns}
+        return found
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears: the shared expert's. The others have none."""

@@ -7,6 +7,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from paged_backend.errors import EngineError
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.residual import Residual
 from paged_backend.models.layer_spec import LayerSpec, MoeSpec
@@ -22,7 +23,7 @@ class MoeMlp:
     def __init__(self, layer: LayerSpec, spec: MoeSpec, hidden_size: int, empty: Allocate) -> None:
         self.spec = spec
         self.residual = Residual(layer.mlp_branch, layer.norm, hidden_size, empty)
-        count, size = spec.num_experts, spec.intermediate_size
+        count, size, partial = spec.num_experts, spec.intermediate_size, spec.shard.size > 1
         self.experts = Experts(
             router=Linear(empty(count, hidden_size), empty(count) if spec.bias else None),
             correction=empty(count, dtype=torch.float32) if spec.correction else None,
@@ -30,10 +31,11 @@ class MoeMlp:
             gate_up=ExpertLinear(empty(count, 2 * size, hidden_size), empty(count, 2 * size) if spec.bias else None),
             gate=spec.gate,
             down=ExpertLinear(empty(count, hidden_size, size), empty(count, hidden_size) if spec.bias else None),
+            partial=partial,
         )
         shared = spec.shared_size
         self.shared_gate_up = Linear(empty(2 * shared, hidden_size)) if shared else None
-        self.shared_down = Linear(empty(hidden_size, shared)) if shared else None
+        self.shared_down = Linear(empty(hidden_size, shared), partial=partial) if shared else None
         self.shared_scale = Linear(empty(1, hidden_size)) if spec.shared_gate else None
 
     @property
@@ -45,7 +47,12 @@ class MoeMlp:
         """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills.
 
         stored: the names that the checkpoint has, within the layer: experts lie there one by one, unless it has them together.
+
+        Raises:
+            EngineError: it has them together, and this rank is to have a part of each.
         """
+        if _FUSED in stored and self.spec.shard.size > 1:
+            raise EngineError(f"tensor_parallel_size: experts that are stored together ({_FUSED}) cannot be divided among ranks")
         fused, names = not stored or _FUSED in stored, self.spec.names
         root = "mlp" if fused else names.root
         found: dict[str, Tensor | None] = {

@@ -25,11 +25,14 @@ from tests.thread_ranks import ThreadRanks, on_every_rank
 CPU = torch.device("cpu")
 LENGTHS = (1, 5, 33)
 MAX_TOKENS = 8
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "llama, one KV head, tied": ("LlamaForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "mistral, window": ("MistralForCausalLM", {"sliding_window": 9}),
     "qwen2, biases of q, k and v": ("Qwen2ForCausalLM", {}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen2-moe, a shared expert": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}),
     "qwen3, norms of q and k": ("Qwen3ForCausalLM", {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4}),
 }
 SAMPLINGS = {
@@ -46,9 +49,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **{"num_hidden_layers": 2, **options})
 
 
-def generate(folder: Path, size: int, sampling: SamplingParams) -> list[tuple[list[list[int]], list[Any], int]]:
+def generate(folder: Path, size: int, sampling: SamplingParams, **options: Any) -> list[tuple[list[list[int]], list[Any], int]]:
     """Of each rank: its answers, its log-probabilities of them, and how often it gathered logits."""
-    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_pages=64)
+    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_pages=64, **options)
     checkpoint = open_checkpoint(config)
 
     def one(ranks: ThreadRanks) -> tuple[list[list[int]], list[Any], int]:
@@ -78,6 +81,17 @@ def test_sampled_tokens_of_every_rank_are_those_of_one(tmp_path: Path, sampling:
         for mine, (_, result) in zip(logprobs, alone.results, strict=True):
             assert (mine is None) == (result.logprobs is None)
             np.testing.assert_allclose(mine if mine is not None else 0, result.logprobs if result.logprobs is not None else 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_quantised_weights_are_divided_as_they_are_stored(tmp_path: Path, size: int) -> None:
+    """int4 in groups of 128 columns, which no rank's part cuts through."""
+    options = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=2, **options)
+    expected = Driver(load_runner(folder, num_pages=64, quantization="int4")).generate(random_prompts(LENGTHS), MAX_TOKENS, chunk=7, arrive_every=2)
+    assert expected != Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS), "rounding to 4 bits changes tokens"
+    for answers, *_ in generate(folder, size, GREEDY, quantization="int4"):
+        assert answers == expected
 
 
 def shards(folder: Path, size: int) -> list[Weights]:
@@ -129,10 +143,12 @@ def test_what_every_rank_has_whole_is_equal_when_it_is_random(tmp_path: Path) ->
         (6, {"num_attention_heads": 12, "num_key_value_heads": 4}, r"6 ranks cannot have equal parts of num_key_value_heads \(4\)"),
         (2, {"num_attention_heads": 6, "num_key_value_heads": 3}, r"2 ranks cannot have equal parts of num_key_value_heads \(3\)"),
         (4, {"intermediate_size": 90}, r"4 ranks cannot have equal parts of intermediate_size \(90\)"),
+        (2, {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 25}, r"2 ranks cannot have equal parts of moe_intermediate_size \(25\)"),
         (4, {"vocab_size": 5}, r"4 ranks are too many for vocab_size 5"),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused_in_a_sentence(tmp_path: Path, size: int, options: dict[str, Any], message: str) -> None:
-    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", **{"hidden_size": 48, "head_dim": 16, **options})
+    architecture = "Qwen3MoeForCausalLM" if "num_experts" in options else "LlamaForCausalLM"
+    folder = save_checkpoint(tmp_path, architecture, **{"hidden_size": 48, "head_dim": 16, **options})
     with pytest.raises(EngineError, match=f"^tensor_parallel_size: {message}$"):
         read_architecture(folder).of_rank(Shard(0, size))
