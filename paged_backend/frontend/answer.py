@@ -202,7 +202,7 @@ class Answer:
         if self._prompt_parts is not None:
             for part in (report for report in piece.prompts if isinstance(report, PromptLogprobs)):
                 self._prompt_parts.add(part.start, part.logprobs, part.ranks, part.top_ids, part.top_logprobs)
-        if self._admitted_time is None:
+        if piece.admitted is not None and self._admitted_time is None:
             self._admitted_time = piece.admitted
         if not piece.token_ids and piece.finish is None:
             return

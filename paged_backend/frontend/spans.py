@@ -78,7 +78,7 @@ class RequestSpans:
         self._model_name = model_name
 
     def record(self, request: Request, times: Times, outcome: Outcome) -> None:
-        """A request that is over. Takes tens of microseconds; the SDK's thread does the sending."""
+        """A request that is over. Takes a tenth of a millisecond; the SDK's thread does the sending."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
         tracing, attributes = self._tracing, self._attributes(request, times, outcome)
