@@ -74,6 +74,7 @@ def bench(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     return finished.stdout, json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.long
 def test_a_sweep_with_a_server_of_its_own_counts_every_token(tmp_path: Path) -> None:
     lengths = ("--input-tokens", "24", "--output-tokens", "60:120", "--shared-prefix", "32")
     printed, results = bench(tmp_path, "-c", "1,6", "-n", "12", "--instances", "1", "--set", "num_pages=512", *lengths)

@@ -71,7 +71,7 @@ def test_a_stop_lets_streams_finish_and_tells_those_that_would_not(tmp_path: Pat
 
 def test_loading_and_unloading_leaves_nothing_behind(tmp_path: Path) -> None:
     """50 times by hand: python -m tests.chaos.reloads."""
-    report = run_reloads(tmp_path, times=5)
+    report = run_reloads(tmp_path, times=4)
     first, last = report["first"], report["last"]
     assert all(last[name] <= first[name] for name in KEPT), (first, last)
     assert report["growth"] < 0.1
@@ -82,6 +82,7 @@ def test_loading_and_unloading_leaves_nothing_behind(tmp_path: Path) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]:
     with serving(tmp_path_factory.mktemp("server"), instances=2) as running:
         yield running
+        running.process.kill()  # after a load that failed, Triton Server 2.51.0 counts a model that is gone as live until its exit timeout
 
 
 @pytest.mark.parametrize("broken", ["model.py", "engine", "config"])

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.server
 KILLS = 3
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=["one front end", "four front ends"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long), 4], ids=["one front end", "four front ends"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     options = {"num_pages": 300, "max_num_sequences": 32, "dtype": "float32", "max_model_len": 512, "max_engine_restarts": 100}
     with Server(ServerSettings(instances=request.param, options=options)) as running:
