@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32, Int64
-from paged_backend.messages import Finish, Found, PromptReport
+from paged_backend.messages import FeatureOutput, Finish
 from paged_backend.request import SamplingParams
 
 
@@ -24,10 +24,7 @@ class NewRow:
     seed: int  # 64 bits; the caller's, or drawn by the scheduler
     stop_ids: tuple[int, ...]  # tokens that end the sequence: banned before prompt_len + min_tokens
     bad_words: tuple[tuple[int, ...], ...]  # token sequences that must never be completed
-    allowed: Int32 | None = (
-        None  # [ceil(vocab / 32)] as TokenMasks.words: the only tokens, whatever the step; None: a grammar's masks come with the steps, or none
-    )
-    adapter_slot: int = -1  # where its adapter lies on the device; -1: it has none
+    features: int = 0  # `Feature` bits of what it asks for
 
 
 @dataclass(frozen=True)
@@ -48,11 +45,13 @@ class AdapterUse:
 
     arrivals: tuple[tuple[int, Any], ...]  # (adapter slot, adapter): to be brought to the device before the step
     in_use: bool  # some row of the step has an adapter
+    new_rows: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [k, 2] (row, its adapter slot), of the new rows that have an adapter
 
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """Which tokens the rows that follow a grammar may sample in a step: all sampled rows that do. Not answered."""
+    """Which tokens rows may sample, in this step and until they are told otherwise: all sampled rows that follow a grammar, and new rows that may choose
+    certain tokens only. Not answered."""
 
     rows: Int32  # [k] distinct
     words: Int32  # [k, ceil(vocab / 32)] a bit per token, the first in the lowest; 0: must not be chosen
@@ -198,8 +197,6 @@ class Feature:
     GUIDED = 256  # some row follows a grammar: its mask depends on all tokens before, so it runs only when they are known
     PROMPT_LOGPROBS = 512  # some row's prompt has tokens whose logits are wanted; of no concern to the sampler
     BEAM = 1024  # some row is a beam: what it says next depends on the others' results
-    UNSETTLED = 2048  # a row's newest token may be replaced when it is known; never in Batch.features
-    STEPWISE = GUIDED | BEAM | UNSETTLED  # some row computes nothing while a token of it is unknown
 
 
 def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...], restricted: bool = False) -> int:
@@ -250,6 +247,5 @@ class StepOutput:
     top_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # entry -> token id -> logprob
     started: dict[int, int] = field(default_factory=dict)  # request id -> prompt tokens found in the prefix cache
     admitted: dict[int, float] = field(default_factory=dict)  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; traced requests only
-    finishes: tuple[Finish, ...] = ()  # after the tokens above
-    prompts: tuple[PromptReport, ...] = ()  # before them
-    found: tuple[Found, ...] = ()  # before their finishes
+    feature_outputs: tuple[FeatureOutput, ...] = ()
+    finishes: tuple[Finish, ...] = ()  # after all of the above

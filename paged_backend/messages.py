@@ -81,11 +81,15 @@ class FoundSequence(msgspec.Struct, frozen=True, array_like=True):
     stopped: bool  # by a stop id, not by its length
 
 
-class Found(msgspec.Struct, frozen=True, array_like=True):
+class Found(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What a beam search came to."""
 
     request_id: int
     sequences: tuple[FoundSequence, ...]  # the best first
+
+
+FeatureOutput = PromptReport | Found
+"""What a feature has to tell a request beside tokens."""
 
 
 _FRONT_END_SHIFT = 40
@@ -184,9 +188,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     top_logprobs: dict[int, dict[int, float]] = {}  # entry -> token id -> logprob, most likely first
     started: dict[int, int] = {}  # request id -> num_cached_tokens, with a request's first token
     admitted: dict[int, float] = {}  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; with the first token of a traced request
-    finishes: tuple[Finish, ...] = ()  # after the tokens above
-    prompts: tuple[PromptReport, ...] = ()  # before them
-    found: tuple[Found, ...] = ()  # before their finishes
+    feature_outputs: tuple[FeatureOutput, ...] = ()
+    finishes: tuple[Finish, ...] = ()  # after all of the above
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):

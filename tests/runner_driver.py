@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import AdapterUse, Batch, NewRow, features_of
+from paged_backend.batch import AdapterUse, Ask, Batch, NewRow, features_of
 from paged_backend.config import EngineConfig
 from paged_backend.request import SamplingParams
 from paged_backend.runner.builder import build_runner
@@ -62,9 +62,10 @@ class Driver:
         adapter slots: of the prompts' adapters; -1: none."""
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         waiting = [
-            NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words, adapter_slot=adapter_slot)
-            for prompt, params, seed, adapter_slot in zip(prompts, samplings, seeds or range(len(prompts)), adapter_slots or [-1] * len(prompts), strict=True)
+            NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words, features_of(params, stop_ids, bad_words))
+            for prompt, params, seed in zip(prompts, samplings, seeds or range(len(prompts)), strict=True)
         ]
+        self._adapter_slots = adapter_slots or [-1] * len(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
         live: list[_Live] = []
         started, turn = 0, 0
@@ -102,7 +103,7 @@ class Driver:
         self._steps += 1
         features = 0
         for sequence in running:
-            features |= features_of(sequence.new.sampling, sequence.new.stop_ids, sequence.new.bad_words)
+            features |= sequence.new.features
         return Batch(
             step=self._steps,
             rows=np.array([sequence.row for sequence in running], np.int32),
@@ -113,8 +114,13 @@ class Driver:
             new_rows=tuple(new_rows),
             page_updates=np.array(updates, np.int32).reshape(-1, 3),
             features=features,
-            asks=(AdapterUse((), in_use=True),) if any(sequence.new.adapter_slot >= 0 for sequence in running) else (),
+            asks=self._asks(running, new_rows),
         )
+
+    def _asks(self, running: list[_Live], new_rows: list[NewRow]) -> tuple[Ask, ...]:
+        adapted = {sequence.row: slot for sequence in running if (slot := self._adapter_slots[sequence.index]) >= 0}
+        new = [(new.row, adapted[new.row]) for new in new_rows if new.row in adapted]
+        return (AdapterUse((), True, np.array(new, np.int32).reshape(-1, 2)),) if adapted else ()
 
     def _drop_finished(self, live: list[_Live], answers: list[list[int]]) -> list[_Live]:
         for sequence in live:

@@ -44,12 +44,12 @@ from paged_backend.messages import (
     SUSPECT_FILE,
     Abort,
     Failed,
+    FeatureOutput,
     Finish,
     Found,
     FromEngine,
     Goodbye,
     Hello,
-    PromptReport,
     Ready,
     Shutdown,
     Submit,
@@ -133,16 +133,15 @@ class Outbox:
         for front_end in self._sockets:
             mine: NDArray[np.bool_] = owners == front_end
             finishes = tuple(finish for finish in output.finishes if front_end_of(finish.request_id) == front_end)
-            prompts = tuple(prompt for prompt in output.prompts if front_end_of(prompt.request_id) == front_end)
-            if finishes or prompts or mine.any():
-                found = tuple(found for found in output.found if front_end_of(found.request_id) == front_end)
-                self.send(front_end, _tokens(output, mine, finishes, prompts, found))
+            outputs = tuple(one for one in output.feature_outputs if front_end_of(one.request_id) == front_end)
+            if finishes or outputs or mine.any():
+                self.send(front_end, _tokens(output, mine, outputs, finishes))
 
 
-def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish, ...], prompts: tuple[PromptReport, ...], found: tuple[Found, ...]) -> Tokens:
+def _tokens(output: StepOutput, mine: NDArray[np.bool_], outputs: tuple[FeatureOutput, ...], finishes: tuple[Finish, ...]) -> Tokens:
     """The part of an output that belongs to one front end."""
     request_ids = output.request_ids[mine]
-    answered = {*request_ids.tolist(), *(one.request_id for one in found)}
+    answered = {*request_ids.tolist(), *(one.request_id for one in outputs if isinstance(one, Found))}
     started = {key: value for key, value in output.started.items() if key in answered} if output.started else {}
     admitted = {key: value for key, value in output.admitted.items() if key in answered} if output.admitted else {}
     tops = {}
@@ -156,9 +155,8 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], finishes: tuple[Finish,
         top_logprobs=tops,
         started=started,
         admitted=admitted,
+        feature_outputs=outputs,
         finishes=finishes,
-        prompts=prompts,
-        found=found,
     )
 
 

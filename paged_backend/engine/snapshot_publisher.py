@@ -89,7 +89,7 @@ class Watch:
         running = [sequence for sequence in sequences if sequence.status is Status.RUNNING]
         waiting = [sequence for sequence in sequences if sequence.status is Status.WAITING]
         numbers = self._numbers.renew([sequence.request_id for sequence in running])
-        self._arrivals = {sequence.request_id: sequence.arrival for sequence in sequences if not sequence.answered}
+        self._arrivals = {sequence.request_id: sequence.spec.arrival for sequence in sequences if not sequence.answered}
         held = [(numbers[sequence.request_id], sequence.held_pages) for sequence in running]
         cells, pages_per_cell, num_shared = page_cells(scheduler.pool.num_pages, scheduler.pool.cached_pages, held)
         reported = running[:_MAX_RUNNING] + waiting[:_MAX_WAITING]
@@ -121,11 +121,11 @@ class Watch:
 
     def _reported(self, sequence: Sequence, number: int, now: float) -> LiveRequest:
         return LiveRequest(
-            arrival_index=sequence.arrival_index,
+            arrival_index=sequence.spec.arrival_index,
             number=number,
-            num_prompt_tokens=sequence.prompt_len,
+            num_prompt_tokens=sequence.spec.prompt_len,
             num_cached_tokens=sequence.num_cached_tokens,
             num_tokens=self._scheduler.num_tokens(sequence),
             num_pages=len(sequence.held_pages),
-            age_seconds=now - sequence.arrival,
+            age_seconds=now - sequence.spec.arrival,
         )

@@ -203,10 +203,12 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
         pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
     for request_id, admitted in tokens.admitted.items():
         pieces.setdefault(request_id, Piece()).admitted = admitted
-    for prompt in tokens.prompts:
-        pieces.setdefault(prompt.request_id, Piece()).prompts.append(prompt)
-    for found in tokens.found:
-        pieces.setdefault(found.request_id, Piece()).found = found
+    for output in tokens.feature_outputs:
+        piece = pieces.setdefault(output.request_id, Piece())
+        if isinstance(output, Found):
+            piece.found = output
+        else:
+            piece.prompts.append(output)
     for finish in tokens.finishes:
         pieces.setdefault(finish.request_id, Piece()).finish = finish
     return pieces

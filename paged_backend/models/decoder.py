@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paged_backend.models.blocks.forward_pass import ForwardPass, RopeTensors
-from paged_backend.models.blocks.products import Products
+from paged_backend.models.blocks.products import AdaptedProducts
 from paged_backend.models.step import StepTensors
 from paged_backend.models.weights import Weights
 from paged_kernels.reference import Ops
@@ -17,13 +17,12 @@ from paged_kernels.reference import Ops
 class Decoder:
     """Weights, position tables and ops. Keeps no state between steps: K and V are in the pages it is given."""
 
-    def __init__(self, weights: Weights, ropes: Mapping[str, RopeTensors], ops: Ops, adapted: Products | None = None) -> None:
+    def __init__(self, weights: Weights, ropes: Mapping[str, RopeTensors], ops: Ops, adapted: AdaptedProducts | None = None) -> None:
         """ropes: by their names in AttentionSpec.rope. adapted: the products of steps whose sequences have adapters; without any there is no such step."""
         self._weights = weights
         self._ropes = ropes
         self._ops = ops
-        plain = Products(ops)
-        self._products: Mapping[bool, Products] = {False: plain, True: adapted or plain}  # by StepShape.adapted
+        self._adapted = adapted
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,10 +37,12 @@ class Decoder:
 
     def hidden(self, step: StepTensors, kv_pages: Sequence[Tensor]) -> Tensor:
         """As `forward`, but returns what the last layer makes of all the step's tokens, [T, hidden], which the next step may write over."""
-        shape, products = step.shape, self._products[step.shape.adapted]
+        shape = step.shape
         self._ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)
-        products.begin(step)
-        at = ForwardPass(self._ops, products, step, self._ropes)
+        adapted = self._adapted if shape.adapted else None
+        if adapted is not None:
+            adapted.begin(step)
+        at = ForwardPass(self._ops, adapted or self._ops, step, self._ropes)
         x = self._ops.embedding(step.input_ids, self._weights.embedding, self._weights.ends.embedding_multiplier)
         for layer, pages in zip(self._weights.layers, kv_pages, strict=True):
             x = layer.forward(x, pages, at)

@@ -13,7 +13,7 @@ class StepTensors:
     """One step for the decoder, laid out by step_plan.py: D decodes, then prefills, S sequences in all; T tokens, M of them with logits."""
 
     shape: StepShape
-    plan: Mapping[str, Tensor]  # int32, the arrays of StepShape.lengths
+    plan: Mapping[str, Tensor]  # int32, the arrays of a plan (runner/step_plan.py)
     input_ids: Tensor  # int32 [T]
     positions: Tensor  # int64 [T]
     slot_mapping: Tensor  # int64 [T] page_id * page_size + offset; -1 for padding
@@ -56,13 +56,3 @@ class StepShape:
     @property
     def num_tokens(self) -> int:
         return self.num_decodes + self.num_prefill_tokens
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The arrays of a plan, in the order in which they lie end to end."""
-        s = self.num_sequences
-        return {"rows": s, "starts": s, "counts": s, "query_starts": s + 1, "logit_indices": self.num_outputs, "sample_rows": self.num_outputs}
-
-    @property
-    def size(self) -> int:
-        return sum(self.lengths.values())

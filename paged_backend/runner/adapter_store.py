@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from paged_backend.batch import AdapterUse
+from paged_backend.arrays import Int32
+from paged_backend.batch import AdapterUse, Batch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.adapter_files import Adapter, check_adapter, open_folder, read_adapter
@@ -18,6 +19,7 @@ from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.products import AdaptedProducts
 from paged_backend.models.weights import Weights
 from paged_backend.runner.asks import AskRoom
+from paged_backend.runner.step_plan import StepPlan
 from paged_backend.units import spell_bytes
 from paged_kernels.reference import Ops
 
@@ -77,6 +79,10 @@ class AdapterRoom(AskRoom):
         for adapter_slot, adapter in ask.arrivals:
             assert runner.adapter_slots is not None
             runner.adapter_slots.fill(adapter_slot, adapter)
+
+    def sections(self, ask: AdapterUse, batch: Batch, plan: StepPlan) -> dict[str, Int32]:
+        """int32 [2, k]: rows, and their adapter slots."""
+        return {"adapter_slots": ask.new_rows.T} if len(ask.new_rows) else {}
 
 
 def allocate_adapter_store(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> AdapterStore | None:

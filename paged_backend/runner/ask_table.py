@@ -10,10 +10,11 @@ from paged_backend.runner.asks import AskRoom
 from paged_backend.runner.beam_candidates import BeamRoom
 from paged_backend.runner.embeddings import PoolingRoom
 from paged_backend.runner.prompt_scores import PromptRoom
+from paged_backend.runner.token_masks import MaskRoom
 
 ROOMS: Mapping[type[Ask], AskRoom] = {
     AdapterUse: AdapterRoom(),
-    TokenMasks: AskRoom(),  # masks are written with those of new rows (step_sections.py); the sampler applies what lies in the rows
+    TokenMasks: MaskRoom(),
     BeamRows: BeamRoom(),
     PromptScoring: PromptRoom(),
     Pooling: PoolingRoom(),

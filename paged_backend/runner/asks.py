@@ -13,7 +13,7 @@ from paged_backend.runner.step_plan import StepPlan
 
 if TYPE_CHECKING:  # those that use the table, which uses this
     from paged_backend.runner.model_runner import ModelRunner
-    from paged_backend.runner.sampler import Sampled
+    from paged_backend.runner.transfers import Sampled
 
 
 @dataclass(frozen=True)

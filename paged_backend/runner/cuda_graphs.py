@@ -21,9 +21,10 @@ from torch import Tensor
 from paged_backend.batch import Feature
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.step import StepShape, StepTensors
-from paged_backend.runner.sampler import Sampled, Sampler
-from paged_backend.runner.step_plan import plan_of_padding
+from paged_backend.runner.sampler import Sampler
+from paged_backend.runner.step_plan import plan_of_padding, plan_size
 from paged_backend.runner.step_tensors import DeviceRows, SampleTensors
+from paged_backend.runner.transfers import Sampled
 
 T = TypeVar("T")
 _CAPTURED_FEATURES = (0, Feature.RANDOM, Feature.RANDOM | Feature.TRUNCATE)
@@ -53,7 +54,7 @@ class _Captured:
     """A step of a shape: what it computes with, and what it leaves."""
 
     def __init__(self, rows: DeviceRows, flat: Tensor, page_table: Tensor, shape: StepShape, max_len: int, logits: Tensor) -> None:
-        """flat: int32 [shape.size], where the plan will be; page_table int32 [shape.num_sequences, pages]; logits [shape.num_outputs, vocab]."""
+        """flat: int32 [plan_size(shape)], where the plan will be; page_table int32 [shape.num_sequences, pages]; logits [shape.num_outputs, vocab]."""
         self.logits = logits
         self.step = rows.make_step(flat, shape, page_table, max_len, shape.num_prefill_tokens)
         self.forward = torch.cuda.CUDAGraph()
@@ -81,7 +82,7 @@ class StepGraphs:
         logits: where every step leaves its own, enough rows for any."""
         self._decoder, self._sampler, self._kv_pages, self._rows = decoder, sampler, kv_pages, rows
         self._shapes = tuple(shapes)
-        self._flat = torch.zeros(max(shape.size for shape in shapes), dtype=torch.int32, device=logits.device)
+        self._flat = torch.zeros(max(plan_size(shape) for shape in shapes), dtype=torch.int32, device=logits.device)
         self._pool: Any = None  # torch's handle of the memory that all graphs share
         self._captured: dict[StepShape, _Captured] = {}
         self._capture_all(max_len, logits, tell)
@@ -99,9 +100,9 @@ class StepGraphs:
         return None
 
     def forward(self, plan: Tensor, shape: StepShape) -> tuple[StepTensors, Tensor]:
-        """plan: int32 [shape.size], of a captured shape. Returns the step's tensors and the logits [shape.num_outputs, vocab]."""
+        """plan: int32 [plan_size(shape)], of a captured shape. Returns the step's tensors and the logits [shape.num_outputs, vocab]."""
         captured = self._captured[shape]
-        self._flat[: shape.size].copy_(plan)
+        self._flat[: plan_size(shape)].copy_(plan)
         captured.forward.replay()
         return captured.step, captured.logits
 
@@ -124,8 +125,8 @@ class StepGraphs:
                 reported = time.monotonic()
                 tell(f"capturing steps {100 * number // len(self._shapes)} % ({number} of {len(self._shapes)} shapes)")
             self._flat.fill_(-1)
-            self._flat[: shape.size].copy_(torch.from_numpy(plan_of_padding(shape)))
-            captured = _Captured(self._rows, self._flat[: shape.size], page_table[: shape.num_sequences], shape, max_len, logits[: shape.num_outputs])
+            self._flat[: plan_size(shape)].copy_(torch.from_numpy(plan_of_padding(shape)))
+            captured = _Captured(self._rows, self._flat[: plan_size(shape)], page_table[: shape.num_sequences], shape, max_len, logits[: shape.num_outputs])
             self._capture(captured.forward, partial(self._forward, captured))
             for features in _CAPTURED_FEATURES:
                 graph = torch.cuda.CUDAGraph()

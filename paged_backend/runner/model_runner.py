@@ -23,8 +23,8 @@ from paged_backend.runner.asks import ComputedStep
 from paged_backend.runner.cuda_graphs import StepGraphs
 from paged_backend.runner.sampler import Sampler, prompt_tokens_at_once
 from paged_backend.runner.step_plan import plan_step, shape_of
-from paged_backend.runner.step_results import InFlightStep, ResultBuffers
 from paged_backend.runner.step_tensors import DeviceRows
+from paged_backend.runner.transfers import InFlightStep, ResultBuffers
 from paged_backend.runner.warm_up import warm_up_batches
 
 

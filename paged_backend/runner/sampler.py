@@ -3,14 +3,13 @@ temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from paged_backend.batch import Feature
 from paged_backend.request import MAX_BAD_WORD_TOKENS
 from paged_backend.runner.step_tensors import DeviceRows, SampleTensors
+from paged_backend.runner.transfers import Sampled
 from paged_kernels.reference import SAMPLING_BYTES, Ops
 
 _FEW_TOKENS = 16  # of which the logits are at hand at least
@@ -19,18 +18,6 @@ _WHOLE_VOCABULARY = (  # all logits of a row are needed, not only the likeliest'
     Feature.TRUNCATE | Feature.PENALTY | Feature.BIAS | Feature.BAD_WORDS | Feature.LOGPROBS | Feature.TOP_LOGPROBS | Feature.MASK | Feature.BEAM
 )
 _EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY | Feature.MASK
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Tensors on the device, one entry per sampled row, as in StepResult."""
-
-    token_ids: Tensor  # integers [M]
-    logprobs: Tensor | None = None  # float32 [M]
-    ranks: Tensor | None = None  # int32 [M], with logprobs
-    top_ids: Tensor | None = None  # int64 [M, n]
-    top_logprobs: Tensor | None = None  # float32 [M, n]
-    candidates: Tensor | None = None  # int32 [b, 2 n] of the step's beams: ids, and the bits of their log-probabilities
 
 
 class Sampler:

@@ -22,10 +22,10 @@ from paged_backend.models.step import StepShape
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step in a shape. The arrays are those of StepShape.lengths, joined."""
+    """A step in a shape. `flat` has the arrays of `array_lengths`, end to end."""
 
     shape: StepShape
-    flat: Int32  # [shape.size]
+    flat: Int32  # [plan_size(shape)]
     output_indices: Int64  # [num_sampled] which output belongs to each of the batch's sampled sequences
     firsts: Int32  # [num_sequences] which token of the step is the first of each of the batch's sequences
     prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of the real prefills
@@ -33,12 +33,30 @@ class StepPlan:
     max_len: int  # longest sequence, after the step
 
 
+def array_lengths(shape: StepShape) -> dict[str, int]:
+    """The arrays of a plan, in the order in which they lie end to end."""
+    sequences, outputs = shape.num_sequences, shape.num_outputs
+    return {
+        "rows": sequences,
+        "starts": sequences,
+        "counts": sequences,
+        "query_starts": sequences + 1,
+        "logit_indices": outputs,
+        "sample_rows": outputs,
+    }
+
+
+def plan_size(shape: StepShape) -> int:
+    """Numbers in a plan."""
+    return sum(array_lengths(shape).values())
+
+
 def shape_of(batch: Batch) -> StepShape:
     """Without padding."""
     prefills = batch.counts > 1
     num_prefills = int(prefills.sum())
     use = batch.ask(AdapterUse) if batch.asks else None
-    return StepShape(batch.num_sequences - num_prefills, num_prefills, int(batch.counts[prefills].sum()), use is not None and use.in_use)
+    return StepShape(len(batch.rows) - num_prefills, num_prefills, int(batch.counts[prefills].sum()), use is not None and use.in_use)
 
 
 def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
@@ -86,7 +104,7 @@ def _places(order: NDArray[np.intp], num_decodes: int, shape: StepShape) -> Int6
 
 def _empty_arrays(shape: StepShape) -> Mapping[str, Int32]:
     """A step of nothing but padding: a decode's padding computes a token, a prefill's none."""
-    arrays = {name: np.full(length, -1, np.int32) for name, length in shape.lengths.items()}
+    arrays = {name: np.full(length, -1, np.int32) for name, length in array_lengths(shape).items()}
     arrays["starts"][:] = 0
     arrays["counts"][: shape.num_decodes] = 1
     arrays["counts"][shape.num_decodes :] = 0

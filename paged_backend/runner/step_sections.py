@@ -1,4 +1,4 @@
-"""Batch and plan -> what the device's rows have to learn before a step, in plain arrays: the sections of the one copy there (staging.py).
+"""Batch and plan -> what the device's rows have to learn before a step, in plain arrays: sections of the one copy there (transfers.py).
 
 Values that lie end to end come with spans that say where they belong: int32 [k, 4], row, first column, start among the values, length.
 """
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, NewRow, TokenEdit, TokenMasks
+from paged_backend.batch import Batch, Feature, NewRow, TokenEdit
 from paged_backend.request import MAX_BAD_WORD_TOKENS
 from paged_backend.runner.ask_table import room_of
 from paged_backend.runner.step_plan import StepPlan
 
+_NO_ADAPTER = -1  # until the row is given an adapter slot (adapter_store.py)
 _MIN_TEMPERATURE = 1e-5  # below it logits / temperature drowns the random numbers anyway, and may overflow
 
 # columns of a row's parameters; the floats are stored as their bits. The seed comes first and their number is even: it is read as one int64
@@ -32,14 +33,10 @@ def sizes_of(new: NewRow) -> dict[str, int]:
 
 
 def sections_of(batch: Batch, plan: StepPlan) -> dict[str, Int32]:
-    """By name; those that a step does not need are not there. `plan` and `page_updates` always are."""
-    sections = {"plan": plan.flat, "page_updates": batch.page_updates}
-    if batch.new_rows:
-        sections |= _new_row_sections(batch.new_rows)
-    if batch.new_rows or batch.asks:
-        masks = _masks_to_write(batch)
-        if masks is not None:
-            sections |= {"mask_spans": _mask_spans(masks), "masks": masks.words}
+    """By name; those that a step does not need are not there."""
+    sections = _new_row_sections(batch.new_rows) if batch.new_rows else {}
+    if len(batch.page_updates):
+        sections["page_updates"] = batch.page_updates
     if batch.token_edits:
         sections |= _edit_sections(batch.token_edits)
     if len(batch.page_copies):
@@ -89,36 +86,18 @@ def _edit_sections(edits: tuple[TokenEdit, ...]) -> dict[str, Int32]:
     return {"edit_spans": np.stack(columns, axis=1), "edited_tokens": np.concatenate([edit.token_ids for edit in edits])}
 
 
-def _masks_to_write(batch: Batch) -> TokenMasks | None:
-    """Those of new rows, which stay, and those of this step."""
-    asked = batch.ask(TokenMasks)
-    fixed = [(new.row, new.allowed) for new in batch.new_rows if new.allowed is not None]
-    if not fixed:
-        return asked
-    rows, words = np.array([row for row, _ in fixed], np.int32), np.stack([allowed for _, allowed in fixed])
-    if asked is None:
-        return TokenMasks(rows, words)
-    return TokenMasks(np.concatenate([rows, asked.rows]), np.concatenate([words, asked.words]))
-
-
-def _mask_spans(masks: TokenMasks) -> Int32:
-    count, width = masks.words.shape
-    places = np.arange(count, dtype=np.int32) * width
-    return np.stack([masks.rows, np.zeros_like(places), places, np.full_like(places, width)], axis=1)
-
-
 def _parameter_block(new: NewRow) -> Int32:
     """One row's parameters in the order of the columns: int32 [columns]."""
     s = new.sampling
     seed = np.array([new.seed & (2**64 - 1)], np.uint64).view(np.int32)  # little-endian: low word first
     min_len = min(new.prompt_len + s.min_tokens, 2**31 - 1)
-    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), new.adapter_slot]
+    integers = [*seed.tolist(), new.prompt_len, min_len, max(s.top_k, 0), len(s.logit_bias), _num_stop(new), len(new.bad_words), _masked(new), _NO_ADAPTER]
     floats = [0.0 if s.greedy else max(s.temperature, _MIN_TEMPERATURE), s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
     return np.concatenate([np.array(integers, np.int32), np.array(floats, np.float32).view(np.int32)])
 
 
 def _masked(new: NewRow) -> bool:
-    return new.sampling.guided or new.allowed is not None
+    return bool(new.features & Feature.MASK)
 
 
 def _num_stop(new: NewRow) -> int:

@@ -13,9 +13,9 @@ from paged_backend.arrays import Int32
 from paged_backend.batch import Batch, BeamRows, Feature
 from paged_backend.models.step import StepShape, StepTensors
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
-from paged_backend.runner.staging import Staging
-from paged_backend.runner.step_plan import StepPlan
+from paged_backend.runner.step_plan import StepPlan, array_lengths
 from paged_backend.runner.step_sections import COLUMN, SIZES, sections_of, sizes_of
+from paged_backend.runner.transfers import Staging
 from paged_kernels.reference import Ops, reference
 
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
@@ -151,11 +151,14 @@ class DeviceRows:
     # ---- writing rows
 
     def update(self, batch: Batch, plan: StepPlan) -> Tensor:
-        """Brings the rows up to date with a batch and brings the plan to the device: int32 [plan.shape.size]. Copies to the device once."""
+        """Brings the rows up to date with a batch and brings the plan to the device: int32 [plan_size(plan.shape)]. Copies to the device once."""
         for new in batch.new_rows:
             for name, size in sizes_of(new).items():
                 self._sizes[name][new.row] = size
-        sent = self._sent = self._staging.send(sections_of(batch, plan))
+        sections = {"plan": plan.flat}
+        if batch.new_rows or batch.asks or batch.token_edits or len(batch.page_updates) or len(batch.page_copies):
+            sections |= sections_of(batch, plan)
+        sent = self._sent = self._staging.send(sections)
         self._write(batch, sent)
         return sent["plan"]
 
@@ -171,10 +174,10 @@ class DeviceRows:
         self, flat: Tensor, shape: StepShape, page_table: Tensor, max_decode_len: int, max_query_len: int, prefill_lens: tuple[tuple[int, int], ...] = ()
     ) -> StepTensors:
         """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them. page_table: int32 [sequences, pages of the longest]."""
-        new = self.token_ids.new_empty
+        new, lengths = self.token_ids.new_empty, array_lengths(shape)
         return StepTensors(
             shape=shape,
-            plan=dict(zip(shape.lengths, torch.split(flat, list(shape.lengths.values())), strict=True)),
+            plan=dict(zip(lengths, torch.split(flat, list(lengths.values())), strict=True)),
             input_ids=new(shape.num_tokens),
             positions=new(shape.num_tokens, dtype=torch.int64),
             slot_mapping=new(shape.num_tokens, dtype=torch.int64),
@@ -245,11 +248,14 @@ class DeviceRows:
                 if name in sent:
                     *where, values = sent[name]
                     self._table(name)[tuple(where)] = values
+        if "adapter_slots" in sent:
+            rows, adapter_slots = sent["adapter_slots"]
+            self.adapter_slots[rows] = adapter_slots
         if batch.token_edits:
             self._ops.write_spans(self.token_ids, sent["edit_spans"], sent["edited_tokens"])
-        if len(batch.page_copies):
+        if "page_copies" in sent:
             self._copy_pages(sent["page_copies"])
-        if len(batch.page_updates):
+        if "page_updates" in sent:
             self._ops.update_page_tables(self.page_table, sent["page_updates"])
         if "masks" in sent:
             if not self.token_masks.shape[1]:

@@ -92,11 +92,11 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, voca
     """A step that computes whole prompts, in rows 0, 1, 2 … and pages 0, 1, 2 …"""
     rows, counts = np.arange(len(lens), dtype=np.int32), np.array(lens, np.int32)
     bad_words = _BAD_WORDS if sampling.logit_bias else ()
-    new = tuple(NewRow(row, np.zeros(length, np.int32), length, sampling, row, (0,), bad_words, adapter_slot=adapter_slot) for row, length in enumerate(lens))
+    features = features_of(sampling, (0,), bad_words)
+    new = tuple(NewRow(row, np.zeros(length, np.int32), length, sampling, row, (0,), bad_words, features) for row, length in enumerate(lens))
     pages = -(-(counts + 1) // page_size)
     firsts = np.cumsum(pages) - pages
     updates = [(row, index, firsts[row] + index) for row in range(len(lens)) for index in range(pages[row])]
-    features = features_of(sampling, (0,), bad_words)
     return Batch(
         step=0,
         rows=rows,
@@ -113,7 +113,9 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, voca
 
 
 def _asks(rows: Int32, features: int, vocab_size: int, adapter_slot: int) -> tuple[Ask, ...]:
-    asks: list[Ask] = [AdapterUse((), in_use=True)] if adapter_slot >= 0 else []
+    asks: list[Ask] = []
+    if adapter_slot >= 0:
+        asks.append(AdapterUse((), in_use=True, new_rows=np.stack([rows, np.full_like(rows, adapter_slot)], axis=1)))
     if features & Feature.MASK:
         asks.append(TokenMasks(rows, np.full((len(rows), -(-vocab_size // 32)), -1, np.int32)))
     if features & Feature.BEAM:

@@ -13,8 +13,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from paged_backend.batch import AdapterUse
 from paged_backend.errors import ErrorKind, RequestError
@@ -79,12 +81,13 @@ class AdapterSlots(SchedulerFeature):
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "adapter")
         self._num_uses = 0
         self._adapter_slot_of: dict[Sequence, int] = {}  # of those that hold one
+        self._started: list[Sequence] = []  # since the step before: the device does not know their rows' adapter slots yet
         self._num_users = 0  # sequences that want an adapter, or have it
 
     # ---- a request comes, waits, runs, ends
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
-        if sequence.sampling.lora_name is None:
+        if sequence.spec.sampling.lora_name is None:
             return False
         self._num_users += 1
         return True
@@ -93,10 +96,7 @@ class AdapterSlots(SchedulerFeature):
         return sequence in self._adapter_slot_of
 
     def started(self, sequence: Sequence) -> None:
-        """The device learns with its rows which adapter slot they use."""
-        rows = {runner.row for runner in sequence.runners}
-        number = self._adapter_slot_of[sequence]
-        self.changes.new_rows = [replace(new, adapter_slot=number) if new.row in rows else new for new in self.changes.new_rows]
+        self._started.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence is over, whether it had an adapter slot or not."""
@@ -136,7 +136,7 @@ class AdapterSlots(SchedulerFeature):
         """Whether a waiting sequence has the adapter it wants; it holds the adapter slot then. If it cannot ever, it is one of the next `endings`."""
         if sequence in self._adapter_slot_of:
             return True
-        name = sequence.sampling.lora_name
+        name = sequence.spec.sampling.lora_name
         assert name is not None
         reason = self._unusable.get(name) if self._adapter_slots else RequestError("this server has no adapters (lora_directory)")
         if reason is not None:
@@ -160,9 +160,11 @@ class AdapterSlots(SchedulerFeature):
 
     def ask(self, step: StepRows) -> AdapterUse | None:
         arrivals, self._arrived = tuple(self._arrived.items()), {}
+        started, self._started = self._started, []
+        new = [(runner.row, self._adapter_slot_of[sequence]) for sequence in started for runner in sequence.runners]
         rows = set(step.rows.tolist())
         in_use = any(runner.row in rows for sequence in self._adapter_slot_of for runner in sequence.runners)
-        return AdapterUse(arrivals, in_use) if arrivals or in_use else None
+        return AdapterUse(arrivals, in_use, np.array(new, np.int32).reshape(-1, 2)) if arrivals or in_use or new else None
 
     # ---- adapter slots
 
@@ -172,9 +174,9 @@ class AdapterSlots(SchedulerFeature):
         adapter_slot.last_use = self._num_uses
         adapter_slot.num_holders += 1
         # pages are shared with those alone that have the same adapter, from the same files; a name has no zero byte in it
-        salt = f"adapter {adapter_slot.version}\0{adapter_slot.name}\0{sequence.cache_salt}"
-        for one in (sequence, *sequence.runners):
-            one.cache_salt = salt
+        for table in {sequence.page_table, *(runner.page_table for runner in sequence.runners)}:
+            if table.salt is not None:
+                table.salt = f"adapter {adapter_slot.version}\0{adapter_slot.name}\0{table.salt}"
 
     def _want(self, name: str) -> None:
         """Has an adapter looked at, and then read for an adapter slot that nobody holds. If there is none, sees to it that the wait does not last for ever."""
@@ -228,7 +230,7 @@ class AdapterSlots(SchedulerFeature):
         for sequence, number in self._adapter_slot_of.items():
             counts[number] += 1
             assert sequence in alive, "a sequence that is over holds an adapter slot"
-            assert self._adapter_slots[number].name == sequence.sampling.lora_name, "a sequence holds the adapter slot of another adapter"
+            assert self._adapter_slots[number].name == sequence.spec.sampling.lora_name, "a sequence holds the adapter slot of another adapter"
         assert counts == [adapter_slot.num_holders for adapter_slot in self._adapter_slots], "an adapter slot's count is not its number of holders"
         assert {adapter_slot.name: adapter_slot for adapter_slot in self._adapter_slots if adapter_slot.name is not None} == self._by_name, (
             "the adapter slots and their names differ"

@@ -48,7 +48,7 @@ class Admission:
     def short_tokens(self) -> int:
         """Of the short prompts that wait; 0 if the first of them will not start: for want of a row, or pages, or priority."""
         first, short = self._next(), self._waiting.first_short()
-        if first is None or short is None or not self._running.table.num_free or short.sampling.priority_level != first.sampling.priority_level:
+        if first is None or short is None or not self._running.table.num_free or short.spec.sampling.priority_level != first.spec.sampling.priority_level:
             return 0
         num_tokens = len(short.token_ids) + (0 if first is short else len(first.token_ids))
         num_pages = num_tokens // self._limits.page_size + 2
@@ -86,22 +86,22 @@ class Admission:
         first, short = self._waiting.first(suspects=self._quarantine.one_may_start), self._waiting.first_short()
         if first is None or short is None or not self._short_is_next:
             return first
-        return short if short.sampling.priority_level == first.sampling.priority_level else first
+        return short if short.spec.sampling.priority_level == first.spec.sampling.priority_level else first
 
     def _start(self, sequence: Sequence) -> int | None:
         """Returns its row; None: it must wait, and so must all behind it."""
         if sequence.awaits_token:
             return None
-        row = self._living.start(sequence, len(sequence.token_ids) if self._limits.preemption else sequence.length_limit - 1)
+        row = self._living.start(sequence, len(sequence.token_ids) if self._limits.preemption else sequence.spec.length_limit - 1)
         if row is None:
             return None
         if sequence.admitted is None:
             num_computed = int(self._running.table.num_computed[row])
             sequence.admitted = self._clock()
             sequence.num_cached_tokens = num_computed
-            self.prefix_queries += sequence.prompt_len
+            self.prefix_queries += sequence.spec.prompt_len
             self.prefix_hits += num_computed
-            self._queue_times.append(max(0.0, sequence.admitted - sequence.arrival))
+            self._queue_times.append(max(0.0, sequence.admitted - sequence.spec.arrival))
         return row
 
     def take_queue_times(self) -> tuple[float, ...]:

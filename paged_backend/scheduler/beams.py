@@ -17,14 +17,16 @@ from itertools import count
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from paged_backend.arrays import Int32
 from paged_backend.batch import Answer, Ask, Batch, BeamCandidates, BeamRows, Feature, TokenEdit
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Found, FoundSequence, Submit
 from paged_backend.scheduler.beam_search import BeamHypothesis, BeamSearch, Candidates, Fork
 from paged_backend.scheduler.features import SchedulerFeature, StepRows, Takings
 from paged_backend.scheduler.sequence import Sequence
-from paged_backend.scheduler.sequence_pages import SequencePages
+from paged_backend.scheduler.sequence_pages import PageTable, SequencePages
 
 
 @dataclass
@@ -48,9 +50,10 @@ class Beams(SchedulerFeature):
 
     # ---- requests come and go
 
-    def refusal(self, sequence: Sequence) -> tuple[ErrorKind, str] | None:
+    def refusal(self, sequence: Sequence, request: Submit) -> tuple[ErrorKind, str] | None:
         """A search that could never run to its end, even alone."""
-        sampling, prompt_len, length_limit = sequence.sampling, sequence.prompt_len, sequence.length_limit
+        spec = sequence.spec
+        sampling, prompt_len, length_limit = spec.sampling, spec.prompt_len, spec.length_limit
         width = sampling.beam_width if sampling.use_beam_search else None
         if width is None:
             return None
@@ -65,11 +68,11 @@ class Beams(SchedulerFeature):
         return None
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
-        s = sequence.sampling
+        spec, s = sequence.spec, sequence.spec.sampling
         if not s.use_beam_search or s.beam_width is None:
             return False
-        max_tokens = sequence.length_limit - sequence.prompt_len
-        self._groups[sequence] = BeamGroup(BeamSearch(s.beam_width, sequence.stop_ids, max_tokens, s.length_penalty, s.early_stopping))
+        max_tokens = spec.length_limit - spec.prompt_len
+        self._groups[sequence] = BeamGroup(BeamSearch(s.beam_width, spec.stop_ids, max_tokens, s.length_penalty, s.early_stopping))
         sequence.runners = self._make_runners(sequence, s.beam_width)
         return True
 
@@ -83,16 +86,23 @@ class Beams(SchedulerFeature):
         sequence.runners = self._make_runners(sequence, group.search.width)
 
     def _make_runners(self, leader: Sequence, width: int) -> list[Sequence]:
-        sampling = msgspec.structs.replace(leader.sampling, logprobs=None)  # the search has them
-        first = replace(leader, request_id=next(self._runner_ids), sampling=sampling)
-        nothing = leader.token_ids[:0]
-        others = [replace(first, request_id=next(self._runner_ids), token_ids=nothing, shares=False) for _ in range(width - 1)]
-        for runner in (first, *others):
-            runner.leader = leader
-            runner.pages, runner.hashes = [], []
-        return [first, *others]
+        sampling = msgspec.structs.replace(leader.spec.sampling, logprobs=None)  # the search has them
+        features = leader.spec.features & ~(Feature.LOGPROBS | Feature.TOP_LOGPROBS)
+        runners = []
+        for index in range(width):
+            spec = replace(leader.spec, request_id=next(self._runner_ids), sampling=sampling, features=features)
+            first = index == 0
+            runner = Sequence(spec, leader.token_ids if first else leader.token_ids[:0], PageTable(leader.page_table.salt if first else None))
+            runner.leader, runner.answered = leader, leader.answered
+            runners.append(runner)
+        return runners
 
     # ---- steps
+
+    def holds_back(self, rows: Int32) -> NDArray[np.intp]:
+        """Beams whose newest token is in flight: what becomes of them depends on the others' results."""
+        table = self.rows
+        return np.flatnonzero((table.num_tokens[rows] > table.num_known[rows]) & (table.features[rows] & Feature.BEAM != 0))
 
     def ask(self, step: StepRows) -> BeamRows | None:
         sampled = step.rows[step.samples]
@@ -139,25 +149,26 @@ class Beams(SchedulerFeature):
         moved = [fork for fork in forks if kept[fork.parent] is not fork]
         free = [runner for runner in leader.runners if all(runner is not parents[parent] for parent in kept)]
         shared = {id(runner): num_full for runner in parents}  # the pages of the others are all in reserve
-        free.sort(key=lambda runner: len(runner.pages) - shared.get(id(runner), 0), reverse=True)
+        free.sort(key=lambda runner: len(runner.page_table.pages) - shared.get(id(runner), 0), reverse=True)
         takers = free[: len(moved)]
-        if is_partial and any(len(runner.pages) <= shared.get(id(runner), 0) for runner in takers):
+        if is_partial and any(len(runner.page_table.pages) <= shared.get(id(runner), 0) for runner in takers):
             return False
         group.live = [parents[fork.parent] for fork in forks]
         for fork in kept.values():
             self._continue(leader, parents[fork.parent], fork.beam, num_computed)
         for runner, fork in zip(takers, moved, strict=True):
             group.live[next(at for at, other in enumerate(forks) if other is fork)] = runner
-            before = list(runner.pages)
-            self._pages.share(runner, parents[fork.parent], num_full, shared.get(id(runner), 0))
-            changed = [(index, page) for index, page in enumerate(runner.pages) if index >= len(before) or before[index] != page]
+            table, source = runner.page_table, parents[fork.parent].page_table
+            before = list(table.pages)
+            self._pages.share(table, source, num_full, shared.get(id(runner), 0))
+            changed = [(index, page) for index, page in enumerate(table.pages) if index >= len(before) or before[index] != page]
             assert runner.row is not None
             self.changes.page_updates += [(runner.row, index, page) for index, page in changed]
             if is_partial:
-                self.changes.page_copies.append((runner.row, parents[fork.parent].pages[num_full], runner.pages[num_full]))
+                self.changes.page_copies.append((runner.row, source.pages[num_full], table.pages[num_full]))
             self._continue(leader, runner, fork.beam, num_computed)
         for runner in free[len(moved) :]:
-            self._pages.share(runner, runner, 0, shared.get(id(runner), 0))
+            self._pages.share(runner.page_table, runner.page_table, 0, shared.get(id(runner), 0))
             self.rows.rewrite(runner, runner.token_ids[:0], 0)
         return True
 
@@ -192,5 +203,5 @@ def _next_beams(group: BeamGroup, parents: list[Sequence]) -> list[Fork]:
 
 
 def _found(leader: Sequence, search: BeamSearch) -> Found:
-    best = search.endings[: leader.sampling.n]
+    best = search.endings[: leader.spec.sampling.n]
     return Found(leader.request_id, tuple(FoundSequence(end.beam.token_ids.tobytes(), end.beam.logprobs.tobytes(), end.stopped) for end in best))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from paged_backend.arrays import Int32, Int64
 from paged_backend.batch import Batch, Feature, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Finish, Found, PromptReport
+from paged_backend.messages import FeatureOutput, Finish, Found
 from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.sequence import Sequence
 
@@ -22,8 +22,7 @@ class Commit:
         self._features = living.features
         self._started: dict[int, int] = {}
         self._admitted: dict[int, float] = {}
-        self._found: list[Found] = []
-        self._prompts: list[PromptReport] = []
+        self._feature_outputs: list[FeatureOutput] = []
         self._result: StepResult | None = None  # the step's that is taken in
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
@@ -45,25 +44,18 @@ class Commit:
             entries = np.concatenate([entries, np.array(landed, np.intp)])
         started, self._started = self._started, {}
         admitted, self._admitted = self._admitted, {}
-        answers, self._found = tuple(self._found), []
-        prompts, self._prompts = tuple(self._prompts), []
+        outputs, self._feature_outputs = tuple(self._feature_outputs), []
         return StepOutput(
             request_ids=request_ids[entries],
             token_ids=token_ids[entries],
             logprobs=None if result.logprobs is None else result.logprobs[entries],
             ranks=None if result.ranks is None else result.ranks[entries],
-            top_logprobs=_top_logprobs(result, entries, wanted),
+            top_logprobs=_top_logprobs(result, entries, wanted) if wanted else {},
             started=started,
             admitted=admitted,
-            finishes=self._living.take_finishes(),
-            prompts=prompts,
-            found=answers,
+            feature_outputs=outputs,
+            finishes=self._living.take_finishes() if self._living.finishes else (),
         )
-
-    def refusals(self) -> StepOutput | None:
-        """Ends of requests that no step brought: refused, overdue."""
-        finishes = self._living.take_finishes()
-        return StepOutput(np.empty(0, np.int64), np.empty(0, np.int32), finishes=finishes) if finishes else None
 
     def _append(self, rows: Int32, token_ids: Int32) -> None:
         table = self._running.table
@@ -85,15 +77,15 @@ class Commit:
         sequence.token_ids = np.append(sequence.token_ids, np.int32(token_id))
         if not sequence.answered:
             self._tell_start(sequence)
-        stop = token_id in sequence.stop_ids
-        if stop or len(sequence.token_ids) >= sequence.length_limit:
+        stop = token_id in sequence.spec.stop_ids
+        if stop or len(sequence.token_ids) >= sequence.spec.length_limit:
             self._finish(sequence, token_id, stop)
         return True
 
     # ---- what features have to say (features.py: Takings)
 
-    def tell_prompt(self, report: PromptReport) -> None:
-        self._prompts.append(report)
+    def tell(self, output: FeatureOutput) -> None:
+        self._feature_outputs.append(output)
 
     def replace_token(self, place: int, token_id: int) -> bool:
         """Its log-probability is that of what is certain."""
@@ -111,12 +103,12 @@ class Commit:
         if found is None:
             self._living.preempt(sequence)
             return
-        n = sequence.sampling.n
+        n = sequence.spec.sampling.n
         if len(found.sequences) < n:
             message = f"n: {n} answers are asked for, and only {len(found.sequences)} are possible with what is banned"
             self._living.end(sequence, Finish(sequence.request_id, error=ErrorKind.INVALID, message=message))
             return
-        self._found.append(found)
+        self.tell(found)
         self._tell_start(sequence)
         self._living.end(sequence, Finish(sequence.request_id, "stop" if found.sequences[0].stopped else "length"))
 
@@ -124,7 +116,7 @@ class Commit:
         assert sequence is not None
         sequence.answered = True
         self._started[sequence.request_id] = sequence.num_cached_tokens
-        if sequence.traced and sequence.admitted is not None:
+        if sequence.spec.traced and sequence.admitted is not None:
             self._admitted[sequence.request_id] = sequence.admitted
 
     def _finish(self, sequence: Sequence | None, token_id: int, stop: bool) -> None:
@@ -136,15 +128,13 @@ class Commit:
         table, wanted = self._running.table, {}
         for entry, (row, request_id) in enumerate(zip(rows.tolist(), request_ids.tolist(), strict=True)):
             sequence = table.sequences[row] if table.request_id[row] == request_id else self._living.find(request_id)
-            if sequence is not None and sequence.sampling.logprobs:
-                wanted[entry] = sequence.sampling.logprobs
+            if sequence is not None and sequence.spec.sampling.logprobs:
+                wanted[entry] = sequence.spec.sampling.logprobs
         return wanted
 
 
 def _top_logprobs(result: StepResult, entries: NDArray[np.intp], wanted: dict[int, int]) -> dict[int, dict[int, float]]:
     """Output entry -> its most likely tokens, for the sequences that asked for them."""
-    if not wanted:
-        return {}
     assert result.top_ids is not None and result.top_logprobs is not None
     return {
         position: dict(zip(result.top_ids[entry, :n].tolist(), result.top_logprobs[entry, :n].tolist(), strict=True))

@@ -32,7 +32,7 @@ class Deadlines:
             return
         self._last_check, self.next_check = now, math.inf
         for sequence in sequences:
-            age = now - sequence.arrival
+            age = now - sequence.spec.arrival
             if age > self._longest(sequence):
                 error, message = ErrorKind.CANCELLED, f"not finished after {self._longest(sequence):g} s (request_deadline_seconds)"
             elif self._waits(sequence) and age > self._limits.max_waiting_seconds:
@@ -48,12 +48,12 @@ class Deadlines:
     def _due(self, sequence: Sequence) -> float:
         """When it will be overdue, if nothing happens before."""
         longest = self._longest(sequence)
-        return sequence.arrival + (min(longest, self._limits.max_waiting_seconds) if self._waits(sequence) else longest)
+        return sequence.spec.arrival + (min(longest, self._limits.max_waiting_seconds) if self._waits(sequence) else longest)
 
     def _longest(self, sequence: Sequence) -> float:
         """Seconds from its arrival."""
-        return min(sequence.sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds)
+        return min(sequence.spec.sampling.request_deadline_seconds or math.inf, self._limits.request_deadline_seconds)
 
     @staticmethod
     def _waits(sequence: Sequence) -> bool:
-        return sequence.admitted is None and not sequence.resumed and not sequence.answered
+        return sequence.admitted is None and not sequence.spec.resumed and not sequence.answered

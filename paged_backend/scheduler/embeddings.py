@@ -31,7 +31,7 @@ class _Pooled:
 
     @property
     def takes_all(self) -> bool:
-        return self.sequence.sampling.pooling == "mean"
+        return self.sequence.spec.sampling.pooling == "mean"
 
 
 class EmbeddingsFeature(SchedulerFeature):
@@ -43,10 +43,10 @@ class EmbeddingsFeature(SchedulerFeature):
         self._pooled: dict[int, _Pooled] = {}  # by request id
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
-        if sequence.sampling.pooling is None or sequence.answered:
+        if sequence.spec.sampling.pooling is None or sequence.answered:
             return False
         pooled = self._pooled[sequence.request_id] = _Pooled(sequence)
-        pooled.num_asked = 0 if pooled.takes_all else sequence.prompt_len - 1
+        pooled.num_asked = 0 if pooled.takes_all else sequence.spec.prompt_len - 1
         return True
 
     def leave(self, sequence: Sequence) -> None:
@@ -65,7 +65,7 @@ class EmbeddingsFeature(SchedulerFeature):
             if entry is None:
                 continue
             start, end = int(step.starts[entry]), int(step.starts[entry] + step.counts[entry])
-            start, end = max(start, pooled.num_asked), min(end, pooled.sequence.prompt_len)
+            start, end = max(start, pooled.num_asked), min(end, pooled.sequence.spec.prompt_len)
             if start < end:
                 spans.append(PooledSpan(request_id, entry, start, end - start))
                 pooled.num_asked = end
@@ -80,6 +80,6 @@ class EmbeddingsFeature(SchedulerFeature):
                 continue
             pooled.total = states.astype(np.float64) if pooled.total is None else pooled.total + states
             pooled.num_added += span.count
-            if span.start + span.count == pooled.sequence.prompt_len:
+            if span.start + span.count == pooled.sequence.spec.prompt_len:
                 values = (pooled.total / pooled.num_added).astype(np.float32)
-                takings.tell_prompt(PromptEmbedding(span.request_id, values.tobytes()))
+                takings.tell(PromptEmbedding(span.request_id, values.tobytes()))

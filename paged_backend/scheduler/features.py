@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from paged_backend.arrays import Int32
 from paged_backend.batch import Answer, Ask, Batch
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Finish, Found, PromptReport, Submit
-from paged_backend.scheduler.row_changes import RowChanges
-from paged_backend.scheduler.sequence import Rows, Sequence
+from paged_backend.messages import FeatureOutput, Finish, Found, Submit
+from paged_backend.scheduler.rows import Rows
+from paged_backend.scheduler.running import RowChanges
+from paged_backend.scheduler.sequence import Sequence
 
 NO_LIMIT = int(np.iinfo(np.int32).max)
+_NONE = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class StepRows:
 class Takings(Protocol):
     """Where a feature puts what a step has brought (commit.py)."""
 
-    def tell_prompt(self, report: PromptReport) -> None:
-        """Goes out before the step's tokens."""
+    def tell(self, output: FeatureOutput) -> None:
+        """Goes out with the step's tokens."""
 
     def replace_token(self, place: int, token_id: int) -> bool:
         """The step's sampled sequence at that place has this token instead, certain as it is. False: it has it anyway."""
@@ -54,7 +56,7 @@ class SchedulerFeature:
 
     # ---- a request comes
 
-    def refusal(self, sequence: Sequence) -> tuple[ErrorKind, str] | None:
+    def refusal(self, sequence: Sequence, request: Submit) -> tuple[ErrorKind, str] | None:
         """Why a request that is about to become this sequence can never be served. Asked of every request; changes nothing."""
         return None
 
@@ -102,6 +104,10 @@ class SchedulerFeature:
         """Sequences on rows that cannot go on, or need not."""
         return ()
 
+    def holds_back(self, rows: Int32) -> NDArray[np.intp]:
+        """Which of the rows, as indices, cannot compute anything in this step."""
+        return _NONE
+
     def ask(self, step: StepRows) -> Ask | None:
         """What it asks of the step."""
         return None
@@ -128,9 +134,9 @@ class LiveFeatures:
         self._num_users = [0] * len(every)
         self._by_ask = {feature.asks: feature for feature in every if feature.asks is not None}
 
-    def refusal(self, sequence: Sequence) -> tuple[ErrorKind, str] | None:
+    def refusal(self, sequence: Sequence, request: Submit) -> tuple[ErrorKind, str] | None:
         """The first that any feature has."""
-        return next((refusal for feature in self.every if (refusal := feature.refusal(sequence)) is not None), None)
+        return next((refusal for feature in self.every if (refusal := feature.refusal(sequence, request)) is not None), None)
 
     def enter(self, sequence: Sequence, request: Submit) -> None:
         """A new sequence. If a feature raises, nothing has changed."""

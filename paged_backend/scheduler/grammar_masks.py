@@ -1,10 +1,12 @@
-"""Sequences whose answers follow a grammar: which of them may start, which are at their end, and what each may say next."""
+"""Sequences that may choose certain tokens only: those whose answers follow a grammar (which may start, which are at their end, what each may say next), and
+those with a list of allowed tokens, which the device is told once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32, bits
 from paged_backend.batch import Answer, Ask, Batch, Feature, TokenMasks
@@ -18,7 +20,7 @@ from paged_backend.scheduler.sequence import Sequence, Status
 
 class GrammarMasks(SchedulerFeature):
     """Owns each sequence's guide through its grammar. A sequence with one waits until it is compiled (waiting.py), and then runs only with all its tokens
-    known: the mask of the next depends on them."""
+    known: the mask of the next depends on them. A sequence without a grammar may have one mask for all its tokens."""
 
     asks = TokenMasks
 
@@ -26,48 +28,62 @@ class GrammarMasks(SchedulerFeature):
         self._grammars = grammars or Grammars(None, 0, ())
         self._follower = self._grammars.follower
         self._guides: dict[Sequence, Guide] = {}
+        self._unmasked: list[int] = []  # rows whose next mask is not known yet
+        self._allowed: dict[Sequence, Int32] = {}  # [ceil(vocab / 32)] a bit a token, of sequences without a grammar
+        self._started: list[Sequence] = []  # of these, since the step before: the device does not have their masks yet
 
     # ---- a request comes, waits, ends
 
-    def refusal(self, sequence: Sequence) -> tuple[ErrorKind, str] | None:
+    def refusal(self, sequence: Sequence, request: Submit) -> tuple[ErrorKind, str] | None:
         """Of allowed tokens one must be left that nothing else can ban, or there might be none to choose. A guide sees to that itself."""
-        sampling, allowed = sequence.sampling, sequence.allowed
-        if allowed is None:
+        spec, allowed = sequence.spec, _allowed(request)
+        sampling = spec.sampling
+        if allowed is None or sampling.guided:
             return None
-        left = allowed & ~bits([word[-1] for word in sequence.bad_words if word[-1] < 32 * len(allowed)], 32 * len(allowed))
+        left = allowed & ~bits([word[-1] for word in spec.bad_words if word[-1] < 32 * len(allowed)], 32 * len(allowed))
         if not left.any():
             return ErrorKind.INVALID, "allowed_token_ids and bad_words: every allowed token may be banned, and then there would be none to choose"
-        stop_ids = [token_id for token_id in sequence.stop_ids if token_id < 32 * len(allowed)]
+        stop_ids = [token_id for token_id in spec.stop_ids if token_id < 32 * len(allowed)]
         if sampling.min_tokens > 0 and not (left & ~bits(stop_ids, 32 * len(allowed))).any():
             return ErrorKind.INVALID, f"allowed_token_ids and min_tokens: every allowed token would end the answer before {sampling.min_tokens} tokens"
         return None
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
-        sampling = sequence.sampling
-        if sampling.grammar is None:
-            return False
-        allowed = np.frombuffer(request.allowed, np.int32) if request.allowed else None
-        self._guides[sequence] = self._grammars.guide(sampling.grammar, sequence.stop_ids, sampling.min_tokens, allowed, request.cache_salt)
-        return True
+        sampling, allowed = sequence.spec.sampling, _allowed(request)
+        if sampling.grammar is not None:
+            self._guides[sequence] = self._grammars.guide(sampling.grammar, sequence.spec.stop_ids, sampling.min_tokens, allowed, request.cache_salt)
+        elif allowed is not None:
+            self._allowed[sequence] = allowed
+        return sampling.grammar is not None or allowed is not None
+
+    def started(self, sequence: Sequence) -> None:
+        if sequence in self._allowed:
+            self._started.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        del self._guides[sequence]
+        self._guides.pop(sequence, None)
+        self._allowed.pop(sequence, None)
 
     def prepared(self, sequence: Sequence) -> bool:
         """What may come next is known."""
-        return not sequence.awaits_token and self._guides[sequence].knows(len(sequence.token_ids) - sequence.prompt_len)
+        guide = self._guides.get(sequence)
+        return guide is None or (not sequence.awaits_token and guide.knows(len(sequence.token_ids) - sequence.spec.prompt_len))
 
     def prepare(self, sequence: Sequence) -> bool:
         """Its grammar is compiled and what may come next is known; or it never will be."""
-        guide = self._guides[sequence]
+        guide = self._guides.get(sequence)
+        if guide is None:
+            return True
         if sequence.awaits_token or not guide.compiled:
             return False
-        answer = sequence.token_ids[sequence.prompt_len :]
+        answer = sequence.token_ids[sequence.spec.prompt_len :]
         self._follower.ask(guide, answer)
         return guide.knows(len(answer))
 
     def last_word(self, sequence: Sequence, token_id: int) -> Finish | None:
-        guide = self._guides[sequence]
+        guide = self._guides.get(sequence)
+        if guide is None:
+            return None
         guide.check_last(token_id)
         return None if guide.refusal is None else _refused(sequence, guide)
 
@@ -83,8 +99,8 @@ class GrammarMasks(SchedulerFeature):
                 yield from _ending(sequence, self._guides[sequence])
 
     def endings_of_running(self) -> Iterator[tuple[Sequence, Finish]]:
-        """A row whose mask is not known in time is marked: it goes without a step."""
-        rows = self.rows
+        """A row whose mask is not known in time goes without a step."""
+        rows, self._unmasked = self.rows, []
         guided = np.array([sequence.row for sequence in self._guides if sequence.status is Status.RUNNING], np.int32)
         if not len(guided):
             return
@@ -95,24 +111,29 @@ class GrammarMasks(SchedulerFeature):
             sequence = rows.sequences[row]
             if sequence is not None:
                 guide = self._guides[sequence]
-                rows.unmasked[row] = not guide.knows(int(rows.num_known[row]) - sequence.prompt_len)
-                if not rows.unmasked[row]:
+                if guide.knows(int(rows.num_known[row]) - sequence.spec.prompt_len):
                     yield from _ending(sequence, guide)
+                else:
+                    self._unmasked.append(row)
+
+    def holds_back(self, rows: Int32) -> NDArray[np.intp]:
+        """Those of a grammar that have a token which is not known, or followed, yet."""
+        table = self.rows
+        behind = (table.num_tokens[rows] > table.num_known[rows]) | np.isin(rows, self._unmasked)
+        return np.flatnonzero(behind & (table.features[rows] & Feature.GUIDED != 0))
 
     def ask(self, step: StepRows) -> TokenMasks | None:
-        """None: every row may sample any token."""
-        rows, sampled = self.rows, step.rows[step.samples]
-        guided = self._guided(sampled)
-        if not len(guided):
-            return None
-        words = []
-        for row in guided.tolist():
+        """None: every row may sample any token, or has been given its mask before."""
+        rows = self.rows
+        masks = {runner.row: self._allowed[sequence] for sequence in self._started for runner in sequence.runners}
+        self._started = []
+        for row in self._guided(step.rows[step.samples]).tolist():
             sequence = rows.sequences[row]
             assert sequence is not None
             guide = self._guides[sequence]
-            assert guide.knows(int(rows.num_known[row]) - sequence.prompt_len), "a row samples without its mask"
-            words.append(guide.mask)
-        return TokenMasks(guided, np.stack(words))
+            assert guide.knows(int(rows.num_known[row]) - sequence.spec.prompt_len), "a row samples without its mask"
+            masks[row] = guide.mask
+        return TokenMasks(np.array(list(masks), np.int32), np.stack(list(masks.values()))) if masks else None
 
     def settle(self, batch: Batch, ask: Ask, answer: Answer | None, takings: Takings) -> None:
         """Has the answers of the step's rows followed: early, so that masks come while others are attended to."""
@@ -130,11 +151,18 @@ class GrammarMasks(SchedulerFeature):
         for row in guided.tolist():
             sequence = rows.sequences[row]
             if sequence is not None:
-                self._follower.ask(self._guides[sequence], rows.token_ids[row, sequence.prompt_len : rows.num_known[row]])
+                self._follower.ask(self._guides[sequence], rows.token_ids[row, sequence.spec.prompt_len : rows.num_known[row]])
         self._follower.collect()
 
     def check(self, living: Iterable[Sequence]) -> None:
-        assert set(self._guides) == {sequence for sequence in living if sequence.sampling.grammar is not None}, "guides without a sequence, or the reverse"
+        alive = set(living)
+        assert set(self._guides) == {sequence for sequence in alive if sequence.spec.sampling.grammar is not None}, "guides without a sequence, or the reverse"
+        assert set(self._allowed) <= alive - set(self._guides), "allowed tokens of a sequence that is over, or beside a grammar"
+
+
+def _allowed(request: Submit) -> Int32 | None:
+    """A bit a token; None: any token."""
+    return np.frombuffer(request.allowed, np.int32) if request.allowed else None
 
 
 def _ending(sequence: Sequence, guide: Guide) -> Iterator[tuple[Sequence, Finish]]:

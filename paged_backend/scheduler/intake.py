@@ -7,11 +7,13 @@ from hashlib import blake2b
 import numpy as np
 
 from paged_backend.arrays import Int32
+from paged_backend.batch import features_of
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Submit
 from paged_backend.scheduler.features import LiveFeatures
 from paged_backend.scheduler.limits import SchedulerLimits
-from paged_backend.scheduler.sequence import Sequence
+from paged_backend.scheduler.sequence import Sequence, SequenceSpec
+from paged_backend.scheduler.sequence_pages import PageTable
 
 
 class Intake:
@@ -27,38 +29,41 @@ class Intake:
         token_ids = np.frombuffer(request.prompt_ids, np.int32)
         refusal = self._refusal(token_ids, request.resumed, num_waiting)
         if refusal is None:
-            sequence = self._sequence(request, token_ids)
-            refusal = self._features.refusal(sequence)
+            spec, salt = self._spec(request, token_ids), self._salt(request)
+            sequence = Sequence(spec, token_ids, PageTable(salt), answered=request.num_answered > 0)
+            refusal = self._features.refusal(sequence, request)
         if refusal is not None:
             return Finish(request.request_id, error=refusal[0], message=refusal[1])
         self._next_arrival_index += 1
         self._features.enter(sequence, request)
         return sequence
 
-    def _sequence(self, request: Submit, token_ids: Int32) -> Sequence:
+    def _spec(self, request: Submit, token_ids: Int32) -> SequenceSpec:
         """All that is known of a request when it comes."""
         limits, sampling, arrival_index = self._limits, request.sampling, self._next_arrival_index + 1
         eos_ids = () if sampling.ignore_eos else limits.eos_ids
+        stop_ids = tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids))
         prompt_len = len(token_ids) - request.num_answered
-        finds = limits.prefix_cache and not sampling.skip_prefix_cache
-        return Sequence(
+        return SequenceSpec(
             request_id=request.request_id,
             arrival_index=arrival_index,
-            token_ids=token_ids,
+            arrival=request.arrival,
             prompt_len=prompt_len,
             length_limit=min(prompt_len + (sampling.max_tokens or limits.max_model_len), limits.max_model_len),
             sampling=sampling,
             seed=self._own_seed(arrival_index) if sampling.seed is None else sampling.seed & (2**64 - 1),
-            stop_ids=tuple(dict.fromkeys(eos_ids + sampling.stop_token_ids)),
+            stop_ids=stop_ids,
             bad_words=request.bad_words,
-            cache_salt=f"salt {request.cache_salt}" if finds else f"family {request.family}",
-            shares=finds or request.family is not None,
-            arrival=request.arrival,
+            features=features_of(sampling, stop_ids, request.bad_words, restricted=bool(request.allowed)),
             resumed=request.resumed,
             traced=request.traced,
-            answered=request.num_answered > 0,
-            allowed=np.frombuffer(request.allowed, np.int32) if request.allowed and not sampling.guided else None,
         )
+
+    def _salt(self, request: Submit) -> str | None:
+        """Who may share pages with it: all of the same salt, or only requests of the same prompt, or nobody."""
+        if self._limits.prefix_cache and not request.sampling.skip_prefix_cache:
+            return f"salt {request.cache_salt}"
+        return None if request.family is None else f"family {request.family}"
 
     def _refusal(self, token_ids: Int32, resumed: bool, num_waiting: int) -> tuple[ErrorKind, str] | None:
         limits = self._limits

@@ -51,7 +51,7 @@ class KvEvents:
         """Notes that pages of a sequence are findable now.
 
         hashes, token_ids: of the sequence, from its first page and token on. indices: of the pages, ascending. root: what its first page's hash follows
-        (`Sequence.cache_salt`).
+        (`PageTable.salt`).
         """
         salt, size = _salt_of(root), self._page_size
         if salt is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32
 from paged_backend.messages import Finish
@@ -30,8 +31,8 @@ class Lifecycle:
         self.running = running
         self.num_preemptions = 0
         self.features = features
+        self.finishes: list[Finish] = []  # that nobody has been told of
         self._by_id: dict[int, Sequence] = {}
-        self._finishes: list[Finish] = []
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -74,7 +75,7 @@ class Lifecycle:
     def end(self, sequence: Sequence, finish: Finish) -> None:
         """The end of a sequence, whatever it was doing."""
         self._leave(sequence)
-        self._finishes.append(finish)
+        self.finishes.append(finish)
 
     def end_all(self, ends: Iterable[tuple[Sequence, Finish]]) -> None:
         for sequence, finish in ends:
@@ -82,7 +83,7 @@ class Lifecycle:
 
     def refuse(self, finish: Finish) -> None:
         """A request that never lived."""
-        self._finishes.append(finish)
+        self.finishes.append(finish)
 
     def forget(self, request_id: int) -> None:
         """Nothing more is said of a request. Unknown ids (already over) are fine."""
@@ -90,7 +91,7 @@ class Lifecycle:
         if sequence is not None:
             self._leave(sequence)
         else:
-            self._finishes = [finish for finish in self._finishes if finish.request_id != request_id]
+            self.finishes = [finish for finish in self.finishes if finish.request_id != request_id]
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
@@ -101,14 +102,9 @@ class Lifecycle:
         self.features.leave(sequence)
         del self._by_id[sequence.request_id]
 
-    @property
-    def num_finishes(self) -> int:
-        """Of which nobody has been told."""
-        return len(self._finishes)
-
     def take_finishes(self) -> tuple[Finish, ...]:
         """Those not told yet, in their order; none are left."""
-        finishes, self._finishes = tuple(self._finishes), []
+        finishes, self.finishes = tuple(self.finishes), []
         return finishes
 
     def num_tokens(self, sequence: Sequence) -> int:
@@ -118,16 +114,16 @@ class Lifecycle:
 
     # ---- pages for a step
 
-    def secure_pages(self, rows: Int32, counts: Int32) -> tuple[Int32, Int32]:
-        """Gives every row the pages its tokens need. Who finds none left goes without a step; who is preempted drops out."""
+    def secure_pages(self, rows: Int32, counts: Int32, short: NDArray[np.bool_]) -> tuple[Int32, Int32]:
+        """Gives every row the pages its tokens need. Rows that cannot get any go without a step, those of preempted sequences drop out.
+
+        short: which rows have not got them yet, as `RunningSequences.lack_pages` says.
+        """
         table = self.running.table
-        ends = table.num_computed[rows] + counts
-        short = ends > table.capacity[rows]
-        if not short.any():
-            return rows, counts
+        ends = table.num_computed[rows[short]] + counts[short]
         stalled = set()
         num_preemptions = self.num_preemptions
-        for row, end in zip(rows[short].tolist(), ends[short].tolist(), strict=True):
+        for row, end in zip(rows[short].tolist(), ends.tolist(), strict=True):
             runner = table.sequences[row]
             if runner is not None and not self._grow(runner, row, end):
                 stalled.add(row)
@@ -151,8 +147,8 @@ class Lifecycle:
         self.running.check()
         self.features.check(self)
         waiting = [sequence for sequence in self if sequence.status is Status.WAITING]
-        assert len(waiting) == len(self.waiting)
-        assert not any(runner.pages or runner.row is not None for sequence in waiting for runner in sequence.runners)
+        assert len(waiting) == self.waiting.num_waiting
+        assert not any(runner.page_table.pages or runner.row is not None for sequence in waiting for runner in sequence.runners)
         running = {id(runner) for runner in self.running.runners}
         expected = {id(runner) for sequence in self if sequence.status is Status.RUNNING for runner in sequence.runners}
         assert running == expected and len(running) == len(self.running.runners), "a sequence is neither waiting nor running"

@@ -24,7 +24,7 @@ class PromptLogprobsFeature(SchedulerFeature):
         self._by_id: dict[int, Sequence] = {}
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
-        if sequence.sampling.prompt_logprobs is None or sequence.answered:
+        if sequence.spec.sampling.prompt_logprobs is None or sequence.answered:
             return False
         self._unscored[sequence], self._by_id[sequence.request_id] = 0, sequence
         return True
@@ -48,9 +48,9 @@ class PromptLogprobsFeature(SchedulerFeature):
             runner = table.sequences[row]
             assert runner is not None
             sequence = runner.leader
-            start, end = max(start, self._unscored[sequence]), min(start + count, sequence.prompt_len - 1)
+            start, end = max(start, self._unscored[sequence]), min(start + count, sequence.spec.prompt_len - 1)
             if start < end:
-                found.append(PromptSpan(sequence.request_id, entry, start, end - start, sequence.sampling.prompt_logprobs or 0))
+                found.append(PromptSpan(sequence.request_id, entry, start, end - start, sequence.spec.sampling.prompt_logprobs or 0))
                 self._unscored[sequence] = end
             if self._scored(sequence):
                 table.features[row] &= ~Feature.PROMPT_LOGPROBS
@@ -61,7 +61,7 @@ class PromptLogprobsFeature(SchedulerFeature):
         assert isinstance(ask, PromptScoring) and isinstance(answer, ScoredPrompts)
         for span, scores in zip(ask.spans, answer.scores, strict=True):
             if span.request_id in self._by_id:
-                takings.tell_prompt(
+                takings.tell(
                     PromptLogprobs(
                         request_id=span.request_id,
                         start=span.start + 1,
@@ -74,4 +74,4 @@ class PromptLogprobsFeature(SchedulerFeature):
 
     def _scored(self, sequence: Sequence) -> bool:
         """No more logits are wanted."""
-        return self._unscored[sequence] >= sequence.prompt_len - 1
+        return self._unscored[sequence] >= sequence.spec.prompt_len - 1

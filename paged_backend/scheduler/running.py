@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Feature, NewRow
+from paged_backend.batch import NewRow, TokenEdit
 from paged_backend.scheduler.limits import SchedulerLimits
-from paged_backend.scheduler.row_changes import RowChanges
-from paged_backend.scheduler.sequence import Rows, Sequence, Status
+from paged_backend.scheduler.rows import Rows
+from paged_backend.scheduler.sequence import Sequence, Status
 from paged_backend.scheduler.sequence_pages import SequencePages
+
+
+@dataclass
+class RowChanges:
+    """What the device has to learn about rows with the next step, gathered until then.
+
+    Invariant: a row's changes are those of the sequence that holds it now; `drop` forgets those of one that leaves it.
+    """
+
+    new_rows: list[NewRow] = field(default_factory=list)
+    token_edits: list[TokenEdit] = field(default_factory=list)
+    page_updates: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its page table, page id)
+    page_copies: list[tuple[int, int, int]] = field(default_factory=list)  # (row, page to be copied, page to be written)
+
+    def drop(self, row: int) -> None:
+        self.new_rows = [new for new in self.new_rows if new.row != row]
+        self.token_edits = [edit for edit in self.token_edits if edit.row != row]
+        self.page_updates = [update for update in self.page_updates if update[0] != row]
+        self.page_copies = [copy for copy in self.page_copies if copy[0] != row]
+
+    def take(self) -> dict[str, Any]:
+        """As fields of a Batch, those that have anything; none are left."""
+        taken: dict[str, Any] = {}
+        if self.new_rows:
+            taken["new_rows"], self.new_rows = tuple(self.new_rows), []
+        if self.token_edits:
+            taken["token_edits"], self.token_edits = tuple(self.token_edits), []
+        if self.page_updates:
+            taken["page_updates"], self.page_updates = np.array(self.page_updates, np.int32), []
+        if self.page_copies:
+            taken["page_copies"], self.page_copies = np.array(self.page_copies, np.int32)[:, 1:], []
+        return taken
 
 
 class RunningSequences:
@@ -37,10 +72,11 @@ class RunningSequences:
         prefix cache. Returns the row of the first: the others have nothing to compute yet. None: rows or pages are short, and nothing has changed."""
         if self.table.num_free < len(sequence.runners):
             return None
-        num_computed = self.pages.take(sequence.runners, num_tokens, num_reusable, self.headroom())
+        first, *others = sequence.runners
+        tables = [runner.page_table for runner in sequence.runners]
+        num_computed = self.pages.take(tables, first.token_ids, num_tokens, num_reusable, self.headroom())
         if num_computed is None:
             return None
-        first, *others = sequence.runners
         row = self._occupy(first, num_computed)
         for runner in others:
             self._occupy(runner, 0)
@@ -49,21 +85,22 @@ class RunningSequences:
 
     def _occupy(self, runner: Sequence, num_computed: int) -> int:
         """The device learns of it with this step's batch."""
-        row = self.table.occupy(runner, num_computed)
+        row, spec = self.table.occupy(runner, num_computed), runner.spec
         self.runners.append(runner)
         self._rows = None
-        new = NewRow(
-            row=row,
-            token_ids=runner.token_ids,
-            prompt_len=runner.prompt_len,
-            sampling=runner.sampling,
-            seed=runner.seed,
-            stop_ids=runner.stop_ids,
-            bad_words=runner.bad_words,
-            allowed=runner.allowed,
+        self.changes.new_rows.append(
+            NewRow(
+                row=row,
+                token_ids=runner.token_ids,
+                prompt_len=spec.prompt_len,
+                sampling=spec.sampling,
+                seed=spec.seed,
+                stop_ids=spec.stop_ids,
+                bad_words=spec.bad_words,
+                features=spec.features,
+            )
         )
-        self.changes.new_rows.append(new)
-        self.changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.pages))
+        self.changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.page_table.pages))
         return row
 
     def stop(self, sequence: Sequence) -> None:
@@ -72,7 +109,7 @@ class RunningSequences:
             assert runner.row is not None
             self.changes.drop(runner.row)
             self.table.vacate(runner)
-            self.pages.release(runner)
+            self.pages.release(runner.page_table)
             self.runners.remove(runner)
         self._rows = None
 
@@ -90,16 +127,21 @@ class RunningSequences:
         num_tokens = table.num_tokens[rows]
         counts = num_tokens - table.num_computed[rows]
         counts[num_tokens >= table.length_limit[rows]] = 0  # its last token is in flight and need not be computed
-        counts[((num_tokens > table.num_known[rows]) | table.unmasked[rows]) & (table.features[rows] & Feature.STEPWISE != 0)] = 0  # it depends on that
         return rows, counts
+
+    def lack_pages(self, rows: Int32, counts: Int32) -> NDArray[np.bool_]:
+        """Which rows have no slot yet for some of their next counts[i] tokens."""
+        lack: NDArray[np.bool_] = self.table.num_computed[rows] + counts > self.table.capacity[rows]
+        return lack
 
     def append_page(self, runner: Sequence) -> bool:
         """One more page for it; False if there is none."""
-        page, row = self.pages.append(runner), runner.row
+        table, row = runner.page_table, runner.row
+        page = self.pages.append(table)
         assert row is not None
         if page is None:
             return False
-        self.changes.page_updates.append((row, len(runner.pages) - 1, page))
+        self.changes.page_updates.append((row, len(table.pages) - 1, page))
         self.table.capacity[row] += self._page_size
         return True
 
@@ -137,7 +179,7 @@ class RunningSequences:
             return
         first = int(table.publish_at[row]) // size - 1
         end = min(num_computed, int(table.num_known[row])) // size
-        self.pages.publish(sequence, table.token_ids[row], first, end)
+        self.pages.publish(sequence.page_table, table.token_ids[row], first, end, sequence.spec.sampling.lora_name)
         table.publish_at[row] = (end + 1) * size
 
     # ---- what it looks like
@@ -155,8 +197,8 @@ class RunningSequences:
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
-        self.pages.check(self.runners)
+        self.pages.check(runner.page_table for runner in self.runners)
         for runner in self.runners:
             assert runner.leader.status is Status.RUNNING and runner.row is not None and self.table.sequences[runner.row] is runner
-            assert self.table.capacity[runner.row] == len(runner.pages) * self._page_size
+            assert self.table.capacity[runner.row] == len(runner.page_table.pages) * self._page_size
             assert self.table.num_computed[runner.row] <= self.table.capacity[runner.row], "computed tokens without a slot"

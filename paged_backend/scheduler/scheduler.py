@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,12 @@ class Scheduler:
             Beams(running.pages),
         )
         self._features = LiveFeatures(every, running.table, running.changes)
-        waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__)
+        self._waiting = waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__)
         self._living = Lifecycle(waiting, running, self._features)
         self._intake = Intake(limits, self._features)
         self._admission = Admission(limits, self._living, self._quarantine, clock)
         self._deadlines = Deadlines(limits, clock)
-        self._outcomes = Commit(self._living)
+        self._commit = Commit(self._living)
         self._step = 0
 
     # ---- requests come and go
@@ -104,27 +105,36 @@ class Scheduler:
         living = self._living
         if self._clock() >= self._deadlines.next_check:
             living.end_all(self._deadlines.overdue(living))
-        living.end_all(self._admission.review())
-        for feature in self._features.active:
-            living.end_all(feature.endings_of_running())
+        if self._features.active:
+            living.end_all(self._admission.review())
+            for feature in self._features.active:
+                living.end_all(feature.endings_of_running())
         rows, counts = self._computed_by_those_that_run()
-        rows, counts = self._admission.admit(rows, counts)
+        if self._waiting.num_waiting:
+            rows, counts = self._admission.admit(rows, counts)
         return self._batch(rows, counts) if len(rows) else None
 
     def _computed_by_those_that_run(self) -> tuple[Int32, Int32]:
-        """(rows, counts) with pages. Who finds none must not keep the budget from those that have theirs: their end is what brings pages."""
-        stalled = np.empty(0, np.int32)
-        while True:
-            shared, counts = self._share_out(stalled)
-            rows, counts = self._living.secure_pages(shared, counts)
-            if len(rows) or not len(shared):
-                return rows, counts
-            stalled = np.concatenate([stalled, shared])
+        """(rows, counts) with pages. Rows that cannot get any are skipped, so that others, whose ends bring pages, can use the budget."""
+        rows, counts = self._share_out()
+        stalled: list[int] = []
+        while (short := self._running.lack_pages(rows, counts)).any():
+            shared = rows
+            rows, counts = self._living.secure_pages(rows, counts, short)
+            if len(rows):
+                break
+            stalled += shared.tolist()
+            rows, counts = self._share_out(stalled)
+        return rows, counts
 
-    def _share_out(self, stalled: Int32) -> tuple[Int32, Int32]:
-        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last."""
+    def _share_out(self, stalled: Listing[int] = ()) -> tuple[Int32, Int32]:
+        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last.
+
+        stalled: rows that get nothing."""
         rows, counts = self._running.computable()
-        if len(stalled):
+        for feature in self._features.active:
+            counts[feature.holds_back(rows)] = 0
+        if stalled:
             counts[np.isin(rows, stalled)] = 0
         if (counts == 1).all():
             return rows, counts
@@ -150,11 +160,13 @@ class Scheduler:
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in what a step brought, in the order of steps."""
-        return self._outcomes.commit(batch, result)
+        return self._commit.commit(batch, result)
 
     def refusals(self) -> StepOutput | None:
         """Ends of requests that no step brought: refused, overdue."""
-        return self._outcomes.refusals()
+        if not self._living.finishes:
+            return None
+        return StepOutput(np.empty(0, np.int64), np.empty(0, np.int32), finishes=self._living.take_finishes())
 
     # ---- what it looks like
 
@@ -177,7 +189,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._living.waiting)
+        return self._waiting.num_waiting
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -194,7 +206,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(len(self._living) or self._living.num_finishes)
+        return bool(len(self._living) or self._living.finishes)
 
     def live_tokens(self) -> int:
         """Slots of held pages that hold a token; a page shared by several sequences counts once."""

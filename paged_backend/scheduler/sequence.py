@@ -1,22 +1,13 @@
-"""A sequence (one generation in flight), and the table of rows in which running sequences keep what every step touches.
-
-A running sequence owns a row. The per-step facts of all rows are columns of one table, so that a step over 256 sequences is a handful of
-array operations; the same rows exist on the device (step_tensors.py).
-"""
+"""A sequence: one generation in flight. What its request says of it never changes (`SequenceSpec`); the rest is where it stands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-
-import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import features_of
 from paged_backend.request import SamplingParams
-
-_NEVER = int(np.iinfo(np.int32).max)
+from paged_backend.scheduler.sequence_pages import PageTable
 
 
 class Status(Enum):
@@ -25,37 +16,40 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class SequenceSpec:
+    """All that is known of a sequence when its request comes (intake.py)."""
+
+    request_id: int
+    arrival_index: int  # order of arrival in the engine: the higher, the younger
+    arrival: float  # seconds, CLOCK_MONOTONIC
+    prompt_len: int
+    length_limit: int  # finish ("length") at this many tokens
+    sampling: SamplingParams
+    seed: int  # 64 bits; the caller's, or drawn by the scheduler
+    stop_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
+    features: int  # `Feature` bits of what it asks for
+    resumed: bool = False  # an engine that died had let it in
+    traced: bool = False  # its admission is told with its first token
+
+
 @dataclass(eq=False)
 class Sequence:
     """One generation. While it runs, its tokens and lengths are in its row; while it waits, `token_ids` has them all.
 
-    Invariant: `pages` are held by this sequence, in order; `hashes` are those of its first full pages; `row` is set exactly while it runs.
+    Invariant: the pages of `page_table` are held by this sequence; `row` is set exactly while it runs.
     What waits, runs, is preempted and ends is a leader; what has a row and pages is a runner. Most sequences are both; with beams a leader has several.
     """
 
-    request_id: int
-    arrival_index: int  # order of arrival in the engine: the higher, the younger
+    spec: SequenceSpec
     token_ids: Int32  # [num_tokens] known tokens, as of the last time it waited
-    prompt_len: int
-    length_limit: int  # finish ("length") at this many tokens
-    sampling: SamplingParams
-    seed: int
-    stop_ids: tuple[int, ...]
-    bad_words: tuple[tuple[int, ...], ...]
-    cache_salt: str
-    shares: bool  # its pages may be found by others, and theirs by it
-    arrival: float  # seconds, CLOCK_MONOTONIC
-    resumed: bool = False  # an engine that died had let it in
-    traced: bool = False  # its admission is told with its first token
-    allowed: Int32 | None = None  # [ceil(vocab / 32)] its only tokens, where no grammar has them; None: all
+    page_table: PageTable
     status: Status = Status.WAITING
-    placed: bool = False  # it has a place in the waiting queue
     row: int | None = None
-    pages: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it first started
     awaits_token: bool = False  # preempted while a sampled token was in flight: must not start before it lands
-    admitted: float | None = None  # when it first left the queue
+    admitted: float | None = None  # seconds, CLOCK_MONOTONIC, when it first left the queue
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache then
     answered: bool = False  # its first token has been told
     leader: Sequence = field(init=False, repr=False)
     runners: list[Sequence] = field(init=False, repr=False)
@@ -64,105 +58,14 @@ class Sequence:
         self.leader, self.runners = self, [self]
 
     @property
+    def request_id(self) -> int:
+        return self.spec.request_id
+
+    @property
     def held_pages(self) -> list[int]:
-        """Of all its runners, each once."""
-        return self.pages if self.runners == [self] else list(dict.fromkeys(page for runner in self.runners for page in runner.pages))
+        """The pages of all its runners, each once."""
+        return list(dict.fromkeys(page for runner in self.runners for page in runner.page_table.pages))
 
     def priority_key(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
-        leader = self.leader
-        return (leader.sampling.priority_level, leader.arrival_index)
-
-
-_FREE = -1
-
-
-class Rows:
-    """Columns of per-step facts, one row per running sequence.
-
-    num_tokens counts a token from the moment its sampling is launched, num_known from the moment its id has come back;
-    num_computed counts tokens whose K and V are in the pool or will be when the launched steps are over.
-    """
-
-    def __init__(self, max_num_sequences: int, max_model_len: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.sequences: list[Sequence | None] = [None] * max_num_sequences
-        self.request_id = np.full(max_num_sequences, _FREE, np.int64)
-        # Of the request that a row works for: a beam has no id that anybody else knows. The last is that of a request without a row that is attended to.
-        self.running_id = np.full(max_num_sequences + 1, _FREE, np.int64)
-        self.token_ids = np.zeros((max_num_sequences, max_model_len + 1), np.int32)
-        self.num_tokens = np.zeros(max_num_sequences, np.int32)
-        self.num_known = np.zeros(max_num_sequences, np.int32)
-        self.num_computed = np.zeros(max_num_sequences, np.int32)
-        self.length_limit = np.zeros(max_num_sequences, np.int32)
-        self.capacity = np.zeros(max_num_sequences, np.int32)  # slots in held pages
-        self.publish_at = np.zeros(max_num_sequences, np.int32)  # known and computed tokens that make the next page publishable
-        self.stop_ids = np.full((max_num_sequences, 4), -1, np.int32)  # widened on demand
-        self.features = np.zeros(max_num_sequences, np.int32)
-        self.unanswered = np.zeros(max_num_sequences, np.bool_)
-        self.unmasked = np.zeros(max_num_sequences, np.bool_)  # its grammar's mask is not known yet
-        self._free = list(range(max_num_sequences - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def share_request_ids(self, path: Path) -> None:
-        """Keeps `running_id` in a file from now on, int64 [num_rows + 1]."""
-        shared = np.asarray(np.memmap(path, np.int64, "w+", shape=self.running_id.shape))
-        shared[:] = self.running_id
-        self.running_id = shared
-
-    def attend_to(self, request_id: int | None) -> None:
-        """A request without a row is looked at, or none any more: should this process die meanwhile, it may have been the cause."""
-        self.running_id[-1] = _FREE if request_id is None else request_id
-
-    def occupy(self, sequence: Sequence, num_computed: int) -> int:
-        """Moves a waiting sequence, whose pages are held and whose first `num_computed` tokens are in them, onto a free row."""
-        row = self._free.pop()
-        num_tokens = len(sequence.token_ids)
-        self.sequences[row] = sequence
-        self.request_id[row] = sequence.request_id
-        self.running_id[row] = sequence.leader.request_id
-        self.token_ids[row, :num_tokens] = sequence.token_ids
-        self.num_tokens[row] = self.num_known[row] = num_tokens
-        self.num_computed[row] = num_computed
-        self.length_limit[row] = sequence.length_limit
-        self.capacity[row] = len(sequence.pages) * self.page_size
-        self.publish_at[row] = num_computed + self.page_size if sequence.shares else _NEVER
-        width = len(sequence.stop_ids)
-        if width > self.stop_ids.shape[1]:
-            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, width - self.stop_ids.shape[1])), constant_values=-1)
-        self.stop_ids[row, :width] = sequence.stop_ids
-        self.features[row] = features_of(sequence.sampling, sequence.stop_ids, sequence.bad_words, sequence.allowed is not None)
-        self.unanswered[row] = not sequence.answered
-        sequence.row, sequence.status = row, Status.RUNNING
-        return row
-
-    def token_ids_of(self, sequence: Sequence) -> Int32:
-        """Its known tokens; a view."""
-        assert sequence.row is not None
-        return self.token_ids[sequence.row, : self.num_known[sequence.row]]
-
-    def rewrite(self, sequence: Sequence, token_ids: Int32, num_computed: int) -> None:
-        """Gives a row other tokens, all known, of which the first `num_computed` are in its sequence's pages. They are not for others to find."""
-        row = sequence.row
-        assert row is not None
-        self.token_ids[row, : len(token_ids)] = token_ids
-        self.num_tokens[row] = self.num_known[row] = len(token_ids)
-        self.num_computed[row] = num_computed
-        self.capacity[row] = len(sequence.pages) * self.page_size
-        self.publish_at[row] = _NEVER
-
-    def vacate(self, sequence: Sequence) -> None:
-        """Takes a sequence off its row; its known tokens go back into `sequence.token_ids`."""
-        row = sequence.row
-        assert row is not None
-        sequence.token_ids = self.token_ids[row, : self.num_known[row]].copy()
-        self.sequences[row] = None
-        self.request_id[row] = self.running_id[row] = _FREE
-        self.num_tokens[row] = self.num_known[row] = self.num_computed[row] = self.capacity[row] = 0
-        self.stop_ids[row] = -1
-        self.unmasked[row] = False
-        self._free.append(row)
-        sequence.row = None
+        return self.spec.sampling.priority_level, self.spec.arrival_index

@@ -1,19 +1,28 @@
-"""Which pages a sequence holds, and which of them others may share: where sequences, page pool and prefix cache meet."""
+"""Which pages a sequence holds, and which of them others may share: where page tables, page pool and prefix cache meet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
+from dataclasses import dataclass, field
 
 from paged_backend.arrays import Int32
 from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.page_pool import PagePool
 from paged_backend.scheduler.prefix_cache import PrefixCache
-from paged_backend.scheduler.sequence import Sequence
+
+
+@dataclass(eq=False)
+class PageTable:
+    """A sequence's pages in the order of its tokens. Invariant: `hashes` are those of its first full pages."""
+
+    salt: str | None  # root of its hashes: pages are shared by tables with the same; None: it neither finds pages of others nor leaves any
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
 
 
 class SequencePages:
-    """Invariant (`check`): every page's count is the number of sequences whose page list names it."""
+    """Invariant (`check`): every page's count is the number of page tables that name it."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.pool = PagePool(num_pages)
@@ -26,18 +35,21 @@ class SequencePages:
         self._events = events
         self._cache.on_forget = events.forget
 
-    def take(self, runners: Listing[Sequence], num_tokens: int, num_reusable: int, headroom: int) -> int | None:
-        """Holds the pages of a waiting sequence's first `num_tokens` tokens, known or not, those of the first `num_reusable` that are in the prefix cache
-        first, and leaves `headroom` pages available. Each of its other runners gets what it will need for itself, a page at least, where the tokens it
-        shares with the first end. Returns how many tokens need not be computed; None if pages are short, then nothing has changed."""
-        sequence, *others = runners
+    def take(self, tables: Listing[PageTable], token_ids: Int32, num_tokens: int, num_reusable: int, headroom: int) -> int | None:
+        """Fills the empty tables of a waiting sequence's runners: the first with pages for `num_tokens` tokens, known or not, the others with what each will
+        need for itself, a page at least, where the tokens it shares with the first end. Leaves `headroom` pages available.
+
+        token_ids: the known tokens. num_reusable: pages of so many of the first may come from the prefix cache.
+        Returns how many tokens need not be computed; None if pages are short, then nothing has changed.
+        """
+        first, *others = tables
         shared: list[int] = []
-        if sequence.shares:
-            reusable = min(len(sequence.token_ids) - 1, num_reusable) // self._page_size  # the newest token is always computed: its logits are wanted
-            self._cache.extend(sequence.hashes, sequence.token_ids, reusable, sequence.cache_salt)
-            shared = self._cache.match(sequence.hashes[:reusable])
+        if first.salt is not None:
+            reusable = min(len(token_ids) - 1, num_reusable) // self._page_size  # the newest token is always computed: its logits are wanted
+            self._cache.extend(first.hashes, token_ids, reusable, first.salt)
+            shared = self._cache.match(first.hashes[:reusable])
         num_pages = -(-num_tokens // self._page_size)
-        reserve = max(num_pages - len(sequence.token_ids) // self._page_size, 1)
+        reserve = max(num_pages - len(token_ids) // self._page_size, 1)
         num_new = num_pages - len(shared) + reserve * len(others)
         for page in shared:
             self.pool.hold(page)
@@ -45,20 +57,20 @@ class SequencePages:
         if new is None:
             self.pool.release(reversed(shared))
             return None
-        for runner in others:
-            runner.pages, new = new[:reserve], new[reserve:]
-        sequence.pages = shared + new
+        for table in others:
+            table.pages, new = new[:reserve], new[reserve:]
+        first.pages = shared + new
         return len(shared) * self._page_size
 
-    def append(self, sequence: Sequence) -> int | None:
+    def append(self, table: PageTable) -> int | None:
         """One more page; None if there is none."""
         pages = self.pool.take(1)
         if pages is None:
             return None
-        sequence.pages += pages
+        table.pages += pages
         return pages[0]
 
-    def share(self, taker: Sequence, source: Sequence, num_shared: int, num_left: int) -> None:
+    def share(self, taker: PageTable, source: PageTable, num_shared: int, num_left: int) -> None:
         """taker's first `num_left` pages are left for the first `num_shared` of source's; of the others it keeps as many as source has, and one at least."""
         for page in source.pages[:num_shared]:
             self.pool.hold(page)
@@ -67,23 +79,24 @@ class SequencePages:
         taker.pages = source.pages[:num_shared] + kept
         self.pool.release(reversed(left))
 
-    def publish(self, sequence: Sequence, token_ids: Int32, first: int, end: int) -> None:
-        """Makes pages `first` … `end` - 1 findable; token_ids: of the sequence, at least those of its first `end` pages."""
-        self._cache.extend(sequence.hashes, token_ids, end, sequence.cache_salt)
-        new = [index for index in range(first, end) if self._cache.publish(sequence.pages[index], sequence.hashes[index])]
+    def publish(self, table: PageTable, token_ids: Int32, first: int, end: int, lora_name: str | None) -> None:
+        """Makes pages `first` … `end` - 1 findable; token_ids: of the sequence, at least those of its first `end` pages. lora_name: of its adapter."""
+        assert table.salt is not None
+        self._cache.extend(table.hashes, token_ids, end, table.salt)
+        new = [index for index in range(first, end) if self._cache.publish(table.pages[index], table.hashes[index])]
         if self._events is not None and new:
-            self._events.store(sequence.hashes, token_ids, new, sequence.cache_salt, sequence.sampling.lora_name)
+            self._events.store(table.hashes, token_ids, new, table.salt, lora_name)
 
-    def release(self, sequence: Sequence) -> None:
-        self.pool.release(reversed(sequence.pages))  # leaves first: a page is never evicted before those that extend it
-        sequence.pages.clear()
+    def release(self, table: PageTable) -> None:
+        self.pool.release(reversed(table.pages))  # leaves first: a page is never evicted before those that extend it
+        table.pages.clear()
 
-    def check(self, holders: Iterable[Sequence]) -> None:
+    def check(self, tables: Iterable[PageTable]) -> None:
         """Raises AssertionError if an invariant is broken. O(pages)."""
         self.pool.check()
         self._cache.check()
         counts = [0] * self.pool.num_pages
-        for sequence in holders:
-            for page in sequence.pages:
+        for table in tables:
+            for page in table.pages:
                 counts[page] += 1
         assert counts == [self.pool.count(page) for page in range(self.pool.num_pages)], "a page's count is not its number of holders"

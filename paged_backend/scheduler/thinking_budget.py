@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Answer, Ask, Batch, Feature, LastThoughts, TokenEdit
+from paged_backend.batch import Answer, Ask, Batch, LastThoughts, TokenEdit
 from paged_backend.messages import Submit
 from paged_backend.scheduler.features import SchedulerFeature, StepRows, Takings
 from paged_backend.scheduler.sequence import Sequence
@@ -39,26 +40,31 @@ class ThinkingBudgets(SchedulerFeature):
 
     def __init__(self) -> None:
         self._budgets: dict[int, _Budget] = {}  # by request id
+        self._unsettled: set[int] = set()  # request ids whose newest token may be replaced when it is known
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
-        sampling = sequence.sampling
+        sampling = sequence.spec.sampling
         if sampling.max_thinking_tokens is None or sampling.end_thinking_token_id is None:
             return False
-        limit = sequence.prompt_len + sampling.max_thinking_tokens
+        limit = sequence.spec.prompt_len + sampling.max_thinking_tokens
         self._budgets[sequence.request_id] = _Budget(sequence, limit, sampling.end_thinking_token_id, sampling.start_thinking_token_id)
         return True
 
     def leave(self, sequence: Sequence) -> None:
         del self._budgets[sequence.request_id]
+        self._unsettled.discard(sequence.request_id)
+
+    def holds_back(self, rows: Int32) -> NDArray[np.intp]:
+        """Rows whose newest token may be replaced, until it is known."""
+        return np.flatnonzero(np.isin(self.rows.request_id[rows], list(self._unsettled)))
 
     def ask(self, step: StepRows) -> LastThoughts | None:
-        """Its rows do nothing before their tokens are known."""
         sampled, table = step.rows[step.samples], self.rows
         found = []
         for place, row in enumerate(sampled.tolist()):
             budget = self._budgets.get(int(table.request_id[row]))
             if budget is not None and table.num_tokens[row] == budget.limit + 1:  # that of this step counts already
-                table.features[row] |= Feature.UNSETTLED
+                self._unsettled.add(budget.sequence.request_id)
                 found.append(place)
         return LastThoughts(tuple(found)) if found else None
 
@@ -69,11 +75,10 @@ class ThinkingBudgets(SchedulerFeature):
             row, budget = int(rows[place]), self._budgets.get(int(request_ids[place]))
             if budget is None:
                 continue
+            self._unsettled.discard(budget.sequence.request_id)
             runs = table.request_id[row] == budget.sequence.request_id
-            if runs:
-                table.features[row] &= ~Feature.UNSETTLED
             known = table.token_ids_of(budget.sequence) if runs else budget.sequence.token_ids
-            if not budget.is_thinking(known[budget.sequence.prompt_len :]) or not takings.replace_token(place, budget.end_id):
+            if not budget.is_thinking(known[budget.sequence.spec.prompt_len :]) or not takings.replace_token(place, budget.end_id):
                 continue
             if runs:
                 self.changes.token_edits.append(TokenEdit(row, budget.limit, np.array([budget.end_id], np.int32)))

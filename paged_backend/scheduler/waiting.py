@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import heapq
 from collections.abc import Callable
 
@@ -16,41 +15,36 @@ class WaitingQueue:
     long ones; and the others. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
 
     A sequence whose grammar or adapter is not ready has no place yet and holds up nobody.
-    Invariant: len(queue) is the number of entries whose sequence is WAITING; `short_tokens` is how many tokens the prompts in the short lane have.
+    Invariant: `num_waiting` is the number of sequences that wait, in a lane or not; `short_tokens` is how many tokens the prompts in the short lane have.
     """
 
     def __init__(self, short_len: int, is_suspect: Callable[[Sequence], bool]) -> None:
         """short_len: the longest prompt that counts as short, in tokens."""
-        self._is_suspect = is_suspect
+        self.num_waiting = 0
         self.short_tokens = 0
+        self._is_suspect = is_suspect
         self._short_len = short_len
         self._short: list[_Entry] = []
         self._long: list[_Entry] = []
         self._suspects: list[_Entry] = []
-        self._unready: list[Sequence] = []  # not prepared yet; in their turn
-        self._num_waiting = 0
+        self._unready: set[Sequence] = set()  # not prepared yet: in no lane
         self._num_left = 0  # entries of those that left
-
-    def __len__(self) -> int:
-        return self._num_waiting
 
     def add(self, sequence: Sequence, prepared: bool) -> None:
         """prepared: it has what it must have before it can start."""
         sequence.status = Status.WAITING
-        self._num_waiting += 1
+        self.num_waiting += 1
         if prepared:
             self._place(sequence)
         else:
-            bisect.insort(self._unready, sequence, key=Sequence.priority_key)
+            self._unready.add(sequence)
 
     def let_in(self, is_ready: Callable[[Sequence], bool]) -> list[Sequence]:
         """Gives those of the held back that are ready, asked in their turn, their places, and returns them: a grammar may turn out to be none."""
-        let_in = [sequence for sequence in self._unready if sequence.status is Status.WAITING and is_ready(sequence)]
+        let_in = [sequence for sequence in sorted(self._unready, key=Sequence.priority_key) if is_ready(sequence)]
+        self._unready.difference_update(let_in)
         for sequence in let_in:
             self._place(sequence)
-        if let_in:
-            there = set(map(id, let_in))
-            self._unready = [sequence for sequence in self._unready if sequence.status is Status.WAITING and id(sequence) not in there]
         return let_in
 
     def first(self, *, suspects: bool = True) -> Sequence | None:
@@ -75,7 +69,7 @@ class WaitingQueue:
         sequence.status = Status.FINISHED
         self._forget(sequence)
         self._num_left += 1
-        if self._num_left > self._num_waiting + 64:  # mostly entries of those that left
+        if self._num_left > self.num_waiting + 64:  # mostly entries of those that left
             self._num_left = 0
             for lane in (self._short, self._long, self._suspects):
                 lane[:] = [entry for entry in lane if entry[1].status is Status.WAITING]
@@ -83,22 +77,20 @@ class WaitingQueue:
 
     def _place(self, sequence: Sequence) -> None:
         lane = self._lane(sequence)
-        sequence.placed = True
-        self.short_tokens += sequence.prompt_len if lane is self._short else 0
+        self.short_tokens += sequence.spec.prompt_len if lane is self._short else 0
         heapq.heappush(lane, (sequence.priority_key(), sequence))
 
     def _forget(self, sequence: Sequence) -> None:
-        self._num_waiting -= 1
-        if sequence.placed and self._lane(sequence) is self._short:
-            self.short_tokens -= sequence.prompt_len
-        sequence.placed = False
-        if len(self._unready) > self._num_waiting:
-            self._unready = [unready for unready in self._unready if unready.status is Status.WAITING]
+        self.num_waiting -= 1
+        if sequence in self._unready:
+            self._unready.remove(sequence)
+        elif self._lane(sequence) is self._short:
+            self.short_tokens -= sequence.spec.prompt_len
 
     def _lane(self, sequence: Sequence) -> list[_Entry]:
         if self._is_suspect(sequence):
             return self._suspects
-        return self._short if sequence.prompt_len <= self._short_len else self._long
+        return self._short if sequence.spec.prompt_len <= self._short_len else self._long
 
     @staticmethod
     def _head(lane: list[_Entry]) -> Sequence | None:

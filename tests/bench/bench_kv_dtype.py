@@ -40,7 +40,7 @@ def read_through(kv_dtype: str, sittings: list[exam.Sitting], options: dict[str,
             engine.submit(Submit(number, np.array(sitting.ids, np.int32).tobytes(), sampling, (), "", 1e18))
         while not engine.idle:
             for output in engine.step():
-                for piece in output.prompts:
+                for piece in output.feature_outputs:
                     logprobs[piece.request_id].append(np.frombuffer(piece.logprobs, np.float32))
                     likeliest[piece.request_id].append(np.frombuffer(piece.top_ids, np.int32))  # one each
     return [(np.concatenate(a), np.concatenate(b)) for a, b in zip(logprobs, likeliest, strict=True)]

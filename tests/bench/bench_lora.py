@@ -84,7 +84,8 @@ class Case:
         products.add_linear(products.norm_gated_linear(x, mlp.residual.before, mlp.gate_up), mlp.down, x)
 
     def time(self, products: Products) -> float:
-        products.begin(self.step)
+        if isinstance(products, AdaptedProducts):
+            products.begin(self.step)
         return replay_us(lambda index: self.layer(products, self.layers[index % _LAYERS]), 2 * _LAYERS, 9)
 
     def loop(self) -> float:
@@ -115,7 +116,7 @@ def main() -> None:
         for num_tokens in map(int, options.tokens.split(",")):
             for num_adapters in map(int, options.adapters.split(",")):
                 case = Case(options.model, Path(folder) / "model", num_tokens, num_adapters, options.rank)
-                plain, adapted = case.time(Products(case.ops)), case.time(AdaptedProducts(case.ops, *case.arguments))
+                plain, adapted = case.time(case.ops), case.time(AdaptedProducts(case.ops, *case.arguments))
                 row = {"bench": "lora", "model": options.model, "tokens": num_tokens, "adapters": num_adapters, "rank": options.rank}
                 row |= {"plain_us": round(plain, 2), "adapted_us": round(adapted, 2), "added": round(adapted / plain - 1, 3)}
                 row |= {"floor_us": round(case.bytes / reading * 1e6, 2), "loop_us": round(case.loop(), 1), "device": torch.cuda.get_device_name()}

@@ -10,7 +10,7 @@ import pytest
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
-from paged_backend.messages import Submit
+from paged_backend.messages import Found, Submit
 from paged_backend.request import parse_sampling
 from tests.oracle import save_checkpoint
 
@@ -49,8 +49,8 @@ def test_an_extreme_wish_brings_tokens_of_the_vocabulary(engine: Engine, wish: d
     while not engine.idle:
         for output in engine.step():
             token_ids += output.token_ids.tolist()
-            for found in output.found:
-                for sequence in found.sequences:
+            for found in output.feature_outputs:
+                for sequence in found.sequences if isinstance(found, Found) else ():
                     token_ids += np.frombuffer(sequence.token_ids, np.int32).tolist()
             finishes += output.finishes
     assert [finish.error for finish in finishes] == [None]

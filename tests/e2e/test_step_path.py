@@ -35,9 +35,10 @@ FEATURES = (
     "runner/beam_candidates.py",
     "runner/embeddings.py",
     "runner/prompt_scores.py",
+    "runner/token_masks.py",
 )
-MOST_FUNCTIONS = 92
-MOST_FILES = 31
+MOST_FUNCTIONS = 70
+MOST_FILES = 21
 _INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>")  # of a function that counts already
 
 

@@ -12,7 +12,7 @@ import torch
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine.loading import load_engine
-from paged_backend.messages import Submit
+from paged_backend.messages import Found, PromptLogprobs, Submit
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_tensors
 from paged_backend.request import SamplingParams
@@ -76,8 +76,8 @@ def test_beams_and_prompt_logprobs_are_those_of_plain_torch(tmp_path: Path) -> N
         outputs = []
         while not engine.idle:
             outputs += engine.step()
-        (found,) = [one for output in outputs for one in output.found]
-        told = [np.frombuffer(one.top_logprobs, np.float32) for output in outputs for one in output.prompts]
+        (found,) = [one for output in outputs for one in output.feature_outputs if isinstance(one, Found)]
+        told = [np.frombuffer(one.top_logprobs, np.float32) for output in outputs for one in output.feature_outputs if isinstance(one, PromptLogprobs)]
         heard.append(
             ([one.token_ids for one in found.sequences], np.concatenate([*told, *(np.frombuffer(one.logprobs, np.float32) for one in found.sequences)]))
         )

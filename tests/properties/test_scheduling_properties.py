@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from paged_backend.batch import StepOutput
 from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine.engine import Engine
-from paged_backend.messages import Submit
+from paged_backend.messages import Found, Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
@@ -135,7 +135,8 @@ class Scheduling(RuleBasedStateMachine):
             if not self.answers[request_id]:
                 assert request_id in output.started
             self.answers[request_id].append(token)
-        for found in output.found:
+        for found in output.feature_outputs:
+            assert isinstance(found, Found)
             assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found.sequences] == self.searches.pop(found.request_id)
         for finish in output.finishes:
             if finish.request_id not in self.expected:

@@ -1,4 +1,4 @@
-"""How blocks multiply: plainly, or with the adapters of a step's sequences added to the products."""
+"""How blocks multiply: by the ops, or in steps with adapters by `AdaptedProducts`, which adds those of the sequences to the products."""
 
 from __future__ import annotations
 
@@ -15,33 +15,9 @@ from paged_kernels.norm_value import Norm
 from paged_kernels.reference import Ops
 
 
-class Products:
-    """Plain products: those of the ops, which say what goes in and comes out. The norm before and the gate behind are part of a product."""
-
-    def __init__(self, ops: Ops) -> None:
-        self._ops = ops
-
-    def begin(self, step: StepTensors) -> None:
-        """Before the first layer of a step."""
-
-    def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        return self._ops.linear(x, linear)
-
-    def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
-        return self._ops.norm_linear(x, norm, linear)
-
-    def norm_gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str = "silu") -> Tensor:
-        return self._ops.norm_gated_linear(x, norm, linear, activation)
-
-    def norm_active_linear(self, x: Tensor, norm: Norm | None, linear: Linear, activation: str) -> Tensor:
-        return self._ops.norm_active_linear(x, norm, linear, activation)
-
-    def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
-        return self._ops.add_linear(x, linear, residual)
-
-
-class AdaptedProducts(Products):
-    """Products and, where a sequence has an adapter, its adapter's. The norm before and the gate behind stand alone: adapters come in between.
+class AdaptedProducts:
+    """The ops' products, under their names, and where a sequence has an adapter, its adapter's. The norm before and the gate behind stand alone: adapters come
+    in between.
 
     Scratch memory is shared by the steps, which run one after another.
     """
@@ -51,7 +27,7 @@ class AdaptedProducts(Products):
     ) -> None:
         """sites: of every linear of the model's blocks. weights [adapters, elements] and ranks int32 [adapters]: kernels/lora.py.
         row_adapters: int32 [rows], -1: no adapter. max_tokens of a step."""
-        super().__init__(ops)
+        self._ops = ops
         self._sites, self._weights, self._ranks, self._row_adapters = sites, weights, ranks, row_adapters
         self._max_rank = weights.shape[1] // layout.size
         num_adapters = len(weights)
@@ -68,6 +44,7 @@ class AdaptedProducts(Products):
         self._hidden = empty(largest).view(torch.float32)
 
     def begin(self, step: StepTensors) -> None:
+        """Before the first layer of a step."""
         num_tokens, num_adapters = step.shape.num_tokens, len(self._weights)
         token_adapters = self._token_adapters[:num_tokens]
         self._ops.assign_adapters(step.plan["rows"], step.query_starts, self._row_adapters, token_adapters)
@@ -100,3 +77,6 @@ class AdaptedProducts(Products):
 
     def _hidden_shape(self, site: PlacedSite, num_tokens: int) -> tuple[int, int, int]:
         return self._ops.num_splits(num_tokens, site.in_size), num_tokens, len(site.modules) * self._max_rank
+
+
+Products = Ops | AdaptedProducts

@@ -15,7 +15,7 @@ from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.errors import RequestError
 from paged_backend.frontend.prompt import PromptReader
-from paged_backend.messages import Ready, Submit
+from paged_backend.messages import Found, Ready, Submit
 from paged_backend.request import MAX_ALLOWED_TOKENS, Outputs, Request, SamplingParams, parse_sampling
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.structured_engine import EOS as SPEAKER_EOS
@@ -102,7 +102,7 @@ def test_two_beams_of_one_token_tell_the_log_probabilities_of_two_tokens_in_the_
     found = {}
     while not engine.idle:
         for output in engine.step():
-            found |= {one.request_id: one.sequences for one in output.found}
+            found |= {one.request_id: one.sequences for one in output.feature_outputs if isinstance(one, Found)}
     for request_id, prompt in enumerate(prompts):
         truth = torch.log_softmax(oracle.logits(prompt)[-1], -1)
         scores = {int(np.frombuffer(one.token_ids, np.int32)[0]): float(np.frombuffer(one.logprobs, np.float32)[0]) for one in found[request_id]}
@@ -144,7 +144,8 @@ def test_no_step_waits_for_the_result_of_the_step_before(folder: Path, tmp_path:
     drain(engine, 1)
     assert len(sent) == 12  # a step a token
     assert engine.num_steps == 12
-    assert all(not batch.asks and batch.features & Feature.MASK for batch in sent)
+    assert all(batch.features & Feature.MASK for batch in sent)
+    assert [len(batch.asks) for batch in sent] == [1] + [0] * 11
     assert [len(batch.new_rows) for batch in sent] == [1] + [0] * 11
 
 

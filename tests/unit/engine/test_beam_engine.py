@@ -88,7 +88,7 @@ class Caller:
 
     def step(self) -> None:
         for output in self.engine.step():
-            self.found |= {found.request_id: found for found in output.found}
+            self.found |= {found.request_id: found for found in output.feature_outputs if isinstance(found, Found)}
             self.finishes |= {finish.request_id: finish for finish in output.finishes}
             self.started |= output.started
             assert (output.request_ids >= 0).all()
@@ -228,7 +228,7 @@ def test_prompt_logprobs_come_with_beams(folder: Path, oracle: Oracle, tmp_path:
     engine = load(folder, tmp_path, max_batched_tokens=16)
     caller = Caller(engine)
     caller.ask(3, prompt, 3, prompt_logprobs=0)
-    told = [piece for _ in range(3) for output in engine.step() for piece in output.prompts]
+    told = [piece for _ in range(3) for output in engine.step() for piece in output.feature_outputs]
     caller.run()
     expected = torch.log_softmax(oracle.logits(prompt), -1)[torch.arange(39), torch.tensor(prompt[1:].astype(np.int64))]
     np.testing.assert_allclose(np.concatenate([np.frombuffer(piece.logprobs, np.float32) for piece in told]), expected.numpy(), atol=1e-4)

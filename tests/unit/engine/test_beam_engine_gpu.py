@@ -13,7 +13,7 @@ from paged_backend.arrays import bits
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
-from paged_backend.messages import PromptLogprobs, Submit
+from paged_backend.messages import Found, PromptLogprobs, Submit
 from paged_backend.request import SamplingParams
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 
@@ -39,13 +39,13 @@ def run(engine: Engine, submits: list[Submit]) -> tuple[dict[int, list[tuple[lis
         engine.submit(one)
     while not engine.idle:
         for output in engine.step():
-            for search in output.found:
+            for search in (one for one in output.feature_outputs if isinstance(one, Found)):
                 found[search.request_id] = [
                     (np.frombuffer(one.token_ids, np.int32).tolist(), np.frombuffer(one.logprobs, np.float32)) for one in search.sequences
                 ]
             for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
                 tokens.setdefault(request_id, []).append(token)
-            prompts += output.prompts
+            prompts += [one for one in output.feature_outputs if isinstance(one, PromptLogprobs)]
         engine.check()
     assert engine._scheduler.pool.num_held == 0
     return found, tokens, prompts

@@ -59,7 +59,7 @@ class Heard:
 
     def step(self, engine: Engine) -> None:
         for output in engine.step():
-            for report in output.prompts:
+            for report in output.feature_outputs:
                 assert isinstance(report, PromptEmbedding)
                 self.embeddings.setdefault(report.request_id, []).append(np.frombuffer(report.values, np.float32))
             for request_id, token_id in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
@@ -122,8 +122,8 @@ def test_a_preempted_prompt_has_one_embedding_and_the_right_one(folder: Path, or
     heard = Heard()
     for _ in range(40):
         heard.step(engine)
-    victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.arrival_index)
-    assert victim.sampling.pooling == pooling
+    victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.spec.arrival_index)
+    assert victim.spec.sampling.pooling == pooling
     engine._scheduler._living.preempt(victim)
     check(oracle, heard.drain(engine), prompts, poolings)
     assert engine.stats().num_preemptions > 0
@@ -195,4 +195,4 @@ def test_the_checkpoints_own_pooling_is_known(tmp_path: Path) -> None:
 
 def test_reports_of_both_kinds_survive_the_way_to_a_front_end() -> None:
     report = PromptEmbedding(7, np.ones(3, np.float32).tobytes())
-    assert decode_from_engine(encode(Tokens(b"", b"", prompts=(report,)))).prompts == (report,)
+    assert decode_from_engine(encode(Tokens(b"", b"", feature_outputs=(report,)))).feature_outputs == (report,)

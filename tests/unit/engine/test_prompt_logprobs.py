@@ -63,7 +63,7 @@ def drain(engine: Engine) -> dict[int, Heard]:
     heard: dict[int, Heard] = {}
     while not engine.idle:
         for output in engine.step():
-            for piece in output.prompts:
+            for piece in output.feature_outputs:
                 mine = heard.setdefault(piece.request_id, Heard())
                 mine.pieces.append(piece)
                 mine.pieces_after_the_first_token += bool(mine.token_ids)
@@ -138,13 +138,13 @@ def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle,
     heard: dict[int, Heard] = {}
     while not engine.idle:
         for output in engine.step():
-            for piece in output.prompts:
+            for piece in output.feature_outputs:
                 heard.setdefault(piece.request_id, Heard()).pieces.append(piece)
         engine.check()
         if seen == 0 and engine.num_steps == 40:  # in the middle of a prompt: the pool is taken away from all but the oldest
-            victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.arrival_index)
+            victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.spec.arrival_index)
             (feature,) = engine._scheduler._features.of(victim)
-            assert 0 < feature.num_reusable(victim) < victim.prompt_len - 1
+            assert 0 < feature.num_reusable(victim) < victim.spec.prompt_len - 1
             engine._scheduler._living.preempt(victim)
             seen = 1
     assert engine.stats().num_preemptions > 0
@@ -161,7 +161,7 @@ def test_a_request_that_left_is_told_nothing_and_the_others_all(folder: Path, or
     engine._steps_ahead = steps_ahead
     for request_id, prompt in enumerate(prompts):
         submit(engine, request_id, prompt, 2)
-    first = [piece for _ in range(3) for output in engine.step() for piece in output.prompts]
+    first = [piece for _ in range(3) for output in engine.step() for piece in output.feature_outputs]
     assert first
     engine.abort(0)
     heard = drain(engine)

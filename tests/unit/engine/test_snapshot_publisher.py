@@ -124,7 +124,7 @@ def test_every_page_is_shown_as_what_it_is(watched: Watched) -> None:
     snapshot = watched.hear_now(socket)
     cells = np.frombuffer(snapshot.cells, "<u2")
     pool = watched.scheduler.pool
-    two, three = watched.scheduler.sequences
+    two, three = (sequence.page_table for sequence in watched.scheduler.sequences)
     numbers = {request.arrival_index: request.number for request in snapshot.requests}
     assert set(two.pages[:2]) == set(three.pages[:2]), "the second and third request begin alike"
     expected = np.full(32, FREE)

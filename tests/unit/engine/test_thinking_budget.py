@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paged_backend.batch import Feature
 from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
@@ -110,8 +109,8 @@ def test_a_preemption_around_it_changes_nothing(folder: Path, oracle: Oracle, tm
     engine = load(folder, tmp_path, 1)
     submit(engine, 0, prompt, max_thinking_tokens=5, end_thinking_token_id=end)
     heard: dict[int, list[int]] = {}
-    table = engine._scheduler._running.table
-    while not table.features[0] & Feature.UNSETTLED:
+    (feature,) = engine._scheduler._features.active
+    while not feature._unsettled:
         for output in engine.step():
             heard.setdefault(0, []).extend(output.token_ids.tolist())
     if landed:

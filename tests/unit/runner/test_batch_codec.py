@@ -47,7 +47,7 @@ def test_every_kind_of_ask_comes_back(kind: type) -> None:
 
 def test_a_batch_with_everything_comes_back() -> None:
     sampling = SamplingParams(temperature=0.5, logit_bias={5: -1.5, 9: 2.0}, stop=("a", "b"), stop_token_ids=(1, 2), guided_choice=("x", "y"))
-    new = NewRow(3, np.arange(5, dtype=np.int32), 4, sampling, 2**64 - 1, (1, 2), ((1, 2), (3,)), np.array([5], np.int32), 1)
+    new = NewRow(3, np.arange(5, dtype=np.int32), 4, sampling, 2**64 - 1, (1, 2), ((1, 2), (3,)), 5)
     ints = np.array([[1, 2, 3]], np.int32)
     batch = Batch(
         step=7,
@@ -56,7 +56,7 @@ def test_a_batch_with_everything_comes_back() -> None:
         counts=np.array([5, 1], np.int32),
         samples=np.array([True, False]),
         request_ids=np.array([2**62, 1], np.int64),
-        new_rows=(new, replace(new, allowed=None, row=int(np.int32(1)))),
+        new_rows=(new, replace(new, features=0, row=int(np.int32(1)))),
         page_updates=ints,
         features=3,
         asks=(TokenMasks(np.array([3], np.int32), np.array([[7, -1]], np.int32)), PromptScoring((PromptSpan(2**40 + 1, 0, 3, 4, 2),))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from paged_backend.batch import Batch, NewRow, features_of
 from paged_backend.request import SamplingParams
-from paged_backend.runner.sampler import Sampled, Sampler
+from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
+from paged_backend.runner.transfers import Sampled
 from paged_kernels.reference import reference
 
 VOCAB = 40
@@ -23,14 +25,16 @@ CPU = torch.device("cpu")
 
 def new_row(row: int, tokens: Sequence[int], prompt_len: int | None = None, seed: int = 0, stop_ids: Any = (), bad_words: Any = (), **options: Any) -> NewRow:
     length = len(tokens) if prompt_len is None else prompt_len
-    return NewRow(row, np.array(tokens, np.int32), length, SamplingParams(**options), seed, tuple(stop_ids), tuple(bad_words))
+    sampling = SamplingParams(**options)
+    features = features_of(sampling, tuple(stop_ids), tuple(bad_words))
+    return NewRow(row, np.array(tokens, np.int32), length, sampling, seed, tuple(stop_ids), tuple(bad_words), features)
 
 
 def batch_of(new: Sequence[NewRow], announce: bool = True) -> Batch:
     """Every row computes all its tokens and samples."""
     features = 0
     for row in new:
-        features |= features_of(row.sampling, row.stop_ids, row.bad_words)
+        features |= row.features
     lens = np.array([len(row.token_ids) for row in new], np.int32)
     return Batch(
         step=1,
@@ -87,7 +91,7 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(name: str) -> None:
     index = list(VARIETY).index(name)
     for draw in range(50):
         logits = logits_of(len(VARIETY), draw)
-        new = [NewRow(row.row, row.token_ids, row.prompt_len, row.sampling, row.seed + 7 * draw, row.stop_ids, row.bad_words) for row in variety()]
+        new = [replace(row, seed=row.seed + 7 * draw) for row in variety()]
         together = sample(new, logits)
         alone = sample([new[index]], logits[index : index + 1])
         assert together.token_ids[index] == alone.token_ids[0]

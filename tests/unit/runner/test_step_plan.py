@@ -13,7 +13,7 @@ from paged_backend.batch import Batch
 from paged_backend.models.step import StepShape
 from paged_backend.runner import model_runner
 from paged_backend.runner.cuda_graphs import captured_shapes, decode_sizes
-from paged_backend.runner.step_plan import plan_of_padding, plan_step, shape_of
+from paged_backend.runner.step_plan import array_lengths, plan_of_padding, plan_size, plan_step, shape_of
 from tests.oracle import random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
 
@@ -32,7 +32,7 @@ def batch(counts: Sequence[int], samples: Sequence[bool] | None = None, starts: 
 
 def test_decodes_come_first_and_results_find_their_way_back() -> None:
     plan = plan_step(batch([5, 1, 3, 1], [True, True, False, True]), StepShape(2, 2, 8))
-    s = plan.shape.lengths
+    s = array_lengths(plan.shape)
     parts = dict(zip(s, np.split(plan.flat, np.cumsum(list(s.values()))[:-1]), strict=True))
     assert parts["rows"].tolist() == [11, 13, 10, 12, -1]
     assert parts["starts"].tolist() == [101, 103, 100, 102, 0]
@@ -47,7 +47,7 @@ def test_decodes_come_first_and_results_find_their_way_back() -> None:
 
 def test_padding_takes_what_is_left() -> None:
     plan = plan_step(batch([4, 1]), StepShape(3, 2, 9))
-    s = plan.shape.lengths
+    s = array_lengths(plan.shape)
     parts = dict(zip(s, np.split(plan.flat, np.cumsum(list(s.values()))[:-1]), strict=True))
     assert parts["rows"].tolist() == [11, -1, -1, 10, -1, -1]
     assert parts["counts"].tolist() == [1, 1, 1, 4, 0, 5]
@@ -59,8 +59,8 @@ def test_padding_takes_what_is_left() -> None:
 @pytest.mark.parametrize("shape", [StepShape(1), StepShape(7), StepShape(0, 8, 128), StepShape(16, 8, 512)], ids=str)
 def test_a_plan_of_padding_is_that_of_no_sequences(shape: StepShape) -> None:
     flat = plan_of_padding(shape)
-    assert flat.shape == (shape.size,)
-    lengths = shape.lengths
+    assert flat.shape == (plan_size(shape),)
+    lengths = array_lengths(shape)
     parts = dict(zip(lengths, np.split(flat, np.cumsum(list(lengths.values()))[:-1]), strict=True))
     assert (parts["rows"] == -1).all()
     assert (parts["sample_rows"] == -1).all()

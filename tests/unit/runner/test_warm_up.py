@@ -56,7 +56,8 @@ def test_steps_with_adapters_are_those_of_a_server_that_has_some() -> None:
     batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199, adapters=True))
     adapted = [batch for batch in batches if is_adapted(batch)]
     assert [batch.num_tokens for batch in adapted] == [batch.num_tokens for batch in batches[: 2 * len(adapted)] if not is_adapted(batch)]
-    assert all({new.adapter_slot for new in batch.new_rows} <= ({0} if is_adapted(batch) else {-1}) for batch in batches)
+    uses = [(batch, use) for batch in batches if (use := batch.ask(AdapterUse)) is not None]
+    assert all(use.new_rows.tolist() == [[new.row, 0] for new in batch.new_rows] for batch, use in uses)
     assert not any(is_adapted(batch) for batch in warm_up_batches(*LIMITS["usual"], vocab_size=199))
 
 

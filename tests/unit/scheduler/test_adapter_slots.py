@@ -95,11 +95,13 @@ class Desk:
         use = batch.ask(AdapterUse)
         if use is not None:
             self.lying |= {adapter_slot: adapter.name for adapter_slot, adapter in use.arrivals}
+        told = {} if use is None else dict(use.new_rows.tolist())
+        assert set(told) <= {new.row for new in batch.new_rows}
         for new in batch.new_rows:
             sequence = self.scheduler._running.table.sequences[new.row]
             assert sequence is not None
-            wanted = sequence.sampling.lora_name
-            assert (None if new.adapter_slot < 0 else self.lying[new.adapter_slot]) == wanted, "the device has another adapter there"
+            wanted = sequence.spec.sampling.lora_name
+            assert (self.lying[told[new.row]] if new.row in told else None) == wanted, "the device has another adapter there"
             self.rows[sequence.request_id] = wanted
         adapted = any(runner.leader in self.adapters._adapter_slot_of for runner in self.scheduler._running.runners if runner.row in batch.rows)
         assert (use is not None and use.in_use) == adapted

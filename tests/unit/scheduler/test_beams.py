@@ -53,7 +53,7 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
     found, idle = [], 0
     while not engine.idle:
         for output in engine.step():
-            found += output.found
+            found += output.feature_outputs
         engine.check()
         idle += scheduler.num_running == 3 and (scheduler._running.table.num_tokens > 0).sum() == 1 and engine.num_steps > 4
     assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == expected
@@ -128,7 +128,7 @@ def test_a_beam_that_comes_late_has_no_more_pages_than_a_page_table_has_room_for
     found = []
     while not engine.idle:
         for output in engine.step():
-            found += output.found
+            found += output.feature_outputs
         engine.check()
     assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == solo_search([6], sampling, 3, (), VOCAB)
     assert scheduler.pool.num_available == 4

@@ -282,8 +282,10 @@ def test_the_file_names_a_request_that_waits_while_it_is_looked_at(tmp_path: Pat
 
     take = bench.scheduler._intake.take
     monkeypatch.setattr(bench.scheduler._intake, "take", lambda *given: (note(), take(*given))[1])
-    monkeypatch.setattr(bench.scheduler._features, "prepare", lambda sequence: note())
-    monkeypatch.setattr(bench.scheduler._features, "prepared", lambda sequence: len(seen) > 2)
+    feature = bench.scheduler._quarantine
+    monkeypatch.setattr(feature, "enter", lambda sequence, request: True)
+    monkeypatch.setattr(feature, "prepare", lambda sequence: note())
+    monkeypatch.setattr(feature, "prepared", lambda sequence: len(seen) > 2)
     bench.submit(7, list(range(20)), max_tokens=5)
     for _ in range(3):
         bench.scheduler.schedule()

@@ -1,17 +1,92 @@
-"""How a step's results come to the host: copied into pinned memory while the device goes on, and read when they have landed."""
+"""How steps travel between host and device, through pinned memory: one copy there, laid end to end, and one back, read when it has landed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_backend.arrays import Int64, floats
 from paged_backend.batch import Batch, Feature, StepResult
 from paged_backend.runner.ask_table import room_of
-from paged_backend.runner.sampler import Sampled
+
+# ---- to the device
+
+_FIRST_CAPACITY = 16_384  # int32
+
+
+class _HostBuffer:
+    """A piece of host memory, and the moment from which it may be overwritten."""
+
+    def __init__(self, capacity: int, pinned: bool) -> None:
+        self.tensor = torch.empty(capacity, dtype=torch.int32, pin_memory=pinned)
+        self.array: NDArray[np.int32] = self.tensor.numpy()
+        self.copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+
+class Staging:
+    """Two host buffers take turns, so that the one a copy still reads is never written. On a CPU the tensors are views of the buffer itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pinned = device.type == "cuda"
+        self._capacity = 0
+        self._current = 0
+        self._grow(_FIRST_CAPACITY)
+
+    def send(self, sections: Mapping[str, NDArray[np.int32]]) -> dict[str, Tensor]:
+        """The arrays as int32 tensors on the device, valid until the next call (in the device's order of work)."""
+        total = sum(array.size for array in sections.values())
+        if total > self._capacity:
+            self._grow(max(total, 2 * self._capacity))
+        self._current ^= 1
+        host = self._hosts[self._current]
+        if host.copied is not None:
+            host.copied.synchronize()  # of two steps ago: over, unless the host is far ahead
+        end = 0
+        for array in sections.values():
+            begin, end = end, end + array.size
+            host.array[begin:end] = array.reshape(-1)
+        if host.copied is None:
+            return _cut(host.tensor, sections)
+        self._target[:end].copy_(host.tensor[:end], non_blocking=True)
+        host.copied.record()
+        return _cut(self._target, sections)
+
+    def _grow(self, capacity: int) -> None:
+        if self._pinned:
+            torch.cuda.synchronize(self._device)  # a copy may still read the old buffers
+            self._target = torch.empty(capacity, dtype=torch.int32, device=self._device)
+        self._hosts = [_HostBuffer(capacity, self._pinned) for _ in range(2)]
+        self._capacity = capacity
+
+
+def _cut(flat: Tensor, sections: Mapping[str, NDArray[np.int32]]) -> dict[str, Tensor]:
+    tensors = {}
+    begin = 0
+    for name, array in sections.items():
+        tensors[name] = flat[begin : begin + array.size].view(array.shape)
+        begin += array.size
+    return tensors
+
+
+# ---- and back
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tensors on the device, one entry per sampled row, as in StepResult."""
+
+    token_ids: Tensor  # integers [M]
+    logprobs: Tensor | None = None  # float32 [M]
+    ranks: Tensor | None = None  # int32 [M], with logprobs
+    top_ids: Tensor | None = None  # int64 [M, n]
+    top_logprobs: Tensor | None = None  # float32 [M, n]
+    candidates: Tensor | None = None  # int32 [b, 2 n] of the step's beams: ids, and the bits of their log-probabilities
 
 
 class _ResultBuffer:
