@@ -1,0 +1,371 @@
+"""Products of few tokens with a quantised weight: its numbers are read as they are stored and become floats in registers. Activations are not rounded.
+
+`quant_vector_linear` takes one token, `quant_narrow_linear` up to 128: as the two of small_linear.py, with the same companions in the same launch. With so few
+tokens a product takes the time in which the weight is read, so that a format is as much faster as it has fewer bytes; and rounding activations, which 8-bit
+tensor cores need, would gain nothing. Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive columns, and the high ones too.
+
+Formats that are not read here: groups that are no power of two. Sums are float32; in `quant_narrow_linear` numbers times the scale of their group are rounded
+to x's type before they are multiplied, scales of whole rows come after the sum. e2m1 becomes float16 by shifting its bits (OCP microscaling formats, 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
+from paged_kernels.linear import Linear
+from paged_kernels.sampling import arrive
+from paged_kernels.small_linear import MAX_TOKENS, LinearWorkspace, _gate
+
+_CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
+INT4, _FP4 = tl.constexpr(2), tl.constexpr(3)
+_MAX_SPLIT = 16
+_LANES = 16  # bytes of the weight that a thread sums before it scales
+
+
+@triton.jit
+def _floats(codes, CODES: tl.constexpr):
+    """What is stored in a byte, or in the lower half of one, without scale and zero: float32."""
+    if CODES == _FP4:
+        bits = ((codes & 7).to(tl.uint16) << 9) | ((codes & 8).to(tl.uint16) << 12)
+        return bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+    return codes.to(tl.float32)
+
+
+@triton.jit
+def _dot(w, low, high, sums, scale, zero, CODES: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """Sums of LANES bytes each of a tile of the weight [ROWS, PARTS * LANES] times the token: [ROWS, PARTS] float32."""
+    if CODES >= INT4:
+        product = _floats(w & 15, CODES) * low[None, :] + _floats(w >> 4, CODES) * high[None, :]
+    else:
+        product = _floats(w, CODES) * low[None, :]
+    total = tl.sum(tl.reshape(product, (ROWS, PARTS, LANES)), 2)
+    total -= zero * sums[None, :]
+    if GROUPED:
+        total *= scale
+    return total
+
+
+@kernel
+def _vector_kernel(
+    x, norm_weight, weight, scale, zero, row_scale, bias, residual, out, eps,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    """N rows of the result, from N (GATED: 2 N) rows of the weight. K and BLOCK are in bytes of a row, GROUP in bytes that share a scale."""
+    pdl_release(LAUNCH_PDL)
+    PARTS: tl.constexpr = BLOCK // LANES
+    NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column, part = tl.arange(0, BLOCK), tl.arange(0, PARTS) * LANES
+    there = (row < N)[:, None]
+    at = weight + (row.to(tl.int64) * K)[:, None] + column[None, :]
+    groups = (row // BLOCK_ROWS * NUM_GROUPS)[:, None]
+    up_groups = ((row + N) // BLOCK_ROWS * NUM_GROUPS)[:, None]
+    mask = there & (column < K)[None, :]
+    next_w = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+    next_u = next_w
+    if GATED:
+        next_u = tl.load(at + N * K, mask=mask, other=0.0, eviction_policy="evict_first")
+    pdl_wait(LAUNCH_PDL)
+
+    total = tl.zeros([ROWS, PARTS], tl.float32)
+    total_u = tl.zeros([ROWS, PARTS], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, K, BLOCK):
+        w, u = next_w, next_u
+        inside = begin + column < K
+        low_at = begin + column
+        if CODES >= INT4:
+            low_at = (begin + column) // GROUP * (2 * GROUP) + (begin + column) % GROUP
+        low = tl.load(x + low_at, mask=inside, other=0.0).to(tl.float32)
+        high = low
+        if CODES >= INT4:
+            high = tl.load(x + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares += low * low
+            low *= tl.load(norm_weight + low_at, mask=inside, other=0.0).to(tl.float32)
+            if CODES >= INT4:
+                squares += high * high
+                high *= tl.load(norm_weight + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
+        sums = tl.zeros([PARTS], tl.float32)
+        if ZEROS or (MIDDLE != 0.0):
+            sums = tl.sum(tl.reshape(low + high if CODES >= INT4 else low, (PARTS, LANES)), 1)
+        group = ((begin + part) // GROUP)[None, :]
+        scaled = there & (begin + part < K)[None, :]
+        s, z, up_s, up_z = 1.0, MIDDLE, 1.0, MIDDLE
+        if GROUPED:
+            s = tl.load(scale + groups + group, mask=scaled, other=0.0).to(tl.float32)
+            if GATED:
+                up_s = tl.load(scale + up_groups + group, mask=scaled, other=0.0).to(tl.float32)
+        if ZEROS:
+            z = tl.load(zero + groups + group, mask=scaled, other=0).to(tl.float32)
+            if GATED:
+                up_z = tl.load(zero + up_groups + group, mask=scaled, other=0).to(tl.float32)
+        mask = there & (begin + BLOCK + column < K)[None, :]
+        next_w = tl.load(at + begin + BLOCK, mask=mask, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            next_u = tl.load(at + N * K + begin + BLOCK, mask=mask, other=0.0, eviction_policy="evict_first")
+        total += _dot(w, low, high, sums, s, z, CODES, GROUPED, ROWS, PARTS, LANES)
+        if GATED:
+            total_u += _dot(u, low, high, sums, up_s, up_z, CODES, GROUPED, ROWS, PARTS, LANES)
+
+    result = tl.sum(total, 1)
+    up = tl.sum(total_u, 1)
+    if NORM:
+        shrink = tl.rsqrt(tl.sum(squares, 0) / (K * (2 if CODES >= INT4 else 1)) + eps)
+        result *= shrink
+        up *= shrink
+    result = _finished(result, row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
+    if GATED:
+        result = _gate(result, _finished(up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS))
+    if ADD:
+        result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
+
+
+@triton.jit
+def _finished(total, row, there, scale, row_scale, bias, GROUPED: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr):
+    """A sum [ROWS] or [ROWS, TOKENS] of a product with what belongs to its rows: scales and bias. row and there are of the same dimensions."""
+    if not GROUPED:
+        total *= tl.load(scale + row, mask=there, other=0.0).to(tl.float32)
+    if ROW_SCALES:
+        total *= tl.load(row_scale + row, mask=there, other=0.0)
+    if BIAS:
+        total += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def load_tile(
+    at, row, there, begin, scale, zero,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr,
+    GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the weight, BLOCK bytes of each row: as floats of DTYPE [ROWS, BLOCK], those of the low nibbles or of the whole bytes, and of the high ones."""
+    SHARED: tl.constexpr = GROUP if GROUP < BLOCK else BLOCK
+    PARTS: tl.constexpr = BLOCK // SHARED
+    NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    column, part = begin + tl.arange(0, BLOCK), begin + tl.arange(0, PARTS) * SHARED
+    w = tl.load(at + column[None, :], mask=there & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
+    low = _floats(w & 15 if CODES >= INT4 else w, CODES)
+    high = _floats(w >> 4 if CODES >= INT4 else w, CODES)
+    if ZEROS or GROUPED:
+        index = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (part // GROUP)[None, :]
+        known = there & (part < K)[None, :]
+        low, high = tl.reshape(low, (ROWS, PARTS, SHARED)), tl.reshape(high, (ROWS, PARTS, SHARED))
+        if ZEROS:
+            z = tl.load(zero + index, mask=known, other=0).to(tl.float32)[:, :, None]
+            low -= z
+            high -= z
+        else:
+            low -= MIDDLE
+            high -= MIDDLE
+        if GROUPED:
+            s = tl.load(scale + index, mask=known, other=0.0).to(tl.float32)[:, :, None]
+            low *= s
+            high *= s
+        low, high = tl.reshape(low, (ROWS, BLOCK)), tl.reshape(high, (ROWS, BLOCK))
+    else:
+        low -= MIDDLE
+        high -= MIDDLE
+    return low.to(DTYPE), high.to(DTYPE)
+
+
+@kernel(ints=["num_tokens"])
+def _narrow_kernel(
+    x, weight, scale, zero, row_scale, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride, out_stride,
+    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    ROW_SCALES: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of the result for all tokens, or a part of their sums: SPAN bytes of each row of the weight, the part-th of SPLIT."""
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
+    tile = tl.program_id(0) // SPLIT
+    part = tl.program_id(0) % SPLIT
+    row = tile * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    there = (row < N)[:, None]
+    at = weight + (row.to(tl.int64) * K)[:, None]
+    known = (token < num_tokens)[:, None]
+    tokens_at = x + (token * x_stride)[:, None]
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    total_u = tl.zeros([ROWS, TOKENS], tl.float32)
+    for offset in tl.range(0, SPAN, BLOCK, num_stages=STAGES):
+        begin = part * SPAN + offset
+        column = begin + tl.arange(0, BLOCK)
+        inside = (column < K)[None, :]
+        low_at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
+        values = tl.load(tokens_at + low_at[None, :], mask=known & inside, other=0.0)
+        low, high = load_tile(at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, x.dtype.element_ty)
+        total = tl.dot(low, tl.trans(values), total, input_precision=PRECISION)
+        high_values = values
+        if CODES >= INT4:
+            high_values = tl.load(tokens_at + (low_at + GROUP)[None, :], mask=known & inside, other=0.0)
+            total = tl.dot(high, tl.trans(high_values), total, input_precision=PRECISION)
+        if GATED:
+            low, high = load_tile(
+                at + N * K, row + N, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, x.dtype.element_ty
+            )
+            total_u = tl.dot(low, tl.trans(values), total_u, input_precision=PRECISION)
+            if CODES >= INT4:
+                total_u = tl.dot(high, tl.trans(high_values), total_u, input_precision=PRECISION)
+
+    place = (row % ROWS)[:, None] * TOKENS + token[None, :]
+    last = True
+    if SPLIT > 1:
+        partials += tile.to(tl.int64) * (SPLIT * (2 if GATED else 1) * ROWS * TOKENS)
+        mine = partials + part * ((2 if GATED else 1) * ROWS * TOKENS)
+        tl.store(mine + place, total)
+        if GATED:
+            tl.store(mine + ROWS * TOKENS + place, total_u)
+        last = arrive(arrivals + tile, SPLIT)
+    if last:
+        if SPLIT > 1:
+            total = tl.zeros([ROWS, TOKENS], tl.float32)
+            total_u = tl.zeros([ROWS, TOKENS], tl.float32)
+            for other in range(SPLIT):
+                theirs = partials + other * ((2 if GATED else 1) * ROWS * TOKENS)
+                total += tl.load(theirs + place, cache_modifier=".cg")
+                if GATED:
+                    total_u += tl.load(theirs + ROWS * TOKENS + place, cache_modifier=".cg")
+            tl.store(arrivals + tile, 0)
+        result = _finished(total, row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
+        if GATED:
+            result = _gate(result, _finished(total_u, N + row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS))
+        wanted = there & (token < num_tokens)[None, :]
+        if ADD:
+            result += tl.load(residual + row[:, None] + (token * residual_stride)[None, :], mask=wanted, other=0.0).to(tl.float32)
+        tl.store(out + row[:, None] + (token * out_stride)[None, :], result.to(out.dtype.element_ty), mask=wanted)
+
+
+@dataclass(frozen=True)
+class QuantVectorShape:
+    """How quant_vector_linear divides its work: rows of the result per program, bytes of a row at once, warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class QuantNarrowShape:
+    """How quant_narrow_linear divides its work: a tile's rows, its bytes of a row, parts of a row, stages of the pipeline, warps."""
+
+    rows: int
+    block: int
+    split: int
+    stages: int
+    num_warps: int
+
+
+def quant_vector_shape(num_rows: int, row_bytes: int, gated: bool) -> QuantVectorShape:
+    """As many bytes in flight as small_linear.vector_shape has of bfloat16. Not measured on a card yet: tests/bench/bench_linear.py --formats --sweep."""
+    block = min(2048, max(256, triton.next_power_of_2(row_bytes)))
+    return QuantVectorShape(rows=2 if gated else 4, block=block, num_warps=8 if block >= 2048 else 4)
+
+
+def quant_narrow_shape(num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
+    """128 columns at once, and a split only for few tiles. Not measured on a card yet: tests/bench/bench_linear.py --formats --sweep."""
+    tiles, split = triton.cdiv(num_rows, 64), 1
+    while tiles * split < 96 and row_bytes // (split * 2) >= 512 and split < _MAX_SPLIT:
+        split *= 2
+    return QuantNarrowShape(rows=64, block=64 if nibbles else 128, split=split, stages=3 if gated else 4, num_warps=4)
+
+
+def reaches(linear: Linear) -> bool:
+    """Whether these kernels read the linear's format: groups of a power of two of columns, at least 16, or whole rows; no zeros of whole rows."""
+    group = linear.format.block[1]
+    return linear.format.codes in _CODES and ((group >= 16 and group & (group - 1) == 0) or (group == 0 and linear.zero is None))
+
+
+def format_constants(linear: Linear) -> dict[str, int | bool | float]:
+    """Of both kernels, in their order."""
+    format, row_bytes = linear.format, linear.weight.shape[1]
+    grouped = bool(format.block[1])
+    group = format.group(linear.num_columns) // (2 if format.nibbles else 1)
+    return {
+        "GROUP": group if grouped or format.nibbles else row_bytes,
+        "BLOCK_ROWS": format.block[0],
+        "CODES": _CODES[format.codes],
+        "GROUPED": grouped,
+        "ZEROS": linear.zero is not None,
+        "MIDDLE": 8.0 if format.codes == "int4" and linear.zero is None else 0.0,
+        "ROW_SCALES": linear.row_scale is not None,
+    }
+
+
+def quant_vector_linear(
+    x: torch.Tensor, linear: Linear, *, norm: tuple[torch.Tensor, float] | None = None, gated: bool = False,
+    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantVectorShape | None = None, launch_pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """out = residual + gate(W . rms_norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for. W: what the linear means.
+
+    x: [1, K], linear: N rows, or 2 N if gated (rows of the gate, then of what it lets through), K columns; norm: its weight [K] and eps; residual, out: [1, N],
+    out may be residual. x's floating dtype is that of all but the linear's weight and scales; sums in float32, rounded at the end.
+    launch_pdl: begin while the kernel before drains; reads nothing but weights before that kernel is complete.
+    Raises ValueError for shapes, strides, dtypes or formats that do not fit.
+    """
+    num_rows = linear.num_rows // 2 if gated else linear.num_rows
+    out = x.new_empty(1, num_rows) if out is None else out
+    _check(x, linear, residual, out, num_rows, 1)
+    row_bytes = linear.weight.shape[1]
+    shape = shape or quant_vector_shape(num_rows, row_bytes, gated)
+    norm_weight, eps = (x, 0.0) if norm is None else norm
+    constants = format_constants(linear)
+    lanes = min(_LANES, int(constants["GROUP"]), shape.block) if linear.format.block[1] else min(_LANES, shape.block)
+    _vector_kernel[(triton.cdiv(num_rows, shape.rows),)](
+        x, norm_weight, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
+        linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias, x if residual is None else residual,
+        out, eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block, LANES=lanes, **constants,
+        NORM=norm is not None, GATED=gated, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def quant_narrow_linear(
+    x: torch.Tensor, linear: Linear, *, workspace: LinearWorkspace, gated: bool = False, residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, shape: QuantNarrowShape | None = None, launch_pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """out = residual + gate(x . W + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
+
+    x: [M, K], residual and out: [M, N], rows contiguous, may be strided; out may be residual. Otherwise as `quant_vector_linear`.
+    """
+    num_tokens, row_bytes = len(x), linear.weight.shape[1]
+    num_rows = linear.num_rows // 2 if gated else linear.num_rows
+    out = x.new_empty(num_tokens, num_rows) if out is None else out
+    _check(x, linear, residual, out, num_rows, MAX_TOKENS)
+    shape = shape or quant_narrow_shape(num_rows, row_bytes, linear.format.nibbles, gated)
+    tiles, tokens = triton.cdiv(num_rows, shape.rows), max(16, triton.next_power_of_2(num_tokens))
+    span = triton.cdiv(triton.cdiv(row_bytes, shape.split), shape.block) * shape.block
+    if shape.split > 1 and (tiles > len(workspace.arrivals) or tiles * shape.split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials)):
+        raise ValueError(f"{tiles} tiles of {shape.rows} x {tokens} in {shape.split} parts do not fit the workspace")
+    _narrow_kernel[(tiles * shape.split,)](
+        x, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero, linear.scale if linear.row_scale is None else linear.row_scale,
+        x if linear.bias is None else linear.bias, x if residual is None else residual, out, workspace.partials, workspace.arrivals,
+        num_tokens, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span, **format_constants(linear),
+        STAGES=shape.stages, GATED=gated, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl, PRECISION="ieee",
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def _check(x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor, num_rows: int, max_tokens: int) -> None:
+    num_tokens, num_columns = x.shape
+    if not reaches(linear):
+        raise ValueError(f"{linear.format} is not read by these kernels")
+    if not 1 <= num_tokens <= max_tokens or linear.num_columns != num_columns or not linear.weight.is_contiguous() or linear.num_rows % num_rows:
+        raise ValueError(f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and a weight of {linear.num_rows} x {linear.num_columns} do not fit each other")
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None and (tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1):
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with contiguous rows")
+    if x.stride(1) != 1 or (linear.bias is not None and linear.bias.dtype != x.dtype):
+        raise ValueError(f"rows of x must be contiguous, and bias of x's dtype {x.dtype}")

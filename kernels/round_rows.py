@@ -1,0 +1,73 @@
+"""Activations rounded to 8 bits for a product on tensor cores, in the launch of the norm before it. One program per token; the row is read once.
+
+Scales: of a token, of each 128 of its columns, or a fixed one. Source of the ranges: codes.py, whose `round_activations` says the same in plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
+from paged_kernels.linear import Rounding
+
+_LEAST_SCALE = tl.constexpr(1e-12)
+_FP8_MAX = tl.constexpr(448.0)
+
+
+@kernel
+def _round_kernel(
+    x, norm_weight, input_scale, out, scales, x_stride, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, NORM: tl.constexpr, STATIC: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    pdl_release(LAUNCH_PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    pdl_wait(LAUNCH_PDL)
+    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)).to(x.dtype.element_ty)
+        weight = tl.load(norm_weight + column, mask=inside, other=0.0)
+        wide = (weight.to(tl.float32) * normed.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+    PARTS: tl.constexpr = BLOCK // GROUP
+    grouped = tl.reshape(wide, (PARTS, GROUP))
+    part = tl.arange(0, PARTS)
+    if STATIC:
+        scale = tl.zeros([PARTS], tl.float32) + tl.load(input_scale)
+    else:
+        scale = tl.maximum(tl.max(tl.abs(grouped), 1), _LEAST_SCALE) / _FP8_MAX
+        if POWER_OF_TWO:
+            scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    numbers = tl.reshape(grouped / scale[:, None], (BLOCK,))
+    numbers = tl.minimum(tl.maximum(numbers, -_FP8_MAX), _FP8_MAX)
+    tl.store(out + row * SIZE + column, numbers.to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + row * NUM_GROUPS + part, scale, mask=part < NUM_GROUPS)
+
+
+def round_rows(
+    x: torch.Tensor, rounding: Rounding, input_scale: torch.Tensor | None = None, *, norm: tuple[torch.Tensor, float] | None = None, launch_pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm(x), if asked for, as float8_e4m3fn numbers [T, K], and float32 scales [T, groups]: the row is about numbers * its group's scale.
+
+    x: [T, K], rows contiguous, may be strided; rounding: to fp8, of whole tokens or groups of a power of two of columns; input_scale: float32 [1] of a static
+    rounding; norm: its weight [K] of x's type and eps. Raises ValueError for a rounding that is not supported.
+    """
+    num_tokens, size = x.shape
+    if rounding.codes != "fp8" or rounding.group & (rounding.group - 1) or x.stride(1) != 1 or (rounding.static and input_scale is None):
+        raise ValueError(f"rows of {tuple(x.shape)} {x.dtype} cannot be rounded as {rounding}")
+    block = max(triton.next_power_of_2(size), rounding.group)
+    group = rounding.group or block
+    num_groups = triton.cdiv(size, group)
+    out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x.device)
+    norm_weight, eps = (x, 0.0) if norm is None else norm
+    if num_tokens:
+        _round_kernel[(num_tokens,)](
+            x, norm_weight, scales if input_scale is None else input_scale, out, scales, x.stride(0), eps,
+            SIZE=size, BLOCK=block, GROUP=group, NUM_GROUPS=num_groups, NORM=norm is not None, STATIC=rounding.static,
+            POWER_OF_TWO=rounding.power_of_two, LAUNCH_PDL=launch_pdl, num_warps=min(16, max(1, block // 256)),
+        )  # fmt: skip
+    return out, scales
