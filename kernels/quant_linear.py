@@ -16,10 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
+from paged_kernels.norm_value import Norm
 from paged_kernels.sampling import arrive
-from paged_kernels.small_linear import MAX_TOKENS, LinearWorkspace, _gate
+from paged_kernels.small_linear import MAX_TOKENS, LinearWorkspace
 
 _CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
 INT4, _FP4 = tl.constexpr(2), tl.constexpr(3)
@@ -55,7 +57,8 @@ def _vector_kernel(
     x, norm_weight, weight, scale, zero, row_scale, bias, residual, out, eps,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """N rows of the result, from N (GATED: 2 N) rows of the weight. K and BLOCK are in bytes of a row, GROUP in bytes that share a scale."""
     pdl_release(LAUNCH_PDL)
@@ -89,10 +92,12 @@ def _vector_kernel(
             high = tl.load(x + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             squares += low * low
-            low *= tl.load(norm_weight + low_at, mask=inside, other=0.0).to(tl.float32)
+            factor = tl.load(norm_weight + low_at, mask=inside, other=0.0).to(tl.float32)
+            low *= factor + 1.0 if PLUS_ONE else factor
             if CODES >= INT4:
                 squares += high * high
-                high *= tl.load(norm_weight + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
+                factor = tl.load(norm_weight + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
+                high *= factor + 1.0 if PLUS_ONE else factor
         sums = tl.zeros([PARTS], tl.float32)
         if ZEROS or (MIDDLE != 0.0):
             sums = tl.sum(tl.reshape(low + high if CODES >= INT4 else low, (PARTS, LANES)), 1)
@@ -123,7 +128,7 @@ def _vector_kernel(
         up *= shrink
     result = _finished(result, row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
     if GATED:
-        result = _gate(result, _finished(up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS))
+        result = activated(result, ACTIVATION) * _finished(up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
     if ADD:
         result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
@@ -182,8 +187,8 @@ def _narrow_kernel(
     x, weight, scale, zero, row_scale, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride, out_stride,
     N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
-    ROW_SCALES: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROW_SCALES: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result for all tokens, or a part of their sums: SPAN bytes of each row of the weight, the part-th of SPLIT."""
     pdl_release(LAUNCH_PDL)
@@ -239,7 +244,7 @@ def _narrow_kernel(
             tl.store(arrivals + tile, 0)
         result = _finished(total, row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
         if GATED:
-            result = _gate(result, _finished(total_u, N + row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS))
+            result = activated(result, ACTIVATION) * _finished(total_u, N + row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
         wanted = there & (token < num_tokens)[None, :]
         if ADD:
             result += tl.load(residual + row[:, None] + (token * residual_stride)[None, :], mask=wanted, other=0.0).to(tl.float32)
@@ -303,13 +308,14 @@ def format_constants(linear: Linear) -> dict[str, int | bool | float]:
 
 
 def quant_vector_linear(
-    x: torch.Tensor, linear: Linear, *, norm: tuple[torch.Tensor, float] | None = None, gated: bool = False,
+    x: torch.Tensor, linear: Linear, *, norm: Norm | None = None, gated: bool = False, activation: str = "silu",
     residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantVectorShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out = residual + gate(W . rms_norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for. W: what the linear means.
+    """out = residual + gate(W . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for. W: what the linear means.
 
-    x: [1, K], linear: N rows, or 2 N if gated (rows of the gate, then of what it lets through), K columns; norm: its weight [K] and eps; residual, out: [1, N],
-    out may be residual. x's floating dtype is that of all but the linear's weight and scales; sums in float32, rounded at the end.
+    x: [1, K], linear: N rows, or 2 N if gated (rows of the gate, then of what it lets through), K columns; gate: activation(first) * second;
+    norm: an RMS norm of [K] without bias; residual, out: [1, N], out may be residual.
+    x's floating dtype is that of all but the linear's weight and scales; sums in float32, rounded at the end.
     launch_pdl: begin while the kernel before drains; reads nothing but weights before that kernel is complete.
     Raises ValueError for shapes, strides, dtypes or formats that do not fit.
     """
@@ -318,21 +324,23 @@ def quant_vector_linear(
     _check(x, linear, residual, out, num_rows, 1)
     row_bytes = linear.weight.shape[1]
     shape = shape or quant_vector_shape(num_rows, row_bytes, gated)
-    norm_weight, eps = (x, 0.0) if norm is None else norm
+    if norm is not None and (norm.centred or norm.bias is not None):
+        raise ValueError("only an RMS norm without bias can be taken in before a product")
     constants = format_constants(linear)
     lanes = min(_LANES, int(constants["GROUP"]), shape.block) if linear.format.block[1] else min(_LANES, shape.block)
     _vector_kernel[(triton.cdiv(num_rows, shape.rows),)](
-        x, norm_weight, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
+        x, x if norm is None else norm.weight, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
         linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias, x if residual is None else residual,
-        out, eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block, LANES=lanes, **constants,
-        NORM=norm is not None, GATED=gated, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
+        out, 0.0 if norm is None else norm.eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block, LANES=lanes, **constants,
+        NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated, ACTIVATION=activation, BIAS=linear.bias is not None,
+        ADD=residual is not None, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
     )  # fmt: skip
     return out
 
 
 def quant_narrow_linear(
-    x: torch.Tensor, linear: Linear, *, workspace: LinearWorkspace, gated: bool = False, residual: torch.Tensor | None = None,
-    out: torch.Tensor | None = None, shape: QuantNarrowShape | None = None, launch_pdl: bool = False,
+    x: torch.Tensor, linear: Linear, *, workspace: LinearWorkspace, gated: bool = False, activation: str = "silu",
+    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantNarrowShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(x . W + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
 
@@ -352,8 +360,8 @@ def quant_narrow_linear(
         x if linear.bias is None else linear.bias, x if residual is None else residual, out, workspace.partials, workspace.arrivals,
         num_tokens, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span, **format_constants(linear),
-        STAGES=shape.stages, GATED=gated, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl, PRECISION="ieee",
-        num_warps=shape.num_warps,
+        STAGES=shape.stages, GATED=gated, ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
+        PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip
     return out
 

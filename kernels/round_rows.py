@@ -11,6 +11,7 @@ import triton.language as tl
 
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Rounding
+from paged_kernels.norm_value import Norm
 
 _LEAST_SCALE = tl.constexpr(1e-12)
 _FP8_MAX = tl.constexpr(448.0)
@@ -48,25 +49,26 @@ def _round_kernel(
 
 
 def round_rows(
-    x: torch.Tensor, rounding: Rounding, input_scale: torch.Tensor | None = None, *, norm: tuple[torch.Tensor, float] | None = None, launch_pdl: bool = False
+    x: torch.Tensor, rounding: Rounding, input_scale: torch.Tensor | None = None, *, norm: Norm | None = None, launch_pdl: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm(x), if asked for, as float8_e4m3fn numbers [T, K], and float32 scales [T, groups]: the row is about numbers * its group's scale.
+    """norm(x), if asked for, as float8_e4m3fn numbers [T, K], and float32 scales [T, groups]: the row is about numbers * its group's scale.
 
     x: [T, K], rows contiguous, may be strided; rounding: to fp8, of whole tokens or groups of a power of two of columns; input_scale: float32 [1] of a static
-    rounding; norm: its weight [K] of x's type and eps. Raises ValueError for a rounding that is not supported.
+    rounding; norm: a plain one of [K]. Raises ValueError for a rounding or a norm that is not supported.
     """
     num_tokens, size = x.shape
     if rounding.codes != "fp8" or rounding.group & (rounding.group - 1) or x.stride(1) != 1 or (rounding.static and input_scale is None):
         raise ValueError(f"rows of {tuple(x.shape)} {x.dtype} cannot be rounded as {rounding}")
+    if norm is not None and not norm.is_plain:
+        raise ValueError("only a plain RMS norm can be taken in before rounding")
     block = max(triton.next_power_of_2(size), rounding.group)
     group = rounding.group or block
     num_groups = triton.cdiv(size, group)
     out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x.device)
-    norm_weight, eps = (x, 0.0) if norm is None else norm
     if num_tokens:
         _round_kernel[(num_tokens,)](
-            x, norm_weight, scales if input_scale is None else input_scale, out, scales, x.stride(0), eps,
+            x, x if norm is None else norm.weight, scales if input_scale is None else input_scale, out, scales, x.stride(0), 0.0 if norm is None else norm.eps,
             SIZE=size, BLOCK=block, GROUP=group, NUM_GROUPS=num_groups, NORM=norm is not None, STATIC=rounding.static,
             POWER_OF_TWO=rounding.power_of_two, LAUNCH_PDL=launch_pdl, num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip

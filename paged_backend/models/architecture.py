@@ -134,10 +134,18 @@ def read_architecture(folder: Path) -> Architecture:
         initializer_range=config.initializer_range,
         eos_ids=token_ids(config.eos_token_id),
         bos_id=config.bos_token_id,
-        quantization=read_quantization(folder, kind.quantization_config),
+        quantization=_quantization(folder, content, kind, family),
         renames=family.renames,
         unread=family.unread,
     )
+
+
+def _quantization(folder: Path, content: Mapping[str, Any], kind: ConfigKind, family: Family) -> Quantization | None:
+    """Of the whole, or of its language part."""
+    part = content.get("text_config") if family.has_other_parts else None
+    own = part.get("quantization_config") if isinstance(part, Mapping) else None
+    found = read_quantization(folder, kind.quantization_config or (own if isinstance(own, Mapping) else None))
+    return None if found is None else replace(found, renames=family.renames)
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
+from paged_backend.models.layer_spec import MoeSpec
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import rope_tensors
 from paged_backend.models.shard import Shard
@@ -24,7 +25,7 @@ from paged_backend.runner.cuda_graphs import captured_shapes
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
 from paged_backend.runner.measured_memory import NUM_PAGES, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
-from paged_backend.runner.placement import Placement, devices_of_all, dtype_name, name_of, place
+from paged_backend.runner.placement import FP8_CAPABILITY, Placement, devices_of_all, dtype_name, name_of, place
 from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_tensors import DeviceRows
@@ -60,11 +61,12 @@ class RunnerBuilder:
         self._config, self._tell, self._checkpoint, self._ranks = config, tell, checkpoint, ranks
         self._architecture = checkpoint.architecture.of_rank(Shard(ranks.rank, ranks.size))
         self._place = place(config, checkpoint.architecture)
-        if self._architecture.quantization is not None:
-            quantization = replace(self._architecture.quantization, dequantised=True, rounds=self._place.device.type == "cpu")
-            self._architecture = replace(self._architecture, quantization=quantization)
         self._max_sequences = min(config.max_num_sequences, config.max_batched_tokens)  # of a step
         self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
+        if self._architecture.quantization is not None:
+            reads = self._uses_kernels and torch.cuda.get_device_capability(self._place.device) >= FP8_CAPABILITY
+            quantization = replace(self._architecture.quantization, dequantised=not reads, rounds=reads or self._place.device.type == "cpu")
+            self._architecture = replace(self._architecture, quantization=quantization)
         self._shapes = captured_shapes(self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory))
         self.size: PoolSize | None = None  # as decided
         self.needs = MemoryNeeds()  # as measured
@@ -128,9 +130,9 @@ class RunnerBuilder:
         a, dtype = self._architecture, self._place.dtype
         if quantization.dequantised:
             return f"{quantization.words}; dequantised into {dtype_name(dtype)} while loading: {name_of(self._place.device)} has no kernels for it"
-        plain = weight_bytes(replace(a, quantization=None), dtype)
-        taken = weight_bytes(a, dtype)
-        return f"{quantization.words}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in {dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
+        plain, taken = weight_bytes(replace(a, quantization=None), dtype), weight_bytes(a, dtype)
+        experts = " (experts are dequantised)" if any(isinstance(layer.mlp, MoeSpec) for layer in a.layers) else ""
+        return f"{quantization.words}{experts}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in {dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
 
     def _refuse_what_cannot_fit(self) -> PoolSize:
         """By the bytes that are known before anything is read. Returns the largest pool there may be.

@@ -12,7 +12,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 
-_FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
+FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,6 @@ def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.devi
     if name == "auto":
         name = "float32" if device.type == "cpu" else architecture.dtype  # type: ignore[assignment]
     kv_name = name if config.kv_dtype == "auto" else config.kv_dtype
-    if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
-        raise EngineError(f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, _FP8_CAPABILITY))}; {name_of(device)} has less")
+    if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise EngineError(f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; {name_of(device)} has less")
     return getattr(torch, name), torch.float8_e4m3fn if kv_name == "fp8_e4m3" else getattr(torch, kv_name)

@@ -1,11 +1,13 @@
 """Products of few tokens with a model's weights on one GPU: cuBLAS against small_linear.py. Prints JSON lines, and a table to stderr.
 
     python -m tests.bench.bench_linear [--model llama-3.2-1b] [--tokens 1,2,8,16,32,64,128] [--products qkv,out] [--sweep]
+    python -m tests.bench.bench_linear --formats fp8-channel,fp8-block,int4-g128,nvfp4 [--model llama-3.1-8b] [--tokens 1,8,32,64,256,2048]
 
 A case is one product of a decoder layer with its companions: qkv, gate_up and the head with the norm before them, out and down with the addition of the
 residual, gate_up with silu(gate) * up. Each is replayed as a CUDA graph of launches over copies of the weight, together larger than the L2 cache; medians.
 cublas_us: torch's product and our kernels for the companions. floor_us: the weight's bytes over the read bandwidth measured in the same run. --sweep tries
-many shapes and prints the best ones; without it the tuned shape is what runs.
+many shapes and prints the best ones; without it the tuned shape is what runs. --formats: the same products of quantised weights, by the chooser's kernels;
+floor_us is then the time in which weight and scales are read, share_of_floor how near the product comes to it.
 """
 
 from __future__ import annotations
@@ -19,12 +21,23 @@ from collections.abc import Callable, Iterator
 import torch
 
 from paged_kernels.activation import gate
+from paged_kernels.codes import quantise
+from paged_kernels.linear import Format, Rounding
 from paged_kernels.norm import rms_norm
 from paged_kernels.norm_value import Norm
+from paged_kernels.products import Products
 from paged_kernels.small_linear import NarrowShape, VectorShape, make_linear_workspace, narrow_linear, narrow_shape, vector_linear, vector_shape
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
 from tests.bench.geometries import GEOMETRIES
 
+FORMATS = {
+    "fp8-channel": Format("fp8", rounding=Rounding("fp8")),
+    "fp8-block": Format("fp8", (128, 128), Rounding("fp8", 128)),
+    "int8-channel": Format("int8"),
+    "int4-g128": Format("int4", (1, 128), scale_dtype=torch.bfloat16),
+    "int4-g32-zeros": Format("int4", (1, 32), zeros=True, scale_dtype=torch.bfloat16),
+    "nvfp4": Format("fp4", (1, 16), row_scales=True, scale_dtype=torch.float8_e4m3fn),
+}
 _COLD_BYTES = 192 * 2**20  # of weights in a graph: four times the L2 cache
 EPS = 1e-5
 
@@ -99,18 +112,40 @@ class Case:
                     yield NarrowShape(num_rows, block, split, stages, 4, 8)
 
 
+def quantised_row(product: str, rows: int, columns: int, num_tokens: int, name: str, reading: float) -> dict[str, float | str]:
+    """The product by products.py, of a weight in the format of that name."""
+    case, chooser = Case(product, rows, columns, num_tokens), Products(torch.device("cuda"))
+    linears = [quantise(weight, FORMATS[name]) for weight in case.weights]
+    linears += [quantise(case.weights[0], FORMATS[name]) for _ in range(-(-_COLD_BYTES // sum(x.nbytes for x in linears[0].tensors)) - len(linears))]
+    norm = Norm(case.norm, EPS) if case.normed else None
+    residual = case.y if case.adds else None
+
+    def launch(i: int) -> object:
+        return chooser(case.x, linears[i % len(linears)], norm_before=norm, gated=case.gated, residual=residual)
+
+    us = replay_us(launch, max(16, len(linears)), 9)
+    floor = sum(x.nbytes for x in linears[0].tensors) / reading * 1e6
+    return {"format": name, "floor_us": round(floor, 2), "us": round(us, 2), "share_of_floor": round(floor / us, 3)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=GEOMETRIES, default="llama-3.2-1b")
     parser.add_argument("--tokens", default="1,2,8,16,32,64,128")
     parser.add_argument("--products", default="qkv,out,gate_up,down,head")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--formats", default="", help=f"of quantised weights, instead of bfloat16: {', '.join(FORMATS)}")
     options = parser.parse_args()
     reading = read_bandwidth()
     for product, (rows, columns) in products(options.model).items():
         if product not in options.products.split(","):
             continue
         for num_tokens in map(int, options.tokens.split(",")):
+            for name in filter(None, options.formats.split(",")):
+                found_row = quantised_row(product, rows, columns, num_tokens, name, reading)
+                print(json.dumps({"bench": "linear", "model": options.model, "product": product, "tokens": num_tokens, **found_row}), flush=True)
+            if options.formats:
+                continue
             case = Case(product, rows, columns, num_tokens)
             floor = case.bytes / reading * 1e6
             row = {"bench": "linear", "model": options.model, "product": product, "rows": rows, "columns": columns, "tokens": num_tokens}

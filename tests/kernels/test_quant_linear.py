@@ -12,6 +12,7 @@ import torch
 
 from paged_kernels.codes import dequantise, quantise
 from paged_kernels.linear import Format, Linear
+from paged_kernels.norm_value import Norm
 from paged_kernels.quant_linear import QuantNarrowShape, QuantVectorShape, quant_narrow_linear, quant_vector_linear, reaches
 from paged_kernels.small_linear import make_linear_workspace
 
@@ -79,7 +80,7 @@ def test_one_token_equals_float64(num_rows: int, num_columns: int, dtype: torch.
     residual = randn(1, num_rows, dtype=dtype, seed=3) if "residual" in options else None
     norm = randn(num_columns, dtype=dtype, seed=4) if gated else None
     out = torch.full((1, num_rows), float("nan"), dtype=dtype, device=DEVICE)
-    given = None if norm is None else (norm, EPS)
+    given = None if norm is None else Norm(norm, EPS)
     assert quant_vector_linear(x, linear, norm=given, gated=gated, residual=residual, out=out, shape=shape) is out
     assert_close(out, oracle(x, linear, residual, gated, norm))
 

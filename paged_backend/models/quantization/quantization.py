@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -36,12 +36,14 @@ class Quantization:
     rounds: bool = True  # activations are rounded as the format has it, also before a product with dequantised weights
     scale_dtype: torch.dtype | None = None  # of the scales of groups of 4- and 8-bit integers, as the files have them
     plain_modules: frozenset[str] = frozenset()  # that the files have as floats, whatever the rules say
+    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of names in the checkpoint -> here (Architecture.renames); rules know the former
 
     def scheme_of(self, module: str) -> Scheme | None:
-        """module: its full name in the checkpoint, such as model.layers.0.self_attn.q_proj."""
+        """module: its full name, such as model.layers.0.self_attn.q_proj."""
         if module in self.plain_modules:
             return None
-        return next((rule.scheme for rule in self.rules if rule.matches(module)), None)
+        names = [module, *(theirs + module.removeprefix(ours) for theirs, ours in self.renames.items() if module.startswith(ours))]
+        return next((rule.scheme for rule in self.rules if any(rule.matches(name) for name in names)), None)
 
     def format_of(self, modules: Sequence[str], out_sizes: Sequence[int], in_size: int) -> Format:
         """Of a linear that is packed from `modules`, with so many rows each.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,16 @@ def compressed(weights: dict[str, Any], format: str = "pack-quantized", **more: 
 def test_what_cannot_be_read_is_refused_by_key_and_value(config: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=f"quantization_config.*{words}"):
         read_quantization(tmp_path, config)
+
+
+def test_lists_know_modules_by_the_names_of_the_checkpoint(tmp_path: Path) -> None:
+    """Where a family calls them otherwise, as of models with other inputs than text."""
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.language_model.layers.0.self_attn*"]}
+    found = read_quantization(tmp_path, config)
+    assert found is not None
+    quantization = replace(found, renames={"model.language_model.": "model."})
+    assert quantization.scheme_of("model.layers.0.self_attn.q_proj") is None
+    assert quantization.scheme_of("model.layers.0.mlp.up_proj") is not None
 
 
 def test_named_targets_come_before_the_class_of_all_modules(tmp_path: Path) -> None:

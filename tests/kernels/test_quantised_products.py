@@ -1,0 +1,120 @@
+"""The chooser's products with quantised weights against the reference's, and the kernels of many tokens.
+
+Of one token and of few activations are not rounded: the 16-bit type's own rounding is all. Where both round they may differ by a step of fp8 here and there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from paged_backend.models.weights import allocate_weights, load_weights
+from paged_kernels.block_linear import BlockShape, block_linear
+from paged_kernels.codes import dequantise, quantise, round_activations
+from paged_kernels.dequantise import dequantised
+from paged_kernels.linear import Format, Linear, Rounding
+from paged_kernels.norm_value import Norm
+from paged_kernels.products import Products
+from paged_kernels.reference import reference
+from paged_kernels.round_rows import round_rows
+from tests.kernels.test_cuda_ops import SMALL, use_kernels
+from tests.kernels.test_quant_linear import FORMATS, make_linear, randn
+from tests.oracle import random_prompts
+from tests.published_formats import FORMATS as FORMATS_OF_PUBLISHERS
+from tests.published_formats import save_published
+from tests.runner_driver import Driver, load_runner
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCKS = Format("fp8", (64, 128), Rounding("fp8", 128))
+
+
+def error_of(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+@pytest.mark.parametrize(("name", "format"), [*((name, FORMATS[name]) for name in ("fp8-channel", "int4-g32-zeros", "nvfp4")), ("fp8-block", BLOCKS)])
+def test_products_are_those_of_the_reference(name: str, format: Format, num_tokens: int) -> None:
+    if num_tokens > 64 and format.rounding is not None and DEVICE.type == "cpu":
+        pytest.skip("the interpreter rounds to fp8 wrongly, 1.97 to 1")
+    linear = make_linear(64, 256, format, torch.float16, bias=True)
+    x, norm = randn(num_tokens, 256, dtype=torch.float16), Norm(randn(256, dtype=torch.float16, seed=5), 1e-5)
+    meant = linear if num_tokens > 64 else replace(linear, format=replace(format, rounding=None))
+    tolerance = 2e-3 if meant.format.rounding is None else 1e-2  # a row of 256 has some numbers on the edge between two of fp8
+    products = Products(DEVICE)
+    plain = reference.linear(reference.norm(x, norm), meant)
+    assert error_of(products(x, linear, norm_before=norm), plain) < tolerance
+    assert error_of(products(x, linear, norm_before=norm, gated=True), reference.gate(plain, "silu")) < tolerance
+    residual = randn(num_tokens, 64, dtype=torch.float16, seed=6)
+    expected = residual + reference.linear(x, meant)
+    assert products(x, linear, residual=residual) is residual
+    assert error_of(residual, expected) < tolerance
+
+
+@pytest.mark.parametrize("shape", [BlockShape(16, 32, 2, 1), pytest.param(None, marks=pytest.mark.gpu)], ids=["tiny", "tuned"])
+def test_blocks_are_scaled_after_each_group(shape: BlockShape | None) -> None:
+    tokens, rows, columns = (37, 100, 200) if shape else (300, 1000, 4096)
+    dtype = torch.float32 if shape else torch.bfloat16
+    linear = replace(quantise(randn(rows, columns, scale=0.1, seed=1), Format("fp8", (32, 128))), bias=randn(rows, dtype=dtype, seed=2))
+    x = randn(tokens, columns)
+    numbers, scales = round_activations(x, Rounding("fp8", 128))
+    residual = randn(tokens, rows, dtype=dtype, seed=3)
+    wide = numbers.double() * scales.double().repeat_interleave(128, 1)[:, :columns]
+    assert linear.bias is not None
+    expected = residual.double() + wide @ dequantise(linear).double().T + linear.bias.double()
+    out = torch.full_like(residual, float("nan"))
+    assert block_linear(numbers.contiguous(), scales.contiguous(), linear, out, residual=residual, shape=shape) is out
+    assert error_of(out, expected) < (1e-6 if shape else 4e-3)
+
+
+@pytest.mark.parametrize("rounding", [Rounding("fp8"), Rounding("fp8", 128, power_of_two=True), Rounding("fp8", static=True)], ids=["token", "group", "static"])
+def test_rounded_rows_are_those_of_the_reference(rounding: Rounding) -> None:
+    x, norm, scale = randn(3, 200), Norm(randn(200, seed=1), 1e-5), torch.full((1,), 0.01, device=DEVICE)
+    numbers, scales = round_rows(x, rounding, scale, norm=norm)
+    expected, expected_scales = round_activations(reference.norm(x, norm), rounding, scale)
+    assert torch.allclose(scales, expected_scales, rtol=1e-6)
+    assert numbers.shape == expected.shape and numbers.dtype == expected.dtype
+    if DEVICE.type == "cuda":  # the interpreter rounds to fp8 wrongly, 1.97 to 1
+        assert float((numbers.float() != expected.float()).float().mean()) < 0.01  # on an edge between two numbers
+        assert torch.allclose(numbers.float(), expected.float(), rtol=0.13)  # by one step there
+    assert bool((numbers.float().abs() <= expected.float().abs() * 1.13 + 2.0**-9).all())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantised_weights_are_what_the_reference_says(name: str) -> None:
+    linear = make_linear(16, 256, FORMATS[name], torch.float32, bias=False)
+    assert torch.allclose(dequantised(linear, torch.float32), dequantise(linear), rtol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+def test_a_decoder_whose_weights_stay_as_they_are_stored_answers_as_a_model_of_what_they_mean(tmp_path: Path) -> None:
+    """Steps of one token and of several, by the kernels."""
+    truth = save_published(tmp_path, FORMATS_OF_PUBLISHERS["awq-g32"], **{**SMALL, "intermediate_size": 64})
+    runner = load_runner(tmp_path, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    assert runner.architecture.quantization is not None
+    kept = replace(runner.architecture, quantization=replace(runner.architecture.quantization, dequantised=False))
+    weights = allocate_weights(kept, torch.float32, torch.device("cpu"))
+    load_weights(weights, tmp_path, lambda sentence: None)
+    assert {linear.format.codes for linear in weights.linears} == {"int4"}
+    runner._decoder._weights = weights
+    use_kernels(runner)
+    prompts = random_prompts((1, 9))
+    assert Driver(runner, num_rows=4).generate(prompts, 3, chunk=6, arrive_every=1) == truth.greedy(prompts, 3)
+
+
+def test_refusals() -> None:
+    linear: Linear = quantise(randn(8, 128), Format("fp8"))
+    numbers, scales = round_activations(randn(3, 128), Rounding("fp8", 128))
+    with pytest.raises(ValueError, match="do not fit each other"):
+        block_linear(numbers, scales, linear, torch.empty(3, 8))
+    with pytest.raises(ValueError, match="not \\[3, 16\\]"):
+        block_linear(numbers, scales, quantise(randn(16, 128), Format("fp8", (16, 128))), torch.empty(3, 8))
+    with pytest.raises(ValueError, match="cannot be rounded"):
+        round_rows(randn(3, 8), Rounding("int8"))
+    with pytest.raises(ValueError, match="plain RMS norm"):
+        round_rows(randn(3, 8), Rounding("fp8"), norm=Norm(randn(8), 1e-5, plus_one=True))
+    with pytest.raises(ValueError, match="is not read"):
+        dequantised(quantise(randn(4, 96), Format("int4", (1, 48))), torch.float32)
