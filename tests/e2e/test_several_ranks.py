@@ -82,7 +82,7 @@ def outputs(engine: Engine, prompts: list[np.ndarray], samplings: list[dict[str,
                     told["logprobs"][number].append(round(float(output.logprobs[entry]), 3))
             for found in output.found:
                 told["found"][found.request_id] = [np.frombuffer(one.token_ids, np.int32).tolist() for one in found.sequences]
-            for scored in output.prompts:
+            for scored in output.feature_outputs:
                 told["prompts"].setdefault(scored.request_id, []).extend(np.frombuffer(scored.ranks, np.int32).tolist())
         engine.check()
     return told
