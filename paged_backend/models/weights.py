@@ -16,6 +16,7 @@ from torch import Tensor
 from paged_backend.errors import EngineError
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.forward_pass import Allocate
 from paged_backend.models.blocks.layer import Layer
 from paged_backend.models.blocks.residual import allocate_norm, norm_parameters
@@ -59,6 +60,11 @@ class Weights:
         for linear in (*self.linears, self.head):
             tensors += [scales for scales in (linear.scale, linear.zero, linear.row_scale, linear.input_scale) if scales is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def attentions(self) -> dict[str, Attention]:
+        """The attention blocks, by the beginnings of their tensors' names."""
+        return {_layer_prefix(number): layer.attention for number, layer in enumerate(self.layers)}
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -16,6 +16,7 @@ from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.layer_spec import MoeSpec
+from paged_backend.models.quantization.kv_scales import load_kv_scales
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import rope_tensors
 from paged_backend.models.shard import Shard
@@ -158,6 +159,10 @@ class RunnerBuilder:
             self._tell(randomise_weights(weights, a, self._config.seed))
         else:
             self._tell(load_weights(weights, self._checkpoint.folder, self._tell))
+            if place.kv_dtype == torch.float8_e4m3fn:
+                scaled = load_kv_scales(weights.attentions, self._checkpoint.folder, a.renames, adapters=bool(self._config.lora_directory))
+                if scaled:
+                    self._tell(scaled)
         return weights, adapter_slots
 
     def _measure(self, weights: Weights, adapter_slots: AdapterStore | None, at_most: PoolSize) -> None:

@@ -54,6 +54,24 @@ def test_products_are_those_of_the_reference(name: str, format: Format, num_toke
     assert error_of(residual, expected) < tolerance
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True], ids=["per token", "static"])
+@pytest.mark.parametrize("num_tokens", [70, 2048])
+def test_many_tokens_with_a_scale_a_row_are_those_of_the_reference(num_tokens: int, static: bool) -> None:
+    """By cuBLASLt: 8-bit tensor cores, scales of tokens and of rows."""
+    format = Format("fp8", rounding=Rounding("fp8", static=static))
+    linear = make_linear(1024, 2048, format, torch.bfloat16, bias=True)
+    if linear.input_scale is not None:
+        linear.input_scale.fill_(0.02)
+    x, norm = randn(num_tokens, 2048, dtype=torch.bfloat16), Norm(randn(2048, dtype=torch.bfloat16, seed=5), 1e-5)
+    products, residual = Products(DEVICE), randn(num_tokens, 1024, dtype=torch.bfloat16, seed=6)
+    plain = reference.linear(reference.norm(x, norm), linear)
+    assert error_of(products(x, linear, norm_before=norm), plain) < 1e-2
+    assert error_of(products(x, linear, norm_before=norm, gated=True), reference.gate(plain, "silu")) < 1.5e-2
+    expected = residual + reference.linear(x, linear)
+    assert error_of(products(x, linear, residual=residual), expected) < 1e-2
+
+
 @pytest.mark.parametrize("shape", [BlockShape(16, 32, 2, 1), pytest.param(None, marks=pytest.mark.gpu)], ids=["tiny", "tuned"])
 def test_blocks_are_scaled_after_each_group(shape: BlockShape | None) -> None:
     tokens, rows, columns = (37, 100, 200) if shape else (300, 1000, 4096)
