@@ -20,6 +20,9 @@ _MODEL_TYPES = {
     "MixtralForCausalLM": "mixtral",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
+    "GptOssForCausalLM": "gpt_oss",
 }
 _SMALL = {
     "vocab_size": 199,
@@ -40,14 +43,14 @@ _SMALL = {
 def save_checkpoint(folder: Path, architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **options: Any) -> Path:
     """Writes a random checkpoint of `architecture` with transformers' save_pretrained; `options` are entries of its config.
 
-    Biases and norms are random too: transformers starts them at 0 and 1, which would hide that they are forgotten.
+    Biases, norms, sinks and corrections of scores are random too: transformers starts them at 0 and 1, which would hide that they are forgotten.
     """
     config = AutoConfig.for_model(_MODEL_TYPES[architecture], **{**_SMALL, **options})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, 0, 0.2)
             elif "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -83,7 +86,7 @@ class Oracle:
 
     def _load(self) -> Any:
         config = AutoConfig.from_pretrained(self._folder)
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # which caps no scores
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss" else "sdpa"  # it has no caps and no sinks
         return kind_of(config).from_pretrained(self._folder, dtype=torch.float32, attn_implementation=attention).eval()
 
     def greedy(self, prompts: Sequence[Sequence[int] | Int32], max_tokens: int) -> list[list[int]]:

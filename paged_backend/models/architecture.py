@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, language_part, read_json
 from paged_backend.models.families.family import Family, head_dim_of
 from paged_backend.models.families.registry import FAMILIES
-from paged_backend.models.layer_spec import ALL_LAYERS, WHOLE, AttentionSpec, EndsSpec, LayerSpec
-from paged_backend.models.quantization.quantization import Quantization
+from paged_backend.models.layer_spec import ALL_LAYERS, WHOLE, AttentionSpec, EndsSpec, LayerSpec, MoeSpec
+from paged_backend.models.quantization.quantization import MXFP4, Quantization
 from paged_backend.models.quantization.reading import read_quantization
 from paged_backend.models.shard import Cut, Shard, padded_rows, vocabulary_cut
 
@@ -122,19 +122,21 @@ def read_architecture(folder: Path) -> Architecture:
     file = checked(family.config, language_part(content) if family.has_other_parts else content, path.name)
     config = _transformers_config(family, file)
     _check_options(config)
+    layers, quantization = family.layers(config), _quantization(folder, content, kind, family)
+    _refuse_quantised_experts(layers, quantization)
     return Architecture(
         name=family.architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        layers=family.layers(config),
+        layers=layers,
         ends=family.ends(config),
         tied_head=bool(config.tie_word_embeddings),
         ropes=_ropes(family, config),
-        dtype=_dtype_name(file),
+        dtype=_dtype_name(file, "bfloat16" if quantization is not None and quantization.name == MXFP4 else "float32"),
         initializer_range=config.initializer_range,
         eos_ids=token_ids(config.eos_token_id),
         bos_id=config.bos_token_id,
-        quantization=_quantization(folder, content, kind, family),
+        quantization=quantization,
         renames=family.renames,
         unread=family.unread,
     )
@@ -221,8 +223,19 @@ def _check_layer_types(config: PreTrainedConfig) -> None:
         raise EngineError(f"layer_types: {len(layer_types)} entries for {config.num_hidden_layers} layers")
 
 
-def _dtype_name(file: ConfigFile) -> str:
-    name = (file.dtype or file.torch_dtype or "float32").removeprefix("torch.")
+def _refuse_quantised_experts(layers: Sequence[LayerSpec], quantization: Quantization | None) -> None:
+    """
+    Raises:
+        EngineError: experts are stored in a format that is not read.
+    """
+    experts = [layer.mlp for layer in layers if isinstance(layer.mlp, MoeSpec)]
+    if not experts or quantization is None or (quantization.name == MXFP4 and all(moe.together for moe in experts)):
+        return
+    raise EngineError(f"quantization_config: {quantization.name} is not supported for experts; supported: {MXFP4}, as gpt-oss is published")
+
+
+def _dtype_name(file: ConfigFile, default: str) -> str:
+    name = (file.dtype or file.torch_dtype or default).removeprefix("torch.")
     if not isinstance(getattr(torch, name, None), torch.dtype):
         raise EngineError(f"config.json: dtype: {name[:80]} is no type of torch's")
     return name if name in ("float32", "bfloat16", "float16") else "float32"

@@ -165,6 +165,7 @@ class MoeSpec:
     correction: bool = False  # scores are corrected for the choice
     shared_size: int = 0  # of the expert that every token goes through; 0: there is none
     shared_gate: bool = False  # its answer is scaled by a sigmoid of the token
+    together: bool = False  # the checkpoint always has the experts together, as [E, in, out], or in mxfp4 (gpt-oss)
     names: MoeNames = field(default_factory=MoeNames)
     shard: Shard = WHOLE  # the intermediate sizes are this rank's
 

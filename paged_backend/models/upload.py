@@ -7,6 +7,7 @@ reads into a pinned buffer of its own, and its copies overlap with the reading o
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -17,6 +18,17 @@ from torch import Tensor
 _THREADS = 4
 _BUFFER_BYTES = 32 * 2**20
 _AHEAD = 8  # tensors that were handed over and are not copied yet
+
+
+def _parts(target: Tensor, source: Tensor, max_numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of both that correspond, of at most so many numbers each: stretches of a contiguous target, indices of the first dimensions of another."""
+    if target.is_contiguous():
+        yield from zip(torch.split(target.view(-1), max_numbers), torch.split(source.reshape(-1), max_numbers), strict=True)
+    elif target.numel() <= max_numbers:
+        yield target, source
+    else:
+        for to, origin in zip(target, source, strict=True):
+            yield from _parts(to, origin, max_numbers)
 
 
 class Uploads:
@@ -33,7 +45,8 @@ class Uploads:
         self._copies: list[Future[None]] = []
 
     def put(self, target: Tensor, source: Tensor) -> None:
-        """Fills `target`, contiguous, from a tensor of as many numbers, perhaps of another float type."""
+        """Fills `target` from a tensor of as many numbers, perhaps of another float type. A target that is not contiguous, such as a transposed matrix, has
+        the source's shape."""
         if self._threads is None:
             target.copy_(source)
             return
@@ -54,11 +67,9 @@ class Uploads:
     def _copy(self, target: Tensor, source: Tensor) -> None:
         try:
             buffer = self._buffer().view(target.dtype)
-            to, origin = target.view(-1), source.reshape(-1)
             with self._stream():
-                for start in range(0, len(to), len(buffer)):
-                    part = buffer[: len(to) - start].copy_(origin[start : start + len(buffer)])
-                    to[start : start + len(buffer)].copy_(part, non_blocking=True)
+                for to, origin in _parts(target, source, len(buffer)):
+                    to.copy_(buffer[: to.numel()].copy_(origin.reshape(-1)).view(to.shape), non_blocking=True)
                     if self._device.type == "cuda":
                         torch.cuda.current_stream(self._device).synchronize()  # before the buffer is written again
         finally:

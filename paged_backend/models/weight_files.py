@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -120,8 +121,9 @@ def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tens
         implied = cuts[name].whole_shape(target) if name in cuts else list(target.shape)
         if shape != implied:
             raise EngineError(f"checkpoint: tensor {name} has shape {shape}, config.json implies {implied}")
-        if kind not in FLOATS:
-            raise EngineError(f"checkpoint: tensor {name} is of type {kind}; supported: {', '.join(FLOATS)}")
+        supported = ("U8",) if target.dtype == torch.uint8 else tuple(FLOATS)
+        if kind not in supported:
+            raise EngineError(f"checkpoint: tensor {name} is of type {kind}; supported: {', '.join(supported)}")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import OpenTensors, StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
 from paged_kernels.linear import Linear
+from paged_kernels.mxfp4 import NOT_A_NUMBER
 from paged_kernels.norm_value import Norm
 
 Progress = Callable[[str], None]
@@ -36,6 +37,8 @@ Named = TypeVar("Named")
 _EMBEDDING, _HEAD, _LAYERS = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
 _COMPARED_AT_ONCE = 2**24  # numbers
 _PROGRESS_SECONDS = 1.0
+_MXFP4_SCALES = "_proj_scales"  # the end of the names of experts' scales
+_DUMMY_SCALE = 121  # of random numbers in mxfp4: 2 ** -6
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def _check_finite(targets: Mapping[str, Tensor]) -> None:
     The least and the greatest number of a tensor are NaN if any is; they are infinite if any is.
     """
     extremes = torch.stack([extreme.float() for target in targets.values() for extreme in torch.aminmax(target)]).view(-1, 2)
-    finite = extremes.isfinite().all(1).tolist()
+    of_scales = torch.tensor([name.endswith(_MXFP4_SCALES) for name in targets], device=extremes.device)
+    finite = (extremes.isfinite().all(1) & ~(of_scales & (extremes[:, 1] == NOT_A_NUMBER))).tolist()
     wrong = [name for name, is_finite in zip(targets, finite, strict=True) if not is_finite]
     if wrong:
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
@@ -233,6 +237,10 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
         generator.manual_seed(seed ^ zlib.crc32(name.encode()))  # what several ranks have whole is the same on all of them
         if name.endswith("norm.weight"):
             target.fill_(1)
+        elif name.endswith(_MXFP4_SCALES):
+            target.fill_(_DUMMY_SCALE)
+        elif target.dtype == torch.uint8:
+            target.random_(generator=generator)
         else:
             target.normal_(0, architecture.initializer_range, generator=generator)
     for module in modules:

@@ -11,6 +11,7 @@ import torch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.quantization.quantization import MXFP4
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 
@@ -87,6 +88,8 @@ def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.devi
     name = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else architecture.dtype  # type: ignore[assignment]
+    if name == "float32" and device.type == "cuda" and architecture.quantization is not None and architecture.quantization.name == MXFP4:
+        raise EngineError("dtype: float32 is not supported for experts in mxfp4 on a GPU; supported: bfloat16, float16")
     kv_name = name if config.kv_dtype == "auto" else config.kv_dtype
     if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise EngineError(f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; {name_of(device)} has less")

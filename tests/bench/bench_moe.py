@@ -32,7 +32,7 @@ _EPS = 1e-5
 def sizes(model: str) -> dict[str, Any]:
     """What matters here of a published config."""
     g = GEOMETRIES[model]
-    experts = g.get("num_experts") or g["num_local_experts"]
+    experts = g.get("num_experts") or g.get("n_routed_experts") or g["num_local_experts"]
     is_gpt_oss = g["model_type"] == "gpt_oss"
     routing = Routing(g["num_experts_per_tok"], "softmax_of_chosen" if is_gpt_oss else "softmax", renormalised=not is_gpt_oss)
     gate = Gate(limit=7.0, alpha=1.702, interleaved=True) if is_gpt_oss else Gate()

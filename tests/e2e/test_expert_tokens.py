@@ -25,6 +25,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {},
     "qwen1.5-moe-a2.7b": {"shared_expert_intermediate_size": 40},
     "qwen3-30b-a3b": {},
+    "glm-4.5-air": {},
+    "minimax-m2": {"rotary_dim": 4},
+    "gpt-oss-20b": {"layer_types": ["sliding_attention", "full_attention"]},
 }
 SETTINGS = {
     "tight pages of 16": {"page_size": 16, "num_pages": 56, "max_batched_tokens": 64},

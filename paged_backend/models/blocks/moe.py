@@ -11,8 +11,10 @@ from paged_backend.errors import EngineError
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.residual import Residual
 from paged_backend.models.layer_spec import LayerSpec, MoeSpec
+from paged_backend.models.quantization.quantization import MXFP4
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.linear import Linear
+from paged_kernels.mxfp4 import GROUP, GROUP_BYTES
 
 _FUSED = "mlp.experts.gate_up_proj"
 
@@ -24,18 +26,29 @@ class MoeMlp:
         self.spec = spec
         self.residual = Residual(layer.mlp_branch, layer.norm, hidden_size, empty)
         count, size, partial = spec.num_experts, spec.intermediate_size, spec.shard.size > 1
+        self._in_mxfp4 = empty.quantization is not None and empty.quantization.name == MXFP4
+
+        def expert_linear(rows: int, columns: int) -> ExpertLinear:
+            bias = empty(count, rows) if spec.bias else None
+            if not self._in_mxfp4:
+                return ExpertLinear(empty(count, rows, columns), bias)
+            if columns % GROUP:
+                raise EngineError(f"quantization_config: mxfp4 has groups of {GROUP} numbers, and rows of experts are of {columns}")
+            packed, groups = empty(count, rows, columns // 2, dtype=torch.uint8), -(-columns // (4 * GROUP)) * 4  # kernels read scales by fours
+            return ExpertLinear(packed, bias, empty(count, rows, groups, dtype=torch.uint8))
+
         self.experts = Experts(
             router=Linear(empty(count, hidden_size), empty(count) if spec.bias else None),
             correction=empty(count, dtype=torch.float32) if spec.correction else None,
             routing=spec.routing,
-            gate_up=ExpertLinear(empty(count, 2 * size, hidden_size), empty(count, 2 * size) if spec.bias else None),
+            gate_up=expert_linear(2 * size, hidden_size),
             gate=spec.gate,
-            down=ExpertLinear(empty(count, hidden_size, size), empty(count, hidden_size) if spec.bias else None),
+            down=expert_linear(hidden_size, size),
             partial=partial,
         )
-        shared = spec.shared_size
-        self.shared_gate_up = Linear(empty(2 * shared, hidden_size)) if shared else None
-        self.shared_down = Linear(empty(hidden_size, shared), partial=partial) if shared else None
+        sites = spec.sites(hidden_size)
+        self.shared_gate_up = empty.linear(sites[0]) if sites else None
+        self.shared_down = empty.linear(sites[1], partial=partial) if sites else None
         self.shared_scale = Linear(empty(1, hidden_size)) if spec.shared_gate else None
 
     @property
@@ -53,14 +66,17 @@ class MoeMlp:
         """
         if _FUSED in stored and self.spec.shard.size > 1:
             raise EngineError(f"tensor_parallel_size: experts that are stored together ({_FUSED}) cannot be divided among ranks")
-        fused, names = not stored or _FUSED in stored, self.spec.names
+        fused, names = self.spec.together or not stored or _FUSED in stored, self.spec.names
         root = "mlp" if fused else names.root
         found: dict[str, Tensor | None] = {
             f"{root}.{names.router}.weight": self.experts.router.weight,
             f"{root}.{names.router}.bias": self.experts.router.bias,
             f"{root}.{names.correction}": self.experts.correction,
         }
-        found |= self._together() if fused else self._one_by_one()
+        if self.spec.together:
+            found |= self._transposed("gate_up_proj", self.experts.gate_up) | self._transposed("down_proj", self.experts.down)
+        else:
+            found |= self._together() if fused else self._one_by_one()
         if self.shared_gate_up is not None and self.shared_down is not None:
             gate, up = self.shared_gate_up.weight.chunk(2)
             shared = f"{root}.{names.shared}"
@@ -82,6 +98,15 @@ class MoeMlp:
 
     def _together(self) -> dict[str, Tensor | None]:
         return {_FUSED: self.experts.gate_up.weight, "mlp.experts.down_proj": self.experts.down.weight}
+
+    def _transposed(self, name: str, linear: ExpertLinear) -> dict[str, Tensor | None]:
+        """As gpt-oss is published: [E, in, out] and biases, or groups of 32 numbers in 16 bytes and their scales."""
+        biases = {f"mlp.experts.{name}_bias": linear.bias}
+        if linear.scales is None:
+            return biases | {f"mlp.experts.{name}": linear.weight.transpose(1, 2)}
+        groups = linear.num_columns // GROUP
+        blocks = {f"mlp.experts.{name}_blocks": linear.weight.view(*linear.weight.shape[:2], groups, GROUP_BYTES)}
+        return biases | blocks | {f"mlp.experts.{name}_scales": linear.scales[..., :groups]}
 
     def _one_by_one(self) -> dict[str, Tensor | None]:
         names = self.spec.names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedConfig
@@ -22,6 +22,17 @@ def with_experts(layers: Sequence[LayerSpec], moe: MoeSpec, sparse: Sequence[boo
         if isinstance(layer.mlp, MlpSpec) and layer.mlp.activation != "silu":
             raise EngineError(f"hidden_act: {layer.mlp.activation} is not supported for experts; supported: silu")
     return tuple(replace(layer, mlp=moe) if has_experts else layer for layer, has_experts in zip(layers, sparse, strict=True))
+
+
+def refuse_other_values(config: PreTrainedConfig, supported: Mapping[str, object]) -> None:
+    """
+    Raises:
+        EngineError: config.json gives one of the keys another value than the one that is computed.
+    """
+    for key, value in supported.items():
+        given = getattr(config, key, value)
+        if given != value:
+            raise EngineError(f"{key}: {str(given)[:80]} is not supported; supported: {value}")
 
 
 def sparse_by_step(config: PreTrainedConfig) -> list[bool]:

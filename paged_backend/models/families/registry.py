@@ -7,9 +7,12 @@ from paged_backend.models.families.exaone4 import EXAONE4
 from paged_backend.models.families.gemma2 import GEMMA2
 from paged_backend.models.families.gemma3 import GEMMA3, GEMMA3_WITH_IMAGES
 from paged_backend.models.families.glm4 import GLM, GLM4
+from paged_backend.models.families.glm4_moe import GLM4_MOE
+from paged_backend.models.families.gpt_oss import GPT_OSS
 from paged_backend.models.families.granite import GRANITE
 from paged_backend.models.families.internlm3 import INTERNLM3
 from paged_backend.models.families.llama import LLAMA
+from paged_backend.models.families.minimax_m2 import MINIMAX_M2
 from paged_backend.models.families.ministral3 import MINISTRAL3, MISTRAL3_WITH_IMAGES
 from paged_backend.models.families.mistral import MISTRAL
 from paged_backend.models.families.mixtral import MIXTRAL
@@ -46,5 +49,5 @@ _DENSE = (
     SMOLLM3,
     STARCODER2,
 )
-_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, MINIMAX_M2, GPT_OSS)
 FAMILIES = {family.architecture: family for family in (*_DENSE, *_EXPERTS)}

@@ -13,6 +13,8 @@ from paged_backend.errors import EngineError
 from paged_backend.models.quantization.scheme import Scheme
 from paged_kernels.linear import PLAIN, Format
 
+MXFP4 = "mxfp4"  # the method of experts alone, which models/blocks/moe.py reads
+
 
 @dataclass(frozen=True)
 class Rule:

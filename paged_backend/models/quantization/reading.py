@@ -13,7 +13,7 @@ from paged_backend.models.quantization.compressed_tensors import read_compressed
 from paged_backend.models.quantization.float8 import read_fp8
 from paged_backend.models.quantization.gptq import read_gptq
 from paged_backend.models.quantization.modelopt import read_modelopt
-from paged_backend.models.quantization.quantization import Quantization
+from paged_backend.models.quantization.quantization import MXFP4, Quantization
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
     "fp8": read_fp8,
@@ -22,7 +22,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
     "modelopt_fp4": read_modelopt,
     "awq": read_awq,
     "gptq": read_gptq,
-    "mxfp4": lambda config: Quantization("mxfp4", ()),  # of experts alone: everything else is plain
+    MXFP4: lambda config: Quantization(MXFP4, ()),  # of experts alone: everything else is plain
 }
 _OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
 

@@ -25,6 +25,10 @@ THETA = {"rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, **THETA}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64, **THETA}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+GLM = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16, "n_group": 4, "topk_group": 2, "n_shared_experts": 2}
+GLM |= {"routed_scaling_factor": 2.5, "use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": 1}
+GPT_OSS: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 9, "swiglu_limit": 1.5}
+GPT_OSS |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "llama-mha-tied": ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -76,6 +80,9 @@ CASES |= {
     ),
     "qwen3-moe": ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "qwen3-moe-dense-layer": ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16, "mlp_only_layers": [1], "attention_bias": True}),
+    "glm4-moe-groups": ("Glm4MoeForCausalLM", GLM),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "rotary_dim": 8}),
+    "gpt-oss": ("GptOssForCausalLM", GPT_OSS),
     "qwen3-moe-window": ("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16, "use_sliding_window": True, "sliding_window": 9}),
 }
 LENGTHS = (1, 5, 16, 33, 50)
@@ -114,7 +121,22 @@ def test_tokens_do_not_depend_on_paging_and_chunking(windowed: Path, windowed_tr
     assert driver.generate(random_prompts((1, 64, 65, 300)), 20, chunk=chunk, arrive_every=arrive_every) == windowed_truth
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "llama-yarn", "mistral-window", "qwen2", "qwen3", "mixtral", "qwen2-moe-sparse-step", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama-biases",
+        "llama-yarn",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+        "mixtral",
+        "qwen2-moe-sparse-step",
+        "qwen3-moe",
+        "glm4-moe-groups",
+        "minimax-m2",
+        "gpt-oss",
+    ],
+)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     architecture, options = CASES[case]
     save_checkpoint(tmp_path, architecture, **options)

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from paged_backend.errors import EngineError, RequestError
 from paged_backend.models.adapter_files import check_adapter
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import read_architecture
-from paged_backend.models.weights import Weights, allocate_weights, load_weights, settle_weights
+from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, settle_weights
 from tests.adapter_oracle import AdapterOracle, save_adapter
-from tests.oracle import random_prompts, save_checkpoint
+from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24}
@@ -69,6 +70,72 @@ def test_an_expert_of_another_size_is_named(tmp_path: Path) -> None:
         settle_weights(read_architecture(folder), folder)
 
 
+def save_mxfp4(folder: Path, plain: Path) -> Path:
+    """gpt-oss as it is published, of random bytes; in `plain` the same numbers as transformers makes them of those bytes."""
+    options = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    save_checkpoint(plain, "GptOssForCausalLM", **options, sliding_window=9)
+    tensors, generator = load_file(plain / "model.safetensors"), torch.Generator().manual_seed(0)
+    packed = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            count, columns, rows = tensor.shape
+            blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(121, 125, (count, rows, columns // 32), generator=generator, dtype=torch.uint8)
+            del packed[name]
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    folder.mkdir()
+    save_file(packed, folder / "model.safetensors")
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}))
+    return folder
+
+
+def test_experts_in_mxfp4_say_what_their_numbers_say(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain")
+    assert read_architecture(folder).dtype == "bfloat16"  # which gpt-oss's config does not say
+    prompts = random_prompts((3, 20, 41))
+    expected = Oracle(tmp_path / "plain").greedy(prompts, 8)
+    assert Driver(load_runner(folder)).generate(prompts, 8, chunk=7) == expected
+    assert load(folder).layers[0].parameters()["mlp.experts.down_proj_blocks"].dtype == torch.uint8  # they stay packed
+
+
+def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj_scales"][2, 0, 0] = 255
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(EngineError, match=r"model\.layers\.1\.mlp\.experts\.down_proj_scales holds numbers that are not finite"):
+        load(folder)
+
+
+def test_random_weights_fill_mxfp4_too(tmp_path: Path) -> None:
+    weights = allocate_weights(read_architecture(save_mxfp4(tmp_path / "packed", tmp_path / "plain")), torch.float32, torch.device("cpu"))
+    randomise_weights(weights, read_architecture(tmp_path / "packed"), seed=0)
+    found = weights.layers[0].parameters()
+    assert set(found["mlp.experts.down_proj_scales"].flatten().tolist()) == {121} and len(found["mlp.experts.down_proj_blocks"].unique()) > 100
+
+
+def test_a_layer_of_multi_token_prediction_is_left_unread_and_the_log_says_so(tmp_path: Path) -> None:
+    options = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "num_nextn_predict_layers": 1}
+    folder = save_checkpoint(tmp_path, "Glm4MoeForCausalLM", **SMALL, **options)
+    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if not name.startswith("model.layers.2.")}
+    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(32, 64)}, folder / "model.safetensors")
+    weights = allocate_weights(read_architecture(folder), torch.float32, torch.device("cpu"))
+    assert "ignored 1 tensors that the model has no use for (model.layers.2.eh_proj.weight)" in load_weights(weights, folder, lambda sentence: None)
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_qk_norm", False), ("scoring_func", "softmax"), ("use_routing_bias", False), ("shared_intermediate_size", 8)])
+def test_what_minimax_m2_does_not_compute_is_refused_by_name(key: str, value: object, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "MiniMaxM2ForCausalLM", **SMALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8, rotary_dim=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(EngineError, match=f"{key}: {value} is not supported"):
+        read_architecture(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -78,7 +145,8 @@ def test_an_expert_of_another_size_is_named(tmp_path: Path) -> None:
         ({"decoder_sparse_step": 0}, ["decoder_sparse_step"]),
         ({"mlp_only_layers": "none"}, ["mlp_only_layers"]),
         ({"hidden_act": "gelu"}, ["hidden_act: gelu"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, ["quantization_config: fp8", "experts", "mxfp4"]),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config: mxfp4", "gpt-oss"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

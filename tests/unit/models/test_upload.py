@@ -35,6 +35,15 @@ def test_rows_of_a_packed_tensor_are_filled_and_no_others(device: torch.device) 
     assert packed[:, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 2, 2, 2]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_transposed_target_is_filled(device: torch.device) -> None:
+    source = torch.arange(3 * 5 * 40, dtype=torch.float32).view(3, 5, 40)  # rows beyond the buffer too
+    target = torch.zeros(3, 40, 5, device=device)
+    with Uploads(device, 2, buffer_bytes=64) as uploads:
+        uploads.put(target.transpose(1, 2), source)
+    assert torch.equal(target.cpu(), source.transpose(1, 2))
+
+
 def test_what_fails_on_a_thread_is_raised_at_the_end() -> None:
     uploads = Uploads(torch.device("cpu"), 2, buffer_bytes=64)
     uploads.put(torch.zeros(4), torch.ones(3))
