@@ -30,10 +30,12 @@ class ServerChild:
     The thread starts the process, because the kernel's parent-death signal follows the thread.
     """
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], on_line: Callable[[str], None]) -> None:
+    def __init__(self, command: list[str], environment: Mapping[str, str], on_line: Callable[[str], None], inherited: int) -> None:
+        """on_line: called with each line that it writes. inherited: a file descriptor that it gets as it is."""
         self._command = command
         self._environment = environment
         self._on_line = on_line
+        self._inherited = inherited
         self._started = threading.Event()
         self._ended = threading.Event()
         self._error: OSError | None = None
@@ -54,7 +56,13 @@ class ServerChild:
         starter = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self._command]
         try:
             self._process = subprocess.Popen(
-                starter, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+                starter,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(self._inherited,),
             )
         except OSError as error:
             self._error = error

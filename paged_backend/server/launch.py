@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from paged_backend.server.child import ServerChild
 from paged_backend.server.front_end_watch import FrontEndWatch, num_requests
 from paged_backend.server.log import ServerLog
 from paged_backend.server.ports import Addresses, PortClaim, resolve_host
+from paged_backend.server.scratch import Scratch, sweep
 from paged_backend.tracing import TRACE_HEADERS, asks_for_spans, check_tracing
 
 _POLL_SECONDS = 0.05
@@ -32,7 +31,6 @@ _GIVE_UP_SECONDS = 3.0  # for a server that is told to stop while it loads
 _LAST_SECONDS = 30.0  # for unloading, after the drain
 _POLL_DRAIN_SECONDS = 0.5
 _IDLE_SECONDS = 2.0  # without a request in the engine: the last pieces are with their callers, too
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,15 @@ class Server:
     """One tritonserver: `start` returns when it answers, `stop` when it is gone. Usable as a context manager.
 
     `on_line` receives each log line for the operator, from a thread of the server's own.
-    Nothing is left behind: temporary folders and shared memory are removed, and the server ends when this process does.
+    Nothing is left behind: temporary folders and shared memory are removed, and the server ends when this process does. What a process that was killed left
+    is removed by the next start.
     """
 
     def __init__(self, settings: ServerSettings, on_line: Callable[[str], None] | None = None) -> None:
         self.settings = settings
         self._on_line = on_line
         self._log = ServerLog(settings.show_log)
-        self._folder: Path | None = None
+        self._scratch: Scratch | None = None
         self._child: ServerChild | None = None
         self._addresses: Addresses | None = None
         self._front_ends: FrontEndWatch | None = None
@@ -106,10 +105,15 @@ class Server:
         return self._child.pid
 
     @property
+    def _folder(self) -> Path:
+        assert self._scratch is not None, "the server is not started"
+        return self._scratch.folder
+
+    @property
     def shm_prefix(self) -> str:
         """How the names of its files in /dev/shm begin."""
-        assert self._folder is not None, "the server is not started"
-        return f"{self._folder.name}-"
+        assert self._scratch is not None, "the server is not started"
+        return self._scratch.shm_prefix
 
     def log_lines(self) -> list[str]:
         """The first and last lines that tritonserver and its processes wrote, shown or not."""
@@ -130,10 +134,10 @@ class Server:
         server_files.check_checkpoint(config)
         resolve_host(self.settings.host)
         installation = server_files.find_installation()
+        sweep()
         try:
             for _ in range(_ATTEMPTS):
                 if self._attempt(installation, options, deadline):
-                    assert self._folder is not None
                     self._front_ends = FrontEndWatch(self.pid, self._folder, self._is_ready, self._lose_front_ends)
                     return self.addresses
             raise EngineError(self._log.failure(1))
@@ -149,10 +153,10 @@ class Server:
         self._log = ServerLog(settings.show_log)
         ports = PortClaim(settings.host, http=settings.http_port, grpc=settings.grpc_port, metrics=settings.metrics_port)
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="paged-serve-"))
+            self._scratch = Scratch()
             self._addresses = ports.addresses
             command, environment = self._command(installation, options)
-            self._child = ServerChild(command, environment, self._take_line)
+            self._child = ServerChild(command, environment, self._take_line, self._scratch.lock)
             exit_code = self._wait_until_ready(self._child, deadline)
         finally:
             ports.release()
@@ -181,7 +185,6 @@ class Server:
                 raise EngineError("tritonserver was not ready in time; --log-verbose shows its log")
 
     def _command(self, installation: server_files.Installation, options: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-        assert self._folder is not None
         settings, addresses = self.settings, self.addresses
         repository = server_files.prepare_repository(self._folder, model_name=settings.model_name, options=options, instances=settings.instances)
         address = resolve_host(settings.host)
@@ -212,12 +215,12 @@ class Server:
 
     def _is_ready(self) -> bool:
         """The server that answers must be ours, by its id or (with restricted APIs) its log: another one may have taken the port."""
-        folder = self._folder
-        if folder is None:
+        scratch = self._scratch
+        if scratch is None:
             return False  # it is gone already
         host, port = self.addresses.host, self.addresses.http_port
         status, body = _get(host, port, "/v2")
-        ours = _server_id(body) == folder.name if status == 200 else status == _FORBIDDEN and self._log.listens()
+        ours = _server_id(body) == scratch.folder.name if status == 200 else status == _FORBIDDEN and self._log.listens()
         return ours and _get(host, port, f"/v2/models/{self.settings.model_name}/ready")[0] in (200, _FORBIDDEN)
 
     def terminate(self) -> None:
@@ -278,11 +281,9 @@ class Server:
         if self._child is not None:
             self._child.kill_all()
             self._child.wait()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            for region in _SHARED_MEMORY.glob(f"{self._folder.name}-*"):
-                region.unlink(missing_ok=True)
-            self._folder = None
+        scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            scratch.remove()
 
 
 def engine_options(settings: ServerSettings) -> dict[str, str]:
