@@ -132,8 +132,8 @@ def metrics(url: str) -> dict[str, float]:
     return values
 
 
-def wait_for_metrics(url: str, holds: Callable[[dict[str, float]], bool], seconds: float = 2.0) -> bool:
-    """Whether the metrics, which are published a few times a second, come to satisfy a condition in time."""
+def wait_for_metrics(url: str, holds: Callable[[dict[str, float]], bool], seconds: float = 20.0) -> bool:
+    """Whether the metrics, which are published a few times a second (more seldom on a busy machine), come to satisfy a condition in time."""
     end = time.monotonic() + seconds
     while not holds(metrics(url)):
         if time.monotonic() > end:

@@ -25,7 +25,7 @@ from paged_client import AsyncPagedClient, InvalidRequestError, PagedClient
 from tests.server import browser
 from tests.server.calls import metrics, wait_for_metrics
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
 QUESTION = [{"role": "user", "content": "Where is the lamp?"}]
 ASKED = "Once upon a time there was a lamp in a house by the river. Where was the lamp?"
@@ -61,7 +61,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._screen, keys.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 20) -> str:
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
         """Reads on until the pattern is in what came since the last match; returns that."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
@@ -73,14 +73,15 @@ class Terminal:
 
     def exit_status(self) -> int:
         with contextlib.suppress(OSError):  # what a terminal that nobody holds any more says
-            self.wait_for("(?!)", 10)
+            self.wait_for("(?!)", 30)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self._screen)
         return status
 
 
 def engine_idle(server: Server) -> bool:
-    return wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 0)
+    """Soon: what was left would run for longer than that."""
+    return wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 0, seconds=6.0)
 
 
 # ---- messages
@@ -251,7 +252,7 @@ def busy(server: Server) -> Iterator[None]:
     """A request that runs meanwhile."""
     program = f"import asyncio; from tests.server.test_client_commands import keep_busy; asyncio.run(keep_busy({server.addresses.grpc_url!r}))"
     with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) as process:
-        wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 1, seconds=10)
+        wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 1, seconds=60)
         yield
         process.kill()
     assert engine_idle(server)

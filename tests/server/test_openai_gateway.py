@@ -520,7 +520,7 @@ def test_leaving_frees_the_pages(server: Server, client: Any) -> None:
             if number == 10:
                 assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[RUNNING] == 8)
                 break
-    assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[RUNNING] == 0 and values['paged_pages{state="held"}'] == 0)
+    assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[RUNNING] == 0 and values['paged_pages{state="held"}'] == 0, seconds=5.0)
 
 
 # ---- the command

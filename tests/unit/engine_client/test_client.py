@@ -92,7 +92,8 @@ def _ask(client: EngineClient, text: str, **sampling: object) -> tuple[int, Inbo
     return client.submit(_prompt(text, **sampling), "", time.monotonic(), inbox), inbox
 
 
-def _wait(condition: Callable[[], bool], seconds: float = 5) -> None:
+def _wait(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Generous: a new process takes seconds on a busy machine. What must be quick is measured where it is claimed."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -223,7 +224,7 @@ def test_an_engine_that_says_nothing_is_killed_and_replaced(key: str) -> None:
         _, inbox = _ask(client, "tokens=60 delay=0.01")
         _wait(lambda: len(inbox.ids) > 3)
         os.kill(_engine_pid(client), signal.SIGSTOP)
-        assert inbox.finished.wait(10)
+        assert inbox.finished.wait(30)
         assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.01", 60)
     finally:
         client.close()
@@ -269,7 +270,7 @@ def test_the_process_that_stands_by_takes_the_dead_engines_place_and_another_tak
             assert standby is not None
             os.kill(_engine_pid(owner), signal.SIGKILL)
             for prompt, inbox in asked:
-                assert inbox.finished.wait(10)
+                assert inbox.finished.wait(30)
                 assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, 60)
             assert [_engine_pid(client) for client in clients] == [standby] * 3
             seen.append(standby)
@@ -292,7 +293,7 @@ def test_without_its_standby_an_engine_is_replaced_by_a_new_process(key: str) ->
         assert standby is not None
         os.kill(standby, signal.SIGKILL)
         os.kill(_engine_pid(client), signal.SIGKILL)
-        assert inbox.finished.wait(10)
+        assert inbox.finished.wait(30)
         assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.02", 60)
         assert _engine_pid(client) != standby
     finally:
@@ -421,7 +422,7 @@ def test_nothing_stands_by_where_nothing_may(key: str, monkeypatch: pytest.Monke
     try:
         client.start(lambda stats: None)
         _, inbox = _ask(client, "tokens=20 delay=0.02")
-        assert inbox.finished.wait(10)
+        assert inbox.finished.wait(30)
         assert _standby_pid(client) is None
         assert [command[-1] for command in asked] == ([] if mishap == "off" else ["--standby"])
     finally:
@@ -470,7 +471,7 @@ def test_an_aborted_request_does_not_come_back(key: str) -> None:
         _wait(lambda: len(inbox.ids) > 3)
         os.kill(_engine_pid(client), signal.SIGKILL)
         client.abort(request_id)
-        assert other.finished.wait(10)
+        assert other.finished.wait(30)
         assert len(inbox.ids) < 30
     finally:
         client.close()
@@ -583,7 +584,7 @@ def test_requests_of_many_threads_arrive_whole(key: str) -> None:
     try:
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(lambda number: _ask(client, f"tokens=20 {number}"), range(100)))
-        assert all(inbox.finished.wait(10) for _, inbox in answers)
+        assert all(inbox.finished.wait(30) for _, inbox in answers)
         assert len({request_id for request_id, _ in answers}) == 100
         for number, (_, inbox) in enumerate(answers):
             assert inbox.ids == fake_engine.answer_ids(TOKENIZER, f"tokens=20 {number}", 20)
@@ -668,7 +669,7 @@ def test_garbage_in_a_front_ends_socket_is_dropped_and_told_and_its_streams_go_o
         socket.connect(f"ipc://{client._supervisor.engine_folder}/front_end_0.sock")
         for garbage in (b"", b"\xff" * 100, b"\x81\xa4type\xa6Tokens", encode(Tokens(b"123", b"4")), encode(Tokens(b"\0" * 8, b""))):
             socket.send(garbage)
-        assert inbox.finished.wait(10)
+        assert inbox.finished.wait(30)
         assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.02", 60)
         _wait(lambda: len([record for record in caplog.records if "dropped" in record.getMessage()]) == 5)
     finally:
