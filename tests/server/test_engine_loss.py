@@ -47,6 +47,7 @@ def test_a_lost_engine_unloads_the_model_which_can_be_loaded_again(tmp_path: Pat
         while server.state() != "unloaded":
             assert time.monotonic() < deadline, server.log.read_text()
             time.sleep(0.05)
+        assert _status(f"http://{server.http}/v2/health/ready") == 200  # does not count what was unloaded, as docs/reliability.md says
         log = server.log.read_text()
         assert "error: the engine died: its process ended by SIGKILL; restart 1 of at most 1 within 10 minutes" in log
         assert re.search(r"error: the engine died: .+; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)", log), log
