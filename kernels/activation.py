@@ -46,6 +46,34 @@ def _gate_kernel(
     tl.store(out + row * out_stride + column, result, mask=inside)
 
 
+@kernel
+def _scale_kernel(logits, stride, multiplier, soft_cap, SIZE: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = logits + tl.program_id(0).to(tl.int64) * stride + column
+    x = tl.load(at, mask=column < SIZE, other=0.0).to(tl.float32) * multiplier
+    if CAPPED:  # tanh(y) = 1 - 2 / (exp(2 y) + 1)
+        x = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * x / soft_cap) + 1.0))
+    tl.store(at, x.to(logits.dtype.element_ty), mask=column < SIZE)
+
+
+def scale_logits(logits: torch.Tensor, multiplier: float, soft_cap: float | None, *, launch_pdl: bool = False) -> torch.Tensor:
+    """logits [k, vocab], rows contiguous, written over with cap(multiplier * logits); cap(x) = soft_cap * tanh(x / soft_cap), or x if it is None.
+
+    Computed in float32. launch_pdl: as of `gate`. Raises ValueError for rows that are not contiguous.
+    """
+    if logits.stride(1) != 1:
+        raise ValueError("rows must be contiguous")
+    num_rows, size = logits.shape
+    if num_rows:
+        _scale_kernel[(num_rows, triton.cdiv(size, _BLOCK))](
+            logits, logits.stride(0), float(multiplier), float(soft_cap or 1.0),
+            SIZE=size, BLOCK=_BLOCK, CAPPED=soft_cap is not None, LAUNCH_PDL=launch_pdl, num_warps=4,
+        )  # fmt: skip
+    return logits
+
+
 def gate(gate_up: torch.Tensor, activation: str = "silu", *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
     """out[t] = activation(gate_up[t, :n]) * gate_up[t, n:], the activation in float32 and rounded before the product as in the reference.
 

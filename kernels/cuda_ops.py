@@ -105,6 +105,9 @@ class CudaOps(Ops):
     def activate(self, x: Tensor, activation: str) -> Tensor:
         return activations.activate(x, activation, out=x, launch_pdl=self._pdl)
 
+    def scale_logits(self, logits: Tensor, multiplier: float, soft_cap: float | None) -> Tensor:
+        return activations.scale_logits(logits, multiplier, soft_cap, launch_pdl=self._pdl)
+
     # ---- experts
 
     def route(self, x: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:

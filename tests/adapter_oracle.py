@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
-from tests.oracle import Oracle
+from tests.oracle import Oracle, kind_of
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -18,7 +18,7 @@ def save_adapter(
     folder: Path, checkpoint: Path, seed: int, rank: int = 4, targets: tuple[str, ...] = ALL, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Path:
     """Writes an adapter of the checkpoint with PEFT's save_pretrained. B is random too: PEFT starts it at 0, which would hide that it is forgotten."""
-    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    base = kind_of(AutoConfig.from_pretrained(checkpoint)).from_pretrained(checkpoint, dtype=torch.float32)
     config = LoraConfig(r=rank, target_modules=list(targets), task_type="CAUSAL_LM", **options)
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from paged_backend.errors import RequestError
 from paged_backend.models.adapter_layout import AdapterLayout, PlacedSite
+from paged_backend.models.weight_files import renamed
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 2**20
 _FLOATS = ("F32", "F16", "BF16")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # PEFT's fields that change nothing of what a finished adapter computes, or are looked at below. Any other that is set is refused by name.
 _UNDERSTOOD = frozenset(
@@ -87,7 +87,7 @@ def check_adapter(folder: Path, layout: AdapterLayout, max_rank: int) -> None:
     Raises:
         RequestError: why it cannot be used.
     """
-    config = _read_config(folder / _CONFIG)
+    config = _read_config(folder / _CONFIG, layout.projections)
     with _opened(folder) as file:
         _check_tensors(file, layout, config, max_rank)
 
@@ -97,7 +97,7 @@ def read_adapter(folder: Path, layout: AdapterLayout, max_rank: int, dtype: torc
     Raises:
         RequestError: why it cannot be used.
     """
-    config = _read_config(folder / _CONFIG)
+    config = _read_config(folder / _CONFIG, layout.projections)
     with _opened(folder) as file:
         version = _version(folder)
         found = _check_tensors(file, layout, config, max_rank)
@@ -139,9 +139,11 @@ def _check_tensors(file: Any, layout: AdapterLayout, config: _Config, max_rank: 
         match = _TENSOR.fullmatch(name)
         if ".experts." in name:
             raise RequestError(f"tensor {name[:200]} is an expert's: adapters of experts are not supported, those of attention are")
-        if match is None or match["module"] not in modules:
-            raise RequestError(f"tensor {name[:200]} is not supported; supported: lora_A and lora_B of {', '.join(_PROJECTIONS)} in {layout.num_layers} layers")
-        found.setdefault(match["module"], {})[match["side"]] = name
+        module = "" if match is None else renamed(match["module"], layout.renames)
+        if match is None or module not in modules:
+            supported = f"lora_A and lora_B of {', '.join(layout.projections)} in {layout.num_layers} layers"
+            raise RequestError(f"tensor {name[:200]} is not supported; supported: {supported}")
+        found.setdefault(module, {})[match["side"]] = name
     if not found:
         raise RequestError(f"{_WEIGHTS} holds no tensors")
     for module in modules:
@@ -163,7 +165,7 @@ def _check_tensors(file: Any, layout: AdapterLayout, config: _Config, max_rank: 
     return found
 
 
-def _read_config(path: Path) -> _Config:
+def _read_config(path: Path, projections: tuple[str, ...]) -> _Config:
     given = _read_json(path)
     if given.get("peft_type") != "LORA":
         raise RequestError(f"{_CONFIG}: peft_type is {_shown(given.get('peft_type'))}; supported: LORA")
@@ -175,9 +177,9 @@ def _read_config(path: Path) -> _Config:
     if not any(given.get("init_lora_weights") is plain or given.get("init_lora_weights") == plain for plain in _PLAIN_BEGINNINGS):
         raise RequestError(f"{_CONFIG}: init_lora_weights {_shown(given['init_lora_weights'])} changes the model's own weights, which is not supported")
     targets = given.get("target_modules")
-    unknown = [target for target in targets if str(target).rsplit(".", 1)[-1] not in _PROJECTIONS] if isinstance(targets, list) else []
+    unknown = [target for target in targets if str(target).rsplit(".", 1)[-1] not in projections] if isinstance(targets, list) else []
     if unknown:
-        raise RequestError(f"{_CONFIG}: target module {_shown(unknown[0])} is not supported; supported: {', '.join(_PROJECTIONS)}")
+        raise RequestError(f"{_CONFIG}: target module {_shown(unknown[0])} is not supported; supported: {', '.join(projections)}")
     everywhere = isinstance(targets, list) and given.get("layers_to_transform") is None and not given.get("exclude_modules")
     try:
         return _Config(
@@ -186,7 +188,7 @@ def _read_config(path: Path) -> _Config:
             rank_pattern={re.compile(key).pattern: int(value) for key, value in (given.get("rank_pattern") or {}).items()},
             alpha_pattern={re.compile(key).pattern: float(value) for key, value in (given.get("alpha_pattern") or {}).items()},
             by_root=bool(given.get("use_rslora")),
-            targets=tuple(target for target in targets or () if target in _PROJECTIONS) if everywhere else (),
+            targets=tuple(target for target in targets or () if target in projections) if everywhere else (),
         )
     except (KeyError, TypeError, ValueError, AttributeError, re.error, OverflowError):
         raise RequestError(f"{_CONFIG}: expected numbers r and lora_alpha, and patterns of them") from None

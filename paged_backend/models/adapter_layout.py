@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from paged_backend.models.layer_spec import AdapterSite, LayerSpec
 
@@ -34,19 +34,25 @@ class AdapterLayout:
 
     sites: tuple[PlacedSite, ...]
     num_layers: int
+    renames: Mapping[str, str] = field(default_factory=dict)  # Architecture.renames: adapters' tensors are called like the checkpoint's
 
     @classmethod
-    def of(cls, layers: Sequence[LayerSpec], hidden_size: int) -> AdapterLayout:
+    def of(cls, layers: Sequence[LayerSpec], hidden_size: int, renames: Mapping[str, str] | None = None) -> AdapterLayout:
         sites: list[PlacedSite] = []
         for number, layer in enumerate(layers):
             for site in (*layer.attention.sites(hidden_size), *layer.mlp.sites(hidden_size)):
                 sites.append(PlacedSite(site.modules, site.in_size, site.out_sizes, number, sites[-1].end if sites else 0))
-        return cls(tuple(sites), len(layers))
+        return cls(tuple(sites), len(layers), renames or {})
 
     @property
     def size(self) -> int:
         """Elements of an adapter of rank 1; one of rank r takes r times as much."""
         return self.sites[-1].end
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The last parts of the modules' names, such as q_proj."""
+        return tuple(dict.fromkeys(module.rsplit(".", 1)[1] for site in self.sites for module in site.modules))
 
     def modules(self) -> dict[str, tuple[PlacedSite, int]]:
         """Name, such as model.layers.0.self_attn.q_proj -> its site and its number there."""

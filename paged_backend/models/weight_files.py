@@ -45,7 +45,7 @@ def find_tensors(folder: Path, renames: Mapping[str, str] = MappingProxyType({})
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no mapping
                     view = file.get_slice(name)
-                    stored[_renamed(name, renames)] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype(), name)
+                    stored[renamed(name, renames)] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype(), name)
         except (SafetensorError, OSError) as error:
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
     return stored
@@ -98,7 +98,8 @@ class OpenTensors:
         self._open.close()
 
 
-def _renamed(name: str, renames: Mapping[str, str]) -> str:
+def renamed(name: str, renames: Mapping[str, str]) -> str:
+    """With the first beginning that fits replaced."""
     beginning = next((beginning for beginning in renames if name.startswith(beginning)), None)
     return name if beginning is None else renames[beginning] + name.removeprefix(beginning)
 

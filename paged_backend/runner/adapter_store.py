@@ -96,7 +96,7 @@ def allocate_adapter_store(config: EngineConfig, architecture: Architecture, dty
     root = Path(config.lora_directory).expanduser()
     if not root.is_dir():
         raise EngineError(f"lora_directory: no folder {config.lora_directory}")
-    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size)
+    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size, architecture.renames)
     try:
         return AdapterStore(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -109,5 +109,5 @@ def adapter_store_bytes(config: EngineConfig, architecture: Architecture, dtype:
     """What `allocate_adapter_store` takes."""
     if not config.lora_directory:
         return 0
-    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size)
+    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size, architecture.renames)
     return layout.size * config.max_lora_rank * config.max_loras * dtype.itemsize

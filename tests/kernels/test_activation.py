@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paged_kernels.activation import gate
+from paged_kernels.activation import activate, gate, scale_logits
 from paged_kernels.reference import reference
+from paged_kernels.reference_layers import ACTIVATIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
@@ -39,6 +40,28 @@ def test_large_gates_neither_overflow_nor_vanish() -> None:
     torch.testing.assert_close(gate(gate_up), torch.tensor([[0.0, 400.0, 0.0, 0.0]], device=DEVICE))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 1100, torch.float32), (2, 64, torch.float16), *LARGE])
+def test_every_activation_equals_float64_alone_and_as_a_gate(rows: int, size: int, dtype: torch.dtype, activation: str) -> None:
+    x = randn(rows, 2 * size, dtype=dtype) * 3
+    for out, expected in (
+        (gate(x, activation), reference.gate(x.double(), activation)),
+        (activate(x.clone(), activation), reference.activate(x.double(), activation)),
+    ):
+        error = (out.double() - expected).norm() / expected.norm()
+        assert error <= TOLERANCE[dtype], f"relative RMS error {error:.2e}"  # NaN fails too
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0], ids=str)
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 1100, torch.float32), (2, 64, torch.float16), *LARGE])
+def test_logits_are_scaled_and_capped_in_place(rows: int, size: int, dtype: torch.dtype, soft_cap: float | None) -> None:
+    logits = randn(rows, size, dtype=dtype) * 9
+    expected = reference.scale_logits(logits.double(), 0.5, soft_cap)
+    assert scale_logits(logits, 0.5, soft_cap) is logits
+    error = (logits.double() - expected).norm() / expected.norm()
+    assert error <= TOLERANCE[dtype], f"relative RMS error {error:.2e}"  # NaN fails too
+
+
 def test_rows_may_be_strided_and_out_may_be_the_gate() -> None:
     wide = randn(3, 24)
     gate_up = wide[:, :16]
@@ -53,5 +76,7 @@ def test_refuses_what_does_not_fit() -> None:
         gate(randn(2, 7))
     with pytest.raises(ValueError, match="do not fit"):
         gate(randn(2, 8), out=randn(2, 8))
+    with pytest.raises(ValueError, match="none of silu, gelu"):
+        activate(randn(2, 8), "swish")
     with pytest.raises(ValueError, match="contiguous"):
         gate(randn(8, 2).T)

@@ -21,6 +21,7 @@ from paged_backend.runner.sampler import Sampler
 from paged_kernels.cuda_ops import CudaOps
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.published_configs import CONFIGS, save_published
 from tests.runner_driver import Driver, load_runner
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -60,6 +61,18 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
     use_kernels(runner)
     prompts = random_prompts((1, 9, 14))
     assert Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+@pytest.mark.long
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Prompts beyond sliding windows and, of longrope, beyond the original length, which the longest sequence decides for all."""
+    folder = save_published(tmp_path, name)
+    runner = load_runner(folder, page_size=8, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    use_kernels(runner)
+    prompts = random_prompts((33,))
+    assert Driver(runner, num_rows=4).generate(prompts, 2, chunk=30) == Oracle(folder).greedy(prompts, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")

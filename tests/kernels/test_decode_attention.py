@@ -28,6 +28,7 @@ class Case:
     page_size: int = 16
     window: int = 0
     soft_cap: float = 0.0
+    sinks: bool = False
     dtype: torch.dtype = torch.float32
     kv_dtype: torch.dtype | None = None  # as dtype
     tile: int | None = None
@@ -42,6 +43,7 @@ class Tensors:
     page_table: torch.Tensor
     seq_lens: torch.Tensor
     scale: float
+    sinks: torch.Tensor | None
 
 
 def make(case: Case, seed: int) -> Tensors:
@@ -65,9 +67,9 @@ def make(case: Case, seed: int) -> Tensors:
         for side in range(2):
             kv_pages[page, side, :, (tokens % case.page_size).to(DEVICE)] = keys_values[side].to(DEVICE, case.dtype)
     q = torch.randn(len(case.lengths), case.num_q_heads, case.head_dim, generator=generator).to(DEVICE, case.dtype)
-    return Tensors(
-        q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), torch.tensor(case.lengths, dtype=torch.int32, device=DEVICE), case.head_dim**-0.5
-    )
+    sinks = torch.linspace(-2, 6, case.num_q_heads).to(DEVICE, case.dtype) if case.sinks else None
+    lengths = torch.tensor(case.lengths, dtype=torch.int32, device=DEVICE)
+    return Tensors(q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), lengths, case.head_dim**-0.5, sinks)
 
 
 def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
@@ -84,7 +86,9 @@ def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
         scores = queries @ keys.transpose(1, 2) * tensors.scale
         if case.soft_cap:
             scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
-        out[row] = (scores.softmax(-1) @ values).reshape(case.num_q_heads, case.head_dim)
+        if tensors.sinks is not None:
+            scores = torch.cat((scores, tensors.sinks.double().view(case.num_kv_heads, -1, 1)), dim=-1)
+        out[row] = (scores.softmax(-1)[..., : len(tokens)] @ values).reshape(case.num_q_heads, case.head_dim)
     return out
 
 
@@ -98,7 +102,8 @@ def plan_for(case: Case, max_sequences: int | None = None) -> DecodePlan:
 def attend(case: Case, tensors: Tensors, plan: DecodePlan, **launch: bool) -> torch.Tensor:
     out = torch.full_like(tensors.q, float("nan"))
     plan_decode_attention(tensors.seq_lens, plan)
-    paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, out, plan, scale=tensors.scale, soft_cap=case.soft_cap, **launch)
+    options = {"scale": tensors.scale, "soft_cap": case.soft_cap, "sinks": tensors.sinks}
+    paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, out, plan, **options, **launch)
     return out
 
 
@@ -121,6 +126,9 @@ TINY = {
     "window": Case((1, 9, 10, 11, 26, 90), window=10, tile=16),
     "window of several tiles": Case((30, 50, 77), window=40, page_size=4, tile=16),
     "soft cap": Case((5, 40), soft_cap=0.5, tile=16),
+    "sinks": Case((1, 9, 40, 0, 5), sinks=True, tile=16),
+    "sinks over all programs": Case((200, 3), sinks=True, soft_cap=2.0, tile=16),
+    "sinks and window": Case((26, 90), sinks=True, window=10, num_q_heads=6, tile=16),
     "head_dim no power of two": Case((3, 37), head_dim=24, tile=16),
     "three queries to a head": Case((3, 37), num_q_heads=6, tile=16),
     "one query to a head": Case((37, 3), num_q_heads=2, tile=16),
@@ -134,10 +142,9 @@ def test_equals_float64_on_tiny_shapes(case: Case) -> None:
     tensors = make(case, seed=1)
     expected = oracle(case, tensors)
     assert_close(case, attend(case, tensors, plan_for(case)), expected)
-    if not case.soft_cap:
-        longest = max(case.lengths)
-        twin = reference.decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, tensors.seq_lens, longest, tensors.scale, case.window or None)
-        torch.testing.assert_close(twin.double(), expected, rtol=0, atol=1e-5)  # 200 terms of size one in float32
+    options = tensors.scale, case.window or None, case.soft_cap or None, tensors.sinks
+    twin = reference.decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, tensors.seq_lens, max(case.lengths), *options)
+    torch.testing.assert_close(twin.double(), expected, rtol=0, atol=1e-5)  # 200 terms of size one in float32
 
 
 def test_a_plan_serves_batches_of_other_sizes_and_leaves_no_trace() -> None:
@@ -193,6 +200,9 @@ LARGE = {
     "8 bits, one head": Case(RAGGED, 48, 1, 128, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
     "32 bits": Case(RAGGED, 8, 2, 64, dtype=torch.bfloat16, kv_dtype=torch.float32),
     "soft cap": Case(RAGGED, 16, 8, 256, soft_cap=2.0, dtype=torch.bfloat16),
+    "sinks": Case(RAGGED, 64, 8, 64, sinks=True, dtype=torch.bfloat16),
+    "sinks and window": Case(RAGGED, 64, 8, 64, sinks=True, window=128, dtype=torch.bfloat16),
+    "sinks, 8 bits": Case(RAGGED, 64, 8, 64, sinks=True, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
     "one long sequence": Case((65536,), 32, 8, 128, dtype=torch.bfloat16),
     "one long sequence, one head": Case((20000,), 4, 1, 128, dtype=torch.bfloat16),
     "one short sequence": Case((1,), 32, 8, 128, dtype=torch.bfloat16),

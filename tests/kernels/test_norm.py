@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paged_kernels.norm import rms_norm
+from paged_kernels.norm import add_scaled, norm, rms_norm
+from paged_kernels.norm_value import Norm
 from paged_kernels.reference import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,6 +52,42 @@ def test_equals_float64(rows: int, size: int, dtype: torch.dtype) -> None:
     assert_close(out, reference.rms_norm(x, weight, EPS).double())
 
 
+KINDS: dict[str, dict[str, bool]] = {"1 + w": {"plus_one": True}, "centred": {"centred": True}, "LayerNorm": {"centred": True, "bias": True}}
+
+
+def kind_of_norm(kind: str, size: int, dtype: torch.dtype) -> Norm:
+    fields = dict(KINDS[kind])
+    bias = randn(size, dtype=dtype, seed=3) if fields.pop("bias", False) else None
+    return Norm(randn(size, dtype=dtype, seed=2), EPS, bias, **fields)
+
+
+def oracle_of(x: torch.Tensor, how: Norm) -> torch.Tensor:
+    wide = x.double() - (x.double().mean(-1, keepdim=True) if how.centred else 0)
+    normed = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * (how.weight.double() + how.plus_one)
+    return normed if how.bias is None else normed + how.bias.double()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 24, torch.float32), (2, 257, torch.float32), (2, 64, torch.float16), *LARGE])
+def test_other_norms_equal_float64(rows: int, size: int, dtype: torch.dtype, kind: str) -> None:
+    x, how = randn(rows, size, dtype=dtype) * 3 + 1, kind_of_norm(kind, size, dtype)
+    out = norm(x, how, out=torch.full_like(x, float("nan")))
+    assert_close(out, oracle_of(x, how))
+    assert_close(out, reference.norm(x, how).double())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, None], ids=str)
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 24, torch.float32), (2, 257, torch.float16), *LARGE])
+def test_a_scaled_norm_is_added_to_the_residual_stream(rows: int, size: int, dtype: torch.dtype, kind: str | None) -> None:
+    x, residual = randn(rows, size, dtype=dtype) * 3 + 1, randn(rows, size, dtype=dtype, seed=5)
+    how = None if kind is None else kind_of_norm(kind, size, dtype)
+    expected = residual.double() + 0.22 * (x.double() if how is None else oracle_of(x, how))
+    twin = reference.add_scaled(residual.clone(), x, how, 0.22)
+    assert add_scaled(residual, x, how, 0.22) is residual
+    assert_close(residual, expected)
+    assert_close(residual, twin.double())
+
+
 def test_works_in_place_and_on_strided_rows() -> None:
     wide, weight = randn(4, 40), randn(32, seed=2)
     x = wide[:, :32]
@@ -73,6 +110,10 @@ def test_refuses_what_does_not_fit() -> None:
         rms_norm(randn(2, 8), randn(4), EPS)
     with pytest.raises(ValueError, match="do not fit a weight"):
         rms_norm(randn(2, 8), randn(8).half(), EPS)
+    with pytest.raises(ValueError, match="do not fit a bias"):
+        norm(randn(2, 8), Norm(randn(8), EPS, randn(4)))
+    with pytest.raises(ValueError, match="do not fit, or"):
+        add_scaled(randn(2, 8), randn(2, 4), None, 1.0)
     with pytest.raises(ValueError, match="not of x's shape"):
         rms_norm(randn(2, 8), randn(8), EPS, out=randn(1, 8))
     with pytest.raises(ValueError, match="contiguous"):

@@ -33,6 +33,7 @@ class Case:
     page_size: int = 16
     window: int = 0
     soft_cap: float = 0.0
+    sinks: bool = False
     dtype: torch.dtype = torch.float32
     kv_dtype: torch.dtype | None = None  # as dtype
     shape: PrefillShape | None = None
@@ -48,6 +49,7 @@ class Tensors:
     query_starts: torch.Tensor
     seq_lens: torch.Tensor
     scale: float
+    sinks: torch.Tensor | None
 
 
 def make(case: Case, seed: int) -> Tensors:
@@ -71,7 +73,8 @@ def make(case: Case, seed: int) -> Tensors:
     starts = torch.tensor([0, *(query_len for query_len, _ in case.lens)]).cumsum(0)
     q = torch.randn(int(starts[-1]) + case.spare_queries, case.num_q_heads, case.head_dim, generator=generator).to(DEVICE, case.dtype)
     lengths = torch.tensor([n for _, n in case.lens], dtype=torch.int32, device=DEVICE)
-    return Tensors(q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), starts.to(DEVICE, torch.int32), lengths, case.head_dim**-0.5)
+    sinks = torch.linspace(-2, 6, case.num_q_heads).to(DEVICE, case.dtype) if case.sinks else None
+    return Tensors(q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), starts.to(DEVICE, torch.int32), lengths, case.head_dim**-0.5, sinks)
 
 
 def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
@@ -90,7 +93,9 @@ def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
             scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
         visible = (key_at <= query_at) & (key_at > query_at - case.window) if case.window else key_at <= query_at
         scores.masked_fill_(~visible, float("-inf"))
-        out.append((scores.softmax(-1) @ values[:, None]).permute(2, 0, 1, 3).reshape(query_len, case.num_q_heads, case.head_dim))
+        if tensors.sinks is not None:
+            scores = torch.cat((scores, tensors.sinks.double().view(case.num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
+        out.append((scores.softmax(-1)[..., : length - begin] @ values[:, None]).permute(2, 0, 1, 3).reshape(query_len, case.num_q_heads, case.head_dim))
     return torch.cat(out)
 
 
@@ -98,7 +103,7 @@ def attend(case: Case, tensors: Tensors, spare_tiles: int = 0) -> torch.Tensor:
     out = torch.full_like(tensors.q, float("nan"))
     paged_prefill_attention(
         tensors.q, tensors.kv_pages, tensors.page_table, tensors.query_starts, tensors.seq_lens, out, max_query_len=max(n for n, _ in case.lens) + spare_tiles,
-        scale=tensors.scale, sliding_window=case.window, soft_cap=case.soft_cap, shape=case.shape,
+        scale=tensors.scale, sliding_window=case.window, soft_cap=case.soft_cap, sinks=tensors.sinks, shape=case.shape,
     )  # fmt: skip
     return out
 
@@ -125,6 +130,8 @@ TINY = {
     "window of several tiles": Case(((30, 30), (20, 77)), window=40, page_size=4, shape=SMALL),
     "window of one token": Case(((20, 37),), window=1, shape=SMALL),
     "soft cap": Case(((9, 40),), soft_cap=0.5, shape=SMALL),
+    "sinks": Case(((9, 40), (5, 5)), sinks=True, shape=SMALL),
+    "sinks, window and soft cap": Case(((20, 41), (1, 90)), sinks=True, window=10, soft_cap=2.0, num_q_heads=6, shape=SMALL),
     "head_dim no power of two": Case(((9, 37),), head_dim=24, shape=SMALL),
     "three queries to a head": Case(((13, 37), (6, 6)), num_q_heads=6, shape=SMALL),
     "one query to a head": Case(((37, 40), (3, 3)), num_q_heads=2, shape=WIDE),

@@ -26,6 +26,10 @@ class Case:
     num_kv_heads: int = 2
     head_dim: int = 16
     norm: bool = False
+    plus_one: bool = False
+    rotary: int | None = None  # numbers of a head that are rotated; None: all
+    interleaved: bool = False
+    factors: bool = False
     page_size: int = 4
     dtype: torch.dtype = torch.float32
     index_dtype: torch.dtype = torch.int32
@@ -36,10 +40,11 @@ class Case:
 class Tensors:
     qkv: torch.Tensor
     qk_norm: tuple[Norm, Norm] | None
-    rope_table: torch.Tensor
+    rope_table: torch.Tensor | None
     positions: torch.Tensor
     kv_pages: torch.Tensor
     slot_mapping: torch.Tensor
+    query_factors: torch.Tensor | None
 
 
 def make(case: Case) -> Tensors:
@@ -48,16 +53,18 @@ def make(case: Case) -> Tensors:
     slots = num_pages * case.page_size - 1 - torch.randperm(min(num_pages * case.page_size, 4 * case.num_tokens), generator=generator)[: case.num_tokens]
     slots[1::3] = -1
     max_len = 300
-    angles = torch.arange(max_len)[:, None] * 10000 ** -(torch.arange(case.head_dim // 2) / (case.head_dim // 2))
+    rotary = case.head_dim if case.rotary is None else case.rotary
+    angles = torch.arange(max_len)[:, None] * 10000 ** -(torch.arange(rotary // 2) / max(rotary // 2, 1))
     qkv = torch.randn(case.num_tokens, (case.num_heads + 2 * case.num_kv_heads) * case.head_dim, generator=generator)
     weights = torch.randn(2, case.head_dim, generator=generator).to(DEVICE, case.dtype)
     return Tensors(
         qkv=qkv.to(DEVICE, case.dtype),
-        qk_norm=(Norm(weights[0], EPS), Norm(weights[1], EPS)) if case.norm else None,
-        rope_table=torch.cat((angles.cos(), angles.sin()), dim=1).float().to(DEVICE),
+        qk_norm=(Norm(weights[0], EPS, plus_one=case.plus_one), Norm(weights[1], EPS, plus_one=case.plus_one)) if case.norm else None,
+        rope_table=torch.cat((angles.cos(), angles.sin()), dim=1).float().to(DEVICE) if rotary else None,
         positions=torch.randint(0, max_len, (case.num_tokens,), generator=generator).to(DEVICE, case.index_dtype),
         kv_pages=torch.full((num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim), float("nan"), dtype=case.dtype, device=DEVICE),
         slot_mapping=slots.to(DEVICE, case.index_dtype),
+        query_factors=torch.linspace(1, 2, max_len).to(DEVICE) if case.factors else None,
     )
 
 
@@ -65,16 +72,24 @@ def oracle(case: Case, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, to
     """q, k, v float64 [T, heads, D]."""
     heads = tensors.qkv.double().view(case.num_tokens, -1, case.head_dim)
     q, k, v = heads.split([case.num_heads, case.num_kv_heads, case.num_kv_heads], dim=1)
-    cos, sin = tensors.rope_table[tensors.positions.long()].double()[:, None].chunk(2, dim=-1)
+    positions = tensors.positions.long()
 
     def rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         if weight is not None:
-            x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * (weight.double() + case.plus_one)
+        if tensors.rope_table is None:
+            return x
+        cos, sin = tensors.rope_table[positions].double()[:, None].chunk(2, dim=-1)
+        result, rotary = x.clone(), tensors.rope_table.shape[1]
+        for pair in range(rotary // 2):
+            one, other = (2 * pair, 2 * pair + 1) if case.interleaved else (pair, pair + rotary // 2)
+            result[..., one] = x[..., one] * cos[..., pair] - x[..., other] * sin[..., pair]
+            result[..., other] = x[..., other] * cos[..., pair] + x[..., one] * sin[..., pair]
+        return result
 
     q_weight, k_weight = (None, None) if tensors.qk_norm is None else (norm.weight for norm in tensors.qk_norm)
-    return rotate(q, q_weight), rotate(k, k_weight), v
+    factors = 1.0 if tensors.query_factors is None else tensors.query_factors[positions].double()[:, None, None]
+    return rotate(q, q_weight) * factors, rotate(k, k_weight), v
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
@@ -83,7 +98,8 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def call(case: Case, tensors: Tensors, **options: object) -> torch.Tensor:
-    return rope_write_kv(tensors.qkv, case.num_heads, tensors.qk_norm, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping, **options)
+    given = tensors.qkv, case.num_heads, tensors.qk_norm, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping
+    return rope_write_kv(*given, interleaved=case.interleaved, query_factors=tensors.query_factors, **options)
 
 
 CASES = {
@@ -92,6 +108,13 @@ CASES = {
     "norm of queries and keys": Case(7, norm=True),
     "head_dim no power of two": Case(5, head_dim=24, norm=True),
     "three queries to a head": Case(5, num_heads=6),
+    "half of a head": Case(5, rotary=8),
+    "three quarters of a head": Case(5, head_dim=24, rotary=18, norm=True),
+    "neighbouring pairs": Case(5, interleaved=True, norm=True),
+    "neighbouring pairs of half a head": Case(5, head_dim=24, rotary=12, interleaved=True),
+    "no positions": Case(5, rotary=0, norm=True),
+    "1 + w": Case(5, norm=True, plus_one=True),
+    "queries that grow": Case(5, factors=True),
     "heads over several programs": Case(2, num_heads=7, num_kv_heads=3, head_dim=512),
     "page of one token": Case(5, page_size=1),
     "int64 indices": Case(5, index_dtype=torch.int64),
@@ -103,6 +126,9 @@ GPU_CASES = {
     "Qwen3 in float16": Case(33, 16, 8, 128, norm=True, dtype=torch.float16, page_size=16),
     "96 wide": Case(33, 32, 32, 96, dtype=torch.bfloat16, page_size=32),
     "256 wide": Case(33, 8, 4, 256, norm=True, dtype=torch.float32, page_size=64),
+    "half of neighbouring pairs": Case(33, 32, 2, 128, rotary=64, interleaved=True, dtype=torch.bfloat16, page_size=16),
+    "three quarters of 128": Case(33, 24, 8, 128, rotary=96, dtype=torch.bfloat16, page_size=16),
+    "Gemma 3": Case(33, 8, 4, 256, norm=True, plus_one=True, dtype=torch.bfloat16, page_size=16),
     "offsets past 2^31": Case(33, 32, 8, 128, dtype=torch.bfloat16, page_size=16, num_pages=2**16 + 2**12),
     "offsets past 2^32": Case(33, 32, 8, 128, dtype=torch.bfloat16, page_size=128, num_pages=2**14 + 2**11),
 }
@@ -128,11 +154,14 @@ def test_queries_keys_and_values_equal_float64_and_nothing_else_is_written(case:
     assert tensors.kv_pages[:4].isnan().all()
 
 
-def test_equals_the_reference() -> None:
-    case = Case(6, norm=True)
+@pytest.mark.parametrize(
+    "case", [Case(6, norm=True), Case(6, head_dim=24, rotary=12, interleaved=True, norm=True, plus_one=True, factors=True)], ids=["plain", "options"]
+)
+def test_equals_the_reference(case: Case) -> None:
     tensors, twin = make(case), make(case)
     out = call(case, tensors)
-    expected = reference.rope_write_kv(twin.qkv, case.num_heads, twin.qk_norm, twin.rope_table, twin.positions, twin.kv_pages, twin.slot_mapping)
+    given = twin.qkv, case.num_heads, twin.qk_norm, twin.rope_table, twin.positions, twin.kv_pages, twin.slot_mapping
+    expected = reference.rope_write_kv(*given, case.interleaved, twin.query_factors)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(tensors.kv_pages, twin.kv_pages, equal_nan=True)
 
@@ -173,9 +202,14 @@ def test_a_store_of_8_bits_holds_what_the_reference_stores(dtype: torch.dtype) -
 def test_refuses_what_does_not_fit() -> None:
     case = Case(4)
     tensors = make(case)
+    arguments = tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping
     with pytest.raises(ValueError, match="heads of 16"):
         rope_write_kv(tensors.qkv, 3, None, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping)
     with pytest.raises(ValueError, match="4 tokens"):
         rope_write_kv(tensors.qkv, 4, None, tensors.rope_table, tensors.positions[:3], tensors.kv_pages, tensors.slot_mapping)
+    with pytest.raises(ValueError, match="of one kind"):
+        rope_write_kv(tensors.qkv, 4, (Norm(tensors.qkv[0, :16], EPS), Norm(tensors.qkv[0, :16], 0.1)), *arguments)
+    with pytest.raises(ValueError, match="not of heads of 16"):
+        rope_write_kv(tensors.qkv, 4, (Norm(tensors.qkv[0, :8], EPS), Norm(tensors.qkv[0, :8], EPS)), *arguments)
     with pytest.raises(ValueError, match="rope_table"):
         rope_write_kv(tensors.qkv, 4, None, tensors.rope_table.half(), tensors.positions, tensors.kv_pages, tensors.slot_mapping)

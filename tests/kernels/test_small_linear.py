@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
+from paged_kernels.reference import reference
 from paged_kernels.small_linear import NarrowShape, VectorShape, make_linear_workspace, narrow_linear, vector_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,6 +93,24 @@ def test_few_tokens_equal_float64(num_tokens: int, num_rows: int, num_columns: i
         assert_close(out[:, :num_rows], oracle(x, weight, given))
         assert out[:, num_rows:].isnan().all()
     assert not workspace.arrivals.any()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu2"])
+def test_other_gates_and_a_norm_of_1_plus_w_equal_the_reference(activation: str) -> None:
+    x, weight, _ = operands(3, 24, 40, torch.float32, "gate and bias")
+    linear, norm = Linear(weight, randn(48, seed=2)), Norm(randn(40, seed=4), EPS, plus_one=True)
+    shapes = VectorShape(2, 16, 1), NarrowShape(16, 16, 2, 2, 1, 0)
+    options = {"gated": True, "activation": activation}
+    one = vector_linear(x[:1], weight, linear.bias, norm=norm, shape=shapes[0], **options)  # type: ignore[arg-type]
+    assert_close(one, reference.norm_gated_linear(x[:1], norm, linear, activation).double())
+    few = narrow_linear(x, weight, linear.bias, workspace=make_linear_workspace(DEVICE), shape=shapes[1], **options)  # type: ignore[arg-type]
+    assert_close(few, reference.norm_gated_linear(x, None, linear, activation).double())
+
+
+def test_a_norm_that_subtracts_the_mean_stands_alone() -> None:
+    x, weight, _ = operands(1, 24, 40, torch.float32, "plain")
+    with pytest.raises(ValueError, match="only an RMS norm"):
+        vector_linear(x, weight, norm=Norm(x[0], EPS, centred=True))
 
 
 def test_the_residual_may_be_overwritten() -> None:

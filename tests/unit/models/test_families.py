@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from paged_backend.request import SamplingParams
+from tests.adapter_oracle import ALL, AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts
 from tests.published_configs import CONFIGS, published_config, save_published
 from tests.runner_driver import Driver, load_runner
@@ -43,3 +44,24 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(checkpoin
     for prompt, answer, logprobs in zip(prompts, answers, heard, strict=True):
         truth = oracle.logits(np.concatenate([prompt, np.array(answer, np.int32)])).log_softmax(-1)[len(prompt) - 1 : -1]
         np.testing.assert_allclose(logprobs, truth.gather(1, torch.tensor(answer)[:, None]).squeeze(1), rtol=0, atol=TOLERANCE)
+
+
+TARGETS = {  # of adapters, where they are not q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "glm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "glm4": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "starcoder2": ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+}
+
+
+def test_with_adapters_greedy_tokens_are_those_of_peft(checkpoint: tuple[str, Path], tmp_path: Path) -> None:
+    """One sequence with an adapter of all modules and one without share their steps."""
+    name, folder = checkpoint
+    targets = TARGETS.get(CONFIGS[name]["model_type"], ALL)
+    adapter = save_adapter(tmp_path / "a", folder, seed=1, rank=3, targets=targets, lora_alpha=6, exclude_modules=".*vision.*")
+    runner = load_runner(folder, page_size=8, lora_directory=str(tmp_path), max_loras=1, max_lora_rank=4)
+    assert runner.adapter_slots is not None
+    runner.adapter_slots.fill(0, runner.adapter_slots.read("a"))
+    prompts = random_prompts((40, 70))
+    answers = Driver(runner).generate(prompts, 6, chunk=30, adapter_slots=(0, -1))
+    assert answers == AdapterOracle(folder, adapter).greedy(prompts[:1], 6) + Oracle(folder).greedy(prompts[1:], 6)
