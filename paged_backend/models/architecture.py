@@ -228,10 +228,10 @@ def _refuse_quantised_experts(layers: Sequence[LayerSpec], quantization: Quantiz
     Raises:
         EngineError: experts are stored in a format that is not read.
     """
-    experts = [layer.mlp for layer in layers if isinstance(layer.mlp, MoeSpec)]
-    if not experts or quantization is None or (quantization.name == MXFP4 and all(moe.together for moe in experts)):
-        return
-    raise EngineError(f"quantization_config: {quantization.name} is not supported for experts; supported: {MXFP4}, as gpt-oss is published")
+    for moe in (layer.mlp for layer in layers if isinstance(layer.mlp, MoeSpec)):
+        if quantization is not None and (quantization.name == MXFP4) != moe.together:
+            supported = MXFP4 if moe.together else f"every other method; {MXFP4} is read as gpt-oss has it"
+            raise EngineError(f"quantization_config: {quantization.name} is not supported for experts that are stored like these; supported: {supported}")
 
 
 def _dtype_name(file: ConfigFile, default: str) -> str:
