@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,8 +27,10 @@ from paged_client.asking import (
     printable,
     sampling_of,
 )
+from paged_client.chat_tools import CHOICES, Reading, Tool, load_tools, readings
 from paged_client.client import PagedClient
 from paged_client.errors import InvalidRequestError, PagedError, UnreachableError
+from paged_client.openai.formats.events import Call, Content, Event, Reasoning, message_of
 
 _HELP = """/reset          forget the conversation, keep the system message
 /system TEXT    set the system message and forget the conversation; without TEXT show it
@@ -34,6 +39,7 @@ _HELP = """/reset          forget the conversation, keep the system message
 /exit           leave, as Ctrl-D does
 Ctrl-C          stops the answer; the conversation goes on"""
 _PROMPT = "> "
+_MOST_CALLS = 8  # answers that ask for tools, to one question
 
 
 def chat(
@@ -43,22 +49,42 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    tools: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A Python file whose public functions, with type hints, the model may call; you are asked before.")
+    ] = None,
+    tool_choice: Annotated[
+        str, typer.Option(metavar="auto|required", help="required: each question is answered by a call, which a grammar enforces.")
+    ] = "auto",
     options: Sampling = None,
 ) -> None:
     """Talk to a running server's model.
 
-    The conversation goes through the model's own chat template. Ctrl-C stops an answer, not the program. /help lists the commands.
+    The conversation goes through the model's own chat template. Ctrl-C stops an answer, not the program. /help lists the commands. What the model thinks
+    before it answers is shown dimmed.
     """
+    if tool_choice not in CHOICES:
+        raise typer.BadParameter(f"'{tool_choice}' is none of {', '.join(CHOICES)}", param_hint="--tool-choice")
     sampling = sampling_of(options, max_tokens=max_tokens, temperature=temperature, seed=seed)
     if sampling.get("n", 1) != 1:
         raise typer.BadParameter(f"'n={sampling['n']}': a chat has one answer", param_hint="--sampling")
     with one_sentence_on_failure(), PagedClient(url, model=model_name) as client:
         if not client.is_ready():
             raise UnreachableError(f"no model '{model_name}' is ready at {url}: start a server with paged serve, or name yours with --url and --model-name")
-        session = ChatSession(client, Conversation(system), sampling, Console(highlight=False, markup=False))
+        known = {} if tools is None else load_tools(tools)
+        reader = Reader(known, *readings(url, model_name, known, tool_choice, sampling))
+        session = ChatSession(client, Conversation(system), reader, Console(highlight=False, markup=False))
         session.run()
         if session.failed:
             raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The tools that there are, and how answers are asked for and read."""
+
+    tools: Mapping[str, Tool]
+    of_question: Reading
+    of_result: Reading  # after a tool has answered
 
 
 @dataclass
@@ -66,10 +92,10 @@ class Conversation:
     """The turns so far. The last one is the user's only while its answer is awaited."""
 
     system: str = ""
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def ask(self, question: str) -> None:
@@ -78,22 +104,29 @@ class Conversation:
     def answer(self, text: str) -> None:
         self.turns.append({"role": "assistant", "content": text})
 
+    def call(self, text: str, calls: Sequence[Call]) -> None:
+        functions = [{"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": _parsed(call.arguments)}} for call in calls]
+        self.turns.append({"role": "assistant", "content": text, "tool_calls": functions})
+
+    def result(self, call: Call, text: str) -> None:
+        self.turns.append({"role": "tool", "tool_call_id": call.call_id, "name": call.name, "content": text})
+
     def take_back_question(self) -> str | None:
         """Removes the last question and what was answered to it; None if there is none."""
         while self.turns:
             turn = self.turns.pop()
             if turn["role"] == "user":
-                return turn["content"]
+                return str(turn["content"])
         return None
 
 
 class ChatSession:
     """Reads lines until the end of input; everything that is not a command is a question."""
 
-    def __init__(self, client: PagedClient, conversation: Conversation, sampling: dict[str, Any], console: Console) -> None:
+    def __init__(self, client: PagedClient, conversation: Conversation, reader: Reader, console: Console) -> None:
         self._client = client
         self._conversation = conversation
-        self._sampling = sampling
+        self._reader = reader
         self._console = console
         self._interactive = sys.stdin.isatty()
         self._any_failed = False
@@ -154,30 +187,70 @@ class ChatSession:
         return True
 
     def _talk(self, question: str) -> None:
-        conversation, speed = self._conversation, Speed()
-        conversation.ask(question)
-        stream = self._client.stream(messages=conversation.messages, **self._sampling)
-        stopped, begun = "", False
+        """Asks, and goes on as long as the model asks for tools."""
+        self._conversation.ask(question)
+        reading = self._reader.of_question
+        for _ in range(_MOST_CALLS):
+            calls = self._listen(reading)
+            if not calls:
+                return
+            for call in calls:
+                self._conversation.result(call, self._run(call))
+            reading = self._reader.of_result
+        self._note(f"{_MOST_CALLS} calls for one question: it is left at that")
+
+    def _listen(self, reading: Reading) -> list[Call]:
+        """Shows an answer as it comes. Returns the calls that it makes."""
+        conversation, speed, stopped = self._conversation, Speed(), ""
+        descriptions = [tool.description for tool in self._reader.tools.values()] or None
+        stream = self._client.stream(messages=conversation.messages, tools=descriptions, **reading.sampling)
+        parser, shown, events = reading.parser(), _Shown(self._console), list[Event]()
         try:
             with stream:
                 for delta in stream:
                     speed.take(delta)
-                    text = delta.text if begun else delta.text.lstrip()
-                    begun = begun or bool(text)
-                    self._console.print(printable(text), end="", soft_wrap=True)
+                    new = [Content(delta.text)] if parser is None else parser.feed(delta.text)
+                    if parser is not None and delta.finish_reason:
+                        new = [*new, *parser.finish()]
+                    events += new
+                    shown.take(new)
         except KeyboardInterrupt:
             stopped = "stopped: "
         except PagedError as error:
-            self._fail(error, begun)
-            return
-        answer = stream.answer
-        if answer.text:
-            conversation.answer(answer.text.strip())
+            self._fail(error, shown.begun)
+            return []
+        said, answer = message_of(events), stream.answer
+        calls = [] if stopped else list(said.calls)
+        if calls:
+            conversation.call(said.content.strip(), calls)
+        elif answer.text:
+            conversation.answer(said.content.strip())
         else:
             conversation.take_back_question()
         ended = "; cut off at max_tokens" if answer.finish_reason == "length" else ""
-        self._console.print()
+        if shown.begun or not calls:
+            self._console.print()
         self._note(f"{stopped}{speed.line()}{ended}")
+        return calls
+
+    def _run(self, call: Call) -> str:
+        """What the model is told of its call. Nothing is run unless a person says so."""
+        tool = self._reader.tools.get(call.name)
+        self._console.print(printable(f"{call.name}({call.arguments})"), style="bold", soft_wrap=True)
+        if tool is None:
+            found = f"error: there is no tool {call.name}"
+        elif self._asked("run it? [y/N] "):
+            found = tool.run(call.arguments)
+        else:
+            found = "error: the user does not allow this call"
+        self._note(printable(found))
+        return found
+
+    def _asked(self, question: str) -> bool:
+        try:
+            return input(question if self._interactive else "").strip().lower() in ("y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            return False
 
     def _fail(self, error: PagedError, begun: bool) -> None:
         """The question is forgotten: it can be asked again."""
@@ -194,3 +267,40 @@ class ChatSession:
     def _start_line_editor(self) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives `input` arrow keys and history
+
+
+class _Shown:
+    """What of an answer is on the screen: thoughts dimmed, content plain, no space before either."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._style: str | None = None  # of what was shown last
+
+    @property
+    def begun(self) -> bool:
+        return self._style is not None
+
+    def take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            match event:
+                case Content(text):
+                    self._show(text, "")
+                case Reasoning(text):
+                    self._show(text, "dim")
+
+    def _show(self, text: str, style: str) -> None:
+        if style != self._style:
+            text = text.lstrip()
+            if text and self._style is not None:
+                self._console.print()
+        if text:
+            self._style = style
+            self._console.print(printable(text), end="", style=style or None, soft_wrap=True)
+
+
+def _parsed(arguments: str) -> Any:
+    """As chat templates expect them."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
