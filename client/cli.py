@@ -29,6 +29,7 @@ from paged_client.bench.command import bench_app
 from paged_client.chat import chat
 from paged_client.demo import DEMO_PROMPT, run_demo
 from paged_client.generate import generate
+from paged_client.models import models
 from paged_client.openai.command import serve_openai
 from paged_client.settings import parse_options
 from paged_client.top.command import top
@@ -206,6 +207,7 @@ app.command()(chat)
 app.command("openai")(serve_openai)
 app.add_typer(bench_app, name="bench")
 app.command()(top)
+app.command()(models)
 
 
 def ready_text(server: Server) -> str:

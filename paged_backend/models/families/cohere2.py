@@ -19,6 +19,7 @@ class Cohere2Config(ConfigFile):
     use_qk_norm: Literal[False] = False  # of Cohere's first family
     use_parallel_block: Literal[True] = True
     use_gated_activation: Literal[True] = True
+    order_of_interleaved_layers: Literal["local_attn_first"] = "local_attn_first"
     position_embedding_type: Literal["rope_gptj"] = "rope_gptj"
     rotary_pct: Annotated[float, Field(ge=1, le=1)] = 1.0
 
@@ -40,4 +41,4 @@ def ends(config: PreTrainedConfig) -> EndsSpec:
     return EndsSpec(NormSpec(config.layer_norm_eps, centred=True), logit_multiplier=config.logit_scale)
 
 
-COHERE2 = Family("Cohere2ForCausalLM", "cohere2", layers, ends, Cohere2Config)
+COHERE2 = Family("Cohere2ForCausalLM", "cohere2", layers, ends, Cohere2Config, models="Command R7B, Command A")

@@ -20,4 +20,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, windows, ropes=ropes, layer=POST_NORMS, qk_norm="head")
 
 
-EXAONE4 = Family("Exaone4ForCausalLM", "exaone4", layers, config=Exaone4Config)
+EXAONE4 = Family("Exaone4ForCausalLM", "exaone4", layers, config=Exaone4Config, models="EXAONE 4")

@@ -35,6 +35,7 @@ class Family:
     ends: Callable[[PreTrainedConfig], EndsSpec] = plain_ends
     config: type[ConfigFile] = ConfigFile  # the keys of config.json that it reads, and what they may hold
     renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names in its checkpoints -> what they are called in a model of text
+    models: str = ""  # that are published under it, in words
     partial_rotary: bool = False  # partial_rotary_factor may be other than 1
     ropes_by_layer_type: bool = False  # rope_parameters has an entry for each of layer_types
     text_model_types: tuple[str, ...] = ()  # of language models within checkpoints of several parts: what text_config calls its `model_type`

@@ -42,4 +42,4 @@ def ends(config: PreTrainedConfig) -> EndsSpec:
     return EndsSpec(norm, embedding_multiplier=config.hidden_size**0.5, logit_soft_cap=config.final_logit_softcapping)
 
 
-GEMMA2 = Family("Gemma2ForCausalLM", "gemma2", layers, ends, Gemma2Config)
+GEMMA2 = Family("Gemma2ForCausalLM", "gemma2", layers, ends, Gemma2Config, models="Gemma 2")

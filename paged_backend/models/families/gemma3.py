@@ -13,8 +13,8 @@ from paged_backend.models.layer_spec import LayerSpec
 
 
 class Gemma3Config(gemma2.Gemma2Config):
-    attn_logit_softcapping: Positive | None = None
-    final_logit_softcapping: Positive | None = None
+    attn_logit_softcapping: None = None
+    final_logit_softcapping: None = None
     rope_local_base_freq: Positive | None = None
     sliding_window_pattern: Size | None = None
 
@@ -24,10 +24,11 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return tuple(replace(spec, attention=replace(spec.attention, qk_norm="head", rope=layer_type)) for spec, layer_type in specs)
 
 
-GEMMA3 = Family("Gemma3ForCausalLM", "gemma3_text", layers, gemma2.ends, Gemma3Config, ropes_by_layer_type=True)
+GEMMA3 = Family("Gemma3ForCausalLM", "gemma3_text", layers, gemma2.ends, Gemma3Config, ropes_by_layer_type=True, models="Gemma 3 1B, 270M")
 GEMMA3_WITH_IMAGES = replace(
     GEMMA3,
     architecture="Gemma3ForConditionalGeneration",
+    models="Gemma 3 4B, 12B, 27B, as models of text",
     model_type="gemma3",
     text_model_types=("gemma3_text",),
     renames=IN_OTHER_PARTS,

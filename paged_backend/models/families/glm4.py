@@ -21,5 +21,5 @@ def _layers(config: PreTrainedConfig, layer: dict[str, Any] | None) -> tuple[Lay
     return dense_layers(config, windows, mlp=mlp, layer=layer, qkv_bias=bool(config.attention_bias), interleaved=True)
 
 
-GLM = Family("GlmForCausalLM", "glm", lambda config: _layers(config, None), partial_rotary=True)
-GLM4 = Family("Glm4ForCausalLM", "glm4", lambda config: _layers(config, _POST_NORMS), partial_rotary=True)
+GLM = Family("GlmForCausalLM", "glm", lambda config: _layers(config, None), partial_rotary=True, models="GLM-4 9B of 2024")
+GLM4 = Family("Glm4ForCausalLM", "glm4", lambda config: _layers(config, _POST_NORMS), partial_rotary=True, models="GLM-4-0414, GLM-Z1")

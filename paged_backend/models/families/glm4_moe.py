@@ -49,4 +49,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense, moe, [index >= config.first_k_dense_replace for index in range(config.num_hidden_layers)])
 
 
-GLM4_MOE = Family("Glm4MoeForCausalLM", "glm4_moe", layers, config=Glm4MoeFile, partial_rotary=True)
+GLM4_MOE = Family("Glm4MoeForCausalLM", "glm4_moe", layers, config=Glm4MoeFile, partial_rotary=True, models="GLM-4.5, GLM-4.6, GLM-4.7")

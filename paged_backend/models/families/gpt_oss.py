@@ -27,4 +27,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense, moe, [True] * config.num_hidden_layers)
 
 
-GPT_OSS = Family("GptOssForCausalLM", "gpt_oss", layers, config=GptOssFile)
+GPT_OSS = Family("GptOssForCausalLM", "gpt_oss", layers, config=GptOssFile, models="gpt-oss 20b, 120b")

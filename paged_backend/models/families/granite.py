@@ -36,4 +36,4 @@ def ends(config: PreTrainedConfig) -> EndsSpec:
     return EndsSpec(NormSpec(config.rms_norm_eps), float(config.embedding_multiplier), 1 / config.logits_scaling)
 
 
-GRANITE = Family("GraniteForCausalLM", "granite", layers, ends, GraniteConfig)
+GRANITE = Family("GraniteForCausalLM", "granite", layers, ends, GraniteConfig, models="Granite 3")

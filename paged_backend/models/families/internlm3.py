@@ -12,4 +12,4 @@ class InternLm3Config(ConfigFile):
     bias: bool = False  # mlp_bias to transformers, and of the output of attention
 
 
-INTERNLM3 = Family("InternLM3ForCausalLM", "internlm3", llama.layers, config=InternLm3Config)
+INTERNLM3 = Family("InternLM3ForCausalLM", "internlm3", llama.layers, config=InternLm3Config, models="InternLM3")

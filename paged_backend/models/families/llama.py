@@ -15,4 +15,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, windows, mlp=mlp, qkv_bias=bias, out_bias=bias)
 
 
-LLAMA = Family("LlamaForCausalLM", "llama", layers)
+LLAMA = Family("LlamaForCausalLM", "llama", layers, models="Llama 2, 3; Yi, Falcon 3 and others of their shape")

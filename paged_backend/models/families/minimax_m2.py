@@ -33,4 +33,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense, moe, [True] * config.num_hidden_layers)
 
 
-MINIMAX_M2 = Family("MiniMaxM2ForCausalLM", "minimax_m2", layers, config=MiniMaxM2File, partial_rotary=True)
+MINIMAX_M2 = Family("MiniMaxM2ForCausalLM", "minimax_m2", layers, config=MiniMaxM2File, partial_rotary=True, models="MiniMax-M2")

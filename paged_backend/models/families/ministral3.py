@@ -14,10 +14,11 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, (config.sliding_window,) * config.num_hidden_layers)
 
 
-MINISTRAL3 = Family("Ministral3ForCausalLM", "ministral3", layers)
+MINISTRAL3 = Family("Ministral3ForCausalLM", "ministral3", layers, models="Ministral 3 without images")
 MISTRAL3_WITH_IMAGES = replace(
     MINISTRAL3,
     architecture="Mistral3ForConditionalGeneration",
+    models="Ministral 3, Mistral Small 3.1 and 3.2, as models of text",
     model_type="mistral3",
     text_model_types=("ministral3", "mistral"),
     renames=IN_OTHER_PARTS,

@@ -15,4 +15,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, (config.sliding_window,) * config.num_hidden_layers)
 
 
-MISTRAL = Family("MistralForCausalLM", "mistral", layers)
+MISTRAL = Family("MistralForCausalLM", "mistral", layers, models="Mistral 7B, Nemo, Small")

@@ -19,4 +19,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense_layers(config, windows), moe, [True] * config.num_hidden_layers)
 
 
-MIXTRAL = Family("MixtralForCausalLM", "mixtral", layers)
+MIXTRAL = Family("MixtralForCausalLM", "mixtral", layers, models="Mixtral")

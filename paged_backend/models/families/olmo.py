@@ -23,5 +23,5 @@ def _olmo3(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return _layers(config, windows_by_layer_type(config), tuple(config.layer_types))
 
 
-OLMO2 = Family("Olmo2ForCausalLM", "olmo2", _olmo2)
-OLMO3 = Family("Olmo3ForCausalLM", "olmo3", _olmo3, ropes_by_layer_type=True)
+OLMO2 = Family("Olmo2ForCausalLM", "olmo2", _olmo2, models="OLMo 2")
+OLMO3 = Family("Olmo3ForCausalLM", "olmo3", _olmo3, ropes_by_layer_type=True, models="OLMo 3")

@@ -12,4 +12,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, windows_by_layer_type(config), qkv_bias=True)
 
 
-QWEN2 = Family("Qwen2ForCausalLM", "qwen2", layers)
+QWEN2 = Family("Qwen2ForCausalLM", "qwen2", layers, models="Qwen2, Qwen2.5")

@@ -17,4 +17,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense, MoeSpec(config.num_experts, config.moe_intermediate_size, routing, **sizes), sparse_by_step(config))
 
 
-QWEN2_MOE = Family("Qwen2MoeForCausalLM", "qwen2_moe", layers)
+QWEN2_MOE = Family("Qwen2MoeForCausalLM", "qwen2_moe", layers, models="Qwen1.5-MoE, Qwen2-MoE")

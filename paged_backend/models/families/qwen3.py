@@ -13,4 +13,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, windows_by_layer_type(config), qkv_bias=bias, out_bias=bias, qk_norm="head")
 
 
-QWEN3 = Family("Qwen3ForCausalLM", "qwen3", layers)
+QWEN3 = Family("Qwen3ForCausalLM", "qwen3", layers, models="Qwen3")

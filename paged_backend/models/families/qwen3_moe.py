@@ -17,4 +17,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense, MoeSpec(config.num_experts, config.moe_intermediate_size, routing), sparse_by_step(config))
 
 
-QWEN3_MOE = Family("Qwen3MoeForCausalLM", "qwen3_moe", layers)
+QWEN3_MOE = Family("Qwen3MoeForCausalLM", "qwen3_moe", layers, models="Qwen3-MoE, Qwen3-Coder")

@@ -20,4 +20,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, windows, mlp=mlp, qkv_bias=bool(config.attention_bias), out_bias=bool(config.attention_out_bias))
 
 
-SEED_OSS = Family("SeedOssForCausalLM", "seed_oss", layers, config=SeedOssConfig)
+SEED_OSS = Family("SeedOssForCausalLM", "seed_oss", layers, config=SeedOssConfig, models="Seed-OSS")

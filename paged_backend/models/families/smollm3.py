@@ -28,4 +28,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, windows, mlp=mlp, ropes=ropes, qkv_bias=bias, out_bias=bias)
 
 
-SMOLLM3 = Family("SmolLM3ForCausalLM", "smollm3", layers, config=SmolLm3Config)
+SMOLLM3 = Family("SmolLM3ForCausalLM", "smollm3", layers, config=SmolLm3Config, models="SmolLM3")

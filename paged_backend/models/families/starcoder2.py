@@ -32,4 +32,4 @@ def _norm(config: PreTrainedConfig) -> NormSpec:
     return NormSpec(config.norm_epsilon, centred=True, bias=True)
 
 
-STARCODER2 = Family("Starcoder2ForCausalLM", "starcoder2", layers, ends, Starcoder2Config)
+STARCODER2 = Family("Starcoder2ForCausalLM", "starcoder2", layers, ends, Starcoder2Config, models="StarCoder2")

@@ -24,6 +24,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
     "gptq": read_gptq,
     MXFP4: lambda config: Quantization(MXFP4, ()),  # of experts alone: everything else is plain
 }
+METHODS = tuple(_READERS)
 _OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from paged_backend.errors import EngineError
+from paged_backend.models.architecture import read_architecture
 from paged_backend.request import SamplingParams
 from tests.adapter_oracle import ALL, AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts
@@ -65,3 +69,56 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(checkpoint: tuple[str, Pa
     prompts = random_prompts((40, 70))
     answers = Driver(runner).generate(prompts, 6, chunk=30, adapter_slots=(0, -1))
     assert answers == AdapterOracle(folder, adapter).greedy(prompts[:1], 6) + Oracle(folder).greedy(prompts[1:], 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("gemma-2-9b", {"use_bidirectional_attention": True}, "use_bidirectional_attention: expected False, got true"),
+        ("gemma-2-9b", {"hidden_activation": "swiglu"}, "hidden_activation: swiglu is not supported"),
+        ("gemma-2-9b", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping: expected greater than 0"),
+        ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected None, got 50.0"),
+        ("gemma-3-1b", {"layer_types": ["chunked_attention"] * 4}, "layer_types: chunked_attention is not supported"),
+        ("phi-4-mini", {"lm_head_bias": True}, "lm_head_bias: expected False, got true"),
+        ("glm-4-9b-chat", {"partial_rotary_factor": 0.7}, "partial_rotary_factor: 0.7 of a head of 16 numbers is 11"),
+        ("phi-4-mini", {"full_attn_mod": 2}, "full_attn_mod: expected 1, got 2"),
+        ("phi-4-mini", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor"),
+        ("GLM-4-32B-0414", {"hidden_act": "quick_gelu"}, "hidden_act: quick_gelu is not supported"),
+        ("granite-3.3-8b", {"logits_scaling": 0}, "logits_scaling: expected greater than 0"),
+        ("granite-3.3-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported for GraniteForCausalLM"),
+        ("Olmo-3-7B", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("SmolLM3-3B", {"no_rope_layers": [1, 2, 1, 0]}, "no_rope_layers"),
+        ("SmolLM3-3B", {"no_rope_layers": [1]}, "no_rope_layers: 1 entries for 4 layers"),
+        ("Seed-OSS-36B", {"attention_out_bias": "no"}, "attention_out_bias"),
+        ("EXAONE-4.0-32B", {"layer_types": ["linear_attention"] * 4}, "layer_types: linear_attention is not supported"),
+        ("c4ai-command-r7b-12-2024", {"use_parallel_block": False}, "use_parallel_block: expected True, got false"),
+        ("c4ai-command-r7b-12-2024", {"position_embedding_type": "alibi"}, "position_embedding_type"),
+        ("c4ai-command-r7b-12-2024", {"use_qk_norm": True}, "use_qk_norm: expected False, got true"),
+        ("starcoder2-3b", {"mlp_type": "gated"}, "mlp_type: expected 'default'"),
+        ("starcoder2-3b", {"norm_type": "rms_norm"}, "norm_type: expected 'layer_norm'"),
+        ("internlm3-8b-instruct", {"bias": True}, "qkv_bias"),
+        ("Ministral-3-8B", {"text_config": {"model_type": "mamba"}}, "text_config: model_type: mamba is not supported for Mistral3ForConditionalGeneration"),
+        ("gemma-3-4b", {"text_config": None}, "text_config: expected an object, got null"),
+        ("gemma-3-4b", {"text_config": {"model_type": "gemma3_text", "vocab_size": "many"}}, "vocab_size"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_a_family_does_not_compute_is_refused_by_name(name: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**published_config(name), **options}))
+    with pytest.raises(EngineError) as refusal:
+        read_architecture(tmp_path)
+    assert words in str(refusal.value)
+
+
+def test_short_sequences_take_longropes_short_frequencies_where_none_can_be_long(tmp_path: Path) -> None:
+    folder = save_published(tmp_path, "phi-4-mini")
+    prompts = random_prompts((1, 7, 20))
+    assert Driver(load_runner(folder, max_model_len=32)).generate(prompts, 8) == Oracle(folder).greedy(prompts, 8)
+
+
+@pytest.mark.parametrize("name", ["gemma-3-4b", "Ministral-3-8B"])
+def test_tensors_for_images_are_left_unread_and_the_log_says_so(name: str, tmp_path: Path) -> None:
+    heard: list[str] = []
+    load_runner(save_published(tmp_path, name), tell=heard.append)
+    (sentence,) = [sentence for sentence in heard if sentence.startswith("weights: ")]
+    assert "tensors of multi_modal_projector, vision_tower are left unread" in sentence and "ignored" not in sentence
