@@ -137,13 +137,18 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
             tell.add(tensor.numel())
     with OpenTensors(stored) as tensors:
         for module in modules:
-            own = {name: tensors.read(name).to(weights.embedding.device) for name in module.stored if name in stored}
-            with torch.inference_mode():
-                module.fill(own)
-            tell.add(sum(tensor.numel() for tensor in own.values()))
+            tell.add(_fill(module, tensors, stored, weights.embedding.device))
     _check_finite(targets)
     note = _of_the_rest([tensor.name for name, tensor in stored.items() if name not in needed], weights.unread)
     return f"weights: {spell_bytes(weights.num_bytes)} loaded in {time.monotonic() - started:.1f} s{note}"
+
+
+@torch.inference_mode()
+def _fill(module: QuantisedModule, tensors: OpenTensors, stored: Collection[str], device: torch.device) -> int:
+    """Fills a module from its tensors, which are gone afterwards. Returns how many numbers they had."""
+    own = {name: tensors.read(name).to(device) for name in module.stored if name in stored}
+    module.fill(own)
+    return sum(tensor.numel() for tensor in own.values())
 
 
 def _of_the_rest(names: Sequence[str], unread: tuple[str, ...]) -> str:

@@ -132,7 +132,9 @@ class RunnerBuilder:
         if quantization.dequantised:
             return f"{quantization.words}; dequantised into {dtype_name(dtype)} while loading: {name_of(self._place.device)} has no kernels for it"
         plain, taken = weight_bytes(replace(a, quantization=None), dtype), weight_bytes(a, dtype)
-        experts = " (experts are dequantised)" if any(isinstance(layer.mlp, MoeSpec) for layer in a.layers) else ""
+        experts = ""
+        if any(isinstance(layer.mlp, MoeSpec) for layer in a.layers):
+            experts = f" (experts {'stay as they are' if quantization.online else 'are dequantised'})"
         return f"{quantization.words}{experts}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in {dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
 
     def _refuse_what_cannot_fit(self) -> PoolSize:

@@ -73,6 +73,9 @@ class QuantisedModule:
         """
         if self.cut is None:
             return whole
+        group = self.scheme.format(self.linear.num_columns).block[1]
+        if whole.format.block[1] != group:
+            raise EngineError(f"tensor_parallel_size: {self.name} ({self.scheme.words}) has groups of {whole.format.block[1]} columns, its parts of {group}")
         begin, end = self.cut.start, self.cut.start + self.cut.count
         try:
             if whole.format.block[0] > 1 and self.cut.dim == OUT and begin % whole.format.block[0]:

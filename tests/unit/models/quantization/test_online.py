@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.models.weight_files import OpenTensors
 from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_kernels.codes import dequantise
 from tests.oracle import random_prompts, save_checkpoint
@@ -67,3 +69,21 @@ def test_random_weights_are_rounded_too(tmp_path: Path) -> None:
     down = dequantise(weights.layers[0].mlp.down)
     assert down.std() == pytest.approx(architecture.initializer_range, rel=0.1)
     assert len(down.unique()) > 100
+
+
+def test_no_more_than_one_module_is_in_memory_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, "Qwen3ForCausalLM", **SIZES)
+    alive: list[tuple[str, weakref.ref[torch.Tensor]]] = []
+    most = 0
+    read = OpenTensors.read
+
+    def counted(tensors: OpenTensors, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(tensors, name)
+        alive.append((name, weakref.ref(tensor)))
+        most = max(most, len({name for name, reference in alive if reference() is not None}))
+        return tensor
+
+    monkeypatch.setattr(OpenTensors, "read", counted)
+    load_runner(tmp_path, quantization="int4")
+    assert (len(alive), most) == (2 * 7, 1)
