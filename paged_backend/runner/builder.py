@@ -129,11 +129,11 @@ class RunnerBuilder:
     def _about_quantization(self, quantization: Quantization) -> str:
         """Which formats there are, and what they save."""
         a, dtype = self._architecture, self._place.dtype
-        if quantization.dequantised:
+        if quantization.dequantised and quantization.rules:
             return f"{quantization.words}; dequantised into {dtype_name(dtype)} while loading: {name_of(self._place.device)} has no kernels for it"
         plain, taken = weight_bytes(replace(a, quantization=None), dtype), weight_bytes(a, dtype)
         experts = ""
-        if any(isinstance(layer.mlp, MoeSpec) for layer in a.layers):
+        if quantization.rules and any(isinstance(layer.mlp, MoeSpec) for layer in a.layers):
             experts = f" (experts {'stay as they are' if quantization.online else 'are dequantised'})"
         return f"{quantization.words}{experts}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in {dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
 
