@@ -58,7 +58,8 @@ class Models:
         self._clients: dict[str, Client] = {}  # by Triton Server's name; one that is not served any more may be asked by its last callers
         self._cards: dict[str, ModelCard] = {}
         self._fixed = {name: self._served(name, server_name) for name, server_name in names.items()}
-        self._found: dict[str, ServedModel] = {}
+        self._found: dict[str, ServedModel] = {}  # ever: one that is unloaded may be on its way back, and who asks for it is told to come again
+        self._loaded: list[str] = []  # of those
         self._stack = AsyncExitStack()
         self._looking = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
@@ -88,7 +89,8 @@ class Models:
 
     @property
     def all(self) -> list[ServedModel]:
-        return [*self._fixed.values(), *self._found.values()]
+        """Those that are to be listed."""
+        return [*self._fixed.values(), *(self._found[name] for name in self._loaded)]
 
     @property
     def clusters(self) -> dict[str, ClusterClient]:
@@ -102,7 +104,7 @@ class Models:
         """The model, and the adapter that the name asks for ("" if none), as in MODEL:ADAPTER. Whether there is such an adapter, the server knows.
 
         Raises:
-            RefusalError: no such model is served.
+            RefusalError: no such model was ever served.
         """
         served = {**self._found, **self._fixed}
         if name in served:
@@ -120,6 +122,8 @@ class Models:
         """
         if len(self.server_names()) == 1:
             return self.all[0]
+        if not self.all and len(self._found) == 1:
+            return next(iter(self._found.values()))
         raise RefusalError(f"model: missing; {len(self.all)} are served: /v1/models names them", param="model", code="missing_required_parameter")
 
     async def takes_requests(self) -> bool:
@@ -138,16 +142,13 @@ class Models:
         async with self._looking:
             names = await self._discovery.names()
             for name in names:
-                known = name in self._clients
-                served = self._served(name, name)
-                if not known:
-                    await self._stack.enter_async_context(self._clients[name])
                 if name not in self._found:
-                    log.warning("the model '%s' is served", name)
+                    served = self._served(name, name)
+                    await self._stack.enter_async_context(self._clients[name])
                     self._found[name] = served
-            for name in self._found.keys() - set(names):
-                log.warning("the model '%s' is not served any more", name)
-                del self._found[name]
+            for name in {*names} ^ {*self._loaded}:
+                log.warning("the model '%s' is %s", name, "there" if name in names else "not there any more")
+            self._loaded = list(names)
 
     def _served(self, name: str, server_name: str) -> ServedModel:
         if server_name not in self._clients:

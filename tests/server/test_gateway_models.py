@@ -81,8 +81,11 @@ def test_a_model_that_is_loaded_is_served_and_one_that_is_unloaded_is_not(server
         assert answers[0].choices[0].text == answers[1].choices[0].text and answers[1].model == SECOND
         triton.unload_model(SECOND)
         until_listed(client, MODEL)
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.InternalServerError) as away:
             client.completions.create(model=SECOND, prompt="tokens=5")
+        assert (away.value.status_code, away.value.code) == (503, "not_ready")
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="third", prompt="tokens=5")
 
 
 def test_a_callers_trace_goes_through_gateway_and_server(gateway: Gateway, spans: Collector) -> None:

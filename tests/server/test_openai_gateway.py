@@ -549,7 +549,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_what_is_wrong_is_said_in_one_sentence(slow_server: FrontEndServer, gateway: Gateway) -> None:
     port = gateway.url.removesuffix("/v1").rpartition(":")[2]
     for arguments, words in {
-        ("-u", "localhost:1", "--wait-seconds", "0.3", "-p", "0"): "localhost:1 is not there, or has not loaded the model 'paged_llm' (0.3 s waited)",
+        ("-u", "localhost:1", "--wait-seconds", "0.3", "-p", "0"): "localhost:1 is not there, or has not loaded a model of paged's (0.3 s waited)",
         ("-u", slow_server.grpc, "--model-name", "nonesuch", "--wait-seconds", "0", "-p", "0"): "has not loaded the model 'nonesuch'",
         ("-u", "ftp://x"): "is no URL of a server",
         ("-p", port): f"port {port} on 127.0.0.1 cannot be used: Address already in use; choose another with --port",

@@ -13,7 +13,7 @@ pytest.importorskip("prometheus_client")
 
 import httpx
 
-from paged_client import AsyncPagedClient, PagedError, UnreachableError, UnsupportedError
+from paged_client import AsyncPagedClient, PagedError, UnknownModelError, UnreachableError, UnsupportedError
 from paged_client.catalog import INPUTS, Catalog
 from paged_client.openai import models as models_module
 from paged_client.openai.gateway import Offer, make_app
@@ -109,11 +109,14 @@ def test_models_come_and_go_with_what_is_loaded(monkeypatch: pytest.MonkeyPatch)
             await served_names(models, "first", "second")
             loaded.said = ["second"]
             await served_names(models, "second")
-            assert (await asked(models, "/v1/completions", {"model": "first", "prompt": "x"})).status_code == 404
+            served.transports["first"].events = (UnknownModelError("it is unloaded"),)
+            away = await asked(models, "/v1/completions", {"model": "first", "prompt": "x"})
+            assert (away.status_code, away.json()["error"]["code"]) == (503, "not_ready"), "it may be on its way back"
+            assert (await asked(models, "/v1/completions", {"model": "third", "prompt": "x"})).status_code == 404
             assert (await asked(models, "/tokenize", {"prompt": "x"})).status_code == 200, "the only one need not be named"
             transport = served.transports["first"]
             loaded.said = ["first", "second"]
-            await served_names(models, "second", "first")
+            await served_names(models, "first", "second")
             assert served.transports["first"] is transport, "its client is the one it had"
 
     asyncio.run(ask())
