@@ -31,6 +31,10 @@ class Ranks:
         """The sum of every rank's x, contiguous, which it is written over with."""
         return x
 
+    def add_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the sum of every rank's x, of one shape, both contiguous and perhaps written over."""
+        return residual.add_(self.sum(x))
+
     def maximum(self, x: Tensor) -> Tensor:
         """The greatest of every rank's x, entry by entry; x, int64 and contiguous, is written over with it."""
         return x
@@ -38,6 +42,10 @@ class Ranks:
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's x, contiguous: [size, *x.shape]."""
         return x[None]
+
+    def share_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> str:
+        """From now on sums of up to `capacity` numbers of that type go through memory that all ranks' GPUs read, if they can. Returns a sentence on it."""
+        return "one rank has nothing to sum"
 
     def tell_all(self, sentence: str) -> list[str]:
         """What every rank says, once all have; on the host, for a start."""
@@ -73,12 +81,12 @@ class RankOps(Ops):
         return self._ranks.sum(product) if linear.partial else product
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
-        return residual.add_(self.linear(x, linear)) if linear.partial else super().add_linear(x, linear, residual)
+        return self._ranks.add_sum(super().linear(x, linear), residual) if linear.partial else super().add_linear(x, linear, residual)
 
     def add_experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
         if not experts.partial:
             return super().add_experts(x, expert_ids, weights, experts, residual)
-        return residual.add_(self._ranks.sum(super().add_experts(x, expert_ids, weights, experts, torch.zeros_like(residual))))
+        return self._ranks.add_sum(super().add_experts(x, expert_ids, weights, experts, torch.zeros_like(residual)), residual)
 
     def norm_add_experts(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
         """Every rank routes: the router is whole and x the same, so all choose the same experts."""

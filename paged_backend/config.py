@@ -86,6 +86,11 @@ class EngineConfig(BaseModel):
     tensor_parallel_size: int = Field(
         1, ge=1, le=64, description="GPUs that share the model, a process each, from `device` on: 2, 4, 8; what divides the heads. On a CPU: processes."
     )
+    fused_all_reduce: bool = Field(
+        False,
+        description="Sum the ranks' products of few tokens, and the residual, in one kernel over memory that all GPUs read, instead of NCCL. "
+        "Not run on GPUs yet.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds the random numbers of requests that bring no seed of their own.")
     max_engine_restarts: int = Field(
         8, ge=0, description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on."

@@ -37,6 +37,7 @@ from paged_kernels.reference import Ops, reference
 Tell = Callable[[str], None]
 
 T = TypeVar("T")
+_ROWS_AT_ONCE = 64  # of a step's tokens: more are summed by NCCL even with fused_all_reduce
 ALONE = Ranks()
 
 
@@ -80,6 +81,8 @@ class RunnerBuilder:
         with self._alone_on_devices():
             self._tell_what_comes()
             at_most = agreed(self._ranks, self._refuse_what_cannot_fit)
+            if self._config.fused_all_reduce and self._uses_kernels and self._ranks.size > 1:
+                self._tell(self._ranks.share_memory(_ROWS_AT_ONCE * self._architecture.hidden_size, self._place.dtype, self._place.device))
             with self._phase("weights"):
                 weights, adapter_slots = agreed(self._ranks, self._read_weights)
             with self._phase("largest step"), _in_one_sentence("the largest step", "max_batched_tokens, max_num_sequences"):

@@ -11,6 +11,8 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from paged_backend.errors import reason_of
+from paged_kernels.peer_sum import PeerBuffers, make_peer_buffers, peer_buffer_bytes, peer_sum
 from paged_kernels.rank_ops import Ranks
 
 _MEETING_FILE = "ranks"
@@ -26,15 +28,42 @@ class ProcessRanks(Ranks):
         super().__init__(rank, size)
         for library in ("GLOO", "NCCL"):
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._store = FileStore(str(folder / _MEETING_FILE), size)
         gpu = device if device.type == "cuda" else None
         backend = "gloo" if gpu is None else "nccl"
         torch.distributed.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE, device_id=gpu)
         self._num_tellings = 0
+        self._peers: PeerBuffers | None = None  # None: every sum is the library's
 
     def sum(self, x: Tensor) -> Tensor:
         torch.distributed.all_reduce(x)
         return x
+
+    def add_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self._peers is not None and self._peers.takes(x) and residual.is_contiguous():
+            return peer_sum(x, residual, self._peers)
+        return super().add_sum(x, residual)
+
+    def share_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> str:
+        try:
+            peers, failure = self._meet_in_memory(capacity, dtype, device), ""
+        except Exception as error:  # torch's own words for GPUs without peer access, drivers without the feature, and whatever else it finds
+            peers, failure = None, reason_of(error)
+        failures = [f"rank {rank}: {said}" for rank, said in enumerate(self.tell_all(failure)) if said]
+        if failures:
+            return f"warning: the GPUs cannot read each other's memory, all sums go through NCCL: {failures[0]}"
+        self._peers = peers
+        return f"sums of up to {capacity} numbers go through memory that all GPUs read, larger ones through NCCL"
+
+    def _meet_in_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> PeerBuffers:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._memory = symmetric_memory.empty(peer_buffer_bytes(self.size, capacity, dtype), dtype=torch.uint8, device=device)
+        self._memory.zero_()
+        torch.cuda.synchronize(device)
+        self._met = symmetric_memory.rendezvous(self._memory, _everybody())  # waits for all ranks: their memory is zero
+        return make_peer_buffers(self.rank, self._met.buffer_ptrs, capacity, dtype, device)
 
     def maximum(self, x: Tensor) -> Tensor:
         torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
@@ -50,3 +79,9 @@ class ProcessRanks(Ranks):
         self._num_tellings += 1
         self._store.set(f"{self._num_tellings}/{self.rank}", sentence)
         return [self._store.get(f"{self._num_tellings}/{rank}").decode() for rank in range(self.size)]
+
+
+def _everybody() -> torch.distributed.ProcessGroup:
+    group = torch.distributed.group.WORLD
+    assert group is not None, "made by __init__"
+    return group
