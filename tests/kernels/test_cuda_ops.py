@@ -26,6 +26,18 @@ from tests.runner_driver import Driver, load_runner
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+_CHOICE: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 3}
+_GLM: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "use_qk_norm": True}
+WITH_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", _CHOICE),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", EXPERTS),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 40}),
+    "glm4-moe": ("Glm4MoeForCausalLM", _GLM),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", {**_CHOICE, "rotary_dim": 8}),
+    "gpt-oss": ("GptOssForCausalLM", {**_CHOICE, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 1.5}),
+}
+
 
 def use_kernels(runner: ModelRunner) -> None:
     """Puts the kernels, in the interpreter, in the place of plain torch. Of a runner of 4 rows and 64 tokens."""
@@ -61,6 +73,18 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
     use_kernels(runner)
     prompts = random_prompts((1, 9, 14))
     assert Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+@pytest.mark.long
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_greedy_tokens_of_every_family_with_experts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    architecture, options = WITH_EXPERTS[name]
+    folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
+    runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    use_kernels(runner)
+    prompts = random_prompts((1, 14))
+    assert Driver(runner, num_rows=4).generate(prompts, 3, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
