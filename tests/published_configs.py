@@ -416,7 +416,8 @@ def published_config(name: str) -> dict[str, Any]:
 
 
 def save_published(folder: Path, name: str, seed: int = 0) -> Path:
-    """A random checkpoint of transformers' under the published config.json. Norms, biases and what begins at one value for all are random, too."""
+    """A random checkpoint of transformers' under the published config.json. Norms and biases are random, too, and embeddings are small: a large one would
+    go through all layers and find itself in a tied head, so that every answer repeated one token."""
     config = published_config(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -425,6 +426,8 @@ def save_published(folder: Path, name: str, seed: int = 0) -> Path:
             if "norm" in parameter_name and parameter_name.endswith("weight"):
                 middle = 0.0 if "gemma" in config["model_type"] else 1.0
                 torch.nn.init.uniform_(parameter, middle - 0.5, middle + 0.5)
+            elif "embed_tokens" in parameter_name:
+                torch.nn.init.normal_(parameter, 0, 0.02)
             elif parameter_name.endswith("bias"):
                 torch.nn.init.normal_(parameter, 0, 0.2)
     model.save_pretrained(folder)

@@ -5,6 +5,7 @@ Every pair of (page size, budget, cache, pool, front ends) values meets somewher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from paged_backend.server.launch import Server, ServerSettings
 from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.published_configs import CONFIGS, save_published
 from tests.server.calls import run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server
@@ -93,7 +95,27 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("number", range(3))
 def test_greedy_tokens_are_those_of_transformers(checkpoint: tuple[str, Path, list[np.ndarray], list[list[int]]], number: int) -> None:
     name, folder, prompts, expected = checkpoint
-    case = [case for case in CASES if case.checkpoint == name][number]
+    check_server([case for case in CASES if case.checkpoint == name][number], folder, prompts, expected)
+
+
+TUNABLES = ((16, 4096, True, False, 4), (1, 32, False, True, 1), (64, 32, True, True, 1))  # a family takes one after the other
+IN_CI = ("gemma-3-4b",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in CONFIGS])
+def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Beyond sliding windows and original lengths; of longrope only beyond, since max_model_len decides for all sequences."""
+    folder = save_published(tmp_path, name)
+    original = CONFIGS[name].get("original_max_position_embeddings", 1024)
+    lengths = [700, 1, 15, 16, 17, 64, 65, 129, 333, 40, 41, 42]
+    prompts = random_prompts([length for length in lengths if original > MAX_MODEL_LEN or length > original])
+    prompts += [np.concatenate([prompts[0][:300], prompt[:9]]) for prompt in prompts[1:4]]  # common beginnings
+    expected = Oracle(folder).greedy(prompts[:3], 60) + Oracle(folder).greedy(prompts[3:], MAX_TOKENS)
+    check_server(Case(name, *TUNABLES[list(CONFIGS).index(name) % len(TUNABLES)]), folder, prompts, expected, lead=3)
+
+
+def check_server(case: Case, folder: Path, prompts: Sequence[np.ndarray], expected: list[list[int]], lead: int = LONG_ANSWERS) -> None:
+    """Asks a real server all prompts at once, but for the first `lead`, which come before the others."""
     pool_tokens = 832 if case.scarce else 65_536
     options = {
         "page_size": case.page_size,
@@ -104,10 +126,10 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint: tuple[str, Path, li
     }
     requests = [{"input_ids": prompt.tolist(), "max_tokens": len(answer), "temperature": 0.0} for prompt, answer in zip(prompts, expected, strict=True)]
     with Server(ServerSettings(model=str(folder), options=options, instances=case.front_ends)) as server:
-        answers = run_all(server.addresses.grpc_url, requests, lead=LONG_ANSWERS)  # alone they outgrow the scarce pool, whatever follows
+        answers = run_all(server.addresses.grpc_url, requests, lead=lead)  # alone they outgrow the scarce pool, whatever follows
         wanted = (lambda values: values["paged_preemptions_total"] > 0) if case.scarce else (lambda values: True)
         assert wait_for_metrics(server.addresses.metrics_url, wanted)
-    assert [answer.error for answer in answers] == [None] * NUM_PROMPTS
+    assert [answer.error for answer in answers] == [None] * len(prompts)
     assert [answer.token_ids for answer in answers] == expected
     assert {answer.num_finals for answer in answers} == {1}
     if not case.prefix_cache:

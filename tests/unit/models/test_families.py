@@ -41,6 +41,7 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(checkpoin
     driver = Driver(load_runner(folder, page_size=8))
     answers = driver.generate(prompts, MAX_TOKENS, SamplingParams(temperature=0.0, logprobs=4), chunk=11, arrive_every=2)
     assert answers == oracle.greedy(prompts, MAX_TOKENS)
+    assert len({token for answer in answers for token in answer}) > MAX_TOKENS, "answers that say little prove little"
     heard: list[list[float]] = [[] for _ in prompts]
     for batch, result in driver.results:
         for index, logprob in zip(batch.request_ids[batch.samples].tolist(), result.logprobs.tolist(), strict=True):
