@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from paged_backend.request import SamplingParams
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.runner.sampler import Sampler
 from paged_kernels.cuda_ops import CudaOps
+from paged_kernels.cuda_rank_ops import CudaRankOps
+from paged_kernels.rank_ops import Ranks, VocabularyPart
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import CONFIGS, save_published
@@ -39,10 +42,10 @@ WITH_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def use_kernels(runner: ModelRunner) -> None:
+def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps) -> None:
     """Puts the kernels, in the interpreter, in the place of plain torch. Of a runner of 4 rows and 64 tokens."""
     a = runner.architecture
-    ops = CudaOps(
+    ops = make(
         num_heads=a.attention.num_heads,
         num_kv_heads=a.attention.num_kv_heads,
         head_dim=a.attention.head_dim,
@@ -73,6 +76,20 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
     use_kernels(runner)
     prompts = random_prompts((1, 9, 14))
     assert Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_rank_that_has_the_vocabulary_but_for_one_token_chooses_as_one_that_has_it_all(tmp_path: Path, temperature: float) -> None:
+    """Its tokens come from keys, for it never has the logits of the last one."""
+    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", **SMALL)
+    found = []
+    for make in (CudaOps, partial(CudaRankOps, Ranks(), VocabularyPart(first=0, count=199, width=199, whole=200))):
+        runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+        use_kernels(runner, make)
+        sampling = SamplingParams(temperature=temperature)
+        found.append(Driver(runner, num_rows=4).generate(random_prompts((1, 9)), 3, sampling, chunk=6, arrive_every=1))
+    assert found[0] == found[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
