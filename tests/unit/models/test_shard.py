@@ -19,6 +19,7 @@ from paged_backend.models.weights import Weights, allocate_weights, load_weights
 from paged_backend.request import SamplingParams
 from paged_backend.runner.builder import build_runner
 from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.published_configs import save_published
 from tests.runner_driver import GREEDY, Driver, load_runner
 from tests.thread_ranks import ThreadRanks, on_every_rank
 
@@ -68,6 +69,22 @@ def test_greedy_tokens_of_every_rank_are_those_of_transformers(folder: Path, siz
     for answers, _, num_gathers in generate(folder, size, GREEDY):
         assert answers == expected
         assert num_gathers == 0
+
+
+@pytest.mark.parametrize("name", ["gemma-2-9b", "granite-3.3-8b", "c4ai-command-r7b-12-2024", "starcoder2-3b"])
+def test_norms_and_multipliers_behind_a_block_come_after_the_sum_over_ranks(name: str, tmp_path: Path) -> None:
+    folder = save_published(tmp_path, name)
+    expected = Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS)
+    assert [answers for answers, _, _ in generate(folder, 2, GREEDY)] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("phi-4-mini", "several matrices in one tensor"), ("GLM-4-32B-0414", "gate_up_proj"), ("OLMo-2-1124-7B", "a norm of all heads together")],
+)
+def test_what_cannot_be_divided_among_ranks_is_refused(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=f"tensor_parallel_size: .*{words}"):
+        read_architecture(save_published(tmp_path, name)).of_rank(Shard(0, 2))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
