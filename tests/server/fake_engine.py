@@ -208,7 +208,7 @@ class FakeEngine:
         logprobs = np.full(len(ids), -0.5, np.float32).tobytes()
         top = {entry: {int(token): -0.5, int(token) + 1: -1.5} for entry, token in enumerate(token_ids)}
         ranks = np.full(len(ids), 1, np.int32).tobytes()
-        return Tokens(np.array(request_ids, np.int64).tobytes(), ids.tobytes(), logprobs, ranks, top, started, admitted, tuple(finishes))
+        return Tokens(np.array(request_ids, np.int64).tobytes(), ids.tobytes(), logprobs, ranks, top, started, admitted, finishes=tuple(finishes))
 
     def _stats(self) -> Stats:
         held = min(len(self._jobs), NUM_PAGES)
