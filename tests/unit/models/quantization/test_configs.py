@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,8 @@ from paged_backend.models.quantization.patterns import any_of
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.quantization.reading import read_quantization
 
-
-def published() -> Path:
-    spec = find_spec("aiconfigurator_core")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "model_configs"
-
-
-NAMES = sorted({path.name.removesuffix("_config.json").removesuffix("_hf_quant") for path in published().glob("*_config.json")})
+# `quantization_config` of config.json and hf_quant_config.json as published, by owner--model; the longest lists of modules are cut to 100.
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 REFUSED = {
     "nvidia--MiniMax-M3-NVFP4": "quant_algo: MXFP8 is not supported",
     "nvidia--DeepSeek-V4-Flash-NVFP4": "fp8 beside modelopt's quant_algo MIXED_PRECISION is not supported",
@@ -31,18 +24,14 @@ REFUSED = {
 
 
 def read_published(name: str, folder: Path) -> Quantization | None:
-    beside = published() / f"{name}_hf_quant_config.json"
-    if beside.is_file():
-        content = json.loads(beside.read_text())
+    if (content := PUBLISHED[name].get("hf_quant_config")) is not None:
         (folder / "hf_quant_config.json").write_text(json.dumps(content if "quantization" in content else {"quantization": content}))
-    path = published() / f"{name}_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    return read_quantization(folder, config.get("quantization_config") or config.get("text_config", {}).get("quantization_config"))
+    return read_quantization(folder, PUBLISHED[name].get("quantization_config"))
 
 
 def test_every_published_quantisation_is_read_or_refused_by_what_is_not_supported(tmp_path: Path) -> None:
     read, refused = {}, {}
-    for number, name in enumerate(NAMES):
+    for number, name in enumerate(PUBLISHED):
         (folder := tmp_path / str(number)).mkdir()
         try:
             if (found := read_published(name, folder)) is not None:
