@@ -32,7 +32,7 @@ def test_a_traced_requests_admission_is_told_once_and_to_its_own_front_end() -> 
     while not engine.idle:
         for output in engine.step():
             for front_end in told:
-                message = decode_from_engine(encode(_tokens(output, front_ends_of(output.request_ids) == front_end, (), (), ())))
+                message = decode_from_engine(encode(_tokens(output, front_ends_of(output.request_ids) == front_end, (), ())))
                 for request_id, piece in pieces_of(message).items():
                     num_tokens[request_id] += len(piece.token_ids)
                     if piece.admitted is not None:
