@@ -18,7 +18,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.errors import EngineError
-from paged_backend.messages import Submit
+from paged_backend.messages import Found, PromptLogprobs, Submit
 from paged_backend.request import SamplingParams
 from paged_backend.runner.parallel.rank_processes import RankProcesses
 from tests.oracle import Oracle, random_prompts, save_checkpoint
@@ -80,10 +80,11 @@ def outputs(engine: Engine, prompts: list[np.ndarray], samplings: list[dict[str,
                 tokens[number].append(token)
                 if output.logprobs is not None:
                     told["logprobs"][number].append(round(float(output.logprobs[entry]), 3))
-            for found in output.found:
-                told["found"][found.request_id] = [np.frombuffer(one.token_ids, np.int32).tolist() for one in found.sequences]
-            for scored in output.feature_outputs:
-                told["prompts"].setdefault(scored.request_id, []).extend(np.frombuffer(scored.ranks, np.int32).tolist())
+            for one in output.feature_outputs:
+                if isinstance(one, Found):
+                    told["found"][one.request_id] = [np.frombuffer(sequence.token_ids, np.int32).tolist() for sequence in one.sequences]
+                if isinstance(one, PromptLogprobs):
+                    told["prompts"].setdefault(one.request_id, []).extend(np.frombuffer(one.ranks, np.int32).tolist())
         engine.check()
     return told
 
