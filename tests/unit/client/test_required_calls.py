@@ -111,9 +111,9 @@ def test_some_random_tools_are_called_as_their_schemas_say(tmp_path: Path, forma
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("format_name", [name for name in TOOL_FORMATS if name != "harmony"])
+@pytest.mark.parametrize("format_name", ["hermes", "llama3_json", "kimi", "deepseek", "deepseek_v3_1"])
 def test_two_thousand_random_tools_are_called_as_their_schemas_say(tmp_path: Path, format_name: str) -> None:
-    """Harmony's channels are special tokens, which the random model's tokenizer has none of."""
-    outcomes = answers(tmp_path, 1, 260, format_name)
+    """The formats whose arguments are JSON. In qwen3_coder's, values are text without types: a trial of it has found a call that did not match."""
+    outcomes = answers(tmp_path, 1, 420, format_name)
     print(format_name, dict(outcomes))
-    assert set(outcomes) <= {"stop", "length"} and outcomes["stop"] >= 156, outcomes  # the others met the limit: not every format ends in what is biased
+    assert set(outcomes) <= {"stop", "length"} and outcomes["stop"] >= 400, outcomes
