@@ -169,7 +169,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     tokenizer_path: str | None  # a tokenizer.json written by the engine; None: the checkpoint has none, input_ids only
     vocab_size: int  # ids below this are embeddings
     max_model_len: int
-    max_pool_tokens: int  # num_pages * page_size
+    max_pool_tokens: int  # of one sequence that has all pages
     page_size: int
     num_pages: int
     sampling: dict[str, float] = {}  # what the checkpoint's makers recommend, by sampling key

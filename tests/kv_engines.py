@@ -58,7 +58,7 @@ class Told:
         """Tokens of the prompt that the engine's own prefix cache would find."""
         hashes: list[bytes] = []
         self.cache.extend(hashes, np.array(prompt, np.int32), len(prompt) // SIZE, f"salt {salt}")
-        return len(self.cache.match(hashes)) * SIZE
+        return len(self.cache.match(hashes)[0]) * SIZE
 
 
 class Wire:

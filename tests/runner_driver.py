@@ -94,9 +94,13 @@ class Driver:
             starts.append(sequence.num_computed)
             counts.append(min(chunk, sequence.num_tokens - sequence.num_computed))
             sequence.num_computed += counts[-1]
-            while len(sequence.pages) * self.runner.limits.page_size < sequence.num_computed:
-                sequence.pages.append(int(self._free_pages.pop()))
-                updates.append((sequence.row, len(sequence.pages) - 1, sequence.pages[-1]))
+            limits = self.runner.limits
+            width, num_groups = -(-limits.max_model_len // limits.page_size), len(limits.windows)
+            while len(sequence.pages) // num_groups * limits.page_size < sequence.num_computed:
+                index = len(sequence.pages) // num_groups
+                for group in range(num_groups):
+                    sequence.pages.append(int(self._free_pages.pop()))
+                    updates.append((sequence.row, group * width + index, sequence.pages[-1]))
             samples.append(sequence.num_computed == sequence.num_tokens)
             sequence.num_tokens += samples[-1]
             sequence.launched += samples[-1]

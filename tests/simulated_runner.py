@@ -20,11 +20,17 @@ def next_token(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> int:
     return crc32(np.asarray(tokens, np.int32).tobytes()) % vocab_size
 
 
-def solo(prompt: Sequence[int], length: int, stop_ids: Sequence[int], vocab_size: int) -> list[int]:
+def seen(tokens: Sequence[int] | np.ndarray, windows: Sequence[int | None]) -> list[int]:
+    """What the "model" attends to after these tokens: all of them, or the last of each KV group's window."""
+    tokens = list(tokens)
+    return [token for window in windows for token in tokens[-window if window else None :]]
+
+
+def solo(prompt: Sequence[int], length: int, stop_ids: Sequence[int], vocab_size: int, windows: Sequence[int | None] = (None,)) -> list[int]:
     """The answer a request must get, whatever runs beside it."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + length:
-        tokens.append(next_token(tokens, vocab_size))
+        tokens.append(next_token(seen(tokens, windows), vocab_size))
         if tokens[-1] in stop_ids:
             break
     return tokens[len(prompt) :]
@@ -39,18 +45,33 @@ def continuations(tokens: Sequence[int] | np.ndarray, n: int, vocab_size: int) -
     return Candidates(random.permutation(vocab_size)[:n].astype(np.int32), logprobs)
 
 
-def solo_search(prompt: Sequence[int], sampling: SamplingParams, max_tokens: int, stop_ids: Sequence[int], vocab_size: int) -> list[list[int]]:
+def solo_search(
+    prompt: Sequence[int], sampling: SamplingParams, max_tokens: int, stop_ids: Sequence[int], vocab_size: int, windows: Sequence[int | None] = (None,)
+) -> list[list[int]]:
     """The answers a beam search must find, whatever runs beside it."""
     assert sampling.beam_width is not None
     search = BeamSearch(sampling.beam_width, stop_ids, max_tokens, sampling.length_penalty, sampling.early_stopping)
     while not search.over:
-        search.advance([continuations([*prompt, *beam.token_ids.tolist()], vocab_size, vocab_size) for beam in search.beams])
+        contexts = [seen([*prompt, *beam.token_ids.tolist()], windows) for beam in search.beams]
+        search.advance([continuations(context, vocab_size, vocab_size) for context in contexts])
     return [ending.beam.token_ids.tolist() for ending in search.endings[: sampling.n]]
 
 
 class SimulatedRunner:
-    def __init__(self, num_rows: int, num_pages: int, page_size: int, max_model_len: int, max_batched_tokens: int, vocab_size: int = 97) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        num_pages: int,
+        page_size: int,
+        max_model_len: int,
+        max_batched_tokens: int,
+        vocab_size: int = 97,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:
+        """windows: of the KV groups."""
         self.vocab_size = vocab_size
+        self._windows = windows
+        self._table_width = -(-max_model_len // page_size)
         self._page_size = page_size
         self._budget = max_batched_tokens
         self._kv = np.full((num_pages, page_size), -1, np.int32)
@@ -76,13 +97,18 @@ class SimulatedRunner:
         steps = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist(), strict=True))
         for row, start, count, _ in steps:  # all writes before all reads, as the layers do it
             for position in range(start, start + count):
-                self._kv[self._slot(row, position)] = self._history[row, position]
+                for group in range(len(self._windows)):
+                    self._kv[self._slot(row, group, position)] = self._history[row, position]
         sampled = []
         contexts = []
         for row, start, count, samples in steps:
             end = start + count
+            for group, window in enumerate(self._windows):
+                for position in range(max(start - window + 1, 0) if window else 0, end):
+                    assert self._kv[self._slot(row, group, position)] == self._history[row, position], "K and V of another token"
             if samples:
-                contexts.append([self._kv[self._slot(row, position)] for position in range(end)])
+                firsts = [max(end - window, 0) if window else 0 for window in self._windows]
+                contexts.append([self._kv[self._slot(row, group, position)] for group, first in enumerate(firsts) for position in range(first, end)])
                 token = next_token(contexts[-1], self.vocab_size)
                 self._history[row, end] = token
                 sampled.append(token)
@@ -99,5 +125,5 @@ class SimulatedRunner:
         n = min(ask.num_candidates, self.vocab_size)
         return BeamCandidates(np.stack([one.token_ids[:n] for one in found]), np.stack([one.logprobs[:n] for one in found]))
 
-    def _slot(self, row: int, position: int) -> tuple[int, int]:
-        return self._tables[row][position // self._page_size], position % self._page_size
+    def _slot(self, row: int, group: int, position: int) -> tuple[int, int]:
+        return self._tables[row][group * self._table_width + position // self._page_size], position % self._page_size

@@ -25,6 +25,7 @@ class TableBounds:
     page_size: int
     max_model_len: int
     max_batched_tokens: int
+    windows: tuple[int | None, ...] = (None,)  # tokens that each KV group keeps of a sequence; None: all
 
 
 class BrokenStepError(AssertionError):
@@ -39,7 +40,9 @@ class CheckedRunner:
         self._runner = runner
         self._bounds = bounds
         self._check = check
-        self._tables = np.full((bounds.num_rows, -(-bounds.max_model_len // bounds.page_size)), -1, np.int64)
+        width = -(-bounds.max_model_len // bounds.page_size)
+        self._tables = np.full((bounds.num_rows, len(bounds.windows) * width), -1, np.int64)  # of each KV group, side by side
+        self._group_tables = np.split(self._tables, len(bounds.windows), axis=1)
 
     def launch(self, batch: Batch) -> None:
         """
@@ -88,26 +91,37 @@ class CheckedRunner:
             _require(edit.start >= 0 and end <= limit, f"tokens at {edit.start} to {end} change, the longest sequence has {limit}")
 
     def _check_pages(self, batch: Batch) -> None:
-        """Every token has a slot, and nobody writes where another sequence of the step reads or writes."""
+        """Every token has a slot in every group, and nobody writes where another sequence of the step reads or writes."""
         size = self._bounds.page_size
-        written: dict[int, int] = {}  # page -> row
+        written: dict[int, tuple[int, int]] = {}  # page -> group, row
         lengths = dict(zip(batch.rows.tolist(), (batch.starts + batch.counts).tolist(), strict=True))
-        for row, start in zip(batch.rows.tolist(), batch.starts.tolist(), strict=True):
-            pages = self._tables[row, : -(-lengths[row] // size)]
-            _require(bool((pages >= 0).all()), f"row {row} has no page for position {int((pages < 0).argmax()) * size}")
-            for page in pages[start // size :].tolist():
-                _require(page not in written, f"page {page} is written by rows {written.get(page)} and {row} in one step")
-                written[page] = row
-        for row, start in zip(batch.rows.tolist(), batch.starts.tolist(), strict=True):
-            for page in self._tables[row, : start // size].tolist():
-                _require(
-                    page not in written or self._reads_what_is_new(row, page, written[page], lengths), f"page {page}, which row {row} reads, is overwritten"
-                )
+        starts = list(zip(batch.rows.tolist(), batch.starts.tolist(), strict=True))
+        for group, table in enumerate(self._group_tables):
+            for row, start in starts:
+                first, end = self._first_read(group, start), -(-lengths[row] // size)
+                pages = table[row, first:end]
+                _require(bool((pages >= 0).all()), f"row {row} has no page for position {(first + int((pages < 0).argmax())) * size}")
+                for page in table[row, start // size : end].tolist():
+                    _require(page not in written, f"page {page} is written by rows {written.get(page, (0, 0))[1]} and {row} in one step")
+                    written[page] = group, row
+        for group, table in enumerate(self._group_tables):
+            for row, start in starts:
+                for index in range(self._first_read(group, start), start // size):
+                    page = int(table[row, index])
+                    _require(
+                        page not in written or self._reads_what_is_new(group, index, page, written[page], lengths),
+                        f"page {page}, which row {row} reads, is overwritten",
+                    )
 
-    def _reads_what_is_new(self, reader: int, page: int, writer: int, lengths: dict[int, int]) -> bool:
+    def _first_read(self, group: int, start: int) -> int:
+        """Index of the first page that a token at that position attends to."""
+        window = self._bounds.windows[group]
+        return 0 if window is None else max(start - window + 1, 0) // self._bounds.page_size
+
+    def _reads_what_is_new(self, group: int, index: int, page: int, writer: tuple[int, int], lengths: dict[int, int]) -> bool:
         """A prompt's pages may be shared in the step that fills them: at the same place of both tables, and whole."""
-        index = int(np.flatnonzero(self._tables[reader] == page)[0])
-        return bool(self._tables[writer, index] == page and (index + 1) * self._bounds.page_size <= lengths[writer])
+        other, row = writer
+        return bool(group == other and self._group_tables[group][row, index] == page and (index + 1) * self._bounds.page_size <= lengths[row])
 
 
 def _within(values: Int32, end: int) -> bool:

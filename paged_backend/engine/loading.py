@@ -80,6 +80,7 @@ def load_engine(
             preemption=config.preemption,
             eos_ids=limits.eos_ids,
             seed=config.seed,
+            windows=limits.windows,
         ),
         guides=GrammarMasks(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
         adapters=None if runner.adapter_slots is None else AdapterSlots(len(runner.adapter_slots), runner.adapter_slots),
@@ -89,7 +90,7 @@ def load_engine(
         tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
         vocab_size=limits.vocab_size,
         max_model_len=limits.max_model_len,
-        max_pool_tokens=limits.num_pages * config.page_size,
+        max_pool_tokens=limits.num_pages // len(limits.windows) * config.page_size,
         page_size=config.page_size,
         num_pages=limits.num_pages,
         sampling=_recommended(config, checkpoint.generation, limits.max_model_len),
@@ -99,7 +100,7 @@ def load_engine(
     )
     if config.debug_checks:
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
-        bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens)
+        bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens, limits.windows)
         stepped = CheckedRunner(stepped, bounds, scheduler.check)
     return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0, kv_events=kv_events), scheduler, ready
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paged_backend.models.blocks.forward_pass import ForwardPass, RopeTensors
 from paged_backend.models.blocks.products import AdaptedProducts
-from paged_backend.models.step import StepTensors
+from paged_backend.models.step import LayerPages, StepTensors
 from paged_backend.models.weights import Weights
 from paged_kernels.reference import Ops
 
@@ -29,13 +29,13 @@ class Decoder:
         """Of weights, activations and logits."""
         return self._weights.embedding.dtype
 
-    def forward(self, step: StepTensors, kv_pages: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """Computes a step's tokens, writes their K and V into kv_pages (one tensor a layer) and returns the logits of step.logit_indices,
+    def forward(self, step: StepTensors, kv_pages: Sequence[LayerPages], out: Tensor | None = None) -> Tensor:
+        """Computes a step's tokens, writes their K and V into kv_pages (of each layer) and returns the logits of step.logit_indices,
         [M, vocab] in the weights' type, in `out` if given."""
         x = self.hidden(step, kv_pages)
         return self.logits(x if step.logit_indices is None else x.index_select(0, step.logit_indices), out)
 
-    def hidden(self, step: StepTensors, kv_pages: Sequence[Tensor]) -> Tensor:
+    def hidden(self, step: StepTensors, kv_pages: Sequence[LayerPages]) -> Tensor:
         """As `forward`, but returns what the last layer makes of all the step's tokens, [T, hidden], which the next step may write over."""
         shape = step.shape
         self._ops.plan_attention(step.seq_lens[: shape.num_outputs], step.query_starts[: shape.num_sequences], shape.num_decodes, step.max_query_len)

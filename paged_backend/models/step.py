@@ -9,6 +9,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class LayerPages:
+    """Where a layer keeps K and V."""
+
+    tensor: Tensor  # [num_pages, 2, num_kv_heads, page_size, head_dim]; layers of other KV groups may have other pages of it
+    group: int = 0  # which of the KV groups has the layer (kv_groups.py)
+
+
+@dataclass(frozen=True)
+class GroupTensors:
+    """Where a step's K and V lie in one KV group."""
+
+    slot_mapping: Tensor  # int64 [T] page_id * page_size + offset; -1 for padding
+    page_table: Tensor  # int32 [S, pages of the longest sequence]
+
+
+@dataclass(frozen=True)
 class StepTensors:
     """One step for the decoder, laid out by step_plan.py: D decodes, then prefills, S sequences in all; T tokens, M of them with logits."""
 
@@ -16,8 +32,7 @@ class StepTensors:
     plan: Mapping[str, Tensor]  # int32, the arrays of a plan (runner/step_plan.py)
     input_ids: Tensor  # int32 [T]
     positions: Tensor  # int64 [T]
-    slot_mapping: Tensor  # int64 [T] page_id * page_size + offset; -1 for padding
-    page_table: Tensor  # int32 [S, pages of the longest sequence]
+    groups: tuple[GroupTensors, ...]  # of each KV group
     seq_lens: Tensor  # int32 [S] after this step; 0 for padding
     max_decode_len: int  # no decode is longer, after this step
     max_query_len: int  # no prefill computes more tokens

@@ -20,6 +20,7 @@ from paged_backend.models.quantization.kv_scales import load_kv_scales
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import rope_tensors
 from paged_backend.models.shard import Shard
+from paged_backend.models.step import LayerPages
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes, allocate_adapter_store
 from paged_backend.runner.cuda_graphs import captured_shapes
@@ -194,12 +195,14 @@ class RunnerBuilder:
     def _assemble(self, weights: Weights, adapter_slots: AdapterStore | None, size: PoolSize) -> ModelRunner:
         """A runner with a pool of that size; nothing is captured yet."""
         a, config, place = self._architecture, self._config, self._place
-        kv_pages = allocate_kv_store(size, a, config.page_size, place.kv_dtype, place.device)
+        store = allocate_kv_store(size, a, config.page_size, place.kv_dtype, place.device)
         eos_ids = tuple(token_id for token_id in self._checkpoint.eos_ids if 0 <= token_id < a.vocab_size)  # no other is ever chosen
-        limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, eos_ids, self._checkpoint.bos_id)
+        limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, eos_ids, self._checkpoint.bos_id, size.groups.windows)
         ops = self._make_ops()
-        copy_pages = partial(ops.copy_pages, kv_pages)
-        rows = DeviceRows(self._max_sequences, size.max_model_len, config.page_size, len(eos_ids), place.device, ops, copy_pages)
+        copy_pages = partial(ops.copy_pages, store)
+        kv_pages = [LayerPages(store[place], group) for group, place in size.groups.places]
+        num_groups = len(size.groups.groups)
+        rows = DeviceRows(self._max_sequences, size.max_model_len, config.page_size, len(eos_ids), place.device, ops, copy_pages, num_groups)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in self._shapes))
         adapted = None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
         decoder = Decoder(weights, rope_tensors(a.ropes, size.max_model_len, place.device), ops, adapted)

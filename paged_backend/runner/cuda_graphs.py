@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paged_backend.batch import Feature
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.step import StepShape, StepTensors
+from paged_backend.models.step import LayerPages, StepShape, StepTensors
 from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.step_plan import plan_of_padding, plan_size
 from paged_backend.runner.step_tensors import DeviceRows, SampleTensors
@@ -53,10 +53,11 @@ def captured_shapes(max_sequences: int, max_tokens: int, adapters: bool = False)
 class _Captured:
     """A step of a shape: what it computes with, and what it leaves."""
 
-    def __init__(self, rows: DeviceRows, flat: Tensor, page_table: Tensor, shape: StepShape, max_len: int, logits: Tensor) -> None:
-        """flat: int32 [plan_size(shape)], where the plan will be; page_table int32 [shape.num_sequences, pages]; logits [shape.num_outputs, vocab]."""
+    def __init__(self, rows: DeviceRows, flat: Tensor, page_tables: Sequence[Tensor], shape: StepShape, max_len: int, logits: Tensor) -> None:
+        """flat: int32 [plan_size(shape)], where the plan will be. page_tables: of each KV group, int32 [shape.num_sequences, pages].
+        logits: [shape.num_outputs, vocab]."""
         self.logits = logits
-        self.step = rows.make_step(flat, shape, page_table, max_len, shape.num_prefill_tokens)
+        self.step = rows.make_step(flat, shape, page_tables, max_len, shape.num_prefill_tokens)
         self.forward = torch.cuda.CUDAGraph()
         self.samplings: dict[int, tuple[torch.cuda.CUDAGraph, Sampled]] = {}  # features -> the graph that chooses tokens, and where it leaves them
 
@@ -71,7 +72,7 @@ class StepGraphs:
         self,
         decoder: Decoder,
         sampler: Sampler,
-        kv_pages: Sequence[Tensor],
+        kv_pages: Sequence[LayerPages],
         rows: DeviceRows,
         shapes: Sequence[StepShape],
         max_len: int,
@@ -119,14 +120,15 @@ class StepGraphs:
         """The largest first: the smaller ones fit into its memory."""
         started = reported = time.monotonic()
         free = torch.cuda.mem_get_info()[0]
-        page_table = self._rows.make_page_table(max(shape.num_sequences for shape in self._shapes), max_len)  # of one step after another, whatever its shape
+        page_tables = self._rows.make_page_tables(max(shape.num_sequences for shape in self._shapes), max_len)  # of one step after another, whatever its shape
         for number, shape in enumerate(reversed(self._shapes)):
             if time.monotonic() - reported > _PROGRESS_SECONDS:
                 reported = time.monotonic()
                 tell(f"capturing steps {100 * number // len(self._shapes)} % ({number} of {len(self._shapes)} shapes)")
             self._flat.fill_(-1)
             self._flat[: plan_size(shape)].copy_(torch.from_numpy(plan_of_padding(shape)))
-            captured = _Captured(self._rows, self._flat[: plan_size(shape)], page_table[: shape.num_sequences], shape, max_len, logits[: shape.num_outputs])
+            tables = [table[: shape.num_sequences] for table in page_tables]
+            captured = _Captured(self._rows, self._flat[: plan_size(shape)], tables, shape, max_len, logits[: shape.num_outputs])
             self._capture(captured.forward, partial(self._forward, captured))
             for features in _CAPTURED_FEATURES:
                 graph = torch.cuda.CUDAGraph()

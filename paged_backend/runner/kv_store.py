@@ -14,6 +14,7 @@ from torch import Tensor
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.kv_groups import KVGroups, group_layers
 from paged_backend.units import spell_bytes
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
@@ -34,21 +35,23 @@ class PoolSize:
     """How large the pool is, and which option made it so."""
 
     num_pages: int
-    page_bytes: int  # K and V of one page in all layers
+    page_bytes: int  # K and V of one page in all layers of a KV group
     max_model_len: int  # tokens; not more than the pool holds
     decided_by: str  # sentences for the operator
+    groups: KVGroups
     free_bytes: int = 0  # of the device, once the weights are there
 
 
 def allocate_kv_store(size: PoolSize, architecture: Architecture, page_size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] a layer; zeros, so that what was never written is finite.
+    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] for each layer of a KV group, whichever group's the pages are; zeros, so that what was
+    never written is finite.
 
     Raises:
         EngineError: the device has not that much memory after all.
     """
     shape = (size.num_pages, 2, architecture.attention.num_kv_heads, page_size, architecture.attention.head_dim)
     try:
-        return [_zeros(shape, dtype, device) for _ in range(architecture.num_layers)]
+        return [_zeros(shape, dtype, device) for _ in range(size.groups.num_layers)]
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         raise EngineError(f"the pool of {spell_bytes(size.num_pages * size.page_bytes)} does not fit: {str(error).splitlines()[0]}") from None
 
@@ -71,28 +74,39 @@ def size_pool(config: EngineConfig, architecture: Architecture, kv_dtype: torch.
         EngineError: the pool asked for does not fit, or not even one page does, or max_model_len is beyond what the checkpoint allows.
     """
     max_model_len = _wanted_length(config, architecture)
-    page_bytes = page_bytes_of(architecture, config.page_size, kv_dtype)
+    groups = group_layers(architecture.sliding_windows, max_model_len)
+    num_groups = len(groups.groups)
+    page_bytes = page_bytes_of(architecture, groups, config.page_size, kv_dtype)
     num_sharing = architecture.shard.size if device.type == "cpu" else 1  # ranks on one machine's memory
     free = max(free_bytes(device) // num_sharing - needs.weights, 0)
     available, detail = _available(free, device, needs)
-    num_pages, reason = _decide(config, page_bytes, available, max_model_len, device)
+    num_pages, reason = _decide(config, page_bytes, available, max_model_len, num_groups, device)
     if num_pages < 1:
         raise EngineError(f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): {reason}; {detail}")
     if num_pages * page_bytes > available:
         raise EngineError(
             f"the pool does not fit: {num_pages} pages of {spell_bytes(page_bytes)} are {spell_bytes(num_pages * page_bytes)} ({reason}); {detail}"
         )
-    num_tokens = num_pages * config.page_size
+    if num_pages < num_groups:
+        raise EngineError(f"the pool has {num_pages} pages, and each of the {num_groups} KV groups needs one: {reason}; {detail}")
+    num_tokens = num_pages // num_groups * config.page_size
     shrunk = ""
     if num_tokens < max_model_len:
         shrunk = f"; max_model_len is {num_tokens} instead of {max_model_len}, the pool holds no more"
         max_model_len = num_tokens
-    pages_of_one = -(-max_model_len // config.page_size)
+    pages_of_one = sum(pages_kept(window, max_model_len, config.page_size) for window in groups.windows)
+    shared = f" in each of {num_groups} groups of layers ({groups.words})" if num_groups > 1 else ""
     decided_by = (
-        f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens, {spell_bytes(num_pages * page_bytes)}, "
+        f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens{shared}, {spell_bytes(num_pages * page_bytes)}, "
         f"room for {num_pages // pages_of_one} sequences of {max_model_len} tokens; decided by {reason} ({detail}){shrunk}"
     )
-    return PoolSize(num_pages, page_bytes, max_model_len, decided_by, free)
+    return PoolSize(num_pages, page_bytes, max_model_len, decided_by, groups, free)
+
+
+def pages_kept(window: int | None, num_tokens: int, page_size: int) -> int:
+    """Pages that a group has of a sequence of so many tokens, once its window has left the others behind."""
+    whole = -(-num_tokens // page_size)
+    return whole if window is None else min(-(-(window - 1) // page_size) + 1, whole)
 
 
 def of_smallest(size: PoolSize, rooms: Sequence[int], page_size: int) -> PoolSize:
@@ -100,7 +114,7 @@ def of_smallest(size: PoolSize, rooms: Sequence[int], page_size: int) -> PoolSiz
     num_pages = min(rooms)
     if num_pages == size.num_pages:
         return size
-    max_model_len = min(size.max_model_len, num_pages * page_size)
+    max_model_len = min(size.max_model_len, num_pages // len(size.groups.groups) * page_size)
     decided_by = f"{size.decided_by}; rank {rooms.index(num_pages)} has room for {num_pages} pages, and so have all, max_model_len is {max_model_len}"
     return replace(size, num_pages=num_pages, max_model_len=max_model_len, decided_by=decided_by)
 
@@ -118,9 +132,9 @@ def _available(free: int, device: torch.device, needs: MemoryNeeds) -> tuple[int
     return max(free - needs.step - needs.graphs, 0), detail
 
 
-def page_bytes_of(architecture: Architecture, page_size: int, kv_dtype: torch.dtype) -> int:
-    """K and V of page_size tokens in all layers."""
-    return 2 * architecture.num_layers * architecture.attention.kv_size * page_size * kv_dtype.itemsize
+def page_bytes_of(architecture: Architecture, groups: KVGroups, page_size: int, kv_dtype: torch.dtype) -> int:
+    """K and V of page_size tokens in the layers of a group."""
+    return 2 * groups.num_layers * architecture.attention.kv_size * page_size * kv_dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:
@@ -139,14 +153,14 @@ def _wanted_length(config: EngineConfig, architecture: Architecture) -> int:
     return config.max_model_len or allowed
 
 
-def _decide(config: EngineConfig, page_bytes: int, available: int, max_model_len: int, device: torch.device) -> tuple[int, str]:
+def _decide(config: EngineConfig, page_bytes: int, available: int, max_model_len: int, num_groups: int, device: torch.device) -> tuple[int, str]:
     if config.num_pages > 0:
         return config.num_pages, "num_pages"
     if config.pool_bytes > 0:
         return config.pool_bytes // page_bytes, f"pool_bytes = {spell_bytes(config.pool_bytes)}"
     fraction = config.pool_memory_fraction or _DEFAULT_FRACTION[device.type]
     num_pages = int(available * fraction) // page_bytes
-    useful = config.max_num_sequences * -(-max_model_len // config.page_size)
+    useful = config.max_num_sequences * num_groups * -(-max_model_len // config.page_size)
     if num_pages > useful:
         return useful, f"max_num_sequences ({config.max_num_sequences}) sequences of max_model_len ({max_model_len}) tokens, more is of no use"
     return num_pages, f"pool_memory_fraction = {fraction:g}"

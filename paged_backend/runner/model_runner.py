@@ -16,7 +16,7 @@ from torch import Tensor
 from paged_backend.batch import Batch, StepResult
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.step import StepShape
+from paged_backend.models.step import LayerPages, StepShape
 from paged_backend.runner.adapter_store import AdapterStore
 from paged_backend.runner.ask_table import room_of
 from paged_backend.runner.asks import ComputedStep
@@ -32,12 +32,13 @@ from paged_backend.runner.warm_up import warm_up_batches
 class RunnerLimits:
     """What the rest of the engine must know of the checkpoint and the pool."""
 
-    max_model_len: int  # tokens; at most num_pages * page_size
+    max_model_len: int  # tokens; at most num_pages * page_size, divided by the number of KV groups
     num_pages: int
     page_size: int
     vocab_size: int
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    windows: tuple[int | None, ...] = (None,)  # tokens that each KV group keeps of a sequence; None: all
 
 
 class ModelRunner:
@@ -50,14 +51,14 @@ class ModelRunner:
         limits: RunnerLimits,
         decoder: Decoder,
         sampler: Sampler,
-        kv_pages: list[Tensor],
+        kv_pages: list[LayerPages],
         rows: DeviceRows,
         adapter_slots: AdapterStore | None = None,
     ) -> None:
         self.folder = folder  # the checkpoint's
         self.architecture = architecture
         self.limits = limits
-        self.device = kv_pages[0].device
+        self.device = kv_pages[0].tensor.device
         self._decoder = decoder
         self._kv_pages = kv_pages
         self._rows = rows
@@ -71,7 +72,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture(self, shapes: Sequence[StepShape], tell: Callable[[str], None]) -> None:
         """Captures steps of these shapes, the smallest first, as CUDA graphs: from now on a step that fits one of them is replayed."""
-        logits = self._kv_pages[0].new_empty((max(shape.num_outputs for shape in shapes), self.architecture.num_logits), dtype=self._decoder.dtype)
+        logits = self._kv_pages[0].tensor.new_empty((max(shape.num_outputs for shape in shapes), self.architecture.num_logits), dtype=self._decoder.dtype)
         self._graphs = StepGraphs(self._decoder, self._sampler, self._kv_pages, self._rows, shapes, self.limits.max_model_len, logits, tell)
 
     def warm_up(self, max_sequences: int, max_batched_tokens: int) -> None:

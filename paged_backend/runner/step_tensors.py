@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paged_backend.arrays import Int32
 from paged_backend.batch import Batch, BeamRows, Feature
-from paged_backend.models.step import StepShape, StepTensors
+from paged_backend.models.step import GroupTensors, StepShape, StepTensors
 from paged_backend.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from paged_backend.runner.step_plan import StepPlan, array_lengths
 from paged_backend.runner.step_sections import COLUMN, SIZES, sections_of, sizes_of
@@ -66,6 +66,7 @@ class DeviceRows:
         device: torch.device,
         ops: Ops = reference,
         copy_pages: Callable[[Tensor], None] = lambda copies: None,
+        num_groups: int = 1,
     ) -> None:
         """copy_pages: does a batch's page_copies, int32 [k, 2], in the store; the rows have no page themselves."""
 
@@ -73,7 +74,9 @@ class DeviceRows:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.token_ids = zeros(num_rows, max_model_len + 1)  # prompt and sampled tokens
-        self.page_table = zeros(num_rows, -(-max_model_len // page_size))
+        width = -(-max_model_len // page_size)
+        self.page_table = zeros(num_rows, num_groups * width)  # of each KV group, side by side
+        self._group_tables = torch.split(self.page_table, width, dim=1)
         self.page_size = page_size
         self._ops = ops
         self._copy_pages = copy_pages
@@ -165,50 +168,58 @@ class DeviceRows:
     def apply(self, batch: Batch, plan: StepPlan) -> StepTensors:
         """`update`, and the tensors of a step that is computed at once."""
         longest = max((query_len for query_len, _ in plan.prefill_lens), default=0)
-        page_table = self.token_ids.new_empty(plan.shape.num_sequences, -(-plan.max_len // self.page_size))
-        step = self.make_step(self.update(batch, plan), plan.shape, page_table, plan.max_decode_len, longest, plan.prefill_lens)
+        page_tables = [self.token_ids.new_empty(plan.shape.num_sequences, -(-plan.max_len // self.page_size)) for _ in self._group_tables]
+        step = self.make_step(self.update(batch, plan), plan.shape, page_tables, plan.max_decode_len, longest, plan.prefill_lens)
         self.gather(step)
         return step
 
     def make_step(
-        self, flat: Tensor, shape: StepShape, page_table: Tensor, max_decode_len: int, max_query_len: int, prefill_lens: tuple[tuple[int, int], ...] = ()
+        self,
+        flat: Tensor,
+        shape: StepShape,
+        page_tables: Sequence[Tensor],
+        max_decode_len: int,
+        max_query_len: int,
+        prefill_lens: tuple[tuple[int, int], ...] = (),
     ) -> StepTensors:
-        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them. page_table: int32 [sequences, pages of the longest]."""
+        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them. page_tables: of each KV group, int32 [sequences, pages of the
+        longest]."""
         new, lengths = self.token_ids.new_empty, array_lengths(shape)
         return StepTensors(
             shape=shape,
             plan=dict(zip(lengths, torch.split(flat, list(lengths.values())), strict=True)),
             input_ids=new(shape.num_tokens),
             positions=new(shape.num_tokens, dtype=torch.int64),
-            slot_mapping=new(shape.num_tokens, dtype=torch.int64),
-            page_table=page_table,
+            groups=tuple([GroupTensors(new(shape.num_tokens, dtype=torch.int64), page_table) for page_table in page_tables]),
             seq_lens=new(shape.num_sequences),
             max_decode_len=max_decode_len,
             max_query_len=max_query_len,
             prefill_lens=prefill_lens,
         )
 
-    def make_page_table(self, num_sequences: int, max_len: int) -> Tensor:
-        """For captured steps of so many sequences of up to max_len tokens: int32 [num_sequences, pages], page 0 everywhere, for padding is read, too."""
-        return self.token_ids.new_zeros(num_sequences, -(-max_len // self.page_size))
+    def make_page_tables(self, num_sequences: int, max_len: int) -> list[Tensor]:
+        """For captured steps of so many sequences of up to max_len tokens: of each KV group int32 [num_sequences, pages], page 0 everywhere, for padding is
+        read, too."""
+        return [self.token_ids.new_zeros(num_sequences, -(-max_len // self.page_size)) for _ in self._group_tables]
 
     def gather(self, step: StepTensors) -> None:
-        """Fills a step's tensors from the rows of its plan."""
+        """Fills a step's tensors from the rows of its plan. All but page tables and slots are the same for every KV group."""
         plan = step.plan
-        self._ops.gather_step(
-            plan["rows"],
-            plan["starts"],
-            plan["counts"],
-            plan["query_starts"][:-1],
-            self.token_ids,
-            self.page_table,
-            self.page_size,
-            input_ids=step.input_ids,
-            positions=step.positions,
-            slot_mapping=step.slot_mapping,
-            page_table=step.page_table,
-            seq_lens=step.seq_lens,
-        )
+        for page_table, group in zip(self._group_tables, step.groups, strict=True):
+            self._ops.gather_step(
+                plan["rows"],
+                plan["starts"],
+                plan["counts"],
+                plan["query_starts"][:-1],
+                self.token_ids,
+                page_table,
+                self.page_size,
+                input_ids=step.input_ids,
+                positions=step.positions,
+                slot_mapping=group.slot_mapping,
+                page_table=group.page_table,
+                seq_lens=step.seq_lens,
+            )
 
     def sampling(self, batch: Batch, step: StepTensors) -> SampleTensors:
         """What the sampler needs of a step."""

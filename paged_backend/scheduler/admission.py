@@ -51,7 +51,7 @@ class Admission:
         if first is None or short is None or not self._running.table.num_free or short.spec.sampling.priority_level != first.spec.sampling.priority_level:
             return 0
         num_tokens = len(short.token_ids) + (0 if first is short else len(first.token_ids))
-        num_pages = num_tokens // self._limits.page_size + 2
+        num_pages = (num_tokens // self._limits.page_size + 2) * self._limits.num_groups
         return self._waiting.short_tokens if num_pages + self._running.headroom() <= self._running.pages.pool.num_available else 0
 
     def admit(self, rows: Int32, counts: Int32) -> tuple[Int32, Int32]:

@@ -25,8 +25,10 @@ from paged_backend.errors import ErrorKind
 from paged_backend.messages import Found, FoundSequence, Submit
 from paged_backend.scheduler.beam_search import BeamHypothesis, BeamSearch, Candidates, Fork
 from paged_backend.scheduler.features import SchedulerFeature, StepRows, Takings
+from paged_backend.scheduler.prefix_cache import GONE
+from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
-from paged_backend.scheduler.sequence_pages import PageTable, SequencePages
+from paged_backend.scheduler.sequence_pages import PageTable
 
 
 @dataclass
@@ -43,8 +45,9 @@ class Beams(SchedulerFeature):
 
     asks = BeamRows
 
-    def __init__(self, pages: SequencePages) -> None:
-        self._pages = pages
+    def __init__(self, running: RunningSequences) -> None:
+        self._running = running
+        self._pages = running.pages
         self._groups: dict[Sequence, BeamGroup] = {}  # by leader
         self._runner_ids = count(-2, -1)  # of no request; never the same, so that a step's late result finds nobody
 
@@ -62,7 +65,7 @@ class Beams(SchedulerFeature):
             return ErrorKind.INVALID, f"beam_width: {width} beams are more than may run at once: {max_running} (max_num_sequences, max_batched_tokens)"
         size, num_pages = self.rows.page_size, self._pages.pool.num_pages
         shared = prompt_len // size
-        needed = shared + width * max(-(-(length_limit - 1) // size) - shared, 1)
+        needed = (shared + width * max(-(-(length_limit - 1) // size) - shared, 1)) * len(self._pages.windows)
         if needed > num_pages:
             return ErrorKind.INVALID, f"beam_width: {width} beams of up to {length_limit} tokens may need {needed} pages; the pool has {num_pages}"
         return None
@@ -91,8 +94,8 @@ class Beams(SchedulerFeature):
         runners = []
         for index in range(width):
             spec = replace(leader.spec, request_id=next(self._runner_ids), sampling=sampling, features=features)
-            first = index == 0
-            runner = Sequence(spec, leader.token_ids if first else leader.token_ids[:0], PageTable(leader.page_table.salt if first else None))
+            salt, token_ids = (leader.page_table.salt, leader.token_ids) if index == 0 else (None, leader.token_ids[:0])
+            runner = Sequence(spec, token_ids, PageTable(salt, len(self._pages.windows)))
             runner.leader, runner.answered = leader, leader.answered
             runners.append(runner)
         return runners
@@ -149,9 +152,9 @@ class Beams(SchedulerFeature):
         moved = [fork for fork in forks if kept[fork.parent] is not fork]
         free = [runner for runner in leader.runners if all(runner is not parents[parent] for parent in kept)]
         shared = {id(runner): num_full for runner in parents}  # the pages of the others are all in reserve
-        free.sort(key=lambda runner: len(runner.page_table.pages) - shared.get(id(runner), 0), reverse=True)
+        free.sort(key=lambda runner: len(runner.page_table) - shared.get(id(runner), 0), reverse=True)
         takers = free[: len(moved)]
-        if is_partial and any(len(runner.page_table.pages) <= shared.get(id(runner), 0) for runner in takers):
+        if is_partial and any(len(runner.page_table) <= shared.get(id(runner), 0) for runner in takers):
             return False
         group.live = [parents[fork.parent] for fork in forks]
         for fork in kept.values():
@@ -159,13 +162,14 @@ class Beams(SchedulerFeature):
         for runner, fork in zip(takers, moved, strict=True):
             group.live[next(at for at, other in enumerate(forks) if other is fork)] = runner
             table, source = runner.page_table, parents[fork.parent].page_table
-            before = list(table.pages)
+            before = list(table.groups)
             self._pages.share(table, source, num_full, shared.get(id(runner), 0))
-            changed = [(index, page) for index, page in enumerate(table.pages) if index >= len(before) or before[index] != page]
             assert runner.row is not None
-            self.changes.page_updates += [(runner.row, index, page) for index, page in changed]
-            if is_partial:
-                self.changes.page_copies.append((runner.row, source.pages[num_full], table.pages[num_full]))
+            for number, (old, new) in enumerate(zip(before, table.groups, strict=True)):
+                changed = ((index, page) for index, page in enumerate(new) if page != GONE and old[index : index + 1] != [page])
+                self._running.tell_pages(runner.row, number, changed)
+                if is_partial:
+                    self.changes.page_copies.append((runner.row, source.groups[number][num_full], new[num_full]))
             self._continue(leader, runner, fork.beam, num_computed)
         for runner in free[len(moved) :]:
             self._pages.share(runner.page_table, runner.page_table, 0, shared.get(id(runner), 0))

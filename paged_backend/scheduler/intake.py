@@ -30,7 +30,7 @@ class Intake:
         refusal = self._refusal(token_ids, request.resumed, num_waiting)
         if refusal is None:
             spec, salt = self._spec(request, token_ids), self._salt(request)
-            sequence = Sequence(spec, token_ids, PageTable(salt), answered=request.num_answered > 0)
+            sequence = Sequence(spec, token_ids, PageTable(salt, self._limits.num_groups), answered=request.num_answered > 0)
             refusal = self._features.refusal(sequence, request)
         if refusal is not None:
             return Finish(request.request_id, error=refusal[0], message=refusal[1])

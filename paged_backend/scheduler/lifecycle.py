@@ -148,7 +148,7 @@ class Lifecycle:
         self.features.check(self)
         waiting = [sequence for sequence in self if sequence.status is Status.WAITING]
         assert len(waiting) == self.waiting.num_waiting
-        assert not any(runner.page_table.pages or runner.row is not None for sequence in waiting for runner in sequence.runners)
+        assert not any(len(runner.page_table) or runner.row is not None for sequence in waiting for runner in sequence.runners)
         running = {id(runner) for runner in self.running.runners}
         expected = {id(runner) for sequence in self if sequence.status is Status.RUNNING for runner in sequence.runners}
         assert running == expected and len(running) == len(self.running.runners), "a sequence is neither waiting nor running"

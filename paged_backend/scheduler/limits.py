@@ -11,7 +11,7 @@ class SchedulerLimits:
 
     page_size: int
     num_pages: int
-    max_model_len: int  # <= num_pages * page_size: the longest sequence alone always fits
+    max_model_len: int  # <= num_pages // num_groups * page_size: the longest sequence alone always fits
     max_num_sequences: int
     max_batched_tokens: int
     vocab_size: int = 2**31  # ids below this have an embedding
@@ -22,6 +22,12 @@ class SchedulerLimits:
     preemption: bool = True
     eos_ids: tuple[int, ...] = ()
     seed: int = 0
+    windows: tuple[int | None, ...] = (None,)  # tokens that each KV group keeps of a sequence, the largest first; None: all
+
+    @property
+    def num_groups(self) -> int:
+        """Pages that page_size tokens take."""
+        return len(self.windows)
 
     @property
     def max_running(self) -> int:

@@ -17,22 +17,30 @@ from numpy.typing import NDArray
 
 from paged_backend.scheduler.page_pool import PagePool
 
+GONE = -1  # instead of a page: its group's window has left it behind
 _HASH_BYTES = 16
 
 
+def first_kept(num_tokens: int, window: int, page_size: int) -> int:
+    """Index of the first page that a token at position num_tokens or later attends to."""
+    return max(num_tokens - window + 1, 0) // page_size
+
+
 class PrefixCache:
-    """Chained hash → page, for held and cached pages alike.
+    """Chained hash → page of each KV group, for held and cached pages alike.
 
     Invariant (`check`): the two maps mirror each other, and every published page is held or cached.
     """
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(self, pool: PagePool, page_size: int, windows: tuple[int | None, ...] = (None,)) -> None:
+        """windows: of the KV groups, in tokens, the largest first; None: a group keeps all."""
         self._pool = pool
         self._page_size = page_size
+        self._windows = windows
         self._key = secrets.token_bytes(_HASH_BYTES)
-        self._page_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
-        self.on_forget: Callable[[bytes], None] | None = None  # hears of every hash that leads nowhere from now on
+        self._page_of: tuple[dict[bytes, int], ...] = tuple({} for _ in windows)
+        self._hash_of: dict[int, tuple[int, bytes]] = {}  # page -> group, hash
+        self.on_forget: Callable[[bytes], None] | None = None  # hears of every hash that leads nowhere in the first group from now on
         pool.tell_evictions_to(self._forget)
 
     def root(self, salt: str) -> bytes:
@@ -47,29 +55,41 @@ class PrefixCache:
             parent = self._hash(parent, token_ids[index * size : (index + 1) * size].tobytes())
             hashes.append(parent)
 
-    def match(self, hashes: Listing[bytes]) -> list[int]:
-        """The pages of the longest known beginning of `hashes`, in order. Holds none of them: hold before anything is taken."""
-        pages = []
-        for key in hashes:
-            page = self._page_of.get(key)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+    def match(self, hashes: Listing[bytes]) -> list[list[int]]:
+        """For each group the pages of the longest beginning of `hashes` that need not be computed, in order; of a group with a window those within the last
+        window, GONE before. Holds none of them: hold before anything is taken."""
+        num_found = len(hashes)
+        for group, window in enumerate(self._windows):
+            if window is None:
+                known = self._page_of[group]
+                num_found = next((index for index in range(num_found) if hashes[index] not in known), num_found)
+        firsts = [0] * len(self._windows)
+        group = 0
+        while group < len(self._windows):  # no missing page of a window may be among the last ones: what ends before it is tried next
+            window, known = self._windows[group], self._page_of[group]
+            if window is not None:
+                firsts[group] = first_kept(num_found * self._page_size, window, self._page_size)
+                missing = next((index for index in range(num_found - 1, firsts[group] - 1, -1) if hashes[index] not in known), None)
+                if missing is not None:
+                    num_found, group = missing, 0
+                    continue
+            group += 1
+        return [[GONE] * first + [known[key] for key in hashes[first:num_found]] for first, known in zip(firsts, self._page_of, strict=True)]
 
-    def publish(self, page: int, key: bytes) -> bool:
+    def publish(self, group: int, page: int, key: bytes) -> bool:
         """Makes a held, full page findable. If another page has this content already, that one stays the known one, and the answer is False."""
-        if key in self._page_of or page in self._hash_of:
+        known = self._page_of[group]
+        if key in known or page in self._hash_of:
             return False
-        self._page_of[key] = page
-        self._hash_of[page] = key
+        known[key] = page
+        self._hash_of[page] = group, key
         self._pool.publish(page)
         return True
 
     def _forget(self, page: int) -> None:
-        key = self._hash_of.pop(page)
-        del self._page_of[key]
-        if self.on_forget is not None:
+        group, key = self._hash_of.pop(page)
+        del self._page_of[group][key]
+        if self.on_forget is not None and group == 0:
             self.on_forget(key)
 
     def _hash(self, parent: bytes, content: bytes) -> bytes:
@@ -77,5 +97,6 @@ class PrefixCache:
 
     def check(self) -> None:
         """Raises AssertionError if the invariant is broken."""
-        assert {page: key for key, page in self._page_of.items()} == self._hash_of, "the two maps differ"
+        found = {page: (group, key) for group, known in enumerate(self._page_of) for key, page in known.items()}
+        assert found == self._hash_of, "the two maps differ"
         assert len(self._hash_of) >= self._pool.num_cached, "a cached page is not findable"

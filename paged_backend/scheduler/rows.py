@@ -35,6 +35,7 @@ class Rows:
         self.num_computed = np.zeros(max_num_sequences, np.int32)
         self.length_limit = np.zeros(max_num_sequences, np.int32)
         self.capacity = np.zeros(max_num_sequences, np.int32)  # slots in held pages
+        self.release_at = np.zeros(max_num_sequences, np.int32)  # computed tokens that make a page one which no window reaches any more
         self.publish_at = np.zeros(max_num_sequences, np.int32)  # known and computed tokens that make the next page publishable
         self.stop_ids = np.full((max_num_sequences, 4), -1, np.int32)  # widened on demand
         self.features = np.zeros(max_num_sequences, np.int32)
@@ -66,7 +67,8 @@ class Rows:
         self.num_tokens[row] = self.num_known[row] = num_tokens
         self.num_computed[row] = num_computed
         self.length_limit[row] = spec.length_limit
-        self.capacity[row] = len(table.pages) * self.page_size
+        self.capacity[row] = len(table) * self.page_size
+        self.release_at[row] = 0
         self.publish_at[row] = _NEVER if table.salt is None else num_computed + self.page_size
         width = len(spec.stop_ids)
         if width > self.stop_ids.shape[1]:
@@ -89,7 +91,8 @@ class Rows:
         self.token_ids[row, : len(token_ids)] = token_ids
         self.num_tokens[row] = self.num_known[row] = len(token_ids)
         self.num_computed[row] = num_computed
-        self.capacity[row] = len(sequence.page_table.pages) * self.page_size
+        self.capacity[row] = len(sequence.page_table) * self.page_size
+        self.release_at[row] = 0
         self.publish_at[row] = _NEVER
 
     def vacate(self, sequence: Sequence) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from paged_backend.arrays import Int32
 from paged_backend.batch import NewRow, TokenEdit
 from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.prefix_cache import GONE, first_kept
 from paged_backend.scheduler.rows import Rows
 from paged_backend.scheduler.sequence import Sequence, Status
 from paged_backend.scheduler.sequence_pages import SequencePages
@@ -56,7 +58,9 @@ class RunningSequences:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.table = Rows(limits.max_running, limits.max_model_len, limits.page_size)
-        self.pages = SequencePages(limits.num_pages, limits.page_size)
+        self.pages = SequencePages(limits)
+        self.releases_pages = limits.preemption and any(limits.windows)  # what may not be preempted keeps what it has
+        self._table_width = -(-limits.max_model_len // limits.page_size)
         self.changes = RowChanges()
         self.runners: list[Sequence] = []  # in the order in which they started; to be looked at only
         self._rows: Int32 | None = None  # of the runners, in their order; None: to be gathered again
@@ -100,8 +104,14 @@ class RunningSequences:
                 features=spec.features,
             )
         )
-        self.changes.page_updates.extend((row, index, page) for index, page in enumerate(runner.page_table.pages))
+        for group, pages in enumerate(runner.page_table.groups):
+            self.tell_pages(row, group, ((index, page) for index, page in enumerate(pages) if page != GONE))
         return row
+
+    def tell_pages(self, row: int, group: int, pages: Iterable[tuple[int, int]]) -> None:
+        """The device learns of (index, page) in a group's page table of a row: the groups' tables lie side by side."""
+        first = group * self._table_width
+        self.changes.page_updates.extend((row, first + index, page) for index, page in pages)
 
     def stop(self, sequence: Sequence) -> None:
         """Takes a sequence's rows and pages."""
@@ -135,15 +145,25 @@ class RunningSequences:
         return lack
 
     def append_page(self, runner: Sequence) -> bool:
-        """One more page for it; False if there is none."""
+        """One more page of each group for it; False if there are not so many."""
         table, row = runner.page_table, runner.row
-        page = self.pages.append(table)
         assert row is not None
-        if page is None:
+        if not self.pages.append(table):
             return False
-        self.changes.page_updates.append((row, len(table.pages) - 1, page))
+        column = len(table) - 1
+        for pages in table.groups:
+            self.changes.page_updates.append((row, column, pages[-1]))
+            column += self._table_width
         self.table.capacity[row] += self._page_size
         return True
+
+    def release_passed(self) -> None:
+        """Releases pages that windows have left behind: the steps that read them are launched, and come before any that may write them."""
+        table, rows = self.table, self.rows()
+        for row in rows[table.num_computed[rows] >= table.release_at[rows]].tolist():
+            runner = table.sequences[row]
+            assert runner is not None
+            table.release_at[row] = self.pages.release_passed(runner.page_table, int(table.num_computed[row]))
 
     def advance(self, rows: Int32, counts: Int32) -> tuple[Int32, NDArray[np.bool_]]:
         """A step will compute the next counts[i] tokens of rows[i]. Returns (starts, samples): the first position of each; whether its newest token is
@@ -187,18 +207,21 @@ class RunningSequences:
     def headroom(self) -> int:
         """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not cost a preemption soon."""
         rows = self.rows()
-        return int((self.table.capacity[rows] < self.table.length_limit[rows] - 1).sum())
+        return int((self.table.capacity[rows] < self.table.length_limit[rows] - 1).sum()) * len(self.pages.windows)
 
     def live_tokens(self) -> int:
-        """Slots of held pages that hold a token; a page shared by several sequences counts once."""
+        """Slots of held pages that hold a token, in every group; a page shared by several sequences counts once."""
         rows, table = self.rows(), self.table
         unused = int((table.capacity[rows] - np.minimum(table.num_computed[rows], table.capacity[rows])).sum())
-        return self.pages.pool.num_held * self._page_size - unused
+        return self.pages.pool.num_held * self._page_size - unused * len(self.pages.windows)
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self.pages.check(runner.page_table for runner in self.runners)
         for runner in self.runners:
             assert runner.leader.status is Status.RUNNING and runner.row is not None and self.table.sequences[runner.row] is runner
-            assert self.table.capacity[runner.row] == len(runner.page_table.pages) * self._page_size
+            assert self.table.capacity[runner.row] == len(runner.page_table) * self._page_size
+            for window, num_gone in zip(self.pages.windows, runner.page_table.num_gone, strict=True):
+                kept = 0 if window is None else first_kept(int(self.table.num_computed[runner.row]), window, self._page_size)
+                assert num_gone <= kept, "a page is gone that a window reaches"
             assert self.table.num_computed[runner.row] <= self.table.capacity[runner.row], "computed tokens without a slot"

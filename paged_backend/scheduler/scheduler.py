@@ -66,7 +66,7 @@ class Scheduler:
             PromptLogprobsFeature(),
             EmbeddingsFeature(),
             ThinkingBudgets(),
-            Beams(running.pages),
+            Beams(running),
         )
         self._features = LiveFeatures(every, running.table, running.changes)
         self._waiting = waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__)
@@ -109,6 +109,8 @@ class Scheduler:
             living.end_all(self._admission.review())
             for feature in self._features.active:
                 living.end_all(feature.endings_of_running())
+        if self._running.releases_pages:
+            self._running.release_passed()
         rows, counts = self._computed_by_those_that_run()
         if self._waiting.num_waiting:
             rows, counts = self._admission.admit(rows, counts)

@@ -64,7 +64,7 @@ class Sequence:
     @property
     def held_pages(self) -> list[int]:
         """The pages of all its runners, each once."""
-        return list(dict.fromkeys(page for runner in self.runners for page in runner.page_table.pages))
+        return list(dict.fromkeys(page for runner in self.runners for page in runner.page_table.held))
 
     def priority_key(self) -> tuple[int, int]:
         """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""

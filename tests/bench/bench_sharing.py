@@ -48,7 +48,7 @@ class Pages:
     def look(self, scheduler: Scheduler) -> None:
         self.steps += 1
         self.held += scheduler.pool.num_held
-        self.unshared += sum(len(runner.page_table.pages) for sequence in scheduler.sequences for runner in sequence.runners)
+        self.unshared += sum(len(runner.page_table) for sequence in scheduler.sequences for runner in sequence.runners)
 
 
 def stand_in(spread: float, random: np.random.Generator) -> Callable[[Batch], StepResult]:

@@ -20,7 +20,7 @@ MAX_TOKENS = 12
 LONG_ANSWER = 48  # several pages, so that sequences outgrow what they started with
 CHECKPOINTS = {
     "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
-    "mistral sliding": ("MistralForCausalLM", {"sliding_window": 20}),
+    "mistral sliding": ("MistralForCausalLM", {"sliding_window": 90}),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 4}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
 }

@@ -34,7 +34,8 @@ def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
 
 
 def kv_pages(engine: Engine) -> list[torch.Tensor]:
-    return engine._runner._runner._kv_pages  # type: ignore[attr-defined]  # behind the runner of debug_checks
+    layers = engine._runner._runner._kv_pages  # type: ignore[attr-defined]  # behind the runner of debug_checks
+    return [layer.tensor for layer in layers]
 
 
 def ask(engine: Engine, request_id: int, prompt: np.ndarray, salt: str = "", max_tokens: int = 20) -> tuple[list[int], list[float], int]:

@@ -204,10 +204,10 @@ def _compare(made: Any, batch: Batch, tables: dict[int, list[int]], tokens: dict
         positions = list(range(start, start + count))
         assert made.positions[span].tolist() == positions
         assert made.input_ids[span].tolist() == [tokens[row][position] for position in positions]
-        assert made.slot_mapping[span].tolist() == [tables[row][position // size] * size + position % size for position in positions]
+        assert made.groups[0].slot_mapping[span].tolist() == [tables[row][position // size] * size + position % size for position in positions]
         num_pages = -(-(start + count) // size)
-        assert made.page_table[at, :num_pages].tolist() == tables[row][:num_pages]
-    assert int((made.slot_mapping >= 0).sum()) == batch.num_tokens, "padding has slots"
+        assert made.groups[0].page_table[at, :num_pages].tolist() == tables[row][:num_pages]
+    assert int((made.groups[0].slot_mapping >= 0).sum()) == batch.num_tokens, "padding has slots"
 
 
 def scheduling(content: bytes) -> None:

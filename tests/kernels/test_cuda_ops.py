@@ -61,7 +61,7 @@ def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps) -> 
     runner._decoder = Decoder(weights, rope_tensors(a.ropes, 64, runner.device), ops, adapted)
     runner._sampler = Sampler(ops)
     runner._rows._ops = ops
-    runner._rows._copy_pages = partial(ops.copy_pages, runner._kv_pages)
+    runner._rows._copy_pages = partial(ops.copy_pages, [layer.tensor for layer in runner._kv_pages])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")

@@ -29,11 +29,21 @@ class Scheduling(RuleBasedStateMachine):
         steps_ahead=st.integers(0, 1),
         prefix_cache=st.booleans(),
         preemption=st.booleans(),
+        windows=st.sampled_from([(None,), (None,), (5,), (None, 5), (None, 9, 1), (7, 2, 2)]),
     )
     def start(
-        self, page_size: int, spare_pages: int, max_model_len: int, rows: int, budget: int, steps_ahead: int, prefix_cache: bool, preemption: bool
+        self,
+        page_size: int,
+        spare_pages: int,
+        max_model_len: int,
+        rows: int,
+        budget: int,
+        steps_ahead: int,
+        prefix_cache: bool,
+        preemption: bool,
+        windows: tuple[int | None, ...],
     ) -> None:
-        num_pages = -(-max_model_len // page_size) + spare_pages
+        num_pages = -(-max_model_len // page_size) * len(windows) + spare_pages
         self.now = 0.0
         self.limits = SchedulerLimits(
             page_size=page_size,
@@ -47,10 +57,11 @@ class Scheduling(RuleBasedStateMachine):
             prefix_cache=prefix_cache,
             preemption=preemption,
             eos_ids=(EOS,),
+            windows=windows,
         )
         self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
-        self.runner = SimulatedRunner(rows, num_pages, page_size, max_model_len, budget)
-        bounds = TableBounds(rows, num_pages, page_size, max_model_len, budget)
+        self.runner = SimulatedRunner(rows, num_pages, page_size, max_model_len, budget, windows=windows)
+        bounds = TableBounds(rows, num_pages, page_size, max_model_len, budget, windows)
         self.engine = Engine(self.scheduler, CheckedRunner(self.runner, bounds, self.scheduler.check), steps_ahead)
         self.expected: dict[int, tuple[list[int], str]] = {}
         self.answers: dict[int, list[int]] = {}
@@ -80,7 +91,7 @@ class Scheduling(RuleBasedStateMachine):
             self.expected[request_id] = ([], "")
         else:
             length = min(max_tokens, self.limits.max_model_len - len(prompt))
-            answer = solo(prompt, length, () if ignore_eos else (EOS,), self.runner.vocab_size)
+            answer = solo(prompt, length, () if ignore_eos else (EOS,), self.runner.vocab_size, self.limits.windows)
             self.expected[request_id] = (answer, "stop" if answer[-1] == EOS and not ignore_eos else "length")
         self.answers[request_id] = []
 
@@ -102,7 +113,7 @@ class Scheduling(RuleBasedStateMachine):
             length = min(max_tokens, self.limits.max_model_len - len(prompt))
             ends = tuple(dict.fromkeys((EOS, *stop_ids)))
             self.widths[request_id] = width
-            self.searches[request_id] = solo_search(prompt, sampling, length, ends, self.runner.vocab_size)
+            self.searches[request_id] = solo_search(prompt, sampling, length, ends, self.runner.vocab_size, self.limits.windows)
 
     @precondition(lambda self: self.searches)
     @rule(index=st.integers(0, 10**6))

@@ -8,6 +8,7 @@ from torch import Tensor
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.residual import Residual, allocate_norm, norm_parameters
 from paged_backend.models.layer_spec import AttentionSpec, LayerSpec, NormSpec
+from paged_backend.models.step import LayerPages
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 
@@ -44,25 +45,26 @@ class Attention:
             found |= norm_parameters(f"self_attn.{letter}_norm", norm)
         return self.residual.parameters() | {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def forward(self, x: Tensor, pages: Tensor, at: ForwardPass, normed: Tensor | None = None) -> Tensor:
-        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: the layer's KV store.
+    def forward(self, x: Tensor, pages: LayerPages, at: ForwardPass, normed: Tensor | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: where the layer's K and V are.
         normed: the stream after the norm before, if it was computed already."""
         before = (x, self.residual.before) if normed is None else (normed, None)
         qkv = at.products.norm_linear(*before, self.qkv)
         return self.residual.add_product(self._attend(qkv, pages, at), self.out, x, at)
 
-    def _attend(self, qkv: Tensor, pages: Tensor, at: ForwardPass) -> Tensor:
+    def _attend(self, qkv: Tensor, pages: LayerPages, at: ForwardPass) -> Tensor:
         """[T, q_size + 2 kv_size] -> [T, q_size]; writes K and V into the pages first."""
         ops, step, spec = at.ops, at.step, self.spec
-        rope = at.rope_of(spec.rope)
-        q = ops.rope_write_kv(qkv, spec.num_heads, self.qk_norm, rope.table, step.positions, pages, step.slot_mapping, spec.interleaved, rope.query_factors)
+        group, rope = step.groups[pages.group], at.rope_of(spec.rope)
+        where = step.positions, pages.tensor, group.slot_mapping
+        q = ops.rope_write_kv(qkv, spec.num_heads, self.qk_norm, rope.table, *where, spec.interleaved, rope.query_factors)
         options = spec.scale, spec.sliding_window, spec.soft_cap, self.sinks
         n, end = step.shape.num_decodes, step.shape.num_outputs
         parts = []
         if n:
-            parts.append(ops.decode_attention(q[:n], pages, step.page_table[:n], step.seq_lens[:n], step.max_decode_len, *options))
+            parts.append(ops.decode_attention(q[:n], pages.tensor, group.page_table[:n], step.seq_lens[:n], step.max_decode_len, *options))
         if step.shape.num_prefills:
-            parts.append(ops.prefill_attention(q[n:], pages, step.page_table[n:end], step.prefill_lens, *options))
+            parts.append(ops.prefill_attention(q[n:], pages.tensor, group.page_table[n:end], step.prefill_lens, *options))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended.reshape(len(qkv), -1)
 

@@ -11,6 +11,7 @@ from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.mlp import Mlp
 from paged_backend.models.blocks.moe import MoeMlp
 from paged_backend.models.layer_spec import LayerSpec, MlpSpec
+from paged_backend.models.step import LayerPages
 from paged_kernels.linear import Linear
 
 
@@ -33,8 +34,8 @@ class Layer:
         mlp = self.mlp.parameters(stored) if isinstance(self.mlp, MoeMlp) else self.mlp.parameters()
         return self.attention.parameters() | mlp
 
-    def forward(self, x: Tensor, pages: Tensor, at: ForwardPass) -> Tensor:
-        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: the layer's KV store."""
+    def forward(self, x: Tensor, pages: LayerPages, at: ForwardPass) -> Tensor:
+        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: where its K and V are."""
         if not self._parallel:
             return self.mlp.forward(self.attention.forward(x, pages, at), at)
         norm = self.attention.residual.before

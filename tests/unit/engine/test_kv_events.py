@@ -59,7 +59,7 @@ def test_who_hears_every_event_knows_what_can_be_found(seed: int, steps_ahead: i
         _apply(pages.take(notes), known)
         pages.check()
     assert any(isinstance(note, Forgotten) for notes in told.steps for note in notes), "nothing was evicted: the pool is too large for this test"
-    assert {page.key for page in pages._pages.values()} == set(told.cache._page_of)
+    assert {page.key for page in pages._pages.values()} == set(told.cache._page_of[0])
     _apply(pages.reported(), stored_anew)
     assert stored_anew == known, "who comes late knows the same"
     for prompt, salt in prompts:
@@ -104,7 +104,7 @@ def test_a_page_is_told_only_when_the_step_that_computes_it_has_been_committed()
     told = Told(steps_ahead=1)
     told.ask([*range(8), 90], max_tokens=8)
     told.engine.step()  # launched; its pages can be found by the next step's requests already
-    assert told.cache._page_of and not told.steps
+    assert told.cache._page_of[0] and not told.steps
     told.engine.step()  # commits the first
     assert isinstance(told.steps[0][0], Stored)
 
@@ -136,7 +136,7 @@ def test_pages_that_no_other_request_can_find_are_not_told() -> None:
     told = Told()
     told.ask(list(range(9)), family=7, skip_prefix_cache=True)
     told.run()
-    assert told.cache._page_of
+    assert told.cache._page_of[0]
     assert not told.steps
 
 

@@ -124,13 +124,13 @@ def test_every_page_is_shown_as_what_it_is(watched: Watched) -> None:
     snapshot = watched.hear_now(socket)
     cells = np.frombuffer(snapshot.cells, "<u2")
     pool = watched.scheduler.pool
-    two, three = (sequence.page_table for sequence in watched.scheduler.sequences)
+    two, three = (sequence.page_table.groups[0] for sequence in watched.scheduler.sequences)
     numbers = {request.arrival_index: request.number for request in snapshot.requests}
-    assert set(two.pages[:2]) == set(three.pages[:2]), "the second and third request begin alike"
+    assert set(two[:2]) == set(three[:2]), "the second and third request begin alike"
     expected = np.full(32, FREE)
     expected[list(pool.cached_pages)] = CACHED
-    expected[two.pages], expected[three.pages] = numbers[2], numbers[3]
-    expected[two.pages[:2]] = SHARED
+    expected[two], expected[three] = numbers[2], numbers[3]
+    expected[two[:2]] = SHARED
     assert cells.tolist() == expected.tolist()
     assert len(set(numbers.values())) == 2
     assert min(numbers.values()) >= FIRST_REQUEST

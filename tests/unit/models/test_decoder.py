@@ -14,6 +14,7 @@ from paged_backend.batch import Batch, NewRow
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.rope import rope_tensors
+from paged_backend.models.step import LayerPages
 from paged_backend.models.weights import allocate_weights, load_weights
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
@@ -117,7 +118,7 @@ def windowed_truth(windowed: Path) -> list[list[int]]:
 )
 def test_tokens_do_not_depend_on_paging_and_chunking(windowed: Path, windowed_truth: list[list[int]], page_size: int, chunk: int, arrive_every: int) -> None:
     length = {"max_model_len": 700} if page_size == 700 else {}
-    driver = Driver(load_runner(windowed, page_size=page_size, num_pages=-(-1600 // page_size) + 4, **length), seed=page_size)
+    driver = Driver(load_runner(windowed, page_size=page_size, num_pages=3 * (-(-1600 // page_size) + 4), **length), seed=page_size)
     assert driver.generate(random_prompts((1, 64, 65, 300)), 20, chunk=chunk, arrive_every=arrive_every) == windowed_truth
 
 
@@ -147,7 +148,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     load_weights(weights, tmp_path, lambda sentence: None)
     rows = DeviceRows(2, 64, 16, 0, cpu)
     decoder = Decoder(weights, rope_tensors(a.ropes, 64, cpu), reference)
-    kv_pages = [torch.zeros(8, 2, a.attention.num_kv_heads, 16, a.attention.head_dim) for _ in range(a.num_layers)]
+    kv_pages = [LayerPages(torch.zeros(8, 2, a.attention.num_kv_heads, 16, a.attention.head_dim)) for _ in range(a.num_layers)]
     ours = []
     for start, end in ((0, 20), *((at, at + 1) for at in range(20, 40))):
         new = (NewRow(1, tokens, len(tokens), GREEDY, 0, (), ()),) if start == 0 else ()

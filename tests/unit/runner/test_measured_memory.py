@@ -13,7 +13,7 @@ import torch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
-from paged_backend.models.step import StepShape
+from paged_backend.models.step import LayerPages, StepShape
 from paged_backend.runner import builder, measured_memory
 from paged_backend.runner.builder import RunnerBuilder
 from paged_backend.runner.cuda_graphs import captured_shapes
@@ -59,9 +59,9 @@ def _told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_largest_steps_run_on_two_pages_whatever_the_length(folder: Path) -> None:
     runner = load_runner(folder, num_pages=64, max_num_sequences=6, max_batched_tokens=90, page_size=16)
     assert runner.limits.max_model_len > NUM_PAGES * 16
-    runner._kv_pages = [pages[:NUM_PAGES].clone() for pages in runner._kv_pages]
+    runner._kv_pages = [LayerPages(pages.tensor[:NUM_PAGES].clone()) for pages in runner._kv_pages]
     run_largest(runner, 90)  # an index beyond them would raise
-    assert all(pages[0].any() for pages in runner._kv_pages)
+    assert all(pages.tensor[0].any() for pages in runner._kv_pages)
 
 
 @pytest.mark.parametrize("num_shapes", [0, 20])

@@ -16,6 +16,7 @@ import torch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.life_line import wait_for_ranks
+from paged_backend.models.kv_groups import group_layers
 from paged_backend.runner.builder import agreed
 from paged_backend.runner.kv_store import PoolSize, of_smallest
 from paged_backend.runner.parallel.channel import Receiver, Sender
@@ -40,7 +41,7 @@ def test_what_one_rank_cannot_do_all_refuse() -> None:
 
 
 def test_the_pool_is_as_large_as_the_smallest_ranks() -> None:
-    size = PoolSize(num_pages=100, page_bytes=10, max_model_len=1000, decided_by="pool: 100 pages")
+    size = PoolSize(num_pages=100, page_bytes=10, max_model_len=1000, decided_by="pool: 100 pages", groups=group_layers([None], 1000))
     assert of_smallest(size, [100, 120], 16) is size
     smaller = of_smallest(size, [100, 40, 90], 16)
     assert (smaller.num_pages, smaller.max_model_len) == (40, 640)
