@@ -30,7 +30,7 @@ class ServerChild:
     The thread starts the process, because the kernel's parent-death signal follows the thread.
     """
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], on_line: Callable[[str], None], inherited: int) -> None:
+    def __init__(self, command: list[str], environment: Mapping[str, str], on_line: Callable[[str], None], inherited: int | None = None) -> None:
         """on_line: called with each line that it writes. inherited: a file descriptor that it gets as it is."""
         self._command = command
         self._environment = environment
@@ -62,7 +62,7 @@ class ServerChild:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(self._inherited,),
+                pass_fds=() if self._inherited is None else (self._inherited,),
             )
         except OSError as error:
             self._error = error
