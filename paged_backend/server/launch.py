@@ -62,6 +62,14 @@ class FrontEndsLostError(EngineError):
         self.addresses = addresses
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """A start that came to nothing."""
+
+    why: str  # one sentence
+    by_chance: bool  # a port that we chose was taken meanwhile, or tritonserver crashed: the next attempt may succeed
+
+
 class Server:
     """One tritonserver: `start` returns when it answers, `stop` when it is gone. Usable as a context manager.
 
@@ -136,18 +144,23 @@ class Server:
         installation = server_files.find_installation()
         sweep()
         try:
-            for _ in range(_ATTEMPTS):
-                if self._attempt(installation, options, deadline):
+            for attempts_left in reversed(range(_ATTEMPTS)):
+                failure = self._attempt(installation, options, deadline)
+                if failure is None:
                     self._front_ends = FrontEndWatch(self.pid, self._folder, self._is_ready, self._lose_front_ends)
                     return self.addresses
-            raise EngineError(self._log.failure(1))
+                if not (failure.by_chance and attempts_left):
+                    raise EngineError(failure.why)
+                if self._on_line is not None:
+                    self._on_line(f"paged: {failure.why}; trying again")
+            raise AssertionError("unreachable: the last attempt returns or raises")
         except BaseException:
             self.kill()
             self._clean_up()
             raise
 
-    def _attempt(self, installation: server_files.Installation, options: Mapping[str, str], deadline: float | None) -> bool:
-        """False if a port that we chose ourselves was taken before tritonserver listened on it."""
+    def _attempt(self, installation: server_files.Installation, options: Mapping[str, str], deadline: float | None) -> _Failure | None:
+        """None: the model is ready."""
         self._clean_up()
         settings = self.settings
         self._log = ServerLog(settings.show_log)
@@ -162,10 +175,8 @@ class Server:
             ports.release()
         if exit_code is None:
             self._log.note_ready()
-            return True
-        if self._log.busy_port() in ports.chosen:
-            return False
-        raise EngineError(self._log.failure(exit_code))
+            return None
+        return _Failure(self._log.failure(exit_code), self._log.busy_port() in ports.chosen or self._log.crashed(exit_code))
 
     def _wait_until_ready(self, child: ServerChild, deadline: float | None) -> int | None:
         """None when the model is ready, the exit code if tritonserver ended before."""

@@ -69,6 +69,15 @@ class ServerLog:
 
     def failure(self, exit_code: int) -> str:
         """One sentence on why tritonserver ended with `exit_code` (negative: minus the signal), best source first."""
+        how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        return self._reason() or f"tritonserver {how}; --log-verbose shows its log"
+
+    def crashed(self, exit_code: int) -> bool:
+        """tritonserver ended by a fault of its own, and nobody said why: 2.51.0 does so, rarely, when its stubs start on an overloaded machine."""
+        return -exit_code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) and self._reason() is None
+
+    def _reason(self) -> str | None:
+        """What somebody said about the end, the best source first."""
         if self._error is not None and not (self._serving and time.monotonic() > self._error_time + _RECENT_SECONDS):
             return self._error
         lines = self.lines()
@@ -83,5 +92,4 @@ class ServerLog:
             for line in lines:
                 if found := pattern.search(line):
                     return sentence.format(**found.groupdict())
-        how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
-        return f"tritonserver {how}; --log-verbose shows its log"
+        return None
