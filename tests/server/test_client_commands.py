@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self._screen = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and its children would
             os.execvpe(PAGED[0], [*PAGED, *arguments], {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"})
         self.seen = ""
 
