@@ -70,7 +70,7 @@ def _choose(
     ids = tl.zeros([TOKENS, CHOICES], tl.int32)
     chosen = tl.full([TOKENS, CHOICES], float("-inf") if SCORES == _OF_CHOSEN else 0.0, tl.float32)
     for j in tl.static_range(TOP_K):
-        best = tl.argmax(ranked, 1)
+        best = tl.minimum(tl.argmax(ranked, 1), NUM_EXPERTS - 1)  # where no score is a number, argmax may give a column of the padding
         is_best = expert[None, :] == best[:, None]
         score = tl.sum(tl.where(is_best, scores, 0.0), 1)
         ids = tl.where((choice == j)[None, :], best[:, None].to(tl.int32), ids)

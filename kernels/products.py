@@ -87,6 +87,9 @@ class Products:
             if norm_before is not None:
                 x = norm.norm(x, norm_before, launch_pdl=pdl)
             weight = dequantised(linear, x.dtype, launch_pdl=pdl) if quant_linear.reaches(linear) else dequantise(linear).to(x.dtype)
+            if num_tokens == 1:  # not as a programmatic dependent: those of one token read the weight before the launches that make it are complete
+                out = out if residual is None else residual
+                return small_linear.vector_linear(x, weight, linear.bias, gated=gated, activation=activation, residual=residual, out=out)
             return self(x, Linear(weight, linear.bias), gated=gated, activation=activation, residual=residual, out=out)
         if gated:
             gate = activations.gate(result, activation, launch_pdl=pdl)

@@ -16,6 +16,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from paged_kernels import expert_products, expert_routing, expert_vectors
@@ -53,7 +54,7 @@ def compiled(kernel: Kernel, constants: dict[str, Any], num_warps: int) -> dict[
 
 
 def _read_again(ptx: str) -> dict[str, int]:
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    ptxas = get_ptxas(90).path  # which one reads the PTX depends on the version of Triton
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(ptx)
         said = subprocess.run([ptxas, "-arch=sm_90a", "-v", "kernel.ptx", "-o", "kernel.cubin"], cwd=folder, capture_output=True, text=True, check=True).stderr

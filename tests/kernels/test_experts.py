@@ -106,6 +106,21 @@ def test_a_whole_layer_equals_its_twin(num_tokens: int) -> None:
         assert_close(ExpertKernels(DEVICE).norm_add(x.clone(), norm, experts), expected.double().cpu())
 
 
+@pytest.mark.parametrize("routing", [FEW, Routing(TOP_K, "softmax_of_chosen"), Routing(TOP_K, "sigmoid", renormalised=True)], ids=lambda r: r.scores)
+def test_a_token_that_is_no_number_chooses_experts_that_exist_and_leaves_the_others_alone(routing: Routing) -> None:
+    """Five experts lie in 16 columns, and on a GPU any column may be the greatest of those that are no numbers."""
+    experts = on(expert_layer(5, HIDDEN, SIZE, routing, SWIGLU, bias=True, correction=routing.scores == "sigmoid"), DEVICE)
+    x, arrivals = tokens(20), make_arrivals(DEVICE)
+    expected = ExpertKernels(DEVICE).norm_add(x.clone(), None, experts)
+    x[7] = float("nan")
+    alone = norm_route_one(x[7:8], torch.ones(HIDDEN, device=DEVICE), 1e-5, experts, arrivals=arrivals)
+    chosen = torch.cat([route(x, experts, arrivals=arrivals)[0], alone[1]])
+    assert int(chosen.min()) >= 0 and int(chosen.max()) < 5
+    found = ExpertKernels(DEVICE).norm_add(x, None, experts)
+    others = torch.arange(20, device=DEVICE) != 7
+    assert torch.equal(found[others], expected[others]) and found[7].isnan().all()
+
+
 def test_no_token_makes_no_launch() -> None:
     experts, x = layer(), tokens(0)
     assert ExpertKernels(DEVICE).norm_add(x, Norm(torch.ones(HIDDEN, device=DEVICE), 1e-5), experts).shape == (0, HIDDEN)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from paged_backend.models.weights import allocate_weights, load_weights
+from paged_kernels import small_linear
 from paged_kernels.block_linear import BlockShape, block_linear
 from paged_kernels.codes import dequantise, quantise, round_activations
 from paged_kernels.dequantise import dequantised
@@ -136,3 +138,18 @@ def test_refusals() -> None:
         round_rows(randn(3, 8), Rounding("fp8"), norm=Norm(randn(8), 1e-5, plus_one=True))
     with pytest.raises(ValueError, match="is not read"):
         dequantised(quantise(randn(4, 96), Format("int4", (1, 48))), torch.float32)
+
+
+def test_the_product_of_one_token_waits_for_a_weight_that_is_dequantised_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vector_linear as a programmatic dependent reads its weight before the launches ahead are complete: here those that make the weight."""
+    linear, x = make_linear(8, 96, Format("int4", (1, 48), zeros=True), torch.float16, bias=True), randn(1, 96, dtype=torch.float16)
+    products, vector_linear, dependent = Products(DEVICE), small_linear.vector_linear, []
+
+    def watched(*arguments: Any, launch_pdl: bool = False, **options: Any) -> torch.Tensor:
+        dependent.append(launch_pdl)
+        return vector_linear(*arguments, **options)
+
+    monkeypatch.setattr(products, "_pdl", True)
+    monkeypatch.setattr(small_linear, "vector_linear", watched)
+    assert error_of(products(x, linear), reference.linear(x, linear)) < 2e-3
+    assert dependent == [False]
