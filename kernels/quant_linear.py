@@ -158,7 +158,7 @@ def load_tile(
     GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weight, BLOCK bytes of each row: as floats of DTYPE [ROWS, BLOCK], those of the low nibbles or of the whole bytes, and of the high ones."""
-    SHARED: tl.constexpr = GROUP if GROUP < BLOCK else BLOCK
+    SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
     PARTS: tl.constexpr = BLOCK // SHARED
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     column, part = begin + tl.arange(0, BLOCK), begin + tl.arange(0, PARTS) * SHARED
@@ -291,9 +291,9 @@ def quant_narrow_shape(num_rows: int, row_bytes: int, nibbles: bool, gated: bool
 
 
 def reaches(linear: Linear) -> bool:
-    """Whether these kernels read the linear's format: groups of a power of two of columns, at least 16, or whole rows; no zeros of whole rows."""
+    """Whether these kernels read the linear's format: groups of a power of two of columns, at least 16, or whole rows."""
     group = linear.format.block[1]
-    return linear.format.codes in _CODES and ((group >= 16 and group & (group - 1) == 0) or (group == 0 and linear.zero is None))
+    return linear.format.codes in _CODES and (group == 0 or (group >= 16 and group & (group - 1) == 0))
 
 
 def format_constants(linear: Linear) -> dict[str, int | bool | float]:
