@@ -42,7 +42,11 @@ class EngineConfig(BaseModel):
         ge=1,
         description="Tokens a page: the unit in which KV memory is handed out. A power of two, or max_model_len itself (one page a sequence: reservation).",
     )
-    num_pages: int = Field(0, ge=0, description="Pages in the pool; 0 sizes it from memory.")
+    num_pages: int = Field(
+        0,
+        ge=0,
+        description="Pages in the pool; 0 sizes it from memory. With several KV groups a page is of one group's layers: page_size tokens take one for each.",
+    )
     pool_memory_fraction: float | None = Field(
         None, gt=0, le=1, description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 on a GPU, 0.25 on a CPU."
     )
