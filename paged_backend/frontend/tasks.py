@@ -44,7 +44,7 @@ def describe(prompts: PromptReader, config: EngineConfig) -> dict[str, Any]:
         "adapters": _adapters(config.lora_directory),
         "model": None if config.model_folder() is not None and config.model != DEMO_MODEL else config.model,  # no paths
         "page_size": prompts.ready.page_size,
-        "num_pages": prompts.ready.num_pages,
+        "num_pages": prompts.ready.max_pool_tokens // prompts.ready.page_size,  # of tokens, for routers: with several KV groups the pool has that many for each
         "max_batched_tokens": config.max_batched_tokens,
         "kv_events": config.kv_events,
         "embeddings": {"pooling": prompts.ready.pooling, "dimensions": prompts.ready.embedding_size},

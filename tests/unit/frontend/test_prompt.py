@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.frontend.prompt import PromptReader, load_tokenizer
+from paged_backend.frontend.tasks import describe
 from paged_backend.messages import Prompt, Ready
 from paged_backend.request import Outputs, Request, SamplingParams
 from tests.small_tokenizers import byte_fallback, byte_level
@@ -72,6 +73,11 @@ def test_a_bias_of_an_unknown_token_is_refused(tmp_path: Path) -> None:
     assert _read(reader, ids=(1,), logit_bias={999: 1.0}).sampling.logit_bias == {999: 1.0}
     with pytest.raises(RequestError, match="logit_bias: 1000 is not a token of this model; its ids are 0 to 999"):
         _read(reader, ids=(1,), logit_bias={5: 1.0, 1000: 1.0})
+
+
+def test_routers_are_told_pages_of_tokens_even_where_a_page_is_of_one_kv_group() -> None:
+    reader = PromptReader(EngineConfig.parse({}), Ready(None, 1000, 64, max_pool_tokens=1024, page_size=16, num_pages=3 * 64 + 1))
+    assert describe(reader, EngineConfig.parse({}))["num_pages"] == 64
 
 
 def _reader_with_added_tokens(tokenizer: Tokenizer, tmp_path: Path) -> PromptReader:
