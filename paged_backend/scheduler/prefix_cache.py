@@ -63,15 +63,18 @@ class PrefixCache:
             if window is None:
                 known = self._page_of[group]
                 num_found = next((index for index in range(num_found) if hashes[index] not in known), num_found)
-        firsts = [0] * len(self._windows)
+        firsts, lows = [0] * len(self._windows), [num_found] * len(self._windows)  # lows: the pages from there on are known to be there
         group = 0
         while group < len(self._windows):  # no missing page of a window may be among the last ones: what ends before it is tried next
             window, known = self._windows[group], self._page_of[group]
             if window is not None:
                 firsts[group] = first_kept(num_found * self._page_size, window, self._page_size)
-                missing = next((index for index in range(num_found - 1, firsts[group] - 1, -1) if hashes[index] not in known), None)
-                if missing is not None:
-                    num_found, group = missing, 0
+                low = min(lows[group], num_found)
+                while low > firsts[group] and hashes[low - 1] in known:
+                    low -= 1
+                lows[group] = low
+                if low > firsts[group]:
+                    num_found, group = low - 1, 0
                     continue
             group += 1
         return [[GONE] * first + [known[key] for key in hashes[first:num_found]] for first, known in zip(firsts, self._page_of, strict=True)]

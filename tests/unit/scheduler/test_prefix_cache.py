@@ -98,3 +98,23 @@ def test_a_hit_ends_where_every_group_has_what_it_needs() -> None:
     assert in_groups((6,), [(0, 0), (0, 1)]) == [[-1, -1, -1, -1, 4, 5]]
     assert in_groups((None, 6), [(1, 1), (1, 3), (1, 5)]) == [[0], [10]]
     assert in_groups((None, 6), [(1, 0), (1, 2), (1, 4)]) == [[], []]
+
+
+class Counted(list[bytes]):
+    """Hashes that count how often one is looked up."""
+
+    count = 0
+
+    def __getitem__(self, at: object) -> object:  # type: ignore[override]
+        self.count += 1
+        return super().__getitem__(at)  # type: ignore[index]
+
+
+def test_a_hash_is_looked_up_once_for_each_group_wherever_a_hit_ends() -> None:
+    """Somebody who waits for pages is matched before every step, and may have many."""
+    cache = PrefixCache(PagePool(2 * 200), 4, (None, 80, 40))
+    keys = Counted(chain(cache, np.arange(800, dtype=np.int32), 200))
+    for page, key in zip(cache._pool.take(400) or [], 2 * list(keys), strict=True):
+        cache.publish(page // 200, page, key)
+    assert cache.match(keys) == [[], [], []]  # the third group has none
+    assert keys.count <= 3 * 200 + 3
