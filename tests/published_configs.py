@@ -1,4 +1,4 @@
-"""config.json of models as they were published, cut down in width, depth, vocabulary and lengths: every other key is as it was.
+"""config.json of models with the keys and options of the published ones, cut down in width, depth, vocabulary and lengths. Written by hand, not downloaded.
 
 Keys that say nothing about the forward pass (versions, caches, sampling) are left out.
 """
