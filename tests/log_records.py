@@ -6,5 +6,6 @@ import pytest
 
 
 def lines_logged_by(module: str, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The messages that the file `module`.py logged, in their order."""
-    return [record.getMessage() for record in caplog.records if record.module == module]
+    """The messages that the file `module`.py logged, in their order. A record counts once, also where pytest listens to our logger and to the root."""
+    records = {id(record): record for record in caplog.records}
+    return [record.getMessage() for record in records.values() if record.module == module]
