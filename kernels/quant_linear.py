@@ -20,8 +20,7 @@ from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
-from paged_kernels.sampling import arrive
-from paged_kernels.small_linear import MAX_TOKENS, LinearWorkspace
+from paged_kernels.small_linear import MAX_TOKENS, LinearWorkspace, leave_part, sum_of_parts
 
 _CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
 _FP8, INT4, _FP4 = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
@@ -231,22 +230,10 @@ def _narrow_kernel(
     place = (row % ROWS)[:, None] * TOKENS + token[None, :]
     last = True
     if SPLIT > 1:
-        partials += tile.to(tl.int64) * (SPLIT * (2 if GATED else 1) * ROWS * TOKENS)
-        mine = partials + part * ((2 if GATED else 1) * ROWS * TOKENS)
-        tl.store(mine + place, total)
-        if GATED:
-            tl.store(mine + ROWS * TOKENS + place, total_u)
-        last = arrive(arrivals + tile, SPLIT)
+        last = leave_part(total, total_u, place, partials, arrivals, tile, part, SPLIT, ROWS * TOKENS, GATED)
     if last:
         if SPLIT > 1:
-            total = tl.zeros([ROWS, TOKENS], tl.float32)
-            total_u = tl.zeros([ROWS, TOKENS], tl.float32)
-            for other in range(SPLIT):
-                theirs = partials + other * ((2 if GATED else 1) * ROWS * TOKENS)
-                total += tl.load(theirs + place, cache_modifier=".cg")
-                if GATED:
-                    total_u += tl.load(theirs + ROWS * TOKENS + place, cache_modifier=".cg")
-            tl.store(arrivals + tile, 0)
+            total, total_u = sum_of_parts(place, partials, arrivals, tile, ROWS, TOKENS, SPLIT, GATED)
         result = _finished(total, row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
         if GATED:
             result = activated(result, ACTIVATION) * _finished(total_u, N + row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)

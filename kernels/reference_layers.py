@@ -27,9 +27,9 @@ class LayerOps:
     """What a layer of the decoder computes, and the KV store it writes and reads."""
 
     def embedding(self, token_ids: Tensor, table: Tensor, multiplier: float = 1.0) -> Tensor:
-        """[T] ids, [V, hidden] -> [T, hidden], times the multiplier, which is rounded to the table's type first, as transformers does it."""
+        """[T] ids, [V, hidden] -> [T, hidden], times the multiplier."""
         x = functional.embedding(token_ids, table)
-        return x if multiplier == 1 else x * torch.tensor(multiplier, dtype=table.dtype).item()
+        return x if multiplier == 1 else x * multiplier
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """[T, in] -> [T, out]. A quantised weight is dequantised and multiplied in float32; activations are rounded first where its format says so."""

@@ -96,6 +96,30 @@ def _fetch(at, mask):
     )  # fmt: skip
 
 
+@triton.jit
+def leave_part(total, total_u, place, partials, arrivals, tile, part, SPLIT: tl.constexpr, SIZE: tl.constexpr, GATED: tl.constexpr):
+    """Leaves a tile's sums over one of SPLIT parts of a row, SIZE numbers each, for the last program to arrive; whether that is this one."""
+    mine = partials + (tile.to(tl.int64) * SPLIT + part) * ((2 if GATED else 1) * SIZE)
+    tl.store(mine + place, total)
+    if GATED:
+        tl.store(mine + SIZE + place, total_u)
+    return arrive(arrivals + tile, SPLIT)
+
+
+@triton.jit
+def sum_of_parts(place, partials, arrivals, tile, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr):
+    """What leave_part's programs have left of a tile, summed in their order; the counter is zero again."""
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    total_u = tl.zeros([ROWS, TOKENS], tl.float32)
+    for part in range(SPLIT):
+        theirs = partials + (tile.to(tl.int64) * SPLIT + part) * ((2 if GATED else 1) * ROWS * TOKENS)
+        total += tl.load(theirs + place, cache_modifier=".cg")
+        if GATED:
+            total_u += tl.load(theirs + ROWS * TOKENS + place, cache_modifier=".cg")
+    tl.store(arrivals + tile, 0)
+    return total, total_u
+
+
 @kernel(ints=["num_tokens"])
 def _narrow_kernel(
     x, weight, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride, out_stride,
@@ -136,22 +160,10 @@ def _narrow_kernel(
     place = (row % ROWS)[:, None] * TOKENS + token[None, :]
     last = True
     if SPLIT > 1:
-        partials += tile.to(tl.int64) * (SPLIT * (2 if GATED else 1) * ROWS * TOKENS)
-        mine = partials + part * ((2 if GATED else 1) * ROWS * TOKENS)
-        tl.store(mine + place, total)
-        if GATED:
-            tl.store(mine + ROWS * TOKENS + place, total_u)
-        last = arrive(arrivals + tile, SPLIT)
+        last = leave_part(total, total_u, place, partials, arrivals, tile, part, SPLIT, ROWS * TOKENS, GATED)
     if last:
         if SPLIT > 1:
-            total = tl.zeros([ROWS, TOKENS], tl.float32)
-            total_u = tl.zeros([ROWS, TOKENS], tl.float32)
-            for other in range(SPLIT):
-                theirs = partials + other * ((2 if GATED else 1) * ROWS * TOKENS)
-                total += tl.load(theirs + place, cache_modifier=".cg")
-                if GATED:
-                    total_u += tl.load(theirs + ROWS * TOKENS + place, cache_modifier=".cg")
-            tl.store(arrivals + tile, 0)
+            total, total_u = sum_of_parts(place, partials, arrivals, tile, ROWS, TOKENS, SPLIT, GATED)
         result = total
         if BIAS:
             result += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]

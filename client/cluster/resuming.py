@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ from paged_client.answers import Answer, Delta, Usage
 from paged_client.cluster.routing import Inquiry, Router, Ticket
 from paged_client.cluster.servers import Server, Servers
 from paged_client.cluster.tokens import PROMPT_TENSORS
-from paged_client.errors import AnswerTimeoutError, PagedError, UnavailableError, UnreachableError
+from paged_client.errors import AnswerTimeoutError, UnavailableError, UnreachableError
+from paged_client.merging import merged
 from paged_client.question import Question
 
 SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's sequences, as the server has it (frontend/answer.py)
@@ -122,8 +124,9 @@ class ClusterStream:
             if question.num_sequences == 1 or not self._reported.begun:
                 raise
         left = [index for index in range(question.num_sequences) if index not in self._reported.finished]
-        async with aclosing(_merged([self._passed_on(_only(question, index), index) for index in left])) as deltas:
-            async for delta in deltas:
+        sequences = [partial(aclosing, self._passed_on(_only(question, index), index)) for index in left]
+        async with aclosing(merged(sequences, len(sequences))) as deltas:
+            async for _, delta in deltas:
                 yield delta
 
     async def _passed_on(self, question: Question, index: int | None) -> AsyncGenerator[Delta, None]:
@@ -243,32 +246,3 @@ def _only(question: Question, index: int) -> Question:
     sampling["seed"] = (sampling["seed"] + index * SEED_STEP) % 2**64
     tensors["sampling_parameters"] = json.dumps(sampling, ensure_ascii=False)
     return replace(question, tensors=tensors, num_sequences=1)
-
-
-async def _merged(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    arrived: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(len(sources))
-
-    async def listen(source: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async with aclosing(source):
-                async for delta in source:
-                    await arrived.put(delta)
-            await arrived.put(None)
-        except PagedError as error:
-            await arrived.put(error)
-
-    tasks = [asyncio.ensure_future(listen(source)) for source in sources]
-    num_running = len(tasks)
-    try:
-        while num_running:
-            event = await arrived.get()
-            if isinstance(event, BaseException):
-                raise event
-            if event is None:
-                num_running -= 1
-            else:
-                yield event
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

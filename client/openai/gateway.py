@@ -19,13 +19,13 @@ from starlette.responses import JSONResponse, Response
 from paged_backend.tracing import Tracing
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.errors import PagedError
+from paged_client.merging import cancelled, merged
 from paged_client.openai.answer_forms import FormOptions, chat_form, constrained, within_budget
 from paged_client.openai.chat_source import Chunks
 from paged_client.openai.disconnect import CallerLeftError, EventStream, unless_left
 from paged_client.openai.embeddings_api import EmbeddingSource, add_embedding_paths
 from paged_client.openai.errors import RefusalError, refusal_of, refusal_of_body
 from paged_client.openai.limits import Bodies, BodyLimits
-from paged_client.openai.merging import cancelled, merged
 from paged_client.openai.messages_api import add_message_paths
 from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.middleware import REQUEST_ID, GatewayMiddleware, response_of

@@ -23,6 +23,7 @@ class Decoder:
         self._ropes = ropes
         self._ops = ops
         self._adapted = adapted
+        self._embedding_multiplier = torch.tensor(weights.ends.embedding_multiplier, dtype=self.dtype).item()  # rounded, as transformers does it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,7 +44,7 @@ class Decoder:
         if adapted is not None:
             adapted.begin(step)
         at = ForwardPass(self._ops, adapted or self._ops, step, self._ropes)
-        x = self._ops.embedding(step.input_ids, self._weights.embedding, self._weights.ends.embedding_multiplier)
+        x = self._ops.embedding(step.input_ids, self._weights.embedding, self._embedding_multiplier)
         for layer, pages in zip(self._weights.layers, kv_pages, strict=True):
             x = layer.forward(x, pages, at)
         return x

@@ -144,16 +144,15 @@ class Server:
         installation = server_files.find_installation()
         sweep()
         try:
-            for attempts_left in reversed(range(_ATTEMPTS)):
-                failure = self._attempt(installation, options, deadline)
-                if failure is None:
-                    self._front_ends = FrontEndWatch(self.pid, self._folder, self._is_ready, self._lose_front_ends)
-                    return self.addresses
-                if not (failure.by_chance and attempts_left):
+            attempts = 1
+            while (failure := self._attempt(installation, options, deadline)) is not None:
+                if not failure.by_chance or attempts == _ATTEMPTS:
                     raise EngineError(failure.why)
+                attempts += 1
                 if self._on_line is not None:
                     self._on_line(f"paged: {failure.why}; trying again")
-            raise AssertionError("unreachable: the last attempt returns or raises")
+            self._front_ends = FrontEndWatch(self.pid, self._folder, self._is_ready, self._lose_front_ends)
+            return self.addresses
         except BaseException:
             self.kill()
             self._clean_up()

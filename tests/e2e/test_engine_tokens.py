@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from paged_backend.config import EngineConfig
-from paged_backend.engine.engine import Engine
-from paged_backend.engine.loading import load_engine
-from paged_backend.messages import Submit
-from paged_backend.request import SamplingParams
+from tests import engine_answers
 from tests.oracle import Oracle, RoundedCache, random_prompts, save_checkpoint
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 200]
@@ -25,6 +21,9 @@ CHECKPOINTS = {
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
 }
 
+load = partial(engine_answers.load, max_num_sequences=24)
+answers = partial(engine_answers.answers, max_tokens=MAX_TOKENS)
+
 
 @pytest.fixture(scope="module", params=CHECKPOINTS.values(), ids=CHECKPOINTS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray], list[list[int]]]:
@@ -33,25 +32,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     prompts = random_prompts(LENGTHS)
     prompts += [np.concatenate([prompts[-1][:130], prompt[:5]]) for prompt in prompts[4:8]]  # common beginnings
     return folder, prompts, Oracle(folder).greedy(prompts, LONG_ANSWER)
-
-
-def answers(engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], None] = lambda: None, **sampling: object) -> list[list[int]]:
-    params = SamplingParams(**({"max_tokens": MAX_TOKENS, "temperature": 0.0} | sampling))  # type: ignore[arg-type]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    for request_id, prompt in enumerate(prompts):
-        engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", 1e18))
-    while not engine.idle:
-        for output in engine.step():
-            for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
-                tokens[request_id].append(token)
-        engine.check()
-        after_step()
-    return tokens
-
-
-def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "max_num_sequences": 24, **options}), tmp_path)
-    return engine
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])

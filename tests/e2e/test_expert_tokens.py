@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from paged_backend.config import EngineConfig
-from paged_backend.engine.engine import Engine
-from paged_backend.engine.loading import load_engine
-from paged_backend.messages import Submit
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.kv_groups import group_layers
-from paged_backend.request import SamplingParams
+from tests import engine_answers
 from tests.bench.geometries import GEOMETRIES
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 
@@ -52,6 +48,10 @@ def shrunk(name: str) -> dict[str, Any]:
     return {**published, **own, **MODELS[name], "initializer_range": 0.2}
 
 
+load = partial(engine_answers.load, max_num_sequences=24, max_model_len=760)
+answers = partial(engine_answers.answers, max_tokens=MAX_TOKENS)
+
+
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name = request.param
@@ -59,24 +59,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     prompts = random_prompts(LENGTHS)
     prompts += [np.concatenate([prompts[-2][:130], prompt[:5]]) for prompt in prompts[2:4]]  # common beginnings
     return folder, prompts, Oracle(folder).greedy(prompts, MAX_TOKENS)
-
-
-def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "max_num_sequences": 24, "max_model_len": 760, **options}), tmp_path)
-    return engine
-
-
-def answers(engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], None] = lambda: None) -> list[list[int]]:
-    tokens: list[list[int]] = [[] for _ in prompts]
-    for request_id, prompt in enumerate(prompts):
-        engine.submit(Submit(request_id, prompt.tobytes(), SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0), (), "", 1e18))
-    while not engine.idle:
-        for output in engine.step():
-            for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
-                tokens[request_id].append(token)
-        engine.check()
-        after_step()
-    return tokens
 
 
 @pytest.mark.parametrize(("case", "settings"), CASES, indirect=["case"])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from paged_backend.config import EngineConfig
-from paged_backend.engine.engine import Engine
-from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
+from tests import engine_answers
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 
 WINDOW = 20
@@ -34,6 +32,9 @@ CHECKPOINTS = {
 MAX_TOKENS = 40
 Checkpoint = tuple[Path, list[np.ndarray], list[list[int]], tuple[int | None, ...]]
 
+load = partial(engine_answers.load, max_num_sequences=8, max_model_len=200, debug_checks=True)
+answers = partial(engine_answers.answers, max_tokens=MAX_TOKENS)
+
 
 @pytest.fixture(scope="module", params=CHECKPOINTS.values(), ids=CHECKPOINTS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
@@ -42,27 +43,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     prompts = random_prompts([1, 17, 64, 100, 150])
     prompts += [np.concatenate([prompts[-1][:130], prompt[:9]]) for prompt in prompts[1:3]]  # common beginnings
     return folder, prompts, Oracle(folder).greedy(prompts, MAX_TOKENS), windows
-
-
-def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    engine, *_ = load_engine(
-        EngineConfig.parse({"model": str(folder), "device": "cpu", "max_num_sequences": 8, "max_model_len": 200, "debug_checks": True, **options}), tmp_path
-    )
-    return engine
-
-
-def answers(engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], None] = lambda: None, **sampling: object) -> list[list[int]]:
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, **sampling)  # type: ignore[arg-type]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    for request_id, prompt in enumerate(prompts):
-        engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", 1e18))
-    while not engine.idle:
-        for output in engine.step():
-            assert all(finish.error is None for finish in output.finishes), output.finishes
-            for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
-                tokens[request_id].append(token)
-        after_step()
-    return tokens
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])

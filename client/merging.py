@@ -1,29 +1,28 @@
-"""The streams of several prompts as one."""
+"""Several streams as one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
 
-from paged_client.answers import Delta
-from paged_client.async_client import AsyncStream
-from paged_client.cluster.resuming import ClusterStream
-
-Pieces = AsyncGenerator[tuple[int, Delta], None]
-"""(which prompt, piece)"""
+T = TypeVar("T")
 
 
-async def merged(streams: Sequence[Callable[[], AsyncStream | ClusterStream]], at_once: int) -> Pieces:
-    """Their pieces as they come; at_once: how many are open together. Closing it cancels what is not over."""
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(1)
+async def merged(streams: Sequence[Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]]], at_once: int) -> AsyncGenerator[tuple[int, T], None]:
+    """(which stream, item) as items come; at_once: how many streams are open together. Closing it cancels what is not over.
+
+    Raises the first exception of any stream.
+    """
+    arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(1)
     places = asyncio.Semaphore(at_once)
 
-    async def listen(number: int, open_stream: Callable[[], AsyncStream | ClusterStream]) -> None:
+    async def listen(number: int, open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]]) -> None:
         try:
             async with places, open_stream() as stream:
-                async for delta in stream:
-                    await arrived.put((number, delta))
+                async for item in stream:
+                    await arrived.put((number, item))
             await arrived.put(None)
         except Exception as error:
             await arrived.put(error)
