@@ -47,12 +47,15 @@ class Delta:
     usage: Usage  # up to and including this piece
     sequence_index: int = 0  # which of the request's n sequences it belongs to
     logprobs: tuple[LogprobEntry, ...] = ()  # with the sampling key logprobs: an entry for each of token_ids
-    prompt_logprobs: tuple[LogprobEntry | None, ...] = ()  # with the sampling key prompt_logprobs, once: an entry for each token of the prompt
+    # with the sampling key prompt_logprobs, once: an entry for each token of the prompt
+    prompt_logprobs: tuple[LogprobEntry | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer, or what came of it before the stream was left. With n > 1 it is the first sequence, and `sequences` has all of them."""
+    """A whole answer, or what came of it before the stream was left. With n > 1 it is the first sequence, and
+    `sequences` has all of them.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -73,11 +76,15 @@ _SINGLE = frozenset({"text_output", "output_ids", "finish_reason", "num_input_to
 
 
 def deltas_of(outputs: Mapping[str, Any], num_output_tokens: int) -> tuple[Delta, ...]:
-    """A response's outputs (name → list of values) as a Delta for each sequence with news; `num_output_tokens` of the request came before it."""
+    """A response's outputs (name → list of values) as a Delta for each sequence with news; `num_output_tokens` of the
+    request came before it.
+    """
     texts = outputs.get("text_output", ())
     if len(texts) == 1 and _SINGLE.issuperset(outputs):  # a plain piece of a stream: nothing to be told apart
         ids, reason = tuple(outputs.get("output_ids", ())), _first(outputs, "finish_reason", "None")
-        usage = Usage(_first(outputs, "num_input_tokens"), _first(outputs, "num_cached_tokens"), num_output_tokens + len(ids))
+        usage = Usage(
+            _first(outputs, "num_input_tokens"), _first(outputs, "num_cached_tokens"), num_output_tokens + len(ids)
+        )
         return (Delta(texts[0], ids, None if reason == "None" else reason, usage),)
     indices = outputs.get("sequence_index") or range(len(texts))
     ids = [int(token_id) for token_id in outputs.get("output_ids", ())]
@@ -90,7 +97,17 @@ def deltas_of(outputs: Mapping[str, Any], num_output_tokens: int) -> tuple[Delta
         mine, ids = tuple(ids[: int(count)]), ids[int(count) :]
         num_output_tokens += len(mine)
         usage = Usage(num_input_tokens, num_cached_tokens, num_output_tokens)
-        deltas.append(Delta(text, mine, None if reason == "None" else reason, usage, int(index), _entries(entries), () if deltas else _prompt_entries(outputs)))
+        deltas.append(
+            Delta(
+                text,
+                mine,
+                None if reason == "None" else reason,
+                usage,
+                int(index),
+                _entries(entries),
+                () if deltas else _prompt_entries(outputs),
+            )
+        )
     return tuple(deltas)
 
 
@@ -113,7 +130,9 @@ def _entry(said: Mapping[str, Any]) -> LogprobEntry:
 
 def _token(token_id: int, said: Mapping[str, Any]) -> TokenLogprob:
     part = said.get("bytes")
-    return TokenLogprob(token_id, said["decoded_token"], said["logprob"], said.get("rank"), None if part is None else bytes(part))
+    return TokenLogprob(
+        token_id, said["decoded_token"], said["logprob"], said.get("rank"), None if part is None else bytes(part)
+    )
 
 
 def _first(outputs: Mapping[str, Any], name: str, default: Any = 0) -> Any:

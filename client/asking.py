@@ -21,21 +21,42 @@ INTERRUPTED_EXIT = 130
 _MEASURABLE_SECONDS = 0.1  # of a short answer several tokens may come in one piece: no speed follows from that
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
-Url = Annotated[str, typer.Option("--url", "-u", metavar="URL", help="HOST:PORT of the server's gRPC service, or http://HOST:PORT of its HTTP service.")]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url",
+        "-u",
+        metavar="URL",
+        help="HOST:PORT of the server's gRPC service, or http://HOST:PORT of its HTTP service.",
+    ),
+]
 ModelName = Annotated[str, typer.Option("--model-name", metavar="NAME", help="What the server calls the model.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer in tokens; without it the server's default.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", "-t", metavar="T", min=0, help="0: always the likeliest token.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", "-n", metavar="N", min=1, help="Longest answer in tokens; without it the server's default."
+    ),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", "-t", metavar="T", min=0, help="0: always the likeliest token.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")]
 Sampling = Annotated[
     list[str] | None,
-    typer.Option("--sampling", "-s", metavar="KEY=VALUE", help="Any other sampling key of the model, such as top_p=0.9 or stop='[\"\\n\"]'; repeatable."),
+    typer.Option(
+        "--sampling",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Any other sampling key of the model, such as top_p=0.9 or stop='[\"\\n\"]'; repeatable.",
+    ),
 ]
 
 __all__ = ["DEFAULT_MODEL", "DEFAULT_URL"]
 
 
 def sampling_of(options: list[str] | None, **named: Any) -> dict[str, Any]:
-    """Sampling keys for a request: `named` ones that are not None, and KEY=VALUE texts whose values are JSON or else strings.
+    """Sampling keys for a request: `named` ones that are not None, and KEY=VALUE texts whose values are JSON or else
+    strings.
 
     Raises:
         typer.BadParameter: not of the form KEY=VALUE, or a key given twice.
@@ -83,7 +104,9 @@ class Speed:
         num_tokens = self.usage.num_output_tokens
         first = f": the first after {1000 * (self._first - self._started):.0f} ms" if num_tokens else ""
         timed = num_tokens > self._num_first and self._last - self._first >= _MEASURABLE_SECONDS
-        return f"{num_tokens} tokens{first}" + (f", then {(num_tokens - self._num_first) / (self._last - self._first):.0f} tokens/s" if timed else "")
+        return f"{num_tokens} tokens{first}" + (
+            f", then {(num_tokens - self._num_first) / (self._last - self._first):.0f} tokens/s" if timed else ""
+        )
 
 
 def _complain(reason: str) -> NoReturn:
@@ -98,7 +121,9 @@ def one_sentence_on_failure() -> Iterator[None]:
     except (PagedError, ValueError) as error:
         sys.stdout.flush()
         _complain(str(error))
-    except OSError as error:  # of standard output: a full disk; a pipe that nobody reads any more is the library's to handle
+    except (
+        OSError
+    ) as error:  # of standard output: a full disk; a pipe that nobody reads any more is the library's to handle
         if error.errno == errno.EPIPE:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written has no place to go

@@ -59,9 +59,9 @@ class AsyncPagedClient:
         """See PagedClient.
 
         max_connections: to an http URL at once, others wait for one; 0: no limit. gRPC has one.
-        keepalive_seconds: a gRPC server that says nothing for so long is asked whether it is there, and is gone if it does
-        not answer for as long again. Only for a client that asks something at least every minute: Triton Server takes pings
-        with nothing between them for an attack. None: it is not asked.
+        keepalive_seconds: a gRPC server that says nothing for so long is asked whether it is there, and is gone if it
+        does not answer for as long again. Only for a client that asks something at least every minute: Triton Server
+        takes pings with nothing between them for an attack. None: it is not asked.
         """
         scheme, address = parse_url(url)
         self._limits = Limits(timeout, delta_timeout, retries)
@@ -74,7 +74,9 @@ class AsyncPagedClient:
     async def __aenter__(self) -> AsyncPagedClient:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -85,7 +87,9 @@ class AsyncPagedClient:
         return await self._transport.is_ready()
 
     async def takes_requests(self) -> bool:
-        """Whether the model itself says so. Triton Server before 26.03 calls a model ready that has lost its engine for good."""
+        """Whether the model itself says so. Triton Server before 26.03 calls a model ready that has lost its engine for
+        good.
+        """
         if not await self._transport.is_ready():
             return False
         call = self._transport.ask(HEALTH_QUESTION)
@@ -164,7 +168,9 @@ class AsyncPagedClient:
 
     def ask(self, question: Question, timeout: float | None = None) -> AsyncStream:
         """The answer to a question that has been put together already. timeout: seconds for it; None: the client's."""
-        return AsyncStream(self._transport, question, self._limits if timeout is None else replace(self._limits, timeout=timeout))
+        return AsyncStream(
+            self._transport, question, self._limits if timeout is None else replace(self._limits, timeout=timeout)
+        )
 
     async def tokenize(
         self,
@@ -184,10 +190,18 @@ class AsyncPagedClient:
         return (await self._task(task_question("tokenize", prompt, chat, sampling))).token_ids
 
     async def embed(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None, cache_salt: str = "", request_id: str = "", **sampling: Any
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        cache_salt: str = "",
+        request_id: str = "",
+        **sampling: Any,
     ) -> Answer:
         """See PagedClient.embed."""
-        question = task_question("embed", prompt, None if messages is None else {"messages": messages}, sampling, cache_salt, request_id)
+        question = task_question(
+            "embed", prompt, None if messages is None else {"messages": messages}, sampling, cache_salt, request_id
+        )
         return await self._task(question)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -207,7 +221,9 @@ class AsyncPagedClient:
 
 
 class AsyncStream:
-    """An answer on its way: an asynchronous iterator of `Delta`. Also a context manager; leaving it or `close` cancels what is not over."""
+    """An answer on its way: an asynchronous iterator of `Delta`. Also a context manager; leaving it or `close` cancels
+    what is not over.
+    """
 
     def __init__(self, transport: _Transport, question: Question, limits: Limits) -> None:
         self._call: _Call | None = None
@@ -258,7 +274,9 @@ class AsyncStream:
     async def __aenter__(self) -> AsyncStream:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -1,9 +1,11 @@
-"""Requests over gRPC for asyncio: one connection, a stream for each request. Ending a stream cancels its request on the server.
+"""Requests over gRPC for asyncio: one connection, a stream for each request. Ending a stream cancels its request on the
+server.
 
-A gateway passes every piece of every answer through here, so messages are read as they are, without tritonclient's objects around them: it lends their
-definitions alone (`service_pb2`), as KServe's protocol has them.
+A gateway passes every piece of every answer through here, so messages are read as they are, without tritonclient's
+objects around them: it lends their definitions alone (`service_pb2`), as KServe's protocol has them.
 
-A request that is over is never cancelled: Triton Server 2.51 loses track of it now and then, and can then not unload the model.
+A request that is over is never cancelled: Triton Server 2.51 loses track of it now and then, and can then not unload
+the model.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _SERVICE = "/inference.GRPCInferenceService"
 _END_SECONDS = 5.0  # for the server to end a stream whose request is over
 _READY_SECONDS = 5.0  # for the server to say whether it is
 _RESTRICTED = "This protocol is restricted"  # Triton Server's words, with --grpc-restricted-protocol
-_BACKOFF_MS = 1000  # between attempts to connect, where somebody waits for a server to come back: two minutes by default
+# between attempts to connect, where somebody waits for a server to come back: two minutes by default
+_BACKOFF_MS = 1000
 _MAX_MESSAGE_BYTES = 2**31 - 1  # as tritonclient has it
 # KServe's names of types → struct's
 _FORMATS = {"BOOL": "?", "INT32": "i", "UINT32": "I", "INT64": "q", "UINT64": "Q", "FP32": "f", "FP64": "d"}
@@ -52,7 +55,13 @@ class AsyncGrpcTransport:
         from tritonclient.grpc import service_pb2
 
         try:
-            return bool((await self._asked("ModelReady", service_pb2.ModelReadyRequest(name=self._model), service_pb2.ModelReadyResponse)).ready)
+            return bool(
+                (
+                    await self._asked(
+                        "ModelReady", service_pb2.ModelReadyRequest(name=self._model), service_pb2.ModelReadyResponse
+                    )
+                ).ready
+            )
         except AioRpcError:
             return False
 
@@ -60,14 +69,18 @@ class AsyncGrpcTransport:
         """See AsyncPagedClient."""
         from tritonclient.grpc import service_pb2
 
-        index = await self._said("RepositoryIndex", service_pb2.RepositoryIndexRequest(), service_pb2.RepositoryIndexResponse)
+        index = await self._said(
+            "RepositoryIndex", service_pb2.RepositoryIndexRequest(), service_pb2.RepositoryIndexResponse
+        )
         return [model.name for model in index.models if model.state == "READY"]
 
     async def inputs_of(self, model: str) -> frozenset[str]:
         """See AsyncPagedClient."""
         from tritonclient.grpc import service_pb2
 
-        metadata = await self._said("ModelMetadata", service_pb2.ModelMetadataRequest(name=model), service_pb2.ModelMetadataResponse)
+        metadata = await self._said(
+            "ModelMetadata", service_pb2.ModelMetadataRequest(name=model), service_pb2.ModelMetadataResponse
+        )
         return frozenset(tensor.name for tensor in metadata.inputs)
 
     async def _said(self, method: str, request: Any, response: Any) -> Any:
@@ -83,7 +96,9 @@ class AsyncGrpcTransport:
     async def _asked(self, method: str, request: Any, response: Any) -> Any:
         """The answer of one that is not streamed. response: its class."""
         asks = self._connected().unary_unary(
-            f"{_SERVICE}/{method}", request_serializer=type(request).SerializeToString, response_deserializer=response.FromString
+            f"{_SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
         )
         return await asks(request, timeout=_READY_SECONDS)
 
@@ -111,7 +126,10 @@ class AsyncGrpcTransport:
 
 def _channel_options(keepalive_seconds: float | None) -> list[tuple[str, int]]:
     """None: nobody asks whether a server is there."""
-    lengths = [("grpc.max_send_message_length", _MAX_MESSAGE_BYTES), ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES)]
+    lengths = [
+        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ]
     if keepalive_seconds is None:
         return lengths
     milliseconds = round(1000 * keepalive_seconds)
@@ -119,7 +137,8 @@ def _channel_options(keepalive_seconds: float | None) -> list[tuple[str, int]]:
         *lengths,
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
-        ("grpc.http2.ping_timeout_ms", milliseconds),  # a minute by default, and the timeout above counts for nothing then
+        # a minute by default, and the timeout above counts for nothing then
+        ("grpc.http2.ping_timeout_ms", milliseconds),
         ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
         ("grpc.initial_reconnect_backoff_ms", _BACKOFF_MS),
         ("grpc.max_reconnect_backoff_ms", _BACKOFF_MS),
@@ -180,7 +199,9 @@ class AsyncGrpcCall:
             self._patience.pause()
 
     async def _see_the_end(self) -> None:
-        """The server closes the stream after the last response. A call that is dropped before is cancelled by the library."""
+        """The server closes the stream after the last response. A call that is dropped before is cancelled by the
+        library.
+        """
         from grpc.aio import EOF
 
         with contextlib.suppress(Exception):  # nothing that happens now changes the answer
@@ -195,8 +216,9 @@ class AsyncGrpcCall:
 
 
 class _Patience:
-    """Cancels a call that a reader has waited for too long. One timer a call, which is looked at again where it was early: one a piece would cost more than
-    the piece."""
+    """Cancels a call that a reader has waited for too long. One timer a call, which is looked at again where it was
+    early: one a piece would cost more than the piece.
+    """
 
     def __init__(self, call: Any) -> None:
         self._call = call

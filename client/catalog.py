@@ -1,4 +1,6 @@
-"""Which models of a Triton Server are paged's: asked of the server's repository index, and told by the inputs that each declares."""
+"""Which models of a Triton Server are paged's: asked of the server's repository index, and told by the inputs that each
+declares.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from typing import Protocol
 
 from paged_client.errors import PagedError, UnreachableError
 
-INPUTS = frozenset({"text_input", "input_ids", "messages", "sampling_parameters", "task"})  # of every paged model; no other backend has them all
+# of every paged model; no other backend has them all
+INPUTS = frozenset({"text_input", "input_ids", "messages", "sampling_parameters", "task"})
 
 
 class _Server(Protocol):
@@ -39,5 +42,8 @@ class Catalog:
 
     async def _look(self, server: _Server) -> list[str]:
         names = await server.ready_models()
-        self._is_paged = {name: self._is_paged[name] if name in self._is_paged else await server.inputs_of(name) >= INPUTS for name in names}
+        self._is_paged = {
+            name: self._is_paged[name] if name in self._is_paged else await server.inputs_of(name) >= INPUTS
+            for name in names
+        }
         return [name for name, is_paged in self._is_paged.items() if is_paged]

@@ -50,17 +50,24 @@ def chat(
     temperature: Temperature = None,
     seed: Seed = None,
     tools: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A Python file whose public functions, with type hints, the model may call; you are asked before.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A Python file whose public functions, with type hints, the model may call; you are asked before.",
+        ),
     ] = None,
     tool_choice: Annotated[
-        str, typer.Option(metavar="auto|required", help="required: each question is answered by a call, which a grammar enforces.")
+        str,
+        typer.Option(
+            metavar="auto|required", help="required: each question is answered by a call, which a grammar enforces."
+        ),
     ] = "auto",
     options: Sampling = None,
 ) -> None:
     """Talk to a running server's model.
 
-    The conversation goes through the model's own chat template. Ctrl-C stops an answer, not the program. /help lists the commands. What the model thinks
-    before it answers is shown dimmed.
+    The conversation goes through the model's own chat template. Ctrl-C stops an answer, not the program. /help lists
+    the commands. What the model thinks before it answers is shown dimmed.
     """
     if tool_choice not in CHOICES:
         raise typer.BadParameter(f"'{tool_choice}' is none of {', '.join(CHOICES)}", param_hint="--tool-choice")
@@ -69,7 +76,9 @@ def chat(
         raise typer.BadParameter(f"'n={sampling['n']}': a chat has one answer", param_hint="--sampling")
     with one_sentence_on_failure(), PagedClient(url, model=model_name) as client:
         if not client.is_ready():
-            raise UnreachableError(f"no model '{model_name}' is ready at {url}: start a server with paged serve, or name yours with --url and --model-name")
+            raise UnreachableError(
+                f"no model '{model_name}' is ready at {url}: start a server with paged serve, or name yours with --url and --model-name"
+            )
         known = {} if tools is None else load_tools(tools)
         reader = Reader(known, *readings(url, model_name, known, tool_choice, sampling))
         session = ChatSession(client, Conversation(system), reader, Console(highlight=False, markup=False))
@@ -105,7 +114,14 @@ class Conversation:
         self.turns.append({"role": "assistant", "content": text})
 
     def call(self, text: str, calls: Sequence[Call]) -> None:
-        functions = [{"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": _parsed(call.arguments)}} for call in calls]
+        functions = [
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": _parsed(call.arguments)},
+            }
+            for call in calls
+        ]
         self.turns.append({"role": "assistant", "content": text, "tool_calls": functions})
 
     def result(self, call: Call, text: str) -> None:
@@ -256,7 +272,11 @@ class ChatSession:
         """The question is forgotten: it can be asked again."""
         self._any_failed = True
         self._conversation.take_back_question()
-        hint = " (/reset begins a new conversation)" if isinstance(error, InvalidRequestError) and "tokens; the longest" in str(error) else ""
+        hint = (
+            " (/reset begins a new conversation)"
+            if isinstance(error, InvalidRequestError) and "tokens; the longest" in str(error)
+            else ""
+        )
         if begun:
             self._console.print()
         self._console.print(f"error: {printable(str(error))}{hint}", style="red", soft_wrap=True)

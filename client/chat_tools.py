@@ -1,4 +1,6 @@
-"""Functions of a Python file as tools of `paged chat`, and how the model's answers are read for calls and thoughts: as the gateway reads them."""
+"""Functions of a Python file as tools of `paged chat`, and how the model's answers are read for calls and thoughts: as
+the gateway reads them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Tool:
     description: Mapping[str, Any]  # as OpenAI has it
 
     def run(self, arguments: str) -> str:
-        """arguments: JSON. What the function returns, as JSON unless it is text; or what went wrong, for the model to read."""
+        """arguments: JSON. What the function returns, as JSON unless it is text; or what went wrong, for the model to
+        read.
+        """
         try:
             given = self.arguments.model_validate_json(arguments)
             found = self.function(**{name: getattr(given, name) for name in type(given).model_fields})
@@ -100,7 +104,9 @@ class Reading:
         return None if self.form.answer.is_plain else self.form.answer.parser()
 
 
-def readings(url: str, model: str, tools: Mapping[str, Tool], choice: str, sampling: Mapping[str, Any]) -> tuple[Reading, Reading]:
+def readings(
+    url: str, model: str, tools: Mapping[str, Tool], choice: str, sampling: Mapping[str, Any]
+) -> tuple[Reading, Reading]:
     """(of a question, of what follows a tool's result): a call that must come must not come for ever.
 
     Raises:
@@ -111,7 +117,9 @@ def readings(url: str, model: str, tools: Mapping[str, Tool], choice: str, sampl
     async def ask() -> tuple[Reading, Reading]:
         async with AsyncPagedClient(url, model=model) as client:
             card = ModelCard(client)
-            return await _reading(card, model, tools, choice, sampling), await _reading(card, model, tools, "auto", sampling)
+            return await _reading(card, model, tools, choice, sampling), await _reading(
+                card, model, tools, "auto", sampling
+            )
 
     try:
         return asyncio.run(ask())
@@ -119,7 +127,9 @@ def readings(url: str, model: str, tools: Mapping[str, Tool], choice: str, sampl
         raise ValueError(str(refusal)) from None
 
 
-async def _reading(card: ModelCard, model: str, tools: Mapping[str, Tool], choice: str, sampling: Mapping[str, Any]) -> Reading:
+async def _reading(
+    card: ModelCard, model: str, tools: Mapping[str, Tool], choice: str, sampling: Mapping[str, Any]
+) -> Reading:
     body = ChatBody(
         model=model,
         messages=[{"role": "user", "content": "Hello"}],

@@ -61,11 +61,21 @@ app = typer.Typer(
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="FOLDER_OR_HUB_ID", help="Checkpoint: a folder, or an id on the Hugging Face hub; 'demo' comes with paged."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="FOLDER_OR_HUB_ID",
+        help="Checkpoint: a folder, or an id on the Hugging Face hub; 'demo' comes with paged.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Any tunable of config.pbtxt, such as page_size=32 or max_model_len=8192; repeatable."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Any tunable of config.pbtxt, such as page_size=32 or max_model_len=8192; repeatable.",
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--log-verbose", "-v", help="Show tritonserver's own log too.")]
 
@@ -83,8 +93,14 @@ def main() -> None:
 
 
 def _speak_utf8() -> None:
-    """Begins anew in Python's UTF-8 mode where the locale has another encoding: models, prompts and answers are UTF-8, and so are what we say and read."""
-    if not sys.flags.utf8_mode and "utf" not in locale.getpreferredencoding(False).lower() and os.environ.get("PYTHONUTF8") != "1":
+    """Begins anew in Python's UTF-8 mode where the locale has another encoding: models, prompts and answers are UTF-8,
+    and so are what we say and read.
+    """
+    if (
+        not sys.flags.utf8_mode
+        and "utf" not in locale.getpreferredencoding(False).lower()
+        and os.environ.get("PYTHONUTF8") != "1"
+    ):
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -97,7 +113,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     pass
 
@@ -107,23 +125,32 @@ def serve(
     context: typer.Context,
     model: Model = "demo",
     options: Settings = None,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen: IPv4 address or name; 0.0.0.0: every network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen: IPv4 address or name; 0.0.0.0: every network.")
+    ] = "127.0.0.1",
     http_port: Annotated[int, _port("HTTP")] = 8000,
     grpc_port: Annotated[int, _port("gRPC")] = 8001,
     metrics_port: Annotated[int, _port("Prometheus metrics")] = 8002,
     model_name: Annotated[str, typer.Option(metavar="NAME", help="What clients call the model.")] = "paged_llm",
-    instances: Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Front ends (they tokenise and stream) on the one engine.")] = None,
-    drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for requests in flight.")] = 30,
+    instances: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=64, help="Front ends (they tokenise and stream) on the one engine."),
+    ] = None,
+    drain_seconds: Annotated[
+        int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for requests in flight.")
+    ] = 30,
     on_front_end_death: Annotated[
         OnFrontEndDeath,
-        typer.Option(help="When a process that callers are connected to dies: exit with code 1, for an orchestrator; or restart the server."),
+        typer.Option(
+            help="When a process that callers are connected to dies: exit with code 1, for an orchestrator; or restart the server."
+        ),
     ] = OnFrontEndDeath.EXIT,
     log_verbose: Verbose = False,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
-    Uses the tritonserver on PATH if there is one, else the one of the package nvidia-pytriton, which the extra `serve` brings.
-    Listens on this machine only, unless --host says otherwise.
+    Uses the tritonserver on PATH if there is one, else the one of the package nvidia-pytriton, which the extra `serve`
+    brings. Listens on this machine only, unless --host says otherwise.
 
     Ctrl-C or SIGTERM waits for the requests in flight and exits with 0; a second Ctrl-C hurries.
 
@@ -133,7 +160,9 @@ def serve(
     if not model:
         raise typer.BadParameter("it is empty", param_hint="--model")
     if context.args and not context.args[0].startswith("-"):
-        raise typer.BadParameter(f"'{context.args[0]}' is no option: a model is named with --model", param_hint="arguments")
+        raise typer.BadParameter(
+            f"'{context.args[0]}' is no option: a model is named with --model", param_hint="arguments"
+        )
     settings = ServerSettings(
         model=model,
         options=parse_options(options or []),
@@ -167,9 +196,11 @@ def _serve(settings: ServerSettings) -> None:
 
 
 def _serve_again_and_again(settings: ServerSettings) -> None:
-    """A server that lost front ends is replaced by another at the same ports, `_MAX_RESTARTS` times within `_RESTART_WINDOW_SECONDS`.
+    """A server that lost front ends is replaced by another at the same ports, `_MAX_RESTARTS` times within
+    `_RESTART_WINDOW_SECONDS`.
 
-    The model alone cannot be loaded anew: Triton Server does not unload it while it waits for the requests that died with the front end.
+    The model alone cannot be loaded anew: Triton Server does not unload it while it waits for the requests that died
+        with the front end.
     """
     restarts: list[float] = []
     while True:
@@ -178,22 +209,33 @@ def _serve_again_and_again(settings: ServerSettings) -> None:
             return
         except FrontEndsLostError as error:
             now, at = time.monotonic(), error.addresses
-            settings = dataclasses.replace(settings, http_port=at.http_port, grpc_port=at.grpc_port, metrics_port=at.metrics_port)
+            settings = dataclasses.replace(
+                settings, http_port=at.http_port, grpc_port=at.grpc_port, metrics_port=at.metrics_port
+            )
             restarts = [*(restart for restart in restarts if now - restart < _RESTART_WINDOW_SECONDS), now]
             if len(restarts) > _MAX_RESTARTS:
-                raise EngineError(f"{error}; it was started again {_MAX_RESTARTS} times within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes") from None
-            print(f"paged: {error}: restart {len(restarts)} of at most {_MAX_RESTARTS} within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes", file=sys.stderr)
+                raise EngineError(
+                    f"{error}; it was started again {_MAX_RESTARTS} times within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes"
+                ) from None
+            print(
+                f"paged: {error}: restart {len(restarts)} of at most {_MAX_RESTARTS} within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes",
+                file=sys.stderr,
+            )
 
 
 @app.command()
 def demo(
     model: Model = "demo",
     options: Settings = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A text to continue, instead of the conversation.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="A text to continue, instead of the conversation."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 200,
     log_verbose: Verbose = False,
 ) -> None:
-    """See it work: start a server on free ports, ask for a story and questions about it, print speed and memory use, stop.
+    """See it work: start a server on free ports, ask for a story and questions about it, print speed and memory use,
+    stop.
 
     Needs no GPU and no download: the small model comes with paged.
     """
@@ -246,7 +288,9 @@ class _Narrator:
         self._status = None
 
     def show(self, line: str) -> None:
-        """On a terminal without the time and the model's name, which say nothing to those who watch the lines appear."""
+        """On a terminal without the time and the model's name, which say nothing to those who watch the lines
+        appear.
+        """
         line = without_stamp(line) if self._console.is_terminal else line
         if self._status is not None and re.search(r"\d ?%", line) and line.startswith("paged: "):
             self._status.update(line.removeprefix("paged: "))
@@ -266,7 +310,10 @@ def _running(settings: ServerSettings) -> Iterator[Server]:
         else:
             server.terminate()
 
-    wanted = [number for number in _STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    # nohup
+    wanted = [
+        number for number in _STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, on_signal) for number in wanted}
     try:
         with narrator.waiting():
@@ -279,7 +326,8 @@ def _running(settings: ServerSettings) -> Iterator[Server]:
         if exit_code == -signal.SIGKILL:
             raise typer.Exit(_HURRIED_EXIT)
         if exit_code != 0:
-            raise EngineError(str(server.failure()))  # of whatever kind: it was told to stop, and is not to be started again
+            # of whatever kind: it was told to stop, and is not to be started again
+            raise EngineError(str(server.failure()))
         narrator.show("paged: stopped")
     except StoppedEarlyError:
         narrator.show("paged: stopped")

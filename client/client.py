@@ -1,4 +1,6 @@
-"""`PagedClient`: ask a model that paged serves, over gRPC or HTTP, from ordinary code. See async_client.py for asyncio."""
+"""`PagedClient`: ask a model that paged serves, over gRPC or HTTP, from ordinary code. See async_client.py for
+asyncio.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,11 @@ class PagedClient:
         retries: int = 2,
     ) -> None:
         """
-        url: HOST:PORT or grpc://HOST:PORT (grpcs:// with TLS) of the gRPC service, or http(s)://HOST:PORT of the HTTP service.
-        timeout, delta_timeout: longest time in seconds for a whole answer, and for each next piece of it; None: no limit.
-        retries: how often a request is sent again that was refused with UNAVAILABLE (or never reached a server) before its first token.
+        url: HOST:PORT or grpc://HOST:PORT (grpcs:// with TLS) of the gRPC service, or http(s)://HOST:PORT of the HTTP
+        service. timeout, delta_timeout: longest time in seconds for a whole answer, and for each next piece of it;
+        None: no limit.
+        retries: how often a request is sent again that was refused with UNAVAILABLE (or never reached a server) before
+            its first token.
 
         Raises:
             ValueError: the URL is none of these.
@@ -60,13 +64,17 @@ class PagedClient:
         scheme, address = parse_url(url)
         self._limits = Limits(timeout, delta_timeout, retries)
         self._transport: _Transport = (
-            HttpTransport(f"{scheme}://{address}", model) if scheme.startswith("http") else GrpcTransport(address, model, ssl=scheme == "grpcs")
+            HttpTransport(f"{scheme}://{address}", model)
+            if scheme.startswith("http")
+            else GrpcTransport(address, model, ssl=scheme == "grpcs")
         )
 
     def __enter__(self) -> PagedClient:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -90,10 +98,11 @@ class PagedClient:
     ) -> Answer:
         """The whole answer in one response.
 
-        prompt: text, or token ids. messages: a conversation instead, for the model's chat template; tools go to the template too.
+        prompt: text, or token ids. messages: a conversation instead, for the model's chat template; tools go to the
+        template too.
         request_id: what the server's log calls the request, where the tunable log_requests is on.
-        sampling: any of the model's sampling keys, such as max_tokens=64, temperature=0, stop=["\\n"], seed=7. With n=3 the answer has three
-        `sequences`.
+        sampling: any of the model's sampling keys, such as max_tokens=64, temperature=0, stop=["\\n"], seed=7. With n=3
+        the answer has three `sequences`.
 
         Raises:
             PagedError: a subclass says what kind of failure it is.
@@ -113,7 +122,15 @@ class PagedClient:
                 pass
         return stream.answer
 
-    def embed(self, prompt: Prompt | None = None, *, messages: Messages | None = None, cache_salt: str = "", request_id: str = "", **sampling: Any) -> Answer:
+    def embed(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        cache_salt: str = "",
+        request_id: str = "",
+        **sampling: Any,
+    ) -> Answer:
         """The prompt's embedding, as `Answer.embedding`.
 
         sampling: pooling="last" or "mean", dimensions=N, normalize=False, and the keys that change a prompt.
@@ -121,7 +138,9 @@ class PagedClient:
         Raises:
             PagedError: a subclass says what kind of failure it is.
         """
-        question = task_question("embed", prompt, None if messages is None else {"messages": messages}, sampling, cache_salt, request_id)
+        question = task_question(
+            "embed", prompt, None if messages is None else {"messages": messages}, sampling, cache_salt, request_id
+        )
         with Stream(self._transport, question, self._limits) as stream:
             for _ in stream:
                 pass
@@ -138,9 +157,11 @@ class PagedClient:
         request_id: str = "",
         **sampling: Any,
     ) -> Stream:
-        """The answer piece by piece; arguments as for `generate`. Leaving the iterator early (`break`, `close`, an exception) cancels the request.
+        """The answer piece by piece; arguments as for `generate`. Leaving the iterator early (`break`, `close`, an
+        exception) cancels the request.
 
-        With n=3 pieces of three sequences come as they are ready: `Delta.sequence_index` says whose each is. Errors are raised while iterating.
+        With n=3 pieces of three sequences come as they are ready: `Delta.sequence_index` says whose each is. Errors are
+        raised while iterating.
         """
         question = question_of(
             prompt,
@@ -207,7 +228,9 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -32,8 +32,9 @@ _ANSWER_SECONDS = 120.0
 
 
 def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Console) -> None:
-    """Streams a conversation to `console` (or, if there is a prompt or the model has no chat template, the continuation of a text), then prints the first
-    answer's tokens/s, what the prefix cache knew of the later questions' prompts, and what the pool held.
+    """Streams a conversation to `console` (or, if there is a prompt or the model has no chat template, the continuation
+    of a text), then prints the first answer's tokens/s, what the prefix cache knew of the later questions' prompts, and
+    what the pool held.
 
     Raises:
         EngineError: the server refused or broke off an answer.
@@ -49,8 +50,13 @@ def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Conso
     first, *later = speeds
     console.print(f"\n{first.answer()}", soft_wrap=True)
     if later:
-        num_cached, num_tokens = (sum(getattr(speed.usage, name) for speed in later) for name in ("num_cached_tokens", "num_input_tokens"))
-        console.print(f"prefix cache: {num_cached} of {num_tokens} prompt tokens of the later questions were known", soft_wrap=True)
+        num_cached, num_tokens = (
+            sum(getattr(speed.usage, name) for speed in later) for name in ("num_cached_tokens", "num_input_tokens")
+        )
+        console.print(
+            f"prefix cache: {num_cached} of {num_tokens} prompt tokens of the later questions were known",
+            soft_wrap=True,
+        )
     console.print(pool.summary(), soft_wrap=True)
 
 
@@ -67,7 +73,9 @@ def _converse(client: PagedClient, max_tokens: int, console: Console) -> list[Sp
         except InvalidRequestError as error:
             if error.field != "messages":
                 raise
-            console.print("this model has no chat template: it goes on with a text instead\n", style="dim", soft_wrap=True)
+            console.print(
+                "this model has no chat template: it goes on with a text instead\n", style="dim", soft_wrap=True
+            )
             return []
         messages.append({"role": "assistant", "content": stream.answer.text})
     return speeds
@@ -121,13 +129,17 @@ class PoolWatch:
             return "pool: no metrics"
         held, utilisation = self.fullest.get(_HELD, 0.0), 100 * self.fullest.get("paged_utilisation", 0.0)
         fullest = (
-            f"{held:.0f} held at most, {utilisation:.0f} % of their slots with live tokens (utilisation)" if held else "none held when the gauges were read"
+            f"{held:.0f} held at most, {utilisation:.0f} % of their slots with live tokens (utilisation)"
+            if held
+            else "none held when the gauges were read"
         )
         return f"pool: {total:.0f} pages of {self.last.get('paged_page_size', 0):.0f} tokens; {fullest}; {self.last.get(_CACHED, 0):.0f} cached now"
 
 
 def read_gauges(url: str) -> dict[str, float]:
-    """`paged_…` series of a metrics page; labels other than the pool's state are dropped. Empty if the page cannot be read."""
+    """`paged_…` series of a metrics page; labels other than the pool's state are dropped. Empty if the page cannot be
+    read.
+    """
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             page = answer.read().decode()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 _CODED = re.compile(r"(?:\[request id: [^\]]*\] )?(?P<code>[A-Z_]{6,}): (?P<text>.*)", re.DOTALL)
-_FIELD = re.compile(r"(?P<named>\w+)(?:\.\w+)*: |unknown (?:sampling|request) parameter '(?P<unknown>[^']*)'|unexpected inference input '(?P<input>[^']*)'")
+_FIELD = re.compile(
+    r"(?P<named>\w+)(?:\.\w+)*: |unknown (?:sampling|request) parameter '(?P<unknown>[^']*)'|unexpected inference input '(?P<input>[^']*)'"
+)
 # What the server itself says before the model sees a request: a gRPC stream carries no code of it.
 _SERVERS_OWN = (
     ("NOT_FOUND", re.compile(r"unknown model|is not found|has no available versions")),
@@ -19,7 +21,9 @@ class PagedError(Exception):
 
 
 class InvalidRequestError(PagedError):
-    """INVALID_ARGUMENT: the request must be changed. `field` is the input, parameter or sampling key that is wrong, "" if it is not known."""
+    """INVALID_ARGUMENT: the request must be changed. `field` is the input, parameter or sampling key that is wrong, ""
+    if it is not known.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -28,7 +32,9 @@ class InvalidRequestError(PagedError):
 
 
 class UnsupportedError(InvalidRequestError):
-    """UNIMPLEMENTED: this server cannot do what was asked for, however often it is asked; its text says what is missing."""
+    """UNIMPLEMENTED: this server cannot do what was asked for, however often it is asked; its text says what is
+    missing.
+    """
 
 
 class UnknownModelError(PagedError):
@@ -36,7 +42,9 @@ class UnknownModelError(PagedError):
 
 
 class UnavailableError(PagedError):
-    """UNAVAILABLE: the queue is full, the wait was too long, or the server is stopping. The same request may succeed later."""
+    """UNAVAILABLE: the queue is full, the wait was too long, or the server is stopping. The same request may succeed
+    later.
+    """
 
 
 class UnreachableError(UnavailableError):
@@ -48,7 +56,9 @@ class RequestCancelledError(PagedError):
 
 
 class AnswerTimeoutError(PagedError, TimeoutError):
-    """The answer was not complete within `timeout`, or the next piece did not come within `delta_timeout`. The request is cancelled."""
+    """The answer was not complete within `timeout`, or the next piece did not come within `delta_timeout`. The request
+    is cancelled.
+    """
 
 
 class ServerError(PagedError):
@@ -69,7 +79,8 @@ _HTTP_CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 499: "CANCELLED", 501:
 def error_of(message: str, *, code: str = "", http_status: int = 0) -> PagedError:
     """The exception for what a server said.
 
-    message: may begin with a code, as paged_llm writes it on request. code: gRPC's name of a code, if the transport brought one.
+    message: may begin with a code, as paged_llm writes it on request. code: gRPC's name of a code, if the transport
+        brought one.
     """
     coded = _CODED.fullmatch(message)
     if coded and (coded["code"] in _KINDS or coded["code"] == "INTERNAL"):

@@ -28,7 +28,12 @@ from paged_client.client import PagedClient
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the model continues; without it, standard input.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="What the model continues; without it, standard input.", show_default=False
+        ),
+    ] = None,
     url: Url = DEFAULT_URL,
     model_name: ModelName = DEFAULT_MODEL,
     max_tokens: MaxTokens = None,
@@ -36,12 +41,14 @@ def generate(
     seed: Seed = None,
     options: Sampling = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as one JSON object.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.001, help="How long the whole answer may take.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.001, help="How long the whole answer may take.")
+    ] = 600.0,
 ) -> None:
     """Stream one answer of a running server.
 
-    The text goes to standard output and nothing else does; the line on tokens and speed goes to standard error if that is a terminal.
-    Ctrl-C cancels the request on the server.
+    The text goes to standard output and nothing else does; the line on tokens and speed goes to standard error if that
+    is a terminal. Ctrl-C cancels the request on the server.
     """
     sampling = sampling_of(options, max_tokens=max_tokens, temperature=temperature, seed=seed)
     with one_sentence_on_failure():
@@ -62,11 +69,18 @@ def _read_prompt() -> str:
 
 
 def _members_of(answer: Answer) -> dict[str, Any]:
-    members: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason, "usage": vars(answer.usage)}
+    members: dict[str, Any] = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "usage": vars(answer.usage),
+    }
     if answer.logprobs:
         members["logprobs"] = [[vars(token) for token in entry] for entry in answer.logprobs]
     if answer.prompt_logprobs:
-        members["prompt_logprobs"] = [None if entry is None else [vars(token) for token in entry] for entry in answer.prompt_logprobs]
+        members["prompt_logprobs"] = [
+            None if entry is None else [vars(token) for token in entry] for entry in answer.prompt_logprobs
+        ]
     if answer.others:
         members["others"] = [_members_of(other) for other in answer.others]
     return members

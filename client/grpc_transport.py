@@ -1,6 +1,7 @@
 """Requests over gRPC, one stream each, by tritonclient. Ending the stream's call cancels its request on the server.
 
-A request that is over is never cancelled: Triton Server 2.51 loses track of it now and then, and can then not unload the model.
+A request that is over is never cancelled: Triton Server 2.51 loses track of it now and then, and can then not unload
+the model.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class GrpcTransport:
         self._lock = threading.Lock()
         self._free: list[InferenceServerClient] = []
         self._calls: WeakSet[GrpcCall] = WeakSet()
-        weakref.finalize(self, _close_all, self._free, self._calls)  # where a program ends without `close`, grpc would wait for threads that have ended
+        # where a program ends without `close`, grpc would wait for threads that have ended
+        weakref.finalize(self, _close_all, self._free, self._calls)
 
     def ask(self, question: Question) -> GrpcCall:
         call = GrpcCall(self, self._take(), self._model, question)
@@ -90,7 +92,9 @@ class GrpcCall:
         self._arrived = arrived
         _in_daemon_thread(lambda: client.start_stream(lambda result, error: arrived.put((result, error))))
         try:
-            client.async_stream_infer(model, _inputs(question), enable_empty_final_response=True, parameters=dict(question.parameters))
+            client.async_stream_infer(
+                model, _inputs(question), enable_empty_final_response=True, parameters=dict(question.parameters)
+            )
         except InferenceServerException as error:  # the stream broke first: why is in the queue
             if arrived.empty():
                 arrived.put((None, error))
@@ -121,7 +125,9 @@ class GrpcCall:
 
 
 def _in_daemon_thread(task: Callable[[], None]) -> None:
-    """The thread that reads a stream is a daemon as the one that starts it: else a program could not end before its streams."""
+    """The thread that reads a stream is a daemon as the one that starts it: else a program could not end before its
+    streams.
+    """
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -156,7 +162,10 @@ def _inputs(question: Question) -> list[Any]:
 def _outputs_of(result: InferResult) -> Outputs:
     response = result.get_response()
     arrays = {output.name: result.as_numpy(output.name) for output in response.outputs}
-    return {name: [item.decode(errors="replace") if isinstance(item, bytes) else item for item in array.ravel().tolist()] for name, array in arrays.items()}
+    return {
+        name: [item.decode(errors="replace") if isinstance(item, bytes) else item for item in array.ravel().tolist()]
+        for name, array in arrays.items()
+    }
 
 
 def _is_final(result: InferResult) -> bool:

@@ -1,6 +1,7 @@
-"""Requests over HTTP, by the server's `generate` and `generate_stream` endpoints: its inference endpoint takes no decoupled model, and tritonclient
-has no call for these. Closing the connection cancels the request, which the server notices when it writes the next piece; so a response is read to
-its very end before that."""
+"""Requests over HTTP, by the server's `generate` and `generate_stream` endpoints: its inference endpoint takes no
+decoupled model, and tritonclient has no call for these. Closing the connection cancels the request, which the server
+notices when it writes the next piece; so a response is read to its very end before that.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ class HttpCall:
                     self._num_running -= _num_finished(outputs)
                     final = self._num_running == 0
                     if final:
-                        with contextlib.suppress(OSError, http.client.HTTPException):  # nothing that happens now changes the answer
+                        # nothing that happens now changes the answer
+                        with contextlib.suppress(OSError, http.client.HTTPException):
                             response.read()
                     return outputs, final
         except TimeoutError:
@@ -122,7 +124,9 @@ class AsyncHttpTransport:
         import aiohttp
 
         try:
-            async with self._connected().get(f"{self._path}/ready", timeout=aiohttp.ClientTimeout(total=_READY_SECONDS)) as response:
+            async with self._connected().get(
+                f"{self._path}/ready", timeout=aiohttp.ClientTimeout(total=_READY_SECONDS)
+            ) as response:
                 return response.status == 200
         except (OSError, asyncio.TimeoutError, aiohttp.ClientError):
             return False
@@ -141,7 +145,9 @@ class AsyncHttpTransport:
         import aiohttp
 
         try:
-            async with self._connected().request(method, f"{self._url}/v2/{path}", timeout=aiohttp.ClientTimeout(total=_READY_SECONDS)) as response:
+            async with self._connected().request(
+                method, f"{self._url}/v2/{path}", timeout=aiohttp.ClientTimeout(total=_READY_SECONDS)
+            ) as response:
                 body = await response.read()
         except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
             raise _unreachable(error, self._url) from None
@@ -156,7 +162,9 @@ class AsyncHttpTransport:
         import aiohttp
 
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=self._max_connections))
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=self._max_connections)
+            )
         return self._session
 
     async def close(self) -> None:

@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def merged(streams: Sequence[Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]]], at_once: int) -> AsyncGenerator[tuple[int, T], None]:
-    """(which stream, item) as items come; at_once: how many streams are open together. Closing it cancels what is not over.
+async def merged(
+    streams: Sequence[Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]]], at_once: int
+) -> AsyncGenerator[tuple[int, T], None]:
+    """(which stream, item) as items come; at_once: how many streams are open together. Closing it cancels what is not
+    over.
 
     Raises the first exception of any stream.
     """

@@ -18,9 +18,18 @@ def models() -> None:
 
     `architectures` in a checkpoint's config.json says which one it is of.
     """
-    asked = subprocess.run([sys.executable, "-P", "-m", "paged_backend.models.table"], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    asked = subprocess.run(
+        [sys.executable, "-P", "-m", "paged_backend.models.table"],
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
     if asked.returncode:
-        print(f"paged: error: the list of families cannot be read: {asked.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        print(
+            f"paged: error: the list of families cannot be read: {asked.stderr.strip().splitlines()[-1:]}",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
     listed = json.loads(asked.stdout)
     table = Table("architecture", "models", box=None, pad_edge=False)
@@ -28,4 +37,7 @@ def models() -> None:
         table.add_row(family["architecture"], family["models"])
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"\nWeights in bfloat16, float16 or float32, or quantised (quant_method): {', '.join(listed['formats'])}.", soft_wrap=True)
+    console.print(
+        f"\nWeights in bfloat16, float16 or float32, or quantised (quant_method): {', '.join(listed['formats'])}.",
+        soft_wrap=True,
+    )

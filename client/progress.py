@@ -25,7 +25,14 @@ class _Sequence:
         self.finish_reason = delta.finish_reason
 
     def answer(self, usage: Usage, prompt_logprobs: tuple[LogprobEntry | None, ...]) -> Answer:
-        return Answer("".join(self.texts), tuple(self.token_ids), self.finish_reason, usage, tuple(self.logprobs), prompt_logprobs=prompt_logprobs)
+        return Answer(
+            "".join(self.texts),
+            tuple(self.token_ids),
+            self.finish_reason,
+            usage,
+            tuple(self.logprobs),
+            prompt_logprobs=prompt_logprobs,
+        )
 
 
 class Progress:
@@ -52,7 +59,11 @@ class Progress:
         self.over = final
         if not outputs:
             return []
-        deltas = [delta for delta in deltas_of(outputs, self._usage.num_output_tokens) if delta.text or delta.token_ids or delta.finish_reason]
+        deltas = [
+            delta
+            for delta in deltas_of(outputs, self._usage.num_output_tokens)
+            if delta.text or delta.token_ids or delta.finish_reason
+        ]
         self._embedding = tuple(outputs.get("embedding", ())) or self._embedding
         for delta in deltas:
             while delta.sequence_index >= len(self._sequences):

@@ -25,8 +25,9 @@ _trace: ContextVar[Mapping[str, str]] = ContextVar("trace", default=MappingProxy
 
 @contextmanager
 def in_trace(headers: Mapping[str, str]) -> Iterator[None]:
-    """Requests that are made inside go with these W3C headers (traceparent, tracestate), as `opentelemetry.propagate.inject` writes them: the server's spans
-    become children of the caller's."""
+    """Requests that are made inside go with these W3C headers (traceparent, tracestate), as
+    `opentelemetry.propagate.inject` writes them: the server's spans become children of the caller's.
+    """
     token = _trace.set(trace_headers(headers))
     try:
         yield
@@ -141,7 +142,9 @@ def _encodable(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"{name}: character {error.start} is half of a surrogate pair, which is no text") from None
+        raise InvalidRequestError(
+            f"{name}: character {error.start} is half of a surrogate pair, which is no text"
+        ) from None
     return text
 
 

@@ -64,7 +64,8 @@ class RetryPolicy:
 
 
 async def within(seconds: float | None, awaited: Awaitable[Result]) -> Result:
-    """As asyncio.wait_for, which before Python 3.12 forgets that it was cancelled if the result came in the same moment: who left would stay.
+    """As asyncio.wait_for, which before Python 3.12 forgets that it was cancelled if the result came in the same
+    moment: who left would stay.
 
     Raises:
         TimeoutError: the result did not come within `seconds`; nobody waits for it any more.

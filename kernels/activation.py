@@ -1,4 +1,6 @@
-"""Activations of perceptrons, alone or as the gate of a GLU layer. Sources: GLU Variants Improve Transformer, Shazeer, 2020; of each, at ACTIVATIONS."""
+"""Activations of perceptrons, alone or as the gate of a GLU layer. Sources: GLU Variants Improve Transformer, Shazeer,
+2020; of each, at ACTIVATIONS.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,15 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @kernel
 def _gate_kernel(
-    x, out, x_stride, out_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LAUNCH_PDL: tl.constexpr
+    x,
+    out,
+    x_stride,
+    out_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):
     """GATED: rows of 2 SIZE numbers, of which the first half is activated."""
     pdl_release(LAUNCH_PDL)
@@ -47,7 +57,16 @@ def _gate_kernel(
 
 
 @kernel
-def _scale_kernel(logits, stride, multiplier, soft_cap, SIZE: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+def _scale_kernel(
+    logits,
+    stride,
+    multiplier,
+    soft_cap,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -58,8 +77,11 @@ def _scale_kernel(logits, stride, multiplier, soft_cap, SIZE: tl.constexpr, BLOC
     tl.store(at, x.to(logits.dtype.element_ty), mask=column < SIZE)
 
 
-def scale_logits(logits: torch.Tensor, multiplier: float, soft_cap: float | None, *, launch_pdl: bool = False) -> torch.Tensor:
-    """logits [k, vocab], rows contiguous, written over with cap(multiplier * logits); cap(x) = soft_cap * tanh(x / soft_cap), or x if it is None.
+def scale_logits(
+    logits: torch.Tensor, multiplier: float, soft_cap: float | None, *, launch_pdl: bool = False
+) -> torch.Tensor:
+    """logits [k, vocab], rows contiguous, written over with cap(multiplier * logits); cap(x) = soft_cap * tanh(x /
+    soft_cap), or x if it is None.
 
     Computed in float32. launch_pdl: as of `gate`. Raises ValueError for rows that are not contiguous.
     """
@@ -74,19 +96,27 @@ def scale_logits(logits: torch.Tensor, multiplier: float, soft_cap: float | None
     return logits
 
 
-def gate(gate_up: torch.Tensor, activation: str = "silu", *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
-    """out[t] = activation(gate_up[t, :n]) * gate_up[t, n:], the activation in float32 and rounded before the product as in the reference.
+def gate(
+    gate_up: torch.Tensor, activation: str = "silu", *, out: torch.Tensor | None = None, launch_pdl: bool = False
+) -> torch.Tensor:
+    """out[t] = activation(gate_up[t, :n]) * gate_up[t, n:], the activation in float32 and rounded before the product as
+    in the reference.
 
-    gate_up: [T, 2 n], out: [T, n], one dtype (bfloat16, float16, float32), rows contiguous, may be strided. out may be gate_up[:, :n].
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
-    Raises ValueError for shapes, strides, dtypes or activations that do not fit.
+    gate_up: [T, 2 n], out: [T, n], one dtype (bfloat16, float16, float32), rows contiguous, may be strided. out may be
+    gate_up[:, :n].
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel
+    is complete. Raises ValueError for shapes, strides, dtypes or activations that do not fit.
     """
     if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up {tuple(gate_up.shape)}: rows of an odd length do not fit, for they have no two halves")
+        raise ValueError(
+            f"gate_up {tuple(gate_up.shape)}: rows of an odd length do not fit, for they have no two halves"
+        )
     return _launch(gate_up, gate_up.shape[1] // 2, activation, out, launch_pdl)
 
 
-def activate(x: torch.Tensor, activation: str, *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+def activate(
+    x: torch.Tensor, activation: str, *, out: torch.Tensor | None = None, launch_pdl: bool = False
+) -> torch.Tensor:
     """out[t] = activation(x[t]): [T, n], out may be x. Otherwise as `gate`."""
     return _launch(x, x.shape[1], activation, out, launch_pdl)
 
@@ -94,13 +124,24 @@ def activate(x: torch.Tensor, activation: str, *, out: torch.Tensor | None = Non
 def _launch(x: torch.Tensor, size: int, activation: str, out: torch.Tensor | None, launch_pdl: bool) -> torch.Tensor:
     out = x.new_empty(len(x), size) if out is None else out
     if out.shape != (len(x), size) or out.dtype != x.dtype:
-        raise ValueError(f"rows {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} do not fit each other")
+        raise ValueError(
+            f"rows {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} do not fit each other"
+        )
     if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError("rows must be contiguous")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation} is none of {', '.join(ACTIVATIONS)}")
     if len(x):
         _gate_kernel[(len(x), triton.cdiv(size, _BLOCK))](
-            x, out, x.stride(0), out.stride(0), SIZE=size, BLOCK=_BLOCK, GATED=size != x.shape[1], ACTIVATION=activation, LAUNCH_PDL=launch_pdl, num_warps=4
+            x,
+            out,
+            x.stride(0),
+            out.stride(0),
+            SIZE=size,
+            BLOCK=_BLOCK,
+            GATED=size != x.shape[1],
+            ACTIVATION=activation,
+            LAUNCH_PDL=launch_pdl,
+            num_warps=4,
         )
     return out

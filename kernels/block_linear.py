@@ -1,4 +1,5 @@
-"""Products of many tokens with weights of fp8 whose blocks have scales: 8-bit tensor cores, and scales of both sides after each 128 columns.
+"""Products of many tokens with weights of fp8 whose blocks have scales: 8-bit tensor cores, and scales of both sides
+after each 128 columns.
 
 Source: DeepSeek-V3 technical report, 2024, section 3.3: what 128 columns sum up to is scaled and added in float32.
 """
@@ -23,7 +24,9 @@ def _block_kernel(
     N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BAND: tl.constexpr,
     STAGES: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of TOKENS x ROWS of the result. Programs go down BAND tiles of tokens before they go on to the next rows, so that weights stay in the L2 cache."""
+    """A tile of TOKENS x ROWS of the result. Programs go down BAND tiles of tokens before they go on to the next rows,
+    so that weights stay in the L2 cache.
+    """
     pdl_release(LAUNCH_PDL)
     num_down, num_across = tl.cdiv(num_tokens, TOKENS), tl.cdiv(N, ROWS)
     band = tl.program_id(0) // (BAND * num_across)
@@ -50,8 +53,12 @@ def _block_kernel(
         total += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)[None, :]
     wanted = known[:, None] & there[None, :]
     if ADD:
-        total += tl.load(residual + (token.to(tl.int64) * residual_stride)[:, None] + row[None, :], mask=wanted, other=0.0).to(tl.float32)
-    tl.store(out + (token.to(tl.int64) * out_stride)[:, None] + row[None, :], total.to(out.dtype.element_ty), mask=wanted)
+        total += tl.load(
+            residual + (token.to(tl.int64) * residual_stride)[:, None] + row[None, :], mask=wanted, other=0.0
+        ).to(tl.float32)
+    tl.store(
+        out + (token.to(tl.int64) * out_stride)[:, None] + row[None, :], total.to(out.dtype.element_ty), mask=wanted
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,11 @@ class BlockShape:
 
 def block_shape(num_tokens: int) -> BlockShape:
     """Not measured on a card yet: tests/bench/bench_linear.py --formats fp8-block --tokens 256,2048 --sweep."""
-    return BlockShape(tokens=64, rows=128, stages=4, num_warps=4) if num_tokens <= 256 else BlockShape(tokens=128, rows=128, stages=4, num_warps=8)
+    return (
+        BlockShape(tokens=64, rows=128, stages=4, num_warps=4)
+        if num_tokens <= 256
+        else BlockShape(tokens=128, rows=128, stages=4, num_warps=8)
+    )
 
 
 def block_linear(
@@ -75,17 +86,26 @@ def block_linear(
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + (x * x_scales) . W + bias; bias and residual only if there are any.
 
-    x: float8_e4m3fn [T, K], contiguous, with scales float32 [T, K / 128] (round_rows.py); linear: fp8 in blocks whose scales are of 128 columns; out, residual:
-    [T, N] of one floating dtype, rows contiguous, may be strided; out may be residual. Sums of 128 columns and their sum are float32.
-    Raises ValueError for shapes or formats that do not fit.
+    x: float8_e4m3fn [T, K], contiguous, with scales float32 [T, K / 128] (round_rows.py); linear: fp8 in blocks whose
+    scales are of 128 columns; out, residual: [T, N] of one floating dtype, rows contiguous, may be strided; out may be
+    residual. Sums of 128 columns and their sum are float32. Raises ValueError for shapes or formats that do not fit.
     """
     num_tokens, num_columns = x.shape
     num_groups = triton.cdiv(num_columns, GROUP)
-    if linear.format.codes != "fp8" or linear.format.block[1] != GROUP or linear.num_columns != num_columns or x_scales.shape != (num_tokens, num_groups):
-        raise ValueError(f"x {tuple(x.shape)} with scales {tuple(x_scales.shape)} and {linear.format} of {linear.num_columns} columns do not fit each other")
+    if (
+        linear.format.codes != "fp8"
+        or linear.format.block[1] != GROUP
+        or linear.num_columns != num_columns
+        or x_scales.shape != (num_tokens, num_groups)
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} with scales {tuple(x_scales.shape)} and {linear.format} of {linear.num_columns} columns do not fit each other"
+        )
     for tensor in (out, *([] if residual is None else [residual])):
         if tensor.shape != (num_tokens, linear.num_rows) or tensor.stride(1) != 1:
-            raise ValueError(f"out and residual {tuple(tensor.shape)} are not [{num_tokens}, {linear.num_rows}] with contiguous rows")
+            raise ValueError(
+                f"out and residual {tuple(tensor.shape)} are not [{num_tokens}, {linear.num_rows}] with contiguous rows"
+            )
     shape = shape or block_shape(num_tokens)
     grid = triton.cdiv(num_tokens, shape.tokens) * triton.cdiv(linear.num_rows, shape.rows)
     _block_kernel[(grid,)](

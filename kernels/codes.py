@@ -1,6 +1,8 @@
-"""Numbers as they are stored in few bits: to float32 and back, in plain torch. The specification of what the quantised kernels read.
+"""Numbers as they are stored in few bits: to float32 and back, in plain torch. The specification of what the quantised
+kernels read.
 
-Sources: OCP 8-bit floating point, 2023 (e4m3: no infinity, the greatest number is 448); OCP microscaling formats, 2023 (e2m1).
+Sources: OCP 8-bit floating point, 2023 (e4m3: no infinity, the greatest number is 448); OCP microscaling formats, 2023
+    (e2m1).
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the three lower bits; the
 _LEAST_SCALE = 1e-12  # of a group of zeros
 _GREATEST = {"fp8": FP8_MAX, "int8": 127.0, "int4": 7.0, "fp4": 6.0}  # magnitude that scales are chosen for
 
-ACTIVATION_RANGES = {"fp8": (-FP8_MAX, FP8_MAX, FP8_MAX), "int8": (-128.0, 127.0, 127.5)}  # least and greatest number, half the range
+# least and greatest number, half the range
+ACTIVATION_RANGES = {"fp8": (-FP8_MAX, FP8_MAX, FP8_MAX), "int8": (-128.0, 127.0, 127.5)}
 
 
 def pack_nibbles(codes: Tensor, group: int) -> Tensor:
-    """uint8 [rows, columns] below 16 -> uint8 [rows, columns / 2]: of each `group` columns the first half low, the second high."""
+    """uint8 [rows, columns] below 16 -> uint8 [rows, columns / 2]: of each `group` columns the first half low, the
+    second high.
+    """
     low, high = codes.view(len(codes), -1, 2, group // 2).unbind(2)
     return (low | (high << 4)).reshape(len(codes), -1)
 
@@ -65,7 +70,8 @@ def _spread(scales: Tensor, linear: Linear) -> Tensor:
 
 
 def quantise(weight: Tensor, format: Format) -> Linear:
-    """A weight [out, in] rounded to the nearest numbers of `format`, whose scales are such that the greatest magnitude of each block just fits.
+    """A weight [out, in] rounded to the nearest numbers of `format`, whose scales are such that the greatest magnitude
+    of each block just fits.
 
     Symmetric: zeros, if the format has them, are the middle. Without a bias.
     Raises ValueError as `empty_linear`.
@@ -78,8 +84,12 @@ def quantise(weight: Tensor, format: Format) -> Linear:
     if linear.row_scale is not None:  # leaves scales of blocks at most FP8_MAX: they may be of 8 bits themselves
         linear.row_scale.copy_((scale.amax() / FP8_MAX).clamp(min=_LEAST_SCALE).expand(len(weight)))
         scale = scale / linear.row_scale[0]
-    linear.scale.copy_(scale.clamp(min=2.0**-9 if format.scale_dtype == torch.float8_e4m3fn else _LEAST_SCALE).to(format.scale_dtype))
-    numbers = wide / (_spread(linear.scale.float(), linear) * (1.0 if linear.row_scale is None else linear.row_scale[:, None]))
+    linear.scale.copy_(
+        scale.clamp(min=2.0**-9 if format.scale_dtype == torch.float8_e4m3fn else _LEAST_SCALE).to(format.scale_dtype)
+    )
+    numbers = wide / (
+        _spread(linear.scale.float(), linear) * (1.0 if linear.row_scale is None else linear.row_scale[:, None])
+    )
     if linear.zero is not None:
         linear.zero.fill_(8 if format.codes == "int4" else 128)
     linear.weight.copy_(_encode(numbers, linear))
@@ -111,9 +121,11 @@ def _encode(numbers: Tensor, linear: Linear) -> Tensor:
 
 
 def round_activations(x: Tensor, rounding: Rounding, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[T, in] -> numbers [T, in] of rounding.codes' type, and scales, float32 [T, groups]: x is about numbers * its group's scale.
+    """[T, in] -> numbers [T, in] of rounding.codes' type, and scales, float32 [T, groups]: x is about numbers * its
+    group's scale.
 
-    Dynamic scales map a group's greatest magnitude to half the range of the numbers, 448 or 127.5, as compressed-tensors has it.
+    Dynamic scales map a group's greatest magnitude to half the range of the numbers, 448 or 127.5, as
+    compressed-tensors has it.
     """
     wide = x.float()
     least, greatest, half = ACTIVATION_RANGES[rounding.codes]
@@ -127,7 +139,11 @@ def round_activations(x: Tensor, rounding: Rounding, input_scale: Tensor | None 
         if rounding.power_of_two:
             scale = scale.log2().ceil().exp2()
     numbers = padded / scale[:, :, None]
-    numbers = numbers.clamp(least, greatest).to(torch.float8_e4m3fn) if rounding.codes == "fp8" else numbers.round().clamp(least, greatest).to(torch.int8)
+    numbers = (
+        numbers.clamp(least, greatest).to(torch.float8_e4m3fn)
+        if rounding.codes == "fp8"
+        else numbers.round().clamp(least, greatest).to(torch.int8)
+    )
     return numbers.flatten(1)[:, : x.shape[1]], scale
 
 

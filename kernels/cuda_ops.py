@@ -1,7 +1,7 @@
 """The ops of `reference.py` by kernels, for one model on one CUDA device: what the decoder and the sampler call there.
 
-Scratch memory is allocated once, here; a launch reads nothing back to the host, so a whole decode step can be captured as a CUDA graph.
-products.py chooses who multiplies.
+Scratch memory is allocated once, here; a launch reads nothing back to the host, so a whole decode step can be captured
+as a CUDA graph. products.py chooses who multiplies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from torch import Tensor
 from paged_kernels import activation as activations
 from paged_kernels import logit_edits, lora, page_copy, rope_kv, row_update, sampling
 from paged_kernels import norm as norms
-from paged_kernels.decode_attention import make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
+from paged_kernels.decode_attention import (
+    make_decode_plan,
+    make_decode_workspace,
+    paged_decode_attention,
+    plan_decode_attention,
+)
 from paged_kernels.expert_kernels import ExpertKernels
 from paged_kernels.experts import Experts
 from paged_kernels.linear import Linear
@@ -25,15 +30,18 @@ from paged_kernels.ranks import ranks
 from paged_kernels.reference import Ops
 from paged_kernels.truncation import truncation_thresholds
 
-_MANY_SEQUENCES = 128  # from here on they are usually short: twice the programs, since ends of sequences interrupt them more than merging costs
+# from here on they are usually short: twice the programs, since ends of sequences interrupt them more than merging
+# costs
+_MANY_SEQUENCES = 128
 
 
 class CudaOps(Ops):
     """Keeps scratch memory and the plan of the step at hand; steps run one after another on one stream.
 
-    Launches overlap (programmatic dependent launch): a kernel may begin before those before it are complete, and fetches weights, the plan of attention, page
-    tables, positions and slots at once. That is safe because `embedding`, torch's, stands between the kernels that write those and the layers, and waits
-    for everything before it; what one layer's kernel leaves for the next is read after waiting.
+    Launches overlap (programmatic dependent launch): a kernel may begin before those before it are complete, and
+    fetches weights, the plan of attention, page tables, positions and slots at once. That is safe because `embedding`,
+    torch's, stands between the kernels that write those and the layers, and waits for everything before it; what one
+    layer's kernel leaves for the next is read after waiting.
     """
 
     write_spans = staticmethod(row_update.write_spans)
@@ -59,13 +67,16 @@ class CudaOps(Ops):
         kv_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a step, max_outputs that are sampled."""
+        """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a
+        step, max_outputs that are sampled.
+        """
         self._pdl = device.type == "cuda"
         few = make_decode_workspace(num_heads, num_kv_heads, head_dim, kv_dtype, device)
         many = make_decode_workspace(num_heads, num_kv_heads, head_dim, kv_dtype, device, programs_per_multiprocessor=2)
         windows = dict.fromkeys(sliding_windows)
         self._plans_of_few, self._plans_of_many = (
-            {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows} for workspace in (few, many)
+            {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows}
+            for workspace in (few, many)
         )
         self._plans = self._plans_of_few
         self._products = Products(device)
@@ -127,11 +138,29 @@ class CudaOps(Ops):
     def group_tokens(self, token_adapters: Tensor, num_adapters: int, order: Tensor, tiles: Tensor) -> None:
         lora.group_tokens(token_adapters, num_adapters, order, tiles, launch_pdl=self._pdl)
 
-    def adapter_shrink(self, x: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, num_parts: int, hidden: Tensor) -> None:
+    def adapter_shrink(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ranks: Tensor,
+        order: Tensor,
+        tiles: Tensor,
+        offset: int,
+        num_parts: int,
+        hidden: Tensor,
+    ) -> None:
         lora.adapter_shrink(x, weights, ranks, order, tiles, offset, num_parts, hidden, launch_pdl=self._pdl)
 
     def adapter_expand(
-        self, hidden: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, out_sizes: Sequence[int], out: Tensor
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        ranks: Tensor,
+        order: Tensor,
+        tiles: Tensor,
+        offset: int,
+        out_sizes: Sequence[int],
+        out: Tensor,
     ) -> None:
         lora.adapter_expand(hidden, weights, ranks, order, tiles, offset, out_sizes, out, launch_pdl=self._pdl)
 
@@ -171,12 +200,16 @@ class CudaOps(Ops):
         )
 
     def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
-        """Divides a step's decoding sequences among the multiprocessors and notes where the others' queries are. seq_lens 0: padding."""
+        """Divides a step's decoding sequences among the multiprocessors and notes where the others' queries are.
+        seq_lens 0: padding.
+        """
         self._plans = self._plans_of_many if num_decodes >= _MANY_SEQUENCES else self._plans_of_few
         if num_decodes:
             for plan in self._plans.values():
                 plan_decode_attention(seq_lens[:num_decodes], plan)
-        self._prefill = (query_starts[num_decodes:] - num_decodes, seq_lens[num_decodes:], max_query_len) if max_query_len else None
+        self._prefill = (
+            (query_starts[num_decodes:] - num_decodes, seq_lens[num_decodes:], max_query_len) if max_query_len else None
+        )
 
     def decode_attention(
         self,
@@ -194,7 +227,16 @@ class CudaOps(Ops):
         out = torch.empty_like(q)
         plan = self._plans[sliding_window]
         paged_decode_attention(
-            q, kv_pages, page_table, out, plan, scale=scale, soft_cap=soft_cap or 0.0, sinks=sinks, launch_pdl=self._pdl, plan_settled=self._pdl
+            q,
+            kv_pages,
+            page_table,
+            out,
+            plan,
+            scale=scale,
+            soft_cap=soft_cap or 0.0,
+            sinks=sinks,
+            launch_pdl=self._pdl,
+            plan_settled=self._pdl,
         )
         return out
 
@@ -214,7 +256,9 @@ class CudaOps(Ops):
         query_starts, seq_lens, max_query_len = self._prefill
         out = torch.empty_like(q)
         options = {"sliding_window": sliding_window or 0, "soft_cap": soft_cap or 0.0, "sinks": sinks}
-        paged_prefill_attention(q, kv_pages, page_table, query_starts, seq_lens, out, max_query_len=max_query_len, scale=scale, **options)
+        paged_prefill_attention(
+            q, kv_pages, page_table, query_starts, seq_lens, out, max_query_len=max_query_len, scale=scale, **options
+        )
         return out
 
     # ---- pages
@@ -232,24 +276,43 @@ class CudaOps(Ops):
         return logit_edits.ban_bad_words(logits, words.contiguous(), recent, num_tokens)
 
     def apply_penalties(
-        self, logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+        self,
+        logits: Tensor,
+        history: Tensor,
+        prompt_lens: Tensor,
+        num_tokens: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
     ) -> Tensor:
         if self._counts is None:
             self._counts = torch.zeros(self._shape, dtype=torch.int32, device=logits.device)
-        return logit_edits.apply_penalties(logits, history, prompt_lens, num_tokens, repetition, presence, frequency, counts=self._counts)
+        return logit_edits.apply_penalties(
+            logits, history, prompt_lens, num_tokens, repetition, presence, frequency, counts=self._counts
+        )
 
     def argmax(self, logits: Tensor) -> Tensor:
         return sampling.argmax(logits, workspace=self._sampling, out=logits.new_empty(len(logits), dtype=torch.int32))
 
     def choose(
-        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        truncation: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """reference.choose, and rows of -1 are padding: token 0 is chosen for them."""
         thresholds = None
         if truncation is not None:
-            thresholds = truncation_thresholds(logits, *truncation, workspace=self._sampling, temperature=temperature, rows=rows)
+            thresholds = truncation_thresholds(
+                logits, *truncation, workspace=self._sampling, temperature=temperature, rows=rows
+            )
         out = logits.new_empty(len(logits), dtype=torch.int32)
-        return sampling.sample(logits, temperature, seeds, positions, workspace=self._sampling, thresholds=thresholds, rows=rows, out=out)
+        return sampling.sample(
+            logits, temperature, seeds, positions, workspace=self._sampling, thresholds=thresholds, rows=rows, out=out
+        )
 
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         return sampling.logprobs(logits, token_ids, workspace=self._sampling)

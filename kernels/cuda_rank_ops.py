@@ -1,4 +1,6 @@
-"""The ops of one rank of several, by kernels: those of cuda_ops.py, and the exchange of rank_ops.py with its keys from one launch."""
+"""The ops of one rank of several, by kernels: those of cuda_ops.py, and the exchange of rank_ops.py with its keys from
+one launch.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,10 @@ class CudaRankOps(RankOps, CudaOps):
     def best_keys(self, logits: Tensor) -> Tensor:
         return best_keys(logits[:, : self._vocabulary.count], self._vocabulary.first)
 
-    def best_draw_keys(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    def best_draw_keys(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor
+    ) -> Tensor:
         """Rows of -1 are padding: their key stands for no token."""
-        return best_draw_keys(logits[:, : self._vocabulary.count], self._vocabulary.first, temperature, seeds, positions, rows)
+        return best_draw_keys(
+            logits[:, : self._vocabulary.count], self._vocabulary.first, temperature, seeds, positions, rows
+        )

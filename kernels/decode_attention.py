@@ -1,22 +1,28 @@
 """Paged decode attention: one new token per sequence against its keys and values in the page pool.
 
-The picture. Every sequence is cut into tiles of `tile` tokens and all tiles lie in one line. Work item s of a fixed number of work items walks tiles
-[s * share, (s + 1) * share) of that line, for each KV head in a program of its own, in one software-pipelined loop that runs on across the borders of
-sequences, so the memory pipe never drains. A sequence that lies in one work item goes straight to `out`; pieces of one that several share go to a
-workspace, and the last of its programs to arrive merges them by log-sum-exp, in the line's order, so results do not depend on who came last.
+The picture. Every sequence is cut into tiles of `tile` tokens and all tiles lie in one line. Work item s of a fixed
+number of work items walks tiles [s * share, (s + 1) * share) of that line, for each KV head in a program of its own, in
+one software-pipelined loop that runs on across the borders of sequences, so the memory pipe never drains. A sequence
+that lies in one work item goes straight to `out`; pieces of one that several share go to a workspace, and the last of
+its programs to arrive merges them by log-sum-exp, in the line's order, so results do not depend on who came last.
 
     line    | sequence 0 (8 tiles) | 1 (3)  |   sequence 2 (6)   |  ...
-    work items   |   s0    |    s1    |    s2    |    s3    |             s1 finishes sequence 0 with s0, does all of 1, and begins 2
+    work items   |   s0    |    s1    |    s2    |    s3    |             s1 finishes sequence 0 with s0, does all of 1,
+    and begins 2
 
-Keys and values of 8 bits come in pairs, as 16-bit numbers, of which tensor cores' operands are made with the instructions that there are for those. Each
-number becomes two of float16, 2^-8 of the true ones, by moving bits; so a head's even and odd dimensions are two products of half the depth.
+Keys and values of 8 bits come in pairs, as 16-bit numbers, of which tensor cores' operands are made with the
+instructions that there are for those. Each number becomes two of float16, 2^-8 of the true ones, by moving bits; so a
+head's even and odd dimensions are two products of half the depth.
 
-The programs of a work item read the same pages at the same time, each its head: a page's heads are neighbours in memory.
+The programs of a work item read the same pages at the same time, each its head: a page's heads are neighbours in
+memory.
 
-`plan_decode_attention` derives the line from the device's lengths once per step (and per sliding window); all layers share the plan. No length is ever read
-by the host, the grid is fixed and nothing is allocated: both launches can be captured in a CUDA graph.
+`plan_decode_attention` derives the line from the device's lengths once per step (and per sliding window); all layers
+share the plan. No length is ever read by the host, the grid is fixed and nothing is allocated: both launches can be
+captured in a CUDA graph.
 
-Sources: split over KV: Flash-Decoding (Dao et al., 2023); the line cut in equal shares: Stream-K (Osama et al., 2023), FlashInfer (Ye et al., 2025).
+Sources: split over KV: Flash-Decoding (Dao et al., 2023); the line cut in equal shares: Stream-K (Osama et al., 2023),
+    FlashInfer (Ye et al., 2025).
 """
 
 from __future__ import annotations
@@ -44,7 +50,14 @@ from paged_kernels.decode_plan import (
 )  # fmt: skip
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 
-__all__ = ["DecodePlan", "DecodeWorkspace", "make_decode_plan", "make_decode_workspace", "paged_decode_attention", "plan_decode_attention"]
+__all__ = [
+    "DecodePlan",
+    "DecodeWorkspace",
+    "make_decode_plan",
+    "make_decode_workspace",
+    "paged_decode_attention",
+    "plan_decode_attention",
+]
 
 
 @triton.jit
@@ -63,7 +76,11 @@ def _load_pages(pages, base, length, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr
     if PAGE_SIZE >= TILE:
         page = tl.load(pages + base // PAGE_SIZE, mask=length > 0, other=0)
     else:
-        page = tl.load(pages + base // PAGE_SIZE + tl.arange(0, TILE) // PAGE_SIZE, mask=_visible(base, length, TILE, WINDOW), other=0)
+        page = tl.load(
+            pages + base // PAGE_SIZE + tl.arange(0, TILE) // PAGE_SIZE,
+            mask=_visible(base, length, TILE, WINDOW),
+            other=0,
+        )
     return page
 
 
@@ -71,7 +88,9 @@ def _load_pages(pages, base, length, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr
 def _barrier(COMPILED: tl.constexpr):
     """tl.debug_barrier() in words that the compiler does not know: it pipelines no loop with a barrier in it."""
     if COMPILED:
-        tl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "bar.sync 0; mov.u32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -79,7 +98,8 @@ def _merge(
     first_item, last_item, head, out_rows, partial_acc, partial_lse,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh a sequence's partial outputs by their sums of softmax, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD] float32.
+    """Weigh a sequence's partial outputs by their sums of softmax, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD]
+    float32.
 
     Little code: it runs once, at the end, where every line of it is an instruction cache miss.
     """
@@ -105,12 +125,18 @@ def _merge(
         m = new_m
     rows = tl.arange(0, GROUP_PAD)
     where = out_rows + rows[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(where, (acc * (1.0 / l)[:, None]).to(out_rows.dtype.element_ty), mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+    tl.store(
+        where,
+        (acc * (1.0 / l)[:, None]).to(out_rows.dtype.element_ty),
+        mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
+    )
 
 
 @triton.jit
 def _unpack(pairs):
-    """Two float8_e4m3fn in each int16 as float16 of 2^-8 of their value: the lower byte's, the upper byte's. NaN becomes 480 * 2^-8."""
+    """Two float8_e4m3fn in each int16 as float16 of 2^-8 of their value: the lower byte's, the upper byte's. NaN
+    becomes 480 * 2^-8.
+    """
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 low, high, sign;
@@ -134,10 +160,15 @@ def _as_float16(x):
 
 @triton.jit
 def _softmax_step(scores, visible, m, scale, soft_cap, SOFT_CAP: tl.constexpr):
-    """A step of online softmax (Milakov and Gimelshein, 2018) in base 2: the tile's weights, the new maximum m, and alpha, by which sums under the old
-    maximum are to be multiplied."""
+    """A step of online softmax (Milakov and Gimelshein, 2018) in base 2: the tile's weights, the new maximum m, and
+    alpha, by which sums under the old maximum are to be multiplied.
+    """
     if SOFT_CAP:
-        scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * 1.4426950408889634) / soft_cap)) + 1.0)) * 1.4426950408889634
+        scores = (
+            soft_cap
+            * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * 1.4426950408889634) / soft_cap)) + 1.0))
+            * 1.4426950408889634
+        )
     else:
         scores = scores * (scale * 1.4426950408889634)
     scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -150,12 +181,18 @@ def _put_piece(
     result, lse, item, head, begins, first_item, last_item, arrivals, partial_acc, partial_lse,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Leave a piece of a sequence that work items `first_item` to `last_item` share in the workspace; 1 if all others are there already, else 0."""
+    """Leave a piece of a sequence that work items `first_item` to `last_item` share in the workspace; 1 if all others
+    are there already, else 0.
+    """
     row = tl.arange(0, result.shape[0])
     dim = tl.arange(0, result.shape[1])
     piece = ((2 * item + begins.to(tl.int32)) * HEADS + head) * GROUP
     tl.store(partial_lse + piece + row, lse, mask=row < GROUP)
-    tl.store(partial_acc + (piece + row[:, None]) * HEAD_DIM + dim[None, :], result, mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+    tl.store(
+        partial_acc + (piece + row[:, None]) * HEAD_DIM + dim[None, :],
+        result,
+        mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
+    )
     _barrier(COMPILED)  # every thread's stores come before the release
     earlier = tl.atomic_add(arrivals + first_item * HEADS + head, 1, sem="acq_rel", scope="gpu")
     return (earlier == last_item - first_item).to(tl.int32)
@@ -210,13 +247,15 @@ def _decode_kernel(
     pdl_wait(LAUNCH_PDL and PLAN_SETTLED)
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    ls = tl.zeros([ROWS, TILE], tl.float32)  # summed over its columns only when a sequence ends: a reduction across warps costs three barriers
+    # summed over its columns only when a sequence ends: a reduction across warps costs three barriers
+    ls = tl.zeros([ROWS, TILE], tl.float32)
     acc = tl.zeros([ROWS, CELLS_PAD], tl.float32)
     odd = tl.zeros([ROWS, CELLS_PAD if PACKED else 1], tl.float32)
     came_last = begun_in * 0
     for step in range(count):
         now_seq, now_length, now_tile, now_base, now_page = seq, length, tile, base, page
-        # The tile after this one. Its page ids are read before this tile's keys: loads return in order, and a load behind them would come too late.
+        # The tile after this one. Its page ids are read before this tile's keys: loads return in order, and a load
+        # behind them would come too late.
         ends = base + TILE >= length
         tile = tl.where(ends, 0, tile + 1)
         record = tl.where(ends, record + 1, record)
@@ -236,7 +275,9 @@ def _decode_kernel(
         now_q = q + now_seq.to(tl.int64) * q_stride + q_offset
         queries = tl.load(now_q, mask=in_head, other=0.0)
         keys = tl.load(where, mask=visible[:, None] & in_head, other=ZERO, eviction_policy="evict_first")
-        values = tl.load(where + VALUE_STRIDE, mask=visible[:, None] & in_head, other=ZERO, eviction_policy="evict_first")
+        values = tl.load(
+            where + VALUE_STRIDE, mask=visible[:, None] & in_head, other=ZERO, eviction_policy="evict_first"
+        )
 
         if PACKED:
             even_keys, odd_keys = _unpack(tl.trans(keys))
@@ -251,12 +292,16 @@ def _decode_kernel(
             acc = tl.dot(weights.to(tl.float16), even_values, acc * alpha[:, None])
             odd = tl.dot(weights.to(tl.float16), odd_values, odd * alpha[:, None])
         else:
-            acc = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(
+                weights.to(queries.dtype), values.to(queries.dtype), acc * alpha[:, None], input_precision=PRECISION
+            )
 
         if ends | (step + 1 == count):
             begins = now_tile <= step
             l = tl.sum(ls, 1)
-            if SINKS:  # counted once for a sequence, in the piece that begins it. Beyond 2^100 times the rest the rest is nothing, too
+            # counted once for a sequence, in the piece that begins it. Beyond 2^100 times the rest the rest is nothing,
+            # too
+            if SINKS:
                 sink = tl.load(sinks + head * GROUP + tl.minimum(row, GROUP - 1)).to(tl.float32) * 1.4426950408889634
                 l += tl.where(begins, tl.exp2(tl.minimum(sink - m, 100.0)), 0.0)
             if PACKED:
@@ -266,7 +311,9 @@ def _decode_kernel(
             if ends & begins:
                 dim = tl.arange(0, HEAD_PAD)
                 target = out + now_seq.to(tl.int64) * out_stride + row[:, None] * HEAD_DIM + dim[None, :]
-                tl.store(target, result.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+                tl.store(
+                    target, result.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+                )
             else:
                 first, last = tl.where(begins, item, begun_in), tl.where(begins, last_to, begun_to)
                 was_last = _put_piece(result, m + tl.log2(l), item, head, begins, first, last, arrivals, partial_acc, partial_lse,
@@ -278,17 +325,43 @@ def _decode_kernel(
             if PACKED:
                 odd = tl.zeros([ROWS, CELLS_PAD], tl.float32)
 
-    # The last of a sequence's programs to come merges its pieces and leaves the counter at zero for the next launch: of the sequence this item began inside
-    # of (1), and of the one it stopped inside of (2).
+    # The last of a sequence's programs to come merges its pieces and leaves the counter at zero for the next launch: of
+    # the sequence this item began inside of (1), and of the one it stopped inside of (2).
     if came_last > 0:
         for part in range(1, 3):
             if (came_last & part) > 0:
                 first, last = tl.where(part == 1, begun_in, item), tl.where(part == 1, begun_to, last_to)
                 target = out + tl.where(part == 1, first_seq, last_seq).to(tl.int64) * out_stride
                 if last - first < FEW_PARTS:
-                    _merge(first, last, head, target, partial_acc, partial_lse, HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, FEW_PARTS)
+                    _merge(
+                        first,
+                        last,
+                        head,
+                        target,
+                        partial_acc,
+                        partial_lse,
+                        HEADS,
+                        GROUP,
+                        GROUP_PAD,
+                        HEAD_DIM,
+                        HEAD_PAD,
+                        FEW_PARTS,
+                    )
                 else:
-                    _merge(first, last, head, target, partial_acc, partial_lse, HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, PARTS)
+                    _merge(
+                        first,
+                        last,
+                        head,
+                        target,
+                        partial_acc,
+                        partial_lse,
+                        HEADS,
+                        GROUP,
+                        GROUP_PAD,
+                        HEAD_DIM,
+                        HEAD_PAD,
+                        PARTS,
+                    )
                 tl.store(arrivals + first * HEADS + head, 0)
 
 
@@ -296,16 +369,20 @@ def paged_decode_attention(
     q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, plan: DecodePlan,
     *, scale: float, soft_cap: float = 0.0, sinks: torch.Tensor | None = None, launch_pdl: bool = False, plan_settled: bool = False,
 ) -> None:  # fmt: skip
-    """out[s, h] = softmax(cap(q[s, h] . K[s] * scale)) . V[s] over the last `sliding_window` tokens of sequence s, as planned.
+    """out[s, h] = softmax(cap(q[s, h] . K[s] * scale)) . V[s] over the last `sliding_window` tokens of sequence s, as
+    planned.
 
-    q, out: [num_sequences, num_q_heads, head_dim], rows may be strided. kv_pages: [num_pages, 2, num_kv_heads, page_size, head_dim], keys then values, with
-    page_size a power of two. page_table: int32 [num_sequences, max_pages]; entries past a sequence's length are never read. q and out of one dtype (bfloat16,
-    float16 or float32; sums in float32), in which K and V are taken whatever type the store has (float8_e4m3fn beside 16-bit queries as float16, NaN as 480);
-    rows aligned to 16 bytes. Rows of length 0 are left as they are. cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0.
-    sinks: [num_q_heads], any floating dtype: a score more for each head, of a token without a value. launch_pdl: begin while the
-    kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete; with plan_settled, the plan and the page table are
-    read earlier: only for when neither was written by the kernel before, nor by one it did not wait for.
-    Raises ValueError if the tensors do not fit each other or the plan's workspace.
+    q, out: [num_sequences, num_q_heads, head_dim], rows may be strided. kv_pages: [num_pages, 2, num_kv_heads,
+    page_size, head_dim], keys then values, with page_size a power of two. page_table: int32 [num_sequences, max_pages];
+    entries past a sequence's length are never read. q and out of one dtype (bfloat16, float16 or float32; sums in
+    float32), in which K and V are taken whatever type the store has (float8_e4m3fn beside 16-bit queries as float16,
+    NaN as 480); rows aligned to 16 bytes. Rows of length 0 are left as they are. cap(x) = soft_cap * tanh(x /
+    soft_cap), or x if soft_cap is 0.
+    sinks: [num_q_heads], any floating dtype: a score more for each head, of a token without a value. launch_pdl: begin
+    while the kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete;
+    with plan_settled, the plan and the page table are read earlier: only for when neither was written by the kernel
+    before, nor by one it did not wait for. Raises ValueError if the tensors do not fit each other or the plan's
+    workspace.
     """
     workspace = plan.workspace
     _check(q, kv_pages, page_table, out, workspace)
@@ -313,7 +390,10 @@ def paged_decode_attention(
         raise ValueError(f"sinks {tuple(sinks.shape)} are not one for each of {q.shape[1]} query heads, side by side")
     page_size, head_dim = kv_pages.shape[3:]
     packed = q.is_cuda and q.itemsize == 2 and kv_pages.itemsize == 1
-    group_pad, head_pad = triton.next_power_of_2(workspace.group), max(32 if packed else 16, triton.next_power_of_2(head_dim))
+    group_pad, head_pad = (
+        triton.next_power_of_2(workspace.group),
+        max(32 if packed else 16, triton.next_power_of_2(head_dim)),
+    )
     kv_pages = kv_pages.view(torch.int16) if packed else kv_pages
     _decode_kernel[(workspace.num_work_items * workspace.num_kv_heads,)](
         q, kv_pages, page_table, out, q if sinks is None else sinks, plan.line, plan.starts, plan.records,
@@ -328,16 +408,27 @@ def paged_decode_attention(
     )  # fmt: skip
 
 
-def _check(q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, workspace: DecodeWorkspace) -> None:
+def _check(
+    q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, workspace: DecodeWorkspace
+) -> None:
     num_sequences, num_q_heads, head_dim = q.shape
     _, two, num_kv_heads, page_size, kv_head_dim = kv_pages.shape
     if (two, num_kv_heads, kv_head_dim) != (2, workspace.num_kv_heads, workspace.head_dim) or head_dim != kv_head_dim:
-        raise ValueError(f"kv_pages {tuple(kv_pages.shape)} do not fit the workspace's {workspace.num_kv_heads} KV heads of {workspace.head_dim}")
+        raise ValueError(
+            f"kv_pages {tuple(kv_pages.shape)} do not fit the workspace's {workspace.num_kv_heads} KV heads of {workspace.head_dim}"
+        )
     if num_q_heads != num_kv_heads * workspace.group or out.shape != q.shape or page_table.shape[0] != num_sequences:
-        raise ValueError(f"q {tuple(q.shape)}, out {tuple(out.shape)} and page_table {tuple(page_table.shape)} do not fit each other or the workspace")
+        raise ValueError(
+            f"q {tuple(q.shape)}, out {tuple(out.shape)} and page_table {tuple(page_table.shape)} do not fit each other or the workspace"
+        )
     if page_size & (page_size - 1):
         raise ValueError(f"page_size {page_size} is no power of two")
-    if kv_pages.stride()[3:] != (head_dim, 1) or q.stride()[1:] != (head_dim, 1) or out.stride()[1:] != (head_dim, 1) or page_table.stride(1) != 1:
+    if (
+        kv_pages.stride()[3:] != (head_dim, 1)
+        or q.stride()[1:] != (head_dim, 1)
+        or out.stride()[1:] != (head_dim, 1)
+        or page_table.stride(1) != 1
+    ):
         raise ValueError("heads and pages must be contiguous")
     if kv_pages.itemsize == 1 and kv_pages.dtype != torch.float8_e4m3fn:
         raise ValueError(f"kv_pages {kv_pages.dtype}: of the types of 8 bits only float8_e4m3fn is known")

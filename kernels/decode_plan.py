@@ -1,4 +1,6 @@
-"""The line of tiles that `decode_attention` walks, cut into equal shares on the device from a step's lengths; and the scratch memory that goes with it."""
+"""The line of tiles that `decode_attention` walks, cut into equal shares on the device from a step's lengths; and the
+scratch memory that goes with it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import triton.language as tl
 
 from paged_kernels.jit import kernel
 
-# A work item's record in `starts`, int32 [RECORD_WORDS]: where it begins on the line, and with which other work items it shares sequences.
+# A work item's record in `starts`, int32 [RECORD_WORDS]: where it begins on the line, and with which other work items
+# it shares sequences.
 RECORD_WORDS = tl.constexpr(8)
 AT_RECORD = tl.constexpr(0)  # the place in `records` of the sequence that it begins in
 AT_SEQ = tl.constexpr(1)  # that sequence's id,
@@ -24,7 +27,9 @@ LAST_TO = tl.constexpr(7)  # and the last work item that computes a part of it: 
 
 @triton.jit
 def first_token(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Where the first tile begins of a sequence whose last position is length - 1: at its first visible position or less than a tile before."""
+    """Where the first tile begins of a sequence whose last position is length - 1: at its first visible position or
+    less than a tile before.
+    """
     first = length * 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // TILE * TILE
@@ -53,7 +58,8 @@ def _plan_kernel(
 ):  # fmt: skip
     """Each program places ITEMS work items on the line; the first one also writes the records.
 
-    line: [2] tiles of a work item, tiles in the line. records: [sequences, 2] id and length of the non-empty sequences, in order.
+    line: [2] tiles of a work item, tiles in the line. records: [sequences, 2] id and length of the non-empty sequences,
+    in order.
     starts: [work items, RECORD_WORDS], as above.
     """
     part = tl.program_id(0)
@@ -94,9 +100,10 @@ def _plan_kernel(
 class DecodeWorkspace:
     """Scratch of one model's decode attention on one device; layers that run one after another share it.
 
-    arrivals: int32 [num_work_items, num_kv_heads], all zero between launches. partial_acc: float32 [2 * num_work_items, num_kv_heads, group, head_dim]:
-    normalised outputs of pieces, 2s + 1 for the one that begins a sequence in item s, 2s for the one that goes on with an earlier item's. partial_lse: float32
-    [2 * num_work_items, num_kv_heads, group]: their log2-sum-exp2. tile: tokens per tile.
+    arrivals: int32 [num_work_items, num_kv_heads], all zero between launches. partial_acc: float32 [2 * num_work_items,
+    num_kv_heads, group, head_dim]: normalised outputs of pieces, 2s + 1 for the one that begins a sequence in item s,
+    2s for the one that goes on with an earlier item's. partial_lse: float32 [2 * num_work_items, num_kv_heads, group]:
+    their log2-sum-exp2. tile: tokens per tile.
     """
 
     num_kv_heads: int
@@ -113,7 +120,9 @@ class DecodeWorkspace:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Who attends to what, for one sliding window, as written by `plan_decode_attention`: see `_plan_kernel` for the tensors (int32)."""
+    """Who attends to what, for one sliding window, as written by `plan_decode_attention`: see `_plan_kernel` for the
+    tensors (int32).
+    """
 
     workspace: DecodeWorkspace
     max_sequences: int
@@ -135,18 +144,23 @@ def make_decode_workspace(
         raise ValueError(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")
     group = num_q_heads // num_kv_heads
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    programs = programs_per_multiprocessor or (2 if kv_dtype.itemsize == 1 else _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim))
+    programs = programs_per_multiprocessor or (
+        2 if kv_dtype.itemsize == 1 else _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim)
+    )
     num_work_items = max(1, programs * multiprocessors // num_kv_heads)
-    wide = programs == 1 and 4 < group <= 16  # fewer, larger steps of softmax: there is more of it for each key. With more rows the tensor cores read all keys
+    # fewer, larger steps of softmax: there is more of it for each key. With more rows the tensor cores read all keys
+    wide = programs == 1 and 4 < group <= 16
     # and values from shared memory, where four such tiles would not fit
     return DecodeWorkspace(
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
-        tile=tile or max(16, (32768 if wide else 16384) // (triton.next_power_of_2(head_dim) * kv_dtype.itemsize)),  # bytes of keys
+        # bytes of keys
+        tile=tile or max(16, (32768 if wide else 16384) // (triton.next_power_of_2(head_dim) * kv_dtype.itemsize)),
         num_work_items=num_work_items,
         num_warps=num_warps or (8 if wide else 4),
-        # So many that no more programs than these fit on a multiprocessor: a launch that begins while another runs would else crowd some of them.
+        # So many that no more programs than these fit on a multiprocessor: a launch that begins while another runs
+        # would else crowd some of them.
         num_stages=num_stages or (4 if programs == 1 and not wide else 3),
         arrivals=torch.zeros(num_work_items, num_kv_heads, dtype=torch.int32, device=device),
         partial_acc=torch.empty(2 * num_work_items, num_kv_heads, group, head_dim, dtype=torch.float32, device=device),
@@ -155,8 +169,10 @@ def make_decode_workspace(
 
 
 def _programs_per_multiprocessor(multiprocessors: int, num_kv_heads: int, head_dim: int) -> int:
-    """One, which draws on memory most evenly and leaves the fewest pieces to merge, unless the heads then leave a tenth of the multiprocessors idle.
-    Two for short heads: a tile of them has twice the tokens, and softmax takes longer than their keys and values."""
+    """One, which draws on memory most evenly and leaves the fewest pieces to merge, unless the heads then leave a tenth
+    of the multiprocessors idle. Two for short heads: a tile of them has twice the tokens, and softmax takes longer than
+    their keys and values.
+    """
     return 1 if multiprocessors // num_kv_heads * num_kv_heads >= 0.9 * multiprocessors and head_dim > 64 else 2
 
 
@@ -174,7 +190,8 @@ def make_decode_plan(workspace: DecodeWorkspace, max_sequences: int, sliding_win
 
 
 def plan_decode_attention(seq_lens: torch.Tensor, plan: DecodePlan) -> None:
-    """Write `plan` for a step's lengths: int32 [num_sequences] on the device, the current token included, 0 = padding row.
+    """Write `plan` for a step's lengths: int32 [num_sequences] on the device, the current token included, 0 = padding
+    row.
 
     Raises ValueError if there are more sequences than the plan was made for.
     """

@@ -1,4 +1,6 @@
-"""A quantised weight as floats of the activations' type, for products of so many tokens that the tensor cores' time counts and cuBLAS is the best there is."""
+"""A quantised weight as floats of the activations' type, for products of so many tokens that the tensor cores' time
+counts and cuBLAS is the best there is.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def _dequantise_kernel(
     begin = tl.program_id(1) * BLOCK
     there = (row < N)[:, None]
     at = weight + (row.to(tl.int64) * K)[:, None]
-    low, high = load_tile(at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, tl.float32)
+    low, high = load_tile(
+        at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, tl.float32
+    )
     factor = tl.full([ROWS], 1.0, tl.float32)
     if not GROUPED:
         factor *= tl.load(scale + row, mask=row < N, other=0.0).to(tl.float32)
@@ -43,7 +47,9 @@ def _dequantise_kernel(
 
 
 def dequantised(linear: Linear, dtype: torch.dtype, *, launch_pdl: bool = False) -> torch.Tensor:
-    """What the linear means, [out, in] of `dtype`, in new memory. Raises ValueError for a format that quant_linear.py does not read."""
+    """What the linear means, [out, in] of `dtype`, in new memory. Raises ValueError for a format that quant_linear.py
+    does not read.
+    """
     if not reaches(linear):
         raise ValueError(f"{linear.format} is not read by these kernels")
     num_rows, row_bytes = linear.weight.shape

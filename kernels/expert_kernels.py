@@ -1,7 +1,7 @@
 """The one place that chooses kernels for a layer of experts, from the number of tokens.
 
-One token: a launch for norm and routing, two for the experts. Many: norm, routing, grouping (one or two launches), two grouped products, and the sum of each
-token's answers.
+One token: a launch for norm and routing, two for the experts. Many: norm, routing, grouping (one or two launches), two
+grouped products, and the sum of each token's answers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ class ExpertKernels:
         """reference.add_experts; residual is written over."""
         if len(x) == 1:
             return expert_vectors.add_experts_of_one(x, expert_ids, weights, experts, residual, launch_pdl=self._pdl)
-        return expert_products.add_experts(x, expert_ids, weights, experts, residual, num_programs=self._num_programs, launch_pdl=self._pdl)
+        return expert_products.add_experts(
+            x, expert_ids, weights, experts, residual, num_programs=self._num_programs, launch_pdl=self._pdl
+        )
 
     def norm_add(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
         """reference.norm_add_experts; x is written over."""
         if len(x) == 1 and norm is not None and norm.is_plain:
-            normed, *chosen = expert_routing.norm_route_one(x, norm.weight, norm.eps, experts, arrivals=self._arrivals, launch_pdl=self._pdl)
+            normed, *chosen = expert_routing.norm_route_one(
+                x, norm.weight, norm.eps, experts, arrivals=self._arrivals, launch_pdl=self._pdl
+            )
         else:
             normed = x if norm is None else norms.norm(x, norm, launch_pdl=self._pdl)
             chosen = list(self.route(normed, experts))

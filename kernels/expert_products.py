@@ -1,9 +1,11 @@
-"""Products of many tokens with the experts they chose: tokens are grouped by expert (kernels/grouping.py), and tiles of weights multiply tiles of one expert's
-tokens on the tensor cores, the weights' rows on the long side, as in `small_linear.narrow_linear`.
+"""Products of many tokens with the experts they chose: tokens are grouped by expert (kernels/grouping.py), and tiles of
+weights multiply tiles of one expert's tokens on the tensor cores, the weights' rows on the long side, as in
+`small_linear.narrow_linear`.
 
-Two launches of one kernel, gate_up with the gate behind it and down with each token's weight of the expert, and one that adds up a token's answers in the order
-of its choice, so that results do not depend on chance. Programs are as many as fit the device and go through tiles × rows of weights, neighbours the same
-tokens; how many tiles there are the device alone knows, the rest of the worst case is passed over. Sums are float32.
+Two launches of one kernel, gate_up with the gate behind it and down with each token's weight of the expert, and one
+that adds up a token's answers in the order of its choice, so that results do not depend on chance. Programs are as many
+as fit the device and go through tiles × rows of weights, neighbours the same tokens; how many tiles there are the
+device alone knows, the rest of the worst case is passed over. Sums are float32.
 
 Weights in mxfp4 (kernels/mxfp4.py) become the activations' type on their way to the tensor cores, in registers.
 Sources: MegaBlocks (Gale et al., 2022); persistent programs over experts × tiles: the grouped products of CUTLASS.
@@ -46,16 +48,26 @@ def _add_product(
     total, weight, scales, row, there, values, begin,
     K: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, MXFP4: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total [ROWS, TOKENS] + columns begin … begin + BLOCK of the weight's rows @ values [BLOCK, TOKENS]. row: int64."""
+    """total [ROWS, TOKENS] + columns begin … begin + BLOCK of the weight's rows @ values [BLOCK, TOKENS]. row:
+    int64.
+    """
     if MXFP4:
         byte = begin // 2 + tl.arange(0, BLOCK // 2)
-        w = tl.load(weight + (row * (K // 2))[:, None] + byte[None, :], mask=there[:, None] & (byte < K // 2)[None, :], other=0)
+        w = tl.load(
+            weight + (row * (K // 2))[:, None] + byte[None, :], mask=there[:, None] & (byte < K // 2)[None, :], other=0
+        )
         group = begin // _MX_GROUP + tl.arange(0, BLOCK // _MX_GROUP)
-        scale = tl.load(scales + (row * SCALES)[:, None] + group[None, :], mask=there[:, None] & (group * _MX_GROUP < K)[None, :], other=0)
+        scale = tl.load(
+            scales + (row * SCALES)[:, None] + group[None, :],
+            mask=there[:, None] & (group * _MX_GROUP < K)[None, :],
+            other=0,
+        )
         total = tl.dot(_numbers(w, scale, BLOCK, values.dtype), values, total)
     else:
         column = begin + tl.arange(0, BLOCK)
-        w = tl.load(weight + (row * K)[:, None] + column[None, :], mask=there[:, None] & (column < K)[None, :], other=0.0)
+        w = tl.load(
+            weight + (row * K)[:, None] + column[None, :], mask=there[:, None] & (column < K)[None, :], other=0.0
+        )
         total = tl.dot(w, values, total, input_precision=PRECISION)
     return total
 
@@ -67,7 +79,9 @@ def _products_kernel(
     STAGES: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BIAS: tl.constexpr,
     MXFP4: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GATED: out[place] = gate(weight . x[token of place]). Otherwise out[pair of place] = its weight * (weight . x[place])."""
+    """GATED: out[place] = gate(weight . x[token of place]). Otherwise out[pair of place] = its weight * (weight .
+    x[place]).
+    """
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
     num_blocks: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -90,9 +104,13 @@ def _products_kernel(
             for begin in tl.range(0, K, BLOCK, num_stages=STAGES):
                 column = begin + tl.arange(0, BLOCK)
                 values = tl.load(tokens_at + column[:, None], mask=known[None, :] & (column < K)[:, None], other=0.0)
-                total = _add_product(total, weight, scales, of_row, there, values, begin, K, SCALES, BLOCK, MXFP4, PRECISION)
+                total = _add_product(
+                    total, weight, scales, of_row, there, values, begin, K, SCALES, BLOCK, MXFP4, PRECISION
+                )
                 if GATED:
-                    total_up = _add_product(total_up, weight, scales, of_up, there, values, begin, K, SCALES, BLOCK, MXFP4, PRECISION)
+                    total_up = _add_product(
+                        total_up, weight, scales, of_up, there, values, begin, K, SCALES, BLOCK, MXFP4, PRECISION
+                    )
             if BIAS:
                 total += tl.load(bias + of_row, mask=there, other=0.0).to(tl.float32)[:, None]
             if GATED:
@@ -108,7 +126,15 @@ def _products_kernel(
 
 
 @kernel
-def _combine_kernel(answers, residual, residual_stride, N: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+def _combine_kernel(
+    answers,
+    residual,
+    residual_stride,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
     """residual[t] += the sum of answers[t * TOP_K …]."""
     pdl_begin(LAUNCH_PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -118,12 +144,16 @@ def _combine_kernel(answers, residual, residual_stride, N: tl.constexpr, TOP_K: 
     for choice in tl.static_range(TOP_K):
         total += tl.load(answers + (token * TOP_K + choice) * N + column, mask=inside, other=0.0).to(tl.float32)
     at = residual + token * residual_stride + column
-    tl.store(at, (tl.load(at, mask=inside, other=0.0).to(tl.float32) + total).to(residual.dtype.element_ty), mask=inside)
+    tl.store(
+        at, (tl.load(at, mask=inside, other=0.0).to(tl.float32) + total).to(residual.dtype.element_ty), mask=inside
+    )
 
 
 @dataclass(frozen=True)
 class ProductShape:
-    """How a grouped product divides its work: tokens of a tile, rows and columns of the weight at once, stages of the pipeline, warps."""
+    """How a grouped product divides its work: tokens of a tile, rows and columns of the weight at once, stages of the
+    pipeline, warps.
+    """
 
     tokens: int
     rows: int
@@ -132,10 +162,14 @@ class ProductShape:
     num_warps: int
 
 
-def product_shape(num_pairs: int, num_experts: int, *, gated: bool, mxfp4: bool, element_bytes: int = 2) -> ProductShape:
-    """num_pairs: tokens times the experts of each. Tiles have as many tokens as an expert gets on the average, from 16 on: weights are read fast while there
-    are few, and multiplied fast when there are many. The pipeline is as deep as lets two programs share a multiprocessor. Chosen by the registers and the
-    shared memory that it takes when compiled for sm_90; not measured."""
+def product_shape(
+    num_pairs: int, num_experts: int, *, gated: bool, mxfp4: bool, element_bytes: int = 2
+) -> ProductShape:
+    """num_pairs: tokens times the experts of each. Tiles have as many tokens as an expert gets on the average, from 16
+    on: weights are read fast while there are few, and multiplied fast when there are many. The pipeline is as deep as
+    lets two programs share a multiprocessor. Chosen by the registers and the shared memory that it takes when compiled
+    for sm_90; not measured.
+    """
     share = num_pairs / num_experts
     tokens = 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 64 else 128
     block = 64 if tokens >= 64 or element_bytes == 4 else 128
@@ -150,13 +184,22 @@ def add_experts(
 ) -> torch.Tensor:  # fmt: skip
     """reference.add_experts: residual, which is written over.
 
-    x, residual: [T, hidden], of one dtype (bfloat16, float16, float32; of 16 bits with weights in mxfp4), rows contiguous; expert_ids: int32 [T, k],
-    contiguous; weights: float32 [T, k], contiguous. num_programs: as many as run at once. launch_pdl: begin while the kernel before drains (programmatic
-    dependent launch); reads nothing before that kernel is complete. Raises ValueError for shapes and dtypes that do not fit.
+    x, residual: [T, hidden], of one dtype (bfloat16, float16, float32; of 16 bits with weights in mxfp4), rows
+    contiguous; expert_ids: int32 [T, k], contiguous; weights: float32 [T, k], contiguous. num_programs: as many as run
+    at once. launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that
+    kernel is complete. Raises ValueError for shapes and dtypes that do not fit.
     """
     num_tokens, top_k = expert_ids.shape
-    if x.shape != residual.shape or x.dtype != residual.dtype or x.stride(1) != 1 or residual.stride(1) != 1 or num_tokens != len(x):
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} do not fit {num_tokens} tokens' choice")
+    if (
+        x.shape != residual.shape
+        or x.dtype != residual.dtype
+        or x.stride(1) != 1
+        or residual.stride(1) != 1
+        or num_tokens != len(x)
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} do not fit {num_tokens} tokens' choice"
+        )
     mxfp4 = experts.gate_up.scales is not None
     if mxfp4 and x.dtype.itemsize != 2:
         raise ValueError(f"x is {x.dtype}: weights in mxfp4 are multiplied with bfloat16 or float16")
@@ -165,15 +208,21 @@ def add_experts(
         return residual
     pairs = num_tokens * top_k
     chosen = {"mxfp4": mxfp4, "element_bytes": x.dtype.itemsize}
-    first, second = (shape or product_shape(pairs, experts.num_experts, gated=gated, **chosen) for gated in (True, False))
+    first, second = (
+        shape or product_shape(pairs, experts.num_experts, gated=gated, **chosen) for gated in (True, False)
+    )
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty(max_tiles(pairs, experts.num_experts, first.tokens), 3, dtype=torch.int32, device=x.device)
     group_by_owner(expert_ids.view(-1), experts.num_experts, order, tiles, first.tokens, launch_pdl=launch_pdl)
     gated = torch.empty(pairs, experts.down.num_columns, dtype=x.dtype, device=x.device)
     answers = torch.empty(pairs, x.shape[1], dtype=x.dtype, device=x.device)
     grouped = order, tiles, weights
-    _multiply_tiles(x, experts.gate_up, gated, grouped, first, num_programs, top_k=top_k, gate=experts.gate, launch_pdl=launch_pdl)
-    _multiply_tiles(gated, experts.down, answers, grouped, second, num_programs, top_k=top_k, gate=None, launch_pdl=launch_pdl)
+    _multiply_tiles(
+        x, experts.gate_up, gated, grouped, first, num_programs, top_k=top_k, gate=experts.gate, launch_pdl=launch_pdl
+    )
+    _multiply_tiles(
+        gated, experts.down, answers, grouped, second, num_programs, top_k=top_k, gate=None, launch_pdl=launch_pdl
+    )
     hidden = x.shape[1]
     block = min(_COMBINED, triton.next_power_of_2(hidden))
     _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](

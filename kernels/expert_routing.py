@@ -1,7 +1,9 @@
-"""A router's product and the choice of experts in one launch: the programs of a few tokens share out the experts' logits, the last one to arrive chooses.
+"""A router's product and the choice of experts in one launch: the programs of a few tokens share out the experts'
+logits, the last one to arrive chooses.
 
-The choice takes the best expert, strikes it out and looks again, k times, over all experts of a token in registers; of equals the first is taken. For a
-lone token the norm before is part of the launch, and its result is left for the experts. Logits, scores and weights are float32.
+The choice takes the best expert, strikes it out and looks again, k times, over all experts of a token in registers; of
+equals the first is taken. For a lone token the norm before is part of the launch, and its result is left for the
+experts. Logits, scores and weights are float32.
 Sources: Shazeer et al., 2017; groups and the correction of scores: DeepSeek-V3, 2024.
 """
 
@@ -23,8 +25,17 @@ _FEW_TOKENS = 256  # up to here a tile has few tokens and its experts are shared
 
 
 @triton.jit
-def _best_groups(ranked, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr):
-    """[TOKENS, EXPERTS], -inf for the experts of all groups but the best, each as good as its two best experts together."""
+def _best_groups(
+    ranked,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+):
+    """[TOKENS, EXPERTS], -inf for the experts of all groups but the best, each as good as its two best experts
+    together.
+    """
     expert = tl.arange(0, EXPERTS)[None, :]
     size: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
     group = expert // size
@@ -51,7 +62,9 @@ def _choose(
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr,
     RENORMALISED: tl.constexpr, CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the experts and weights of TOKENS tokens from their logits [TOKENS, EXPERTS], which are -inf beyond NUM_EXPERTS."""
+    """Writes the experts and weights of TOKENS tokens from their logits [TOKENS, EXPERTS], which are -inf beyond
+    NUM_EXPERTS.
+    """
     expert = tl.arange(0, EXPERTS)
     there = expert < NUM_EXPERTS
     scores = logits
@@ -70,7 +83,8 @@ def _choose(
     ids = tl.zeros([TOKENS, CHOICES], tl.int32)
     chosen = tl.full([TOKENS, CHOICES], float("-inf") if SCORES == _OF_CHOSEN else 0.0, tl.float32)
     for j in tl.static_range(TOP_K):
-        best = tl.minimum(tl.argmax(ranked, 1), NUM_EXPERTS - 1)  # where no score is a number, argmax may give a column of the padding
+        # where no score is a number, argmax may give a column of the padding
+        best = tl.minimum(tl.argmax(ranked, 1), NUM_EXPERTS - 1)
         is_best = expert[None, :] == best[:, None]
         score = tl.sum(tl.where(is_best, scores, 0.0), 1)
         ids = tl.where((choice == j)[None, :], best[:, None].to(tl.int32), ids)
@@ -112,11 +126,20 @@ def _route_kernel(
         total = tl.dot(values, tl.trans(w), total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)[None, :]
-    tl.store(logits + token.to(tl.int64)[:, None] * EXPERTS + row[None, :], tl.where(there[None, :], total, float("-inf")), mask=known[:, None])
+    tl.store(
+        logits + token.to(tl.int64)[:, None] * EXPERTS + row[None, :],
+        tl.where(there[None, :], total, float("-inf")),
+        mask=known[:, None],
+    )
     if arrive(arrivals + tile, tl.num_programs(1)):
         tl.store(arrivals + tile, 0)
         all_experts = tl.arange(0, EXPERTS)
-        found = tl.load(logits + token.to(tl.int64)[:, None] * EXPERTS + all_experts[None, :], mask=known[:, None], other=0.0, cache_modifier=".cg")
+        found = tl.load(
+            logits + token.to(tl.int64)[:, None] * EXPERTS + all_experts[None, :],
+            mask=known[:, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         _choose(
             found, correction, expert_ids, weights, token, num_tokens, scale,
             NUM_EXPERTS, EXPERTS, TOKENS, TOP_K, CHOICES, SCORES, RENORMALISED, CORRECTED, NUM_GROUPS, TOP_GROUPS,
@@ -130,17 +153,21 @@ def _route_one_kernel(
     TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr, RENORMALISED: tl.constexpr, BIAS: tl.constexpr, CORRECTED: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """PART experts' logits of the one token, whose norm every program computes for itself; the first leaves it for the experts."""
+    """PART experts' logits of the one token, whose norm every program computes for itself; the first leaves it for the
+    experts.
+    """
     pdl_release(LAUNCH_PDL)
     row = tl.program_id(0) * PART + tl.arange(0, PART)
     there = row < NUM_EXPERTS
     column = tl.arange(0, BLOCK)
     inside = column < K
-    w = tl.load(weight + (row * K)[:, None] + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)  # no kernel of a step writes weights
+    # no kernel of a step writes weights
+    w = tl.load(weight + (row * K)[:, None] + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
     scaling = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
     pdl_wait(LAUNCH_PDL)
     wide = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    shrunk = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(normed.dtype.element_ty)  # rounded as the reference rounds
+    # rounded as the reference rounds
+    shrunk = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)).to(normed.dtype.element_ty)
     value = (scaling * shrunk.to(tl.float32)).to(normed.dtype.element_ty)
     if tl.program_id(0) == 0:
         tl.store(normed + column, value, mask=inside)
@@ -163,18 +190,23 @@ def make_arrivals(device: torch.device) -> torch.Tensor:
 
 
 def route_shape(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
-    """Tokens of a tile, experts of a program, and all experts, rounded up. A few tokens' experts are shared out, so that more programs read the router."""
+    """Tokens of a tile, experts of a program, and all experts, rounded up. A few tokens' experts are shared out, so
+    that more programs read the router.
+    """
     padded = _padded(num_experts)
     if num_tokens <= _FEW_TOKENS:
         return 16, 16, padded
     return min(64, max(16, _CHOSEN_AT_ONCE // padded)), min(64, padded), padded
 
 
-def route(x: torch.Tensor, experts: Experts, *, arrivals: torch.Tensor, launch_pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    x: torch.Tensor, experts: Experts, *, arrivals: torch.Tensor, launch_pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """reference.route: [T, hidden] -> int32 [T, k] and float32 [T, k].
 
-    x: rows contiguous, of the router's dtype (bfloat16, float16, float32). arrivals: `make_arrivals`. launch_pdl: begin while the kernel before drains
-    (programmatic dependent launch); reads nothing before that kernel is complete. Raises ValueError for shapes and dtypes that do not fit.
+    x: rows contiguous, of the router's dtype (bfloat16, float16, float32). arrivals: `make_arrivals`. launch_pdl: begin
+    while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete. Raises
+    ValueError for shapes and dtypes that do not fit.
     """
     num_tokens = len(x)
     _check(x, experts)
@@ -195,7 +227,13 @@ def route(x: torch.Tensor, experts: Experts, *, arrivals: torch.Tensor, launch_p
 
 
 def norm_route_one(
-    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, experts: Experts, *, arrivals: torch.Tensor, launch_pdl: bool = False
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    experts: Experts,
+    *,
+    arrivals: torch.Tensor,
+    launch_pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """rms_norm(x) and reference.route of it for one token: [1, hidden] -> [1, hidden], int32 [1, k], float32 [1, k].
 
@@ -204,7 +242,9 @@ def norm_route_one(
     _check(x, experts)
     size, padded = x.shape[1], _padded(experts.num_experts)
     if len(x) != 1 or norm_weight.shape != (size,) or norm_weight.dtype != x.dtype:
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype} is not one token, or norm_weight {tuple(norm_weight.shape)} {norm_weight.dtype} does not fit it")
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} is not one token, or norm_weight {tuple(norm_weight.shape)} {norm_weight.dtype} does not fit it"
+        )
     normed = torch.empty_like(x)
     expert_ids, weights = _found(x, experts)
     logits = torch.empty(padded, dtype=torch.float32, device=x.device)
@@ -219,7 +259,9 @@ def norm_route_one(
 
 def _found(x: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
     shape = len(x), experts.routing.top_k
-    return torch.empty(shape, dtype=torch.int32, device=x.device), torch.empty(shape, dtype=torch.float32, device=x.device)
+    return torch.empty(shape, dtype=torch.int32, device=x.device), torch.empty(
+        shape, dtype=torch.float32, device=x.device
+    )
 
 
 def _parameters(experts: Experts, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -245,6 +287,8 @@ def _padded(num_experts: int) -> int:
 def _check(x: torch.Tensor, experts: Experts) -> None:
     weight, correction = experts.router.weight, experts.correction
     if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] or x.stride(1) != 1 or not weight.is_contiguous():
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype} and the router {tuple(weight.shape)} {weight.dtype}, both contiguous, do not fit each other")
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} and the router {tuple(weight.shape)} {weight.dtype}, both contiguous, do not fit each other"
+        )
     if correction is not None and (correction.dtype != torch.float32 or len(correction) != len(weight)):
         raise ValueError(f"correction {tuple(correction.shape)} {correction.dtype} is not float32 [{len(weight)}]")

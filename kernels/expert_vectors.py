@@ -1,10 +1,12 @@
-"""The experts of a lone token: every weight of those it chose is read once, all of them at the same time, as `small_linear.vector_linear` reads a matrix.
+"""The experts of a lone token: every weight of those it chose is read once, all of them at the same time, as
+`small_linear.vector_linear` reads a matrix.
 
-Two launches: gate and up of each chosen expert with the gate between them; then down of all, weighted, summed and added to the residual. Sums are float32;
-what lies between the launches is rounded to the activations' type as in the reference.
+Two launches: gate and up of each chosen expert with the gate between them; then down of all, weighted, summed and added
+to the residual. Sums are float32; what lies between the launches is rounded to the activations' type as in the
+reference.
 
-Weights in mxfp4 (kernels/mxfp4.py) become numbers in registers: a byte has two neighbours, the even one below; 16 bytes share a scale, which multiplies
-their sum.
+Weights in mxfp4 (kernels/mxfp4.py) become numbers in registers: a byte has two neighbours, the even one below; 16 bytes
+share a scale, which multiplies their sum.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def apply_gate(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
 
 @triton.jit
 def _nibble_value(nibble):
-    """uint8 0 … 15 -> float32: the bits lie as float16's do, but for the exponent's bias, which 2 ** 14 makes up for."""
+    """uint8 0 … 15 -> float32: the bits lie as float16's do, but for the exponent's bias, which 2 ** 14 makes up
+    for.
+    """
     wide = nibble.to(tl.uint16)
     half = (((wide & 8) << 12) | ((wide & 7) << 9)).to(tl.float16, bitcast=True)
     return half.to(tl.float32) * 16384.0
@@ -58,19 +62,33 @@ def _row_sums(
         for begin in tl.static_range(0, K, BLOCK):
             at = begin // 2 + byte
             inside = at < K // 2
-            packed = tl.load(weight + row[:, None] * (K // 2) + at[None, :], mask=there[:, None] & inside[None, :], other=0, eviction_policy="evict_first")
+            packed = tl.load(
+                weight + row[:, None] * (K // 2) + at[None, :],
+                mask=there[:, None] & inside[None, :],
+                other=0,
+                eviction_policy="evict_first",
+            )
             even = tl.load(x + 2 * at, mask=inside, other=0.0).to(tl.float32)
             odd = tl.load(x + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
             product = _nibble_value(packed & 0xF) * even[None, :] + _nibble_value(packed >> 4) * odd[None, :]
             of_group = begin // _MX_GROUP + group
-            scale = tl.load(scales + row[:, None] * SCALES + of_group[None, :], mask=there[:, None] & (of_group * _MX_GROUP < K)[None, :], other=0)
+            scale = tl.load(
+                scales + row[:, None] * SCALES + of_group[None, :],
+                mask=there[:, None] & (of_group * _MX_GROUP < K)[None, :],
+                other=0,
+            )
             total += tl.sum(tl.reshape(product, (ROWS, BLOCK // _MX_GROUP, _MX_BYTES)), 2) * _scale_value(scale)
     else:
         total = tl.zeros([ROWS, BLOCK // LANES], tl.float32)
         for begin in tl.static_range(0, K, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             inside = column < K
-            w = tl.load(weight + row[:, None] * K + column[None, :], mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
+            w = tl.load(
+                weight + row[:, None] * K + column[None, :],
+                mask=there[:, None] & inside[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
             value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(tl.reshape(w.to(tl.float32) * value[None, :], (ROWS, BLOCK // LANES, LANES)), 2)
     return tl.sum(total, 1)
@@ -122,17 +140,30 @@ def _down_kernel(
 
 
 def add_experts_of_one(
-    x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, experts: Experts, residual: torch.Tensor, *, launch_pdl: bool = False
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: Experts,
+    residual: torch.Tensor,
+    *,
+    launch_pdl: bool = False,
 ) -> torch.Tensor:
     """reference.add_experts for one token: residual, which is written over.
 
-    x, residual: [1, hidden], of one dtype (bfloat16, float16, float32), contiguous; expert_ids: int32 [1, k]; weights: float32 [1, k]. launch_pdl: begin
-    while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
-    Raises ValueError for shapes and dtypes that do not fit.
+    x, residual: [1, hidden], of one dtype (bfloat16, float16, float32), contiguous; expert_ids: int32 [1, k]; weights:
+    float32 [1, k]. launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing
+    before that kernel is complete. Raises ValueError for shapes and dtypes that do not fit.
     """
     top_k = expert_ids.shape[1]
-    if x.shape != residual.shape or len(x) != 1 or x.dtype != residual.dtype or not (x.is_contiguous() and residual.is_contiguous()):
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} are not one token of one type")
+    if (
+        x.shape != residual.shape
+        or len(x) != 1
+        or x.dtype != residual.dtype
+        or not (x.is_contiguous() and residual.is_contiguous())
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} are not one token of one type"
+        )
     size = experts.down.num_columns
     check_experts(x, experts)
     gated = torch.empty(top_k, size, dtype=x.dtype, device=x.device)
@@ -170,7 +201,10 @@ def check_experts(x: torch.Tensor, experts: Experts) -> None:
         ValueError: the experts' matrices do not fit each other or x [T, hidden].
     """
     hidden, size = x.shape[1], experts.down.num_columns
-    for name, linear, rows, columns in (("gate_up", experts.gate_up, 2 * size, hidden), ("down", experts.down, hidden, size)):
+    for name, linear, rows, columns in (
+        ("gate_up", experts.gate_up, 2 * size, hidden),
+        ("down", experts.down, hidden, size),
+    ):
         if linear.weight.shape[1] != rows or linear.num_columns != columns or not linear.weight.is_contiguous():
             raise ValueError(f"{name} {tuple(linear.weight.shape)} is not contiguous [E, {rows}, {columns}]")
         if linear.scales is None and linear.weight.dtype != x.dtype:
@@ -180,6 +214,8 @@ def check_experts(x: torch.Tensor, experts: Experts) -> None:
 
 
 def vector_shape(num_columns: int) -> tuple[int, int]:
-    """Rows and columns that a program has in hand at once: some 2,000 numbers of each matrix, as vector_linear's measured shapes have."""
+    """Rows and columns that a program has in hand at once: some 2,000 numbers of each matrix, as vector_linear's
+    measured shapes have.
+    """
     block = min(1024, max(GROUP, triton.next_power_of_2(num_columns)))
     return (2 if block == 1024 else 4), block

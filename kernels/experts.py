@@ -1,4 +1,6 @@
-"""A layer's experts as values that ops take whole: how tokens choose among them, how they are stored, and the gate between their two products."""
+"""A layer's experts as values that ops take whole: how tokens choose among them, how they are stored, and the gate
+between their two products.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Scores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
 
 @dataclass(frozen=True)
 class Routing:
-    """How the router's logits become a token's experts and their weights (Shazeer et al., 2017; groups and correction: DeepSeek-V3, 2024)."""
+    """How the router's logits become a token's experts and their weights (Shazeer et al., 2017; groups and correction:
+    DeepSeek-V3, 2024).
+    """
 
     top_k: int
     scores: Scores  # over all experts before the choice, over the chosen ones after it, or each expert's own
@@ -28,7 +32,8 @@ class Routing:
 class Gate:
     """What an expert makes of its gate and up products: silu(gate) * up, or gpt-oss's clamped form, which has a limit.
 
-    With a limit: gate is at most `limit`, up between -limit and limit, and the result is gate * sigmoid(alpha * gate) * (up + 1).
+    With a limit: gate is at most `limit`, up between -limit and limit, and the result is gate * sigmoid(alpha * gate) *
+        (up + 1).
     """
 
     limit: float | None = None
@@ -38,11 +43,14 @@ class Gate:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLinear:
-    """One matrix of each expert: x -> x @ weight[e].T + bias[e]. With scales the weight is in mxfp4 (kernels/mxfp4.py)."""
+    """One matrix of each expert: x -> x @ weight[e].T + bias[e]. With scales the weight is in mxfp4
+    (kernels/mxfp4.py).
+    """
 
     weight: Tensor  # [E, out, in], of the activations' type; or uint8 [E, out, in / 2]; contiguous
     bias: Tensor | None = None  # [E, out], of the activations' type
-    scales: Tensor | None = None  # uint8 [E, out, at least in / 32], contiguous; what is beyond is not read as a scale of anything
+    # uint8 [E, out, at least in / 32], contiguous; what is beyond is not read as a scale of anything
+    scales: Tensor | None = None
 
     @property
     def num_columns(self) -> int:

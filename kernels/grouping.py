@@ -1,7 +1,9 @@
-"""Grouping by owner: what belongs to adapter 0, then to adapter 1 …, or to expert 0, expert 1 …, in tiles that have one owner each.
+"""Grouping by owner: what belongs to adapter 0, then to adapter 1 …, or to expert 0, expert 1 …, in tiles that have one
+owner each.
 
-Few items take one launch: a program for each owner counts everybody's items and writes its own. Many take two: programs count a chunk of items each, then each
-writes its chunk behind what the chunks before it have. Either way items keep their order, so that results do not depend on chance.
+Few items take one launch: a program for each owner counts everybody's items and writes its own. Many take two: programs
+count a chunk of items each, then each writes its chunk behind what the chunks before it have. Either way items keep
+their order, so that results do not depend on chance.
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ _FEW = 4096  # items that one launch groups
 
 
 @triton.jit
-def _write_tiles(tiles, counts, owner, mine, max_tiles, TILE: tl.constexpr, NUM_OWNERS: tl.constexpr, BLOCK: tl.constexpr):
-    """The tiles of owner `mine`, of all owners' counts; the last owner also marks those that are left. Returns the first place of its items."""
+def _write_tiles(
+    tiles, counts, owner, mine, max_tiles, TILE: tl.constexpr, NUM_OWNERS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The tiles of owner `mine`, of all owners' counts; the last owner also marks those that are left. Returns the
+    first place of its items.
+    """
     num_tiles = (counts + TILE - 1) // TILE
     count = tl.sum(tl.where(owner == mine, counts, 0), 0)
     first = tl.sum(tl.where(owner < mine, counts, 0), 0)
@@ -104,22 +110,44 @@ def max_tiles(num_items: int, num_owners: int, tile: int) -> int:
     return min(num_items, num_items // tile + num_owners)
 
 
-def group_by_owner(owners: torch.Tensor, num_owners: int, order: torch.Tensor, tiles: torch.Tensor, tile: int, *, launch_pdl: bool = False) -> None:
-    """order int32 [n]: the items of owner 0, then of owner 1 …, in their order; those of owner -1 are left out, and what is behind the last is undefined.
+def group_by_owner(
+    owners: torch.Tensor,
+    num_owners: int,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    tile: int,
+    *,
+    launch_pdl: bool = False,
+) -> None:
+    """order int32 [n]: the items of owner 0, then of owner 1 …, in their order; those of owner -1 are left out, and
+    what is behind the last is undefined.
 
-    owners: int32 [n], from -1 to num_owners - 1. tiles int32 [max_tiles(n, num_owners, tile), 3]: owner, first place in order and number of items, at most
-    `tile`, of each; owner -1: no tile. launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before it is complete.
+    owners: int32 [n], from -1 to num_owners - 1. tiles int32 [max_tiles(n, num_owners, tile), 3]: owner, first place in
+    order and number of items, at most `tile`, of each; owner -1: no tile. launch_pdl: begin while the kernel before
+    drains (programmatic dependent launch); reads nothing before it is complete.
     """
     num_items, padded = len(owners), triton.next_power_of_2(num_owners)
     block = max(16, min(_BLOCK, _COMPARED // padded))
     if num_items <= _FEW:
         _group_kernel[(num_owners,)](
-            owners, order, tiles, num_items, len(tiles), NUM_OWNERS=num_owners, OWNERS=padded, TILE=tile, BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=4
+            owners,
+            order,
+            tiles,
+            num_items,
+            len(tiles),
+            NUM_OWNERS=num_owners,
+            OWNERS=padded,
+            TILE=tile,
+            BLOCK=block,
+            LAUNCH_PDL=launch_pdl,
+            num_warps=4,
         )
         return
     num_chunks = triton.cdiv(num_items, block)
     counts = owners.new_empty(num_chunks, padded)
-    _count_kernel[(num_chunks,)](owners, counts, num_items, OWNERS=padded, BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=4)
+    _count_kernel[(num_chunks,)](
+        owners, counts, num_items, OWNERS=padded, BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=4
+    )
     _place_kernel[(num_chunks + num_owners,)](
         owners, counts, order, tiles, num_items, num_chunks, len(tiles), NUM_OWNERS=num_owners, OWNERS=padded, TILE=tile, BLOCK=block, CHUNKS=block,
         LAUNCH_PDL=launch_pdl, num_warps=4,

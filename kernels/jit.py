@@ -1,11 +1,14 @@
-"""Kernels whose launches cost the host little: `@kernel` in the place of `@triton.jit` on what a launcher starts; and programmatic dependent launch.
+"""Kernels whose launches cost the host little: `@kernel` in the place of `@triton.jit` on what a launcher starts; and
+programmatic dependent launch.
 
-`triton.jit` looks at every argument of every launch to find out which compiled variant it needs, 40 to 70 us for a kernel of twenty arguments; a step without a
-graph makes hundreds of launches. Here a launch is looked up by what a variant depends on and nothing else, and goes to the compiled kernel directly.
+`triton.jit` looks at every argument of every launch to find out which compiled variant it needs, 40 to 70 us for a
+kernel of twenty arguments; a step without a graph makes hundreds of launches. Here a launch is looked up by what a
+variant depends on and nothing else, and goes to the compiled kernel directly.
 
-Programmatic dependent launch (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"): a kernel that is launched with the constant
-LAUNCH_PDL may begin while the kernel before it in the stream still runs. It must not read what that kernel writes, nor write what it reads, before
-`pdl_wait`; with `pdl_release` it lets the next kernel begin in turn. Every kernel waits on every path, since its end stands for that of all before it.
+Programmatic dependent launch (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"): a
+kernel that is launched with the constant LAUNCH_PDL may begin while the kernel before it in the stream still runs. It
+must not read what that kernel writes, nor write what it reads, before `pdl_wait`; with `pdl_release` it lets the next
+kernel begin in turn. Every kernel waits on every path, since its end stands for that of all before it.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ def pdl_wait(LAUNCH_PDL: tl.constexpr):
 
 @triton.jit
 def pdl_release(LAUNCH_PDL: tl.constexpr):
-    """Let the next kernel begin as soon as there is room on the device. It must not be one that writes what this one reads before its own `pdl_wait`."""
+    """Let the next kernel begin as soon as there is room on the device. It must not be one that writes what this one
+    reads before its own `pdl_wait`.
+    """
     if LAUNCH_PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -43,7 +48,8 @@ def pdl_begin(LAUNCH_PDL: tl.constexpr):
 
 
 class Kernel:
-    """A kernel to be started by `kernel[grid](*arguments, **constants)`, always with the same constants in the same order.
+    """A kernel to be started by `kernel[grid](*arguments, **constants)`, always with the same constants in the same
+    order.
 
     With LAUNCH_PDL=True among the constants it is launched as a programmatic dependent.
     """
@@ -54,7 +60,11 @@ class Kernel:
         compiles = isinstance(jitted, JITFunction)
         params = jitted.params if compiles else ()
         self._constants = tuple(param.name for param in params if param.is_constexpr)
-        self._fixed = tuple(param.do_not_specialize or param.do_not_specialize_on_alignment for param in params if not param.is_constexpr)
+        self._fixed = tuple(
+            param.do_not_specialize or param.do_not_specialize_on_alignment
+            for param in params
+            if not param.is_constexpr
+        )
         self._launch = self._launch_compiled if compiles else self._launch_interpreted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -89,7 +99,9 @@ class Kernel:
 
 
 def kernel(function: Any = None, *, ints: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Any:
-    """A decorator. ints: arguments whose value makes no variant (by default 1 and multiples of 16 do); unaligned: pointers whose alignment makes none."""
+    """A decorator. ints: arguments whose value makes no variant (by default 1 and multiples of 16 do); unaligned:
+    pointers whose alignment makes none.
+    """
     if function is None:
         return lambda function: kernel(function, ints=ints, unaligned=unaligned)
     return Kernel(triton.jit(function, do_not_specialize=list(ints), do_not_specialize_on_alignment=list(unaligned)))

@@ -1,6 +1,8 @@
-"""A matrix that activations are multiplied with, as a value that ops take whole: how its numbers are stored is a matter of its `Format`.
+"""A matrix that activations are multiplied with, as a value that ops take whole: how its numbers are stored is a matter
+of its `Format`.
 
-codes.py turns stored numbers into float32 and back, and reference_layers.py multiplies with those; products.py chooses a kernel that reads them as they are.
+codes.py turns stored numbers into float32 and back, and reference_layers.py multiplies with those; products.py chooses
+a kernel that reads them as they are.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ class Rounding:
 class Format:
     """How a weight's numbers are stored.
 
-    plain: as floats of the activations' type. fp8: float8_e4m3fn. int8: int8, or uint8 with a zero. int4: unsigned, two in a byte. fp4: e2m1, two in a byte.
-    Two in a byte: of the columns that share a scale the first half is in low nibbles, the second in high ones, so that a kernel reads either without shuffling.
+    plain: as floats of the activations' type. fp8: float8_e4m3fn. int8: int8, or uint8 with a zero. int4: unsigned, two
+    in a byte. fp4: e2m1, two in a byte. Two in a byte: of the columns that share a scale the first half is in low
+    nibbles, the second in high ones, so that a kernel reads either without shuffling.
     """
 
     codes: Codes = "plain"
@@ -59,9 +62,12 @@ PLAIN = Format()
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """x -> x @ W.T + bias, W [out, in] = weight's numbers * scale * row_scale. Two are the same only if they are one object."""
+    """x -> x @ W.T + bias, W [out, in] = weight's numbers * scale * row_scale. Two are the same only if they are one
+    object.
+    """
 
-    weight: Tensor  # [out, in], rows contiguous, of the type that format.codes says; two numbers in a byte: uint8 [out, in / 2]
+    # [out, in], rows contiguous, of the type that format.codes says; two numbers in a byte: uint8 [out, in / 2]
+    weight: Tensor
     bias: Tensor | None = None  # [out], of the activations' type
     format: Format = PLAIN
     scale: Tensor | None = None  # format.scale_shape, format.scale_dtype
@@ -81,7 +87,11 @@ class Linear:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that it consists of."""
-        return tuple(x for x in (self.weight, self.bias, self.scale, self.zero, self.row_scale, self.input_scale) if x is not None)
+        return tuple(
+            x
+            for x in (self.weight, self.bias, self.scale, self.zero, self.row_scale, self.input_scale)
+            if x is not None
+        )
 
     def rows(self, begin: int, end: int) -> Linear:
         """A part of its rows, the same memory. begin is a multiple of the rows that share a scale."""
@@ -98,7 +108,8 @@ class Linear:
         )
 
     def columns(self, begin: int, end: int) -> Linear:
-        """A part of its columns, the same memory, without the bias. begin and end are multiples of the columns that share a scale, or there is one a row.
+        """A part of its columns, the same memory, without the bias. begin and end are multiples of the columns that
+        share a scale, or there is one a row.
 
         Raises ValueError for others.
         """
@@ -118,7 +129,9 @@ class Linear:
         )
 
 
-def empty_linear(num_rows: int, num_columns: int, format: Format, dtype: torch.dtype, device: torch.device, *, bias: bool = False) -> Linear:
+def empty_linear(
+    num_rows: int, num_columns: int, format: Format, dtype: torch.dtype, device: torch.device, *, bias: bool = False
+) -> Linear:
     """An uninitialised linear. dtype: of activations, and so of a plain weight and of the bias.
 
     Raises ValueError for columns that the format's groups do not divide.
@@ -130,11 +143,18 @@ def empty_linear(num_rows: int, num_columns: int, format: Format, dtype: torch.d
     def empty(*shape: int, of: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device=device)
 
-    weight_types = {"fp8": torch.float8_e4m3fn, "int8": torch.uint8 if format.zeros else torch.int8, "int4": torch.uint8, "fp4": torch.uint8}
+    weight_types = {
+        "fp8": torch.float8_e4m3fn,
+        "int8": torch.uint8 if format.zeros else torch.int8,
+        "int4": torch.uint8,
+        "fp4": torch.uint8,
+    }
     scaled = format.codes != "plain"
     shape = format.scale_shape(num_rows, num_columns)
     return Linear(
-        weight=empty(num_rows, num_columns // 2 if format.nibbles else num_columns, of=weight_types.get(format.codes, dtype)),
+        weight=empty(
+            num_rows, num_columns // 2 if format.nibbles else num_columns, of=weight_types.get(format.codes, dtype)
+        ),
         bias=empty(num_rows, of=dtype) if bias else None,
         format=format,
         scale=empty(*shape, of=format.scale_dtype) if scaled else None,

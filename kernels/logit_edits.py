@@ -14,7 +14,8 @@ import triton.language as tl
 from paged_kernels.jit import kernel, pdl_begin
 
 _BLOCK = 1024
-_FEW = 128  # of what a row seldom has many; a constant, so that no request is the first of its kind and waits for a compiler
+# of what a row seldom has many; a constant, so that no request is the first of its kind and waits for a compiler
+_FEW = 128
 _PARTS = 8  # programs along one history
 
 
@@ -30,7 +31,8 @@ def _add_bias_kernel(
         token = tl.load(ids + m * ids_stride + at, mask=at < width, other=-1)
         inside = (token >= 0) & (token < VOCAB)
         value = tl.load(values + m * values_stride + at, mask=inside, other=0.0)
-        tl.atomic_add(logits + m * logits_stride + token, value, mask=inside, sem="relaxed")  # a token may be there twice
+        # a token may be there twice
+        tl.atomic_add(logits + m * logits_stride + token, value, mask=inside, sem="relaxed")
 
 
 @kernel(ints=["num_words", "words_stride", "history_stride"], unaligned=["words", "history", "num_tokens"])
@@ -43,7 +45,8 @@ def _ban_bad_words_kernel(
     word = tl.arange(0, WORDS)
     at = tl.arange(0, LENGTH_PAD)
     position = tl.load(num_tokens + m).to(tl.int64) - (LENGTH - 1) + at
-    recent = tl.load(history + m * history_stride + position, mask=(at < LENGTH - 1) & (position >= 0), other=-2)  # -2 equals nothing
+    # -2 equals nothing
+    recent = tl.load(history + m * history_stride + position, mask=(at < LENGTH - 1) & (position >= 0), other=-2)
     cell = words + m * words_stride + word[:, None] * LENGTH + at[None, :]
     prefix = tl.load(cell, mask=(word < num_words)[:, None] & (at < LENGTH - 1)[None, :], other=-1)
     differs = tl.max(((prefix != recent[None, :]) & (prefix >= 0)).to(tl.int32), 1)
@@ -62,12 +65,15 @@ def _apply_token_mask_kernel(
     if row < 0:
         return
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    word = tl.load(masks + row * masks_stride + (token >> 5), mask=token < VOCAB, other=0)  # the 32 lanes of a word read it together
+    # the 32 lanes of a word read it together
+    word = tl.load(masks + row * masks_stride + (token >> 5), mask=token < VOCAB, other=0)
     banned = ((word >> (token & 31)) & 1) == 0
     tl.store(logits + m * logits_stride + token, float("-inf"), mask=banned & (token < VOCAB))
 
 
-@kernel(ints=["history_stride"], unaligned=["history", "prompt_lens", "num_tokens", "repetition", "presence", "frequency"])
+@kernel(
+    ints=["history_stride"], unaligned=["history", "prompt_lens", "num_tokens", "repetition", "presence", "frequency"]
+)
 def _count_tokens_kernel(
     counts, history, prompt_lens, num_tokens, repetition, presence, frequency, history_stride, state_stride,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
@@ -75,7 +81,11 @@ def _count_tokens_kernel(
     """counts[m, token] |= 1 for a token of the sequence, += 2 for every occurrence in its answer."""
     pdl_begin(LAUNCH_PDL)
     m = tl.program_id(1).to(tl.int64)
-    if (tl.load(repetition + m * state_stride) == 1.0) & (tl.load(presence + m * state_stride) == 0.0) & (tl.load(frequency + m * state_stride) == 0.0):
+    if (
+        (tl.load(repetition + m * state_stride) == 1.0)
+        & (tl.load(presence + m * state_stride) == 0.0)
+        & (tl.load(frequency + m * state_stride) == 0.0)
+    ):
         return
     length = tl.load(num_tokens + m).to(tl.int32)
     prompt_len = tl.load(prompt_lens + m * state_stride).to(tl.int32)
@@ -95,7 +105,11 @@ def _penalise_kernel(
     """Whoever takes a token's count away applies the penalty: once per token, and the counts are zero again."""
     pdl_begin(LAUNCH_PDL)
     m = tl.program_id(1).to(tl.int64)
-    factor, offset, slope = tl.load(repetition + m * state_stride), tl.load(presence + m * state_stride), tl.load(frequency + m * state_stride)
+    factor, offset, slope = (
+        tl.load(repetition + m * state_stride),
+        tl.load(presence + m * state_stride),
+        tl.load(frequency + m * state_stride),
+    )
     if (factor == 1.0) & (offset == 0.0) & (slope == 0.0):
         return
     length = tl.load(num_tokens + m).to(tl.int32)
@@ -112,11 +126,14 @@ def _penalise_kernel(
         tl.store(logits + m * logits_stride + token, x, mask=mine)
 
 
-def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, launch_pdl: bool = False) -> torch.Tensor:
-    """Adds values [M, W] float32 to the logits of ids [M, W], in place; ids outside the vocabulary count for nothing. -inf bans a token. Returns logits.
+def add_bias(
+    logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, launch_pdl: bool = False
+) -> torch.Tensor:
+    """Adds values [M, W] float32 to the logits of ids [M, W], in place; ids outside the vocabulary count for nothing.
+    -inf bans a token. Returns logits.
 
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
-    Raises ValueError if logits are not float32 with contiguous rows.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel
+    is complete. Raises ValueError if logits are not float32 with contiguous rows.
     """
     _check(logits)
     width = ids.shape[1]
@@ -128,10 +145,19 @@ def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *, l
     return logits
 
 
-def ban_bad_words(logits: torch.Tensor, words: torch.Tensor, history: torch.Tensor, num_tokens: torch.Tensor, *, launch_pdl: bool = False) -> torch.Tensor:
-    """Sets to -inf, in place, the token that would complete a bad word: its other tokens are the last of the num_tokens [M] in history [M, H]. Returns logits.
+def ban_bad_words(
+    logits: torch.Tensor,
+    words: torch.Tensor,
+    history: torch.Tensor,
+    num_tokens: torch.Tensor,
+    *,
+    launch_pdl: bool = False,
+) -> torch.Tensor:
+    """Sets to -inf, in place, the token that would complete a bad word: its other tokens are the last of the num_tokens
+    [M] in history [M, H]. Returns logits.
 
-    words: [M, N, L] integers, contiguous, right-aligned, filled with -1 on the left; a word of -1 alone is none. As `add_bias` otherwise.
+    words: [M, N, L] integers, contiguous, right-aligned, filled with -1 on the left; a word of -1 alone is none. As
+        `add_bias` otherwise.
     """
     _check(logits)
     _, num_words, length = words.shape
@@ -144,17 +170,29 @@ def ban_bad_words(logits: torch.Tensor, words: torch.Tensor, history: torch.Tens
     return logits
 
 
-def apply_token_mask(logits: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, *, launch_pdl: bool = False) -> torch.Tensor:
-    """Sets to -inf, in place, the logits of tokens that are not in a row's set: masks[rows[m]], a bit per token, the first in the lowest bit. Returns logits.
+def apply_token_mask(
+    logits: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, *, launch_pdl: bool = False
+) -> torch.Tensor:
+    """Sets to -inf, in place, the logits of tokens that are not in a row's set: masks[rows[m]], a bit per token, the
+    first in the lowest bit. Returns logits.
 
-    masks: [R, at least ceil(V / 32)] int32, contiguous rows; rows: [M] integers, -1: left alone. Writes only what is banned. As `add_bias` otherwise.
+    masks: [R, at least ceil(V / 32)] int32, contiguous rows; rows: [M] integers, -1: left alone. Writes only what is
+        banned. As `add_bias` otherwise.
     """
     _check(logits)
     if masks.dtype != torch.int32 or masks.shape[1] * 32 < logits.shape[1] or masks.stride(1) != 1:
         raise ValueError(f"masks {tuple(masks.shape)} {masks.dtype} do not fit logits {tuple(logits.shape)}")
     if len(logits):
         _apply_token_mask_kernel[(triton.cdiv(logits.shape[1], _BLOCK), len(logits))](
-            logits, rows, masks, logits.stride(0), masks.stride(0), VOCAB=logits.shape[1], BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4
+            logits,
+            rows,
+            masks,
+            logits.stride(0),
+            masks.stride(0),
+            VOCAB=logits.shape[1],
+            BLOCK=_BLOCK,
+            LAUNCH_PDL=launch_pdl,
+            num_warps=4,
         )
     return logits
 
@@ -163,16 +201,22 @@ def apply_penalties(
     logits: torch.Tensor, history: torch.Tensor, prompt_lens: torch.Tensor, num_tokens: torch.Tensor, repetition: torch.Tensor, presence: torch.Tensor,
     frequency: torch.Tensor, *, counts: torch.Tensor, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Repetition penalty on every token of the sequence, presence and frequency penalty on those of its answer, in place; returns logits.
+    """Repetition penalty on every token of the sequence, presence and frequency penalty on those of its answer, in
+    place; returns logits.
 
-    history: [M, H] integers, num_tokens: [M] of them known, the first prompt_lens [M] the prompt; repetition, presence, frequency: float32 [M], of one stride
-    with prompt_lens. counts: int32 [at least M, V], all zero, and all zero again afterwards. Time grows with the known tokens, not with the vocabulary.
-    As `add_bias` otherwise.
+    history: [M, H] integers, num_tokens: [M] of them known, the first prompt_lens [M] the prompt; repetition, presence,
+    frequency: float32 [M], of one stride with prompt_lens. counts: int32 [at least M, V], all zero, and all zero again
+    afterwards. Time grows with the known tokens, not with the vocabulary. As `add_bias` otherwise.
     Sources: Keskar et al., 2019 (repetition); OpenAI's API reference (presence, frequency).
     """
     _check(logits)
     num_rows, vocab_size = logits.shape
-    if counts.dtype != torch.int32 or counts.shape[1] != vocab_size or len(counts) < num_rows or not counts.is_contiguous():
+    if (
+        counts.dtype != torch.int32
+        or counts.shape[1] != vocab_size
+        or len(counts) < num_rows
+        or not counts.is_contiguous()
+    ):
         raise ValueError(f"counts {tuple(counts.shape)} {counts.dtype} do not fit logits {tuple(logits.shape)}")
     state_stride = repetition.stride(0)
     if any(tensor.stride(0) != state_stride for tensor in (prompt_lens, presence, frequency)):
@@ -181,11 +225,36 @@ def apply_penalties(
         return logits
     flags = {"VOCAB": vocab_size, "BLOCK": _BLOCK, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
     grid = (min(_PARTS, triton.cdiv(history.shape[1], _BLOCK)), num_rows)
-    _count_tokens_kernel[grid](counts, history, prompt_lens, num_tokens, repetition, presence, frequency, history.stride(0), state_stride, **flags)
-    _penalise_kernel[grid](logits, counts, history, num_tokens, repetition, presence, frequency, logits.stride(0), history.stride(0), state_stride, **flags)
+    _count_tokens_kernel[grid](
+        counts,
+        history,
+        prompt_lens,
+        num_tokens,
+        repetition,
+        presence,
+        frequency,
+        history.stride(0),
+        state_stride,
+        **flags,
+    )
+    _penalise_kernel[grid](
+        logits,
+        counts,
+        history,
+        num_tokens,
+        repetition,
+        presence,
+        frequency,
+        logits.stride(0),
+        history.stride(0),
+        state_stride,
+        **flags,
+    )
     return logits
 
 
 def _check(logits: torch.Tensor) -> None:
     if logits.dtype != torch.float32 or logits.ndim != 2 or logits.stride(1) != 1:
-        raise ValueError(f"logits must be float32 rows, contiguous, not {tuple(logits.shape)} {logits.dtype} of strides {logits.stride()}")
+        raise ValueError(
+            f"logits must be float32 rows, contiguous, not {tuple(logits.shape)} {logits.dtype} of strides {logits.stride()}"
+        )

@@ -1,7 +1,8 @@
-"""Numbers of 4 bits in groups of 32 that share a scale (OCP Microscaling Formats v1.0, 2023): what gpt-oss's experts are published in.
+"""Numbers of 4 bits in groups of 32 that share a scale (OCP Microscaling Formats v1.0, 2023): what gpt-oss's experts
+are published in.
 
-A number is e2m1: sign, two bits of exponent, one of mantissa, so 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Two lie in a byte, the first in the lower half. A group's
-scale is e8m0: 2 ** (byte - 127), and 255 is no number.
+A number is e2m1: sign, two bits of exponent, one of mantissa, so 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Two lie in a byte, the
+first in the lower half. A group's scale is e8m0: 2 ** (byte - 127), and 255 is no number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Norms of rows, and their addition to a residual stream. One program per row; the row is read once.
 
-Rounding is the reference's: of a plain RMS norm the normalised row is rounded to the input's type before it is scaled; all others once, at the end. Sums are
-float32. Sources: RMSNorm, Zhang and Sennrich, 2019; LayerNorm, Ba et al., 2016.
+Rounding is the reference's: of a plain RMS norm the normalised row is rounded to the input's type before it is scaled;
+all others once, at the end. Sums are float32. Sources: RMSNorm, Zhang and Sennrich, 2019; LayerNorm, Ba et al., 2016.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from paged_kernels.norm_value import Norm
 
 
 @triton.jit
-def _normalise(wide, scale, shift, inside, eps, DTYPE: tl.constexpr, SIZE: tl.constexpr, CENTRED: tl.constexpr, PLUS_ONE: tl.constexpr, BIAS: tl.constexpr):
+def _normalise(
+    wide,
+    scale,
+    shift,
+    inside,
+    eps,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """A row [BLOCK] in float32 after the norm, in float32."""
     if CENTRED:
         wide = tl.where(inside, wide - tl.sum(wide, 0) / SIZE, 0.0)
@@ -75,7 +86,9 @@ def _add_scaled_kernel(
     tl.store(at, (before + multiplier * wide).to(residual.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None, launch_pdl: bool = False
+) -> torch.Tensor:
     """out = weight * x / sqrt(mean(x²) + eps) over the last dimension: `norm` of a plain norm."""
     return norm(x, Norm(weight, eps), out=out, launch_pdl=launch_pdl)
 
@@ -83,9 +96,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Te
 def norm(x: torch.Tensor, how: Norm, *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
     """out = reference.norm(x, how), over the last dimension.
 
-    x, out: [..., n] of one dtype (bfloat16, float16, float32), last dimension contiguous, rows evenly strided; weight and bias: [n], same dtype. out may be x.
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads only weight and bias before that kernel is complete.
-    Raises ValueError for shapes, strides or dtypes that do not fit.
+    x, out: [..., n] of one dtype (bfloat16, float16, float32), last dimension contiguous, rows evenly strided; weight
+    and bias: [n], same dtype. out may be x.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads only weight and bias before
+    that kernel is complete. Raises ValueError for shapes, strides or dtypes that do not fit.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     rows, out_rows = _rows(x, how), _rows(out, how)
@@ -102,13 +116,18 @@ def norm(x: torch.Tensor, how: Norm, *, out: torch.Tensor | None = None, launch_
     return out
 
 
-def add_scaled(residual: torch.Tensor, x: torch.Tensor, how: Norm | None, multiplier: float, *, launch_pdl: bool = False) -> torch.Tensor:
-    """residual += multiplier * norm(x), where there is a norm; returns residual. Both [T, n] of one dtype, rows contiguous, may be strided.
+def add_scaled(
+    residual: torch.Tensor, x: torch.Tensor, how: Norm | None, multiplier: float, *, launch_pdl: bool = False
+) -> torch.Tensor:
+    """residual += multiplier * norm(x), where there is a norm; returns residual. Both [T, n] of one dtype, rows
+    contiguous, may be strided.
 
     Otherwise as `norm`; reads residual after the kernel before is complete, too.
     """
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1 or x.stride(1) != 1:
-        raise ValueError(f"residual {tuple(residual.shape)} {residual.dtype} and x {tuple(x.shape)} {x.dtype} do not fit, or their rows are not contiguous")
+        raise ValueError(
+            f"residual {tuple(residual.shape)} {residual.dtype} and x {tuple(x.shape)} {x.dtype} do not fit, or their rows are not contiguous"
+        )
     if how is not None:
         _rows(x, how)
     num_rows, size = x.shape
@@ -127,7 +146,9 @@ def _rows(x: torch.Tensor, how: Norm) -> torch.Tensor:
     """x as [rows, n] without a copy."""
     for name, tensor in (("weight", how.weight), ("bias", how.bias)):
         if tensor is not None and (tensor.shape != x.shape[-1:] or x.dtype != tensor.dtype):
-            raise ValueError(f"{x.dtype} rows of {x.shape[-1]} do not fit a {name} {tuple(tensor.shape)} of {tensor.dtype}")
+            raise ValueError(
+                f"{x.dtype} rows of {x.shape[-1]} do not fit a {name} {tuple(tensor.shape)} of {tensor.dtype}"
+            )
         if tensor is not None and tensor.stride(0) != 1:
             raise ValueError("rows and weight must be contiguous")
     if x.stride(-1) != 1:

@@ -18,7 +18,15 @@ _BLOCK = 2048  # words of four bytes
 
 
 @kernel(unaligned=["copies"])
-def _copy_pages_kernel(addresses, copies, copies_stride, PAGE_WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+def _copy_pages_kernel(
+    addresses,
+    copies,
+    copies_stride,
+    PAGE_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
     pdl_begin(LAUNCH_PDL)
     pair = copies + tl.program_id(1).to(tl.int64) * copies_stride
     source = tl.load(pair).to(tl.int64)
@@ -47,7 +55,13 @@ def make_page_layers(kv_pages: Sequence[torch.Tensor]) -> PageLayers:
     """
     first = kv_pages[0]
     page_bytes = first[0].numel() * first.element_size()
-    if any(layer.shape != first.shape or layer.dtype != first.dtype or layer.device != first.device or not layer.is_contiguous() for layer in kv_pages):
+    if any(
+        layer.shape != first.shape
+        or layer.dtype != first.dtype
+        or layer.device != first.device
+        or not layer.is_contiguous()
+        for layer in kv_pages
+    ):
         raise ValueError("layers must be contiguous and alike")
     if page_bytes % 4:
         raise ValueError(f"a page of {page_bytes} bytes is no multiple of four bytes")
@@ -59,8 +73,8 @@ def copy_pages(layers: PageLayers, copies: torch.Tensor, *, launch_pdl: bool = F
     """Page copies[i, 1] becomes a copy of page copies[i, 0], in every layer.
 
     copies: int32 [k, 2], rows contiguous; a source of -1 is padding. No page may be written twice, or read and written.
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
-    Raises ValueError if copies are not [k, 2].
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel
+    is complete. Raises ValueError if copies are not [k, 2].
     """
     if copies.ndim != 2 or copies.shape[1] != 2 or copies.stride(1) != 1:
         raise ValueError(f"copies {tuple(copies.shape)} are not rows of (source, target)")
@@ -69,5 +83,12 @@ def copy_pages(layers: PageLayers, copies: torch.Tensor, *, launch_pdl: bool = F
     words = layers.page_bytes // 4
     alignment = 16 if all(layer.data_ptr() % 16 == 0 for layer in layers.kv_pages) else 4
     _copy_pages_kernel[(triton.cdiv(words, _BLOCK), len(copies), len(layers.kv_pages))](
-        layers.addresses, copies, copies.stride(0), PAGE_WORDS=words, BLOCK=_BLOCK, ALIGNMENT=alignment, LAUNCH_PDL=launch_pdl, num_warps=4
+        layers.addresses,
+        copies,
+        copies.stride(0),
+        PAGE_WORDS=words,
+        BLOCK=_BLOCK,
+        ALIGNMENT=alignment,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=4,
     )

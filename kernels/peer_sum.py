@@ -1,11 +1,15 @@
-"""The sum of every rank's partial product plus the residual, in one launch over memory that all GPUs of the ranks can read (one-shot all-reduce).
+"""The sum of every rank's partial product plus the residual, in one launch over memory that all GPUs of the ranks can
+read (one-shot all-reduce).
 
-Each rank has a *peer buffer*: two sides of `capacity` numbers, and a flag for each program of each rank. A program copies its share of x into one side of its
-own buffer, says so in the flags of all ranks, waits until all have said so, and adds up everybody's share in the order of the ranks: all get equal bits.
+Each rank has a *peer buffer*: two sides of `capacity` numbers, and a flag for each program of each rank. A program
+copies its share of x into one side of its own buffer, says so in the flags of all ranks, waits until all have said so,
+and adds up everybody's share in the order of the ranks: all get equal bits.
 
-Sides alternate. A rank that has begun call n has seen all ranks begin call n - 1, and a kernel begins when the one before it is complete: nobody reads call
-n - 2 any more when its side is written again. The number of a call comes from the device, so nothing of it is baked into a captured graph; it may wrap.
-Source: one-shot all-reduce with flags in peer memory, as NCCL's LL protocol and PyTorch's symmetric memory describe it; written anew.
+Sides alternate. A rank that has begun call n has seen all ranks begin call n - 1, and a kernel begins when the one
+before it is complete: nobody reads call n - 2 any more when its side is written again. The number of a call comes from
+the device, so nothing of it is baked into a captured graph; it may wrap.
+Source: one-shot all-reduce with flags in peer memory, as NCCL's LL protocol and PyTorch's symmetric memory describe it;
+    written anew.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ def _sum_kernel(
     x, residual, peers, calls, num_elements, side_bytes,
     RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """peers: int64 [SIZE] addresses of the peer buffers; calls: int32 [PROGRAMS]. The result goes where residual is, or x."""
+    """peers: int64 [SIZE] addresses of the peer buffers; calls: int32 [PROGRAMS]. The result goes where residual is, or
+    x.
+    """
     pdl_begin(LAUNCH_PDL)
     program = tl.program_id(0)
     number = tl.load(calls + program) + 1
@@ -52,7 +58,9 @@ def _sum_kernel(
     tl.debug_barrier()  # every thread's stores are before the release below
     for other in tl.static_range(SIZE):
         if other != RANK:
-            tl.atomic_xchg(_flag(tl.load(peers + other), side_bytes, RANK * PROGRAMS + program), number, sem="release", scope="sys")
+            tl.atomic_xchg(
+                _flag(tl.load(peers + other), side_bytes, RANK * PROGRAMS + program), number, sem="release", scope="sys"
+            )
     for other in tl.static_range(SIZE):
         if other != RANK:
             flag = _flag(own, side_bytes, other * PROGRAMS + program)
@@ -67,7 +75,8 @@ def _sum_kernel(
         total = tl.zeros([BLOCK], tl.float32)
         for other in tl.static_range(SIZE):
             theirs = tl.multiple_of((tl.load(peers + other) + side).to(tl.pointer_type(x.dtype.element_ty)), 16)
-            total += tl.load(theirs + at, mask=at < num_elements, other=0.0, cache_modifier=".cg").to(tl.float32)  # past the L1 cache
+            # past the L1 cache
+            total += tl.load(theirs + at, mask=at < num_elements, other=0.0, cache_modifier=".cg").to(tl.float32)
         if ADD:
             total += tl.load(residual + at, mask=at < num_elements, other=0.0).to(tl.float32)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=at < num_elements)
@@ -76,7 +85,9 @@ def _sum_kernel(
 
 @dataclass(frozen=True)
 class PeerBuffers:
-    """One rank's view of all ranks' peer buffers. calls: int32 [programs], how many sums were begun; peers: int64 [size], addresses that this GPU can read."""
+    """One rank's view of all ranks' peer buffers. calls: int32 [programs], how many sums were begun; peers: int64
+    [size], addresses that this GPU can read.
+    """
 
     rank: int
     size: int
@@ -95,7 +106,8 @@ class PeerBuffers:
 
 
 def peer_buffer_bytes(size: int, capacity: int, dtype: torch.dtype, *, num_programs: int = _PROGRAMS) -> int:
-    """Of one rank's peer buffer, which must be zero before the first sum of any rank. capacity: a multiple of 16 numbers.
+    """Of one rank's peer buffer, which must be zero before the first sum of any rank. capacity: a multiple of 16
+    numbers.
 
     Raises ValueError for another capacity.
     """
@@ -105,24 +117,42 @@ def peer_buffer_bytes(size: int, capacity: int, dtype: torch.dtype, *, num_progr
 
 
 def make_peer_buffers(
-    rank: int, addresses: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device, *, num_programs: int = _PROGRAMS
+    rank: int,
+    addresses: Sequence[int],
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    num_programs: int = _PROGRAMS,
 ) -> PeerBuffers:
-    """addresses: of every rank's peer buffer, in the order of the ranks. num_programs: of a sum, the same on all ranks."""
+    """addresses: of every rank's peer buffer, in the order of the ranks. num_programs: of a sum, the same on all
+    ranks.
+    """
     peers = torch.tensor(addresses, dtype=torch.int64, device=device)
-    return PeerBuffers(rank, len(addresses), capacity, dtype, peers, torch.zeros(num_programs, dtype=torch.int32, device=device))
+    return PeerBuffers(
+        rank, len(addresses), capacity, dtype, peers, torch.zeros(num_programs, dtype=torch.int32, device=device)
+    )
 
 
-def peer_sum(x: torch.Tensor, residual: torch.Tensor | None, buffers: PeerBuffers, *, launch_pdl: bool = False) -> torch.Tensor:
-    """residual + the sum of every rank's x, written over residual; without one, the sum, written over x. All ranks call it in the same order, with as many
-    numbers. Sums are float32 in the order of the ranks, rounded once.
+def peer_sum(
+    x: torch.Tensor, residual: torch.Tensor | None, buffers: PeerBuffers, *, launch_pdl: bool = False
+) -> torch.Tensor:
+    """residual + the sum of every rank's x, written over residual; without one, the sum, written over x. All ranks call
+    it in the same order, with as many numbers. Sums are float32 in the order of the ranks, rounded once.
 
-    x, residual: contiguous, of one shape and the buffers' type. launch_pdl: as elsewhere; nothing is read before the kernel before is complete.
-    Raises ValueError for what the buffers do not take.
+    x, residual: contiguous, of one shape and the buffers' type. launch_pdl: as elsewhere; nothing is read before the
+    kernel before is complete. Raises ValueError for what the buffers do not take.
     """
     if not buffers.takes(x):
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype} does not fit buffers of {buffers.capacity} {buffers.dtype}, or has gaps")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous()):
-        raise ValueError(f"residual {tuple(residual.shape)} {residual.dtype} is not like x {tuple(x.shape)} {x.dtype}, without gaps")
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} does not fit buffers of {buffers.capacity} {buffers.dtype}, or has gaps"
+        )
+    if residual is not None and (
+        residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous()
+    ):
+        raise ValueError(
+            f"residual {tuple(residual.shape)} {residual.dtype} is not like x {tuple(x.shape)} {x.dtype}, without gaps"
+        )
     num_programs = len(buffers.calls)
     block = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, triton.next_power_of_2(triton.cdiv(x.numel(), num_programs))))
     _sum_kernel[(num_programs,)](

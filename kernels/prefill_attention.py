@@ -1,14 +1,16 @@
 """Paged prefill attention: each sequence's newest tokens against all of its keys and values in the page pool, causally.
 
-The picture. A program takes one KV head of one sequence and TOKENS new tokens, with all of the head's queries: row r of its ROWS is query r % GROUP of token
-r // GROUP. It walks the sequence's keys in tiles of TILE tokens and keeps a running softmax. Tiles that every row sees whole need no mask and make up the main
-loop; those that the causal diagonal cuts come last, those that the window's edge cuts come first.
+The picture. A program takes one KV head of one sequence and TOKENS new tokens, with all of the head's queries: row r of
+its ROWS is query r % GROUP of token r // GROUP. It walks the sequence's keys in tiles of TILE tokens and keeps a
+running softmax. Tiles that every row sees whole need no mask and make up the main loop; those that the causal diagonal
+cuts come last, those that the window's edge cuts come first.
 
-    keys      0 .......... first visible ......................... p0 ... p1      positions p0 to p1: the program's tokens
-    tiles            | edge, masked |      whole, unmasked     | diagonal, masked |
+    keys      0 .......... first visible ......................... p0 ... p1      positions p0 to p1: the program's
+    tokens tiles            | edge, masked |      whole, unmasked     | diagonal, masked |
 
-The tiles of a sequence with the most keys come first in the grid, so that the last programs to start are short ones. Lengths are read on the device only; the
-grid is made for `max_query_len`, and programs past a sequence's queries leave at once.
+The tiles of a sequence with the most keys come first in the grid, so that the last programs to start are short ones.
+Lengths are read on the device only; the grid is made for `max_query_len`, and programs past a sequence's queries leave
+at once.
 
 Sources: FlashAttention-2 (Dao, 2023); all queries of a KV head in one tile: FlashInfer (Ye et al., 2025).
 """
@@ -26,12 +28,18 @@ from paged_kernels.jit import kernel
 
 @triton.jit
 def _load_pages(pages, base, first_key, last_key, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """The page ids of a tile's keys in [first_key, last_key]: [TILE], or one if a page holds whole tiles. Nothing is read if last_key < base."""
+    """The page ids of a tile's keys in [first_key, last_key]: [TILE], or one if a page holds whole tiles. Nothing is
+    read if last_key < base.
+    """
     if PAGE_SIZE >= TILE:
         page = tl.load(pages + base // PAGE_SIZE, mask=base <= last_key, other=0)
     else:
         key = base + tl.arange(0, TILE)
-        page = tl.load(pages + base // PAGE_SIZE + tl.arange(0, TILE) // PAGE_SIZE, mask=(key >= first_key) & (key <= last_key), other=0)
+        page = tl.load(
+            pages + base // PAGE_SIZE + tl.arange(0, TILE) // PAGE_SIZE,
+            mask=(key >= first_key) & (key <= last_key),
+            other=0,
+        )
     return page
 
 
@@ -41,7 +49,8 @@ def _attend(
     VALUE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax (acc, m, l) after the tiles that begin in [begin, end), multiples of TILE; keys outside [first_key, last_key] are not read.
+    """The running softmax (acc, m, l) after the tiles that begin in [begin, end), multiples of TILE; keys outside
+    [first_key, last_key] are not read.
 
     m: the greatest score so far, before `scale`; l: the sum of exp2 of the scores in units of log 2, less m.
     """
@@ -51,7 +60,8 @@ def _attend(
     page = _load_pages(pages, begin, first_key, tl.where(begin < end, last_key, -1), PAGE_SIZE, TILE)
     for base in tl.range(begin, end, TILE):
         now_page = page
-        # The page ids of the tile after this one, so that its keys' addresses are at hand when their turn to be copied comes.
+        # The page ids of the tile after this one, so that its keys' addresses are at hand when their turn to be copied
+        # comes.
         page = _load_pages(pages, base + TILE, first_key, tl.where(base + TILE < end, last_key, -1), PAGE_SIZE, TILE)
         if PAGE_SIZE >= TILE:
             where = in_page + (now_page.to(tl.int64) * page_stride + (base % PAGE_SIZE) * HEAD_DIM)
@@ -116,7 +126,8 @@ def _prefill_kernel(
     dim = tl.arange(0, HEAD_PAD)
     query = first_query + row // GROUP
     to_store = (row < TOKENS * GROUP) & (query <= last_query)
-    query = tl.minimum(query, last_query)  # rows that stand for nothing repeat the last token, so that no row is without keys
+    # rows that stand for nothing repeat the last token, so that no row is without keys
+    query = tl.minimum(query, last_query)
     at = (head * GROUP + row % GROUP) * HEAD_DIM
     token = (query_start + query).to(tl.int64)
     queries = tl.load(q + (token * q_stride + at)[:, None] + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
@@ -151,14 +162,21 @@ def _prefill_kernel(
     if SINKS:
         sink = tl.load(sinks + head * GROUP + row % GROUP).to(tl.float32)
         greatest = m if SOFT_CAP else m * scale
-        l += tl.exp2(tl.minimum((sink - greatest) * 1.4426950408889634, 100.0))  # beyond 2^100 times the rest the rest is nothing, too
+        # beyond 2^100 times the rest the rest is nothing, too
+        l += tl.exp2(tl.minimum((sink - greatest) * 1.4426950408889634, 100.0))
     result = (acc * (1.0 / l)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (token * out_stride + at)[:, None] + dim[None, :], result, mask=to_store[:, None] & (dim < HEAD_DIM)[None, :])
+    tl.store(
+        out + (token * out_stride + at)[:, None] + dim[None, :],
+        result,
+        mask=to_store[:, None] & (dim < HEAD_DIM)[None, :],
+    )
 
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """How a launch is cut: query rows (tokens × queries of a KV head) per program and keys per tile, both powers of two."""
+    """How a launch is cut: query rows (tokens × queries of a KV head) per program and keys per tile, both powers of
+    two.
+    """
 
     rows: int
     tile: int
@@ -177,7 +195,8 @@ def _launch_shape(head_dim: int, dtype: torch.dtype, num_rows: int) -> PrefillSh
     if num_rows <= 64:
         return PrefillShape(64, 64, 4, 3)
     if head_pad <= 64:
-        return PrefillShape(128, 128, 8, 3, 128)  # registers for two programs on a multiprocessor: one softens scores while the other multiplies
+        # registers for two programs on a multiprocessor: one softens scores while the other multiplies
+        return PrefillShape(128, 128, 8, 3, 128)
     return PrefillShape(128, 64, 8, 3)
 
 
@@ -186,17 +205,19 @@ def paged_prefill_attention(
     *, max_query_len: int, scale: float, sliding_window: int = 0, soft_cap: float = 0.0, sinks: torch.Tensor | None = None,
     shape: PrefillShape | None = None,
 ) -> None:  # fmt: skip
-    """out[t, h] = softmax(cap(q[t, h] . K * scale)) . V over the keys of t's sequence up to t's own, the last `sliding_window` of them (0 = all).
+    """out[t, h] = softmax(cap(q[t, h] . K * scale)) . V over the keys of t's sequence up to t's own, the last
+    `sliding_window` of them (0 = all).
 
-    q, out: [num_tokens, num_q_heads, head_dim], rows may be strided; rows outside every sequence are left as they are. kv_pages: [num_pages, 2, num_kv_heads,
-    page_size, head_dim], keys then values, those of the query tokens included; page_size a power of two. page_table: int32 [num_sequences, max_pages]; entries
-    past a sequence's length are never read. query_starts: int32 [num_sequences + 1], where each sequence's queries begin in q and where the last one's end;
-    equal neighbours mean no queries. seq_lens: int32 [num_sequences], tokens including the queries, which are a sequence's newest; 0: padding, its rows of out
-    are left as they are. max_query_len: at least
-    the greatest number of queries of a sequence. q and out of one dtype (bfloat16, float16 or float32; sums in float32), in which K and V
-    are taken, whatever type the store has; rows aligned to 16 bytes.
-    cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0; scale > 0. sinks: [num_q_heads], any floating dtype: a score more for each
-    head, of a token without a value. shape overrides the tuned launch (tests, benchmarks).
+    q, out: [num_tokens, num_q_heads, head_dim], rows may be strided; rows outside every sequence are left as they are.
+    kv_pages: [num_pages, 2, num_kv_heads, page_size, head_dim], keys then values, those of the query tokens included;
+    page_size a power of two. page_table: int32 [num_sequences, max_pages]; entries past a sequence's length are never
+    read. query_starts: int32 [num_sequences + 1], where each sequence's queries begin in q and where the last one's
+    end; equal neighbours mean no queries. seq_lens: int32 [num_sequences], tokens including the queries, which are a
+    sequence's newest; 0: padding, its rows of out are left as they are. max_query_len: at least the greatest number of
+    queries of a sequence. q and out of one dtype (bfloat16, float16 or float32; sums in float32), in which K and V are
+    taken, whatever type the store has; rows aligned to 16 bytes.
+    cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0; scale > 0. sinks: [num_q_heads], any floating dtype:
+    a score more for each head, of a token without a value. shape overrides the tuned launch (tests, benchmarks).
     Raises ValueError if tensors do not fit each other.
     """
     _check(q, kv_pages, page_table, query_starts, seq_lens, out)
@@ -220,15 +241,31 @@ def paged_prefill_attention(
     )  # fmt: skip
 
 
-def _check(q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, query_starts: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor) -> None:
+def _check(
+    q: torch.Tensor,
+    kv_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
     _, two, num_kv_heads, page_size, head_dim = kv_pages.shape
     if two != 2 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or out.shape != q.shape:
-        raise ValueError(f"q {tuple(q.shape)}, out {tuple(out.shape)} and kv_pages {tuple(kv_pages.shape)} do not fit each other")
+        raise ValueError(
+            f"q {tuple(q.shape)}, out {tuple(out.shape)} and kv_pages {tuple(kv_pages.shape)} do not fit each other"
+        )
     if not page_table.shape[0] == seq_lens.shape[0] == query_starts.shape[0] - 1:
-        raise ValueError(f"{page_table.shape[0]} page table rows, {seq_lens.shape[0]} lengths and {query_starts.shape[0]} query starts do not fit each other")
+        raise ValueError(
+            f"{page_table.shape[0]} page table rows, {seq_lens.shape[0]} lengths and {query_starts.shape[0]} query starts do not fit each other"
+        )
     if page_size & (page_size - 1):
         raise ValueError(f"page_size {page_size} is no power of two")
-    if kv_pages.stride()[3:] != (head_dim, 1) or q.stride()[1:] != (head_dim, 1) or out.stride()[1:] != (head_dim, 1) or page_table.stride(1) != 1:
+    if (
+        kv_pages.stride()[3:] != (head_dim, 1)
+        or q.stride()[1:] != (head_dim, 1)
+        or out.stride()[1:] != (head_dim, 1)
+        or page_table.stride(1) != 1
+    ):
         raise ValueError("heads and pages must be contiguous")
     if q.dtype != out.dtype:
         raise ValueError(f"q {q.dtype} and out {out.dtype} must have one dtype")

@@ -1,8 +1,11 @@
-"""The one place that chooses a kernel for a product of a layer, from the number of rows, the matrix and what hangs on it.
+"""The one place that chooses a kernel for a product of a layer, from the number of rows, the matrix and what hangs on
+it.
 
-One row: a matrix-vector kernel, with the norm before and everything behind in the same launch. Few rows: a kernel that reads each weight once. Many: cuBLAS.
-Quantised weights are read as they are stored by one row and by few (quant_linear.py). For many rows fp8 goes to 8-bit tensor cores, and activations are
-rounded in the launch of the norm: cuBLASLt where a row has one scale, block_linear.py where blocks have; others are dequantised into 16 bits before cuBLAS.
+One row: a matrix-vector kernel, with the norm before and everything behind in the same launch. Few rows: a kernel that
+reads each weight once. Many: cuBLAS. Quantised weights are read as they are stored by one row and by few
+(quant_linear.py). For many rows fp8 goes to 8-bit tensor cores, and activations are rounded in the launch of the norm:
+cuBLASLt where a row has one scale, block_linear.py where blocks have; others are dequantised into 16 bits before
+cuBLAS.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Products:
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """[T, in] -> [T, out]: x is normed, multiplied, and then gated ([T, out / 2]) or added to residual, which is written over.
+        """[T, in] -> [T, out]: x is normed, multiplied, and then gated ([T, out / 2]) or added to residual, which is
+        written over.
 
         norm_before: of [in]. gated: activation(first half) * second half. residual: [T, out], not with gated or out.
         """
@@ -51,7 +55,13 @@ class Products:
             return self._quantised(x, linear, norm_before, gated, activation, residual, out)
         weight, bias, pdl = linear.weight, linear.bias, self._pdl
         out = out if residual is None else residual
-        behind: dict[str, Any] = {"gated": gated, "activation": activation, "residual": residual, "out": out, "launch_pdl": pdl}
+        behind: dict[str, Any] = {
+            "gated": gated,
+            "activation": activation,
+            "residual": residual,
+            "out": out,
+            "launch_pdl": pdl,
+        }
         if norm_before is not None and (len(x) > 1 or norm_before.centred or norm_before.bias is not None):
             x, norm_before = norm.norm(x, norm_before, launch_pdl=pdl), None
         if len(x) == 1:
@@ -69,15 +79,30 @@ class Products:
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
     def _quantised(
-        self, x: Tensor, linear: Linear, norm_before: Norm | None, gated: bool, activation: str, residual: Tensor | None, out: Tensor | None
+        self,
+        x: Tensor,
+        linear: Linear,
+        norm_before: Norm | None,
+        gated: bool,
+        activation: str,
+        residual: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         pdl, num_tokens = self._pdl, len(x)
         few = num_tokens <= _FEW_TOKENS and quant_linear.reaches(linear)
-        rounds = not few and norm_before is not None and norm_before.is_plain and _has_fp8_product(x, linear)  # which takes the norm in
-        if norm_before is not None and (norm_before.centred or norm_before.bias is not None or (num_tokens > 1 and not rounds)):
+        # which takes the norm in
+        rounds = not few and norm_before is not None and norm_before.is_plain and _has_fp8_product(x, linear)
+        if norm_before is not None and (
+            norm_before.centred or norm_before.bias is not None or (num_tokens > 1 and not rounds)
+        ):
             x, norm_before = norm.norm(x, norm_before, launch_pdl=pdl), None
         if few:
-            behind: dict[str, Any] = {"gated": gated, "activation": activation, "residual": residual, "out": out if residual is None else residual}
+            behind: dict[str, Any] = {
+                "gated": gated,
+                "activation": activation,
+                "residual": residual,
+                "out": out if residual is None else residual,
+            }
             if num_tokens == 1:
                 return quant_linear.quant_vector_linear(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
             return quant_linear.quant_narrow_linear(x, linear, workspace=self._workspace, launch_pdl=pdl, **behind)
@@ -86,36 +111,62 @@ class Products:
         else:
             if norm_before is not None:
                 x = norm.norm(x, norm_before, launch_pdl=pdl)
-            weight = dequantised(linear, x.dtype, launch_pdl=pdl) if quant_linear.reaches(linear) else dequantise(linear).to(x.dtype)
-            if num_tokens == 1:  # not as a programmatic dependent: those of one token read the weight before the launches that make it are complete
+            weight = (
+                dequantised(linear, x.dtype, launch_pdl=pdl)
+                if quant_linear.reaches(linear)
+                else dequantise(linear).to(x.dtype)
+            )
+            # not as a programmatic dependent: those of one token read the weight before the launches that make it are
+            # complete
+            if num_tokens == 1:
                 out = out if residual is None else residual
-                return small_linear.vector_linear(x, weight, linear.bias, gated=gated, activation=activation, residual=residual, out=out)
+                return small_linear.vector_linear(
+                    x, weight, linear.bias, gated=gated, activation=activation, residual=residual, out=out
+                )
             return self(x, Linear(weight, linear.bias), gated=gated, activation=activation, residual=residual, out=out)
         if gated:
             gate = activations.gate(result, activation, launch_pdl=pdl)
             return gate if out is None else out.copy_(gate)
         return result
 
-    def _fp8(self, x: Tensor, linear: Linear, norm_before: Norm | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
+    def _fp8(
+        self, x: Tensor, linear: Linear, norm_before: Norm | None, residual: Tensor | None, out: Tensor | None
+    ) -> Tensor:
         """By 8-bit tensor cores; activations are rounded as the format says."""
         rounding = linear.format.rounding
         assert rounding is not None and linear.scale is not None
         numbers, scales = round_rows(x, rounding, linear.input_scale, norm=norm_before, launch_pdl=self._pdl)
         if linear.format.block[1]:
-            out = x.new_empty(len(x), linear.num_rows) if out is None and residual is None else out if residual is None else residual
+            out = (
+                x.new_empty(len(x), linear.num_rows)
+                if out is None and residual is None
+                else out
+                if residual is None
+                else residual
+            )
             return block_linear(numbers, scales, linear, out, residual=residual, launch_pdl=self._pdl)
-        product = torch._scaled_mm(numbers, linear.weight.t(), scale_a=scales, scale_b=linear.scale.t(), bias=linear.bias, out_dtype=x.dtype)
+        product = torch._scaled_mm(
+            numbers, linear.weight.t(), scale_a=scales, scale_b=linear.scale.t(), bias=linear.bias, out_dtype=x.dtype
+        )
         if residual is not None:
             return residual.add_(product)
         return product if out is None else out.copy_(product)
 
 
 def _has_fp8_product(x: Tensor, linear: Linear) -> bool:
-    """Whether 8-bit tensor cores can multiply x with the linear: both sides are of fp8; cuBLASLt wants bfloat16, multiples of 16, and Hopper or newer."""
+    """Whether 8-bit tensor cores can multiply x with the linear: both sides are of fp8; cuBLASLt wants bfloat16,
+    multiples of 16, and Hopper or newer.
+    """
     format = linear.format
     if format.codes != "fp8" or format.rounding is None or format.rounding.codes != "fp8":
         return False
     if format.block[1]:
         return format.block[1] == GROUP == format.rounding.group
     sizes = linear.num_rows % 16 == 0 and linear.num_columns % 16 == 0
-    return x.is_cuda and x.dtype == torch.bfloat16 and sizes and not format.rounding.group and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and sizes
+        and not format.rounding.group
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )

@@ -1,11 +1,14 @@
-"""Products of few tokens with a quantised weight: its numbers are read as they are stored and become floats in registers. Activations are not rounded.
+"""Products of few tokens with a quantised weight: its numbers are read as they are stored and become floats in
+registers. Activations are not rounded.
 
-`quant_vector_linear` takes one token, `quant_narrow_linear` up to 128: as the two of small_linear.py, with the same companions in the same launch. With so few
-tokens a product takes the time in which the weight is read, so that a format is as much faster as it has fewer bytes; and rounding activations, which 8-bit
-tensor cores need, would gain nothing. Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive columns, and the high ones too.
+`quant_vector_linear` takes one token, `quant_narrow_linear` up to 128: as the two of small_linear.py, with the same
+companions in the same launch. With so few tokens a product takes the time in which the weight is read, so that a format
+is as much faster as it has fewer bytes; and rounding activations, which 8-bit tensor cores need, would gain nothing.
+Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive columns, and the high ones too.
 
-Formats that are not read here: groups that are no power of two. Sums are float32; in `quant_narrow_linear` numbers times the scale of their group are rounded
-to x's type before they are multiplied, scales of whole rows come after the sum. e2m1 becomes float16 by shifting its bits (OCP microscaling formats, 2023).
+Formats that are not read here: groups that are no power of two. Sums are float32; in `quant_narrow_linear` numbers
+times the scale of their group are rounded to x's type before they are multiplied, scales of whole rows come after the
+sum. e2m1 becomes float16 by shifting its bits (OCP microscaling formats, 2023).
 """
 
 from __future__ import annotations
@@ -37,13 +40,26 @@ def _floats(codes, CODES: tl.constexpr):
     elif CODES == _FP8:
         numbers = codes.to(tl.float32)
     else:
-        # The conversion of bytes is an eighth as fast as an addition: a number is added to the last bits of 1.5 * 2 ** 23, and that is subtracted.
+        # The conversion of bytes is an eighth as fast as an addition: a number is added to the last bits of 1.5 * 2 **
+        # 23, and that is subtracted.
         numbers = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
     return numbers
 
 
 @triton.jit
-def _dot(w, low, high, sums, scale, zero, CODES: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):
+def _dot(
+    w,
+    low,
+    high,
+    sums,
+    scale,
+    zero,
+    CODES: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Sums of LANES bytes each of a tile of the weight [ROWS, PARTS * LANES] times the token: [ROWS, PARTS] float32."""
     if CODES >= INT4:
         product = _floats(w & 15, CODES) * low[None, :] + _floats(w >> 4, CODES) * high[None, :]
@@ -64,7 +80,9 @@ def _vector_kernel(
     NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """N rows of the result, from N (GATED: 2 N) rows of the weight. K and BLOCK are in bytes of a row, GROUP in bytes that share a scale."""
+    """N rows of the result, from N (GATED: 2 N) rows of the weight. K and BLOCK are in bytes of a row, GROUP in bytes
+    that share a scale.
+    """
     pdl_release(LAUNCH_PDL)
     PARTS: tl.constexpr = BLOCK // LANES
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
@@ -132,15 +150,21 @@ def _vector_kernel(
         up *= shrink
     result = _finished(result, row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
     if GATED:
-        result = activated(result, ACTIVATION) * _finished(up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
+        result = activated(result, ACTIVATION) * _finished(
+            up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS
+        )
     if ADD:
         result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
 
 
 @triton.jit
-def _finished(total, row, there, scale, row_scale, bias, GROUPED: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr):
-    """A sum [ROWS] or [ROWS, TOKENS] of a product with what belongs to its rows: scales and bias. row and there are of the same dimensions."""
+def _finished(
+    total, row, there, scale, row_scale, bias, GROUPED: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr
+):
+    """A sum [ROWS] or [ROWS, TOKENS] of a product with what belongs to its rows: scales and bias. row and there are of
+    the same dimensions.
+    """
     if not GROUPED:
         total *= tl.load(scale + row, mask=there, other=0.0).to(tl.float32)
     if ROW_SCALES:
@@ -156,7 +180,9 @@ def load_tile(
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr,
     GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weight, BLOCK bytes of each row: as floats of DTYPE [ROWS, BLOCK], those of the low nibbles or of the whole bytes, and of the high ones."""
+    """A tile of the weight, BLOCK bytes of each row: as floats of DTYPE [ROWS, BLOCK], those of the low nibbles or of
+    the whole bytes, and of the high ones.
+    """
     SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
     PARTS: tl.constexpr = BLOCK // SHARED
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
@@ -194,7 +220,9 @@ def _narrow_kernel(
     ROW_SCALES: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of the result for all tokens, or a part of their sums: SPAN bytes of each row of the weight, the part-th of SPLIT."""
+    """ROWS rows of the result for all tokens, or a part of their sums: SPAN bytes of each row of the weight, the
+    part-th of SPLIT.
+    """
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
     tile = tl.program_id(0) // SPLIT
@@ -213,7 +241,24 @@ def _narrow_kernel(
         inside = (column < K)[None, :]
         low_at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
         values = tl.load(tokens_at + low_at[None, :], mask=known & inside, other=0.0)
-        low, high = load_tile(at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, x.dtype.element_ty)
+        low, high = load_tile(
+            at,
+            row,
+            there,
+            begin,
+            scale,
+            zero,
+            K,
+            ROWS,
+            BLOCK,
+            GROUP,
+            BLOCK_ROWS,
+            CODES,
+            GROUPED,
+            ZEROS,
+            MIDDLE,
+            x.dtype.element_ty,
+        )
         total = tl.dot(low, tl.trans(values), total, input_precision=PRECISION)
         high_values = values
         if CODES >= INT4:
@@ -221,7 +266,22 @@ def _narrow_kernel(
             total = tl.dot(high, tl.trans(high_values), total, input_precision=PRECISION)
         if GATED:
             low, high = load_tile(
-                at + N * K, row + N, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, x.dtype.element_ty
+                at + N * K,
+                row + N,
+                there,
+                begin,
+                scale,
+                zero,
+                K,
+                ROWS,
+                BLOCK,
+                GROUP,
+                BLOCK_ROWS,
+                CODES,
+                GROUPED,
+                ZEROS,
+                MIDDLE,
+                x.dtype.element_ty,
             )
             total_u = tl.dot(low, tl.trans(values), total_u, input_precision=PRECISION)
             if CODES >= INT4:
@@ -236,10 +296,14 @@ def _narrow_kernel(
             total, total_u = sum_of_parts(place, partials, arrivals, tile, ROWS, TOKENS, SPLIT, GATED)
         result = _finished(total, row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
         if GATED:
-            result = activated(result, ACTIVATION) * _finished(total_u, N + row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
+            result = activated(result, ACTIVATION) * _finished(
+                total_u, N + row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS
+            )
         wanted = there & (token < num_tokens)[None, :]
         if ADD:
-            result += tl.load(residual + row[:, None] + (token * residual_stride)[None, :], mask=wanted, other=0.0).to(tl.float32)
+            result += tl.load(residual + row[:, None] + (token * residual_stride)[None, :], mask=wanted, other=0.0).to(
+                tl.float32
+            )
         tl.store(out + row[:, None] + (token * out_stride)[None, :], result.to(out.dtype.element_ty), mask=wanted)
 
 
@@ -254,7 +318,9 @@ class QuantVectorShape:
 
 @dataclass(frozen=True)
 class QuantNarrowShape:
-    """How quant_narrow_linear divides its work: a tile's rows, its bytes of a row, parts of a row, stages of the pipeline, warps."""
+    """How quant_narrow_linear divides its work: a tile's rows, its bytes of a row, parts of a row, stages of the
+    pipeline, warps.
+    """
 
     rows: int
     block: int
@@ -264,13 +330,17 @@ class QuantNarrowShape:
 
 
 def quant_vector_shape(num_rows: int, row_bytes: int, gated: bool) -> QuantVectorShape:
-    """As many bytes in flight as small_linear.vector_shape has of bfloat16. Not measured on a card yet: tests/bench/bench_linear.py --formats --sweep."""
+    """As many bytes in flight as small_linear.vector_shape has of bfloat16. Not measured on a card yet:
+    tests/bench/bench_linear.py --formats --sweep.
+    """
     block = min(2048, max(256, triton.next_power_of_2(row_bytes)))
     return QuantVectorShape(rows=2 if gated else 4, block=block, num_warps=8 if block >= 2048 else 4)
 
 
 def quant_narrow_shape(num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
-    """128 columns at once, and a split only for few tiles. Not measured on a card yet: tests/bench/bench_linear.py --formats --sweep."""
+    """128 columns at once, and a split only for few tiles. Not measured on a card yet: tests/bench/bench_linear.py
+    --formats --sweep.
+    """
     tiles, split = triton.cdiv(num_rows, 64), 1
     while tiles * split < 96 and row_bytes // (split * 2) >= 512 and split < _MAX_SPLIT:
         split *= 2
@@ -278,7 +348,9 @@ def quant_narrow_shape(num_rows: int, row_bytes: int, nibbles: bool, gated: bool
 
 
 def reaches(linear: Linear) -> bool:
-    """Whether these kernels read the linear's format: groups of a power of two of columns, at least 16, or whole rows."""
+    """Whether these kernels read the linear's format: groups of a power of two of columns, at least 16, or whole
+    rows.
+    """
     group = linear.format.block[1]
     return linear.format.codes in _CODES and (group == 0 or (group >= 16 and group & (group - 1) == 0))
 
@@ -303,9 +375,11 @@ def quant_vector_linear(
     x: torch.Tensor, linear: Linear, *, norm: Norm | None = None, gated: bool = False, activation: str = "silu",
     residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantVectorShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out = residual + gate(W . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for. W: what the linear means.
+    """out = residual + gate(W . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for.
+    W: what the linear means.
 
-    x: [1, K], linear: N rows, or 2 N if gated (rows of the gate, then of what it lets through), K columns; gate: activation(first) * second;
+    x: [1, K], linear: N rows, or 2 N if gated (rows of the gate, then of what it lets through), K columns; gate:
+    activation(first) * second;
     norm: an RMS norm of [K] without bias; residual, out: [1, N], out may be residual.
     x's floating dtype is that of all but the linear's weight and scales; sums in float32, rounded at the end.
     launch_pdl: begin while the kernel before drains; reads nothing but weights before that kernel is complete.
@@ -336,7 +410,8 @@ def quant_narrow_linear(
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(x . W + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
 
-    x: [M, K], residual and out: [M, N], rows contiguous, may be strided; out may be residual. Otherwise as `quant_vector_linear`.
+    x: [M, K], residual and out: [M, N], rows contiguous, may be strided; out may be residual. Otherwise as
+        `quant_vector_linear`.
     """
     num_tokens, row_bytes = len(x), linear.weight.shape[1]
     num_rows = linear.num_rows // 2 if gated else linear.num_rows
@@ -345,7 +420,10 @@ def quant_narrow_linear(
     shape = shape or quant_narrow_shape(num_rows, row_bytes, linear.format.nibbles, gated)
     tiles, tokens = triton.cdiv(num_rows, shape.rows), max(16, triton.next_power_of_2(num_tokens))
     span = triton.cdiv(triton.cdiv(row_bytes, shape.split), shape.block) * shape.block
-    if shape.split > 1 and (tiles > len(workspace.arrivals) or tiles * shape.split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials)):
+    if shape.split > 1 and (
+        tiles > len(workspace.arrivals)
+        or tiles * shape.split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials)
+    ):
         raise ValueError(f"{tiles} tiles of {shape.rows} x {tokens} in {shape.split} parts do not fit the workspace")
     _narrow_kernel[(tiles * shape.split,)](
         x, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero, linear.scale if linear.row_scale is None else linear.row_scale,
@@ -358,14 +436,27 @@ def quant_narrow_linear(
     return out
 
 
-def _check(x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor, num_rows: int, max_tokens: int) -> None:
+def _check(
+    x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor, num_rows: int, max_tokens: int
+) -> None:
     num_tokens, num_columns = x.shape
     if not reaches(linear):
         raise ValueError(f"{linear.format} is not read by these kernels")
-    if not 1 <= num_tokens <= max_tokens or linear.num_columns != num_columns or not linear.weight.is_contiguous() or linear.num_rows % num_rows:
-        raise ValueError(f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and a weight of {linear.num_rows} x {linear.num_columns} do not fit each other")
+    if (
+        not 1 <= num_tokens <= max_tokens
+        or linear.num_columns != num_columns
+        or not linear.weight.is_contiguous()
+        or linear.num_rows % num_rows
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and a weight of {linear.num_rows} x {linear.num_columns} do not fit each other"
+        )
     for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None and (tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1):
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with contiguous rows")
+        if tensor is not None and (
+            tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1
+        ):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with contiguous rows"
+            )
     if x.stride(1) != 1 or (linear.bias is not None and linear.bias.dtype != x.dtype):
         raise ValueError(f"rows of x must be contiguous, and bias of x's dtype {x.dtype}")

@@ -1,8 +1,10 @@
-"""The ops that meet other ranks (tensor parallelism), in plain torch: sums of partial products, the embedding, the choice of tokens.
+"""The ops that meet other ranks (tensor parallelism), in plain torch: sums of partial products, the embedding, the
+choice of tokens.
 
-Each rank has a part of the vocabulary, and logits [M, L] of that part alone. The likeliest token of all is found by exchanging one number a row: a *key*,
-int64, with the order of a score in its upper half and the complement of its token in the lower, so that the greatest key is the best score's, and of equal
-scores the smallest token's. Logits themselves are gathered only for what needs all of a row's.
+Each rank has a part of the vocabulary, and logits [M, L] of that part alone. The likeliest token of all is found by
+exchanging one number a row: a *key*, int64, with the order of a score in its upper half and the complement of its token
+in the lower, so that the greatest key is the best score's, and of equal scores the smallest token's. Logits themselves
+are gathered only for what needs all of a row's.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ _LAST_TOKEN = 2**31 - 1
 
 
 class Ranks:
-    """What the ranks of a model do together, each in its own process: all call the same operations in the same order, and get equal bits. This base is one
-    rank alone; an implementation overrides everything."""
+    """What the ranks of a model do together, each in its own process: all call the same operations in the same order,
+    and get equal bits. This base is one rank alone; an implementation overrides everything.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -44,7 +47,9 @@ class Ranks:
         return x[None]
 
     def share_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> str:
-        """From now on sums of up to `capacity` numbers of that type go through memory that all ranks' GPUs read, if they can. Returns a sentence on it."""
+        """From now on sums of up to `capacity` numbers of that type go through memory that all ranks' GPUs read, if
+        they can. Returns a sentence on it.
+        """
         return "one rank has nothing to sum"
 
     def tell_all(self, sentence: str) -> list[str]:
@@ -54,8 +59,9 @@ class Ranks:
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The tokens first … first + count of a vocabulary of `whole` are this rank's; logits have `width` columns on every rank, those beyond count belong to
-    no token."""
+    """The tokens first … first + count of a vocabulary of `whole` are this rank's; logits have `width` columns on every
+    rank, those beyond count belong to no token.
+    """
 
     first: int
     count: int
@@ -64,13 +70,17 @@ class VocabularyPart:
 
 
 class RankOps(Ops):
-    """Ops of one rank of several. `super()` is the reference, or the kernels of cuda_rank_ops.py: here is only what ranks have to do with each other."""
+    """Ops of one rank of several. `super()` is the reference, or the kernels of cuda_rank_ops.py: here is only what
+    ranks have to do with each other.
+    """
 
     def __init__(self, ranks: Ranks, vocabulary: VocabularyPart) -> None:
         self._ranks, self._vocabulary = ranks, vocabulary
 
     def embedding(self, token_ids: Tensor, table: Tensor, multiplier: float = 1.0) -> Tensor:
-        """Ids of the whole vocabulary, this rank's rows of the table: [T], [width, hidden] -> [T, hidden]. One rank adds a row, the others zeros."""
+        """Ids of the whole vocabulary, this rank's rows of the table: [T], [width, hidden] -> [T, hidden]. One rank
+        adds a row, the others zeros.
+        """
         at = token_ids.long() - self._vocabulary.first
         mine = (at >= 0) & (at < self._vocabulary.count)
         rows = super().embedding(torch.where(mine, at, 0), table, multiplier)
@@ -81,12 +91,18 @@ class RankOps(Ops):
         return self._ranks.sum(product) if linear.partial else product
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
-        return self._ranks.add_sum(super().linear(x, linear), residual) if linear.partial else super().add_linear(x, linear, residual)
+        return (
+            self._ranks.add_sum(super().linear(x, linear), residual)
+            if linear.partial
+            else super().add_linear(x, linear, residual)
+        )
 
     def add_experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
         if not experts.partial:
             return super().add_experts(x, expert_ids, weights, experts, residual)
-        return self._ranks.add_sum(super().add_experts(x, expert_ids, weights, experts, torch.zeros_like(residual)), residual)
+        return self._ranks.add_sum(
+            super().add_experts(x, expert_ids, weights, experts, torch.zeros_like(residual)), residual
+        )
 
     def norm_add_experts(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
         """Every rank routes: the router is whole and x the same, so all choose the same experts."""
@@ -106,7 +122,13 @@ class RankOps(Ops):
         return tokens_of(self._ranks.maximum(self.best_keys(logits)))
 
     def choose(
-        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        truncation: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """A truncation needs gathered logits."""
         if self._is_whole(logits):
@@ -120,8 +142,12 @@ class RankOps(Ops):
         ids = mine.argmax(-1)
         return keys_of(mine.gather(1, ids[:, None]).squeeze(1).float(), ids + self._vocabulary.first)
 
-    def best_draw_keys(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """[M, width] -> [M] int64: the key of the first of this rank's tokens in the race of `reference.sample`, or of the likeliest at temperature 0."""
+    def best_draw_keys(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor
+    ) -> Tensor:
+        """[M, width] -> [M] int64: the key of the first of this rank's tokens in the race of `reference.sample`, or of
+        the likeliest at temperature 0.
+        """
         mine = logits[:, : self._vocabulary.count].float()
         heat = temperature[rows]
         draws = heat > 0

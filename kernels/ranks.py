@@ -22,14 +22,19 @@ def _ranks_kernel(logits, tokens, found, logits_stride, VOCAB: tl.constexpr, CHU
 
 
 def ranks(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """1 for a token than which none is more likely, one more for each that is: [M, V], [M] integers below V -> int32 [M]. As reference.ranks.
+    """1 for a token than which none is more likely, one more for each that is: [M, V], [M] integers below V -> int32
+    [M]. As reference.ranks.
 
     logits: any floating dtype, rows contiguous, may be strided. token_ids: contiguous. Raises ValueError otherwise.
     """
     if logits.stride(-1) != 1 or not token_ids.is_contiguous() or token_ids.shape != (len(logits),):
-        raise ValueError(f"expected rows of logits and a token for each without gaps, got {tuple(logits.shape)} and {tuple(token_ids.shape)}")
+        raise ValueError(
+            f"expected rows of logits and a token for each without gaps, got {tuple(logits.shape)} and {tuple(token_ids.shape)}"
+        )
     found = torch.ones(len(logits), dtype=torch.int32, device=logits.device)
     if len(logits):
         grid = triton.cdiv(logits.shape[1], _CHUNK), len(logits)
-        _ranks_kernel[grid](logits, token_ids, found, logits.stride(0), VOCAB=logits.shape[1], CHUNK=_CHUNK, num_warps=4)
+        _ranks_kernel[grid](
+            logits, token_ids, found, logits.stride(0), VOCAB=logits.shape[1], CHUNK=_CHUNK, num_warps=4
+        )
     return found

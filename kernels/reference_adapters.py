@@ -10,10 +10,14 @@ from torch.nn import functional
 
 
 class AdapterOps:
-    """Adapters (LoRA; runner/adapter_store.py has the picture): row b of `weights` [adapters, elements] holds one of rank ranks[b]."""
+    """Adapters (LoRA; runner/adapter_store.py has the picture): row b of `weights` [adapters, elements] holds one of
+    rank ranks[b].
+    """
 
     def assign_adapters(self, rows: Tensor, query_starts: Tensor, row_adapters: Tensor, token_adapters: Tensor) -> None:
-        """token_adapters[t] = row_adapters[rows[s]] for the tokens t of each sequence s: [S], [S + 1], [R], [T]. A row of -1 is padding: -1."""
+        """token_adapters[t] = row_adapters[rows[s]] for the tokens t of each sequence s: [S], [S + 1], [R], [T]. A row
+        of -1 is padding: -1.
+        """
         which = torch.where(rows >= 0, row_adapters[rows.clamp(min=0)], -1)
         token_adapters.copy_(torch.repeat_interleave(which, query_starts.diff(), output_size=len(token_adapters)))
 
@@ -26,7 +30,8 @@ class AdapterOps:
         return 1
 
     def group_tokens(self, token_adapters: Tensor, num_adapters: int, order: Tensor, tiles: Tensor) -> None:
-        """order [T]: the tokens of adapter 0, then of adapter 1 ...; tiles [num_adapters, 3]: adapter, first place in order, number of tokens; -1: none.
+        """order [T]: the tokens of adapter 0, then of adapter 1 ...; tiles [num_adapters, 3]: adapter, first place in
+        order, number of tokens; -1: none.
 
         Tokens of adapter -1 are left out.
         """
@@ -38,10 +43,22 @@ class AdapterOps:
             tiles[adapter] = torch.tensor([adapter if len(tokens) else -1, first, len(tokens)])
             first += len(tokens)
 
-    def adapter_shrink(self, x: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, num_parts: int, hidden: Tensor) -> None:
-        """hidden[0, i, : parts r] = A x[order[i]] for the places i of each tile, A [parts r, K] lying r * offset elements from its adapter's beginning.
+    def adapter_shrink(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ranks: Tensor,
+        order: Tensor,
+        tiles: Tensor,
+        offset: int,
+        num_parts: int,
+        hidden: Tensor,
+    ) -> None:
+        """hidden[0, i, : parts r] = A x[order[i]] for the places i of each tile, A [parts r, K] lying r * offset
+        elements from its adapter's beginning.
 
-        x [T, K], hidden float32 [splits, T, parts * largest rank]: a kernel may leave the sum in as many parts, which count together.
+        x [T, K], hidden float32 [splits, T, parts * largest rank]: a kernel may leave the sum in as many parts, which
+        count together.
         """
         hidden[1:] = 0
         for adapter, rank, first, tokens in _tiles(ranks, order, tiles):
@@ -50,9 +67,18 @@ class AdapterOps:
             hidden[0, first : first + len(tokens), :width] = functional.linear(x[tokens], a).float()
 
     def adapter_expand(
-        self, hidden: Tensor, weights: Tensor, ranks: Tensor, order: Tensor, tiles: Tensor, offset: int, out_sizes: Sequence[int], out: Tensor
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        ranks: Tensor,
+        order: Tensor,
+        tiles: Tensor,
+        offset: int,
+        out_sizes: Sequence[int],
+        out: Tensor,
     ) -> None:
-        """out[order[i]] += B hidden[:, i].sum(0) for the places i of each tile, B [N, r] lying r * offset elements from its adapter's beginning.
+        """out[order[i]] += B hidden[:, i].sum(0) for the places i of each tile, B [N, r] lying r * offset elements from
+        its adapter's beginning.
 
         B's rows of part p are multiplied with the p-th r of hidden. out_sizes: rows of each part; out [T, N].
         """
@@ -64,7 +90,9 @@ class AdapterOps:
 
 
 def _tiles(ranks: Tensor, order: Tensor, tiles: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
-    """(adapter, rank, first place, tokens) of those that are tiles, with anything in their adapter slots. Asks the device: on CUDA the host waits."""
+    """(adapter, rank, first place, tokens) of those that are tiles, with anything in their adapter slots. Asks the
+    device: on CUDA the host waits.
+    """
     known = ranks.tolist()
     for adapter, first, count in tiles.tolist():
         if adapter >= 0 and known[adapter]:

@@ -25,9 +25,11 @@ class ExpertOps(LayerOps):
         return choose_experts(logits, experts.correction, experts.routing)
 
     def add_experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
-        """residual + the weighted sum of what a token's experts make of it: [T, hidden], [T, k], [T, k], [T, hidden] -> [T, hidden].
+        """residual + the weighted sum of what a token's experts make of it: [T, hidden], [T, k], [T, k], [T, hidden] ->
+        [T, hidden].
 
-        Tokens are grouped by expert, so that each chosen expert multiplies once. A kernel may write over residual. Asks the device how many chose whom.
+        Tokens are grouped by expert, so that each chosen expert multiplies once. A kernel may write over residual. Asks
+        the device how many chose whom.
         """
         num_tokens, top_k = expert_ids.shape
         order = expert_ids.flatten().argsort(stable=True)

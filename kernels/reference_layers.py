@@ -32,7 +32,9 @@ class LayerOps:
         return x if multiplier == 1 else x * multiplier
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """[T, in] -> [T, out]. A quantised weight is dequantised and multiplied in float32; activations are rounded first where its format says so."""
+        """[T, in] -> [T, out]. A quantised weight is dequantised and multiplied in float32; activations are rounded
+        first where its format says so.
+        """
         if linear.format == PLAIN:
             return functional.linear(x, linear.weight, linear.bias)
         if linear.format.codes == "plain":
@@ -58,21 +60,31 @@ class LayerOps:
         return residual + self.linear(x, linear)
 
     def add_scaled(self, residual: Tensor, x: Tensor, norm: Norm | None, multiplier: float) -> Tensor:
-        """residual + multiplier * norm(x): [T, n], [T, n] -> [T, n]; None: no norm. A kernel may write over residual."""
+        """residual + multiplier * norm(x): [T, n], [T, n] -> [T, n]; None: no norm. A kernel may write over
+        residual.
+        """
         return residual + multiplier * (x if norm is None else self.norm(x, norm))
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
-        """[..., n] -> [..., n]. Computed in float32; only a plain RMS norm is rounded to x's type before its weight comes in, as Llama's is."""
+        """[..., n] -> [..., n]. Computed in float32; only a plain RMS norm is rounded to x's type before its weight
+        comes in, as Llama's is.
+        """
         if norm.is_plain:
             return self.rms_norm(x, norm.weight, norm.eps)
         wide = x.float()
         if norm.centred:
             wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * (norm.weight.float() + (1.0 if norm.plus_one else 0.0))
+        wide = (
+            wide
+            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+            * (norm.weight.float() + (1.0 if norm.plus_one else 0.0))
+        )
         return (wide if norm.bias is None else wide + norm.bias.float()).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[..., n], [n] -> [..., n]: x / sqrt(mean(x²) + eps) in float32, back in x's type, times weight (Zhang and Sennrich, 2019)."""
+        """[..., n], [n] -> [..., n]: x / sqrt(mean(x²) + eps) in float32, back in x's type, times weight (Zhang and
+        Sennrich, 2019).
+        """
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -86,15 +98,18 @@ class LayerOps:
         return ACTIVATIONS[activation](x)
 
     def scale_logits(self, logits: Tensor, multiplier: float, soft_cap: float | None) -> Tensor:
-        """logits, written over with cap(multiplier * logits), where cap(x) = soft_cap * tanh(x / soft_cap), or x if it is None."""
+        """logits, written over with cap(multiplier * logits), where cap(x) = soft_cap * tanh(x / soft_cap), or x if it
+        is None.
+        """
         scaled = logits.float() * multiplier
         return logits.copy_(scaled if soft_cap is None else soft_cap * torch.tanh(scaled / soft_cap))
 
     def apply_rope(self, x: Tensor, rope_table: Tensor, positions: Tensor, interleaved: bool = False) -> Tensor:
-        """Rotates the first R numbers of [T, heads, D] by position; rope_table is [max_len, R] float32: cosines in the first half of a row, then sines.
+        """Rotates the first R numbers of [T, heads, D] by position; rope_table is [max_len, R] float32: cosines in the
+        first half of a row, then sines.
 
-        Pairs are (i, i + R/2), as in most Hugging Face checkpoints, or (2 i, 2 i + 1) if interleaved (Su et al., 2021). Computed in float32, returned in
-        x's type.
+        Pairs are (i, i + R/2), as in most Hugging Face checkpoints, or (2 i, 2 i + 1) if interleaved (Su et al., 2021).
+        Computed in float32, returned in x's type.
         """
         cos, sin = rope_table[positions][:, None].chunk(2, dim=-1)
         rotated, rest = x.split([rope_table.shape[1], x.shape[-1] - rope_table.shape[1]], dim=-1)
@@ -105,7 +120,9 @@ class LayerOps:
         return torch.cat((joined.to(x.dtype), rest), dim=-1)
 
     def write_kv(self, k: Tensor, v: Tensor, kv_pages: Tensor, slot_mapping: Tensor) -> None:
-        """Stores k and v [T, num_kv_heads, D] at their slots: `page_id * page_size + offset`, -1 for padding, which is not stored."""
+        """Stores k and v [T, num_kv_heads, D] at their slots: `page_id * page_size + offset`, -1 for padding, which is
+        not stored.
+        """
         page_size = kv_pages.shape[3]
         stored = slot_mapping >= 0
         slots = slot_mapping[stored].long()
@@ -134,15 +151,19 @@ class LayerOps:
         interleaved: bool = False,
         query_factors: Tensor | None = None,
     ) -> Tensor:
-        """Splits qkv [T, (num_heads + 2 num_kv_heads) D] into heads, norms q and k if asked to, rotates them (rope_table None: not), multiplies
-        q by query_factors[position] (float32 [max_len]; None: not), stores k and v, returns q [T, num_heads, D].
+        """Splits qkv [T, (num_heads + 2 num_kv_heads) D] into heads, norms q and k if asked to, rotates them
+        (rope_table None: not), multiplies q by query_factors[position] (float32 [max_len]; None: not), stores k and v,
+        returns q [T, num_heads, D].
 
         A norm whose weight has D numbers is of each head; of more, of all heads of q or k together.
         """
         num_kv_heads, head_dim = kv_pages.shape[2], kv_pages.shape[4]
         q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if qk_norm is not None:
-            q, k = (self.norm(x if len(norm.weight) == head_dim else x.flatten(1), norm).view(x.shape) for x, norm in zip((q, k), qk_norm, strict=True))
+            q, k = (
+                self.norm(x if len(norm.weight) == head_dim else x.flatten(1), norm).view(x.shape)
+                for x, norm in zip((q, k), qk_norm, strict=True)
+            )
         if rope_table is not None:
             q, k = (self.apply_rope(x, rope_table, positions, interleaved) for x in (q, k))
         if query_factors is not None:
@@ -153,7 +174,8 @@ class LayerOps:
     def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
         """Called once a step, before its first attention: kernels share out the work here, plain torch needs no plan.
 
-        seq_lens [S] and query_starts [S + 1] of all sequences, the first num_decodes of which have one query; max_query_len: longest of the others.
+        seq_lens [S] and query_starts [S + 1] of all sequences, the first num_decodes of which have one query;
+        max_query_len: longest of the others.
         """
 
     def decode_attention(
@@ -168,12 +190,15 @@ class LayerOps:
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """The newest token of each sequence attends to the sequence's last `sliding_window` tokens (None: to all), itself included.
+        """The newest token of each sequence attends to the sequence's last `sliding_window` tokens (None: to all),
+        itself included.
 
-        Scores become soft_cap * tanh(score / soft_cap) if it is given; sinks [num_heads]: a score more for each head, of a token without a value.
-        q [S, num_heads, D]; page_table [S, P]; seq_lens [S] (0: an empty row, its result is 0); max_seq_len >= every length -> [S, num_heads, D].
-        Goes along the context in chunks of all sequences that reach that far and merges them by running maximum and sum (Milakov and Gimelshein, 2018),
-        so that no more than _GATHER_BYTES of K and V are gathered at once. Asks the device which sequences reach a chunk: on CUDA the host waits.
+        Scores become soft_cap * tanh(score / soft_cap) if it is given; sinks [num_heads]: a score more for each head,
+        of a token without a value. q [S, num_heads, D]; page_table [S, P]; seq_lens [S] (0: an empty row, its result is
+        0); max_seq_len >= every length -> [S, num_heads, D]. Goes along the context in chunks of all sequences that
+        reach that far and merges them by running maximum and sum (Milakov and Gimelshein, 2018), so that no more than
+        _GATHER_BYTES of K and V are gathered at once. Asks the device which sequences reach a chunk: on CUDA the host
+        waits.
         """
         num_sequences, num_heads, head_dim = q.shape
         num_kv_heads = kv_pages.shape[2]
@@ -196,7 +221,9 @@ class LayerOps:
             hidden = (positions >= seq_lens[live, None]) | (positions < firsts[live, None])
             k, v = _gather(kv_pages, page_table[live], begin, end, tile)
             v.transpose(1, 2)[hidden] = 0  # 0 * NaN is NaN: what another sequence left in a slot must not matter
-            scores = _capped(queries[live] @ k.transpose(-1, -2), soft_cap).masked_fill_(hidden[:, None, None, :], -torch.inf)
+            scores = _capped(queries[live] @ k.transpose(-1, -2), soft_cap).masked_fill_(
+                hidden[:, None, None, :], -torch.inf
+            )
             new_top = torch.maximum(top[live], scores.amax(-1, keepdim=True))
             weights = torch.exp(scores - new_top)
             decay = torch.exp(top[live] - new_top)
@@ -216,11 +243,12 @@ class LayerOps:
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """The newest tokens of each sequence attend to the tokens before them, at most the last `sliding_window`, and to themselves.
+        """The newest tokens of each sequence attend to the tokens before them, at most the last `sliding_window`, and
+        to themselves.
 
         soft_cap and sinks: as of decode_attention.
-        q [T, num_heads, D], sequence after sequence; page_table [S, P]; lens: (query_len, seq_len) of each sequence, on the host -> [T, num_heads, D].
-        K and V of the query tokens are already in the store.
+        q [T, num_heads, D], sequence after sequence; page_table [S, P]; lens: (query_len, seq_len) of each sequence, on
+        the host -> [T, num_heads, D]. K and V of the query tokens are already in the store.
         """
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = kv_pages.shape[2]
@@ -230,7 +258,10 @@ class LayerOps:
         for index, (query_len, seq_len) in enumerate(lens):
             start = seq_len - query_len
             begin = 0 if sliding_window is None else max(start + 1 - sliding_window, 0) // tile * tile
-            k, v = (x[0, :, : seq_len - begin] for x in _gather(kv_pages, page_table[index : index + 1], begin, -(-seq_len // tile) * tile, tile))
+            k, v = (
+                x[0, :, : seq_len - begin]
+                for x in _gather(kv_pages, page_table[index : index + 1], begin, -(-seq_len // tile) * tile, tile)
+            )
             queries = q[at : at + query_len].float().view(query_len, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
             query_at = torch.arange(start, seq_len, device=q.device)[:, None]
             key_at = torch.arange(begin, seq_len, device=q.device)
@@ -239,7 +270,9 @@ class LayerOps:
                 visible &= key_at > query_at - sliding_window
             if soft_cap is None and sinks is None:
                 shape = (num_kv_heads, queries.shape[1], seq_len - begin, head_dim)
-                result = functional.scaled_dot_product_attention(queries, k[:, None].expand(shape), v[:, None].expand(shape), attn_mask=visible, scale=scale)
+                result = functional.scaled_dot_product_attention(
+                    queries, k[:, None].expand(shape), v[:, None].expand(shape), attn_mask=visible, scale=scale
+                )
             else:
                 result = _attend(queries * scale, k[:, None], v[:, None], visible, soft_cap, sinks)
             out[at : at + query_len] = result.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim).to(q.dtype)
@@ -247,8 +280,11 @@ class LayerOps:
         return out
 
 
-def _attend(queries: Tensor, k: Tensor, v: Tensor, visible: Tensor, soft_cap: float | None, sinks: Tensor | None) -> Tensor:
-    """[kv_heads, group, queries, D] float32, scaled, over K and V [kv_heads, 1, keys, D], where visible [queries, keys] -> [kv_heads, group, queries, D].
+def _attend(
+    queries: Tensor, k: Tensor, v: Tensor, visible: Tensor, soft_cap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """[kv_heads, group, queries, D] float32, scaled, over K and V [kv_heads, 1, keys, D], where visible [queries, keys]
+    -> [kv_heads, group, queries, D].
 
     So many queries at once that their scores take no more than _GATHER_BYTES.
     """
@@ -257,7 +293,9 @@ def _attend(queries: Tensor, k: Tensor, v: Tensor, visible: Tensor, soft_cap: fl
     for some, seen in zip(queries.split(rows, dim=2), visible.split(rows), strict=True):
         scores = _capped(some @ k.transpose(-1, -2), soft_cap).masked_fill_(~seen, -torch.inf)
         if sinks is not None:
-            scores = torch.cat((sinks.float().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1), scores), dim=-1)
+            scores = torch.cat(
+                (sinks.float().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1), scores), dim=-1
+            )
         weights = scores.softmax(-1)
         results.append((weights if sinks is None else weights[..., 1:]) @ v)
     return torch.cat(results, dim=2)
@@ -268,7 +306,9 @@ def _capped(scores: Tensor, soft_cap: float | None) -> Tensor:
 
 
 def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the KV store's type. float8_e4m3fn has no infinity: what is beyond its greatest number becomes that (OCP 8-bit floating point, 2023)."""
+    """x in the KV store's type. float8_e4m3fn has no infinity: what is beyond its greatest number becomes that (OCP
+    8-bit floating point, 2023).
+    """
     greatest = torch.finfo(dtype).max
     return x.clamp(-greatest, greatest).to(dtype) if dtype == torch.float8_e4m3fn else x.to(dtype)
 
@@ -279,7 +319,9 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _gather(kv_pages: Tensor, page_table: Tensor, begin: int, end: int, tile: int) -> tuple[Tensor, Tensor]:
-    """K and V of positions [begin, end), multiples of `tile`, which divides the page size: twice [S, num_kv_heads, end - begin, D] float32."""
+    """K and V of positions [begin, end), multiples of `tile`, which divides the page size: twice [S, num_kv_heads, end
+    - begin, D] float32.
+    """
     _, _, num_kv_heads, page_size, head_dim = kv_pages.shape
     tiles_per_page = page_size // tile
     tiles = torch.arange(begin // tile, end // tile, device=page_table.device)

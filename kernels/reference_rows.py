@@ -10,7 +10,9 @@ class RowOps:
     """Rows: a running sequence's place in persistent tensors (row_update.py)."""
 
     def write_spans(self, target: Tensor, spans: Tensor, values: Tensor) -> None:
-        """target[row, column : column + length] = values[start : start + length] for every (row, column, start, length) of spans [k, 4]; row -1: padding."""
+        """target[row, column : column + length] = values[start : start + length] for every (row, column, start, length)
+        of spans [k, 4]; row -1: padding.
+        """
         for row, column, start, length in spans.tolist():
             if row >= 0:
                 target[row, column : column + length] = values[start : start + length].to(target.dtype)
@@ -36,11 +38,12 @@ class RowOps:
         page_table: Tensor,
         seq_lens: Tensor,
     ) -> None:
-        """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position starts[s], as tokens offsets[s] ... of the step.
+        """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position
+        starts[s], as tokens offsets[s] ... of the step.
 
-        rows, starts, counts, offsets [S]; history [R, H]; page_tables [R, P]. Written: input_ids, positions, slot_mapping [T]; seq_lens [S], the tokens
-        after the step; page_table [S, W], the first entries of each row's. A row of -1 is padding: length 0, and for each of its tokens id 0,
-        position 0, slot -1.
+        rows, starts, counts, offsets [S]; history [R, H]; page_tables [R, P]. Written: input_ids, positions,
+        slot_mapping [T]; seq_lens [S], the tokens after the step; page_table [S, W], the first entries of each row's. A
+        row of -1 is padding: length 0, and for each of its tokens id 0, position 0, slot -1.
         """
         real = rows >= 0
         mine = rows.clamp(min=0)
@@ -52,7 +55,9 @@ class RowOps:
         at = torch.where(stored, at, 0)
         input_ids.copy_(torch.where(stored, history[mine[which], at], 0))
         positions.copy_(at)
-        slot_mapping.copy_(torch.where(stored, page_tables[mine[which], at // page_size].long() * page_size + at % page_size, -1))
+        slot_mapping.copy_(
+            torch.where(stored, page_tables[mine[which], at // page_size].long() * page_size + at % page_size, -1)
+        )
 
     def write_tokens(self, history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """history[rows[m], positions[m]] = token_ids[m]: [R, H], [M] distinct, [M], [M]. A row of -1 is padding."""

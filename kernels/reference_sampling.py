@@ -13,43 +13,65 @@ class SamplingOps:
     """Rows of logits [M, V] are independent of each other; what changes them takes float32 and returns new ones."""
 
     def add_bias(self, logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
-        """Adds values [M, W] float32 to the logits of ids [M, W]; ids outside the vocabulary count for nothing. -inf bans a token."""
+        """Adds values [M, W] float32 to the logits of ids [M, W]; ids outside the vocabulary count for nothing. -inf
+        bans a token.
+        """
         inside = (ids >= 0) & (ids < logits.shape[1])
         return logits.scatter_add(1, torch.where(inside, ids, 0).long(), torch.where(inside, values, 0.0))
 
     def ban_bad_words(self, logits: Tensor, words: Tensor, recent: Tensor) -> Tensor:
         """Bans the token that would complete a bad word, the others of which are the sequence's newest tokens.
 
-        words [M, N, L] are right-aligned and filled with -1 on the left; a word of -1 alone is none. recent [M, L - 1]: the newest tokens, the newest last,
-        filled with -2 on the left.
+        words [M, N, L] are right-aligned and filled with -1 on the left; a word of -1 alone is none. recent [M, L - 1]:
+        the newest tokens, the newest last, filled with -2 on the left.
         """
         prefix, last = words[:, :, :-1], words[:, :, -1]
         complete = ((prefix == recent[:, None]) | (prefix < 0)).all(-1)
         return self.add_bias(logits, last, torch.where(complete, -torch.inf, 0.0))
 
     def apply_token_mask(self, logits: Tensor, masks: Tensor, rows: Tensor) -> Tensor:
-        """Bans the tokens that are not in a row's set: row m's is masks[rows[m]], a bit per token, the first in the lowest bit of the first word.
+        """Bans the tokens that are not in a row's set: row m's is masks[rows[m]], a bit per token, the first in the
+        lowest bit of the first word.
 
         masks [R, ceil(V / 32)] int32; rows [M], -1: no ban.
         """
         at_once = _rows_at_once(logits)
         if len(logits) > at_once:
-            return torch.cat([self.apply_token_mask(some, masks, mine) for some, mine in zip(logits.split(at_once), rows.split(at_once), strict=True)])
+            return torch.cat(
+                [
+                    self.apply_token_mask(some, masks, mine)
+                    for some, mine in zip(logits.split(at_once), rows.split(at_once), strict=True)
+                ]
+            )
         token = torch.arange(logits.shape[1], device=logits.device)
         allowed = masks[rows.clamp(min=0)][:, token >> 5] >> (token & 31) & 1
         return logits.masked_fill((allowed == 0) & (rows >= 0)[:, None], -torch.inf)
 
     def apply_penalties(
-        self, logits: Tensor, history: Tensor, prompt_lens: Tensor, num_tokens: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+        self,
+        logits: Tensor,
+        history: Tensor,
+        prompt_lens: Tensor,
+        num_tokens: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
     ) -> Tensor:
-        """Repetition penalty on every token of the sequence (Keskar et al., 2019), presence and frequency on those of its answer (OpenAI's definition).
+        """Repetition penalty on every token of the sequence (Keskar et al., 2019), presence and frequency on those of
+        its answer (OpenAI's definition).
 
-        history [M, H] holds num_tokens [M] tokens, the first prompt_lens [M] of them the prompt; the penalties are [M] float32.
+        history [M, H] holds num_tokens [M] tokens, the first prompt_lens [M] of them the prompt; the penalties are [M]
+        float32.
         """
         at_once = _rows_at_once(logits)
         if len(logits) > at_once:
             columns = (logits, history, prompt_lens, num_tokens, repetition, presence, frequency)
-            return torch.cat([self.apply_penalties(*rows) for rows in zip(*(column.split(at_once) for column in columns), strict=True)])
+            return torch.cat(
+                [
+                    self.apply_penalties(*rows)
+                    for rows in zip(*(column.split(at_once) for column in columns), strict=True)
+                ]
+            )
         at = torch.arange(history.shape[1], device=logits.device)
         known = at < num_tokens[:, None]
         ids = torch.where(known & (history >= 0) & (history < logits.shape[1]), history, 0).long()
@@ -60,8 +82,9 @@ class SamplingOps:
         return logits - frequency[:, None] * answered - presence[:, None] * (answered > 0)
 
     def truncate(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_top_k: int) -> Tensor:
-        """Sets to -inf what is unlikely: first probabilities below min_p times the largest, then logits below the top_k-th (top_k <= 0: none),
-        then tokens such that more likely ones already have probability top_p among those that are left. Ties stay or go together.
+        """Sets to -inf what is unlikely: first probabilities below min_p times the largest, then logits below the
+        top_k-th (top_k <= 0: none), then tokens such that more likely ones already have probability top_p among those
+        that are left. Ties stay or go together.
 
         top_k [M] int, top_p and min_p [M] float32; max_top_k: no row's top_k is larger; 0 if some row has none.
         """
@@ -69,7 +92,9 @@ class SamplingOps:
         logits = logits.masked_fill(logits < highest + torch.log(min_p)[:, None], -torch.inf)
         vocab_size = logits.shape[1]
         depth = min(max_top_k, vocab_size) if max_top_k > 0 else vocab_size
-        ordered = logits.topk(depth, dim=-1).values if depth < vocab_size else logits.sort(dim=-1, descending=True).values
+        ordered = (
+            logits.topk(depth, dim=-1).values if depth < vocab_size else logits.sort(dim=-1, descending=True).values
+        )
         kth = torch.where(top_k > 0, top_k, vocab_size).clamp(max=depth).long() - 1
         logits = logits.masked_fill(logits < ordered.gather(1, kth[:, None]), -torch.inf)
         probabilities = torch.exp(ordered - logits.logsumexp(-1, keepdim=True))
@@ -79,7 +104,9 @@ class SamplingOps:
         return logits.masked_fill(logits < ordered.gather(1, kept[:, None]), -torch.inf)
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """Of the whole vocabulary, [M, V], from what `norm_linear` with the head leaves: the same, unless several ranks have parts of it (rank_ops.py)."""
+        """Of the whole vocabulary, [M, V], from what `norm_linear` with the head leaves: the same, unless several ranks
+        have parts of it (rank_ops.py).
+        """
         return logits
 
     def argmax(self, logits: Tensor) -> Tensor:
@@ -87,12 +114,20 @@ class SamplingOps:
         return logits.argmax(-1)
 
     def choose(
-        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, truncation: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        truncation: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The most likely token of rows with temperature 0, a draw from truncate(logits / temperature) for the others: [M, V] -> [M].
+        """The most likely token of rows with temperature 0, a draw from truncate(logits / temperature) for the others:
+        [M, V] -> [M].
 
-        positions and rows [M]: of the token to choose, and which entry of the state is whose. State, [R]: temperature float32, seeds int64,
-        truncation (None: no row has any): top_k integers, top_p and min_p float32. Asks the device which rows draw: on CUDA the host waits.
+        positions and rows [M]: of the token to choose, and which entry of the state is whose. State, [R]: temperature
+        float32, seeds int64, truncation (None: no row has any): top_k integers, top_p and min_p float32. Asks the
+        device which rows draw: on CUDA the host waits.
         """
         token_ids = self.argmax(logits)
         heat = temperature[rows]
@@ -101,11 +136,15 @@ class SamplingOps:
             top_k, top_p, min_p = (column[rows] for column in truncation)
             cut = (top_k > 0) | (top_p < 1) | (min_p > 0)
         for at in torch.nonzero((heat > 0) & ~cut).squeeze(1).split(_rows_at_once(logits)):
-            token_ids[at] = self.sample(self.apply_temperature(logits[at].float(), heat[at]), seeds[rows[at]], positions[at])
+            token_ids[at] = self.sample(
+                self.apply_temperature(logits[at].float(), heat[at]), seeds[rows[at]], positions[at]
+            )
         for at in torch.nonzero((heat > 0) & cut).squeeze(1).split(_rows_at_once(logits)):
             if len(at):
                 widest = int(top_k[at].max()) if bool((top_k[at] > 0).all()) else 0
-                part = self.truncate(self.apply_temperature(logits[at].float(), heat[at]), top_k[at], top_p[at], min_p[at], widest)
+                part = self.truncate(
+                    self.apply_temperature(logits[at].float(), heat[at]), top_k[at], top_p[at], min_p[at], widest
+                )
                 token_ids[at] = self.sample(part, seeds[rows[at]], positions[at])
         return token_ids
 
@@ -116,13 +155,13 @@ class SamplingOps:
     def sample(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         """Draws a token from softmax(logits): [M, V], [M] int64, [M] int -> [M] int64.
 
-        An exponential race: token t finishes at E(t) / p(t) with E(t) = -log(1 - v(t)), and the first to finish wins, which is the argmax of
-        logit - log E(t) (Gumbel-max). v(t) is a hash of seed, position and t, so that a sequence's tokens depend on nothing else, and no
-        state is kept:
+        An exponential race: token t finishes at E(t) / p(t) with E(t) = -log(1 - v(t)), and the first to finish wins,
+        which is the argmax of logit - log E(t) (Gumbel-max). v(t) is a hash of seed, position and t, so that a
+        sequence's tokens depend on nothing else, and no state is kept:
 
-            key  = splitmix64's output number `position`, seeded with `seed` (Steele et al., 2014): k0 its lower, k1 its upper 32 bits
-            h(t) = fmix32(fmix32(t * 0x9E3779B1 + k0) ^ k1), with murmur3's finaliser fmix32, everything modulo 2^32
-            v(t) = min((float32(h) + 0.5) * 2^-32, 1 - 2^-24)
+            key  = splitmix64's output number `position`, seeded with `seed` (Steele et al., 2014): k0 its lower, k1 its
+            upper 32 bits h(t) = fmix32(fmix32(t * 0x9E3779B1 + k0) ^ k1), with murmur3's finaliser fmix32, everything
+            modulo 2^32 v(t) = min((float32(h) + 0.5) * 2^-32, 1 - 2^-24)
         """
         return self.race(logits, seeds, positions).argmax(-1)
 
@@ -152,7 +191,8 @@ class SamplingOps:
         return 1 + (wide > wide.gather(1, token_ids[:, None].long())).sum(-1, dtype=torch.int32)
 
     def score_tokens(self, logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of tokens that are known: log softmax(logits) at token_ids, their ranks (1: no token is more likely), and the n most likely tokens.
+        """Of tokens that are known: log softmax(logits) at token_ids, their ranks (1: no token is more likely), and the
+        n most likely tokens.
 
         [M, V], [M] -> [M] float32, [M] int64, ids [M, n] int64, logprobs [M, n] float32.
         """
@@ -163,13 +203,20 @@ class SamplingOps:
         return (own - mass).squeeze(1), (wide > own).sum(-1) + 1, top.indices, top.values - mass
 
     def continuations(self, logits: Tensor, edited: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """The n largest of log softmax(logits) among the tokens that edited leaves, largest first: [M, V] twice -> ids [M, n] int64, logprobs [M, n] float32.
+        """The n largest of log softmax(logits) among the tokens that edited leaves, largest first: [M, V] twice -> ids
+        [M, n] int64, logprobs [M, n] float32.
 
         edited: logits, or -inf for tokens that must not come.
         """
         at_once = _rows_at_once(logits)
         if len(logits) > at_once:
-            ids, values = zip(*(self.continuations(*rows, n) for rows in zip(logits.split(at_once), edited.split(at_once), strict=True)), strict=True)
+            ids, values = zip(
+                *(
+                    self.continuations(*rows, n)
+                    for rows in zip(logits.split(at_once), edited.split(at_once), strict=True)
+                ),
+                strict=True,
+            )
             return torch.cat(ids), torch.cat(values)
         wide = logits.float()
         top = edited.float().topk(n, dim=-1)

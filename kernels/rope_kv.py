@@ -1,9 +1,12 @@
-"""What happens between the QKV product and attention, in one launch: split into heads, norm of queries and keys, rotation, K and V into their pages.
+"""What happens between the QKV product and attention, in one launch: split into heads, norm of queries and keys,
+rotation, K and V into their pages.
 
-A program has one token and HEADS of its heads, each as two halves, because number i of a head is rotated against number i + head_dim / 2. If only ROTARY
-numbers of a head are rotated, the halves are those of these numbers and then those of the rest, which have the angle 0; interleaved pairs are (2 i, 2 i + 1).
-Rounding is the reference's: the normalised head, its product with the weight and the rotated head are rounded to the input's type.
-Sources: rotary embedding, Su et al., 2021, paired as in Hugging Face checkpoints; norm of queries and keys, Henry et al., 2020, as in Qwen3.
+A program has one token and HEADS of its heads, each as two halves, because number i of a head is rotated against number
+i + head_dim / 2. If only ROTARY numbers of a head are rotated, the halves are those of these numbers and then those of
+the rest, which have the angle 0; interleaved pairs are (2 i, 2 i + 1). Rounding is the reference's: the normalised
+head, its product with the weight and the rotated head are rounded to the input's type.
+Sources: rotary embedding, Su et al., 2021, paired as in Hugging Face checkpoints; norm of queries and keys, Henry et
+    al., 2020, as in Qwen3.
 """
 
 from __future__ import annotations
@@ -42,9 +45,22 @@ def _second_of(dim, HALF: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.co
 
 @triton.jit
 def _norm_halves(
-    first, second, first_at, second_at, q_weight, k_weight, is_query, inside, eps, DTYPE: tl.constexpr, SIZE: tl.constexpr, PLUS_ONE: tl.constexpr
+    first,
+    second,
+    first_at,
+    second_at,
+    q_weight,
+    k_weight,
+    is_query,
+    inside,
+    eps,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
 ):
-    """Both halves of [HEADS, head_dim] float32, normed together, rounded to DTYPE twice (once with PLUS_ONE), float32 again."""
+    """Both halves of [HEADS, head_dim] float32, normed together, rounded to DTYPE twice (once with PLUS_ONE), float32
+    again.
+    """
     q_first = tl.load(q_weight + first_at, mask=inside, other=0.0).to(tl.float32)
     q_second = tl.load(q_weight + second_at, mask=inside, other=0.0).to(tl.float32)
     k_first = tl.load(k_weight + first_at, mask=inside, other=0.0).to(tl.float32)
@@ -103,7 +119,9 @@ def _rope_write_kv_kernel(
 
     first, second = raw_first, raw_second
     if NORM:
-        first, second = _norm_halves(first, second, first_at, second_at, q_weight, k_weight, is_query, dim < HALF, eps, DTYPE, HEAD_DIM, PLUS_ONE)
+        first, second = _norm_halves(
+            first, second, first_at, second_at, q_weight, k_weight, is_query, dim < HALF, eps, DTYPE, HEAD_DIM, PLUS_ONE
+        )
     if ROTARY > 0:
         turned_first = first * cos - second * sin
         turned_second = second * cos + first * sin
@@ -123,7 +141,12 @@ def _rope_write_kv_kernel(
     stored = tl.where(slot >= 0, NUM_HEADS + 2 * NUM_KV_HEADS, 0)
     to_store = inside & ((head >= NUM_HEADS) & (head < stored))[:, None]
     kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
-    place = slot // PAGE_SIZE * page_stride + is_value.to(tl.int64) * value_stride + kv_head * head_stride + slot % PAGE_SIZE * HEAD_DIM
+    place = (
+        slot // PAGE_SIZE * page_stride
+        + is_value.to(tl.int64) * value_stride
+        + kv_head * head_stride
+        + slot % PAGE_SIZE * HEAD_DIM
+    )
     target = kv_pages + place[:, None]
     tl.store(target + first_at[None, :], _as_stored(rotated_first, kv_pages.dtype.element_ty), mask=to_store)
     tl.store(target + second_at[None, :], _as_stored(rotated_second, kv_pages.dtype.element_ty), mask=to_store)
@@ -136,15 +159,18 @@ def rope_write_kv(
 ) -> torch.Tensor:  # fmt: skip
     """Rotates the queries into out [T, num_heads, D], stores keys (rotated) and values at their slots; returns out.
 
-    qkv: [T, (num_heads + 2 num_kv_heads) D], rows may be strided. qk_norm: RMS norms without bias of each query head and each key head, [D]; dtype of qkv.
-    rope_table: [max_len, R] float32, cosines in the first half of a row, sines in the second; the first R numbers of a head are rotated, R even, in pairs
-    (i, i + R / 2), or (2 i, 2 i + 1) if interleaved; None: no rotation. query_factors: [max_len] float32, by which a query is multiplied at its position.
+    qkv: [T, (num_heads + 2 num_kv_heads) D], rows may be strided. qk_norm: RMS norms without bias of each query head
+    and each key head, [D]; dtype of qkv.
+    rope_table: [max_len, R] float32, cosines in the first half of a row, sines in the second; the first R numbers of a
+    head are rotated, R even, in pairs (i, i + R / 2), or (2 i, 2 i + 1) if interleaved; None: no rotation.
+    query_factors: [max_len] float32, by which a query is multiplied at its position.
     positions: [T] integers < max_len.
-    kv_pages: [num_pages, 2, num_kv_heads, page_size, D], any floating dtype. slot_mapping: [T] integers, page_id * page_size + offset; -1 stores nothing
-    (its query is computed all the same).
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch), but read nothing before that kernel is complete; with slots_settled,
-    positions, slots and rope_table are read earlier: only for when none was written by the kernel before, nor by one it did not wait for.
-    Raises ValueError for shapes, strides, dtypes or norms that do not fit.
+    kv_pages: [num_pages, 2, num_kv_heads, page_size, D], any floating dtype. slot_mapping: [T] integers, page_id *
+    page_size + offset; -1 stores nothing (its query is computed all the same).
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch), but read nothing before that
+    kernel is complete; with slots_settled, positions, slots and rope_table are read earlier: only for when none was
+    written by the kernel before, nor by one it did not wait for. Raises ValueError for shapes, strides, dtypes or norms
+    that do not fit.
     """
     num_tokens = qkv.shape[0]
     num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
@@ -170,8 +196,12 @@ def rope_write_kv(
 
 def _check_norms(q_norm: Norm, k_norm: Norm, head_dim: int) -> None:
     if q_norm.weight.shape != (head_dim,) or k_norm.weight.shape != (head_dim,):
-        raise ValueError(f"norms of {tuple(q_norm.weight.shape)} and {tuple(k_norm.weight.shape)} numbers are not of heads of {head_dim}")
-    if (q_norm.eps, q_norm.plus_one) != (k_norm.eps, k_norm.plus_one) or any(norm.centred or norm.bias is not None for norm in (q_norm, k_norm)):
+        raise ValueError(
+            f"norms of {tuple(q_norm.weight.shape)} and {tuple(k_norm.weight.shape)} numbers are not of heads of {head_dim}"
+        )
+    if (q_norm.eps, q_norm.plus_one) != (k_norm.eps, k_norm.plus_one) or any(
+        norm.centred or norm.bias is not None for norm in (q_norm, k_norm)
+    ):
         raise ValueError("queries and keys must have RMS norms of one kind, without bias")
 
 
@@ -184,11 +214,15 @@ def _check(
         raise ValueError(f"qkv rows of {qkv.shape[1]} are not {num_heads} + 2 * {num_kv_heads} heads of {head_dim}")
     if out.shape != (len(qkv), num_heads, head_dim) or out.dtype != qkv.dtype:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not fit qkv {tuple(qkv.shape)} {qkv.dtype}")
-    if rope_table is not None and (not 0 < rope_table.shape[1] <= head_dim or rope_table.shape[1] % 2 or rope_table.dtype != torch.float32):
+    if rope_table is not None and (
+        not 0 < rope_table.shape[1] <= head_dim or rope_table.shape[1] % 2 or rope_table.dtype != torch.float32
+    ):
         raise ValueError(f"rope_table {tuple(rope_table.shape)} {rope_table.dtype} does not fit heads of {head_dim}")
     if rope_table is not None and rope_table.stride(1) != 1:
         raise ValueError("rows of rope_table must be contiguous")
     if positions.shape != (len(qkv),) or slot_mapping.shape != (len(qkv),):
-        raise ValueError(f"{len(qkv)} tokens, but positions {tuple(positions.shape)} and slot_mapping {tuple(slot_mapping.shape)}")
+        raise ValueError(
+            f"{len(qkv)} tokens, but positions {tuple(positions.shape)} and slot_mapping {tuple(slot_mapping.shape)}"
+        )
     if kv_pages.stride()[3:] != (head_dim, 1) or qkv.stride(1) != 1 or out.stride()[1:] != (head_dim, 1):
         raise ValueError("rows, heads and pages must be contiguous")

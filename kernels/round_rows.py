@@ -1,6 +1,8 @@
-"""Activations rounded to 8 bits for a product on tensor cores, in the launch of the norm before it. One program per token; the row is read once.
+"""Activations rounded to 8 bits for a product on tensor cores, in the launch of the norm before it. One program per
+token; the row is read once.
 
-Scales: of a token, of each 128 of its columns, or a fixed one. Source of the ranges: codes.py, whose `round_activations` says the same in plain torch.
+Scales: of a token, of each 128 of its columns, or a fixed one. Source of the ranges: codes.py, whose
+    `round_activations` says the same in plain torch.
 """
 
 from __future__ import annotations
@@ -49,15 +51,27 @@ def _round_kernel(
 
 
 def round_rows(
-    x: torch.Tensor, rounding: Rounding, input_scale: torch.Tensor | None = None, *, norm: Norm | None = None, launch_pdl: bool = False
+    x: torch.Tensor,
+    rounding: Rounding,
+    input_scale: torch.Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    launch_pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm(x), if asked for, as float8_e4m3fn numbers [T, K], and float32 scales [T, groups]: the row is about numbers * its group's scale.
+    """norm(x), if asked for, as float8_e4m3fn numbers [T, K], and float32 scales [T, groups]: the row is about numbers
+    * its group's scale.
 
-    x: [T, K], rows contiguous, may be strided; rounding: to fp8, of whole tokens or groups of a power of two of columns; input_scale: float32 [1] of a static
-    rounding; norm: a plain one of [K]. Raises ValueError for a rounding or a norm that is not supported.
+    x: [T, K], rows contiguous, may be strided; rounding: to fp8, of whole tokens or groups of a power of two of
+    columns; input_scale: float32 [1] of a static rounding; norm: a plain one of [K]. Raises ValueError for a rounding
+    or a norm that is not supported.
     """
     num_tokens, size = x.shape
-    if rounding.codes != "fp8" or rounding.group & (rounding.group - 1) or x.stride(1) != 1 or (rounding.static and input_scale is None):
+    if (
+        rounding.codes != "fp8"
+        or rounding.group & (rounding.group - 1)
+        or x.stride(1) != 1
+        or (rounding.static and input_scale is None)
+    ):
         raise ValueError(f"rows of {tuple(x.shape)} {x.dtype} cannot be rounded as {rounding}")
     if norm is not None and not norm.is_plain:
         raise ValueError("only a plain RMS norm can be taken in before rounding")

@@ -1,7 +1,9 @@
-"""Keeps the rows: what the host says about a step goes into the rows' state, a step's inputs come out of it, and sampled tokens go back.
+"""Keeps the rows: what the host says about a step goes into the rows' state, a step's inputs come out of it, and
+sampled tokens go back.
 
-A *row* is a running sequence's place in persistent device tensors: `history` [rows, max_len] has its tokens, `page_tables` [rows, max_pages] its pages.
-The host sends a step as slices of one small buffer; these kernels read the slices where they lie. Everywhere a row of -1 is padding.
+A *row* is a running sequence's place in persistent device tensors: `history` [rows, max_len] has its tokens,
+`page_tables` [rows, max_pages] its pages. The host sends a step as slices of one small buffer; these kernels read the
+slices where they lie. Everywhere a row of -1 is padding.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ _BLOCK = 1024
 
 
 @kernel(unaligned=["spans", "values"])
-def _write_spans_kernel(target, spans, values, target_stride, spans_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+def _write_spans_kernel(
+    target, spans, values, target_stride, spans_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr
+):
     pdl_begin(LAUNCH_PDL)
     span = spans + tl.program_id(0).to(tl.int64) * spans_stride
     row = tl.load(span).to(tl.int64)
@@ -30,7 +34,9 @@ def _write_spans_kernel(target, spans, values, target_stride, spans_stride, BLOC
 
 
 @kernel(ints=["count"], unaligned=["updates"])
-def _update_page_tables_kernel(page_tables, updates, count, tables_stride, updates_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
+def _update_page_tables_kernel(
+    page_tables, updates, count, tables_stride, updates_stride, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr
+):
     pdl_begin(LAUNCH_PDL)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     update = updates + index.to(tl.int64) * updates_stride
@@ -42,7 +48,16 @@ def _update_page_tables_kernel(page_tables, updates, count, tables_stride, updat
 
 @kernel(ints=["count"], unaligned=["rows", "positions", "token_ids"])
 def _write_tokens_kernel(
-    history, num_tokens, rows, positions, token_ids, count, history_stride, BLOCK: tl.constexpr, COUNTS: tl.constexpr, LAUNCH_PDL: tl.constexpr
+    history,
+    num_tokens,
+    rows,
+    positions,
+    token_ids,
+    count,
+    history_stride,
+    BLOCK: tl.constexpr,
+    COUNTS: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):
     pdl_begin(LAUNCH_PDL)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -87,27 +102,40 @@ def _gather_step_kernel(
 
 
 def write_spans(target: torch.Tensor, spans: torch.Tensor, values: torch.Tensor, *, launch_pdl: bool = False) -> None:
-    """target[row, column : column + length] = values[start : start + length] for every (row, column, start, length) of spans: new rows' prompts, pages, lists.
+    """target[row, column : column + length] = values[start : start + length] for every (row, column, start, length) of
+    spans: new rows' prompts, pages, lists.
 
-    target: [R, W] and values: [N], any dtypes that convert, last dimension contiguous. spans: int32 [k, 4], rows contiguous, not overlapping.
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
+    target: [R, W] and values: [N], any dtypes that convert, last dimension contiguous. spans: int32 [k, 4], rows
+    contiguous, not overlapping.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel
+        is complete.
     """
     if len(spans) == 0:
         return
     parts = min(8, triton.cdiv(target.shape[1], _BLOCK))
-    _write_spans_kernel[(len(spans), parts)](target, spans, values, target.stride(0), spans.stride(0), BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4)
+    _write_spans_kernel[(len(spans), parts)](
+        target, spans, values, target.stride(0), spans.stride(0), BLOCK=_BLOCK, LAUNCH_PDL=launch_pdl, num_warps=4
+    )
 
 
 def update_page_tables(page_tables: torch.Tensor, updates: torch.Tensor, *, launch_pdl: bool = False) -> None:
     """page_tables[row, index] = page for every (row, index, page) of updates.
 
-    page_tables: int32 [R, P]; updates: int32 [k, 3], rows contiguous, no (row, index) twice. launch_pdl: as in `write_spans`.
+    page_tables: int32 [R, P]; updates: int32 [k, 3], rows contiguous, no (row, index) twice. launch_pdl: as in
+        `write_spans`.
     """
     if len(updates) == 0:
         return
     block = 256
     _update_page_tables_kernel[(triton.cdiv(len(updates), block),)](
-        page_tables, updates, len(updates), page_tables.stride(0), updates.stride(0), BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32)
+        page_tables,
+        updates,
+        len(updates),
+        page_tables.stride(0),
+        updates.stride(0),
+        BLOCK=block,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=min(8, block // 32),
     )
 
 
@@ -117,7 +145,8 @@ def write_tokens(
 ) -> None:  # fmt: skip
     """history[rows[m], positions[m]] = token_ids[m], and num_tokens[rows[m]] = positions[m] + 1 if given.
 
-    history: [R, H] and num_tokens: [R], int32 or int64; rows, positions, token_ids: [M] integers; rows distinct. launch_pdl: as in `write_spans`.
+    history: [R, H] and num_tokens: [R], int32 or int64; rows, positions, token_ids: [M] integers; rows distinct.
+        launch_pdl: as in `write_spans`.
     """
     if len(rows) == 0:
         return
@@ -132,11 +161,13 @@ def gather_step(
     rows: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, history: torch.Tensor, page_tables: torch.Tensor, page_size: int,
     *, input_ids: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, launch_pdl: bool = False,
 ) -> None:  # fmt: skip
-    """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position starts[s], as tokens offsets[s] ... of the step.
+    """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position starts[s], as
+    tokens offsets[s] ... of the step.
 
-    rows, starts, counts, offsets: int32 [S]. history: [R, H]; page_tables: int32 [R, P]. Written: input_ids, positions, slot_mapping [T]; seq_lens [S], the
-    tokens after the step; page_table int32 [S, P], of each row only the entries of pages in use. A padding sequence gets length 0 and for each of its
-    counts[s] tokens id 0, position 0 and slot -1. launch_pdl: as in `write_spans`.
+    rows, starts, counts, offsets: int32 [S]. history: [R, H]; page_tables: int32 [R, P]. Written: input_ids, positions,
+    slot_mapping [T]; seq_lens [S], the tokens after the step; page_table int32 [S, P], of each row only the entries of
+    pages in use. A padding sequence gets length 0 and for each of its counts[s] tokens id 0, position 0 and slot -1.
+    launch_pdl: as in `write_spans`.
     """
     if len(rows) == 0:
         return

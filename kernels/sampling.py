@@ -1,10 +1,13 @@
-"""From logits to tokens without a sort, the vocabulary split over programs: argmax, seeded sampling, log-probabilities, the n most likely tokens.
+"""From logits to tokens without a sort, the vocabulary split over programs: argmax, seeded sampling, log-probabilities,
+the n most likely tokens.
 
-A row of logits is cut into chunks, one program each. A program leaves its chunk's result in the workspace; the last of a row to arrive merges them in the order
-of the chunks and sets the row's counter back to zero. Chunks have one size whatever the batch, so a row's result does not depend on the rows beside it.
-Which tokens may be drawn is a threshold per row (truncation.py); penalties, biases and bad words change the logits before (logit_edits.py).
+A row of logits is cut into chunks, one program each. A program leaves its chunk's result in the workspace; the last of
+a row to arrive merges them in the order of the chunks and sets the row's counter back to zero. Chunks have one size
+whatever the batch, so a row's result does not depend on the rows beside it. Which tokens may be drawn is a threshold
+per row (truncation.py); penalties, biases and bad words change the logits before (logit_edits.py).
 
-Sources: Gumbel-max with a counter-based hash as written down in reference.sample; splitmix64, Steele et al., 2014; murmur3's finaliser.
+Sources: Gumbel-max with a counter-based hash as written down in reference.sample; splitmix64, Steele et al., 2014;
+    murmur3's finaliser.
 """
 
 from __future__ import annotations
@@ -159,7 +162,8 @@ def _choose_kernel(
         token = part * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(row + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
         best, where = tl.max(x, 0, return_indices=True)
-        best_token = tl.minimum(part * CHUNK + where, VOCAB - 1)  # where nothing but NaN is, a lane behind the vocabulary may be the winner
+        # where nothing but NaN is, a lane behind the vocabulary may be the winner
+        best_token = tl.minimum(part * CHUNK + where, VOCAB - 1)
     if GIVEN:  # a token is there already: its log-probability is asked
         tl.store(masses + (m * CHUNKS + part) * 2, best)
         tl.store(masses + (m * CHUNKS + part) * 2 + 1, _mass_below(x, best))
@@ -173,7 +177,9 @@ def _choose_kernel(
             raw = tl.load(row + tl.load(tokens + m).to(tl.int32)).to(tl.float32)
             tl.store(logprobs + m, raw - _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS))
         else:
-            bests = tl.load(best_scores + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg")
+            bests = tl.load(
+                best_scores + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg"
+            )
             of_chunk = tl.load(best_tokens + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=0, cache_modifier=".cg")
             _, which = tl.max(bests, 0, return_indices=True)
             tl.store(tokens + m, tl.sum(tl.where(chunk == which, of_chunk, 0), 0).to(tokens.dtype.element_ty))
@@ -198,9 +204,11 @@ def _top_kernel(
     logits, ids, logprobs, arrivals, candidates, num_candidates, masses, n, logits_stride, ids_stride, logprobs_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, TOP_PAD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the likelier, then the smaller token.
+    """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the
+    likelier, then the smaller token.
 
-    At least n logits reach the maximum of the n-th highest chunk, so a chunk takes only those of its logits that reach it, at most n: a few.
+    At least n logits reach the maximum of the n-th highest chunk, so a chunk takes only those of its logits that reach
+    it, at most n: a few.
     """
     pdl_begin(LAUNCH_PDL)
     part = tl.program_id(0)
@@ -246,9 +254,10 @@ def _top_kernel(
 class SamplingWorkspace:
     """Scratch of sampling up to max_rows rows of vocab_size logits; launches that run one after another share it.
 
-    arrivals: int32 [max_rows], zero between launches. best_scores float32, best_tokens int32 [max_rows, chunks]: a chunk's winner. masses: float32
-    [max_rows, chunks, 2]: its maximum and sum of exp(logit - maximum). candidates: int64 [max_rows, chunks, 32]: its largest. For truncation.py:
-    search, pivots: int32 [max_rows, 8]; levels: float32 [max_rows, 4]; above: float32 [max_rows, chunks, 16]; gathered: float32 [max_rows, chunk].
+    arrivals: int32 [max_rows], zero between launches. best_scores float32, best_tokens int32 [max_rows, chunks]: a
+    chunk's winner. masses: float32 [max_rows, chunks, 2]: its maximum and sum of exp(logit - maximum). candidates:
+    int64 [max_rows, chunks, 32]: its largest. For truncation.py: search, pivots: int32 [max_rows, 8]; levels: float32
+    [max_rows, 4]; above: float32 [max_rows, chunks, 16]; gathered: float32 [max_rows, chunk].
     """
 
     max_rows: int
@@ -270,8 +279,11 @@ class SamplingWorkspace:
         return triton.cdiv(self.vocab_size, self.chunk)
 
 
-def make_sampling_workspace(max_rows: int, vocab_size: int, device: torch.device, *, chunk: int = 4096) -> SamplingWorkspace:
-    """Allocate it; 256 rows of 128,256 tokens take 7 MB. chunk: tokens per program, a power of two from 16 to 4096 (smaller ones are for tests).
+def make_sampling_workspace(
+    max_rows: int, vocab_size: int, device: torch.device, *, chunk: int = 4096
+) -> SamplingWorkspace:
+    """Allocate it; 256 rows of 128,256 tokens take 7 MB. chunk: tokens per program, a power of two from 16 to 4096
+    (smaller ones are for tests).
 
     Raises ValueError for another chunk.
     """
@@ -291,12 +303,14 @@ def make_sampling_workspace(max_rows: int, vocab_size: int, device: torch.device
     )  # fmt: skip
 
 
-def argmax(logits: torch.Tensor, *, workspace: SamplingWorkspace, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
+def argmax(
+    logits: torch.Tensor, *, workspace: SamplingWorkspace, out: torch.Tensor | None = None, launch_pdl: bool = False
+) -> torch.Tensor:
     """out[m] = the most likely token of row m, the smallest of equals.
 
     logits: [M, V], any floating dtype, rows contiguous, may be strided. out: [M] int32 or int64 (made as int64).
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete.
-    Raises ValueError if logits do not fit the workspace.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that kernel
+    is complete. Raises ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
     _choose(logits, None, None, None, None, None, out, None, workspace, launch_pdl)
@@ -308,11 +322,13 @@ def sample(
     thresholds: torch.Tensor | None = None, rows: torch.Tensor | None = None, out: torch.Tensor | None = None,
     launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out[m] = a token drawn from softmax(logits[m] / temperature), the same for the same seed and position: reference.sample's race. 0: the most likely one.
+    """out[m] = a token drawn from softmax(logits[m] / temperature), the same for the same seed and position:
+    reference.sample's race. 0: the most likely one.
 
     logits, out, launch_pdl: as in `argmax`. positions: integers [M].
-    temperature: float32, seeds: int64, may be strided: [M], or [R] if rows [M] says which entry is row m's (-1: padding, out[m]
-    is 0). thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises ValueError if logits do not fit the workspace.
+    temperature: float32, seeds: int64, may be strided: [M], or [R] if rows [M] says which entry is row m's (-1:
+    padding, out[m] is 0). thresholds: float32 [M], smaller logits are not drawn (truncation_thresholds). Raises
+    ValueError if logits do not fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
     _choose(logits, rows, temperature, seeds, positions, thresholds, out, None, workspace, launch_pdl)
@@ -320,7 +336,12 @@ def sample(
 
 
 def logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, *, workspace: SamplingWorkspace, out: torch.Tensor | None = None, launch_pdl: bool = False
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    workspace: SamplingWorkspace,
+    out: torch.Tensor | None = None,
+    launch_pdl: bool = False,
 ) -> torch.Tensor:
     """out[m] = log softmax(logits[m]) at token_ids[m]: [M, V], [M] integers -> [M] float32. As `argmax` otherwise."""
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if out is None else out
@@ -329,16 +350,26 @@ def logprobs(
 
 
 def top_logprobs(
-    logits: torch.Tensor, n: int, *, workspace: SamplingWorkspace, out: tuple[torch.Tensor, torch.Tensor] | None = None, launch_pdl: bool = False
+    logits: torch.Tensor,
+    n: int,
+    *,
+    workspace: SamplingWorkspace,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    launch_pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The n largest of log softmax(logits[m]), largest first, of equals the smaller token first: ids [M, n] int64 (or int32), log-probabilities [M, n] float32.
+    """The n largest of log softmax(logits[m]), largest first, of equals the smaller token first: ids [M, n] int64 (or
+    int32), log-probabilities [M, n] float32.
 
     1 <= n <= MAX_TOP and n <= V. As `argmax` otherwise. Raises ValueError for another n.
     """
     if not 1 <= n <= min(MAX_TOP, workspace.vocab_size):
         raise ValueError(f"n {n} is not between 1 and {min(MAX_TOP, workspace.vocab_size)}")
     shape = (len(logits), n)
-    ids, values = (logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)) if out is None else out
+    ids, values = (
+        (logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32))
+        if out is None
+        else out
+    )
     check_logits(logits, workspace)
     if len(logits):
         w = workspace
@@ -354,7 +385,9 @@ def top_logprobs(
 def check_logits(logits: torch.Tensor, workspace: SamplingWorkspace, *dense: torch.Tensor | None) -> None:
     """Raises ValueError if the workspace is not made for these logits, or one of the others is no [M] without gaps."""
     if logits.ndim != 2 or logits.shape[1] != workspace.vocab_size or len(logits) > workspace.max_rows:
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit a workspace of {workspace.max_rows} rows of {workspace.vocab_size}")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} do not fit a workspace of {workspace.max_rows} rows of {workspace.vocab_size}"
+        )
     if logits.stride(1) != 1:
         raise ValueError("rows of logits must be contiguous")
     if any(tensor is not None and (tensor.shape != (len(logits),) or not tensor.is_contiguous()) for tensor in dense):

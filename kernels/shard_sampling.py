@@ -1,6 +1,8 @@
-"""The best of a rank's own tokens, as the keys of rank_ops.py: argmax and the seeded race of sampling.py over a part of the vocabulary.
+"""The best of a rank's own tokens, as the keys of rank_ops.py: argmax and the seeded race of sampling.py over a part of
+the vocabulary.
 
-A row is cut into chunks, one program each; the greatest key of a row's chunks is found by an atomic maximum, whose result does not depend on their order.
+A row is cut into chunks, one program each; the greatest key of a row's chunks is found by an atomic maximum, whose
+result does not depend on their order.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ def _keys_kernel(
 
 
 def best_keys(logits: torch.Tensor, first: int, *, launch_pdl: bool = False) -> torch.Tensor:
-    """[M, L], the tokens first … first + L -> int64 [M]: the key of the most likely, of equals the smallest token. As RankOps.best_keys.
+    """[M, L], the tokens first … first + L -> int64 [M]: the key of the most likely, of equals the smallest token. As
+    RankOps.best_keys.
 
-    logits: any floating dtype, rows contiguous, may be strided. launch_pdl: begin while the kernel before drains; reads nothing before it is complete.
-    Raises ValueError otherwise.
+    logits: any floating dtype, rows contiguous, may be strided. launch_pdl: begin while the kernel before drains; reads
+    nothing before it is complete. Raises ValueError otherwise.
     """
     return _launch(logits, first, None, launch_pdl)
 
@@ -53,18 +56,26 @@ def best_draw_keys(
     logits: torch.Tensor, first: int, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, *,
     launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """As `best_keys`, of the race of reference.sample among these tokens; the most likely at temperature 0. A row of -1 is padding: NO_TOKEN.
+    """As `best_keys`, of the race of reference.sample among these tokens; the most likely at temperature 0. A row of -1
+    is padding: NO_TOKEN.
 
-    temperature [R] float32 and seeds [R] int64 may be strided; positions and rows [M] integers. Raises ValueError for rows that do not fit.
+    temperature [R] float32 and seeds [R] int64 may be strided; positions and rows [M] integers. Raises ValueError for
+    rows that do not fit.
     """
-    if rows.shape != (len(logits),) or positions.shape != rows.shape or not (rows.is_contiguous() and positions.is_contiguous()):
+    if (
+        rows.shape != (len(logits),)
+        or positions.shape != rows.shape
+        or not (rows.is_contiguous() and positions.is_contiguous())
+    ):
         raise ValueError(f"expected one entry per row of logits {tuple(logits.shape)}, without gaps")
     return _launch(logits, first, (rows, temperature, seeds, positions), launch_pdl)
 
 
 def _launch(logits: torch.Tensor, first: int, draw: tuple[torch.Tensor, ...] | None, launch_pdl: bool) -> torch.Tensor:
     if logits.ndim != 2 or logits.shape[1] < 1 or logits.stride(1) != 1:
-        raise ValueError(f"expected rows of logits without gaps, got {tuple(logits.shape)} with strides {logits.stride()}")
+        raise ValueError(
+            f"expected rows of logits without gaps, got {tuple(logits.shape)} with strides {logits.stride()}"
+        )
     keys = torch.full((len(logits),), NO_TOKEN, dtype=torch.int64, device=logits.device)
     if len(logits):
         rows, temperature, seeds, positions = draw or (keys,) * 4

@@ -1,14 +1,18 @@
 """Products of few tokens with a weight matrix, as in decode steps: what counts is to read the weights without a pause.
 
-`vector_linear` takes one token: rows of the weight are spread over programs, each multiplies and sums in registers. `narrow_linear` takes up to 128 tokens:
-the tensor cores multiply tiles of the weight (their long side) with all tokens (their short side), and a matrix with few rows is split along its columns too.
+`vector_linear` takes one token: rows of the weight are spread over programs, each multiplies and sums in registers.
+`narrow_linear` takes up to 128 tokens: the tensor cores multiply tiles of the weight (their long side) with all tokens
+(their short side), and a matrix with few rows is split along its columns too.
 
-What a decoder layer does next to the product happens in the same launch: the norm of the token before it (vector_linear), the bias, the gate, or the addition
-of the residual after it. And the launch overlaps the one before (programmatic dependent launch): weights never change, so a program fetches its first ones
-while its input is still being computed. That is the point: between two products the memory does not fall silent.
+What a decoder layer does next to the product happens in the same launch: the norm of the token before it
+(vector_linear), the bias, the gate, or the addition of the residual after it. And the launch overlaps the one before
+(programmatic dependent launch): weights never change, so a program fetches its first ones while its input is still
+being computed. That is the point: between two products the memory does not fall silent.
 
-Sums are float32; the result is rounded once, after everything. Tuned shapes: `vector_shape`, `narrow_shape`; measured by tests/bench/bench_linear.py.
-Sources: split-K with the last program to arrive summing up in order: Stream-K (Osama et al., 2023); SwiGLU: Shazeer, 2020; RMSNorm: Zhang and Sennrich, 2019.
+Sums are float32; the result is rounded once, after everything. Tuned shapes: `vector_shape`, `narrow_shape`; measured
+by tests/bench/bench_linear.py.
+Sources: split-K with the last program to arrive summing up in order: Stream-K (Osama et al., 2023); SwiGLU: Shazeer,
+    2020; RMSNorm: Zhang and Sennrich, 2019.
 """
 
 from __future__ import annotations
@@ -55,7 +59,8 @@ def _vector_kernel(
     squares = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, K, BLOCK):
         w, u = next_w, next_u
-        # The token before the weights of the next turn: loads return in order, and one behind those would come too late.
+        # The token before the weights of the next turn: loads return in order, and one behind those would come too
+        # late.
         value = tl.load(x + begin + column, mask=begin + column < K, other=0.0).to(tl.float32)
         if NORM:
             squares += value * value
@@ -97,8 +102,12 @@ def _fetch(at, mask):
 
 
 @triton.jit
-def leave_part(total, total_u, place, partials, arrivals, tile, part, SPLIT: tl.constexpr, SIZE: tl.constexpr, GATED: tl.constexpr):
-    """Leaves a tile's sums over one of SPLIT parts of a row, SIZE numbers each, for the last program to arrive; whether that is this one."""
+def leave_part(
+    total, total_u, place, partials, arrivals, tile, part, SPLIT: tl.constexpr, SIZE: tl.constexpr, GATED: tl.constexpr
+):
+    """Leaves a tile's sums over one of SPLIT parts of a row, SIZE numbers each, for the last program to arrive; whether
+    that is this one.
+    """
     mine = partials + (tile.to(tl.int64) * SPLIT + part) * ((2 if GATED else 1) * SIZE)
     tl.store(mine + place, total)
     if GATED:
@@ -107,7 +116,9 @@ def leave_part(total, total_u, place, partials, arrivals, tile, part, SPLIT: tl.
 
 
 @triton.jit
-def sum_of_parts(place, partials, arrivals, tile, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr):
+def sum_of_parts(
+    place, partials, arrivals, tile, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr
+):
     """What leave_part's programs have left of a tile, summed in their order; the counter is zero again."""
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     total_u = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -127,7 +138,9 @@ def _narrow_kernel(
     STAGES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of the result for all tokens, or a part of their sums: SPAN columns of the weight, the part-th of SPLIT."""
+    """ROWS rows of the result for all tokens, or a part of their sums: SPAN columns of the weight, the part-th of
+    SPLIT.
+    """
     pdl_release(LAUNCH_PDL)
     tile = tl.program_id(0) // SPLIT
     part = tl.program_id(0) % SPLIT
@@ -154,7 +167,9 @@ def _narrow_kernel(
         w = tl.load(at + (begin + column)[None, :], mask=there & inside, other=0.0, eviction_policy="evict_first")
         total = tl.dot(w, tl.trans(values), total, input_precision=PRECISION)
         if GATED:
-            u = tl.load(at + (begin + column)[None, :] + N * K, mask=there & inside, other=0.0, eviction_policy="evict_first")
+            u = tl.load(
+                at + (begin + column)[None, :] + N * K, mask=there & inside, other=0.0, eviction_policy="evict_first"
+            )
             total_u = tl.dot(u, tl.trans(values), total_u, input_precision=PRECISION)
 
     place = (row % ROWS)[:, None] * TOKENS + token[None, :]
@@ -173,7 +188,9 @@ def _narrow_kernel(
             result = activated(result, ACTIVATION) * total_u
         wanted = there & (token < num_tokens)[None, :]
         if ADD:
-            result += tl.load(residual + row[:, None] + (token * residual_stride)[None, :], mask=wanted, other=0.0).to(tl.float32)
+            result += tl.load(residual + row[:, None] + (token * residual_stride)[None, :], mask=wanted, other=0.0).to(
+                tl.float32
+            )
         tl.store(out + row[:, None] + (token * out_stride)[None, :], result.to(out.dtype.element_ty), mask=wanted)
 
 
@@ -188,7 +205,9 @@ class VectorShape:
 
 @dataclass(frozen=True)
 class NarrowShape:
-    """How narrow_linear divides its work: a tile's rows, its columns, parts of a row, stages of the pipeline, warps, bytes of a row fetched ahead."""
+    """How narrow_linear divides its work: a tile's rows, its columns, parts of a row, stages of the pipeline, warps,
+    bytes of a row fetched ahead.
+    """
 
     rows: int
     block: int
@@ -200,7 +219,9 @@ class NarrowShape:
 
 @dataclass(frozen=True)
 class LinearWorkspace:
-    """Scratch of narrow_linear, shared by launches that run one after another. partials: float32 [any]; arrivals: int32 [tiles], zero between launches."""
+    """Scratch of narrow_linear, shared by launches that run one after another. partials: float32 [any]; arrivals: int32
+    [tiles], zero between launches.
+    """
 
     partials: torch.Tensor
     arrivals: torch.Tensor
@@ -208,7 +229,9 @@ class LinearWorkspace:
 
 def make_linear_workspace(device: torch.device) -> LinearWorkspace:
     """Allocate it: 8 MiB hold the parts of every split that `narrow_shape` chooses."""
-    return LinearWorkspace(torch.empty(2**21, dtype=torch.float32, device=device), torch.zeros(4096, dtype=torch.int32, device=device))
+    return LinearWorkspace(
+        torch.empty(2**21, dtype=torch.float32, device=device), torch.zeros(4096, dtype=torch.int32, device=device)
+    )
 
 
 def vector_shape(num_rows: int, num_columns: int, gated: bool) -> VectorShape:
@@ -218,35 +241,56 @@ def vector_shape(num_rows: int, num_columns: int, gated: bool) -> VectorShape:
         return VectorShape(rows=1 if num_columns <= 2048 else 2, block=block, num_warps=4)
     if num_columns <= 2048 or num_rows > 2**16:  # one turn, or enough rows to hide the second
         return VectorShape(rows=4, block=block, num_warps=4)
-    return VectorShape(rows=4, block=4096, num_warps=8) if num_rows >= 4096 else VectorShape(rows=2, block=2048, num_warps=8)
+    return (
+        VectorShape(rows=4, block=4096, num_warps=8)
+        if num_rows >= 4096
+        else VectorShape(rows=2, block=2048, num_warps=8)
+    )
 
 
 def narrow_shape(num_tokens: int, num_rows: int, num_columns: int, gated: bool) -> NarrowShape:
-    """The shape that measured best on an H100, or nearly: tests/bench/bench_linear.py --tokens 32 --sweep. Deep pipelines, and a split only for few tiles."""
+    """The shape that measured best on an H100, or nearly: tests/bench/bench_linear.py --tokens 32 --sweep. Deep
+    pipelines, and a split only for few tiles.
+    """
     tiles = triton.cdiv(num_rows, 64)
     split = 1
     while tiles * split < 96 and num_columns // (split * 2) >= 512 and split < _MAX_SPLIT:
         split *= 2
     stage_bytes = 128 * 2 * (64 * (2 if gated else 1) + max(16, triton.next_power_of_2(num_tokens)))
-    return NarrowShape(rows=64, block=128, split=split, stages=min(4 if gated else 6, _SHARED_BYTES // stage_bytes), num_warps=4, fetch=8)
+    return NarrowShape(
+        rows=64,
+        block=128,
+        split=split,
+        stages=min(4 if gated else 6, _SHARED_BYTES // stage_bytes),
+        num_warps=4,
+        fetch=8,
+    )
 
 
 def is_narrow(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Whether narrow_linear is at least as fast here as cuBLAS with separate kernels around it, as measured on an H100 by tests/bench/bench_linear.py."""
-    return weight.is_cuda and weight.itemsize == 2 and (2 <= num_tokens <= 32 or (num_tokens <= 64 and weight.numel() >= 2**24))
+    """Whether narrow_linear is at least as fast here as cuBLAS with separate kernels around it, as measured on an H100
+    by tests/bench/bench_linear.py.
+    """
+    return (
+        weight.is_cuda
+        and weight.itemsize == 2
+        and (2 <= num_tokens <= 32 or (num_tokens <= 64 and weight.numel() >= 2**24))
+    )
 
 
 def vector_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, norm: Norm | None = None, gated: bool = False, activation: str = "silu",
     residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: VectorShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out = residual + gate(weight . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for.
+    """out = residual + gate(weight . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked
+    for.
 
-    x: [1, K]; weight: [N, K], contiguous, or [2 N, K] if gated (rows of the gate, then of what it lets through: activation(first) * second);
+    x: [1, K]; weight: [N, K], contiguous, or [2 N, K] if gated (rows of the gate, then of what it lets through:
+    activation(first) * second);
     bias: [N] or [2 N]; norm: an RMS norm of [K] without bias;
     residual, out: [1, N], out may be residual. One floating dtype; sums in float32, rounded at the end.
-    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing but weight before that kernel is complete.
-    Raises ValueError for shapes, strides or dtypes that do not fit.
+    launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing but weight before
+    that kernel is complete. Raises ValueError for shapes, strides or dtypes that do not fit.
     """
     num_rows = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(1, num_rows) if out is None else out
@@ -270,7 +314,8 @@ def narrow_linear(
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(x . weight + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
 
-    x: [M, K], residual and out: [M, N], rows contiguous, may be strided; out may be residual. Otherwise as `vector_linear`.
+    x: [M, K], residual and out: [M, N], rows contiguous, may be strided; out may be residual. Otherwise as
+        `vector_linear`.
     """
     num_tokens, num_columns = x.shape
     num_rows = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -279,7 +324,10 @@ def narrow_linear(
     shape = shape or narrow_shape(num_tokens, num_rows, num_columns, gated)
     tiles, tokens = triton.cdiv(num_rows, shape.rows), max(16, triton.next_power_of_2(num_tokens))
     span = triton.cdiv(triton.cdiv(num_columns, shape.split), shape.block) * shape.block
-    if shape.split > 1 and (tiles > len(workspace.arrivals) or tiles * shape.split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials)):
+    if shape.split > 1 and (
+        tiles > len(workspace.arrivals)
+        or tiles * shape.split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials)
+    ):
         raise ValueError(f"{tiles} tiles of {shape.rows} x {tokens} in {shape.split} parts do not fit the workspace")
     _narrow_kernel[(tiles * shape.split,)](
         x, weight, x if bias is None else bias, x if residual is None else residual, out, workspace.partials, workspace.arrivals,
@@ -293,13 +341,36 @@ def narrow_linear(
 
 
 def _check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor, num_rows: int, max_tokens: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    num_rows: int,
+    max_tokens: int,
 ) -> None:
     num_tokens, num_columns = x.shape
-    if not 1 <= num_tokens <= max_tokens or weight.shape[1] != num_columns or not weight.is_contiguous() or len(weight) % num_rows:
-        raise ValueError(f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and weight {tuple(weight.shape)}, which must be contiguous, do not fit each other")
+    if (
+        not 1 <= num_tokens <= max_tokens
+        or weight.shape[1] != num_columns
+        or not weight.is_contiguous()
+        or len(weight) % num_rows
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and weight {tuple(weight.shape)}, which must be contiguous, do not fit each other"
+        )
     for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None and (tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1):
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with contiguous rows")
-    if weight.dtype != x.dtype or x.stride(1) != 1 or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype)):
-        raise ValueError(f"x {x.dtype}, weight {weight.dtype} and bias must have one dtype, rows of x must be contiguous, bias one entry per row of weight")
+        if tensor is not None and (
+            tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1
+        ):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with contiguous rows"
+            )
+    if (
+        weight.dtype != x.dtype
+        or x.stride(1) != 1
+        or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype))
+    ):
+        raise ValueError(
+            f"x {x.dtype}, weight {weight.dtype} and bias must have one dtype, rows of x must be contiguous, bias one entry per row of weight"
+        )

@@ -1,19 +1,22 @@
 """Which tokens top-k, top-p and min-p leave, as one threshold logit per row, found without a sort.
 
-What stays are the logits of at least a threshold. Float32 and its int32 keys order alike (`order_of`), so the threshold is the smallest key v above
-min-p's floor with
+What stays are the logits of at least a threshold. Float32 and its int32 keys order alike (`order_of`), so the threshold
+is the smallest key v above min-p's floor with
 
-    top-k:  number of logits above v < k         top-p:  mass of the logits above v < top_p * mass of all that min-p and top-k left
+    top-k:  number of logits above v < k         top-p:  mass of the logits above v < top_p * mass of all that min-p and
+    top-k left
 
-Both left sides fall as v grows, so a search closes in on v: in (lo, hi], lo fails and hi holds. A pass over the logits counts what is above eight pivots and
-keeps the two around the threshold; when no more than a chunk of logits is left between them, these are gathered and one program bisects them in registers.
-Rows that need nothing, or no further pass, cost an empty program per chunk. Should too many logits be left after the last pass, that program bisects over the
-whole row.
+Both left sides fall as v grows, so a search closes in on v: in (lo, hi], lo fails and hi holds. A pass over the logits
+counts what is above eight pivots and keeps the two around the threshold; when no more than a chunk of logits is left
+between them, these are gathered and one program bisects them in registers. Rows that need nothing, or no further pass,
+cost an empty program per chunk. Should too many logits be left after the last pass, that program bisects over the whole
+row.
 
-A row is cut at the same place in any batch: chunks have one size and are summed in one order, and gathered logits, whose order is left to chance, are summed
-as integers, exp((logit - highest) / temperature) * 2^37.
+A row is cut at the same place in any batch: chunks have one size and are summed in one order, and gathered logits,
+whose order is left to chance, are summed as integers, exp((logit - highest) / temperature) * 2^37.
 
-Ideas: threshold instead of sort, FlashInfer's sampling kernels (Ye et al., 2025); pivots in passes, multi-way bisection.
+Ideas: threshold instead of sort, FlashInfer's sampling kernels (Ye et al., 2025); pivots in passes, multi-way
+    bisection.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from paged_kernels.jit import kernel, pdl_begin
 from paged_kernels.sampling import SamplingWorkspace, arrive, check_logits, order_of, value_of
 
 _PASSES = 3
-# Entries of workspace.search, int32: what the search is for (0 nothing, 1 top-k, 2 top-p), its interval (two keys), the numbers of logits above both ends,
-# the number gathered so far. Of workspace.levels, float32: the highest logit, the mass above the interval, the mass to stay below.
+# Entries of workspace.search, int32: what the search is for (0 nothing, 1 top-k, 2 top-p), its interval (two keys), the
+# numbers of logits above both ends, the number gathered so far. Of workspace.levels, float32: the highest logit, the
+# mass above the interval, the mass to stay below.
 
 
 @triton.jit
@@ -53,7 +57,9 @@ def _remaining(search):
 
 @triton.jit
 def _above(key, mass, pivot, LANES: tl.constexpr):
-    """How many keys of [ROWS, WIDTH] are above the pivot, and their mass, summed as far as a thread has them at hand: [LANES, 2]."""
+    """How many keys of [ROWS, WIDTH] are above the pivot, and their mass, summed as far as a thread has them at hand:
+    [LANES, 2].
+    """
     over = key > pivot
     count = tl.sum(tl.where(over, 1.0, 0.0), 0)
     mass = tl.sum(tl.where(over, mass, 0.0), 0)
@@ -104,7 +110,9 @@ def _start_kernel(
     tl.store(highests + m * CHUNKS + part, tl.max(x, 0))
     if arrive(arrivals + m, CHUNKS):
         chunk = tl.arange(0, CHUNKS_PAD)
-        highest = tl.max(tl.load(highests + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg"), 0)
+        highest = tl.max(
+            tl.load(highests + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg"), 0
+        )
         floor = tl.where(least > 0, highest + t * tl.log(tl.where(least > 0, least, 1.0)), float("-inf"))
         tl.store(thresholds + m, floor)  # the last word if nothing is searched
         tl.store(search, tl.where(by_rank, 1, tl.where(p < 1, 2, 0)))
@@ -116,7 +124,8 @@ def _start_kernel(
         tl.store(search + 5, 0)
         tl.store(levels, highest)
         tl.store(levels + 1, 0.0)
-        step = tl.arange(0, 8)  # the first pivot is the floor, the others are at growing distances from the highest logit
+        # the first pivot is the floor, the others are at growing distances from the highest logit
+        step = tl.arange(0, 8)
         distance = 0.3 * tl.exp2(0.85 * step.to(tl.float32)) * tl.where(by_rank, 1.0, t)
         tl.store(pivots + m * 8 + step, tl.where(step == 0, lo, tl.maximum(order_of(highest - distance), lo)))
         tl.store(arrivals + m, 0)
@@ -124,7 +133,9 @@ def _start_kernel(
 
 @triton.jit
 def _spread(lo, hi, highest, temperature):
-    """Eight pivots between lo and hi: evenly between their logits, or at growing distances from the highest logit if lo has no finite one."""
+    """Eight pivots between lo and hi: evenly between their logits, or at growing distances from the highest logit if lo
+    has no finite one.
+    """
     step = tl.arange(0, 8).to(tl.float32)
     low, high = value_of(lo), value_of(hi)
     distance = tl.maximum(highest - high, 0.3 * temperature)
@@ -239,7 +250,9 @@ def _row_above(logits, key, highest, temperature, VOCAB: tl.constexpr, CHUNK: tl
 def _bisect(
     logits, key, masses, in_registers, lo, hi, base, bound, highest, temperature, BY_MASS: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """The smallest key in (lo, hi] with fewer than `bound` logits, or less mass, above it; hi if there is none before it."""
+    """The smallest key in (lo, hi] with fewer than `bound` logits, or less mass, above it; hi if there is none before
+    it.
+    """
     while hi - lo > 1:
         middle = (lo + hi) >> 1
         if BY_MASS:
@@ -304,12 +317,15 @@ def truncation_thresholds(
     logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, *, workspace: SamplingWorkspace,
     temperature: torch.Tensor | None = None, rows: torch.Tensor | None = None, out: torch.Tensor | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out[m]: reference.truncate(logits / temperature, ...) keeps the logits of row m that are at least out[m] (-inf: all); float32 [M].
+    """out[m]: reference.truncate(logits / temperature, ...) keeps the logits of row m that are at least out[m] (-inf:
+    all); float32 [M].
 
-    logits: [M, V], any floating dtype, rows contiguous, may be strided. top_k (integers; <= 0 or >= V: none), top_p, min_p, temperature (float32; 0: the row is
-    not sampled, nothing is cut; None: 1 everywhere): of one stride, [M], or [R] if rows [M] says which entry is row m's (-1: padding). Six launches; what a
-    row does not need is skipped on the device. top_k above the workspace's chunk works, slowly. launch_pdl: begin while the kernel before drains
-    (programmatic dependent launch); reads nothing before that kernel is complete. Raises ValueError if logits do not fit the workspace.
+    logits: [M, V], any floating dtype, rows contiguous, may be strided. top_k (integers; <= 0 or >= V: none), top_p,
+    min_p, temperature (float32; 0: the row is not sampled, nothing is cut; None: 1 everywhere): of one stride, [M], or
+    [R] if rows [M] says which entry is row m's (-1: padding). Six launches; what a row does not need is skipped on the
+    device. top_k above the workspace's chunk works, slowly. launch_pdl: begin while the kernel before drains
+    (programmatic dependent launch); reads nothing before that kernel is complete. Raises ValueError if logits do not
+    fit the workspace.
     """
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if out is None else out
     check_logits(logits, workspace, rows, out)
@@ -334,7 +350,16 @@ def truncation_thresholds(
             logits, rows_of, heat, top_k, top_p, w.arrivals, w.search, w.levels, w.pivots, w.above, *strides,
             CHUNKS_PAD=pad, WIDTH=lanes * each, LANES=lanes, FIRST=index == 0, **sizes, **flags,
         )  # fmt: skip
-    _gather_kernel[grid](logits, w.search, w.gathered, logits.stride(0), VOCAB=w.vocab_size, CHUNK=w.chunk, LAUNCH_PDL=launch_pdl, num_warps=4)
+    _gather_kernel[grid](
+        logits,
+        w.search,
+        w.gathered,
+        logits.stride(0),
+        VOCAB=w.vocab_size,
+        CHUNK=w.chunk,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=4,
+    )
     _finish_kernel[(len(logits),)](
         logits, rows_of, heat, top_k, top_p, out, w.search, w.levels, w.gathered, *strides,
         VOCAB=w.vocab_size, CHUNK=w.chunk, **{**flags, "num_warps": 8},

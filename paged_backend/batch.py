@@ -45,13 +45,15 @@ class AdapterUse:
 
     arrivals: tuple[tuple[int, Any], ...]  # (adapter slot, adapter): to be brought to the device before the step
     in_use: bool  # some row of the step has an adapter
-    new_rows: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [k, 2] (row, its adapter slot), of the new rows that have an adapter
+    # [k, 2] (row, its adapter slot), of the new rows that have an adapter
+    new_rows: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))
 
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """Which tokens rows may sample, in this step and until they are told otherwise: all sampled rows that follow a grammar, and new rows that may choose
-    certain tokens only. Not answered."""
+    """Which tokens rows may sample, in this step and until they are told otherwise: all sampled rows that follow a
+    grammar, and new rows that may choose certain tokens only. Not answered.
+    """
 
     rows: Int32  # [k] distinct
     words: Int32  # [k, ceil(vocab / 32)] a bit per token, the first in the lowest; 0: must not be chosen
@@ -159,11 +161,13 @@ class Batch:
     samples: NDArray[np.bool_]  # [num_sequences] the last computed token is the newest: sample its successor
     request_ids: Int64  # [num_sequences] who held the row when the step was scheduled
     new_rows: tuple[NewRow, ...] = ()  # to be applied before the page updates
-    page_updates: Int32 = field(default_factory=lambda: np.empty((0, 3), np.int32))  # [k, 3] (row, index in its page table, page id)
+    # [k, 3] (row, index in its page table, page id)
+    page_updates: Int32 = field(default_factory=lambda: np.empty((0, 3), np.int32))
     features: int = 0  # union of the rows' `Feature` bits: what the sampler must do beyond argmax
     asks: tuple[Ask, ...] = ()  # of features that some row uses; at most one of a kind
     token_edits: tuple[TokenEdit, ...] = ()  # to be applied after new_rows
-    page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [k, 2] (page, page that becomes its copy) before anything is computed
+    # [k, 2] (page, page that becomes its copy) before anything is computed
+    page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))
 
     @property
     def num_sequences(self) -> int:
@@ -194,12 +198,18 @@ class Feature:
     LOGPROBS = 32  # some row wants logprobs of the chosen token
     TOP_LOGPROBS = 64  # some row wants the n most likely tokens too
     MASK = 128  # some row may choose certain tokens only
-    GUIDED = 256  # some row follows a grammar: its mask depends on all tokens before, so it runs only when they are known
+    # some row follows a grammar: its mask depends on all tokens before, so it runs only when they are known
+    GUIDED = 256
     PROMPT_LOGPROBS = 512  # some row's prompt has tokens whose logits are wanted; of no concern to the sampler
     BEAM = 1024  # some row is a beam: what it says next depends on the others' results
 
 
-def features_of(sampling: SamplingParams, stop_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...], restricted: bool = False) -> int:
+def features_of(
+    sampling: SamplingParams,
+    stop_ids: tuple[int, ...],
+    bad_words: tuple[tuple[int, ...], ...],
+    restricted: bool = False,
+) -> int:
     """The `Feature` bits a sequence asks for. restricted: only certain tokens are allowed."""
     s = sampling
     bits = 0
@@ -229,16 +239,21 @@ class StepResult:
     """What a step sampled: one entry per batch row with `samples`, in the batch's order."""
 
     token_ids: Int32  # [num_sampled]
-    logprobs: NDArray[np.float32] | None = None  # [num_sampled] log-softmax of the raw logits at the chosen token, if LOGPROBS
-    ranks: Int32 | None = None  # [num_sampled] of the chosen token in the vocabulary, 1: none is more likely; with logprobs
-    top_ids: Int32 | None = None  # [num_sampled, n] most likely first, if TOP_LOGPROBS; n = largest asked for in the batch
+    # [num_sampled] log-softmax of the raw logits at the chosen token, if LOGPROBS
+    logprobs: NDArray[np.float32] | None = None
+    # [num_sampled] of the chosen token in the vocabulary, 1: none is more likely; with logprobs
+    ranks: Int32 | None = None
+    # [num_sampled, n] most likely first, if TOP_LOGPROBS; n = largest asked for in the batch
+    top_ids: Int32 | None = None
     top_logprobs: NDArray[np.float32] | None = None  # [num_sampled, n]
     answers: tuple[Answer | None, ...] = ()  # to Batch.asks, in their order
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step, or the refusal of requests, means for callers: parallel arrays, one entry per request that got a token."""
+    """What a step, or the refusal of requests, means for callers: parallel arrays, one entry per request that got a
+    token.
+    """
 
     request_ids: Int64  # [k]
     token_ids: Int32  # [k]
@@ -246,6 +261,7 @@ class StepOutput:
     ranks: Int32 | None = None  # [k], with logprobs
     top_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # entry -> token id -> logprob
     started: dict[int, int] = field(default_factory=dict)  # request id -> prompt tokens found in the prefix cache
-    admitted: dict[int, float] = field(default_factory=dict)  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; traced requests only
+    # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; traced requests only
+    admitted: dict[int, float] = field(default_factory=dict)
     feature_outputs: tuple[FeatureOutput, ...] = ()
     finishes: tuple[Finish, ...] = ()  # after all of the above

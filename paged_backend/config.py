@@ -1,4 +1,6 @@
-"""Every tunable of the engine, declared once: name, default, meaning. `config.pbtxt` and `paged serve --set` speak these names."""
+"""Every tunable of the engine, declared once: name, default, meaning. `config.pbtxt` and `paged serve --set` speak
+these names.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field(DEMO_MODEL, min_length=1, description="Folder or hub id of a Hugging Face checkpoint; 'demo' is the model that comes with paged.")
+    model: str = Field(
+        DEMO_MODEL,
+        min_length=1,
+        description="Folder or hub id of a Hugging Face checkpoint; 'demo' is the model that comes with paged.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and activations; auto: the checkpoint's own on a GPU, float32 on a CPU."
     )
@@ -36,7 +42,9 @@ class EngineConfig(BaseModel):
         description="Round a checkpoint of floats while it is read. fp8: a scale a row, activations per token; int4: groups of 128, loses quality. "
         "A quantised checkpoint needs no option.",
     )
-    load_format: Literal["auto", "dummy"] = Field("auto", description="auto: safetensors; dummy: random weights from config.json alone, for benchmarks.")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="auto: safetensors; dummy: random weights from config.json alone, for benchmarks."
+    )
     page_size: int = Field(
         16,
         ge=1,
@@ -48,7 +56,10 @@ class EngineConfig(BaseModel):
         description="Pages in the pool; 0 sizes it from memory. With several KV groups a page is of one group's layers: page_size tokens take one for each.",
     )
     pool_memory_fraction: float | None = Field(
-        None, gt=0, le=1, description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 on a GPU, 0.25 on a CPU."
+        None,
+        gt=0,
+        le=1,
+        description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 on a GPU, 0.25 on a CPU.",
     )
     pool_bytes: Bytes = Field(0, ge=0, description="Size of the pool, such as 4GiB; 0: pool_memory_fraction decides.")
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = Field(
@@ -56,14 +67,24 @@ class EngineConfig(BaseModel):
         description="Type of the KV store; auto: same as dtype. fp8_e4m3: half of bfloat16's bytes, twice the tokens; K and V keep 4 significant bits.",
     )
     max_model_len: int = Field(
-        0, ge=0, description="Longest sequence, prompt and answer together; 0: what the checkpoint was trained for, less if the pool is smaller."
+        0,
+        ge=0,
+        description="Longest sequence, prompt and answer together; 0: what the checkpoint was trained for, less if the pool is smaller.",
     )
     max_num_sequences: int = Field(256, ge=1, le=4096, description="Sequences that may run at once.")
-    max_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks.")
+    max_batched_tokens: int = Field(
+        2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks."
+    )
     max_queue_size: int = Field(4096, ge=1, description="Requests that may wait; one more is refused as UNAVAILABLE.")
-    max_waiting_seconds: float = Field(600.0, gt=0, description="A request that has not started after this long is refused as UNAVAILABLE.")
-    request_deadline_seconds: float = Field(3600.0, gt=0, description="A request still running after this long is ended as CANCELLED, its pages freed.")
-    prefix_cache: bool = Field(True, description="Keep full pages of finished sequences and share them with requests that begin alike.")
+    max_waiting_seconds: float = Field(
+        600.0, gt=0, description="A request that has not started after this long is refused as UNAVAILABLE."
+    )
+    request_deadline_seconds: float = Field(
+        3600.0, gt=0, description="A request still running after this long is ended as CANCELLED, its pages freed."
+    )
+    prefix_cache: bool = Field(
+        True, description="Keep full pages of finished sequences and share them with requests that begin alike."
+    )
     kv_events: str = Field(
         "",
         description="Where routers hear which pages the prefix cache has: a port of 127.0.0.1, tcp://ADDRESS:PORT or ipc://PATH; empty: nowhere. "
@@ -78,26 +99,51 @@ class EngineConfig(BaseModel):
         False,
         description="Take what a request leaves open of sampling from the checkpoint's generation_config.json, as `vllm serve` does; requests may say.",
     )
-    max_prompt_bytes: Bytes = Field(4_194_304, ge=1, description="Longest prompt text in bytes, or such as 4MiB; longer ones are refused before tokenisation.")
-    lora_directory: str = Field("", description="Folder of LoRA adapters as PEFT saves them, one folder each: lora_name names one. Empty: none are served.")
-    max_loras: int = Field(8, ge=1, le=256, description="Adapters that the device has room for at once; others are read when they are asked for.")
-    max_lora_rank: int = Field(64, ge=1, le=512, description="Largest rank of an adapter; memory for max_loras of them is set aside.")
+    max_prompt_bytes: Bytes = Field(
+        4_194_304,
+        ge=1,
+        description="Longest prompt text in bytes, or such as 4MiB; longer ones are refused before tokenisation.",
+    )
+    lora_directory: str = Field(
+        "",
+        description="Folder of LoRA adapters as PEFT saves them, one folder each: lora_name names one. Empty: none are served.",
+    )
+    max_loras: int = Field(
+        8,
+        ge=1,
+        le=256,
+        description="Adapters that the device has room for at once; others are read when they are asked for.",
+    )
+    max_lora_rank: int = Field(
+        64, ge=1, le=512, description="Largest rank of an adapter; memory for max_loras of them is set aside."
+    )
     cuda_graphs: bool = Field(True, description="Capture decode steps as CUDA graphs (no effect on a CPU).")
     stream_max_delay_ms: float = Field(
-        50.0, ge=0, description="Longest time in milliseconds that text which is ready may wait to be joined with later text when the sender falls behind."
+        50.0,
+        ge=0,
+        description="Longest time in milliseconds that text which is ready may wait to be joined with later text when the sender falls behind.",
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one, else cpu.")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one, else cpu."
+    )
     tensor_parallel_size: int = Field(
-        1, ge=1, le=64, description="GPUs that share the model, a process each, from `device` on: 2, 4, 8; what divides the heads. On a CPU: processes."
+        1,
+        ge=1,
+        le=64,
+        description="GPUs that share the model, a process each, from `device` on: 2, 4, 8; what divides the heads. On a CPU: processes.",
     )
     fused_all_reduce: bool = Field(
         False,
         description="Sum the ranks' products of few tokens, and the residual, in one kernel over memory that all GPUs read, instead of NCCL. "
         "Not run on GPUs yet.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seeds the random numbers of requests that bring no seed of their own.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seeds the random numbers of requests that bring no seed of their own."
+    )
     max_engine_restarts: int = Field(
-        8, ge=0, description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on."
+        8,
+        ge=0,
+        description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on.",
     )
     on_engine_loss: Literal["unload", "exit", "stay"] = Field(
         "unload",
@@ -105,31 +151,41 @@ class EngineConfig(BaseModel):
         "an orchestrator starts it again (the default of `paged serve`); stay: the model stays loaded and refuses every request.",
     )
     standby_engine: bool = Field(
-        True, description="Keep a second process that has imported everything, to take a dead engine's place: some 300 MB of memory, none of the device's."
+        True,
+        description="Keep a second process that has imported everything, to take a dead engine's place: some 300 MB of memory, none of the device's.",
     )
     engine_hang_seconds: float = Field(
-        300.0, ge=0, description="An engine that says nothing for this long, which no step may take, is killed and restarted; 0: never."
+        300.0,
+        ge=0,
+        description="An engine that says nothing for this long, which no step may take, is killed and restarted; 0: never.",
     )
     debug_checks: bool = Field(
-        False, description="Check every step's page tables and the whole pool before it runs, and stop the engine at the first mistake; slow, for tests."
+        False,
+        description="Check every step's page tables and the whole pool before it runs, and stop the engine at the first mistake; slow, for tests.",
     )
     otlp_traces_endpoint: str = Field(
         "",
         description="URL of an OpenTelemetry collector (OTLP) that is told of every request as spans, such as http://localhost:4318; empty: where the "
         "variables OTEL_EXPORTER_OTLP_* say, or nowhere. Lengths, times and options, never text.",
     )
-    log_requests: bool = Field(False, description="Log one line per finished request: its id, lengths and times, never text.")
+    log_requests: bool = Field(
+        False, description="Log one line per finished request: its id, lengths and times, never text."
+    )
 
     @model_validator(mode="after")
     def _page_size_is_a_power_of_two(self) -> EngineConfig:
         if self.page_size & (self.page_size - 1) and self.page_size != self.max_model_len:
-            raise ValueError(f"page_size: {self.page_size} is neither a power of two nor max_model_len ({self.max_model_len})")
+            raise ValueError(
+                f"page_size: {self.page_size} is neither a power of two nor max_model_len ({self.max_model_len})"
+            )
         return self
 
     @model_validator(mode="after")
     def _ranks_serve_no_adapters(self) -> EngineConfig:
         if self.tensor_parallel_size > 1 and self.lora_directory:
-            raise ValueError(f"tensor_parallel_size: {self.tensor_parallel_size} ranks serve no adapters; lora_directory must be empty, or the size 1")
+            raise ValueError(
+                f"tensor_parallel_size: {self.tensor_parallel_size} ranks serve no adapters; lora_directory must be empty, or the size 1"
+            )
         return self
 
     @field_validator("kv_events")
@@ -162,7 +218,9 @@ class EngineConfig(BaseModel):
             first = error.errors()[0]
             if not first["loc"]:
                 raise EngineError(first["msg"].removeprefix("Value error, ")) from None
-            raise EngineError(f"parameter '{first['loc'][0]}': {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
+            raise EngineError(
+                f"parameter '{first['loc'][0]}': {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+            ) from None
 
     def model_folder(self) -> Path | None:
         """The checkpoint's folder if `model` names one on this machine, else None (a hub id)."""
@@ -173,7 +231,8 @@ class EngineConfig(BaseModel):
 
 
 def kv_event_addresses(kv_events: str) -> tuple[str, str] | None:
-    """Where KV events are published, and where a subscriber asks for those it missed, as ZeroMQ addresses; None: the option is empty.
+    """Where KV events are published, and where a subscriber asks for those it missed, as ZeroMQ addresses; None: the
+    option is empty.
 
     Raises:
         ValueError: it is no address.
@@ -197,7 +256,8 @@ def repository_folder() -> Path:
     """The model repository: installed as package data `paged_model_repository`, or the checkout's own folder."""
     spec = find_spec("paged_model_repository")
     places = (spec.submodule_search_locations or ()) if spec else ()
-    folders = [Path(place) for place in places if (Path(place) / "paged_llm" / "config.pbtxt").is_file()]  # pip may leave an empty one behind
+    # pip may leave an empty one behind
+    folders = [Path(place) for place in places if (Path(place) / "paged_llm" / "config.pbtxt").is_file()]
     if not folders:
         raise EngineError("the model repository is not installed: reinstall paged-backend")
     return folders[0]

@@ -31,8 +31,9 @@ class EngineError(Exception):
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says, in one line: libraries begin their messages with empty lines, and transformers says of a module that it cannot be imported, but
-    only in the exception behind it why."""
+    """What an exception says, in one line: libraries begin their messages with empty lines, and transformers says of a
+    module that it cannot be imported, but only in the exception behind it why.
+    """
     words = _first_words(error)
     cause = error
     while isinstance(cause, ImportError) and isinstance(cause.__cause__, Exception):
@@ -41,6 +42,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _first_words(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # which str() would put in quotes
+    # which str() would put in quotes
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__

@@ -21,7 +21,9 @@ def install_command(extra: str) -> str:
 
 
 def packages_of(extra: str) -> list[str]:
-    """Requirements as pip takes them, for this Python and platform; none if paged is not installed as a distribution."""
+    """Requirements as pip takes them, for this Python and platform; none if paged is not installed as a
+    distribution.
+    """
     from packaging.requirements import Requirement
 
     try:

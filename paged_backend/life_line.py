@@ -1,7 +1,9 @@
-"""What an engine lives by: a FIFO in its folder that every front end of it holds open. It outlives any of them, and not the last.
+"""What an engine lives by: a FIFO in its folder that every front end of it holds open. It outlives any of them, and not
+the last.
 
-When the last holder has gone, however it went, the kernel sends SIGKILL to the engine (F_SETSIG, see fcntl(2)): it need not be able to notice by itself, so
-one that hangs or is stopped keeps no memory either. Nobody ever writes into the FIFO.
+When the last holder has gone, however it went, the kernel sends SIGKILL to the engine (F_SETSIG, see fcntl(2)): it need
+not be able to notice by itself, so one that hangs or is stopped keeps no memory either. Nobody ever writes into the
+FIFO.
 """
 
 from __future__ import annotations
@@ -86,7 +88,9 @@ def note_rank(folder: Path) -> None:
 
 
 def wait_for_ranks(folder: Path, seconds: float) -> bool:
-    """Waits until the ranks of that folder's engine, which has ended, have ended too: the next engine must find their GPUs' memory free. False: too long."""
+    """Waits until the ranks of that folder's engine, which has ended, have ended too: the next engine must find their
+    GPUs' memory free. False: too long.
+    """
     try:
         lock = os.open(folder / _RANKS, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # it had no other ranks

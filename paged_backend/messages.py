@@ -1,7 +1,7 @@
 """What front ends and the engine process say to each other: msgspec structs in msgpack over ZeroMQ ipc sockets.
 
-A front end binds a PULL socket and announces it with `Hello`; the engine binds the inbox. Nobody speaks of another front end's requests:
-a request id carries its front end in the upper bits.
+A front end binds a PULL socket and announces it with `Hello`; the engine binds the inbox. Nobody speaks of another
+front end's requests: a request id carries its front end in the upper bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Prompt:
 
 
 class ExportedTemplate(msgspec.Struct, frozen=True):
-    """What chat_template.json holds: the checkpoint's templates by name (one called "default" as a rule), and the words they may use."""
+    """What chat_template.json holds: the checkpoint's templates by name (one called "default" as a rule), and the words
+    they may use.
+    """
 
     templates: dict[str, str]
     special_tokens: dict[str, Any]  # bos_token, eos_token …: the template's variables
@@ -39,7 +41,9 @@ class ExportedTemplate(msgspec.Struct, frozen=True):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """A request's end, as the engine tells it: `reason` "stop" or "length", or `error` with a message for the caller."""
+    """A request's end, as the engine tells it: `reason` "stop" or "length", or `error` with a message for the
+    caller.
+    """
 
     request_id: int
     reason: str = ""
@@ -48,11 +52,15 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 
 
 TokenScores = Mapping[int, tuple[float, int | None]]
-"""Token id -> log-probability, and rank in the vocabulary (1: no token is more likely; None: a beam search does not know it)."""
+"""Token id -> log-probability, and rank in the vocabulary (1: no token is more likely; None: a beam search does not
+know it).
+"""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Log-probabilities of k consecutive tokens of a prompt, each given those before it. Arrays are in native byte order."""
+    """Log-probabilities of k consecutive tokens of a prompt, each given those before it. Arrays are in native byte
+    order.
+    """
 
     request_id: int
     start: int  # position in the prompt of the first of them, at least 1
@@ -95,12 +103,16 @@ FeatureOutput = PromptReport | Found
 _FRONT_END_SHIFT = 40
 ENGINE_SOCKET = "engine.sock"  # in the engine's folder: its inbox
 SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
-RUNNING_FILE = "running"  # in the engine's folder: int64, the ids of the requests that run or are looked at, anything negative between them
+# in the engine's folder: int64, the ids of the requests that run or are looked at, anything negative between them
+RUNNING_FILE = "running"
 QUEUE_FILE = "queue"  # in the engine's folder: int64, how many requests wait at the moment
-STANDBY = "--standby"  # after the folder in an engine's command line: it waits for a second line on stdin before it becomes the engine
-MODEL_NAME = "--model-name="  # before the folder in an engine's command line: as clients call the model, for the log and for those who watch
+# after the folder in an engine's command line: it waits for a second line on stdin before it becomes the engine
+STANDBY = "--standby"
+# before the folder in an engine's command line: as clients call the model, for the log and for those who watch
+MODEL_NAME = "--model-name="
 ENGINE_NAME = "paged-engine"  # of the process that is
-CLEARED_AFTER_TOKENS = 3  # a request that brought so many since it was resumed did not cause the death before: it was resumed where that happened
+# a request that brought so many since it was resumed did not cause the death before: it was resumed where that happened
+CLEARED_AFTER_TOKENS = 3
 
 
 def request_id_of(front_end: int, number: int) -> int:
@@ -136,10 +148,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     bad_words: tuple[tuple[int, ...], ...]  # sampling.bad_words as token ids
     cache_salt: str
     arrival: float  # seconds, CLOCK_MONOTONIC: the same clock in every process of the machine
-    family: int | None = None  # the same for requests of one prompt: they share its pages even where the prefix cache is off
+    # the same for requests of one prompt: they share its pages even where the prefix cache is off
+    family: int | None = None
     num_answered: int = 0  # the last of prompt_ids are the answer so far: a request goes on in a new engine
     resumed: bool = False  # an engine that died had it: it was let in once, whatever the queue's length is now
-    allowed: bytes = b""  # int32 [ceil(vocab / 32)]: a bit per token, the first in the lowest; empty: every token is allowed
+    # int32 [ceil(vocab / 32)]: a bit per token, the first in the lowest; empty: every token is allowed
+    allowed: bytes = b""
     suspect: bool = False  # engines died over and over while it ran: it must not run beside another suspect
     traced: bool = False  # its times are told: Tokens.admitted
 
@@ -179,7 +193,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """What a step (or several) brought to one front end's requests: parallel arrays, at most one entry per request and step."""
+    """What a step (or several) brought to one front end's requests: parallel arrays, at most one entry per request and
+    step.
+    """
 
     request_ids: bytes  # int64 [k]
     token_ids: bytes  # int32 [k]
@@ -187,7 +203,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     ranks: bytes = b""  # int32 [k], with logprobs
     top_logprobs: dict[int, dict[int, float]] = {}  # entry -> token id -> logprob, most likely first
     started: dict[int, int] = {}  # request id -> num_cached_tokens, with a request's first token
-    admitted: dict[int, float] = {}  # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; with the first token of a traced request
+    # request id -> seconds, CLOCK_MONOTONIC, when it left the queue; with the first token of a traced request
+    admitted: dict[int, float] = {}
     feature_outputs: tuple[FeatureOutput, ...] = ()
     finishes: tuple[Finish, ...] = ()  # after all of the above
 

@@ -1,4 +1,6 @@
-"""What a caller asks for: plain data, validated here. Names follow vLLM's sampling parameters, so its clients work unchanged."""
+"""What a caller asks for: plain data, validated here. Names follow vLLM's sampling parameters, so its clients work
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from paged_backend.errors import RequestError
-from paged_backend.grammar.options import Choices, Grammar, GrammarString, StructuredOutputs, check_grammars, fold, grammars_of
+from paged_backend.grammar.options import (
+    Choices,
+    Grammar,
+    GrammarString,
+    StructuredOutputs,
+    check_grammars,
+    fold,
+    grammars_of,
+)
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 8192  # of all stop strings together: each may become a state of what looks for them
@@ -40,11 +50,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How to choose tokens and when to stop. `None` for max_tokens and seed means: the engine's default."""
 
     n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
-    best_of: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] | None = None  # so many are tried, the n likeliest are the answer
+    # so many are tried, the n likeliest are the answer
+    best_of: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] | None = None
     use_beam_search: bool = False  # instead of sampling: the n best of beam_width answers
     beam_width: Annotated[int, Meta(ge=1, le=MAX_BEAM_WIDTH)] | None = None
-    length_penalty: Annotated[float, Meta(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] = 1.0  # answers are ranked by total logprob / length ** this
-    early_stopping: bool | Literal["never"] = False  # end when there are beam_width answers; False: when better ones are unlikely; "never": impossible
+    # answers are ranked by total logprob / length ** this
+    length_penalty: Annotated[float, Meta(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] = 1.0
+    # end when there are beam_width answers; False: when better ones are unlikely; "never": impossible
+    early_stopping: bool | Literal["never"] = False
     max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0: greedy
@@ -62,23 +75,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)] = {}
     bad_words: Annotated[tuple[Word, ...], Meta(max_length=MAX_BAD_WORDS)] = ()
-    allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None  # no other token is chosen
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: none; 0: the chosen token's; n: the n most likely too
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # the same of the prompt's tokens; all of the prompt is computed then
-    max_thinking_tokens: Annotated[int, Meta(ge=0, lt=2**31)] | None = None  # after so many of the answer, thinking that is not over is ended
+    # no other token is chosen
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    # None: none; 0: the chosen token's; n: the n most likely too
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    # the same of the prompt's tokens; all of the prompt is computed then
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    # after so many of the answer, thinking that is not over is ended
+    max_thinking_tokens: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
     end_thinking_token_id: TokenId | None = None  # by this token
     start_thinking_token_id: TokenId | None = None  # the answer thinks once it has this token; None: from the start
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None  # only so many of the prompt's last tokens; -1: as many as the model takes
-    add_special_tokens: bool | None = None  # those that the tokenizer puts around a text; None: around text_input, not around messages
+    # only so many of the prompt's last tokens; -1: as many as the model takes
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    # those that the tokenizer puts around a text; None: around text_input, not around messages
+    add_special_tokens: bool | None = None
     detokenize: bool = True  # False: the answer is token ids, without text
-    priority_level: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0  # the lower, the sooner it starts and the later it is preempted
+    # the lower, the sooner it starts and the later it is preempted
+    priority_level: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     request_deadline_seconds: Annotated[float, Meta(gt=0)] | None = None  # None, or more than the engine's own: that
     skip_prefix_cache: bool = False  # neither finds pages of others nor leaves any
 
     lora_name: LoraName | None = None  # one of the server's adapters
 
     # with the task embed: which of the prompt's hidden states are the embedding, and what becomes of it
-    pooling: Literal["last", "mean"] | None = None  # the last token's, or the mean of all; None, and the task is embed: the checkpoint's own
+    # the last token's, or the mean of all; None, and the task is embed: the checkpoint's own
+    pooling: Literal["last", "mean"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=MAX_DIMENSIONS)] | None = None  # only so many of the first
     normalize: bool = True  # to length 1
 
@@ -102,7 +123,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def grammars(self) -> list[Grammar]:
         """What the answer must match; one at most, once checked."""
-        return grammars_of(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, self.structured_outputs)
+        return grammars_of(
+            self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, self.structured_outputs
+        )
 
     @property
     def grammar(self) -> Grammar | None:
@@ -120,7 +143,8 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: bool = False
     output_ids: bool = False
     num_cached_tokens: bool = False
-    sequence_index: bool = False  # which of the request's sequences each entry belongs to; always, if there are several and the answer is streamed
+    # which of the request's sequences each entry belongs to; always, if there are several and the answer is streamed
+    sequence_index: bool = False
     error_code: bool = False  # the only way in which a gRPC stream, or a stream that has begun, can carry one
 
 
@@ -149,7 +173,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prepend_prompt: bool  # text_output begins with the prompt (stream=false without exclude_input_in_output)
     cache_salt: str = ""
     arrival: float  # seconds, time.monotonic()
-    answer_ids: NDArray[np.integer[Any]] | None = None  # [n] of any integer type: the answer's first tokens, sent by another server
+    # [n] of any integer type: the answer's first tokens, sent by another server
+    answer_ids: NDArray[np.integer[Any]] | None = None
     caller_id: str = ""  # what the caller calls it, for the log
     trace: Mapping[str, str] = {}  # W3C headers: in the course of which span it was sent
     task: Task = "generate"  # those after "embed" need no engine, and "describe" no prompt
@@ -157,12 +182,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
-    """Checks and coerces `options` (numbers may be strings, as genai-perf sends them; one string may stand for a list of one).
+    """Checks and coerces `options` (numbers may be strings, as genai-perf sends them; one string may stand for a list
+    of one).
 
     Raises:
         RequestError: names the key, the value and what is allowed.
     """
-    given = {key: [value] if key in ("stop", "bad_words") and isinstance(value, str) else value for key, value in fold(options).items() if value is not None}
+    given = {
+        key: [value] if key in ("stop", "bad_words") and isinstance(value, str) else value
+        for key, value in fold(options).items()
+        if value is not None
+    }
     for key, value in given.items():
         if key not in SamplingParams.__struct_fields__:
             meant = difflib.get_close_matches(key[:80].casefold(), SamplingParams.__struct_fields__, 1)
@@ -187,9 +217,13 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
     if sampling.max_thinking_tokens is not None and sampling.end_thinking_token_id is None:
         raise RequestError("max_thinking_tokens: end_thinking_token_id is missing: which token ends thinking?")
     if sampling.truncate_prompt_tokens == 0:
-        raise RequestError("truncate_prompt_tokens: expected at least 1 token, or -1 for as many as the model takes; got 0")
+        raise RequestError(
+            "truncate_prompt_tokens: expected at least 1 token, or -1 for as many as the model takes; got 0"
+        )
     if sampling.stop and not sampling.detokenize:
-        raise RequestError("stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids")
+        raise RequestError(
+            "stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids"
+        )
     num_stop_chars = sum(map(len, sampling.stop))
     if num_stop_chars > MAX_STOP_CHARS:
         raise RequestError(f"stop: {num_stop_chars} characters together; the most allowed is {MAX_STOP_CHARS}")
@@ -197,12 +231,25 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         return _checked_search(sampling, given)
     for name in ("n", "best_of"):
         if sampling.greedy and (getattr(sampling, name) or 1) > 1:
-            raise RequestError(f"{name}: {getattr(sampling, name)} with temperature 0: every sequence would be the same")
+            raise RequestError(
+                f"{name}: {getattr(sampling, name)} with temperature 0: every sequence would be the same"
+            )
     return sampling
 
 
 _BEAM_KEYS = frozenset({"beam_width", "length_penalty", "early_stopping"})
-_NOT_WITH_BEAMS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "best_of", "stop")
+_NOT_WITH_BEAMS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "best_of",
+    "stop",
+)
 
 
 def _checked_search(sampling: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
@@ -210,7 +257,8 @@ def _checked_search(sampling: SamplingParams, given: Mapping[str, Any]) -> Sampl
     plain = SamplingParams(temperature=0.0)
     asked = sorted(_BEAM_KEYS & given.keys())
     if not sampling.use_beam_search:
-        if all(getattr(sampling, name) == getattr(plain, name) for name in asked):  # as some clients send every key they know
+        # as some clients send every key they know
+        if all(getattr(sampling, name) == getattr(plain, name) for name in asked):
             return sampling
         raise RequestError(f"{asked[0]}: only with use_beam_search")
     if sampling.beam_width is None:
@@ -226,7 +274,9 @@ def _checked_search(sampling: SamplingParams, given: Mapping[str, Any]) -> Sampl
     if sampling.guided:
         raise RequestError(f"use_beam_search and {sampling.grammars[0].key}: beams follow no grammar")
     if sampling.logprobs:
-        raise RequestError(f"use_beam_search and logprobs: only the chosen tokens' are known; expected 0, got {sampling.logprobs}")
+        raise RequestError(
+            f"use_beam_search and logprobs: only the chosen tokens' are known; expected 0, got {sampling.logprobs}"
+        )
     if sampling.beam_width == 1:
         plain_keys = {name: getattr(plain, name) for name in ("use_beam_search", *_BEAM_KEYS)}
         return msgspec.structs.replace(sampling, temperature=0.0, **plain_keys)
@@ -236,12 +286,23 @@ def _checked_search(sampling: SamplingParams, given: Mapping[str, Any]) -> Sampl
 def _check_lora_name(name: str) -> None:
     """A plain name of a folder: nothing that leads elsewhere, or that no terminal shows."""
     if name.startswith(".") or not name.isprintable() or "/" in name or "\\" in name:
-        raise RequestError(f"lora_name: {_shorten(repr(name))} is not a plain name: it must not begin with '.' or hold '/', '\\' or control characters")
+        raise RequestError(
+            f"lora_name: {_shorten(repr(name))} is not a plain name: it must not begin with '.' or hold '/', '\\' or control characters"
+        )
 
 
 def _require_finite(sampling: SamplingParams) -> None:
     """Strings such as "nan" become numbers in coercion, and no range check refuses NaN."""
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "request_deadline_seconds", "length_penalty"):
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "request_deadline_seconds",
+        "length_penalty",
+    ):
         value = getattr(sampling, name)
         if value is not None and not math.isfinite(value):
             raise RequestError(f"{name}: {value} is not a finite number")
@@ -251,7 +312,9 @@ def _require_finite(sampling: SamplingParams) -> None:
 
 
 def _explain(message: str, given: Mapping[str, Any]) -> str:
-    """msgspec says "Expected `float` >= 0.0 - at `$.temperature`"; the caller reads "temperature: expected float >= 0.0, got -1"."""
+    """msgspec says "Expected `float` >= 0.0 - at `$.temperature`"; the caller reads "temperature: expected float >=
+    0.0, got -1".
+    """
     what = message.split(" - at `")[0]
     found = re.search(r"\$\.(\w+)(?:\[(\d+)\]`$)?", message)
     name = found[1] if found else "sampling_parameters"

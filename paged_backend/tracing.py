@@ -1,7 +1,9 @@
-"""Where spans go: OpenTelemetry's SDK with an OTLP exporter, set up once in each front end and in the gateway. Off unless an operator names a collector.
+"""Where spans go: OpenTelemetry's SDK with an OTLP exporter, set up once in each front end and in the gateway. Off
+unless an operator names a collector.
 
-Spans are made when a request is over, from times that were noted on its way, and a thread of the SDK's sends them in batches: nothing waits for a collector,
-and one that cannot be reached costs the spans. The SDK reads its own variables (OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES, OTEL_BSP_* …).
+Spans are made when a request is over, from times that were noted on its way, and a thread of the SDK's sends them in
+batches: nothing waits for a collector, and one that cannot be reached costs the spans. The SDK reads its own variables
+(OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES, OTEL_BSP_* …).
 """
 
 from __future__ import annotations
@@ -47,9 +49,18 @@ class Tracing:
         self._tracer = provider.get_tracer("paged")
         self._headers = TraceContextTextMapPropagator()
 
-    def start(self, name: str, kind: SpanKind, parent: Context | None, start: float | None = None, attributes: Mapping[str, Any] | None = None) -> Span:
+    def start(
+        self,
+        name: str,
+        kind: SpanKind,
+        parent: Context | None,
+        start: float | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> Span:
         """A span that the caller ends. start: seconds, time.monotonic(); None: now."""
-        return self._tracer.start_span(name, parent, kind, attributes, start_time=None if start is None else epoch_ns(start))
+        return self._tracer.start_span(
+            name, parent, kind, attributes, start_time=None if start is None else epoch_ns(start)
+        )
 
     def caller(self, headers: Mapping[str, str]) -> Context:
         """The span in whose course a request was sent, by its W3C headers; what is no such header is left out."""
@@ -65,7 +76,8 @@ class Tracing:
 
     def close(self) -> None:
         """Sends what is left, for two seconds at most."""
-        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)  # an exporter that retries waits longer
+        # an exporter that retries waits longer
+        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
 
@@ -78,13 +90,20 @@ def epoch_ns(monotonic_seconds: float) -> int:
 def trace_headers(given: Mapping[str, Any]) -> dict[str, str]:
     """The W3C headers among request parameters, or among a request's headers, however their names are written."""
     found = {name.lower(): value for name, value in given.items() if name.lower() in TRACE_HEADERS}
-    return {name: value for name, value in found.items() if isinstance(value, str) and 0 < len(value) <= _LONGEST_HEADER}
+    return {
+        name: value for name, value in found.items() if isinstance(value, str) and 0 < len(value) <= _LONGEST_HEADER
+    }
 
 
 def asks_for_spans(endpoint: str) -> bool:
-    """Whether spans are to be made: `endpoint` or the environment names a collector, and the environment does not forbid it."""
+    """Whether spans are to be made: `endpoint` or the environment names a collector, and the environment does not
+    forbid it.
+    """
     environment = os.environ
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    if (
+        environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+        or environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp"
+    ):
         return False
     return bool(endpoint) or any(environment.get(name) for name in _ENDPOINTS)
 
@@ -92,7 +111,8 @@ def asks_for_spans(endpoint: str) -> bool:
 def open_tracing(endpoint: str, service: str, attributes: Mapping[str, str]) -> Tracing | None:
     """Spans to `endpoint`, or where the OTEL_* variables say; None: nobody asked for them.
 
-    endpoint: URL of an OTLP collector; "": of the environment. service: its service.name, unless the environment has another. attributes: of the resource.
+    endpoint: URL of an OTLP collector; "": of the environment. service: its service.name, unless the environment has
+        another. attributes: of the resource.
 
     Raises:
         EngineError: `endpoint` is given, and a package is missing; or the protocol is none that is known.
@@ -108,10 +128,16 @@ def open_tracing(endpoint: str, service: str, attributes: Mapping[str, str]) -> 
     except ImportError as error:
         if endpoint:
             raise EngineError(f"otlp_traces_endpoint: {error.name} is missing: {install_command('tracing')}") from None
-        log.warning("warning: OTEL_EXPORTER_OTLP_ENDPOINT is set, but %s is missing, so no spans are sent: %s", error.name, install_command("tracing"))
+        log.warning(
+            "warning: OTEL_EXPORTER_OTLP_ENDPOINT is set, but %s is missing, so no spans are sent: %s",
+            error.name,
+            install_command("tracing"),
+        )
         return None
     named = os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    provider = TracerProvider(resource=Resource.create({**attributes, **({} if named else {"service.name": service})}), shutdown_on_exit=False)
+    provider = TracerProvider(
+        resource=Resource.create({**attributes, **({} if named else {"service.name": service})}), shutdown_on_exit=False
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return Tracing(provider)
 

@@ -1,4 +1,6 @@
-"""Random adapters as PEFT saves them, and what PEFT on transformers says with each: the truth that the engine's tokens and logits are compared with."""
+"""Random adapters as PEFT saves them, and what PEFT on transformers says with each: the truth that the engine's tokens
+and logits are compared with.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,17 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def save_adapter(
-    folder: Path, checkpoint: Path, seed: int, rank: int = 4, targets: tuple[str, ...] = ALL, dtype: torch.dtype = torch.float32, **options: Any
+    folder: Path,
+    checkpoint: Path,
+    seed: int,
+    rank: int = 4,
+    targets: tuple[str, ...] = ALL,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Path:
-    """Writes an adapter of the checkpoint with PEFT's save_pretrained. B is random too: PEFT starts it at 0, which would hide that it is forgotten."""
+    """Writes an adapter of the checkpoint with PEFT's save_pretrained. B is random too: PEFT starts it at 0, which
+    would hide that it is forgotten.
+    """
     base = kind_of(AutoConfig.from_pretrained(checkpoint)).from_pretrained(checkpoint, dtype=torch.float32)
     config = LoraConfig(r=rank, target_modules=list(targets), task_type="CAUSAL_LM", **options)
     model = get_peft_model(base, config)

@@ -7,10 +7,12 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # kernels run in the Triton language's interpreter, which must be asked for before anything imports triton
+# kernels run in the Triton language's interpreter, which must be asked for before anything imports triton
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Tiny models gain nothing from a second thread, and threads that wait for each other actively are slow wherever something else runs. Servers inherit it.
+# Tiny models gain nothing from a second thread, and threads that wait for each other actively are slow wherever
+# something else runs. Servers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

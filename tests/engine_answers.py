@@ -20,8 +20,12 @@ def load(folder: Path, directory: Path, **options: object) -> Engine:
     return engine
 
 
-def answers(engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], None] = lambda: None, **sampling: object) -> list[list[int]]:
-    """Each prompt's tokens, greedy unless `sampling` says otherwise. After every step the engine's invariants are checked."""
+def answers(
+    engine: Engine, prompts: list[np.ndarray], after_step: Callable[[], None] = lambda: None, **sampling: object
+) -> list[list[int]]:
+    """Each prompt's tokens, greedy unless `sampling` says otherwise. After every step the engine's invariants are
+    checked.
+    """
     params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
     tokens: list[list[int]] = [[] for _ in prompts]
     for request_id, prompt in enumerate(prompts):

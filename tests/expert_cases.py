@@ -12,18 +12,30 @@ from paged_kernels.mxfp4 import dequantise
 
 
 def routing_cases(num_experts: int) -> dict[str, Routing]:
-    """The published families' ways of choosing: Qwen2-MoE, Qwen3-MoE and Mixtral, gpt-oss, MiniMax-M2, GLM-4.5 (with groups, as DeepSeek-V3 has them)."""
+    """The published families' ways of choosing: Qwen2-MoE, Qwen3-MoE and Mixtral, gpt-oss, MiniMax-M2, GLM-4.5 (with
+    groups, as DeepSeek-V3 has them).
+    """
     return {
         "softmax": Routing(3, "softmax"),
         "softmax renormalised": Routing(2, "softmax", renormalised=True),
         "softmax of chosen": Routing(4, "softmax_of_chosen"),
         "sigmoid": Routing(3, "sigmoid", renormalised=True),
-        "sigmoid in groups": Routing(3, "sigmoid", renormalised=True, num_groups=num_experts // 2, top_groups=num_experts // 4, scale=2.5),
+        "sigmoid in groups": Routing(
+            3, "sigmoid", renormalised=True, num_groups=num_experts // 2, top_groups=num_experts // 4, scale=2.5
+        ),
     }
 
 
 def expert_layer(
-    num_experts: int, hidden: int, size: int, routing: Routing, gate: Gate, *, bias: bool, correction: bool = False, dtype: torch.dtype = torch.float32
+    num_experts: int,
+    hidden: int,
+    size: int,
+    routing: Routing,
+    gate: Gate,
+    *,
+    bias: bool,
+    correction: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Experts:
     """On the CPU; the same numbers for the same arguments."""
     generator = torch.Generator().manual_seed(0)
@@ -35,9 +47,14 @@ def expert_layer(
         router=Linear(randn(num_experts, hidden, scale=hidden**-0.5), randn(num_experts, scale=0.5) if bias else None),
         correction=randn(num_experts, scale=0.3).float() if correction else None,
         routing=routing,
-        gate_up=ExpertLinear(randn(num_experts, 2 * size, hidden, scale=hidden**-0.5), randn(num_experts, 2 * size, scale=0.5) if bias else None),
+        gate_up=ExpertLinear(
+            randn(num_experts, 2 * size, hidden, scale=hidden**-0.5),
+            randn(num_experts, 2 * size, scale=0.5) if bias else None,
+        ),
         gate=gate,
-        down=ExpertLinear(randn(num_experts, hidden, size, scale=size**-0.5), randn(num_experts, hidden, scale=0.5) if bias else None),
+        down=ExpertLinear(
+            randn(num_experts, hidden, size, scale=size**-0.5), randn(num_experts, hidden, scale=0.5) if bias else None
+        ),
     )
 
 
@@ -48,11 +65,15 @@ def on(experts: Experts, device: torch.device, dtype: torch.dtype | None = None)
         return tensor if tensor is None else tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     def linear(given: ExpertLinear) -> ExpertLinear:
-        return ExpertLinear(given.weight.to(device, dtype if given.scales is None else None), moved(given.bias), moved(given.scales))
+        return ExpertLinear(
+            given.weight.to(device, dtype if given.scales is None else None), moved(given.bias), moved(given.scales)
+        )
 
     router = Linear(experts.router.weight.to(device, dtype), moved(experts.router.bias))
     correction = None if experts.correction is None else experts.correction.to(device)
-    return replace(experts, router=router, correction=correction, gate_up=linear(experts.gate_up), down=linear(experts.down))
+    return replace(
+        experts, router=router, correction=correction, gate_up=linear(experts.gate_up), down=linear(experts.down)
+    )
 
 
 def quantised(experts: Experts, seed: int = 4) -> Experts:
@@ -82,7 +103,9 @@ def gated(experts: Experts, expert: int, x: torch.Tensor) -> torch.Tensor:
     if experts.gate_up.bias is not None:
         product = product + experts.gate_up.bias[expert].double()
     size = product.shape[1] // 2
-    gate, up = (product[:, ::2], product[:, 1::2]) if experts.gate.interleaved else (product[:, :size], product[:, size:])
+    gate, up = (
+        (product[:, ::2], product[:, 1::2]) if experts.gate.interleaved else (product[:, :size], product[:, size:])
+    )
     if experts.gate.limit is None:
         return gate / (1 + torch.exp(-gate)) * up
     gate, up = gate.clamp(max=experts.gate.limit), up.clamp(min=-experts.gate.limit, max=experts.gate.limit)

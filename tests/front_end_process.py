@@ -1,7 +1,9 @@
-"""Front ends as processes of their own, which can be killed: `python -m tests.front_end_process KEY NUM_FRONT_ENDS FOLDER OPTIONS`.
+"""Front ends as processes of their own, which can be killed: `python -m tests.front_end_process KEY NUM_FRONT_ENDS
+FOLDER OPTIONS`.
 
-Together they have a fake engine (tests/server/fake_engine.py), or with the option "command" another one. Each is told on stdin what to ask, a
-prompt a line, and says on stdout, in JSON, again and again what it knows of the engine, and each answer once. The end of stdin tells it to leave.
+Together they have a fake engine (tests/server/fake_engine.py), or with the option "command" another one. Each is told
+on stdin what to ask, a prompt a line, and says on stdout, in JSON, again and again what it knows of the engine, and
+each answer once. The end of stdin tells it to leave.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ class FrontEndProcess:
     """The parent's side."""
 
     def __init__(self, key: str, num_front_ends: int, folder: Path, **options: Any) -> None:
-        command = [sys.executable, "-m", "tests.front_end_process", key, str(num_front_ends), str(folder), json.dumps(options)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.front_end_process",
+            key,
+            str(num_front_ends),
+            str(folder),
+            json.dumps(options),
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.told: dict[str, Any] = {}  # front_end, owner, engine, alive, standby, held: the newest
         self.answers: dict[str, dict[str, Any]] = {}
@@ -72,10 +82,13 @@ def _say(**told: Any) -> None:
 
 
 def prompt_of(text: str, model: str) -> Prompt:
-    """The fake engine answers as its prompts say. Real ones take the bytes as token ids; a first word "guided" asks for a grammar's words, and what
-    follows a # tells questions apart and is not asked."""
+    """The fake engine answers as its prompts say. Real ones take the bytes as token ids; a first word "guided" asks for
+    a grammar's words, and what follows a # tells questions apart and is not asked.
+    """
     if model == "fake":
-        return Prompt(np.array(fake_engine.make_tokenizer().encode(text).ids, np.int32), SamplingParams(max_tokens=400), ())
+        return Prompt(
+            np.array(fake_engine.make_tokenizer().encode(text).ids, np.int32), SamplingParams(max_tokens=400), ()
+        )
     sampling = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     if text.startswith("guided"):
         sampling = SamplingParams(max_tokens=40, temperature=0.0, guided_regex="[a-z ]{30,40}")
@@ -112,7 +125,12 @@ def main() -> None:
     def tell() -> None:
         while True:
             standby = client._supervisor._starter._standby
-            now = {"front_end": client.front_end, "owner": client._supervisor.owner, "engine": client.engine_pid, "alive": client.alive}
+            now = {
+                "front_end": client.front_end,
+                "owner": client._supervisor.owner,
+                "engine": client.engine_pid,
+                "alive": client.alive,
+            }
             _say(**now, standby=standby.pid if standby is not None else None, num_tokens=len(tokens), held=held[0])
             time.sleep(0.05)
 

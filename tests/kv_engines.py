@@ -26,11 +26,19 @@ LIMITS = SchedulerLimits(page_size=SIZE, num_pages=24, max_model_len=64, max_num
 class Told:
     """An engine with a simulated runner, and the notes of its steps."""
 
-    def __init__(self, steps_ahead: int = 0, limits: SchedulerLimits = LIMITS, publisher: KvEventPublisher | None = None) -> None:
+    def __init__(
+        self, steps_ahead: int = 0, limits: SchedulerLimits = LIMITS, publisher: KvEventPublisher | None = None
+    ) -> None:
         self.steps: list[list[Note]] = []
         self._publisher = publisher
         self.scheduler = Scheduler(limits)
-        runner = SimulatedRunner(limits.max_num_sequences, limits.num_pages, limits.page_size, limits.max_model_len, limits.max_batched_tokens)
+        runner = SimulatedRunner(
+            limits.max_num_sequences,
+            limits.num_pages,
+            limits.page_size,
+            limits.max_model_len,
+            limits.max_batched_tokens,
+        )
         self.engine = Engine(self.scheduler, runner, steps_ahead, KvEvents(limits.page_size, self._send))
         self._serial = 0
 
@@ -39,10 +47,14 @@ class Told:
         if self._publisher is not None:
             self._publisher.send(notes)
 
-    def ask(self, prompt: list[int], max_tokens: int = 4, salt: str = "", family: int | None = None, **sampling: object) -> None:
+    def ask(
+        self, prompt: list[int], max_tokens: int = 4, salt: str = "", family: int | None = None, **sampling: object
+    ) -> None:
         self._serial += 1
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, **sampling)  # type: ignore[arg-type]
-        self.engine.submit(Submit(self._serial, np.array(prompt, np.int32).tobytes(), params, (), salt, time.monotonic(), family))
+        self.engine.submit(
+            Submit(self._serial, np.array(prompt, np.int32).tobytes(), params, (), salt, time.monotonic(), family)
+        )
 
     def run(self, max_steps: int = 10**6) -> None:
         while not self.engine.idle and max_steps:

@@ -1,4 +1,6 @@
-"""Small random checkpoints and what transformers generates from them: the truth that the engine's tokens are compared with."""
+"""Small random checkpoints and what transformers generates from them: the truth that the engine's tokens are compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,19 @@ _SMALL = {
 }
 
 
-def save_checkpoint(folder: Path, architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **options: Any) -> Path:
-    """Writes a random checkpoint of `architecture` with transformers' save_pretrained; `options` are entries of its config.
+def save_checkpoint(
+    folder: Path,
+    architecture: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "5GB",
+    **options: Any,
+) -> Path:
+    """Writes a random checkpoint of `architecture` with transformers' save_pretrained; `options` are entries of its
+    config.
 
-    Biases, norms, sinks and corrections of scores are random too: transformers starts them at 0 and 1, which would hide that they are forgotten.
+    Biases, norms, sinks and corrections of scores are random too: transformers starts them at 0 and 1, which would hide
+    that they are forgotten.
     """
     config = AutoConfig.for_model(_MODEL_TYPES[architecture], **{**_SMALL, **options})
     with torch.random.fork_rng():
@@ -65,13 +76,19 @@ def random_prompts(lengths: Sequence[int], vocab_size: int = _SMALL["vocab_size"
 
 def kind_of(config: Any) -> Any:
     """The auto class of a model that makes text."""
-    return AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+    return (
+        AutoModelForImageTextToText
+        if type(config) in AutoModelForImageTextToText._model_mapping
+        else AutoModelForCausalLM
+    )
 
 
 class RoundedCache(DynamicCache):
     """Of a model whose keys and values are kept in 8 bits: rounded to float8_e4m3fn, the greatest of which is 448."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) for x in (key_states, value_states))
         return super().update(keys, values, *args, **options)
 
@@ -86,18 +103,26 @@ class Oracle:
 
     def _load(self) -> Any:
         config = AutoConfig.from_pretrained(self._folder)
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss" else "sdpa"  # it has no caps and no sinks
+        # it has no caps and no sinks
+        attention = (
+            "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss" else "sdpa"
+        )
         return kind_of(config).from_pretrained(self._folder, dtype=torch.float32, attn_implementation=attention).eval()
 
     def greedy(self, prompts: Sequence[Sequence[int] | Int32], max_tokens: int) -> list[list[int]]:
-        """The answers to the prompts, each generated alone: max_tokens tokens, or fewer if the checkpoint's EOS comes first (it is included)."""
+        """The answers to the prompts, each generated alone: max_tokens tokens, or fewer if the checkpoint's EOS comes
+        first (it is included).
+        """
         return [self._greedy(prompt, max_tokens) for prompt in prompts]
 
     def _greedy(self, prompt: Sequence[int] | Int32, max_tokens: int) -> list[int]:
         if (self.model.config.get_text_config().rope_parameters or {}).get("rope_type") == "dynamic":
             self.model = self._load()  # it keeps the frequencies of the longest sequence it has seen
         ids = torch.as_tensor(np.asarray(prompt, np.int64))[None]
-        options = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache(config=self.model.config.get_text_config())}
+        options = {
+            "attention_mask": torch.ones_like(ids),
+            "past_key_values": self._cache(config=self.model.config.get_text_config()),
+        }
         with torch.inference_mode():
             answer = self.model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, **options)
         return answer[0, ids.shape[1] :].tolist()

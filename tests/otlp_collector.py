@@ -47,7 +47,10 @@ class Collector:
     def wait(self, count: int, trace_id: str = "", seconds: float = 15.0) -> list[Seen]:
         """At least so many spans, the earliest first. trace_id: of this trace alone."""
         end = time.monotonic() + seconds
-        while len(found := [span for span in self.spans if trace_id in (span.trace_id, "")]) < count and time.monotonic() < end:
+        while (
+            len(found := [span for span in self.spans if trace_id in (span.trace_id, "")]) < count
+            and time.monotonic() < end
+        ):
             time.sleep(0.02)
         assert len(found) >= count, [(span.name, span.trace_id) for span in self.spans]
         return sorted(found, key=lambda span: span.start)
@@ -56,7 +59,16 @@ class Collector:
 def _seen(span: Any, service: str) -> Seen:
     attributes = {one.key: _value(one.value) for one in span.attributes}
     hexadecimal = [part.hex() for part in (span.trace_id, span.span_id, span.parent_span_id)]
-    return Seen(span.name, *hexadecimal, span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9, attributes, span.status.code == 2, service, span.kind)
+    return Seen(
+        span.name,
+        *hexadecimal,
+        span.start_time_unix_nano / 1e9,
+        span.end_time_unix_nano / 1e9,
+        attributes,
+        span.status.code == 2,
+        service,
+        span.kind,
+    )
 
 
 def _value(value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""config.json of models with the keys and options of the published ones, cut down in width, depth, vocabulary and lengths. Written by hand, not downloaded.
+"""config.json of models with the keys and options of the published ones, cut down in width, depth, vocabulary and
+lengths. Written by hand, not downloaded.
 
 Keys that say nothing about the forward pass (versions, caches, sampling) are left out.
 """
@@ -14,10 +15,21 @@ from transformers import AutoConfig
 
 from tests.oracle import kind_of
 
-_WIDTH = {"vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+_WIDTH = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _LENGTH = {"max_position_embeddings": 1024}
-_LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.25, 1.5, 2.0, 2.5], "long_factor": [1.1, 1.6, 2.9, 5.1, 9.2, 16.5]}
+_LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.25, 1.5, 2.0, 2.5],
+    "long_factor": [1.1, 1.6, 2.9, 5.1, 9.2, 16.5],
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma-2-9b": {
@@ -232,7 +244,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
         "rms_norm_eps": 1e-05,
-        "rope_scaling": {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"},
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "llama3",
+        },
         "rope_theta": 1000000,
         "sliding_window": 20,
         "sliding_window_pattern": "LLLG",
@@ -245,7 +263,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "layer_types": ["full_attention"] * 4,
         "rms_norm_eps": 1e-05,
-        "rope_scaling": {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"},
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "llama3",
+        },
         "rope_theta": 1000000,
         "sliding_window": None,
         "sliding_window_pattern": None,
@@ -416,8 +440,10 @@ def published_config(name: str) -> dict[str, Any]:
 
 
 def save_published(folder: Path, name: str, seed: int = 0) -> Path:
-    """A random checkpoint of transformers' under the published config.json. Norms and biases are random, too, and embeddings are small: a large one would
-    go through all layers and find itself in a tied head, so that every answer repeated one token."""
+    """A random checkpoint of transformers' under the published config.json. Norms and biases are random, too, and
+    embeddings are small: a large one would go through all layers and find itself in a tied head, so that every answer
+    repeated one token.
+    """
     config = published_config(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

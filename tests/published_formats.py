@@ -1,4 +1,6 @@
-"""Weights in the formats of publishers whose libraries need a GPU, packed a number at a time as their documentation has it, and what they mean in float32."""
+"""Weights in the formats of publishers whose libraries need a GPU, packed a number at a time as their documentation has
+it, and what they mean in float32.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ INPUT_SCALE = 0.02
 
 @dataclass(frozen=True)
 class Published:
-    """A format: config.json's quantization_config, what a weight becomes (the last parts of names -> tensors, and the float32 matrix that they mean),
-    and what a product does to its input."""
+    """A format: config.json's quantization_config, what a weight becomes (the last parts of names -> tensors, and the
+    float32 matrix that they mean), and what a product does to its input.
+    """
 
     config: dict[str, Any]
     pack: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
@@ -33,7 +36,9 @@ class Published:
 
 
 def save_published(folder: Path, published: Published, plain: tuple[str, ...] = (), **options: Any) -> CompressedModel:
-    """A random Qwen3 in that format; products whose names end with one of `plain` stay as they are. Returns the model that it means."""
+    """A random Qwen3 in that format; products whose names end with one of `plain` stay as they are. Returns the model
+    that it means.
+    """
     save_checkpoint(folder, "Qwen3ForCausalLM", **{**SIZES, **options})
     tensors = load_file(folder / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -103,7 +108,12 @@ def nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     meant = torch.copysign(table[nearest], groups) * wide[:, :, None]
     codes = (nearest + 8 * (groups < 0)).view(weight.shape).to(torch.uint8)
     packed = codes[:, 0::2] + 16 * codes[:, 1::2]
-    stored = {"weight": packed, "weight_scale": scale, "weight_scale_2": on_top, "input_scale": torch.tensor(INPUT_SCALE)}
+    stored = {
+        "weight": packed,
+        "weight_scale": scale,
+        "weight_scale_2": on_top,
+        "input_scale": torch.tensor(INPUT_SCALE),
+    }
     return stored, meant.view(weight.shape)
 
 
@@ -157,7 +167,12 @@ def gptq(bits: int, group: int, zeros_less_one: bool) -> Callable[[Tensor], tupl
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 MODELOPT_FP8 = {  # as Qwen3-32B's: no quant_method, and a group of the other library's spelling
-    "config_groups": {"group_0": {"input_activations": {"dynamic": False, "num_bits": 8, "type": "float"}, "weights": {"num_bits": 8, "type": "float"}}},
+    "config_groups": {
+        "group_0": {
+            "input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
+            "weights": {"num_bits": 8, "type": "float"},
+        }
+    },
     "ignore": ["lm_head"],
     "quant_algo": "FP8",
     "kv_cache_scheme": "FP8",
@@ -168,8 +183,12 @@ FORMATS = {
     "fp8-block-ue8m0": Published({**BLOCKS, "scale_fmt": "ue8m0"}, fp8_block, in_groups_of_128(True)),
     "fp8-static": Published({"quant_method": "fp8", "activation_scheme": "static"}, fp8_static, static),
     "modelopt-fp8": Published(MODELOPT_FP8, fp8_static, static),
-    "modelopt-nvfp4": Published({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]}, nvfp4),
-    "awq-g32": Published({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, awq(32)),
+    "modelopt-nvfp4": Published(
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]}, nvfp4
+    ),
+    "awq-g32": Published(
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, awq(32)
+    ),
     "gptq-4": Published(GPTQ, gptq(4, 32, True)),
     "gptq-8-v2": Published({**GPTQ, "bits": 8, "group_size": 128, "checkpoint_format": "gptq_v2"}, gptq(8, 128, False)),
 }

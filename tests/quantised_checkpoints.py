@@ -1,4 +1,6 @@
-"""Small checkpoints in the library compressed-tensors' formats, and its own model of what they mean: the truth for quantised weights."""
+"""Small checkpoints in the library compressed-tensors' formats, and its own model of what they mean: the truth for
+quantised weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from tests.oracle import save_checkpoint
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
-INPUT_SCALE = {"float": 0.02, "int": 0.05}  # of static activations: 448 and 127 of them reach beyond what the model computes
+# of static activations: 448 and 127 of them reach beyond what the model computes
+INPUT_SCALE = {"float": 0.02, "int": 0.05}
 
 
 class CompressedModel:
@@ -43,8 +46,12 @@ class CompressedModel:
         return answers
 
 
-def save_compressed(folder: Path, groups: Mapping[str, Any], ignore: Sequence[str] = ("lm_head",), **options: Any) -> CompressedModel:
-    """Quantises a random Qwen3 by `groups` (presets or schemes of the library) and writes it as the library does; `options`: entries of its config."""
+def save_compressed(
+    folder: Path, groups: Mapping[str, Any], ignore: Sequence[str] = ("lm_head",), **options: Any
+) -> CompressedModel:
+    """Quantises a random Qwen3 by `groups` (presets or schemes of the library) and writes it as the library does;
+    `options`: entries of its config.
+    """
     save_checkpoint(folder, "Qwen3ForCausalLM", **{**SIZES, **options})
     model, stored = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
     for each in (model, stored):
@@ -55,7 +62,11 @@ def save_compressed(folder: Path, groups: Mapping[str, Any], ignore: Sequence[st
     compressor = ModelCompressor.from_pretrained_model(stored)
     assert compressor is not None
     compressor.compress_model(stored)
-    save_file({name: tensor.contiguous() for name, tensor in stored.state_dict().items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in stored.state_dict().items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     compressor.update_config(str(folder))
     return CompressedModel(model)
 

@@ -1,4 +1,6 @@
-"""Drives a ModelRunner with hand-made batches: a stand-in for the scheduler that scatters pages, chunks prompts and mixes steps as it is told."""
+"""Drives a ModelRunner with hand-made batches: a stand-in for the scheduler that scatters pages, chunks prompts and
+mixes steps as it is told.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def load_runner(folder: Path, tell: Callable[[str], None] = lambda sentence: None, **options: Any) -> ModelRunner:
     """A float32 runner on the CPU; `options` are those of EngineConfig."""
-    return build_runner(EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), tell)
+    return build_runner(
+        EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), tell
+    )
 
 
 class _Live:
@@ -35,7 +39,9 @@ class _Live:
 
 
 class Driver:
-    """Sequences get rows in random order and pages at random, a page at a time, as their tokens need them; both come back when a sequence ends."""
+    """Sequences get rows in random order and pages at random, a page at a time, as their tokens need them; both come
+    back when a sequence ends.
+    """
 
     def __init__(self, runner: ModelRunner, seed: int = 0, num_rows: int = 64) -> None:
         self.runner = runner
@@ -58,8 +64,9 @@ class Driver:
         bad_words: tuple[tuple[int, ...], ...] = (),
         adapter_slots: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Answers of exactly max_tokens tokens. A prompt is computed `chunk` tokens a step; a new one starts every `arrive_every` steps (0: all at once).
-        adapter slots: of the prompts' adapters; -1: none."""
+        """Answers of exactly max_tokens tokens. A prompt is computed `chunk` tokens a step; a new one starts every
+        `arrive_every` steps (0: all at once). adapter slots: of the prompts' adapters; -1: none.
+        """
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         waiting = [
             NewRow(0, prompt, len(prompt), params, seed, stop_ids, bad_words, features_of(params, stop_ids, bad_words))
@@ -83,7 +90,9 @@ class Driver:
                 self.runner.launch(self._batch(running, new_rows, chunk))
             for batch, result in self.runner.finished(steps_ahead if running else 0):
                 self.results.append((batch, result))
-                for index, token in zip(batch.request_ids[batch.samples].tolist(), result.token_ids.tolist(), strict=True):
+                for index, token in zip(
+                    batch.request_ids[batch.samples].tolist(), result.token_ids.tolist(), strict=True
+                ):
                     answers[index].append(token)
             live = self._drop_finished(live, answers)
         return answers

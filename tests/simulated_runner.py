@@ -1,6 +1,7 @@
 """A runner without a model: its KV store holds token ids, its "model" hashes whatever the page table leads to.
 
-A page that is handed out twice, freed too early or shared wrongly changes the tokens that come out, so comparing with `solo` finds it.
+A page that is handed out twice, freed too early or shared wrongly changes the tokens that come out, so comparing with
+`solo` finds it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ def seen(tokens: Sequence[int] | np.ndarray, windows: Sequence[int | None]) -> l
     return [token for window in windows for token in tokens[-window if window else None :]]
 
 
-def solo(prompt: Sequence[int], length: int, stop_ids: Sequence[int], vocab_size: int, windows: Sequence[int | None] = (None,)) -> list[int]:
+def solo(
+    prompt: Sequence[int],
+    length: int,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    windows: Sequence[int | None] = (None,),
+) -> list[int]:
     """The answer a request must get, whatever runs beside it."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + length:
@@ -46,7 +53,12 @@ def continuations(tokens: Sequence[int] | np.ndarray, n: int, vocab_size: int) -
 
 
 def solo_search(
-    prompt: Sequence[int], sampling: SamplingParams, max_tokens: int, stop_ids: Sequence[int], vocab_size: int, windows: Sequence[int | None] = (None,)
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    max_tokens: int,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    windows: Sequence[int | None] = (None,),
 ) -> list[list[int]]:
     """The answers a beam search must find, whatever runs beside it."""
     assert sampling.beam_width is not None
@@ -92,9 +104,13 @@ class SimulatedRunner:
         for edit in batch.token_edits:
             self._history[edit.row, edit.start : edit.start + len(edit.token_ids)] = edit.token_ids
         sources, targets = batch.page_copies.T
-        assert len(set(targets.tolist())) == len(targets) and not set(targets.tolist()) & set(sources.tolist()), "a page is written twice, or read and written"
+        assert len(set(targets.tolist())) == len(targets) and not set(targets.tolist()) & set(sources.tolist()), (
+            "a page is written twice, or read and written"
+        )
         self._kv[targets] = self._kv[sources]
-        steps = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist(), strict=True))
+        steps = list(
+            zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist(), strict=True)
+        )
         for row, start, count, _ in steps:  # all writes before all reads, as the layers do it
             for position in range(start, start + count):
                 for group in range(len(self._windows)):
@@ -105,10 +121,18 @@ class SimulatedRunner:
             end = start + count
             for group, window in enumerate(self._windows):
                 for position in range(max(start - window + 1, 0) if window else 0, end):
-                    assert self._kv[self._slot(row, group, position)] == self._history[row, position], "K and V of another token"
+                    assert self._kv[self._slot(row, group, position)] == self._history[row, position], (
+                        "K and V of another token"
+                    )
             if samples:
                 firsts = [max(end - window, 0) if window else 0 for window in self._windows]
-                contexts.append([self._kv[self._slot(row, group, position)] for group, first in enumerate(firsts) for position in range(first, end)])
+                contexts.append(
+                    [
+                        self._kv[self._slot(row, group, position)]
+                        for group, first in enumerate(firsts)
+                        for position in range(first, end)
+                    ]
+                )
                 token = next_token(contexts[-1], self.vocab_size)
                 self._history[row, end] = token
                 sampled.append(token)
@@ -123,7 +147,9 @@ class SimulatedRunner:
     def _candidates(self, ask: BeamRows, contexts: list[list[int]]) -> BeamCandidates:
         found = [continuations(contexts[entry], self.vocab_size, self.vocab_size) for entry in ask.sampled.tolist()]
         n = min(ask.num_candidates, self.vocab_size)
-        return BeamCandidates(np.stack([one.token_ids[:n] for one in found]), np.stack([one.logprobs[:n] for one in found]))
+        return BeamCandidates(
+            np.stack([one.token_ids[:n] for one in found]), np.stack([one.logprobs[:n] for one in found])
+        )
 
     def _slot(self, row: int, group: int, position: int) -> tuple[int, int]:
         return self._tables[row][group * self._table_width + position // self._page_size], position % self._page_size

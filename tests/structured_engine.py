@@ -1,4 +1,6 @@
-"""An engine that speaks a byte-level tokenizer's language, at random: what it says under a grammar is the grammar's doing alone."""
+"""An engine that speaks a byte-level tokenizer's language, at random: what it says under a grammar is the grammar's
+doing alone.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,14 @@ class Ended:
 
 def save_speaker(folder: Path, tokenizer: Tokenizer = TOKENIZER, eos_token_id: int | None = EOS) -> Path:
     """A random model whose every token is nearly as likely as any other."""
-    small = {"vocab_size": VOCAB, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = {
+        "vocab_size": VOCAB,
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     save_checkpoint(folder, "LlamaForCausalLM", eos_token_id=eos_token_id, initializer_range=0.1, **small)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_bytes(msgspec.json.encode({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -110,7 +119,14 @@ class WorkshopHere:
 def load_speaker(folder: Path, exports: Path, **options: Any) -> Engine:
     """`options` are those of EngineConfig. The tokenizer is exported into `exports`."""
     exports.mkdir(exist_ok=True)
-    given = {"model": str(folder), "device": "cpu", "num_pages": 1024, "max_num_sequences": 32, "max_model_len": 640, **options}
+    given = {
+        "model": str(folder),
+        "device": "cpu",
+        "num_pages": 1024,
+        "max_num_sequences": 32,
+        "max_model_len": 640,
+        **options,
+    }
     engine, scheduler, _ = load_engine(EngineConfig.parse(given), exports)
     grammars = next(feature for feature in scheduler._features.every if isinstance(feature, GrammarMasks))._grammars
     grammars._workshop = WorkshopHere(grammars._workshop._workers._place)  # type: ignore[attr-defined]
@@ -118,7 +134,13 @@ def load_speaker(folder: Path, exports: Path, **options: Any) -> Engine:
     return engine
 
 
-def submit(engine: Engine, request_id: int, sampling: Mapping[str, Any], prompt: Sequence[int] = PROMPT, answer: Sequence[int] = ()) -> None:
+def submit(
+    engine: Engine,
+    request_id: int,
+    sampling: Mapping[str, Any],
+    prompt: Sequence[int] = PROMPT,
+    answer: Sequence[int] = (),
+) -> None:
     """answer: what an engine before this one said. Bad words are tokens, as the tokenizer writes them."""
     params = parse_sampling({"max_tokens": 200, "seed": request_id, **sampling})
     bad_words = tuple((TOKENIZER.token_to_id(word),) for word in params.bad_words)
@@ -126,7 +148,9 @@ def submit(engine: Engine, request_id: int, sampling: Mapping[str, Any], prompt:
     engine.submit(Submit(request_id, token_ids, params, bad_words, "", 1e18, num_answered=len(answer)))
 
 
-def run(engine: Engine, samplings: Sequence[Mapping[str, Any]], after_step: Callable[[], None] = lambda: None) -> list[Ended]:
+def run(
+    engine: Engine, samplings: Sequence[Mapping[str, Any]], after_step: Callable[[], None] = lambda: None
+) -> list[Ended]:
     for request_id, sampling in enumerate(samplings):
         submit(engine, request_id, sampling)
     return drain(engine, len(samplings), after_step)

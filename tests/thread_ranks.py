@@ -1,4 +1,6 @@
-"""Ranks as threads of one process: what they do together goes through a list, so that a model's shards can be added up without processes or sockets."""
+"""Ranks as threads of one process: what they do together goes through a list, so that a model's shards can be added up
+without processes or sockets.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,11 @@ def on_every_rank(size: int, work: Callable[[ThreadRanks], T]) -> list[T]:
 
     with ThreadPoolExecutor(size) as threads:
         results = [threads.submit(one, rank) for rank in range(size)]
-    failures = [result.exception() for result in results if not isinstance(result.exception(), (threading.BrokenBarrierError, type(None)))]
+    failures = [
+        result.exception()
+        for result in results
+        if not isinstance(result.exception(), (threading.BrokenBarrierError, type(None)))
+    ]
     if failures:
         raise failures[0]
     return [result.result() for result in results]

@@ -1,6 +1,8 @@
-"""Takes the pictures of docs/tour.md from the real programs: `python -m tools.pictures`. Needs Chromium on PATH, the font DejaVu Sans Mono, and `.[serve]`.
+"""Takes the pictures of docs/tour.md from the real programs: `python -m tools.pictures`. Needs Chromium on PATH, the
+font DejaVu Sans Mono, and `.[serve]`.
 
-A server of the embedded model answers `paged chat`, and then a crowd of listeners whose prompts begin alike while `paged top` and its page look on.
+A server of the embedded model answers `paged chat`, and then a crowd of listeners whose prompts begin alike while
+`paged top` and its page look on.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import base64
 import codecs
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -46,7 +49,14 @@ TALK = (
     "What is the capital of France?",
 )
 LISTENERS = 9
-TOPICS = ("a fox and a lantern", "a bear and a kite", "an owl and a map", "a mouse and a drum", "a painter called Mira", "a sailor called Tom")
+TOPICS = (
+    "a fox and a lantern",
+    "a bear and a kite",
+    "an owl and a map",
+    "a mouse and a drum",
+    "a painter called Mira",
+    "a sailor called Tom",
+)
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg"><style>
 .{unique_id}-matrix {{ font-family: "DejaVu Sans Mono", monospace; font-size: {char_height}px; line-height: {line_height}px; }}
 .{unique_id}-title {{ font-size: 18px; font-weight: bold; font-family: sans-serif; }}
@@ -61,7 +71,9 @@ class Screen:
     def __init__(self, *arguments: str) -> None:
         self._pid, self._terminal = pty.fork()
         if self._pid == 0:
-            os.execvpe(PAGED[0], [*PAGED, *arguments], {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"})
+            os.execvpe(
+                PAGED[0], [*PAGED, *arguments], {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+            )
         fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.written = ""
@@ -92,7 +104,7 @@ class Screen:
 def svg_of(written: str, title: str, width: int) -> str:
     """What a terminal shows, with its colours, as a picture of one."""
     plain = re.sub(r"\x1b\[(?![\d;]*m)[?\d;]*[A-Za-z]|\x1b[=>]", "", written.replace("\r\n", "\n")).replace("\r", "")
-    console = Console(record=True, width=width, file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor")  # noqa: SIM115
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(plain.rstrip()), soft_wrap=False)
     return console.export_svg(title=title, theme=MONOKAI, code_format=SVG)
 
@@ -112,18 +124,24 @@ def talk(server: Server) -> str:
 
 @contextlib.asynccontextmanager
 async def crowd(server: Server) -> AsyncIterator[None]:
-    """Listeners that ask for one story after the other. What they were told before is the same for all of them: its pages are shared."""
+    """Listeners that ask for one story after the other. What they were told before is the same for all of them: its
+    pages are shared.
+    """
     async with AsyncPagedClient(server.addresses.grpc_url) as client:
         before = [{"role": "system", "content": "You are Max, a friendly assistant."}]
         for topic in TOPICS:
             before.append({"role": "user", "content": f"Tell me a story about {topic}."})
-            before.append({"role": "assistant", "content": (await client.generate(messages=before, temperature=0)).text})
+            before.append(
+                {"role": "assistant", "content": (await client.generate(messages=before, temperature=0)).text}
+            )
 
         async def listen(number: int) -> None:
             messages = list(before)
             await asyncio.sleep(0.7 * number)
             while True:
-                messages.append({"role": "user", "content": f"Tell me a long story about {TOPICS[number % len(TOPICS)]}."})
+                messages.append(
+                    {"role": "user", "content": f"Tell me a long story about {TOPICS[number % len(TOPICS)]}."}
+                )
                 answer = await client.generate(messages=messages, seed=number, max_tokens=320)
                 messages.append({"role": "assistant", "content": answer.text})
                 if answer.usage.num_input_tokens > 1200:
@@ -148,10 +166,14 @@ def watch(server: Server, seconds: float) -> str:
     return next(frame for frame in reversed(frames[:-1]) if "prefix hits" in frame)
 
 
-async def photograph(url: str, file: Path, width: int, height: int, theme: str = "dark", until: str = "true", wait_seconds: float = 0.0) -> None:
+async def photograph(
+    url: str, file: Path, width: int, height: int, theme: str = "dark", until: str = "true", wait_seconds: float = 0.0
+) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         async with browser.open_tab("about:blank", Path(folder)) as tab:
-            await tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+            await tab.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            )
             await tab.call("Emulation.setScrollbarsHidden", hidden=True)
             await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
             await tab.call("Page.navigate", url=url)
@@ -181,7 +203,9 @@ async def take_pictures(folder: Path) -> None:
         await save(await asyncio.to_thread(talk, server), "paged chat", folder / "chat.png")
         async with crowd(server):
             await save(await asyncio.to_thread(watch, server, 25), "paged top", folder / "top.png")
-            with subprocess.Popen([*PAGED, "top", "--web", "--port", "0", "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen(
+                [*PAGED, "top", "--web", "--port", "0", "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True
+            ) as process:
                 assert process.stdout is not None
                 found = re.search(r"http://127.0.0.1:\d+/", await asyncio.to_thread(process.stdout.readline))
                 assert found is not None

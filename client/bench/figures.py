@@ -34,8 +34,9 @@ class Spread:
 class Figures:
     """One run at one level of load. Times in seconds.
 
-    first_token: from sending a request to its first tokens. inter_token: mean time between a request's tokens after its first response, one value
-    a request. gap: time between a request's consecutive responses. latency: from sending to the last tokens.
+    first_token: from sending a request to its first tokens. inter_token: mean time between a request's tokens after its
+    first response, one value a request. gap: time between a request's consecutive responses. latency: from sending to
+    the last tokens.
     """
 
     num_requests: int  # that got all the tokens they asked for
@@ -66,7 +67,9 @@ class Samples:
 
 
 def summarise(traces: Sequence[Trace]) -> Figures:
-    """Figures of a run. Requests that brought fewer or more tokens than they asked for are errors: they count in num_errors and nowhere else."""
+    """Figures of a run. Requests that brought fewer or more tokens than they asked for are errors: they count in
+    num_errors and nowhere else.
+    """
     whole = [trace for trace in traces if len(trace.arrivals) and trace.num_tokens == trace.asked]
     sent = np.array([trace.sent for trace in whole], np.int64)
     first = np.array([trace.arrivals[0] for trace in whole], np.int64)

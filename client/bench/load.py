@@ -25,12 +25,16 @@ _FATAL = re.compile(r"Thread \[\d+\] had error: (?P<why>.*)|^(?:error|Error): (?
 
 
 class LoadError(Exception):
-    """A run broke off: a request failed (perf_analyzer then gives up), the server went away, or time ran out. The message is for the reader of the report."""
+    """A run broke off: a request failed (perf_analyzer then gives up), the server went away, or time ran out. The
+    message is for the reader of the report.
+    """
 
 
 @dataclass(frozen=True)
 class Level:
-    """How hard to press: `streams` requests in flight all the time, or `rate` requests a second sent at random (Poisson) times."""
+    """How hard to press: `streams` requests in flight all the time, or `rate` requests a second sent at random
+    (Poisson) times.
+    """
 
     streams: int | None = None
     rate: float | None = None
@@ -62,7 +66,9 @@ class LoadLimits:
 
 
 def num_processes(level: Level, limits: LoadLimits, num_requests: int) -> int:
-    """A perf_analyzer spends 30 to 60 us of a core on a response, so one of them is good for some 20,000 responses/s."""
+    """A perf_analyzer spends 30 to 60 us of a core on a response, so one of them is good for some 20,000
+    responses/s.
+    """
     most = min(level.streams or num_requests, num_requests)
     wanted = limits.processes or min(-(-(level.streams or 1) // 64), limits.cores // 4)
     if level.rate is not None:  # perf_analyzer wants no fewer requests than a second brings
@@ -92,7 +98,9 @@ def run_load(
                 return read_profile(run.exports(tick), counted=prompting.count_tokens)
             except CutExportError:
                 continue
-    raise LoadError(f"perf_analyzer's export was cut {_ATTEMPTS} times; with a C compiler (gcc) on PATH, paged keeps it from that")
+    raise LoadError(
+        f"perf_analyzer's export was cut {_ATTEMPTS} times; with a C compiler (gcc) on PATH, paged keeps it from that"
+    )
 
 
 class _Run:
@@ -119,11 +127,38 @@ class _Run:
         for index in range(count):
             share = requests[index::count]
             steps, export = folder / f"input_{index}.json", folder / f"profile_{index}.json"
-            write_input_data(steps, workload, share, as_ids=prompting.as_ids, tokens_per_word=prompting.tokens_per_word, count_tokens=prompting.count_tokens)
+            write_input_data(
+                steps,
+                workload,
+                share,
+                as_ids=prompting.as_ids,
+                tokens_per_word=prompting.tokens_per_word,
+                count_tokens=prompting.count_tokens,
+            )
             self._files.append(export)
-            command = [str(tool.executable), "-m", target.model_name, "-u", target.url, "-i", "grpc", "--streaming", "--async"]
+            command = [
+                str(tool.executable),
+                "-m",
+                target.model_name,
+                "-u",
+                target.url,
+                "-i",
+                "grpc",
+                "--streaming",
+                "--async",
+            ]
             command += [*_level_arguments(level, index, count), "--max-threads", str(max(1, min(4, limits.cores // 4)))]
-            self._commands.append([*command, "--input-data", str(steps), "--request-count", str(len(share)), "--profile-export-file", str(export)])
+            self._commands.append(
+                [
+                    *command,
+                    "--input-data",
+                    str(steps),
+                    "--request-count",
+                    str(len(share)),
+                    "--profile-export-file",
+                    str(export),
+                ]
+            )
 
     def exports(self, tick: Callable[[], None]) -> list[Path]:
         """Runs to the end.

@@ -1,7 +1,8 @@
 """`paged bench memory`: what paging does for memory and for speed, on real traffic.
 
-The same server twice with the same bytes of KV memory, the same model and the same requests: pages as long as the longest sequence (reservation:
-every sequence holds room for the most it could ever need), and pages of a few tokens. One option differs: page_size.
+The same server twice with the same bytes of KV memory, the same model and the same requests: pages as long as the
+longest sequence (reservation: every sequence holds room for the most it could ever need), and pages of a few tokens.
+One option differs: page_size.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def check_plan(plan: MemoryPlan) -> None:
         raise EngineError(f"--page-size {plan.page_size}: expected less than --max-model-len ({plan.max_model_len})")
     for name in _OURS:
         if name in plan.settings.options:
-            raise EngineError(f"--set {name}: this benchmark sets it itself; use --max-model-len, --page-size and --pool-sequences")
+            raise EngineError(
+                f"--set {name}: this benchmark sets it itself; use --max-model-len, --page-size and --pool-sequences"
+            )
     try:
         check_checkpoint(EngineConfig.parse(engine_options(_settings_of(plan, PAGED))))
     except EngineError as error:
@@ -78,7 +81,9 @@ def check_plan(plan: MemoryPlan) -> None:
 
 
 def pool_options(plan: MemoryPlan, kind: str) -> dict[str, str]:
-    """The options that make the two pools; both have max_model_len * pool_sequences slots (the paged one less the part of a page that does not fit)."""
+    """The options that make the two pools; both have max_model_len * pool_sequences slots (the paged one less the part
+    of a page that does not fit).
+    """
     page_size = plan.max_model_len if kind == RESERVED else plan.page_size
     num_pages = plan.max_model_len * plan.pool_sequences // page_size
     return {"max_model_len": str(plan.max_model_len), "page_size": str(page_size), "num_pages": str(num_pages)}
@@ -89,8 +94,11 @@ def _settings_of(plan: MemoryPlan, kind: str) -> ServerSettings:
     return replace(plan.settings, options=options, drain_seconds=_DRAIN_SECONDS)
 
 
-def run_memory(plan: MemoryPlan, bench: Bench, console: Console, on_line: Callable[[str], None], runs: list[Run]) -> None:
-    """Both servers, one after the other, at every rate. What is finished is appended to `runs`, so that an interrupt loses none of it.
+def run_memory(
+    plan: MemoryPlan, bench: Bench, console: Console, on_line: Callable[[str], None], runs: list[Run]
+) -> None:
+    """Both servers, one after the other, at every rate. What is finished is appended to `runs`, so that an interrupt
+    loses none of it.
 
     Raises:
         EngineError: a server cannot start, or refuses the workload.
@@ -99,7 +107,9 @@ def run_memory(plan: MemoryPlan, bench: Bench, console: Console, on_line: Callab
     for kind in (RESERVED, PAGED):
         settings = _settings_of(plan, kind)
         options = settings.options
-        on_line(f"paged: starting the server with {kind} memory: page_size {options['page_size']}, num_pages {options['num_pages']}")
+        on_line(
+            f"paged: starting the server with {kind} memory: page_size {options['page_size']}, num_pages {options['num_pages']}"
+        )
         with Server(settings, on_line) as server:
             target = find_target(
                 kind,
@@ -109,7 +119,9 @@ def run_memory(plan: MemoryPlan, bench: Bench, console: Console, on_line: Callab
                 model_option="--model-name",
                 metrics_url=server.addresses.metrics_url,
             )
-            check_workload(target, plan.workload, as_ids=bench.prompting.as_ids, per_word=bench.prompting.tokens_per_word)
+            check_workload(
+                target, plan.workload, as_ids=bench.prompting.as_ids, per_word=bench.prompting.tokens_per_word
+            )
             if rates is None:
                 rates = _find_rates(bench, plan, target, console)
                 on_line(f"paged: rates: {', '.join(f'{rate:g}' for rate in rates)} requests/s")
@@ -134,7 +146,9 @@ def _find_rates(bench: Bench, plan: MemoryPlan, target: Target, console: Console
     return list(dict.fromkeys(float(f"{step * run.figures.requests_per_second:.2g}") for step in _RATE_STEPS))
 
 
-def _at_rates(bench: Bench, plan: MemoryPlan, target: Target, rates: Sequence[float], console: Console, runs: list[Run]) -> None:
+def _at_rates(
+    bench: Bench, plan: MemoryPlan, target: Target, rates: Sequence[float], console: Console, runs: list[Run]
+) -> None:
     sweep_plan = _plan_of(plan, rates)
     with progress_bar(console) as progress:
         task = progress.add_task(f"{target.name}: warming up", total=sweep_plan.num_requests(1))
@@ -147,16 +161,23 @@ def _at_rates(bench: Bench, plan: MemoryPlan, target: Target, rates: Sequence[fl
 
 
 def judge(runs: Sequence[Run], latency_limit: float | None) -> Verdict | None:
-    """None unless both kinds were measured with their pool. After an interrupt only the rates count that both were measured at."""
+    """None unless both kinds were measured with their pool. After an interrupt only the rates count that both were
+    measured at.
+    """
     common = {run.level for run in runs if run.target == RESERVED} & {run.level for run in runs if run.target == PAGED}
     runs = [run for run in runs if run.level in common]
-    measured = {kind: [(run.figures, run.pool) for run in runs if run.target == kind and run.figures and run.pool] for kind in (RESERVED, PAGED)}
+    measured = {
+        kind: [(run.figures, run.pool) for run in runs if run.target == kind and run.figures and run.pool]
+        for kind in (RESERVED, PAGED)
+    }
     if not all(measured.values()):
         return None
     limit = latency_limit or _LIMIT_FACTOR * min(figures.latency.p90 for figures, _ in measured[RESERVED] if figures)
     last = {kind: pool for kind, found in measured.items() for _, pool in found if pool}
     running = {kind: running_at_once(pool) for kind, pool in last.items()}
-    speed = {kind: _most_within(limit, [figures for figures, _ in found if figures]) for kind, found in measured.items()}
+    speed = {
+        kind: _most_within(limit, [figures for figures, _ in found if figures]) for kind, found in measured.items()
+    }
     return Verdict(
         wasted={kind: 1 - pool.utilisation for kind, pool in last.items()},
         running=running,
@@ -179,7 +200,9 @@ def was_full(pool: PoolFigures) -> bool:
 
 
 def _most_within(limit: float, figures: Sequence[Figures]) -> float:
-    """The most tokens/s with a p90 latency of at most `limit`; 0 if no rate keeps it. Between two rates speed and latency go in a straight line."""
+    """The most tokens/s with a p90 latency of at most `limit`; 0 if no rate keeps it. Between two rates speed and
+    latency go in a straight line.
+    """
     most = 0.0
     points = [(each.latency.p90, each.tokens_per_second) for each in figures]
     for number, (latency, speed) in enumerate(points):
@@ -195,14 +218,23 @@ def print_memory(console: Console, runs: Sequence[Run], verdict: Verdict | None)
     table = new_table("The same bytes of KV memory, reserved and paged")
     table.add_column("requests/s\nsent", justify="right", no_wrap=True)
     table.add_column("memory", no_wrap=True)
-    for title in ("KV memory\nwasted", "running\nat once", "tokens/s", "latency, s\np50 / p90", "first token, s\np50 / p90", "errors"):
+    for title in (
+        "KV memory\nwasted",
+        "running\nat once",
+        "tokens/s",
+        "latency, s\np50 / p90",
+        "first token, s\np50 / p90",
+        "errors",
+    ):
         table.add_column(title, justify="right", no_wrap=True)
     for run in sorted(runs, key=lambda run: run.level.rate or 0):
         table.add_row(f"{run.level.rate:g}", run.target, *_cells(run), end_section=run.target == PAGED)
     console.print(table)
     for run in runs:
         if run.error is not None:
-            console.print(f"{run.target}, {run.level}: broke off: {run.error}", style="red", markup=False, highlight=False)
+            console.print(
+                f"{run.target}, {run.level}: broke off: {run.error}", style="red", markup=False, highlight=False
+            )
     if verdict is not None:
         console.print("\n".join(sentences(verdict)), highlight=False, markup=False)
 
@@ -213,7 +245,10 @@ def _cells(run: Run) -> list[str]:
         return ["broke off"]
     wasted, running = "–", "–"
     if pool is not None:
-        wasted, running = f"{100 * (1 - pool.utilisation):.1f} %", f"{running_at_once(pool):.1f}" + (" (full)" if was_full(pool) else "")
+        wasted, running = (
+            f"{100 * (1 - pool.utilisation):.1f} %",
+            f"{running_at_once(pool):.1f}" + (" (full)" if was_full(pool) else ""),
+        )
     latency, first = figures.latency, figures.first_token
     return [
         wasted,
@@ -233,7 +268,9 @@ def sentences(verdict: Verdict) -> list[str]:
         f"sequences at once in that memory: {running[RESERVED]:.1f} reserved, {running[PAGED]:.1f} paged: {verdict.running_ratio:.1f} ×"
         + ("" if verdict.full[PAGED] else " (the paged pool was never full: higher --rates show more)"),
         f"tokens/s with a p90 latency of {verdict.latency_limit:.2f} s or less: {speed[RESERVED]:,.0f} reserved, {speed[PAGED]:,.0f} paged: "
-        + (f"{verdict.speed_ratio:.1f} ×" if math.isfinite(verdict.speed_ratio) else "the reserved pool never keeps it"),
+        + (
+            f"{verdict.speed_ratio:.1f} ×" if math.isfinite(verdict.speed_ratio) else "the reserved pool never keeps it"
+        ),
     ]
 
 
@@ -248,6 +285,12 @@ def draw_memory(file: Path, runs: Sequence[Run], verdict: Verdict | None, title:
         ("Tokens/s", lambda run: run.figures.tokens_per_second if run.figures else math.nan),
         ("Latency of a request, p90, seconds", lambda run: run.figures.latency.p90 if run.figures else math.nan),
     ]
-    lines = {name: {kind: [(run.level.rate or 0.0, value(run)) for run in runs if run.target == kind] for kind in (RESERVED, PAGED)} for name, value in panels}
+    lines = {
+        name: {
+            kind: [(run.level.rate or 0.0, value(run)) for run in runs if run.target == kind]
+            for kind in (RESERVED, PAGED)
+        }
+        for name, value in panels
+    }
     limit = {panels[3][0]: verdict.latency_limit} if verdict else {}
     return draw_panels(file, lines, colours, "requests/s sent", title, log=(panels[3][0],), limits=limit)

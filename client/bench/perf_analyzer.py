@@ -1,6 +1,7 @@
 """Finds perf_analyzer, or brings the one in the tritonclient wheel, and prepares what it needs to run.
 
-The 2.50.0 wheel is the newest whose binary was seen to run on Debian 12 and Ubuntu 22.04 as it is; later ones want glibc 2.38 or ship none.
+The 2.50.0 wheel is the newest whose binary was seen to run on Debian 12 and Ubuntu 22.04 as it is; later ones want
+glibc 2.38 or ship none.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from paged_backend.extras import install_command
 WHEEL_VERSION = "2.50.0"
 _WHEEL_PLATFORM = "manylinux1_x86_64"
 _BINARY = f"tritonclient-{WHEEL_VERSION}.data/data/bin/perf_analyzer"
-_LIBRARIES = {"libb64.so.0d": "libb64-*.so*", "libcudart.so.12": "libcudart-*.so*"}  # wanted name -> file in the nvidia-pytriton wheel
+# wanted name -> file in the nvidia-pytriton wheel
+_LIBRARIES = {"libb64.so.0d": "libb64-*.so*", "libcudart.so.12": "libcudart-*.so*"}
 _DOWNLOAD_SECONDS = 600
 _CHECK_SECONDS = 30
 
-# perf_analyzer 2.50 keeps an output that a response lacks as an array of no bytes and then exports the bytes that happen to lie there as a
-# number. Where they are a NaN its JSON writer stops and the export ends in the middle: seen in 2 of 12 runs of 64 streams. Zeros are no NaN.
+# perf_analyzer 2.50 keeps an output that a response lacks as an array of no bytes and then exports the bytes that
+# happen to lie there as a number. Where they are a NaN its JSON writer stops and the export ends in the middle: seen in
+# 2 of 12 runs of 64 streams. Zeros are no NaN.
 _ZEROED = """
 #include <stdlib.h>
 void *_Znam(size_t size) { void *memory = calloc(1, size ? size : 8); if (!memory) abort(); return memory; }
@@ -46,7 +49,8 @@ class PerfAnalyzer:
 
 
 def find_perf_analyzer(say: Callable[[str], None]) -> PerfAnalyzer:
-    """The perf_analyzer on PATH, else the one in the user's cache folder, else brought there from the tritonclient wheel.
+    """The perf_analyzer on PATH, else the one in the user's cache folder, else brought there from the tritonclient
+    wheel.
 
     Raises:
         EngineError: there is none for this machine, it cannot be downloaded, or a library that it needs is missing.
@@ -62,7 +66,9 @@ def find_perf_analyzer(say: Callable[[str], None]) -> PerfAnalyzer:
         _copy_libraries(folder / "lib")
         executable, found = folder / "perf_analyzer", f"tritonclient {WHEEL_VERSION} wheel"
     environment = dict(os.environ)
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [environment.get("LD_LIBRARY_PATH"), str(folder / "lib")]))
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+        filter(None, [environment.get("LD_LIBRARY_PATH"), str(folder / "lib")])
+    )
     _require_that_it_runs(executable, environment)
     zeroed = _zeroed_library()
     if zeroed is not None:
@@ -78,9 +84,13 @@ def cache_folder() -> Path:
 def _bring(folder: Path) -> None:
     """Downloads the wheel with pip and lays the binary into `folder`, all or nothing."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        raise EngineError(f"no perf_analyzer on PATH, and the tritonclient wheel has none for {sys.platform} on {platform.machine()}")
+        raise EngineError(
+            f"no perf_analyzer on PATH, and the tritonclient wheel has none for {sys.platform} on {platform.machine()}"
+        )
     if importlib.util.find_spec("pip") is None:
-        raise EngineError("no perf_analyzer on PATH, and no pip in this environment to bring it with: python -m ensurepip")
+        raise EngineError(
+            "no perf_analyzer on PATH, and no pip in this environment to bring it with: python -m ensurepip"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="bringing-") as temporary:
         made = Path(temporary) / folder.name
@@ -97,22 +107,42 @@ def _bring(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--platform", _WHEEL_PLATFORM]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--platform",
+        _WHEEL_PLATFORM,
+    ]
     try:
         finished = subprocess.run(
-            [*command, "--dest", str(folder), f"tritonclient=={WHEEL_VERSION}"], capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False
+            [*command, "--dest", str(folder), f"tritonclient=={WHEEL_VERSION}"],
+            capture_output=True,
+            text=True,
+            timeout=_DOWNLOAD_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise EngineError(f"no perf_analyzer on PATH, and pip did not bring tritonclient {WHEEL_VERSION} within {_DOWNLOAD_SECONDS} s") from None
+        raise EngineError(
+            f"no perf_analyzer on PATH, and pip did not bring tritonclient {WHEEL_VERSION} within {_DOWNLOAD_SECONDS} s"
+        ) from None
     if finished.returncode != 0:
         errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
-        raise EngineError(f"no perf_analyzer on PATH, and pip cannot bring tritonclient {WHEEL_VERSION}: {errors[-1] if errors else 'see pip'}")
+        raise EngineError(
+            f"no perf_analyzer on PATH, and pip cannot bring tritonclient {WHEEL_VERSION}: {errors[-1] if errors else 'see pip'}"
+        )
     return next(folder.glob("tritonclient-*.whl"))
 
 
 def _copy_libraries(folder: Path) -> None:
-    """Those that are not there yet of two that Debian does not have under these names, from the nvidia-pytriton wheel, if it is installed. No links: the
-    environment that the wheel is in may be deleted, and the folder stays."""
+    """Those that are not there yet of two that Debian does not have under these names, from the nvidia-pytriton wheel,
+    if it is installed. No links: the environment that the wheel is in may be deleted, and the folder stays.
+    """
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         return
@@ -127,12 +157,23 @@ def _copy_libraries(folder: Path) -> None:
 
 def _require_that_it_runs(executable: Path, environment: Mapping[str, str]) -> None:
     try:
-        tried = subprocess.run([executable, "--version"], env=dict(environment), capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
+        tried = subprocess.run(
+            [executable, "--version"],
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"perf_analyzer does not run: {error}") from None
     if tried.returncode != 0:
         why = (tried.stderr.strip().splitlines() or ["no message"])[-1]
-        remedy = f": {install_command('serve')} brings libb64 and libcudart" if any(name in why for name in _LIBRARIES) else ""
+        remedy = (
+            f": {install_command('serve')} brings libb64 and libcudart"
+            if any(name in why for name in _LIBRARIES)
+            else ""
+        )
         raise EngineError(f"perf_analyzer does not run: {why.removeprefix(str(executable)).lstrip(': ')}{remedy}")
 
 

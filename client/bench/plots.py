@@ -39,7 +39,10 @@ def draw(out: Path, runs: Sequence[Run], title: str) -> list[Path]:
     files = []
     with matplotlib.rc_context(_STYLE):
         if shown:
-            files += [_throughput_latency(out / "throughput_latency.png", shown, title), _distributions(out / "latencies.png", shown, title)]
+            files += [
+                _throughput_latency(out / "throughput_latency.png", shown, title),
+                _distributions(out / "latencies.png", shown, title),
+            ]
         first = runs[0].target if runs else ""
         sampled = [run for run in shown if run.samples and run.target == first]
         if sampled:
@@ -72,7 +75,15 @@ def _throughput_latency(file: Path, runs: Sequence[Run], title: str) -> Path:
             axes.plot(speed, high, "--", color=colour, linewidth=1, label=f"{target}, p99")
             axes.plot(speed, low, "o-", color=colour, linewidth=2, markersize=5, label=f"{target}, p50")
             for x, y, run in zip(speed, low, own, strict=True):
-                axes.annotate(_short(run), (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8.5, color=colour)
+                axes.annotate(
+                    _short(run),
+                    (x, y),
+                    xytext=offset,
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8.5,
+                    color=colour,
+                )
         axes.set(title=name, xlabel="tokens/s, all requests together", ylabel="milliseconds", yscale="log")
         _plain_log(axes.yaxis)
         axes.set_xlim(left=0)
@@ -102,7 +113,15 @@ def _distributions(file: Path, runs: Sequence[Run], title: str) -> Path:
                 style = "-" if run.target == _targets(runs)[0] else "--"
                 share = np.arange(1, len(waits) + 1) / len(waits) * 100
                 label = f"{run.level}, {run.target}" if several else str(run.level)
-                axes.step([waits[0], *waits], [0, *share], style, where="post", color=colours[levels.index(run.level)], linewidth=1.8, label=label)
+                axes.step(
+                    [waits[0], *waits],
+                    [0, *share],
+                    style,
+                    where="post",
+                    color=colours[levels.index(run.level)],
+                    linewidth=1.8,
+                    label=label,
+                )
         axes.set(title=name, xlabel="milliseconds", xscale="log", ylim=(0, 101))
         _plain_log(axes.xaxis)
     first = figure.axes[0]
@@ -112,7 +131,9 @@ def _distributions(file: Path, runs: Sequence[Run], title: str) -> Path:
 
 
 def _pool(file: Path, runs: Sequence[Run], title: str) -> Path:
-    """The pool over the time of all runs, put end to end: held pages with a token in their slots and without, utilisation, requests."""
+    """The pool over the time of all runs, put end to end: held pages with a token in their slots and without,
+    utilisation, requests.
+    """
     figure = new_figure(10, 6, title)
     pages, utilisation, requests = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
     offset = 0.0
@@ -124,11 +145,30 @@ def _pool(file: Path, runs: Sequence[Run], title: str) -> Path:
         labels = ["slots with a token", "slots without: wasted"] if first else []
         pages.stackplot(times, held * share, held * (1 - share), colors=[_LIVE, _WASTED], labels=labels)
         utilisation.plot(times, np.where(held > 0, 100 * share, np.nan), color=_LIVE, linewidth=1.5)
-        requests.plot(times, [sample.running for sample in samples], color=_LIVE, linewidth=1.5, label="running" if first else None)
-        requests.plot(times, [sample.waiting for sample in samples], color=_WASTED, linewidth=1.5, label="waiting" if first else None)
+        requests.plot(
+            times,
+            [sample.running for sample in samples],
+            color=_LIVE,
+            linewidth=1.5,
+            label="running" if first else None,
+        )
+        requests.plot(
+            times,
+            [sample.waiting for sample in samples],
+            color=_WASTED,
+            linewidth=1.5,
+            label="waiting" if first else None,
+        )
         for axes in (pages, utilisation, requests):
             axes.axvline(offset, color="#999999", linewidth=0.8)
-        pages.annotate(str(run.level), (offset, 1), xycoords=("data", "axes fraction"), xytext=(4, -11), textcoords="offset points", fontsize=8.5)
+        pages.annotate(
+            str(run.level),
+            (offset, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -11),
+            textcoords="offset points",
+            fontsize=8.5,
+        )
         offset = float(times[-1]) + 0.2
     pages.set(title=f"Pages held, of {runs[0].samples[0].pages_total:,.0f} in the pool")
     pages.margins(y=0.2)
@@ -174,7 +214,9 @@ def draw_panels(
     log: Sequence[str] = (),
     limits: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
-    """Panels of lines over one common quantity: panel -> line -> points. `log`: panels with a logarithmic scale; `limits`: panel -> a level to mark."""
+    """Panels of lines over one common quantity: panel -> line -> points. `log`: panels with a logarithmic scale;
+    `limits`: panel -> a level to mark.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = new_figure(10, 7, title)
         panels = figure.subplots(-(-len(lines) // 2), 2, sharex=True).ravel()
@@ -192,7 +234,13 @@ def draw_panels(
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             if name in limits:
                 axes.axhline(limits[name], color="#555555", linewidth=1, linestyle=":")
-                axes.annotate("limit of the comparison", (1, limits[name]), xycoords=("axes fraction", "data"), xytext=(0, 3), **_LIMIT_TEXT)
+                axes.annotate(
+                    "limit of the comparison",
+                    (1, limits[name]),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(0, 3),
+                    **_LIMIT_TEXT,
+                )
         for axes in panels[-2:]:
             axes.set_xlabel(across)
             axes.set_xlim(left=0)

@@ -16,10 +16,16 @@ _SERIES = re.compile(r"^(?P<name>[a-zA-Z_:]\w*)(?:\{(?P<labels>[^}]*)\})? (?P<va
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _POLL_SECONDS = 0.1
 _READ_SECONDS = 2.0
-_PUBLISH_SECONDS = 0.5  # the gauges' age when they are read: the engine and its front end each publish four times a second
+# the gauges' age when they are read: the engine and its front end each publish four times a second
+_PUBLISH_SECONDS = 0.5
 _FINISHED = "paged_requests_finished_total{"
 _KEPT_LABELS = ("state", "reason")
-COUNTERS = ("paged_preemptions_total", "paged_prefix_cache_queries_total", "paged_prefix_cache_hits_total", "paged_generation_tokens_total")
+COUNTERS = (
+    "paged_preemptions_total",
+    "paged_prefix_cache_queries_total",
+    "paged_prefix_cache_hits_total",
+    "paged_generation_tokens_total",
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,9 @@ class PoolWatch:
 
     @property
     def num_finished(self) -> float:
-        """Requests that the server has answered since it started. A model that does not tell is counted by the server, which takes a request of a decoupled
-        model for answered when the model has taken it in."""
+        """Requests that the server has answered since it started. A model that does not tell is counted by the server,
+        which takes a request of a decoupled model for answered when the model has taken it in.
+        """
         reported = [value for name, value in self._last.items() if name.startswith(_FINISHED)]
         if reported:
             return sum(reported)
@@ -98,7 +105,9 @@ class PoolWatch:
         return {name: self._last[name] for name in COUNTERS if name in self._last}
 
     def samples(self, start: float, end: float) -> list[PoolSample]:
-        """What was published of the time between two moments (seconds since 1970), and what was still shown of the idle time before."""
+        """What was published of the time between two moments (seconds since 1970), and what was still shown of the idle
+        time before.
+        """
         return [sample for sample in self._samples if start <= sample.time <= end + _PUBLISH_SECONDS]
 
 
@@ -108,7 +117,9 @@ def settle() -> None:
 
 
 def read_metrics(url: str, model_name: str) -> dict[str, float]:
-    """Values by `name` or `name{state}`, of one model's series and of those that name none; its versions are added up. Empty if unreadable."""
+    """Values by `name` or `name{state}`, of one model's series and of those that name none; its versions are added up.
+    Empty if unreadable.
+    """
     try:
         with urllib.request.urlopen(url, timeout=_READ_SECONDS) as answer:
             page = answer.read().decode(errors="replace")

@@ -1,4 +1,6 @@
-"""Reads perf_analyzer's profile exports: when each request went out, when each response came, and how many tokens it held."""
+"""Reads perf_analyzer's profile exports: when each request went out, when each response came, and how many tokens it
+held.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,9 @@ class _Export(msgspec.Struct):
 def read_profile(files: Sequence[Path], *, counted: bool) -> list[Trace]:
     """The requests of all `files` (of load processes that ran at the same time), in the order in which they were sent.
 
-    counted: tokens are counted from the output num_output_tokens; else a request is taken to have brought the tokens that it asked for
-    (max_tokens with ignore_eos), the first response one of them and the others equal shares of the rest.
+    counted: tokens are counted from the output num_output_tokens; else a request is taken to have brought the tokens
+    that it asked for (max_tokens with ignore_eos), the first response one of them and the others equal shares of the
+    rest.
 
     Raises:
         CutExportError: a file is not whole.
@@ -101,7 +104,9 @@ def _count(output: _Outputs, asked: int) -> int:
 
 
 def _shares(asked: int, held: Sequence[bool]) -> NDArray[np.int64]:
-    """`asked` tokens over the responses that held text: one in the first, the others as evenly as whole numbers allow."""
+    """`asked` tokens over the responses that held text: one in the first, the others as evenly as whole numbers
+    allow.
+    """
     shares = np.zeros(len(held), np.int64)
     places = np.flatnonzero(held)
     if len(places) == 1:

@@ -54,13 +54,23 @@ def print_report(console: Console, facts: Facts, runs: Sequence[Run]) -> None:
         console.print(_ratio_table(shown))
     for run in runs:
         if run.error is not None:
-            console.print(f"{run.target}, {run.level}: broke off: {run.error}", style="red", markup=False, highlight=False)
+            console.print(
+                f"{run.target}, {run.level}: broke off: {run.error}", style="red", markup=False, highlight=False
+            )
     console.print(f"{facts.workload}. {facts.counting} {facts.prompting}", style="dim", markup=False, highlight=False)
 
 
 def new_table(title: str) -> Table:
     """Nothing in it is ever wrapped, so that numbers stay readable; 100 columns hold every table of ours."""
-    return Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
 
 
 def _table(title: str, columns: Sequence[_Column], runs: Sequence[Run], several: bool) -> Table:
@@ -73,7 +83,9 @@ def _table(title: str, columns: Sequence[_Column], runs: Sequence[Run], several:
     for run in runs:
         head = [run.level.number, *([run.target] if several else [])]
         figures = run.figures
-        table.add_row(*head, *(["broke off"] if figures is None else [column.cell(figures, run.pool) for column in columns]))
+        table.add_row(
+            *head, *(["broke off"] if figures is None else [column.cell(figures, run.pool) for column in columns])
+        )
     return table
 
 
@@ -109,7 +121,10 @@ def _ratio_table(runs: Sequence[Run]) -> Table:
     for number, title in enumerate(titles):
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
     for ratio in ratios(runs):
-        table.add_row(ratio["level"], *(f"{value:.2f} ×" if math.isfinite(value) else "–" for name, value in ratio.items() if name != "level"))
+        table.add_row(
+            ratio["level"],
+            *(f"{value:.2f} ×" if math.isfinite(value) else "–" for name, value in ratio.items() if name != "level"),
+        )
     return table
 
 
@@ -131,7 +146,11 @@ def write_csv(file: Path, runs: Sequence[Run]) -> None:
 
 
 def _plain(run: Run, is_median: bool) -> dict[str, Any]:
-    figures = None if run.figures is None else {name: value for name, value in _fields(run.figures).items() if name != "samples"}
+    figures = (
+        None
+        if run.figures is None
+        else {name: value for name, value in _fields(run.figures).items() if name != "samples"}
+    )
     return {
         "target": run.target,
         "level": {"streams": run.level.streams, "rate": run.level.rate},
@@ -147,7 +166,13 @@ def _plain(run: Run, is_median: bool) -> dict[str, Any]:
 
 
 def _flat(run: Run) -> dict[str, Any]:
-    row: dict[str, Any] = {"target": run.target, "streams": run.level.streams, "rate": run.level.rate, "repeat": run.repeat, "error": run.error}
+    row: dict[str, Any] = {
+        "target": run.target,
+        "streams": run.level.streams,
+        "rate": run.level.rate,
+        "repeat": run.repeat,
+        "error": run.error,
+    }
     if run.figures is not None:
         for name, value in _fields(run.figures).items():
             if name in _SPREADS:
@@ -155,7 +180,9 @@ def _flat(run: Run) -> dict[str, Any]:
             elif name != "samples":
                 row[name] = value
     if run.pool is not None:
-        row |= {f"pool_{name}": value for name, value in asdict(run.pool).items() if name != "counters"} | run.pool.counters
+        row |= {
+            f"pool_{name}": value for name, value in asdict(run.pool).items() if name != "counters"
+        } | run.pool.counters
     return row
 
 
@@ -211,17 +238,27 @@ _LATENCY = (
     _Column("inter-token, ms\np50 / p90 / p99", lambda figures, _: _three(figures.inter_token)),
     _Column("gap, ms\np99", lambda figures, _: milliseconds(figures.gap.p99)),
     _Column(
-        "whole, s\np50 / p90 / p99", lambda figures, _: " / ".join(f"{value:.2f}" for value in (figures.latency.p50, figures.latency.p90, figures.latency.p99))
+        "whole, s\np50 / p90 / p99",
+        lambda figures, _: " / ".join(
+            f"{value:.2f}" for value in (figures.latency.p50, figures.latency.p90, figures.latency.p99)
+        ),
     ),
 )
 _POOL = (
-    _Column("pages in use\nmean / most", _of_pool(lambda pool: f"{pool.pages_held_mean:,.0f} / {pool.pages_held_max:,}")),
+    _Column(
+        "pages in use\nmean / most", _of_pool(lambda pool: f"{pool.pages_held_mean:,.0f} / {pool.pages_held_max:,}")
+    ),
     _Column("of the\npool", _of_pool(lambda pool: _share(pool.pages_held_max, pool.pages_total))),
     _Column("utilisation", _of_pool(lambda pool: f"{100 * pool.utilisation:.0f} %")),
     _Column("running at once\nmean / most", _of_pool(lambda pool: f"{pool.running_mean:,.1f} / {pool.running_max:,}")),
     _Column("pre-\nempted", _of_pool(lambda pool: f"{pool.counters.get('paged_preemptions_total', 0):,.0f}")),
     _Column(
         "prefix\nhits",
-        _of_pool(lambda pool: _share(pool.counters.get("paged_prefix_cache_hits_total", 0), pool.counters.get("paged_prefix_cache_queries_total", 0))),
+        _of_pool(
+            lambda pool: _share(
+                pool.counters.get("paged_prefix_cache_hits_total", 0),
+                pool.counters.get("paged_prefix_cache_queries_total", 0),
+            )
+        ),
     ),
 )

@@ -1,4 +1,6 @@
-"""What every measurement of `paged bench` needs around it: a folder for results, perf_analyzer, a console, and an end that loses nothing."""
+"""What every measurement of `paged bench` needs around it: a folder for results, perf_analyzer, a console, and an end
+that loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from paged_client.bench.workload import Workload
 
 _PROGRESS = re.compile(r"\d ?% \(")  # "capturing steps 2 % (1 of 38 shapes)": nothing that was decided
 _COUNTED = "Tokens are counted from the output num_output_tokens."
-_ASSUMED = "Tokens are not counted: a request is taken to have brought the max_tokens that it asked for with ignore_eos."
+_ASSUMED = (
+    "Tokens are not counted: a request is taken to have brought the max_tokens that it asked for with ignore_eos."
+)
 _AS_IDS = "Prompts go as input_ids of exact length."
 _AS_TEXT = "Prompts go as text of about that length, {:.2f} tokens a word."
 _BROKE_OFF = 1
@@ -36,7 +40,9 @@ INTERRUPTED = 130
 
 
 class Session:
-    """What every measurement needs, made before the first request: a folder that can be written to, perf_analyzer, a console."""
+    """What every measurement needs, made before the first request: a folder that can be written to, perf_analyzer, a
+    console.
+    """
 
     def __init__(self, out: Path, plots: bool, limits: LoadLimits) -> None:
         self.folder = free_folder(out)
@@ -85,14 +91,20 @@ class Session:
             if not runs:
                 raise
             self.interrupted = True
-            say(f"paged: interrupted: {len(runs)} finished run{'s' if len(runs) > 1 else ''} follow{'s' if len(runs) == 1 else ''}")
+            say(
+                f"paged: interrupted: {len(runs)} finished run{'s' if len(runs) > 1 else ''} follow{'s' if len(runs) == 1 else ''}"
+            )
 
     def finish(self, facts: Facts, runs: Sequence[Run], pictures: Sequence[Path], **extra: Any) -> None:
-        """Writes the numbers, says where everything lies, and exits with 1 if a request failed, 130 after an interrupt."""
+        """Writes the numbers, says where everything lies, and exits with 1 if a request failed, 130 after an
+        interrupt.
+        """
         write_json(self.folder / "results.json", facts, runs, **extra)
         write_csv(self.folder / "results.csv", runs)
         names = ", ".join(file.name for file in pictures)
-        self.console.print(f"\nresults.json, results.csv{', ' + names if names else ''} in {self.folder}", soft_wrap=True, markup=False)
+        self.console.print(
+            f"\nresults.json, results.csv{', ' + names if names else ''} in {self.folder}", soft_wrap=True, markup=False
+        )
         if self.interrupted:
             raise typer.Exit(INTERRUPTED)
         if any(run.num_errors for run in runs):
@@ -109,7 +121,13 @@ def _can_plot() -> bool:
 def _machine() -> str:
     """This machine, which is the server's if that was started here: GPUs if there are any, else the number of cores."""
     try:
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=True)
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return f"{os.cpu_count()} cores {platform.machine()}, no GPU"
     names = asked.stdout.split("\n")[:-1]

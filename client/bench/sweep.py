@@ -21,7 +21,8 @@ from paged_client.bench.profile import Trace
 from paged_client.bench.target import Target
 from paged_client.bench.workload import Span, Workload, make_requests
 
-_WARM_UP_PROMPT, _WARM_UP_ANSWER = 128, 8  # tokens, where the workload names no prompt length of its own or shorter answers
+# tokens, where the workload names no prompt length of its own or shorter answers
+_WARM_UP_PROMPT, _WARM_UP_ANSWER = 128, 8
 _WARM_UP_REQUESTS = 64  # at most
 _WARM_UP_ROUND = 2**31  # of prompts that no measured run sends
 
@@ -41,7 +42,9 @@ class Run:
 
     @property
     def num_errors(self) -> int:
-        """Requests that failed or brought another number of tokens than they asked for; a run that broke off counts as one."""
+        """Requests that failed or brought another number of tokens than they asked for; a run that broke off counts as
+        one.
+        """
         return 1 if self.figures is None else self.figures.num_errors
 
 
@@ -68,8 +71,8 @@ class Bench:
 
 
 def sweep(bench: Bench, plan: Plan, targets: Sequence[Target], console: Console, runs: list[Run]) -> None:
-    """Runs the plan and appends what is finished to `runs`, so that an interrupt loses none of it. A run that breaks off is kept with its error; if its server
-    is gone as well, the sweep ends there.
+    """Runs the plan and appends what is finished to `runs`, so that an interrupt loses none of it. A run that breaks
+    off is kept with its error; if its server is gone as well, the sweep ends there.
 
     Raises:
         EngineError: a target cannot even be warmed up.
@@ -82,7 +85,8 @@ def sweep(bench: Bench, plan: Plan, targets: Sequence[Target], console: Console,
                 warm_up(bench, plan, target)
         for level_number, (level, count) in enumerate(plan.levels):
             for repeat in range(plan.repeats):
-                order = targets if (level_number + repeat) % 2 == 0 else targets[::-1]  # whoever goes first gains nothing over the whole
+                # whoever goes first gains nothing over the whole
+                order = targets if (level_number + repeat) % 2 == 0 else targets[::-1]
                 for target in order:
                     progress.update(task, description=f"{target.name}: {level}")
                     run = measure(bench, plan, target, level, count, repeat, advancing(progress, task))
@@ -96,7 +100,13 @@ def progress_bar(console: Console) -> Progress:
     if not console.is_terminal:
         return SpokenProgress()
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     )
 
 
@@ -114,7 +124,11 @@ class SpokenProgress(Progress):
         task, now = self.tasks[task_id], time.monotonic()
         if task.description and (task.description != self._reported or now >= self._next):
             self._reported, self._next = task.description, now + self._seconds
-            print(f"paged: {task.description}: {task.completed:.0f} of {task.total or 0:.0f} requests", file=sys.stderr, flush=True)
+            print(
+                f"paged: {task.description}: {task.completed:.0f} of {task.total or 0:.0f} requests",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def advancing(progress: Progress, task: TaskID) -> Callable[[float], None]:
@@ -136,13 +150,19 @@ def warm_up(bench: Bench, plan: Plan, target: Target) -> None:
     workload = replace(plan.workload, prompt=plan.workload.prompt or Span(own, own), answer=Span(answer, answer))
     requests = make_requests(workload, at_once, _WARM_UP_ROUND)
     try:
-        run_load(bench.tool, target, Level(streams=at_once), workload, requests, bench.prompting, bench.limits, lambda: None)
+        run_load(
+            bench.tool, target, Level(streams=at_once), workload, requests, bench.prompting, bench.limits, lambda: None
+        )
     except LoadError as error:
         raise EngineError(f"{target.name}: the warm-up broke off: {error}") from None
 
 
-def measure(bench: Bench, plan: Plan, target: Target, level: Level, count: int, repeat: int, advance: Callable[[float], None]) -> Run:
-    """One run; the prompts of another level or repeat are different ones, so that no prefix cache knows them (all targets get the same)."""
+def measure(
+    bench: Bench, plan: Plan, target: Target, level: Level, count: int, repeat: int, advance: Callable[[float], None]
+) -> Run:
+    """One run; the prompts of another level or repeat are different ones, so that no prefix cache knows them (all
+    targets get the same).
+    """
     round_number = repeat * len(plan.levels) + [known for known, _ in plan.levels].index(level)
     requests = make_requests(plan.workload, count, round_number)
     started = time.time()
@@ -150,7 +170,14 @@ def measure(bench: Bench, plan: Plan, target: Target, level: Level, count: int, 
         finished, counters = watch.num_finished, watch.counters()
         try:
             traces = run_load(
-                bench.tool, target, level, plan.workload, requests, bench.prompting, bench.limits, lambda: advance(min(watch.num_finished - finished, count))
+                bench.tool,
+                target,
+                level,
+                plan.workload,
+                requests,
+                bench.prompting,
+                bench.limits,
+                lambda: advance(min(watch.num_finished - finished, count)),
             )
         except LoadError as error:
             return Run(target.name, level, repeat, None, None, watch.samples(started, time.time()), started, str(error))
@@ -169,10 +196,13 @@ def _window(traces: Iterable[Trace]) -> tuple[float, float]:
 
 
 def median_runs(runs: Sequence[Run]) -> list[Run]:
-    """Of each target's repeats of a level the one with the median tokens/s (the lower of the two middle ones); the broken one if one broke off.
-    By level, then by target, in the order in which they first came."""
+    """Of each target's repeats of a level the one with the median tokens/s (the lower of the two middle ones); the
+    broken one if one broke off. By level, then by target, in the order in which they first came.
+    """
     targets, levels = list(dict.fromkeys(run.target for run in runs)), list(dict.fromkeys(run.level for run in runs))
-    groups = [[run for run in runs if (run.level, run.target) == (level, target)] for level in levels for target in targets]
+    groups = [
+        [run for run in runs if (run.level, run.target) == (level, target)] for level in levels for target in targets
+    ]
     return [_median(group) for group in groups if group]
 
 

@@ -36,7 +36,9 @@ class Target:
     counts_prompts: bool  # num_input_tokens
 
 
-def find_target(name: str, url: str, model_name: str, *, url_option: str, model_option: str, metrics_url: str | None = None) -> Target:
+def find_target(
+    name: str, url: str, model_name: str, *, url_option: str, model_option: str, metrics_url: str | None = None
+) -> Target:
     """Asks the server for its model.
 
     Raises:
@@ -50,15 +52,25 @@ def find_target(name: str, url: str, model_name: str, *, url_option: str, model_
         with grpc.InferenceServerClient(address) as client:
             client.is_server_live(client_timeout=_CONNECT_SECONDS)
             if not client.is_model_ready(model_name, client_timeout=_CONNECT_SECONDS):
-                served = sorted(model.name for model in client.get_model_repository_index(client_timeout=_CONNECT_SECONDS).models if model.state == "READY")
-                raise EngineError(f"{model_option} {model_name}: not served at {address}; ready there: {', '.join(served) or 'no model'}")
+                served = sorted(
+                    model.name
+                    for model in client.get_model_repository_index(client_timeout=_CONNECT_SECONDS).models
+                    if model.state == "READY"
+                )
+                raise EngineError(
+                    f"{model_option} {model_name}: not served at {address}; ready there: {', '.join(served) or 'no model'}"
+                )
             metadata = client.get_model_metadata(model_name, client_timeout=_CONNECT_SECONDS)
     except InferenceServerException as error:
-        raise EngineError(f"{url_option} {url}: no Triton Server answers there over gRPC ({_first_line(error)})") from None
+        raise EngineError(
+            f"{url_option} {url}: no Triton Server answers there over gRPC ({_first_line(error)})"
+        ) from None
     inputs, outputs = {tensor.name for tensor in metadata.inputs}, {tensor.name for tensor in metadata.outputs}
     missing = [tensor for tensor in _NEEDED if tensor not in inputs] + ["text_output"] * ("text_output" not in outputs)
     if missing:
-        raise EngineError(f"{model_option} {model_name}: the model has no tensor {', '.join(missing)}; expected those of NVIDIA's vLLM backend")
+        raise EngineError(
+            f"{model_option} {model_name}: the model has no tensor {', '.join(missing)}; expected those of NVIDIA's vLLM backend"
+        )
     return Target(
         name=name,
         url=address,
@@ -96,7 +108,11 @@ def tokens_per_word(target: Target) -> float:
     if not target.counts_prompts:
         return 1.0
     words = np.arange(_CALIBRATION_WORDS)
-    result = _first_response(target, {"text_input": as_text(words, 1.0), "return_num_input_tokens": True}, '{"max_tokens": 1, "ignore_eos": true}')
+    result = _first_response(
+        target,
+        {"text_input": as_text(words, 1.0), "return_num_input_tokens": True},
+        '{"max_tokens": 1, "ignore_eos": true}',
+    )
     counted = result.as_numpy("num_input_tokens")
     return 1.0 if counted is None or not counted.size else float(counted.ravel()[0]) / _CALIBRATION_WORDS
 
@@ -113,7 +129,9 @@ def check_workload(target: Target, workload: Workload, *, as_ids: bool, per_word
     try:
         _first_response(target, tensors, sampling_parameters(workload, answer))
     except EngineError as error:
-        raise EngineError(f"the longest request of this workload ({prompt} tokens in, {answer} out) fails: {error}") from None
+        raise EngineError(
+            f"the longest request of this workload ({prompt} tokens in, {answer} out) fails: {error}"
+        ) from None
 
 
 def _first_response(target: Target, tensors: dict[str, Any], sampling: str) -> grpc.InferResult:
@@ -123,7 +141,9 @@ def _first_response(target: Target, tensors: dict[str, Any], sampling: str) -> g
     answers: queue.Queue[Any] = queue.Queue()
     with grpc.InferenceServerClient(target.url) as client:
         client.start_stream(lambda result, error: answers.put(error or result))
-        inputs = [_tensor(name, value) for name, value in {**tensors, "stream": True, "sampling_parameters": sampling}.items()]
+        inputs = [
+            _tensor(name, value) for name, value in {**tensors, "stream": True, "sampling_parameters": sampling}.items()
+        ]
         client.async_stream_infer(target.model_name, inputs)
         try:
             answer = answers.get(timeout=_FIRST_RESPONSE_SECONDS)

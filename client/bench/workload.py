@@ -1,4 +1,6 @@
-"""What a benchmark sends: lengths of prompts and answers, and prompts of those lengths as perf_analyzer's input data."""
+"""What a benchmark sends: lengths of prompts and answers, and prompts of those lengths as perf_analyzer's input
+data.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 
 from paged_backend.errors import EngineError
 
-# Means of ShareGPT as the PagedAttention paper states them (Kwon et al., SOSP 2023, section 6.1); the spreads make its long tails.
+# Means of ShareGPT as the PagedAttention paper states them (Kwon et al., SOSP 2023, section 6.1); the spreads make its
+# long tails.
 SHAREGPT_PROMPT, SHAREGPT_ANSWER = (161.0, 1.2), (338.0, 0.9)  # mean tokens, sigma of the logarithm
-_LOWEST_ID, _HIGHEST_ID = 100, 1000  # ids that every vocabulary has, clear of the special tokens at its start and its end
+# ids that every vocabulary has, clear of the special tokens at its start and its end
+_LOWEST_ID, _HIGHEST_ID = 100, 1000
 # Short words which nearly every tokenizer knows as one token.
 _SENTENCE = (
     "the of and to in that was for on with as his they at be this from have or by one had not but what all were when we there can an your which their said if "
@@ -44,7 +48,9 @@ class Span:
         except ValueError:
             raise EngineError(f"{option} {value}: expected a number of tokens, or a range such as 32:512") from None
         if not 1 <= span.low <= span.high:
-            raise EngineError(f"{option} {value}: expected 1 or more tokens" + (", the lower end first" if colon else ""))
+            raise EngineError(
+                f"{option} {value}: expected 1 or more tokens" + (", the lower end first" if colon else "")
+            )
         return span
 
     def __str__(self) -> str:
@@ -53,7 +59,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Workload:
-    """The mix of requests. The same seed gives the same lengths; another nonce gives other tokens, which no prefix cache knows from a benchmark before."""
+    """The mix of requests. The same seed gives the same lengths; another nonce gives other tokens, which no prefix
+    cache knows from a benchmark before.
+    """
 
     prompt: Span | None  # None: ShareGPT-like
     answer: Span | None
@@ -90,15 +98,22 @@ class Request:
 def make_requests(workload: Workload, count: int, round_number: int = 0) -> list[Request]:
     """`count` requests; another `round_number` gives others of the same kind (the shared prefixes stay)."""
     prompts, answers = _lengths(workload, count, np.random.default_rng([workload.seed, round_number]))
-    prefixes = np.random.default_rng(workload.nonce).integers(_LOWEST_ID, _HIGHEST_ID, (workload.num_prefixes, workload.shared_prefix))
+    prefixes = np.random.default_rng(workload.nonce).integers(
+        _LOWEST_ID, _HIGHEST_ID, (workload.num_prefixes, workload.shared_prefix)
+    )
     tokens = np.random.default_rng([workload.nonce, round_number])
     return [
-        Request(np.concatenate([prefixes[index % workload.num_prefixes], tokens.integers(_LOWEST_ID, _HIGHEST_ID, prompt)]), int(answer))
+        Request(
+            np.concatenate([prefixes[index % workload.num_prefixes], tokens.integers(_LOWEST_ID, _HIGHEST_ID, prompt)]),
+            int(answer),
+        )
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
 
 
-def _lengths(workload: Workload, count: int, random: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _lengths(
+    workload: Workload, count: int, random: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if workload.prompt is None or workload.answer is None:
         limit = workload.longest // 2
         return _log_normal(random, *SHAREGPT_PROMPT, count, limit), _log_normal(random, *SHAREGPT_ANSWER, count, limit)
@@ -122,11 +137,22 @@ def as_text(prompt: NDArray[np.int64], tokens_per_word: float) -> str:
     return " ".join(_WORDS[number % len(_WORDS)] for number in np.resize(prompt, num_words))
 
 
-def write_input_data(file: Path, workload: Workload, requests: Sequence[Request], *, as_ids: bool, tokens_per_word: float, count_tokens: bool) -> None:
+def write_input_data(
+    file: Path,
+    workload: Workload,
+    requests: Sequence[Request],
+    *,
+    as_ids: bool,
+    tokens_per_word: float,
+    count_tokens: bool,
+) -> None:
     """perf_analyzer's `--input-data`: one step a request, sent in this order."""
     steps = []
     for request in requests:
-        step: dict[str, Any] = {"stream": [True], "sampling_parameters": [sampling_parameters(workload, request.answer)]}
+        step: dict[str, Any] = {
+            "stream": [True],
+            "sampling_parameters": [sampling_parameters(workload, request.answer)],
+        }
         if as_ids:
             step["input_ids"] = {"content": request.prompt.tolist(), "shape": [len(request.prompt)]}
         else:

@@ -58,7 +58,8 @@ class ClusterClient:
         connect: Callable[[str], Connection] | None = None,
     ) -> None:
         """
-        sources: see Lookups. routing: one of ROUTERS. timeout: seconds that an answer may take. tokenizer: folder or hub id; "": that of the servers' model.
+        sources: see Lookups. routing: one of ROUTERS. timeout: seconds that an answer may take. tokenizer: folder or
+        hub id; "": that of the servers' model.
         connect: makes a connection to a URL, for tests.
 
         Raises:
@@ -80,7 +81,9 @@ class ClusterClient:
             self._tasks.append(asyncio.ensure_future(self._load_tokenizer()))
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -111,7 +114,9 @@ class ClusterClient:
         while not name:
             facts = next((server.facts for server in self.servers.all if server.facts is not None), None)
             if facts is not None and not facts.model:
-                log.warning("the servers' model is a folder of theirs: they are asked to tokenise; --tokenizer names one here")
+                log.warning(
+                    "the servers' model is a folder of theirs: they are asked to tokenise; --tokenizer names one here"
+                )
                 return
             name = "" if facts is None else facts.model
             if not name:
@@ -127,7 +132,9 @@ class ClusterClient:
         return await self._of_any(lambda connection: connection.tokenize(prompt, **options))
 
     async def embed(self, prompt: Prompt | None = None, **options: Any) -> Answer:
-        """See AsyncPagedClient.embed. Servers are asked in turn: no answer goes on for long, and most prompts have nothing in common."""
+        """See AsyncPagedClient.embed. Servers are asked in turn: no answer goes on for long, and most prompts have
+        nothing in common.
+        """
         first = next(self._embeddings)
         return await self._of_any(lambda connection: connection.embed(prompt, **options), first)
 

@@ -20,11 +20,25 @@ class ClusterCollector(Collector):
         self._clusters = clusters
 
     def collect(self) -> Iterator[Metric]:
-        servers = GaugeMetricFamily("paged_gateway_servers", "Servers behind the gateway, by state.", labels=["model", "state"])
-        outstanding = GaugeMetricFamily("paged_gateway_requests_outstanding", "Requests that a server has not answered yet.", labels=["model", "server"])
-        chosen = CounterMetricFamily("paged_gateway_requests_routed", "Requests that a server was asked.", labels=["model", "server"])
-        resumed = CounterMetricFamily("paged_gateway_answers_resumed", "Answers that went on in another server.", labels=["model"])
-        anew = CounterMetricFamily("paged_gateway_requests_asked_anew", "Requests that another server was asked, before a token.", labels=["model"])
+        servers = GaugeMetricFamily(
+            "paged_gateway_servers", "Servers behind the gateway, by state.", labels=["model", "state"]
+        )
+        outstanding = GaugeMetricFamily(
+            "paged_gateway_requests_outstanding",
+            "Requests that a server has not answered yet.",
+            labels=["model", "server"],
+        )
+        chosen = CounterMetricFamily(
+            "paged_gateway_requests_routed", "Requests that a server was asked.", labels=["model", "server"]
+        )
+        resumed = CounterMetricFamily(
+            "paged_gateway_answers_resumed", "Answers that went on in another server.", labels=["model"]
+        )
+        anew = CounterMetricFamily(
+            "paged_gateway_requests_asked_anew",
+            "Requests that another server was asked, before a token.",
+            labels=["model"],
+        )
         for model, client in self._clusters().items():
             num_ready = len(client.servers.ready())
             servers.add_metric([model, "ready"], num_ready)

@@ -1,7 +1,10 @@
-"""One request on its way through several servers. A server that dies or refuses is left for another; what the caller has been sent is never sent again.
+"""One request on its way through several servers. A server that dies or refuses is left for another; what the caller
+has been sent is never sent again.
 
-Before the first token the request is simply asked anew. After it, the next server is given the answer's tokens so far (`answer_ids`) and goes on behind
-them: random numbers follow from the seed and the position alone, and a request that brings no seed gets one here, so the text is what it would have been.
+Before the first token the request is simply asked anew. After it, the next server is given the answer's tokens so far
+(`answer_ids`) and goes on behind
+them: random numbers follow from the seed and the position alone, and a request that brings no seed gets one here, so
+    the text is what it would have been.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ class Way:
         template_kwargs = sampling.pop("chat_template_kwargs", None) or {}
         ids = None if self.tokenizer is None else await self.tokenizer.ids_of(tensors, template_kwargs)
         if ids is not None:
-            tensors = {name: value for name, value in tensors.items() if name not in PROMPT_TENSORS} | {"input_ids": ids}
+            tensors = {name: value for name, value in tensors.items() if name not in PROMPT_TENSORS} | {
+                "input_ids": ids
+            }
         elif template_kwargs:
             sampling["chat_template_kwargs"] = template_kwargs
         tensors["sampling_parameters"] = json.dumps(sampling, ensure_ascii=False)
@@ -104,7 +109,9 @@ class ClusterStream:
     async def __aenter__(self) -> ClusterStream:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._deltas.aclose()
 
     async def _run(self) -> AsyncGenerator[Delta, None]:
@@ -130,7 +137,9 @@ class ClusterStream:
                 yield delta
 
     async def _passed_on(self, question: Question, index: int | None) -> AsyncGenerator[Delta, None]:
-        """A question's answer, from as many servers as it takes. index: of the only sequence; None: as the servers say."""
+        """A question's answer, from as many servers as it takes. index: of the only sequence; None: as the servers
+        say.
+        """
         tried: list[Server] = []
         waits_until = time.monotonic() + _PATIENCE_SECONDS
         while True:

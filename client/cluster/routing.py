@@ -1,5 +1,6 @@
-"""Which server gets a request: the one with most of the prompt in its prefix cache and least to do, as NVIDIA Dynamo's selection sees it; or simply
-the one with the fewest outstanding requests; or, to compare with, each in turn."""
+"""Which server gets a request: the one with most of the prompt in its prefix cache and least to do, as NVIDIA Dynamo's
+selection sees it; or simply the one with the fewest outstanding requests; or, to compare with, each in turn.
+"""
 
 from __future__ import annotations
 
@@ -137,8 +138,9 @@ def load_selection() -> Any:
 
 
 class KvAware:
-    """NVIDIA Dynamo's selection (`dynamo.llm.SelectionService`), in this process: it listens to every server's KV events and books the load of every
-    request. A request whose tokens are not known here, and every request while a server tells nothing, goes to the server with the least to do.
+    """NVIDIA Dynamo's selection (`dynamo.llm.SelectionService`), in this process: it listens to every server's KV
+    events and books the load of every request. A request whose tokens are not known here, and every request while a
+    server tells nothing, goes to the server with the least to do.
     """
 
     def __init__(self, servers: Servers) -> None:
@@ -167,7 +169,9 @@ class KvAware:
         addresses, facts = server.kv_addresses, server.facts
         if addresses is None or facts is None:
             if server.url not in self._silent:
-                log.warning("%s tells nobody what it has cached (kv_events): requests go where the fewest are", server.url)
+                log.warning(
+                    "%s tells nobody what it has cached (kv_events): requests go where the fewest are", server.url
+                )
                 self._silent.add(server.url)
             return
         worker = {
@@ -207,7 +211,9 @@ class KvAware:
 
     async def known_tokens(self, inquiry: Inquiry) -> dict[int, int]:
         """Server's number → tokens of the prompt that Dynamo believes to be there."""
-        answer = await self._selection.overlap_scores({"model_name": _MODEL, "token_ids": list(inquiry.token_ids or ())})
+        answer = await self._selection.overlap_scores(
+            {"model_name": _MODEL, "token_ids": list(inquiry.token_ids or ())}
+        )
         return {one["worker_id"]: one["device_blocks"] * answer["block_size"] for one in answer["workers"]}
 
     def close(self) -> None:

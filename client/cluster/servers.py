@@ -21,7 +21,9 @@ from paged_client.question import Question
 
 _CHECK_SECONDS = 1.0  # between two looks at a server
 _LOOKUP_SECONDS = 2.0  # between two readings of a list or name
-KEEPALIVE_SECONDS = 5.0  # of silence before a server is asked for a sign of life, and then for it: one that vanished is noticed after twice as long
+# of silence before a server is asked for a sign of life, and then for it: one that vanished is noticed after twice as
+# long
+KEEPALIVE_SECONDS = 5.0
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _EVERYWHERE = ("*", "0.0.0.0", "[::]")
 
@@ -65,7 +67,9 @@ class Server:
 
     @property
     def kv_addresses(self) -> tuple[str, str] | None:
-        """Where it tells what it has cached, and where one asks for what was missed, as seen from here; None: nowhere that can be reached."""
+        """Where it tells what it has cached, and where one asks for what was missed, as seen from here; None: nowhere
+        that can be reached.
+        """
         addresses = None if self.facts is None else kv_event_addresses(self.facts.kv_events)
         if addresses is None or addresses[0].startswith("ipc://"):
             return addresses
@@ -85,7 +89,9 @@ def host_of(url: str) -> str:
 
 @dataclass(frozen=True)
 class Lookups:
-    """Where servers are found: URLs as they stand; dns://HOST:PORT, every address of a name; file:///PATH, a URL a line."""
+    """Where servers are found: URLs as they stand; dns://HOST:PORT, every address of a name; file:///PATH, a URL a
+    line.
+    """
 
     sources: Sequence[str]
 
@@ -194,7 +200,9 @@ class Servers:
         return Server(url, self.connect(url) if self.connect is not None else self._connection(url), self._count)
 
     def _connection(self, url: str) -> AsyncPagedClient:
-        return AsyncPagedClient(url, model=self.model, timeout=self.timeout, retries=0, keepalive_seconds=KEEPALIVE_SECONDS)
+        return AsyncPagedClient(
+            url, model=self.model, timeout=self.timeout, retries=0, keepalive_seconds=KEEPALIVE_SECONDS
+        )
 
     async def _check(self, server: Server) -> None:
         ready = await server.connection.takes_requests()

@@ -1,6 +1,8 @@
-"""Prompts to token ids in the gateway, with the model's own tokenizer and chat template: a router must know what a prompt begins with.
+"""Prompts to token ids in the gateway, with the model's own tokenizer and chat template: a router must know what a
+prompt begins with.
 
-The server's own code does it, on threads. What cannot be tokenised here is sent as it came, and the server says what is wrong with it.
+The server's own code does it, on threads. What cannot be tokenised here is sent as it came, and the server says what is
+wrong with it.
 """
 
 from __future__ import annotations
@@ -29,10 +31,17 @@ from paged_client.question import Question
 PROMPT_TENSORS = ("text_input", "input_ids", "messages", "tools", "add_generation_prompt", "continue_final_message")
 _TOKEN_KEYS = ("add_special_tokens", "truncate_prompt_tokens")
 _UNLIMITED = 2**31 - 1  # the server keeps its limits itself
-_EXPORT = (
-    "import sys, pathlib; from paged_backend.models.tokenizer import export_tokenizer; export_tokenizer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+_EXPORT = "import sys, pathlib; from paged_backend.models.tokenizer import export_tokenizer; export_tokenizer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+_FILES = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "config.json",
 )
-_FILES = ("tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "config.json")
 
 log = logging.getLogger("paged.cluster")
 
@@ -46,7 +55,8 @@ class GatewayTokenizer:
 
     @classmethod
     def load(cls, model: str) -> GatewayTokenizer | None:
-        """model: a checkpoint's folder or hub id, as the servers have it. Takes seconds: transformers is asked in a process of its own, as the engine asks it.
+        """model: a checkpoint's folder or hub id, as the servers have it. Takes seconds: transformers is asked in a
+        process of its own, as the engine asks it.
 
         None: the checkpoint is not here, or it has no tokenizer; the log says which.
         """
@@ -56,7 +66,9 @@ class GatewayTokenizer:
             return None
         folder = tempfile.TemporaryDirectory(prefix="paged-tokenizer-")
         path = Path(folder.name) / "tokenizer.json"
-        done = subprocess.run([sys.executable, "-c", _EXPORT, str(found), str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", _EXPORT, str(found), str(path)], capture_output=True, text=True, check=False
+        )
         if done.returncode != 0 or not path.exists():
             reason = (done.stderr.strip().splitlines() or ["there is none"])[-1]
             log.warning("servers are asked to tokenise: the tokenizer of %s cannot be used here: %s", model, reason)
@@ -65,8 +77,12 @@ class GatewayTokenizer:
         ready = Ready(str(path), _UNLIMITED, _UNLIMITED, _UNLIMITED, config.page_size, _UNLIMITED)
         return cls(PromptReader(config, ready), folder)
 
-    async def ids_of(self, tensors: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None = None) -> list[int] | None:
-        """The prompt's token ids; None: it cannot be tokenised here. tensors: of a Question. template_kwargs: for a chat template."""
+    async def ids_of(
+        self, tensors: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int] | None:
+        """The prompt's token ids; None: it cannot be tokenised here. tensors: of a Question. template_kwargs: for a
+        chat template.
+        """
         if "input_ids" in tensors:
             return list(tensors["input_ids"])
         return await asyncio.to_thread(self._read, tensors, template_kwargs or {})
@@ -109,13 +125,17 @@ class GatewayTokenizer:
 
 
 class ServerTokenizer:
-    """Asks a server what the tokens are, where the tokenizer is not here or not yet: a round trip more for each request."""
+    """Asks a server what the tokens are, where the tokenizer is not here or not yet: a round trip more for each
+    request.
+    """
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
         self._next_choice = itertools.count()
 
-    async def ids_of(self, tensors: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None = None) -> list[int] | None:
+    async def ids_of(
+        self, tensors: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int] | None:
         """As GatewayTokenizer.ids_of."""
         if "input_ids" in tensors:
             return list(tensors["input_ids"])
@@ -129,7 +149,9 @@ class ServerTokenizer:
             sampling["chat_template_kwargs"] = template_kwargs
         if sampling:
             asked["sampling_parameters"] = json.dumps(sampling, ensure_ascii=False)
-        question = Question({"task": "tokenize", "stream": False, "return_finish_reason": True, **asked}, {"return_error_code": True})
+        question = Question(
+            {"task": "tokenize", "stream": False, "return_finish_reason": True, **asked}, {"return_error_code": True}
+        )
         try:
             async with ready[next(self._next_choice) % len(ready)].connection.ask(question) as stream:
                 async for _ in stream:

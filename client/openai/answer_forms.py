@@ -1,4 +1,6 @@
-"""Which form a chat's answer has: from the model's chat template, what the caller asked for, and the gateway's options."""
+"""Which form a chat's answer has: from the model's chat template, what the caller asked for, and the gateway's
+options.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,11 @@ async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishe
         template=description.response_template if _follows_template(options, wishes) else None,
         prompt_end=end,
     )
-    opener, closer = (None, None) if reasoning is None else (await card.token_of(reasoning.opener.strip()), await card.token_of(reasoning.closer))
+    opener, closer = (
+        (None, None)
+        if reasoning is None
+        else (await card.token_of(reasoning.opener.strip()), await card.token_of(reasoning.closer))
+    )
     return ChatForm(form, wishes is None or wishes.parallel, body.include_reasoning is not False, closer, opener)
 
 
@@ -88,8 +94,15 @@ def within_budget(asked: Asked, body: ChatBody, form: ChatForm) -> Asked:
         return asked
     begun = form.answer.begins_reasoning
     if form.closer_id is None or (form.opener_id is None and not begun):
-        raise RefusalError(f"{name}: this model's reasoning does not begin and end with a token of its own, so it cannot be ended", param=name)
-    keys = {"max_thinking_tokens": budget, "end_thinking_token_id": form.closer_id, "start_thinking_token_id": None if begun else form.opener_id}
+        raise RefusalError(
+            f"{name}: this model's reasoning does not begin and end with a token of its own, so it cannot be ended",
+            param=name,
+        )
+    keys = {
+        "max_thinking_tokens": budget,
+        "end_thinking_token_id": form.closer_id,
+        "start_thinking_token_id": None if begun else form.opener_id,
+    }
     return replace(asked, sampling={**asked.sampling, **keys}, params={**asked.params, "max_thinking_tokens": name})
 
 
@@ -104,10 +117,14 @@ def constrained(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Aske
     if form.answer.dropped or form.answer.template is not None or _is_harmony(form.answer.tools):
         sampling["skip_special_tokens"] = False
     if wishes is not None and wishes.enforces:
-        taken = [name for name in sampling if name.startswith(("guided_", "structured_")) and sampling[name] is not None]
+        taken = [
+            name for name in sampling if name.startswith(("guided_", "structured_")) and sampling[name] is not None
+        ]
         if taken:
             name = params.get(taken[0], taken[0])
-            raise RefusalError(f"{name}: not together with tools that must be called: an answer has one form", param=name)
+            raise RefusalError(
+                f"{name}: not together with tools that must be called: an answer has one form", param=name
+            )
         assert form.answer.tools is not None
         tag = structural_tag(wishes, form.answer.tools, form.answer.begins_reasoning)
         sampling["structured_outputs"] = {"structural_tag": tag}
@@ -137,7 +154,9 @@ async def _prompt_end(card: ModelCard, body: ChatBody) -> str:
         return ""
 
 
-def _dropped(tools: ToolFormat | None, reasoning: ReasoningFormat | None, description: Description, body: ChatBody) -> tuple[str, ...]:
+def _dropped(
+    tools: ToolFormat | None, reasoning: ReasoningFormat | None, description: Description, body: ChatBody
+) -> tuple[str, ...]:
     """Special words that come with the markers once special tokens are not skipped; none: no marker is special."""
     markers: set[str] = set() if tools is None else {*tools.openers, *tools.ignored}
     if reasoning is not None:

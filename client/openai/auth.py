@@ -12,7 +12,8 @@ OPEN_PATHS = ("/health", "/v1/health", "/ping")  # load balancers have no key
 
 
 def check_key(path: str, headers: Headers, key: str) -> None:
-    """Compares the caller's key with ours in a time that does not depend on where they differ. An empty key lets everybody in.
+    """Compares the caller's key with ours in a time that does not depend on where they differ. An empty key lets
+    everybody in.
 
     Raises:
         RefusalError: 401.
@@ -36,5 +37,7 @@ def usable_key(given: str) -> str:
     if given and not key:
         raise ValueError("the API key is white space only")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError("the API key has characters that a header cannot hold: only printable ASCII characters can be sent")
+        raise ValueError(
+            "the API key has characters that a header cannot hold: only printable ASCII characters can be sent"
+        )
     return key

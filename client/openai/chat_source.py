@@ -22,7 +22,9 @@ class ChatSource(Protocol):
         """
 
     async def chunks(self, request: Request, body: ChatBody) -> tuple[Chunks, AsyncGenerator[Any, None]]:
-        """Its chunks, once there is a first; and where they come from. The last may be an error. As `whole` otherwise."""
+        """Its chunks, once there is a first; and where they come from. The last may be an error. As `whole`
+        otherwise.
+        """
 
     async def num_prompt_tokens(self, body: ChatBody) -> int:
         """How many tokens the prompt has. As `whole` otherwise."""

@@ -33,66 +33,137 @@ def serve_openai(
     ] = None,
     model_name: Annotated[
         list[str] | None,
-        typer.Option("--model-name", metavar="NAME", help="What the server calls the model; repeatable. Without it: all paged models that it has loaded."),
+        typer.Option(
+            "--model-name",
+            metavar="NAME",
+            help="What the server calls the model; repeatable. Without it: all paged models that it has loaded.",
+        ),
     ] = None,
     metrics_url: Annotated[
         str,
-        typer.Option(metavar="URL", help="The server's metrics, such as http://localhost:8002/metrics: the gateway's tell them under vLLM's names, too."),
+        typer.Option(
+            metavar="URL",
+            help="The server's metrics, such as http://localhost:8002/metrics: the gateway's tell them under vLLM's names, too.",
+        ),
     ] = "",
     routing: Annotated[
         str,
-        typer.Option(metavar="|".join(ROUTERS), help="Of several servers: the one that has most of the prompt and least to do; the least busy; each in turn."),
+        typer.Option(
+            metavar="|".join(ROUTERS),
+            help="Of several servers: the one that has most of the prompt and least to do; the least busy; each in turn.",
+        ),
     ] = "kv",
-    tokenizer: Annotated[str, typer.Option(metavar="FOLDER_OR_ID", help="Of several servers' model, where it is not on this machine.")] = "",
-    served_name: Annotated[
-        list[str] | None, typer.Option("--served-name", metavar="NAME", help="What callers call the only model, instead of --model-name; repeatable.")
-    ] = None,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0: every network, and then set an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", metavar="PORT", min=0, max=65535, help="Where to listen; 0: a free one.")] = 9000,
-    api_key: Annotated[
-        str, typer.Option(metavar="KEY", envvar="PAGED_API_KEY", show_default=False, help="Callers must send it; in the environment it is not in `ps`.")
+    tokenizer: Annotated[
+        str, typer.Option(metavar="FOLDER_OR_ID", help="Of several servers' model, where it is not on this machine.")
     ] = "",
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.001, help="How long an answer may take; then it is cancelled.")] = 600.0,
-    wait_seconds: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long to wait at start for the server to have loaded the model.")] = 600.0,
+    served_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--served-name",
+            metavar="NAME",
+            help="What callers call the only model, instead of --model-name; repeatable.",
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0: every network, and then set an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", "-p", metavar="PORT", min=0, max=65535, help="Where to listen; 0: a free one.")
+    ] = 9000,
+    api_key: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY",
+            envvar="PAGED_API_KEY",
+            show_default=False,
+            help="Callers must send it; in the environment it is not in `ps`.",
+        ),
+    ] = "",
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.001, help="How long an answer may take; then it is cancelled.")
+    ] = 600.0,
+    wait_seconds: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="How long to wait at start for the server to have loaded the model."
+        ),
+    ] = 600.0,
     max_body_bytes: Annotated[int, typer.Option(metavar="BYTES", min=1, help="Longest request body.")] = 16 * 2**20,
-    max_bodies_bytes: Annotated[int, typer.Option(metavar="BYTES", min=1, help="Of all requests that are not over; the first 64 KiB of each are free.")] = 256
-    * 2**20,
+    max_bodies_bytes: Annotated[
+        int,
+        typer.Option(
+            metavar="BYTES", min=1, help="Of all requests that are not over; the first 64 KiB of each are free."
+        ),
+    ] = 256 * 2**20,
     max_connections: Annotated[
         int,
-        typer.Option(metavar="N", min=0, help="Connections from callers; 0: as many as the limit on open files allows."),
+        typer.Option(
+            metavar="N", min=0, help="Connections from callers; 0: as many as the limit on open files allows."
+        ),
     ] = 0,
     request_seconds: Annotated[
         float,
-        typer.Option(metavar="SECONDS", min=0.1, help="How long a request's head, and then its body, may take to arrive."),
+        typer.Option(
+            metavar="SECONDS", min=0.1, help="How long a request's head, and then its body, may take to arrive."
+        ),
     ] = 30.0,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option("--allow-origin", metavar="ORIGIN", help="Web pages that may ask, such as https://example.org; localhost: this machine's; repeatable."),
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="Web pages that may ask, such as https://example.org; localhost: this machine's; repeatable.",
+        ),
     ] = None,
     tool_format: Annotated[
         str,
-        typer.Option(metavar="NAME", help="How the model writes tool calls: hermes, llama3_json …; auto: as its chat template says; none: not read."),
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes tool calls: hermes, llama3_json …; auto: as its chat template says; none: not read.",
+        ),
     ] = "auto",
-    reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Tell what the model thinks apart from its answer.")] = True,
+    reasoning: Annotated[
+        bool, typer.Option("--reasoning/--no-reasoning", help="Tell what the model thinks apart from its answer.")
+    ] = True,
     scoring: Annotated[
-        str, typer.Option(metavar="cosine|yes_no", help="How /v1/score and /v1/rerank score where a body does not say; yes_no: for Qwen3-Reranker.")
+        str,
+        typer.Option(
+            metavar="cosine|yes_no",
+            help="How /v1/score and /v1/rerank score where a body does not say; yes_no: for Qwen3-Reranker.",
+        ),
     ] = "cosine",
     max_stored_responses: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Answers of /v1/responses that later ones may go on from, in memory; 0: none.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Answers of /v1/responses that later ones may go on from, in memory; 0: none."
+        ),
     ] = 1000,
     otlp_traces_endpoint: Annotated[
         str,
-        typer.Option(metavar="URL", help="An OpenTelemetry collector that is told of every request as a span, such as http://localhost:4318, never of text."),
+        typer.Option(
+            metavar="URL",
+            help="An OpenTelemetry collector that is told of every request as a span, such as http://localhost:4318, never of text.",
+        ),
     ] = "",
-    hide_adapters: Annotated[bool, typer.Option("--hide-adapters", help="Leave adapters out of /v1/models; whoever knows a name may use it.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse keys that are unknown here, instead of ignoring them with a warning.")] = False,
-    drain_seconds: Annotated[int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for answers in flight.")] = 30,
-    access_log: Annotated[bool, typer.Option("--access-log", help="A line for every request: address, path and status, never text.")] = False,
+    hide_adapters: Annotated[
+        bool, typer.Option("--hide-adapters", help="Leave adapters out of /v1/models; whoever knows a name may use it.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse keys that are unknown here, instead of ignoring them with a warning."),
+    ] = False,
+    drain_seconds: Annotated[
+        int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for answers in flight.")
+    ] = 30,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line for every request: address, path and status, never text.")
+    ] = False,
 ) -> None:
     """Speak OpenAI's API for a running server: completions, chat completions, models.
 
-    Any client of OpenAI's works with the base URL that is printed. vLLM's sampling keys (top_k, min_p, ignore_eos, guided_json …) are taken too.
-    Tool calls and reasoning are read from the model's text, as its family writes them. /health says whether the model is ready.
+    Any client of OpenAI's works with the base URL that is printed. vLLM's sampling keys (top_k, min_p, ignore_eos,
+    guided_json …) are taken too. Tool calls and reasoning are read from the model's text, as its family writes them.
+    /health says whether the model is ready.
 
     Needs the packages of the extra `openai`.
     """
@@ -136,7 +207,9 @@ def serve_openai(
         raise _failure(str(error)) from None
     if not offer.api_key and not _is_loopback(host):
         say(f"{host} can be reached from elsewhere, and there is no API key: whoever reaches it may ask")
-    connections = ConnectionLimits(min(max_connections or descriptors - upstream, descriptors - upstream), request_seconds)
+    connections = ConnectionLimits(
+        min(max_connections or descriptors - upstream, descriptors - upstream), request_seconds
+    )
     try:
         listener = listen(host, port)
     except OSError as error:
@@ -149,7 +222,9 @@ def serve_openai(
             raise typer.Exit() from None
         except TimeoutError:
             wanted = f"the model '{', '.join(model_name)}'" if model_name else "a model of paged's"
-            raise _failure(f"{', '.join(urls)} is not there, or has not loaded {wanted} ({wait_seconds:g} s waited)") from None
+            raise _failure(
+                f"{', '.join(urls)} is not there, or has not loaded {wanted} ({wait_seconds:g} s waited)"
+            ) from None
 
 
 def _is_loopback(host: str) -> bool:

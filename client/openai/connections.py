@@ -1,7 +1,7 @@
 """Connections from callers: a bound on how many, and how long one may be silent. Both hold before any key is known.
 
-A connection is *busy* while a request on it is being answered. Others may be closed: the longest silent first when there
-are too many, and each after some seconds, in which a request's head has to arrive.
+A connection is *busy* while a request on it is being answered. Others may be closed: the longest silent first when
+there are too many, and each after some seconds, in which a request's head has to arrive.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ BACKLOG = 128  # connections that are accepted at once, before any of them can b
 _SWEEP_SECONDS = 1.0
 _MOST_DESCRIPTORS = 65_536  # more are of no use to one process
 _MOST_RESERVED = BACKLOG + 128  # of them for connections just accepted, and for files, pipes and libraries
-_REFUSED = b'{"error": {"message": "too many connections", "type": "server_error", "param": null, "code": "overloaded"}}'
+_REFUSED = (
+    b'{"error": {"message": "too many connections", "type": "server_error", "param": null, "code": "overloaded"}}'
+)
 _REFUSAL = b"\r\n".join(
     [
         b"HTTP/1.1 503 Service Unavailable",
@@ -108,7 +110,11 @@ class Connections:
                     self._metrics.closed_connections.labels("silence").inc()
                     self._abort(connection)
             if self._num_closed:
-                log.warning("%d connections were closed or refused: no more than %d can be open", self._num_closed, self.limits.max_connections)
+                log.warning(
+                    "%d connections were closed or refused: no more than %d can be open",
+                    self._num_closed,
+                    self.limits.max_connections,
+                )
                 self._num_closed = 0
 
     def _abort(self, connection: Any) -> None:
@@ -117,7 +123,9 @@ class Connections:
 
 
 def _is_busy(connection: Any) -> bool:
-    """Whether a request on it is being answered, a body that has not arrived included: that has a time limit of its own."""
+    """Whether a request on it is being answered, a body that has not arrived included: that has a time limit of its
+    own.
+    """
     cycle = getattr(connection, "cycle", None)
     return cycle is not None and not cycle.response_complete
 

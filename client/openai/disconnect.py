@@ -1,4 +1,6 @@
-"""Callers who do not wait for the answer: what was begun for them is cancelled, here and, by closing the stream, in the server."""
+"""Callers who do not wait for the answer: what was begun for them is cancelled, here and, by closing the stream, in the
+server.
+"""
 
 from __future__ import annotations
 

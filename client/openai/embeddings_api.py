@@ -1,4 +1,6 @@
-"""`/v1/embeddings`, as OpenAI has it: each input is asked of the server as a request of its own, which its engine batches."""
+"""`/v1/embeddings`, as OpenAI has it: each input is asked of the server as a request of its own, which its engine
+batches.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,24 @@ from paged_client.openai.unknown_keys import unused_keys, with_warning
 from paged_client.question import Prompt
 
 PATH = "/v1/embeddings"
-_SAME_NAMES = ("pooling", "dimensions", "normalize", "truncate_prompt_tokens", "add_special_tokens", "request_deadline_seconds", "skip_prefix_cache")
+_SAME_NAMES = (
+    "pooling",
+    "dimensions",
+    "normalize",
+    "truncate_prompt_tokens",
+    "add_special_tokens",
+    "request_deadline_seconds",
+    "skip_prefix_cache",
+)
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
 class PoolingBody(BaseModel):
-    """What the paths that embed texts share: keys of the server that go there under their own names, and what is ignored."""
+    """What the paths that embed texts share: keys of the server that go there under their own names, and what is
+    ignored.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -53,7 +65,12 @@ class PoolingBody(BaseModel):
 class EmbeddingBody(PoolingBody):
     """POST /v1/embeddings."""
 
-    input: str | TokenIds | Annotated[list[str], Field(fail_fast=True, min_length=1)] | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
+    input: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
+    )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     normalize: bool | None = None  # vLLM's
@@ -86,9 +103,18 @@ class EmbeddingSource:
         if adapter and body.lora_name is not None:
             raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
         given = {name: getattr(body, name, None) for name in _SAME_NAMES}
-        return checked({**given, "priority_level": body.priority, "lora_name": adapter or body.lora_name, "cache_salt": body.cache_salt or ""})
+        return checked(
+            {
+                **given,
+                "priority_level": body.priority,
+                "lora_name": adapter or body.lora_name,
+                "cache_salt": body.cache_salt or "",
+            }
+        )
 
-    async def embeddings(self, request: Request, body: PoolingBody, prompts: Sequence[Prompt], params: Mapping[str, str]) -> list[Answer]:
+    async def embeddings(
+        self, request: Request, body: PoolingBody, prompts: Sequence[Prompt], params: Mapping[str, str]
+    ) -> list[Answer]:
         """One answer a prompt, in their order. params: the server's names of fields → the body's.
 
         Raises:
@@ -96,9 +122,17 @@ class EmbeddingSource:
             CallerLeftError: nobody waits for them any more.
         """
         client, sampling, request_id = self.card(body).client, self.sampling(body), request.scope.get(REQUEST_ID, "")
-        return await self.answers(request, prompts, lambda prompt: client.embed(prompt, request_id=request_id, **sampling), params)
+        return await self.answers(
+            request, prompts, lambda prompt: client.embed(prompt, request_id=request_id, **sampling), params
+        )
 
-    async def answers(self, request: Request, items: Sequence[Item], ask: Callable[[Item], Awaitable[Answer]], params: Mapping[str, str]) -> list[Answer]:
+    async def answers(
+        self,
+        request: Request,
+        items: Sequence[Item],
+        ask: Callable[[Item], Awaitable[Answer]],
+        params: Mapping[str, str],
+    ) -> list[Answer]:
         """As `embeddings`, of anything that is asked for each of some items."""
         places = asyncio.Semaphore(self._at_once)
 
@@ -131,11 +165,21 @@ def add_embedding_paths(app: FastAPI, source: EmbeddingSource, strict: bool) -> 
     async def create(body: EmbeddingBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
         prompts = _prompts(checked(body.input, "input"))
-        params = {"text_input": "input", "input_ids": "input", "priority_level": "priority", **({"lora_name": "model"} if body.lora_name is None else {})}
+        params = {
+            "text_input": "input",
+            "input_ids": "input",
+            "priority_level": "priority",
+            **({"lora_name": "model"} if body.lora_name is None else {}),
+        }
         answers = await source.embeddings(request, body, prompts, params)
         encode = _base64 if body.encoding_format == "base64" else list
-        entries = [{"object": "embedding", "index": index, "embedding": encode(answer.embedding)} for index, answer in enumerate(answers)]
-        return with_warning(json_response({"object": "list", "data": entries, "model": body.model, "usage": usage_of(answers)}), unused)
+        entries = [
+            {"object": "embedding", "index": index, "embedding": encode(answer.embedding)}
+            for index, answer in enumerate(answers)
+        ]
+        return with_warning(
+            json_response({"object": "list", "data": entries, "model": body.model, "usage": usage_of(answers)}), unused
+        )
 
 
 def _prompts(given: str | list[Any]) -> list[Prompt]:

@@ -1,8 +1,9 @@
 """Why a request was not answered, in OpenAI's words: a status, and `{"error": {"message", "type", "param", "code"}}`.
 
-OpenAI's client libraries try again after 408, 409, 429 and 500 or more. What may succeed later gets such a status, everything else one that ends the matter.
-A full queue is 503, not 429: 429 says that this caller asks too much, and it may be another's load; OpenAI's own "overloaded" is 503, and load
-balancers take it as the advice to ask another backend.
+OpenAI's client libraries try again after 408, 409, 429 and 500 or more. What may succeed later gets such a status,
+everything else one that ends the matter. A full queue is 503, not 429: 429 says that this caller asks too much, and it
+may be another's load; OpenAI's own "overloaded" is 503, and load balancers take it as the advice to ask another
+backend.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def unknown_model(name: str) -> RefusalError:
 
 
 def refusal_of(error: PagedError, params: Mapping[str, str]) -> RefusalError:
-    """A server's error as a RefusalError. params: the server's names of fields → those of the body, where they differ."""
+    """A server's error as a RefusalError. params: the server's names of fields → those of the body, where they
+    differ.
+    """
     message = str(error)
     match error:
         case InvalidRequestError():
@@ -70,7 +73,8 @@ def refusal_of(error: PagedError, params: Mapping[str, str]) -> RefusalError:
             return RefusalError("the server cannot be reached", 503, code="overloaded")
         case UnavailableError():
             return RefusalError(message, 503, code="overloaded")
-        case UnknownModelError():  # it had one when this process started, and may have it again: only a name that was never served is a 404
+        # it had one when this process started, and may have it again: only a name that was never served is a 404
+        case UnknownModelError():
             return RefusalError(f"the server has no such model now: {message}", 503, param="model", code="not_ready")
         case AnswerTimeoutError() | RequestCancelledError():
             return RefusalError(message, 504, code="timeout")
@@ -80,10 +84,14 @@ def refusal_of(error: PagedError, params: Mapping[str, str]) -> RefusalError:
 
 def _invalid(message: str, field: str, params: Mapping[str, str]) -> RefusalError:
     if _TOO_LONG.match(message):
-        return RefusalError(message, param=params.get("input_ids", params.get("messages", "messages")), code="context_length_exceeded")
+        return RefusalError(
+            message, param=params.get("input_ids", params.get("messages", "messages")), code="context_length_exceeded"
+        )
     param = params.get(field, field)
     if _UNKNOWN_KEY.match(message):
-        return RefusalError(f"{param}: the server's model does not support it", param=param, code="unsupported_parameter")
+        return RefusalError(
+            f"{param}: the server's model does not support it", param=param, code="unsupported_parameter"
+        )
     if param != field:
         message = re.sub(rf"^{field}(\.\w+)*: ", f"{param}: ", message)
     if param == "model":  # of what it named, only an adapter is for the server to refuse
@@ -92,8 +100,9 @@ def _invalid(message: str, field: str, params: Mapping[str, str]) -> RefusalErro
 
 
 def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
-    """What pydantic found wrong with a body; the first of it. A field of several types has an error for each, whose `loc` go on with the types' names: what
-    they have in common is the field's path."""
+    """What pydantic found wrong with a body; the first of it. A field of several types has an error for each, whose
+    `loc` go on with the types' names: what they have in common is the field's path.
+    """
     first = errors[0]
     where = first["loc"][1:]
     if first["type"] == "json_invalid":
@@ -105,6 +114,13 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> RefusalError:
         name = ".".join(str(step) for step in where)
         return RefusalError(f"{name}: missing", param=name, code="missing_required_parameter")
     of_field = [error for error in errors if error["loc"][1:2] == (where[0],)]
-    path = ".".join(str(steps[0]) for steps in takewhile(lambda steps: len(set(steps)) == 1, zip(*(error["loc"][1:] for error in of_field), strict=False)))
-    reasons = dict.fromkeys(error["msg"].removeprefix("Value error, ").replace("Input should be", "expected") for error in of_field)
+    path = ".".join(
+        str(steps[0])
+        for steps in takewhile(
+            lambda steps: len(set(steps)) == 1, zip(*(error["loc"][1:] for error in of_field), strict=False)
+        )
+    )
+    reasons = dict.fromkeys(
+        error["msg"].removeprefix("Value error, ").replace("Input should be", "expected") for error in of_field
+    )
     return RefusalError(f"{path}: {', or '.join(reasons)}", param=path)

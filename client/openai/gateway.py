@@ -57,7 +57,8 @@ _ORIGINS_HERE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 class Offer:
     """What the gateway says it serves, and to whom."""
 
-    model_names: tuple[str, ...] = ()  # of the only model, where the gateway is given one; by any of them, and MODEL:ADAPTER with the server's adapters
+    # of the only model, where the gateway is given one; by any of them, and MODEL:ADAPTER with the server's adapters
+    model_names: tuple[str, ...] = ()
     api_key: str = ""  # "": everybody may ask
     bodies: BodyLimits = field(default_factory=BodyLimits)
     origins: tuple[str, ...] = ()  # of web pages whose scripts may ask
@@ -92,9 +93,12 @@ Reply = CompletionReply | ChatReply
 Pieces = AsyncGenerator[tuple[int, Delta], None]
 
 
-def make_app(served: Models | Backend, offer: Offer, metrics: GatewayMetrics | None = None, tracing: Tracing | None = None) -> FastAPI:
+def make_app(
+    served: Models | Backend, offer: Offer, metrics: GatewayMetrics | None = None, tracing: Tracing | None = None
+) -> FastAPI:
     """
-    served: models, or the client of one that is called as the offer says. metrics: created with ENDPOINTS; None: of the application's own.
+    served: models, or the client of one that is called as the offer says. metrics: created with ENDPOINTS; None: of the
+    application's own.
     tracing: where the spans of requests go; None: nowhere.
     """
     app = FastAPI(title="paged openai", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
@@ -135,7 +139,9 @@ def make_app(served: Models | Backend, offer: Offer, metrics: GatewayMetrics | N
     if offer.origins:
         named = [origin for origin in offer.origins if origin != _THIS_MACHINE]
         here = _ORIGINS_HERE if _THIS_MACHINE in offer.origins else None
-        app.add_middleware(CORSMiddleware, allow_origins=named, allow_origin_regex=here, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=named, allow_origin_regex=here, allow_methods=["*"], allow_headers=["*"]
+        )
     return app
 
 
@@ -258,7 +264,14 @@ class _Gateway:
             async for delta in stream:
                 yield 0, delta
 
-    async def _chunks(self, piece: tuple[int, Delta] | None, pieces: Pieces, reply: Reply, params: Mapping[str, str], options: StreamOptions) -> Chunks:
+    async def _chunks(
+        self,
+        piece: tuple[int, Delta] | None,
+        pieces: Pieces,
+        reply: Reply,
+        params: Mapping[str, str],
+        options: StreamOptions,
+    ) -> Chunks:
         """Pieces, of which `piece` is the first, as OpenAI's chunks. An error is the last."""
         usages: dict[int, Usage] = {}
         try:

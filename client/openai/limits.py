@@ -1,4 +1,6 @@
-"""Bodies of requests: how long each may be, how long it may take to arrive, and how many bytes of all may be here at once."""
+"""Bodies of requests: how long each may be, how long it may take to arrive, and how many bytes of all may be here at
+once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from starlette.types import Receive
 from paged_client.openai.errors import RefusalError
 from paged_client.retry_policy import within
 
-FREE_BYTES = 64 * 1024  # of each body are not counted, so that those who hold all the room keep nobody with an ordinary question out
+# of each body are not counted, so that those who hold all the room keep nobody with an ordinary question out
+FREE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class BodyPlace:
 
 
 def check_framing(headers: Headers) -> None:
-    """A body has one length: where two are given, this process and a proxy before it may read different ones (request smuggling).
+    """A body has one length: where two are given, this process and a proxy before it may read different ones (request
+    smuggling).
 
     Raises:
         RefusalError: 400, after which the connection must be closed.

@@ -33,8 +33,15 @@ def whole_message(model: str, answer: Mapping[str, Any]) -> dict[str, Any]:
         content.append({"type": "text", "text": said["content"]})
     for call in said.get("tool_calls") or ():
         function = call["function"]
-        content.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": _object(function["arguments"])})
-    return {**_head(model), "content": content, "stop_reason": _STOP_REASONS.get(choice["finish_reason"]), "usage": _usage(answer["usage"])}
+        content.append(
+            {"type": "tool_use", "id": call["id"], "name": function["name"], "input": _object(function["arguments"])}
+        )
+    return {
+        **_head(model),
+        "content": content,
+        "stop_reason": _STOP_REASONS.get(choice["finish_reason"]),
+        "usage": _usage(answer["usage"]),
+    }
 
 
 class MessageEvents:
@@ -52,7 +59,10 @@ class MessageEvents:
         self._usage = chunk.get("usage") or self._usage
         if not self._begun:
             self._begun = True
-            yield {"type": "message_start", "message": {**_head(self._model), "content": [], "stop_reason": None, "usage": _usage(self._usage)}}
+            yield {
+                "type": "message_start",
+                "message": {**_head(self._model), "content": [], "stop_reason": None, "usage": _usage(self._usage)},
+            }
         for choice in chunk["choices"]:
             self._reason = choice["finish_reason"] or self._reason
             delta = choice["delta"]
@@ -75,7 +85,9 @@ class MessageEvents:
         function = call.get("function") or {}
         if function.get("name"):
             yield from self._stop()
-            yield from self._grow("tool_use", {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}})
+            yield from self._grow(
+                "tool_use", {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}}
+            )
         if function.get("arguments"):
             yield self._delta({"type": "input_json_delta", "partial_json": function["arguments"]})
 
@@ -100,7 +112,13 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 
 
 def _head(model: str) -> dict[str, Any]:
-    return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": model, "stop_sequence": None}
+    return {
+        "id": f"msg_{secrets.token_hex(12)}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "stop_sequence": None,
+    }
 
 
 def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:

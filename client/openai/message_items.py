@@ -102,7 +102,9 @@ def _messages(position: int, message: Mapping[str, Any]) -> list[dict[str, Any]]
     return [*results, *([own] if texts or calls or not results else [])]
 
 
-def _block(where: str, block: Any, texts: list[str], calls: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
+def _block(
+    where: str, block: Any, texts: list[str], calls: list[dict[str, Any]], results: list[dict[str, Any]]
+) -> None:
     match block:
         case {"type": "text", "text": str() as text}:
             texts.append(text)
@@ -135,7 +137,9 @@ def _text(where: str, content: str | Sequence[Any]) -> str:
 def _tool(position: int, tool: Mapping[str, Any]) -> dict[str, Any]:
     where = f"tools.{position}"
     if tool.get("type", "custom") not in ("custom", None):
-        raise RefusalError(f"{where}.type: '{str(tool['type'])[:80]}' is not supported; only custom is", param=f"{where}.type")
+        raise RefusalError(
+            f"{where}.type: '{str(tool['type'])[:80]}' is not supported; only custom is", param=f"{where}.type"
+        )
     if not isinstance(tool.get("name"), str) or not tool["name"]:
         raise RefusalError(f"{where}.name: missing", param=f"{where}.name")
     if not isinstance(tool.get("input_schema"), dict):

@@ -20,7 +20,11 @@ from paged_client.openai.protocol import ChatBody
 from paged_client.openai.unknown_keys import unused_keys, with_warning
 
 PATH = "/v1/messages"
-_RENAMED = {"max_thinking_tokens": "thinking.budget_tokens", "stop": "stop_sequences", "chat_template_kwargs": "thinking"}
+_RENAMED = {
+    "max_thinking_tokens": "thinking.budget_tokens",
+    "stop": "stop_sequences",
+    "chat_template_kwargs": "thinking",
+}
 _OF_TOOLS = {"name": "name", "parameters": "input_schema"}
 
 
@@ -33,8 +37,11 @@ def add_message_paths(app: FastAPI, source: ChatSource, strict: bool) -> None:
         except RefusalError as refusal:
             if refusal.param != "max_thinking_tokens" or strict:
                 raise _renamed(refusal) from None
-        unlimited = chat.model_copy(update={"max_thinking_tokens": None})  # Anthropic's clients always send it, whatever the model
-        return with_warning(await _answer(source, request, body.model, unlimited), [*unused, _RENAMED["max_thinking_tokens"]])
+        # Anthropic's clients always send it, whatever the model
+        unlimited = chat.model_copy(update={"max_thinking_tokens": None})
+        return with_warning(
+            await _answer(source, request, body.model, unlimited), [*unused, _RENAMED["max_thinking_tokens"]]
+        )
 
     @app.post(f"{PATH}/count_tokens")
     async def count(body: CountBody) -> Response:
@@ -56,7 +63,11 @@ def _renamed(refusal: RefusalError) -> RefusalError:
     param, message = refusal.param or "", str(refusal)
     if not param:
         return refusal
-    renamed = re.sub(r"^(tools\.\d+)\.function\.(name|parameters)", lambda found: f"{found[1]}.{_OF_TOOLS[found[2]]}", _RENAMED.get(param, param))
+    renamed = re.sub(
+        r"^(tools\.\d+)\.function\.(name|parameters)",
+        lambda found: f"{found[1]}.{_OF_TOOLS[found[2]]}",
+        _RENAMED.get(param, param),
+    )
     said = message.removeprefix(param).removeprefix(": ") if message.startswith(param) else message
     return RefusalError(f"{renamed}: {said}", refusal.status, param=renamed, code=refusal.code)
 

@@ -26,7 +26,9 @@ class GatewayMetrics:
         self._endpoints = frozenset(endpoints)
         self.registry = registry = CollectorRegistry()
         by_endpoint = ["endpoint"]
-        self._requests = Counter("paged_gateway_requests", "Requests that are over.", [*by_endpoint, "status"], registry=registry)
+        self._requests = Counter(
+            "paged_gateway_requests", "Requests that are over.", [*by_endpoint, "status"], registry=registry
+        )
         self._running = Gauge("paged_gateway_requests_in_flight", "Requests that are not over.", registry=registry)
         self._seconds = Histogram(
             "paged_gateway_request_seconds",
@@ -43,9 +45,13 @@ class GatewayMetrics:
             registry=registry,
         )
         self._tokens = Counter("paged_gateway_tokens", "Tokens of answered requests.", ["kind"], registry=registry)
-        self.closed_connections = Counter("paged_gateway_connections_closed", "Connections that were closed unasked.", ["reason"], registry=registry)
+        self.closed_connections = Counter(
+            "paged_gateway_connections_closed", "Connections that were closed unasked.", ["reason"], registry=registry
+        )
         self.connections = Gauge("paged_gateway_connections", "Connections from callers.", registry=registry)
-        self.body_bytes = Gauge("paged_gateway_body_bytes", "Of the bodies in flight, beyond what is free.", registry=registry)
+        self.body_bytes = Gauge(
+            "paged_gateway_body_bytes", "Of the bodies in flight, beyond what is free.", registry=registry
+        )
         ProcessCollector(registry=registry)
         self.server: ServerMetrics | None = None  # whose numbers are told beside the gateway's own
 

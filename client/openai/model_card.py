@@ -53,7 +53,8 @@ class ModelCard:
         self._tokens: dict[str, int | None] = {}
 
     async def prompt_end(self, kwargs: Mapping[str, Any] | None) -> str:
-        """How the template ends a prompt: it may have begun the answer's reasoning, or ended it. Asked once for each kwargs.
+        """How the template ends a prompt: it may have begun the answer's reasoning, or ended it. Asked once for each
+        kwargs.
 
         It does not depend on what was said before, in any template known.
         """

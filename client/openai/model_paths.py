@@ -21,7 +21,8 @@ def add_model_paths(app: FastAPI, models: Models, strict: bool, list_adapters: b
     started = int(time.time())
 
     def entry(name: str, description: Description, parent: str | None = None) -> dict[str, Any]:
-        facts = {"root": parent or name, "parent": parent, "max_model_len": description.max_model_len}  # as vLLM has them
+        # as vLLM has them
+        facts = {"root": parent or name, "parent": parent, "max_model_len": description.max_model_len}
         return {"id": name, "object": "model", "created": started, "owned_by": "paged", **facts}
 
     def adapters_of(description: Description) -> tuple[str, ...]:
@@ -36,7 +37,11 @@ def add_model_paths(app: FastAPI, models: Models, strict: bool, list_adapters: b
         served = models.all
         described = list(zip(served, await asyncio.gather(*(one.card.description() for one in served)), strict=True))
         entries = [entry(one.name, description) for one, description in described]
-        entries += [entry(f"{one.name}:{adapter}", description, one.name) for one, description in described for adapter in adapters_of(description)]
+        entries += [
+            entry(f"{one.name}:{adapter}", description, one.name)
+            for one, description in described
+            for adapter in adapters_of(description)
+        ]
         return JSONResponse({"object": "list", "data": entries})
 
     @app.get("/v1/models/{name:path}")

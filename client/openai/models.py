@@ -1,4 +1,6 @@
-"""The models behind one gateway: named by the operator, or all paged models that the servers have loaded, as they come and go."""
+"""The models behind one gateway: named by the operator, or all paged models that the servers have loaded, as they come
+and go.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,17 @@ class Models:
     """Owns the clients; each model has its own. `async with` enters them, and watches what comes and goes."""
 
     def __init__(self, connect: Connect, names: Mapping[str, str], discovery: Discovery | None = None) -> None:
-        """connect: makes a model's client. names: what callers say → what Triton Server says. discovery: of models beside these, asked now and then."""
+        """connect: makes a model's client. names: what callers say → what Triton Server says. discovery: of models
+        beside these, asked now and then.
+        """
         self._connect = connect
         self._discovery = discovery
-        self._clients: dict[str, Client] = {}  # by Triton Server's name; one that is not served any more may be asked by its last callers
+        # by Triton Server's name; one that is not served any more may be asked by its last callers
+        self._clients: dict[str, Client] = {}
         self._cards: dict[str, ModelCard] = {}
         self._fixed = {name: self._served(name, server_name) for name, server_name in names.items()}
-        self._found: dict[str, ServedModel] = {}  # ever: one that is unloaded may be on its way back, and who asks for it is told to come again
+        # ever: one that is unloaded may be on its way back, and who asks for it is told to come again
+        self._found: dict[str, ServedModel] = {}
         self._loaded: list[str] = []  # of those
         self._stack = AsyncExitStack()
         self._looking = asyncio.Lock()
@@ -79,7 +85,9 @@ class Models:
             self._watching = asyncio.ensure_future(self._watch())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -101,7 +109,8 @@ class Models:
         return list(dict.fromkeys(model.server_name for model in self.all))
 
     def find(self, name: str) -> tuple[ServedModel, str]:
-        """The model, and the adapter that the name asks for ("" if none), as in MODEL:ADAPTER. Whether there is such an adapter, the server knows.
+        """The model, and the adapter that the name asks for ("" if none), as in MODEL:ADAPTER. Whether there is such an
+        adapter, the server knows.
 
         Raises:
             RefusalError: no such model was ever served.
@@ -124,7 +133,11 @@ class Models:
             return self.all[0]
         if not self.all and len(self._found) == 1:
             return next(iter(self._found.values()))
-        raise RefusalError(f"model: missing; {len(self.all)} are served: /v1/models names them", param="model", code="missing_required_parameter")
+        raise RefusalError(
+            f"model: missing; {len(self.all)} are served: /v1/models names them",
+            param="model",
+            code="missing_required_parameter",
+        )
 
     async def takes_requests(self) -> bool:
         """Whether any of them would be answered."""

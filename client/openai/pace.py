@@ -1,6 +1,8 @@
-"""How long the events of a stream are gathered before they are written together: not at all while the process keeps up, and longer the further it is behind.
+"""How long the events of a stream are gathered before they are written together: not at all while the process keeps up,
+and longer the further it is behind.
 
-A write is a system call, and with many streams it is what most of the gateway's time goes into. The first event of a stream, and its last ones, never wait.
+A write is a system call, and with many streams it is what most of the gateway's time goes into. The first event of a
+stream, and its last ones, never wait.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class ParsedChatReply(ChatReply):
             message["content"] = said.content
         else:
             message["tool_calls"] = [
-                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in said.calls
+                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in said.calls
             ]
         if said.reasoning:
             message |= {"reasoning": said.reasoning, "reasoning_content": said.reasoning}
@@ -91,7 +92,16 @@ class ParsedChatReply(ChatReply):
         for place, said in enumerate(deltas):
             last = place == len(deltas) - 1
             reason = _reason(delta.finish_reason, choice.parser.num_calls > 0) if last else None
-            yield self._chunk([{"index": index, "delta": said, "logprobs": self._logprobs(delta.logprobs) if last else None, "finish_reason": reason}])
+            yield self._chunk(
+                [
+                    {
+                        "index": index,
+                        "delta": said,
+                        "logprobs": self._logprobs(delta.logprobs) if last else None,
+                        "finish_reason": reason,
+                    }
+                ]
+            )
 
     def _wanted(self, events: list[Event]) -> list[Event]:
         return [event for event in events if self._is_wanted(event)]

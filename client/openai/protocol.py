@@ -17,7 +17,10 @@ _FIRST_OF_SOME = Field(fail_fast=True, min_length=1)
 
 def _count_keys(body: Any) -> Any:
     """Before anything is looked at: a mistake is noted for each of a million keys, too."""
-    for name, members in (("the body", body), ("logit_bias", body.get("logit_bias") if isinstance(body, dict) else None)):
+    for name, members in (
+        ("the body", body),
+        ("logit_bias", body.get("logit_bias") if isinstance(body, dict) else None),
+    ):
         if isinstance(members, dict) and len(members) > _MAX_KEYS:
             raise ValueError(f"{name} has {len(members)} keys; the most allowed is {_MAX_KEYS}")
     return body
@@ -31,7 +34,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     include_usage: bool = False
-    continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk says how many tokens there are so far
+    # vLLM's: with include_usage, every chunk says how many tokens there are so far
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False  # nothing is padded
 
 
@@ -72,7 +76,8 @@ class SamplingKeys(BaseModel):
     request_deadline_seconds: float | None = None
     skip_prefix_cache: bool | None = None
     lora_name: str | None = None
-    generation_defaults: bool | None = None  # what a body leaves open is as the checkpoint recommends; a chat's is unless it says false
+    # what a body leaves open is as the checkpoint recommends; a chat's is unless it says false
+    generation_defaults: bool | None = None
     # what the answer must match
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -90,7 +95,8 @@ class Body(SamplingKeys):
     response_format: dict[str, Any] | None = None
     cache_salt: str | None = None  # vLLM's: requests with different salts share no pages
     best_of: int | None = None
-    request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")] | None = None  # vLLM's: part of the answer's id
+    # vLLM's: part of the answer's id
+    request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")] | None = None
     priority: int | None = None  # vLLM's name of priority_level
     # vLLM's, which here are as they are: another value is not followed, and the answer says so.
     spaces_between_special_tokens: bool | None = None

@@ -1,7 +1,8 @@
-"""`/v1/score` and `/v1/rerank`, as vLLM, Jina and Cohere have them: how well texts match, by their embeddings or by asking the model.
+"""`/v1/score` and `/v1/rerank`, as vLLM, Jina and Cohere have them: how well texts match, by their embeddings or by
+asking the model.
 
-cosine: of the two embeddings. yes_no: the model is asked whether the document answers the query, in the words that Qwen3-Reranker was trained on; the
-score is the probability of "yes" where only "yes" and "no" can be said.
+cosine: of the two embeddings. yes_no: the model is asked whether the document answers the query, in the words that
+Qwen3-Reranker was trained on; the score is the probability of "yes" where only "yes" and "no" can be said.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from paged_client.openai.unknown_keys import unused_keys, with_warning
 SCORE_PATHS = ("/v1/score", "/score")
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 SCORINGS = ("cosine", "yes_no")
-_OF_EMBEDDINGS = ("pooling", "truncate_prompt_tokens", "add_special_tokens")  # keys that mean nothing where the model is asked
+# keys that mean nothing where the model is asked
+_OF_EMBEDDINGS = ("pooling", "truncate_prompt_tokens", "add_special_tokens")
 # As the model card of Qwen3-Reranker has them.
 _JUDGE = 'Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer can only be "yes" or "no".'
 _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -83,20 +85,36 @@ def add_ranking_paths(app: FastAPI, source: EmbeddingSource, strict: bool, scori
         pairs = _pairs(checked(body.text_1, "text_1"), checked(body.text_2, "text_2"))
         scores, answers = await _scores(source, request, body, pairs, scoring, "text_2")
         entries = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
-        head = {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": body.model}
+        head = {
+            "id": f"score-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model,
+        }
         return with_warning(json_response({**head, "data": entries, "usage": usage_of(answers)}), unused)
 
     async def rerank(body: RerankBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
-        documents = checked([document if isinstance(document, str) else document.text for document in body.documents], "documents")
+        documents = checked(
+            [document if isinstance(document, str) else document.text for document in body.documents], "documents"
+        )
         if len(documents) > MAX_PROMPTS:
-            raise RefusalError(f"documents: {len(documents)} documents; the most allowed is {MAX_PROMPTS}", param="documents")
+            raise RefusalError(
+                f"documents: {len(documents)} documents; the most allowed is {MAX_PROMPTS}", param="documents"
+            )
         pairs = [(checked(body.query, "query"), document) for document in documents]
         scores, answers = await _scores(source, request, body, pairs, scoring, "documents")
         order = sorted(range(len(documents)), key=lambda index: -scores[index])[: body.top_n or len(documents)]
         shown = [{} if body.return_documents is False else {"document": {"text": documents[index]}} for index in order]
-        results = [{"index": index, **text, "relevance_score": scores[index]} for index, text in zip(order, shown, strict=True)]
-        said = {"id": f"rerank-{secrets.token_hex(12)}", "model": body.model, "usage": usage_of(answers), "results": results}
+        results = [
+            {"index": index, **text, "relevance_score": scores[index]} for index, text in zip(order, shown, strict=True)
+        ]
+        said = {
+            "id": f"rerank-{secrets.token_hex(12)}",
+            "model": body.model,
+            "usage": usage_of(answers),
+            "results": results,
+        }
         return with_warning(json_response(said), unused)
 
     for path in SCORE_PATHS:
@@ -111,14 +129,21 @@ def _pairs(first: str | list[str], second: str | list[str]) -> list[tuple[str, s
     if len(firsts) == 1:
         firsts = firsts * len(seconds)
     if len(firsts) != len(seconds):
-        raise RefusalError(f"text_2: {len(seconds)} texts for {len(firsts)}; expected as many, or one text_1", param="text_2")
+        raise RefusalError(
+            f"text_2: {len(seconds)} texts for {len(firsts)}; expected as many, or one text_1", param="text_2"
+        )
     if len(seconds) > MAX_PROMPTS:
         raise RefusalError(f"text_2: {len(seconds)} texts; the most allowed is {MAX_PROMPTS}", param="text_2")
     return list(zip(firsts, seconds, strict=True))
 
 
 async def _scores(
-    source: EmbeddingSource, request: Request, body: RankingBody, pairs: Sequence[tuple[str, str]], scoring: str, param: str
+    source: EmbeddingSource,
+    request: Request,
+    body: RankingBody,
+    pairs: Sequence[tuple[str, str]],
+    scoring: str,
+    param: str,
 ) -> tuple[list[float], list[Answer]]:
     """A score for each pair, and what was asked for them. param: the field of the body that the texts are in."""
     params = dict.fromkeys(("text_input", "input_ids", "messages"), param) | {"priority_level": "priority"}
@@ -138,9 +163,15 @@ def _dot(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 async def _answered_scores(
-    source: EmbeddingSource, request: Request, body: RankingBody, pairs: Sequence[tuple[str, str]], params: dict[str, str]
+    source: EmbeddingSource,
+    request: Request,
+    body: RankingBody,
+    pairs: Sequence[tuple[str, str]],
+    params: dict[str, str],
 ) -> tuple[list[float], list[Answer]]:
-    """By two beams of one token each, which may be "yes" or "no" alone: their log-probabilities are those of the whole vocabulary, exactly."""
+    """By two beams of one token each, which may be "yes" or "no" alone: their log-probabilities are those of the whole
+    vocabulary, exactly.
+    """
     for name in _OF_EMBEDDINGS:
         if getattr(body, name) is not None:
             raise RefusalError(f"{name}: not with scoring yes_no", param=name)
@@ -150,8 +181,18 @@ async def _answered_scores(
     except PagedError as error:
         raise refusal_of(error, params) from None
     if yes is None or no is None:
-        raise RefusalError("scoring: the model's tokenizer spells yes or no in several tokens: use cosine", param="scoring")
-    search = {"use_beam_search": True, "beam_width": 2, "n": 2, "max_tokens": 1, "allowed_token_ids": [yes, no], "logprobs": 0, "ignore_eos": True}
+        raise RefusalError(
+            "scoring: the model's tokenizer spells yes or no in several tokens: use cosine", param="scoring"
+        )
+    search = {
+        "use_beam_search": True,
+        "beam_width": 2,
+        "n": 2,
+        "max_tokens": 1,
+        "allowed_token_ids": [yes, no],
+        "logprobs": 0,
+        "ignore_eos": True,
+    }
     template = {"chat_template_kwargs": {"enable_thinking": False}}
     sampling = {**source.sampling(body), **search, **template, "request_id": request.scope.get(REQUEST_ID, "")}
     instruction = _INSTRUCTION if body.instruction is None else checked(body.instruction, "instruction")

@@ -46,7 +46,14 @@ class ResponseBuilder:
     def response(self, status: str, *, usage: Mapping[str, Any] | None = None, error: Any = None) -> dict[str, Any]:
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         output = [dict(item) for item in self._output]
-        return {**self._head, "status": status, "error": error, "incomplete_details": details, "output": output, "usage": _usage(usage)}
+        return {
+            **self._head,
+            "status": status,
+            "error": error,
+            "incomplete_details": details,
+            "output": output,
+            "usage": _usage(usage),
+        }
 
     # ---- events
 
@@ -104,7 +111,12 @@ class ResponseBuilder:
     def _call(self, call: Mapping[str, Any]) -> Iterator[Event]:
         function = call.get("function") or {}
         if function.get("name"):
-            item = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "call_id": call.get("id"), "name": function["name"]}
+            item = {
+                "id": f"fc_{secrets.token_hex(12)}",
+                "type": "function_call",
+                "call_id": call.get("id"),
+                "name": function["name"],
+            }
             yield from self._begin_item({**item, "arguments": "", "status": "in_progress"})
         if function.get("arguments"):
             assert self._open is not None
@@ -117,7 +129,9 @@ class ResponseBuilder:
             return
         place = self._place
         if item["type"] == "function_call":
-            yield self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"])
+            yield self._event(
+                "response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]
+            )
         else:
             (part,) = item["content"]
             if item["type"] == "message":
@@ -132,8 +146,20 @@ class ResponseBuilder:
 
 def _new_item(kind: str) -> dict[str, Any]:
     if kind == "message":
-        return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
-    return {"id": f"rs_{secrets.token_hex(12)}", "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
+        return {
+            "id": f"msg_{secrets.token_hex(12)}",
+            "type": "message",
+            "role": "assistant",
+            "status": "in_progress",
+            "content": [],
+        }
+    return {
+        "id": f"rs_{secrets.token_hex(12)}",
+        "type": "reasoning",
+        "status": "in_progress",
+        "summary": [],
+        "content": [],
+    }
 
 
 def _part(kind: str) -> dict[str, Any]:
@@ -147,8 +173,13 @@ def _usage(usage: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"], "cache_write_tokens": 0},
+        "input_tokens_details": {
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "cache_write_tokens": 0,
+        },
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0)},
+        "output_tokens_details": {
+            "reasoning_tokens": (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0)
+        },
         "total_tokens": usage["total_tokens"],
     }

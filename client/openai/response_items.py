@@ -120,9 +120,18 @@ def messages_of(items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 def _messages(position: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     match item:
-        case {"type": "function_call", "call_id": str() as call_id, "name": str() as name, "arguments": str() as arguments}:
+        case {
+            "type": "function_call",
+            "call_id": str() as call_id,
+            "name": str() as name,
+            "arguments": str() as arguments,
+        }:
             function = {"name": name, "arguments": arguments}
-            yield {"role": "assistant", "content": None, "tool_calls": [{"id": call_id, "type": "function", "function": function}]}
+            yield {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": call_id, "type": "function", "function": function}],
+            }
         case {"type": "function_call_output", "call_id": str() as call_id, "output": str() | list() as output}:
             yield {"role": "tool", "tool_call_id": call_id, "content": _text(position, output)}
         case {"type": "reasoning"}:
@@ -130,9 +139,14 @@ def _messages(position: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]
         case {"role": str() as role, "content": str() | list() as content} if item.get("type", "message") == "message":
             yield {"role": role, "content": _text(position, content)}
         case {"type": str() as kind}:
-            raise RefusalError(f"input.{position}: no item of type '{kind[:80]}': not supported, or not complete", param=f"input.{position}")
+            raise RefusalError(
+                f"input.{position}: no item of type '{kind[:80]}': not supported, or not complete",
+                param=f"input.{position}",
+            )
         case _:
-            raise RefusalError(f"input.{position}: expected an item with a type, or with role and content", param=f"input.{position}")
+            raise RefusalError(
+                f"input.{position}: expected an item with a type, or with role and content", param=f"input.{position}"
+            )
 
 
 def _text(position: int, content: str | Sequence[Any]) -> str:
@@ -141,7 +155,10 @@ def _text(position: int, content: str | Sequence[Any]) -> str:
     texts = []
     for part in content:
         match part:
-            case {"type": "input_text" | "output_text" | "text", "text": str() as text} | {"type": "refusal", "refusal": str() as text}:
+            case {"type": "input_text" | "output_text" | "text", "text": str() as text} | {
+                "type": "refusal",
+                "refusal": str() as text,
+            }:
                 texts.append(text)
             case _:
                 kind = str(part.get("type"))[:80] if isinstance(part, dict) else type(part).__name__
@@ -154,7 +171,10 @@ def _tool(position: int, tool: Mapping[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "function":
         where = f"tools.{position}.type"
         raise RefusalError(f"{where}: '{str(tool.get('type'))[:80]}' is not supported; only function is", param=where)
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type" and value is not None}}
+    return {
+        "type": "function",
+        "function": {name: value for name, value in tool.items() if name != "type" and value is not None},
+    }
 
 
 def _tool_choice(choice: str | dict[str, Any] | None) -> Any:
@@ -162,7 +182,9 @@ def _tool_choice(choice: str | dict[str, Any] | None) -> Any:
         case {"type": "function", "name": str() as name}:
             return {"type": "function", "function": {"name": name}}
         case {"type": "allowed_tools", "mode": mode, "tools": [*tools]}:
-            named = [{"type": "function", "function": {"name": tool.get("name")}} for tool in tools if isinstance(tool, dict)]
+            named = [
+                {"type": "function", "function": {"name": tool.get("name")}} for tool in tools if isinstance(tool, dict)
+            ]
             return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
     return choice
 
@@ -176,5 +198,7 @@ def _response_format(text: Mapping[str, Any] | None) -> Any:
         case {"format": {"type": "json_object"}}:
             return {"type": "json_object"}
         case {"format": _}:
-            raise RefusalError("text.format: expected type text, json_object, or json_schema with a schema", param="text.format")
+            raise RefusalError(
+                "text.format: expected type text, json_object, or json_schema with a schema", param="text.format"
+            )
     return None

@@ -46,10 +46,16 @@ class ResponseStore:
             RefusalError: it is not kept, or not any more.
         """
         if param is not None and not self.keeps:
-            raise RefusalError(f"{param}: responses are not kept here (--max-stored-responses 0)", param=param, code="unsupported_parameter")
+            raise RefusalError(
+                f"{param}: responses are not kept here (--max-stored-responses 0)",
+                param=param,
+                code="unsupported_parameter",
+            )
         if response_id not in self._stored:
             name = response_id[:80]
-            raise RefusalError(f"there is no response '{name}', or not any more", 404, param=param, code="response_not_found")
+            raise RefusalError(
+                f"there is no response '{name}', or not any more", 404, param=param, code="response_not_found"
+            )
         self._stored.move_to_end(response_id)
         return self._stored[response_id]
 

@@ -28,7 +28,11 @@ class _Reply:
     def __init__(self, model: str, asked: Asked, request_id: str | None = None) -> None:
         """request_id: what the answer's id ends with; None: something random."""
         self._asked = asked
-        self._head = {"id": self.id_prefix + (request_id or secrets.token_hex(12)), "created": int(time.time()), "model": model}
+        self._head = {
+            "id": self.id_prefix + (request_id or secrets.token_hex(12)),
+            "created": int(time.time()),
+            "model": model,
+        }
         self._begun: set[int] = set()
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -38,10 +42,17 @@ class _Reply:
             for prompt, answer in enumerate(answers)
             for number, sequence in enumerate(answer.sequences)
         ]
-        return {**self._head, "object": self.whole_kind, "choices": choices, "usage": self.usage(answer.usage for answer in answers)}
+        return {
+            **self._head,
+            "object": self.whole_kind,
+            "choices": choices,
+            "usage": self.usage(answer.usage for answer in answers),
+        }
 
     def chunks(self, prompt: int, delta: Delta) -> Iterator[dict[str, Any]]:
-        """What a stream says of a piece of an answer to the prompt of that number; nothing, if it has neither text nor log-probabilities nor an end."""
+        """What a stream says of a piece of an answer to the prompt of that number; nothing, if it has neither text nor
+        log-probabilities nor an end.
+        """
         index = self._index(prompt, delta.sequence_index)
         if index not in self._begun:
             self._begun.add(index)
@@ -81,7 +92,9 @@ class CompletionReply(_Reply):
         super().__init__(model, asked, request_id)
         self._prompts: dict[int, Sequence[LogprobEntry | None]] = {}  # their log-probabilities, which come once
         self._lengths: dict[int, int] = defaultdict(int)  # characters that each choice's tokens have so far
-        self._decoders: dict[int, codecs.IncrementalDecoder] = defaultdict(partial(codecs.getincrementaldecoder("utf-8"), "replace"))
+        self._decoders: dict[int, codecs.IncrementalDecoder] = defaultdict(
+            partial(codecs.getincrementaldecoder("utf-8"), "replace")
+        )
 
     def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
         echoed = "".join(self._asked.echoed[prompt : prompt + 1])
@@ -98,15 +111,25 @@ class CompletionReply(_Reply):
         known = self._prompt_entries(prompt, delta.prompt_logprobs or self._prompts.get(prompt, ()))
         self._prompts.setdefault(prompt, delta.prompt_logprobs)
         logprobs = self._logprobs(index, known, ()) if known else None
-        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None} for text in self._asked.echoed[prompt : prompt + 1]]
+        return [
+            {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+            for text in self._asked.echoed[prompt : prompt + 1]
+        ]
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
         if self._asked.prompt_only:
             return {"index": index, "text": "", "logprobs": None, "finish_reason": delta.finish_reason}
-        return {"index": index, "text": delta.text, "logprobs": self._logprobs(index, (), delta.logprobs), "finish_reason": delta.finish_reason}
+        return {
+            "index": index,
+            "text": delta.text,
+            "logprobs": self._logprobs(index, (), delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
 
     def usage(self, usages: Iterable[Usage]) -> dict[str, Any]:
-        return super().usage(replace(usage, num_output_tokens=0) if self._asked.prompt_only else usage for usage in usages)
+        return super().usage(
+            replace(usage, num_output_tokens=0) if self._asked.prompt_only else usage for usage in usages
+        )
 
     def _prompt_entries(self, prompt: int, entries: Sequence[LogprobEntry | None]) -> list[LogprobEntry]:
         """Of an echoed prompt; its first token has no log-probability."""
@@ -115,18 +138,25 @@ class CompletionReply(_Reply):
         first = (TokenLogprob(-1, self._asked.first_tokens[prompt], math.nan),)
         return [entry or first for entry in entries]
 
-    def _logprobs(self, index: int, prompt: Sequence[LogprobEntry], entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
+    def _logprobs(
+        self, index: int, prompt: Sequence[LogprobEntry], entries: Sequence[LogprobEntry]
+    ) -> dict[str, Any] | None:
         wanted = self._asked.sampling.get("logprobs")
         if wanted is None:
             return None
         offsets, entries = [], [*prompt, *entries]
         for entry in entries:
             offsets.append(self._lengths[index])
-            self._lengths[index] += len(self._decoders[index].decode(entry[0].spelling))  # a character counts where its last byte is
+            # a character counts where its last byte is
+            self._lengths[index] += len(self._decoders[index].decode(entry[0].spelling))
         return {
             "tokens": [_name(entry[0]) for entry in entries],
-            "token_logprobs": [None if math.isnan(entry[0].logprob) else _finite(entry[0].logprob) for entry in entries],
-            "top_logprobs": [None if math.isnan(entry[0].logprob) else _by_text(entry) for entry in entries] if wanted else None,
+            "token_logprobs": [
+                None if math.isnan(entry[0].logprob) else _finite(entry[0].logprob) for entry in entries
+            ],
+            "top_logprobs": [None if math.isnan(entry[0].logprob) else _by_text(entry) for entry in entries]
+            if wanted
+            else None,
             "text_offset": offsets,
         }
 
@@ -138,20 +168,35 @@ class ChatReply(_Reply):
 
     def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(answer.logprobs), "finish_reason": answer.finish_reason}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": answer.finish_reason,
+        }
 
     def _opening(self, index: int, prompt: int, delta: Delta) -> list[dict[str, Any]]:
-        return [{"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
+        return [
+            {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        ]
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
         said = {"content": delta.text} if delta.text or delta.logprobs else {}
-        return {"index": index, "delta": said, "logprobs": self._logprobs(delta.logprobs), "finish_reason": delta.finish_reason}
+        return {
+            "index": index,
+            "delta": said,
+            "logprobs": self._logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
 
     def _logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
         wanted = self._asked.sampling.get("logprobs")
         if wanted is None:
             return None
-        return {"content": [_chat_token(entry[0]) | {"top_logprobs": _likeliest(entry, wanted)} for entry in entries], "refusal": None}
+        return {
+            "content": [_chat_token(entry[0]) | {"top_logprobs": _likeliest(entry, wanted)} for entry in entries],
+            "refusal": None,
+        }
 
 
 def _likeliest(entry: LogprobEntry, count: int) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""The server's numbers on the gateway's `/metrics`, under vLLM's names: NVIDIA Dynamo, llm-d and the Gateway API inference extension read those."""
+"""The server's numbers on the gateway's `/metrics`, under vLLM's names: NVIDIA Dynamo, llm-d and the Gateway API
+inference extension read those.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ class ServerMetrics:
         if not pages:
             return  # the model is not loaded
         model = {"model_name": name, "engine": _ENGINE}
-        several = {"model_name": name} if len(self._models()) > 1 else {}  # vLLM has one model, and says so in some families alone
+        # vLLM has one model, and says so in some families alone
+        several = {"model_name": name} if len(self._models()) > 1 else {}
         running, waiting = (values.get(("paged_requests", state), 0.0) for state in ("running", "waiting"))
         config = {
             "block_size": f"{values.get(('paged_page_size', ''), 0):.0f}",
@@ -96,9 +99,16 @@ class ServerMetrics:
         held = values.get(("paged_pages", "held"), 0.0)
         yield _gauge("vllm:num_requests_running", "Requests in the engine that run.", model, running)
         yield _gauge("vllm:num_requests_waiting", "Requests in the engine that wait.", model, waiting)
-        yield _gauge("vllm:kv_cache_usage_perc", "Share of the pool's pages that are held; 1 is all.", model, held / pages)
+        yield _gauge(
+            "vllm:kv_cache_usage_perc", "Share of the pool's pages that are held; 1 is all.", model, held / pages
+        )
         yield _gauge("vllm:cache_config_info", "The pool.", config, 1)
-        yield _gauge("vllm:lora_requests_info", "Adapters of requests in flight; the value is the time in seconds.", adapters, time.time())
+        yield _gauge(
+            "vllm:lora_requests_info",
+            "Adapters of requests in flight; the value is the time in seconds.",
+            adapters,
+            time.time(),
+        )
 
 
 def _values_of(text: str, model: str) -> Values:

@@ -49,7 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(address[:2], family=family)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only where a socket names its protocol: a first piece waited 40 ms
+        # asyncio sets it only where a socket names its protocol: a first piece waited 40 ms
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
         if error.errno is not None and error.errno > 0:  # without what `create_server` adds to it
@@ -67,7 +68,14 @@ def run(serving: Coroutine[Any, Any, None]) -> None:
         uvloop.run(serving)
 
 
-async def serve(models: Models, offer: Offer, limits: ConnectionLimits, listening: Listening, server_url: str, tracing: Tracing | None = None) -> None:
+async def serve(
+    models: Models,
+    offer: Offer,
+    limits: ConnectionLimits,
+    listening: Listening,
+    server_url: str,
+    tracing: Tracing | None = None,
+) -> None:
     """Until SIGINT or SIGTERM.
 
     Raises:

@@ -18,7 +18,13 @@ def add_status_paths(app: FastAPI, models: Models, metrics: GatewayMetrics) -> N
     async def health() -> Response:
         if await models.takes_requests():
             return JSONResponse({"status": "ok"})
-        return response_of(RefusalError("the server is not there, has not loaded the model, or the model has lost its engine", 503, code="not_ready"))
+        return response_of(
+            RefusalError(
+                "the server is not there, has not loaded the model, or the model has lost its engine",
+                503,
+                code="not_ready",
+            )
+        )
 
     for path, methods in (("/health", ("GET", "HEAD")), ("/v1/health", ("GET", "HEAD")), ("/ping", ("GET", "HEAD"))):
         for method in methods:  # one route each: a route of several has one operation id in the schema for all of them

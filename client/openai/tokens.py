@@ -58,7 +58,9 @@ async def with_echo(card: ModelCard, asked: Asked, with_logprobs: bool) -> Asked
             text = prompt if isinstance(prompt, str) else await card.client.detokenize(prompt)
             if not with_logprobs:
                 return text, ""
-            token_ids = await card.client.tokenize(prompt, sampling=_of_prompt(asked)) if isinstance(prompt, str) else prompt
+            token_ids = (
+                await card.client.tokenize(prompt, sampling=_of_prompt(asked)) if isinstance(prompt, str) else prompt
+            )
             return text, await card.client.detokenize(token_ids[:1])
 
     try:

@@ -60,7 +60,9 @@ def format_for(wishes: ToolWishes, of_model: ToolFormat | None) -> ToolFormat | 
 
 
 def structural_tag(wishes: ToolWishes, form: ToolFormat, begins_reasoning: bool) -> dict[str, Any]:
-    """What the server is to hold the answer to. Where a call may come and need not, only strict tools' arguments are held."""
+    """What the server is to hold the answer to. Where a call may come and need not, only strict tools' arguments are
+    held.
+    """
     if form.name == "harmony" and wishes.must_call:
         return _harmony_tag(wishes)
     return {
@@ -74,7 +76,12 @@ def structural_tag(wishes: ToolWishes, form: ToolFormat, begins_reasoning: bool)
 
 def _harmony_tag(wishes: ToolWishes) -> dict[str, Any]:
     """One call, perhaps after some thought. The library's own tag (xgrammar 0.2.9) takes an empty answer, too."""
-    thought = {"type": "tag", "begin": "<|channel|>analysis<|message|>", "content": {"type": "any_text"}, "end": "<|end|>"}
+    thought = {
+        "type": "tag",
+        "begin": "<|channel|>analysis<|message|>",
+        "content": {"type": "any_text"},
+        "end": "<|end|>",
+    }
     opening = {"type": "const_string", "value": "<|start|>assistant"}
     calls = [
         {
@@ -86,7 +93,10 @@ def _harmony_tag(wishes: ToolWishes) -> dict[str, Any]:
         for tool in _choosable(wishes)
     ]
     first = {"type": "optional", "content": {"type": "sequence", "elements": [thought, opening]}}
-    return {"type": "structural_tag", "format": {"type": "sequence", "elements": [first, {"type": "or", "elements": calls}]}}
+    return {
+        "type": "structural_tag",
+        "format": {"type": "sequence", "elements": [first, {"type": "or", "elements": calls}]},
+    }
 
 
 def _choosable(wishes: ToolWishes) -> list[dict[str, Any]]:
@@ -125,9 +135,15 @@ def _check_choice(choice: Any, names: set[str]) -> None:
         case {"type": "function", "function": {"name": str() as name}}:
             named = [name]
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required", "tools": [*allowed]}}:
-            named = [tool["function"]["name"] for tool in allowed if isinstance(tool, dict) and isinstance(tool.get("function"), dict)]
+            named = [
+                tool["function"]["name"]
+                for tool in allowed
+                if isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+            ]
         case _:
-            raise RefusalError("tool_choice: expected none, auto, required, or an object that names a tool", param="tool_choice")
+            raise RefusalError(
+                "tool_choice: expected none, auto, required, or an object that names a tool", param="tool_choice"
+            )
     unknown = [name for name in named if name not in names]
     if unknown or not named:
         raise RefusalError(f"tool_choice: there is no tool '{[*unknown, ''][0][:80]}'", param="tool_choice")

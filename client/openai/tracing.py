@@ -1,4 +1,5 @@
-"""A request's span, where spans are collected, and the W3C headers that go on to the server, so that its spans become that span's children.
+"""A request's span, where spans are collected, and the W3C headers that go on to the server, so that its spans become
+that span's children.
 
 Without a collector a caller's own headers go on as they came.
 """
@@ -36,13 +37,21 @@ class TraceMiddleware:
         with in_trace(caller):
             await self._app(scope, receive, send)
 
-    async def _traced(self, tracing: Tracing, caller: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
+    async def _traced(
+        self, tracing: Tracing, caller: dict[str, str], scope: Scope, receive: Receive, send: Send
+    ) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         method, path = scope["method"], scope["path"]
         route = path if path in self._endpoints else ""
-        attributes = {"http.request.method": method, "url.scheme": scope["scheme"], **({"http.route": route} if route else {})}
-        span = tracing.start(f"{method} {route}".rstrip(), SpanKind.SERVER, tracing.caller(caller), attributes=attributes)
+        attributes = {
+            "http.request.method": method,
+            "url.scheme": scope["scheme"],
+            **({"http.route": route} if route else {}),
+        }
+        span = tracing.start(
+            f"{method} {route}".rstrip(), SpanKind.SERVER, tracing.caller(caller), attributes=attributes
+        )
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -33,7 +33,8 @@ class Asked:
     echoed: tuple[str, ...] = ()  # what each prompt's choices begin with
     first_tokens: tuple[str, ...] = ()  # of each prompt whose log-probabilities are echoed: it has none itself
     prompt_only: bool = False  # nothing of the answer is wanted
-    params: Mapping[str, str] = field(default_factory=dict)  # the server's names of fields → the body's, where they differ
+    # the server's names of fields → the body's, where they differ
+    params: Mapping[str, str] = field(default_factory=dict)
 
 
 def asked_of_completion(body: CompletionBody) -> Asked:
@@ -43,7 +44,11 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     """
     prompts = _prompts(checked(body.prompt, "prompt"))
     if body.suffix:
-        raise RefusalError("suffix: not supported: the model continues text, it does not fill gaps", param="suffix", code="unsupported_parameter")
+        raise RefusalError(
+            "suffix: not supported: the model continues text, it does not fill gaps",
+            param="suffix",
+            code="unsupported_parameter",
+        )
     prompt_only = body.max_tokens == 0 and bool(body.echo)  # the server makes a token at least
     sampling = _sampling(body) | {
         "max_tokens": _COMPLETION_MAX_TOKENS if body.max_tokens is None else 1 if prompt_only else body.max_tokens,
@@ -68,22 +73,39 @@ def asked_of_chat(body: ChatBody) -> Asked:
     """
     for name in _REFUSED:
         if getattr(body, name) is not None:
-            raise RefusalError(f"{name}: not supported{_INSTEAD.get(name, '')}", param=name, code="unsupported_parameter")
+            raise RefusalError(
+                f"{name}: not supported{_INSTEAD.get(name, '')}", param=name, code="unsupported_parameter"
+            )
     if body.top_logprobs is not None and not body.logprobs:
         raise RefusalError("top_logprobs: logprobs must be true with it", param="top_logprobs")
     if body.add_generation_prompt is not None and body.add_generation_prompt == body.continue_final_message:
-        raise RefusalError("add_generation_prompt: true for a new turn, false with continue_final_message", param="add_generation_prompt")
+        raise RefusalError(
+            "add_generation_prompt: true for a new turn, false with continue_final_message",
+            param="add_generation_prompt",
+        )
     _check_stream(body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params_of(body) | {"logprobs": "top_logprobs"} | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
+    params = (
+        _params_of(body)
+        | {"logprobs": "top_logprobs"}
+        | ({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"})
+    )
     defaults = True if body.generation_defaults is None else body.generation_defaults  # as `vllm serve` has it
-    own = {"max_tokens": max_tokens, "logprobs": logprobs, "chat_template_kwargs": template_kwargs(body), "generation_defaults": defaults}
+    own = {
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "chat_template_kwargs": template_kwargs(body),
+        "generation_defaults": defaults,
+    }
     return Asked(
         prompts=(None,),
         sampling=checked(_sampling(body) | own),
         num_choices=body.n or 1,
-        messages=[checked(message_of(position, message), f"messages.{position}") for position, message in enumerate(body.messages)],
+        messages=[
+            checked(message_of(position, message), f"messages.{position}")
+            for position, message in enumerate(body.messages)
+        ],
         tools=None if body.tool_choice == "none" else checked(template_tools(body.tools), "tools"),
         continue_final_message=body.continue_final_message,
         cache_salt=checked(body.cache_salt or "", "cache_salt"),
@@ -110,7 +132,11 @@ def with_adapter(asked: Asked, adapter: str) -> Asked:
         return asked
     if asked.sampling.get("lora_name") is not None:
         raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
-    return replace(asked, sampling={**asked.sampling, "lora_name": checked(adapter, "model")}, params={**asked.params, "lora_name": "model"})
+    return replace(
+        asked,
+        sampling={**asked.sampling, "lora_name": checked(adapter, "model")},
+        params={**asked.params, "lora_name": "model"},
+    )
 
 
 def _sampling(body: Body) -> dict[str, Any]:
@@ -125,8 +151,11 @@ def _sampling(body: Body) -> dict[str, Any]:
         return given
     others = [name for name in given if name.startswith(("guided_", "structured_")) and given[name] is not None]
     if others:
-        raise RefusalError(f"response_format: not together with {others[0]}: an answer has one form", param="response_format")
-    return given | {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}  # room for white space is room for answers without an end
+        raise RefusalError(
+            f"response_format: not together with {others[0]}: an answer has one form", param="response_format"
+        )
+    # room for white space is room for answers without an end
+    return given | {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
 
 
 def _schema(response_format: Mapping[str, Any] | None) -> Any:
@@ -189,8 +218,13 @@ def _text(position: int, part: Any) -> str:
         case {"type": "text", "text": str() as text} | {"type": "refusal", "refusal": str() as text}:
             return text
         case {"type": str() as kind}:
-            raise RefusalError(f"messages.{position}.content: no part of type '{kind[:80]}': this model reads text", param=f"messages.{position}.content")
-    raise RefusalError(f"messages.{position}.content: expected a string or a list of parts", param=f"messages.{position}.content")
+            raise RefusalError(
+                f"messages.{position}.content: no part of type '{kind[:80]}': this model reads text",
+                param=f"messages.{position}.content",
+            )
+    raise RefusalError(
+        f"messages.{position}.content: expected a string or a list of parts", param=f"messages.{position}.content"
+    )
 
 
 def _tool_call(call: Any) -> Any:
@@ -213,5 +247,7 @@ def checked(value: Any, param: str | None = None) -> Any:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
         name = f"{param}: it" if param else "the body"
-        raise RefusalError(f"{name} holds something that is no Unicode text, or is nested too deeply", param=param) from None
+        raise RefusalError(
+            f"{name} holds something that is no Unicode text, or is nested too deeply", param=param
+        ) from None
     return value

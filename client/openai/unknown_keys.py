@@ -1,4 +1,5 @@
-"""Keys of a body that mean nothing here: most are left out with a warning, and one that looks like a mistake is refused.
+"""Keys of a body that mean nothing here: most are left out with a warning, and one that looks like a mistake is
+refused.
 
 OpenAI and every other server add keys all the time, and clients send whatever they know. A caller who meant another key
 must hear of it all the same: `max_token` is not ignored.
@@ -20,7 +21,9 @@ _NEAR = 0.85  # of difflib's ratio: one or two letters of a name
 _MOST_NAMED = 10
 _LONGEST_NAME = 64
 # Names of other servers that look like one of ours and are none.
-_OTHERS = frozenset(["models", "top_a", "include_reasoning", "return_token_ids", "guided_decoding_backend", "stop_sequences"])
+_OTHERS = frozenset(
+    ["models", "top_a", "include_reasoning", "return_token_ids", "guided_decoding_backend", "stop_sequences"]
+)
 
 
 def unused_keys(body: BaseModel, strict: bool) -> list[str]:

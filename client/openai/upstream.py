@@ -35,12 +35,17 @@ class Upstream:
 
     def client(self, model: str) -> Client:
         if self.is_cluster:
-            return ClusterClient(self.urls, model=model, routing=self.routing, timeout=self.timeout, tokenizer=self.tokenizer)
-        return AsyncPagedClient(self.urls[0], model=model, timeout=self.timeout, retries=_NO_RETRIES, max_connections=self.max_connections)
+            return ClusterClient(
+                self.urls, model=model, routing=self.routing, timeout=self.timeout, tokenizer=self.tokenizer
+            )
+        return AsyncPagedClient(
+            self.urls[0], model=model, timeout=self.timeout, retries=_NO_RETRIES, max_connections=self.max_connections
+        )
 
     def models(self, names: Sequence[str], aliases: Sequence[str]) -> Models:
         """
-        names: as the servers say; none: all paged models that they have loaded. aliases: as callers say, for the only one.
+        names: as the servers say; none: all paged models that they have loaded. aliases: as callers say, for the only
+            one.
 
         Raises:
             ValueError: aliases for several models, a URL that is none, or an unknown routing.
@@ -67,7 +72,11 @@ class Discovery:
         self._lookups = Lookups(sources)
         self._catalog = Catalog()
         self._warned = False
-        self._clients = {source: AsyncPagedClient(source, retries=_NO_RETRIES) for source in sources if not source.startswith(("dns://", "file://"))}
+        self._clients = {
+            source: AsyncPagedClient(source, retries=_NO_RETRIES)
+            for source in sources
+            if not source.startswith(("dns://", "file://"))
+        }
 
     async def names(self) -> Sequence[str]:
         """Of the paged models that are loaded; of servers that do not say, the model's usual name.

@@ -18,18 +18,33 @@ _ONCE_SNAPSHOTS = 5  # enough for rates
 
 
 def top(
-    model: Annotated[str | None, typer.Option("--model", "-m", metavar="NAME", help="Which engine, if several run: what its server calls the model.")] = None,
-    url: Annotated[str | None, typer.Option("--url", "-u", metavar="URL", help="Which engine: any HOST:PORT of its server, on this machine.")] = None,
-    pid: Annotated[int | None, typer.Option(metavar="PID", help="Which engine: its process id, or its tritonserver's.")] = None,
-    web: Annotated[bool, typer.Option("--web", help="Show it in a browser: serve a page on this machine only.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="NAME", help="Which engine, if several run: what its server calls the model."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", "-u", metavar="URL", help="Which engine: any HOST:PORT of its server, on this machine."),
+    ] = None,
+    pid: Annotated[
+        int | None, typer.Option(metavar="PID", help="Which engine: its process id, or its tritonserver's.")
+    ] = None,
+    web: Annotated[
+        bool, typer.Option("--web", help="Show it in a browser: serve a page on this machine only.")
+    ] = False,
     port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="Of the page; 0: a free one.")] = 8003,
-    whole: Annotated[bool, typer.Option("--whole", help="Draw the whole pool, also pages that have not been used yet.")] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Draw the whole pool, also pages that have not been used yet.")
+    ] = False,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and leave.")] = False,
 ) -> None:
     """Watch a running engine: the page pool as a map, speed, requests.
 
-    Works on the machine (or in the container) where the server runs, whoever started it, as the server's user or root. If several engines run, it lists
-    them. The engine publishes while somebody watches, and never a word of a prompt or an answer. Ctrl-C leaves.
+    Works on the machine (or in the container) where the server runs, whoever started it, as the server's user or root.
+    If several engines run, it lists them. The engine publishes while somebody watches, and never a word of a prompt or
+    an answer. Ctrl-C leaves.
     """
     try:
         choice = Choice(pid, None if url is None else port_of(url), model)

@@ -116,14 +116,22 @@ def choose_engine(choice: Choice, last: RunningEngine | None = None) -> RunningE
     if len(engines) > 1 and last is not None:
         engines = [engine for engine in engines if engine.folder.parent.parent == last.folder.parent.parent] or engines
     if not engines:
-        raise NoEngineError("no engine runs on this machine: start one with paged serve" if choice == Choice() else f"{choice} has no engine here")
+        raise NoEngineError(
+            "no engine runs on this machine: start one with paged serve"
+            if choice == Choice()
+            else f"{choice} has no engine here"
+        )
     if len(engines) > 1:
-        raise NoEngineError(f"{len(engines)} engines run on this machine: choose one with --model, --url or --pid\n{listing(engines)}")
+        raise NoEngineError(
+            f"{len(engines)} engines run on this machine: choose one with --model, --url or --pid\n{listing(engines)}"
+        )
     (engine,) = engines
     try:
         os.stat(engine.folder / WATCH_SOCKET)
     except PermissionError:
-        raise NoEngineError(f"the engine runs as user {owner_of(engine.pid)}: run paged top as that user, or as root") from None
+        raise NoEngineError(
+            f"the engine runs as user {owner_of(engine.pid)}: run paged top as that user, or as root"
+        ) from None
     except OSError:
         raise NoEngineError("the engine is still loading its model, or is too old to be watched: try again") from None
     return engine
@@ -135,9 +143,19 @@ def listing(engines: Sequence[RunningEngine]) -> str:
     for engine in engines:
         server = server_above(engine.pid)
         ports = ["?"] * 3 if server is None else ["–" if port is None else str(port) for port in server.ports]
-        rows.append((engine.model_name or "?", *ports, spell_age(age_seconds(engine.pid)), str(engine.pid), owner_of(engine.pid)))
+        rows.append(
+            (
+                engine.model_name or "?",
+                *ports,
+                spell_age(age_seconds(engine.pid)),
+                str(engine.pid),
+                owner_of(engine.pid),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def spell_age(seconds: float | None) -> str:
@@ -174,7 +192,9 @@ class Watcher:
 
 @dataclass(frozen=True)
 class View:
-    """What is known at one moment: `snapshot` is None when the engine has been silent for a second, `engine` None when it is gone."""
+    """What is known at one moment: `snapshot` is None when the engine has been silent for a second, `engine` None when
+    it is gone.
+    """
 
     engine: RunningEngine | None
     snapshot: Snapshot | None

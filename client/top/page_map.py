@@ -29,8 +29,9 @@ class PageMap:
 
 
 def zoomed(cells: Cells, num_used: int, width: int, height: int) -> Cells:
-    """The beginning of the map: so much that a cell a page fills the room, and twice that as often as needed to show the first `num_used` cells. A pool hands
-    out its lowest pages first, so the rest is free."""
+    """The beginning of the map: so much that a cell a page fills the room, and twice that as often as needed to show
+    the first `num_used` cells. A pool hands out its lowest pages first, so the rest is free.
+    """
     shown = max(1, width // 2 * height)
     while shown < num_used:
         shown *= 2

@@ -69,18 +69,24 @@ def frame(view: View, snapshot: Snapshot | None, history: History, room: Room) -
 
 
 def sparkline(values: Sequence[float | None], width: int, lines: int) -> str:
-    """The newest `width` values as bars of eighths of a line; a blank where there is none. The highest fills all lines."""
+    """The newest `width` values as bars of eighths of a line; a blank where there is none. The highest fills all
+    lines.
+    """
     shown = values[-width:]
     top = max((value for value in shown if value is not None), default=0.0) or 1.0
     eighths = [0 if value is None else max(1, round(8 * lines * value / top)) for value in shown]
-    rows = ["".join(_BARS[min(8, max(0, height - 8 * line))] for height in eighths).rjust(width) for line in range(lines)]
+    rows = [
+        "".join(_BARS[min(8, max(0, height - 8 * line))] for height in eighths).rjust(width) for line in range(lines)
+    ]
     return "\n".join(reversed(rows))
 
 
 def _title(view: View, snapshot: Snapshot) -> Text:
     state = view.trouble.split("\n")[0] or ("" if view.snapshot else "no news from the engine: a long step?")
     name = f"{view.engine.model_name}: " if view.engine is not None and view.engine.model_name else ""
-    title = Text.assemble(("paged top", _BOLD), f"  {name}{snapshot.model}  {snapshot.num_pages:,} pages of {snapshot.page_size} tokens")
+    title = Text.assemble(
+        ("paged top", _BOLD), f"  {name}{snapshot.model}  {snapshot.num_pages:,} pages of {snapshot.page_size} tokens"
+    )
     if view.engine is not None:
         title.append(f"  pid {view.engine.pid}", _DIM)
     if state:
@@ -90,12 +96,26 @@ def _title(view: View, snapshot: Snapshot) -> Text:
 
 def _legend(snapshot: Snapshot, pages_per_cell: int, num_hidden: int, room: Room) -> Text:
     """What the signs mean and how many there are; what a colour is, only where there is room for it."""
-    explained = _legend_of(snapshot, pages_per_cell, num_hidden, room.coloured, " (a colour a request)" if room.coloured else " (a letter a request)")
-    return explained if explained.cell_len <= room.width - _FRAME else _legend_of(snapshot, pages_per_cell, num_hidden, room.coloured, "")
+    explained = _legend_of(
+        snapshot,
+        pages_per_cell,
+        num_hidden,
+        room.coloured,
+        " (a colour a request)" if room.coloured else " (a letter a request)",
+    )
+    return (
+        explained
+        if explained.cell_len <= room.width - _FRAME
+        else _legend_of(snapshot, pages_per_cell, num_hidden, room.coloured, "")
+    )
 
 
 def _legend_of(snapshot: Snapshot, pages_per_cell: int, num_hidden: int, coloured: bool, explanation: str) -> Text:
-    counts = ((FREE, "free", snapshot.pages_free), (CACHED, "cached", snapshot.pages_cached), (SHARED, "shared", snapshot.pages_shared))
+    counts = (
+        (FREE, "free", snapshot.pages_free),
+        (CACHED, "cached", snapshot.pages_cached),
+        (SHARED, "shared", snapshot.pages_shared),
+    )
     legend = Text.assemble(f"{HELD_GLYPH if coloured else 'a'} held ", (f"{snapshot.pages_held:,}", _BOLD), explanation)
     for code, name, count in counts:
         legend.append("  ").append(GLYPHS[code], style_of(code)).append(f" {name} ").append(f"{count:,}", _BOLD)
@@ -120,7 +140,14 @@ def _curves(history: History, width: int, lines: int) -> Table:
     panels = []
     for name, value, values in curves:
         title = Text.assemble(f"{name} ", (value, _BOLD))
-        panels.append(Panel(Text(sparkline(values, inside, lines), _ACCENT, no_wrap=True), title=title, title_align="left", border_style=_DIM))
+        panels.append(
+            Panel(
+                Text(sparkline(values, inside, lines), _ACCENT, no_wrap=True),
+                title=title,
+                title_align="left",
+                border_style=_DIM,
+            )
+        )
     grid.add_row(*panels)
     return grid
 
@@ -166,7 +193,12 @@ def _row(request: LiveRequest, coloured: bool) -> list[Text | str]:
         name = Text.assemble(mark, f" {request.arrival_index}")
     else:
         name = Text(f"waiting {request.arrival_index}", _DIM)
-    numbers = (request.num_prompt_tokens, request.num_cached_tokens, request.num_tokens - request.num_prompt_tokens, request.num_pages)
+    numbers = (
+        request.num_prompt_tokens,
+        request.num_cached_tokens,
+        request.num_tokens - request.num_prompt_tokens,
+        request.num_pages,
+    )
     return [name, *(f"{number:,}" for number in numbers), f"{request.age_seconds:.1f} s"]
 
 

@@ -39,7 +39,9 @@ def page_server(choice: Choice, port: int) -> PageServer:
     try:
         return PageServer(choice, port)
     except OSError as error:
-        raise NoEngineError(f"port {port} on {_ADDRESS} cannot be used: {error.strerror}; choose another with --port") from None
+        raise NoEngineError(
+            f"port {port} on {_ADDRESS} cannot be used: {error.strerror}; choose another with --port"
+        ) from None
 
 
 class PageServer(ThreadingHTTPServer):
@@ -58,7 +60,8 @@ class _Visitor(BaseHTTPRequestHandler):
     server: PageServer
 
     def do_GET(self) -> None:
-        if self.headers.get("Host") not in self.server.hosts:  # a name of somebody else's that leads here: a page elsewhere wants to read
+        # a name of somebody else's that leads here: a page elsewhere wants to read
+        if self.headers.get("Host") not in self.server.hosts:
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
             self._send_page()
@@ -105,7 +108,9 @@ class _Visitor(BaseHTTPRequestHandler):
 
 
 def event_of(view: View, history: History) -> dict[str, Any]:
-    """What the page draws: the snapshot by its fields (cells in base64), and the rates that follow from it and those before."""
+    """What the page draws: the snapshot by its fields (cells in base64), and the rates that follow from it and those
+    before.
+    """
     event: dict[str, Any] = {"pid": None, "model_name": "", "trouble": view.trouble}
     if view.engine is not None:
         event |= {"pid": view.engine.pid, "model_name": view.engine.model_name}
@@ -113,13 +118,20 @@ def event_of(view: View, history: History) -> dict[str, Any]:
     if snapshot is None:
         return event
     history.add(snapshot)
-    fields = {name: getattr(snapshot, name) for name in snapshot.__struct_fields__ if name not in ("cells", "requests", "first_token_seconds", "step_seconds")}
+    fields = {
+        name: getattr(snapshot, name)
+        for name in snapshot.__struct_fields__
+        if name not in ("cells", "requests", "first_token_seconds", "step_seconds")
+    }
     return event | {
         **fields,
         "num_used_cells": history.num_used_cells,
         "cells": base64.b64encode(snapshot.cells).decode(),
         "requests": [msgspec.structs.asdict(request) for request in snapshot.requests],
-        "moments": [[moment.tokens_per_second, moment.first_token_ms, moment.inter_token_ms] for moment in list(history.moments)[-1:]],
+        "moments": [
+            [moment.tokens_per_second, moment.first_token_ms, moment.inter_token_ms]
+            for moment in list(history.moments)[-1:]
+        ],
         "tokens_per_second": history.tokens_per_second,
         "first_token_ms": history.first_token_ms,
         "inter_token_ms": history.inter_token_ms,

@@ -1,7 +1,8 @@
-"""`debug_checks`: a runner that looks at every step before it is launched, and stops the engine at the first mistake rather than compute with it.
+"""`debug_checks`: a runner that looks at every step before it is launched, and stops the engine at the first mistake
+rather than compute with it.
 
-It keeps page tables of its own from what the scheduler says, so a page that is out of bounds, missing, or written by two sequences is found on the host,
-before a kernel follows it into another request's memory.
+It keeps page tables of its own from what the scheduler says, so a page that is out of bounds, missing, or written by
+two sequences is found on the host, before a kernel follows it into another request's memory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class BrokenStepError(AssertionError):
 
 
 class CheckedRunner:
-    """Stands before another runner. Invariant: `_tables` has each row's page ids as the device will have them after the step, −1 where none was given."""
+    """Stands before another runner. Invariant: `_tables` has each row's page ids as the device will have them after the
+    step, −1 where none was given.
+    """
 
     def __init__(self, runner: Runner, bounds: TableBounds, check: Callable[[], None]) -> None:
         """check: raises AssertionError if something else is wrong; called before every step."""
@@ -41,7 +44,8 @@ class CheckedRunner:
         self._bounds = bounds
         self._check = check
         width = -(-bounds.max_model_len // bounds.page_size)
-        self._tables = np.full((bounds.num_rows, len(bounds.windows) * width), -1, np.int64)  # of each KV group, side by side
+        # of each KV group, side by side
+        self._tables = np.full((bounds.num_rows, len(bounds.windows) * width), -1, np.int64)
         self._group_tables = np.split(self._tables, len(bounds.windows), axis=1)
 
     def launch(self, batch: Batch) -> None:
@@ -65,17 +69,35 @@ class CheckedRunner:
         _require(len(set(batch.rows.tolist())) == len(batch.rows), f"a row twice in one step: {batch.rows.tolist()}")
         _require(_within(batch.rows, bounds.num_rows), f"rows {batch.rows.tolist()}, there are {bounds.num_rows}")
         _require(bool((batch.starts >= 0).all() and (batch.counts > 0).all()), "a sequence without tokens in a step")
-        _require(bool((ends <= bounds.max_model_len).all()), f"position {int(ends.max()) - 1}, the longest sequence has {bounds.max_model_len} tokens")
-        _require(batch.num_tokens <= bounds.max_batched_tokens, f"{batch.num_tokens} tokens in one step, the budget is {bounds.max_batched_tokens}")
+        _require(
+            bool((ends <= bounds.max_model_len).all()),
+            f"position {int(ends.max()) - 1}, the longest sequence has {bounds.max_model_len} tokens",
+        )
+        _require(
+            batch.num_tokens <= bounds.max_batched_tokens,
+            f"{batch.num_tokens} tokens in one step, the budget is {bounds.max_batched_tokens}",
+        )
 
     def _update_tables(self, batch: Batch) -> None:
         for new in batch.new_rows:
-            _require(0 <= new.row < self._bounds.num_rows, f"a new sequence on row {new.row}, there are {self._bounds.num_rows}")
+            _require(
+                0 <= new.row < self._bounds.num_rows,
+                f"a new sequence on row {new.row}, there are {self._bounds.num_rows}",
+            )
             self._tables[new.row] = -1
         rows, indices, pages = batch.page_updates.T
-        _require(_within(rows, self._bounds.num_rows), f"page updates of rows {rows.tolist()}, there are {self._bounds.num_rows}")
-        _require(_within(indices, self._tables.shape[1]), f"page updates at {indices.tolist()}, a page table has {self._tables.shape[1]} entries")
-        _require(_within(pages, self._bounds.num_pages), f"page updates to pages {pages.tolist()}, there are {self._bounds.num_pages}")
+        _require(
+            _within(rows, self._bounds.num_rows),
+            f"page updates of rows {rows.tolist()}, there are {self._bounds.num_rows}",
+        )
+        _require(
+            _within(indices, self._tables.shape[1]),
+            f"page updates at {indices.tolist()}, a page table has {self._tables.shape[1]} entries",
+        )
+        _require(
+            _within(pages, self._bounds.num_pages),
+            f"page updates to pages {pages.tolist()}, there are {self._bounds.num_pages}",
+        )
         self._tables[rows, indices] = pages
 
     def _check_copies(self, batch: Batch) -> None:
@@ -84,14 +106,25 @@ class CheckedRunner:
         _require(_within(copies, num_pages), f"page copies {copies.tolist()}, there are {num_pages} pages")
         targets = copies[:, 1].tolist()
         _require(len(set(targets)) == len(targets), f"a page becomes a copy of two: {copies.tolist()}")
-        _require(not set(targets) & set(copies[:, 0].tolist()), f"a page is copied and overwritten in one step: {copies.tolist()}")
+        _require(
+            not set(targets) & set(copies[:, 0].tolist()),
+            f"a page is copied and overwritten in one step: {copies.tolist()}",
+        )
         for edit in batch.token_edits:
             end, limit = edit.start + len(edit.token_ids), self._bounds.max_model_len
-            _require(0 <= edit.row < self._bounds.num_rows, f"tokens of row {edit.row} change, there are {self._bounds.num_rows} rows")
-            _require(edit.start >= 0 and end <= limit, f"tokens at {edit.start} to {end} change, the longest sequence has {limit}")
+            _require(
+                0 <= edit.row < self._bounds.num_rows,
+                f"tokens of row {edit.row} change, there are {self._bounds.num_rows} rows",
+            )
+            _require(
+                edit.start >= 0 and end <= limit,
+                f"tokens at {edit.start} to {end} change, the longest sequence has {limit}",
+            )
 
     def _check_pages(self, batch: Batch) -> None:
-        """Every token has a slot in every group, and nobody writes where another sequence of the step reads or writes."""
+        """Every token has a slot in every group, and nobody writes where another sequence of the step reads or
+        writes.
+        """
         size = self._bounds.page_size
         written: dict[int, tuple[int, int]] = {}  # page -> group, row
         lengths = dict(zip(batch.rows.tolist(), (batch.starts + batch.counts).tolist(), strict=True))
@@ -100,9 +133,15 @@ class CheckedRunner:
             for row, start in starts:
                 first, end = self._first_read(group, start), -(-lengths[row] // size)
                 pages = table[row, first:end]
-                _require(bool((pages >= 0).all()), f"row {row} has no page for position {(first + int((pages < 0).argmax())) * size}")
+                _require(
+                    bool((pages >= 0).all()),
+                    f"row {row} has no page for position {(first + int((pages < 0).argmax())) * size}",
+                )
                 for page in table[row, start // size : end].tolist():
-                    _require(page not in written, f"page {page} is written by rows {written.get(page, (0, 0))[1]} and {row} in one step")
+                    _require(
+                        page not in written,
+                        f"page {page} is written by rows {written.get(page, (0, 0))[1]} and {row} in one step",
+                    )
                     written[page] = group, row
         for group, table in enumerate(self._group_tables):
             for row, start in starts:
@@ -118,10 +157,16 @@ class CheckedRunner:
         window = self._bounds.windows[group]
         return 0 if window is None else max(start - window + 1, 0) // self._bounds.page_size
 
-    def _reads_what_is_new(self, group: int, index: int, page: int, writer: tuple[int, int], lengths: dict[int, int]) -> bool:
+    def _reads_what_is_new(
+        self, group: int, index: int, page: int, writer: tuple[int, int], lengths: dict[int, int]
+    ) -> bool:
         """A prompt's pages may be shared in the step that fills them: at the same place of both tables, and whole."""
         other, row = writer
-        return bool(group == other and self._group_tables[group][row, index] == page and (index + 1) * self._bounds.page_size <= lengths[row])
+        return bool(
+            group == other
+            and self._group_tables[group][row, index] == page
+            and (index + 1) * self._bounds.page_size <= lengths[row]
+        )
 
 
 def _within(values: Int32, end: int) -> bool:

@@ -1,4 +1,6 @@
-"""The engine: a scheduler, a runner, and a loop that never lets one wait for the other. No process, socket or thread in it."""
+"""The engine: a scheduler, a runner, and a loop that never lets one wait for the other. No process, socket or thread in
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ class Runner(Protocol):
 class Engine:
     """Offline use and tests call `submit`, `step`, `abort` directly; `process.py` puts sockets around it."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, steps_ahead: int, kv_events: KvEvents | None = None) -> None:
-        """steps_ahead: steps launched before the results of the oldest are read. 1 on a GPU, which computes meanwhile; 0 on a CPU."""
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, steps_ahead: int, kv_events: KvEvents | None = None
+    ) -> None:
+        """steps_ahead: steps launched before the results of the oldest are read. 1 on a GPU, which computes meanwhile;
+        0 on a CPU.
+        """
         if kv_events is not None:
             scheduler.record_pages(kv_events)
         self._kv_events = kv_events

@@ -1,11 +1,13 @@
-"""What routers are told of the prefix cache, in the words of vLLM's KV events (vllm/distributed/kv_events.py: maps with a `type`).
+"""What routers are told of the prefix cache, in the words of vLLM's KV events (vllm/distributed/kv_events.py: maps with
+a `type`).
 
-Routers know a page by a hash of 64 bits which every server gives to the same tokens, unlike the cache's own, which is keyed with a secret of the process:
-NVIDIA Dynamo keeps one tree for all servers, and a node of it has one hash. Chained as the cache's own: of the page's tokens and the hash of the page
-before; a prompt's first page follows a hash of tenant and adapter.
+Routers know a page by a hash of 64 bits which every server gives to the same tokens, unlike the cache's own, which is
+keyed with a secret of the process: NVIDIA Dynamo keeps one tree for all servers, and a node of it has one hash. Chained
+as the cache's own: of the page's tokens and the hash of the page before; a prompt's first page follows a hash of tenant
+and adapter.
 
-Only pages that can be reached are told. A page may outlive the one before it, of which its sequence had a copy that nobody could find; it leads nowhere
-until that one is stored again.
+Only pages that can be reached are told. A page may outlive the one before it, of which its sequence had a copy that
+nobody could find; it leads nowhere until that one is stored again.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class FindablePages:
 
     def reported(self) -> list[Event]:
         """Events that say it all, from nothing; a page comes after the one before it."""
-        reached = (page for key in self._followers.get(None, ()) for page in self._subtree(key) if page.block_hash is not None)
+        reached = (
+            page for key in self._followers.get(None, ()) for page in self._subtree(key) if page.block_hash is not None
+        )
         return [AllBlocksCleared(), *self._stored(reached)]
 
     # ---- pages come and go
@@ -97,7 +101,13 @@ class FindablePages:
     def _added(self, note: Stored) -> Iterator[_Page]:
         parent, num_bytes = note.parent, self._page_size * _TOKEN_BYTES
         for index, key in enumerate(note.hashes):
-            page = _Page(key, parent, note.token_ids[index * num_bytes : (index + 1) * num_bytes], note.lora_name, note.cache_salt)
+            page = _Page(
+                key,
+                parent,
+                note.token_ids[index * num_bytes : (index + 1) * num_bytes],
+                note.lora_name,
+                note.cache_salt,
+            )
             self._pages[key] = page
             self._followers.setdefault(parent, {})[key] = None
             yield page
@@ -153,7 +163,17 @@ class FindablePages:
                 event.token_ids.extend(token_ids)
             else:
                 before = None if page.parent is None else self._pages[page.parent].block_hash
-                events.append(BlockStored([page.block_hash], before, token_ids, self._page_size, _DEVICE, page.lora_name, page.cache_salt or None))
+                events.append(
+                    BlockStored(
+                        [page.block_hash],
+                        before,
+                        token_ids,
+                        self._page_size,
+                        _DEVICE,
+                        page.lora_name,
+                        page.cache_salt or None,
+                    )
+                )
             last = page.key
         return events
 
@@ -161,12 +181,16 @@ class FindablePages:
         """Raises AssertionError if the invariant is broken."""
         for page in self._pages.values():
             before = None if page.parent is None else self._pages.get(page.parent)
-            assert (page.block_hash is not None) == (page.parent is None or (before is not None and before.block_hash is not None))
+            assert (page.block_hash is not None) == (
+                page.parent is None or (before is not None and before.block_hash is not None)
+            )
             assert page.key in self._followers[page.parent]
         assert sum(map(len, self._followers.values())) == len(self._pages)
 
 
-def block_hashes_of(token_ids: NDArray[np.int32], page_size: int, lora_name: str | None = None, cache_salt: str = "") -> list[int]:
+def block_hashes_of(
+    token_ids: NDArray[np.int32], page_size: int, lora_name: str | None = None, cache_salt: str = ""
+) -> list[int]:
     """The hashes of a prompt's full pages, as every server gives them."""
     hashes: list[int] = []
     for start in range(0, len(token_ids) // page_size * page_size, page_size):
@@ -176,5 +200,9 @@ def block_hashes_of(token_ids: NDArray[np.int32], page_size: int, lora_name: str
 
 
 def _block_hash(page: _Page, parent_hash: int | None) -> int:
-    root = f"{page.lora_name or ''}\0{page.cache_salt}".encode("utf-8", "surrogatepass") if parent_hash is None else parent_hash.to_bytes(8, "big")
+    root = (
+        f"{page.lora_name or ''}\0{page.cache_salt}".encode("utf-8", "surrogatepass")
+        if parent_hash is None
+        else parent_hash.to_bytes(8, "big")
+    )
     return int.from_bytes(blake2b(root + b"\0" + page.token_ids, digest_size=8).digest(), "big")

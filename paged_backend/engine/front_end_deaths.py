@@ -1,4 +1,6 @@
-"""Front ends that died without a goodbye, as the engine hears of it: a thread looks at their processes twice a second."""
+"""Front ends that died without a goodbye, as the engine hears of it: a thread looks at their processes twice a
+second.
+"""
 
 from __future__ import annotations
 

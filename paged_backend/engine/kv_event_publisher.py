@@ -1,12 +1,16 @@
-"""Puts KV events (kv_events.py) on the wire, from a thread of its own: a PUB socket, and a ROUTER socket that tells late comers what they missed.
+"""Puts KV events (kv_events.py) on the wire, from a thread of its own: a PUB socket, and a ROUTER socket that tells
+late comers what they missed.
 
-PUB: three frames: topic (empty), sequence number (8 bytes, big-endian), msgpack of [seconds since 1970, events, data-parallel rank].
-ROUTER: a subscriber asks with an empty frame and the sequence number from which on it wants to hear; it gets the batches from there, in the frames of
-PUB, and at the end one whose number is -1 and whose body is empty. Batches that are no longer kept are told as one: AllBlocksCleared and every page that
-is findable now, under the number of the newest. So a router that starts late, or lost touch, knows everything all the same. It need not wait for the next
+PUB: three frames: topic (empty), sequence number (8 bytes, big-endian), msgpack of [seconds since 1970, events,
+data-parallel rank].
+ROUTER: a subscriber asks with an empty frame and the sequence number from which on it wants to hear; it gets the
+batches from there, in the frames of PUB, and at the end one whose number is -1 and whose body is empty. Batches that
+are no longer kept are told as one: AllBlocksCleared and every page that is findable now, under the number of the
+newest. So a router that starts late, or lost touch, knows everything all the same. It need not wait for the next
 event: a new subscriber is sent an empty batch, whose number shows it the gap.
 
-Numbers rise from engine to engine (the first is the time in nanoseconds): a subscriber takes a restart for a gap, asks, and hears AllBlocksCleared.
+Numbers rise from engine to engine (the first is the time in nanoseconds): a subscriber takes a restart for a gap, asks,
+and hears AllBlocksCleared.
 """
 
 from __future__ import annotations
@@ -48,7 +52,9 @@ _encode = msgspec.msgpack.Encoder().encode
 class KvEventPublisher:
     """Owns the sockets and the thread. `send` never waits."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, replay_address: str, page_size: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, replay_address: str, page_size: int
+    ) -> None:
         """
         Raises:
             EngineError: an address cannot be had.
@@ -66,7 +72,11 @@ class KvEventPublisher:
         ears.connect(_BELL)
         self._thread = threading.Thread(target=self._run, args=(ears,), name="kv-events", daemon=True)
         self._thread.start()
-        log.info("KV events at %s, what was missed at %s: they hold the tokens of prompts and answers", address, replay_address)
+        log.info(
+            "KV events at %s, what was missed at %s: they hold the tokens of prompts and answers",
+            address,
+            replay_address,
+        )
 
     def send(self, notes: list[Note]) -> None:
         """A step's, from the engine's thread."""

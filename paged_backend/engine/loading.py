@@ -1,4 +1,6 @@
-"""From options to an engine: checkpoint, pool, scheduler. Importing this module takes seconds, for it imports torch and transformers."""
+"""From options to an engine: checkpoint, pool, scheduler. Importing this module takes seconds, for it imports torch and
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ log = logging.getLogger("paged")
 
 
 def prepare_to_load(config: EngineConfig) -> None:
-    """What `load_engine` would import later: transformers imports most of itself, and of torch, when it reads a config; more for a tokenizer. No device is
-    touched."""
+    """What `load_engine` would import later: transformers imports most of itself, and of torch, when it reads a config;
+    more for a tokenizer. No device is touched.
+    """
     from transformers import AutoTokenizer  # noqa: F401
 
     if torch.version.cuda is not None and config.device != "cpu":
@@ -51,11 +54,15 @@ def prepare_to_load(config: EngineConfig) -> None:
 
 
 def load_engine(
-    config: EngineConfig, directory: Path, others: RankProcesses | None = None, on_rank_death: Callable[[], None] = end_engine
+    config: EngineConfig,
+    directory: Path,
+    others: RankProcesses | None = None,
+    on_rank_death: Callable[[], None] = end_engine,
 ) -> tuple[Engine, Scheduler, Ready]:
     """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
 
-    others: the ranks beside this one, if tensor_parallel_size asks for any; they are started here if they were not before.
+    others: the ranks beside this one, if tensor_parallel_size asks for any; they are started here if they were not
+        before.
 
     Raises:
         EngineError: one sentence for the operator.
@@ -83,7 +90,9 @@ def load_engine(
             windows=limits.windows,
         ),
         guides=GrammarMasks(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
-        adapters=None if runner.adapter_slots is None else AdapterSlots(len(runner.adapter_slots), runner.adapter_slots),
+        adapters=None
+        if runner.adapter_slots is None
+        else AdapterSlots(len(runner.adapter_slots), runner.adapter_slots),
     )
     log.info("engine ready after %.1f s", time.monotonic() - started)
     ready = Ready(
@@ -100,13 +109,28 @@ def load_engine(
     )
     if config.debug_checks:
         max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
-        bounds = TableBounds(max_sequences, limits.num_pages, config.page_size, limits.max_model_len, config.max_batched_tokens, limits.windows)
+        bounds = TableBounds(
+            max_sequences,
+            limits.num_pages,
+            config.page_size,
+            limits.max_model_len,
+            config.max_batched_tokens,
+            limits.windows,
+        )
         stepped = CheckedRunner(stepped, bounds, scheduler.check)
-    return Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0, kv_events=kv_events), scheduler, ready
+    return (
+        Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0, kv_events=kv_events),
+        scheduler,
+        ready,
+    )
 
 
 def _build(
-    config: EngineConfig, checkpoint: Checkpoint, directory: Path, others: RankProcesses | None, on_rank_death: Callable[[], None]
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    directory: Path,
+    others: RankProcesses | None,
+    on_rank_death: Callable[[], None],
 ) -> tuple[ModelRunner, Runner]:
     """This process's runner, and the one to launch steps with, which tells the other ranks of them if there are any."""
     if config.tensor_parallel_size == 1:
@@ -129,14 +153,22 @@ def _kv_events(config: EngineConfig) -> KvEvents | None:
         EngineError: the address cannot be used.
     """
     addresses = kv_event_addresses(config.kv_events)
-    return None if addresses is None else KvEvents(config.page_size, KvEventPublisher(zmq.Context(), *addresses, config.page_size).send)
+    return (
+        None
+        if addresses is None
+        else KvEvents(config.page_size, KvEventPublisher(zmq.Context(), *addresses, config.page_size).send)
+    )
 
 
 def _open(config: EngineConfig, path: Path) -> tuple[Checkpoint, Path | None]:
-    """The checkpoint, and its tokenizer's export at `path`, if it has one: all that can be refused before the weights are read, which takes longest."""
+    """The checkpoint, and its tokenizer's export at `path`, if it has one: all that can be refused before the weights
+    are read, which takes longest.
+    """
     checkpoint = open_checkpoint(config)
     tokenizer = export(checkpoint.folder, path)
-    stop_ids = find_stop_ids(checkpoint.architecture, checkpoint.generation, None if tokenizer is None else tokenizer.eos_id)
+    stop_ids = find_stop_ids(
+        checkpoint.architecture, checkpoint.generation, None if tokenizer is None else tokenizer.eos_id
+    )
     log.info("%s", _about_ends(stop_ids, None if tokenizer is None else path))
     return replace(checkpoint, eos_ids=tuple(stop_ids)), None if tokenizer is None else path
 
@@ -147,17 +179,31 @@ def _recommended(config: EngineConfig, generation: GenerationConfig, max_model_l
     for warning in warnings:
         log.warning("%s", warning)
     if sampling:
-        whom = "requests that leave them open have" if config.generation_defaults else "only requests that ask for generation_defaults have"
+        whom = (
+            "requests that leave them open have"
+            if config.generation_defaults
+            else "only requests that ask for generation_defaults have"
+        )
         values = ", ".join(f"{key} {value:g}" for key, value in sampling.items())
-        log.info("sampling that %s from generation_config.json (generation_defaults=%s): %s", whom, "on" if config.generation_defaults else "off", values)
+        log.info(
+            "sampling that %s from generation_config.json (generation_defaults=%s): %s",
+            whom,
+            "on" if config.generation_defaults else "off",
+            values,
+        )
     return sampling
 
 
 def _about_ends(stop_ids: Mapping[int, str], tokenizer_path: Path | None) -> str:
     """Sentences for the log: where answers end and why, and whether text can be read at all."""
     words = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path is not None else None
-    named = [f"{token_id}{f' {word}' if words is not None and (word := words.id_to_token(token_id)) else ''} ({why})" for token_id, why in stop_ids.items()]
+    named = [
+        f"{token_id}{f' {word}' if words is not None and (word := words.id_to_token(token_id)) else ''} ({why})"
+        for token_id, why in stop_ids.items()
+    ]
     ends = (
-        f"answers end at {', '.join(named)}" if named else "no token ends an answer: neither generation_config.json nor config.json nor the tokenizer names one"
+        f"answers end at {', '.join(named)}"
+        if named
+        else "no token ends an answer: neither generation_config.json nor config.json nor the tokenizer names one"
     )
     return ends if words is not None else f"no tokenizer beside the checkpoint: requests must bring input_ids; {ends}"

@@ -1,10 +1,11 @@
-"""The engine process: `python -m paged_backend.engine.process --model-name=NAME DIRECTORY`, one for all front ends of a model.
+"""The engine process: `python -m paged_backend.engine.process --model-name=NAME DIRECTORY`, one for all front ends of a
+model.
 
-Started by a front end (engine_client/starter.py) with the options as one JSON line on stdin. With `--standby` after the folder it imports
-what an engine needs and waits for another line. From then on it lives as long as any front end does (life_line.py), not only the one that
-started it. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`;
-each front end is answered at the address it said hello with. `paged top` finds this process by its command line and its name, and subscribes at
-`ipc://DIRECTORY/watch.sock` (snapshot_publisher.py).
+Started by a front end (engine_client/starter.py) with the options as one JSON line on stdin. With `--standby` after the
+folder it imports what an engine needs and waits for another line. From then on it lives as long as any front end does
+(life_line.py), not only the one that started it. Messages (messages.py) come in at `ipc://DIRECTORY/engine.sock`; each
+front end is answered at the address it said hello with. `paged top` finds this process by its command line and its
+name, and subscribes at `ipc://DIRECTORY/watch.sock` (snapshot_publisher.py).
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class Inbox:
 
 
 class Outbox:
-    """One PUSH socket per front end. Unbounded and never waiting: a slow front end holds up nobody (the streamer bounds what it keeps)."""
+    """One PUSH socket per front end. Unbounded and never waiting: a slow front end holds up nobody (the streamer bounds
+    what it keeps).
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._context = context
@@ -138,7 +141,9 @@ class Outbox:
                 self.send(front_end, _tokens(output, mine, outputs, finishes))
 
 
-def _tokens(output: StepOutput, mine: NDArray[np.bool_], outputs: tuple[FeatureOutput, ...], finishes: tuple[Finish, ...]) -> Tokens:
+def _tokens(
+    output: StepOutput, mine: NDArray[np.bool_], outputs: tuple[FeatureOutput, ...], finishes: tuple[Finish, ...]
+) -> Tokens:
     """The part of an output that belongs to one front end."""
     request_ids = output.request_ids[mine]
     answered = {*request_ids.tolist(), *(one.request_id for one in outputs if isinstance(one, Found))}
@@ -146,7 +151,11 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], outputs: tuple[FeatureO
     admitted = {key: value for key, value in output.admitted.items() if key in answered} if output.admitted else {}
     tops = {}
     if output.top_logprobs:
-        tops = {position: output.top_logprobs[entry] for position, entry in enumerate(np.flatnonzero(mine).tolist()) if entry in output.top_logprobs}
+        tops = {
+            position: output.top_logprobs[entry]
+            for position, entry in enumerate(np.flatnonzero(mine).tolist())
+            if entry in output.top_logprobs
+        }
     return Tokens(
         request_ids=request_ids.tobytes(),
         token_ids=output.token_ids[mine].tobytes(),
@@ -161,7 +170,9 @@ def _tokens(output: StepOutput, mine: NDArray[np.bool_], outputs: tuple[FeatureO
 
 
 class EngineProcess:
-    """The loop: messages in, a step, tokens out. Ends on Shutdown, once nobody waits for anything or patience is over."""
+    """The loop: messages in, a step, tokens out. Ends on Shutdown, once nobody waits for anything or patience is
+    over.
+    """
 
     def __init__(self, directory: Path, model: str = "") -> None:
         """model: its name, for those who watch."""
@@ -169,7 +180,8 @@ class EngineProcess:
         self._context = context
         self._directory = directory
         self._model = model
-        self._inbox = Inbox(context, f"ipc://{directory}/{ENGINE_SOCKET}")  # bound before the slow load: nobody's hello is lost
+        # bound before the slow load: nobody's hello is lost
+        self._inbox = Inbox(context, f"ipc://{directory}/{ENGINE_SOCKET}")
         self._outbox = Outbox(context)
         self._deaths = FrontEndDeaths()
         self._end_by: float | None = None
@@ -204,7 +216,8 @@ class EngineProcess:
             self._receive(message)
         while (dead := self._deaths.next_one()) is not None:
             self._forget_front_end(*dead)
-        self._queue[0] = self._scheduler.num_waiting  # front ends look, and spare us and their callers a way that ends in a refusal
+        # front ends look, and spare us and their callers a way that ends in a refusal
+        self._queue[0] = self._scheduler.num_waiting
         if self._engine.idle:
             self._inbox.wait(_IDLE_WAIT_SECONDS)
         else:
@@ -238,10 +251,19 @@ class EngineProcess:
     def _forget_front_end(self, front_end: int, process: ProcessId) -> None:
         """Nobody listens for its requests any more: their pages are freed."""
         self._outbox.disconnect(front_end, linger_ms=0)
-        request_ids = {sequence.request_id for sequence in self._scheduler.sequences if front_end_of(sequence.request_id) == front_end}
+        request_ids = {
+            sequence.request_id
+            for sequence in self._scheduler.sequences
+            if front_end_of(sequence.request_id) == front_end
+        }
         for request_id in request_ids:
             self._engine.abort(request_id)
-        log.error("error: front end %d (process %d) died: %d requests of its callers are lost, their pages free", front_end, process.pid, len(request_ids))
+        log.error(
+            "error: front end %d (process %d) died: %d requests of its callers are lost, their pages free",
+            front_end,
+            process.pid,
+            len(request_ids),
+        )
 
     def _note_suspect(self, request_id: int | None) -> None:
         """For those who ask, should this process die now."""
@@ -258,7 +280,9 @@ class EngineProcess:
             self._outbox.send(self._outbox.front_ends[0], self._engine.stats())
 
     def _refuse(self, sentence: str) -> None:
-        """Tells every front end that says hello within two seconds why there is no engine; later ones find the process gone."""
+        """Tells every front end that says hello within two seconds why there is no engine; later ones find the process
+        gone.
+        """
         end = time.monotonic() + 2
         while time.monotonic() < end:
             self._inbox.wait(0.1)
@@ -269,16 +293,21 @@ class EngineProcess:
 
 
 def prepare(config: EngineConfig) -> None:
-    """What takes seconds of a start and needs neither the device nor much memory. What fails here fails again later, when somebody listens."""
+    """What takes seconds of a start and needs neither the device nor much memory. What fails here fails again later,
+    when somebody listens.
+    """
     with contextlib.suppress(Exception):
         from paged_backend.engine.loading import prepare_to_load
 
         prepare_to_load(config)
 
 
-def wait_to_be_engine(directory: Path, flags: Collection[str], model_name: str = "paged") -> tuple[EngineConfig, RankProcesses | None] | None:
-    """The options, and the other ranks if there are to be any, once this process is to be the engine of that folder. Until then it dies with its parent,
-    or rather with the thread that started it; from then on with the last front end. None: the parent has gone.
+def wait_to_be_engine(
+    directory: Path, flags: Collection[str], model_name: str = "paged"
+) -> tuple[EngineConfig, RankProcesses | None] | None:
+    """The options, and the other ranks if there are to be any, once this process is to be the engine of that folder.
+    Until then it dies with its parent, or rather with the thread that started it; from then on with the last front end.
+    None: the parent has gone.
 
     flags: with STANDBY among them it prepares and waits until it is needed. model_name: for the ranks' log lines.
 
@@ -291,7 +320,8 @@ def wait_to_be_engine(directory: Path, flags: Collection[str], model_name: str =
     if not line:
         return None
     config = EngineConfig.model_validate_json(line)
-    others = RankProcesses(config, model_name) if config.tensor_parallel_size > 1 else None  # they import what they need meanwhile
+    # they import what they need meanwhile
+    others = RankProcesses(config, model_name) if config.tensor_parallel_size > 1 else None
     if STANDBY in flags:
         prepare(config)
         if not sys.stdin.readline():
@@ -303,7 +333,8 @@ def wait_to_be_engine(directory: Path, flags: Collection[str], model_name: str =
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the server decides when we end
+    # Ctrl-C in a terminal reaches the whole group; the server decides when we end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     names = [word.removeprefix(MODEL_NAME) for word in sys.argv[1:] if word.startswith(MODEL_NAME)]
     directory, *flags = [word for word in sys.argv[1:] if not word.startswith(MODEL_NAME)]
     stderr = logging.StreamHandler()
@@ -326,7 +357,9 @@ def main() -> int:
 
 
 def end_with(status_of: Callable[[], int]) -> NoReturn:
-    """Ends the process at once: threads that compile a grammar, and libraries with device memory, take long to leave and talk about it."""
+    """Ends the process at once: threads that compile a grammar, and libraries with device memory, take long to leave
+    and talk about it.
+    """
     try:
         status = status_of()
     except BaseException as error:

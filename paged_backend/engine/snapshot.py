@@ -1,4 +1,6 @@
-"""What the engine tells those who watch it (`paged top`): numbers, and a map of the pool. No prompt, no answer, no token ids."""
+"""What the engine tells those who watch it (`paged top`): numbers, and a map of the pool. No prompt, no answer, no
+token ids.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     page_size: int
     num_pages: int
     pages_per_cell: int
-    cells: bytes  # uint16, little endian: one per `pages_per_cell` pages, in the order of their ids; of several the highest
+    # uint16, little endian: one per `pages_per_cell` pages, in the order of their ids; of several the highest
+    cells: bytes
     pages_free: int
     pages_held: int
     pages_shared: int  # of the held ones, by more than one request
@@ -51,15 +54,19 @@ class Snapshot(msgspec.Struct, frozen=True):
     prefix_hits: int
     num_tokens: int
     requests: tuple[LiveRequest, ...]  # oldest first; not all of them if there are many
-    first_token_seconds: tuple[float, ...]  # from arrival to first token, of the requests that got theirs since the last snapshot
-    step_seconds: tuple[float, ...]  # between steps that brought tokens, since the last snapshot: what a streaming caller waits for his next token
+    # from arrival to first token, of the requests that got theirs since the last snapshot
+    first_token_seconds: tuple[float, ...]
+    # between steps that brought tokens, since the last snapshot: what a streaming caller waits for his next token
+    step_seconds: tuple[float, ...]
 
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Snapshot).decode
 
 
-def page_cells(num_pages: int, cached: Collection[int], held: Sequence[tuple[int, list[int]]]) -> tuple[Cells, int, int]:
+def page_cells(
+    num_pages: int, cached: Collection[int], held: Sequence[tuple[int, list[int]]]
+) -> tuple[Cells, int, int]:
     """(cells, pages per cell, number of shared pages). cached: page ids; held: (request number, its page ids)."""
     cells = np.zeros(num_pages, np.uint16)
     cells[np.fromiter(cached, np.intp, len(cached))] = CACHED
@@ -77,7 +84,9 @@ def page_cells(num_pages: int, cached: Collection[int], held: Sequence[tuple[int
 
 
 class Numbers:
-    """Gives each request a number for the map and keeps it as long as the request lives; the smallest free one, so that colours are few."""
+    """Gives each request a number for the map and keeps it as long as the request lives; the smallest free one, so that
+    colours are few.
+    """
 
     def __init__(self) -> None:
         self._of: dict[int, int] = {}

@@ -1,7 +1,8 @@
-"""Publishes snapshots of the engine while somebody watches (`paged top`), a few times a second and never for more than 2 % of the time.
+"""Publishes snapshots of the engine while somebody watches (`paged top`), a few times a second and never for more than
+2 % of the time.
 
-Watchers subscribe at a socket in the engine's run folder, so only the engine's own user can. While nobody does, a turn of the engine's loop
-pays for two comparisons, and four times a second for one look at the socket.
+Watchers subscribe at a socket in the engine's run folder, so only the engine's own user can. While nobody does, a turn
+of the engine's loop pays for two comparisons, and four times a second for one look at the socket.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _UNSENT = 2  # snapshots kept for a watcher that does not keep up
 class Watch:
     """The engine's side. Lives on the engine's thread."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, model: str, scheduler: Scheduler, page_size: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, model: str, scheduler: Scheduler, page_size: int
+    ) -> None:
         """model: a name for people."""
         self._socket = context.socket(zmq.XPUB)
         self._socket.set_hwm(_UNSENT)
@@ -111,7 +114,9 @@ class Watch:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             num_tokens=self._num_tokens,
-            requests=tuple([self._reported(sequence, numbers.get(sequence.request_id, 0), now) for sequence in reported]),
+            requests=tuple(
+                [self._reported(sequence, numbers.get(sequence.request_id, 0), now) for sequence in reported]
+            ),
             first_token_seconds=tuple(self._first_token_seconds),
             step_seconds=tuple(self._step_seconds),
         )

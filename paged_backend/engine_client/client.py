@@ -1,4 +1,5 @@
-"""A front end's side of the engine: submits requests, hands each request its tokens; and when the engine dies, goes on with the next.
+"""A front end's side of the engine: submits requests, hands each request its tokens; and when the engine dies, goes on
+with the next.
 
 connected --the engine dies--> waiting for the next --Ready--> connected: every live request is submitted again
                                     |
@@ -27,7 +28,9 @@ log = logging.getLogger("paged")
 
 
 class EngineClient:
-    """Thread-safe, except that `receive` and the callbacks of `start` are called on one thread of the client's own, which it owns."""
+    """Thread-safe, except that `receive` and the callbacks of `start` are called on one thread of the client's own,
+    which it owns.
+    """
 
     def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None) -> None:
         """Use `connect`."""
@@ -37,15 +40,19 @@ class EngineClient:
         self._live = LiveRequests(config.max_queue_size)
         self._numbers = count()
         self._thread: threading.Thread | None = None
-        self.on_loss: Callable[[], None] = lambda: None  # called once among all front ends, when there will be no engine any more
+        # called once among all front ends, when there will be no engine any more
+        self.on_loss: Callable[[], None] = lambda: None
         self._on_stats: Callable[[Stats], None]
         self._on_restart: Callable[[], None]
         self._on_inherit: Callable[[], None]
         self.ready: Ready
 
     @classmethod
-    def connect(cls, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None = None) -> EngineClient:
-        """Finds the engine of the front ends that share `key`, or starts it; returns when it is ready to serve. Then call `start`.
+    def connect(
+        cls, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None = None
+    ) -> EngineClient:
+        """Finds the engine of the front ends that share `key`, or starts it; returns when it is ready to serve. Then
+        call `start`.
 
         command: how to start the engine, for tests; the folder of the sockets is appended.
 
@@ -66,9 +73,16 @@ class EngineClient:
         client._live.connect(link)
         return client
 
-    def start(self, on_stats: Callable[[Stats], None], on_restart: Callable[[], None] = lambda: None, on_inherit: Callable[[], None] = lambda: None) -> None:
-        """Begins to receive. In the front end that owns the engine, on_stats is called with the engine's numbers a few times a second, and on_restart
-        whenever another engine is started in a dead one's place. on_inherit: this front end owns the engine from now on."""
+    def start(
+        self,
+        on_stats: Callable[[Stats], None],
+        on_restart: Callable[[], None] = lambda: None,
+        on_inherit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begins to receive. In the front end that owns the engine, on_stats is called with the engine's numbers a few
+        times a second, and on_restart whenever another engine is started in a dead one's place. on_inherit: this front
+        end owns the engine from now on.
+        """
         self._on_stats, self._on_restart, self._on_inherit = on_stats, on_restart, on_inherit
         self._thread = threading.Thread(target=self._receive, name="engine-receive", daemon=True)
         self._thread.start()
@@ -91,23 +105,46 @@ class EngineClient:
     def engine_pid(self) -> int:
         return self._supervisor.engine_pid
 
-    def submit(self, prompt: Prompt, cache_salt: str, arrival: float, receive: Receiver, family: int | None = None, *, traced: bool = False) -> int:
-        """Gives a request to the engine; every piece of its answer goes to `receive`, the last one with a `finish`. Returns the request's id.
+    def submit(
+        self,
+        prompt: Prompt,
+        cache_salt: str,
+        arrival: float,
+        receive: Receiver,
+        family: int | None = None,
+        *,
+        traced: bool = False,
+    ) -> int:
+        """Gives a request to the engine; every piece of its answer goes to `receive`, the last one with a `finish`.
+        Returns the request's id.
 
         traced: its first piece says when the engine let it in.
 
         Raises:
-            RequestError: the engine is gone; or it is being restarted, and as many requests wait for it as the queue holds.
+            RequestError: the engine is gone; or it is being restarted, and as many requests wait for it as the queue
+                holds.
         """
         request_id = request_id_of(self.front_end, next(self._numbers))
         sampling = prompt.sampling
-        if sampling.seed is None and not sampling.greedy:  # drawn here, so that another engine can go on with the same random numbers
+        # drawn here, so that another engine can go on with the same random numbers
+        if sampling.seed is None and not sampling.greedy:
             sampling = msgspec.structs.replace(sampling, seed=self._own_seed(request_id))
         allowed = b"" if prompt.allowed is None else prompt.allowed.tobytes()
         token_ids, num_answered = prompt.token_ids, 0
         if prompt.answer_ids is not None:
             token_ids, num_answered = np.concatenate([token_ids, prompt.answer_ids]), len(prompt.answer_ids)
-        submit = Submit(request_id, token_ids.tobytes(), sampling, prompt.bad_words, cache_salt, arrival, family, num_answered, allowed=allowed, traced=traced)
+        submit = Submit(
+            request_id,
+            token_ids.tobytes(),
+            sampling,
+            prompt.bad_words,
+            cache_salt,
+            arrival,
+            family,
+            num_answered,
+            allowed=allowed,
+            traced=traced,
+        )
         self._live.submit(submit, receive)
         return request_id
 
@@ -116,7 +153,9 @@ class EngineClient:
         self._live.abort(request_id)
 
     def close(self) -> None:
-        """Says goodbye; the engine's owner ends the engine and waits for its exit, at most 10 s. No effect the second time."""
+        """Says goodbye; the engine's owner ends the engine and waits for its exit, at most 10 s. No effect the second
+        time.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
@@ -178,7 +217,8 @@ class EngineClient:
                     log.warning("a message that no engine writes is dropped: %s", error)
                     return
                 self._live.hand_out(pieces)
-            case Stats() if self._supervisor.owner:  # another may be told before the owner has said hello; counters must not be added up twice
+            # another may be told before the owner has said hello; counters must not be added up twice
+            case Stats() if self._supervisor.owner:
                 self._on_stats(message)
 
     # ---- when it is gone
@@ -213,6 +253,7 @@ class EngineClient:
         """There is none, and there will be none."""
         self._live.shut()
         self._live.lose()
-        if not self._closing.is_set() and self._supervisor.end(reason) is None:  # else another front end has said so already
+        # else another front end has said so already
+        if not self._closing.is_set() and self._supervisor.end(reason) is None:
             log.error("error: there is no engine any more: %s", reason)
             self.on_loss()

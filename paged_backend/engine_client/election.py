@@ -1,10 +1,13 @@
-"""Which front end owns the engine: those of one model initialise in parallel, in any order, and must end up with one engine and one that looks after it.
+"""Which front end owns the engine: those of one model initialise in parallel, in any order, and must end up with one
+engine and one that looks after it.
 
-A private folder per model holds a state file; whoever holds its lock reads it and takes a seat. The first starts the engine and owns it. When an owner
-dies, the living front end of the lowest number inherits the engine, which goes on. Front ends come in *generations*: a reload starts a new one while the old
-one still drains, and an engine that failed to load leaves nothing behind for the next attempt.
+A private folder per model holds a state file; whoever holds its lock reads it and takes a seat. The first starts the
+engine and owns it. When an owner dies, the living front end of the lowest number inherits the engine, which goes on.
+Front ends come in *generations*: a reload starts a new one while the old one still drains, and an engine that failed to
+load leaves nothing behind for the next attempt.
 
-Each front end keeps what it saw last. If the file is lost, to a cleaner of temporary files or a full disk, the next one that looks writes it again.
+Each front end keeps what it saw last. If the file is lost, to a cleaner of temporary files or a full disk, the next one
+that looks writes it again.
 """
 
 from __future__ import annotations
@@ -76,8 +79,8 @@ class Election:
     def take_seat(self, start_engine: Callable[[Path], int]) -> Seat:
         """Joins the newest generation if it has a seat left, else opens the next and starts its engine.
 
-        start_engine: given a folder of its own, starts the engine there and returns its process number. Called under the lock, so it must
-        not wait for the engine to load.
+        start_engine: given a folder of its own, starts the engine there and returns its process number. Called under
+        the lock, so it must not wait for the engine to load.
 
         Raises:
             EngineError: the folder for the sockets is not ours alone, or the engine cannot be started.
@@ -106,7 +109,8 @@ class Election:
         return Generation(0, engine, {0: _ourselves()})
 
     def restart(self, seat: Seat, start_engine: Callable[[Path], int]) -> Incarnation:
-        """The owner starts the next engine, in a new folder. The dead one's stays, for front ends that look later who was there; the one before that goes.
+        """The owner starts the next engine, in a new folder. The dead one's stays, for front ends that look later who
+        was there; the one before that goes.
 
         Raises:
             EngineError: the engine cannot be started.
@@ -120,7 +124,8 @@ class Election:
             return Incarnation(generation.incarnation, generation.engine)
 
     def look(self, seat: Seat) -> Outlook | None:
-        """How things stand; None if there will be no engine any more. If the owner died, somebody who lives is told as owner.
+        """How things stand; None if there will be no engine any more. If the owner died, somebody who lives is told as
+        owner.
 
         Raises:
             EngineError: the folder cannot be used.
@@ -170,7 +175,11 @@ class Election:
         seen = self._seen
         generation = self._seen = state.generations.setdefault(seat.generation, seen)
         if seen.incarnation > generation.incarnation:  # written again by a front end that knew less
-            generation.incarnation, generation.engine, generation.restarts = seen.incarnation, seen.engine, seen.restarts
+            generation.incarnation, generation.engine, generation.restarts = (
+                seen.incarnation,
+                seen.engine,
+                seen.restarts,
+            )
         generation.members[seat.front_end] = _ourselves()
         state.newest = max(state.newest, seat.generation)
         return generation

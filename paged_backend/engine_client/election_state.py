@@ -1,4 +1,6 @@
-"""What the front ends of a model know in common, in a file that whoever holds its folder's lock may read and replace. Its loss is survived: election.py."""
+"""What the front ends of a model know in common, in a file that whoever holds its folder's lock may read and replace.
+Its loss is survived: election.py.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,14 @@ class Generation(msgspec.Struct):
     arrivals: int = 1
     over: bool = False  # the load failed, the engine died for good or the owner left: nobody may join
     reason: str = ""  # why the load failed
-    restarts: tuple[float, ...] = ()  # time.monotonic() of the newest ones, whoever owned the engine then; one clock for all processes of a machine
+    # time.monotonic() of the newest ones, whoever owned the engine then; one clock for all processes of a machine
+    restarts: tuple[float, ...] = ()
 
     def may_join(self, num_front_ends: int) -> bool:
         owner = self.members.get(self.owner)
-        return not self.over and self.arrivals < num_front_ends and owner is not None and owner.alive and self.engine.alive
+        return (
+            not self.over and self.arrivals < num_front_ends and owner is not None and owner.alive and self.engine.alive
+        )
 
     @property
     def alive(self) -> bool:
@@ -51,14 +56,17 @@ class State(msgspec.Struct):
 
 
 class StateFile:
-    """Owns `state.json` and the lock, which is the folder's own: the file itself is replaced, never written into, so that nobody finds half of it."""
+    """Owns `state.json` and the lock, which is the folder's own: the file itself is replaced, never written into, so
+    that nobody finds half of it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     @contextmanager
     def locked(self) -> Iterator[State]:
-        """The state, written back at the end, and its folder removed when nobody is left in it. A state that is lost or spoilt is an empty one.
+        """The state, written back at the end, and its folder removed when nobody is left in it. A state that is lost or
+        spoilt is an empty one.
 
         Raises:
             EngineError: the folder cannot be used: no space, no descriptors, no rights.

@@ -1,4 +1,6 @@
-"""A front end's sockets to one engine process. When that process dies they are thrown away: nothing it said late can be mistaken for its successor's."""
+"""A front end's sockets to one engine process. When that process dies they are thrown away: nothing it said late can be
+mistaken for its successor's.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class EngineLink:
                 self._outbox.send(encode(message))
 
     def next_message(self, wait_ms: int = POLL_MS) -> FromEngine | None:
-        """None if nothing came for a while, or nothing that an engine says: any process of this user can write into the socket."""
+        """None if nothing came for a while, or nothing that an engine says: any process of this user can write into the
+        socket.
+        """
         if not self._inbox.poll(wait_ms):
             return None
         received = self._inbox.recv()

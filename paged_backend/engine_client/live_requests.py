@@ -1,10 +1,10 @@
 """A front end's requests until their finish, with all that another engine must know to go on with them.
 
-A live request is kept here with the tokens it got, and tokens follow from a request and its seed alone. So whoever survives the engine can ask the next
-one to go on where the last one stopped, and the caller sees a pause.
+A live request is kept here with the tokens it got, and tokens follow from a request and its seed alone. So whoever
+survives the engine can ask the next one to go on where the last one stopped, and the caller sees a pause.
 
-A request that runs in death after death may be their cause. It is submitted as a suspect, which the engine runs beside no other suspect (scheduler/quarantine);
-if engines die of it even so, it ends with an error and nobody else does.
+A request that runs in death after death may be their cause. It is submitted as a suspect, which the engine runs beside
+no other suspect (scheduler/quarantine); if engines die of it even so, it ends with an error and nobody else does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.messages import CLEARED_AFTER_TOKENS, Abort, Finish, Found, PromptReport, Submit, Tokens, TokenScores
 
 _SUSPECT_AFTER = 2  # deaths in a row while a request ran
-_GUILTY_AFTER = 4  # deaths in a row while it ran as the only suspect: engines die of something else, too, and long prompts need a while to be cleared
+# deaths in a row while it ran as the only suspect: engines die of something else, too, and long prompts need a while to
+# be cleared
+_GUILTY_AFTER = 4
 _ENGINE_GONE = "the engine stopped; try again later"
 
 log = logging.getLogger("paged")
@@ -66,7 +68,9 @@ class LiveRequest:
         resumed, self.sent = self.sent, True
         suspect = self.deaths >= _SUSPECT_AFTER
         num_answered = self.submit.num_answered + len(self.token_ids)
-        return msgspec.structs.replace(self.submit, prompt_ids=prompt_ids, num_answered=num_answered, resumed=resumed, suspect=suspect)
+        return msgspec.structs.replace(
+            self.submit, prompt_ids=prompt_ids, num_answered=num_answered, resumed=resumed, suspect=suspect
+        )
 
 
 class LiveRequests:
@@ -98,14 +102,17 @@ class LiveRequests:
         """Every piece of its answer goes to `receive`, the last one with a `finish`.
 
         Raises:
-            RequestError: there will be no engine any more; or there is none at the moment, and as many requests wait for it as the queue holds.
+            RequestError: there will be no engine any more; or there is none at the moment, and as many requests wait
+                for it as the queue holds.
         """
         with self._lock:
             if not self._open:
                 raise RequestError(_ENGINE_GONE, ErrorKind.OVERLOADED)
             if self._link is None and len(self._requests) >= self._max_queue_size:
                 waiting = f"{len(self._requests)} requests wait for the engine, which is being restarted"
-                raise RequestError(f"{waiting}; the limit is {self._max_queue_size} (max_queue_size)", ErrorKind.OVERLOADED)
+                raise RequestError(
+                    f"{waiting}; the limit is {self._max_queue_size} (max_queue_size)", ErrorKind.OVERLOADED
+                )
             self._requests[submit.request_id] = LiveRequest(submit, receive, sent=self._link is not None)
             if self._link is not None:
                 self._link.send(submit)
@@ -197,8 +204,14 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
             piece = pieces[request_id] = Piece()
         piece.token_ids.append(token_id)
         if logprobs:
-            top = {other: (logprob, place) for place, (other, logprob) in enumerate(tokens.top_logprobs.get(entry, {}).items(), 1)}
-            piece.logprobs.append({token_id: (logprobs[entry], ranks[entry])} | {other: reported for other, reported in top.items() if other != token_id})
+            top = {
+                other: (logprob, place)
+                for place, (other, logprob) in enumerate(tokens.top_logprobs.get(entry, {}).items(), 1)
+            }
+            piece.logprobs.append(
+                {token_id: (logprobs[entry], ranks[entry])}
+                | {other: reported for other, reported in top.items() if other != token_id}
+            )
     for request_id, num_cached_tokens in tokens.started.items():
         pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
     for request_id, admitted in tokens.admitted.items():

@@ -1,7 +1,9 @@
-"""Starts engine processes: the first at once, the others from a *standby*, a process that has done already what an engine does before it needs the device.
+"""Starts engine processes: the first at once, the others from a *standby*, a process that has done already what an
+engine does before it needs the device.
 
-Importing torch and transformers takes seconds, most of a small model's restart. So while an engine serves, another process has its options, has imported
-everything, and waits for a word on its stdin. It has no sockets, no weights and no device memory.
+Importing torch and transformers takes seconds, most of a small model's restart. So while an engine serves, another
+process has its options, has imported everything, and waits for a word on its stdin. It has no sockets, no weights and
+no device memory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from paged_backend.engine_client.inherited_engine import InheritedEngine
 from paged_backend.errors import EngineError
 from paged_backend.messages import STANDBY
 
-STANDBY_AFTER_SECONDS = 10.0  # an engine has been ready for so long: what begins, and what dies at once, has the processors to itself
+# an engine has been ready for so long: what begins, and what dies at once, has the processors to itself
+STANDBY_AFTER_SECONDS = 10.0
 _EXIT_SECONDS = 10.0
 
 log = logging.getLogger("paged")
@@ -33,7 +36,8 @@ def engine_command() -> list[str]:
 
 
 def python_command(module: str) -> list[str]:
-    """How a module is run as a process of its own. Within Triton Server's stub, sys.executable need not be an interpreter.
+    """How a module is run as a process of its own. Within Triton Server's stub, sys.executable need not be an
+    interpreter.
 
     Raises:
         EngineError: there is no interpreter.
@@ -41,12 +45,15 @@ def python_command(module: str) -> list[str]:
     python = sys.executable if sys.executable and Path(sys.executable).is_file() else shutil.which("python3")
     if not python:
         raise EngineError("no Python interpreter found to start processes with: put python3 on PATH")
-    safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the server's working directory is no place to import from
+    # the server's working directory is no place to import from
+    safe_path = ["-P"] if sys.version_info >= (3, 11) else []
     return [python, *safe_path, "-m", module]
 
 
 class EngineStarter:
-    """Owns the standby. For one thread at a time, which must live until what it starts has begun to load: a standby dies with the thread that started it."""
+    """Owns the standby. For one thread at a time, which must live until what it starts has begun to load: a standby
+    dies with the thread that started it.
+    """
 
     def __init__(self, config: EngineConfig, command: Sequence[str] | None) -> None:
         """command: how to start the engine, for tests; the folder of its sockets is appended."""
@@ -97,10 +104,13 @@ class EngineStarter:
     def _spawn(self, folder: Path, *flags: str) -> subprocess.Popen[bytes]:
         command = [*(self._command or engine_command()), str(folder), *flags]
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, umask=int(os.environ.get("PAGED_UMASK", "-1"), 8))
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, umask=int(os.environ.get("PAGED_UMASK", "-1"), 8)
+            )
         except OSError as error:
             raise EngineError(f"the engine process cannot be started: {os.strerror(error.errno or 0)}") from None
-        _say(process, self._config.model_dump_json().encode() + b"\n")  # should it be dead already, whoever waits for Ready finds out
+        # should it be dead already, whoever waits for Ready finds out
+        _say(process, self._config.model_dump_json().encode() + b"\n")
         return process
 
 

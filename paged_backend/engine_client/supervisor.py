@@ -1,7 +1,9 @@
-"""Which engine process a front end speaks to: the one it starts, and restarts when it dies, or the one that another front end does that for.
+"""Which engine process a front end speaks to: the one it starts, and restarts when it dies, or the one that another
+front end does that for.
 
-The front ends of a model elect the one that owns the engine (election.py); the others wait for what it starts. The engine outlives its owner as long as any
-front end lives (life_line.py): another one inherits it, and nobody's stream stops.
+The front ends of a model elect the one that owns the engine (election.py); the others wait for what it starts. The
+engine outlives its owner as long as any front end lives (life_line.py): another one inherits it, and nobody's stream
+stops.
 """
 
 from __future__ import annotations
@@ -29,11 +31,22 @@ from paged_backend.engine_client.link import EngineLink
 from paged_backend.engine_client.starter import EngineStarter, wait_for_exit
 from paged_backend.errors import EngineError
 from paged_backend.life_line import create_life_line, hold_life_line, wait_for_ranks
-from paged_backend.messages import ENGINE_SOCKET, QUEUE_FILE, RUNNING_FILE, SUSPECT_FILE, Failed, Goodbye, Ready, Shutdown
+from paged_backend.messages import (
+    ENGINE_SOCKET,
+    QUEUE_FILE,
+    RUNNING_FILE,
+    SUSPECT_FILE,
+    Failed,
+    Goodbye,
+    Ready,
+    Shutdown,
+)
 from paged_backend.process_id import ProcessId
 
 _LINGER_MS = 1000  # for the last goodbye
-_PATIENCE_SECONDS = 1.0  # with the requests of other front ends. Their goodbyes may come only later: Triton Server finalizes instances one after another
+# with the requests of other front ends. Their goodbyes may come only later: Triton Server finalizes instances one after
+# another
+_PATIENCE_SECONDS = 1.0
 _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0
@@ -41,7 +54,8 @@ _BEGIN_SECONDS = 30.0  # until a new engine has opened its socket, which it does
 _OWNER_SECONDS = 0.5  # between looks whether the owner lives
 _FRESHEN_SECONDS = 3600.0  # between touches of the folder's files; cleaners look at days
 _RANKS_SECONDS = 10.0  # they are killed with the engine; a GPU's driver may take a while to let one go
-_LOAD_PATIENCE = 4.0  # times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
+# times the first load: a restart that takes longer hangs, if that is more than engine_hang_seconds
+_LOAD_PATIENCE = 4.0
 
 log = logging.getLogger("paged")
 
@@ -49,7 +63,14 @@ log = logging.getLogger("paged")
 class EngineSupervisor:
     """Owns the process, if this front end started it, and its seat among the others. `closing` ends every wait."""
 
-    def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None, closing: threading.Event) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        key: str,
+        num_front_ends: int,
+        command: Sequence[str] | None,
+        closing: threading.Event,
+    ) -> None:
         """Takes a seat, and starts the engine if it is the first. See EngineClient.connect.
 
         Raises:
@@ -58,12 +79,14 @@ class EngineSupervisor:
         self._config = config
         self._starter = EngineStarter(config, command)
         self._closing = closing
-        self._engine: subprocess.Popen[bytes] | InheritedEngine | None = None  # the engine process, if this front end owns it
+        # the engine process, if this front end owns it
+        self._engine: subprocess.Popen[bytes] | InheritedEngine | None = None
         self._life_line: int | None = None  # the newest engine lives while any front end holds one
         self._election = Election(key, num_front_ends)
         self._seat = self._election.take_seat(self._start)
         self._incarnation = self._seat.first
-        self._owner: ProcessId | None = None  # the front end that owns the engine, if it is another one; known after the first look
+        # the front end that owns the engine, if it is another one; known after the first look
+        self._owner: ProcessId | None = None
         self._next_look = 0.0
         self._next_touch = time.monotonic() + _FRESHEN_SECONDS
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -120,15 +143,17 @@ class EngineSupervisor:
         return self._meet(self._retry_policy)
 
     def _retry_policy(self) -> tuple[float, float]:
-        """Seconds until an engine that replaces another must be ready, and until it must have begun to load. Only who can do something about it loses
-        patience."""
+        """Seconds until an engine that replaces another must be ready, and until it must have begun to load. Only who
+        can do something about it loses patience.
+        """
         hang_seconds = self._config.engine_hang_seconds
         if not self.owner:
             return math.inf, math.inf
         return max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, _BEGIN_SECONDS
 
     def _meet(self, retry_policy: Callable[[], tuple[float, float]]) -> tuple[EngineLink, Ready]:
-        """Says hello and waits as long as the engine's process lives, or patience lasts: a large model takes minutes to load.
+        """Says hello and waits as long as the engine's process lives, or patience lasts: a large model takes minutes to
+        load.
 
         Raises:
             EngineError: why it cannot serve; or this front end is closing.
@@ -147,12 +172,18 @@ class EngineSupervisor:
                 if isinstance(message, Failed):
                     raise EngineError(message.message)
                 if message is None and not self.engine_runs() and (message := link.next_message(0)) is None:
-                    raise EngineError(f"the engine process ended {self.exit_words()} before it was ready; its log lines say why")
+                    raise EngineError(
+                        f"the engine process ended {self.exit_words()} before it was ready; its log lines say why"
+                    )
                 self.inherit()
                 ready_seconds, begin_seconds = retry_policy()
                 if message is None and time.monotonic() > started + ready_seconds:
                     raise EngineError(f"it was not ready after {ready_seconds:.0f} s")
-                if message is None and time.monotonic() > started + begin_seconds and not (self.engine_folder / ENGINE_SOCKET).exists():
+                if (
+                    message is None
+                    and time.monotonic() > started + begin_seconds
+                    and not (self.engine_folder / ENGINE_SOCKET).exists()
+                ):
                     raise EngineError(f"it had not begun to load after {begin_seconds:.0f} s")
             raise EngineError("the model is being unloaded")
         except BaseException:
@@ -179,7 +210,9 @@ class EngineSupervisor:
         self._engine.kill()
         wait_for_exit(self._engine)
         if not wait_for_ranks(self.engine_folder, _RANKS_SECONDS):
-            log.warning("ranks of the engine before did not end within %.0f s: their GPUs may lack memory", _RANKS_SECONDS)
+            log.warning(
+                "ranks of the engine before did not end within %.0f s: their GPUs may lack memory", _RANKS_SECONDS
+            )
         now = time.monotonic()
         if self._num_recent_restarts() >= self._config.max_engine_restarts:
             self._starter.close()
@@ -197,7 +230,11 @@ class EngineSupervisor:
 
     def restart_words(self) -> str:
         """What follows the death of the engine that this front end owns."""
-        count, most, minutes = self._num_recent_restarts(), self._config.max_engine_restarts, _RESTART_WINDOW_SECONDS / 60
+        count, most, minutes = (
+            self._num_recent_restarts(),
+            self._config.max_engine_restarts,
+            _RESTART_WINDOW_SECONDS / 60,
+        )
         if count >= most:
             return f"no restart is left, there were {count} within {minutes:.0f} minutes (max_engine_restarts {most})"
         return f"restart {count + 1} of at most {most} within {minutes:.0f} minutes (max_engine_restarts)"
@@ -224,14 +261,18 @@ class EngineSupervisor:
             self._life_line = None
 
     def stand_by(self) -> None:
-        """Keeps a process ready to take this front end's engine's place. To be called often, by the thread that restarts it."""
+        """Keeps a process ready to take this front end's engine's place. To be called often, by the thread that
+        restarts it.
+        """
         if self._engine is not None:
             self._starter.stand_by(self._seat.folder_after(self._incarnation))
 
     # ---- another owner
 
     def inherit(self) -> bool:
-        """Takes the engine over if its owner has died and nobody has done so yet; True: it was taken over just now. To be called often."""
+        """Takes the engine over if its owner has died and nobody has done so yet; True: it was taken over just now. To
+        be called often.
+        """
         now = time.monotonic()
         if now < self._next_look:
             return False
@@ -276,7 +317,9 @@ class EngineSupervisor:
     def last_running(self) -> tuple[set[int], int | None]:
         """(request ids that ran when the engine died, the suspect among them)."""
         running, suspect = _read(self.engine_folder / RUNNING_FILE), _read(self.engine_folder / SUSPECT_FILE)
-        return set(np.frombuffer(running[: len(running) // 8 * 8], np.int64).tolist()), int(suspect) if suspect.isdigit() else None
+        return set(np.frombuffer(running[: len(running) // 8 * 8], np.int64).tolist()), int(
+            suspect
+        ) if suspect.isdigit() else None
 
     # ---- the end
 
@@ -289,7 +332,9 @@ class EngineSupervisor:
             return None
 
     def close(self, link: EngineLink | None) -> None:
-        """Says goodbye through `link`, if there is an engine at the moment; its owner ends it and waits for its exit, at most 10 s."""
+        """Says goodbye through `link`, if there is an engine at the moment; its owner ends it and waits for its exit,
+        at most 10 s.
+        """
         self._starter.close()
         if self._engine is not None:
             self.end()

@@ -1,4 +1,6 @@
-"""One request on its way: read → submitted → pieces → final response. A request of n answers is n sequences in the engine, strands of one answer here."""
+"""One request on its way: read → submitted → pieces → final response. A request of n answers is n sequences in the
+engine, strands of one answer here.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,22 @@ from paged_backend.frontend.prompt_logprobs import PromptTableParts
 from paged_backend.frontend.spans import Outcome, RequestSpans, Times
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
 from paged_backend.frontend.tasks import answer_task
-from paged_backend.messages import Finish, Found, Prompt, PromptEmbedding, PromptLogprobs, TokenScores, front_end_of, number_of
+from paged_backend.messages import (
+    Finish,
+    Found,
+    Prompt,
+    PromptEmbedding,
+    PromptLogprobs,
+    TokenScores,
+    front_end_of,
+    number_of,
+)
 from paged_backend.request import Request, SamplingParams
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
 _FAREWELL_SECONDS = 0.1  # after a cancellation
-_DEADLINE_GRACE_SECONDS = 0.5  # the engine ends overdue requests; only what it does not know, or cannot hear, is ended here
+# the engine ends overdue requests; only what it does not know, or cannot hear, is ended here
+_DEADLINE_GRACE_SECONDS = 0.5
 _LONGEST_NAME = 64  # characters of a caller's id that are logged
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's strands; odd, so that they differ
 
@@ -102,9 +114,18 @@ class _Strand:
 
 
 class Answer:
-    """Passes through several threads, which its lock orders. Open the channel, then `begin`; `send` and `ended` are the channel's."""
+    """Passes through several threads, which its lock orders. Open the channel, then `begin`; `send` and `ended` are the
+    channel's.
+    """
 
-    def __init__(self, services: Services, request: Request, send: Send, is_cancelled: Callable[[], bool], forget: Callable[[Answer], None]) -> None:
+    def __init__(
+        self,
+        services: Services,
+        request: Request,
+        send: Send,
+        is_cancelled: Callable[[], bool],
+        forget: Callable[[Answer], None],
+    ) -> None:
         """forget: called after the final response."""
         self._services = services
         self._request = request
@@ -113,7 +134,8 @@ class Answer:
         self._forget = forget
         self._lock = threading.Lock()
         self._strands: list[_Strand] = []
-        self._candidates: list[list[Delta]] | None = None  # best_of: what each strand said, until it is known which ones are sent
+        # best_of: what each strand said, until it is known which ones are sent
+        self._candidates: list[list[Delta]] | None = None
         self._over = False
         self._farewell_time: float | None = None  # when a caller who left gets the final response
         self._prompt_len = 0
@@ -167,7 +189,10 @@ class Answer:
         context = prompt.token_ids[-_CONTEXT_TOKENS:].tolist()
         wants_logprobs = sampling.logprobs is not None
         stops = stops_of(sampling)
-        self._strands = [_Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs) for index in range(count)]
+        self._strands = [
+            _Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs)
+            for index in range(count)
+        ]
         if prompt.answer_ids is not None:
             self._strands[0].pass_over(prompt.answer_ids.tolist())
         if request.prepend_prompt and sampling.detokenize:
@@ -183,7 +208,9 @@ class Answer:
             return
         for strand in self._strands:
             mine = replace(prompt, sampling=_sampling_of(sampling, strand.index))
-            strand.request_id = submit(mine, request.cache_salt, request.arrival, partial(self._receive, strand), family)
+            strand.request_id = submit(
+                mine, request.cache_salt, request.arrival, partial(self._receive, strand), family
+            )
 
     # ---- its way out
 
@@ -191,7 +218,11 @@ class Answer:
         """On the engine client's thread."""
         try:
             with self._lock:
-                for mine, part in [(strand, piece)] if piece.found is None else zip(self._strands, _parts(piece, piece.found), strict=True):
+                for mine, part in (
+                    [(strand, piece)]
+                    if piece.found is None
+                    else zip(self._strands, _parts(piece, piece.found), strict=True)
+                ):
                     if not self._over and not mine.over:
                         self._take(mine, part)
         except Exception:
@@ -265,9 +296,10 @@ class Answer:
     # ---- its ends
 
     def poll_cancellation(self) -> None:
-        """On the side thread, every few tens of milliseconds. Pages are given back at once when the caller has left; the final response is sent later:
-        Triton Server 2.51 aborts now and then when it comes while its gRPC thread is still at the cancellation (gRPC's "prior > 0" in sync.cc; once in
-        1,500 cancellations on two loaded cores, never in 30,000 with a tenth of a second between them).
+        """On the side thread, every few tens of milliseconds. Pages are given back at once when the caller has left;
+        the final response is sent later: Triton Server 2.51 aborts now and then when it comes while its gRPC thread is
+        still at the cancellation (gRPC's "prior > 0" in sync.cc; once in 1,500 cancellations on two loaded cores, never
+        in 30,000 with a tenth of a second between them).
         """
         with self._lock:
             if self._farewell_time is not None:
@@ -287,8 +319,12 @@ class Answer:
             return True
 
     def poll_deadline(self, now: float) -> None:
-        """On the side thread. now: seconds, time.monotonic(). Deadlines hold while the prompt waits to be read and while there is no engine, too."""
-        seconds = min(self._request.sampling.request_deadline_seconds or math.inf, self._services.config.request_deadline_seconds)
+        """On the side thread. now: seconds, time.monotonic(). Deadlines hold while the prompt waits to be read and
+        while there is no engine, too.
+        """
+        seconds = min(
+            self._request.sampling.request_deadline_seconds or math.inf, self._services.config.request_deadline_seconds
+        )
         if now > self._request.arrival + seconds + _DEADLINE_GRACE_SECONDS:
             self.fail(RequestError(f"not finished after {seconds:g} s (request_deadline_seconds)", ErrorKind.CANCELLED))
 
@@ -300,8 +336,9 @@ class Answer:
                 self._abort()
 
     def send(self, deltas: tuple[Delta, ...], final: bool) -> None:
-        """On a sender thread. Asking for cancellation during or after the final response crashes Triton Server (2.51: the question follows a
-        pointer to what the final response frees), so the final response waits for a question under way and forbids the next.
+        """On a sender thread. Asking for cancellation during or after the final response crashes Triton Server (2.51:
+        the question follows a pointer to what the final response frees), so the final response waits for a question
+        under way and forbids the next.
         """
         if final:
             with self._lock:
@@ -344,21 +381,34 @@ class Answer:
             tally.observe("paged_request_generation_tokens", num_tokens)
         longest = max((strand.num_tokens for strand in self._strands), default=0)
         if longest > 1:
-            tally.observe("paged_time_per_output_token_seconds", (self._last_token_time - self._first_token_time) / (longest - 1))
+            tally.observe(
+                "paged_time_per_output_token_seconds", (self._last_token_time - self._first_token_time) / (longest - 1)
+            )
         if self._services.spans is not None:
             self._trace(self._services.spans, num_tokens, now)
         if self._services.config.log_requests:
             first = f"first after {self._first_token_time - request.arrival:.3f} s" if num_tokens else "none sent"
             cached = f"({self._strands[0].num_cached_tokens if self._strands else 0} cached)"
             name = request.caller_id[:_LONGEST_NAME] or self._strands_name()
-            log.info("request %s %s: %d tokens in %s, %d out, %s, %.3f s", name, self._outcome, self._prompt_len, cached, num_tokens, first, seconds)
+            log.info(
+                "request %s %s: %d tokens in %s, %d out, %s, %.3f s",
+                name,
+                self._outcome,
+                self._prompt_len,
+                cached,
+                num_tokens,
+                first,
+                seconds,
+            )
 
     def _trace(self, spans: RequestSpans, num_tokens: int, now: float) -> None:
         first, last = (moment or None for moment in (self._first_token_time, self._last_token_time))
         times = Times(self._request.arrival, self._submitted_time, self._admitted_time, first, last, now)
         reasons = [strand.finish_reason for strand in self._strands if strand.finish_reason is not None]
         num_cached_tokens = self._strands[0].num_cached_tokens if self._strands else 0
-        spans.record(self._request, times, Outcome(self._outcome, reasons, self._prompt_len, num_cached_tokens, num_tokens))
+        spans.record(
+            self._request, times, Outcome(self._outcome, reasons, self._prompt_len, num_cached_tokens, num_tokens)
+        )
 
     def _strands_name(self) -> str:
         """For a request without an id of its caller's: where it was, and which it was there."""
@@ -372,12 +422,16 @@ def _parts(piece: Piece, found: Found) -> Iterator[Piece]:
         token_ids: list[int] = np.frombuffer(sequence.token_ids, np.int32).tolist()
         logprobs: list[float] = np.frombuffer(sequence.logprobs, np.float32).tolist()
         finish = Finish(found.request_id, "stop" if sequence.stopped else "length")
-        scores: list[TokenScores] = [{token: (logprob, None)} for token, logprob in zip(token_ids, logprobs, strict=True)]
+        scores: list[TokenScores] = [
+            {token: (logprob, None)} for token, logprob in zip(token_ids, logprobs, strict=True)
+        ]
         yield replace(piece, token_ids=token_ids, logprobs=scores, finish=finish)
 
 
 def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:
-    """A strand's own: the first has the caller's seed, the others one that follows from it. The prompt is the same: the first tells of it."""
+    """A strand's own: the first has the caller's seed, the others one that follows from it. The prompt is the same: the
+    first tells of it.
+    """
     if index == 0:
         return sampling
     seed = None if sampling.seed is None else (sampling.seed + index * _SEED_STEP) % 2**64

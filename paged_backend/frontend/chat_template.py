@@ -1,7 +1,9 @@
-"""Chat messages to a prompt's text, by the model's own template, which runs in a process of its own (template_renderer.py).
+"""Chat messages to a prompt's text, by the model's own template, which runs in a process of its own
+(template_renderer.py).
 
 The engine exports the checkpoint's template beside tokenizer.json (models/tokenizer.py); front ends read that file.
-Special tokens are the template's to write. Where a caller's own words spell one, they stay words: nobody ends a turn or speaks as the system from within one.
+Special tokens are the template's to write. Where a caller's own words spell one, they stay words: nobody ends a turn or
+speaks as the system from within one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from paged_backend.messages import ExportedTemplate
 from paged_backend.request import Chat
 
 _OWN_VARIABLES = frozenset(
-    ["self", "conversations", "messages", "tools", "chat_template", "return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"]
+    [
+        "self",
+        "conversations",
+        "messages",
+        "tools",
+        "chat_template",
+        "return_assistant_tokens_mask",
+        "continue_final_message",
+        "add_generation_prompt",
+    ]
 )  # of the template's caller, or of render_jinja_template's
 _MARKED_SHARE = 33  # a mark before and behind a special word, the shortest of which have two characters
 _TOOLS_TEMPLATE = "tool_use"
@@ -30,7 +41,9 @@ Render = Callable[[Rendering], Rendered]
 class ChatTemplate:
     """A checkpoint's chat template. Thread-safe."""
 
-    def __init__(self, exported: ExportedTemplate, special_words: Sequence[str], render: Render, max_bytes: int) -> None:
+    def __init__(
+        self, exported: ExportedTemplate, special_words: Sequence[str], render: Render, max_bytes: int
+    ) -> None:
         """special_words: how the tokenizer's special tokens are spelled. max_bytes: of a prompt."""
         self.exported = exported
         self._render = render
@@ -39,10 +52,12 @@ class ChatTemplate:
         self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def render(self, chat: Chat) -> list[str]:
-        """The prompt's text, special tokens included, in parts: the second, fourth, … are words of the caller's that only look like special tokens.
+        """The prompt's text, special tokens included, in parts: the second, fourth, … are words of the caller's that
+        only look like special tokens.
 
         Raises:
-            RequestError: the messages are not what they should be, or the template refuses them; in the template's own words.
+            RequestError: the messages are not what they should be, or the template refuses them; in the template's own
+                words.
         """
         messages = _read_list("messages", chat.messages)
         if not messages:
@@ -52,7 +67,8 @@ class ChatTemplate:
             if not isinstance(message.get("role"), str):
                 raise RequestError(f"messages: entry {position} has no role")
             _read_arguments(message)
-        marks = secrets.token_hex(16), secrets.token_hex(16)  # before and behind such words on their way through the template; nobody can have guessed them
+        # before and behind such words on their way through the template; nobody can have guessed them
+        marks = secrets.token_hex(16), secrets.token_hex(16)
         try:
             rendering = Rendering(
                 template=self._template(with_tools=bool(tools)),
@@ -64,8 +80,11 @@ class ChatTemplate:
                 max_bytes=self._max_bytes + len(chat.messages) * _MARKED_SHARE,
             )
             rendered = self._render(rendering)
-            if rendered.error and any(message.get("content", "") is None for message in messages):  # "" for templates that cannot do without
-                given = self._marked([_without_null({**message, "content": message.get("content") or ""}) for message in messages], marks)
+            # "" for templates that cannot do without
+            if rendered.error and any(message.get("content", "") is None for message in messages):
+                given = self._marked(
+                    [_without_null({**message, "content": message.get("content") or ""}) for message in messages], marks
+                )
                 again = self._render(msgspec.structs.replace(rendering, messages=given))
                 rendered = rendered if again.error else again
         except RecursionError:
@@ -81,7 +100,9 @@ class ChatTemplate:
         return {name: self._marked(value, marks) for name, value in given.items()}
 
     def _parted(self, text: str, opening: str, closing: str) -> list[str]:
-        """Text at its marked words. A template that cuts text at such a word leaves halves of marks, which mark nothing any more."""
+        """Text at its marked words. A template that cuts text at such a word leaves halves of marks, which mark nothing
+        any more.
+        """
         if self._special is None:
             return [text]
         parts = re.split(f"{opening}({self._special.pattern}){closing}", text)
@@ -113,7 +134,9 @@ def _without_null(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_arguments(message: Mapping[str, Any]) -> None:
-    """Makes the arguments of tool calls objects, as templates expect them and vLLM hands them over; OpenAI's are strings, and empty or null for none."""
+    """Makes the arguments of tool calls objects, as templates expect them and vLLM hands them over; OpenAI's are
+    strings, and empty or null for none.
+    """
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function", call) if isinstance(call, dict) else None

@@ -21,14 +21,17 @@ class Embedding:
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of answer, ready to send: of one of the request's sequences. A sequence's last has `finish_reason`; an `error` ends the request."""
+    """A piece of answer, ready to send: of one of the request's sequences. A sequence's last has `finish_reason`; an
+    `error` ends the request.
+    """
 
     index: int = 0  # which sequence
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenScores, ...] = ()  # per token, the chosen one first
     cumulative_logprob: float = 0.0  # of the sequence so far
-    prompt: PromptTable | Embedding | None = None  # once in a request, if it asked for prompt_logprobs or for an embedding
+    # once in a request, if it asked for prompt_logprobs or for an embedding
+    prompt: PromptTable | Embedding | None = None
     num_input_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: str | None = None  # "stop" | "length"

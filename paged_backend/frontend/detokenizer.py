@@ -15,15 +15,19 @@ from paged_backend.request import SamplingParams
 _REPLACEMENT = "\ufffd"  # how the tokenizer shows bytes that are not, or not yet, a character
 _CONTEXT_TOKENS = 8  # tokens before the answer that decide whether it begins with a space
 _MAX_RECENT = 64
-_MAX_PENDING = 12  # tokens without text after which it is not a split character (4 bytes at most) but a run of invalid bytes
-_UNSETTLED_CHARS = 3  # bytes of a 4-byte character's beginning, each of which some decoders show as one replacement character
+# tokens without text after which it is not a split character (4 bytes at most) but a run of invalid bytes
+_MAX_PENDING = 12
+# bytes of a 4-byte character's beginning, each of which some decoders show as one replacement character
+_UNSETTLED_CHARS = 3
 
 
 class Detokenizer:
-    """One sequence's text: the strings returned by `step` and `flush` add up to what `Tokenizer.decode` makes of all its tokens.
+    """One sequence's text: the strings returned by `step` and `flush` add up to what `Tokenizer.decode` makes of all
+    its tokens.
 
-    `DecodeStream` carries the common case. It holds back a run of invalid bytes for ever, at quadratic cost, and raises when a later byte
-    invalidates a character it has sent; then we decode a short window ourselves, until the text is whole again.
+    `DecodeStream` carries the common case. It holds back a run of invalid bytes for ever, at quadratic cost, and raises
+    when a later byte invalidates a character it has sent; then we decode a short window ourselves, until the text is
+    whole again.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
@@ -89,7 +93,9 @@ class Detokenizer:
             self._recent, self._num_sent_chars = recent, num_sent_chars
 
     def _context(self, token_ids: Sequence[int]) -> list[int]:
-        """The shortest useful end of `token_ids` that has text and ends in a whole character; all of them if there is no text in them."""
+        """The shortest useful end of `token_ids` that has text and ends in a whole character; all of them if there is
+        no text in them.
+        """
         num_tokens = _CONTEXT_TOKENS
         while True:
             ids = list(token_ids[-num_tokens:])
@@ -104,9 +110,11 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Looks for strings in a text that arrives in pieces (Aho and Corasick, 1975): constant work a character, however many strings.
+    """Looks for strings in a text that arrives in pieces (Aho and Corasick, 1975): constant work a character, however
+    many strings.
 
-    The match that ends first wins; of those that end together, the longest. Text that may be a match's beginning is held back.
+    The match that ends first wins; of those that end together, the longest. Text that may be a match's beginning is
+    held back.
     """
 
     def __init__(self, strings: Sequence[str], include: bool) -> None:
@@ -186,19 +194,32 @@ def stops_of(sampling: SamplingParams) -> StopStrings | None:
 
 
 class AnswerText:
-    """From an answer's tokens to its text, as its sampling parameters want it. Without a tokenizer, or with detokenize=false, there is none."""
+    """From an answer's tokens to its text, as its sampling parameters want it. Without a tokenizer, or with
+    detokenize=false, there is none.
+    """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], sampling: SamplingParams, stops: StopStrings | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        stops: StopStrings | None = None,
+    ) -> None:
         """stops: `stops_of(sampling)`, the same for all sequences of a request; None: of its own."""
         self._sampling = sampling
         self._tokenizer = tokenizer
-        self._detokenizer = None if tokenizer is None or not sampling.detokenize else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
-        self._stops = copy(stops or stops_of(sampling))  # the tree is shared, and grows no more; how far a text has come in it is not
+        self._detokenizer = (
+            None
+            if tokenizer is None or not sampling.detokenize
+            else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
+        )
+        # the tree is shared, and grows no more; how far a text has come in it is not
+        self._stops = copy(stops or stops_of(sampling))
         self._num_tokens = 0
 
     def add(self, token_ids: Sequence[int], finish_reason: str | None) -> Passage:
-        """finish_reason: set if these tokens are the engine's last: "stop" (the last token is a stop token, whose text is not the answer's
-        unless include_stop_str_in_output says so), "length", or "" if the engine failed.
+        """finish_reason: set if these tokens are the engine's last: "stop" (the last token is a stop token, whose text
+        is not the answer's unless include_stop_str_in_output says so), "length", or "" if the engine failed.
         """
         if self._detokenizer is None:
             return Passage("", len(token_ids), False)
@@ -220,10 +241,14 @@ class AnswerText:
     def _stop_text(self, token_id: int) -> str:
         """A stop string that is a special token, to be included in a text that skips those."""
         sampling = self._sampling
-        if self._tokenizer is None or not (sampling.stop and sampling.include_stop_str_in_output and sampling.skip_special_tokens):
+        if self._tokenizer is None or not (
+            sampling.stop and sampling.include_stop_str_in_output and sampling.skip_special_tokens
+        ):
             return ""
         token = self._tokenizer.id_to_token(token_id)
-        return token if token in sampling.stop and not self._tokenizer.decode([token_id], skip_special_tokens=True) else ""
+        return (
+            token if token in sampling.stop and not self._tokenizer.decode([token_id], skip_special_tokens=True) else ""
+        )
 
     def _push(self, text: str, texts: list[str]) -> bool:
         """Appends what is safe to send of `text`; True if a stop string ends the answer."""

@@ -15,7 +15,15 @@ from paged_backend.messages import PromptEmbedding, Ready
 from paged_backend.request import Request, SamplingParams, parse_sampling
 
 KEYS = ("pooling", "dimensions", "normalize")  # mean something to an embedding alone
-_OPTIONS = (*KEYS, "truncate_prompt_tokens", "add_special_tokens", "priority_level", "request_deadline_seconds", "skip_prefix_cache", "lora_name")
+_OPTIONS = (
+    *KEYS,
+    "truncate_prompt_tokens",
+    "add_special_tokens",
+    "priority_level",
+    "request_deadline_seconds",
+    "skip_prefix_cache",
+    "lora_name",
+)
 
 
 def check_no_embedding_keys(options: Mapping[str, Any]) -> None:
@@ -48,18 +56,25 @@ def settled(sampling: SamplingParams, ready: Ready) -> SamplingParams:
         RequestError: more dimensions are asked for than there are.
     """
     if sampling.dimensions is not None and sampling.dimensions > ready.embedding_size:
-        raise RequestError(f"dimensions: {sampling.dimensions} is more than this model's embeddings have ({ready.embedding_size})")
+        raise RequestError(
+            f"dimensions: {sampling.dimensions} is more than this model's embeddings have ({ready.embedding_size})"
+        )
     return sampling if sampling.pooling is not None else msgspec.structs.replace(sampling, pooling=ready.pooling)
 
 
 def vllm_request(members: Mapping[str, Any]) -> tuple[str | list[int], dict[str, Any]]:
-    """(prompt, options) of the input `embedding_request` of NVIDIA's vLLM backend: {"input": TEXT or TOKEN IDS, "pooling_params": {"dimensions": [N]}}.
+    """(prompt, options) of the input `embedding_request` of NVIDIA's vLLM backend: {"input": TEXT or TOKEN IDS,
+    "pooling_params": {"dimensions": [N]}}.
 
     Raises:
         RequestError: names the member that is wrong.
     """
     prompt, pooling = members.get("input"), members.get("pooling_params") or {}
-    is_ids = isinstance(prompt, list) and bool(prompt) and all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in prompt)
+    is_ids = (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in prompt)
+    )
     if not isinstance(prompt, (str, list)) or not (is_ids or isinstance(prompt, str)):
         raise RequestError("embedding_request: input: expected a text or a list of token ids")
     if not isinstance(pooling, dict):

@@ -1,6 +1,8 @@
-"""What becomes of a model that will have no engine any more. It refuses every request, and must not look ready meanwhile.
+"""What becomes of a model that will have no engine any more. It refuses every request, and must not look ready
+meanwhile.
 
-Triton Server asks a model's `is_ready` from 26.03 on only. Older servers can be told through their model control API to unload the model, or to end.
+Triton Server asks a model's `is_ready` from 26.03 on only. Older servers can be told through their model control API to
+unload the model, or to end.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ log = logging.getLogger("paged")
 
 
 def leave_server(action: Literal["unload", "exit", "stay"], server: ServerArguments, pid: int, model: str) -> None:
-    """Does what the option `on_engine_loss` says, once. Returns before it is done: the unloading waits for every request to have its final response.
+    """Does what the option `on_engine_loss` says, once. Returns before it is done: the unloading waits for every
+    request to have its final response.
 
     server, pid: Triton Server's command line and process.
     """
     if action == "unload":
         refusal = _unload(server, model)
         if refusal is None:
-            log.error("error: the model is unloaded, for there is no engine any more; it is ready again once it was loaded through the model control API")
+            log.error(
+                "error: the model is unloaded, for there is no engine any more; it is ready again once it was loaded through the model control API"
+            )
         else:
             log.error("error: the server does not unload the model (%s): %s", refusal, _SAY_UNLOAD)
     elif action == "exit":
@@ -44,7 +49,12 @@ def _unload(server: ServerArguments, model: str) -> str | None:
         return "it has no HTTP port"
     connection = http.client.HTTPConnection(*server.http, timeout=_ANSWER_SECONDS)
     try:
-        connection.request("POST", f"/v2/repository/models/{model}/unload", b"{}", {"Content-Type": "application/json", **server.control_headers})
+        connection.request(
+            "POST",
+            f"/v2/repository/models/{model}/unload",
+            b"{}",
+            {"Content-Type": "application/json", **server.control_headers},
+        )
         answer = connection.getresponse()
         body = answer.read()
     except (OSError, http.client.HTTPException) as error:

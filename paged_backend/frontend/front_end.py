@@ -1,4 +1,6 @@
-"""A front end: takes requests, gives each an `Answer` that joins prompt, engine, detokenizer and streamer, and watches over them. Knows no server."""
+"""A front end: takes requests, gives each an `Answer` that joins prompt, engine, detokenizer and streamer, and watches
+over them. Knows no server.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class FrontEnd:
     ) -> None:
         """Returns when the engine is ready. See EngineClient.connect. model_name: as clients call it.
 
-        on_loss: called in one front end of all, on the thread that hears the engine, when there will be no engine any more; must return at once.
+        on_loss: called in one front end of all, on the thread that hears the engine, when there will be no engine any
+            more; must return at once.
 
         Raises:
             EngineError: the engine cannot start.
@@ -81,7 +84,8 @@ class FrontEnd:
     def ask(self, request: Request, send: Send, is_cancelled: Callable[[], bool]) -> None:
         """Answers `request` by calls of `send` from other threads: deltas, the last ones final, whatever happens.
 
-        is_cancelled: asked every few tens of milliseconds, never during or after the final call of `send`; True ends the request.
+        is_cancelled: asked every few tens of milliseconds, never during or after the final call of `send`; True ends
+            the request.
         """
         services = Services(self.config, self.client, self.prompts, self.tally, self.streamer, self._spans)
         answer = Answer(services, request, send, is_cancelled, self.forget)
@@ -93,23 +97,30 @@ class FrontEnd:
             answer.fail(refusal)
 
     def _refusal(self) -> RequestError | None:
-        """Before any work is done: the engine, which refuses for certain, hears of a request only after its prompt was read, and between two steps. Those whose
-        prompts are to be read wait, too."""
+        """Before any work is done: the engine, which refuses for certain, hears of a request only after its prompt was
+        read, and between two steps. Those whose prompts are to be read wait, too.
+        """
         if not self._open:
             return RequestError("the model is being unloaded", ErrorKind.OVERLOADED)
         waiting, limit = self.client.num_waiting + self.prompts.num_waiting, self.config.max_queue_size
         if waiting >= limit:
-            return RequestError(f"{waiting} requests are waiting, the limit is {limit} (max_queue_size)", ErrorKind.OVERLOADED)
+            return RequestError(
+                f"{waiting} requests are waiting, the limit is {limit} (max_queue_size)", ErrorKind.OVERLOADED
+            )
         return None
 
     def refuse(self, error: RequestError, send: Send) -> None:
         """Answers a request that could not even be read."""
         reason = reason_of(error.kind)
-        channel = self.streamer.open(send, lambda _: self.tally.add("paged_requests_finished_total", label=reason), stream=False)
+        channel = self.streamer.open(
+            send, lambda _: self.tally.add("paged_requests_finished_total", label=reason), stream=False
+        )
         self.streamer.put(channel, Delta(error=error, last=True))
 
     def tell_health(self, send: Send) -> None:
-        """Answers at once: with an empty text if requests are taken, with an error if the model has no engine and will have none, or is being unloaded."""
+        """Answers at once: with an empty text if requests are taken, with an error if the model has no engine and will
+        have none, or is being unloaded.
+        """
         channel = self.streamer.open(send, lambda _: None, stream=False)
         if self.alive:
             self.streamer.put(channel, Delta(finish_reason="stop", last=True))

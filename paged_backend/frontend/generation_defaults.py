@@ -13,7 +13,9 @@ KEY = "generation_defaults"  # a request's own say, beside its sampling keys
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """`values` by sampling key, of the checkpoint's generation_config.json; `on`: also for requests that do not ask for them."""
+    """`values` by sampling key, of the checkpoint's generation_config.json; `on`: also for requests that do not ask for
+    them.
+    """
 
     values: Mapping[str, float] = field(default_factory=dict)
     on: bool = False

@@ -1,7 +1,8 @@
 """What operators see on `/metrics`: names and meanings, once; and the numbers on their way there.
 
-Publishing a value is a round trip to the server, so numbers gather here and `triton_io` publishes them a few times a second.
-Every family carries the labels `model` and `version`; front ends publish to the same series, where counters and histograms add up.
+Publishing a value is a round trip to the server, so numbers gather here and `triton_io` publishes them a few times a
+second. Every family carries the labels `model` and `version`; front ends publish to the same series, where counters and
+histograms add up.
 """
 
 from __future__ import annotations
@@ -40,15 +41,31 @@ _LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 _LENGTHS = tuple(2.0**power for power in range(18))  # tokens: 1 to 131,072
 
 FAMILIES = (
-    Family("paged_pages", Kind.GAUGE, "Pages of the pool by state; cached pages are unheld, and free when needed.", "state", ("free", "held", "cached")),
+    Family(
+        "paged_pages",
+        Kind.GAUGE,
+        "Pages of the pool by state; cached pages are unheld, and free when needed.",
+        "state",
+        ("free", "held", "cached"),
+    ),
     Family("paged_pool_pages", Kind.GAUGE, "Pages in the pool."),
-    Family("paged_pages_total", Kind.GAUGE, "The same as paged_pool_pages by its first name, which is one for counters; kept for old dashboards."),
+    Family(
+        "paged_pages_total",
+        Kind.GAUGE,
+        "The same as paged_pool_pages by its first name, which is one for counters; kept for old dashboards.",
+    ),
     Family("paged_page_size", Kind.GAUGE, "Tokens a page."),
     Family("paged_max_loras", Kind.GAUGE, "Adapters that the device has room for; 0: none are served."),
     Family("paged_utilisation", Kind.GAUGE, "Live tokens per slot of the held pages; 0 when none is held."),
     Family("paged_requests", Kind.GAUGE, "Requests in the engine by state.", "state", ("running", "waiting")),
-    Family("paged_preemptions_total", Kind.COUNTER, "Sequences that lost their pages to others and were recomputed later."),
-    Family("paged_engine_restarts_total", Kind.COUNTER, "Engine processes started in the place of one that died; live requests went on."),
+    Family(
+        "paged_preemptions_total", Kind.COUNTER, "Sequences that lost their pages to others and were recomputed later."
+    ),
+    Family(
+        "paged_engine_restarts_total",
+        Kind.COUNTER,
+        "Engine processes started in the place of one that died; live requests went on.",
+    ),
     Family("paged_prefix_cache_queries_total", Kind.COUNTER, "Prompt tokens looked up in the prefix cache."),
     Family("paged_prefix_cache_hits_total", Kind.COUNTER, "Prompt tokens found in the prefix cache."),
     Family("paged_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of requests that got a first token."),
@@ -60,12 +77,42 @@ FAMILIES = (
         "reason",
         ("stop", "length", *(kind.value for kind in ErrorKind)),
     ),
-    Family("paged_time_to_first_token_seconds", Kind.HISTOGRAM, "From a request's arrival to its first token.", buckets=_LONG_SECONDS),
-    Family("paged_time_per_output_token_seconds", Kind.HISTOGRAM, "Mean time between a request's tokens after the first.", buckets=_SHORT_SECONDS),
-    Family("paged_request_seconds", Kind.HISTOGRAM, "From a request's arrival to its final response.", buckets=_LONG_SECONDS),
-    Family("paged_queue_seconds", Kind.HISTOGRAM, "From a request's arrival to its admission by the scheduler.", buckets=(0.001, 0.005, *_LONG_SECONDS)),
-    Family("paged_request_prompt_tokens", Kind.HISTOGRAM, "Prompt tokens of a request that got a first token.", buckets=_LENGTHS),
-    Family("paged_request_generation_tokens", Kind.HISTOGRAM, "Tokens generated for a request, all its sequences together.", buckets=_LENGTHS),
+    Family(
+        "paged_time_to_first_token_seconds",
+        Kind.HISTOGRAM,
+        "From a request's arrival to its first token.",
+        buckets=_LONG_SECONDS,
+    ),
+    Family(
+        "paged_time_per_output_token_seconds",
+        Kind.HISTOGRAM,
+        "Mean time between a request's tokens after the first.",
+        buckets=_SHORT_SECONDS,
+    ),
+    Family(
+        "paged_request_seconds",
+        Kind.HISTOGRAM,
+        "From a request's arrival to its final response.",
+        buckets=_LONG_SECONDS,
+    ),
+    Family(
+        "paged_queue_seconds",
+        Kind.HISTOGRAM,
+        "From a request's arrival to its admission by the scheduler.",
+        buckets=(0.001, 0.005, *_LONG_SECONDS),
+    ),
+    Family(
+        "paged_request_prompt_tokens",
+        Kind.HISTOGRAM,
+        "Prompt tokens of a request that got a first token.",
+        buckets=_LENGTHS,
+    ),
+    Family(
+        "paged_request_generation_tokens",
+        Kind.HISTOGRAM,
+        "Tokens generated for a request, all its sequences together.",
+        buckets=_LENGTHS,
+    ),
     # The names of NVIDIA's TensorRT-LLM backend: load balancers and Triton Server's own ORCA response header read them.
     Family(
         "nv_trt_llm_kv_cache_block_metrics",
@@ -149,7 +196,9 @@ class Tally:
             self._observations[name, ""].append(value)
 
     def take_stats(self, stats: Stats) -> None:
-        """The engine's numbers: it counts from its own start, so the difference to the last time is what counts here."""
+        """The engine's numbers: it counts from its own start, so the difference to the last time is what counts
+        here.
+        """
         last, self._last_stats = self._last_stats, stats
         if self._inherits:
             last, self._inherits = stats, False

@@ -1,4 +1,6 @@
-"""What Triton Server's own part of config.pbtxt says, as far as it matters here: tensors, and whether a request may have several responses."""
+"""What Triton Server's own part of config.pbtxt says, as far as it matters here: tensors, and whether a request may
+have several responses.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ _OUTPUT = "text_output"
 def check_tensors(model_config: Mapping[str, Any]) -> None:
     """
     Raises:
-        EngineError: every request would be refused for want of tensors. A config that is given with a load is all there is: config.pbtxt is not read then.
+        EngineError: every request would be refused for want of tensors. A config that is given with a load is all there
+            is: config.pbtxt is not read then.
     """
     inputs = {tensor["name"] for tensor in model_config.get("input", ())}
     outputs = {tensor["name"] for tensor in model_config.get("output", ())}

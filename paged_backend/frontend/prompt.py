@@ -25,7 +25,8 @@ from paged_backend.grammar.token_bytes import TokenBytes
 from paged_backend.messages import ExportedTemplate, Prompt, Ready
 from paged_backend.request import MAX_BAD_WORD_TOKENS, Chat, Request, SamplingParams
 
-_NUM_THREADS = 2  # the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
+# the Rust tokenizer lets go of the interpreter while it works; more threads only take processors from the engine
+_NUM_THREADS = 2
 
 
 class PromptReader:
@@ -52,16 +53,21 @@ class PromptReader:
             path = Path(ready.tokenizer_path).with_name("chat_template.json")
             if path.exists():  # else the checkpoint has none
                 exported = msgspec.json.decode(path.read_bytes(), type=ExportedTemplate)
-                self.chat_template = ChatTemplate(exported, list(self.special_ids), render or self._renderer.render, config.max_prompt_bytes)
+                self.chat_template = ChatTemplate(
+                    exported, list(self.special_ids), render or self._renderer.render, config.max_prompt_bytes
+                )
         self._lock = threading.Lock()
         self._num_waiting = 0  # tasks that no thread has begun
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prompt")
-        self._chat_threads = ThreadPoolExecutor(_NUM_THREADS, "chat")  # of their own: no text waits for a template that takes long
+        # of their own: no text waits for a template that takes long
+        self._chat_threads = ThreadPoolExecutor(_NUM_THREADS, "chat")
         if self.chat_template is not None and render is None:
             self._chat_threads.submit(self._renderer.warm)
 
     def later(self, task: Callable[[], None], is_chat: bool = False) -> None:
-        """Runs `task`, which calls `read`, on one of the reader's threads. Tasks of a kind start in the order they came."""
+        """Runs `task`, which calls `read`, on one of the reader's threads. Tasks of a kind start in the order they
+        came.
+        """
         with self._lock:
             self._num_waiting += 1
         (self._chat_threads if is_chat else self._threads).submit(self._begin, task)
@@ -77,7 +83,9 @@ class PromptReader:
         return self._num_waiting
 
     def close(self) -> None:
-        """Forgets the tasks that have not started and waits for those that have; a conversation that is being rendered fails."""
+        """Forgets the tasks that have not started and waits for those that have; a conversation that is being rendered
+        fails.
+        """
         self._chat_threads.shutdown(wait=False, cancel_futures=True)
         self._renderer.close()
         for threads in (self._threads, self._chat_threads):
@@ -90,30 +98,46 @@ class PromptReader:
         """
         sampling = settled(request.sampling, self.ready) if request.task == "embed" else request.sampling
         if request.task == "generate" and not self.ready.makes_text:
-            raise RequestError("this model's checkpoint has no head: it makes embeddings (task embed), no text", ErrorKind.UNSUPPORTED)
+            raise RequestError(
+                "this model's checkpoint has no head: it makes embeddings (task embed), no text", ErrorKind.UNSUPPORTED
+            )
         max_tokens = self._config.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
         if sampling.max_tokens is not None and max_tokens > self.ready.max_model_len:
-            raise RequestError(f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self.ready.max_model_len})")
+            raise RequestError(
+                f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self.ready.max_model_len})"
+            )
         if self.tokenizer is None and sampling.stop:
             raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
         if self.tokenizer is None and sampling.grammar is not None:
-            raise RequestError(f"{sampling.grammar.key}: this model has no tokenizer, and without one an answer has no form")
+            raise RequestError(
+                f"{sampling.grammar.key}: this model has no tokenizer, and without one an answer has no form"
+            )
         token_ids = self.token_ids(request)
         if sampling.truncate_prompt_tokens is not None:
             longest = self.ready.max_model_len - 1
-            token_ids = token_ids[-(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :]
+            token_ids = token_ids[
+                -(longest if sampling.truncate_prompt_tokens == -1 else sampling.truncate_prompt_tokens) :
+            ]
         self._check_length(len(token_ids))
         max_tokens = min(max_tokens, self.ready.max_model_len - len(token_ids))
         answer_ids = None if request.answer_ids is None else self._checked_ids("answer_ids", request.answer_ids)
         if answer_ids is not None and len(answer_ids) >= max_tokens:
-            raise RequestError(f"answer_ids: {len(answer_ids)} tokens are all that the answer may have: max_tokens is {max_tokens}")
+            raise RequestError(
+                f"answer_ids: {len(answer_ids)} tokens are all that the answer may have: max_tokens is {max_tokens}"
+            )
         self._check_known("logit_bias", sampling.logit_bias)
         self._check_known("stop_token_ids", sampling.stop_token_ids)
         for name in ("end_thinking_token_id", "start_thinking_token_id"):
             self._check_known(name, [getattr(sampling, name) or 0])
         allowed = self._allowed(sampling.allowed_token_ids)
         min_tokens, stop_token_ids = min(sampling.min_tokens, max_tokens), self._stop_token_ids(sampling)
-        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, allowed_token_ids=None)
+        sampling = msgspec.structs.replace(
+            sampling,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop_token_ids=stop_token_ids,
+            allowed_token_ids=None,
+        )
         return Prompt(token_ids, sampling, self._bad_words(sampling.bad_words), allowed, answer_ids)
 
     def text_of(self, request: Request) -> str:
@@ -123,7 +147,11 @@ class PromptReader:
         if request.chat is not None:
             return "".join(self._chat_parts(request.chat))
         assert request.input_ids is not None
-        return "" if self.tokenizer is None else self.tokenizer.decode(request.input_ids.tolist(), skip_special_tokens=True)
+        return (
+            ""
+            if self.tokenizer is None
+            else self.tokenizer.decode(request.input_ids.tolist(), skip_special_tokens=True)
+        )
 
     def token_ids(self, request: Request) -> NDArray[np.int32]:
         """The prompt, however long.
@@ -148,7 +176,12 @@ class PromptReader:
                 self._words_tokenizer = WordsTokenizer(load_tokenizer(Path(self.ready.tokenizer_path)))
         words = self._words_tokenizer
         self._check_bytes("messages", "".join(parts))
-        return self._own_ids("messages", words.real_ids(np.array(_encode(words.tokenizer, words.text(parts), add_special_tokens), np.int32)).tolist())
+        return self._own_ids(
+            "messages",
+            words.real_ids(
+                np.array(_encode(words.tokenizer, words.text(parts), add_special_tokens), np.int32)
+            ).tolist(),
+        )
 
     def _chat_parts(self, chat: Chat) -> list[str]:
         if chat.tools is None:
@@ -171,7 +204,8 @@ class PromptReader:
         return token_ids
 
     def _own_ids(self, name: str, token_ids: list[int]) -> NDArray[np.int32]:
-        """Ids that the tokenizer made, as an array. It may know tokens that were added to it and never to the model's embedding.
+        """Ids that the tokenizer made, as an array. It may know tokens that were added to it and never to the model's
+        embedding.
 
         Raises:
             RequestError: names the first such token.
@@ -180,8 +214,11 @@ class PromptReader:
             assert self.tokenizer is not None
             unknown = next(token_id for token_id in token_ids if token_id >= self.ready.vocab_size)
             added = self.tokenizer.get_added_tokens_decoder().get(unknown)
-            token = self.tokenizer.id_to_token(unknown) if added is None else added.content  # as it was written, not as the normalizer has it
-            raise RequestError(f"{name}: the text has the token '{token}' (id {unknown}), which this model has no embedding of; {self._known_ids()}")
+            # as it was written, not as the normalizer has it
+            token = self.tokenizer.id_to_token(unknown) if added is None else added.content
+            raise RequestError(
+                f"{name}: the text has the token '{token}' (id {unknown}), which this model has no embedding of; {self._known_ids()}"
+            )
         return np.array(token_ids, np.int32)
 
     def _known_ids(self) -> str:
@@ -191,13 +228,19 @@ class PromptReader:
         """The tokens that the tokenizer knows and the model has no embedding of, by their ids' order."""
         if self.tokenizer is None:
             return {}
-        found = [(token_id, token) for token, token_id in self.tokenizer.get_vocab().items() if token_id >= self.ready.vocab_size]
+        found = [
+            (token_id, token)
+            for token, token_id in self.tokenizer.get_vocab().items()
+            if token_id >= self.ready.vocab_size
+        ]
         return {token: token_id for token_id, token in sorted(found)}
 
     def _check_bytes(self, name: str, text: str) -> None:
         num_bytes, limit = len(text.encode()), self._config.max_prompt_bytes
         if num_bytes > limit:
-            raise RequestError(f"{name}: the prompt has {num_bytes} bytes; the longest allowed is {limit} (max_prompt_bytes)")
+            raise RequestError(
+                f"{name}: the prompt has {num_bytes} bytes; the longest allowed is {limit} (max_prompt_bytes)"
+            )
 
     def _checked_ids(self, name: str, token_ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         if not len(token_ids):
@@ -212,7 +255,11 @@ class PromptReader:
         if not (sampling.stop and sampling.skip_special_tokens):
             return sampling.stop_token_ids
         spelled = [self.special_ids[text] for text in sampling.stop if text in self.special_ids]
-        return tuple(dict.fromkeys([*sampling.stop_token_ids, *(token_id for token_id in spelled if token_id < self.ready.vocab_size)]))
+        return tuple(
+            dict.fromkeys(
+                [*sampling.stop_token_ids, *(token_id for token_id in spelled if token_id < self.ready.vocab_size)]
+            )
+        )
 
     def _allowed(self, token_ids: tuple[int, ...] | None) -> NDArray[np.int32] | None:
         if token_ids is None:
@@ -228,10 +275,14 @@ class PromptReader:
     def _check_length(self, prompt_len: int) -> None:
         if prompt_len > self.ready.max_model_len - 1:
             longest = self.ready.max_model_len - 1
-            raise RequestError(f"the prompt has {prompt_len} tokens; the longest this model takes is {longest} (max_model_len − 1)")
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens; the longest this model takes is {longest} (max_model_len − 1)"
+            )
         if prompt_len > self.ready.max_pool_tokens:
             pages = f"{self.ready.num_pages} pages of {self.ready.page_size}"
-            raise RequestError(f"the prompt has {prompt_len} tokens; the page pool holds {self.ready.max_pool_tokens} ({pages})")
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens; the page pool holds {self.ready.max_pool_tokens} ({pages})"
+            )
 
     def _bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Each word as it is spelled at a text's beginning and, with a space before it, inside a text."""
@@ -244,7 +295,9 @@ class PromptReader:
             for spelling in (word.lstrip() or word, f" {word.lstrip()}"):
                 token_ids = tuple(_encode(self.tokenizer, spelling, add_special_tokens=False))
                 if len(token_ids) > MAX_BAD_WORD_TOKENS:
-                    raise RequestError(f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is {MAX_BAD_WORD_TOKENS}")
+                    raise RequestError(
+                        f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is {MAX_BAD_WORD_TOKENS}"
+                    )
                 if token_ids and max(token_ids) < self.ready.vocab_size:  # what has no embedding is never chosen
                     found[token_ids] = None
         return tuple(found)
@@ -255,7 +308,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         EngineError: the file is missing or broken.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time has nothing to share out among the processors
+    # one text at a time has nothing to share out among the processors
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special

@@ -1,4 +1,6 @@
-"""A caller's tensors and parameters to a Request. A value is taken from the first that has it: tensor, sampling_parameters, request parameter."""
+"""A caller's tensors and parameters to a Request. A value is taken from the first that has it: tensor,
+sampling_parameters, request parameter.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from paged_backend.frontend.embeddings import check_no_embedding_keys, embedding
 from paged_backend.frontend.generation_defaults import KEY as GENERATION_DEFAULTS
 from paged_backend.frontend.generation_defaults import GenerationDefaults
 from paged_backend.frontend.unknown_keys import without_foreign, without_unknown
-from paged_backend.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, Chat, Outputs, Request, SamplingParams, Task, parse_sampling
+from paged_backend.request import (
+    MAX_BAD_WORDS,
+    MAX_STOP_STRINGS,
+    Chat,
+    Outputs,
+    Request,
+    SamplingParams,
+    Task,
+    parse_sampling,
+)
 from paged_backend.tracing import TRACE_HEADERS, trace_headers
 
 MAX_JSON_BYTES = 1_048_576
@@ -40,15 +51,29 @@ _HEALTH_SWITCH = "health_check"
 _SWITCHES = ("stream", "exclude_input_in_output", *_CHAT_SWITCHES, *_OUTPUT_SWITCHES)
 # Names that the server itself gives a meaning, or that its clients send along.
 _RESERVED = frozenset(
-    ["id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output", "classification", "unary", "content_length"]
+    [
+        "id",
+        "priority",
+        "timeout",
+        "sequence_id",
+        "sequence_start",
+        "sequence_end",
+        "headers",
+        "binary_data_output",
+        "classification",
+        "unary",
+        "content_length",
+    ]
 ).union(TRACE_HEADERS)
 
 
-def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: GenerationDefaults = _NO_DEFAULTS) -> Request:
+def read_request(
+    tensors: Tensors, parameters: str, arrival: float, defaults: GenerationDefaults = _NO_DEFAULTS
+) -> Request:
     """Checks shapes, types and values.
 
-    tensors: by name; BYTES tensors hold bytes objects. parameters: the request's parameters as a JSON object, as the server writes them. defaults: for the
-    sampling keys that the request leaves open.
+    tensors: by name; BYTES tensors hold bytes objects. parameters: the request's parameters as a JSON object, as the
+    server writes them. defaults: for the sampling keys that the request leaves open.
 
     Raises:
         RequestError: names the tensor, key or parameter, and what is allowed.
@@ -63,7 +88,9 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
     stream = bool(_switch(tensors, given, "stream"))
     exclude_prompt = _switch(tensors, given, "exclude_input_in_output")
     if stream and exclude_prompt is False:
-        raise RequestError("exclude_input_in_output: false is not possible with stream: the prompt cannot be part of a streamed answer")
+        raise RequestError(
+            "exclude_input_in_output: false is not possible with stream: the prompt cannot be part of a streamed answer"
+        )
     for name, reason in _NOT_SERVED.items():
         if name in tensors and tensors[name].size:
             raise RequestError(f"{name}: not served: {reason}")
@@ -73,7 +100,9 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
     check_no_embedding_keys(options)
     sampling = _read_sampling(defaults.with_defaults(options), outputs)
     if stream and (sampling.best_of or 1) > sampling.n:
-        raise RequestError(f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end")
+        raise RequestError(
+            f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end"
+        )
     if stream and sampling.n > 1:
         outputs = msgspec.structs.replace(outputs, sequence_index=True)
     if sampling.prompt_logprobs is not None:
@@ -87,7 +116,8 @@ def read_request(tensors: Tensors, parameters: str, arrival: float, defaults: Ge
         sampling=sampling,
         outputs=outputs,
         stream=stream,
-        prepend_prompt=exclude_prompt is False if name == "messages" else not stream and not exclude_prompt,  # a caller wrote no such text
+        # a caller wrote no such text
+        prepend_prompt=exclude_prompt is False if name == "messages" else not stream and not exclude_prompt,
         cache_salt=_cache_salt(given),
         answer_ids=_read_answer(tensors, sampling),
         arrival=arrival,
@@ -136,7 +166,9 @@ def _embed_request(tensors: Tensors, given: Mapping[str, Any], arrival: float) -
     if as_text:
         if others := [name for name in _PROMPTS if name in tensors]:
             raise RequestError(f"{_VLLM_EMBEDDING} and {others[0]}: send one of them, not both")
-        prompt, own = vllm_request(_read_json(_VLLM_EMBEDDING, _bytes(_VLLM_EMBEDDING, _only(_VLLM_EMBEDDING, tensors[_VLLM_EMBEDDING]))))
+        prompt, own = vllm_request(
+            _read_json(_VLLM_EMBEDDING, _bytes(_VLLM_EMBEDDING, _only(_VLLM_EMBEDDING, tensors[_VLLM_EMBEDDING])))
+        )
         name, options = "", {**options, **own}
         text, ids = (prompt, None) if isinstance(prompt, str) else (None, np.array(prompt, np.int64))
     else:
@@ -161,7 +193,8 @@ def _embed_request(tensors: Tensors, given: Mapping[str, Any], arrival: float) -
 
 
 def wants_error_code(parameters: str) -> bool:
-    """Whether an error's text is to begin with its code, "UNAVAILABLE: …": the only way in which a gRPC stream can carry one.
+    """Whether an error's text is to begin with its code, "UNAVAILABLE: …": the only way in which a gRPC stream can
+    carry one.
 
     Asked before the request is read, which may fail, so whatever cannot be understood means no.
     """
@@ -234,7 +267,9 @@ def _read_answer(tensors: Tensors, sampling: SamplingParams) -> Tensor | None:
 def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapping[str, Any]) -> Chat:
     opens, continues = (_switch(tensors, given, name) for name in _CHAT_SWITCHES)
     if opens and continues:
-        raise RequestError("add_generation_prompt and continue_final_message: the answer opens a new turn or continues the last one, not both")
+        raise RequestError(
+            "add_generation_prompt and continue_final_message: the answer opens a new turn or continues the last one, not both"
+        )
     tools = tensors.get("tools")
     return Chat(
         messages=_string("messages", _only("messages", tensors["messages"])),
@@ -246,20 +281,39 @@ def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapp
 
 
 def _read_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The request's parameters that mean something here, and the headers among them that say in the course of which span it was sent."""
+    """The request's parameters that mean something here, and the headers among them that say in the course of which
+    span it was sent.
+    """
     given = _read_json("parameters", _bytes("parameters", text)) if text else {}
     trace = trace_headers(given)
-    given = {name: value for name, value in given.items() if name.lower() not in _RESERVED and not name.startswith("triton_")}
-    known = (*SamplingParams.__struct_fields__, *_WORD_TENSORS, *_SWITCHES, _TEMPLATE_KWARGS, GENERATION_DEFAULTS, "cache_salt")
+    given = {
+        name: value for name, value in given.items() if name.lower() not in _RESERVED and not name.startswith("triton_")
+    }
+    known = (
+        *SamplingParams.__struct_fields__,
+        *_WORD_TENSORS,
+        *_SWITCHES,
+        _TEMPLATE_KWARGS,
+        GENERATION_DEFAULTS,
+        "cache_salt",
+    )
     return without_unknown(given, known), trace
 
 
 def _read_options(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling keys that have a value."""
-    options = {_WORD_TENSORS.get(name, name): value for name, value in given.items() if name not in _SWITCHES and name != "cache_salt"}
+    options = {
+        _WORD_TENSORS.get(name, name): value
+        for name, value in given.items()
+        if name not in _SWITCHES and name != "cache_salt"
+    }
     text = tensors.get("sampling_parameters")
     if text is not None:
-        options.update(without_foreign(_read_json("sampling_parameters", _bytes("sampling_parameters", _only("sampling_parameters", text)))))
+        options.update(
+            without_foreign(
+                _read_json("sampling_parameters", _bytes("sampling_parameters", _only("sampling_parameters", text)))
+            )
+        )
     for name in _SAMPLING_TENSORS:
         if name in tensors:
             options[name] = _only(name, tensors[name])

@@ -1,5 +1,7 @@
-"""What Triton Server and its front ends share: files in /dev/shm that hold prompts and answers. The server makes them readable by every user (0644, less its
-umask); a front end takes that back before the first request, whoever started the server."""
+"""What Triton Server and its front ends share: files in /dev/shm that hold prompts and answers. The server makes them
+readable by every user (0644, less its umask); a front end takes that back before the first request, whoever started the
+server.
+"""
 
 from __future__ import annotations
 

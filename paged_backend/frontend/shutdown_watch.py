@@ -1,9 +1,9 @@
-"""Notices that the server is about to unload the model, or to stop. It waits for live requests then and tells nobody, so a request without an end would keep
-it waiting until its exit timeout, and then cut everybody off.
+"""Notices that the server is about to unload the model, or to stop. It waits for live requests then and tells nobody,
+so a request without an end would keep it waiting until its exit timeout, and then cut everybody off.
 
-The server is asked over its own HTTP port, as its command line names it, whether the model is ready: it was, and is not any more; or nobody listens there
-any more. (The Python backend's
-`is_model_ready` must not be used for that: in Triton Server 2.51.0 it breaks the lock that the model's unloading takes, and the server aborts.)
+The server is asked over its own HTTP port, as its command line names it, whether the model is ready: it was, and is not
+any more; or nobody listens there any more. (The Python backend's `is_model_ready` must not be used for that: in Triton
+Server 2.51.0 it breaks the lock that the model's unloading takes, and the server aborts.)
 """
 
 from __future__ import annotations
@@ -79,7 +79,12 @@ def _joined(command: Sequence[str]) -> list[str]:
     """Options that have their values in the next argument, as one."""
     joined: list[str] = []
     for argument in command:
-        if joined and not argument.startswith("-") and joined[-1].startswith("--") and not re.search("[= ]", joined[-1]):
+        if (
+            joined
+            and not argument.startswith("-")
+            and joined[-1].startswith("--")
+            and not re.search("[= ]", joined[-1])
+        ):
             joined[-1] += f" {argument}"
         else:
             joined.append(argument)
@@ -89,7 +94,9 @@ def _joined(command: Sequence[str]) -> list[str]:
 class Departure:
     """Asks on a thread of its own. That an answer takes long, or wants a key, means nothing."""
 
-    def __init__(self, server: ServerArguments, model: str, version: str, num_instances: int, begin: Callable[[float], None]) -> None:
+    def __init__(
+        self, server: ServerArguments, model: str, version: str, num_instances: int, begin: Callable[[float], None]
+    ) -> None:
         """begin: called with the seconds that live requests have left, once."""
         self._server, self._begin = server, begin
         self._drain_seconds = server.drain_seconds(num_instances)
@@ -105,7 +112,9 @@ class Departure:
 
     def _run(self) -> None:
         num_refused = 0
-        while self._server.http is not None and not self._stopping.wait(_POLL_SECONDS if self._was_ready else _FIRST_POLL_SECONDS):
+        while self._server.http is not None and not self._stopping.wait(
+            _POLL_SECONDS if self._was_ready else _FIRST_POLL_SECONDS
+        ):
             status = self._ask(*self._server.http)
             self._was_ready = self._was_ready or status == 200
             num_refused = num_refused + 1 if status == _REFUSED else 0

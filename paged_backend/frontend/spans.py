@@ -1,4 +1,5 @@
-"""A request as spans for an OpenTelemetry collector, by the names of the GenAI semantic conventions. No span holds a prompt, an answer or a stop string.
+"""A request as spans for an OpenTelemetry collector, by the names of the GenAI semantic conventions. No span holds a
+prompt, an answer or a stop string.
 
 chat paged_llm            the request, a child of the caller's span
   tokenize                from its arrival until the engine was asked
@@ -47,8 +48,10 @@ class Times:
     sent: float
 
     def phases(self) -> Iterator[tuple[str, float, float]]:
-        """(name, beginning, end) of those whose beginning is known; one that never ended lasts until the request was over. If nobody knows when the request was
-        let in (another engine has answered the beginning), it has neither queue nor prefill."""
+        """(name, beginning, end) of those whose beginning is known; one that never ended lasts until the request was
+        over. If nobody knows when the request was let in (another engine has answered the beginning), it has neither
+        queue nor prefill.
+        """
         points = [self.arrival, self.submitted, self.admitted, self.first_token, self.last_token, self.sent]
         reached = max(index for index, point in enumerate(points[:-1]) if point is not None)
         for index, (name, (start, end)) in enumerate(zip(PHASES, pairwise(points), strict=True)):
@@ -120,5 +123,7 @@ class RequestSpans:
 
 
 def _sendable(name: str) -> str:
-    """What a caller calls something, short, and in UTF-8 whatever it was: one attribute that cannot be encoded costs its whole batch."""
+    """What a caller calls something, short, and in UTF-8 whatever it was: one attribute that cannot be encoded costs
+    its whole batch.
+    """
     return name[:_LONGEST_NAME].encode(errors="replace").decode()

@@ -1,8 +1,9 @@
-"""Sends answers on threads of its own, each request's pieces in order, and joins what piles up while a send is under way.
+"""Sends answers on threads of its own, each request's pieces in order, and joins what piles up while a send is under
+way.
 
-A send is a blocking round trip to the server, and the tokens come faster than round trips when many requests run. So a request with text to
-send stands in line once, and whichever sender takes it sends all its text as one response: the slower the sending, the larger the pieces.
-First tokens and final pieces stand in a line of their own that goes first.
+A send is a blocking round trip to the server, and the tokens come faster than round trips when many requests run. So a
+request with text to send stands in line once, and whichever sender takes it sends all its text as one response: the
+slower the sending, the larger the pieces. First tokens and final pieces stand in a line of their own that goes first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ NUM_SENDERS = 4  # measured with 4 front ends on 16 cores: 20,000 responses/s wi
 log = logging.getLogger("paged")
 
 Send = Callable[[tuple[Delta, ...], bool], None]
-"""Sends one response: at most one delta for each of the request's sequences, in order. True marks the request's last response."""
+"""Sends one response: at most one delta for each of the request's sequences, in order. True marks the request's last
+response.
+"""
 
 
 class _Place(Enum):
@@ -54,7 +57,9 @@ class Streamer:
     """Sender threads and the two lines before them. Every channel gets exactly one final response."""
 
     def __init__(self, max_delay_seconds: float, num_senders: int = NUM_SENDERS) -> None:
-        """max_delay_seconds: a continuation that waited this long takes turns with the first and last pieces that would go before it."""
+        """max_delay_seconds: a continuation that waited this long takes turns with the first and last pieces that would
+        go before it.
+        """
         self._max_delay = max_delay_seconds
         self._lock = threading.Lock()
         self._lined_up = threading.Condition(self._lock)
@@ -64,7 +69,9 @@ class Streamer:
         self._urgent_was_last = False
         self._num_open = 0
         self._stopping = False
-        self._threads = [threading.Thread(target=self._run, name=f"send-{number}", daemon=True) for number in range(num_senders)]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"send-{number}", daemon=True) for number in range(num_senders)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -106,7 +113,9 @@ class Streamer:
             thread.join()
 
     def _line_up(self, channel: Channel) -> None:
-        """Puts a channel with something due in the line where it belongs; one that is being sent comes back by itself."""
+        """Puts a channel with something due in the line where it belongs; one that is being sent comes back by
+        itself.
+        """
         urgent = channel.closed or not channel.started
         if channel.place is _Place.NOWHERE:
             channel.waiting_since = time.monotonic()
@@ -122,7 +131,9 @@ class Streamer:
             pass
 
     def _send_next(self) -> bool:
-        """One response. A frame of its own, so that an idle sender holds on to no request. False when there is nothing left to do."""
+        """One response. A frame of its own, so that an idle sender holds on to no request. False when there is nothing
+        left to do.
+        """
         with self._lock:
             channel = self._take()
             if channel is None:
@@ -179,13 +190,17 @@ class Streamer:
         """The request has had no final response yet, and without one the server waits for ever."""
         assert channel.send is not None
         try:
-            channel.send((Delta(error=RequestError("the response could not be sent", ErrorKind.INTERNAL), last=True),), True)
+            channel.send(
+                (Delta(error=RequestError("the response could not be sent", ErrorKind.INTERNAL), last=True),), True
+            )
         except Exception:
             log.exception("a final response could not be sent")
         return False
 
     def _end(self, channel: Channel, sent: bool) -> None:
-        """Drops every reference to the caller's response sender: the server unloads the model only when they are gone."""
+        """Drops every reference to the caller's response sender: the server unloads the model only when they are
+        gone.
+        """
         on_end, channel.on_end, channel.send = channel.on_end, None, None
         channel.deltas.clear()
         assert on_end is not None

@@ -1,4 +1,6 @@
-"""Requests that need no engine: the token ids of a text, the text of token ids, and what a gateway must know of the model."""
+"""Requests that need no engine: the token ids of a text, the text of token ids, and what a gateway must know of the
+model.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def describe(prompts: PromptReader, config: EngineConfig) -> dict[str, Any]:
         "adapters": _adapters(config.lora_directory),
         "model": None if config.model_folder() is not None and config.model != DEMO_MODEL else config.model,  # no paths
         "page_size": prompts.ready.page_size,
-        "num_pages": prompts.ready.max_pool_tokens // prompts.ready.page_size,  # of tokens, for routers: with several KV groups the pool has that many for each
+        # of tokens, for routers: with several KV groups the pool has that many for each
+        "num_pages": prompts.ready.max_pool_tokens // prompts.ready.page_size,
         "max_batched_tokens": config.max_batched_tokens,
         "kv_events": config.kv_events,
         "embeddings": {"pooling": prompts.ready.pooling, "dimensions": prompts.ready.embedding_size},

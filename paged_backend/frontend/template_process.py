@@ -1,8 +1,10 @@
-"""Renders chat templates where they can harm nobody: `python -m paged_backend.frontend.template_process`, a child of a front end (template_renderer.py).
+"""Renders chat templates where they can harm nobody: `python -m paged_backend.frontend.template_process`, a child of a
+front end (template_renderer.py).
 
-A template is a program that comes with a checkpoint: it may run for ever, or ask for more memory than there is, and Python does not stop when asked. This
-process is killed instead. transformers renders, without torch (its `chat_template_utils` needs none).
-Requests come on stdin, answers go to stdout, each a JSON message after its length (4 bytes, little-endian).
+A template is a program that comes with a checkpoint: it may run for ever, or ask for more memory than there is, and
+Python does not stop when asked. This process is killed instead. transformers renders, without torch (its
+`chat_template_utils` needs none). Requests come on stdin, answers go to stdout, each a JSON message after its length (4
+bytes, little-endian).
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def render_here(rendering: Rendering) -> Rendered:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return Rendered(error=(lines or [type(error).__name__])[0][:500])
     if num_bytes > rendering.max_bytes:
-        return Rendered(error=f"it makes a text of {num_bytes} bytes of them; the longest allowed is {rendering.max_bytes}")
+        return Rendered(
+            error=f"it makes a text of {num_bytes} bytes of them; the longest allowed is {rendering.max_bytes}"
+        )
     return Rendered(text=text)
 
 

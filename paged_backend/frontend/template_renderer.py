@@ -1,4 +1,6 @@
-"""The process that renders chat templates (template_process.py), as a front end sees it: started when first wanted, killed when too slow."""
+"""The process that renders chat templates (template_process.py), as a front end sees it: started when first wanted,
+killed when too slow.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _START_SECONDS = 120.0  # for importing transformers
 
 
 class TemplateRenderer:
-    """Thread-safe; renders one conversation at a time. Invariant: a process that is kept has answered everything it was asked."""
+    """Thread-safe; renders one conversation at a time. Invariant: a process that is kept has answered everything it was
+    asked.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -49,7 +53,10 @@ class TemplateRenderer:
                 except TimeoutError:
                     self._end(process)
                     return Rendered(error=f"it takes more than {RENDER_SECONDS:g} s")
-                except (EOFError, BrokenPipeError):  # somebody killed it; or the template did, which asks for memory in a way that Python does not survive
+                except (
+                    EOFError,
+                    BrokenPipeError,
+                ):  # somebody killed it; or the template did, which asks for memory in a way that Python does not survive
                     self._end(process)
             return Rendered(error="the process that rendered it died")
 
@@ -72,12 +79,16 @@ class TemplateRenderer:
             try:
                 command = python_command("paged_backend.frontend.template_process")
                 environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                )
                 _receive(self._process, _START_SECONDS)
             except (OSError, EOFError, EngineError):  # a TimeoutError is an OSError
                 if self._process is not None:
                     self._end(self._process)
-                raise RequestError("messages: the process that renders chat templates did not start", ErrorKind.INTERNAL) from None
+                raise RequestError(
+                    "messages: the process that renders chat templates did not start", ErrorKind.INTERNAL
+                ) from None
         return self._process
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,6 @@
-"""Triton Server's side of a front end, and the only importer of its Python library: tensors to Request, Delta to response, errors to codes, metrics."""
+"""Triton Server's side of a front end, and the only importer of its Python library: tensors to Request, Delta to
+response, errors to codes, metrics.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,12 @@ class TritonPythonModel:
             num_instances = _num_instances(model_config)
             command = self.engine_command or [*engine_command(), f"{MODEL_NAME}{name}"]
             server = ServerArguments.of(os.getppid())
-            leave = threading.Thread(target=leave_server, args=(config.on_engine_loss, server, os.getppid(), name), name="engine-loss", daemon=True)
+            leave = threading.Thread(
+                target=leave_server,
+                args=(config.on_engine_loss, server, os.getppid(), name),
+                name="engine-loss",
+                daemon=True,
+            )
             self._front_end = FrontEnd(config, _key(args), num_instances, command, leave.start, name)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -108,9 +115,13 @@ class TritonPythonModel:
             return
         except Exception:
             logging.getLogger("paged").exception("a request could not be read")
-            self._front_end.refuse(RequestError("the request could not be read", ErrorKind.INTERNAL), self._send_bare(parameters, sender))
+            self._front_end.refuse(
+                RequestError("the request could not be read", ErrorKind.INTERNAL), self._send_bare(parameters, sender)
+            )
             return
-        self._front_end.ask(request, _send_to(sender, request.outputs, self._front_end.token_bytes), sender.is_cancelled)
+        self._front_end.ask(
+            request, _send_to(sender, request.outputs, self._front_end.token_bytes), sender.is_cancelled
+        )
 
     def _read(self, inference: Any, parameters: str) -> Request:
         """
@@ -120,7 +131,9 @@ class TritonPythonModel:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in inference.inputs()}
         request = read_request(tensors, parameters, time.monotonic(), self._front_end.generation_defaults)
         if request.stream and not self._may_stream:
-            raise RequestError("stream: true is not possible: a request has one response here (model_transaction_policy of config.pbtxt: decoupled: false)")
+            raise RequestError(
+                "stream: true is not possible: a request has one response here (model_transaction_policy of config.pbtxt: decoupled: false)"
+            )
         return msgspec.structs.replace(request, caller_id=inference.request_id() or id_parameter(parameters))
 
     def _send_bare(self, parameters: str, sender: Any) -> Send:
@@ -129,16 +142,16 @@ class TritonPythonModel:
 
 
 def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """config.pbtxt's parameters without those of the Python backend itself, which are written in capitals (EXECUTION_ENV_PATH)."""
+    """config.pbtxt's parameters without those of the Python backend itself, which are written in capitals
+    (EXECUTION_ENV_PATH).
+    """
     return {name: value["string_value"] for name, value in parameters.items() if not name.isupper()}
 
 
 def _warn_of(model_config: Mapping[str, Any]) -> None:
     """Settings of config.pbtxt that Triton Server takes and that mean nothing here."""
     if model_config.get("max_batch_size"):
-        text = (
-            "max_batch_size: %d in config.pbtxt makes no batches, it only gives requests a batch dimension of 1: the engine batches by itself, so set it to 0"
-        )
+        text = "max_batch_size: %d in config.pbtxt makes no batches, it only gives requests a batch dimension of 1: the engine batches by itself, so set it to 0"
         logging.getLogger("paged").warning(text, model_config["max_batch_size"])
 
 
@@ -156,7 +169,10 @@ def _exit_with_server(server: int) -> None:
 
 
 def _num_instances(model_config: Mapping[str, Any]) -> int:
-    return sum(group["count"] * max(1, len(group["gpus"]) if group["kind"] == "KIND_GPU" else 1) for group in model_config["instance_group"])
+    return sum(
+        group["count"] * max(1, len(group["gpus"]) if group["kind"] == "KIND_GPU" else 1)
+        for group in model_config["instance_group"]
+    )
 
 
 def _send_to(sender: Any, outputs: Outputs, token_bytes: Callable[[int], bytes]) -> Send:
@@ -168,10 +184,11 @@ def _send_to(sender: Any, outputs: Outputs, token_bytes: Callable[[int], bytes])
 
 
 def response_of(deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable[[int], bytes]) -> Any:
-    """The InferenceResponse for deltas of several sequences, or one with an error: text_output always, the others as asked for, an entry per sequence.
+    """The InferenceResponse for deltas of several sequences, or one with an error: text_output always, the others as
+    asked for, an entry per sequence.
 
-    output_ids has the sequences' tokens end to end (num_output_tokens says how many are whose); num_input_tokens and num_cached_tokens have one entry, and so
-    has prompt_logprobs, in one of a request's responses.
+    output_ids has the sequences' tokens end to end (num_output_tokens says how many are whose); num_input_tokens and
+    num_cached_tokens have one entry, and so has prompt_logprobs, in one of a request's responses.
     """
     first = deltas[0]
     if first.error is not None:
@@ -187,7 +204,12 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable
     if outputs.cumulative_logprob:
         tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
     if outputs.logprobs:
-        tensors.append(_strings("logprobs", [_json_list(_logprob_entries(entry, spelled) for entry in delta.logprobs) for delta in deltas]))
+        tensors.append(
+            _strings(
+                "logprobs",
+                [_json_list(_logprob_entries(entry, spelled) for entry in delta.logprobs) for delta in deltas],
+            )
+        )
     if isinstance(first.prompt, Embedding):
         tensors.append(pb_utils.Tensor("embedding", first.prompt.values))
     if outputs.prompt_logprobs:
@@ -214,7 +236,9 @@ def _numbers(name: str, values: Sequence[float], dtype: Any) -> Any:
 
 def _logprob_entries(entry: TokenScores, spelled: Callable[[int], dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """As NVIDIA's vLLM backend writes them."""
-    return {str(token): {"logprob": logprob, "rank": rank, **spelled(token)} for token, (logprob, rank) in entry.items()}
+    return {
+        str(token): {"logprob": logprob, "rank": rank, **spelled(token)} for token, (logprob, rank) in entry.items()
+    }
 
 
 def _prompt_json(prompt: PromptTable, spelled: Callable[[int], dict[str, Any]]) -> str:
@@ -237,7 +261,9 @@ def _speller(token_bytes: Callable[[int], bytes]) -> Callable[[int], dict[str, A
 
 
 def _json_list(entries: Iterable[Any]) -> str:
-    """Entry by entry: the library lets no other thread run meanwhile, and a long prompt's list has tens of megabytes."""
+    """Entry by entry: the library lets no other thread run meanwhile, and a long prompt's list has tens of
+    megabytes.
+    """
     return f"[{', '.join(map(json.dumps, entries))}]"
 
 
@@ -247,9 +273,12 @@ class Publisher:
     def __init__(self, tally: Tally, labels: Mapping[str, str]) -> None:
         self._tally = tally
         self._server = os.getppid()
-        self._families = {family.name: _create(family) for family in FAMILIES}  # the server forgets a family that nobody refers to
+        # the server forgets a family that nobody refers to
+        self._families = {family.name: _create(family) for family in FAMILIES}
         self._series = {
-            (family.name, value): _metric(self._families[family.name], family, {**labels, family.label: value} if family.label else dict(labels))
+            (family.name, value): _metric(
+                self._families[family.name], family, {**labels, family.label: value} if family.label else dict(labels)
+            )
             for family in FAMILIES
             for value in family.values
         }
@@ -273,8 +302,8 @@ class Publisher:
             logging.getLogger("paged").exception("metrics cannot be published any more")
 
     def _publish_or_die(self) -> None:
-        """A metric call to a server that was killed never returns, and as it holds the interpreter's lock, no other thread would ever notice:
-        the alarm's default action ends the process instead.
+        """A metric call to a server that was killed never returns, and as it holds the interpreter's lock, no other
+        thread would ever notice: the alarm's default action ends the process instead.
         """
         if os.getppid() != self._server:
             return
@@ -300,19 +329,29 @@ class Publisher:
 
 
 def _keep_for_ever(metric: Any) -> None:
-    """One reference too many: the object outlives the interpreter. The end of a metric is told to the server, which at a stub's exit follows a pointer to a
-    channel that is gone (a segfault in every clean stop of Triton Server 2.51); told earlier, while the model is finalized, it damages the stub's memory, and
-    the server waits for it until its exit timeout (4 stops of 6)."""
+    """One reference too many: the object outlives the interpreter. The end of a metric is told to the server, which at
+    a stub's exit follows a pointer to a channel that is gone (a segfault in every clean stop of Triton Server 2.51);
+    told earlier, while the model is finalized, it damages the stub's memory, and the server waits for it until its exit
+    timeout (4 stops of 6).
+    """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(metric))
 
 
 def _create(family: Family) -> Any:
-    kinds = {Kind.COUNTER: pb_utils.MetricFamily.COUNTER, Kind.GAUGE: pb_utils.MetricFamily.GAUGE, Kind.HISTOGRAM: pb_utils.MetricFamily.HISTOGRAM}
+    kinds = {
+        Kind.COUNTER: pb_utils.MetricFamily.COUNTER,
+        Kind.GAUGE: pb_utils.MetricFamily.GAUGE,
+        Kind.HISTOGRAM: pb_utils.MetricFamily.HISTOGRAM,
+    }
     return pb_utils.MetricFamily(name=family.name, description=family.description, kind=kinds[family.kind])
 
 
 def _metric(created: Any, family: Family, labels: dict[str, str]) -> Any:
-    return created.Metric(labels=labels, buckets=list(family.buckets)) if family.kind is Kind.HISTOGRAM else created.Metric(labels=labels)
+    return (
+        created.Metric(labels=labels, buckets=list(family.buckets))
+        if family.kind is Kind.HISTOGRAM
+        else created.Metric(labels=labels)
+    )
 
 
 def _log_to_stderr(model_name: str) -> None:

@@ -1,7 +1,9 @@
-"""Names that a request brings and this model does not know: one that looks like a mistake is refused, the others are left out with a warning.
+"""Names that a request brings and this model does not know: one that looks like a mistake is refused, the others are
+left out with a warning.
 
-Triton Server adds names to a request (`id`, and the headers that --grpc-header-forward-pattern lets through), and clients of vLLM send all of its keys. A
-caller who meant another name must hear of it all the same: `max_token` is not ignored.
+Triton Server adds names to a request (`id`, and the headers that --grpc-header-forward-pattern lets through), and
+clients of vLLM send all of its keys. A caller who meant another name must hear of it all the same: `max_token` is not
+ignored.
 """
 
 from __future__ import annotations
@@ -19,8 +21,23 @@ _LONGEST_NAME = 64
 _MOST_WARNINGS = 64  # of one process: callers choose the names
 _VLLM_UNUSED = frozenset(
     [
-        *("extra_args", "flat_logprobs", "kv_transfer_params", "mm_processor_kwargs", "output_kind", "output_text_buffer_length", "repetition_detection"),
-        *("request_id", "return_token_ids", "return_tokens_as_token_ids", "skip_clone", "skip_reading_prefix_cache", "spaces_between_special_tokens"),
+        *(
+            "extra_args",
+            "flat_logprobs",
+            "kv_transfer_params",
+            "mm_processor_kwargs",
+            "output_kind",
+            "output_text_buffer_length",
+            "repetition_detection",
+        ),
+        *(
+            "request_id",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+            "skip_clone",
+            "skip_reading_prefix_cache",
+            "spaces_between_special_tokens",
+        ),
         "thinking_token_budget",
     ]
 )

@@ -1,7 +1,8 @@
 """Compiles grammars where they harm nobody: in a process of its own, forked by nursery.py.
 
-A short expression may take minutes and gigabytes, and the library does not stop when asked: this process is killed instead. Its memory is bounded, and before
-a grammar is let go it is followed for a while, because for some the compilation is quick and the first mask is not.
+A short expression may take minutes and gigabytes, and the library does not stop when asked: this process is killed
+instead. Its memory is bounded, and before a grammar is let go it is followed for a while, because for some the
+compilation is quick and the first mask is not.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def compile_here(grammar: Grammar, vocabulary: Vocabulary) -> Verdict:
         else:
             compiled = compiler.compile_lark(grammar.text)
         _probe(compiled, vocabulary)
-        return Verdict(serialised=compiled.serialize_json(), num_bytes=int(compiled.memory_size_bytes), controls=controls)
+        return Verdict(
+            serialised=compiled.serialize_json(), num_bytes=int(compiled.memory_size_bytes), controls=controls
+        )
     except MemoryError:
         return Verdict(refusal=too_large())
     except GrammarError as error:
@@ -92,7 +95,9 @@ def _compile_schema(grammar: Grammar, compiler: Any, vocabulary: Vocabulary) -> 
     rewritten = marked(schema, marks.mark)
     if not marks:
         return compiler.compile_json_schema(grammar.text, any_whitespace=not grammar.compact)
-    plain = vocabulary.xgrammar.Grammar.from_json_schema(msgspec.json.encode(rewritten).decode(), any_whitespace=not grammar.compact)
+    plain = vocabulary.xgrammar.Grammar.from_json_schema(
+        msgspec.json.encode(rewritten).decode(), any_whitespace=not grammar.compact
+    )
     return compiler.compile_grammar(marks.resolve(str(plain)))
 
 
@@ -135,7 +140,9 @@ def _reason(error: Exception) -> str:
 
 
 def compile_for(connection: socket.socket, vocabulary: Vocabulary) -> None:
-    """Answers each grammar with a verdict, until the engine closes the connection. Messages are msgpack, each after its length (4 bytes, little-endian)."""
+    """Answers each grammar with a verdict, until the engine closes the connection. Messages are msgpack, each after its
+    length (4 bytes, little-endian).
+    """
     stream = connection.makefile("rwb")
     while len(head := stream.read(4)) == 4:
         grammar = msgspec.msgpack.decode(stream.read(int.from_bytes(head, "little")), type=Grammar)

@@ -1,7 +1,8 @@
-"""The process that follows grammars, as the engine's loop sees it: it is asked for masks and never waited for longer than a step can spare.
+"""The process that follows grammars, as the engine's loop sees it: it is asked for masks and never waited for longer
+than a step can spare.
 
-A mask may take minutes and gigabytes, and the library does not stop when asked. Then the process is killed, the grammar that it was at is refused, and the
-others begin again in the next process, with the tokens that they have.
+A mask may take minutes and gigabytes, and the library does not stop when asked. Then the process is killed, the grammar
+that it was at is refused, and the others begin again in the next process, with the tokens that they have.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from paged_backend.errors import ErrorKind
 from paged_backend.grammar.follower_process import Begin, Drop, Follow, Followed, Forget, ToFollower
 from paged_backend.grammar.guide import Compiled, Guide, Refusal
 
-_MASK_SECONDS = 0.5  # of a processor's time, for one mask; it has its own, stricter pace, which it can keep between the library's calls only
+# of a processor's time, for one mask; it has its own, stricter pace, which it can keep between the library's calls only
+_MASK_SECONDS = 0.5
 _TOKEN_SECONDS = 0.01  # more for each token that it is told
 _LOAD_SECONDS = 2.0  # more for a grammar that it may have to read
 _STANDSTILL_SECONDS = 60.0  # on the clock: a process that is stopped, or on a machine that swaps
 _LOOK_SECONDS = 0.1  # how long it may be at one mask before somebody looks at its clock
 _LATE_SECONDS = 0.02  # a step waits no more for a process that is at one mask for longer
-_MAX_WAIT_SECONDS = 0.01  # of a step: 1 ms and 0.3 ms a mask, which is what masks take; they wait in the step's own thread otherwise
+# of a step: 1 ms and 0.3 ms a mask, which is what masks take; they wait in the step's own thread otherwise
+_MAX_WAIT_SECONDS = 0.01
 _MAX_DEATHS = 3  # of processes that were at a grammar: others may have killed them
 
 log = logging.getLogger("paged")
@@ -72,7 +75,9 @@ class Follower:
         self._head_cpu: float | None = None
 
     def ask(self, guide: Guide, answer: Int32) -> None:
-        """Has it followed as far as the answer goes, of which it knows the beginning. Goes out with the next `collect` or `wait`."""
+        """Has it followed as far as the answer goes, of which it knows the beginning. Goes out with the next `collect`
+        or `wait`.
+        """
         epoch, num_reported = guide.asked
         if guide.knows(len(answer)) or (epoch == self._epoch and num_reported == len(answer)):
             return
@@ -85,7 +90,11 @@ class Follower:
         token_ids = np.ascontiguousarray(reported, np.int32).tobytes()
         link.send(self._beginning(guide, compiled, token_ids) if begins else Follow(guide.number, token_ids))
         guide.asked = (self._epoch, len(answer))
-        self._asked.append(_Asked(guide, len(answer), _MASK_SECONDS + _TOKEN_SECONDS * len(reported) + (_LOAD_SECONDS if begins else 0)))
+        self._asked.append(
+            _Asked(
+                guide, len(answer), _MASK_SECONDS + _TOKEN_SECONDS * len(reported) + (_LOAD_SECONDS if begins else 0)
+            )
+        )
 
     def _beginning(self, guide: Guide, compiled: Compiled, token_ids: bytes) -> Begin:
         if not guide.noted:
@@ -95,7 +104,16 @@ class Follower:
             compiled.noted.append(True)
             weakref.finalize(compiled, self._over.append, Drop(compiled.number)).atexit = False
         own = b"" if guide.own is None else guide.own.tobytes()
-        return Begin(guide.number, compiled.number, str(compiled.path), compiled.controls, guide.stop_ids, guide.min_tokens, own, token_ids)
+        return Begin(
+            guide.number,
+            compiled.number,
+            str(compiled.path),
+            compiled.controls,
+            guide.stop_ids,
+            guide.min_tokens,
+            own,
+            token_ids,
+        )
 
     def _opened(self, guide: Guide) -> Link | None:
         """None: not yet, or never for this guide."""

@@ -1,8 +1,8 @@
-"""Follows grammars where a slow one holds up no engine: in a process of its own, forked by nursery.py. It holds each guided sequence's way through its grammar,
-is told the tokens of the answer, and says what may come next.
+"""Follows grammars where a slow one holds up no engine: in a process of its own, forked by nursery.py. It holds each
+guided sequence's way through its grammar, is told the tokens of the answer, and says what may come next.
 
-Messages are msgpack, each after its length (4 bytes, little-endian). Every Begin and Follow is answered by one Followed, in their order, so that the engine
-knows at which it is.
+Messages are msgpack, each after its length (4 bytes, little-endian). Every Begin and Follow is answered by one
+Followed, in their order, so that the engine knows at which it is.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Frames:
         """The messages that are whole now."""
         self._bytes += part
         found, at = [], 0
-        while len(self._bytes) >= at + 4 and len(self._bytes) >= (end := at + 4 + int.from_bytes(self._bytes[at : at + 4], "little")):
+        while len(self._bytes) >= at + 4 and len(self._bytes) >= (
+            end := at + 4 + int.from_bytes(self._bytes[at : at + 4], "little")
+        ):
             found.append(bytes(self._bytes[at + 4 : end]))
             at = end
         del self._bytes[:at]
@@ -97,7 +99,9 @@ class Frames:
 
 
 class _Way:
-    """One sequence's way through its grammar. Invariant: the matcher has accepted the first `_num_accepted` tokens of the answer."""
+    """One sequence's way through its grammar. Invariant: the matcher has accepted the first `_num_accepted` tokens of
+    the answer.
+    """
 
     def __init__(self, vocabulary: Vocabulary, grammar: Any, begin: Begin) -> None:
         self._vocabulary = vocabulary
@@ -193,13 +197,16 @@ class GrammarFollower:
             self._ways.pop(message.guide, None)
             full = isinstance(error, MemoryError) or "bad_alloc" in str(error)
             return Followed(
-                refusal="it takes too much memory to follow" if full else "it cannot be followed", kind=ErrorKind.INVALID if full else ErrorKind.INTERNAL
+                refusal="it takes too much memory to follow" if full else "it cannot be followed",
+                kind=ErrorKind.INVALID if full else ErrorKind.INTERNAL,
             )
 
     def _grammar(self, begin: Begin) -> Any:
         if begin.grammar not in self._grammars:
             serialised = Path(begin.path).read_text()
-            self._grammars[begin.grammar] = self._vocabulary.xgrammar.CompiledGrammar.deserialize_json(serialised, self._vocabulary.tokens)
+            self._grammars[begin.grammar] = self._vocabulary.xgrammar.CompiledGrammar.deserialize_json(
+                serialised, self._vocabulary.tokens
+            )
         return self._grammars[begin.grammar]
 
 

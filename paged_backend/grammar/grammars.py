@@ -1,7 +1,9 @@
-"""Structured output: grammars are compiled beside the engine and kept; each sequence that follows one has a guide (guide.py), which knows what may come next.
+"""Structured output: grammars are compiled beside the engine and kept; each sequence that follows one has a guide
+(guide.py), which knows what may come next.
 
-Nothing of a grammar is worked on in the engine's own process: callers write grammars, some of which take minutes and gigabytes, and the library does not stop
-when asked. They are compiled (lanes.py) and followed (follower.py) in processes that are killed when it takes too long (workers.py).
+Nothing of a grammar is worked on in the engine's own process: callers write grammars, some of which take minutes and
+gigabytes, and the library does not stop when asked. They are compiled (lanes.py) and followed (follower.py) in
+processes that are killed when it takes too long (workers.py).
 """
 
 from __future__ import annotations
@@ -56,9 +58,15 @@ class Grammars:
     """Compiles grammars, the same one once, and keeps those that were wanted last."""
 
     def __init__(
-        self, tokenizer_path: Path | None, vocab_size: int, eos_ids: Collection[int], make_workshop: Callable[[VocabularyPlace], Workshop] = Processes
+        self,
+        tokenizer_path: Path | None,
+        vocab_size: int,
+        eos_ids: Collection[int],
+        make_workshop: Callable[[VocabularyPlace], Workshop] = Processes,
     ) -> None:
-        """tokenizer_path: a tokenizer.json in a folder of our own; None: the model has none, and nothing can be compiled. vocab_size: of the logits."""
+        """tokenizer_path: a tokenizer.json in a folder of our own; None: the model has none, and nothing can be
+        compiled. vocab_size: of the logits.
+        """
         self._tokenizer_path = tokenizer_path
         self._workshop = make_workshop(VocabularyPlace(str(tokenizer_path), vocab_size, tuple(eos_ids)))
         self._lanes = CompileLanes(self._make_compiler)
@@ -68,8 +76,12 @@ class Grammars:
         self._compiled: OrderedDict[_Key, Future[Compiled]] = OrderedDict()  # the last wanted last
         self._numbers = count()
 
-    def guide(self, grammar: Grammar, stop_ids: Sequence[int], min_tokens: int, allowed: Int32 | None = None, caller: str = "") -> Guide:
-        """A guide for a new sequence; its grammar may still have to be compiled. allowed: as Guide's `own`. caller: whose turn it is."""
+    def guide(
+        self, grammar: Grammar, stop_ids: Sequence[int], min_tokens: int, allowed: Int32 | None = None, caller: str = ""
+    ) -> Guide:
+        """A guide for a new sequence; its grammar may still have to be compiled. allowed: as Guide's `own`. caller:
+        whose turn it is.
+        """
         key = grammar.kind, grammar.text, grammar.compact
         with self._lock:
             known = self._compiled.get(key)
@@ -97,7 +109,9 @@ class Grammars:
         return self._workshop.compiler()
 
     def _conclude(self, key: _Key, job: Job, compiled: Future[Compiled], verdict: Future[Verdict]) -> None:
-        """On a thread of the lanes. Whoever asked for it may have left while others' were compiled, and somebody else may have come since."""
+        """On a thread of the lanes. Whoever asked for it may have left while others' were compiled, and somebody else
+        may have come since.
+        """
         with self._lock:
             newest = self._jobs.get(key) is job
             if newest:

@@ -1,4 +1,6 @@
-"""What the scheduler knows of one sequence's way through its grammar; the way itself is in another process (follower_process.py)."""
+"""What the scheduler knows of one sequence's way through its grammar; the way itself is in another process
+(follower_process.py).
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,11 @@ class Refusal:
 class Guide:
     """Used by one thread. `mask` and `over` are those after the first `num_followed` tokens of the answer."""
 
-    def __init__(self, key: str, compiling: Future[Compiled], stop_ids: Sequence[int], min_tokens: int, own: Int32 | None = None) -> None:
-        """stop_ids: what may follow a complete answer; without any, it ends when it is complete. They wait for min_tokens if the grammar can go on.
+    def __init__(
+        self, key: str, compiling: Future[Compiled], stop_ids: Sequence[int], min_tokens: int, own: Int32 | None = None
+    ) -> None:
+        """stop_ids: what may follow a complete answer; without any, it ends when it is complete. They wait for
+        min_tokens if the grammar can go on.
         own: bits of the tokens that this sequence may say, stop ids aside; None: all."""
         self.key = key
         self.number = next(_numbers)
@@ -50,7 +55,8 @@ class Guide:
         self.own = own
         self.refusal: Refusal | None = None
         self.over = False  # complete, and nothing may follow
-        self.mask: Int32 = np.zeros(0, np.int32)  # [words] a bit per token of the vocabulary, the first in the lowest; 0: must not come
+        # [words] a bit per token of the vocabulary, the first in the lowest; 0: must not come
+        self.mask: Int32 = np.zeros(0, np.int32)
         self.num_followed = -1
         self.asked = (-1, 0)  # which process, about how many tokens
         self.noted = False  # its end will be told
@@ -74,7 +80,11 @@ class Guide:
         if error is None:
             return self._compiling.result()
         known = isinstance(error, GrammarError)  # else it is not the caller's fault, and no reason to fail with him
-        self.refusal = Refusal(error.kind, str(error)) if isinstance(error, GrammarError) else Refusal(ErrorKind.INTERNAL, "it cannot be compiled")
+        self.refusal = (
+            Refusal(error.kind, str(error))
+            if isinstance(error, GrammarError)
+            else Refusal(ErrorKind.INTERNAL, "it cannot be compiled")
+        )
         assert known or self.refusal.kind is ErrorKind.INTERNAL
         return None
 
@@ -85,6 +95,8 @@ class Guide:
         self.mask, self.over, self.num_followed = np.frombuffer(followed.mask, np.int32), followed.over, num_tokens
 
     def check_last(self, token_id: int) -> None:
-        """A token that ends the sequence is not followed, but may have come because nothing was left to choose from. Sets `refusal` then."""
+        """A token that ends the sequence is not followed, but may have come because nothing was left to choose from.
+        Sets `refusal` then.
+        """
         if not may_come(self.mask, token_id):
             self.refusal = Refusal(ErrorKind.INVALID, dead_end(self.own is not None))

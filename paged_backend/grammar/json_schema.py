@@ -1,7 +1,9 @@
-"""What a JSON schema asks that a grammar does not enforce: xgrammar passes over it in silence, and the answer would not validate.
+"""What a JSON schema asks that a grammar does not enforce: xgrammar passes over it in silence, and the answer would not
+validate.
 
-A schema without such parts is one whose grammar accepts nothing that the schema refuses (it may accept less: escapes in strings of limited
-length, properties in another order). Found by generating from each keyword and combination with xgrammar 0.2.8 and validating the results.
+A schema without such parts is one whose grammar accepts nothing that the schema refuses (it may accept less: escapes in
+strings of limited length, properties in another order). Found by generating from each keyword and combination with
+xgrammar 0.2.8 and validating the results.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ from paged_backend.grammar.string_formats import UNENFORCED
 
 MAX_DEPTH = 64  # the library's time grows with the square of it
 
-_NEVER = ("not", "if", "then", "else", "contains", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
+_NEVER = (
+    "not",
+    "if",
+    "then",
+    "else",
+    "contains",
+    "dependentRequired",
+    "dependentSchemas",
+    "dependencies",
+    "$dynamicRef",
+    "$recursiveRef",
+)
 _STRING = ("minLength", "maxLength", "pattern", "format")
 _NUMBER = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _OBJECT = (
@@ -68,7 +81,10 @@ def _alone(schema: dict[str, Any], root: Any) -> Iterator[str]:
     yield from (_unsupported(name) for name in _NEVER if name in schema)
     if schema.get("uniqueItems"):
         yield _unsupported("uniqueItems")
-    yield from (f"'{name}' is an empty list" for name in ("type", "enum", "anyOf", "oneOf", "allOf") if schema.get(name) == [])  # for some, the library says ""
+    # for some, the library says ""
+    yield from (
+        f"'{name}' is an empty list" for name in ("type", "enum", "anyOf", "oneOf", "allOf") if schema.get(name) == []
+    )
     leading = [name for name in _LEADING if name in schema]
     if leading:
         yield from _beside(schema, leading[0], root)
@@ -80,7 +96,9 @@ def _alone(schema: dict[str, Any], root: Any) -> Iterator[str]:
 
 
 def _beside(schema: dict[str, Any], leading: str, root: Any) -> Iterator[str]:
-    """What stands beside a reference, a list of values or a combination is ignored; a type does no harm where it says nothing new."""
+    """What stands beside a reference, a list of values or a combination is ignored; a type does no harm where it says
+    nothing new.
+    """
     others = [name for name in _CONSTRAINTS if name in schema and name != leading]
     value = schema[leading]
     types = _types(schema)
@@ -91,8 +109,12 @@ def _beside(schema: dict[str, Any], leading: str, root: Any) -> Iterator[str]:
         redundant = types is not None and all(_is_of(each, types) for each in values)
     else:
         branches = value if isinstance(value, list) else []
-        redundant = types is not None and leading != "$ref" and all((_types(branch) or {"?"}) <= types for branch in branches)
-    yield from (f"'{name}' beside '{leading}' is not supported" for name in others if not (name == "type" and redundant))
+        redundant = (
+            types is not None and leading != "$ref" and all((_types(branch) or {"?"}) <= types for branch in branches)
+        )
+    yield from (
+        f"'{name}' beside '{leading}' is not supported" for name in others if not (name == "type" and redundant)
+    )
     if leading == "$ref" and not _REFERENCE.fullmatch(str(value)):
         yield "'$ref' to anything but '#/$defs/…' is not supported"
     if leading == "allOf" and isinstance(value, list) and len(value) > 1:
@@ -142,12 +164,18 @@ def _object(schema: dict[str, Any]) -> Iterator[str]:
     properties, patterns = _keys(schema, "properties"), _keys(schema, "patternProperties")
     required = schema.get("required")
     if isinstance(required, list):
-        yield from (f"'required' names '{name}', which is not among the properties" for name in required if name not in properties)
+        yield from (
+            f"'required' names '{name}', which is not among the properties"
+            for name in required
+            if name not in properties
+        )
     if patterns and (properties or len(patterns) > 1):
         yield "'patternProperties' is supported with one pattern and without 'properties' only"
     if "propertyNames" in schema and (properties or patterns):
         yield "'propertyNames' beside 'properties' or 'patternProperties' is not supported"
-    free = not properties or any(schema.get(name) not in (None, False) for name in ("additionalProperties", "unevaluatedProperties"))
+    free = not properties or any(
+        schema.get(name) not in (None, False) for name in ("additionalProperties", "unevaluatedProperties")
+    )
     least = schema.get("minProperties")
     if free and isinstance(least, (int, float)) and least > 1:  # the same name twice would do for the library
         yield "'minProperties' above 1 is supported only where 'properties' names them all"
@@ -219,7 +247,11 @@ def _type_of(value: Any) -> str:
 
 def _is_of(value: Any, types: set[str]) -> bool:
     kind = _type_of(value)
-    return kind in types or (kind == "integer" and "number" in types) or (kind == "number" and float(value).is_integer() and "integer" in types)
+    return (
+        kind in types
+        or (kind == "integer" and "number" in types)
+        or (kind == "number" and float(value).is_integer() and "integer" in types)
+    )
 
 
 def _keys(schema: dict[str, Any], name: str) -> list[str]:

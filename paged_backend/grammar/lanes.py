@@ -1,7 +1,8 @@
 """Whose grammar is compiled next: callers in turns, and nobody behind a grammar that takes long.
 
-Most are compiled in milliseconds, some take as long as they may. Each is tried for a moment first, and stopped and put into the next lane, for a longer try,
-if that is not enough. One thread serves the short tries alone; the other serves those that take long, and short tries while there are none.
+Most are compiled in milliseconds, some take as long as they may. Each is tried for a moment first, and stopped and put
+into the next lane, for a longer try, if that is not enough. One thread serves the short tries alone; the other serves
+those that take long, and short tries while there are none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ TRIES_SECONDS = (0.05, 0.4, COMPILE_SECONDS)  # of a processor's time, in the fi
 
 
 class Compiler(Protocol):
-    """What a thread compiles with (workers.GrammarCompiler; tests have their own). None: it takes longer than `seconds`."""
+    """What a thread compiles with (workers.GrammarCompiler; tests have their own). None: it takes longer than
+    `seconds`.
+    """
 
     def compile(self, grammar: Grammar, seconds: float) -> Verdict | None: ...
 
@@ -72,7 +75,9 @@ class CompileLanes:
             if not self._threads:
                 short, last = self._lanes[:-1], self._lanes[-1]
                 orders = (short, [last, *short])  # in which a thread looks at them
-                self._threads = [threading.Thread(target=self._work, args=(order,), name="grammar", daemon=True) for order in orders]
+                self._threads = [
+                    threading.Thread(target=self._work, args=(order,), name="grammar", daemon=True) for order in orders
+                ]
                 for thread in self._threads:
                     thread.start()
             self._lanes[0].put(job)
@@ -96,7 +101,9 @@ class CompileLanes:
                     self._lanes[number + 1].put(job)
                     self._changed.notify_all()
             else:
-                job.verdict.set_result(verdict or Verdict(refusal=f"it takes more than {COMPILE_SECONDS:g} s to compile"))
+                job.verdict.set_result(
+                    verdict or Verdict(refusal=f"it takes more than {COMPILE_SECONDS:g} s to compile")
+                )
 
     def _next(self, order: Sequence[_Lane]) -> tuple[Job, _Lane]:
         """The job whose turn it is, and where it was."""

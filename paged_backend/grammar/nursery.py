@@ -1,9 +1,11 @@
-"""Processes that may be killed at any time, and replaced at once: `python -m paged_backend.grammar.nursery VOCABULARY`, a child of the engine (workers.py).
+"""Processes that may be killed at any time, and replaced at once: `python -m paged_backend.grammar.nursery VOCABULARY`,
+a child of the engine (workers.py).
 
-Reading a large vocabulary takes seconds. This process does it once and then forks, as often as it is told to, children that compile grammars
-(compiler_process.py) or follow them (follower_process.py). It never works on a grammar itself.
-VOCABULARY is JSON. stdin is a socket that keeps messages apart. It says a Verdict when it is ready, or why it never will be; then it is told "c" or "f" with
-the socket of a child to make, and says its number; or the number of a child that was killed, whose place is free then.
+Reading a large vocabulary takes seconds. This process does it once and then forks, as often as it is told to, children
+that compile grammars (compiler_process.py) or follow them (follower_process.py). It never works on a grammar itself.
+VOCABULARY is JSON. stdin is a socket that keeps messages apart. It says a Verdict when it is ready, or why it never
+will be; then it is told "c" or "f" with the socket of a child to make, and says its number; or the number of a child
+that was killed, whose place is free then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The form an answer must have, as a caller says it: a JSON schema, a regular expression, a list of choices or a grammar, under vLLM's names."""
+"""The form an answer must have, as a caller says it: a JSON schema, a regular expression, a list of choices or a
+grammar, under vLLM's names.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,17 @@ MAX_GRAMMAR_CHARS = 131_072
 MAX_CHOICES = 4096
 _OLD_NAME = "guided_decoding"
 _ONLY_VLLM = ("whitespace_pattern", "disable_additional_properties")  # a form that differs where they are set
-_VLLM_INTERNAL = ("_backend", "_backend_was_auto", "_backend_options", "backend", "backend_was_auto")  # which library is to do it: here there is one
+# which library is to do it: here there is one
+_VLLM_INTERNAL = ("_backend", "_backend_was_auto", "_backend_options", "backend", "backend_was_auto")
 
 GrammarString = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 Choices = Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1, max_length=MAX_CHOICES)]
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """vLLM's `structured_outputs`: at most one of the first six. Whatever else vLLM has there must be null or false (`_drop_unset`)."""
+    """vLLM's `structured_outputs`: at most one of the first six. Whatever else vLLM has there must be null or false
+    (`_drop_unset`).
+    """
 
     json: GrammarString | None = None  # a JSON schema, as text
     regex: GrammarString | None = None
@@ -35,7 +40,9 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     @property
     def asks(self) -> bool:
-        return self.json_object or any(form is not None for form in (self.json, self.regex, self.choice, self.grammar, self.structural_tag))
+        return self.json_object or any(
+            form is not None for form in (self.json, self.regex, self.choice, self.grammar, self.structural_tag)
+        )
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -48,11 +55,12 @@ class Grammar(msgspec.Struct, frozen=True):
 
 
 def fold(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns sampling parameters in which schemas are text and a single choice is a list, however they were sent, and `guided_decoding`, as vLLM called
-    `structured_outputs` before, has its newer name.
+    """Returns sampling parameters in which schemas are text and a single choice is a list, however they were sent, and
+    `guided_decoding`, as vLLM called `structured_outputs` before, has its newer name.
 
     Raises:
-        RequestError: `structured_outputs` is text, but no JSON; it is given under both names; or it asks for something that only vLLM has.
+        RequestError: `structured_outputs` is text, but no JSON; it is given under both names; or it asks for something
+            that only vLLM has.
     """
     folded = dict(given)
     name = "structured_outputs"
@@ -77,11 +85,17 @@ def fold(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drop_unset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's clients, Triton Server's OpenAI frontend among them, send every key they know: null is not given, and neither is a false switch."""
+    """vLLM's clients, Triton Server's OpenAI frontend among them, send every key they know: null is not given, and
+    neither is a false switch.
+    """
     for key in _ONLY_VLLM:
         if given.get(key) not in (None, False, ""):
             raise RequestError(f"{name}: '{key}' is not supported; only null or false may be sent for it")
-    return {key: value for key, value in given.items() if value is not None and key not in _ONLY_VLLM and key not in _VLLM_INTERNAL}
+    return {
+        key: value
+        for key, value in given.items()
+        if value is not None and key not in _ONLY_VLLM and key not in _VLLM_INTERNAL
+    }
 
 
 def _fold_one(given: dict[str, Any], schema: str, choice: str) -> dict[str, Any]:
@@ -94,7 +108,11 @@ def _fold_one(given: dict[str, Any], schema: str, choice: str) -> dict[str, Any]
 
 
 def grammars_of(
-    guided_json: str | None, guided_regex: str | None, guided_choice: tuple[str, ...] | None, guided_grammar: str | None, outputs: StructuredOutputs | None
+    guided_json: str | None,
+    guided_regex: str | None,
+    guided_choice: tuple[str, ...] | None,
+    guided_grammar: str | None,
+    outputs: StructuredOutputs | None,
 ) -> list[Grammar]:
     """Everything that was asked for; more than one is a conflict."""
     found = _named("guided_", guided_json, guided_regex, guided_choice, guided_grammar, False)
@@ -102,7 +120,9 @@ def grammars_of(
         compact = outputs.disable_any_whitespace
         found += _named("structured_outputs.", outputs.json, outputs.regex, outputs.choice, outputs.grammar, compact)
         if outputs.structural_tag is not None:
-            found.append(Grammar("structured_outputs.structural_tag", "structural_tag", outputs.structural_tag, compact))
+            found.append(
+                Grammar("structured_outputs.structural_tag", "structural_tag", outputs.structural_tag, compact)
+            )
         if outputs.json_object:
             found.append(Grammar("structured_outputs.json_object", "json", '{"type":"object"}', compact))
     return found
@@ -115,7 +135,9 @@ def check_grammars(found: list[Grammar]) -> None:
     """
     for grammar in found:
         if len(grammar.text) > MAX_GRAMMAR_CHARS:  # choices, together
-            raise RequestError(f"{grammar.key}: {len(grammar.text)} characters as a grammar, at most {MAX_GRAMMAR_CHARS} are allowed")
+            raise RequestError(
+                f"{grammar.key}: {len(grammar.text)} characters as a grammar, at most {MAX_GRAMMAR_CHARS} are allowed"
+            )
         misreading = misread(grammar.text) if grammar.kind == "regex" else None
         if misreading:
             raise RequestError(f"{grammar.key}: {misreading}")
@@ -123,7 +145,14 @@ def check_grammars(found: list[Grammar]) -> None:
         raise RequestError(f"{found[0].key} and {found[1].key}: an answer has one form; send one of them")
 
 
-def _named(prefix: str, schema: str | None, regex: str | None, choice: tuple[str, ...] | None, grammar: str | None, compact: bool) -> list[Grammar]:
+def _named(
+    prefix: str,
+    schema: str | None,
+    regex: str | None,
+    choice: tuple[str, ...] | None,
+    grammar: str | None,
+    compact: bool,
+) -> list[Grammar]:
     found = []
     if schema is not None:
         found.append(Grammar(f"{prefix}json", "json", schema, compact))

@@ -1,11 +1,13 @@
-"""A `pattern` of a JSON schema as a grammar of its own, in GBNF, for what may stand between the quotation marks of a JSON string.
+"""A `pattern` of a JSON schema as a grammar of its own, in GBNF, for what may stand between the quotation marks of a
+JSON string.
 
-xgrammar has a converter for patterns that makes automata of them. It lets an optional group begin within its last loop ("^a(bc+)?$" takes "ac"), mixes
-up alternatives with counted loops, passes over lookaheads, and knows no escapes of JSON. So patterns are read here, and only grammars go to the library.
+xgrammar has a converter for patterns that makes automata of them. It lets an optional group begin within its last loop
+("^a(bc+)?$" takes "ac"), mixes up alternatives with counted loops, passes over lookaheads, and knows no escapes of
+JSON. So patterns are read here, and only grammars go to the library.
 
-What a class means differs between ECMAScript, which JSON Schema names, and Python's `re`, with which validators are written: "\\d" has digits of other
-scripts there. A set therefore knows the characters that every dialect counts in and those that some dialect does; only the former are said, and a
-negated set says none of the latter.
+What a class means differs between ECMAScript, which JSON Schema names, and Python's `re`, with which validators are
+written: "\\d" has digits of other scripts there. A set therefore knows the characters that every dialect counts in and
+those that some dialect does; only the former are said, and a negated set says none of the latter.
 """
 
 from __future__ import annotations
@@ -32,8 +34,28 @@ _SOME_SPACE: Ranges = (
 )
 # What surely is no word character, in any dialect: ASCII and a few blocks of punctuation and pictures.
 _NO_WORD: Ranges = (
-    *((0x00, 0x2F), (0x3A, 0x40), (0x5B, 0x5E), (0x60, 0x60), (0x7B, 0xA9), (0xAB, 0xB1), (0xB4, 0xB4), (0xB6, 0xB8), (0xBB, 0xBB), (0xBF, 0xBF)),
-    *((0xD7, 0xD7), (0xF7, 0xF7), (0x2010, 0x2027), (0x2030, 0x203E), (0x20A0, 0x20BF), (0x2190, 0x23FF), (0x2500, 0x2775), (0x3001, 0x3003)),
+    *(
+        (0x00, 0x2F),
+        (0x3A, 0x40),
+        (0x5B, 0x5E),
+        (0x60, 0x60),
+        (0x7B, 0xA9),
+        (0xAB, 0xB1),
+        (0xB4, 0xB4),
+        (0xB6, 0xB8),
+        (0xBB, 0xBB),
+        (0xBF, 0xBF),
+    ),
+    *(
+        (0xD7, 0xD7),
+        (0xF7, 0xF7),
+        (0x2010, 0x2027),
+        (0x2030, 0x203E),
+        (0x20A0, 0x20BF),
+        (0x2190, 0x23FF),
+        (0x2500, 0x2775),
+        (0x3001, 0x3003),
+    ),
     *((0x1F300, 0x1F64F),),
 )
 _NO_DIGIT: Ranges = ((0x00, 0x2F), (0x3A, 0x65F), (0x3040, 0xA61F), (0xAC00, 0xD7FF), (0x1F300, 0x1F64F))
@@ -55,8 +77,8 @@ class _Set:
 
 
 def pattern_grammar(pattern: str) -> str:
-    """The right side of a rule that takes what the pattern matches from beginning to end, as JSON spells it. Anchors must be where they mean nothing else
-    (regex_syntax.py).
+    """The right side of a rule that takes what the pattern matches from beginning to end, as JSON spells it. Anchors
+    must be where they mean nothing else (regex_syntax.py).
 
     Raises:
         PatternError: names what is not supported, and its place.
@@ -121,7 +143,12 @@ class _Reader:
         return _spelled(((ord(char), ord(char)),))
 
     def _group(self, start: int) -> str:
-        for opening, name in (("?=", "the lookahead"), ("?!", "the lookahead"), ("?<=", "the lookbehind"), ("?<!", "the lookbehind")):
+        for opening, name in (
+            ("?=", "the lookahead"),
+            ("?!", "the lookahead"),
+            ("?<=", "the lookbehind"),
+            ("?<!", "the lookbehind"),
+        ):
             if self._text.startswith(opening, self._at):
                 raise self._error(f"{name} '({opening}'", start)
         flags = _FLAGS.match(self._text, start)
@@ -218,12 +245,17 @@ class _Reader:
                 self._at += 1
                 return _one(0x08)
             return self._escape(at)
-        if self._text.startswith(("[:", "[.", "[="), at) or (char in "&-~|" and self._text.startswith(char, self._at) and char != "-"):
+        if self._text.startswith(("[:", "[.", "[="), at) or (
+            char in "&-~|" and self._text.startswith(char, self._at) and char != "-"
+        ):
             raise self._error(f"'{self._text[at : at + 2]}' in a set", at)
         return _one(ord(char))
 
     def _range(self, first: _Set, last: _Set, start: int) -> _Set:
-        single = all(len(each.inner) == 1 and each.inner == each.outer and each.inner[0][0] == each.inner[0][1] for each in (first, last))
+        single = all(
+            len(each.inner) == 1 and each.inner == each.outer and each.inner[0][0] == each.inner[0][1]
+            for each in (first, last)
+        )
         if not single or first.inner[0][0] > last.inner[0][0]:
             raise self._error("a range whose ends are no characters in their order", start)
         ranges = ((first.inner[0][0], last.inner[0][0]),)

@@ -1,7 +1,8 @@
-"""What of a regular expression xgrammar reads otherwise than it is meant: it ignores anchors inside, takes an escape that it does not know as its letter, and
-inline flags for a group.
+"""What of a regular expression xgrammar reads otherwise than it is meant: it ignores anchors inside, takes an escape
+that it does not know as its letter, and inline flags for a group.
 
-Found by what xgrammar 0.2.8 makes of each escape, and of anchors in every place. What it refuses itself (lookarounds, references, word boundaries) is let by.
+Found by what xgrammar 0.2.8 makes of each escape, and of anchors in every place. What it refuses itself (lookarounds,
+references, word boundaries) is let by.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _KNOWN_IN_SET = re.compile(_KNOWN.pattern.replace("B", ""), re.DOTALL)
 
 
 def misread(regex: str) -> str | None:
-    """The first part that the library reads otherwise, as a clause for the caller; None: there is none. Time is linear in the length."""
+    """The first part that the library reads otherwise, as a clause for the caller; None: there is none. Time is linear
+    in the length.
+    """
     tokens = list(_TOKEN.finditer(regex))
     for token in tokens:
         if token.lastgroup == "flags":
@@ -54,8 +57,12 @@ def _repeated(kinds: Sequence[str]) -> set[int]:
     return found
 
 
-def _astray(kinds: Sequence[str], order: Iterable[int], anchor: str, into: str, out: str, repeated: Collection[int]) -> int | None:
-    """The first anchor, in reading order, before which there may be something. Groups begin with `into`, in that order."""
+def _astray(
+    kinds: Sequence[str], order: Iterable[int], anchor: str, into: str, out: str, repeated: Collection[int]
+) -> int | None:
+    """The first anchor, in reading order, before which there may be something. Groups begin with `into`, in that
+    order.
+    """
     clear, beginnings = True, [True]  # nothing was before, here and at the beginning of each group around
     for at in order:
         kind = kinds[at]

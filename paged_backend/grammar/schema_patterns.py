@@ -1,5 +1,6 @@
-"""Schemas whose patterns and formats are grammars of our own (pattern_grammar.py): they go to the library with a mark in the place of each, and the mark is
-replaced in the grammar that comes back."""
+"""Schemas whose patterns and formats are grammars of our own (pattern_grammar.py): they go to the library with a mark
+in the place of each, and the mark is replaced in the grammar that comes back.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +13,22 @@ from paged_backend.grammar.string_formats import PATTERNS
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
-_SINGLES = ("items", "additionalItems", "unevaluatedItems", "additionalProperties", "unevaluatedProperties", "propertyNames")
+_SINGLES = (
+    "items",
+    "additionalItems",
+    "unevaluatedItems",
+    "additionalProperties",
+    "unevaluatedProperties",
+    "propertyNames",
+)
 _RULE = "paged_pattern"
 _MARK = re.compile(r'Regex\("\^paged(\d+)end\$", json_string=true\)')
 
 
 class Marks:
-    """The grammars that a schema's patterns became, each once. In the library's text of a grammar, quotation marks of what a schema says are escaped, and
-    those around a mark are not: so it is unmistakable."""
+    """The grammars that a schema's patterns became, each once. In the library's text of a grammar, quotation marks of
+    what a schema says are escaped, and those around a mark are not: so it is unmistakable.
+    """
 
     def __init__(self) -> None:
         self._grammars: dict[str, int] = {}  # by what stands on a rule's right side
@@ -49,7 +58,9 @@ class Marks:
 
 
 def marked(schema: Any, mark: Callable[[str], str]) -> Any:
-    """A copy of a schema with marks for its patterns and formats, wherever json_schema.py looks for a schema. Depth is bounded there."""
+    """A copy of a schema with marks for its patterns and formats, wherever json_schema.py looks for a schema. Depth is
+    bounded there.
+    """
     if not isinstance(schema, dict):
         return schema
     copy = dict(schema)

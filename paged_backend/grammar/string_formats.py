@@ -1,4 +1,6 @@
-"""The `format`s of JSON Schema as patterns: each takes only what is of the format, most of them not all of it (names of hosts have six labels at most)."""
+"""The `format`s of JSON Schema as patterns: each takes only what is of the format, most of them not all of it (names of
+hosts have six labels at most).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ _LEAP_YEAR = r"(?:\d{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[1
 _LONG_MONTHS = r"(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])"
 _SHORT_MONTHS = r"(?:0[469]|11)-(?:0[1-9]|[12]\d|30)"
 _DATE = rf"(?:{_YEAR}-(?:{_LONG_MONTHS}|{_SHORT_MONTHS}|02-(?:0[1-9]|1\d|2[0-8]))|{_LEAP_YEAR}-02-29)"
-_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"  # no leap second: most days have none
+# no leap second: most days have none
+_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
 _COUNT = r"\d{1,9}"
 _CLOCK = rf"T(?:{_COUNT}H(?:{_COUNT}M(?:{_COUNT}S)?)?|{_COUNT}M(?:{_COUNT}S)?|{_COUNT}S)"
 _DAYS = rf"(?:{_COUNT}Y(?:{_COUNT}M(?:{_COUNT}D)?)?|{_COUNT}M(?:{_COUNT}D)?|{_COUNT}D)"
@@ -49,4 +52,5 @@ PATTERNS = {
     "json-pointer": _POINTER,
     "relative-json-pointer": rf"(?:0|[1-9]\d{{0,8}})(?:#|{_POINTER})",
 }
-UNENFORCED = ("idn-email", "idn-hostname", "iri", "iri-reference", "regex")  # of the standard's; names that it has not are comments
+# of the standard's; names that it has not are comments
+UNENFORCED = ("idn-email", "idn-hostname", "iri", "iri-reference", "regex")

@@ -1,8 +1,8 @@
 """Text that may hold parts of a given form: structural tags, as xgrammar and vLLM call them. Tool calls are such parts.
 
-A tag is either the library's own JSON (`{"type": "structural_tag", "format": …}`), or names a format of tool calls that the
-library knows, with the tools: `{"model": "qwen_3", "tools": […], "tool_choice": "required"}`. The latter's arguments
-always match the tools' schemas.
+A tag is either the library's own JSON (`{"type": "structural_tag", "format": …}`), or names a format of tool calls that
+the library knows, with the tools: `{"model": "qwen_3", "tools": […], "tool_choice": "required"}`. The latter's
+arguments always match the tools' schemas.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def _with_schemas(value: Any, rewrite: Callable[[Any], Any], depth: int) -> Any:
         raise GrammarError("it is nested too deeply")
     match value:
         case dict():
-            return {name: rewrite(member) if name == "json_schema" else _with_schemas(member, rewrite, depth + 1) for name, member in value.items()}
+            return {
+                name: rewrite(member) if name == "json_schema" else _with_schemas(member, rewrite, depth + 1)
+                for name, member in value.items()
+            }
         case list():
             return [_with_schemas(member, rewrite, depth + 1) for member in value]
     return value

@@ -1,4 +1,6 @@
-"""What each token of a vocabulary spells, in bytes: what a grammar sees of it, and what log-probabilities are told of."""
+"""What each token of a vocabulary spells, in bytes: what a grammar sees of it, and what log-probabilities are told
+of.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_SPELLABLE = frozenset({"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip", "Sequence"})  # decoders whose tokens `_spell` knows
+# decoders whose tokens `_spell` knows
+_SPELLABLE = frozenset({"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip", "Sequence"})
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """What single tokens spell inside a text, special ones too. A token may be part of a character, or begin with a space that `decode` would drop."""
+    """What single tokens spell inside a text, special ones too. A token may be part of a character, or begin with a
+    space that `decode` would drop.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -31,12 +36,13 @@ class TokenBytes:
             return b""
         if self._kinds <= _SPELLABLE:
             return _spell(token, self._kinds)
-        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()  # WordPiece and others, whose tokens are text
+        # WordPiece and others, whose tokens are text
+        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
 
 def read_token_bytes(path: Path, vocab_size: int, silent_ids: Collection[int]) -> list[bytes]:
-    """One entry per id of the model, empty where a token has no place in an answer that follows a grammar: special tokens, `silent_ids`, and ids that
-    only the model has.
+    """One entry per id of the model, empty where a token has no place in an answer that follows a grammar: special
+    tokens, `silent_ids`, and ids that only the model has.
 
     path: a tokenizer.json.
     """
@@ -80,7 +86,9 @@ def _spell(token: str, kinds: set[str]) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable ones stand for themselves, the others for 256 and on. Source: openai/gpt-2, src/encoder.py."""
+    """GPT-2's characters for bytes: printable ones stand for themselves, the others for 256 and on. Source:
+    openai/gpt-2, src/encoder.py.
+    """
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(rest)}

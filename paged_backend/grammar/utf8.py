@@ -1,4 +1,5 @@
-"""Which bytes may follow which in UTF-8: a grammar's characters are ranges of code points, and the library spells surrogates and other bytes that are none.
+"""Which bytes may follow which in UTF-8: a grammar's characters are ranges of code points, and the library spells
+surrogates and other bytes that are none.
 
 Source of the table: Unicode 15, table 3-7, well-formed UTF-8 byte sequences.
 """
@@ -6,7 +7,8 @@ Source of the table: Unicode 15, table 3-7, well-formed UTF-8 byte sequences.
 from __future__ import annotations
 
 CLEAN = 0  # between characters
-STATES = range(8)  # 1, 2, 3: that many bytes of 80 to BF are due; the others: the first of those is bounded more closely
+# 1, 2, 3: that many bytes of 80 to BF are due; the others: the first of those is bounded more closely
+STATES = range(8)
 _LEADS = (
     (0x00, 0x7F, CLEAN),
     (0xC2, 0xDF, 1),
@@ -18,7 +20,15 @@ _LEADS = (
     (0xF1, 0xF3, 3),
     (0xF4, 0xF4, 7),
 )
-_DUE = {1: (0x80, 0xBF, CLEAN), 2: (0x80, 0xBF, 1), 3: (0x80, 0xBF, 2), 4: (0xA0, 0xBF, 1), 5: (0x80, 0x9F, 1), 6: (0x90, 0xBF, 2), 7: (0x80, 0x8F, 2)}
+_DUE = {
+    1: (0x80, 0xBF, CLEAN),
+    2: (0x80, 0xBF, 1),
+    3: (0x80, 0xBF, 2),
+    4: (0xA0, 0xBF, 1),
+    5: (0x80, 0x9F, 1),
+    6: (0x90, 0xBF, 2),
+    7: (0x80, 0x8F, 2),
+}
 
 
 def advance(state: int, text: bytes) -> int | None:

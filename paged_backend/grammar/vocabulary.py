@@ -1,4 +1,6 @@
-"""A model's tokens as the grammar library sees them. The library is xgrammar (Dong et al., 2024, arXiv:2411.15100), an optional extra."""
+"""A model's tokens as the grammar library sees them. The library is xgrammar (Dong et al., 2024, arXiv:2411.15100), an
+optional extra.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Vocabulary:
     size: int
     spelled: Sequence[bytes]  # empty: no part of an answer that follows a grammar
     following: Sequence[Int32]  # by state of utf8.py: the tokens whose bytes may come
-    clean_or_lines: Int32  # the tokens whose only control characters are line breaks: JSON's strings must have none, and the library lets them in
+    # the tokens whose only control characters are line breaks: JSON's strings must have none, and the library lets them
+    # in
+    clean_or_lines: Int32
 
 
 def read_vocabulary(tokenizer_path: Path | None, size: int, eos_ids: Collection[int]) -> Vocabulary:
@@ -57,7 +61,9 @@ def read_vocabulary(tokenizer_path: Path | None, size: int, eos_ids: Collection[
         size=size,
         spelled=spelled,
         following=_following(spelled, size),
-        clean_or_lines=bits([token_id for token_id, text in enumerate(spelled) if min(text.replace(b"\n", b""), default=32) >= 32], size),
+        clean_or_lines=bits(
+            [token_id for token_id, text in enumerate(spelled) if min(text.replace(b"\n", b""), default=32) >= 32], size
+        ),
     )
 
 
@@ -65,5 +71,12 @@ def _following(spelled: Sequence[bytes], size: int) -> list[Int32]:
     ascii_ids = [token_id for token_id, text in enumerate(spelled) if text.isascii()]
     others = [(token_id, text) for token_id, text in enumerate(spelled) if not text.isascii()]
     return [
-        bits([*(ascii_ids if state == CLEAN else ()), *(token_id for token_id, text in others if advance(state, text) is not None)], size) for state in STATES
+        bits(
+            [
+                *(ascii_ids if state == CLEAN else ()),
+                *(token_id for token_id, text in others if advance(state, text) is not None),
+            ],
+            size,
+        )
+        for state in STATES
     ]

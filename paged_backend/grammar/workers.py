@@ -1,4 +1,6 @@
-"""The processes that work on grammars, as the engine sees them: a nursery (nursery.py) that is started when first wanted, and its children."""
+"""The processes that work on grammars, as the engine sees them: a nursery (nursery.py) that is started when first
+wanted, and its children.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,15 @@ from paged_backend.grammar.options import Grammar
 from paged_backend.grammar.vocabulary import GrammarError
 
 COMPILE_SECONDS = 20.0  # of a processor's time, for one grammar
-_CLOCK_TIMES = 6  # so many times that on the clock: a busy machine, where everything else goes before it, is not the grammar's fault
+# so many times that on the clock: a busy machine, where everything else goes before it, is not the grammar's fault
+_CLOCK_TIMES = 6
 _LOOK_SECONDS = 0.02  # how often somebody looks at a worker's time
 _START_SECONDS = 120.0  # for the vocabulary, and for importing the library
 _FORK_SECONDS = 30.0
 _EXIT_SECONDS = 5.0  # from the end of a connection to that of the process, which frees its memory first
-_TRIES = 3  # of what processes were killed at: by an operator, or by the kernel for want of memory, which the grammar may have used up
+# of what processes were killed at: by an operator, or by the kernel for want of memory, which the grammar may have used
+# up
+_TRIES = 3
 _EXIT_CODE = 49  # of the fields of /proc/PID/stat behind the name: the 52nd of all, a wait status; see proc(5)
 _CPUCLOCK_SCHED = 2  # linux/include/linux/posix-timers.h: the clock of another process's processor time
 
@@ -54,7 +59,8 @@ class Worker:
         return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED)
 
     def was_killed(self) -> bool:
-        """By SIGKILL, which no fault of its own and no limit sends it; True also if it is gone without a trace, as with a nursery that was killed.
+        """By SIGKILL, which no fault of its own and no limit sends it; True also if it is gone without a trace, as with
+        a nursery that was killed.
 
         To be asked when its connection has ended, before `kill`.
         """
@@ -154,8 +160,15 @@ class Workers:
         if self._control is not None:
             return self._control
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the server's working directory is no place to import from
-        command = [sys.executable, *safe_path, "-m", "paged_backend.grammar.nursery", msgspec.json.encode(self._place).decode()]
+        # the server's working directory is no place to import from
+        safe_path = ["-P"] if sys.version_info >= (3, 11) else []
+        command = [
+            sys.executable,
+            *safe_path,
+            "-m",
+            "paged_backend.grammar.nursery",
+            msgspec.json.encode(self._place).decode(),
+        ]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with theirs:
             self._nursery = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
@@ -166,7 +179,9 @@ class Workers:
         except (OSError, msgspec.DecodeError) as error:
             killed = not isinstance(error, TimeoutError) and self._exit_code() == -signal.SIGKILL
             self._end()
-            raise (NurseryLostError if killed else OSError)("the process that works on grammars did not start") from None
+            raise (NurseryLostError if killed else OSError)(
+                "the process that works on grammars did not start"
+            ) from None
         if ready.refusal:
             self._end()
             raise GrammarError(ready.refusal, ready.kind)
@@ -182,7 +197,8 @@ class GrammarCompiler:
         self._worker: Worker | None = None
 
     def compile(self, grammar: Grammar, seconds: float = COMPILE_SECONDS) -> Verdict | None:
-        """Waits for the verdict; None: there is none after `seconds` of a processor's time. That a child dies of a grammar is a verdict, too.
+        """Waits for the verdict; None: there is none after `seconds` of a processor's time. That a child dies of a
+        grammar is a verdict, too.
 
         A child that was killed is not: another one tries the grammar again.
 

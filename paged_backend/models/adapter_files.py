@@ -1,4 +1,6 @@
-"""An adapter's folder, as PEFT saves it (adapter_config.json, adapter_model.safetensors) -> one tensor, laid out for an adapter slot. No pickle is read."""
+"""An adapter's folder, as PEFT saves it (adapter_config.json, adapter_model.safetensors) -> one tensor, laid out for an
+adapter slot. No pickle is read.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,19 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 2**20
 _FLOATS = ("F32", "F16", "BF16")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-# PEFT's fields that change nothing of what a finished adapter computes, or are looked at below. Any other that is set is refused by name.
+# PEFT's fields that change nothing of what a finished adapter computes, or are looked at below. Any other that is set
+# is refused by name.
 _UNDERSTOOD = frozenset(
-    ["peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "runtime_config"]
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "runtime_config",
+    ]
     + ["r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"]
     + ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
     + ["loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"]
@@ -51,7 +63,8 @@ class _Config:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     by_root: bool  # rank-stabilised: scaled by the rank's square root
-    targets: tuple[str, ...]  # names of modules that every layer must have; none if the config gives them by a pattern, or not for all layers
+    # names of modules that every layer must have; none if the config gives them by a pattern, or not for all layers
+    targets: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
         return int(_patterned(self.rank_pattern, module, self.rank))
@@ -105,7 +118,13 @@ def read_adapter(folder: Path, layout: AdapterLayout, max_rank: int, dtype: torc
         packed = torch.zeros(layout.size * rank, dtype=dtype, pin_memory=pinned)
         modules = layout.modules()
         for module, names in found.items():
-            _pack(packed, rank, *modules[module], file.get_tensor(names["A"]), file.get_tensor(names["B"]).float() * config.scaling_of(module))
+            _pack(
+                packed,
+                rank,
+                *modules[module],
+                file.get_tensor(names["A"]),
+                file.get_tensor(names["B"]).float() * config.scaling_of(module),
+            )
     if not bool(torch.isfinite(packed).all()):
         raise RequestError(f"{_WEIGHTS} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}")
     return Adapter(rank, packed, version)
@@ -123,7 +142,10 @@ def _opened(folder: Path) -> Iterator[Any]:
     """The file of tensors."""
     if not (folder / _WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        raise RequestError(f"{_WEIGHTS} is missing" + ("; adapter_model.bin is pickled, which can run code when loaded: convert it" if pickled else ""))
+        raise RequestError(
+            f"{_WEIGHTS} is missing"
+            + ("; adapter_model.bin is pickled, which can run code when loaded: convert it" if pickled else "")
+        )
     try:
         with safe_open(folder / _WEIGHTS, framework="pt") as file:
             yield file
@@ -138,7 +160,9 @@ def _check_tensors(file: Any, layout: AdapterLayout, config: _Config, max_rank: 
     for name in file.keys():  # noqa: SIM118 - the file is no mapping
         match = _TENSOR.fullmatch(name)
         if ".experts." in name:
-            raise RequestError(f"tensor {name[:200]} is an expert's: adapters of experts are not supported, those of attention are")
+            raise RequestError(
+                f"tensor {name[:200]} is an expert's: adapters of experts are not supported, those of attention are"
+            )
         module = "" if match is None else renamed(match["module"], layout.renames)
         if match is None or module not in modules:
             supported = f"lora_A and lora_B of {', '.join(layout.projections)} in {layout.num_layers} layers"
@@ -159,9 +183,13 @@ def _check_tensors(file: Any, layout: AdapterLayout, config: _Config, max_rank: 
                 raise RequestError(f"{module} has no lora_{side}")
             view = file.get_slice(names[side])
             if list(view.get_shape()) != shape:
-                raise RequestError(f"lora_{side} of {module} has shape {list(view.get_shape())}, expected {shape} for this model and rank {rank}")
+                raise RequestError(
+                    f"lora_{side} of {module} has shape {list(view.get_shape())}, expected {shape} for this model and rank {rank}"
+                )
             if view.get_dtype() not in _FLOATS:
-                raise RequestError(f"lora_{side} of {module} is of type {view.get_dtype()}; supported: {', '.join(_FLOATS)}")
+                raise RequestError(
+                    f"lora_{side} of {module} is of type {view.get_dtype()}; supported: {', '.join(_FLOATS)}"
+                )
     return found
 
 
@@ -174,19 +202,36 @@ def _read_config(path: Path, projections: tuple[str, ...]) -> _Config:
             raise RequestError(f"{_CONFIG}: {name[:80]} is not supported")
     if given.get("bias", "none") != "none":
         raise RequestError(f"{_CONFIG}: bias is {_shown(given['bias'])}; supported: none")
-    if not any(given.get("init_lora_weights") is plain or given.get("init_lora_weights") == plain for plain in _PLAIN_BEGINNINGS):
-        raise RequestError(f"{_CONFIG}: init_lora_weights {_shown(given['init_lora_weights'])} changes the model's own weights, which is not supported")
+    if not any(
+        given.get("init_lora_weights") is plain or given.get("init_lora_weights") == plain
+        for plain in _PLAIN_BEGINNINGS
+    ):
+        raise RequestError(
+            f"{_CONFIG}: init_lora_weights {_shown(given['init_lora_weights'])} changes the model's own weights, which is not supported"
+        )
     targets = given.get("target_modules")
-    unknown = [target for target in targets if str(target).rsplit(".", 1)[-1] not in projections] if isinstance(targets, list) else []
+    unknown = (
+        [target for target in targets if str(target).rsplit(".", 1)[-1] not in projections]
+        if isinstance(targets, list)
+        else []
+    )
     if unknown:
-        raise RequestError(f"{_CONFIG}: target module {_shown(unknown[0])} is not supported; supported: {', '.join(projections)}")
-    everywhere = isinstance(targets, list) and given.get("layers_to_transform") is None and not given.get("exclude_modules")
+        raise RequestError(
+            f"{_CONFIG}: target module {_shown(unknown[0])} is not supported; supported: {', '.join(projections)}"
+        )
+    everywhere = (
+        isinstance(targets, list) and given.get("layers_to_transform") is None and not given.get("exclude_modules")
+    )
     try:
         return _Config(
             rank=int(given["r"]),
             alpha=float(given["lora_alpha"]),
-            rank_pattern={re.compile(key).pattern: int(value) for key, value in (given.get("rank_pattern") or {}).items()},
-            alpha_pattern={re.compile(key).pattern: float(value) for key, value in (given.get("alpha_pattern") or {}).items()},
+            rank_pattern={
+                re.compile(key).pattern: int(value) for key, value in (given.get("rank_pattern") or {}).items()
+            },
+            alpha_pattern={
+                re.compile(key).pattern: float(value) for key, value in (given.get("alpha_pattern") or {}).items()
+            },
             by_root=bool(given.get("use_rslora")),
             targets=tuple(target for target in targets or () if target in projections) if everywhere else (),
         )

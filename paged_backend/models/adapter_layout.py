@@ -34,14 +34,19 @@ class AdapterLayout:
 
     sites: tuple[PlacedSite, ...]
     num_layers: int
-    renames: Mapping[str, str] = field(default_factory=dict)  # Architecture.renames: adapters' tensors are called like the checkpoint's
+    # Architecture.renames: adapters' tensors are called like the checkpoint's
+    renames: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layers: Sequence[LayerSpec], hidden_size: int, renames: Mapping[str, str] | None = None) -> AdapterLayout:
+    def of(
+        cls, layers: Sequence[LayerSpec], hidden_size: int, renames: Mapping[str, str] | None = None
+    ) -> AdapterLayout:
         sites: list[PlacedSite] = []
         for number, layer in enumerate(layers):
             for site in (*layer.attention.sites(hidden_size), *layer.mlp.sites(hidden_size)):
-                sites.append(PlacedSite(site.modules, site.in_size, site.out_sizes, number, sites[-1].end if sites else 0))
+                sites.append(
+                    PlacedSite(site.modules, site.in_size, site.out_sizes, number, sites[-1].end if sites else 0)
+                )
         return cls(tuple(sites), len(layers), renames or {})
 
     @property
@@ -56,4 +61,8 @@ class AdapterLayout:
 
     def modules(self) -> dict[str, tuple[PlacedSite, int]]:
         """Name, such as model.layers.0.self_attn.q_proj -> its site and its number there."""
-        return {f"model.layers.{site.layer}.{module}": (site, index) for site in self.sites for index, module in enumerate(site.modules)}
+        return {
+            f"model.layers.{site.layer}.{module}": (site, index)
+            for site in self.sites
+            for index, module in enumerate(site.modules)
+        }

@@ -1,4 +1,6 @@
-"""What a checkpoint's config.json says, checked: a plain `Architecture`, or a refusal that names what is not supported."""
+"""What a checkpoint's config.json says, checked: a plain `Architecture`, or a refusal that names what is not
+supported.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: `parameters` as transformers' `rope_parameters`, with `rope_type` one of ROPE_TYPES and `rope_theta`."""
+    """Rotary positions: `parameters` as transformers' `rope_parameters`, with `rope_type` one of ROPE_TYPES and
+    `rope_theta`.
+    """
 
     parameters: Mapping[str, Any]
     max_position_embeddings: int
@@ -38,7 +42,9 @@ class Rope:
 
     @property
     def max_len(self) -> int:
-        """Tokens the checkpoint allows. For linear and dynamic scaling max_position_embeddings is the unscaled length; for yarn it may be either."""
+        """Tokens the checkpoint allows. For linear and dynamic scaling max_position_embeddings is the unscaled length;
+        for yarn it may be either.
+        """
         length, factor = self.max_position_embeddings, self.parameters.get("factor") or 1.0
         if self.rope_type in ("linear", "dynamic"):
             length = int(length * factor)
@@ -64,7 +70,8 @@ class Architecture:
     bos_id: int | None
     has_head: bool = True  # False: the checkpoint is of the layers alone, which make embeddings and no text
     quantization: Quantization | None = None
-    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names -> what they are called here
+    # beginnings of tensors' names -> what they are called here
+    renames: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()  # beginnings of names of tensors that are for other inputs than text
     shard: Shard = WHOLE  # the layers are this rank's parts
 
@@ -157,11 +164,14 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _family_of(file: ConfigKind) -> Family:
     name = (file.architectures or ["none"])[0]
-    family = FAMILIES.get(name) or FAMILIES.get(f"{name.removesuffix('Model')}ForCausalLM")  # Qwen3Model: the same without a head
+    # Qwen3Model: the same without a head
+    family = FAMILIES.get(name) or FAMILIES.get(f"{name.removesuffix('Model')}ForCausalLM")
     if family is None:
         raise EngineError(f"architecture {name[:80]} is not supported; supported: {', '.join(FAMILIES)}")
     if file.model_type not in (None, family.model_type):
-        raise EngineError(f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of model_type {family.model_type}")
+        raise EngineError(
+            f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of model_type {family.model_type}"
+        )
     return family
 
 
@@ -172,7 +182,9 @@ def _transformers_config(family: Family, file: ConfigFile) -> PreTrainedConfig:
         model_type = file.model_type or family.text_model_types[0]
         if model_type not in family.text_model_types:
             supported = ", ".join(family.text_model_types)
-            raise EngineError(f"text_config: model_type: {model_type[:80]} is not supported for {family.architecture}; supported: {supported}")
+            raise EngineError(
+                f"text_config: model_type: {model_type[:80]} is not supported for {family.architecture}; supported: {supported}"
+            )
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](**file.for_transformers())
     except Exception as error:  # transformers raises what it likes for a bad value, and its own checks wrap the reason
@@ -183,27 +195,41 @@ def _transformers_config(family: Family, file: ConfigFile) -> PreTrainedConfig:
 def _ropes(family: Family, config: PreTrainedConfig) -> dict[str, Rope]:
     """The rotary positions of a checkpoint: one kind for all layers, or one for each type of them."""
     parameters = config.rope_parameters or {}
-    kinds = {name: entry for name, entry in parameters.items() if isinstance(entry, Mapping)} or {ALL_LAYERS: parameters}
+    kinds = {name: entry for name, entry in parameters.items() if isinstance(entry, Mapping)} or {
+        ALL_LAYERS: parameters
+    }
     if ALL_LAYERS not in kinds and not family.ropes_by_layer_type:
-        raise EngineError(f"rope_parameters: different positions for different layers are not supported for {family.architecture}")
+        raise EngineError(
+            f"rope_parameters: different positions for different layers are not supported for {family.architecture}"
+        )
     ropes = {}
     for name, entry in kinds.items():
         if entry.get("rope_type") not in ROPE_TYPES:
-            raise EngineError(f"rope_type: {entry.get('rope_type')} is not supported; supported: {', '.join(ROPE_TYPES)}")
+            raise EngineError(
+                f"rope_type: {entry.get('rope_type')} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            )
         head_dim, partial = head_dim_of(config), entry.get("partial_rotary_factor") or 1.0
         if partial != 1 and not family.partial_rotary:
-            raise EngineError(f"partial_rotary_factor: {partial} is not supported for {family.architecture}; supported: 1.0")
+            raise EngineError(
+                f"partial_rotary_factor: {partial} is not supported for {family.architecture}; supported: 1.0"
+            )
         rotary_dim = int(head_dim * partial)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-            raise EngineError(f"partial_rotary_factor: {partial} of a head of {head_dim} numbers is {rotary_dim}; an even number of 2 to {head_dim} is needed")
-        ropes[name] = Rope(dict(entry), config.max_position_embeddings, rotary_dim, config, "" if name == ALL_LAYERS else name)
+            raise EngineError(
+                f"partial_rotary_factor: {partial} of a head of {head_dim} numbers is {rotary_dim}; an even number of 2 to {head_dim} is needed"
+            )
+        ropes[name] = Rope(
+            dict(entry), config.max_position_embeddings, rotary_dim, config, "" if name == ALL_LAYERS else name
+        )
     return ropes
 
 
 def _check_options(config: PreTrainedConfig) -> None:
     """Refuses, by name, what the decoder does not compute."""
     if config.num_attention_heads % config.num_key_value_heads:
-        raise EngineError(f"num_attention_heads: {config.num_attention_heads} is not a multiple of num_key_value_heads ({config.num_key_value_heads})")
+        raise EngineError(
+            f"num_attention_heads: {config.num_attention_heads} is not a multiple of num_key_value_heads ({config.num_key_value_heads})"
+        )
     head_dim = head_dim_of(config)
     if head_dim % 2 or not head_dim:
         raise EngineError(f"head_dim: {head_dim} is not supported, rotary positions need an even one")
@@ -212,13 +238,16 @@ def _check_options(config: PreTrainedConfig) -> None:
 
 def _check_layer_types(config: PreTrainedConfig) -> None:
     layer_types = getattr(config, "layer_types", None)
-    if getattr(config, "sliding_window", None) == 0 and (layer_types is None or "sliding_attention" in layer_types):  # qwen2_moe's says 0 for none
+    # qwen2_moe's says 0 for none
+    if getattr(config, "sliding_window", None) == 0 and (layer_types is None or "sliding_attention" in layer_types):
         raise EngineError("sliding_window: 0 tokens are nothing to attend to; null means all")
     if layer_types is None:
         return
     for layer_type in layer_types:
         if layer_type not in ("full_attention", "sliding_attention"):
-            raise EngineError(f"layer_types: {layer_type} is not supported; supported: full_attention, sliding_attention")
+            raise EngineError(
+                f"layer_types: {layer_type} is not supported; supported: full_attention, sliding_attention"
+            )
     if len(layer_types) != config.num_hidden_layers:
         raise EngineError(f"layer_types: {len(layer_types)} entries for {config.num_hidden_layers} layers")
 
@@ -231,7 +260,9 @@ def _refuse_quantised_experts(layers: Sequence[LayerSpec], quantization: Quantiz
     for moe in (layer.mlp for layer in layers if isinstance(layer.mlp, MoeSpec)):
         if quantization is not None and (quantization.name == MXFP4) != moe.together:
             supported = MXFP4 if moe.together else f"every other method; {MXFP4} is read as gpt-oss has it"
-            raise EngineError(f"quantization_config: {quantization.name} is not supported for experts that are stored like these; supported: {supported}")
+            raise EngineError(
+                f"quantization_config: {quantization.name} is not supported for experts that are stored like these; supported: {supported}"
+            )
 
 
 def _dtype_name(file: ConfigFile, default: str) -> str:

@@ -1,4 +1,6 @@
-"""Looks for mistakes in a checkpoint's chat templates when it is loaded: templates are only parsed, nothing in them runs."""
+"""Looks for mistakes in a checkpoint's chat templates when it is loaded: templates are only parsed, nothing in them
+runs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class _Generation(Extension):
 
 
 def template_mistakes(templates: Mapping[str, str], folder: Path) -> Iterator[str]:
-    """A sentence for each of `templates` (by name) that cannot be rendered at all, with the file in `folder` that it comes from, and the line."""
+    """A sentence for each of `templates` (by name) that cannot be rendered at all, with the file in `folder` that it
+    comes from, and the line.
+    """
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     for name, text in templates.items():
         try:
@@ -73,4 +77,7 @@ def _values(content: str) -> list[str]:
         value = json.loads(content)["chat_template"]
     except (ValueError, KeyError, TypeError):
         return []
-    return [entry.get("template", "") if isinstance(entry, dict) else entry for entry in (value if isinstance(value, list) else [value])]
+    return [
+        entry.get("template", "") if isinstance(entry, dict) else entry
+        for entry in (value if isinstance(value, list) else [value])
+    ]

@@ -33,7 +33,8 @@ class Checkpoint:
 
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint:
-    """Finds or fetches the checkpoint that `config.model` names and checks all that can be told without reading its weights.
+    """Finds or fetches the checkpoint that `config.model` names and checks all that can be told without reading its
+    weights.
 
     Raises:
         EngineError: there is none, or the decoder cannot run it.
@@ -57,12 +58,16 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
 
 def _online(name: Literal["fp8", "int4"], found: Quantization | None) -> Quantization:
     if found is not None:
-        raise EngineError(f"quantization: {name} is for checkpoints of floats, this one is quantised already ({found.name})")
+        raise EngineError(
+            f"quantization: {name} is for checkpoints of floats, this one is quantised already ({found.name})"
+        )
     return read_online(name)
 
 
 def _fetch(config: EngineConfig) -> Path:
-    """The hub's copy of `config.model`, from the local cache if it is there. With load_format=dummy no weights are fetched."""
+    """The hub's copy of `config.model`, from the local cache if it is there. With load_format=dummy no weights are
+    fetched.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -74,4 +79,6 @@ def _fetch(config: EngineConfig) -> Path:
     except HFValidationError:
         raise EngineError(f"model: {config.model} is neither a folder nor a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise EngineError(f"model: {config.model} is no folder, and the hub did not give it: {reason_of(error)}") from None
+        raise EngineError(
+            f"model: {config.model} is no folder, and the hub did not give it: {reason_of(error)}"
+        ) from None

@@ -1,7 +1,8 @@
-"""The keys of a checkpoint's config.json that the decoder reads: their types and ranges, checked before anything is made of them.
+"""The keys of a checkpoint's config.json that the decoder reads: their types and ranges, checked before anything is
+made of them.
 
-transformers' own config classes check some types and no ranges: a rope factor "4.0", a NaN or a thousand million layers would fail later, somewhere else.
-Keys that nothing here reads may hold what they like.
+transformers' own config classes check some types and no ranges: a rope factor "4.0", a NaN or a thousand million layers
+would fail later, somewhere else. Keys that nothing here reads may hold what they like.
 """
 
 from __future__ import annotations
@@ -88,12 +89,18 @@ def checked(kind: type[File], content: Mapping[str, Any], name: str) -> File:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         wanted = first["msg"].replace("Input should be", "expected").replace(" or instance of RopeOptions", "")
-        wanted = wanted.replace("a valid dictionary", "an object").replace("a valid integer", "a whole number").replace("a valid ", "a ")
+        wanted = (
+            wanted.replace("a valid dictionary", "an object")
+            .replace("a valid integer", "a whole number")
+            .replace("a valid ", "a ")
+        )
         raise EngineError(f"{name}: {place}: {wanted}, got {_spelled(first['input'])}") from None
 
 
 class ConfigKind(CheckedFile):
-    """What kind of model a config.json describes: to be looked at first, for other kinds give the keys below other types."""
+    """What kind of model a config.json describes: to be looked at first, for other kinds give the keys below other
+    types.
+    """
 
     architectures: list[str] | None = None
     model_type: str | None = None
@@ -101,7 +108,9 @@ class ConfigKind(CheckedFile):
 
 
 class ConfigFile(ConfigKind):
-    """A checkpoint's config.json. Which keys were given is `model_fields_set`; null is a value where transformers takes it."""
+    """A checkpoint's config.json. Which keys were given is `model_fields_set`; null is a value where transformers takes
+    it.
+    """
 
     vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB_SIZE)] = 1
     hidden_size: Size = 1
@@ -151,7 +160,8 @@ _BESIDE_PARTS = ("architectures", "bos_token_id", "eos_token_id", "dtype", "torc
 
 
 def language_part(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json of several parts (text, images, …) says of the language model: its text_config, and what is said of the whole.
+    """What a config.json of several parts (text, images, …) says of the language model: its text_config, and what is
+    said of the whole.
 
     Whether the head is tied is said of the whole, and to transformers it is where nothing is said.
 
@@ -161,7 +171,11 @@ def language_part(content: Mapping[str, Any]) -> dict[str, Any]:
     part = content.get("text_config")
     if not isinstance(part, Mapping):
         raise EngineError(f"config.json: text_config: expected an object, got {_spelled(part)}")
-    return {key: content[key] for key in _BESIDE_PARTS if key in content} | dict(part) | {"tie_word_embeddings": content.get("tie_word_embeddings", True)}
+    return (
+        {key: content[key] for key in _BESIDE_PARTS if key in content}
+        | dict(part)
+        | {"tie_word_embeddings": content.get("tie_word_embeddings", True)}
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -37,8 +37,10 @@ class GenerationConfig(CheckedFile):
 
 
 def recommended_sampling(generation: GenerationConfig, max_model_len: int) -> tuple[dict[str, float], list[str]]:
-    """Sampling keys with the values that the checkpoint's makers recommend, as `vllm serve` reads them, and a warning for each value that is out of range and
-    left out. Like there, `do_sample` does not matter: who wants greedy answers says temperature 0."""
+    """Sampling keys with the values that the checkpoint's makers recommend, as `vllm serve` reads them, and a warning
+    for each value that is out of range and left out. Like there, `do_sample` does not matter: who wants greedy answers
+    says temperature 0.
+    """
     values, warnings = {}, []
     for name in _SAMPLING:
         value = getattr(generation, name)
@@ -54,11 +56,14 @@ def recommended_sampling(generation: GenerationConfig, max_model_len: int) -> tu
     return values, warnings
 
 
-def find_stop_ids(architecture: Architecture, generation: GenerationConfig, tokenizer_eos: int | None) -> dict[int, str]:
+def find_stop_ids(
+    architecture: Architecture, generation: GenerationConfig, tokenizer_eos: int | None
+) -> dict[int, str]:
     """The ids at which an answer ends, each with the reason: where the checkpoint says so.
 
-    Those of generation_config.json, or config.json's where it has none: transformers' generate does the same. The tokenizer's own too, as in vLLM: a chat
-    model's turns may end with a token that only its tokenizer_config.json calls eos. Ids that the vocabulary has not can never come, and are left out.
+    Those of generation_config.json, or config.json's where it has none: transformers' generate does the same. The
+    tokenizer's own too, as in vLLM: a chat model's turns may end with a token that only its tokenizer_config.json calls
+    eos. Ids that the vocabulary has not can never come, and are left out.
     """
     reasons: dict[int, str] = {}
     if generation.eos_token_id is not None:
@@ -68,5 +73,7 @@ def find_stop_ids(architecture: Architecture, generation: GenerationConfig, toke
     for token_id in ids:
         reasons[token_id] = source
     if tokenizer_eos is not None:
-        reasons[tokenizer_eos] = f"{reasons[tokenizer_eos]}, the tokenizer's eos" if tokenizer_eos in reasons else "the tokenizer's eos"
+        reasons[tokenizer_eos] = (
+            f"{reasons[tokenizer_eos]}, the tokenizer's eos" if tokenizer_eos in reasons else "the tokenizer's eos"
+        )
     return {token_id: reason for token_id, reason in reasons.items() if 0 <= token_id < architecture.vocab_size}

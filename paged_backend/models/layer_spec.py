@@ -1,4 +1,6 @@
-"""What a decoder's layers are made of, as plain data: a family (families/) reads it from a checkpoint's config, a block (blocks/) allocates and computes it."""
+"""What a decoder's layers are made of, as plain data: a family (families/) reads it from a checkpoint's config, a block
+(blocks/) allocates and computes it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class AdapterSite:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm: divided by the root mean square, times a weight (RMSNorm, Zhang and Sennrich, 2019), unless a field says otherwise."""
+    """A norm: divided by the root mean square, times a weight (RMSNorm, Zhang and Sennrich, 2019), unless a field says
+    otherwise.
+    """
 
     eps: float = 1e-6
     centred: bool = False  # the mean is subtracted first: LayerNorm (Ba et al., 2016)
@@ -52,11 +56,13 @@ class AttentionSpec:
     out_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None  # a norm of each query and key head, or of all heads together
     sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all
-    rope: str | None = ALL_LAYERS  # which of Architecture.ropes; None: no positions at all (NoPE, Kazemnejad et al., 2023)
+    # which of Architecture.ropes; None: no positions at all (NoPE, Kazemnejad et al., 2023)
+    rope: str | None = ALL_LAYERS
     interleaved: bool = False  # rotated pairs are (2 i, 2 i + 1) instead of (i, i + half)
     query_scale: float | None = None  # of the scores; None: head_dim ** -0.5
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma 2)
-    sinks: bool = False  # a learned score for each head that takes its share of the softmax and gives no value (gpt-oss)
+    # a learned score for each head that takes its share of the softmax and gives no value (gpt-oss)
+    sinks: bool = False
     qkv_names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # in the checkpoint: three, or one with the rows of all
     shard: Shard = WHOLE  # the heads are this rank's
     kv_copies: int = 1  # ranks that have the same KV heads
@@ -74,43 +80,66 @@ class AttentionSpec:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     def of_rank(self, shard: Shard) -> AttentionSpec:
-        """With the rank's query heads and the KV heads that those share. Where there are fewer KV heads than ranks, several ranks keep the same.
+        """With the rank's query heads and the KV heads that those share. Where there are fewer KV heads than ranks,
+        several ranks keep the same.
 
         Raises:
-            EngineError: the heads, or the tensors in which the checkpoint has them, cannot be divided among so many ranks.
+            EngineError: the heads, or the tensors in which the checkpoint has them, cannot be divided among so many
+                ranks.
         """
         _refuse_packed(self.qkv_names, 3)
         if self.sinks or self.qk_norm == "projection":
-            raise EngineError("tensor_parallel_size: attention with sinks, or with a norm of all heads together, cannot be divided among ranks")
+            raise EngineError(
+                "tensor_parallel_size: attention with sinks, or with a norm of all heads together, cannot be divided among ranks"
+            )
         num_heads = shard.divide(self.num_heads, "num_attention_heads")
         if shard.size <= self.num_kv_heads:
-            return replace(self, num_heads=num_heads, num_kv_heads=shard.divide(self.num_kv_heads, "num_key_value_heads"), shard=shard)
+            return replace(
+                self,
+                num_heads=num_heads,
+                num_kv_heads=shard.divide(self.num_kv_heads, "num_key_value_heads"),
+                shard=shard,
+            )
         if shard.size % self.num_kv_heads:
-            raise EngineError(f"tensor_parallel_size: {shard.size} ranks cannot have equal parts of num_key_value_heads ({self.num_kv_heads})")
-        return replace(self, num_heads=num_heads, num_kv_heads=1, shard=shard, kv_copies=shard.size // self.num_kv_heads)
+            raise EngineError(
+                f"tensor_parallel_size: {shard.size} ranks cannot have equal parts of num_key_value_heads ({self.num_kv_heads})"
+            )
+        return replace(
+            self, num_heads=num_heads, num_kv_heads=1, shard=shard, kv_copies=shard.size // self.num_kv_heads
+        )
 
     def cuts(self) -> dict[str, Cut]:
         """The rank's part of each matrix, by the module's name within the layer."""
         q, out = even_cut(self.shard, OUT, self.q_size), even_cut(self.shard, IN, self.q_size)
-        kv = Cut(OUT, self.shard.rank // self.kv_copies * self.kv_size, self.kv_size, self.shard.size // self.kv_copies * self.kv_size)
+        kv = Cut(
+            OUT,
+            self.shard.rank // self.kv_copies * self.kv_size,
+            self.kv_size,
+            self.shard.size // self.kv_copies * self.kv_size,
+        )
         return {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv, "self_attn.o_proj": out}
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears."""
         sizes = (self.q_size, self.kv_size, self.kv_size)
-        qkv = AdapterSite(_modules("self_attn", self.qkv_names), hidden_size, sizes if len(self.qkv_names) > 1 else (sum(sizes),))
+        qkv = AdapterSite(
+            _modules("self_attn", self.qkv_names), hidden_size, sizes if len(self.qkv_names) > 1 else (sum(sizes),)
+        )
         return qkv, AdapterSite(("self_attn.o_proj",), self.q_size, (hidden_size,))
 
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """A perceptron: down(activation(gate(x)) * up(x)) (GLU variants, Shazeer, 2020), or down(activation(in(x))) if it is not gated."""
+    """A perceptron: down(activation(gate(x)) * up(x)) (GLU variants, Shazeer, 2020), or down(activation(in(x))) if it
+    is not gated.
+    """
 
     intermediate_size: int
     bias: bool = False
     activation: str = "silu"  # one of kernels/reference_layers.py's ACTIVATIONS
     gated: bool = True
-    in_names: tuple[str, ...] = ("gate_proj", "up_proj")  # in the checkpoint: two, or one with the rows of both; one if it is not gated
+    # in the checkpoint: two, or one with the rows of both; one if it is not gated
+    in_names: tuple[str, ...] = ("gate_proj", "up_proj")
     out_name: str = "down_proj"
     shard: Shard = WHOLE  # the intermediate size is this rank's
 
@@ -142,7 +171,9 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class MoeNames:
-    """Where a layer's experts lie in a checkpoint that stores them one by one; stored together they have the names that transformers 5 gives them."""
+    """Where a layer's experts lie in a checkpoint that stores them one by one; stored together they have the names that
+    transformers 5 gives them.
+    """
 
     root: str = "mlp"
     gate: str = "gate_proj"
@@ -155,7 +186,9 @@ class MoeNames:
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """A mixture of experts: each token goes through the few that a router chooses for it, and through the shared one if there is one."""
+    """A mixture of experts: each token goes through the few that a router chooses for it, and through the shared one if
+    there is one.
+    """
 
     num_experts: int
     intermediate_size: int  # of an expert
@@ -170,18 +203,26 @@ class MoeSpec:
     shard: Shard = WHOLE  # the intermediate sizes are this rank's
 
     def of_rank(self, shard: Shard) -> MoeSpec:
-        """With the router, and the rank's part of every expert: all ranks have as much to do, whichever experts are chosen.
+        """With the router, and the rank's part of every expert: all ranks have as much to do, whichever experts are
+        chosen.
 
         Raises:
             EngineError: the experts cannot be divided among so many ranks.
         """
         if self.bias or self.gate.interleaved:
-            raise EngineError("tensor_parallel_size: experts with biases, or with rows of gate and up in turns, cannot be divided among ranks")
-        size, shared_size = shard.divide(self.intermediate_size, "moe_intermediate_size"), shard.divide(self.shared_size, "shared_expert_intermediate_size")
+            raise EngineError(
+                "tensor_parallel_size: experts with biases, or with rows of gate and up in turns, cannot be divided among ranks"
+            )
+        size, shared_size = (
+            shard.divide(self.intermediate_size, "moe_intermediate_size"),
+            shard.divide(self.shared_size, "shared_expert_intermediate_size"),
+        )
         return replace(self, intermediate_size=size, shared_size=shared_size, shard=shard)
 
     def cuts(self) -> dict[str, Cut]:
-        """The rank's part of each matrix, by the module's name within the layer, where the checkpoint has experts one by one."""
+        """The rank's part of each matrix, by the module's name within the layer, where the checkpoint has experts one
+        by one.
+        """
         names = self.names
         found: dict[str, Cut] = {}
         for expert in range(self.num_experts):
@@ -212,7 +253,8 @@ class LayerSpec:
     norm: NormSpec = NormSpec()  # of every norm of the layer
     attention_branch: Branch = Branch("input_layernorm")
     mlp_branch: Branch = Branch("post_attention_layernorm")
-    parallel: bool = False  # the perceptron reads what attention read, instead of what it made of the stream; mlp_branch has no norm before
+    # the perceptron reads what attention read, instead of what it made of the stream; mlp_branch has no norm before
+    parallel: bool = False
 
     def of_rank(self, shard: Shard) -> LayerSpec:
         """
@@ -222,7 +264,9 @@ class LayerSpec:
         return replace(self, attention=self.attention.of_rank(shard), mlp=self.mlp.of_rank(shard))
 
     def cuts(self) -> dict[str, Cut]:
-        """The rank's part of each matrix, by the module's name within the layer; other tensors are whole on every rank."""
+        """The rank's part of each matrix, by the module's name within the layer; other tensors are whole on every
+        rank.
+        """
         return self.attention.cuts() | self.mlp.cuts()
 
 
@@ -246,4 +290,6 @@ def _refuse_packed(names: tuple[str, ...], num_parts: int) -> None:
         EngineError: the checkpoint has several matrices in one tensor, whose parts lie in several places.
     """
     if len(names) < num_parts:
-        raise EngineError(f"tensor_parallel_size: checkpoints with several matrices in one tensor ({names[0]}) cannot be divided among ranks")
+        raise EngineError(
+            f"tensor_parallel_size: checkpoints with several matrices in one tensor ({names[0]}) cannot be divided among ranks"
+        )

@@ -1,4 +1,6 @@
-"""Which hidden states a checkpoint's makers pool into an embedding: 1_Pooling/config.json, as sentence-transformers writes it."""
+"""Which hidden states a checkpoint's makers pool into an embedding: 1_Pooling/config.json, as sentence-transformers
+writes it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class PoolingConfig(CheckedFile):
 
 
 def recommended_pooling(folder: Path) -> Literal["last", "mean"]:
-    """What a request for an embedding gets that does not say: the checkpoint's own way, or else the last token, which alone has seen all others.
+    """What a request for an embedding gets that does not say: the checkpoint's own way, or else the last token, which
+    alone has seen all others.
 
     Raises:
         EngineError: the file is broken.
@@ -31,5 +34,8 @@ def recommended_pooling(folder: Path) -> Literal["last", "mean"]:
         return "last"
     config = checked(PoolingConfig, read_json(path), _FILE)
     if config.pooling_mode_lasttoken == config.pooling_mode_mean_tokens:
-        log.warning("warning: %s asks for a pooling other than the last token's or the mean: embeddings are the last token's", _FILE)
+        log.warning(
+            "warning: %s asks for a pooling other than the last token's or the mean: embeddings are the last token's",
+            _FILE,
+        )
     return "mean" if config.pooling_mode_mean_tokens and not config.pooling_mode_lasttoken else "last"

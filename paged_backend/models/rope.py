@@ -18,17 +18,21 @@ _CHUNK = 65_536  # positions computed at once: bounds the memory that the table'
 
 def rope_tensors(ropes: Mapping[str, Rope], max_len: int, device: torch.device) -> dict[str, RopeTensors]:
     """Of sequences of at most max_len tokens, by their names."""
-    return {name: RopeTensors(rope_table(rope, max_len, device), _query_factors(rope, max_len, device)) for name, rope in ropes.items()}
+    return {
+        name: RopeTensors(rope_table(rope, max_len, device), _query_factors(rope, max_len, device))
+        for name, rope in ropes.items()
+    }
 
 
 def rope_table(rope: Rope, max_len: int, device: torch.device) -> Tensor:
-    """[max_len, R] float32: a row has the cosines of position p's R / 2 angles, then the sines, times the attention factor of yarn and longrope.
+    """[max_len, R] float32: a row has the cosines of position p's R / 2 angles, then the sines, times the attention
+    factor of yarn and longrope.
 
-    Dynamic scaling (NTK) gives position p the frequencies of a sequence of p + 1 tokens, so that K depends on the tokens up to p alone and pages
-    can be shared. transformers does the same while it decodes; only for a prompt longer than the original length does it use the frequencies of the
-    whole prompt for all of it.
-    Longrope has one set of frequencies up to the original length and another beyond it, which do not go together; transformers begins a sequence anew
-    that outgrows the first. Here max_len decides for all sequences, as in vLLM.
+    Dynamic scaling (NTK) gives position p the frequencies of a sequence of p + 1 tokens, so that K depends on the
+    tokens up to p alone and pages can be shared. transformers does the same while it decodes; only for a prompt longer
+    than the original length does it use the frequencies of the whole prompt for all of it.
+    Longrope has one set of frequencies up to the original length and another beyond it, which do not go together;
+    transformers begins a sequence anew that outgrows the first. Here max_len decides for all sequences, as in vLLM.
     """
     table = torch.empty(max_len, rope.rotary_dim, dtype=torch.float32, device=device)
     half = rope.rotary_dim // 2
@@ -57,7 +61,9 @@ def check_rope(rope: Rope) -> None:
 
 
 def _query_factors(rope: Rope, max_len: int, device: torch.device) -> Tensor | None:
-    """[max_len] float32: 1 + beta * log(1 + floor(p / original length)) at position p, as in Llama 4, where the parameters have such a beta."""
+    """[max_len] float32: 1 + beta * log(1 + floor(p / original length)) at position p, as in Llama 4, where the
+    parameters have such a beta.
+    """
     beta = rope.parameters.get("llama_4_scaling_beta")
     if not beta:
         return None
@@ -72,13 +78,21 @@ def _frequencies(rope: Rope, positions: Tensor, max_len: int) -> tuple[Tensor, f
     if rope.rope_type == "dynamic":
         return _dynamic(rope, positions), 1.0
     layer_type = {"layer_type": rope.layer_type} if rope.layer_type else {}
-    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.rope_type](rope.config, torch.device("cpu"), seq_len=max_len, **layer_type)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.rope_type](
+        rope.config, torch.device("cpu"), seq_len=max_len, **layer_type
+    )
     return frequencies, float(factor)
 
 
 def _dynamic(rope: Rope, positions: Tensor) -> Tensor:
-    """transformers' `_compute_dynamic_ntk_parameters` for a sequence that ends at each position. In float64 up to the base, as Python's floats there."""
-    theta, factor, original = float(rope.parameters["rope_theta"]), float(rope.parameters["factor"]), rope.max_position_embeddings
+    """transformers' `_compute_dynamic_ntk_parameters` for a sequence that ends at each position. In float64 up to the
+    base, as Python's floats there.
+    """
+    theta, factor, original = (
+        float(rope.parameters["rope_theta"]),
+        float(rope.parameters["factor"]),
+        rope.max_position_embeddings,
+    )
     lengths = (positions + 1).clamp(min=original).double()
     bases = theta * (factor * lengths / original - (factor - 1)) ** (rope.rotary_dim / (rope.rotary_dim - 2))
     return _powers(bases[:, None].float(), rope.rotary_dim)

@@ -1,4 +1,6 @@
-"""Tensor parallelism's division of a model: which part of each matrix a rank has (Megatron-LM, Shoeybi et al., 2019)."""
+"""Tensor parallelism's division of a model: which part of each matrix a rank has (Megatron-LM, Shoeybi et al.,
+2019).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Cut:
-    """A rank's part of a tensor of the checkpoint: entries start … start + count of dimension `dim`, which has `whole` of them."""
+    """A rank's part of a tensor of the checkpoint: entries start … start + count of dimension `dim`, which has `whole`
+    of them.
+    """
 
     dim: int
     start: int
@@ -55,7 +59,8 @@ class Cut:
 
 
 def vocabulary_cut(shard: Shard, vocab_size: int) -> Cut:
-    """Rows of the embedding and of the head. Every rank has room for as many rows; where the vocabulary does not divide, the last rank's are not all used.
+    """Rows of the embedding and of the head. Every rank has room for as many rows; where the vocabulary does not
+    divide, the last rank's are not all used.
 
     Raises:
         EngineError: a rank would have none.
@@ -78,6 +83,8 @@ def even_cut(shard: Shard, dim: int, count: int) -> Cut:
 
 
 def cuts_of_tensors(modules: Mapping[str, Cut]) -> dict[str, Cut]:
-    """Cuts of matrices, by their modules' names -> those of the modules' tensors: a bias goes with the rows, and is whole where columns are cut."""
+    """Cuts of matrices, by their modules' names -> those of the modules' tensors: a bias goes with the rows, and is
+    whole where columns are cut.
+    """
     weights = {f"{module}.weight": cut for module, cut in modules.items()}
     return weights | {f"{module}.bias": cut for module, cut in modules.items() if cut.dim == OUT}

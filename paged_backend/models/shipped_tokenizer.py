@@ -1,7 +1,8 @@
 """A checkpoint's own tokenizer.json, which is what its model was trained with, beside what transformers makes of it.
 
-transformers builds the tokenizers of some families anew from the vocabulary and leaves out the file's normalizer, pre-tokenizer and decoder: right for the
-family's own checkpoints, wrong for those that came with another family's file, and different from one of its versions to the next.
+transformers builds the tokenizers of some families anew from the vocabulary and leaves out the file's normalizer,
+pre-tokenizer and decoder: right for the family's own checkpoints, wrong for those that came with another family's file,
+and different from one of its versions to the next.
 """
 
 from __future__ import annotations
@@ -14,16 +15,32 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _PROBES = (
-    *("the quick brown fox", " a", "A  b\n\n  c\n", "12345 67 3.14", "it's we'll I'LL don’t", "def f(x):\n\treturn x_1 # 2**10"),
-    *("日本語 中文字", "€ 😀👩‍👩‍👧", "e\u0301 é Å ﬁ ²", "Привет αβγ עברית", "\u00a0x\u3000y", "\r\nz\x00", "http://a.b/c?d=e&f", "… “quotes” — dash"),
+    *(
+        "the quick brown fox",
+        " a",
+        "A  b\n\n  c\n",
+        "12345 67 3.14",
+        "it's we'll I'LL don’t",
+        "def f(x):\n\treturn x_1 # 2**10",
+    ),
+    *(
+        "日本語 中文字",
+        "€ 😀👩‍👩‍👧",
+        "e\u0301 é Å ﬁ ²",
+        "Привет αβγ עברית",
+        "\u00a0x\u3000y",
+        "\r\nz\x00",
+        "http://a.b/c?d=e&f",
+        "… “quotes” — dash",
+    ),
 )
 
 log = logging.getLogger("paged")
 
 
 def follow_shipped(folder: Path, made: Tokenizer) -> Tokenizer:
-    """The tokenizer of `folder`, from its tokenizer.json where there is one: with the added tokens that transformers knows besides, from
-    tokenizer_config.json. A warning names the first text of which `made` would make other tokens.
+    """The tokenizer of `folder`, from its tokenizer.json where there is one: with the added tokens that transformers
+    knows besides, from tokenizer_config.json. A warning names the first text of which `made` would make other tokens.
 
     made: transformers' own.
     """
@@ -38,7 +55,12 @@ def follow_shipped(folder: Path, made: Tokenizer) -> Tokenizer:
         shipped.post_processor = made.post_processor  # as tokenizer_config.json has it
     other = next((text for text in _PROBES if _ids(made, text) != _ids(shipped, text)), None)
     if other is not None:
-        log.warning("tokenizer.json is followed; transformers would make other tokens: of %r %s, not %s", other, _ids(made, other), _ids(shipped, other))
+        log.warning(
+            "tokenizer.json is followed; transformers would make other tokens: of %r %s, not %s",
+            other,
+            _ids(made, other),
+            _ids(shipped, other),
+        )
     return shipped
 
 

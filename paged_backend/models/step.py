@@ -12,7 +12,8 @@ from torch import Tensor
 class LayerPages:
     """Where a layer keeps K and V."""
 
-    tensor: Tensor  # [num_pages, 2, num_kv_heads, page_size, head_dim]; layers of other KV groups may have other pages of it
+    # [num_pages, 2, num_kv_heads, page_size, head_dim]; layers of other KV groups may have other pages of it
+    tensor: Tensor
     group: int = 0  # which of the KV groups has the layer (kv_groups.py)
 
 
@@ -26,7 +27,9 @@ class GroupTensors:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """One step for the decoder, laid out by step_plan.py: D decodes, then prefills, S sequences in all; T tokens, M of them with logits."""
+    """One step for the decoder, laid out by step_plan.py: D decodes, then prefills, S sequences in all; T tokens, M of
+    them with logits.
+    """
 
     shape: StepShape
     plan: Mapping[str, Tensor]  # int32, the arrays of a plan (runner/step_plan.py)

@@ -1,4 +1,6 @@
-"""Exports a checkpoint's tokenizer in the one format that needs neither transformers nor torch to read: tokenizer.json; and its chat template."""
+"""Exports a checkpoint's tokenizer in the one format that needs neither transformers nor torch to read: tokenizer.json;
+and its chat template.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,13 @@ def export_tokenizer(folder: Path, path: Path) -> Path | None:
 
 
 def export(folder: Path, path: Path) -> ExportedTokenizer | None:
-    """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the folder has no tokenizer.
-    If it has a chat template, that goes to chat_template.json beside it; the log tells a mistake in it.
+    """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the
+    folder has no tokenizer. If it has a chat template, that goes to chat_template.json beside it; the log tells a
+    mistake in it.
 
-    Front ends read that file with the `tokenizers` package alone, which keeps them small (no torch in any of them), and they tokenise as the
-    checkpoint's own tokenizer.json says, or else as transformers does, whatever the checkpoint's format is.
+    Front ends read that file with the `tokenizers` package alone, which keeps them small (no torch in any of them), and
+    they tokenise as the checkpoint's own tokenizer.json says, or else as transformers does, whatever the checkpoint's
+    format is.
 
     Raises:
         EngineError: the folder has tokenizer files, but transformers cannot make a fast tokenizer of them.
@@ -48,7 +52,9 @@ def export(folder: Path, path: Path) -> ExportedTokenizer | None:
     try:
         tokenizer = _tekken(folder / form.value) if form is TokenizerFormat.TEKKEN else _auto(folder)
         backend = follow_shipped(folder, tokenizer.backend_tokenizer)
-    except Exception as error:  # transformers raises whatever the parser of the day raises, or a package that it imports
+    except (
+        Exception
+    ) as error:  # transformers raises whatever the parser of the day raises, or a package that it imports
         raise EngineError(f"the tokenizer in '{folder}' cannot be loaded: {reason_of(error)}") from error
     backend.no_truncation()
     backend.no_padding()
@@ -64,7 +70,8 @@ def export(folder: Path, path: Path) -> ExportedTokenizer | None:
 def _auto(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)  # mistral-common's own class has no tokenizer.json to export
+    # mistral-common's own class has no tokenizer.json to export
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
 
 
 def _tekken(path: Path) -> Any:
@@ -74,7 +81,9 @@ def _tekken(path: Path) -> Any:
 
     tokenizer = convert_tekken_tokenizer(str(path))
     bos = tokenizer.bos_token
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
     return tokenizer
 
 

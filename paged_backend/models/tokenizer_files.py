@@ -1,4 +1,6 @@
-"""The formats in which checkpoints bring a tokenizer, what each needs, and ids that no vocabulary has: looked at before anything is made of the files."""
+"""The formats in which checkpoints bring a tokenizer, what each needs, and ids that no vocabulary has: looked at before
+anything is made of the files.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def find_tokenizer(folder: Path) -> TokenizerFormat | None:
     """How the checkpoint brings its tokenizer; None if it has none.
 
     Raises:
-        EngineError: a package that the format needs is missing or cannot be imported, or an id is too large; one sentence.
+        EngineError: a package that the format needs is missing or cannot be imported, or an id is too large; one
+            sentence.
     """
     found = next((form for form in TokenizerFormat if (folder / form.value).is_file()), None)
     if found is None and (folder / "tokenizer_config.json").is_file():
@@ -66,7 +69,9 @@ def find_tokenizer(folder: Path) -> TokenizerFormat | None:
     if found is TokenizerFormat.SENTENCE_PIECE:
         _require_sentence_piece(folder / found.value)
     if found is TokenizerFormat.TEKKEN and find_spec("mistral_common") is None:
-        raise EngineError(f"the tokenizer is tekken.json alone, which needs the package mistral-common: {install_command('tekken')}")
+        raise EngineError(
+            f"the tokenizer is tekken.json alone, which needs the package mistral-common: {install_command('tekken')}"
+        )
     _check_ids(folder)
     return found
 
@@ -75,12 +80,16 @@ def _require_sentence_piece(path: Path) -> None:
     with path.open("rb") as file:
         if _TIKTOKEN_LINE.match(file.read(4096)):
             if find_spec("tiktoken") is None:
-                raise EngineError("the tokenizer is tokenizer.model alone, in tiktoken's format, which needs the package tiktoken: pip install tiktoken")
+                raise EngineError(
+                    "the tokenizer is tokenizer.model alone, in tiktoken's format, which needs the package tiktoken: pip install tiktoken"
+                )
             return
     try:
         from sentencepiece import sentencepiece_model_pb2  # noqa: F401 - its newest releases want a newer protobuf than Triton Server's client
     except Exception as error:
-        reason = "" if isinstance(error, ModuleNotFoundError) else f" (what is installed cannot be used: {reason_of(error)})"
+        reason = (
+            "" if isinstance(error, ModuleNotFoundError) else f" (what is installed cannot be used: {reason_of(error)})"
+        )
         raise EngineError(
             f"the tokenizer is tokenizer.model alone, which needs the packages sentencepiece and protobuf{reason}: {install_command('sentencepiece')}"
         ) from None
@@ -93,7 +102,11 @@ def _check_ids(folder: Path) -> None:
         ("tokenizer_config.json", _TokenizerConfig, lambda file: list(file.added_tokens_decoder)),
         ("vocab.json", dict[str, int], lambda file: list(file.values())),
         ("added_tokens.json", dict[str, int], lambda file: list(file.values())),
-        (TokenizerFormat.TEKKEN.value, _Tekken, lambda file: [file.config.default_num_special_tokens or 0, file.config.default_vocab_size or 0]),
+        (
+            TokenizerFormat.TEKKEN.value,
+            _Tekken,
+            lambda file: [file.config.default_num_special_tokens or 0, file.config.default_vocab_size or 0],
+        ),
     ):
         try:
             content: Any = msgspec.json.decode((folder / name).read_bytes(), type=form)
@@ -106,4 +119,6 @@ def _check_ids(folder: Path) -> None:
 
 def _ids_of_tokenizer(file: _TokenizerFile) -> list[int]:
     vocabulary = file.model.vocab
-    return [token.id for token in file.added_tokens] + (list(vocabulary.values()) if isinstance(vocabulary, dict) else [])
+    return [token.id for token in file.added_tokens] + (
+        list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    )

@@ -51,8 +51,11 @@ def find_tensors(folder: Path, renames: Mapping[str, str] = MappingProxyType({})
     return stored
 
 
-def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str], cuts: Mapping[str, Cut] = MappingProxyType({})) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of those names, or their parts for which there are cuts, in the files' order. They are mapped: their bytes are read when they are used.
+def read_tensors(
+    stored: Mapping[str, StoredTensor], wanted: Collection[str], cuts: Mapping[str, Cut] = MappingProxyType({})
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of those names, or their parts for which there are cuts, in the files' order. They are mapped: their
+    bytes are read when they are used.
 
     Raises:
         EngineError: a file is broken.
@@ -62,7 +65,12 @@ def read_tensors(stored: Mapping[str, StoredTensor], wanted: Collection[str], cu
             with safe_open(path, framework="pt") as file:
                 for name, tensor in stored.items():
                     if tensor.path == path and name in wanted:
-                        yield name, file.get_slice(tensor.name)[cuts[name].slices] if name in cuts else file.get_tensor(tensor.name)
+                        yield (
+                            name,
+                            file.get_slice(tensor.name)[cuts[name].slices]
+                            if name in cuts
+                            else file.get_tensor(tensor.name),
+                        )
         except (SafetensorError, OSError) as error:
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
 
@@ -94,7 +102,9 @@ class OpenTensors:
     def __enter__(self) -> OpenTensors:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open.close()
 
 
@@ -104,19 +114,27 @@ def renamed(name: str, renames: Mapping[str, str]) -> str:
     return name if beginning is None else renames[beginning] + name.removeprefix(beginning)
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], cuts: Mapping[str, Cut] = MappingProxyType({})) -> None:
+def check_tensors(
+    stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], cuts: Mapping[str, Cut] = MappingProxyType({})
+) -> None:
     """
     cuts: of the targets that are filled from a part of their tensor.
 
     Raises:
-        EngineError: the checkpoint lacks what a target, by its name, is filled from, or has it in another shape or of a type that is not float.
+        EngineError: the checkpoint lacks what a target, by its name, is filled from, or has it in another shape or of a
+            type that is not float.
     """
     missing = [name for name in targets if name not in stored]
     if missing:
         quantised = next((name for name in stored if name.endswith(_QUANTISED_ENDINGS)), None)
         if quantised is not None:
-            raise EngineError(f"checkpoint: tensor {missing[0]} is missing; there are quantised ones such as {quantised}, which config.json does not tell of")
-        raise EngineError(f"checkpoint: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+            raise EngineError(
+                f"checkpoint: tensor {missing[0]} is missing; there are quantised ones such as {quantised}, which config.json does not tell of"
+            )
+        raise EngineError(
+            f"checkpoint: tensor {missing[0]} is missing"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
     for name, target in targets.items():
         shape, kind = list(stored[name].shape), stored[name].kind
         implied = cuts[name].whole_shape(target) if name in cuts else list(target.shape)
@@ -143,7 +161,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise EngineError("checkpoint: weights are pickled (.bin), which can run code when loaded; convert them to safetensors")
+        raise EngineError(
+            "checkpoint: weights are pickled (.bin), which can run code when loaded; convert them to safetensors"
+        )
     if any(folder.glob("consolidated*.safetensors")):
-        raise EngineError("checkpoint: its weights are in Mistral's own format (consolidated.safetensors); Hugging Face's is supported (model.safetensors)")
+        raise EngineError(
+            "checkpoint: its weights are in Mistral's own format (consolidated.safetensors); Hugging Face's is supported (model.safetensors)"
+        )
     raise EngineError(f"checkpoint: {folder} has no model.safetensors and no model.safetensors.index.json")

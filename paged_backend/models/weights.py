@@ -1,4 +1,6 @@
-"""A model's parameters: plain tensors, allocated packed and filled straight from safetensors files (or at random, for benchmarks)."""
+"""A model's parameters: plain tensors, allocated packed and filled straight from safetensors files (or at random, for
+benchmarks).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from paged_backend.models.blocks.forward_pass import Allocate
 from paged_backend.models.blocks.layer import Layer
 from paged_backend.models.blocks.residual import allocate_norm, norm_parameters
 from paged_backend.models.layer_spec import AdapterSite, EndsSpec
-from paged_backend.models.quantization.modules import QuantisedModule, check_modules, modules_of, settle_quantization, split_quantised
+from paged_backend.models.quantization.modules import (
+    QuantisedModule,
+    check_modules,
+    modules_of,
+    settle_quantization,
+    split_quantised,
+)
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.shard import Cut, cuts_of_tensors
 from paged_backend.models.upload import Uploads
@@ -47,7 +55,8 @@ class Weights:
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Linear  # [vocab, hidden]; its weight is the embedding itself if tied
-    vocabulary: Cut  # what of the vocabulary the embedding's and the head's first rows are; the others, if any, belong to no token
+    # what of the vocabulary the embedding's and the head's first rows are; the others, if any, belong to no token
+    vocabulary: Cut
     cuts: Mapping[str, Cut]  # of the tensors of the checkpoint that this rank has a part of, by name
     ends: EndsSpec
     renames: Mapping[str, str]  # Architecture.renames
@@ -57,11 +66,19 @@ class Weights:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.embedding, *norm_parameters("", self.final_norm).values(), *(tensor for layer in self.layers for tensor in layer.parameters().values())]
+        tensors = [
+            self.embedding,
+            *norm_parameters("", self.final_norm).values(),
+            *(tensor for layer in self.layers for tensor in layer.parameters().values()),
+        ]
         if self.head.weight is not self.embedding:
             tensors.append(self.head.weight)
         for linear in (*self.linears, self.head):
-            tensors += [scales for scales in (linear.scale, linear.zero, linear.row_scale, linear.input_scale) if scales is not None]
+            tensors += [
+                scales
+                for scales in (linear.scale, linear.zero, linear.row_scale, linear.input_scale)
+                if scales is not None
+            ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
@@ -79,14 +96,18 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
     """Uninitialised parameters.
 
     Raises:
-        EngineError: the device has no room for them, or their sizes do not allow what the checkpoint says of its quantisation.
+        EngineError: the device has no room for them, or their sizes do not allow what the checkpoint says of its
+            quantisation.
     """
     a = architecture
     empty = Allocate(dtype, device, a.quantization)
 
     try:
         embedding = empty(a.num_logits, a.hidden_size)
-        layers = tuple(Layer(spec, a.hidden_size, replace(empty, prefix=_layer_prefix(number))) for number, spec in enumerate(a.layers))
+        layers = tuple(
+            Layer(spec, a.hidden_size, replace(empty, prefix=_layer_prefix(number)))
+            for number, spec in enumerate(a.layers)
+        )
         head = Linear(embedding) if a.tied_head else empty.linear(_head_site(a))
         final_norm = allocate_norm(a.ends.norm, a.hidden_size, empty)
         weights = Weights(embedding, layers, final_norm, head, a.vocabulary, _cuts(a), a.ends, a.renames, a.unread)
@@ -99,7 +120,9 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
 
 def _modules(weights: Weights, architecture: Architecture, quantization: Quantization) -> Iterator[QuantisedModule]:
     sites = AdapterLayout.of(architecture.layers, architecture.hidden_size).sites
-    placed: list[tuple[Linear, AdapterSite, str]] = [(linear, site, _layer_prefix(site.layer)) for linear, site in zip(weights.linears, sites, strict=True)]
+    placed: list[tuple[Linear, AdapterSite, str]] = [
+        (linear, site, _layer_prefix(site.layer)) for linear, site in zip(weights.linears, sites, strict=True)
+    ]
     if not architecture.tied_head:
         placed.append((weights.head, _head_site(architecture), ""))
     for linear, site, prefix in placed:
@@ -116,13 +139,15 @@ def _head_site(architecture: Architecture) -> AdapterSite:
 
 
 def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
-    """Fills `weights` from `folder`'s safetensors; `progress` hears of it at most once a second. Returns a sentence on what was loaded.
+    """Fills `weights` from `folder`'s safetensors; `progress` hears of it at most once a second. Returns a sentence on
+    what was loaded.
 
-    Quantised modules are read one after another: beside the weights there is no more in memory than the tensors of one module, and its numbers in float32.
+    Quantised modules are read one after another: beside the weights there is no more in memory than the tensors of one
+    module, and its numbers in float32.
 
     Raises:
-        EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN or infinity; or a quantised
-        module's scales are not positive.
+        EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN
+        or infinity; or a quantised module's scales are not positive.
     """
     stored = find_tensors(folder, weights.renames)
     targets, modules = split_quantised(_targets(weights, stored), weights.modules, weights.quantization, weights.cuts)
@@ -152,12 +177,20 @@ def _fill(module: QuantisedModule, tensors: OpenTensors, stored: Collection[str]
 
 
 def _of_the_rest(names: Sequence[str], unread: tuple[str, ...]) -> str:
-    """What is said of tensors that were not loaded. unread: beginnings of the names of those that are for other inputs than text."""
+    """What is said of tensors that were not loaded. unread: beginnings of the names of those that are for other inputs
+    than text.
+    """
     others = [name for name in names if name.startswith(unread)]
     ignored = [name for name in names if not name.startswith(unread)]
-    note = f"; ignored {len(ignored)} tensors that the model has no use for ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})" if ignored else ""
+    note = (
+        f"; ignored {len(ignored)} tensors that the model has no use for ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})"
+        if ignored
+        else ""
+    )
     if others:
-        parts = ", ".join(sorted({name.partition(".")[0] for name in (other.removeprefix("model.") for other in others)}))
+        parts = ", ".join(
+            sorted({name.partition(".")[0] for name in (other.removeprefix("model.") for other in others)})
+        )
         note += f"; served as a model of text: {len(others)} tensors of {parts} are left unread"
     return note
 
@@ -179,11 +212,12 @@ class LoadingProgress:
 
 
 def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architecture, str]:
-    """Checks, by the headers of `folder`'s files, that they hold what the architecture needs, and whether its head is tied; reads no tensor but these two.
+    """Checks, by the headers of `folder`'s files, that they hold what the architecture needs, and whether its head is
+    tied; reads no tensor but these two.
 
     Returns the architecture as the files have it, and a sentence on what differs from config.json, or "".
-    A head that differs from the embedding is used although config.json ties them, as transformers does since 5.0: a fine-tuned head beside a flag
-    that was never changed.
+    A head that differs from the embedding is used although config.json ties them, as transformers does since 5.0: a
+    fine-tuned head beside a flag that was never changed.
 
     Raises:
         EngineError: as `load_weights`, but for what only the numbers say.
@@ -220,26 +254,34 @@ def _equal(stored: Mapping[str, StoredTensor], *names: str) -> bool:
 
 @torch.inference_mode()
 def _check_finite(targets: Mapping[str, Tensor]) -> None:
-    """One reduction a tensor without a copy of it, at the speed of the device's memory, and one wait for all of them together.
+    """One reduction a tensor without a copy of it, at the speed of the device's memory, and one wait for all of them
+    together.
 
     The least and the greatest number of a tensor are NaN if any is; they are infinite if any is.
     """
-    extremes = torch.stack([extreme.float() for target in targets.values() for extreme in torch.aminmax(target)]).view(-1, 2)
+    extremes = torch.stack([extreme.float() for target in targets.values() for extreme in torch.aminmax(target)]).view(
+        -1, 2
+    )
     of_scales = torch.tensor([name.endswith(_MXFP4_SCALES) for name in targets], device=extremes.device)
     finite = (extremes.isfinite().all(1) & ~(of_scales & (extremes[:, 1] == NOT_A_NUMBER))).tolist()
     wrong = [name for name, is_finite in zip(targets, finite, strict=True) if not is_finite]
     if wrong:
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
         dtype = str(targets[wrong[0]].dtype).removeprefix("torch.")
-        raise EngineError(f"checkpoint: tensor {wrong[0]}{more} holds numbers that are not finite (NaN or infinity) in {dtype}")
+        raise EngineError(
+            f"checkpoint: tensor {wrong[0]}{more} holds numbers that are not finite (NaN or infinity) in {dtype}"
+        )
 
 
 def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -> str:
-    """Fills `weights` with seeded noise of the checkpoint's initializer_range, norms with 1. Returns a sentence that says so."""
+    """Fills `weights` with seeded noise of the checkpoint's initializer_range, norms with 1. Returns a sentence that
+    says so.
+    """
     generator = torch.Generator(weights.embedding.device)
     targets, modules = split_quantised(_targets(weights, {}), weights.modules, weights.quantization, weights.cuts)
     for name, target in targets.items():
-        generator.manual_seed(seed ^ zlib.crc32(name.encode()))  # what several ranks have whole is the same on all of them
+        # what several ranks have whole is the same on all of them
+        generator.manual_seed(seed ^ zlib.crc32(name.encode()))
         if name.endswith("norm.weight"):
             target.fill_(1)
         elif name.endswith(_MXFP4_SCALES):
@@ -255,7 +297,9 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
 
 
 def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
-    """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: the names that the checkpoint has."""
+    """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: the names that the checkpoint
+    has.
+    """
     num_tokens = weights.vocabulary.count
     targets = {_EMBEDDING: weights.embedding[:num_tokens], **norm_parameters("model.norm", weights.final_norm)}
     if weights.head.weight is not weights.embedding:
@@ -264,7 +308,9 @@ def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
         targets[_HEAD] = targets.pop(_EMBEDDING)
     names = _names_by_layer(stored)
     for index, layer in enumerate(weights.layers):
-        targets |= {f"{_LAYERS}{index}.{name}": target for name, target in layer.parameters(names.get(str(index), ())).items()}
+        targets |= {
+            f"{_LAYERS}{index}.{name}": target for name, target in layer.parameters(names.get(str(index), ())).items()
+        }
     return _inner_names(targets) if _is_headless(stored) else targets
 
 
@@ -295,5 +341,7 @@ def _inner_names(by_name: Mapping[str, Named]) -> dict[str, Named]:
 
 
 def _is_headless(stored: Collection[str]) -> bool:
-    """A checkpoint of the layers alone, as models of embeddings are published: its names are those of the inner model, which has no head."""
+    """A checkpoint of the layers alone, as models of embeddings are published: its names are those of the inner model,
+    which has no head.
+    """
     return _EMBEDDING.removeprefix("model.") in stored and _HEAD not in stored

@@ -1,4 +1,6 @@
-"""The adapters' place on the device: a fixed number of adapter slots, sized for the largest rank, and the products that use what lies in them."""
+"""The adapters' place on the device: a fixed number of adapter slots, sized for the largest rank, and the products that
+use what lies in them.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,29 @@ if TYPE_CHECKING:
 
 
 class AdapterStore:
-    """Owns their memory. Which adapter lies where is decided by scheduler/adapter_slots.py. `check` and `read` may be called on any thread."""
+    """Owns their memory. Which adapter lies where is decided by scheduler/adapter_slots.py. `check` and `read` may be
+    called on any thread.
+    """
 
-    def __init__(self, root: Path, layout: AdapterLayout, num_adapter_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._root, self._layout, self._max_rank, self._dtype, self._pinned = root, layout, max_rank, dtype, device.type == "cuda"
+    def __init__(
+        self,
+        root: Path,
+        layout: AdapterLayout,
+        num_adapter_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._root, self._layout, self._max_rank, self._dtype, self._pinned = (
+            root,
+            layout,
+            max_rank,
+            dtype,
+            device.type == "cuda",
+        )
         self._device = device
-        self._weights = torch.zeros(num_adapter_slots, layout.size * max_rank, dtype=dtype, device=device)  # kernels/lora.py
+        # kernels/lora.py
+        self._weights = torch.zeros(num_adapter_slots, layout.size * max_rank, dtype=dtype, device=device)
         self._ranks = torch.zeros(num_adapter_slots, dtype=torch.int32, device=device)  # 0: empty
         self.reported = (
             f"adapters: room for {num_adapter_slots} of rank {max_rank} at most, {spell_bytes(self._weights[0].nbytes)} each, "
@@ -57,17 +76,22 @@ class AdapterStore:
         Raises:
             RequestError: as `check`.
         """
-        with torch.cuda.device(self._device) if self._pinned else nullcontext():  # each thread has a current device of its own
+        # each thread has a current device of its own
+        with torch.cuda.device(self._device) if self._pinned else nullcontext():
             return read_adapter(open_folder(self._root, name), self._layout, self._max_rank, self._dtype, self._pinned)
 
     @torch.inference_mode()
     def fill(self, adapter_slot: int, adapter: Adapter) -> None:
-        """Copies an adapter into an adapter slot, after the steps that were launched before and without waiting for them."""
+        """Copies an adapter into an adapter slot, after the steps that were launched before and without waiting for
+        them.
+        """
         self._weights[adapter_slot, : len(adapter.packed)].copy_(adapter.packed, non_blocking=True)
         self._ranks[adapter_slot].fill_(adapter.rank)
 
     def products(self, ops: Ops, weights: Weights, row_adapter_slots: Tensor, max_tokens: int) -> AdaptedProducts:
-        """The products of a step with adapters, of at most max_tokens tokens. row_adapter_slots: int32 [rows], -1: none."""
+        """The products of a step with adapters, of at most max_tokens tokens. row_adapter_slots: int32 [rows], -1:
+        none.
+        """
         sites = dict(zip(weights.linears, self._layout.sites, strict=True))
         return AdaptedProducts(ops, sites, self._layout, self._weights, self._ranks, row_adapter_slots, max_tokens)
 
@@ -85,7 +109,9 @@ class AdapterRoom(AskRoom):
         return {"adapter_slots": ask.new_rows.T} if len(ask.new_rows) else {}
 
 
-def allocate_adapter_store(config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> AdapterStore | None:
+def allocate_adapter_store(
+    config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device
+) -> AdapterStore | None:
     """None if the config names no folder of adapters.
 
     Raises:

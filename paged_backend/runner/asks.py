@@ -1,4 +1,6 @@
-"""What the device does for a feature: for each kind of ask that a batch may bring, one `AskRoom` in a file of its own. The table of them is ask_table.py."""
+"""What the device does for a feature: for each kind of ask that a batch may bring, one `AskRoom` in a file of its own.
+The table of them is ask_table.py.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class ComputedStep:
 
 
 class AskRoom:
-    """What there may be to do for an ask, in the order of a step. `ask` is of the kind that the table gives to this room."""
+    """What there may be to do for an ask, in the order of a step. `ask` is of the kind that the table gives to this
+    room.
+    """
 
     captured = True  # a captured step, which keeps the logits of its outputs only, can serve it
 

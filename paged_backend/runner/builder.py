@@ -1,4 +1,6 @@
-"""From a checkpoint to a runner that is ready for its first request: `RunnerBuilder.build` is the order of a start, a line each."""
+"""From a checkpoint to a runner that is ready for its first request: `RunnerBuilder.build` is the order of a start, a
+line each.
+"""
 
 from __future__ import annotations
 
@@ -42,15 +44,19 @@ _ROWS_AT_ONCE = 64  # of a step's tokens: more are summed by NCCL even with fuse
 ALONE = Ranks()
 
 
-def build_runner(config: EngineConfig, tell: Tell, checkpoint: Checkpoint | None = None, ranks: Ranks = ALONE) -> ModelRunner:
-    """Reads the checkpoint, sizes the pool, allocates everything a step needs. `tell` hears of progress and of every decision, a sentence each.
+def build_runner(
+    config: EngineConfig, tell: Tell, checkpoint: Checkpoint | None = None, ranks: Ranks = ALONE
+) -> ModelRunner:
+    """Reads the checkpoint, sizes the pool, allocates everything a step needs. `tell` hears of progress and of every
+    decision, a sentence each.
 
     checkpoint: if it was opened already. ranks: those that share the model; each builds its own runner.
 
     Raises:
         EngineError: the checkpoint cannot be run, or does not fit; one sentence for the operator.
     """
-    return RunnerBuilder(config, tell, checkpoint or open_checkpoint(config), ranks).build()  # it may be fetched first, and nobody waits for that
+    # it may be fetched first, and nobody waits for that
+    return RunnerBuilder(config, tell, checkpoint or open_checkpoint(config), ranks).build()
 
 
 class RunnerBuilder:
@@ -68,32 +74,55 @@ class RunnerBuilder:
         self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
         if self._architecture.quantization is not None:
             reads = self._uses_kernels and torch.cuda.get_device_capability(self._place.device) >= FP8_CAPABILITY
-            quantization = replace(self._architecture.quantization, dequantised=not reads, rounds=reads or self._place.device.type == "cpu")
+            quantization = replace(
+                self._architecture.quantization, dequantised=not reads, rounds=reads or self._place.device.type == "cpu"
+            )
             self._architecture = replace(self._architecture, quantization=quantization)
-        self._shapes = captured_shapes(self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory))
+        self._shapes = captured_shapes(
+            self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory)
+        )
         self.size: PoolSize | None = None  # as decided
         self.needs = MemoryNeeds()  # as measured
         self.seconds: dict[str, float] = {}  # of each phase
 
     @torch.inference_mode()
     def build(self) -> ModelRunner:
-        """The checkpoint and its tokenizer were checked before (engine/loading.py). Nobody else takes the device's memory meanwhile. Several ranks build at
+        """The checkpoint and its tokenizer were checked before (engine/loading.py). Nobody else takes the device's
+        memory meanwhile. Several ranks build at
         once: what only one of them may not be able to do is agreed upon, and the rest they do in the same order."""
         with self._alone_on_devices():
             self._tell_what_comes()
             at_most = agreed(self._ranks, self._refuse_what_cannot_fit)
             if self._config.fused_all_reduce and self._uses_kernels and self._ranks.size > 1:
-                self._tell(self._ranks.share_memory(_ROWS_AT_ONCE * self._architecture.hidden_size, self._place.dtype, self._place.device))
+                self._tell(
+                    self._ranks.share_memory(
+                        _ROWS_AT_ONCE * self._architecture.hidden_size, self._place.dtype, self._place.device
+                    )
+                )
             with self._phase("weights"):
                 weights, adapter_slots = agreed(self._ranks, self._read_weights)
-            with self._phase("largest step"), _in_one_sentence("the largest step", "max_batched_tokens, max_num_sequences"):
+            with (
+                self._phase("largest step"),
+                _in_one_sentence("the largest step", "max_batched_tokens, max_num_sequences"),
+            ):
                 self._measure(weights, adapter_slots, at_most)
-            with self._phase("pool"), _in_one_sentence("rows beside the pool", "pool_memory_fraction, num_pages, pool_bytes"):
+            with (
+                self._phase("pool"),
+                _in_one_sentence("rows beside the pool", "pool_memory_fraction, num_pages, pool_bytes"),
+            ):
                 runner = self._assemble(weights, adapter_slots, self._size_pool())
-            with self._phase("graphs"), _in_one_sentence("captured steps beside the pool", "pool_memory_fraction, num_pages, pool_bytes, cuda_graphs"):
+            with (
+                self._phase("graphs"),
+                _in_one_sentence(
+                    "captured steps beside the pool", "pool_memory_fraction, num_pages, pool_bytes, cuda_graphs"
+                ),
+            ):
                 if self._captures:
                     runner.capture(self._shapes, self._tell)
-            with self._phase("warm-up"), _in_one_sentence("a step beside the pool", "pool_memory_fraction, num_pages, pool_bytes"):
+            with (
+                self._phase("warm-up"),
+                _in_one_sentence("a step beside the pool", "pool_memory_fraction, num_pages, pool_bytes"),
+            ):
                 self._warm_up(runner)
             self._ranks.tell_all("ready")
         return runner
@@ -104,7 +133,9 @@ class RunnerBuilder:
 
     @contextmanager
     def _alone_on_devices(self) -> Iterator[None]:
-        """Rank 0 waits for the devices of all ranks, one after another: two engines that wait for each other's would wait for ever."""
+        """Rank 0 waits for the devices of all ranks, one after another: two engines that wait for each other's would
+        wait for ever.
+        """
         with ExitStack() as locks:
             if self._ranks.rank == 0:
                 for device in devices_of_all(self._place.device, 0, self._ranks.size):
@@ -121,14 +152,20 @@ class RunnerBuilder:
         sizes = f"{a.num_layers} layers, vocabulary {a.vocab_size}"
         if self._ranks.size > 1:
             heads = f"{a.attention.num_heads} heads, {a.attention.num_kv_heads} KV heads"
-            sizes += f", rank {self._ranks.rank} of {self._ranks.size} with {heads}, {a.vocabulary.count} of the vocabulary"
-        self._tell(f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in {dtype_name(place.kv_dtype)}")
+            sizes += (
+                f", rank {self._ranks.rank} of {self._ranks.size} with {heads}, {a.vocabulary.count} of the vocabulary"
+            )
+        self._tell(
+            f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in {dtype_name(place.kv_dtype)}"
+        )
         for warning in self._checkpoint.warnings:
             self._tell(warning)
         if a.quantization is not None:
             self._tell(f"quantization: {self._about_quantization(a.quantization)}")
         if place.device.type == "cuda" and not self._uses_kernels:
-            self._tell("kernels: off, they want a page_size that is a power of two, and K and V of no more bits than the weights; plain torch computes, slowly")
+            self._tell(
+                "kernels: off, they want a page_size that is a power of two, and K and V of no more bits than the weights; plain torch computes, slowly"
+            )
 
     def _about_quantization(self, quantization: Quantization) -> str:
         """Which formats there are, and what they save."""
@@ -144,13 +181,16 @@ class RunnerBuilder:
     def _refuse_what_cannot_fit(self) -> PoolSize:
         """By the bytes that are known before anything is read. Returns the largest pool there may be.
 
-        A CPU's memory is promised before it is there: a process that takes more than there is gets killed, without a word.
+        A CPU's memory is promised before it is there: a process that takes more than there is gets killed, without a
+        word.
         """
         a, place = self._architecture, self._place
         needed, free = weight_bytes(a, place.dtype), free_bytes(place.device)
         if needed > free:
             where = f"the weights do not fit into the memory of {name_of(place.device)}"
-            raise EngineError(f"{where}: {spell_bytes(needed)} in {dtype_name(place.dtype)}, {spell_bytes(free)} are free")
+            raise EngineError(
+                f"{where}: {spell_bytes(needed)} in {dtype_name(place.dtype)}, {spell_bytes(free)} are free"
+            )
         needs = MemoryNeeds(weights=needed + adapter_store_bytes(self._config, a, place.dtype))
         return size_pool(self._config, a, place.kv_dtype, place.device, needs)
 
@@ -166,7 +206,9 @@ class RunnerBuilder:
         else:
             self._tell(load_weights(weights, self._checkpoint.folder, self._tell))
             if place.kv_dtype == torch.float8_e4m3fn:
-                scaled = load_kv_scales(weights.attentions, self._checkpoint.folder, a.renames, adapters=bool(self._config.lora_directory))
+                scaled = load_kv_scales(
+                    weights.attentions, self._checkpoint.folder, a.renames, adapters=bool(self._config.lora_directory)
+                )
                 if scaled:
                     self._tell(scaled)
         return weights, adapter_slots
@@ -178,7 +220,12 @@ class RunnerBuilder:
         few = replace(at_most, num_pages=NUM_PAGES)
         shapes = self._shapes if self._captures else []
         started = time.monotonic()
-        self.needs = measure(partial(self._assemble, weights, adapter_slots, few), self._config.max_batched_tokens, shapes, self._place.device)
+        self.needs = measure(
+            partial(self._assemble, weights, adapter_slots, few),
+            self._config.max_batched_tokens,
+            shapes,
+            self._place.device,
+        )
         words = f"the largest step takes {spell_bytes(self.needs.step)}"
         if shapes:
             words += f", {len(shapes)} captured shapes of steps at most {spell_bytes(self.needs.graphs)}"
@@ -186,7 +233,10 @@ class RunnerBuilder:
 
     def _size_pool(self) -> PoolSize:
         """All ranks have as many pages as the one with the least room."""
-        size = agreed(self._ranks, lambda: size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, self.needs))
+        size = agreed(
+            self._ranks,
+            lambda: size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, self.needs),
+        )
         rooms = [int(num_pages) for num_pages in self._ranks.tell_all(str(size.num_pages))]
         self.size = of_smallest(size, rooms, self._config.page_size)
         self._tell(self.size.decided_by)
@@ -196,15 +246,35 @@ class RunnerBuilder:
         """A runner with a pool of that size; nothing is captured yet."""
         a, config, place = self._architecture, self._config, self._place
         store = allocate_kv_store(size, a, config.page_size, place.kv_dtype, place.device)
-        eos_ids = tuple(token_id for token_id in self._checkpoint.eos_ids if 0 <= token_id < a.vocab_size)  # no other is ever chosen
-        limits = RunnerLimits(size.max_model_len, size.num_pages, config.page_size, a.vocab_size, eos_ids, self._checkpoint.bos_id, size.groups.windows)
+        # no other is ever chosen
+        eos_ids = tuple(token_id for token_id in self._checkpoint.eos_ids if 0 <= token_id < a.vocab_size)
+        limits = RunnerLimits(
+            size.max_model_len,
+            size.num_pages,
+            config.page_size,
+            a.vocab_size,
+            eos_ids,
+            self._checkpoint.bos_id,
+            size.groups.windows,
+        )
         ops = self._make_ops()
         copy_pages = partial(ops.copy_pages, store)
         kv_pages = [LayerPages(store[place], group) for group, place in size.groups.places]
         num_groups = len(size.groups.groups)
-        rows = DeviceRows(self._max_sequences, size.max_model_len, config.page_size, len(eos_ids), place.device, ops, copy_pages, num_groups)
+        rows = DeviceRows(
+            self._max_sequences,
+            size.max_model_len,
+            config.page_size,
+            len(eos_ids),
+            place.device,
+            ops,
+            copy_pages,
+            num_groups,
+        )
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in self._shapes))
-        adapted = None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
+        adapted = (
+            None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
+        )
         decoder = Decoder(weights, rope_tensors(a.ropes, size.max_model_len, place.device), ops, adapted)
         return ModelRunner(self._checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, adapter_slots)
 
@@ -273,4 +343,6 @@ def _in_one_sentence(what: str, options: str) -> Iterator[None]:
     except RuntimeError as error:  # torch's own kind for it is one of these, the driver's words come in another
         if "out of memory" not in str(error).lower():
             raise
-        raise EngineError(f"the device has no memory for {what} (smaller with {options}): {str(error).splitlines()[0]}") from None
+        raise EngineError(
+            f"the device has no memory for {what} (smaller with {options}): {str(error).splitlines()[0]}"
+        ) from None

@@ -19,7 +19,14 @@ class PoolingRoom(AskRoom):
     def sections(self, ask: Pooling, batch: Batch, plan: StepPlan) -> dict[str, Int32]:
         """int32 [k]: which token of the step each of them is."""
         firsts = [int(plan.firsts[span.entry]) + span.start - int(batch.starts[span.entry]) for span in ask.spans]
-        return {"pooled_tokens": np.concatenate([np.arange(first, first + span.count, dtype=np.int32) for first, span in zip(firsts, ask.spans, strict=True)])}
+        return {
+            "pooled_tokens": np.concatenate(
+                [
+                    np.arange(first, first + span.count, dtype=np.int32)
+                    for first, span in zip(firsts, ask.spans, strict=True)
+                ]
+            )
+        }
 
     def compute(self, ask: Pooling, step: ComputedStep) -> Tensor:
         """int32 [spans, hidden_size]: the bits of the sums."""

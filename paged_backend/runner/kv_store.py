@@ -18,7 +18,9 @@ from paged_backend.models.kv_groups import KVGroups, group_layers
 from paged_backend.units import spell_bytes
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
-_CPU_STEP_DIVISOR = 10  # a step of many tokens takes a CPU too long to be run for its bytes alone; the pool's memory is taken when it is first used
+# a step of many tokens takes a CPU too long to be run for its bytes alone; the pool's memory is taken when it is first
+# used
+_CPU_STEP_DIVISOR = 10
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class PoolSize:
     free_bytes: int = 0  # of the device, once the weights are there
 
 
-def allocate_kv_store(size: PoolSize, architecture: Architecture, page_size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] for each layer of a KV group, whichever group's the pages are; zeros, so that what was
-    never written is finite.
+def allocate_kv_store(
+    size: PoolSize, architecture: Architecture, page_size: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] for each layer of a KV group, whichever group's the
+    pages are; zeros, so that what was never written is finite.
 
     Raises:
         EngineError: the device has not that much memory after all.
@@ -53,25 +57,33 @@ def allocate_kv_store(size: PoolSize, architecture: Architecture, page_size: int
     try:
         return [_zeros(shape, dtype, device) for _ in range(size.groups.num_layers)]
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        raise EngineError(f"the pool of {spell_bytes(size.num_pages * size.page_bytes)} does not fit: {str(error).splitlines()[0]}") from None
+        raise EngineError(
+            f"the pool of {spell_bytes(size.num_pages * size.page_bytes)} does not fit: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU of memory that the operating system gives, as zeros, when it is first written: a start neither fills the pool nor takes what is never used."""
+    """On a CPU of memory that the operating system gives, as zeros, when it is first written: a start neither fills the
+    pool nor takes what is never used.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def size_pool(config: EngineConfig, architecture: Architecture, kv_dtype: torch.dtype, device: torch.device, needs: MemoryNeeds) -> PoolSize:
-    """Decides num_pages and max_model_len. With `needs` as they were measured it shares out what is free once the weights are in memory. With nothing but the
-    bytes of the weights, before they are there, it refuses what cannot fit in any case.
+def size_pool(
+    config: EngineConfig, architecture: Architecture, kv_dtype: torch.dtype, device: torch.device, needs: MemoryNeeds
+) -> PoolSize:
+    """Decides num_pages and max_model_len. With `needs` as they were measured it shares out what is free once the
+    weights are in memory. With nothing but the bytes of the weights, before they are there, it refuses what cannot fit
+    in any case.
 
-    num_pages and pool_bytes are taken as given if they fit; else the pool takes its fraction of the memory left after weights and steps, but not more
-    than max_num_sequences sequences of max_model_len tokens can use.
+    num_pages and pool_bytes are taken as given if they fit; else the pool takes its fraction of the memory left after
+    weights and steps, but not more than max_num_sequences sequences of max_model_len tokens can use.
 
     Raises:
-        EngineError: the pool asked for does not fit, or not even one page does, or max_model_len is beyond what the checkpoint allows.
+        EngineError: the pool asked for does not fit, or not even one page does, or max_model_len is beyond what the
+            checkpoint allows.
     """
     max_model_len = _wanted_length(config, architecture)
     groups = group_layers(architecture.sliding_windows, max_model_len)
@@ -82,13 +94,17 @@ def size_pool(config: EngineConfig, architecture: Architecture, kv_dtype: torch.
     available, detail = _available(free, device, needs)
     num_pages, reason = _decide(config, page_bytes, available, max_model_len, num_groups, device)
     if num_pages < 1:
-        raise EngineError(f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): {reason}; {detail}")
+        raise EngineError(
+            f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): {reason}; {detail}"
+        )
     if num_pages * page_bytes > available:
         raise EngineError(
             f"the pool does not fit: {num_pages} pages of {spell_bytes(page_bytes)} are {spell_bytes(num_pages * page_bytes)} ({reason}); {detail}"
         )
     if num_pages < num_groups:
-        raise EngineError(f"the pool has {num_pages} pages, and each of the {num_groups} KV groups needs one: {reason}; {detail}")
+        raise EngineError(
+            f"the pool has {num_pages} pages, and each of the {num_groups} KV groups needs one: {reason}; {detail}"
+        )
     num_tokens = num_pages // num_groups * config.page_size
     shrunk = ""
     if num_tokens < max_model_len:
@@ -138,7 +154,9 @@ def page_bytes_of(architecture: Architecture, groups: KVGroups, page_size: int, 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on the device now. On a CPU the container's limit counts as well as the machine's memory."""
+    """Memory that can be allocated on the device now. On a CPU the container's limit counts as well as the machine's
+    memory.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
@@ -153,7 +171,9 @@ def _wanted_length(config: EngineConfig, architecture: Architecture) -> int:
     return config.max_model_len or allowed
 
 
-def _decide(config: EngineConfig, page_bytes: int, available: int, max_model_len: int, num_groups: int, device: torch.device) -> tuple[int, str]:
+def _decide(
+    config: EngineConfig, page_bytes: int, available: int, max_model_len: int, num_groups: int, device: torch.device
+) -> tuple[int, str]:
     if config.num_pages > 0:
         return config.num_pages, "num_pages"
     if config.pool_bytes > 0:
@@ -162,7 +182,10 @@ def _decide(config: EngineConfig, page_bytes: int, available: int, max_model_len
     num_pages = int(available * fraction) // page_bytes
     useful = config.max_num_sequences * num_groups * -(-max_model_len // config.page_size)
     if num_pages > useful:
-        return useful, f"max_num_sequences ({config.max_num_sequences}) sequences of max_model_len ({max_model_len}) tokens, more is of no use"
+        return (
+            useful,
+            f"max_num_sequences ({config.max_num_sequences}) sequences of max_model_len ({max_model_len}) tokens, more is of no use",
+        )
     return num_pages, f"pool_memory_fraction = {fraction:g}"
 
 
@@ -176,12 +199,18 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_rooms() -> list[int | None]:
-    """Room under this process's control groups. Versions 2 and 1 differ in the names of folders and files; a container sees its own group as the root."""
+    """Room under this process's control groups. Versions 2 and 1 differ in the names of folders and files; a container
+    sees its own group as the root.
+    """
     try:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return []
-    roots = [(Path("/sys/fs/cgroup") / controllers, path.lstrip("/")) for _, controllers, path in groups if controllers in ("", "memory")]
+    roots = [
+        (Path("/sys/fs/cgroup") / controllers, path.lstrip("/"))
+        for _, controllers, path in groups
+        if controllers in ("", "memory")
+    ]
     return [_room(folder) for root, path in roots for folder in {root / path, root}]
 
 

@@ -1,6 +1,8 @@
-"""What steps take of a GPU's memory, read from the device before the pool is there: the largest steps are run, a few of the captured ones captured.
+"""What steps take of a GPU's memory, read from the device before the pool is there: the largest steps are run, a few of
+the captured ones captured.
 
-They run beside the weights, on rows of full length and two throw-away pages, and all that they took is given back. Nothing here knows a model's layers.
+They run beside the weights, on rows of full length and two throw-away pages, and all that they took is given back.
+Nothing here knows a model's layers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ _NUM_SAMPLES = 5  # of the shapes of captured steps
 
 
 class MemoryMeter:
-    """How much of a GPU's memory was taken since its creation: by torch's allocator, and past it (code of kernels, graphs, libraries)."""
+    """How much of a GPU's memory was taken since its creation: by torch's allocator, and past it (code of kernels,
+    graphs, libraries).
+    """
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
@@ -31,7 +35,9 @@ class MemoryMeter:
         torch.cuda.reset_peak_memory_stats(device)
 
     def peak(self) -> int:
-        """The most that torch had at once, in bytes: blocks as it asks the device for them, which is more than the tensors in them."""
+        """The most that torch had at once, in bytes: blocks as it asks the device for them, which is more than the
+        tensors in them.
+        """
         torch.cuda.synchronize(self._device)
         return int(torch.cuda.max_memory_reserved(self._device)) - self._reserved
 
@@ -43,12 +49,16 @@ class MemoryMeter:
         return max(by_torch, 0), max(taken - by_torch, 0)
 
 
-def measure(make_runner: Callable[[], ModelRunner], max_batched_tokens: int, shapes: Sequence[StepShape], device: torch.device) -> MemoryNeeds:
-    """make_runner: with NUM_PAGES pages, nothing captured; called once. shapes: those that will be captured, the smallest first; none: no step will be.
+def measure(
+    make_runner: Callable[[], ModelRunner], max_batched_tokens: int, shapes: Sequence[StepShape], device: torch.device
+) -> MemoryNeeds:
+    """make_runner: with NUM_PAGES pages, nothing captured; called once. shapes: those that will be captured, the
+    smallest first; none: no step will be.
 
-    The largest step's bytes are the most that torch had while it ran, with rows and all other lasting tensors of a runner; once
-    more what the code of its kernels took, for that of other steps' kernels; and what rounding costs when the pool is allocated.
-    Captured steps' bytes are their tensors, which all of them share, and the graphs' own in proportion to their number.
+    The largest step's bytes are the most that torch had while it ran, with rows and all other lasting tensors of a
+    runner; once more what the code of its kernels took, for that of other steps' kernels; and what rounding costs when
+    the pool is allocated. Captured steps' bytes are their tensors, which all of them share, and the graphs' own in
+    proportion to their number.
     """
     meter = MemoryMeter(device)
     runner = make_runner()
@@ -64,11 +74,21 @@ def measure(make_runner: Callable[[], ModelRunner], max_batched_tokens: int, sha
 def run_largest(runner: ModelRunner, max_batched_tokens: int) -> None:
     """Runs the largest steps on a runner that nobody uses yet. They leave garbage in pages 0 and 1."""
     limits = runner.limits
-    runner.run(largest_batches(max_batched_tokens, runner.num_rows, limits.max_model_len, limits.vocab_size, adapters=runner.adapter_slots is not None))
+    runner.run(
+        largest_batches(
+            max_batched_tokens,
+            runner.num_rows,
+            limits.max_model_len,
+            limits.vocab_size,
+            adapters=runner.adapter_slots is not None,
+        )
+    )
 
 
 def samples_of(shapes: Sequence[StepShape]) -> list[StepShape]:
-    """A few shapes, evenly spread, the smallest and the largest among them: the others fit into the largest one's memory."""
+    """A few shapes, evenly spread, the smallest and the largest among them: the others fit into the largest one's
+    memory.
+    """
     last = len(shapes) - 1
     indices = {round(last * number / (_NUM_SAMPLES - 1)) for number in range(_NUM_SAMPLES)}
     return [shapes[index] for index in sorted(indices)]

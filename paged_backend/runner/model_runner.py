@@ -1,4 +1,5 @@
-"""Batch -> StepResult: a step's forward pass and sampling. Launches without waiting; results are read in order, when asked for.
+"""Batch -> StepResult: a step's forward pass and sampling. Launches without waiting; results are read in order, when
+asked for.
 
 builder.py makes one.
 """
@@ -71,14 +72,27 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, shapes: Sequence[StepShape], tell: Callable[[str], None]) -> None:
-        """Captures steps of these shapes, the smallest first, as CUDA graphs: from now on a step that fits one of them is replayed."""
-        logits = self._kv_pages[0].tensor.new_empty((max(shape.num_outputs for shape in shapes), self.architecture.num_logits), dtype=self._decoder.dtype)
-        self._graphs = StepGraphs(self._decoder, self._sampler, self._kv_pages, self._rows, shapes, self.limits.max_model_len, logits, tell)
+        """Captures steps of these shapes, the smallest first, as CUDA graphs: from now on a step that fits one of them
+        is replayed.
+        """
+        logits = self._kv_pages[0].tensor.new_empty(
+            (max(shape.num_outputs for shape in shapes), self.architecture.num_logits), dtype=self._decoder.dtype
+        )
+        self._graphs = StepGraphs(
+            self._decoder, self._sampler, self._kv_pages, self._rows, shapes, self.limits.max_model_len, logits, tell
+        )
 
     def warm_up(self, max_sequences: int, max_batched_tokens: int) -> None:
         """Runs steps of every kind before the first request comes; rows and pages are free afterwards."""
         limits = self.limits
-        sizes = max_batched_tokens, max_sequences, limits.max_model_len, limits.page_size, limits.num_pages, limits.vocab_size
+        sizes = (
+            max_batched_tokens,
+            max_sequences,
+            limits.max_model_len,
+            limits.page_size,
+            limits.num_pages,
+            limits.vocab_size,
+        )
         self.run(warm_up_batches(*sizes, adapters=self.adapter_slots is not None))
 
     def run(self, batches: Iterable[Batch]) -> None:
@@ -99,11 +113,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
-        """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths); on a CPU, after."""
+        """Starts a step. On CUDA it returns before the device is done (with the reference ops it may wait for lengths);
+        on a CPU, after.
+        """
         for ask in batch.asks:
             room_of(ask).prepare(ask, self)
         shape = shape_of(batch)
-        captured = self._graphs.fit(shape) if self._graphs is not None and all(room_of(ask).captured for ask in batch.asks) else None
+        captured = (
+            self._graphs.fit(shape)
+            if self._graphs is not None and all(room_of(ask).captured for ask in batch.asks)
+            else None
+        )
         plan = plan_step(batch, captured or shape)
         sampled = hidden = None
         if self._graphs is not None and captured is not None:
@@ -112,7 +132,9 @@ class ModelRunner:
         else:
             step = self._rows.apply(batch, plan)
             hidden = self._decoder.hidden(step, self._kv_pages)
-            logits = self._decoder.logits(hidden if step.logit_indices is None else hidden.index_select(0, step.logit_indices))
+            logits = self._decoder.logits(
+                hidden if step.logit_indices is None else hidden.index_select(0, step.logit_indices)
+            )
         if sampled is None:
             sampled = self._sampler.sample(logits, self._rows.sampling(batch, step), self._rows)
         found = tuple(room_of(ask).compute(ask, ComputedStep(self, hidden, sampled)) for ask in batch.asks)
@@ -125,18 +147,28 @@ class ModelRunner:
             yield step.batch, self._result_buffers.receive(step)
 
     def score_prompts(self, hidden: Tensor, num_tops: int) -> Tensor:
-        """int32 [k, 2 + 2 n] of the tokens that the launched step's prompts want scored (prompt_scores.py). hidden: [T, hidden_size]. Few at a time: logits
-        are large."""
+        """int32 [k, 2 + 2 n] of the tokens that the launched step's prompts want scored (prompt_scores.py). hidden: [T,
+        hidden_size]. Few at a time: logits are large.
+        """
         at, token_ids = self._rows.prompt_tokens()
         n = min(num_tops, self.limits.vocab_size)
         parts = zip(torch.split(at, self._scored_at_once), torch.split(token_ids, self._scored_at_once), strict=True)
-        return torch.cat([self._sampler.score(self._decoder.logits(hidden.index_select(0, some)), following, n) for some, following in parts])
+        return torch.cat(
+            [
+                self._sampler.score(self._decoder.logits(hidden.index_select(0, some)), following, n)
+                for some, following in parts
+            ]
+        )
 
     def pool(self, hidden: Tensor, counts: Sequence[int]) -> Tensor:
-        """int32 [len(counts), hidden_size], float32's bits: sums of the normed states of the tokens that the launched step's prompts want pooled
-        (embeddings.py), of which the first counts[0] belong together, and so on. hidden: [T, hidden_size]."""
+        """int32 [len(counts), hidden_size], float32's bits: sums of the normed states of the tokens that the launched
+        step's prompts want pooled (embeddings.py), of which the first counts[0] belong together, and so on. hidden: [T,
+        hidden_size].
+        """
         at = self._rows.pooled_tokens()
         if max(counts) == 1:
             return self._decoder.normed(hidden.index_select(0, at)).float().view(torch.int32)
         parts = torch.split(at, list(counts))
-        return torch.stack([self._decoder.normed(hidden.index_select(0, part)).sum(0, dtype=torch.float32) for part in parts]).view(torch.int32)
+        return torch.stack(
+            [self._decoder.normed(hidden.index_select(0, part)).sum(0, dtype=torch.float32) for part in parts]
+        ).view(torch.int32)

@@ -62,7 +62,9 @@ def device_of(config: EngineConfig, rank: int) -> torch.device:
         raise EngineError(f"device: {name} is asked for, but there are {count} CUDA devices")
     if first + size > count:
         behind = f" from {name} on" if first else ""
-        raise EngineError(f"tensor_parallel_size: {size} ranks need a GPU each, there are {count - first}{behind} (CUDA_VISIBLE_DEVICES says which are seen)")
+        raise EngineError(
+            f"tensor_parallel_size: {size} ranks need a GPU each, there are {count - first}{behind} (CUDA_VISIBLE_DEVICES says which are seen)"
+        )
     device = torch.device("cuda", first + rank)
     torch.cuda.set_device(device)
     return device
@@ -70,14 +72,20 @@ def device_of(config: EngineConfig, rank: int) -> torch.device:
 
 def devices_of_all(device: torch.device, rank: int, size: int) -> list[torch.device]:
     """Of every rank, where the rank of that number has `device`."""
-    return [torch.device("cuda", (device.index or 0) - rank + other) for other in range(size)] if device.type == "cuda" else [device]
+    return (
+        [torch.device("cuda", (device.index or 0) - rank + other) for other in range(size)]
+        if device.type == "cuda"
+        else [device]
+    )
 
 
 def leave_a_core(environment: Mapping[str, str], num_ranks: int = 1) -> None:
-    """Takes torch's threads of this process down to one less than there are processors, or a rank's share of that, unless OMP_NUM_THREADS says otherwise.
+    """Takes torch's threads of this process down to one less than there are processors, or a rank's share of that,
+    unless OMP_NUM_THREADS says otherwise.
 
-    The server, its front ends and clients need a processor too, and threads that wait for one another at every op stand still while one of them has none:
-    on two busy cores the demo model's stream ran at 7 tokens/s with two threads and at 70 with one.
+    The server, its front ends and clients need a processor too, and threads that wait for one another at every op stand
+    still while one of them has none: on two busy cores the demo model's stream ran at 7 tokens/s with two threads and
+    at 70 with one.
     """
     if "OMP_NUM_THREADS" not in environment:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1) // num_ranks))
@@ -88,9 +96,16 @@ def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.devi
     name = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else architecture.dtype  # type: ignore[assignment]
-    if name == "float32" and device.type == "cuda" and architecture.quantization is not None and architecture.quantization.name == MXFP4:
+    if (
+        name == "float32"
+        and device.type == "cuda"
+        and architecture.quantization is not None
+        and architecture.quantization.name == MXFP4
+    ):
         raise EngineError("dtype: float32 is not supported for experts in mxfp4 on a GPU; supported: bfloat16, float16")
     kv_name = name if config.kv_dtype == "auto" else config.kv_dtype
     if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise EngineError(f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; {name_of(device)} has less")
+        raise EngineError(
+            f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; {name_of(device)} has less"
+        )
     return getattr(torch, name), torch.float8_e4m3fn if kv_name == "fp8_e4m3" else getattr(torch, kv_name)

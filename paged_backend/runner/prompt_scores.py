@@ -1,4 +1,6 @@
-"""Log-probabilities of prompts' tokens on the device: the logits of many of a step's tokens, which a plain step does not compute."""
+"""Log-probabilities of prompts' tokens on the device: the logits of many of a step's tokens, which a plain step does
+not compute.
+"""
 
 from __future__ import annotations
 
@@ -37,5 +39,12 @@ class PromptRoom(AskRoom):
         for span in ask.spans:
             part, n = columns[at : at + span.count], span.num_tops
             at += span.count
-            found.append(PromptScores(floats(part[:, 0]), part[:, 1].copy(), part[:, 2 : 2 + n].copy(), floats(part[:, 2 + widest : 2 + widest + n])))
+            found.append(
+                PromptScores(
+                    floats(part[:, 0]),
+                    part[:, 1].copy(),
+                    part[:, 2 : 2 + n].copy(),
+                    floats(part[:, 2 + widest : 2 + widest + n]),
+                )
+            )
         return ScoredPrompts(tuple(found))

@@ -1,5 +1,7 @@
-"""Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words, min_tokens; penalties; masks;
-temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a piece skips it; a row that does not ask is left as it is."""
+"""Logits -> token ids and logprobs. Order of the pieces, as in vLLM: logprobs of the raw logits; bias, bad words,
+min_tokens; penalties; masks; temperature; min_p, top_k, top_p; the draw. A batch in which no row asks for a piece skips
+it; a row that does not ask is left as it is.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from paged_kernels.reference import SAMPLING_BYTES, Ops
 _FEW_TOKENS = 16  # of which the logits are at hand at least
 _BYTES_PER_SCORED_LOGIT = 64
 _WHOLE_VOCABULARY = (  # all logits of a row are needed, not only the likeliest's
-    Feature.TRUNCATE | Feature.PENALTY | Feature.BIAS | Feature.BAD_WORDS | Feature.LOGPROBS | Feature.TOP_LOGPROBS | Feature.MASK | Feature.BEAM
+    Feature.TRUNCATE
+    | Feature.PENALTY
+    | Feature.BIAS
+    | Feature.BAD_WORDS
+    | Feature.LOGPROBS
+    | Feature.TOP_LOGPROBS
+    | Feature.MASK
+    | Feature.BEAM
 )
 _EDITS = Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTY | Feature.MASK
 
@@ -27,7 +36,9 @@ class Sampler:
         self._ops = ops
 
     def sample(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Sampled:
-        """Chooses a token for each row and appends it to the row. logits: [M, vocab], any floating type; of several ranks' each has its part of them."""
+        """Chooses a token for each row and appends it to the row. logits: [M, vocab], any floating type; of several
+        ranks' each has its part of them.
+        """
         ops = self._ops
         if step.features & _WHOLE_VOCABULARY:
             logits = ops.gather_logits(logits)
@@ -41,23 +52,35 @@ class Sampler:
         candidates = None if step.beams is None else self._candidates(logits, edited, step.beams, step.num_candidates)
         if not step.features & (Feature.LOGPROBS | Feature.TOP_LOGPROBS):
             return Sampled(token_ids, candidates=candidates)
-        top_ids, top_logprobs = ops.top_logprobs(logits, min(step.num_top_logprobs, logits.shape[1])) if step.num_top_logprobs else (None, None)
-        return Sampled(token_ids, ops.logprobs(logits, token_ids), ops.ranks(logits, token_ids), top_ids, top_logprobs, candidates)
+        top_ids, top_logprobs = (
+            ops.top_logprobs(logits, min(step.num_top_logprobs, logits.shape[1]))
+            if step.num_top_logprobs
+            else (None, None)
+        )
+        return Sampled(
+            token_ids, ops.logprobs(logits, token_ids), ops.ranks(logits, token_ids), top_ids, top_logprobs, candidates
+        )
 
     def _candidates(self, logits: Tensor, edited: Tensor, beams: Tensor, n: int) -> Tensor:
-        """Of log-probabilities of the raw logits, as in transformers: a ban takes a token away and leaves the others what they are."""
+        """Of log-probabilities of the raw logits, as in transformers: a ban takes a token away and leaves the others
+        what they are.
+        """
         n = min(n, logits.shape[1])
         ids, logprobs = self._ops.continuations(logits.index_select(0, beams), edited.index_select(0, beams), n)
         return torch.cat([ids.int(), logprobs.view(torch.int32)], dim=1)
 
     def score(self, logits: Tensor, token_ids: Tensor, n: int) -> Tensor:
-        """What is told of tokens that are known: int32 [k, 2 + 2 n], the bits of their log-probabilities, ranks, the n most likely ids and their bits.
+        """What is told of tokens that are known: int32 [k, 2 + 2 n], the bits of their log-probabilities, ranks, the n
+        most likely ids and their bits.
 
         logits: [k, vocab] as in `sample`, token_ids [k].
         """
         logits = self._ops.gather_logits(logits)
         logprobs, ranks, top_ids, top_logprobs = self._ops.score_tokens(logits, token_ids, n)
-        return torch.cat([logprobs.view(torch.int32)[:, None], ranks.int()[:, None], top_ids.int(), top_logprobs.view(torch.int32)], dim=1)
+        return torch.cat(
+            [logprobs.view(torch.int32)[:, None], ranks.int()[:, None], top_ids.int(), top_logprobs.view(torch.int32)],
+            dim=1,
+        )
 
     def _edit(self, logits: Tensor, step: SampleTensors, rows: DeviceRows) -> Tensor:
         """What a greedy row sees too: bias, bans, penalties, masks. float32; logits stay as they are."""
@@ -67,7 +90,9 @@ class Sampler:
         if step.num_bias:
             logits = ops.add_bias(logits, *rows.bias(mine, step.num_bias))
         if step.num_bad_words:
-            logits = ops.ban_bad_words(logits, rows.bad_words(mine, step.num_bad_words), rows.recent(mine, positions, MAX_BAD_WORD_TOKENS - 1))
+            logits = ops.ban_bad_words(
+                logits, rows.bad_words(mine, step.num_bad_words), rows.recent(mine, positions, MAX_BAD_WORD_TOKENS - 1)
+            )
         if step.num_stop:  # min_tokens
             ban = torch.where(positions < p.integers("min_len"), -torch.inf, 0.0)
             logits = ops.add_bias(logits, rows.stop_ids(mine, step.num_stop), ban[:, None].repeat(1, step.num_stop))
@@ -81,5 +106,7 @@ class Sampler:
 
 
 def prompt_tokens_at_once(num_rows: int, vocab_size: int) -> int:
-    """So many logits of prompt tokens are scored at once: what that allocates stays within what sampling may, which comes after it."""
+    """So many logits of prompt tokens are scored at once: what that allocates stays within what sampling may, which
+    comes after it.
+    """
     return max(_FEW_TOKENS, min(num_rows, int(SAMPLING_BYTES) // (_BYTES_PER_SCORED_LOGIT * vocab_size)))

@@ -1,7 +1,9 @@
-"""Batch -> where everything of a step lies, in plain arrays: which sequence comes where, which tokens are whose, which results are wanted.
+"""Batch -> where everything of a step lies, in plain arrays: which sequence comes where, which tokens are whose, which
+results are wanted.
 
-Sequences that compute one token (decodes) come first, the others (prefills) after them. A *shape* is how many of each there is room for: exactly as many
-as the batch has, or more where a step was captured for a fixed shape (cuda_graphs.py); what is left is padding, which computes nothing that anyone reads.
+Sequences that compute one token (decodes) come first, the others (prefills) after them. A *shape* is how many of each
+there is room for: exactly as many as the batch has, or more where a step was captured for a fixed shape
+(cuda_graphs.py); what is left is padding, which computes nothing that anyone reads.
 
     sequences | decode rows ... -1 -1 | prefill rows ... -1 | -1 |    the last one takes the tokens that are left
     tokens    | 1 1 1 ...       1  1  | 40   7   ...     0  | 17 |
@@ -56,7 +58,9 @@ def shape_of(batch: Batch) -> StepShape:
     prefills = batch.counts > 1
     num_prefills = int(prefills.sum())
     use = batch.ask(AdapterUse) if batch.asks else None
-    return StepShape(len(batch.rows) - num_prefills, num_prefills, int(batch.counts[prefills].sum()), use is not None and use.in_use)
+    return StepShape(
+        len(batch.rows) - num_prefills, num_prefills, int(batch.counts[prefills].sum()), use is not None and use.in_use
+    )
 
 
 def plan_step(batch: Batch, shape: StepShape) -> StepPlan:

@@ -54,7 +54,8 @@ class RowParameters:
 class DeviceRows:
     """What the device knows of each running sequence: its tokens, its page table, its sampling parameters.
 
-    Invariant: after `update(batch, plan)` a row has every token up to batch.starts + batch.counts, and the pages of those tokens.
+    Invariant: after `update(batch, plan)` a row has every token up to batch.starts + batch.counts, and the pages of
+        those tokens.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class DeviceRows:
         self._copy_pages = copy_pages
         self._parameters = zeros(num_rows, len(COLUMN))
         self._zeros = zeros
-        self.token_masks = zeros(num_rows, 0)  # int32 [num_rows, ceil(vocab / 32)] of the rows that may choose certain tokens only; no width before the first
+        # int32 [num_rows, ceil(vocab / 32)] of the rows that may choose certain tokens only; no width before the first
+        self.token_masks = zeros(num_rows, 0)
         self._tables: dict[str, Tensor] = {}  # allocated when the first row needs one
         self._table_shapes = {
             "bias_ids": (num_rows, MAX_LOGIT_BIAS),
@@ -136,7 +138,9 @@ class DeviceRows:
 
     def bias(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """logit_bias: ids int32 [k, width], -1 where there are fewer; values float32 [k, width]."""
-        return self._entries("bias_ids", "num_bias", rows, width), self._table("bias_values")[rows, :width].view(torch.float32)
+        return self._entries("bias_ids", "num_bias", rows, width), self._table("bias_values")[rows, :width].view(
+            torch.float32
+        )
 
     def stop_ids(self, rows: Tensor, width: int) -> Tensor:
         """int32 [k, width], -1 where there are fewer."""
@@ -154,7 +158,9 @@ class DeviceRows:
     # ---- writing rows
 
     def update(self, batch: Batch, plan: StepPlan) -> Tensor:
-        """Brings the rows up to date with a batch and brings the plan to the device: int32 [plan_size(plan.shape)]. Copies to the device once."""
+        """Brings the rows up to date with a batch and brings the plan to the device: int32 [plan_size(plan.shape)].
+        Copies to the device once.
+        """
         for new in batch.new_rows:
             for name, size in sizes_of(new).items():
                 self._sizes[name][new.row] = size
@@ -168,8 +174,13 @@ class DeviceRows:
     def apply(self, batch: Batch, plan: StepPlan) -> StepTensors:
         """`update`, and the tensors of a step that is computed at once."""
         longest = max((query_len for query_len, _ in plan.prefill_lens), default=0)
-        page_tables = [self.token_ids.new_empty(plan.shape.num_sequences, -(-plan.max_len // self.page_size)) for _ in self._group_tables]
-        step = self.make_step(self.update(batch, plan), plan.shape, page_tables, plan.max_decode_len, longest, plan.prefill_lens)
+        page_tables = [
+            self.token_ids.new_empty(plan.shape.num_sequences, -(-plan.max_len // self.page_size))
+            for _ in self._group_tables
+        ]
+        step = self.make_step(
+            self.update(batch, plan), plan.shape, page_tables, plan.max_decode_len, longest, plan.prefill_lens
+        )
         self.gather(step)
         return step
 
@@ -182,15 +193,18 @@ class DeviceRows:
         max_query_len: int,
         prefill_lens: tuple[tuple[int, int], ...] = (),
     ) -> StepTensors:
-        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them. page_tables: of each KV group, int32 [sequences, pages of the
-        longest]."""
+        """Tensors for a step whose plan is, or will be, in `flat`; `gather` fills them. page_tables: of each KV group,
+        int32 [sequences, pages of the longest].
+        """
         new, lengths = self.token_ids.new_empty, array_lengths(shape)
         return StepTensors(
             shape=shape,
             plan=dict(zip(lengths, torch.split(flat, list(lengths.values())), strict=True)),
             input_ids=new(shape.num_tokens),
             positions=new(shape.num_tokens, dtype=torch.int64),
-            groups=tuple([GroupTensors(new(shape.num_tokens, dtype=torch.int64), page_table) for page_table in page_tables]),
+            groups=tuple(
+                [GroupTensors(new(shape.num_tokens, dtype=torch.int64), page_table) for page_table in page_tables]
+            ),
             seq_lens=new(shape.num_sequences),
             max_decode_len=max_decode_len,
             max_query_len=max_query_len,
@@ -198,12 +212,15 @@ class DeviceRows:
         )
 
     def make_page_tables(self, num_sequences: int, max_len: int) -> list[Tensor]:
-        """For captured steps of so many sequences of up to max_len tokens: of each KV group int32 [num_sequences, pages], page 0 everywhere, for padding is
-        read, too."""
+        """For captured steps of so many sequences of up to max_len tokens: of each KV group int32 [num_sequences,
+        pages], page 0 everywhere, for padding is read, too.
+        """
         return [self.token_ids.new_zeros(num_sequences, -(-max_len // self.page_size)) for _ in self._group_tables]
 
     def gather(self, step: StepTensors) -> None:
-        """Fills a step's tensors from the rows of its plan. All but page tables and slots are the same for every KV group."""
+        """Fills a step's tensors from the rows of its plan. All but page tables and slots are the same for every KV
+        group.
+        """
         plan = step.plan
         for page_table, group in zip(self._group_tables, step.groups, strict=True):
             self._ops.gather_step(
@@ -240,7 +257,9 @@ class DeviceRows:
         )
 
     def prompt_tokens(self) -> tuple[Tensor, Tensor]:
-        """Of the last update: int32 [k] which of the step's tokens leave their logits for prompt_logprobs, and int32 [k] the tokens after them."""
+        """Of the last update: int32 [k] which of the step's tokens leave their logits for prompt_logprobs, and int32
+        [k] the tokens after them.
+        """
         at, rows, positions = self._sent["prompt_tokens"]
         return at, self.token_ids[rows, positions]
 

@@ -1,4 +1,6 @@
-"""How steps travel between host and device, through pinned memory: one copy there, laid end to end, and one back, read when it has landed."""
+"""How steps travel between host and device, through pinned memory: one copy there, laid end to end, and one back, read
+when it has landed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class _HostBuffer:
 
 
 class Staging:
-    """Two host buffers take turns, so that the one a copy still reads is never written. On a CPU the tensors are views of the buffer itself."""
+    """Two host buffers take turns, so that the one a copy still reads is never written. On a CPU the tensors are views
+    of the buffer itself.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -116,7 +120,9 @@ class ResultBuffers:
         self._pinned = device.type == "cuda"
         self._free: list[_ResultBuffer] = []
 
-    def send_back(self, batch: Batch, output_indices: Int64, sampled: Sampled, found: tuple[Tensor | None, ...]) -> InFlightStep:
+    def send_back(
+        self, batch: Batch, output_indices: Int64, sampled: Sampled, found: tuple[Tensor | None, ...]
+    ) -> InFlightStep:
         """Starts the copy. found: for each of the batch's asks, what its room left."""
         columns = [sampled.token_ids.int()[:, None]]
         if sampled.logprobs is not None and sampled.ranks is not None:
@@ -168,5 +174,8 @@ def _result(step: InFlightStep) -> StepResult:
         ranks=None if columns.shape[1] == 1 else np.ascontiguousarray(columns[:, 2]),
         top_ids=columns[:, 3 : 3 + n] if wants_tops else None,
         top_logprobs=floats(columns[:, 3 + n :]) if wants_tops else None,
-        answers=tuple(None if found is None else room_of(ask).answer(ask, found.numpy()) for ask, found in zip(step.batch.asks, step.found, strict=True)),
+        answers=tuple(
+            None if found is None else room_of(ask).answer(ask, found.numpy())
+            for ask, found in zip(step.batch.asks, step.found, strict=True)
+        ),
     )

@@ -1,4 +1,6 @@
-"""Steps that nobody asked for, run before the first request: they compile kernels and make libraries choose theirs, so that no request waits for that."""
+"""Steps that nobody asked for, run before the first request: they compile kernels and make libraries choose theirs, so
+that no request waits for that.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,18 @@ from dataclasses import replace
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import AdapterUse, Ask, Batch, BeamRows, Feature, NewRow, PromptScoring, PromptSpan, TokenMasks, features_of
+from paged_backend.batch import (
+    AdapterUse,
+    Ask,
+    Batch,
+    BeamRows,
+    Feature,
+    NewRow,
+    PromptScoring,
+    PromptSpan,
+    TokenMasks,
+    features_of,
+)
 from paged_backend.request import MAX_BEAM_WIDTH, MAX_LOGPROBS, SamplingParams
 
 _SAMPLINGS = (
@@ -19,7 +32,15 @@ _SAMPLINGS = (
     SamplingParams(temperature=0.0, guided_regex="a"),
     SamplingParams(temperature=0.0, use_beam_search=True, beam_width=2),
     SamplingParams(temperature=0.7, presence_penalty=0.1),  # edited logits are float32
-    SamplingParams(temperature=0.7, top_k=5, min_tokens=1, logit_bias={0: 1.0}, repetition_penalty=1.1, presence_penalty=0.1, logprobs=1),
+    SamplingParams(
+        temperature=0.7,
+        top_k=5,
+        min_tokens=1,
+        logit_bias={0: 1.0},
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        logprobs=1,
+    ),
 )
 _EVERYTHING = SamplingParams(  # at once, as no request can ask for it: whatever a row asks for takes no more memory
     temperature=0.7,
@@ -41,11 +62,19 @@ _CANDIDATES = 3
 
 
 def warm_up_batches(
-    max_tokens: int, max_sequences: int, max_len: int, page_size: int, num_pages: int, vocab_size: int, adapters: bool = False
+    max_tokens: int,
+    max_sequences: int,
+    max_len: int,
+    page_size: int,
+    num_pages: int,
+    vocab_size: int,
+    adapters: bool = False,
 ) -> Iterator[Batch]:
-    """Prompts of many lengths, alone and beside decoding sequences, with every kind of sampling. All rows and pages must be free, and are so afterwards.
+    """Prompts of many lengths, alone and beside decoding sequences, with every kind of sampling. All rows and pages
+    must be free, and are so afterwards.
 
-    max_tokens of a step; max_len of a sequence, in tokens. adapters: the prompts once more, with the adapter of adapter slot 0, where there may be none.
+    max_tokens of a step; max_len of a sequence, in tokens. adapters: the prompts once more, with the adapter of adapter
+    slot 0, where there may be none.
     """
     room = min(max_len, num_pages * page_size)  # a token is needed for what a step appends
     longest = min(max_tokens, room) - 1
@@ -66,34 +95,47 @@ def warm_up_batches(
         yield _beside_decodes(batch, few)
 
 
-def largest_batches(max_tokens: int, max_sequences: int, max_len: int, vocab_size: int, adapters: bool) -> tuple[Batch, Batch]:
-    """The two steps that take most of a device's memory: as many prompt tokens as a step may have, and as many decodes, each with one sequence at its longest
-    and every kind of sampling for every row. All rows must be free; no page of theirs is named, so all their K and V lie in page 0. Page 1 is written, too.
+def largest_batches(
+    max_tokens: int, max_sequences: int, max_len: int, vocab_size: int, adapters: bool
+) -> tuple[Batch, Batch]:
+    """The two steps that take most of a device's memory: as many prompt tokens as a step may have, and as many decodes,
+    each with one sequence at its longest and every kind of sampling for every row. All rows must be free; no page of
+    theirs is named, so all their K and V lie in page 0. Page 1 is written, too.
 
     max_sequences of a step, at most max_tokens; max_len of a sequence, in tokens.
     """
     decodes = np.ones(max_sequences, np.int32)
-    more = np.full(max_sequences, max_len - 1, np.int64).cumsum().clip(max=max_tokens - max_sequences)  # beyond a token each: the first rows have most
+    # beyond a token each: the first rows have most
+    more = np.full(max_sequences, max_len - 1, np.int64).cumsum().clip(max=max_tokens - max_sequences)
     prefills = decodes + np.diff(more, prepend=0).astype(np.int32)
-    first, second = (_at_its_longest(counts, max_len, vocab_size, 0 if adapters else -1) for counts in (prefills, decodes))
+    first, second = (
+        _at_its_longest(counts, max_len, vocab_size, 0 if adapters else -1) for counts in (prefills, decodes)
+    )
     scored = PromptSpan(0, 0, int(first.starts[0]), int(first.counts[0]), MAX_LOGPROBS)
     return replace(first, asks=(*first.asks, PromptScoring((scored,)))), second
 
 
 def _at_its_longest(counts: Int32, max_len: int, vocab_size: int, adapter_slot: int) -> Batch:
-    """A step that computes `counts` tokens of the rows 0, 1, 2 … and samples for each; the first row ends at max_len, the others begin at 0."""
+    """A step that computes `counts` tokens of the rows 0, 1, 2 … and samples for each; the first row ends at max_len,
+    the others begin at 0.
+    """
     starts = np.zeros_like(counts)
     starts[0] = max_len - counts[0]
     batch = _prompts([1] * len(counts), _EVERYTHING, page_size=2, vocab_size=vocab_size, adapter_slot=adapter_slot)
     return replace(batch, starts=starts, counts=counts, page_updates=np.empty((0, 3), np.int32))
 
 
-def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, vocab_size: int, adapter_slot: int = -1) -> Batch:
+def _prompts(
+    lens: Sequence[int], sampling: SamplingParams, page_size: int, vocab_size: int, adapter_slot: int = -1
+) -> Batch:
     """A step that computes whole prompts, in rows 0, 1, 2 … and pages 0, 1, 2 …"""
     rows, counts = np.arange(len(lens), dtype=np.int32), np.array(lens, np.int32)
     bad_words = _BAD_WORDS if sampling.logit_bias else ()
     features = features_of(sampling, (0,), bad_words)
-    new = tuple(NewRow(row, np.zeros(length, np.int32), length, sampling, row, (0,), bad_words, features) for row, length in enumerate(lens))
+    new = tuple(
+        NewRow(row, np.zeros(length, np.int32), length, sampling, row, (0,), bad_words, features)
+        for row, length in enumerate(lens)
+    )
     pages = -(-(counts + 1) // page_size)
     firsts = np.cumsum(pages) - pages
     updates = [(row, index, firsts[row] + index) for row in range(len(lens)) for index in range(pages[row])]
@@ -107,7 +149,9 @@ def _prompts(lens: Sequence[int], sampling: SamplingParams, page_size: int, voca
         new_rows=new,
         page_updates=np.array(updates, np.int32),
         features=features,
-        page_copies=np.array([[0, pages[0]]] if features & Feature.BEAM and len(lens) > 1 else [], np.int32).reshape(-1, 2),
+        page_copies=np.array([[0, pages[0]]] if features & Feature.BEAM and len(lens) > 1 else [], np.int32).reshape(
+            -1, 2
+        ),
         asks=_asks(rows, features, vocab_size, adapter_slot),
     )
 
@@ -124,7 +168,9 @@ def _asks(rows: Int32, features: int, vocab_size: int, adapter_slot: int) -> tup
 
 
 def _beside_decodes(batch: Batch, lens: Sequence[int]) -> Batch:
-    """The step after: the first sequence decodes, the others compute their prompts' last tokens again and sample nothing."""
+    """The step after: the first sequence decodes, the others compute their prompts' last tokens again and sample
+    nothing.
+    """
     first = np.arange(len(lens)) == 0
     counts = np.where(first, 1, np.maximum(batch.counts - 1, 1)).astype(np.int32)
     starts = np.where(first, batch.counts, batch.counts - counts).astype(np.int32)
@@ -135,4 +181,6 @@ def _beside_decodes(batch: Batch, lens: Sequence[int]) -> Batch:
         elif isinstance(ask, BeamRows):
             ask = BeamRows(ask.sampled[:1], _CANDIDATES)
         asks.append(ask)
-    return Batch(batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features, asks=tuple(asks))
+    return Batch(
+        batch.step, batch.rows, starts, counts, first, batch.request_ids, features=batch.features, asks=tuple(asks)
+    )

@@ -1,10 +1,13 @@
-"""Which adapter lies in which adapter slot of the device, and who may use it. Touches no tensor: what a thread has read goes down to the device with a batch.
+"""Which adapter lies in which adapter slot of the device, and who may use it. Touches no tensor: what a thread has read
+goes down to the device with a batch.
 
-A sequence with an adapter waits (waiting.py) until its adapter lies in an adapter slot. From then on it holds that adapter slot until it ends, through
-preemption too. An adapter slot that nobody holds keeps its adapter until another needs the place; the one not used for longest goes first. An adapter slot
-is given out before anything is read, so there are never more adapters in memory than adapter slots.
+A sequence with an adapter waits (waiting.py) until its adapter lies in an adapter slot. From then on it holds that
+adapter slot until it ends, through preemption too. An adapter slot that nobody holds keeps its adapter until another
+needs the place; the one not used for longest goes first. An adapter slot is given out before anything is read, so there
+are never more adapters in memory than adapter slots.
 
-If every adapter slot is held, an adapter that is wanted gets, after a while, the promise of the one with the fewest holders: nobody else is let in then.
+If every adapter slot is held, an adapter that is wanted gets, after a while, the promise of the one with the fewest
+holders: nobody else is let in then.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ log = logging.getLogger("paged")
 
 
 class ReadAdapter(Protocol):
-    """What the scheduler knows of an adapter that was read; the rest of it is the device's business (models/adapter_files.py)."""
+    """What the scheduler knows of an adapter that was read; the rest of it is the device's business
+    (models/adapter_files.py).
+    """
 
     @property
     def version(self) -> str:
@@ -59,12 +64,15 @@ class _AdapterSlot:
 class AdapterSlots(SchedulerFeature):
     """Owns which sequence holds which adapter slot.
 
-    Invariant (`check`): an adapter slot's holders are the living sequences that name it, and asked for its adapter; no two have the same adapter.
+    Invariant (`check`): an adapter slot's holders are the living sequences that name it, and asked for its adapter; no
+    two have the same adapter.
     """
 
     asks = AdapterUse
 
-    def __init__(self, num_adapter_slots: int = 0, library: Library | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, num_adapter_slots: int = 0, library: Library | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """num_adapter_slots: 0, and no library: this server has no adapters."""
         self._adapter_slots = [_AdapterSlot(number) for number in range(num_adapter_slots)]
         self._library = library
@@ -81,7 +89,8 @@ class AdapterSlots(SchedulerFeature):
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "adapter")
         self._num_uses = 0
         self._adapter_slot_of: dict[Sequence, int] = {}  # of those that hold one
-        self._started: list[Sequence] = []  # since the step before: the device does not know their rows' adapter slots yet
+        # since the step before: the device does not know their rows' adapter slots yet
+        self._started: list[Sequence] = []
         self._num_users = 0  # sequences that want an adapter, or have it
 
     # ---- a request comes, waits, runs, ends
@@ -133,14 +142,22 @@ class AdapterSlots(SchedulerFeature):
                     self._empty(adapter_slot)
 
     def prepare(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence has the adapter it wants; it holds the adapter slot then. If it cannot ever, it is one of the next `endings`."""
+        """Whether a waiting sequence has the adapter it wants; it holds the adapter slot then. If it cannot ever, it is
+        one of the next `endings`.
+        """
         if sequence in self._adapter_slot_of:
             return True
         name = sequence.spec.sampling.lora_name
         assert name is not None
-        reason = self._unusable.get(name) if self._adapter_slots else RequestError("this server has no adapters (lora_directory)")
+        reason = (
+            self._unusable.get(name)
+            if self._adapter_slots
+            else RequestError("this server has no adapters (lora_directory)")
+        )
         if reason is not None:
-            self._refused.append((sequence, Finish(sequence.request_id, error=reason.kind, message=f"lora_name: '{name}': {reason}")))
+            self._refused.append(
+                (sequence, Finish(sequence.request_id, error=reason.kind, message=f"lora_name: '{name}': {reason}"))
+            )
             return False
         if name in self._wanted:  # the answer is what it was a moment ago
             return False
@@ -164,7 +181,9 @@ class AdapterSlots(SchedulerFeature):
         new = [(runner.row, self._adapter_slot_of[sequence]) for sequence in started for runner in sequence.runners]
         rows = set(step.rows.tolist())
         in_use = any(runner.row in rows for sequence in self._adapter_slot_of for runner in sequence.runners)
-        return AdapterUse(arrivals, in_use, np.array(new, np.int32).reshape(-1, 2)) if arrivals or in_use or new else None
+        return (
+            AdapterUse(arrivals, in_use, np.array(new, np.int32).reshape(-1, 2)) if arrivals or in_use or new else None
+        )
 
     # ---- adapter slots
 
@@ -173,13 +192,16 @@ class AdapterSlots(SchedulerFeature):
         self._adapter_slot_of[sequence] = adapter_slot.number
         adapter_slot.last_use = self._num_uses
         adapter_slot.num_holders += 1
-        # pages are shared with those alone that have the same adapter, from the same files; a name has no zero byte in it
+        # pages are shared with those alone that have the same adapter, from the same files; a name has no zero byte in
+        # it
         for table in {sequence.page_table, *(runner.page_table for runner in sequence.runners)}:
             if table.salt is not None:
                 table.salt = f"adapter {adapter_slot.version}\0{adapter_slot.name}\0{table.salt}"
 
     def _want(self, name: str) -> None:
-        """Has an adapter looked at, and then read for an adapter slot that nobody holds. If there is none, sees to it that the wait does not last for ever."""
+        """Has an adapter looked at, and then read for an adapter slot that nobody holds. If there is none, sees to it
+        that the wait does not last for ever.
+        """
         assert self._library is not None
         if name not in self._checked:
             if name not in self._checks:
@@ -188,7 +210,9 @@ class AdapterSlots(SchedulerFeature):
         free = [
             adapter_slot
             for adapter_slot in self._adapter_slots
-            if adapter_slot.num_holders == 0 and adapter_slot.reading is None and adapter_slot.promised_to in (None, name)
+            if adapter_slot.num_holders == 0
+            and adapter_slot.reading is None
+            and adapter_slot.promised_to in (None, name)
         ]
         if free:
             adapter_slot = min(free, key=lambda adapter_slot: adapter_slot.last_use)
@@ -201,7 +225,11 @@ class AdapterSlots(SchedulerFeature):
         now = self._clock()
         since = self._waits.setdefault(name, now)
         in_use = [adapter_slot for adapter_slot in self._adapter_slots if adapter_slot.num_holders > 0]
-        if in_use and now - since > _PATIENCE_SECONDS and all(adapter_slot.promised_to is None for adapter_slot in self._adapter_slots):
+        if (
+            in_use
+            and now - since > _PATIENCE_SECONDS
+            and all(adapter_slot.promised_to is None for adapter_slot in self._adapter_slots)
+        ):
             min(in_use, key=lambda adapter_slot: (adapter_slot.num_holders, adapter_slot.last_use)).promised_to = name
 
     def _empty(self, adapter_slot: _AdapterSlot) -> None:
@@ -230,14 +258,18 @@ class AdapterSlots(SchedulerFeature):
         for sequence, number in self._adapter_slot_of.items():
             counts[number] += 1
             assert sequence in alive, "a sequence that is over holds an adapter slot"
-            assert self._adapter_slots[number].name == sequence.spec.sampling.lora_name, "a sequence holds the adapter slot of another adapter"
-        assert counts == [adapter_slot.num_holders for adapter_slot in self._adapter_slots], "an adapter slot's count is not its number of holders"
-        assert {adapter_slot.name: adapter_slot for adapter_slot in self._adapter_slots if adapter_slot.name is not None} == self._by_name, (
-            "the adapter slots and their names differ"
+            assert self._adapter_slots[number].name == sequence.spec.sampling.lora_name, (
+                "a sequence holds the adapter slot of another adapter"
+            )
+        assert counts == [adapter_slot.num_holders for adapter_slot in self._adapter_slots], (
+            "an adapter slot's count is not its number of holders"
         )
-        assert not any(adapter_slot.num_holders and adapter_slot.reading is not None for adapter_slot in self._adapter_slots), (
-            "an adapter slot is held before its adapter is there"
-        )
+        assert {
+            adapter_slot.name: adapter_slot for adapter_slot in self._adapter_slots if adapter_slot.name is not None
+        } == self._by_name, "the adapter slots and their names differ"
+        assert not any(
+            adapter_slot.num_holders and adapter_slot.reading is not None for adapter_slot in self._adapter_slots
+        ), "an adapter slot is held before its adapter is there"
 
 
 def _reason(error: BaseException) -> RequestError:

@@ -1,7 +1,9 @@
-"""Beam search as a pure decision: from the likeliest continuations of each beam to the next beams, and when to stop. Rows and pages are beams.py's.
+"""Beam search as a pure decision: from the likeliest continuations of each beam to the next beams, and when to stop.
+Rows and pages are beams.py's.
 
-It decides what transformers' `generate(num_beams=…, do_sample=False)` decides (GenerationMixin._beam_search): of all continuations the best `width` that do not
-end go on; those that end are answers if they are among the best `width`; the `width` best answers by total / length ** length_penalty are kept.
+It decides what transformers' `generate(num_beams=…, do_sample=False)` decides (GenerationMixin._beam_search): of all
+continuations the best `width` that do not end go on; those that end are answers if they are among the best `width`; the
+`width` best answers by total / length ** length_penalty are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class BeamHypothesis:
     total: np.float32 = field(default_factory=lambda: np.float32(0))  # sum of the logprobs
 
     def extended(self, token_id: int, logprob: np.float32) -> BeamHypothesis:
-        return BeamHypothesis(np.append(self.token_ids, np.int32(token_id)), np.append(self.logprobs, logprob), self.total + logprob)
+        return BeamHypothesis(
+            np.append(self.token_ids, np.int32(token_id)), np.append(self.logprobs, logprob), self.total + logprob
+        )
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,18 @@ class Ending:
 
 
 class BeamSearch:
-    """One request's search. Invariant: `beams` have one length, and there are at most `width` of them; `endings` are at most `width`, the best first."""
+    """One request's search. Invariant: `beams` have one length, and there are at most `width` of them; `endings` are at
+    most `width`, the best first.
+    """
 
-    def __init__(self, width: int, stop_ids: Sequence[int], max_tokens: int, length_penalty: float, early_stopping: bool | Literal["never"]) -> None:
+    def __init__(
+        self,
+        width: int,
+        stop_ids: Sequence[int],
+        max_tokens: int,
+        length_penalty: float,
+        early_stopping: bool | Literal["never"],
+    ) -> None:
         self.width = width
         self.beams = [BeamHypothesis()]
         self.endings: list[Ending] = []
@@ -69,11 +82,15 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """So many of each beam's likeliest continuations must be known: `width` that go on, though all stop ids may be likelier."""
+        """So many of each beam's likeliest continuations must be known: `width` that go on, though all stop ids may be
+        likelier.
+        """
         return self.width + len(self._stop_ids)
 
     def advance(self, candidates: Sequence[Candidates]) -> list[Fork]:
-        """One token further. candidates: of each of `beams`. Returns where the new `beams` come from; sets `over`, and then there are none."""
+        """One token further. candidates: of each of `beams`. Returns where the new `beams` come from; sets `over`, and
+        then there are none.
+        """
         length = len(self.beams[0].token_ids) + 1
         totals = np.concatenate([beam.total + mine.logprobs for beam, mine in zip(self.beams, candidates, strict=True)])
         parents = np.repeat(np.arange(len(self.beams)), [len(mine.token_ids) for mine in candidates])
@@ -87,7 +104,13 @@ class BeamSearch:
 
         ends = np.full(len(stops), length >= self._max_tokens) | stops
         forks = [fork(at) for at in [at for at in order if not ends[at]][: self.width]]
-        self._keep([Ending(fork(at).beam, self._score(totals[at], length), bool(stops[at])) for at in order[: self.width] if ends[at]])
+        self._keep(
+            [
+                Ending(fork(at).beam, self._score(totals[at], length), bool(stops[at]))
+                for at in order[: self.width]
+                if ends[at]
+            ]
+        )
         self.over = not forks or self._is_settled(forks[0].beam.total, length)
         if self.over:
             return []
@@ -101,7 +124,9 @@ class BeamSearch:
         self.endings = sorted(self.endings + endings, key=lambda ending: -ending.score)[: self.width]
 
     def _is_settled(self, best_total: np.float32, length: int) -> bool:
-        """No beam that goes on can improve the answers, as far as early_stopping says to look. best_total: of those beams."""
+        """No beam that goes on can improve the answers, as far as early_stopping says to look. best_total: of those
+        beams.
+        """
         if len(self.endings) < self.width:
             return False
         if self._early_stopping is True:

@@ -1,8 +1,10 @@
-"""Beam searches on rows and pages: each beam of a request is a runner with a row and pages of its own, forked from others as the search decides.
+"""Beam searches on rows and pages: each beam of a request is a runner with a row and pages of its own, forked from
+others as the search decides.
 
-A request's sequence (the leader) waits, is admitted, preempted and ended as one; in its place run `beam_width` runners. The first computes the prompt, the
-others hold a row and a page in reserve. When the prompt's result is there, all become beams: full pages are shared, the last, partial one is copied into
-the reserve. From then on a beam that goes on more than once takes over the row and the partial page of one that is dropped, so a fork needs no new page.
+A request's sequence (the leader) waits, is admitted, preempted and ended as one; in its place run `beam_width` runners.
+The first computes the prompt, the others hold a row and a page in reserve. When the prompt's result is there, all
+become beams: full pages are shared, the last, partial one is copied into the reserve. From then on a beam that goes on
+more than once takes over the row and the partial page of one that is dropped, so a fork needs no new page.
 
     prompt --result--> beams --results of all--> beams ... --> answers
        ^                 |
@@ -36,7 +38,8 @@ class BeamGroup:
     """What a sequence that searches with beams has beside them."""
 
     search: BeamSearch
-    live: list[Sequence] = field(default_factory=list)  # the runner of each of the search's beams; none: the prompt is not computed yet
+    # the runner of each of the search's beams; none: the prompt is not computed yet
+    live: list[Sequence] = field(default_factory=list)
     candidates: dict[int, Candidates] = field(default_factory=dict)  # by row, of the runners whose results are in
 
 
@@ -62,12 +65,18 @@ class Beams(SchedulerFeature):
             return None
         max_running = len(self.rows.sequences)
         if width > max_running:
-            return ErrorKind.INVALID, f"beam_width: {width} beams are more than may run at once: {max_running} (max_num_sequences, max_batched_tokens)"
+            return (
+                ErrorKind.INVALID,
+                f"beam_width: {width} beams are more than may run at once: {max_running} (max_num_sequences, max_batched_tokens)",
+            )
         size, num_pages = self.rows.page_size, self._pages.pool.num_pages
         shared = prompt_len // size
         needed = (shared + width * max(-(-(length_limit - 1) // size) - shared, 1)) * len(self._pages.windows)
         if needed > num_pages:
-            return ErrorKind.INVALID, f"beam_width: {width} beams of up to {length_limit} tokens may need {needed} pages; the pool has {num_pages}"
+            return (
+                ErrorKind.INVALID,
+                f"beam_width: {width} beams of up to {length_limit} tokens may need {needed} pages; the pool has {num_pages}",
+            )
         return None
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
@@ -75,7 +84,9 @@ class Beams(SchedulerFeature):
         if not s.use_beam_search or s.beam_width is None:
             return False
         max_tokens = spec.length_limit - spec.prompt_len
-        self._groups[sequence] = BeamGroup(BeamSearch(s.beam_width, spec.stop_ids, max_tokens, s.length_penalty, s.early_stopping))
+        self._groups[sequence] = BeamGroup(
+            BeamSearch(s.beam_width, spec.stop_ids, max_tokens, s.length_penalty, s.early_stopping)
+        )
         sequence.runners = self._make_runners(sequence, s.beam_width)
         return True
 
@@ -105,14 +116,18 @@ class Beams(SchedulerFeature):
     def holds_back(self, rows: Int32) -> NDArray[np.intp]:
         """Beams whose newest token is in flight: what becomes of them depends on the others' results."""
         table = self.rows
-        return np.flatnonzero((table.num_tokens[rows] > table.num_known[rows]) & (table.features[rows] & Feature.BEAM != 0))
+        return np.flatnonzero(
+            (table.num_tokens[rows] > table.num_known[rows]) & (table.features[rows] & Feature.BEAM != 0)
+        )
 
     def ask(self, step: StepRows) -> BeamRows | None:
         sampled = step.rows[step.samples]
         mine = np.flatnonzero(self.rows.features[sampled] & Feature.BEAM)
         if not len(mine):
             return None
-        return BeamRows(mine.astype(np.int32), max(self._group_at(row)[1].search.num_candidates for row in sampled[mine].tolist()))
+        return BeamRows(
+            mine.astype(np.int32), max(self._group_at(row)[1].search.num_candidates for row in sampled[mine].tolist())
+        )
 
     def settle(self, batch: Batch, ask: Ask, answer: Answer | None, takings: Takings) -> None:
         """Beams go on, end, or begin again for want of a page."""
@@ -145,7 +160,9 @@ class Beams(SchedulerFeature):
     # ---- forks
 
     def _place(self, leader: Sequence, group: BeamGroup, parents: list[Sequence], forks: list[Fork]) -> bool:
-        """Gives every next beam a runner. parents: the runners that forks refer to. False: a reserve is missing, nothing has changed."""
+        """Gives every next beam a runner. parents: the runners that forks refer to. False: a reserve is missing,
+        nothing has changed.
+        """
         num_computed = int(self.rows.num_computed[parents[0].row])
         num_full, is_partial = divmod(num_computed, self.rows.page_size)
         kept = {fork.parent: fork for fork in reversed(forks)}  # the first of each parent stays where it is
@@ -166,7 +183,9 @@ class Beams(SchedulerFeature):
             self._pages.share(table, source, num_full, shared.get(id(runner), 0))
             assert runner.row is not None
             for number, (old, new) in enumerate(zip(before, table.groups, strict=True)):
-                changed = ((index, page) for index, page in enumerate(new) if page != GONE and old[index : index + 1] != [page])
+                changed = (
+                    (index, page) for index, page in enumerate(new) if page != GONE and old[index : index + 1] != [page]
+                )
                 self._running.tell_pages(runner.row, number, changed)
                 if is_partial:
                     self.changes.page_copies.append((runner.row, source.groups[number][num_full], new[num_full]))
@@ -193,7 +212,9 @@ class Beams(SchedulerFeature):
         return runner.leader, self._groups[runner.leader]
 
     def check(self, living: Iterable[Sequence]) -> None:
-        assert set(self._groups) == {sequence for sequence in living if sequence.runners != [sequence]}, "beams without a search, or the reverse"
+        assert set(self._groups) == {sequence for sequence in living if sequence.runners != [sequence]}, (
+            "beams without a search, or the reverse"
+        )
 
 
 def _next_beams(group: BeamGroup, parents: list[Sequence]) -> list[Fork]:
@@ -208,4 +229,7 @@ def _next_beams(group: BeamGroup, parents: list[Sequence]) -> list[Fork]:
 
 def _found(leader: Sequence, search: BeamSearch) -> Found:
     best = search.endings[: leader.spec.sampling.n]
-    return Found(leader.request_id, tuple(FoundSequence(end.beam.token_ids.tobytes(), end.beam.logprobs.tobytes(), end.stopped) for end in best))
+    return Found(
+        leader.request_id,
+        tuple(FoundSequence(end.beam.token_ids.tobytes(), end.beam.logprobs.tobytes(), end.stopped) for end in best),
+    )

@@ -16,15 +16,18 @@ def short_len(budget: int) -> int:
 
 
 def kept_for_short(wanted: Int32, budget: int, waiting_short_tokens: int) -> int:
-    """How many tokens of a step are kept for short prompts that wait: at most half of what decodes leave. wanted: by those that run."""
+    """How many tokens of a step are kept for short prompts that wait: at most half of what decodes leave. wanted: by
+    those that run.
+    """
     return max(0, min((budget - int((wanted == 1).sum())) // 2, waiting_short_tokens))
 
 
 def share_out(wanted: Int32, budget: int, waiting_short_tokens: int) -> tuple[NDArray[np.intp], Int32]:
-    """(order, counts): who computes how much in a step. Decodes first, then what is left of short prompts, then long prompts in the order given.
+    """(order, counts): who computes how much in a step. Decodes first, then what is left of short prompts, then long
+    prompts in the order given.
 
-    wanted: [n] tokens each sequence could compute, at least 1. waiting_short_tokens: of short prompts that could start in this step, for whom some
-    tokens are kept. Those that get nothing are not in `order`.
+    wanted: [n] tokens each sequence could compute, at least 1. waiting_short_tokens: of short prompts that could start
+    in this step, for whom some tokens are kept. Those that get nothing are not in `order`.
     """
     short = short_len(budget)
     order = np.argsort((wanted > 1).astype(np.int8) + (wanted > short), kind="stable")

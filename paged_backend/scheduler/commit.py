@@ -1,4 +1,6 @@
-"""What steps bring: their token ids reach the sequences, those that met a stop or their limit end, and the callers' part of it goes out."""
+"""What steps bring: their token ids reach the sequences, those that met a stop or their limit end, and the callers'
+part of it goes out.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,17 @@ class Commit:
         self._result: StepResult | None = None  # the step's that is taken in
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
-        """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their limit."""
+        """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their
+        limit.
+        """
         table = self._running.table
         rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
         present = table.request_id[rows] == request_ids
         entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
         wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
-        asked = [(self._features.asked(ask), ask, answer) for ask, answer in zip(batch.asks, result.answers, strict=True)]
+        asked = [
+            (self._features.asked(ask), ask, answer) for ask, answer in zip(batch.asks, result.answers, strict=True)
+        ]
         self._result = result
         for feature, ask, answer in asked:
             feature.take(batch, ask, answer, self)
@@ -40,7 +46,11 @@ class Commit:
         for feature, ask, answer in asked:
             feature.settle(batch, ask, answer, self)
         if len(entries) < len(rows):  # aborted, ended or preempted while the step was in flight
-            landed = [entry for entry in np.flatnonzero(~present).tolist() if self._land(int(request_ids[entry]), int(token_ids[entry]))]
+            landed = [
+                entry
+                for entry in np.flatnonzero(~present).tolist()
+                if self._land(int(request_ids[entry]), int(token_ids[entry]))
+            ]
             entries = np.concatenate([entries, np.array(landed, np.intp)])
         started, self._started = self._started, {}
         admitted, self._admitted = self._admitted, {}
@@ -65,11 +75,15 @@ class Commit:
             self._tell_start(table.sequences[row])
         stopped = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         ended = stopped | (known >= table.length_limit[rows])
-        for row, token_id, stop in zip(rows[ended].tolist(), token_ids[ended].tolist(), stopped[ended].tolist(), strict=True):
+        for row, token_id, stop in zip(
+            rows[ended].tolist(), token_ids[ended].tolist(), stopped[ended].tolist(), strict=True
+        ):
             self._finish(table.sequences[row], token_id, stop)
 
     def _land(self, request_id: int, token_id: int) -> bool:
-        """A token for a sequence that is not on its row any more: kept if the sequence was preempted, dropped if it is over."""
+        """A token for a sequence that is not on its row any more: kept if the sequence was preempted, dropped if it is
+        over.
+        """
         sequence = self._living.find(request_id)
         if sequence is None or not sequence.awaits_token:
             return False
@@ -124,7 +138,9 @@ class Commit:
         self._living.end(sequence, self._features.last_word(sequence, token_id, "stop" if stop else "length"))
 
     def _num_tops(self, rows: Int32, request_ids: Int64) -> dict[int, int]:
-        """Entry of a step's results -> how many of the most likely tokens its sequence asked for, also one that has lost its row."""
+        """Entry of a step's results -> how many of the most likely tokens its sequence asked for, also one that has
+        lost its row.
+        """
         table, wanted = self._running.table, {}
         for entry, (row, request_id) in enumerate(zip(rows.tolist(), request_ids.tolist(), strict=True)):
             sequence = table.sequences[row] if table.request_id[row] == request_id else self._living.find(request_id)

@@ -14,7 +14,9 @@ _CHECK_SECONDS = 0.05
 
 
 class Deadlines:
-    """Every request has some, so all are looked at; but only when the first of them may be over, and now and then: a limit of seconds needs no more."""
+    """Every request has some, so all are looked at; but only when the first of them may be over, and now and then: a
+    limit of seconds needs no more.
+    """
 
     def __init__(self, limits: SchedulerLimits, clock: Callable[[], float]) -> None:
         self.next_check = math.inf  # nobody is overdue before
@@ -34,9 +36,15 @@ class Deadlines:
         for sequence in sequences:
             age = now - sequence.spec.arrival
             if age > self._longest(sequence):
-                error, message = ErrorKind.CANCELLED, f"not finished after {self._longest(sequence):g} s (request_deadline_seconds)"
+                error, message = (
+                    ErrorKind.CANCELLED,
+                    f"not finished after {self._longest(sequence):g} s (request_deadline_seconds)",
+                )
             elif self._waits(sequence) and age > self._limits.max_waiting_seconds:
-                error, message = ErrorKind.OVERLOADED, f"not started after {self._limits.max_waiting_seconds:g} s (max_waiting_seconds)"
+                error, message = (
+                    ErrorKind.OVERLOADED,
+                    f"not started after {self._limits.max_waiting_seconds:g} s (max_waiting_seconds)",
+                )
             else:
                 self._look_at(self._due(sequence))
                 continue
@@ -48,7 +56,9 @@ class Deadlines:
     def _due(self, sequence: Sequence) -> float:
         """When it will be overdue, if nothing happens before."""
         longest = self._longest(sequence)
-        return sequence.spec.arrival + (min(longest, self._limits.max_waiting_seconds) if self._waits(sequence) else longest)
+        return sequence.spec.arrival + (
+            min(longest, self._limits.max_waiting_seconds) if self._waits(sequence) else longest
+        )
 
     def _longest(self, sequence: Sequence) -> float:
         """Seconds from its arrival."""

@@ -1,10 +1,11 @@
 """Sequences whose prompts become embeddings: which hidden states of a step are part of one, and what they come to.
 
-The last token's state needs that token's step alone, and a prompt's other pages may come from the prefix cache. The mean needs every token once: pages of
-others are of use only after a preemption, for what was added up before. Either way the prompt's own pages can be found by others as any.
+The last token's state needs that token's step alone, and a prompt's other pages may come from the prefix cache. The
+mean needs every token once: pages of others are of use only after a preemption, for what was added up before. Either
+way the prompt's own pages can be found by others as any.
 
-The sequence ends as one that generates a single token, which nobody is shown: so a prompt that is embedded waits, runs, is preempted and is resumed by
-another engine as every other is.
+The sequence ends as one that generates a single token, which nobody is shown: so a prompt that is embedded waits, runs,
+is preempted and is resumed by another engine as every other is.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class EmbeddingsFeature(SchedulerFeature):
         return Pooling(tuple(spans)) if spans else None
 
     def take(self, batch: Batch, ask: Ask, answer: Answer | None, takings: Takings) -> None:
-        """Adds up what a step found, for the requests that are not over, and tells of the embeddings that are whole with it."""
+        """Adds up what a step found, for the requests that are not over, and tells of the embeddings that are whole
+        with it.
+        """
         assert isinstance(ask, Pooling) and isinstance(answer, PooledPrompts)
         for span, states in zip(ask.spans, answer.sums, strict=True):
             pooled = self._pooled.get(span.request_id)

@@ -1,6 +1,8 @@
-"""Features hang off rooms: what a request may ask for beyond plain tokens (a grammar, an adapter, beams, …) is one file here, behind one small protocol.
+"""Features hang off rooms: what a request may ask for beyond plain tokens (a grammar, an adapter, beams, …) is one file
+here, behind one small protocol.
 
-The scheduler walks only the features that some living sequence uses. A step of sequences that use none enters none of their files.
+The scheduler walks only the features that some living sequence uses. A step of sequences that use none enters none of
+their files.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _NONE = np.empty(0, np.intp)
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of a step that is being put together: it computes counts[i] tokens of rows[i] from starts[i], and samples the successor where samples[i]."""
+    """The rows of a step that is being put together: it computes counts[i] tokens of rows[i] from starts[i], and
+    samples the successor where samples[i].
+    """
 
     rows: Int32
     starts: Int32
@@ -41,14 +45,18 @@ class Takings(Protocol):
         """Goes out with the step's tokens."""
 
     def replace_token(self, place: int, token_id: int) -> bool:
-        """The step's sampled sequence at that place has this token instead, certain as it is. False: it has it anyway."""
+        """The step's sampled sequence at that place has this token instead, certain as it is. False: it has it
+        anyway.
+        """
 
     def conclude(self, sequence: Sequence, found: Found | None) -> None:
         """A search is over, with its answers; None: it must begin again, for want of a page."""
 
 
 class SchedulerFeature:
-    """What the scheduler asks of a feature. It overrides what it has something to say to; the rest says that there is nothing to it."""
+    """What the scheduler asks of a feature. It overrides what it has something to say to; the rest says that there is
+    nothing to it.
+    """
 
     asks: type[Ask] | None = None  # what it asks of steps, whose answers it takes; None: it asks nothing
     rows: Rows  # of the scheduler that it is a feature of, as are its row changes
@@ -57,7 +65,9 @@ class SchedulerFeature:
     # ---- a request comes
 
     def refusal(self, sequence: Sequence, request: Submit) -> tuple[ErrorKind, str] | None:
-        """Why a request that is about to become this sequence can never be served. Asked of every request; changes nothing."""
+        """Why a request that is about to become this sequence can never be served. Asked of every request; changes
+        nothing.
+        """
         return None
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
@@ -71,7 +81,9 @@ class SchedulerFeature:
         return True
 
     def prepare(self, sequence: Sequence) -> bool:
-        """Asked once a step while it is not prepared: sees to it that it will be. Whether it can be let into the queue."""
+        """Asked once a step while it is not prepared: sees to it that it will be. Whether it can be let into the
+        queue.
+        """
         return True
 
     def num_reusable(self, sequence: Sequence) -> int:
@@ -123,7 +135,9 @@ class SchedulerFeature:
 
 
 class LiveFeatures:
-    """Owns who uses what. Invariant (`check`): `active` are the features that some living sequence uses, in the order of `every`."""
+    """Owns who uses what. Invariant (`check`): `active` are the features that some living sequence uses, in the order
+    of `every`.
+    """
 
     def __init__(self, every: tuple[SchedulerFeature, ...], rows: Rows, changes: RowChanges) -> None:
         self.every = every
@@ -136,7 +150,9 @@ class LiveFeatures:
 
     def refusal(self, sequence: Sequence, request: Submit) -> tuple[ErrorKind, str] | None:
         """The first that any feature has."""
-        return next((refusal for feature in self.every if (refusal := feature.refusal(sequence, request)) is not None), None)
+        return next(
+            (refusal for feature in self.every if (refusal := feature.refusal(sequence, request)) is not None), None
+        )
 
     def enter(self, sequence: Sequence, request: Submit) -> None:
         """A new sequence. If a feature raises, nothing has changed."""
@@ -189,13 +205,17 @@ class LiveFeatures:
     def _count(self, used: Iterable[SchedulerFeature], change: int) -> None:
         for feature in used:
             self._num_users[self.every.index(feature)] += change
-        self.active = tuple(feature for feature, num_users in zip(self.every, self._num_users, strict=True) if num_users)
+        self.active = tuple(
+            feature for feature, num_users in zip(self.every, self._num_users, strict=True) if num_users
+        )
 
     def check(self, living: Iterable[Sequence]) -> None:
         """Raises AssertionError if an invariant is broken."""
         alive = list(living)
         assert set(self._used) <= set(alive), "a sequence that is over uses a feature"
         counts = [sum(feature in used for used in self._used.values()) for feature in self.every]
-        assert counts == self._num_users and self.active == tuple(feature for feature, count in zip(self.every, counts, strict=True) if count)
+        assert counts == self._num_users and self.active == tuple(
+            feature for feature, count in zip(self.every, counts, strict=True) if count
+        )
         for feature in self.every:
             feature.check(alive)

@@ -1,5 +1,6 @@
-"""Sequences that may choose certain tokens only: those whose answers follow a grammar (which may start, which are at their end, what each may say next), and
-those with a list of allowed tokens, which the device is told once."""
+"""Sequences that may choose certain tokens only: those whose answers follow a grammar (which may start, which are at
+their end, what each may say next), and those with a list of allowed tokens, which the device is told once.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from paged_backend.scheduler.sequence import Sequence, Status
 
 
 class GrammarMasks(SchedulerFeature):
-    """Owns each sequence's guide through its grammar. A sequence with one waits until it is compiled (waiting.py), and then runs only with all its tokens
+    """Owns each sequence's guide through its grammar. A sequence with one waits until it is compiled (waiting.py), and
+    then runs only with all its tokens
     known: the mask of the next depends on them. A sequence without a grammar may have one mask for all its tokens."""
 
     asks = TokenMasks
@@ -35,23 +37,33 @@ class GrammarMasks(SchedulerFeature):
     # ---- a request comes, waits, ends
 
     def refusal(self, sequence: Sequence, request: Submit) -> tuple[ErrorKind, str] | None:
-        """Of allowed tokens one must be left that nothing else can ban, or there might be none to choose. A guide sees to that itself."""
+        """Of allowed tokens one must be left that nothing else can ban, or there might be none to choose. A guide sees
+        to that itself.
+        """
         spec, allowed = sequence.spec, _allowed(request)
         sampling = spec.sampling
         if allowed is None or sampling.guided:
             return None
         left = allowed & ~bits([word[-1] for word in spec.bad_words if word[-1] < 32 * len(allowed)], 32 * len(allowed))
         if not left.any():
-            return ErrorKind.INVALID, "allowed_token_ids and bad_words: every allowed token may be banned, and then there would be none to choose"
+            return (
+                ErrorKind.INVALID,
+                "allowed_token_ids and bad_words: every allowed token may be banned, and then there would be none to choose",
+            )
         stop_ids = [token_id for token_id in spec.stop_ids if token_id < 32 * len(allowed)]
         if sampling.min_tokens > 0 and not (left & ~bits(stop_ids, 32 * len(allowed))).any():
-            return ErrorKind.INVALID, f"allowed_token_ids and min_tokens: every allowed token would end the answer before {sampling.min_tokens} tokens"
+            return (
+                ErrorKind.INVALID,
+                f"allowed_token_ids and min_tokens: every allowed token would end the answer before {sampling.min_tokens} tokens",
+            )
         return None
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
         sampling, allowed = sequence.spec.sampling, _allowed(request)
         if sampling.grammar is not None:
-            self._guides[sequence] = self._grammars.guide(sampling.grammar, sequence.spec.stop_ids, sampling.min_tokens, allowed, request.cache_salt)
+            self._guides[sequence] = self._grammars.guide(
+                sampling.grammar, sequence.spec.stop_ids, sampling.min_tokens, allowed, request.cache_salt
+            )
         elif allowed is not None:
             self._allowed[sequence] = allowed
         return sampling.grammar is not None or allowed is not None
@@ -67,7 +79,9 @@ class GrammarMasks(SchedulerFeature):
     def prepared(self, sequence: Sequence) -> bool:
         """What may come next is known."""
         guide = self._guides.get(sequence)
-        return guide is None or (not sequence.awaits_token and guide.knows(len(sequence.token_ids) - sequence.spec.prompt_len))
+        return guide is None or (
+            not sequence.awaits_token and guide.knows(len(sequence.token_ids) - sequence.spec.prompt_len)
+        )
 
     def prepare(self, sequence: Sequence) -> bool:
         """Its grammar is compiled and what may come next is known; or it never will be."""
@@ -151,13 +165,19 @@ class GrammarMasks(SchedulerFeature):
         for row in guided.tolist():
             sequence = rows.sequences[row]
             if sequence is not None:
-                self._follower.ask(self._guides[sequence], rows.token_ids[row, sequence.spec.prompt_len : rows.num_known[row]])
+                self._follower.ask(
+                    self._guides[sequence], rows.token_ids[row, sequence.spec.prompt_len : rows.num_known[row]]
+                )
         self._follower.collect()
 
     def check(self, living: Iterable[Sequence]) -> None:
         alive = set(living)
-        assert set(self._guides) == {sequence for sequence in alive if sequence.spec.sampling.grammar is not None}, "guides without a sequence, or the reverse"
-        assert set(self._allowed) <= alive - set(self._guides), "allowed tokens of a sequence that is over, or beside a grammar"
+        assert set(self._guides) == {sequence for sequence in alive if sequence.spec.sampling.grammar is not None}, (
+            "guides without a sequence, or the reverse"
+        )
+        assert set(self._allowed) <= alive - set(self._guides), (
+            "allowed tokens of a sequence that is over, or beside a grammar"
+        )
 
 
 def _allowed(request: Submit) -> Int32 | None:

@@ -30,7 +30,9 @@ class Intake:
         refusal = self._refusal(token_ids, request.resumed, num_waiting)
         if refusal is None:
             spec, salt = self._spec(request, token_ids), self._salt(request)
-            sequence = Sequence(spec, token_ids, PageTable(salt, self._limits.num_groups), answered=request.num_answered > 0)
+            sequence = Sequence(
+                spec, token_ids, PageTable(salt, self._limits.num_groups), answered=request.num_answered > 0
+            )
             refusal = self._features.refusal(sequence, request)
         if refusal is not None:
             return Finish(request.request_id, error=refusal[0], message=refusal[1])
@@ -68,12 +70,24 @@ class Intake:
     def _refusal(self, token_ids: Int32, resumed: bool, num_waiting: int) -> tuple[ErrorKind, str] | None:
         limits = self._limits
         if num_waiting >= limits.max_queue_size and not resumed:
-            return ErrorKind.OVERLOADED, f"{num_waiting} requests are waiting, the limit is {limits.max_queue_size} (max_queue_size)"
+            return (
+                ErrorKind.OVERLOADED,
+                f"{num_waiting} requests are waiting, the limit is {limits.max_queue_size} (max_queue_size)",
+            )
         if not 0 < len(token_ids) < limits.max_model_len:
-            return ErrorKind.INVALID, f"prompt: {len(token_ids)} tokens, expected 1 to {limits.max_model_len - 1} (max_model_len - 1)"
-        if token_ids.min() < 0 or token_ids.max() >= limits.vocab_size:  # front ends look, too; on a device it would end everybody's engine
-            return ErrorKind.INVALID, f"prompt: token ids from {token_ids.min()} to {token_ids.max()}, this model's are 0 to {limits.vocab_size - 1}"
+            return (
+                ErrorKind.INVALID,
+                f"prompt: {len(token_ids)} tokens, expected 1 to {limits.max_model_len - 1} (max_model_len - 1)",
+            )
+        # front ends look, too; on a device it would end everybody's engine
+        if token_ids.min() < 0 or token_ids.max() >= limits.vocab_size:
+            return (
+                ErrorKind.INVALID,
+                f"prompt: token ids from {token_ids.min()} to {token_ids.max()}, this model's are 0 to {limits.vocab_size - 1}",
+            )
         return None
 
     def _own_seed(self, arrival_index: int) -> int:
-        return int.from_bytes(blake2b(f"{self._limits.seed}/{arrival_index}".encode(), digest_size=8).digest(), "little")
+        return int.from_bytes(
+            blake2b(f"{self._limits.seed}/{arrival_index}".encode(), digest_size=8).digest(), "little"
+        )

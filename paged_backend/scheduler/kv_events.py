@@ -1,7 +1,8 @@
 """Gathers what changes in the prefix cache, for routers that send a prompt where most of it is known already.
 
-This is the engine's side: it notes which pages became findable and which were forgotten, and lets a step's notes go once the step is committed. What
-routers are told of them is `findable_pages.py`, how it gets on the wire `kv_event_publisher.py`. Nothing of it exists unless the option `kv_events` asks.
+This is the engine's side: it notes which pages became findable and which were forgotten, and lets a step's notes go
+once the step is committed. What routers are told of them is `findable_pages.py`, how it gets on the wire
+`kv_event_publisher.py`. Nothing of it exists unless the option `kv_events` asks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ Note = Stored | Forgotten
 
 
 class KvEvents:
-    """A step's notes. They are held back until the step has been committed: before that, a page's K and V may still be on their way.
+    """A step's notes. They are held back until the step has been committed: before that, a page's K and V may still be
+    on their way.
 
     Lives on the engine's thread.
     """
@@ -45,20 +47,30 @@ class KvEvents:
         self._page_size = page_size
         self._send = send
         self._noted: list[Note] = []
-        self._held: deque[tuple[int, list[Note]]] = deque()  # (number of the last step that had been launched, what was noted by then)
+        # (number of the last step that had been launched, what was noted by then)
+        self._held: deque[tuple[int, list[Note]]] = deque()
 
-    def store(self, hashes: Listing[bytes], token_ids: NDArray[np.int32], indices: Listing[int], root: str, lora_name: str | None) -> None:
+    def store(
+        self,
+        hashes: Listing[bytes],
+        token_ids: NDArray[np.int32],
+        indices: Listing[int],
+        root: str,
+        lora_name: str | None,
+    ) -> None:
         """Notes that pages of a sequence are findable now.
 
-        hashes, token_ids: of the sequence, from its first page and token on. indices: of the pages, ascending. root: what its first page's hash follows
-        (`PageTable.salt`).
+        hashes, token_ids: of the sequence, from its first page and token on. indices: of the pages, ascending. root:
+        what its first page's hash follows (`PageTable.salt`).
         """
         salt, size = _salt_of(root), self._page_size
         if salt is None:
             return
         for first, end in _runs(indices):
             parent = hashes[first - 1] if first else None
-            self._noted.append(Stored(list(hashes[first:end]), parent, token_ids[first * size : end * size].tobytes(), lora_name, salt))
+            self._noted.append(
+                Stored(list(hashes[first:end]), parent, token_ids[first * size : end * size].tobytes(), lora_name, salt)
+            )
 
     def forget(self, page_hash: bytes) -> None:
         """Notes that a page is about to lose its content."""
@@ -81,7 +93,8 @@ class KvEvents:
 
 
 def _salt_of(root: str) -> str | None:
-    """The caller's cache_salt; None: the sequence shares its pages with none but its own family, and no router can send another there.
+    """The caller's cache_salt; None: the sequence shares its pages with none but its own family, and no router can send
+    another there.
 
     root: "salt X" or "family X" (intake.py), behind the adapter's version and name if there is one (adapters.py).
     """

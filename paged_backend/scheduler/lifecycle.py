@@ -21,9 +21,11 @@ from paged_backend.scheduler.waiting import WaitingQueue
 
 
 class Lifecycle:
-    """Owns who lives, and the ends that nobody has been told of yet. Nobody else moves a sequence from one place to another.
+    """Owns who lives, and the ends that nobody has been told of yet. Nobody else moves a sequence from one place to
+    another.
 
-    Invariant (`check`): a sequence waits or runs; the runners of running ones hold rows and pages, those of waiting ones neither, and there are no others.
+    Invariant (`check`): a sequence waits or runs; the runners of running ones hold rows and pages, those of waiting
+    ones neither, and there are no others.
     """
 
     def __init__(self, waiting: WaitingQueue, running: RunningSequences, features: LiveFeatures) -> None:
@@ -63,8 +65,11 @@ class Lifecycle:
         return row
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's pages; it waits again and recomputes, from the prefix cache where its pages survive."""
-        row, table = sequence.row, self.running.table  # None: its results are not waited for, its runners will be others
+        """Takes a running sequence's pages; it waits again and recomputes, from the prefix cache where its pages
+        survive.
+        """
+        # None: its results are not waited for, its runners will be others
+        row, table = sequence.row, self.running.table
         sequence.awaits_token = row is not None and bool(table.num_tokens[row] > table.num_known[row])
         self.running.stop(sequence)
         for feature in self.features.of(sequence):
@@ -110,12 +115,15 @@ class Lifecycle:
     def num_tokens(self, sequence: Sequence) -> int:
         """Its known tokens, of prompt and answer; of several answers, the longest."""
         known = self.running.table.num_known
-        return max(len(runner.token_ids) if runner.row is None else int(known[runner.row]) for runner in sequence.runners)
+        return max(
+            len(runner.token_ids) if runner.row is None else int(known[runner.row]) for runner in sequence.runners
+        )
 
     # ---- pages for a step
 
     def secure_pages(self, rows: Int32, counts: Int32, short: NDArray[np.bool_]) -> tuple[Int32, Int32]:
-        """Gives every row the pages its tokens need. Rows that cannot get any go without a step, those of preempted sequences drop out.
+        """Gives every row the pages its tokens need. Rows that cannot get any go without a step, those of preempted
+        sequences drop out.
 
         short: which rows have not got them yet, as `RunningSequences.lack_pages` says.
         """
@@ -128,7 +136,9 @@ class Lifecycle:
             if runner is not None and not self._grow(runner, row, end):
                 stalled.add(row)
         if stalled or self.num_preemptions != num_preemptions:
-            keep = np.array([table.sequences[row] is not None and row not in stalled for row in rows.tolist()], np.bool_)
+            keep = np.array(
+                [table.sequences[row] is not None and row not in stalled for row in rows.tolist()], np.bool_
+            )
             rows, counts = rows[keep], counts[keep]
         return rows, counts
 
@@ -148,7 +158,11 @@ class Lifecycle:
         self.features.check(self)
         waiting = [sequence for sequence in self if sequence.status is Status.WAITING]
         assert len(waiting) == self.waiting.num_waiting
-        assert not any(len(runner.page_table) or runner.row is not None for sequence in waiting for runner in sequence.runners)
+        assert not any(
+            len(runner.page_table) or runner.row is not None for sequence in waiting for runner in sequence.runners
+        )
         running = {id(runner) for runner in self.running.runners}
         expected = {id(runner) for sequence in self if sequence.status is Status.RUNNING for runner in sequence.runners}
-        assert running == expected and len(running) == len(self.running.runners), "a sequence is neither waiting nor running"
+        assert running == expected and len(running) == len(self.running.runners), (
+            "a sequence is neither waiting nor running"
+        )

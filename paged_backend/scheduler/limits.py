@@ -22,7 +22,8 @@ class SchedulerLimits:
     preemption: bool = True
     eos_ids: tuple[int, ...] = ()
     seed: int = 0
-    windows: tuple[int | None, ...] = (None,)  # tokens that each KV group keeps of a sequence, the largest first; None: all
+    # tokens that each KV group keeps of a sequence, the largest first; None: all
+    windows: tuple[int | None, ...] = (None,)
 
     @property
     def num_groups(self) -> int:

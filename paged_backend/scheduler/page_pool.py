@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable
 
 
 class PagePool:
-    """Pages 0 … num_pages - 1, each in exactly one state: free, held (count >= 1) or cached (unheld, kept for its content).
+    """Pages 0 … num_pages - 1, each in exactly one state: free, held (count >= 1) or cached (unheld, kept for its
+    content).
 
     Invariant (`check`): free + held + cached = num_pages, and only published pages are cached.
     """
@@ -71,7 +72,9 @@ class PagePool:
         self._counts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One holder less of each page. Of pages that become cached, the first released is the first evicted: pass leaves first."""
+        """One holder less of each page. Of pages that become cached, the first released is the first evicted: pass
+        leaves first.
+        """
         for page in pages:
             count = self._counts[page] - 1
             assert count >= 0, f"page {page} is released more often than held"

@@ -1,8 +1,9 @@
 """Finds the pages that already hold the K and V of a prompt's beginning.
 
-A full page is known by a chained hash: of its tokens, and of the hash of the page before it, which stands for everything before. The chain's
-root is the tenant's salt, so tenants never share. (Idea: vLLM's automatic prefix caching; hash: keyed BLAKE2b, 128 bits, RFC 7693, keyed per
-process so that nobody outside can prepare two prompts with one hash.)
+A full page is known by a chained hash: of its tokens, and of the hash of the page before it, which stands for
+everything before. The chain's root is the tenant's salt, so tenants never share. (Idea: vLLM's automatic prefix
+caching; hash: keyed BLAKE2b, 128 bits, RFC 7693, keyed per process so that nobody outside can prepare two prompts with
+one hash.)
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class PrefixCache:
         self._key = secrets.token_bytes(_HASH_BYTES)
         self._page_of: tuple[dict[bytes, int], ...] = tuple({} for _ in windows)
         self._hash_of: dict[int, tuple[int, bytes]] = {}  # page -> group, hash
-        self.on_forget: Callable[[bytes], None] | None = None  # hears of every hash that leads nowhere in the first group from now on
+        # hears of every hash that leads nowhere in the first group from now on
+        self.on_forget: Callable[[bytes], None] | None = None
         pool.tell_evictions_to(self._forget)
 
     def root(self, salt: str) -> bytes:
@@ -56,16 +58,19 @@ class PrefixCache:
             hashes.append(parent)
 
     def match(self, hashes: Listing[bytes]) -> list[list[int]]:
-        """For each group the pages of the longest beginning of `hashes` that need not be computed, in order; of a group with a window those within the last
-        window, GONE before. Holds none of them: hold before anything is taken."""
+        """For each group the pages of the longest beginning of `hashes` that need not be computed, in order; of a group
+        with a window those within the last window, GONE before. Holds none of them: hold before anything is taken.
+        """
         num_found = len(hashes)
         for group, window in enumerate(self._windows):
             if window is None:
                 known = self._page_of[group]
                 num_found = next((index for index in range(num_found) if hashes[index] not in known), num_found)
-        firsts, lows = [0] * len(self._windows), [num_found] * len(self._windows)  # lows: the pages from there on are known to be there
+        # lows: the pages from there on are known to be there
+        firsts, lows = [0] * len(self._windows), [num_found] * len(self._windows)
         group = 0
-        while group < len(self._windows):  # no missing page of a window may be among the last ones: what ends before it is tried next
+        # no missing page of a window may be among the last ones: what ends before it is tried next
+        while group < len(self._windows):
             window, known = self._windows[group], self._page_of[group]
             if window is not None:
                 firsts[group] = first_kept(num_found * self._page_size, window, self._page_size)
@@ -77,10 +82,15 @@ class PrefixCache:
                     num_found, group = low - 1, 0
                     continue
             group += 1
-        return [[GONE] * first + [known[key] for key in hashes[first:num_found]] for first, known in zip(firsts, self._page_of, strict=True)]
+        return [
+            [GONE] * first + [known[key] for key in hashes[first:num_found]]
+            for first, known in zip(firsts, self._page_of, strict=True)
+        ]
 
     def publish(self, group: int, page: int, key: bytes) -> bool:
-        """Makes a held, full page findable. If another page has this content already, that one stays the known one, and the answer is False."""
+        """Makes a held, full page findable. If another page has this content already, that one stays the known one, and
+        the answer is False.
+        """
         known = self._page_of[group]
         if key in known or page in self._hash_of:
             return False

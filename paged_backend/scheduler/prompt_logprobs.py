@@ -1,7 +1,8 @@
-"""Sequences that want the log-probabilities of their prompts: which tokens of a step must leave their logits, and what is told of them.
+"""Sequences that want the log-probabilities of their prompts: which tokens of a step must leave their logits, and what
+is told of them.
 
-A token's log-probability comes from the logits of the token before it, so the whole prompt is computed: pages of others are of use only after a preemption,
-for what was told before. The pages of such a prompt can be found by others as any.
+A token's log-probability comes from the logits of the token before it, so the whole prompt is computed: pages of others
+are of use only after a preemption, for what was told before. The pages of such a prompt can be found by others as any.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ class PromptLogprobsFeature(SchedulerFeature):
             sequence = runner.leader
             start, end = max(start, self._unscored[sequence]), min(start + count, sequence.spec.prompt_len - 1)
             if start < end:
-                found.append(PromptSpan(sequence.request_id, entry, start, end - start, sequence.spec.sampling.prompt_logprobs or 0))
+                found.append(
+                    PromptSpan(
+                        sequence.request_id, entry, start, end - start, sequence.spec.sampling.prompt_logprobs or 0
+                    )
+                )
                 self._unscored[sequence] = end
             if self._scored(sequence):
                 table.features[row] &= ~Feature.PROMPT_LOGPROBS

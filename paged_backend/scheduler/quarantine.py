@@ -1,4 +1,6 @@
-"""Requests that were running when engine after engine died. One of them may be the cause, so no two run at once: the next death then names it."""
+"""Requests that were running when engine after engine died. One of them may be the cause, so no two run at once: the
+next death then names it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The table of rows: what every step touches of the sequences that run, in columns, so that a step over 256 of them is a handful of array operations.
+"""The table of rows: what every step touches of the sequences that run, in columns, so that a step over 256 of them is
+a handful of array operations.
 
 The same rows exist on the device (runner/step_tensors.py).
 """
@@ -27,7 +28,8 @@ class Rows:
         self.page_size = page_size
         self.sequences: list[Sequence | None] = [None] * max_num_sequences
         self.request_id = np.full(max_num_sequences, _FREE, np.int64)
-        # Of the request that a row works for: a beam has no id that anybody else knows. The last is that of a request without a row that is attended to.
+        # Of the request that a row works for: a beam has no id that anybody else knows. The last is that of a request
+        # without a row that is attended to.
         self.running_id = np.full(max_num_sequences + 1, _FREE, np.int64)
         self.token_ids = np.zeros((max_num_sequences, max_model_len + 1), np.int32)
         self.num_tokens = np.zeros(max_num_sequences, np.int32)
@@ -35,8 +37,10 @@ class Rows:
         self.num_computed = np.zeros(max_num_sequences, np.int32)
         self.length_limit = np.zeros(max_num_sequences, np.int32)
         self.capacity = np.zeros(max_num_sequences, np.int32)  # slots in held pages
-        self.release_at = np.zeros(max_num_sequences, np.int32)  # computed tokens that make a page one which no window reaches any more
-        self.publish_at = np.zeros(max_num_sequences, np.int32)  # known and computed tokens that make the next page publishable
+        # computed tokens that make a page one which no window reaches any more
+        self.release_at = np.zeros(max_num_sequences, np.int32)
+        # known and computed tokens that make the next page publishable
+        self.publish_at = np.zeros(max_num_sequences, np.int32)
         self.stop_ids = np.full((max_num_sequences, 4), -1, np.int32)  # widened on demand
         self.features = np.zeros(max_num_sequences, np.int32)
         self.unanswered = np.zeros(max_num_sequences, np.bool_)
@@ -53,11 +57,15 @@ class Rows:
         self.running_id = shared
 
     def attend_to(self, request_id: int | None) -> None:
-        """A request without a row is looked at, or none any more: should this process die meanwhile, it may have been the cause."""
+        """A request without a row is looked at, or none any more: should this process die meanwhile, it may have been
+        the cause.
+        """
         self.running_id[-1] = _FREE if request_id is None else request_id
 
     def occupy(self, sequence: Sequence, num_computed: int) -> int:
-        """Moves a waiting sequence, whose pages are held and whose first `num_computed` tokens are in them, onto a free row."""
+        """Moves a waiting sequence, whose pages are held and whose first `num_computed` tokens are in them, onto a free
+        row.
+        """
         row = self._free.pop()
         spec, table, num_tokens = sequence.spec, sequence.page_table, len(sequence.token_ids)
         self.sequences[row] = sequence
@@ -85,7 +93,9 @@ class Rows:
         return self.token_ids[sequence.row, : self.num_known[sequence.row]]
 
     def rewrite(self, sequence: Sequence, token_ids: Int32, num_computed: int) -> None:
-        """Gives a row other tokens, all known, of which the first `num_computed` are in its sequence's pages. They are not for others to find."""
+        """Gives a row other tokens, all known, of which the first `num_computed` are in its sequence's pages. They are
+        not for others to find.
+        """
         row = sequence.row
         assert row is not None
         self.token_ids[row, : len(token_ids)] = token_ids

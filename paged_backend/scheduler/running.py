@@ -28,7 +28,8 @@ class RowChanges:
     new_rows: list[NewRow] = field(default_factory=list)
     token_edits: list[TokenEdit] = field(default_factory=list)
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its page table, page id)
-    page_copies: list[tuple[int, int, int]] = field(default_factory=list)  # (row, page to be copied, page to be written)
+    # (row, page to be copied, page to be written)
+    page_copies: list[tuple[int, int, int]] = field(default_factory=list)
 
     def drop(self, row: int) -> None:
         self.new_rows = [new for new in self.new_rows if new.row != row]
@@ -72,8 +73,10 @@ class RunningSequences:
     # ---- start and stop
 
     def start(self, sequence: Sequence, num_tokens: int, num_reusable: int) -> int | None:
-        """Gives a waiting sequence's runners rows, and pages for `num_tokens` tokens, known or not; those of the first `num_reusable` may come from the
-        prefix cache. Returns the row of the first: the others have nothing to compute yet. None: rows or pages are short, and nothing has changed."""
+        """Gives a waiting sequence's runners rows, and pages for `num_tokens` tokens, known or not; those of the first
+        `num_reusable` may come from the prefix cache. Returns the row of the first: the others have nothing to compute
+        yet. None: rows or pages are short, and nothing has changed.
+        """
         if self.table.num_free < len(sequence.runners):
             return None
         first, *others = sequence.runners
@@ -132,7 +135,9 @@ class RunningSequences:
         return self._rows
 
     def computable(self) -> tuple[Int32, Int32]:
-        """(rows, counts): how many tokens each row could compute now, 0 included, in the order in which they started."""
+        """(rows, counts): how many tokens each row could compute now, 0 included, in the order in which they
+        started.
+        """
         rows, table = self.rows(), self.table
         num_tokens = table.num_tokens[rows]
         counts = num_tokens - table.num_computed[rows]
@@ -158,7 +163,9 @@ class RunningSequences:
         return True
 
     def release_passed(self) -> None:
-        """Releases pages that windows have left behind: the steps that read them are launched, and come before any that may write them."""
+        """Releases pages that windows have left behind: the steps that read them are launched, and come before any that
+        may write them.
+        """
         table, rows = self.table, self.rows()
         for row in rows[table.num_computed[rows] >= table.release_at[rows]].tolist():
             runner = table.sequences[row]
@@ -166,15 +173,17 @@ class RunningSequences:
             table.release_at[row] = self.pages.release_passed(runner.page_table, int(table.num_computed[row]))
 
     def advance(self, rows: Int32, counts: Int32) -> tuple[Int32, NDArray[np.bool_]]:
-        """A step will compute the next counts[i] tokens of rows[i]. Returns (starts, samples): the first position of each; whether its newest token is
-        computed, so that its successor is sampled."""
+        """A step will compute the next counts[i] tokens of rows[i]. Returns (starts, samples): the first position of
+        each; whether its newest token is computed, so that its successor is sampled.
+        """
         table = self.table
         starts = table.num_computed[rows]
         ends = starts + counts
         samples = ends == table.num_tokens[rows]
         table.num_computed[rows] = ends
         table.num_tokens[rows] += samples
-        for row in rows[(counts > 1) & (ends >= table.publish_at[rows])].tolist():  # prompts: their ids are known before they are computed
+        # prompts: their ids are known before they are computed
+        for row in rows[(counts > 1) & (ends >= table.publish_at[rows])].tolist():
             self.publish(row, int(table.num_computed[row]))
         return starts, samples
 
@@ -190,8 +199,10 @@ class RunningSequences:
         return known
 
     def publish(self, row: int, num_computed: int) -> None:
-        """Makes a row's pages findable as far as their tokens are known, and computed before or in this step: whoever finds them may use them in the same
-        step, because every layer stores all of a step's keys and values before it attends to any."""
+        """Makes a row's pages findable as far as their tokens are known, and computed before or in this step: whoever
+        finds them may use them in the same step, because every layer stores all of a step's keys and values before it
+        attends to any.
+        """
         table, size = self.table, self._page_size
         sequence = table.sequences[row]
         assert sequence is not None
@@ -205,7 +216,9 @@ class RunningSequences:
     # ---- what it looks like
 
     def headroom(self) -> int:
-        """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not cost a preemption soon."""
+        """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not
+        cost a preemption soon.
+        """
         rows = self.rows()
         return int((self.table.capacity[rows] < self.table.length_limit[rows] - 1).sum()) * len(self.pages.windows)
 
@@ -219,9 +232,19 @@ class RunningSequences:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self.pages.check(runner.page_table for runner in self.runners)
         for runner in self.runners:
-            assert runner.leader.status is Status.RUNNING and runner.row is not None and self.table.sequences[runner.row] is runner
+            assert (
+                runner.leader.status is Status.RUNNING
+                and runner.row is not None
+                and self.table.sequences[runner.row] is runner
+            )
             assert self.table.capacity[runner.row] == len(runner.page_table) * self._page_size
             for window, num_gone in zip(self.pages.windows, runner.page_table.num_gone, strict=True):
-                kept = 0 if window is None else first_kept(int(self.table.num_computed[runner.row]), window, self._page_size)
+                kept = (
+                    0
+                    if window is None
+                    else first_kept(int(self.table.num_computed[runner.row]), window, self._page_size)
+                )
                 assert num_gone <= kept, "a page is gone that a window reaches"
-            assert self.table.num_computed[runner.row] <= self.table.capacity[runner.row], "computed tokens without a slot"
+            assert self.table.num_computed[runner.row] <= self.table.capacity[runner.row], (
+                "computed tokens without a slot"
+            )

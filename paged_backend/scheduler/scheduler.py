@@ -1,8 +1,10 @@
-"""Decides what each step computes. Touches no tensor: rows, lengths and page ids go down in a `Batch`, token ids come back in a `StepResult`.
+"""Decides what each step computes. Touches no tensor: rows, lengths and page ids go down in a `Batch`, token ids come
+back in a `StepResult`.
 
-One loop without phases: every sequence has tokens that are not computed yet, one of them while it decodes and many while its prompt is read;
-a step is a share-out of `max_batched_tokens` among them. Steps may be scheduled before the results of earlier ones are known: a token that is
-still in flight counts as present (`Rows.num_tokens`), only its id is missing, and the device knows it.
+One loop without phases: every sequence has tokens that are not computed yet, one of them while it decodes and many
+while its prompt is read; a step is a share-out of `max_batched_tokens` among them. Steps may be scheduled before the
+results of earlier ones are known: a token that is still in flight counts as present (`Rows.num_tokens`), only its id is
+missing, and the device knows it.
 
     Submit -> intake -> lifecycle: waiting -> admission -> running -> Batch
                                                               ^         |
@@ -50,10 +52,16 @@ log = logging.getLogger("paged")
 
 
 class Scheduler:
-    """The rooms that schedule together, and the step that leads through them. Owns nothing but the number of the step."""
+    """The rooms that schedule together, and the step that leads through them. Owns nothing but the number of the
+    step.
+    """
 
     def __init__(
-        self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic, guides: GrammarMasks | None = None, adapters: AdapterSlots | None = None
+        self,
+        limits: SchedulerLimits,
+        clock: Callable[[], float] = time.monotonic,
+        guides: GrammarMasks | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self._max_batched_tokens = limits.max_batched_tokens
         self._clock = clock
@@ -69,7 +77,9 @@ class Scheduler:
             Beams(running),
         )
         self._features = LiveFeatures(every, running.table, running.changes)
-        self._waiting = waiting = WaitingQueue(budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__)
+        self._waiting = waiting = WaitingQueue(
+            budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__
+        )
         self._living = Lifecycle(waiting, running, self._features)
         self._intake = Intake(limits, self._features)
         self._admission = Admission(limits, self._living, self._quarantine, clock)
@@ -86,7 +96,11 @@ class Scheduler:
             taken: Sequence | Finish = self._intake.take(request, self.num_waiting)
         except Exception as error:  # our fault: it must not end the engine, and the next one that is asked the same
             log.exception("a request could not be taken in")
-            taken = Finish(request.request_id, error=ErrorKind.INTERNAL, message=f"the request could not be taken in: {type(error).__name__}")
+            taken = Finish(
+                request.request_id,
+                error=ErrorKind.INTERNAL,
+                message=f"the request could not be taken in: {type(error).__name__}",
+            )
         if isinstance(taken, Finish):
             self._living.refuse(taken)
         else:
@@ -117,7 +131,9 @@ class Scheduler:
         return self._batch(rows, counts) if len(rows) else None
 
     def _computed_by_those_that_run(self) -> tuple[Int32, Int32]:
-        """(rows, counts) with pages. Rows that cannot get any are skipped, so that others, whose ends bring pages, can use the budget."""
+        """(rows, counts) with pages. Rows that cannot get any are skipped, so that others, whose ends bring pages, can
+        use the budget.
+        """
         rows, counts = self._share_out()
         stalled: list[int] = []
         while (short := self._running.lack_pages(rows, counts)).any():
@@ -130,7 +146,8 @@ class Scheduler:
         return rows, counts
 
     def _share_out(self, stalled: Listing[int] = ()) -> tuple[Int32, Int32]:
-        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of admission, long ones last.
+        """(rows, counts): each decoding sequence gets its one token, the rest of the budget goes to prompts in order of
+        admission, long ones last.
 
         stalled: rows that get nothing."""
         rows, counts = self._running.computable()

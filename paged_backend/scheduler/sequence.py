@@ -1,4 +1,6 @@
-"""A sequence: one generation in flight. What its request says of it never changes (`SequenceSpec`); the rest is where it stands."""
+"""A sequence: one generation in flight. What its request says of it never changes (`SequenceSpec`); the rest is where
+it stands.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class Sequence:
     """One generation. While it runs, its tokens and lengths are in its row; while it waits, `token_ids` has them all.
 
     Invariant: the pages of `page_table` are held by this sequence; `row` is set exactly while it runs.
-    What waits, runs, is preempted and ends is a leader; what has a row and pages is a runner. Most sequences are both; with beams a leader has several.
+    What waits, runs, is preempted and ends is a leader; what has a row and pages is a runner. Most sequences are both;
+    with beams a leader has several.
     """
 
     spec: SequenceSpec
@@ -67,5 +70,7 @@ class Sequence:
         return list(dict.fromkeys(page for runner in self.runners for page in runner.page_table.held))
 
     def priority_key(self) -> tuple[int, int]:
-        """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first: the largest."""
+        """Who is admitted first: the smallest, i.e. the oldest of the lowest priority_level. Who is preempted first:
+        the largest.
+        """
         return self.spec.sampling.priority_level, self.spec.arrival_index

@@ -1,4 +1,6 @@
-"""Which pages a sequence holds, and which of them others may share: where page tables, page pool and prefix cache meet."""
+"""Which pages a sequence holds, and which of them others may share: where page tables, page pool and prefix cache
+meet.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class PageTable:
     """
 
     def __init__(self, salt: str | None, num_groups: int = 1) -> None:
-        """salt: root of its hashes. Pages are shared by tables with the same; None: it neither finds pages of others nor leaves any."""
+        """salt: root of its hashes. Pages are shared by tables with the same; None: it neither finds pages of others
+        nor leaves any.
+        """
         self.salt = salt
         self.groups: list[list[int]] = [[] for _ in range(num_groups)]  # page ids, or GONE
         self.num_gone = [0] * num_groups  # first entries of each group that are GONE
@@ -54,9 +58,12 @@ class SequencePages:
         self._events = events
         self._cache.on_forget = events.forget
 
-    def take(self, tables: Listing[PageTable], token_ids: Int32, num_tokens: int, num_reusable: int, headroom: int) -> int | None:
-        """Fills the empty tables of a waiting sequence's runners: the first with pages for `num_tokens` tokens, known or not, the others with what each will
-        need for itself, a page at least, where the tokens it shares with the first end. All groups get theirs, or none does. Leaves `headroom` pages.
+    def take(
+        self, tables: Listing[PageTable], token_ids: Int32, num_tokens: int, num_reusable: int, headroom: int
+    ) -> int | None:
+        """Fills the empty tables of a waiting sequence's runners: the first with pages for `num_tokens` tokens, known
+        or not, the others with what each will need for itself, a page at least, where the tokens it shares with the
+        first end. All groups get theirs, or none does. Leaves `headroom` pages.
 
         token_ids: the known tokens. num_reusable: pages of so many of the first may come from the prefix cache.
         Returns how many tokens need not be computed; None if pages are short, then nothing has changed.
@@ -64,7 +71,8 @@ class SequencePages:
         first, *others = tables
         shared: list[list[int]] = [[] for _ in self.windows]
         if first.salt is not None:
-            reusable = min(len(token_ids) - 1, num_reusable) // self._page_size  # the newest token is always computed: its logits are wanted
+            # the newest token is always computed: its logits are wanted
+            reusable = min(len(token_ids) - 1, num_reusable) // self._page_size
             self._cache.extend(first.hashes, token_ids, reusable, first.salt)
             shared = self._cache.match(first.hashes[:reusable])
         num_shared = len(shared[0])
@@ -96,7 +104,9 @@ class SequencePages:
         return True
 
     def share(self, taker: PageTable, source: PageTable, num_shared: int, num_left: int) -> None:
-        """taker's first `num_left` pages are left for the first `num_shared` of source's; of the others it keeps as many as source has, and one at least."""
+        """taker's first `num_left` pages are left for the first `num_shared` of source's; of the others it keeps as
+        many as source has, and one at least.
+        """
         end = num_left + max(len(source) - num_shared, 1)
         for group, (mine, others) in enumerate(zip(taker.groups, source.groups, strict=True)):
             shared, left = others[:num_shared], mine[:num_left] + mine[end:]
@@ -108,19 +118,27 @@ class SequencePages:
             self.pool.release(page for page in reversed(left) if page != GONE)
 
     def publish(self, table: PageTable, token_ids: Int32, first: int, end: int, lora_name: str | None) -> None:
-        """Makes pages `first` … `end` - 1 findable; token_ids: of the sequence, at least those of its first `end` pages. lora_name: of its adapter."""
+        """Makes pages `first` … `end` - 1 findable; token_ids: of the sequence, at least those of its first `end`
+        pages. lora_name: of its adapter.
+        """
         assert table.salt is not None
         self._cache.extend(table.hashes, token_ids, end, table.salt)
         new = []
         for index in range(first, end):
             for group, pages in enumerate(table.groups):
-                if pages[index] != GONE and self._cache.publish(group, pages[index], table.hashes[index]) and group == 0:
+                if (
+                    pages[index] != GONE
+                    and self._cache.publish(group, pages[index], table.hashes[index])
+                    and group == 0
+                ):
                     new.append(index)
         if self._events is not None and new:
             self._events.store(table.hashes, token_ids, new, table.salt, lora_name)
 
     def release_passed(self, table: PageTable, num_computed: int) -> int:
-        """Releases the pages that no token from position num_computed on attends to. Returns how many computed tokens make the next one such a page."""
+        """Releases the pages that no token from position num_computed on attends to. Returns how many computed tokens
+        make the next one such a page.
+        """
         size, next_len = self._page_size, NEVER
         for group, window in enumerate(self.windows):
             if window is None:
@@ -135,7 +153,8 @@ class SequencePages:
 
     def release(self, table: PageTable) -> None:
         for group, pages in enumerate(table.groups):
-            self.pool.release(reversed(pages[table.num_gone[group] :]))  # leaves first: a page is never evicted before those that extend it
+            # leaves first: a page is never evicted before those that extend it
+            self.pool.release(reversed(pages[table.num_gone[group] :]))
             pages.clear()
             table.num_gone[group] = 0
 
@@ -146,7 +165,11 @@ class SequencePages:
         counts = [0] * self.pool.num_pages
         for table in tables:
             assert len({len(pages) for pages in table.groups}) == 1, "the groups of a page table have different lengths"
-            assert all(pages[:gone].count(GONE) == gone for pages, gone in zip(table.groups, table.num_gone, strict=True)), "a page is gone, and is not"
+            assert all(
+                pages[:gone].count(GONE) == gone for pages, gone in zip(table.groups, table.num_gone, strict=True)
+            ), "a page is gone, and is not"
             for page in table.held:
                 counts[page] += 1
-        assert counts == [self.pool.count(page) for page in range(self.pool.num_pages)], "a page's count is not its number of holders"
+        assert counts == [self.pool.count(page) for page in range(self.pool.num_pages)], (
+            "a page's count is not its number of holders"
+        )

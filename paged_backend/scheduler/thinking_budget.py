@@ -1,8 +1,10 @@
-"""Sequences that may think for so many tokens: the token that ends thinking takes the place of the one that was sampled after them.
+"""Sequences that may think for so many tokens: the token that ends thinking takes the place of the one that was sampled
+after them.
 
-Where it would go is known from the start: behind `max_thinking_tokens` tokens of the answer. The step that samples there is asked to be looked at; if
-thinking is still under way then, its token is replaced when it lands, before anybody is told, and the device learns of it with the next step. Only for that
-one token does the row wait until it is known. No other step, row or token is touched, and the random numbers of what follows are what they always are.
+Where it would go is known from the start: behind `max_thinking_tokens` tokens of the answer. The step that samples
+there is asked to be looked at; if thinking is still under way then, its token is replaced when it lands, before anybody
+is told, and the device learns of it with the next step. Only for that one token does the row wait until it is known. No
+other step, row or token is touched, and the random numbers of what follows are what they always are.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class ThinkingBudgets(SchedulerFeature):
         if sampling.max_thinking_tokens is None or sampling.end_thinking_token_id is None:
             return False
         limit = sequence.spec.prompt_len + sampling.max_thinking_tokens
-        self._budgets[sequence.request_id] = _Budget(sequence, limit, sampling.end_thinking_token_id, sampling.start_thinking_token_id)
+        self._budgets[sequence.request_id] = _Budget(
+            sequence, limit, sampling.end_thinking_token_id, sampling.start_thinking_token_id
+        )
         return True
 
     def leave(self, sequence: Sequence) -> None:
@@ -78,7 +82,9 @@ class ThinkingBudgets(SchedulerFeature):
             self._unsettled.discard(budget.sequence.request_id)
             runs = table.request_id[row] == budget.sequence.request_id
             known = table.token_ids_of(budget.sequence) if runs else budget.sequence.token_ids
-            if not budget.is_thinking(known[budget.sequence.spec.prompt_len :]) or not takings.replace_token(place, budget.end_id):
+            if not budget.is_thinking(known[budget.sequence.spec.prompt_len :]) or not takings.replace_token(
+                place, budget.end_id
+            ):
                 continue
             if runs:
                 self.changes.token_edits.append(TokenEdit(row, budget.limit, np.array([budget.end_id], np.int32)))

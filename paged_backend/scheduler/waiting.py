@@ -11,11 +11,13 @@ _Entry = tuple[tuple[int, int], Sequence]
 
 
 class WaitingQueue:
-    """Oldest of the lowest priority_level first, in three lanes: suspects, of whom one may run at a time; short ones, who need not wait behind a flood of
-    long ones; and the others. Leaving from the middle is O(1): the entry stays behind and is skipped when met.
+    """Oldest of the lowest priority_level first, in three lanes: suspects, of whom one may run at a time; short ones,
+    who need not wait behind a flood of long ones; and the others. Leaving from the middle is O(1): the entry stays
+    behind and is skipped when met.
 
     A sequence whose grammar or adapter is not ready has no place yet and holds up nobody.
-    Invariant: `num_waiting` is the number of sequences that wait, in a lane or not; `short_tokens` is how many tokens the prompts in the short lane have.
+    Invariant: `num_waiting` is the number of sequences that wait, in a lane or not; `short_tokens` is how many tokens
+        the prompts in the short lane have.
     """
 
     def __init__(self, short_len: int, is_suspect: Callable[[Sequence], bool]) -> None:
@@ -40,7 +42,9 @@ class WaitingQueue:
             self._unready.add(sequence)
 
     def let_in(self, is_ready: Callable[[Sequence], bool]) -> list[Sequence]:
-        """Gives those of the held back that are ready, asked in their turn, their places, and returns them: a grammar may turn out to be none."""
+        """Gives those of the held back that are ready, asked in their turn, their places, and returns them: a grammar
+        may turn out to be none.
+        """
         let_in = [sequence for sequence in sorted(self._unready, key=Sequence.priority_key) if is_ready(sequence)]
         self._unready.difference_update(let_in)
         for sequence in let_in:

@@ -30,7 +30,13 @@ class ServerChild:
     The thread starts the process, because the kernel's parent-death signal follows the thread.
     """
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], on_line: Callable[[str], None], inherited: int | None = None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        on_line: Callable[[str], None],
+        inherited: int | None = None,
+    ) -> None:
         """on_line: called with each line that it writes. inherited: a file descriptor that it gets as it is."""
         self._command = command
         self._environment = environment

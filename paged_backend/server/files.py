@@ -1,4 +1,6 @@
-"""What `paged serve` puts on disk and looks for there: a tritonserver, its backend folder, a private model repository, a checkpoint."""
+"""What `paged serve` puts on disk and looks for there: a tritonserver, its backend folder, a private model repository,
+a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +56,14 @@ def _on_path(executable: Path) -> Installation:
     backends = next((folder for folder in candidates if (folder / "python" / "libtriton_python.so").is_file()), None)
     if backends is None:
         where = " or ".join(str(folder) for folder in candidates)
-        raise EngineError(f"the tritonserver on PATH has no Python backend in {where}: set TRITON_BACKENDS to its backends folder")
+        raise EngineError(
+            f"the tritonserver on PATH has no Python backend in {where}: set TRITON_BACKENDS to its backends folder"
+        )
     minor = _python_minor_of(backends / "python" / "triton_python_backend_stub")
     if minor is not None and minor != sys.version_info.minor:
-        raise EngineError(f"the tritonserver on PATH runs models with Python 3.{minor}, but this is Python 3.{sys.version_info.minor}: use Python 3.{minor}")
+        raise EngineError(
+            f"the tritonserver on PATH runs models with Python 3.{minor}, but this is Python 3.{sys.version_info.minor}: use Python 3.{minor}"
+        )
     return Installation(executable, backends)
 
 
@@ -77,7 +83,9 @@ def _in_wheel() -> Installation:
     server = package / "tritonserver"
     stub = server / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
     if not stub.is_file():
-        raise EngineError(f"{_WHEEL_NAME} cannot run models with Python 3.{sys.version_info.minor}: use Python 3.10, 3.11 or 3.12")
+        raise EngineError(
+            f"{_WHEEL_NAME} cannot run models with Python 3.{sys.version_info.minor}: use Python 3.10, 3.11 or 3.12"
+        )
     numpy_version = importlib.metadata.version("numpy")
     if int(numpy_version.split(".")[0]) >= 2:
         raise EngineError(f"{_WHEEL_NAME} needs NumPy 1, but NumPy {numpy_version} is installed: pip install 'numpy<2'")
@@ -105,7 +113,8 @@ def prepare_backends(installation: Installation, folder: Path) -> Path:
 
 
 def prepare_environment(installation: Installation, folder: Path) -> dict[str, str]:
-    """Environment variables for tritonserver: its stubs take their packages from the `python3` that PATH finds first, which must be this one.
+    """Environment variables for tritonserver: its stubs take their packages from the `python3` that PATH finds first,
+    which must be this one.
 
     Raises:
         EngineError: no `python3` lies beside this interpreter, or the stub lacks a library.
@@ -118,7 +127,11 @@ def prepare_environment(installation: Installation, folder: Path) -> dict[str, s
     environment["PATH"] = os.pathsep.join([str(programs), environment.get("PATH", os.defpath)])
     if installation.libraries is not None:
         assert installation.backend_files is not None
-        libraries = [str(installation.libraries), *_link_libpython(folder), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
+        libraries = [
+            str(installation.libraries),
+            *_link_libpython(folder),
+            *filter(None, [environment.get("LD_LIBRARY_PATH")]),
+        ]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
         _require_libraries(installation.executable, environment)
         _require_libraries(installation.backend_files[2], environment)
@@ -139,7 +152,9 @@ def _link_libpython(folder: Path) -> list[str]:
 
 def _require_libraries(program: Path, environment: Mapping[str, str]) -> None:
     """Asks the dynamic loader (without running `program`) whether every library is there."""
-    traced = subprocess.run([program], env={**environment, "LD_TRACE_LOADED_OBJECTS": "1"}, capture_output=True, text=True, check=False)
+    traced = subprocess.run(
+        [program], env={**environment, "LD_TRACE_LOADED_OBJECTS": "1"}, capture_output=True, text=True, check=False
+    )
     if re.search(r"version `GLIBC\S+' not found", traced.stdout + traced.stderr):
         raise EngineError(f"{_WHEEL_NAME} needs glibc 2.35 or newer (Debian 12, Ubuntu 22.04)")
     missing = re.findall(r"^\s*(\S+) => not found", traced.stdout, re.MULTILINE)
@@ -150,7 +165,9 @@ def _require_libraries(program: Path, environment: Mapping[str, str]) -> None:
 
 
 def prepare_repository(folder: Path, *, model_name: str, options: Mapping[str, str], instances: int | None) -> Path:
-    """A model repository inside `folder`: the shipped model under `model_name`, with `options` as parameters of its config.pbtxt."""
+    """A model repository inside `folder`: the shipped model under `model_name`, with `options` as parameters of its
+    config.pbtxt.
+    """
     try:
         from google.protobuf import text_format
         from tritonclient.grpc import model_config_pb2
@@ -204,7 +221,11 @@ def _plain_length(described: Mapping[str, Any]) -> int | None:
     length = described.get("max_position_embeddings")
     scaling = described.get("rope_scaling") or described.get("rope_parameters") or {}
     nested = isinstance(scaling, dict) and any(isinstance(value, dict) for value in scaling.values())
-    is_plain = isinstance(scaling, dict) and not nested and scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    is_plain = (
+        isinstance(scaling, dict)
+        and not nested
+        and scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    )
     return length if is_plain and isinstance(length, int) and not isinstance(length, bool) else None
 
 

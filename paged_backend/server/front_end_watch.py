@@ -1,5 +1,6 @@
-"""Notices front ends that died under a tritonserver that goes on. Triton Server 2.51.0 does not: it says that the model is ready, and fails what it gives to
-the dead one; and it starts none in its place."""
+"""Notices front ends that died under a tritonserver that goes on. Triton Server 2.51.0 does not: it says that the model
+is ready, and fails what it gives to the dead one; and it starts none in its place.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +19,13 @@ _REQUESTS = re.compile(r"^paged_requests\{[^}]*\} (\S+)$", re.MULTILINE)
 class FrontEndWatch:
     """Looks on a thread of its own, from the moment that all are there until one has died."""
 
-    def __init__(self, server: int, model: Path, is_ready: Callable[[], bool], on_death: Callable[[list[int], int], None]) -> None:
-        """server: tritonserver's process. model: the folder in its front ends' command lines. is_ready: the server says that the model is: unloading ends
-        front ends, too. on_death: called once, with the processes of the dead and how many live."""
+    def __init__(
+        self, server: int, model: Path, is_ready: Callable[[], bool], on_death: Callable[[list[int], int], None]
+    ) -> None:
+        """server: tritonserver's process. model: the folder in its front ends' command lines. is_ready: the server says
+        that the model is: unloading ends front ends, too. on_death: called once, with the processes of the dead and how
+        many live.
+        """
         self._server, self._model, self._is_ready, self._on_death = server, str(model).encode(), is_ready, on_death
         self._known = self.living()
         self._stopping = threading.Event()
@@ -36,7 +41,8 @@ class FrontEndWatch:
     def _run(self) -> None:
         while not self._stopping.wait(_POLL_SECONDS):
             dead = [front_end.pid for front_end in self._known if not front_end.alive]
-            if not dead or self._stopping.wait(_POLL_SECONDS):  # a server that begins to stop, or to unload, has said so by then
+            # a server that begins to stop, or to unload, has said so by then
+            if not dead or self._stopping.wait(_POLL_SECONDS):
                 continue
             living = self.living()
             if len(living) >= len(self._known):

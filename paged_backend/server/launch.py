@@ -55,7 +55,9 @@ class StoppedEarlyError(EngineError):
 
 
 class FrontEndsLostError(EngineError):
-    """Front ends died, and so the server that nobody stopped has ended. Another one may be started, which answers at the same addresses."""
+    """Front ends died, and so the server that nobody stopped has ended. Another one may be started, which answers at
+    the same addresses.
+    """
 
     def __init__(self, message: str, addresses: Addresses) -> None:
         super().__init__(message)
@@ -74,8 +76,8 @@ class Server:
     """One tritonserver: `start` returns when it answers, `stop` when it is gone. Usable as a context manager.
 
     `on_line` receives each log line for the operator, from a thread of the server's own.
-    Nothing is left behind: temporary folders and shared memory are removed, and the server ends when this process does. What a process that was killed left
-    is removed by the next start.
+    Nothing is left behind: temporary folders and shared memory are removed, and the server ends when this process does.
+    What a process that was killed left is removed by the next start.
     """
 
     def __init__(self, settings: ServerSettings, on_line: Callable[[str], None] | None = None) -> None:
@@ -93,7 +95,9 @@ class Server:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     @property
@@ -158,12 +162,16 @@ class Server:
             self._clean_up()
             raise
 
-    def _attempt(self, installation: server_files.Installation, options: Mapping[str, str], deadline: float | None) -> _Failure | None:
+    def _attempt(
+        self, installation: server_files.Installation, options: Mapping[str, str], deadline: float | None
+    ) -> _Failure | None:
         """None: the model is ready."""
         self._clean_up()
         settings = self.settings
         self._log = ServerLog(settings.show_log)
-        ports = PortClaim(settings.host, http=settings.http_port, grpc=settings.grpc_port, metrics=settings.metrics_port)
+        ports = PortClaim(
+            settings.host, http=settings.http_port, grpc=settings.grpc_port, metrics=settings.metrics_port
+        )
         try:
             self._scratch = Scratch()
             self._addresses = ports.addresses
@@ -175,7 +183,9 @@ class Server:
         if exit_code is None:
             self._log.note_ready()
             return None
-        return _Failure(self._log.failure(exit_code), self._log.busy_port() in ports.chosen or self._log.crashed(exit_code))
+        return _Failure(
+            self._log.failure(exit_code), self._log.busy_port() in ports.chosen or self._log.crashed(exit_code)
+        )
 
     def _wait_until_ready(self, child: ServerChild, deadline: float | None) -> int | None:
         """None when the model is ready, the exit code if tritonserver ended before."""
@@ -183,7 +193,10 @@ class Server:
         while True:
             if self._is_ready():  # the metrics service starts last
                 metrics_deadline = metrics_deadline or time.monotonic() + _METRICS_SECONDS
-                if _get(self.addresses.host, self.addresses.metrics_port, "/metrics")[0] or time.monotonic() > metrics_deadline:
+                if (
+                    _get(self.addresses.host, self.addresses.metrics_port, "/metrics")[0]
+                    or time.monotonic() > metrics_deadline
+                ):
                     return None
             exit_code = child.wait(_POLL_SECONDS)
             if self._stopping:
@@ -194,9 +207,13 @@ class Server:
             if deadline is not None and time.monotonic() > deadline:
                 raise EngineError("tritonserver was not ready in time; --log-verbose shows its log")
 
-    def _command(self, installation: server_files.Installation, options: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    def _command(
+        self, installation: server_files.Installation, options: Mapping[str, str]
+    ) -> tuple[list[str], dict[str, str]]:
         settings, addresses = self.settings, self.addresses
-        repository = server_files.prepare_repository(self._folder, model_name=settings.model_name, options=options, instances=settings.instances)
+        repository = server_files.prepare_repository(
+            self._folder, model_name=settings.model_name, options=options, instances=settings.instances
+        )
         address = resolve_host(settings.host)
         command = [
             str(installation.executable),
@@ -214,7 +231,8 @@ class Server:
             *settings.arguments,
         ]
         environment = server_files.prepare_environment(installation, self._folder)
-        return command, {**environment, "TMPDIR": str(self._folder)}  # sockets of the engine that a kill leaves behind go with it
+        # sockets of the engine that a kill leaves behind go with it
+        return command, {**environment, "TMPDIR": str(self._folder)}
 
     def _take_line(self, line: str) -> None:
         if self._log.add(line) and self._on_line is not None:
@@ -224,17 +242,23 @@ class Server:
                 self._on_line = None
 
     def _is_ready(self) -> bool:
-        """The server that answers must be ours, by its id or (with restricted APIs) its log: another one may have taken the port."""
+        """The server that answers must be ours, by its id or (with restricted APIs) its log: another one may have taken
+        the port.
+        """
         scratch = self._scratch
         if scratch is None:
             return False  # it is gone already
         host, port = self.addresses.host, self.addresses.http_port
         status, body = _get(host, port, "/v2")
-        ours = _server_id(body) == scratch.folder.name if status == 200 else status == _FORBIDDEN and self._log.listens()
+        ours = (
+            _server_id(body) == scratch.folder.name if status == 200 else status == _FORBIDDEN and self._log.listens()
+        )
         return ours and _get(host, port, f"/v2/models/{self.settings.model_name}/ready")[0] in (200, _FORBIDDEN)
 
     def terminate(self) -> None:
-        """Asks the server to drain and end, and returns at once. Safe in a signal handler; a second call changes nothing."""
+        """Asks the server to drain and end, and returns at once. Safe in a signal handler; a second call changes
+        nothing.
+        """
         if not self._stopping:
             self._stopping = True
             if self._child is not None:
@@ -251,7 +275,9 @@ class Server:
         return 0 if self._child is None else self._child.wait(seconds)
 
     def stop(self) -> int:
-        """Drains and ends the server, waits for it and removes what it left. Returns its exit code; may be called again."""
+        """Drains and ends the server, waits for it and removes what it left. Returns its exit code; may be called
+        again.
+        """
         if self._front_ends is not None:
             self._front_ends.close()
         self.terminate()
@@ -264,7 +290,8 @@ class Server:
         return exit_code
 
     def _lose_front_ends(self, dead: list[int], num_living: int) -> None:
-        """Triton Server cannot start another one, and would give it requests: so it stops, once the others' streams are at their end.
+        """Triton Server cannot start another one, and would give it requests: so it stops, once the others' streams are
+        at their end.
 
         The requests of the dead never end for the server, which would wait for its whole exit timeout.
         """
@@ -273,18 +300,26 @@ class Server:
         who = f"front end process {', '.join(map(str, dead))} died, with its callers' requests"
         self._loss = f"{who}; the server must be started again"
         if self._on_line is not None:
-            self._on_line(f"paged: error: {who}; no more requests are taken, {num_living} others finish theirs (at most {self.settings.drain_seconds} s)")
+            self._on_line(
+                f"paged: error: {who}; no more requests are taken, {num_living} others finish theirs (at most {self.settings.drain_seconds} s)"
+            )
         child.send(signal.SIGTERM)
         num_idle = 0
         while child.wait(_POLL_DRAIN_SECONDS) is None:
-            waited_for = num_requests(_get(self.addresses.host, self.addresses.metrics_port, "/metrics")[1].decode(errors="replace"))
+            waited_for = num_requests(
+                _get(self.addresses.host, self.addresses.metrics_port, "/metrics")[1].decode(errors="replace")
+            )
             num_idle = num_idle + 1 if waited_for == 0 else 0
             if num_idle * _POLL_DRAIN_SECONDS > _IDLE_SECONDS or not front_ends.living():
                 child.kill_all()
 
     def failure(self) -> EngineError:
         """One sentence on why a server that nobody stopped is gone."""
-        return FrontEndsLostError(self._loss, self.addresses) if self._loss else EngineError(self._log.failure(self.wait() or 0))
+        return (
+            FrontEndsLostError(self._loss, self.addresses)
+            if self._loss
+            else EngineError(self._log.failure(self.wait() or 0))
+        )
 
     def _clean_up(self) -> None:
         """After the child is gone: its processes that lag behind, its folder, its shared memory."""
@@ -304,7 +339,8 @@ def engine_options(settings: ServerSettings) -> dict[str, str]:
     """
     if "model" in settings.options and settings.model != DEMO_MODEL:
         raise EngineError("the model is given twice: with --model and with --set model=…")
-    options = {"on_engine_loss": "exit", "model": settings.model, **settings.options}  # the server has no other model, and there may be an orchestrator
+    # the server has no other model, and there may be an orchestrator
+    options = {"on_engine_loss": "exit", "model": settings.model, **settings.options}
     config = EngineConfig.parse(options)
     folder = config.model_folder()
     if folder is not None and config.model != DEMO_MODEL:
@@ -315,7 +351,9 @@ def engine_options(settings: ServerSettings) -> dict[str, str]:
 
 
 def _forwarding(otlp_traces_endpoint: str) -> list[str]:
-    """Where spans are collected, the model must see which span of the caller's a request belongs to: headers become request parameters."""
+    """Where spans are collected, the model must see which span of the caller's a request belongs to: headers become
+    request parameters.
+    """
     if not asks_for_spans(otlp_traces_endpoint):
         return []
     return [f"--{protocol}-header-forward-pattern=(?i)({'|'.join(TRACE_HEADERS)})" for protocol in ("http", "grpc")]

@@ -1,4 +1,6 @@
-"""What tritonserver and the processes under it write: which lines are for the operator, and what a failure means in one sentence."""
+"""What tritonserver and the processes under it write: which lines are for the operator, and what a failure means in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _SERVICE = re.compile(r"failed to start (?P<what>\w+) service: (?P<why>.*?)\"?$"
 
 
 class ServerLog:
-    """Reads tritonserver's output line by line. Thread-safe; keeps the first and last lines, and an error of ours: the first of the start, later the last."""
+    """Reads tritonserver's output line by line. Thread-safe; keeps the first and last lines, and an error of ours: the
+    first of the start, later the last.
+    """
 
     def __init__(self, show_all: bool) -> None:
         self._show_all = show_all
@@ -42,7 +46,9 @@ class ServerLog:
             self._error = None
 
     def add(self, line: str) -> bool:
-        """Keeps `line`; True if the operator should see it now. Errors of ours during the start are left to `failure`, which tells them once."""
+        """Keeps `line`; True if the operator should see it now. Errors of ours during the start are left to `failure`,
+        which tells them once.
+        """
         reported = without_stamp(line)
         with self._lock:
             if len(self._head) < _HEAD_LINES:
@@ -69,11 +75,15 @@ class ServerLog:
 
     def failure(self, exit_code: int) -> str:
         """One sentence on why tritonserver ended with `exit_code` (negative: minus the signal), best source first."""
-        how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        how = (
+            f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        )
         return self._reason() or f"tritonserver {how}; --log-verbose shows its log"
 
     def crashed(self, exit_code: int) -> bool:
-        """tritonserver ended by a fault of its own, and nobody said why: 2.51.0 does so, rarely, when its stubs start on an overloaded machine."""
+        """tritonserver ended by a fault of its own, and nobody said why: 2.51.0 does so, rarely, when its stubs start
+        on an overloaded machine.
+        """
         return -exit_code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) and self._reason() is None
 
     def _reason(self) -> str | None:

@@ -1,4 +1,6 @@
-"""The three ports of a server: given ones checked before the slow start, the others chosen and held until the server listens."""
+"""The three ports of a server: given ones checked before the slow start, the others chosen and held until the server
+listens.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,9 @@ class Addresses:
 
 
 class PortClaim:
-    """Three distinct ports: the given ones checked, the others chosen. Chosen ones stay bound (not listening) until `release`,
-    so that another server on this machine does not choose them during the slow start."""
+    """Three distinct ports: the given ones checked, the others chosen. Chosen ones stay bound (not listening) until
+    `release`, so that another server on this machine does not choose them during the slow start.
+    """
 
     def __init__(self, host: str, *, http: int, grpc: int, metrics: int) -> None:
         self._sockets: list[socket.socket] = []
@@ -51,7 +54,9 @@ class PortClaim:
         except BaseException:
             self.release()
             raise
-        self.addresses = Addresses("127.0.0.1" if address == "0.0.0.0" else address, ports["http"], ports["grpc"], ports["metrics"])
+        self.addresses = Addresses(
+            "127.0.0.1" if address == "0.0.0.0" else address, ports["http"], ports["grpc"], ports["metrics"]
+        )
 
     def _choose(self, address: str) -> int:
         for port in random.sample(_AUTO_PORTS, 1000):
@@ -61,7 +66,8 @@ class PortClaim:
             except OSError:
                 claim.close()
                 continue
-            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after bind: lets tritonserver bind it too, but no other claim
+            # after bind: lets tritonserver bind it too, but no other claim
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._sockets.append(claim)
             self.chosen.add(port)
             return port
@@ -82,17 +88,22 @@ def _check_given_ports(address: str, given: Mapping[str, int]) -> None:
             raise EngineError(f"--{taken[port]}-port and --{service}-port are both {port}: choose two")
         taken[port] = service
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server that ended do not count
+            # connections of a server that ended do not count
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((address, port))
                 probe.listen(1)
             except PermissionError:
-                raise EngineError(f"port {port} on {address} needs root: choose another with --{service}-port") from None
+                raise EngineError(
+                    f"port {port} on {address} needs root: choose another with --{service}-port"
+                ) from None
             except OverflowError:
                 raise EngineError(f"--{service}-port {port} is not a port number") from None
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
-                    raise EngineError(f"port {port} on {address} is already in use: choose another with --{service}-port") from None
+                    raise EngineError(
+                        f"port {port} on {address} is already in use: choose another with --{service}-port"
+                    ) from None
                 raise EngineError(f"cannot listen on {address}: {error.strerror}") from None
 
 

@@ -1,4 +1,6 @@
-"""A server's folder for temporary files, its shared memory, and what is left of both when nobody was there to remove them."""
+"""A server's folder for temporary files, its shared memory, and what is left of both when nobody was there to remove
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 class Scratch:
     """Owns a new folder, and the files in /dev/shm whose names begin as it is called.
 
-    Invariant: a file in the folder is locked until `remove`; if this process is killed, until the last process has gone that inherited `lock`.
+    Invariant: a file in the folder is locked until `remove`; if this process is killed, until the last process has gone
+        that inherited `lock`.
     """
 
     def __init__(self) -> None:
@@ -39,7 +42,9 @@ class Scratch:
 
 
 def sweep() -> list[Path]:
-    """Removes what servers of this user left whose `paged serve` was killed, and that have ended themselves. Returns their folders."""
+    """Removes what servers of this user left whose `paged serve` was killed, and that have ended themselves. Returns
+    their folders.
+    """
     swept = []
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):

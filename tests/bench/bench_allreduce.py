@@ -1,8 +1,10 @@
-"""Microseconds of the sum over ranks plus the residual: our one kernel over peer memory, and NCCL with an addition, in CUDA graphs of many sums.
+"""Microseconds of the sum over ranks plus the residual: our one kernel over peer memory, and NCCL with an addition, in
+CUDA graphs of many sums.
 
     python -m tests.bench.bench_allreduce --ranks 2 --hidden 8192 --rows 1 8 64
 
-Needs as many GPUs as ranks. Before anything is timed, both results are compared with float64's; `--check` does only that.
+Needs as many GPUs as ranks. Before anything is timed, both results are compared with float64's; `--check` does only
+that.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def run_rank(rank: int, options: argparse.Namespace) -> None:
 
 
 def check(way: Callable[[Tensor, Tensor], Tensor], rank: int, rows: int, options: argparse.Namespace) -> None:
-    """A few times over, for what a call leaves behind; bfloat16 rounds the sum of a library's partial sums several times."""
+    """A few times over, for what a call leaves behind; bfloat16 rounds the sum of a library's partial sums several
+    times.
+    """
     residual = part_of(99, rows, options.hidden)
     expected = sum((part_of(other, rows, options.hidden).double() for other in range(options.ranks)), residual.double())
     for _ in range(5):

@@ -1,11 +1,14 @@
-"""From a client's cancel to the pages being somebody else's: milliseconds, with many streams running. Prints a JSON line.
+"""From a client's cancel to the pages being somebody else's: milliseconds, with many streams running. Prints a JSON
+line.
 
     python -m tests.bench.bench_cancel --streams 256 --cancels 100 [--url HOST:PORT] [--instances 4] [--set KEY=VALUE]
 
-As many sequences run as the engine admits (max_num_sequences = --streams), all of them streams that would go on for long, and one more request waits. One
-stream is cancelled; the clock runs until the waiting request's first token reaches its client. So the figure has everything in it: the server noticing the
-cancel, the front end asking for it, the abort, the admission, one step, and the way out. baseline_ms is the same way without a cancel: the time to first
-token of a request while one place is free. Most streams are read by other processes, so that this one has time to look at the clock.
+As many sequences run as the engine admits (max_num_sequences = --streams), all of them streams that would go on for
+long, and one more request waits. One stream is cancelled; the clock runs until the waiting request's first token
+reaches its client. So the figure has everything in it: the server noticing the cancel, the front end asking for it, the
+abort, the admission, one step, and the way out. baseline_ms is the same way without a cancel: the time to first token
+of a request while one place is free. Most streams are read by other processes, so that this one has time to look at the
+clock.
 """
 
 from __future__ import annotations
@@ -35,7 +38,12 @@ class Stream:
 
     def __init__(self, client: grpc.InferenceServerClient, seed: int, max_tokens: int) -> None:
         ids = np.random.default_rng(seed).integers(3, 1000, _PROMPT_LEN).tolist()
-        wanted = {"input_ids": ids, "stream": True, "max_tokens": max_tokens, "sampling_parameters": {"ignore_eos": True, "temperature": 0}}
+        wanted = {
+            "input_ids": ids,
+            "stream": True,
+            "max_tokens": max_tokens,
+            "sampling_parameters": {"ignore_eos": True, "temperature": 0},
+        }
         inputs = [tensor(name, value) for name, value in wanted.items()]
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
@@ -110,20 +118,35 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--instances", type=int, default=None, help="front ends; default: what paged serve takes")
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the model")
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the model"
+    )
     parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.hold:
         asyncio.run(hold(args.address, args.hold, args.max_tokens))
         return
-    options = {"max_num_sequences": str(args.streams), "max_model_len": "2048", **dict(option.split("=", 1) for option in args.options)}
+    options = {
+        "max_num_sequences": str(args.streams),
+        "max_model_len": "2048",
+        **dict(option.split("=", 1) for option in args.options),
+    }
     max_tokens = min(args.max_tokens, int(options["max_model_len"]) - _PROMPT_LEN)
     with Server(ServerSettings(model=args.model, instances=args.instances, options=options)) as server:
         address = server.addresses.grpc_url
         others = args.streams - OWN_STREAMS
         shares = [others // args.processes + (i < others % args.processes) for i in range(args.processes)]
-        command = [sys.executable, "-m", "tests.bench.bench_cancel", "--address", address, "--max-tokens", str(max_tokens), "--hold"]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.bench.bench_cancel",
+            "--address",
+            address,
+            "--max-tokens",
+            str(max_tokens),
+            "--hold",
+        ]
         holders = [subprocess.Popen([*command, str(share)], stdout=subprocess.PIPE) for share in shares if share]
         try:
             for holder in holders:
@@ -136,7 +159,10 @@ def main() -> None:
                 holder.wait()
     row: dict[str, Any] = {"bench": "cancel", "streams": args.streams, "cancels": len(delays)}
     row |= {f"p{share}_ms": round(float(np.percentile(delays, share)), 1) for share in (50, 90, 99)}
-    row |= {"baseline_ms": round(float(np.median(plain)), 1), "p99_less_baseline_ms": round(float(np.percentile(delays, 99) - np.median(plain)), 1)}
+    row |= {
+        "baseline_ms": round(float(np.median(plain)), 1),
+        "p99_less_baseline_ms": round(float(np.percentile(delays, 99) - np.median(plain)), 1),
+    }
     print(json.dumps(row), flush=True)
 
 

@@ -3,10 +3,11 @@
     python -m tests.bench.bench_cluster                        # three servers of the embedded model on this machine
     python -m tests.bench.bench_cluster --trace trace.jsonl    # and writes what was asked, for tools/cluster_sim
 
-Requests come at random times (Poisson). Each begins with one of `--heads` heads of `--head-tokens` tokens and goes on with tokens of its own. All heads
-together are more than one server's pool holds, and less than all pools do. The routings take turns, in rounds with heads of their own, so that what else the
-machine does meets all of them alike. Hits are the servers' own counts of prompt tokens found in their prefix caches, as told with each answer; the first
-time each head is seen counts as well.
+Requests come at random times (Poisson). Each begins with one of `--heads` heads of `--head-tokens` tokens and goes on
+with tokens of its own. All heads together are more than one server's pool holds, and less than all pools do. The
+routings take turns, in rounds with heads of their own, so that what else the machine does meets all of them alike. Hits
+are the servers' own counts of prompt tokens found in their prefix caches, as told with each answer; the first time each
+head is seen counts as well.
 """
 
 from __future__ import annotations
@@ -76,14 +77,18 @@ async def measure(client: ClusterClient, trace: Sequence[Asked], dice: random.Ra
 
 
 async def step_cost(client: ClusterClient, num_servers: int, dice: random.Random) -> dict[str, float]:
-    """What a step takes while every server is busy, for tools/cluster_sim: medians of first tokens of short and long prompts, and of the tokens after."""
+    """What a step takes while every server is busy, for tools/cluster_sim: medians of first tokens of short and long
+    prompts, and of the tokens after.
+    """
 
     async def median(num_tokens: int, output_tokens: int) -> Measured:
         measured = []
         for _ in range(3):
             trace = [Asked(0.0, 0, 0, num_tokens, output_tokens) for _ in range(num_servers)]
             prompts = [[dice.randrange(10, 4000) for _ in range(num_tokens)] for _ in trace]
-            measured += await asyncio.gather(*(ask(client, asked, prompt) for asked, prompt in zip(trace, prompts, strict=True)))
+            measured += await asyncio.gather(
+                *(ask(client, asked, prompt) for asked, prompt in zip(trace, prompts, strict=True))
+            )
         return sorted(measured, key=lambda one: one.first_seconds)[len(measured) // 2]
 
     short, long = await median(16, 33), await median(512, 1)
@@ -119,7 +124,9 @@ async def rounds(urls: Sequence[str], options: argparse.Namespace) -> None:
     async with AsyncExitStack() as stack:
         clients = {}
         for routing in options.routings:
-            client = ClusterClient(list(urls), model="paged_llm", routing=routing, tokenizer="none: prompts are token ids")
+            client = ClusterClient(
+                list(urls), model="paged_llm", routing=routing, tokenizer="none: prompts are token ids"
+            )
             clients[routing] = await stack.enter_async_context(client)
         cost = await step_cost(clients[options.routings[-1]], len(urls), dice)
         print(json.dumps({name: round(value, 3) for name, value in cost.items()}), flush=True)
@@ -152,8 +159,16 @@ def main() -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-cluster-"))
         urls = []
         for number in range(options.servers):
-            engine = {"num_pages": options.num_pages, "page_size": PAGE_SIZE, "max_model_len": 1024, "dtype": "float32", "standby_engine": False}
-            settings = ServerSettings(instances=1, options=engine | {"kv_events": f"ipc://{folder}/{number}"}, drain_seconds=3)
+            engine = {
+                "num_pages": options.num_pages,
+                "page_size": PAGE_SIZE,
+                "max_model_len": 1024,
+                "dtype": "float32",
+                "standby_engine": False,
+            }
+            settings = ServerSettings(
+                instances=1, options=engine | {"kv_events": f"ipc://{folder}/{number}"}, drain_seconds=3
+            )
             urls.append(stack.enter_context(Server(settings)).addresses.grpc_url)
         asyncio.run(rounds(urls, options))
 

@@ -1,11 +1,13 @@
-"""Paged decode attention on one GPU: microseconds and share of the read bandwidth measured in the same run. Prints JSON lines, and a table to stderr.
+"""Paged decode attention on one GPU: microseconds and share of the read bandwidth measured in the same run. Prints JSON
+lines, and a table to stderr.
 
     python -m tests.bench.bench_decode_attention [--cases '1x8k;32x2k'] [--shape 64:3:2:4 ...] [--pdl] [--kv fp8]
 
-floor_us: the bytes of K and V over the measured read bandwidth. Each case replays a CUDA graph of launches over several KV stores, together larger than
-the L2 cache, with shuffled pages; medians. The plan, shared by a step's layers, is timed apart (plan_us). error: relative RMS against float64.
---shape tile:stages:programs per multiprocessor:warps tries other launch shapes than the tuned one. --pdl: as within a step, the launches overlap and the plan
-is older than the launch before. --kv fp8: K and V of 8 bits (float8_e4m3fn), queries of 16.
+floor_us: the bytes of K and V over the measured read bandwidth. Each case replays a CUDA graph of launches over several
+KV stores, together larger than the L2 cache, with shuffled pages; medians. The plan, shared by a step's layers, is
+timed apart (plan_us). error: relative RMS against float64. --shape tile:stages:programs per multiprocessor:warps tries
+other launch shapes than the tuned one. --pdl: as within a step, the launches overlap and the plan is older than the
+launch before. --kv fp8: K and V of 8 bits (float8_e4m3fn), queries of 16.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.decode_attention import DecodePlan, make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
+from paged_kernels.decode_attention import (
+    DecodePlan,
+    make_decode_plan,
+    make_decode_workspace,
+    paged_decode_attention,
+    plan_decode_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,13 @@ def read_bandwidth() -> float:
         programs = source.numel() // per_program
         sums = torch.empty(programs, dtype=torch.int32, device="cuda")
 
-        def launch(_: int, programs: int = programs, sums: torch.Tensor = sums, block: int = block, per_program: int = per_program) -> None:
+        def launch(
+            _: int,
+            programs: int = programs,
+            sums: torch.Tensor = sums,
+            block: int = block,
+            per_program: int = per_program,
+        ) -> None:
             _read_kernel[(programs,)](source, sums, PER_PROGRAM=per_program, BLOCK=block, num_warps=8)
 
         best = max(best, source.numel() * 4 / (replay_us(launch, 4, 9) * 1e-6))
@@ -124,7 +138,11 @@ def make_stores(case: Case, kv_dtype: torch.dtype) -> Stores:
     rounds = max(2, -(-ROTATED_BYTES // case.kv_bytes(kv_dtype)))
     kv_pages, page_tables = [], []
     for _ in range(rounds):
-        kv_pages.append(torch.randn(sum(pages), 2, case.num_kv_heads, PAGE_SIZE, case.head_dim, device="cuda", dtype=torch.bfloat16).to(kv_dtype))
+        kv_pages.append(
+            torch.randn(
+                sum(pages), 2, case.num_kv_heads, PAGE_SIZE, case.head_dim, device="cuda", dtype=torch.bfloat16
+            ).to(kv_dtype)
+        )
         shuffled = torch.randperm(sum(pages), dtype=torch.int32).split(pages)
         page_tables.append(torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True, padding_value=-1).cuda())
     q = torch.randn(len(case.lengths), case.num_q_heads, case.head_dim, device="cuda", dtype=torch.bfloat16)
@@ -136,7 +154,8 @@ def float64_attention(case: Case, stores: Stores) -> torch.Tensor:
     store = stores.kv_pages[0].bfloat16()
     for row, length in enumerate(case.lengths):
         page = stores.page_tables[0][row, : -(-length // PAGE_SIZE)].long()
-        keys, values = store[page].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, :length].double()  # [heads, tokens, dim]
+        # [heads, tokens, dim]
+        keys, values = store[page].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, :length].double()
         queries = stores.q[row].double().view(case.num_kv_heads, -1, case.head_dim)
         scores = queries @ keys.transpose(1, 2) * case.head_dim**-0.5
         out[row] = (scores.softmax(-1) @ values).flatten(0, 1)
@@ -152,7 +171,9 @@ def make_plan(case: Case, shape: str | None, kv_dtype: torch.dtype) -> DecodePla
     return make_decode_plan(workspace, len(case.lengths))
 
 
-def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor, bandwidth: float, pdl: bool) -> dict[str, object]:
+def measure(
+    name: str, shape: str | None, stores: Stores, expected: torch.Tensor, bandwidth: float, pdl: bool
+) -> dict[str, object]:
     kv_dtype = stores.kv_pages[0].dtype
     case, plan = CASES[name], make_plan(CASES[name], shape, kv_dtype)
     out = torch.full_like(stores.q, float("nan"))
@@ -160,7 +181,14 @@ def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor
     def launch(i: int) -> None:
         which = i % len(stores.kv_pages)
         paged_decode_attention(
-            stores.q, stores.kv_pages[which], stores.page_tables[which], out, plan, scale=case.head_dim**-0.5, launch_pdl=pdl, plan_settled=pdl
+            stores.q,
+            stores.kv_pages[which],
+            stores.page_tables[which],
+            out,
+            plan,
+            scale=case.head_dim**-0.5,
+            launch_pdl=pdl,
+            plan_settled=pdl,
         )
 
     plan_decode_attention(stores.seq_lens, plan)
@@ -181,7 +209,9 @@ def measure(name: str, shape: str | None, stores: Stores, expected: torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=";".join(CASES), help="names joined by ';'")
-    parser.add_argument("--shape", action="append", help="tile:stages:programs per multiprocessor:warps; may be repeated")
+    parser.add_argument(
+        "--shape", action="append", help="tile:stages:programs per multiprocessor:warps; may be repeated"
+    )
     parser.add_argument("--pdl", action="store_true")
     parser.add_argument("--kv", choices=KV_DTYPES, default="bf16", help="type of K and V")
     options = parser.parse_args()
@@ -192,7 +222,12 @@ def main() -> None:
         for shape in options.shape or [None]:
             row = measure(name, shape, stores, expected, bandwidth, options.pdl)
             print(json.dumps(row), flush=True)
-            print("{case:20} {shape:14} {us:8.1f} us  floor {floor_us:7.1f}  {share:.3f} (target {target})  error {error:.5f}".format(**row), file=sys.stderr)
+            print(
+                "{case:20} {shape:14} {us:8.1f} us  floor {floor_us:7.1f}  {share:.3f} (target {target})  error {error:.5f}".format(
+                    **row
+                ),
+                file=sys.stderr,
+            )
         del stores, expected
         torch.cuda.empty_cache()
 

@@ -2,9 +2,9 @@
 
     python -m tests.bench.bench_engine --model llama-3.2-1b --batches 1 32 256 --mix
 
-Steady: `--batches` requests at once, 128 random tokens in, 256 out, greedy, end of sequence ignored; the best of the repeats is not taken, their
-median is. Mix: nano-vllm's bench, 256 requests at once, lengths uniform in 100 … 1024 for prompt and answer (random, seed 0), temperature 0.6.
-The prefix cache is off. A warm-up of the same kind runs first.
+Steady: `--batches` requests at once, 128 random tokens in, 256 out, greedy, end of sequence ignored; the best of the
+repeats is not taken, their median is. Mix: nano-vllm's bench, 256 requests at once, lengths uniform in 100 … 1024 for
+prompt and answer (random, seed 0), temperature 0.6. The prefix cache is off. A warm-up of the same kind runs first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Load:
         started = time.perf_counter()
         for prompt, sampling in requests:
             self._serial += 1
-            self._engine.submit(Submit(self._serial, prompt.astype(np.int32).tobytes(), sampling, (), "", time.monotonic()))
+            self._engine.submit(
+                Submit(self._serial, prompt.astype(np.int32).tobytes(), sampling, (), "", time.monotonic())
+            )
         num_tokens, first = 0, 0.0
         steps = self._engine.num_steps
         while not self._engine.idle:
@@ -77,11 +79,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32, 256])
     parser.add_argument("--mix", action="store_true", help="nano-vllm's mix of lengths too")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the engine")
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the engine"
+    )
     args = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     vocab_size = GEOMETRIES[args.model]["vocab_size"]
-    options: dict[str, Any] = {"load_format": "dummy", "prefix_cache": False, "max_model_len": 4096, "max_batched_tokens": 16384}
+    options: dict[str, Any] = {
+        "load_format": "dummy",
+        "prefix_cache": False,
+        "max_model_len": 4096,
+        "max_batched_tokens": 16384,
+    }
     options |= dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
@@ -104,7 +113,17 @@ def main() -> None:
     if args.mix:
         load.run(steady(256, vocab_size, 0))
         run = load.run(mix(vocab_size))
-        print(json.dumps({**common, "kind": "mix", "tokens": run["tokens"], "tokens_per_second": round(run["tokens"] / run["seconds"], 1)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    **common,
+                    "kind": "mix",
+                    "tokens": run["tokens"],
+                    "tokens_per_second": round(run["tokens"] / run["seconds"], 1),
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

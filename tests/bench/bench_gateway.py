@@ -1,10 +1,12 @@
-"""What the gateway costs: processor time a piece of a streamed answer, what it adds to a first token, and its memory over many requests. JSON lines.
+"""What the gateway costs: processor time a piece of a streamed answer, what it adds to a first token, and its memory
+over many requests. JSON lines.
 
     python -m tests.bench.bench_gateway [--python OTHER_TREES_PYTHON …] [--requests 100000]
 
-The model is a stand-in (triton_stand_in.py), so that the gateway is what is measured; pieces a second are those of a process that has a core to itself:
-1 / (processor seconds of the gateway's process / pieces), which neighbours on the machine change little. Several --python are measured in turns, so that
-two commits are compared under the same conditions.
+The model is a stand-in (triton_stand_in.py), so that the gateway is what is measured; pieces a second are those of a
+process that has a core to itself: 1 / (processor seconds of the gateway's process / pieces), which neighbours on the
+machine change little. Several --python are measured in turns, so that two commits are compared under the same
+conditions.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ _HEAD = "POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nCo
 def stand_in(num_pieces: int) -> Iterator[str]:
     """Its address."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.triton_stand_in", "--pieces", str(num_pieces)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "tests.bench.triton_stand_in", "--pieces", str(num_pieces)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     ) as it:
         assert it.stdout is not None
         try:

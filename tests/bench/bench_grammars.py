@@ -1,10 +1,10 @@
-"""Host cost of decode steps whose rows follow grammars: microseconds of schedule() and commit(), which hold the masks. Prints JSON lines.
-cpu_us is what both take of the engine's own thread.
+"""Host cost of decode steps whose rows follow grammars: microseconds of schedule() and commit(), which hold the masks.
+Prints JSON lines. cpu_us is what both take of the engine's own thread.
 
     python -m tests.bench.bench_grammars --guided 16 --free 16 --steps 200
 
-Tokens are drawn from those that the masks allow. A step is computed in no time here: what a real one takes is time that the masks have.
-`--step-ms` lets one pass between launching and its result, as on a device.
+Tokens are drawn from those that the masks allow. A step is computed in no time here: what a real one takes is time that
+the masks have. `--step-ms` lets one pass between launching and its result, as on a device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 
-SCHEMA = {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}}
+SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+    },
+}
 
 
 def save_tokenizer(path: Path, vocab_size: int) -> None:
@@ -52,13 +59,24 @@ def drawn(batch: Batch, vocab_size: int, randomly: np.random.Generator) -> StepR
         for row, words in zip(masks.rows.tolist(), masks.words, strict=True):
             allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
             tokens[row] = int(randomly.choice(allowed))
-    return StepResult(np.array([tokens[row] for row in batch.rows[batch.samples].tolist()], np.int32), answers=(None,) * len(batch.asks))
+    return StepResult(
+        np.array([tokens[row] for row in batch.rows[batch.samples].tolist()], np.int32),
+        answers=(None,) * len(batch.asks),
+    )
 
 
-def measure(num_guided: int, num_free: int, steps: int, vocab_size: int, step_ms: float, folder: Path) -> dict[str, object]:
+def measure(
+    num_guided: int, num_free: int, steps: int, vocab_size: int, step_ms: float, folder: Path
+) -> dict[str, object]:
     save_tokenizer(folder / "tokenizer.json", vocab_size)
     length, num_rows = 64 + 4 * steps, num_guided + num_free
-    limits = SchedulerLimits(page_size=16, num_pages=num_rows * (length // 16 + 2), max_model_len=length, max_num_sequences=num_rows, max_batched_tokens=4096)
+    limits = SchedulerLimits(
+        page_size=16,
+        num_pages=num_rows * (length // 16 + 2),
+        max_model_len=length,
+        max_num_sequences=num_rows,
+        max_batched_tokens=4096,
+    )
     scheduler = Scheduler(limits, guides=GrammarMasks(Grammars(folder / "tokenizer.json", vocab_size, ())))
     form = {"guided_json": json.dumps(SCHEMA)}
     for serial in range(num_rows):
@@ -73,10 +91,14 @@ def measure(num_guided: int, num_free: int, steps: int, vocab_size: int, step_ms
             scheduler.commit(batch, drawn(batch, vocab_size, randomly))
         if time.monotonic() > began + 120:
             raise SystemExit("the grammar is not compiled")
-    return {"started_seconds": round(time.monotonic() - began, 2)} | _decode(scheduler, num_guided, num_free, steps, vocab_size, step_ms)
+    return {"started_seconds": round(time.monotonic() - began, 2)} | _decode(
+        scheduler, num_guided, num_free, steps, vocab_size, step_ms
+    )
 
 
-def _decode(scheduler: Scheduler, num_guided: int, num_free: int, steps: int, vocab_size: int, step_ms: float) -> dict[str, object]:
+def _decode(
+    scheduler: Scheduler, num_guided: int, num_free: int, steps: int, vocab_size: int, step_ms: float
+) -> dict[str, object]:
     randomly, schedule_us, commit_us, cpu_us, guided = np.random.default_rng(0), [], [], [], 0
     begun = time.perf_counter()
     for _ in range(steps):

@@ -1,13 +1,17 @@
-"""Products of few tokens with a model's weights on one GPU: cuBLAS against small_linear.py. Prints JSON lines, and a table to stderr.
+"""Products of few tokens with a model's weights on one GPU: cuBLAS against small_linear.py. Prints JSON lines, and a
+table to stderr.
 
-    python -m tests.bench.bench_linear [--model llama-3.2-1b] [--tokens 1,2,8,16,32,64,128] [--products qkv,out] [--sweep]
-    python -m tests.bench.bench_linear --formats fp8-channel,fp8-block,int4-g128,nvfp4 [--model llama-3.1-8b] [--tokens 1,8,32,64,256,2048]
+    python -m tests.bench.bench_linear [--model llama-3.2-1b] [--tokens 1,2,8,16,32,64,128] [--products qkv,out]
+    [--sweep] python -m tests.bench.bench_linear --formats fp8-channel,fp8-block,int4-g128,nvfp4 [--model llama-3.1-8b]
+    [--tokens 1,8,32,64,256,2048]
 
-A case is one product of a decoder layer with its companions: qkv, gate_up and the head with the norm before them, out and down with the addition of the
-residual, gate_up with silu(gate) * up. Each is replayed as a CUDA graph of launches over copies of the weight, together larger than the L2 cache; medians.
-cublas_us: torch's product and our kernels for the companions. floor_us: the weight's bytes over the read bandwidth measured in the same run. --sweep tries
-many shapes and prints the best ones; without it the tuned shape is what runs. --formats: the same products of quantised weights, by the chooser's kernels;
-floor_us is then the time in which weight and scales are read, share_of_floor how near the product comes to it.
+A case is one product of a decoder layer with its companions: qkv, gate_up and the head with the norm before them, out
+and down with the addition of the residual, gate_up with silu(gate) * up. Each is replayed as a CUDA graph of launches
+over copies of the weight, together larger than the L2 cache; medians.
+cublas_us: torch's product and our kernels for the companions. floor_us: the weight's bytes over the read bandwidth
+measured in the same run. --sweep tries many shapes and prints the best ones; without it the tuned shape is what runs.
+--formats: the same products of quantised weights, by the chooser's kernels; floor_us is then the time in which weight
+and scales are read, share_of_floor how near the product comes to it.
 """
 
 from __future__ import annotations
@@ -26,7 +30,15 @@ from paged_kernels.linear import Format, Rounding
 from paged_kernels.norm import rms_norm
 from paged_kernels.norm_value import Norm
 from paged_kernels.products import Products
-from paged_kernels.small_linear import NarrowShape, VectorShape, make_linear_workspace, narrow_linear, narrow_shape, vector_linear, vector_shape
+from paged_kernels.small_linear import (
+    NarrowShape,
+    VectorShape,
+    make_linear_workspace,
+    narrow_linear,
+    narrow_shape,
+    vector_linear,
+    vector_shape,
+)
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
 from tests.bench.geometries import GEOMETRIES
 
@@ -58,10 +70,16 @@ def products(model: str) -> dict[str, tuple[int, int]]:
 
 class Case:
     def __init__(self, product: str, rows: int, columns: int, num_tokens: int) -> None:
-        self.gated, self.adds, self.normed = product == "gate_up", product in ("out", "down"), product in ("qkv", "gate_up", "head")
+        self.gated, self.adds, self.normed = (
+            product == "gate_up",
+            product in ("out", "down"),
+            product in ("qkv", "gate_up", "head"),
+        )
         self.bytes = 2 * rows * columns
         copies = max(2, -(-_COLD_BYTES // self.bytes))
-        self.weights = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5 for _ in range(copies)]
+        self.weights = [
+            torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5 for _ in range(copies)
+        ]
         self.x = torch.randn(num_tokens, columns, device="cuda", dtype=torch.bfloat16)
         self.norm = torch.ones(columns, device="cuda", dtype=torch.bfloat16)
         self.y = torch.randn(num_tokens, rows // 2 if self.gated else rows, device="cuda", dtype=torch.bfloat16)
@@ -84,12 +102,30 @@ class Case:
 
     def vector(self, weight: torch.Tensor, shape: VectorShape) -> None:
         norm = Norm(self.norm, EPS) if self.normed else None
-        vector_linear(self.x, weight, norm=norm, gated=self.gated, residual=self.y if self.adds else None, out=self.y, shape=shape, launch_pdl=True)
+        vector_linear(
+            self.x,
+            weight,
+            norm=norm,
+            gated=self.gated,
+            residual=self.y if self.adds else None,
+            out=self.y,
+            shape=shape,
+            launch_pdl=True,
+        )
 
     def narrow(self, weight: torch.Tensor, shape: NarrowShape) -> None:
         x = rms_norm(self.x, self.norm, EPS, out=self.hot, launch_pdl=True) if self.normed else self.x
         residual = self.y if self.adds else None
-        narrow_linear(x, weight, gated=self.gated, residual=residual, out=self.y, workspace=self.workspace, shape=shape, launch_pdl=True)
+        narrow_linear(
+            x,
+            weight,
+            gated=self.gated,
+            residual=residual,
+            out=self.y,
+            workspace=self.workspace,
+            shape=shape,
+            launch_pdl=True,
+        )
 
     def shapes(self, sweep: bool) -> Iterator[VectorShape | NarrowShape]:
         rows = len(self.y[0])
@@ -102,21 +138,33 @@ class Case:
             for num_rows in (1, 2, 4):
                 for block in (1024, 2048, 4096, 8192):
                     for warps in (2, 4, 8):
-                        if block < 2 * self.columns and 16 <= num_rows * block * (2 if self.gated else 1) // (32 * warps) <= 64:
+                        if (
+                            block < 2 * self.columns
+                            and 16 <= num_rows * block * (2 if self.gated else 1) // (32 * warps) <= 64
+                        ):
                             yield VectorShape(num_rows, block, warps)
             return
         for num_rows, block, stages in itertools.product((16, 32, 64), (64, 128, 256), (4, 6)):
             for split in (1, 2, 4):
                 shared = block * 2 * (num_rows * (2 if self.gated else 1) + max(16, self.num_tokens)) * stages
-                if shared <= 200 * 1024 and 96 <= -(-rows // num_rows) * split <= 600 and self.columns // split >= 4 * block:
+                if (
+                    shared <= 200 * 1024
+                    and 96 <= -(-rows // num_rows) * split <= 600
+                    and self.columns // split >= 4 * block
+                ):
                     yield NarrowShape(num_rows, block, split, stages, 4, 8)
 
 
-def quantised_row(product: str, rows: int, columns: int, num_tokens: int, name: str, reading: float) -> dict[str, float | str]:
+def quantised_row(
+    product: str, rows: int, columns: int, num_tokens: int, name: str, reading: float
+) -> dict[str, float | str]:
     """The product by products.py, of a weight in the format of that name."""
     case, chooser = Case(product, rows, columns, num_tokens), Products(torch.device("cuda"))
     linears = [quantise(weight, FORMATS[name]) for weight in case.weights]
-    linears += [quantise(case.weights[0], FORMATS[name]) for _ in range(-(-_COLD_BYTES // sum(x.nbytes for x in linears[0].tensors)) - len(linears))]
+    linears += [
+        quantise(case.weights[0], FORMATS[name])
+        for _ in range(-(-_COLD_BYTES // sum(x.nbytes for x in linears[0].tensors)) - len(linears))
+    ]
     norm = Norm(case.norm, EPS) if case.normed else None
     residual = case.y if case.adds else None
 
@@ -134,7 +182,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,2,8,16,32,64,128")
     parser.add_argument("--products", default="qkv,out,gate_up,down,head")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--formats", default="", help=f"of quantised weights, instead of bfloat16: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--formats", default="", help=f"of quantised weights, instead of bfloat16: {', '.join(FORMATS)}"
+    )
     options = parser.parse_args()
     reading = read_bandwidth()
     for product, (rows, columns) in products(options.model).items():
@@ -143,25 +193,54 @@ def main() -> None:
         for num_tokens in map(int, options.tokens.split(",")):
             for name in filter(None, options.formats.split(",")):
                 found_row = quantised_row(product, rows, columns, num_tokens, name, reading)
-                print(json.dumps({"bench": "linear", "model": options.model, "product": product, "tokens": num_tokens, **found_row}), flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "bench": "linear",
+                            "model": options.model,
+                            "product": product,
+                            "tokens": num_tokens,
+                            **found_row,
+                        }
+                    ),
+                    flush=True,
+                )
             if options.formats:
                 continue
             case = Case(product, rows, columns, num_tokens)
             floor = case.bytes / reading * 1e6
-            row = {"bench": "linear", "model": options.model, "product": product, "rows": rows, "columns": columns, "tokens": num_tokens}
+            row = {
+                "bench": "linear",
+                "model": options.model,
+                "product": product,
+                "rows": rows,
+                "columns": columns,
+                "tokens": num_tokens,
+            }
             row |= {"floor_us": round(floor, 2), "cublas_us": round(case.time(case.cublas), 2)}
             found = []
             for shape in dict.fromkeys(case.shapes(options.sweep)):
                 launch = case.vector if isinstance(shape, VectorShape) else case.narrow
                 try:
-                    found.append((round(case.time(lambda weight, launch=launch, shape=shape: launch(weight, shape)), 2), str(shape)))  # type: ignore[misc]
+                    found.append(
+                        (
+                            round(case.time(lambda weight, launch=launch, shape=shape: launch(weight, shape)), 2),
+                            str(shape),
+                        )
+                    )  # type: ignore[misc]
                 except Exception as error:  # a shape the hardware has no room for
                     found.append((1e9, f"{shape}: {type(error).__name__} {str(error)[:60]}"))
-            row |= {"tuned_us": {shape: us for us, shape in found[: 2 if num_tokens == 1 else 1]}, "read_tb_s": round(reading / 1e12, 3)}
+            row |= {
+                "tuned_us": {shape: us for us, shape in found[: 2 if num_tokens == 1 else 1]},
+                "read_tb_s": round(reading / 1e12, 3),
+            }
             row |= {"best": sorted(found)[:4]} if options.sweep else {}
             print(json.dumps({**row, "device": torch.cuda.get_device_name()}), flush=True)
             best = "; ".join(f"{us} {shape}" for us, shape in sorted(found)[:4])
-            print(f"{product:8} {rows}x{columns} x{num_tokens:3}: floor {floor:7.2f}, cublas {row['cublas_us']:7.2f}, ours {best}", file=sys.stderr)
+            print(
+                f"{product:8} {rows}x{columns} x{num_tokens:3}: floor {floor:7.2f}, cublas {row['cublas_us']:7.2f}, ours {best}",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

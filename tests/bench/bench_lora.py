@@ -1,10 +1,12 @@
-"""Adapters of many sequences in one step on one GPU: what they add to a decoder layer. Prints JSON lines, and a table to stderr.
+"""Adapters of many sequences in one step on one GPU: what they add to a decoder layer. Prints JSON lines, and a table
+to stderr.
 
     python -m tests.bench.bench_lora [--model llama-3.1-8b] [--tokens 1,8,64,256,2048] [--adapters 1,8,32] [--rank 16]
 
-A case is a layer's four products with everybody's adapter added: tokens of a step, spread over so many adapters. Times are medians of CUDA graphs in which
-layer follows layer, so that weights come from memory as they do in a model. plain_us: the products without adapters, as a server without adapters computes
-them; adapted_us: with; added: the share on top. floor_us: the bytes of the adapters that are read, over the bandwidth measured in the same run. loop_us: one
+A case is a layer's four products with everybody's adapter added: tokens of a step, spread over so many adapters. Times
+are medians of CUDA graphs in which layer follows layer, so that weights come from memory as they do in a model.
+plain_us: the products without adapters, as a server without adapters computes them; adapted_us: with; added: the share
+on top. floor_us: the bytes of the adapters that are read, over the bandwidth measured in the same run. loop_us: one
 torch product after another for each adapter, which is what a batch of several adapters costs without grouping.
 """
 
@@ -72,7 +74,9 @@ class Case:
         rows = torch.arange(num_tokens, dtype=torch.int32, device=device)
         self.arguments = (sites, self.layout, adapters, ranks, rows % num_adapters, num_tokens)
         starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=device)
-        self.step: Any = SimpleNamespace(shape=SimpleNamespace(num_tokens=num_tokens), plan={"rows": rows}, query_starts=starts)
+        self.step: Any = SimpleNamespace(
+            shape=SimpleNamespace(num_tokens=num_tokens), plan={"rows": rows}, query_starts=starts
+        )
         self.x = torch.randn(num_tokens, a.hidden_size, device=device, dtype=dtype)
         self.attended = torch.randn(num_tokens, a.num_heads * a.head_dim, device=device, dtype=dtype)
         self.bytes = adapters.nbytes // _LAYERS * min(num_tokens, num_adapters) // num_adapters
@@ -117,11 +121,28 @@ def main() -> None:
             for num_adapters in map(int, options.adapters.split(",")):
                 case = Case(options.model, Path(folder) / "model", num_tokens, num_adapters, options.rank)
                 plain, adapted = case.time(case.ops), case.time(AdaptedProducts(case.ops, *case.arguments))
-                row = {"bench": "lora", "model": options.model, "tokens": num_tokens, "adapters": num_adapters, "rank": options.rank}
-                row |= {"plain_us": round(plain, 2), "adapted_us": round(adapted, 2), "added": round(adapted / plain - 1, 3)}
-                row |= {"floor_us": round(case.bytes / reading * 1e6, 2), "loop_us": round(case.loop(), 1), "device": torch.cuda.get_device_name()}
+                row = {
+                    "bench": "lora",
+                    "model": options.model,
+                    "tokens": num_tokens,
+                    "adapters": num_adapters,
+                    "rank": options.rank,
+                }
+                row |= {
+                    "plain_us": round(plain, 2),
+                    "adapted_us": round(adapted, 2),
+                    "added": round(adapted / plain - 1, 3),
+                }
+                row |= {
+                    "floor_us": round(case.bytes / reading * 1e6, 2),
+                    "loop_us": round(case.loop(), 1),
+                    "device": torch.cuda.get_device_name(),
+                }
                 print(json.dumps(row), flush=True)
-                print(f"{num_tokens:5} tokens, {num_adapters:3} adapters: plain {plain:8.1f}, adapted {adapted:8.1f} us a layer", file=sys.stderr)
+                print(
+                    f"{num_tokens:5} tokens, {num_adapters:3} adapters: plain {plain:8.1f}, adapted {adapted:8.1f} us a layer",
+                    file=sys.stderr,
+                )
 
 
 if __name__ == "__main__":

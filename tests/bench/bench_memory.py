@@ -1,13 +1,16 @@
-"""Memory truth: how much of the held KV memory holds tokens, and how many sequences that lets run, paged against reserved. Prints JSON lines.
+"""Memory truth: how much of the held KV memory holds tokens, and how many sequences that lets run, paged against
+reserved. Prints JSON lines.
 
     python -m tests.bench.bench_memory
 
-Both runs have the same bytes of KV memory, the same 256 requests and the same code; only page_size differs: 16, or max_model_len, which reserves
-room for the longest possible sequence as systems before PagedAttention did (Kwon et al., SOSP 2023, measured 20-38 % useful memory there).
-Scheduler, pool and prefix cache are the real ones; no model runs, since lengths alone decide memory.
+Both runs have the same bytes of KV memory, the same 256 requests and the same code; only page_size differs: 16, or
+max_model_len, which reserves room for the longest possible sequence as systems before PagedAttention did (Kwon et al.,
+SOSP 2023, measured 20-38 % useful memory there). Scheduler, pool and prefix cache are the real ones; no model runs,
+since lengths alone decide memory.
 
-Lengths are ShareGPT-like: log-normal with the means that paper states for ShareGPT (161 tokens in, 338 out), sigma 1.2 and 0.9, cut at
-1 … max_model_len / 2. Utilisation is live tokens / slots held, averaged over the steps in which requests still wait, i.e. memory is what limits.
+Lengths are ShareGPT-like: log-normal with the means that paper states for ShareGPT (161 tokens in, 338 out), sigma 1.2
+and 0.9, cut at 1 … max_model_len / 2. Utilisation is live tokens / slots held, averaged over the steps in which
+requests still wait, i.e. memory is what limits.
 """
 
 from __future__ import annotations
@@ -30,7 +33,14 @@ def log_normal(random: np.random.Generator, mean: float, sigma: float, size: int
     return np.clip(random.lognormal(np.log(mean) - sigma**2 / 2, sigma, size).round().astype(np.int64), 1, limit)
 
 
-def run(page_size: int, pool_tokens: int, max_model_len: int, prompts: NDArray[np.int64], answers: NDArray[np.int64], seed: int) -> dict[str, object]:
+def run(
+    page_size: int,
+    pool_tokens: int,
+    max_model_len: int,
+    prompts: NDArray[np.int64],
+    answers: NDArray[np.int64],
+    seed: int,
+) -> dict[str, object]:
     limits = SchedulerLimits(
         page_size=page_size,
         num_pages=pool_tokens // page_size,
@@ -38,13 +48,23 @@ def run(page_size: int, pool_tokens: int, max_model_len: int, prompts: NDArray[n
         max_num_sequences=len(prompts),
         max_batched_tokens=8192,
         max_queue_size=len(prompts),
-        prefix_cache=False,  # the prompts have nothing in common; what is kept for later must not count as waste or as use
+        # the prompts have nothing in common; what is kept for later must not count as waste or as use
+        prefix_cache=False,
     )
     scheduler = Scheduler(limits)
     random = np.random.default_rng(seed)
     for serial, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tokens = random.integers(0, 32000, prompt, dtype=np.int32)
-        scheduler.submit(Submit(serial, tokens.tobytes(), SamplingParams(max_tokens=int(answer), ignore_eos=True), (), "", time.monotonic()))
+        scheduler.submit(
+            Submit(
+                serial,
+                tokens.tobytes(),
+                SamplingParams(max_tokens=int(answer), ignore_eos=True),
+                (),
+                "",
+                time.monotonic(),
+            )
+        )
     running, utilisation, steps, peak = [], [], 0, 0
     while scheduler.has_work:
         batch = scheduler.schedule()

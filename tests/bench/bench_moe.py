@@ -2,10 +2,11 @@
 
     python -m tests.bench.bench_moe [--models qwen3-30b-a3b,gpt-oss-20b] [--tokens 1,16,64,256,2048,8192] [--mxfp4]
 
-A case is norm, routing, experts and the addition to the residual, replayed as a CUDA graph of launches over copies of the layer, together larger than the L2
-cache; medians. floor_us is the larger of two: the bytes of all experts that some token chose, over the read bandwidth measured in the same run, and the
-products' operations over those of a large bfloat16 product of cuBLAS, measured too. share: of the time that is the floor. --mxfp4: gpt-oss's experts as
-published, 4 bits and a scale for 32 of them.
+A case is norm, routing, experts and the addition to the residual, replayed as a CUDA graph of launches over copies of
+the layer, together larger than the L2 cache; medians. floor_us is the larger of two: the bytes of all experts that some
+token chose, over the read bandwidth measured in the same run, and the products' operations over those of a large
+bfloat16 product of cuBLAS, measured too. share: of the time that is the floor. --mxfp4: gpt-oss's experts as published,
+4 bits and a scale for 32 of them.
 """
 
 from __future__ import annotations
@@ -34,10 +35,19 @@ def sizes(model: str) -> dict[str, Any]:
     g = GEOMETRIES[model]
     experts = g.get("num_experts") or g.get("n_routed_experts") or g["num_local_experts"]
     is_gpt_oss = g["model_type"] == "gpt_oss"
-    routing = Routing(g["num_experts_per_tok"], "softmax_of_chosen" if is_gpt_oss else "softmax", renormalised=not is_gpt_oss)
+    routing = Routing(
+        g["num_experts_per_tok"], "softmax_of_chosen" if is_gpt_oss else "softmax", renormalised=not is_gpt_oss
+    )
     gate = Gate(limit=7.0, alpha=1.702, interleaved=True) if is_gpt_oss else Gate()
     size = g.get("moe_intermediate_size") or g["intermediate_size"]
-    return {"hidden": g["hidden_size"], "size": size, "num_experts": experts, "routing": routing, "gate": gate, "bias": is_gpt_oss}
+    return {
+        "hidden": g["hidden_size"],
+        "size": size,
+        "num_experts": experts,
+        "routing": routing,
+        "gate": gate,
+        "bias": is_gpt_oss,
+    }
 
 
 class Case:
@@ -62,10 +72,14 @@ class Case:
             if not self.mxfp4:
                 return ExpertLinear(randn(count, rows, columns), bias)
             packed = torch.randint(0, 256, (count, rows, columns // 2), device="cuda", dtype=torch.uint8)
-            return ExpertLinear(packed, bias, torch.full((count, rows, -(-columns // 128) * 4), 121, device="cuda", dtype=torch.uint8))
+            return ExpertLinear(
+                packed, bias, torch.full((count, rows, -(-columns // 128) * 4), 121, device="cuda", dtype=torch.uint8)
+            )
 
         router = Linear(randn(count, hidden), randn(count) if of["bias"] else None)
-        return Experts(router, None, of["routing"], linear(2 * of["size"], hidden), of["gate"], linear(hidden, of["size"]))
+        return Experts(
+            router, None, of["routing"], linear(2 * of["size"], hidden), of["gate"], linear(hidden, of["size"])
+        )
 
     def expert_bytes(self) -> float:
         return 3 * self.of["hidden"] * self.of["size"] * (0.5 + 1 / GROUP if self.mxfp4 else 2)
@@ -103,11 +117,23 @@ def main() -> None:
         for num_tokens in map(int, options.tokens.split(",")):
             case = Case(model, num_tokens, options.mxfp4)
             floor, taken = case.floor_us(reading, computing), case.time_us()
-            row = {"bench": "moe", "model": model, "format": "mxfp4" if options.mxfp4 else "bfloat16", "tokens": num_tokens}
+            row = {
+                "bench": "moe",
+                "model": model,
+                "format": "mxfp4" if options.mxfp4 else "bfloat16",
+                "tokens": num_tokens,
+            }
             row |= {"us": round(taken, 2), "floor_us": round(floor, 2), "share": round(floor / taken, 3)}
-            row |= {"read_tb_s": round(reading / 1e12, 3), "tflop_s": round(computing / 1e12, 1), "device": torch.cuda.get_device_name()}
+            row |= {
+                "read_tb_s": round(reading / 1e12, 3),
+                "tflop_s": round(computing / 1e12, 1),
+                "device": torch.cuda.get_device_name(),
+            }
             print(json.dumps(row), flush=True)
-            print(f"{model:16} x{num_tokens:5}: {taken:9.2f} us, floor {floor:9.2f}, share {floor / taken:.2f}", file=sys.stderr)
+            print(
+                f"{model:16} x{num_tokens:5}: {taken:9.2f} us, floor {floor:9.2f}, share {floor / taken:.2f}",
+                file=sys.stderr,
+            )
             del case
             torch.cuda.empty_cache()
 

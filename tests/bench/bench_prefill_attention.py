@@ -1,10 +1,12 @@
-"""Paged prefill attention on one GPU beside torch's contiguous attention in the same run. Prints JSON lines, and a table to stderr.
+"""Paged prefill attention on one GPU beside torch's contiguous attention in the same run. Prints JSON lines, and a
+table to stderr.
 
     python -m tests.bench.bench_prefill_attention [--cases '1x8k;512 over 8k'] [--shape 128:128:8:3 ...]
 
-floor_us: 4 * head_dim operations per query head and visible key over the rate of a bf16 matrix product of 8192³ measured in the same run. peers_us: torch's
-scaled_dot_product_attention, keys and values contiguous, with its flash and cuDNN backends; of_best: the faster of them over ours. Medians of single launches
-with the L2 cache emptied before each. error: relative RMS against float32. --shape rows:tile:warps:stages[:registers] tries other launches than the tuned one.
+floor_us: 4 * head_dim operations per query head and visible key over the rate of a bf16 matrix product of 8192³
+measured in the same run. peers_us: torch's scaled_dot_product_attention, keys and values contiguous, with its flash and
+cuDNN backends; of_best: the faster of them over ours. Medians of single launches with the L2 cache emptied before each.
+error: relative RMS against float32. --shape rows:tile:warps:stages[:registers] tries other launches than the tuned one.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Case:
 
     @property
     def operations(self) -> float:
-        return 4.0 * self.num_q_heads * self.head_dim * sum(n * (n + 1) / 2 + n * (length - n) for n, length in self.lens)
+        return (
+            4.0 * self.num_q_heads * self.head_dim * sum(n * (n + 1) / 2 + n * (length - n) for n, length in self.lens)
+        )
 
 
 CASES = {
@@ -65,7 +69,9 @@ class Tensors:
 
 def make(case: Case, kv_dtype: torch.dtype) -> Tensors:
     pages = [-(-length // case.page_size) for _, length in case.lens]
-    kv_pages = torch.randn(sum(pages), 2, case.num_kv_heads, case.page_size, case.head_dim, device="cuda", dtype=torch.bfloat16).to(kv_dtype)
+    kv_pages = torch.randn(
+        sum(pages), 2, case.num_kv_heads, case.page_size, case.head_dim, device="cuda", dtype=torch.bfloat16
+    ).to(kv_dtype)
     shuffled = torch.randperm(sum(pages), dtype=torch.int32).split(pages)
     page_table = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True, padding_value=-1).cuda()
     starts = torch.tensor([0, *(n for n, _ in case.lens)]).cumsum(0)
@@ -75,10 +81,15 @@ def make(case: Case, kv_dtype: torch.dtype) -> Tensors:
 
 
 def contiguous(case: Case, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v of sequences of equal lengths: [sequences, heads, tokens, head_dim], rows of a token together in memory as a model leaves them."""
+    """q, k and v of sequences of equal lengths: [sequences, heads, tokens, head_dim], rows of a token together in
+    memory as a model leaves them.
+    """
     query_len, length = case.lens[0]
     gathered = (
-        tensors.kv_pages.bfloat16()[tensors.page_table.long()].permute(2, 0, 1, 4, 3, 5).flatten(2, 3)[:, :, :length].contiguous()
+        tensors.kv_pages.bfloat16()[tensors.page_table.long()]
+        .permute(2, 0, 1, 4, 3, 5)
+        .flatten(2, 3)[:, :, :length]
+        .contiguous()
     )  # side, seq, token, head, dim
     q = tensors.q.view(len(case.lens), query_len, case.num_q_heads, case.head_dim)
     return q.transpose(1, 2), gathered[0].transpose(1, 2), gathered[1].transpose(1, 2)
@@ -90,7 +101,9 @@ def float32_attention(case: Case, tensors: Tensors) -> torch.Tensor:
     group, (query_len, length) = case.num_q_heads // case.num_kv_heads, case.lens[0]
     visible = torch.ones(query_len, length, dtype=torch.bool, device="cuda").tril(length - query_len)
     for head in range(case.num_q_heads):
-        scores = (q[:, head] @ k[:, head // group].transpose(1, 2) * case.head_dim**-0.5).masked_fill_(~visible, float("-inf"))
+        scores = (q[:, head] @ k[:, head // group].transpose(1, 2) * case.head_dim**-0.5).masked_fill_(
+            ~visible, float("-inf")
+        )
         out[:, head] = scores.softmax(-1) @ v[:, head // group]
     return out.transpose(1, 2).reshape(tensors.q.shape)
 
@@ -106,7 +119,9 @@ def peer_us(case: Case, tensors: Tensors, backend: SDPBackend) -> float | None:
     mask = None if square else causal_lower_right(q.shape[2], k.shape[2])
     try:
         with sdpa_kernel(backend):
-            return microseconds(lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True))
+            return microseconds(
+                lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
+            )
     except RuntimeError:
         return None
 
@@ -120,7 +135,9 @@ def parse_shape(text: str) -> PrefillShape:
     return PrefillShape(*(int(n) for n in text.split(":")))
 
 
-def measure(name: str, text: str | None, tensors: Tensors, expected: torch.Tensor, peers: dict[str, float | None], rate: float) -> dict[str, object]:
+def measure(
+    name: str, text: str | None, tensors: Tensors, expected: torch.Tensor, peers: dict[str, float | None], rate: float
+) -> dict[str, object]:
     case, out = CASES[name], torch.full_like(tensors.q, float("nan"))
 
     def launch() -> None:
@@ -145,7 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=";".join(CASES), help="names joined by ';'")
     parser.add_argument("--shape", action="append", help="rows:tile:warps:stages[:registers]; may be repeated")
-    parser.add_argument("--kv", choices=KV_DTYPES, default="bf16", help="type of K and V in the store; the peers' are bfloat16")
+    parser.add_argument(
+        "--kv", choices=KV_DTYPES, default="bf16", help="type of K and V in the store; the peers' are bfloat16"
+    )
     options = parser.parse_args()
     rate = matrix_rate()
     for name in options.cases.split(";"):
@@ -159,7 +178,12 @@ def main() -> None:
                 print(f"{name}: {text}: {refusal}", file=sys.stderr)
                 continue
             print(json.dumps(row), flush=True)
-            print("{case:18} {shape:14} {us:8.1f} us {tflops:6.1f} TFLOP/s  {of_best} of best  error {error:.5f} {peers_us}".format(**row), file=sys.stderr)
+            print(
+                "{case:18} {shape:14} {us:8.1f} us {tflops:6.1f} TFLOP/s  {of_best} of best  error {error:.5f} {peers_us}".format(
+                    **row
+                ),
+                file=sys.stderr,
+            )
         del tensors, expected
         torch.cuda.empty_cache()
 

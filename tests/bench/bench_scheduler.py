@@ -1,9 +1,11 @@
-"""Host cost of a decode step: microseconds of schedule() and commit() for N running sequences, prefix cache on. Prints JSON lines.
+"""Host cost of a decode step: microseconds of schedule() and commit() for N running sequences, prefix cache on. Prints
+JSON lines.
 
     python -m tests.bench.bench_scheduler --sequences 256 --steps 400
 
-The sequences decode steadily: every page_size-th token of each needs a new page and publishes a full one, as in production.
-vLLM 0.24.0 on a two-core machine: schedule() 1,667 us + update_from_output() 615 us for the same 256 sequences.
+The sequences decode steadily: every page_size-th token of each needs a new page and publishes a full one, as in
+production. vLLM 0.24.0 on a two-core machine: schedule() 1,667 us + update_from_output() 615 us for the same 256
+sequences.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def measure(num_sequences: int, steps: int, page_size: int, prefix_cache: bool) 
     random = np.random.default_rng(0)
     sampling = SamplingParams(max_tokens=max_model_len - prompt_len, temperature=0.0, ignore_eos=True)
     for serial in range(num_sequences):
-        prompt = random.integers(0, 32000, prompt_len - serial % page_size, dtype=np.int32)  # page borders at different steps
+        # page borders at different steps
+        prompt = random.integers(0, 32000, prompt_len - serial % page_size, dtype=np.int32)
         scheduler.submit(Submit(serial, prompt.tobytes(), sampling, (), "", time.monotonic()))
     schedule_us, commit_us = [], []
     tokens = random.integers(0, 32000, (steps + 64, num_sequences), dtype=np.int32)

@@ -1,11 +1,13 @@
-"""What a response costs in Triton Server: responses a second and CPU time for each, of a model that does nothing but send. Prints a JSON line a setting.
+"""What a response costs in Triton Server: responses a second and CPU time for each, of a model that does nothing but
+send. Prints a JSON line a setting.
 
     python -m tests.bench.bench_sends [--streams 256] [--responses 256] [--quick]
 
-The settings are those that a deployment can choose: front ends (model instances), sending threads in each, bytes of a response, the Python backend's
-thread-pool-size and the size of its shared-memory region. Each starts a server of its own; perf_analyzer reads --streams gRPC streams of --responses
-responses each. cpu_us is time of all cores spent by the server and its stubs, over the number of responses: it does not depend on what else runs, while
-responses a second does, most of all on few cores, where perf_analyzer competes with the server.
+The settings are those that a deployment can choose: front ends (model instances), sending threads in each, bytes of a
+response, the Python backend's thread-pool-size and the size of its shared-memory region. Each starts a server of its
+own; perf_analyzer reads --streams gRPC streams of --responses responses each. cpu_us is time of all cores spent by the
+server and its stubs, over the number of responses: it does not depend on what else runs, while responses a second does,
+most of all on few cores, where perf_analyzer competes with the server.
 """
 
 from __future__ import annotations
@@ -79,7 +81,10 @@ class Setting:
 
 
 SETTINGS = (
-    *(Setting(front_ends, senders) for front_ends, senders in ((1, 1), (1, 4), (1, 8), (2, 4), (4, 1), (4, 2), (4, 4), (8, 4))),
+    *(
+        Setting(front_ends, senders)
+        for front_ends, senders in ((1, 1), (1, 4), (1, 8), (2, 4), (4, 1), (4, 2), (4, 4), (8, 4))
+    ),
     *(Setting(response_bytes=size) for size in (64, 512, 4096)),
     *(Setting(thread_pool_size=size) for size in (1, 4, 16)),
     Setting(shm_mib=64),
@@ -94,7 +99,9 @@ def serving(setting: Setting) -> Iterator[tuple[str, int]]:
         folder = Path(name)
         installation = server_files.find_installation()
         options = {"senders": str(setting.senders), "response_bytes": str(setting.response_bytes)}
-        repository = server_files.prepare_repository(folder, model_name=_MODEL, options=options, instances=setting.front_ends)
+        repository = server_files.prepare_repository(
+            folder, model_name=_MODEL, options=options, instances=setting.front_ends
+        )
         version = repository / _MODEL / "1"
         version.unlink()
         version.mkdir()
@@ -103,11 +110,19 @@ def serving(setting: Setting) -> Iterator[tuple[str, int]]:
         backend += [f"shm-default-byte-size={setting.shm_mib * 2**20}"] * (setting.shm_mib > 0)
         ports = PortClaim("127.0.0.1", http=0, grpc=0, metrics=0)
         command = [
-            *(str(installation.executable), f"--model-repository={repository}", "--disable-auto-complete-config", "--exit-timeout-secs=5"),
+            *(
+                str(installation.executable),
+                f"--model-repository={repository}",
+                "--disable-auto-complete-config",
+                "--exit-timeout-secs=5",
+            ),
             f"--backend-directory={server_files.prepare_backends(installation, folder)}",
             *(f"--backend-config=python,{each}" for each in backend),
             *(f"--{service}-address=127.0.0.1" for service in ("http", "grpc", "metrics")),
-            *(f"--{service}-port={getattr(ports.addresses, f'{service}_port')}" for service in ("http", "grpc", "metrics")),
+            *(
+                f"--{service}-port={getattr(ports.addresses, f'{service}_port')}"
+                for service in ("http", "grpc", "metrics")
+            ),
         ]
         environment = server_files.prepare_environment(installation, folder)
         with (folder / "server.log").open("wb") as log:
@@ -148,14 +163,25 @@ def cpu_seconds(parent: int) -> float:
     return total
 
 
-def measure(tool: PerfAnalyzer, setting: Setting, num_streams: int, num_responses: int, rounds: int) -> dict[str, float]:
+def measure(
+    tool: PerfAnalyzer, setting: Setting, num_streams: int, num_responses: int, rounds: int
+) -> dict[str, float]:
     with serving(setting) as (address, server):
         target = Target("sends", address, _MODEL, None, takes_ids=False, counts_tokens=False, counts_prompts=False)
         workload = Workload(Span(4, 4), Span(num_responses, num_responses))
         limits = LoadLimits(None, 300.0, len(os.sched_getaffinity(0)))
         prompting = Prompting(as_ids=False, tokens_per_word=1.0, count_tokens=False)
         before = cpu_seconds(server)
-        traces = run_load(tool, target, Level(num_streams), workload, make_requests(workload, num_streams * rounds), prompting, limits, lambda: None)
+        traces = run_load(
+            tool,
+            target,
+            Level(num_streams),
+            workload,
+            make_requests(workload, num_streams * rounds),
+            prompting,
+            limits,
+            lambda: None,
+        )
         spent = cpu_seconds(server) - before
     arrivals = np.sort(np.concatenate([trace.arrivals for trace in traces]))
     if len(arrivals) != num_streams * rounds * num_responses:
@@ -163,7 +189,9 @@ def measure(tool: PerfAnalyzer, setting: Setting, num_streams: int, num_response
     return {
         "responses_per_second": round((len(arrivals) - 1) / (arrivals[-1] - arrivals[0]) * 1e9),
         "cpu_us": round(spent / len(arrivals) * 1e6, 1),
-        "first_response_ms_p99": round(float(np.percentile([(trace.arrivals[0] - trace.sent) / 1e6 for trace in traces], 99)), 1),
+        "first_response_ms_p99": round(
+            float(np.percentile([(trace.arrivals[0] - trace.sent) / 1e6 for trace in traces], 99)), 1
+        ),
     }
 
 

@@ -1,15 +1,18 @@
-"""Pages saved by sharing, for parallel sampling and beam search, as in the PagedAttention paper (Kwon et al., SOSP 2023, section 6.3). Prints JSON lines.
+"""Pages saved by sharing, for parallel sampling and beam search, as in the PagedAttention paper (Kwon et al., SOSP
+2023, section 6.3). Prints JSON lines.
 
     python -m tests.bench.bench_sharing
 
-Scheduler, pool and beam rooms are the real ones; no model runs. Lengths are log-normal with the means that the paper states for Alpaca (19 tokens in,
-58 out) and ShareGPT (161 in, 338 out), cut as it cuts them at 2,048 in all. Saved is 1 - pages held / pages held without sharing, both averaged over
-all steps; the paper found 6.1 - 9.8 % on Alpaca and 16.2 - 30.5 % on ShareGPT for parallel sampling (2 to 6 sequences), 37.6 - 55.2 % and 44.3 - 66.3 % for
-beam search (width 2 to 6).
+Scheduler, pool and beam rooms are the real ones; no model runs. Lengths are log-normal with the means that the paper
+states for Alpaca (19 tokens in, 58 out) and ShareGPT (161 in, 338 out), cut as it cuts them at 2,048 in all. Saved is 1
+- pages held / pages held without sharing, both averaged over all steps; the paper found 6.1 - 9.8 % on Alpaca and 16.2
+- 30.5 % on ShareGPT for parallel sampling (2 to 6 sequences), 37.6 - 55.2 % and 44.3 - 66.3 % for beam search (width 2
+to 6).
 
-What a beam search shares in its answers depends on how often beams are dropped, which is the model's doing. Here a stand-in decides: a continuation's
-log-probability falls from rank to rank by --spread nats on average. The smaller it is, the more often one beam's continuations drive the others out.
-`--checkpoint FOLDER` asks a model on the CPU instead, slowly, about prompts of random tokens; "demo" is the model that comes with paged.
+What a beam search shares in its answers depends on how often beams are dropped, which is the model's doing. Here a
+stand-in decides: a continuation's log-probability falls from rank to rank by --spread nats on average. The smaller it
+is, the more often one beam's continuations drive the others out. `--checkpoint FOLDER` asks a model on the CPU instead,
+slowly, about prompts of random tokens; "demo" is the model that comes with paged.
 """
 
 from __future__ import annotations
@@ -70,7 +73,9 @@ def stand_in(spread: float, random: np.random.Generator) -> Callable[[Batch], St
 
 def sampling_of(kind: str, width: int, answer: int) -> SamplingParams:
     if kind == "beam":
-        return SamplingParams(use_beam_search=True, beam_width=width, n=1, temperature=0.0, max_tokens=answer, ignore_eos=True)
+        return SamplingParams(
+            use_beam_search=True, beam_width=width, n=1, temperature=0.0, max_tokens=answer, ignore_eos=True
+        )
     return SamplingParams(temperature=1.0, max_tokens=answer, ignore_eos=True)
 
 
@@ -79,14 +84,30 @@ def submit(engine: Engine | Scheduler, kind: str, width: int, prompts: list[np.n
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         for _ in range(width if kind == "parallel" else 1):
             params = sampling_of(kind, width, answer)
-            engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", time.monotonic(), number if kind == "parallel" else None))
+            engine.submit(
+                Submit(
+                    request_id,
+                    prompt.tobytes(),
+                    params,
+                    (),
+                    "",
+                    time.monotonic(),
+                    number if kind == "parallel" else None,
+                )
+            )
             request_id += 1
 
 
-def run_scheduler(kind: str, width: int, prompts: list[np.ndarray], answers: list[int], spread: float, seed: int) -> Pages:
+def run_scheduler(
+    kind: str, width: int, prompts: list[np.ndarray], answers: list[int], spread: float, seed: int
+) -> Pages:
     num_rows = width * len(prompts)
     num_pages = num_rows * MAX_MODEL_LEN // PAGE_SIZE
-    scheduler = Scheduler(SchedulerLimits(PAGE_SIZE, num_pages, MAX_MODEL_LEN, num_rows, 16384, max_queue_size=num_rows, prefix_cache=False))
+    scheduler = Scheduler(
+        SchedulerLimits(
+            PAGE_SIZE, num_pages, MAX_MODEL_LEN, num_rows, 16384, max_queue_size=num_rows, prefix_cache=False
+        )
+    )
     submit(scheduler, kind, width, prompts, answers)
     pages, result = Pages(), stand_in(spread, np.random.default_rng(seed))
     while scheduler.has_work:
@@ -99,7 +120,13 @@ def run_scheduler(kind: str, width: int, prompts: list[np.ndarray], answers: lis
 
 
 def run_engine(checkpoint: str, kind: str, width: int, prompts: list[np.ndarray], answers: list[int]) -> Pages:
-    options = {"model": checkpoint, "device": "cpu", "max_num_sequences": width * len(prompts), "prefix_cache": False, "max_batched_tokens": 4096}
+    options = {
+        "model": checkpoint,
+        "device": "cpu",
+        "max_num_sequences": width * len(prompts),
+        "prefix_cache": False,
+        "max_batched_tokens": 4096,
+    }
     with tempfile.TemporaryDirectory() as folder:
         engine, scheduler, ready = load_engine(EngineConfig.parse(options), Path(folder))
         longest = ready.max_model_len
@@ -144,7 +171,19 @@ def main() -> None:
                 "steps": pages.steps,
                 "saved": round(1 - pages.held / pages.unshared, 4),
             }
-            print(json.dumps(told | ({"model": args.checkpoint} if args.checkpoint else {"spread": args.spread} if kind == "beam" else {})), flush=True)
+            print(
+                json.dumps(
+                    told
+                    | (
+                        {"model": args.checkpoint}
+                        if args.checkpoint
+                        else {"spread": args.spread}
+                        if kind == "beam"
+                        else {}
+                    )
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

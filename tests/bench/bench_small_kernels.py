@@ -1,11 +1,14 @@
-"""The small kernels of a decode step on one GPU: microseconds and share of the bandwidth measured in the same run. Prints JSON lines, and a table to stderr.
+"""The small kernels of a decode step on one GPU: microseconds and share of the bandwidth measured in the same run.
+Prints JSON lines, and a table to stderr.
 
     python -m tests.bench.bench_small_kernels [--only sample,norm] [--batches 1,32,256]
 
-us: one launch of a CUDA graph of launches, median; us_pdl: the same with programmatic dependent launch; torch_us: the op of reference.py on the GPU.
-floor_us: the bytes that must be read and written over the measured bandwidth (of reading for what only reads, of copying for the others). Inputs are as hot in
-the L2 cache as a step leaves them, so small cases can be faster than the floor; what bounds them is a launch: `empty` is a kernel that does nothing.
-Layers are Llama-3.2-1B's (hidden 2048) and Llama-3.1-8B's (hidden 4096) in bfloat16; logits are float32 over 128,256 tokens, *flat* normal with deviation 1,
+us: one launch of a CUDA graph of launches, median; us_pdl: the same with programmatic dependent launch; torch_us: the
+op of reference.py on the GPU.
+floor_us: the bytes that must be read and written over the measured bandwidth (of reading for what only reads, of
+copying for the others). Inputs are as hot in the L2 cache as a step leaves them, so small cases can be faster than the
+floor; what bounds them is a launch: `empty` is a kernel that does nothing. Layers are Llama-3.2-1B's (hidden 2048) and
+Llama-3.1-8B's (hidden 4096) in bfloat16; logits are float32 over 128,256 tokens, *flat* normal with deviation 1,
 *peaked* deviation 2 and 50 tokens 10 higher.
 """
 
@@ -67,10 +70,20 @@ def layer_cases(batch: int, hidden: int, head_dim: int, intermediate: int) -> It
     x, weight, out = randn(batch, hidden), randn(hidden), randn(batch, hidden)
     row = 2 * batch * hidden
     yield Case(
-        f"rms_norm {hidden}", batch, 2 * row, lambda pdl: rms_norm(x, weight, 1e-5, out=out, launch_pdl=pdl), lambda: reference.rms_norm(x, weight, 1e-5)
+        f"rms_norm {hidden}",
+        batch,
+        2 * row,
+        lambda pdl: rms_norm(x, weight, 1e-5, out=out, launch_pdl=pdl),
+        lambda: reference.rms_norm(x, weight, 1e-5),
     )
     gate_up, gated = randn(batch, 2 * intermediate), randn(batch, intermediate)
-    yield Case(f"silu_mul {intermediate}", batch, 3 * gated.nbytes, lambda pdl: gate(gate_up, out=gated, launch_pdl=pdl), lambda: reference.gate(gate_up))
+    yield Case(
+        f"silu_mul {intermediate}",
+        batch,
+        3 * gated.nbytes,
+        lambda pdl: gate(gate_up, out=gated, launch_pdl=pdl),
+        lambda: reference.gate(gate_up),
+    )
     num_heads, num_kv_heads = 32, 8
     qkv, q = randn(batch, (num_heads + 2 * num_kv_heads) * head_dim), randn(batch, num_heads, head_dim)
     kv_pages, table = randn(4 * batch, 2, num_kv_heads, PAGE_SIZE, head_dim), randn(4096, head_dim, dtype=torch.float32)
@@ -100,27 +113,47 @@ def row_cases(batch: int) -> Iterator[Case]:
     rows = torch.arange(batch, dtype=torch.int32, device="cuda")
     starts, counts = ints(batch, high=2048) + 1, torch.ones_like(rows)
     outputs = {name: torch.empty_like(rows) for name in ("input_ids", "positions", "slot_mapping", "seq_lens")}
-    table, tokens, updates = torch.empty_like(page_tables), ints(batch, high=VOCAB), torch.stack((rows, rows, rows), dim=1)
+    table, tokens, updates = (
+        torch.empty_like(page_tables),
+        ints(batch, high=VOCAB),
+        torch.stack((rows, rows, rows), dim=1),
+    )
     yield Case(
         "gather_step, lengths to 2k", batch, 4 * 2 * batch * 64,
         lambda pdl: gather_step(rows, starts, counts, rows, history, page_tables, PAGE_SIZE, **outputs, page_table=table, launch_pdl=pdl),
     )  # fmt: skip
-    yield Case("update_page_tables", batch, 16 * batch, lambda pdl: update_page_tables(page_tables, updates, launch_pdl=pdl))
-    yield Case("write_tokens", batch, 16 * batch, lambda pdl: write_tokens(history, rows, starts, tokens, launch_pdl=pdl))
+    yield Case(
+        "update_page_tables", batch, 16 * batch, lambda pdl: update_page_tables(page_tables, updates, launch_pdl=pdl)
+    )
+    yield Case(
+        "write_tokens", batch, 16 * batch, lambda pdl: write_tokens(history, rows, starts, tokens, launch_pdl=pdl)
+    )
 
 
 def sampling_cases(batch: int) -> Iterator[Case]:
     workspace = make_sampling_workspace(256, VOCAB, torch.device("cuda"))
     flat, peaked = randn(batch, VOCAB, dtype=torch.float32), 2 * randn(batch, VOCAB, dtype=torch.float32)
-    peaked.scatter_add_(1, torch.randint(0, VOCAB, (batch, 50), device="cuda"), torch.full((batch, 50), 10.0, device="cuda"))
+    peaked.scatter_add_(
+        1, torch.randint(0, VOCAB, (batch, 50), device="cuda"), torch.full((batch, 50), 10.0, device="cuda")
+    )
     half = peaked.to(BF16)
     tokens, values = torch.empty(batch, dtype=torch.int64, device="cuda"), torch.empty(batch, device="cuda")
-    temperature, seeds, positions = torch.full_like(values, 0.8), torch.arange(batch, device="cuda"), torch.arange(batch, device="cuda")
+    temperature, seeds, positions = (
+        torch.full_like(values, 0.8),
+        torch.arange(batch, device="cuda"),
+        torch.arange(batch, device="cuda"),
+    )
 
-    def case(name: str, launch: Callable[[bool], object], twin: Callable[[], object] | None = None, passes: int = 1) -> Case:
+    def case(
+        name: str, launch: Callable[[bool], object], twin: Callable[[], object] | None = None, passes: int = 1
+    ) -> Case:
         return Case(name, batch, passes * peaked.nbytes, launch, twin, reads_only=True)
 
-    yield case("argmax", lambda pdl: argmax(peaked, workspace=workspace, out=tokens, launch_pdl=pdl), lambda: reference.argmax(peaked))
+    yield case(
+        "argmax",
+        lambda pdl: argmax(peaked, workspace=workspace, out=tokens, launch_pdl=pdl),
+        lambda: reference.argmax(peaked),
+    )
     yield Case(
         "argmax of bfloat16",
         batch,
@@ -129,7 +162,11 @@ def sampling_cases(batch: int) -> Iterator[Case]:
         lambda: reference.argmax(half),
         True,
     )
-    yield case("logprobs", lambda pdl: logprobs(peaked, tokens, workspace=workspace, out=values, launch_pdl=pdl), lambda: reference.logprobs(peaked, tokens))
+    yield case(
+        "logprobs",
+        lambda pdl: logprobs(peaked, tokens, workspace=workspace, out=values, launch_pdl=pdl),
+        lambda: reference.logprobs(peaked, tokens),
+    )
     yield case(
         "sample",
         lambda pdl: sample(peaked, temperature, seeds, positions, workspace=workspace, out=tokens, launch_pdl=pdl),
@@ -151,11 +188,18 @@ def sampling_cases(batch: int) -> Iterator[Case]:
                 lambda pdl, a=logits, b=top_k, c=top_p, d=min_p: truncation_thresholds(
                     a, b, c, d, workspace=workspace, temperature=temperature, out=thresholds, launch_pdl=pdl
                 ),
-                lambda a=logits, b=top_k, c=top_p, d=min_p, k=k: reference.truncate(reference.apply_temperature(a, temperature), b, c, d, k),
+                lambda a=logits, b=top_k, c=top_p, d=min_p, k=k: reference.truncate(
+                    reference.apply_temperature(a, temperature), b, c, d, k
+                ),
             )
-    cut = truncation_thresholds(peaked, torch.full_like(tokens, 50), torch.full_like(values, 0.9), torch.zeros_like(values), workspace=workspace)
+    cut = truncation_thresholds(
+        peaked, torch.full_like(tokens, 50), torch.full_like(values, 0.9), torch.zeros_like(values), workspace=workspace
+    )
     yield case(
-        "sample above thresholds", lambda pdl: sample(peaked, temperature, seeds, positions, workspace=workspace, thresholds=cut, out=tokens, launch_pdl=pdl)
+        "sample above thresholds",
+        lambda pdl: sample(
+            peaked, temperature, seeds, positions, workspace=workspace, thresholds=cut, out=tokens, launch_pdl=pdl
+        ),
     )
     for n in (1, 20):
         tops = (torch.empty(batch, n, dtype=torch.int64, device="cuda"), torch.empty(batch, n, device="cuda"))
@@ -165,7 +209,11 @@ def sampling_cases(batch: int) -> Iterator[Case]:
             lambda n=n: reference.top_logprobs(peaked, n),
         )
     history = torch.randint(0, VOCAB, (batch, 2048), dtype=torch.int32, device="cuda")
-    half_way, full, penalty = torch.full_like(positions, 500), torch.full_like(positions, 1000), torch.full_like(values, 1.1)
+    half_way, full, penalty = (
+        torch.full_like(positions, 500),
+        torch.full_like(positions, 1000),
+        torch.full_like(values, 1.1),
+    )
     counts = torch.zeros(batch, VOCAB, dtype=torch.int32, device="cuda")
     yield Case(
         "apply_penalties, 1,000 tokens", batch, batch * 1000 * 24,
@@ -189,11 +237,17 @@ def main() -> None:
     parser.add_argument("--batches", default="1,32,256")
     options = parser.parse_args()
     reading, copying = read_bandwidth(), copy_bandwidth()
-    print(f"reading {reading / 1e12:.2f} TB/s, copying {copying / 1e12:.2f} TB/s, {torch.cuda.get_device_name()}", file=sys.stderr)
+    print(
+        f"reading {reading / 1e12:.2f} TB/s, copying {copying / 1e12:.2f} TB/s, {torch.cuda.get_device_name()}",
+        file=sys.stderr,
+    )
     for case in cases([int(batch) for batch in options.batches.split(",")]):
         if not case.name.startswith(tuple(options.only.split(","))):
             continue
-        plain, pdl = replay_us(lambda _, case=case: case.launch(False), 20), replay_us(lambda _, case=case: case.launch(True), 20)
+        plain, pdl = (
+            replay_us(lambda _, case=case: case.launch(False), 20),
+            replay_us(lambda _, case=case: case.launch(True), 20),
+        )
         twin = case.twin and round(replay_us(lambda _, case=case: case.twin(), 2, 5), 1)
         floor = case.moved_bytes / (reading if case.reads_only else copying) * 1e6
         row = {
@@ -202,7 +256,12 @@ def main() -> None:
             "copy_tb_s": round(copying / 1e12, 3), "device": torch.cuda.get_device_name(),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
-        print("{case:36} {batch:4} {us:8.2f} us, pdl {us_pdl:8.2f}, torch {torch_us}, floor {floor_us:7.2f}, share {share:.2f}".format(**row), file=sys.stderr)
+        print(
+            "{case:36} {batch:4} {us:8.2f} us, pdl {us_pdl:8.2f}, torch {torch_us}, floor {floor_us:7.2f}, share {share:.2f}".format(
+                **row
+            ),
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""A runner's start on one device: seconds of each phase, and memory as it was predicted and as it came. Prints JSON lines.
+"""A runner's start on one device: seconds of each phase, and memory as it was predicted and as it came. Prints JSON
+lines.
 
     python -m tests.bench.bench_start --models llama-3.2-1b qwen3-0.6b
     python -m tests.bench.bench_start --models llama-3.2-1b --set pool_memory_fraction=1 --set cuda_graphs=false
 
-predicted_left_bytes: free after the weights, less pool, largest step and captured steps. left_bytes: free after the warm-up and then after the largest steps,
-run beside everything; what torch keeps for the next step does not count as free. A prediction is right if as much is left as it says, or a little more: what is
-more was kept for nothing. Weights are random; every model is started in a process of its own.
+predicted_left_bytes: free after the weights, less pool, largest step and captured steps. left_bytes: free after the
+warm-up and then after the largest steps, run beside everything; what torch keeps for the next step does not count as
+free. A prediction is right if as much is left as it says, or a little more: what is more was kept for nothing. Weights
+are random; every model is started in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def start(model: str, options: dict[str, Any]) -> dict[str, object]:
         logging.info("%s", sentence)
 
     with tempfile.TemporaryDirectory() as folder:
-        config = EngineConfig.parse({"model": str(write_geometry(model, Path(folder) / "model")), "load_format": "dummy", **options})
+        config = EngineConfig.parse(
+            {"model": str(write_geometry(model, Path(folder) / "model")), "load_format": "dummy", **options}
+        )
         started = time.monotonic()
         builder = RunnerBuilder(config, tell, open_checkpoint(config))
         before = free_bytes(builder.device)
@@ -82,7 +86,9 @@ def _left(device: torch.device) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=GEOMETRIES, default=["llama-3.2-1b"])
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the engine")
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the engine"
+    )
     args = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     options = dict(option.split("=", 1) for option in args.options)

@@ -1,10 +1,13 @@
-"""One decode step of the engine: milliseconds against the floor of its bytes and operations, and where the time goes. Prints JSON lines, profiles to stderr.
+"""One decode step of the engine: milliseconds against the floor of its bytes and operations, and where the time goes.
+Prints JSON lines, profiles to stderr.
 
     python -m tests.bench.bench_step --model llama-3.1-8b --batches 1 8 32 128 256 --context 256 [--profile]
 
-Random weights at true geometries; every sequence has `--context` tokens when the clock starts. ms: median wall time of a step through scheduler, runner and
-results (the engine's own loop). floor_ms: weights and K and V read at the bandwidth measured in this run, or the products at the rate of a large one measured
-in this run, whichever is more. --profile lists the kernels of a step, and how long the GPU had nothing to run between the first and the last of the steps.
+Random weights at true geometries; every sequence has `--context` tokens when the clock starts. ms: median wall time of
+a step through scheduler, runner and results (the engine's own loop). floor_ms: weights and K and V read at the
+bandwidth measured in this run, or the products at the rate of a large one measured in this run, whichever is more.
+--profile lists the kernels of a step, and how long the GPU had nothing to run between the first and the last of the
+steps.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ def matmul_rate() -> float:
 
 
 def floor_seconds(model: str, batch: int, context: int, bandwidth: float, rate: float) -> float:
-    """The larger of two: the bytes that must be read, the operations of the products; attention's bytes come on top of either."""
+    """The larger of two: the bytes that must be read, the operations of the products; attention's bytes come on top of
+    either.
+    """
     g = GEOMETRIES[model]
     q_size, kv_size = g["num_attention_heads"] * g["head_dim"], g["num_key_value_heads"] * g["head_dim"]
     layer = g["hidden_size"] * (2 * q_size + 2 * kv_size + 3 * g["intermediate_size"])
@@ -84,12 +89,16 @@ class Steps:
 
 
 def kernel_table(steps: Steps) -> tuple[list[dict[str, Any]], float]:
-    """Kernels of a step with their mean microseconds, the longest first; and the share of the time in which no kernel ran."""
+    """Kernels of a step with their mean microseconds, the longest first; and the share of the time in which no kernel
+    ran.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         steps.run(_PROFILED)
         torch.cuda.synchronize()
     spans = sorted(
-        (event.time_range.start, event.time_range.end, event.name) for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
     )
     spans = spans[len(spans) // 4 :]  # the profiler's own start
     steps_seen = _PROFILED * 0.75
@@ -101,7 +110,12 @@ def kernel_table(steps: Steps) -> tuple[list[dict[str, Any]], float]:
     for start, end, name in spans:
         totals.setdefault(name, []).append(end - start)
     rows = [
-        {"kernel": name[:90], "per_step": round(len(t) / steps_seen, 1), "us_each": round(sum(t) / len(t), 2), "us": round(sum(t) / steps_seen, 1)}
+        {
+            "kernel": name[:90],
+            "per_step": round(len(t) / steps_seen, 1),
+            "us_each": round(sum(t) / len(t), 2),
+            "us": round(sum(t) / steps_seen, 1),
+        }
         for name, t in totals.items()
     ]
     return sorted(rows, key=lambda row: -row["us"]), 1 - busy / (reach - spans[0][0])
@@ -115,11 +129,18 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the engine")
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the engine"
+    )
     args = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     bandwidth, rate = read_bandwidth(), matmul_rate()
-    options: dict[str, Any] = {"load_format": "dummy", "prefix_cache": False, "max_model_len": 4096, "max_batched_tokens": 16384}
+    options: dict[str, Any] = {
+        "load_format": "dummy",
+        "prefix_cache": False,
+        "max_model_len": 4096,
+        "max_batched_tokens": 16384,
+    }
     options |= dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
@@ -133,9 +154,24 @@ def main() -> None:
         ms = 1000 * statistics.median(steps.run(_STEPS))
         floor = 1000 * floor_seconds(args.model, batch, args.context + 40, bandwidth, rate)
         first = first or (ms, floor)
-        row = {"bench": "step", "model": args.model, "batch": batch, "context": args.context, "temperature": args.temperature, "ms": round(ms, 3)}
-        row |= {"floor_ms": round(floor, 3), "share": round(floor / ms, 3), "growth_over_floor": round(ms / first[0] / (floor / first[1]), 3)}
-        row |= {"read_tb_s": round(bandwidth / 1e12, 3), "matmul_tflop_s": round(rate / 1e12), "device": torch.cuda.get_device_name()}
+        row = {
+            "bench": "step",
+            "model": args.model,
+            "batch": batch,
+            "context": args.context,
+            "temperature": args.temperature,
+            "ms": round(ms, 3),
+        }
+        row |= {
+            "floor_ms": round(floor, 3),
+            "share": round(floor / ms, 3),
+            "growth_over_floor": round(ms / first[0] / (floor / first[1]), 3),
+        }
+        row |= {
+            "read_tb_s": round(bandwidth / 1e12, 3),
+            "matmul_tflop_s": round(rate / 1e12),
+            "device": torch.cuda.get_device_name(),
+        }
         if args.profile:
             table, idle = kernel_table(steps)
             row["gpu_idle"] = round(idle, 4)

@@ -1,11 +1,15 @@
-"""Many streams for a long time through a real tritonserver: every answer right and ended once, memory flat. Prints JSON lines.
+"""Many streams for a long time through a real tritonserver: every answer right and ended once, memory flat. Prints JSON
+lines.
 
-    python -m tests.bench.bench_streams --streams 1000 --seconds 600 [--transport grpc|http] [--instances 2] [--set KEY=VALUE]
+    python -m tests.bench.bench_streams --streams 1000 --seconds 600 [--transport grpc|http] [--instances 2] [--set
+    KEY=VALUE]
 
-Each stream asks again as soon as it is answered: one of a few prompts, an answer of random length. The right answers are asked for one at a time before the
-clock starts (greedy decoding: a shorter answer begins like a longer one). An answer counts as wrong if a token is missing, foreign or out of order, or if its
-text is not that of its tokens; every stream must end in exactly one final response. Memory is the resident set of the server with its stubs and the engine,
-and what it holds in /dev/shm, sampled every few seconds; the change is from the median of the second fifth of the run (the first is warm-up) to the last's.
+Each stream asks again as soon as it is answered: one of a few prompts, an answer of random length. The right answers
+are asked for one at a time before the clock starts (greedy decoding: a shorter answer begins like a longer one). An
+answer counts as wrong if a token is missing, foreign or out of order, or if its text is not that of its tokens; every
+stream must end in exactly one final response. Memory is the resident set of the server with its stubs and the engine,
+and what it holds in /dev/shm, sampled every few seconds; the change is from the median of the second fifth of the run
+(the first is warm-up) to the last's.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import run_all, stream
 
 _PROMPTS = tuple(
-    f"{opening} {name} was a {trade}." for opening in ("Once upon a time", "Long ago") for name in ("Mira", "Tom") for trade in ("baker", "sailor")
+    f"{opening} {name} was a {trade}."
+    for opening in ("Once upon a time", "Long ago")
+    for name in ("Mira", "Tom")
+    for trade in ("baker", "sailor")
 )
 _SAMPLE_SECONDS = 2.0
 _GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -44,14 +51,24 @@ class Memory:
         self.shared: list[int] = []
 
     def sample(self) -> None:
-        self.resident.append(sum(_resident(pid) for pid in family(self._pid) if self._without is None or self._without not in _command(pid)))
+        self.resident.append(
+            sum(
+                _resident(pid)
+                for pid in family(self._pid)
+                if self._without is None or self._without not in _command(pid)
+            )
+        )
         self.shared.append(sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob(f"{self._shm_prefix}*")))
 
     def change(self, samples: list[int]) -> dict[str, float]:
         """Median of the second fifth and of the last, in MiB, and their ratio less 1."""
         fifth = max(1, len(samples) // 5)
         early, late = statistics.median(samples[fifth : 2 * fifth]), statistics.median(samples[-fifth:])
-        return {"early_mib": round(early / 2**20, 1), "late_mib": round(late / 2**20, 1), "growth": round(late / early - 1, 4) if early else 0.0}
+        return {
+            "early_mib": round(early / 2**20, 1),
+            "late_mib": round(late / 2**20, 1),
+            "growth": round(late / early - 1, 4) if early else 0.0,
+        }
 
 
 def family(pid: int) -> list[int]:
@@ -86,7 +103,9 @@ class Tallies:
         self.first_fault = self.first_fault or f"{kind}: {what}"[:300]
 
 
-async def ask_grpc(address: str, truth: list[dict[str, Any]], until: float, chance: random.Random, tallies: Tallies, streams: int) -> None:
+async def ask_grpc(
+    address: str, truth: list[dict[str, Any]], until: float, chance: random.Random, tallies: Tallies, streams: int
+) -> None:
     async def one(client: grpc.InferenceServerClient) -> None:
         while time.monotonic() < until:
             known, length = chance.choice(truth), chance.randint(1, 40)
@@ -99,20 +118,32 @@ async def ask_grpc(address: str, truth: list[dict[str, Any]], until: float, chan
             elif answer.num_finals != 1:
                 tallies.fault("not_one_final", f"{answer.num_finals} finals")
             elif answer.token_ids != known["ids"][:length] or not known["text"].startswith("".join(answer.text)):
-                tallies.fault("wrong", f"{answer.token_ids} instead of {known['ids'][:length]}, text {''.join(answer.text)!r}")
+                tallies.fault(
+                    "wrong", f"{answer.token_ids} instead of {known['ids'][:length]}, text {''.join(answer.text)!r}"
+                )
 
     async with grpc.InferenceServerClient(address) as client:
         await asyncio.gather(*(one(client) for _ in range(streams)))
 
 
-async def ask_http(address: str, truth: list[dict[str, Any]], until: float, chance: random.Random, tallies: Tallies, streams: int) -> None:
-    """By hand over sockets, so that a thousand streams need no more than asyncio; server-sent events end with the connection or the final chunk."""
+async def ask_http(
+    address: str, truth: list[dict[str, Any]], until: float, chance: random.Random, tallies: Tallies, streams: int
+) -> None:
+    """By hand over sockets, so that a thousand streams need no more than asyncio; server-sent events end with the
+    connection or the final chunk.
+    """
     host, port = address.split(":")
 
     async def one() -> None:
         while time.monotonic() < until:
             known, length = chance.choice(truth), chance.randint(1, 40)
-            fields = {"text_input": known["prompt"], "max_tokens": length, "stream": True, "return_output_ids": True, "return_finish_reason": True}
+            fields = {
+                "text_input": known["prompt"],
+                "max_tokens": length,
+                "stream": True,
+                "return_output_ids": True,
+                "return_finish_reason": True,
+            }
             body = json.dumps({**fields, "sampling_parameters": json.dumps(_GREEDY)}).encode()
             reader, writer = await asyncio.open_connection(host, int(port))
             head = f"POST /v2/models/paged_llm/generate_stream HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -129,7 +160,9 @@ async def ask_http(address: str, truth: list[dict[str, Any]], until: float, chan
                 tallies.fault("errors", raw.decode()[-200:])
             elif finals != 1:
                 tallies.fault("not_one_final", f"{finals} finals")
-            elif ids != known["ids"][:length] or not known["text"].startswith("".join(event["text_output"] for event in events)):
+            elif ids != known["ids"][:length] or not known["text"].startswith(
+                "".join(event["text_output"] for event in events)
+            ):
                 tallies.fault("wrong", f"{ids} instead of {known['ids'][:length]}")
 
     await asyncio.gather(*(one() for _ in range(streams)))
@@ -145,7 +178,9 @@ def client_main() -> None:
     tallies = Tallies()
     ask = ask_grpc if orders["transport"] == "grpc" else ask_http
     until = time.monotonic() + orders["seconds"]
-    asyncio.run(ask(orders["address"], orders["truth"], until, random.Random(orders["seed"]), tallies, orders["streams"]))
+    asyncio.run(
+        ask(orders["address"], orders["truth"], until, random.Random(orders["seed"]), tallies, orders["streams"])
+    )
     print(json.dumps({**tallies.counts, "first_fault": tallies.first_fault}))
 
 
@@ -156,23 +191,48 @@ def main() -> None:
     parser.add_argument("--transport", choices=("grpc", "http"), default="grpc")
     parser.add_argument("--processes", type=int, default=4, help="client processes that share the streams")
     parser.add_argument("--instances", type=int, default=None, help="front ends; default: what paged serve takes")
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the model")
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the model"
+    )
     parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
         client_main()
         return
-    options = {"dtype": "float32", "max_model_len": "256", "max_num_sequences": "128", **dict(option.split("=", 1) for option in args.options)}
+    options = {
+        "dtype": "float32",
+        "max_model_len": "256",
+        "max_num_sequences": "128",
+        **dict(option.split("=", 1) for option in args.options),
+    }
     with Server(ServerSettings(instances=args.instances, options=options)) as server:
         addresses = server.addresses
-        answers = run_all(addresses.grpc_url, [{"text_input": prompt, "max_tokens": 41, "sampling_parameters": _GREEDY} for prompt in _PROMPTS])
-        truth = [{"prompt": p, "ids": answer.token_ids, "text": "".join(answer.text)} for p, answer in zip(_PROMPTS, answers, strict=True)]
+        answers = run_all(
+            addresses.grpc_url,
+            [{"text_input": prompt, "max_tokens": 41, "sampling_parameters": _GREEDY} for prompt in _PROMPTS],
+        )
+        truth = [
+            {"prompt": p, "ids": answer.token_ids, "text": "".join(answer.text)}
+            for p, answer in zip(_PROMPTS, answers, strict=True)
+        ]
         address = addresses.grpc_url if args.transport == "grpc" else addresses.http_url.removeprefix("http://")
         shares = [args.streams // args.processes + (i < args.streams % args.processes) for i in range(args.processes)]
         clients = []
         for seed, share in enumerate(shares):
-            client = subprocess.Popen([sys.executable, "-m", "tests.bench.bench_streams", "--client"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            orders = {"transport": args.transport, "seconds": args.seconds, "address": address, "truth": truth, "seed": seed, "streams": share}
+            client = subprocess.Popen(
+                [sys.executable, "-m", "tests.bench.bench_streams", "--client"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            orders = {
+                "transport": args.transport,
+                "seconds": args.seconds,
+                "address": address,
+                "truth": truth,
+                "seed": seed,
+                "streams": share,
+            }
             assert client.stdin is not None
             client.stdin.write(json.dumps(orders))
             client.stdin.close()
@@ -187,10 +247,22 @@ def main() -> None:
                     client.kill()
         seconds = time.monotonic() - started
         counts = [json.loads(client.stdout.read() or "{}") for client in clients if client.stdout is not None]
-    row: dict[str, Any] = {"bench": "streams", "transport": args.transport, "streams": args.streams, "seconds": round(seconds)}
+    row: dict[str, Any] = {
+        "bench": "streams",
+        "transport": args.transport,
+        "streams": args.streams,
+        "seconds": round(seconds),
+    }
     row |= {key: sum(count.get(key, 0) for count in counts) for key in Tallies().counts}
-    row |= {"clients_lost": sum(not count for count in counts), "first_fault": next((count["first_fault"] for count in counts if count.get("first_fault")), "")}
-    row |= {"resident": memory.change(memory.resident), "dev_shm": memory.change(memory.shared), "samples": len(memory.resident)}
+    row |= {
+        "clients_lost": sum(not count for count in counts),
+        "first_fault": next((count["first_fault"] for count in counts if count.get("first_fault")), ""),
+    }
+    row |= {
+        "resident": memory.change(memory.resident),
+        "dev_shm": memory.change(memory.shared),
+        "samples": len(memory.resident),
+    }
     print(json.dumps(row), flush=True)
 
 

@@ -1,6 +1,7 @@
 """config.json of published models: true shapes for benchmarks with `load_format=dummy`, which needs no weights.
 
-python -m tests.bench.geometries llama-3.2-1b FOLDER     # writes a folder that `paged serve --model` and `paged bench --model` take
+python -m tests.bench.geometries llama-3.2-1b FOLDER     # writes a folder that `paged serve --model` and `paged bench
+--model` take
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from typing import Any
 
 from tests.bench.expert_geometries import EXPERT_GEOMETRIES
 
-_LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
@@ -93,14 +100,18 @@ def write_geometry(name: str, folder: Path) -> Path:
 
 
 def write_tokenizer(vocab_size: int, folder: Path) -> None:
-    """A tokenizer.json of made-up words, as many as the model has ids: detokenising random answers then costs what it costs with real ones."""
+    """A tokenizer.json of made-up words, as many as the model has ids: detokenising random answers then costs what it
+    costs with real ones.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     chance = random.Random(0)
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     seen = set(words)
     while len(words) < vocab_size:
-        word = chance.choice(("\u0120", "")) + "".join(chance.choice("abcdefghiklmnoprstuvw") for _ in range(chance.randint(2, 9)))
+        word = chance.choice(("\u0120", "")) + "".join(
+            chance.choice("abcdefghiklmnoprstuvw") for _ in range(chance.randint(2, 9))
+        )
         if word not in seen:
             seen.add(word)
             words.append(word)

@@ -1,6 +1,8 @@
-"""A stand-in for a Triton Server with the model, for benchmarks of what is before it: its gRPC service, which answers as fast as Python's grpc can write.
+"""A stand-in for a Triton Server with the model, for benchmarks of what is before it: its gRPC service, which answers
+as fast as Python's grpc can write.
 
-`python -m tests.bench.triton_stand_in --pieces N`: prints the port. Every streamed request is answered by N pieces of one token, made once, and a final one.
+`python -m tests.bench.triton_stand_in --pieces N`: prints the port. Every streamed request is answered by N pieces of
+one token, made once, and a final one.
 """
 
 from __future__ import annotations
@@ -16,14 +18,24 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
-_DESCRIPTION = {"max_model_len": 4096, "vocab_size": 300, "special_words": [], "chat_templates": {"default": "{{ messages }}"}, "adapters": []}
+_DESCRIPTION = {
+    "max_model_len": 4096,
+    "vocab_size": 300,
+    "special_words": [],
+    "chat_templates": {"default": "{{ messages }}"},
+    "adapters": [],
+}
 
 
 def response(text: str, token_ids: list[int], finish: str, final: bool) -> bytes:
     """A ModelStreamInferResponse as the real server writes it."""
     inner = pb.ModelInferResponse(model_name="paged_llm", model_version="1")
     strings = {"text_output": text, "finish_reason": finish}
-    numbers = {"num_input_tokens": ("UINT32", [12]), "output_ids": ("INT32", token_ids), "num_cached_tokens": ("UINT32", [0])}
+    numbers = {
+        "num_input_tokens": ("UINT32", [12]),
+        "output_ids": ("INT32", token_ids),
+        "num_cached_tokens": ("UINT32", [0]),
+    }
     for name, value in strings.items():
         inner.outputs.add(name=name, datatype="BYTES", shape=[1])
         encoded = value.encode()
@@ -43,7 +55,10 @@ def _task_of(request: Any) -> str:
 
 
 def _streams(request: Any) -> bool:
-    return any(tensor.name == "stream" and raw == b"\x01" for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True))
+    return any(
+        tensor.name == "stream" and raw == b"\x01"
+        for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+    )
 
 
 class StandIn(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -64,7 +79,9 @@ class StandIn(grpc.GenericRpcHandler):  # type: ignore[misc]
 
             return grpc.unary_unary_rpc_method_handler(ready)
         if details.method == f"/{SERVICE}/ModelStreamInfer":
-            return grpc.stream_stream_rpc_method_handler(self._infer, request_deserializer=pb.ModelInferRequest.FromString)
+            return grpc.stream_stream_rpc_method_handler(
+                self._infer, request_deserializer=pb.ModelInferRequest.FromString
+            )
         return None
 
     async def _infer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[bytes]:

@@ -1,18 +1,22 @@
-"""Everything at once, for as long as asked: requests of every kind against a tiny pool while the engine is killed. Prints a JSON report.
+"""Everything at once, for as long as asked: requests of every kind against a tiny pool while the engine is killed.
+Prints a JSON report.
 
     python -m tests.chaos.campaign --seconds 600 --seed 1                       # through a real tritonserver
-    python -m tests.chaos.campaign --door front-end --requests 100000 --seed 1  # without a server around the front ends: more requests a second
+    python -m tests.chaos.campaign --door front-end --requests 100000 --seed 1  # without a server around the front
+    ends: more requests a second
 
-What is right is asked first, one request at a time: tokens follow from a request and its seed alone. Then workers ask the same requests over and over, and
-read them whole, or leave (by cancelling, by closing the connection, after a while or at some token), or read slowly, or do not stream, or give little time,
-or ask for nonsense, or for very much at once; meanwhile the engine gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for a while or for ever, finds no page or
-no memory (chaotic_engine.py). Every answer that was read whole must have the right tokens, text, logprobs and finish reasons and exactly one final response;
-of those that broke off, what came must be a beginning of it; nonsense must be refused, by name. Before every step the engine checks its pool and page tables
-(debug_checks). In the end all pages must be free or cached, nothing may run, and memory and open files must not have grown.
+What is right is asked first, one request at a time: tokens follow from a request and its seed alone. Then workers ask
+the same requests over and over, and read them whole, or leave (by cancelling, by closing the connection, after a while
+or at some token), or read slowly, or do not stream, or give little time, or ask for nonsense, or for very much at once;
+meanwhile the engine gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for a while or for ever, finds no page or no memory
+(chaotic_engine.py). Every answer that was read whole must have the right tokens, text, logprobs and finish reasons and
+exactly one final response; of those that broke off, what came must be a beginning of it; nonsense must be refused, by
+name. Before every step the engine checks its pool and page tables (debug_checks). In the end all pages must be free or
+cached, nothing may run, and memory and open files must not have grown.
 
 A worker's requests follow from the seed alone; a fault says worker and number, `--only WORKER` asks the same again.
-When the server itself dies or hangs (Triton Server 2.51.0 can, when a gRPC client leaves around the final response: its issues 7840 and 8078), that is
-reported under `server_broken`, with its last log lines, and another server is started.
+When the server itself dies or hangs (Triton Server 2.51.0 can, when a gRPC client leaves around the final response: its
+issues 7840 and 8078), that is reported under `server_broken`, with its last log lines, and another server is started.
 """
 
 from __future__ import annotations
@@ -38,12 +42,31 @@ from tests.chaos.nursery import Nursery
 from tests.chaos.plague import Diary, Plague
 from tests.chaos.server_door import ServerDoor
 from tests.chaos.watch import Watch
-from tests.chaos.wishes import HOSTILE, MAX_MODEL_LEN, NUM_PAGES, Wish, long_wish, make_wishes, save_adapters, save_shallow
+from tests.chaos.wishes import (
+    HOSTILE,
+    MAX_MODEL_LEN,
+    NUM_PAGES,
+    Wish,
+    long_wish,
+    make_wishes,
+    save_adapters,
+    save_shallow,
+)
 
 _BACK_OFF_SECONDS = 2.0
 _STUCK_SECONDS = 180.0  # an answer that takes longer is a fault
 _BURST = 150
-_KINDS = {"whole": 44, "unstreamed": 8, "slow": 6, "leave after": 10, "leave at": 10, "disconnect": 4, "deadline": 8, "hostile": 9, "burst": 0.2}
+_KINDS = {
+    "whole": 44,
+    "unstreamed": 8,
+    "slow": 6,
+    "leave after": 10,
+    "leave at": 10,
+    "disconnect": 4,
+    "deadline": 8,
+    "hostile": 9,
+    "burst": 0.2,
+}
 _OPTIONS = {
     "max_model_len": MAX_MODEL_LEN,
     "max_batched_tokens": 96,
@@ -71,7 +94,9 @@ class Door(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a campaign is asked to do. It ends after `seconds`, or when `requests` were answered and `kills` done, if that is sooner; 0: no limit."""
+    """What a campaign is asked to do. It ends after `seconds`, or when `requests` were answered and `kills` done, if
+    that is sooner; 0: no limit.
+    """
 
     door: str = "server"
     seconds: float = 60.0
@@ -94,7 +119,9 @@ class Plan:
 
 
 class Pauses:
-    """How long streams that had begun stood still because of a death: from the death to the next thing their callers heard."""
+    """How long streams that had begun stood still because of a death: from the death to the next thing their callers
+    heard.
+    """
 
     def __init__(self, plague: Plague) -> None:
         self.seconds: list[float] = []
@@ -192,11 +219,18 @@ class Campaign:
         self._bursts += 1
         self._num_bursts += 1
         try:
-            await asyncio.gather(*(self._ask(wish, right, f"{name} {number}", self._door.transports[0], {}, {}) for number in range(_BURST)))
+            await asyncio.gather(
+                *(
+                    self._ask(wish, right, f"{name} {number}", self._door.transports[0], {}, {})
+                    for number in range(_BURST)
+                )
+            )
         finally:
             self._bursts -= 1
 
-    async def _ask(self, wish: Wish, right: Heard, name: str, transport: str, sampling: dict[str, Any], how: dict[str, Any]) -> None:
+    async def _ask(
+        self, wish: Wish, right: Heard, name: str, transport: str, sampling: dict[str, Any], how: dict[str, Any]
+    ) -> None:
         may_end = [DEADLINE] if DEADLINE in sampling else []
         calm = not self._bursts
         num_bursts = self._num_bursts
@@ -213,7 +247,8 @@ class Campaign:
         outcome, fault = judge(wish, right, heard, left=left, may_end=tuple(may_end))
         self.outcomes[outcome] += 1
         if QUEUE_FULL in outcome:
-            await asyncio.sleep(_BACK_OFF_SECONDS)  # else those that are refused ask again at once, and are most of what is counted
+            # else those that are refused ask again at once, and are most of what is counted
+            await asyncio.sleep(_BACK_OFF_SECONDS)
         if fault:
             self.fault(f"{name}, wish {wish.number} {tensors} {wish.parameters} {transport} {how}: {fault}")
 
@@ -281,7 +316,10 @@ async def _everything(plan: Plan, door: Door, diary: Diary) -> tuple[Campaign, P
     plague = Plague(diary, plan.kill_every, chance)
     campaign = Campaign(plan, door, truth, plague)
     watch = Watch(door, campaign, plague, diary)
-    beside = [asyncio.create_task(watch.run()), *([asyncio.create_task(plague.run(lambda: campaign.enough_kills))] if plan.kill_every else [])]
+    beside = [
+        asyncio.create_task(watch.run()),
+        *([asyncio.create_task(plague.run(lambda: campaign.enough_kills))] if plan.kill_every else []),
+    ]
     await campaign.run()
     for task in beside:
         task.cancel()
@@ -329,9 +367,22 @@ def run_campaign(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     return _report(plan, took, campaign, plague, watch, diary, numbers, door), campaign.faults
 
 
-def _report(plan: Plan, took: float, campaign: Campaign, plague: Plague, watch: Watch, diary: Diary, numbers: dict[str, float], door: Door) -> dict[str, Any]:
+def _report(
+    plan: Plan,
+    took: float,
+    campaign: Campaign,
+    plague: Plague,
+    watch: Watch,
+    diary: Diary,
+    numbers: dict[str, float],
+    door: Door,
+) -> dict[str, Any]:
     pauses = sorted(campaign.pauses.seconds)
-    shares = {f"p{share}": round(pauses[min(len(pauses) - 1, len(pauses) * share // 100)], 2) for share in (50, 99, 100)} if pauses else {}
+    shares = (
+        {f"p{share}": round(pauses[min(len(pauses) - 1, len(pauses) * share // 100)], 2) for share in (50, 99, 100)}
+        if pauses
+        else {}
+    )
     return {
         "bench": "chaos",
         **plan.__dict__,
@@ -362,16 +413,40 @@ def main() -> None:
     parser.add_argument("--most-kills", type=int, default=0, help="so many at most; 0: no limit")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=48)
-    parser.add_argument("--kill-every", type=float, default=6.0, help="mean seconds between signals to the engine; 0: none")
+    parser.add_argument(
+        "--kill-every", type=float, default=6.0, help="mean seconds between signals to the engine; 0: none"
+    )
     parser.add_argument("--instances", type=int, default=2, help="front ends")
-    parser.add_argument("--refuse-pages", type=float, default=0.02, help="share of the askings for pages that find none")
+    parser.add_argument(
+        "--refuse-pages", type=float, default=0.02, help="share of the askings for pages that find none"
+    )
     parser.add_argument("--out-of-memory", type=float, default=0.0002, help="share of steps that end the engine")
-    parser.add_argument("--no-fork", dest="fork", action="store_false", help="start engines as paged does, importing everything each time (nursery.py)")
-    parser.add_argument("--nobody-leaves", dest="leave", action="store_false", help="no cancels: what a server of 2.51.0 does not always survive")
-    parser.add_argument("--no-structured", dest="structured", action="store_false", help="no grammars: every engine that meets one imports torch once more")
+    parser.add_argument(
+        "--no-fork",
+        dest="fork",
+        action="store_false",
+        help="start engines as paged does, importing everything each time (nursery.py)",
+    )
+    parser.add_argument(
+        "--nobody-leaves",
+        dest="leave",
+        action="store_false",
+        help="no cancels: what a server of 2.51.0 does not always survive",
+    )
+    parser.add_argument(
+        "--no-structured",
+        dest="structured",
+        action="store_false",
+        help="no grammars: every engine that meets one imports torch once more",
+    )
     parser.add_argument("--pages", type=int, default=NUM_PAGES, help="in the pool")
     parser.add_argument("--rows", type=int, default=12, help="sequences at once")
-    parser.add_argument("--layers", type=int, default=1, help="of the embedded model, which has 6: with fewer more is asked in the same time")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=1,
+        help="of the embedded model, which has 6: with fewer more is asked in the same time",
+    )
     parser.add_argument("--only", type=int, help="one worker's requests, from a fault")
     parser.add_argument("--report", type=Path, help="a file for the report, with all faults")
     plan = parser.parse_args()

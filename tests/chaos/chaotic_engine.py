@@ -1,7 +1,8 @@
-"""The engine process, with mishaps: `python chaotic_engine.py ORDERS DIRECTORY [--standby]`, started like the real one and made of the same parts.
+"""The engine process, with mishaps: `python chaotic_engine.py ORDERS DIRECTORY [--standby]`, started like the real one
+and made of the same parts.
 
-Pages are refused and memory runs out at random moments, which follow from the seed and the engine's number. Whatever else goes wrong is written into the
-register, a line of JSON each: that it was born, mishaps, and faults.
+Pages are refused and memory runs out at random moments, which follow from the seed and the engine's number. Whatever
+else goes wrong is written into the register, a line of JSON each: that it was born, mishaps, and faults.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Register:
 
 
 class Mishaps:
-    """Stands before the runner, and between the scheduler and its pool. Steps and refusals are told now and then: a killed engine has no last word."""
+    """Stands before the runner, and between the scheduler and its pool. Steps and refusals are told now and then: a
+    killed engine has no last word.
+    """
 
     def __init__(self, orders: Orders, number: str, runner: Runner, pool: PagePool, register: Register) -> None:
         self._chance = random.Random(f"{orders.seed}/{number}")

@@ -1,4 +1,6 @@
-"""Asking front ends without a server around them: what is served by `paged_backend.frontend.front_end` and below, through a real engine process."""
+"""Asking front ends without a server around them: what is served by `paged_backend.frontend.front_end` and below,
+through a real engine process.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,14 @@ from tests.chaos.judge import Heard
 from tests.server.calls import tensor_array
 
 STANDBY_AFTER_SECONDS = 0.5  # so that some engines have one when they die, and others do not
-LONGEST_PAUSE_SECONDS = 0.2  # before an engine that died soon is started again: paged waits for up to 5 s, and a campaign wants many deaths
+# before an engine that died soon is started again: paged waits for up to 5 s, and a campaign wants many deaths
+LONGEST_PAUSE_SECONDS = 0.2
 
 
 class Visit:
-    """One request as its caller sees it. `send` and `is_cancelled` are what Triton Server offers; that no one asks after the end is checked here."""
+    """One request as its caller sees it. `send` and `is_cancelled` are what Triton Server offers; that no one asks
+    after the end is checked here.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, slow: float, note: Callable[[], None]) -> None:
         self.heard = Heard()
@@ -62,7 +67,13 @@ class Visit:
                 chosen = [next(iter(entry.values())) for entry in delta.logprobs]
                 heard.add(delta.index, delta.text, list(delta.token_ids), chosen, delta.finish_reason)
                 if delta.prompt is not None:
-                    heard.prompts.append([{token: entry[0] for token, entry in place.items()} for place in delta.prompt.entries() if place is not None])
+                    heard.prompts.append(
+                        [
+                            {token: entry[0] for token, entry in place.items()}
+                            for place in delta.prompt.entries()
+                            if place is not None
+                        ]
+                    )
         self._note()
         self.news.set()
 
@@ -133,7 +144,9 @@ class FrontEndDoor:
         return self._values
 
     def memory(self) -> dict[str, int]:
-        """Of the front ends: they live in this process. Their metrics are fetched first, as a server does all the time: they pile up until somebody does."""
+        """Of the front ends: they live in this process. Their metrics are fetched first, as a server does all the time:
+        they pile up until somebody does.
+        """
         self.numbers()
         return own_memory(os.getpid())
 
@@ -157,4 +170,8 @@ def own_memory(pid: int) -> dict[str, int]:
     """resident: bytes; files: open descriptors; threads."""
     gc.collect()
     status = Path(f"/proc/{pid}/statm").read_text().split()
-    return {"resident": int(status[1]) * 4096, "files": len(os.listdir(f"/proc/{pid}/fd")), "threads": len(os.listdir(f"/proc/{pid}/task"))}
+    return {
+        "resident": int(status[1]) * 4096,
+        "files": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": len(os.listdir(f"/proc/{pid}/task")),
+    }

@@ -1,12 +1,14 @@
-"""Front ends that are killed, and everything beside them: engines, standbys, processes that compile grammars. Prints a JSON report.
+"""Front ends that are killed, and everything beside them: engines, standbys, processes that compile grammars. Prints a
+JSON report.
 
     python -m tests.chaos.front_end_kills --kills 200 --seed 1
 
-In each round some front ends, processes of their own (tests/front_end_process.py), share a real engine with a model of one layer, which a nursery
-forks. All of them ask all the time, some for a grammar's words; and at random moments one is killed after another, with engines (SIGKILL, or
-SIGSTOP for ever), standbys and the processes that work on grammars between them, until one front end is left. No answer of those that live may be
-lost, refused, wrong or cut. When they have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or
-is killed: no process and, after peace, no file may be left.
+In each round some front ends, processes of their own (tests/front_end_process.py), share a real engine with a model of
+one layer, which a nursery forks. All of them ask all the time, some for a grammar's words; and at random moments one is
+killed after another, with engines (SIGKILL, or SIGSTOP for ever), standbys and the processes that work on grammars
+between them, until one front end is left. No answer of those that live may be lost, refused, wrong or cut. When they
+have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is
+killed: no process and, after peace, no file may be left.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from tests.chaos.nursery import Nursery
 from tests.chaos.wishes import save_shallow
 from tests.front_end_process import FrontEndProcess
 
-_PROMPTS = [f"{kind} Once upon a time there was number {number}" for number in range(2) for kind in ("", "plain", "guided")]
+_PROMPTS = [
+    f"{kind} Once upon a time there was number {number}" for number in range(2) for kind in ("", "plain", "guided")
+]
 _COUNTED = {
     "engine": "engines killed",
     "standby": "standbys killed",
@@ -48,7 +52,15 @@ _GONE_SECONDS = 5.0
 class Round:
     """Some front ends from their start to the last one's end."""
 
-    def __init__(self, count: int, folder: Path, options: dict[str, Any], truth: dict[str, list[int]], chance: random.Random, register: Path) -> None:
+    def __init__(
+        self,
+        count: int,
+        folder: Path,
+        options: dict[str, Any],
+        truth: dict[str, list[int]],
+        chance: random.Random,
+        register: Path,
+    ) -> None:
         """folder: of the sockets. register: where engines write down that they were born (chaotic_engine.py)."""
         self.counts: Counter[str] = Counter({"pages held for the dead": 0, "processes left": 0, "files left": 0})
         self.faults: list[str] = []
@@ -62,7 +74,12 @@ class Round:
     def run(self) -> None:
         try:
             if self._wait("the front ends start", lambda: all(front_end.told for front_end in self._living)):
-                victims = ["front end"] * (len(self._living) - 1) + ["engine", "standby", "grammar process", "stopped engine"]
+                victims = ["front end"] * (len(self._living) - 1) + [
+                    "engine",
+                    "standby",
+                    "grammar process",
+                    "stopped engine",
+                ]
                 self._chance.shuffle(victims)
                 self._ask()
                 for victim in victims:
@@ -119,7 +136,10 @@ class Round:
                 self.counts["answers of survivors"] += 1
                 if answer is None or answer["error"] or answer["ids"] != self._truth[prompt]:
                     self.faults.append(f"{prompt}: {answer}, right: {self._truth[prompt]}")
-            if not self._wait("pages of the dead are free", lambda front_end=front_end: front_end.told["owner"] and not front_end.told["held"]):  # type: ignore[misc]
+            if not self._wait(
+                "pages of the dead are free",
+                lambda front_end=front_end: front_end.told["owner"] and not front_end.told["held"],
+            ):  # type: ignore[misc]
                 self.counts["pages held for the dead"] += front_end.told["held"]
 
     def _end(self) -> None:
@@ -223,7 +243,13 @@ def run_kills(kills: int, seconds: float, seed: int, count: int) -> tuple[dict[s
             print(dict(counts), file=sys.stderr, flush=True)
         failed = [line for line in register.read_text().splitlines() if "fault" in json.loads(line)]
         faults += [f"the engine failed by itself: {line}" for line in failed]
-    return {"bench": "front end kills", "seed": seed, "seconds": round(time.monotonic() - started), **counts, "faults": len(faults)}, faults
+    return {
+        "bench": "front end kills",
+        "seed": seed,
+        "seconds": round(time.monotonic() - started),
+        **counts,
+        "faults": len(faults),
+    }, faults
 
 
 def main() -> None:

@@ -20,11 +20,13 @@ class Heard:
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)  # of the chosen tokens
     reasons: dict[int, str] = field(default_factory=dict)
-    prompts: list[list[dict[int, float]]] = field(default_factory=list)  # each time that the prompt's logprobs were told: of every token but the first
+    # each time that the prompt's logprobs were told: of every token but the first
+    prompts: list[list[dict[int, float]]] = field(default_factory=list)
     finals: int = 0
     after_final: int = 0  # responses that came after the final one
     error: str = ""
-    lost_with_server: str = ""  # the server process itself ended meanwhile, or the connection to it: who is to blame is found out elsewhere
+    # the server process itself ended meanwhile, or the connection to it: who is to blame is found out elsewhere
+    lost_with_server: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -38,10 +40,13 @@ class Heard:
             self.reasons[index] = reason
 
 
-def judge(wish: Wish, right: Heard, heard: Heard, *, left: bool = False, may_end: tuple[str, ...] = ()) -> tuple[str, str]:
+def judge(
+    wish: Wish, right: Heard, heard: Heard, *, left: bool = False, may_end: tuple[str, ...] = ()
+) -> tuple[str, str]:
     """(outcome, fault): the fault is empty if what was heard is right.
 
-    left: the caller left, so the answer may break off anywhere. may_end: an error that says one of these may end the answer.
+    left: the caller left, so the answer may break off anywhere. may_end: an error that says one of these may end the
+        answer.
     """
     if heard.after_final or heard.finals > 1:
         return "wrong", f"{heard.finals} final responses, {heard.after_final} after the first of them"
@@ -88,4 +93,8 @@ def _logprob(entry: float | tuple[float, int]) -> float:
 def _same(told: dict[int, float], right: dict[int, float]) -> bool:
     """Of a token of the prompt, and of likely ones: which of two that are as likely comes last is nobody's fault."""
     both = told.keys() & right.keys()
-    return len(told) == len(right) and len(both) >= len(right) - 1 and all(math.isclose(told[one], right[one], abs_tol=_LOGPROB_TOLERANCE) for one in both)
+    return (
+        len(told) == len(right)
+        and len(both) >= len(right) - 1
+        and all(math.isclose(told[one], right[one], abs_tol=_LOGPROB_TOLERANCE) for one in both)
+    )

@@ -2,11 +2,12 @@
 
     python -m tests.chaos.launcher_kills --rounds 20 --seed 1
 
-In each round `paged serve` starts a real tritonserver with a real engine (one layer of the embedded model), and callers ask all the time, some for a grammar's
-words, some for a chat. Then a front end, the engine, its standby, the processes that work on grammars, one that renders chat templates, and `paged serve`
-itself get SIGKILL in a random order. As long as no front end and not `paged serve` was killed, every answer must be whole and right; after that one may break
-off, but what came must be the beginning of the right one. In the end no process may be left, and after the next start's sweep no folder and nothing in
-shared memory.
+In each round `paged serve` starts a real tritonserver with a real engine (one layer of the embedded model), and callers
+ask all the time, some for a grammar's words, some for a chat. Then a front end, the engine, its standby, the processes
+that work on grammars, one that renders chat templates, and `paged serve` itself get SIGKILL in a random order. As long
+as no front end and not `paged serve` was killed, every answer must be whole and right; after that one may break off,
+but what came must be the beginning of the right one. In the end no process may be left, and after the next start's
+sweep no folder and nothing in shared memory.
 """
 
 from __future__ import annotations
@@ -44,13 +45,24 @@ _NAMES = {  # in a victim's command line
 }
 _FATAL = ("front end", "launcher")  # their deaths may cut answers off
 _DRAIN_SECONDS = 8
-_GONE_SECONDS = 2 * _DRAIN_SECONDS + 20.0  # a server that lost a front end waits for its requests until its exit timeout
+# a server that lost a front end waits for its requests until its exit timeout
+_GONE_SECONDS = 2 * _DRAIN_SECONDS + 20.0
 _GUIDED = json.dumps({"temperature": 0, "guided_regex": "[a-z ]{30,40}"})
 _GREEDY = json.dumps({"temperature": 0, "ignore_eos": True})
 _QUESTIONS: list[dict[str, Any]] = [
-    *({"text_input": f"{number} Once upon a time there was", "sampling_parameters": _GREEDY, "max_tokens": 100} for number in range(3)),
-    *({"text_input": f"{number} Once upon a time there was", "sampling_parameters": _GUIDED, "max_tokens": 100} for number in range(2)),
-    {"messages": json.dumps([{"role": "user", "content": "What was the fox's name?"}]), "sampling_parameters": _GREEDY, "max_tokens": 60},
+    *(
+        {"text_input": f"{number} Once upon a time there was", "sampling_parameters": _GREEDY, "max_tokens": 100}
+        for number in range(3)
+    ),
+    *(
+        {"text_input": f"{number} Once upon a time there was", "sampling_parameters": _GUIDED, "max_tokens": 100}
+        for number in range(2)
+    ),
+    {
+        "messages": json.dumps([{"role": "user", "content": "What was the fox's name?"}]),
+        "sampling_parameters": _GREEDY,
+        "max_tokens": 60,
+    },
 ]
 
 
@@ -86,7 +98,9 @@ def ask(url: str, question: int) -> Heard:
     body = {**_QUESTIONS[question], "stream": True, "exclude_input_in_output": True, "return_finish_reason": True}
     finished = False
     try:
-        with urlopen(Request(f"{url}/v2/models/paged_llm/generate_stream", json.dumps(body).encode()), timeout=_GONE_SECONDS) as answer:
+        with urlopen(
+            Request(f"{url}/v2/models/paged_llm/generate_stream", json.dumps(body).encode()), timeout=_GONE_SECONDS
+        ) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
@@ -108,12 +122,29 @@ class Round:
         self.faults: list[str] = []
         self._folder, self._chance = folder, chance
         self._restarts = chance.random() < 0.5
-        options = {"dtype": "float32", "num_pages": 200, "max_model_len": 512, "max_engine_restarts": 100, "debug_checks": "true", "model": model}
-        command = [*_PAGED, "serve", "--instances=3", f"--drain-seconds={_DRAIN_SECONDS}", *(f"--{name}-port=0" for name in ("http", "grpc", "metrics"))]
-        command += ["--on-front-end-death=restart"] * self._restarts + [f"--set={name}={value}" for name, value in options.items()]
+        options = {
+            "dtype": "float32",
+            "num_pages": 200,
+            "max_model_len": 512,
+            "max_engine_restarts": 100,
+            "debug_checks": "true",
+            "model": model,
+        }
+        command = [
+            *_PAGED,
+            "serve",
+            "--instances=3",
+            f"--drain-seconds={_DRAIN_SECONDS}",
+            *(f"--{name}-port=0" for name in ("http", "grpc", "metrics")),
+        ]
+        command += ["--on-front-end-death=restart"] * self._restarts + [
+            f"--set={name}={value}" for name, value in options.items()
+        ]
         environment = os.environ | {"TMPDIR": str(folder)}
         self._log = (folder / "log").open("wb")
-        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
+        )
         self._fatal_since = float("inf")
         self._servers: set[str] = set()  # their folders' names
 
@@ -188,9 +219,17 @@ class Round:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with suppress(OSError):
-                    command, status = _command(int(entry.name)), (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    command, status = (
+                        _command(int(entry.name)),
+                        (entry / "stat").read_text().rpartition(")")[2].split()[0],
+                    )
                     ours = str(self._folder).encode() in (entry / "environ").read_bytes()
-                    if ours and status != "Z" and _NAMES.get(kind, "") in command and (kind != "engine" or _NAMES["standby"] not in command):
+                    if (
+                        ours
+                        and status != "Z"
+                        and _NAMES.get(kind, "") in command
+                        and (kind != "engine" or _NAMES["standby"] not in command)
+                    ):
                         found.append(int(entry.name))
         return found
 
@@ -247,7 +286,13 @@ def run_rounds(rounds: int, seconds: float, seed: int) -> tuple[dict[str, Any], 
             for fault in one.faults:
                 print(f"FAULT round {number}, {order}: {fault[:1000]}", file=sys.stderr, flush=True)
             print(dict(counts), file=sys.stderr, flush=True)
-    return {"bench": "launcher kills", "seed": seed, "seconds": round(time.monotonic() - started), **counts, "faults": len(faults)}, faults
+    return {
+        "bench": "launcher kills",
+        "seed": seed,
+        "seconds": round(time.monotonic() - started),
+        **counts,
+        "faults": len(faults),
+    }, faults
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""Stands for an engine that the nursery forks: `python newborn.py SOCKET DIRECTORY [--standby]`. Hands over its standard streams, and ends as it ends."""
+"""Stands for an engine that the nursery forks: `python newborn.py SOCKET DIRECTORY [--standby]`. Hands over its
+standard streams, and ends as it ends.
+"""
 
 import array
 import json
@@ -10,7 +12,10 @@ import sys
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 connection.connect(sys.argv[1])
 descriptors = array.array("i", [0, 1, 2])
-connection.sendmsg([json.dumps({"directory": sys.argv[2], "flags": sys.argv[3:]}).encode() + b"\n"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+connection.sendmsg(
+    [json.dumps({"directory": sys.argv[2], "flags": sys.argv[3:]}).encode() + b"\n"],
+    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)],
+)
 null = os.open(os.devnull, os.O_RDONLY)
 os.dup2(null, 0)
 status = json.loads(connection.makefile().readline() or "-9")

@@ -1,9 +1,12 @@
-"""Engines in a tenth of the time: `python -m tests.chaos.nursery SOCKET ORDERS` imports what an engine needs once, and forks for each engine that is wanted.
+"""Engines in a tenth of the time: `python -m tests.chaos.nursery SOCKET ORDERS` imports what an engine needs once, and
+forks for each engine that is wanted.
 
-What is forked stands still while its stand-in (newborn.py) is stopped, and ends with it; a stand-in that is stopped is killed when its engine has ended.
+What is forked stands still while its stand-in (newborn.py) is stopped, and ends with it; a stand-in that is stopped is
+killed when its engine has ended.
 
-What is forked is the engine process with its own sockets, memory and threads; only importing torch is saved, which takes seconds a start on a CPU. Kills in
-their thousands need that. How long a restart takes with paged's own command is measured by tests/bench/bench_reliability.py.
+What is forked is the engine process with its own sockets, memory and threads; only importing torch is saved, which
+takes seconds a start on a CPU. Kills in their thousands need that. How long a restart takes with paged's own command is
+measured by tests/bench/bench_reliability.py.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ class Nursery:
             time.sleep(0.05)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(20)
@@ -100,7 +105,9 @@ def _serve(path: str, orders: Orders) -> None:
 
 def _peer(connection: socket.socket) -> int:
     """The stand-in's process."""
-    pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+    pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[
+        0
+    ]
     return pid
 
 
@@ -141,7 +148,8 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
 def main() -> None:
     import torch
 
-    from paged_backend.engine.loading import load_engine  # torch is not for those who only want a Nursery: their memory is measured
+    # torch is not for those who only want a Nursery: their memory is measured
+    from paged_backend.engine.loading import load_engine
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and who waits for them does so for ever
     with tempfile.TemporaryDirectory() as folder:  # much is imported when it is first wanted

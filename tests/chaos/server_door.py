@@ -1,4 +1,6 @@
-"""Asking a real tritonserver, over gRPC and HTTP. When the server itself dies or stops answering, that is written down and another one is started."""
+"""Asking a real tritonserver, over gRPC and HTTP. When the server itself dies or stops answering, that is written down
+and another one is started.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,23 @@ engine_supervisor._LONGEST_PAUSE_SECONDS = {pause}
 class TritonPythonModel(triton_io.TritonPythonModel):
     engine_command = {command!r}
 """
-_WANTED = {"return_output_ids": True, "return_finish_reason": True, "return_num_output_tokens": True, "return_sequence_index": True}
-_ENGINES = (b"chaotic_engine", b"newborn", b"engine.process")  # in the command lines of engines and of what stands for them
-_BROKEN_CONNECTION = ("Socket closed", "Connection reset", "failed to connect", "Connection refused", "Cannot connect", "Server disconnected", "not completed")
+_WANTED = {
+    "return_output_ids": True,
+    "return_finish_reason": True,
+    "return_num_output_tokens": True,
+    "return_sequence_index": True,
+}
+# in the command lines of engines and of what stands for them
+_ENGINES = (b"chaotic_engine", b"newborn", b"engine.process")
+_BROKEN_CONNECTION = (
+    "Socket closed",
+    "Connection reset",
+    "failed to connect",
+    "Connection refused",
+    "Cannot connect",
+    "Server disconnected",
+    "not completed",
+)
 _LAST_LOG_LINES = 40
 _PROBE_SECONDS = 10.0
 
@@ -67,7 +83,9 @@ class ServerDoor:
         self._client: grpc.InferenceServerClient | None = None
         self._began = time.monotonic()
 
-    def _prepare_repository(self, folder: Path, *, model_name: str, options: dict[str, str], instances: int | None) -> Path:
+    def _prepare_repository(
+        self, folder: Path, *, model_name: str, options: dict[str, str], instances: int | None
+    ) -> Path:
         """The model with another engine."""
         repository = _PREPARE_REPOSITORY(folder, model_name=model_name, options=options, instances=instances)
         version = repository / model_name / "1"
@@ -95,7 +113,9 @@ class ServerDoor:
         if transport == "http":
             conversation = talk.over_http(self._server.addresses.http_url, tensors, parameters, stream)
         else:
-            conversation = talk.over_grpc(self._grpc(), self._server.addresses.grpc_url if disconnect else "", tensors, parameters, stream)
+            conversation = talk.over_grpc(
+                self._grpc(), self._server.addresses.grpc_url if disconnect else "", tensors, parameters, stream
+            )
         server = self._server
         try:
             await asyncio.wait_for(conversation, leave_after or None)
@@ -115,9 +135,13 @@ class ServerDoor:
     def numbers(self) -> dict[str, float]:
         """Gauges of this server, and counters of all servers so far, as `name/label`."""
         with suppress(OSError):
-            self._numbers = {_slashed(name): value for name, value in metrics(self._server.addresses.metrics_url).items()}
+            self._numbers = {
+                _slashed(name): value for name, value in metrics(self._server.addresses.metrics_url).items()
+            }
         before = self._numbers_before
-        return {name: value + (before.get(name, 0.0) if "_total/" in name else 0.0) for name, value in self._numbers.items()}
+        return {
+            name: value + (before.get(name, 0.0) if "_total/" in name else 0.0) for name, value in self._numbers.items()
+        }
 
     def memory(self) -> dict[str, int]:
         """Of the server and its front ends, without the engine."""
@@ -160,9 +184,15 @@ class ServerDoor:
             return False
 
     def _post_mortem(self, code: int | None) -> dict[str, Any]:
-        """How the server ended: its own code crashed (a signal to tritonserver itself: no code of ours runs in that process), or it hangs."""
+        """How the server ended: its own code crashed (a signal to tritonserver itself: no code of ours runs in that
+        process), or it hangs.
+        """
         ended = "hangs" if code is None else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-        return {"server": ended, "after_seconds": round(time.monotonic() - self._began), "log": self._server.log_lines()[-_LAST_LOG_LINES:]}
+        return {
+            "server": ended,
+            "after_seconds": round(time.monotonic() - self._began),
+            "log": self._server.log_lines()[-_LAST_LOG_LINES:],
+        }
 
     def close(self) -> list[str]:
         """Ends the server. Returns what was wrong with that."""
@@ -184,19 +214,36 @@ class _Talk:
     def __init__(self, heard: Heard, note: Callable[[], None], leave_at: int, slow: float) -> None:
         self._heard, self._note, self._leave_at, self._slow = heard, note, leave_at, slow
 
-    async def over_grpc(self, client: grpc.InferenceServerClient, own: str, tensors: dict[str, Any], parameters: dict[str, Any], stream: bool) -> None:
+    async def over_grpc(
+        self,
+        client: grpc.InferenceServerClient,
+        own: str,
+        tensors: dict[str, Any],
+        parameters: dict[str, Any],
+        stream: bool,
+    ) -> None:
         """own: an address, for a connection that nobody else uses and that is closed by the caller who leaves."""
         if own:
             client = grpc.InferenceServerClient(own)
-        inputs = [tensor(name, value) for name, value in {"stream": stream, **_WANTED, "exclude_input_in_output": True, **tensors}.items()]
+        inputs = [
+            tensor(name, value)
+            for name, value in {"stream": stream, **_WANTED, "exclude_input_in_output": True, **tensors}.items()
+        ]
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": MODEL, "inputs": inputs, "enable_empty_final_response": True, "parameters": parameters or None}
+            yield {
+                "model_name": MODEL,
+                "inputs": inputs,
+                "enable_empty_final_response": True,
+                "parameters": parameters or None,
+            }
 
         responses = client.stream_infer(requests())
         try:
             async for result, error in responses:
-                if error is not None:  # the end; the stream is read on until the server closes it, for leaving now is what 2.51.0 does not survive
+                # the end; the stream is read on until the server closes it, for leaving now is what 2.51.0 does not
+                # survive
+                if error is not None:
                     self._heard.after_final += bool(self._heard.finals or self._heard.error)
                     self._heard.error = error.message()
                     continue
@@ -215,8 +262,12 @@ class _Talk:
         arrays = {name: tensor_array(name, value).tolist() for name, value in fields.items()}
         body = {name: values[0] if len(values) == 1 else values for name, values in arrays.items()}
         verb = "generate_stream" if stream else "generate"
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), read_bufsize=2**24) as session:
-            async with session.post(f"{url}/v2/models/{MODEL}/{verb}", json={**body, **({"parameters": parameters} if parameters else {})}) as response:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True), read_bufsize=2**24
+        ) as session:
+            async with session.post(
+                f"{url}/v2/models/{MODEL}/{verb}", json={**body, **({"parameters": parameters} if parameters else {})}
+            ) as response:
                 async for event in _events(response, stream):
                     self._take_http(event)
                     if await self._enough():
@@ -237,7 +288,10 @@ class _Talk:
         heard.finals += result.get_response().parameters["triton_final_response"].bool_param
         self._note()
         if result.as_numpy("text_output") is not None:
-            self._take({name: result.as_numpy(name).tolist() for name in _COLUMNS} | {"logprobs": _maybe(result.as_numpy("logprobs"))})
+            self._take(
+                {name: result.as_numpy(name).tolist() for name in _COLUMNS}
+                | {"logprobs": _maybe(result.as_numpy("logprobs"))}
+            )
             self._take_prompt(_maybe(result.as_numpy("prompt_logprobs")))
 
     def _take_http(self, event: dict[str, Any]) -> None:
@@ -255,7 +309,9 @@ class _Talk:
     def _take_prompt(self, told: list[Any] | None) -> None:
         if told is not None:
             places = [place for place in json.loads(_text(told[0])) if place is not None]
-            self._heard.prompts.append([{int(token): entry["logprob"] for token, entry in place.items()} for place in places])
+            self._heard.prompts.append(
+                [{int(token): entry["logprob"] for token, entry in place.items()} for place in places]
+            )
 
     def _take(self, columns: dict[str, Any]) -> None:
         start = 0
@@ -264,7 +320,9 @@ class _Talk:
             ids = columns["output_ids"][start : start + count]
             reason = _text(columns["finish_reason"][position])
             logprobs = [] if columns["logprobs"] is None else _chosen(columns["logprobs"][position], ids)
-            self._heard.add(index, _text(columns["text_output"][position]), ids, logprobs, None if reason == "None" else reason)
+            self._heard.add(
+                index, _text(columns["text_output"][position]), ids, logprobs, None if reason == "None" else reason
+            )
             start += count
 
 

@@ -12,7 +12,17 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 @pytest.mark.long
 def test_no_answer_is_wrong_lost_or_ended_twice_while_the_engine_is_killed_and_runs_out_of_everything() -> None:
-    plan = Plan(door="front-end", seconds=0, requests=150, kills=3, most_kills=6, seed=3, workers=24, kill_every=1.5, out_of_memory=0.002)
+    plan = Plan(
+        door="front-end",
+        seconds=0,
+        requests=150,
+        kills=3,
+        most_kills=6,
+        seed=3,
+        workers=24,
+        kill_every=1.5,
+        out_of_memory=0.002,
+    )
     report, faults = run_campaign(plan)
     print(report)
     assert not faults, faults[0]

@@ -40,7 +40,9 @@ class Watch:
                 print(words, file=sys.stderr, flush=True)
 
     def growth(self) -> dict[str, dict[str, float]]:
-        """Of each quantity the median of the second fifth of the run (the first is warm-up) and of the last, and their ratio less 1."""
+        """Of each quantity the median of the second fifth of the run (the first is warm-up) and of the last, and their
+        ratio less 1.
+        """
         fifth = max(1, len(self._samples) // 5)
         rows = {}
         for name in self._samples[0] if self._samples else ():

@@ -18,7 +18,11 @@ from tests.server.hostile_requests import CASES, HEAVY
 MAX_MODEL_LEN = 512
 NUM_PAGES = 40  # of 16 tokens: one longest sequence takes 32
 _SHARED = "Once upon a time there was a clever baker called Mira. " * 3
-_SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}}, "required": ["name", "age"]}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
 
 ADAPTERS = ("first", "second")  # more than the device has room for at once
 
@@ -28,7 +32,15 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.1, "seed": 5},
     {"temperature": 0.9, "top_p": 0.8, "seed": 6, "n": 3},
     {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "seed": 7},
-    {"temperature": 1.0, "min_p": 0.05, "seed": 8, "logit_bias": {"20": 2.0}, "bad_words": ["house"], "n": 2, "logprobs": 0},
+    {
+        "temperature": 1.0,
+        "min_p": 0.05,
+        "seed": 8,
+        "logit_bias": {"20": 2.0},
+        "bad_words": ["house"],
+        "n": 2,
+        "logprobs": 0,
+    },
     {"temperature": 0, "min_tokens": 1, "logprobs": 3},
     {"temperature": 0.7, "seed": 9, "guided_regex": "(yes|no|perhaps), [a-z]{3,9}!"},
     {"temperature": 0.9, "seed": 10, "guided_json": json.dumps(_SCHEMA)},
@@ -46,7 +58,9 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Wish:
-    """A request that can be repeated. tensors and parameters as tests/server/calls.py takes them, without those that say how it is answered."""
+    """A request that can be repeated. tensors and parameters as tests/server/calls.py takes them, without those that
+    say how it is answered.
+    """
 
     number: int
     tensors: dict[str, Any]
@@ -69,8 +83,12 @@ class Wish:
 
 
 def make_wishes(chance: random.Random, structured: bool = True, count: int = 76) -> list[Wish]:
-    """Prompts with and without common beginnings, of all lengths up to most of the pool, for one or another tenant, with every way of sampling."""
-    samplings = [sampling for sampling in SAMPLINGS if structured or not any(key.startswith("guided") for key in sampling)]
+    """Prompts with and without common beginnings, of all lengths up to most of the pool, for one or another tenant,
+    with every way of sampling.
+    """
+    samplings = [
+        sampling for sampling in SAMPLINGS if structured or not any(key.startswith("guided") for key in sampling)
+    ]
     made = []
     for number in range(count):
         text = (_SHARED if number % 2 else "") + f"Story {number}. " * chance.choice([1, 1, 2, 3, 5, 8, 30])
@@ -78,7 +96,11 @@ def make_wishes(chance: random.Random, structured: bool = True, count: int = 76)
         guided = any(key.startswith("guided") for key in sampling)
         if number % 3 and not guided:
             sampling["ignore_eos"] = True
-        tensors = {"text_input": text, "max_tokens": 48 if guided else chance.choice([1, 2, 3, 5, 9, 15, 16, 17, 40]), "sampling_parameters": sampling}
+        tensors = {
+            "text_input": text,
+            "max_tokens": 48 if guided else chance.choice([1, 2, 3, 5, 9, 15, 16, 17, 40]),
+            "sampling_parameters": sampling,
+        }
         if "logprobs" in sampling:
             tensors["return_logprobs"] = True
         if "prompt_logprobs" in sampling:
@@ -102,7 +124,8 @@ def save_adapters(folder: Path, checkpoint: Path) -> None:
         generator = np.random.default_rng(number)
         tensors = {}
         for layer, (module, width) in itertools.product(
-            range(config["num_hidden_layers"]), {"q_proj": config["num_attention_heads"] * config["head_dim"], "o_proj": hidden}.items()
+            range(config["num_hidden_layers"]),
+            {"q_proj": config["num_attention_heads"] * config["head_dim"], "o_proj": hidden}.items(),
         ):
             stem = f"base_model.model.model.layers.{layer}.self_attn.{module}"
             columns = hidden if module == "q_proj" else config["num_attention_heads"] * config["head_dim"]
@@ -110,14 +133,26 @@ def save_adapters(folder: Path, checkpoint: Path) -> None:
             tensors[f"{stem}.lora_B.weight"] = generator.normal(0, 0.05, (width, rank)).astype(np.float32)
         (folder / name).mkdir(parents=True)
         save_file(tensors, folder / name / "adapter_model.safetensors")
-        asked = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM", "bias": "none"}
+        asked = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "o_proj"],
+            "task_type": "CAUSAL_LM",
+            "bias": "none",
+        }
         (folder / name / "adapter_config.json").write_text(json.dumps(asked))
 
 
 def long_wish() -> Wish:
     """A prompt of nearly the longest length: it wants most of the pool, and whoever runs beside it is preempted."""
     return Wish(
-        -1, {"input_ids": [5 + position % 50 for position in range(440)], "max_tokens": 40, "sampling_parameters": {"temperature": 0, "ignore_eos": True}}
+        -1,
+        {
+            "input_ids": [5 + position % 50 for position in range(440)],
+            "max_tokens": 40,
+            "sampling_parameters": {"temperature": 0, "ignore_eos": True},
+        },
     )
 
 

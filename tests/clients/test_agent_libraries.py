@@ -1,7 +1,9 @@
-"""Libraries that agents are made with, unchanged, against the embedded model behind a real server and gateway. One server for all.
+"""Libraries that agents are made with, unchanged, against the embedded model behind a real server and gateway. One
+server for all.
 
-Each is skipped where it is not installed: they pull in much, and some of them each other's older versions, so no extra names them. The embedded model does
-not know tools by itself: `required` makes it call one through the grammar, and what is tested is that the library's way there and back works.
+Each is skipped where it is not installed: they pull in much, and some of them each other's older versions, so no extra
+names them. The embedded model does not know tools by itself: `required` makes it call one through the grammar, and what
+is tested is that the library's way there and back works.
 
     pip install langchain-openai openai-agents instructor litellm llama-index-llms-openai-like 'lm-eval[api]'
     pytest -m long tests/clients
@@ -45,7 +47,10 @@ class Lookup(BaseModel):
     room: Place
 
 
-SCHEMA = {"type": "function", "function": {"name": "Lookup", "description": "Looks something up.", "parameters": Lookup.model_json_schema()}}
+SCHEMA = {
+    "type": "function",
+    "function": {"name": "Lookup", "description": "Looks something up.", "parameters": Lookup.model_json_schema()},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,9 @@ def check_call(name: str, arguments: Any) -> None:
 
 def test_langchain_binds_tools_and_reads_forms(gateway: Gateway) -> None:
     langchain = pytest.importorskip("langchain_openai")
-    model = langchain.ChatOpenAI(model=MODEL, base_url=gateway.url, api_key=KEY, temperature=0, max_retries=0, max_tokens=100)
+    model = langchain.ChatOpenAI(
+        model=MODEL, base_url=gateway.url, api_key=KEY, temperature=0, max_retries=0, max_tokens=100
+    )
     assert isinstance(model.invoke(ASKED).content, str)
     (call,) = model.bind_tools([Lookup], tool_choice="required", parallel_tool_calls=False).invoke(ASKED).tool_calls
     check_call(call["name"], call["args"])
@@ -103,7 +110,13 @@ def test_openais_agents_run_a_function_and_stop_with_its_result(gateway: Gateway
         async with AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0) as client:
             kind = agents.OpenAIChatCompletionsModel if api == "chat_completions" else agents.OpenAIResponsesModel
             settings = agents.ModelSettings(tool_choice="required", temperature=0, max_tokens=100)
-            agent = agents.Agent(name="Finder", tools=[look_up], model=kind(MODEL, client), model_settings=settings, tool_use_behavior="stop_on_first_tool")
+            agent = agents.Agent(
+                name="Finder",
+                tools=[look_up],
+                model=kind(MODEL, client),
+                model_settings=settings,
+                tool_use_behavior="stop_on_first_tool",
+            )
             return str((await agents.Runner.run(agent, ASKED, max_turns=2)).final_output)
 
     said = asyncio.run(run())
@@ -115,17 +128,34 @@ def test_instructor_fills_models(gateway: Gateway) -> None:
     with gateway.client() as client:
         for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
             made = instructor.from_openai(client, mode=mode).chat.completions.create(
-                model=MODEL, messages=[{"role": "user", "content": ASKED}], response_model=Lookup, max_retries=0, max_tokens=100, temperature=0
+                model=MODEL,
+                messages=[{"role": "user", "content": ASKED}],
+                response_model=Lookup,
+                max_retries=0,
+                max_tokens=100,
+                temperature=0,
             )
             assert isinstance(made, Lookup)
 
 
 def test_litellm_completes_streams_calls_and_embeds(gateway: Gateway) -> None:
     litellm = pytest.importorskip("litellm")
-    asked = {"model": f"openai/{MODEL}", "api_base": gateway.url, "api_key": KEY, "messages": [{"role": "user", "content": ASKED}], "max_tokens": 100}
+    asked = {
+        "model": f"openai/{MODEL}",
+        "api_base": gateway.url,
+        "api_key": KEY,
+        "messages": [{"role": "user", "content": ASKED}],
+        "max_tokens": 100,
+    }
     assert litellm.completion(**asked, temperature=0).choices[0].message.content
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**asked, temperature=0, stream=True))
-    (call,) = litellm.completion(**asked, tools=[SCHEMA], tool_choice="required", parallel_tool_calls=False).choices[0].message.tool_calls
+    assert "".join(
+        chunk.choices[0].delta.content or "" for chunk in litellm.completion(**asked, temperature=0, stream=True)
+    )
+    (call,) = (
+        litellm.completion(**asked, tools=[SCHEMA], tool_choice="required", parallel_tool_calls=False)
+        .choices[0]
+        .message.tool_calls
+    )
     check_call(call.function.name, call.function.arguments)
     made = litellm.embedding(model=f"openai/{MODEL}", api_base=gateway.url, api_key=KEY, input=[ASKED, "A fox."])
     assert len(made.data) == 2 and len(made.data[0]["embedding"]) == len(made.data[1]["embedding"]) > 100
@@ -138,7 +168,14 @@ def test_llamaindex_chats_and_calls(gateway: Gateway) -> None:
     from llama_index.llms.openai_like import OpenAILike
 
     llm = OpenAILike(
-        model=MODEL, api_base=gateway.url, api_key=KEY, is_chat_model=True, is_function_calling_model=True, temperature=0, max_tokens=100, max_retries=0
+        model=MODEL,
+        api_base=gateway.url,
+        api_key=KEY,
+        is_chat_model=True,
+        is_function_calling_model=True,
+        temperature=0,
+        max_tokens=100,
+        max_retries=0,
     )
     assert llm.chat([ChatMessage(role="user", content=ASKED)]).message.content
     assert "".join(piece.delta or "" for piece in llm.stream_chat([ChatMessage(role="user", content=ASKED)]))
@@ -156,11 +193,29 @@ def test_the_ai_sdk_generates_and_calls(gateway: Gateway, tmp_path: Path) -> Non
     """Vercel's, for JavaScript."""
     if shutil.which("npm") is None:
         pytest.skip("there is no npm")
-    install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(tmp_path), "ai", "@ai-sdk/openai-compatible", "zod"]
+    install = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(tmp_path),
+        "ai",
+        "@ai-sdk/openai-compatible",
+        "zod",
+    ]
     if subprocess.run(install, capture_output=True, timeout=120, check=False).returncode:
         pytest.skip("npm cannot install the packages")
     (tmp_path / "ask.mjs").write_text(_AI_SDK)
-    done = subprocess.run(["node", "ask.mjs", gateway.url, KEY, MODEL], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        ["node", "ask.mjs", gateway.url, KEY, MODEL],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["text"] and said["streamed"]
@@ -187,7 +242,9 @@ console.log(JSON.stringify({ text, streamed, call: toolCalls[0], object }));
 
 
 def test_the_evaluation_harness_scores_texts_and_generates(server: Server, gateway: Gateway) -> None:
-    """EleutherAI's, by `local-completions`: what it takes from echo, logprobs and max_tokens is what the server says of the same tokens."""
+    """EleutherAI's, by `local-completions`: what it takes from echo, logprobs and max_tokens is what the server says of
+    the same tokens.
+    """
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -208,10 +265,15 @@ def test_the_evaluation_harness_scores_texts_and_generates(server: Server, gatew
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     with PagedClient(server.addresses.grpc_url) as paged:
         for (context, ending), (score, is_greedy) in zip(pairs, found, strict=True):
-            whole, known = (tokenizer.encode(text, add_special_tokens=False).ids for text in (context + ending, context))  # as the harness has them
+            # as the harness has them
+            whole, known = (
+                tokenizer.encode(text, add_special_tokens=False).ids for text in (context + ending, context)
+            )
             begun = len(known)
             entries = paged.generate(whole, max_tokens=1, prompt_logprobs=0).prompt_logprobs[begun:]
             assert score == pytest.approx(sum(entry[0].logprob for entry in entries if entry is not None), abs=1e-3)
             assert is_greedy == all(entry is not None and entry[0].rank == 1 for entry in entries)
-    asked = Instance("generate_until", {}, ("Once there was a", {"until": ["\n"], "max_gen_toks": 10, "temperature": 0}), 0)
+    asked = Instance(
+        "generate_until", {}, ("Once there was a", {"until": ["\n"], "max_gen_toks": 10, "temperature": 0}), 0
+    )
     assert harness.generate_until([asked])[0]

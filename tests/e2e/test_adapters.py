@@ -1,4 +1,6 @@
-"""The whole engine with adapters, without a server: every sequence's tokens and logits are those that PEFT gives alone, whoever shares its steps."""
+"""The whole engine with adapters, without a server: every sequence's tokens and logits are those that PEFT gives alone,
+whoever shares its steps.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "attention, rank 9": {"rank": 9, "lora_alpha": 3, "targets": ("q_proj", "v_proj", "o_proj")},
     "mlp, rank 1": {"rank": 1, "lora_alpha": 2, "targets": ("gate_proj", "down_proj")},
     "stabilised, rank 16": {"rank": 16, "lora_alpha": 4, "use_rslora": True, "dtype": torch.bfloat16},
-    "patterns": {"rank": 3, "lora_alpha": 6, "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"q_proj": 20}},
+    "patterns": {
+        "rank": 3,
+        "lora_alpha": 6,
+        "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {"q_proj": 20},
+    },
     "some layers": {"rank": 2, "lora_alpha": 4, "layers_to_transform": [1], "targets": ("k_proj", "up_proj")},
 }
 CHECKPOINTS = {
@@ -66,17 +73,28 @@ def oracle(folder: Path, name: str | None) -> Oracle:
 
 
 def load(folder: Path, exports: Path, **options: Any) -> Engine:
-    given = {"model": str(folder), "lora_directory": str(adapters_of(folder)), "device": "cpu", "max_num_sequences": 24, "max_lora_rank": 16, "num_pages": 256}
+    given = {
+        "model": str(folder),
+        "lora_directory": str(adapters_of(folder)),
+        "device": "cpu",
+        "max_num_sequences": 24,
+        "max_lora_rank": 16,
+        "num_pages": 256,
+    }
     engine, *_ = load_engine(EngineConfig.parse(given | options), exports)
     return engine
 
 
-def answers(engine: Engine, asked: Sequence[tuple[np.ndarray, str | None]], **sampling: Any) -> tuple[list[list[int]], list[Finish]]:
+def answers(
+    engine: Engine, asked: Sequence[tuple[np.ndarray, str | None]], **sampling: Any
+) -> tuple[list[list[int]], list[Finish]]:
     """Tokens and ends of requests (prompt, adapter), all sent at once."""
     tokens: list[list[int]] = [[] for _ in asked]
     finishes: dict[int, Finish] = {}
     for request_id, (prompt, name) in enumerate(asked):
-        params: SamplingParams = parse_sampling({"max_tokens": MAX_TOKENS, "temperature": 0, "lora_name": name, **sampling})
+        params: SamplingParams = parse_sampling(
+            {"max_tokens": MAX_TOKENS, "temperature": 0, "lora_name": name, **sampling}
+        )
         engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", 1e18))
     while not engine.idle:
         for output in engine.step():
@@ -96,16 +114,24 @@ def expected(folder: Path, asked: Sequence[tuple[np.ndarray, str | None]]) -> li
     found: dict[int, list[int]] = {}
     for name in {name for _, name in asked}:
         mine = [index for index, (_, other) in enumerate(asked) if other == name]
-        found |= dict(zip(mine, oracle(folder, name).greedy([asked[index][0] for index in mine], MAX_TOKENS), strict=True))
+        found |= dict(
+            zip(mine, oracle(folder, name).greedy([asked[index][0] for index in mine], MAX_TOKENS), strict=True)
+        )
     return [found[index] for index in range(len(asked))]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_loras": 6}, {"max_loras": 2, "max_batched_tokens": 48, "page_size": 4}, {"max_loras": 1, "prefix_cache": False}],
+    [
+        {"max_loras": 6},
+        {"max_loras": 2, "max_batched_tokens": 48, "page_size": 4},
+        {"max_loras": 1, "prefix_cache": False},
+    ],
     ids=["room for all", "two at a time, chunks", "one at a time"],
 )
-def test_greedy_tokens_of_mixed_steps_are_those_of_peft_alone(any_checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_greedy_tokens_of_mixed_steps_are_those_of_peft_alone(
+    any_checkpoint: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
     asked = everybody([*ADAPTERS, None])
     truth = expected(any_checkpoint, asked)
     assert len({tuple(answer) for answer in truth[:7]}) > 4, "the adapters change nothing"
@@ -120,14 +146,18 @@ def test_greedy_tokens_of_mixed_steps_are_those_of_peft_alone(any_checkpoint: Pa
 def test_logprobs_of_mixed_steps_are_those_of_peft(checkpoint: Path, tmp_path: Path) -> None:
     asked = everybody([*ADAPTERS, None])
     engine = load(checkpoint, tmp_path, max_loras=6, max_batched_tokens=64)
-    params = [parse_sampling({"max_tokens": 5, "temperature": 0, "lora_name": name, "logprobs": 20}) for _, name in asked]
+    params = [
+        parse_sampling({"max_tokens": 5, "temperature": 0, "lora_name": name, "logprobs": 20}) for _, name in asked
+    ]
     for request_id, ((prompt, _), sampling) in enumerate(zip(asked, params, strict=True)):
         engine.submit(Submit(request_id, prompt.tobytes(), sampling, (), "", 1e18))
     tokens: list[list[int]] = [[] for _ in asked]
     tops: list[list[dict[int, float]]] = [[] for _ in asked]
     while not engine.idle:
         for output in engine.step():
-            for entry, (request_id, token) in enumerate(zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)):
+            for entry, (request_id, token) in enumerate(
+                zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)
+            ):
                 tokens[request_id].append(token)
                 tops[request_id].append(output.top_logprobs[entry])
     oracles = {name: oracle(checkpoint, name) for name in [*ADAPTERS, None]}
@@ -141,7 +171,9 @@ def test_logprobs_of_mixed_steps_are_those_of_peft(checkpoint: Path, tmp_path: P
 
 def test_preemption_changes_no_token(checkpoint: Path, tmp_path: Path) -> None:
     asked = everybody(["all of rank 4", "attention, rank 9", None])
-    engine = load(checkpoint, tmp_path, max_loras=2, num_pages=34, page_size=4, max_model_len=100, max_batched_tokens=32)
+    engine = load(
+        checkpoint, tmp_path, max_loras=2, num_pages=34, page_size=4, max_model_len=100, max_batched_tokens=32
+    )
     assert answers(engine, asked)[0] == expected(checkpoint, asked)
     assert engine.stats().num_preemptions > 0
 
@@ -169,7 +201,9 @@ def test_sequences_of_a_request_and_seeded_ones_are_the_same_in_any_company(chec
     def run(engine: Engine, requests: list[tuple[int, str | None]]) -> list[list[int]]:
         tokens: list[list[int]] = [[] for _ in requests]
         for request_id, (seed, name) in enumerate(requests):
-            params = parse_sampling({"max_tokens": 12, "lora_name": name, "seed": seed, "top_p": 0.9, "repetition_penalty": 1.1})
+            params = parse_sampling(
+                {"max_tokens": 12, "lora_name": name, "seed": seed, "top_p": 0.9, "repetition_penalty": 1.1}
+            )
             engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", 1e18, family=names.index(name)))
         while not engine.idle:
             for output in engine.step():
@@ -193,7 +227,9 @@ def test_sequences_of_a_request_and_seeded_ones_are_the_same_in_any_company(chec
     ],
     ids=["unknown", "rank"],
 )
-def test_what_cannot_be_used_ends_alone_and_takes_nobodys_adapter_slot(checkpoint: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_what_cannot_be_used_ends_alone_and_takes_nobodys_adapter_slot(
+    checkpoint: Path, tmp_path: Path, name: str, message: str
+) -> None:
     wide = adapters_of(checkpoint) / "wide"
     if not wide.exists():
         save_adapter(wide, checkpoint, 9, rank=32, targets=("q_proj",))
@@ -203,7 +239,9 @@ def test_what_cannot_be_used_ends_alone_and_takes_nobodys_adapter_slot(checkpoin
     assert tokens == [*expected(checkpoint, asked), []]
     assert finishes[-1].message.startswith(message) and not any(other in finishes[-1].message for other in ADAPTERS)
     answers(engine, [(asked[0][0], name)])
-    adapter_slots = next(feature for feature in engine._scheduler._features.every if isinstance(feature, AdapterSlots))._adapter_slots
+    adapter_slots = next(
+        feature for feature in engine._scheduler._features.every if isinstance(feature, AdapterSlots)
+    )._adapter_slots
     assert [adapter_slot.name for adapter_slot in adapter_slots] == ["all of rank 4"]
     assert sum(adapter_slot.last_use for adapter_slot in adapter_slots) == len(LENGTHS), "read once"
 
@@ -227,7 +265,9 @@ def test_answers_of_a_form_follow_it_with_an_adapter_too(tmp_path: Path) -> None
         save_adapter(tmp_path / "adapters" / name, folder, seed, rank=4)
     engine = load_speaker(folder, tmp_path / "exports", lora_directory=str(tmp_path / "adapters"), max_loras=1)
     form = "(yes|no|[0-9]{3}), (sir|madam)"
-    samplings = [{"guided_regex": form, "lora_name": name, "seed": seed} for seed in range(4) for name in ("a", "b", None)]
+    samplings = [
+        {"guided_regex": form, "lora_name": name, "seed": seed} for seed in range(4) for name in ("a", "b", None)
+    ]
     for ended in run(engine, samplings):
         assert ended.reason == "stop" and re.fullmatch(form, ended.text)
 

@@ -1,6 +1,8 @@
-"""The embedded model, whose logits are peaked: it finds facts more than a thousand tokens back only if every page on the way is the right one.
+"""The embedded model, whose logits are peaked: it finds facts more than a thousand tokens back only if every page on
+the way is the right one.
 
-The truth is transformers in float32. The conversations are of the exam that the model is measured with (tools/demo_model): facts it was never trained on.
+The truth is transformers in float32. The conversations are of the exam that the model is measured with
+(tools/demo_model): facts it was never trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ NUM_STORIES = 2  # from the first conversations
 FAR = 1000  # tokens between fact and answer
 STORY = "<|user|>Tell me a story about a fox and a lantern.<|end|><|assistant|>"  # its answer outgrows several pages
 MAX_TOKENS = 160
-LOGPROB_TOLERANCE = 2e-4  # of a whole answer; a page that is not read changes a story's by 8e-4 at least, wherever it lies
+# of a whole answer; a page that is not read changes a story's by 8e-4 at least, wherever it lies
+LOGPROB_TOLERANCE = 2e-4
 COARSE_TOLERANCE = 1e-2
 SPARE_TOKENS = 64  # beyond two conversations: less than their stories take
 
@@ -41,26 +44,41 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def asked() -> Asked:
-    """Stories, asked for late in conversations, then questions about what was said early. Their answers are the exact ones: the model did find the facts."""
+    """Stories, asked for late in conversations, then questions about what was said early. Their answers are the exact
+    ones: the model did find the facts.
+    """
     folder = demo_model_folder()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     story = tuple(tokenizer.encode(STORY, add_special_tokens=False).ids)
     found = list(exam.held_out("long", max(CONVERSATIONS) + 1))
     sittings = [exam.sitting(tokenizer, found[number]) for number in CONVERSATIONS]
-    far = [[item for item in sitting.items if item.distance is not None and item.distance >= FAR][:QUESTIONS_EACH] for sitting in sittings]
-    prompts = [sitting.ids[: items[0].prompt_len] + items[0].answer_ids + story for sitting, items in zip(sittings[:NUM_STORIES], far, strict=False)]
+    far = [
+        [item for item in sitting.items if item.distance is not None and item.distance >= FAR][:QUESTIONS_EACH]
+        for sitting in sittings
+    ]
+    prompts = [
+        sitting.ids[: items[0].prompt_len] + items[0].answer_ids + story
+        for sitting, items in zip(sittings[:NUM_STORIES], far, strict=False)
+    ]
     prompts += [sitting.ids[: item.prompt_len] for sitting, items in zip(sittings, far, strict=True) for item in items]
     oracle = Oracle(folder)
     answers = oracle.greedy(prompts, MAX_TOKENS)
     assert answers[NUM_STORIES:] == [list(item.answer_ids) for items in far for item in items]
-    assert all("lantern" in tokenizer.decode(answer) and 60 < len(answer) < MAX_TOKENS for answer in answers[:NUM_STORIES])
-    logprobs = [oracle.logits([*prompt, *answer])[len(prompt) - 1 : -1].log_softmax(-1) for prompt, answer in zip(prompts, answers, strict=True)]
+    assert all(
+        "lantern" in tokenizer.decode(answer) and 60 < len(answer) < MAX_TOKENS for answer in answers[:NUM_STORIES]
+    )
+    logprobs = [
+        oracle.logits([*prompt, *answer])[len(prompt) - 1 : -1].log_softmax(-1)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     sums = [float(values[range(len(answer)), answer].sum()) for values, answer in zip(logprobs, answers, strict=True)]
     return Asked([np.array(prompt, np.int32) for prompt in prompts], answers, sums)
 
 
 def load(folder: Path, **options: object) -> Engine:
-    engine, *_ = load_engine(EngineConfig.parse({"device": "cpu", "max_num_sequences": 16, "max_model_len": 2048, **options}), folder)
+    engine, *_ = load_engine(
+        EngineConfig.parse({"device": "cpu", "max_num_sequences": 16, "max_model_len": 2048, **options}), folder
+    )
     return engine
 
 
@@ -74,21 +92,27 @@ def answers(engine: Engine, prompts: list[Int32]) -> tuple[list[list[int]], list
     while not engine.idle:
         for output in engine.step():
             assert output.logprobs is not None
-            for request_id, token, logprob in zip(output.request_ids.tolist(), output.token_ids.tolist(), output.logprobs.tolist(), strict=True):
+            for request_id, token, logprob in zip(
+                output.request_ids.tolist(), output.token_ids.tolist(), output.logprobs.tolist(), strict=True
+            ):
                 tokens[request_id].append(token)
                 logprobs[request_id] += logprob
         engine.check()
     return tokens, logprobs
 
 
-def check_answers(engine: Engine, asked: Asked, which: slice = slice(None), tolerance: float = LOGPROB_TOLERANCE) -> None:
+def check_answers(
+    engine: Engine, asked: Asked, which: slice = slice(None), tolerance: float = LOGPROB_TOLERANCE
+) -> None:
     tokens, logprobs = answers(engine, asked.prompts[which])
     assert tokens == asked.answers[which]
     assert logprobs == pytest.approx(asked.logprobs[which], rel=0, abs=tolerance)
 
 
 @pytest.mark.parametrize(("page_size", "budget"), [(1, 2048), (16, 100), (256, 700)])
-def test_far_facts_are_found_whatever_the_pages_and_chunks_are(asked: Asked, tmp_path: Path, page_size: int, budget: int) -> None:
+def test_far_facts_are_found_whatever_the_pages_and_chunks_are(
+    asked: Asked, tmp_path: Path, page_size: int, budget: int
+) -> None:
     engine = load(tmp_path, page_size=page_size, num_pages=16_384 // page_size, max_batched_tokens=budget)
     check_answers(engine, asked)
     before, again = engine.stats().prefix_hits, slice(NUM_STORIES, None)

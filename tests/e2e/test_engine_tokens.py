@@ -1,4 +1,6 @@
-"""The whole engine, without a server: whatever its pages, budget and cache are, the tokens are those of transformers in float32."""
+"""The whole engine, without a server: whatever its pages, budget and cache are, the tokens are those of transformers in
+float32.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ answers = partial(engine_answers.answers, max_tokens=MAX_TOKENS)
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS.values(), ids=CHECKPOINTS)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray], list[list[int]]]:
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[np.ndarray], list[list[int]]]:
     architecture, options = request.param
     folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **options)
     prompts = random_prompts(LENGTHS)
@@ -38,10 +42,21 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("budget", [32, 4096])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_greedy_tokens_are_those_of_transformers(
-    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path, page_size: int, budget: int, prefix_cache: bool
+    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]],
+    tmp_path: Path,
+    page_size: int,
+    budget: int,
+    prefix_cache: bool,
 ) -> None:
     folder, prompts, expected = checkpoint
-    engine = load(folder, tmp_path, page_size=page_size, num_pages=4096 // page_size, max_batched_tokens=budget, prefix_cache=prefix_cache)
+    engine = load(
+        folder,
+        tmp_path,
+        page_size=page_size,
+        num_pages=4096 // page_size,
+        max_batched_tokens=budget,
+        prefix_cache=prefix_cache,
+    )
     short = [answer[:MAX_TOKENS] for answer in expected]
     assert answers(engine, prompts) == short
     assert answers(engine, prompts) == short  # now with what the first round left in the cache
@@ -61,16 +76,26 @@ def test_keys_and_values_of_8_bits_give_the_tokens_of_a_model_whose_cache_is_rou
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-def test_preemption_changes_no_token(checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path, page_size: int, prefix_cache: bool) -> None:
+def test_preemption_changes_no_token(
+    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path, page_size: int, prefix_cache: bool
+) -> None:
     folder, prompts, expected = checkpoint
     num_pages = {1: 330, 16: 24, 64: 8}[page_size]
-    options = {"page_size": page_size, "num_pages": num_pages, "max_model_len": 300, "max_batched_tokens": 64, "prefix_cache": prefix_cache}
+    options = {
+        "page_size": page_size,
+        "num_pages": num_pages,
+        "max_model_len": 300,
+        "max_batched_tokens": 64,
+        "prefix_cache": prefix_cache,
+    }
     engine = load(folder, tmp_path, **options)
     assert answers(engine, prompts, max_tokens=LONG_ANSWER) == expected
     assert engine.stats().num_preemptions > 0
 
 
-def test_seeded_tokens_do_not_depend_on_company_pages_or_preemption(checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path) -> None:
+def test_seeded_tokens_do_not_depend_on_company_pages_or_preemption(
+    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path
+) -> None:
     folder, prompts, _ = checkpoint
     sampling = {"temperature": 0.9, "seed": 11, "top_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 40}
     roomy = load(folder, tmp_path, num_pages=512)

@@ -1,4 +1,6 @@
-"""Families with experts through the whole engine: whatever its pages, budget and cache are, the tokens are those of transformers in float32."""
+"""Families with experts through the whole engine: whatever its pages, budget and cache are, the tokens are those of
+transformers in float32.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,21 @@ from tests.oracle import Oracle, random_prompts, save_checkpoint
 
 LENGTHS = [1, 2, 15, 17, 33, 64, 100, 300, 700]
 MAX_TOKENS = 24
-SHRUNK = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "num_attention_heads": 4}
-SHRUNK |= {"num_key_value_heads": 2, "vocab_size": 199, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SHRUNK = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+}
+SHRUNK |= {
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {},
     "qwen1.5-moe-a2.7b": {"shared_expert_intermediate_size": 40},
@@ -32,9 +47,15 @@ SETTINGS = {
     "pages of 1, small steps": {"page_size": 1, "num_pages": 1800, "max_batched_tokens": 32, "prefix_cache": False},
     "pages of 64, large steps": {"page_size": 64, "num_pages": 64, "max_batched_tokens": 4096},
 }
-_IN_EVERY_SETTING = ("qwen3-30b-a3b", "gpt-oss-20b")  # the others in all but the first take as long again, and break no other way
+# the others in all but the first take as long again, and break no other way
+_IN_EVERY_SETTING = ("qwen3-30b-a3b", "gpt-oss-20b")
 CASES = [
-    pytest.param(name, settings, id=f"{name}, {words}", marks=[] if name in _IN_EVERY_SETTING or words.startswith("tight") else pytest.mark.long)
+    pytest.param(
+        name,
+        settings,
+        id=f"{name}, {words}",
+        marks=[] if name in _IN_EVERY_SETTING or words.startswith("tight") else pytest.mark.long,
+    )
     for name in MODELS
     for words, settings in SETTINGS.items()
 ]
@@ -55,7 +76,9 @@ answers = partial(engine_answers.answers, max_tokens=MAX_TOKENS)
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name = request.param
-    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), GEOMETRIES[name]["architectures"][0], **shrunk(name))
+    folder = save_checkpoint(
+        tmp_path_factory.mktemp("checkpoint"), GEOMETRIES[name]["architectures"][0], **shrunk(name)
+    )
     prompts = random_prompts(LENGTHS)
     prompts += [np.concatenate([prompts[-2][:130], prompt[:5]]) for prompt in prompts[2:4]]  # common beginnings
     return folder, prompts, Oracle(folder).greedy(prompts, MAX_TOKENS)
@@ -65,7 +88,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path, settings: dict[str, Any]) -> None:
     folder, prompts, expected = case
     windows = read_architecture(folder).sliding_windows
-    engine = load(folder, tmp_path, **settings | {"num_pages": settings["num_pages"] * len(group_layers(windows, 760).groups)})
+    engine = load(
+        folder, tmp_path, **settings | {"num_pages": settings["num_pages"] * len(group_layers(windows, 760).groups)}
+    )
     scheduler = engine._scheduler
 
     def preempt() -> None:

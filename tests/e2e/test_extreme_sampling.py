@@ -1,4 +1,6 @@
-"""Wishes at the ends of their ranges, on a vocabulary smaller than most of them count on: no token beyond it is ever chosen, and the engine lives."""
+"""Wishes at the ends of their ranges, on a vocabulary smaller than most of them count on: no token beyond it is ever
+chosen, and the engine lives.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ WISHES: dict[str, dict[str, Any]] = {
     "every token biased away": {"logit_bias": {str(token): -100 for token in range(VOCAB)}},
     "every token a stop id under min_tokens": {"min_tokens": 5, "stop_token_ids": list(range(VOCAB))},
     "every token a bad word": {"seed": 2**64 - 1, "bad_words": ["each"]},
-    "hottest, with all penalties": {"temperature": 100, "frequency_penalty": 2, "presence_penalty": -2, "repetition_penalty": 100},
+    "hottest, with all penalties": {
+        "temperature": 100,
+        "frequency_penalty": 2,
+        "presence_penalty": -2,
+        "repetition_penalty": 100,
+    },
 }
 
 
@@ -44,7 +51,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.mark.parametrize("wish", WISHES.values(), ids=WISHES)
 def test_an_extreme_wish_brings_tokens_of_the_vocabulary(engine: Engine, wish: dict[str, Any]) -> None:
     sampling = parse_sampling({"max_tokens": 10, **wish})
-    engine.submit(Submit(1, np.array([1, 2, 3], np.int32).tobytes(), sampling, EVERY_TOKEN if sampling.bad_words else (), "", 1e18))
+    engine.submit(
+        Submit(
+            1, np.array([1, 2, 3], np.int32).tobytes(), sampling, EVERY_TOKEN if sampling.bad_words else (), "", 1e18
+        )
+    )
     token_ids, finishes = [], []
     while not engine.idle:
         for output in engine.step():

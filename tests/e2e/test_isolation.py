@@ -1,4 +1,6 @@
-"""A canary: one caller's keys and values lie in pages that another gets, and nothing of them reaches the other's logits."""
+"""A canary: one caller's keys and values lie in pages that another gets, and nothing of them reaches the other's
+logits.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    given = {"model": str(folder), "device": "cpu", "num_pages": NUM_PAGES, "max_model_len": 256, "max_num_sequences": 4, "debug_checks": True, **options}
+    given = {
+        "model": str(folder),
+        "device": "cpu",
+        "num_pages": NUM_PAGES,
+        "max_model_len": 256,
+        "max_num_sequences": 4,
+        "debug_checks": True,
+        **options,
+    }
     engine, *_ = load_engine(EngineConfig.parse(given), tmp_path)
     return engine
 
@@ -38,7 +48,9 @@ def kv_pages(engine: Engine) -> list[torch.Tensor]:
     return [layer.tensor for layer in layers]
 
 
-def ask(engine: Engine, request_id: int, prompt: np.ndarray, salt: str = "", max_tokens: int = 20) -> tuple[list[int], list[float], int]:
+def ask(
+    engine: Engine, request_id: int, prompt: np.ndarray, salt: str = "", max_tokens: int = 20
+) -> tuple[list[int], list[float], int]:
     """(tokens, logprobs of the 8 likeliest of each, tokens found in the cache)."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, logprobs=8)
     engine.submit(Submit(request_id, prompt.tobytes(), sampling, (), salt, 1e18))
@@ -48,20 +60,26 @@ def ask(engine: Engine, request_id: int, prompt: np.ndarray, salt: str = "", max
     while not engine.idle:
         for output in engine.step():
             tokens += output.token_ids.tolist()
-            tops += [logprob for entry in range(len(output.token_ids)) for logprob in output.top_logprobs[entry].values()]
+            tops += [
+                logprob for entry in range(len(output.token_ids)) for logprob in output.top_logprobs[entry].values()
+            ]
             cached += sum(output.started.values())
     return tokens, tops, cached
 
 
 @pytest.mark.parametrize("poison", ["secrets", "huge", "nan"])
 @pytest.mark.parametrize("prompt", CANARIES, ids=lambda prompt: f"{len(prompt)} tokens")
-def test_what_a_page_held_before_changes_not_a_bit_of_anothers_logits(folder: Path, tmp_path: Path, prompt: np.ndarray, poison: str) -> None:
+def test_what_a_page_held_before_changes_not_a_bit_of_anothers_logits(
+    folder: Path, tmp_path: Path, prompt: np.ndarray, poison: str
+) -> None:
     fresh = ask(load(folder, tmp_path), 1, prompt)
     used = load(folder, tmp_path)
     if poison == "secrets":
         for number, secret in enumerate(SECRETS):  # together they have held every page
             ask(used, number, secret, salt="theirs", max_tokens=60)
-        assert all(bool((layer != 0).any(dim=-1).all()) for layer in kv_pages(used)), "a page that held no secret proves nothing"
+        assert all(bool((layer != 0).any(dim=-1).all()) for layer in kv_pages(used)), (
+            "a page that held no secret proves nothing"
+        )
     else:
         with torch.inference_mode():
             for layer in kv_pages(used):

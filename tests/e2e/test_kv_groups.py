@@ -1,4 +1,6 @@
-"""Models whose layers keep different things: tokens are those of transformers, and pages that windows have left behind are free for others."""
+"""Models whose layers keep different things: tokens are those of transformers, and pages that windows have left behind
+are free for others.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from tests.oracle import Oracle, random_prompts, save_checkpoint
 
 WINDOW = 20
 CHECKPOINTS = {
-    "qwen2, windows from layer 1": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}, (None, WINDOW, WINDOW)),
+    "qwen2, windows from layer 1": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        (None, WINDOW, WINDOW),
+    ),
     "qwen3, every other layer": (
         "Qwen3ForCausalLM",
         {
@@ -47,10 +53,20 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(("page_size", "budget"), [(1, 4096), (16, 32), (64, 64)])
-def test_tokens_are_those_of_transformers(checkpoint: Checkpoint, tmp_path: Path, page_size: int, budget: int, prefix_cache: bool) -> None:
+def test_tokens_are_those_of_transformers(
+    checkpoint: Checkpoint, tmp_path: Path, page_size: int, budget: int, prefix_cache: bool
+) -> None:
     folder, prompts, expected, windows = checkpoint
     num_pages = len(windows) * 1280 // page_size
-    engine = load(folder, tmp_path, page_size=page_size, num_pages=num_pages, max_batched_tokens=budget, prefix_cache=prefix_cache, debug_checks=False)
+    engine = load(
+        folder,
+        tmp_path,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_batched_tokens=budget,
+        prefix_cache=prefix_cache,
+        debug_checks=False,
+    )
     assert engine._scheduler._running.pages.windows == windows
     assert answers(engine, prompts) == expected
     assert answers(engine, prompts) == expected
@@ -61,7 +77,9 @@ def test_tokens_are_those_of_transformers(checkpoint: Checkpoint, tmp_path: Path
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_preemption_changes_no_token(checkpoint: Checkpoint, tmp_path: Path, page_size: int) -> None:
     folder, prompts, expected, windows = checkpoint
-    """In a tight pool, where sequences are preempted by chance, and by force now and then: some find their pages again, some do not."""
+    """In a tight pool, where sequences are preempted by chance, and by force now and then: some find their pages again,
+    some do not.
+    """
     num_pages = len(windows) * {1: 230, 16: 15, 64: 4}[page_size]
     engine = load(folder, tmp_path, page_size=page_size, num_pages=num_pages, max_batched_tokens=64)
     scheduler = engine._scheduler
@@ -75,7 +93,9 @@ def test_preemption_changes_no_token(checkpoint: Checkpoint, tmp_path: Path, pag
     assert engine.stats().num_preemptions > 3
 
 
-def test_pages_that_a_window_has_left_are_released_while_the_sequence_runs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_pages_that_a_window_has_left_are_released_while_the_sequence_runs(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     folder, prompts, expected, windows = checkpoint
     page_size = 4
     engine = load(folder, tmp_path, page_size=page_size, num_pages=400, prefix_cache=False)
@@ -83,11 +103,17 @@ def test_pages_that_a_window_has_left_are_released_while_the_sequence_runs(check
 
     def note() -> None:
         for sequence in engine._scheduler.sequences:
-            held[:] = [len(pages) - num_gone for pages, num_gone in zip(sequence.page_table.groups, sequence.page_table.num_gone, strict=True)]
+            held[:] = [
+                len(pages) - num_gone
+                for pages, num_gone in zip(sequence.page_table.groups, sequence.page_table.num_gone, strict=True)
+            ]
 
     assert answers(engine, [prompts[4]], note) == [expected[4]]
     whole, within = (150 + MAX_TOKENS - 2) // page_size, WINDOW // page_size + 2
-    assert all(num_pages >= whole if window is None else num_pages <= within for num_pages, window in zip(held, windows, strict=True)), held
+    assert all(
+        num_pages >= whole if window is None else num_pages <= within
+        for num_pages, window in zip(held, windows, strict=True)
+    ), held
 
 
 def test_without_preemption_a_sequence_keeps_what_it_has(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -108,6 +134,9 @@ def test_beams_of_several_groups_are_those_of_a_roomy_pool(checkpoint: Checkpoin
         told = {}
         while not engine.idle:
             for output in engine.step():
-                told |= {one.request_id: [np.frombuffer(each.token_ids, np.int32).tolist() for each in one.sequences] for one in output.feature_outputs}
+                told |= {
+                    one.request_id: [np.frombuffer(each.token_ids, np.int32).tolist() for each in one.sequences]
+                    for one in output.feature_outputs
+                }
         found.append(told)
     assert len(found[0]) == len(prompts) and found[0] == found[1]

@@ -1,4 +1,6 @@
-"""Ranks die under live requests: whichever it is, all of its engine end, the next engine resumes every request, and no token differs."""
+"""Ranks die under live requests: whichever it is, all of its engine end, the next engine resumes every request, and no
+token differs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ pytestmark = pytest.mark.long  # four processes import torch, twice
 
 SIZE = 2
 NUM_TOKENS = 40  # of an answer, as tests/front_end_process.py asks
-OPTIONS = {"device": "cpu", "num_pages": 200, "max_num_sequences": 8, "max_batched_tokens": 64, "max_model_len": 300, "max_engine_restarts": 100}
+OPTIONS = {
+    "device": "cpu",
+    "num_pages": 200,
+    "max_num_sequences": 8,
+    "max_batched_tokens": 64,
+    "max_model_len": 300,
+    "max_engine_restarts": 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def front_end(checkpoint: Path) -> Iterator[FrontEndProcess]:
     """With an engine of two ranks, and a standby of two."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        process = FrontEndProcess(uuid.uuid4().hex, 1, Path(folder), model=str(checkpoint), command=None, tensor_parallel_size=SIZE, **OPTIONS)
+        process = FrontEndProcess(
+            uuid.uuid4().hex, 1, Path(folder), model=str(checkpoint), command=None, tensor_parallel_size=SIZE, **OPTIONS
+        )
         wait(lambda: process.told)
         yield process
         process.process.kill()
@@ -64,8 +75,12 @@ def gone(pid: int) -> bool:
     return ProcessId.of(pid) is None
 
 
-@pytest.mark.parametrize("victims", [["rank", "rank"], ["engine", "rank"], ["stopped rank's engine"]], ids=lambda victims: ", ".join(victims))
-def test_requests_survive_the_death_of_any_rank(front_end: FrontEndProcess, checkpoint: Path, victims: list[str]) -> None:
+@pytest.mark.parametrize(
+    "victims", [["rank", "rank"], ["engine", "rank"], ["stopped rank's engine"]], ids=lambda victims: ", ".join(victims)
+)
+def test_requests_survive_the_death_of_any_rank(
+    front_end: FrontEndProcess, checkpoint: Path, victims: list[str]
+) -> None:
     prompts = [f"question {number}, of some length" for number in range(6)]
     expected = Oracle(checkpoint).greedy([list(prompt.encode()) for prompt in prompts], NUM_TOKENS)
     for prompt in prompts:
@@ -80,7 +95,11 @@ def test_requests_survive_the_death_of_any_rank(front_end: FrontEndProcess, chec
         os.kill(rank if victim == "rank" else engine, signal.SIGKILL)
         for pid in (rank, engine):
             wait(partial(gone, pid))
-        wait(lambda engine=engine, seen=seen: front_end.told["engine"] != engine and (front_end.num_tokens > seen or front_end.answers))
+        wait(
+            lambda engine=engine, seen=seen: (
+                front_end.told["engine"] != engine and (front_end.num_tokens > seen or front_end.answers)
+            )
+        )
     wait(lambda: len(front_end.answers) == len(prompts))
     for prompt, tokens in zip(prompts, expected, strict=True):
         answer = front_end.answers[prompt]

@@ -1,4 +1,6 @@
-"""The whole engine on several ranks, each a process with gloo between them: whatever is asked, the tokens are those of transformers, and of one rank alone."""
+"""The whole engine on several ranks, each a process with gloo between them: whatever is asked, the tokens are those of
+transformers, and of one rank alone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,15 @@ from tests.oracle import Oracle, random_prompts, save_checkpoint
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 200]
 MAX_TOKENS = 48  # several pages, so that sequences outgrow what they started with
-OPTIONS = {"device": "cpu", "num_pages": 24, "max_model_len": 300, "max_batched_tokens": 64, "max_num_sequences": 16, "debug_checks": True}  # preempts
+# preempts
+OPTIONS = {
+    "device": "cpu",
+    "num_pages": 24,
+    "max_model_len": 300,
+    "max_batched_tokens": 64,
+    "max_num_sequences": 16,
+    "debug_checks": True,
+}
 VARIETY: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.1, "seed": 7},
@@ -49,7 +59,8 @@ class Engines:
 
 SEVERAL = [
     pytest.param(("LlamaForCausalLM", 2), id="llama, 2 ranks"),
-    pytest.param(("Qwen3ForCausalLM", 4), id="qwen3, 4 ranks", marks=pytest.mark.long),  # tests/unit/models/test_shard.py has 4 as threads
+    # tests/unit/models/test_shard.py has 4 as threads
+    pytest.param(("Qwen3ForCausalLM", 4), id="qwen3, 4 ranks", marks=pytest.mark.long),
 ]
 
 
@@ -61,7 +72,9 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     alone, *_ = load_engine(config, tmp_path_factory.mktemp("alone"))
     config = config.model_copy(update={"tensor_parallel_size": size})
     others, deaths = RankProcesses(config), list[float]()
-    several, *_ = load_engine(config, tmp_path_factory.mktemp("several"), others, lambda: deaths.append(time.monotonic()))
+    several, *_ = load_engine(
+        config, tmp_path_factory.mktemp("several"), others, lambda: deaths.append(time.monotonic())
+    )
     yield Engines(folder, several, alone, others, deaths)
     others.close()
     torch.distributed.destroy_process_group()
@@ -73,16 +86,22 @@ def outputs(engine: Engine, prompts: list[np.ndarray], samplings: list[dict[str,
     tokens: list[list[int]] = [[] for _ in prompts]
     told: dict[str, Any] = {"tokens": tokens, "logprobs": [[] for _ in prompts], "found": {}, "prompts": {}}
     for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-        engine.submit(Submit(number, prompt.tobytes(), SamplingParams(**{"max_tokens": MAX_TOKENS, **sampling}), (), "", 1e18))
+        engine.submit(
+            Submit(number, prompt.tobytes(), SamplingParams(**{"max_tokens": MAX_TOKENS, **sampling}), (), "", 1e18)
+        )
     while not engine.idle:
         for output in engine.step():
-            for entry, (number, token) in enumerate(zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)):
+            for entry, (number, token) in enumerate(
+                zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)
+            ):
                 tokens[number].append(token)
                 if output.logprobs is not None:
                     told["logprobs"][number].append(round(float(output.logprobs[entry]), 3))
             for one in output.feature_outputs:
                 if isinstance(one, Found):
-                    told["found"][one.request_id] = [np.frombuffer(sequence.token_ids, np.int32).tolist() for sequence in one.sequences]
+                    told["found"][one.request_id] = [
+                        np.frombuffer(sequence.token_ids, np.int32).tolist() for sequence in one.sequences
+                    ]
                 if isinstance(one, PromptLogprobs):
                     told["prompts"].setdefault(one.request_id, []).extend(np.frombuffer(one.ranks, np.int32).tolist())
         engine.check()
@@ -111,12 +130,16 @@ def test_what_a_rank_cannot_do_is_said_by_all(tmp_path: Path) -> None:
     """Before any rank has read its weights."""
     folder = save_checkpoint(tmp_path / "checkpoint", "LlamaForCausalLM")
     config = EngineConfig.parse({"model": str(folder), **OPTIONS, "tensor_parallel_size": 3})
-    with pytest.raises(EngineError, match=r"^tensor_parallel_size: 3 ranks cannot have equal parts of num_attention_heads \(4\)$"):
+    with pytest.raises(
+        EngineError, match=r"^tensor_parallel_size: 3 ranks cannot have equal parts of num_attention_heads \(4\)$"
+    ):
         load_engine(config, tmp_path)
 
 
 def test_the_death_of_a_rank_is_noticed(engines: Engines) -> None:
-    """The last test of these engines. Whatever rank 0 waits for then: it is told on another thread, and ends its process (test_rank_deaths.py)."""
+    """The last test of these engines. Whatever rank 0 waits for then: it is told on another thread, and ends its
+    process (test_rank_deaths.py).
+    """
     deaths = engines.deaths
     os.kill(engines.others.pids[-1], signal.SIGKILL)
     deadline = time.monotonic() + 20

@@ -1,4 +1,6 @@
-"""What a plain greedy decode step passes through, on a CPU with the embedded model: what nobody asked for must not be on the way."""
+"""What a plain greedy decode step passes through, on a CPU with the embedded model: what nobody asked for must not be
+on the way.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,21 @@ _INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>")  #
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
     """Two sequences that decode greedily."""
-    engine, *_ = load_engine(EngineConfig.parse({"device": "cpu", "max_num_sequences": 4, "max_model_len": 256, "num_pages": 64}), tmp_path)
+    engine, *_ = load_engine(
+        EngineConfig.parse({"device": "cpu", "max_num_sequences": 4, "max_model_len": 256, "num_pages": 64}), tmp_path
+    )
     for request_id in range(2):
         prompt = np.arange(5 + request_id, 25, dtype=np.int32)
-        engine.submit(Submit(request_id, prompt.tobytes(), SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True), (), "", 1e18))
+        engine.submit(
+            Submit(
+                request_id,
+                prompt.tobytes(),
+                SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True),
+                (),
+                "",
+                1e18,
+            )
+        )
     for _ in range(8):
         engine.step()
     return engine

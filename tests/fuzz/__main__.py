@@ -1,7 +1,9 @@
-"""Fuzzing by hand: `python -m tests.fuzz TARGET --seconds 600`. Input that finds something new is kept in tests/fuzz/corpus/TARGET, which the tests replay.
+"""Fuzzing by hand: `python -m tests.fuzz TARGET --seconds 600`. Input that finds something new is kept in
+tests/fuzz/corpus/TARGET, which the tests replay.
 
-With atheris installed (`pip install atheris`, Python up to 3.13) coverage guides the search; without it hypothesis draws bytes and mixes what is in the corpus.
-An input that breaks something is written to tests/fuzz/corpus/TARGET/crash-…: commit it with the fix.
+With atheris installed (`pip install atheris`, Python up to 3.13) coverage guides the search; without it hypothesis
+draws bytes and mixes what is in the corpus. An input that breaks something is written to
+tests/fuzz/corpus/TARGET/crash-…: commit it with the fix.
 """
 
 from __future__ import annotations
@@ -35,7 +37,13 @@ def main() -> None:
         return
     with atheris.instrument_imports(include=["paged_backend"]):
         from tests.fuzz.targets import TARGETS
-    options = [f"-max_total_time={args.seconds}", f"-seed={args.seed}", f"-max_len={_LONGEST}", f"-artifact_prefix={folder}/", "-timeout=20"]
+    options = [
+        f"-max_total_time={args.seconds}",
+        f"-seed={args.seed}",
+        f"-max_len={_LONGEST}",
+        f"-artifact_prefix={folder}/",
+        "-timeout=20",
+    ]
     atheris.Setup([sys.argv[0], *options, str(folder)], _without_noise(TARGETS[args.target]))
     atheris.Fuzz()
 

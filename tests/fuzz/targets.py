@@ -1,6 +1,7 @@
 """What any bytes at all may do to the rooms that take them: each target raises if they did something that no bytes may.
 
-A target takes bytes and returns nothing. `RequestError` is how wrong input ends, and is checked; everything else that is raised is a bug.
+A target takes bytes and returns nothing. `RequestError` is how wrong input ends, and is checked; everything else that
+is raised is a bug.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def request(content: bytes) -> None:
 
 def sampling(content: bytes) -> None:
     """sampling_parameters."""
-    tensors: dict[str, Any] = {"text_input": np.array([b"a"], np.object_), "sampling_parameters": np.array([content], np.object_)}
+    tensors: dict[str, Any] = {
+        "text_input": np.array([b"a"], np.object_),
+        "sampling_parameters": np.array([content], np.object_),
+    }
     try:
         made = read_request(tensors, "", 0.0)
     except RequestError as error:
@@ -90,21 +94,32 @@ def _usable(params: SamplingParams) -> None:
     if params.seed is None or -(2**63) <= params.seed < 2**64:
         assert decode_to_engine(encode(submit)) == submit
     features_of(params, (), ())
-    numbers = (params.temperature, params.top_p, params.min_p, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    numbers = (
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
     assert np.isfinite(np.array(numbers, np.float32)).all()
 
 
 def chat(content: bytes) -> None:
     """messages and tools, between which there is a zero byte."""
     messages, _, tools = content.decode(errors="replace").partition("\0")
-    template = ChatTemplate(ExportedTemplate({"default": _TEMPLATE}, {"eos_token": "<|im_end|>"}), _SPECIAL, render_here, 2**22)
+    template = ChatTemplate(
+        ExportedTemplate({"default": _TEMPLATE}, {"eos_token": "<|im_end|>"}), _SPECIAL, render_here, 2**22
+    )
     try:
         parts = template.render(Chat(messages=messages, tools=tools or None))
     except RequestError as error:
         _refused(error)
         return
     written = " ".join(parts[::2])
-    assert written.count("<|im_start|>") == written.count("<|im_end|>") == len(json.loads(messages)), "a caller's words became special tokens"
+    assert written.count("<|im_start|>") == written.count("<|im_end|>") == len(json.loads(messages)), (
+        "a caller's words became special tokens"
+    )
     assert all(part in _SPECIAL for part in parts[1::2])
 
 
@@ -152,7 +167,9 @@ def _pieces(tokenizer: Tokenizer, ids: list[int], params: SamplingParams, sizes:
 
 
 def page_tables(content: bytes) -> None:
-    """Batches packed for the device, and read back: every token has the position, the id and the slot that its row's table says."""
+    """Batches packed for the device, and read back: every token has the position, the id and the slot that its row's
+    table says.
+    """
     rows, size, length = 4, 4, 32
     device = DeviceRows(rows, length, size, 1, torch.device("cpu"))
     tables: dict[int, list[int]] = {}
@@ -170,7 +187,9 @@ def page_tables(content: bytes) -> None:
             if row not in tokens or number(4) == 0 or lengths[row] >= length - 1:
                 tokens[row] = [number(90) for _ in range(1 + number(length - 2))]
                 tables[row], lengths[row] = [], 0
-                new.append(NewRow(row, np.array(tokens[row], np.int32), len(tokens[row]), SamplingParams(), number(9), (), ()))
+                new.append(
+                    NewRow(row, np.array(tokens[row], np.int32), len(tokens[row]), SamplingParams(), number(9), (), ())
+                )
             start = lengths[row]
             count = 1 + number(max(1, len(tokens[row]) - start))
             while len(tables[row]) * size < start + count:
@@ -204,21 +223,44 @@ def _compare(made: Any, batch: Batch, tables: dict[int, list[int]], tokens: dict
         positions = list(range(start, start + count))
         assert made.positions[span].tolist() == positions
         assert made.input_ids[span].tolist() == [tokens[row][position] for position in positions]
-        assert made.groups[0].slot_mapping[span].tolist() == [tables[row][position // size] * size + position % size for position in positions]
+        assert made.groups[0].slot_mapping[span].tolist() == [
+            tables[row][position // size] * size + position % size for position in positions
+        ]
         num_pages = -(-(start + count) // size)
         assert made.groups[0].page_table[at, :num_pages].tolist() == tables[row][:num_pages]
     assert int((made.groups[0].slot_mapping >= 0).sum()) == batch.num_tokens, "padding has slots"
 
 
 def scheduling(content: bytes) -> None:
-    """Requests, steps and aborts in any order, in a pool that the first bytes make small; `check` and debug_checks after and before every step."""
+    """Requests, steps and aborts in any order, in a pool that the first bytes make small; `check` and debug_checks
+    after and before every step.
+    """
     setup = struct.unpack("6B", content[:6].ljust(6, b"\1"))
-    page_size, spare, max_len, rows, budget = 1 << setup[0] % 4, setup[1] % 8, 2 + setup[2] % 30, 1 + setup[3] % 5, 1 + setup[4] % 40
+    page_size, spare, max_len, rows, budget = (
+        1 << setup[0] % 4,
+        setup[1] % 8,
+        2 + setup[2] % 30,
+        1 + setup[3] % 5,
+        1 + setup[4] % 40,
+    )
     num_pages = -(-max_len // page_size) + spare
-    limits = SchedulerLimits(page_size, num_pages, max_len, rows, budget, max_queue_size=6, prefix_cache=bool(setup[5] & 1), preemption=bool(setup[5] & 2))
+    limits = SchedulerLimits(
+        page_size,
+        num_pages,
+        max_len,
+        rows,
+        budget,
+        max_queue_size=6,
+        prefix_cache=bool(setup[5] & 1),
+        preemption=bool(setup[5] & 2),
+    )
     scheduler = Scheduler(limits, clock=lambda: 0.0)
     runner = SimulatedRunner(rows, num_pages, page_size, max_len, budget)
-    engine = Engine(scheduler, CheckedRunner(runner, TableBounds(rows, num_pages, page_size, max_len, budget), scheduler.check), setup[5] >> 2 & 1)
+    engine = Engine(
+        scheduler,
+        CheckedRunner(runner, TableBounds(rows, num_pages, page_size, max_len, budget), scheduler.check),
+        setup[5] >> 2 & 1,
+    )
     expected: dict[int, list[int]] = {}
     answers: dict[int, list[int]] = {}
 
@@ -237,7 +279,17 @@ def scheduling(content: bytes) -> None:
             answers[serial] = []
             expected[serial] = solo(prompt, min(count, max_len - len(prompt)), (), runner.vocab_size)
             params = SamplingParams(max_tokens=count, temperature=0.0, priority_level=byte % 2, ignore_eos=True)
-            engine.submit(Submit(serial, np.array(prompt, np.int32).tobytes(), params, (), "ab"[byte & 1], 0.0, suspect=byte % 11 == 0))
+            engine.submit(
+                Submit(
+                    serial,
+                    np.array(prompt, np.int32).tobytes(),
+                    params,
+                    (),
+                    "ab"[byte & 1],
+                    0.0,
+                    suspect=byte % 11 == 0,
+                )
+            )
         elif byte < 130 and expected:
             gone = sorted(expected)[byte % len(expected)]
             engine.abort(gone)
@@ -252,4 +304,6 @@ def scheduling(content: bytes) -> None:
     assert engine.idle and not expected and scheduler.pool.num_available == num_pages
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {target.__name__: target for target in (request, sampling, chat, detokenizer, page_tables, scheduling)}
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target for target in (request, sampling, chat, detokenizer, page_tables, scheduling)
+}

@@ -1,4 +1,6 @@
-"""Some of these tests fill half of a GPU: what they leave in torch's cache is given back, for others may run beside them."""
+"""Some of these tests fill half of a GPU: what they leave in torch's cache is given back, for others may run beside
+them.
+"""
 
 from __future__ import annotations
 

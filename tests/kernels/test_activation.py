@@ -1,4 +1,6 @@
-"""silu(gate) * up against float64. Rounding of the output alone is 1.1e-3 in bfloat16 and 1.4e-4 in float16; it happens twice."""
+"""silu(gate) * up against float64. Rounding of the output alone is 1.1e-3 in bfloat16 and 1.4e-4 in float16; it happens
+twice.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "size", "dtype"), [(1, 5, torch.float32), (3, 1500, torch.float32), (2, 64, torch.float16), *LARGE])
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype"), [(1, 5, torch.float32), (3, 1500, torch.float32), (2, 64, torch.float16), *LARGE]
+)
 def test_equals_float64(rows: int, size: int, dtype: torch.dtype) -> None:
     gate_up = randn(rows, 2 * size, dtype=dtype)
     out = torch.full((rows, size), float("nan"), device=DEVICE, dtype=dtype)
@@ -42,7 +46,9 @@ def test_large_gates_neither_overflow_nor_vanish() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 1100, torch.float32), (2, 64, torch.float16), *LARGE])
-def test_every_activation_equals_float64_alone_and_as_a_gate(rows: int, size: int, dtype: torch.dtype, activation: str) -> None:
+def test_every_activation_equals_float64_alone_and_as_a_gate(
+    rows: int, size: int, dtype: torch.dtype, activation: str
+) -> None:
     x = randn(rows, 2 * size, dtype=dtype) * 3
     for out, expected in (
         (gate(x, activation), reference.gate(x.double(), activation)),
@@ -54,7 +60,9 @@ def test_every_activation_equals_float64_alone_and_as_a_gate(rows: int, size: in
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0], ids=str)
 @pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 1100, torch.float32), (2, 64, torch.float16), *LARGE])
-def test_logits_are_scaled_and_capped_in_place(rows: int, size: int, dtype: torch.dtype, soft_cap: float | None) -> None:
+def test_logits_are_scaled_and_capped_in_place(
+    rows: int, size: int, dtype: torch.dtype, soft_cap: float | None
+) -> None:
     logits = randn(rows, size, dtype=dtype) * 9
     expected = reference.scale_logits(logits.double(), 0.5, soft_cap)
     assert scale_logits(logits, 0.5, soft_cap) is logits

@@ -1,4 +1,6 @@
-"""The decoder on kernels: the tokens of transformers, as on plain torch. Here the interpreter runs them in float32; on CUDA the captured steps do."""
+"""The decoder on kernels: the tokens of transformers, as on plain torch. Here the interpreter runs them in float32; on
+CUDA the captured steps do.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,35 @@ from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import CONFIGS, save_published
 from tests.runner_driver import Driver, load_runner
 
-SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 _CHOICE: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 3}
-_GLM: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "use_qk_norm": True}
+_GLM: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "use_qk_norm": True,
+}
 WITH_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", _CHOICE),
     "qwen3-moe": ("Qwen3MoeForCausalLM", EXPERTS),
     "qwen2-moe": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 40}),
     "glm4-moe": ("Glm4MoeForCausalLM", _GLM),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {**_CHOICE, "rotary_dim": 8}),
-    "gpt-oss": ("GptOssForCausalLM", {**_CHOICE, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 1.5}),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        {**_CHOICE, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 1.5},
+    ),
 }
 
 
@@ -57,7 +76,11 @@ def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps) -> 
         device=runner.device,
     )
     weights = runner._decoder._weights
-    adapted = None if runner.adapter_slots is None else runner.adapter_slots.products(ops, weights, runner._rows.adapter_slots, 64)
+    adapted = (
+        None
+        if runner.adapter_slots is None
+        else runner.adapter_slots.products(ops, weights, runner._rows.adapter_slots, 64)
+    )
     runner._decoder = Decoder(weights, rope_tensors(a.ropes, 64, runner.device), ops, adapted)
     runner._sampler = Sampler(ops)
     runner._rows._ops = ops
@@ -72,7 +95,9 @@ def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps) -> 
 )
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
     folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
-    runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    runner = load_runner(
+        folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64
+    )
     use_kernels(runner)
     prompts = random_prompts((1, 9, 14))
     assert Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 4)
@@ -80,12 +105,16 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_rank_that_has_the_vocabulary_but_for_one_token_chooses_as_one_that_has_it_all(tmp_path: Path, temperature: float) -> None:
+def test_a_rank_that_has_the_vocabulary_but_for_one_token_chooses_as_one_that_has_it_all(
+    tmp_path: Path, temperature: float
+) -> None:
     """Its tokens come from keys, for it never has the logits of the last one."""
     folder = save_checkpoint(tmp_path, "LlamaForCausalLM", **SMALL)
     found = []
     for make in (CudaOps, partial(CudaRankOps, Ranks(), VocabularyPart(first=0, count=199, width=199, whole=200))):
-        runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+        runner = load_runner(
+            folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64
+        )
         use_kernels(runner, make)
         sampling = SamplingParams(temperature=temperature)
         found.append(Driver(runner, num_rows=4).generate(random_prompts((1, 9)), 3, sampling, chunk=6, arrive_every=1))
@@ -98,7 +127,9 @@ def test_a_rank_that_has_the_vocabulary_but_for_one_token_chooses_as_one_that_ha
 def test_greedy_tokens_of_every_family_with_experts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     architecture, options = WITH_EXPERTS[name]
     folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
-    runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    runner = load_runner(
+        folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64
+    )
     use_kernels(runner)
     prompts = random_prompts((1, 14))
     assert Driver(runner, num_rows=4).generate(prompts, 3, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 3)
@@ -108,9 +139,13 @@ def test_greedy_tokens_of_every_family_with_experts_are_those_of_transformers(na
 @pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """Prompts beyond sliding windows and, of longrope, beyond the original length, which the longest sequence decides for all."""
+    """Prompts beyond sliding windows and, of longrope, beyond the original length, which the longest sequence decides
+    for all.
+    """
     folder = save_published(tmp_path, name)
-    runner = load_runner(folder, page_size=8, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    runner = load_runner(
+        folder, page_size=8, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64
+    )
     use_kernels(runner)
     prompts = random_prompts((33,))
     assert Driver(runner, num_rows=4).generate(prompts, 2, chunk=30) == Oracle(folder).greedy(prompts, 2)
@@ -121,19 +156,35 @@ def test_beams_and_prompt_logprobs_are_those_of_plain_torch(tmp_path: Path) -> N
     folder = save_checkpoint(tmp_path / "checkpoint", "LlamaForCausalLM", **SMALL, initializer_range=0.08)
     heard = []
     for kernels in (False, True):
-        options = {"page_size": 4, "num_pages": 64, "max_model_len": 64, "max_num_sequences": 4, "max_batched_tokens": 64}
+        options = {
+            "page_size": 4,
+            "num_pages": 64,
+            "max_model_len": 64,
+            "max_num_sequences": 4,
+            "max_batched_tokens": 64,
+        }
         engine, *_ = load_engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", **options), tmp_path)
         if kernels:
             use_kernels(engine._runner)
-        params = SamplingParams(use_beam_search=True, beam_width=3, n=3, temperature=0.0, max_tokens=4, prompt_logprobs=2)
+        params = SamplingParams(
+            use_beam_search=True, beam_width=3, n=3, temperature=0.0, max_tokens=4, prompt_logprobs=2
+        )
         engine.submit(Submit(0, random_prompts([6])[0].tobytes(), params, (), "", 1e18))
         outputs = []
         while not engine.idle:
             outputs += engine.step()
         (found,) = [one for output in outputs for one in output.feature_outputs if isinstance(one, Found)]
-        told = [np.frombuffer(one.top_logprobs, np.float32) for output in outputs for one in output.feature_outputs if isinstance(one, PromptLogprobs)]
+        told = [
+            np.frombuffer(one.top_logprobs, np.float32)
+            for output in outputs
+            for one in output.feature_outputs
+            if isinstance(one, PromptLogprobs)
+        ]
         heard.append(
-            ([one.token_ids for one in found.sequences], np.concatenate([*told, *(np.frombuffer(one.logprobs, np.float32) for one in found.sequences)]))
+            (
+                [one.token_ids for one in found.sequences],
+                np.concatenate([*told, *(np.frombuffer(one.logprobs, np.float32) for one in found.sequences)]),
+            )
         )
     assert heard[0][0] == heard[1][0]
     np.testing.assert_allclose(heard[0][1], heard[1][1], atol=1e-4)
@@ -143,9 +194,14 @@ def test_beams_and_prompt_logprobs_are_those_of_plain_torch(tmp_path: Path) -> N
 def test_with_adapters_greedy_tokens_are_those_of_peft(tmp_path: Path) -> None:
     """Two adapters and none in the same steps, of prompts and of single tokens, alone and beside each other."""
     folder = save_checkpoint(tmp_path / "model", "LlamaForCausalLM", **SMALL)
-    adapters = [save_adapter(tmp_path / name, folder, seed, rank, lora_alpha=8) for seed, (name, rank) in enumerate({"a": 4, "b": 7}.items())]
+    adapters = [
+        save_adapter(tmp_path / name, folder, seed, rank, lora_alpha=8)
+        for seed, (name, rank) in enumerate({"a": 4, "b": 7}.items())
+    ]
     options = {"lora_directory": str(tmp_path), "max_loras": 2, "max_lora_rank": 8}
-    runner = load_runner(folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64, **options)
+    runner = load_runner(
+        folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64, **options
+    )
     use_kernels(runner)
     assert runner.adapter_slots is not None
     for adapter, name in enumerate("ab"):

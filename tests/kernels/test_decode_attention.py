@@ -1,6 +1,8 @@
-"""Paged decode attention against a float64 oracle. Everything a kernel must not read is NaN: unused pages, slots past a length, tokens before a window.
+"""Paged decode attention against a float64 oracle. Everything a kernel must not read is NaN: unused pages, slots past a
+length, tokens before a window.
 
-Without a CUDA device the kernels run in the Triton language's interpreter, in float32 (it computes bfloat16 wrongly), on tiny shapes.
+Without a CUDA device the kernels run in the Triton language's interpreter, in float32 (it computes bfloat16 wrongly),
+on tiny shapes.
 """
 
 from __future__ import annotations
@@ -10,12 +12,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from paged_kernels.decode_attention import DecodePlan, make_decode_plan, make_decode_workspace, paged_decode_attention, plan_decode_attention
+from paged_kernels.decode_attention import (
+    DecodePlan,
+    make_decode_plan,
+    make_decode_workspace,
+    paged_decode_attention,
+    plan_decode_attention,
+)
 from paged_kernels.reference import reference
 
 gpu = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Rounding of the output alone is 2^-9 / sqrt(3) = 1.1e-3 in bfloat16 and 1.4e-4 in float16; the weights are rounded once too. Sums are float32.
+# Rounding of the output alone is 2^-9 / sqrt(3) = 1.1e-3 in bfloat16 and 1.4e-4 in float16; the weights are rounded
+# once too. Sums are float32.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 2e-5}
 
 
@@ -51,9 +60,12 @@ def make(case: Case, seed: int) -> Tensors:
     needed = [-(-n // case.page_size) for n in case.lengths]
     page_elements = 2 * case.num_kv_heads * case.page_size * case.head_dim
     num_pages = max(sum(needed) + 2, -(-case.pool_elements // page_elements))
-    kv_pages = torch.full((num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim), float("nan"), dtype=case.dtype, device=DEVICE)
+    kv_pages = torch.full(
+        (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim), float("nan"), dtype=case.dtype, device=DEVICE
+    )
     poison = num_pages // 2  # stays NaN
-    ids = torch.cat([torch.arange(num_pages - sum(needed) // 2 - 1, num_pages), torch.arange(sum(needed) + 1)])  # the pool's two ends
+    # the pool's two ends
+    ids = torch.cat([torch.arange(num_pages - sum(needed) // 2 - 1, num_pages), torch.arange(sum(needed) + 1)])
     ids = ids[ids != poison].unique()
     ids = ids[torch.randperm(len(ids), generator=generator)].tolist()
     page_table = torch.full((len(case.lengths), max(needed, default=0) + 2), poison, dtype=torch.int32)
@@ -69,19 +81,23 @@ def make(case: Case, seed: int) -> Tensors:
     q = torch.randn(len(case.lengths), case.num_q_heads, case.head_dim, generator=generator).to(DEVICE, case.dtype)
     sinks = torch.linspace(-2, 6, case.num_q_heads).to(DEVICE, case.dtype) if case.sinks else None
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=DEVICE)
-    return Tensors(q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), lengths, case.head_dim**-0.5, sinks)
+    return Tensors(
+        q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), lengths, case.head_dim**-0.5, sinks
+    )
 
 
 def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
     """float64 [num_sequences, num_q_heads, head_dim]; zeros in rows of length 0."""
     out = torch.zeros(tensors.q.shape, dtype=torch.float64, device=DEVICE)
-    kv_pages = tensors.kv_pages.float() if tensors.kv_pages.itemsize == 1 else tensors.kv_pages  # torch cannot index these
+    # torch cannot index these
+    kv_pages = tensors.kv_pages.float() if tensors.kv_pages.itemsize == 1 else tensors.kv_pages
     for row, length in enumerate(case.lengths):
         tokens = torch.arange(max(0, length - case.window) if case.window else 0, length, device=DEVICE)
         if len(tokens) == 0:
             continue
         page = tensors.page_table[row].long()[tokens // case.page_size]
-        keys, values = (kv_pages[page, side, :, tokens % case.page_size].double().transpose(0, 1) for side in range(2))  # [heads, tokens, dim]
+        # [heads, tokens, dim]
+        keys, values = (kv_pages[page, side, :, tokens % case.page_size].double().transpose(0, 1) for side in range(2))
         queries = tensors.q[row].double().view(case.num_kv_heads, -1, case.head_dim)
         scores = queries @ keys.transpose(1, 2) * tensors.scale
         if case.soft_cap:
@@ -94,7 +110,13 @@ def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
 
 def plan_for(case: Case, max_sequences: int | None = None) -> DecodePlan:
     workspace = make_decode_workspace(
-        case.num_q_heads, case.num_kv_heads, case.head_dim, case.kv_dtype or case.dtype, DEVICE, tile=case.tile, programs_per_multiprocessor=case.programs
+        case.num_q_heads,
+        case.num_kv_heads,
+        case.head_dim,
+        case.kv_dtype or case.dtype,
+        DEVICE,
+        tile=case.tile,
+        programs_per_multiprocessor=case.programs,
     )
     return make_decode_plan(workspace, max_sequences or len(case.lengths), case.window)
 
@@ -143,7 +165,9 @@ def test_equals_float64_on_tiny_shapes(case: Case) -> None:
     expected = oracle(case, tensors)
     assert_close(case, attend(case, tensors, plan_for(case)), expected)
     options = tensors.scale, case.window or None, case.soft_cap or None, tensors.sinks
-    twin = reference.decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, tensors.seq_lens, max(case.lengths), *options)
+    twin = reference.decode_attention(
+        tensors.q, tensors.kv_pages, tensors.page_table, tensors.seq_lens, max(case.lengths), *options
+    )
     torch.testing.assert_close(twin.double(), expected, rtol=0, atol=1e-5)  # 200 terms of size one in float32
 
 
@@ -180,20 +204,36 @@ def test_refuses_what_it_cannot_compute() -> None:
     with pytest.raises(ValueError, match="one dtype"):
         paged_decode_attention(tensors.q.half(), tensors.kv_pages, tensors.page_table, tensors.q, plan, scale=1.0)
     with pytest.raises(ValueError, match="do not fit"):
-        paged_decode_attention(tensors.q[:, :2], tensors.kv_pages, tensors.page_table, tensors.q[:, :2], plan, scale=1.0)
+        paged_decode_attention(
+            tensors.q[:, :2], tensors.kv_pages, tensors.page_table, tensors.q[:, :2], plan, scale=1.0
+        )
 
 
 RAGGED = (1, 0, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 0, 4097, 333, 2, 0)
 LARGE = {
-    **{f"page size {n}": Case(RAGGED, 32, 8, 128, page_size=n, dtype=torch.bfloat16) for n in (1, 2, 4, 8, 16, 32, 64, 128)},
+    **{
+        f"page size {n}": Case(RAGGED, 32, 8, 128, page_size=n, dtype=torch.bfloat16)
+        for n in (1, 2, 4, 8, 16, 32, 64, 128)
+    },
     **{f"head_dim {n}": Case(RAGGED, 32, 8, n, dtype=torch.bfloat16) for n in (64, 80, 96, 128, 256)},
     **{f"float16, head_dim {n}": Case(RAGGED, 16, 2, n, dtype=torch.float16) for n in (64, 80, 128, 256)},
     **{f"float32, head_dim {n}": Case(RAGGED, 8, 2, n, dtype=torch.float32) for n in (64, 96, 128, 256)},
-    **{f"{q}/{kv} heads": Case(RAGGED, q, kv, 128, dtype=torch.bfloat16) for q, kv in ((28, 4), (32, 32), (32, 2), (48, 1), (8, 8))},
+    **{
+        f"{q}/{kv} heads": Case(RAGGED, q, kv, 128, dtype=torch.bfloat16)
+        for q, kv in ((28, 4), (32, 32), (32, 2), (48, 1), (8, 8))
+    },
     **{f"window {n}": Case(RAGGED, 32, 8, 128, window=n, dtype=torch.bfloat16) for n in (1, 100, 1024, 100000)},
     "window in pages of one token": Case(RAGGED, 32, 8, 128, window=100, page_size=1, dtype=torch.bfloat16),
-    **{f"8 bits, head_dim {n}": Case(RAGGED, 32, 8, n, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn) for n in (64, 80, 96, 128, 256)},
-    **{f"8 bits, page size {n}": Case(RAGGED, 28, 4, 128, page_size=n, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn) for n in (1, 8, 32, 128)},
+    **{
+        f"8 bits, head_dim {n}": Case(RAGGED, 32, 8, n, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn)
+        for n in (64, 80, 96, 128, 256)
+    },
+    **{
+        f"8 bits, page size {n}": Case(
+            RAGGED, 28, 4, 128, page_size=n, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn
+        )
+        for n in (1, 8, 32, 128)
+    },
     "8 bits, window": Case(RAGGED, 32, 8, 128, window=100, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
     "8 bits, float16": Case(RAGGED, 32, 2, 128, dtype=torch.float16, kv_dtype=torch.float8_e4m3fn),
     "8 bits, float32": Case(RAGGED, 8, 2, 64, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn),
@@ -220,7 +260,11 @@ def test_equals_float64_on_the_gpu(case: Case) -> None:
     assert_close(case, attend(case, tensors, plan_for(case)), oracle(case, tensors))
 
 
-OVERLAP = {"one after the other": {}, "overlapping": {"launch_pdl": True}, "overlapping, plan read early": {"launch_pdl": True, "plan_settled": True}}
+OVERLAP = {
+    "one after the other": {},
+    "overlapping": {"launch_pdl": True},
+    "overlapping, plan read early": {"launch_pdl": True, "plan_settled": True},
+}
 
 
 @gpu
@@ -234,7 +278,9 @@ def test_repeated_launches_are_bit_equal(launch: dict[str, bool]) -> None:
     outs = [torch.full_like(first, float("nan")) for _ in range(200)]
     torch.cuda.synchronize()
     for out in outs:
-        paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, out, plan, scale=tensors.scale, **launch)
+        paged_decode_attention(
+            tensors.q, tensors.kv_pages, tensors.page_table, out, plan, scale=tensors.scale, **launch
+        )
     assert all(torch.equal(first, out) for out in outs)
 
 

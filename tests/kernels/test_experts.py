@@ -1,4 +1,6 @@
-"""Kernels of a layer of experts, over ragged routing, against the twins in plain torch and sums written out in float64."""
+"""Kernels of a layer of experts, over ragged routing, against the twins in plain torch and sums written out in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from paged_kernels.reference import reference
 from tests.expert_cases import expert_layer, on, quantised, routing_cases, written_out
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 3e-6}  # an expert's gated vector and answer are rounded once each, and their sum
+# an expert's gated vector and answer are rounded once each, and their sum
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 3e-6}
 SWIGLU, CLAMPED = Gate(), Gate(limit=0.5, alpha=1.702, interleaved=True)
 HIDDEN, SIZE, EXPERTS, TOP_K = 32, 32, 8, 3
 FEW = Routing(TOP_K, "softmax", renormalised=True)
@@ -26,8 +29,17 @@ def tokens(count: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.float32,
     return torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def layer(routing: Routing = FEW, gate: Gate = SWIGLU, *, bias: bool = True, dtype: torch.dtype = torch.float32, mxfp4: bool = False) -> Experts:
-    experts = expert_layer(EXPERTS, HIDDEN, SIZE, routing, gate, bias=bias, correction=routing.scores == "sigmoid", dtype=dtype)
+def layer(
+    routing: Routing = FEW,
+    gate: Gate = SWIGLU,
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    mxfp4: bool = False,
+) -> Experts:
+    experts = expert_layer(
+        EXPERTS, HIDDEN, SIZE, routing, gate, bias=bias, correction=routing.scores == "sigmoid", dtype=dtype
+    )
     return on(quantised(experts) if mxfp4 else experts, DEVICE)
 
 
@@ -89,7 +101,11 @@ def test_products_of_ragged_groups_equal_float64(num_tokens: int, kind: str, gat
 @pytest.mark.parametrize("gate", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("num_tokens", [1, 19])
 def test_products_with_mxfp4_equal_those_with_its_numbers(num_tokens: int, gate: Gate) -> None:
-    experts, x, residual = layer(gate=gate, dtype=torch.float16, mxfp4=True), tokens(num_tokens, dtype=torch.float16), tokens(num_tokens, dtype=torch.float16)
+    experts, x, residual = (
+        layer(gate=gate, dtype=torch.float16, mxfp4=True),
+        tokens(num_tokens, dtype=torch.float16),
+        tokens(num_tokens, dtype=torch.float16),
+    )
     expert_ids = choice("spread", num_tokens)
     weights = weights_of(expert_ids)
     expected = residual.double().cpu() + written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
@@ -106,10 +122,16 @@ def test_a_whole_layer_equals_its_twin(num_tokens: int) -> None:
         assert_close(ExpertKernels(DEVICE).norm_add(x.clone(), norm, experts), expected.double().cpu())
 
 
-@pytest.mark.parametrize("routing", [FEW, Routing(TOP_K, "softmax_of_chosen"), Routing(TOP_K, "sigmoid", renormalised=True)], ids=lambda r: r.scores)
+@pytest.mark.parametrize(
+    "routing",
+    [FEW, Routing(TOP_K, "softmax_of_chosen"), Routing(TOP_K, "sigmoid", renormalised=True)],
+    ids=lambda r: r.scores,
+)
 def test_a_token_that_is_no_number_chooses_experts_that_exist_and_leaves_the_others_alone(routing: Routing) -> None:
     """Five experts lie in 16 columns, and on a GPU any column may be the greatest of those that are no numbers."""
-    experts = on(expert_layer(5, HIDDEN, SIZE, routing, SWIGLU, bias=True, correction=routing.scores == "sigmoid"), DEVICE)
+    experts = on(
+        expert_layer(5, HIDDEN, SIZE, routing, SWIGLU, bias=True, correction=routing.scores == "sigmoid"), DEVICE
+    )
     x, arrivals = tokens(20), make_arrivals(DEVICE)
     expected = ExpertKernels(DEVICE).norm_add(x.clone(), None, experts)
     x[7] = float("nan")
@@ -123,7 +145,10 @@ def test_a_token_that_is_no_number_chooses_experts_that_exist_and_leaves_the_oth
 
 def test_no_token_makes_no_launch() -> None:
     experts, x = layer(), tokens(0)
-    assert ExpertKernels(DEVICE).norm_add(x, Norm(torch.ones(HIDDEN, device=DEVICE), 1e-5), experts).shape == (0, HIDDEN)
+    assert ExpertKernels(DEVICE).norm_add(x, Norm(torch.ones(HIDDEN, device=DEVICE), 1e-5), experts).shape == (
+        0,
+        HIDDEN,
+    )
 
 
 def test_refuses_what_does_not_fit() -> None:
@@ -154,16 +179,28 @@ GEOMETRIES = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 2, 16, 100, 1024])
 @pytest.mark.parametrize(("hidden", "size", "num_experts", "top_k", "mxfp4"), GEOMETRIES.values(), ids=GEOMETRIES)
-def test_published_geometries_equal_the_twin(hidden: int, size: int, num_experts: int, top_k: int, mxfp4: bool, num_tokens: int) -> None:
+def test_published_geometries_equal_the_twin(
+    hidden: int, size: int, num_experts: int, top_k: int, mxfp4: bool, num_tokens: int
+) -> None:
     """The twin in float32 on the same device, with the same choice."""
     gate = CLAMPED if size == hidden else SWIGLU
-    experts = expert_layer(num_experts, hidden, size, Routing(top_k, "softmax", renormalised=True), gate, bias=size == hidden, dtype=torch.bfloat16)
+    experts = expert_layer(
+        num_experts,
+        hidden,
+        size,
+        Routing(top_k, "softmax", renormalised=True),
+        gate,
+        bias=size == hidden,
+        dtype=torch.bfloat16,
+    )
     experts = on(quantised(experts) if mxfp4 else experts, DEVICE)
     x, residual = tokens(num_tokens, hidden, torch.bfloat16), tokens(num_tokens, hidden, torch.bfloat16, seed=6)
     for kind in ("spread", "the same for all", "some get none"):
         expert_ids = choice(kind, num_tokens, top_k, num_experts)
         weights = weights_of(expert_ids)
-        expected = reference.add_experts(x.float(), expert_ids, weights, on(experts, DEVICE, torch.float32), residual.float())
+        expected = reference.add_experts(
+            x.float(), expert_ids, weights, on(experts, DEVICE, torch.float32), residual.float()
+        )
         found = ExpertKernels(DEVICE).add(x, expert_ids, weights, experts, residual.clone())
         assert_close(found, expected.double().cpu())
 

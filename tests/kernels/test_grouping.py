@@ -23,7 +23,9 @@ def owners_of(kind: str, num_items: int, num_owners: int) -> torch.Tensor:
 @pytest.mark.parametrize("two_launches", [False, True], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("kind", ["spread", "one has all", "some have none, some items nobody"])
 @pytest.mark.parametrize(("num_items", "num_owners", "tile"), [(1, 5, 16), (70, 6, 16), (333, 40, 32)])
-def test_order_is_that_of_a_stable_sort(num_items: int, num_owners: int, tile: int, kind: str, two_launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_is_that_of_a_stable_sort(
+    num_items: int, num_owners: int, tile: int, kind: str, two_launches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grouping, "_FEW", 0 if two_launches else 2**30)
     owners = owners_of(kind, num_items, num_owners)
     order = torch.full((num_items,), 10_000, dtype=torch.int32, device=DEVICE)

@@ -1,4 +1,6 @@
-"""RMS norm against float64. Rounding of the output alone is 1.1e-3 in bfloat16 and 1.4e-4 in float16; it happens twice."""
+"""RMS norm against float64. Rounding of the output alone is 1.1e-3 in bfloat16 and 1.4e-4 in float16; it happens
+twice.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,11 @@ def test_equals_float64(rows: int, size: int, dtype: torch.dtype) -> None:
     assert_close(out, reference.rms_norm(x, weight, EPS).double())
 
 
-KINDS: dict[str, dict[str, bool]] = {"1 + w": {"plus_one": True}, "centred": {"centred": True}, "LayerNorm": {"centred": True, "bias": True}}
+KINDS: dict[str, dict[str, bool]] = {
+    "1 + w": {"plus_one": True},
+    "centred": {"centred": True},
+    "LayerNorm": {"centred": True, "bias": True},
+}
 
 
 def kind_of_norm(kind: str, size: int, dtype: torch.dtype) -> Norm:
@@ -68,7 +74,9 @@ def oracle_of(x: torch.Tensor, how: Norm) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 24, torch.float32), (2, 257, torch.float32), (2, 64, torch.float16), *LARGE])
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype"), [(3, 24, torch.float32), (2, 257, torch.float32), (2, 64, torch.float16), *LARGE]
+)
 def test_other_norms_equal_float64(rows: int, size: int, dtype: torch.dtype, kind: str) -> None:
     x, how = randn(rows, size, dtype=dtype) * 3 + 1, kind_of_norm(kind, size, dtype)
     out = norm(x, how, out=torch.full_like(x, float("nan")))
@@ -78,7 +86,9 @@ def test_other_norms_equal_float64(rows: int, size: int, dtype: torch.dtype, kin
 
 @pytest.mark.parametrize("kind", [*KINDS, None], ids=str)
 @pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 24, torch.float32), (2, 257, torch.float16), *LARGE])
-def test_a_scaled_norm_is_added_to_the_residual_stream(rows: int, size: int, dtype: torch.dtype, kind: str | None) -> None:
+def test_a_scaled_norm_is_added_to_the_residual_stream(
+    rows: int, size: int, dtype: torch.dtype, kind: str | None
+) -> None:
     x, residual = randn(rows, size, dtype=dtype) * 3 + 1, randn(rows, size, dtype=dtype, seed=5)
     how = None if kind is None else kind_of_norm(kind, size, dtype)
     expected = residual.double() + 0.22 * (x.double() if how is None else oracle_of(x, how))
@@ -122,7 +132,9 @@ def test_refuses_what_does_not_fit() -> None:
 
 @pytest.mark.gpu
 def test_a_chain_of_dependent_launches_is_bit_equal_to_a_plain_one() -> None:
-    """Programmatic dependent launch overlaps each kernel with the end of the one before; nothing may be read too early."""
+    """Programmatic dependent launch overlaps each kernel with the end of the one before; nothing may be read too
+    early.
+    """
     x, weight = randn(200, 4096, dtype=torch.bfloat16), randn(4096, dtype=torch.bfloat16, seed=2)
     results = []
     for launch_pdl in (False, True):

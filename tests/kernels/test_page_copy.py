@@ -37,7 +37,9 @@ CASES = {
 
 
 @pytest.mark.parametrize(("shape", "dtype", "copies"), CASES.values(), ids=CASES.keys())
-def test_a_page_becomes_a_copy_in_every_layer(shape: tuple[int, ...], dtype: torch.dtype, copies: list[tuple[int, int]]) -> None:
+def test_a_page_becomes_a_copy_in_every_layer(
+    shape: tuple[int, ...], dtype: torch.dtype, copies: list[tuple[int, int]]
+) -> None:
     assert_copied(make(3, 7, shape, dtype), copies)
 
 

@@ -1,4 +1,6 @@
-"""One-shot sums over peer buffers: on the CPU by processes that share memory, each with the interpreter, and for GPUs compiled as they are launched."""
+"""One-shot sums over peer buffers: on the CPU by processes that share memory, each with the interpreter, and for GPUs
+compiled as they are launched.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from paged_kernels.peer_sum import PeerBuffers, make_peer_buffers, peer_buffer_b
 
 CPU = torch.device("cpu")
 CAPACITY = 4096
-NUMBERS = (1, 77, 4096, 5, 3000, 2048, 4096, 1)  # of one sum after another: shares of programs begin elsewhere each time
+# of one sum after another: shares of programs begin elsewhere each time
+NUMBERS = (1, 77, 4096, 5, 3000, 2048, 4096, 1)
 CALLS = 16
 PROGRAMS = 3  # processes that wait for each other at every program, on two cores
 RANK = """
@@ -36,7 +39,9 @@ def map_buffers(path: Path, rank: int, size: int) -> tuple[torch.Tensor, PeerBuf
     num_bytes = peer_buffer_bytes(size, CAPACITY, torch.float32, num_programs=PROGRAMS)
     with path.open("r+b") as file:
         memory = torch.frombuffer(mmap.mmap(file.fileno(), size * num_bytes), dtype=torch.uint8).view(size, num_bytes)
-    return memory, make_peer_buffers(rank, [memory[other].data_ptr() for other in range(size)], CAPACITY, torch.float32, CPU, num_programs=PROGRAMS)
+    return memory, make_peer_buffers(
+        rank, [memory[other].data_ptr() for other in range(size)], CAPACITY, torch.float32, CPU, num_programs=PROGRAMS
+    )
 
 
 def run_rank(rank: int, size: int, path: Path) -> None:
@@ -60,7 +65,10 @@ def test_every_rank_gets_the_same_sum_call_after_call(tmp_path: Path, size: int)
     memory, _ = map_buffers(path, 0, size)
     memory[:, 2 * 4 * CAPACITY :].view(torch.int32).fill_(2**31 - 6)  # flags of the calls before
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(size), str(path)], env=environment) for rank in range(size)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(size), str(path)], env=environment)
+        for rank in range(size)
+    ]
     try:
         assert [rank.wait(120) for rank in ranks] == [0] * size
     finally:
@@ -72,7 +80,11 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="capacity 20 is no multiple of 16"):
         peer_buffer_bytes(2, 20, torch.float32)
     buffers = make_peer_buffers(0, [0, 0], 16, torch.float32, CPU)
-    assert buffers.takes(torch.zeros(16)) and not buffers.takes(torch.zeros(17)) and not buffers.takes(torch.zeros(8).half())
+    assert (
+        buffers.takes(torch.zeros(16))
+        and not buffers.takes(torch.zeros(17))
+        and not buffers.takes(torch.zeros(8).half())
+    )
     with pytest.raises(ValueError, match="does not fit buffers of 16"):
         peer_sum(torch.zeros(17), None, buffers)
     with pytest.raises(ValueError, match="is not like x"):

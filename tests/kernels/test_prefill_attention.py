@@ -1,6 +1,8 @@
-"""Paged prefill attention against a float64 oracle. Everything a kernel must not read is NaN: unused pages, slots past a length, tokens before a window.
+"""Paged prefill attention against a float64 oracle. Everything a kernel must not read is NaN: unused pages, slots past
+a length, tokens before a window.
 
-Without a CUDA device the kernel runs in the Triton language's interpreter, in float32 (it computes bfloat16 wrongly), on tiny shapes.
+Without a CUDA device the kernel runs in the Triton language's interpreter, in float32 (it computes bfloat16 wrongly),
+on tiny shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from paged_kernels.reference import reference
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Rounding of the output alone is 2^-9 / sqrt(3) = 1.1e-3 in bfloat16 and 1.4e-4 in float16; the weights are rounded once too. Sums are float32.
+# Rounding of the output alone is 2^-9 / sqrt(3) = 1.1e-3 in bfloat16 and 1.4e-4 in float16; the weights are rounded
+# once too. Sums are float32.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 2e-5}
 
 
@@ -57,9 +60,12 @@ def make(case: Case, seed: int) -> Tensors:
     needed = [-(-n // case.page_size) for _, n in case.lens]
     page_elements = 2 * case.num_kv_heads * case.page_size * case.head_dim
     num_pages = max(sum(needed) + 2, -(-case.pool_elements // page_elements))
-    kv_pages = torch.full((num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim), float("nan"), dtype=case.dtype, device=DEVICE)
+    kv_pages = torch.full(
+        (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim), float("nan"), dtype=case.dtype, device=DEVICE
+    )
     poison = num_pages // 2  # stays NaN
-    ids = torch.cat([torch.arange(num_pages - sum(needed) // 2 - 1, num_pages), torch.arange(sum(needed) + 1)])  # the pool's two ends
+    # the pool's two ends
+    ids = torch.cat([torch.arange(num_pages - sum(needed) // 2 - 1, num_pages), torch.arange(sum(needed) + 1)])
     ids = ids[ids != poison].unique()
     ids = ids[torch.randperm(len(ids), generator=generator)].tolist()
     page_table = torch.full((len(case.lens), max(needed, default=0) + 2), poison, dtype=torch.int32)
@@ -71,21 +77,36 @@ def make(case: Case, seed: int) -> Tensors:
         for side in range(2):
             kv_pages[page, side, :, (tokens % case.page_size).to(DEVICE)] = keys_values[side].to(DEVICE, case.dtype)
     starts = torch.tensor([0, *(query_len for query_len, _ in case.lens)]).cumsum(0)
-    q = torch.randn(int(starts[-1]) + case.spare_queries, case.num_q_heads, case.head_dim, generator=generator).to(DEVICE, case.dtype)
+    q = torch.randn(int(starts[-1]) + case.spare_queries, case.num_q_heads, case.head_dim, generator=generator).to(
+        DEVICE, case.dtype
+    )
     lengths = torch.tensor([n for _, n in case.lens], dtype=torch.int32, device=DEVICE)
     sinks = torch.linspace(-2, 6, case.num_q_heads).to(DEVICE, case.dtype) if case.sinks else None
-    return Tensors(q, kv_pages.to(case.kv_dtype or case.dtype), page_table.to(DEVICE), starts.to(DEVICE, torch.int32), lengths, case.head_dim**-0.5, sinks)
+    return Tensors(
+        q,
+        kv_pages.to(case.kv_dtype or case.dtype),
+        page_table.to(DEVICE),
+        starts.to(DEVICE, torch.int32),
+        lengths,
+        case.head_dim**-0.5,
+        sinks,
+    )
 
 
 def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
     """float64 [num_tokens, num_q_heads, head_dim] of the tokens that belong to a sequence."""
     out = []
-    kv_pages = tensors.kv_pages.float() if tensors.kv_pages.itemsize == 1 else tensors.kv_pages  # torch cannot index these
+    # torch cannot index these
+    kv_pages = tensors.kv_pages.float() if tensors.kv_pages.itemsize == 1 else tensors.kv_pages
     for row, (query_len, length) in enumerate(case.lens):
         begin = max(0, length - query_len + 1 - case.window) if case.window else 0
-        key_at, query_at = torch.arange(begin, length, device=DEVICE), torch.arange(length - query_len, length, device=DEVICE)[:, None]
+        key_at, query_at = (
+            torch.arange(begin, length, device=DEVICE),
+            torch.arange(length - query_len, length, device=DEVICE)[:, None],
+        )
         page = tensors.page_table[row].long()[key_at // case.page_size]
-        keys, values = (kv_pages[page, side, :, key_at % case.page_size].double().transpose(0, 1) for side in range(2))  # [heads, tokens, dim]
+        # [heads, tokens, dim]
+        keys, values = (kv_pages[page, side, :, key_at % case.page_size].double().transpose(0, 1) for side in range(2))
         at = sum(n for n, _ in case.lens[:row])
         queries = tensors.q[at : at + query_len].double().unflatten(1, (case.num_kv_heads, -1)).permute(1, 2, 0, 3)
         scores = queries @ keys[:, None].transpose(2, 3) * tensors.scale
@@ -94,8 +115,14 @@ def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
         visible = (key_at <= query_at) & (key_at > query_at - case.window) if case.window else key_at <= query_at
         scores.masked_fill_(~visible, float("-inf"))
         if tensors.sinks is not None:
-            scores = torch.cat((scores, tensors.sinks.double().view(case.num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
-        out.append((scores.softmax(-1)[..., : length - begin] @ values[:, None]).permute(2, 0, 1, 3).reshape(query_len, case.num_q_heads, case.head_dim))
+            scores = torch.cat(
+                (scores, tensors.sinks.double().view(case.num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1
+            )
+        out.append(
+            (scores.softmax(-1)[..., : length - begin] @ values[:, None])
+            .permute(2, 0, 1, 3)
+            .reshape(query_len, case.num_q_heads, case.head_dim)
+        )
     return torch.cat(out)
 
 
@@ -131,7 +158,9 @@ TINY = {
     "window of one token": Case(((20, 37),), window=1, shape=SMALL),
     "soft cap": Case(((9, 40),), soft_cap=0.5, shape=SMALL),
     "sinks": Case(((9, 40), (5, 5)), sinks=True, shape=SMALL),
-    "sinks, window and soft cap": Case(((20, 41), (1, 90)), sinks=True, window=10, soft_cap=2.0, num_q_heads=6, shape=SMALL),
+    "sinks, window and soft cap": Case(
+        ((20, 41), (1, 90)), sinks=True, window=10, soft_cap=2.0, num_q_heads=6, shape=SMALL
+    ),
     "head_dim no power of two": Case(((9, 37),), head_dim=24, shape=SMALL),
     "three queries to a head": Case(((13, 37), (6, 6)), num_q_heads=6, shape=SMALL),
     "one query to a head": Case(((37, 40), (3, 3)), num_q_heads=2, shape=WIDE),
@@ -148,7 +177,9 @@ def test_equals_float64_on_tiny_shapes(case: Case) -> None:
 
 @pytest.mark.parametrize("page_size", [4, 64])
 def test_queries_of_a_sequence_of_length_0_are_padding(page_size: int) -> None:
-    """A captured step gives the tokens that it has too many to one more sequence; nothing is read or written for them."""
+    """A captured step gives the tokens that it has too many to one more sequence; nothing is read or written for
+    them.
+    """
     tensors = make(Case(((5, 9), (3, 3), (40, 40)), page_size=page_size, shape=SMALL), seed=4)
     tensors.seq_lens[-1] = 0
     tensors.page_table[-1] = 2**30  # read, it would be noticed
@@ -161,7 +192,9 @@ def test_equals_its_reference(window: int) -> None:
     case = Case(((20, 40), (5, 5), (1, 18)), window=window, shape=SMALL, spare_queries=0)
     tensors = make(case, seed=2)
     kv_pages = tensors.kv_pages.nan_to_num()  # the reference gathers whole tiles
-    expected = reference.prefill_attention(tensors.q, kv_pages, tensors.page_table, case.lens, tensors.scale, window or None)
+    expected = reference.prefill_attention(
+        tensors.q, kv_pages, tensors.page_table, case.lens, tensors.scale, window or None
+    )
     assert_close(case, attend(case, tensors), expected.double())
 
 
@@ -179,7 +212,14 @@ def test_rows_may_be_strided() -> None:
     packed[:, 2:6] = tensors.q
     out = torch.full((20, 5, 16), float("nan"), device=DEVICE)
     paged_prefill_attention(
-        packed[:, 2:6], tensors.kv_pages, tensors.page_table, tensors.query_starts, tensors.seq_lens, out[:, :4], max_query_len=20, scale=tensors.scale
+        packed[:, 2:6],
+        tensors.kv_pages,
+        tensors.page_table,
+        tensors.query_starts,
+        tensors.seq_lens,
+        out[:, :4],
+        max_query_len=20,
+        scale=tensors.scale,
     )
     assert_close(case, out[:, :4], oracle(case, tensors))
     assert out[:, 4].isnan().all()
@@ -190,7 +230,14 @@ def test_refuses_what_it_cannot_compute() -> None:
     t = make(case, seed=5)
 
     def launch(**changed: torch.Tensor) -> None:
-        tensors = {"q": t.q, "kv_pages": t.kv_pages, "page_table": t.page_table, "query_starts": t.query_starts, "seq_lens": t.seq_lens, "out": t.q.clone()}
+        tensors = {
+            "q": t.q,
+            "kv_pages": t.kv_pages,
+            "page_table": t.page_table,
+            "query_starts": t.query_starts,
+            "seq_lens": t.seq_lens,
+            "out": t.q.clone(),
+        }
         paged_prefill_attention(**{**tensors, **changed}, max_query_len=20, scale=1.0)
 
     with pytest.raises(ValueError, match="one dtype"):
@@ -205,7 +252,21 @@ def test_refuses_what_it_cannot_compute() -> None:
         launch(kv_pages=t.kv_pages.transpose(3, 4).contiguous().transpose(3, 4))
 
 
-RAGGED = ((1, 1), (0, 15), (16, 16), (17, 300), (64, 64), (65, 129), (1, 1000), (0, 0), (333, 333), (200, 1025), (2, 2), (128, 4096), (0, 7))
+RAGGED = (
+    (1, 1),
+    (0, 15),
+    (16, 16),
+    (17, 300),
+    (64, 64),
+    (65, 129),
+    (1, 1000),
+    (0, 0),
+    (333, 333),
+    (200, 1025),
+    (2, 2),
+    (128, 4096),
+    (0, 7),
+)
 BIG = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": torch.bfloat16}
 LARGE = {
     **{f"page size {n}": Case(RAGGED, **{**BIG, "page_size": n}) for n in (1, 2, 8, 16, 32, 64, 128, 256)},
@@ -215,8 +276,14 @@ LARGE = {
     **{f"{q}/{kv} heads": Case(RAGGED, q, kv, 128, dtype=torch.bfloat16) for q, kv in ((28, 4), (32, 32), (48, 1))},
     **{f"window {n}": Case(RAGGED, window=n, **BIG) for n in (1, 100, 1024, 100000)},
     "window in pages of one token": Case(RAGGED, window=100, page_size=1, **BIG),
-    **{f"8 bits, head_dim {n}": Case(RAGGED, **{**BIG, "head_dim": n, "kv_dtype": torch.float8_e4m3fn}) for n in (64, 80, 128, 256)},
-    **{f"8 bits, page size {n}": Case(RAGGED, **{**BIG, "page_size": n, "kv_dtype": torch.float8_e4m3fn}) for n in (1, 8, 128)},
+    **{
+        f"8 bits, head_dim {n}": Case(RAGGED, **{**BIG, "head_dim": n, "kv_dtype": torch.float8_e4m3fn})
+        for n in (64, 80, 128, 256)
+    },
+    **{
+        f"8 bits, page size {n}": Case(RAGGED, **{**BIG, "page_size": n, "kv_dtype": torch.float8_e4m3fn})
+        for n in (1, 8, 128)
+    },
     "8 bits, window": Case(RAGGED, window=100, kv_dtype=torch.float8_e4m3fn, **BIG),
     "8 bits, float32": Case(RAGGED, 8, 2, 64, kv_dtype=torch.float8_e4m3fn),
     "8 bits, few queries each": Case(tuple((n % 5, 50 * n) for n in range(5, 40)), kv_dtype=torch.float8_e4m3fn, **BIG),
@@ -248,7 +315,14 @@ def test_repeated_launches_are_bit_equal_and_wait_for_nothing() -> None:
     try:
         for out in outs:
             paged_prefill_attention(
-                tensors.q, tensors.kv_pages, tensors.page_table, tensors.query_starts, tensors.seq_lens, out, max_query_len=333, scale=tensors.scale
+                tensors.q,
+                tensors.kv_pages,
+                tensors.page_table,
+                tensors.query_starts,
+                tensors.seq_lens,
+                out,
+                max_query_len=333,
+                scale=tensors.scale,
             )
     finally:
         torch.cuda.set_sync_debug_mode("default")

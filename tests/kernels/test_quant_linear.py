@@ -1,6 +1,7 @@
 """Products of few tokens with quantised weights, against float64 products with what the weights mean.
 
-Tolerances: as test_small_linear.py; quant_narrow_linear rounds numbers times scales to x's type, 1.4e-4 in float16 and 1.1e-3 in bfloat16, less when summed.
+Tolerances: as test_small_linear.py; quant_narrow_linear rounds numbers times scales to x's type, 1.4e-4 in float16 and
+    1.1e-3 in bfloat16, less when summed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import torch
 from paged_kernels.codes import dequantise, quantise
 from paged_kernels.linear import Format, Linear
 from paged_kernels.norm_value import Norm
-from paged_kernels.quant_linear import QuantNarrowShape, QuantVectorShape, quant_narrow_linear, quant_vector_linear, reaches
+from paged_kernels.quant_linear import (
+    QuantNarrowShape,
+    QuantVectorShape,
+    quant_narrow_linear,
+    quant_vector_linear,
+    reaches,
+)
 from paged_kernels.small_linear import make_linear_workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +50,9 @@ def make_linear(num_rows: int, num_columns: int, format: Format, dtype: torch.dt
     """Random; zeros and row scales differ from row to row."""
     linear = quantise(randn(num_rows, num_columns, seed=1, scale=num_columns**-0.5), format)
     if linear.zero is not None:
-        linear.zero.copy_(linear.zero.int() + torch.arange(linear.zero.numel(), device=DEVICE).view_as(linear.zero) % 5 - 2)
+        linear.zero.copy_(
+            linear.zero.int() + torch.arange(linear.zero.numel(), device=DEVICE).view_as(linear.zero) % 5 - 2
+        )
     if linear.row_scale is not None:
         linear.row_scale.mul_(torch.linspace(0.5, 2, num_rows, device=DEVICE))
     return replace(linear, bias=randn(num_rows, dtype=dtype, seed=2) if bias else None)
@@ -54,7 +63,9 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
     assert error <= TOLERANCE[out.dtype] * size, f"relative RMS error {error / size:.2e}"  # NaN fails too
 
 
-def oracle(x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, gated: bool, norm: torch.Tensor | None = None) -> torch.Tensor:
+def oracle(
+    x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, gated: bool, norm: torch.Tensor | None = None
+) -> torch.Tensor:
     wide = x.double()
     if norm is not None:
         wide = norm.double() * wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
@@ -68,13 +79,18 @@ def oracle(x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, gated
 
 
 TINY_VECTORS = [(5, 256, torch.float16, QuantVectorShape(4, 64, 1))]
-LARGE_VECTORS = [pytest.param(rows, columns, torch.bfloat16, None, marks=pytest.mark.gpu) for rows, columns in ((4096, 4096), (14336, 4096), (4096, 14336))]
+LARGE_VECTORS = [
+    pytest.param(rows, columns, torch.bfloat16, None, marks=pytest.mark.gpu)
+    for rows, columns in ((4096, 4096), (14336, 4096), (4096, 14336))
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("num_rows", "num_columns", "dtype", "shape"), TINY_VECTORS + LARGE_VECTORS)
-def test_one_token_equals_float64(num_rows: int, num_columns: int, dtype: torch.dtype, shape: QuantVectorShape | None, name: str, options: str) -> None:
+def test_one_token_equals_float64(
+    num_rows: int, num_columns: int, dtype: torch.dtype, shape: QuantVectorShape | None, name: str, options: str
+) -> None:
     gated = "gate" in options
     num_rows = num_rows if FORMATS[name].block[0] == 1 else -(-num_rows // 16) * 16
     x = randn(1, num_columns, dtype=dtype)
@@ -99,7 +115,13 @@ LARGE = [
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("num_tokens", "num_rows", "num_columns", "dtype", "shape"), TINY + LARGE)
 def test_few_tokens_equal_float64(
-    num_tokens: int, num_rows: int, num_columns: int, dtype: torch.dtype, shape: QuantNarrowShape | None, name: str, options: str
+    num_tokens: int,
+    num_rows: int,
+    num_columns: int,
+    dtype: torch.dtype,
+    shape: QuantNarrowShape | None,
+    name: str,
+    options: str,
 ) -> None:
     gated, workspace = "gate" in options, make_linear_workspace(DEVICE)
     num_rows = num_rows if FORMATS[name].block[0] == 1 else -(-num_rows // 16) * 16
@@ -108,7 +130,9 @@ def test_few_tokens_equal_float64(
     residual = randn(num_tokens, num_rows, dtype=dtype, seed=3) if "residual" in options else None
     for _ in range(2):  # the second launch finds the counters as the first left them
         out = torch.full((num_tokens, num_rows + 8), float("nan"), dtype=dtype, device=DEVICE)
-        quant_narrow_linear(x, linear, out=out[:, :num_rows], workspace=workspace, gated=gated, residual=residual, shape=shape)
+        quant_narrow_linear(
+            x, linear, out=out[:, :num_rows], workspace=workspace, gated=gated, residual=residual, shape=shape
+        )
         assert_close(out[:, :num_rows], oracle(x, linear, residual, gated))
         assert out[:, num_rows:].isnan().all()
     assert not workspace.arrivals.any()

@@ -1,6 +1,7 @@
 """The chooser's products with quantised weights against the reference's, and the kernels of many tokens.
 
-Of one token and of few activations are not rounded: the 16-bit type's own rounding is all. Where both round they may differ by a step of fp8 here and there.
+Of one token and of few activations are not rounded: the 16-bit type's own rounding is all. Where both round they may
+differ by a step of fp8 here and there.
 """
 
 from __future__ import annotations
@@ -38,14 +39,18 @@ def error_of(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])
-@pytest.mark.parametrize(("name", "format"), [*((name, FORMATS[name]) for name in ("fp8-channel", "int4-g32-zeros", "nvfp4")), ("fp8-block", BLOCKS)])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [*((name, FORMATS[name]) for name in ("fp8-channel", "int4-g32-zeros", "nvfp4")), ("fp8-block", BLOCKS)],
+)
 def test_products_are_those_of_the_reference(name: str, format: Format, num_tokens: int) -> None:
     if num_tokens > 64 and format.rounding is not None and DEVICE.type == "cpu":
         pytest.skip("the interpreter rounds to fp8 wrongly, 1.97 to 1")
     linear = make_linear(64, 256, format, torch.float16, bias=True)
     x, norm = randn(num_tokens, 256, dtype=torch.float16), Norm(randn(256, dtype=torch.float16, seed=5), 1e-5)
     meant = linear if num_tokens > 64 else replace(linear, format=replace(format, rounding=None))
-    tolerance = 2e-3 if meant.format.rounding is None else 1e-2  # a row of 256 has some numbers on the edge between two of fp8
+    # a row of 256 has some numbers on the edge between two of fp8
+    tolerance = 2e-3 if meant.format.rounding is None else 1e-2
     products = Products(DEVICE)
     plain = reference.linear(reference.norm(x, norm), meant)
     assert error_of(products(x, linear, norm_before=norm), plain) < tolerance
@@ -74,11 +79,16 @@ def test_many_tokens_with_a_scale_a_row_are_those_of_the_reference(num_tokens: i
     assert error_of(products(x, linear, residual=residual), expected) < 1e-2
 
 
-@pytest.mark.parametrize("shape", [BlockShape(16, 32, 2, 1), pytest.param(None, marks=pytest.mark.gpu)], ids=["tiny", "tuned"])
+@pytest.mark.parametrize(
+    "shape", [BlockShape(16, 32, 2, 1), pytest.param(None, marks=pytest.mark.gpu)], ids=["tiny", "tuned"]
+)
 def test_blocks_are_scaled_after_each_group(shape: BlockShape | None) -> None:
     tokens, rows, columns = (37, 100, 200) if shape else (300, 1000, 4096)
     dtype = torch.float32 if shape else torch.bfloat16
-    linear = replace(quantise(randn(rows, columns, scale=0.1, seed=1), Format("fp8", (32, 128))), bias=randn(rows, dtype=dtype, seed=2))
+    linear = replace(
+        quantise(randn(rows, columns, scale=0.1, seed=1), Format("fp8", (32, 128))),
+        bias=randn(rows, dtype=dtype, seed=2),
+    )
     x = randn(tokens, columns)
     numbers, scales = round_activations(x, Rounding("fp8", 128))
     residual = randn(tokens, rows, dtype=dtype, seed=3)
@@ -90,7 +100,11 @@ def test_blocks_are_scaled_after_each_group(shape: BlockShape | None) -> None:
     assert error_of(out, expected) < (1e-6 if shape else 4e-3)
 
 
-@pytest.mark.parametrize("rounding", [Rounding("fp8"), Rounding("fp8", 128, power_of_two=True), Rounding("fp8", static=True)], ids=["token", "group", "static"])
+@pytest.mark.parametrize(
+    "rounding",
+    [Rounding("fp8"), Rounding("fp8", 128, power_of_two=True), Rounding("fp8", static=True)],
+    ids=["token", "group", "static"],
+)
 def test_rounded_rows_are_those_of_the_reference(rounding: Rounding) -> None:
     x, norm, scale = randn(3, 200), Norm(randn(200, seed=1), 1e-5), torch.full((1,), 0.01, device=DEVICE)
     numbers, scales = round_rows(x, rounding, scale, norm=norm)
@@ -113,7 +127,9 @@ def test_dequantised_weights_are_what_the_reference_says(name: str) -> None:
 def test_a_decoder_whose_weights_stay_as_they_are_stored_answers_as_a_model_of_what_they_mean(tmp_path: Path) -> None:
     """Steps of one token and of several, by the kernels."""
     truth = save_published(tmp_path, FORMATS_OF_PUBLISHERS["awq-g32"], **{**SMALL, "intermediate_size": 64})
-    runner = load_runner(tmp_path, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64)
+    runner = load_runner(
+        tmp_path, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64
+    )
     assert runner.architecture.quantization is not None
     kept = replace(runner.architecture, quantization=replace(runner.architecture.quantization, dequantised=False))
     weights = allocate_weights(kept, torch.float32, torch.device("cpu"))
@@ -140,9 +156,16 @@ def test_refusals() -> None:
         dequantised(quantise(randn(4, 96), Format("int4", (1, 48))), torch.float32)
 
 
-def test_the_product_of_one_token_waits_for_a_weight_that_is_dequantised_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vector_linear as a programmatic dependent reads its weight before the launches ahead are complete: here those that make the weight."""
-    linear, x = make_linear(8, 96, Format("int4", (1, 48), zeros=True), torch.float16, bias=True), randn(1, 96, dtype=torch.float16)
+def test_the_product_of_one_token_waits_for_a_weight_that_is_dequantised_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vector_linear as a programmatic dependent reads its weight before the launches ahead are complete: here those
+    that make the weight.
+    """
+    linear, x = (
+        make_linear(8, 96, Format("int4", (1, 48), zeros=True), torch.float16, bias=True),
+        randn(1, 96, dtype=torch.float16),
+    )
     products, vector_linear, dependent = Products(DEVICE), small_linear.vector_linear, []
 
     def watched(*arguments: Any, launch_pdl: bool = False, **options: Any) -> torch.Tensor:

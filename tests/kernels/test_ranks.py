@@ -47,4 +47,6 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_ranks_of_large_vocabularies_equal_the_reference(vocab_size: int, dtype: torch.dtype) -> None:
     logits, token_ids = _some(256, vocab_size, dtype)
     assert torch.equal(ranks(logits, token_ids), reference.ranks(logits, token_ids))
-    assert torch.equal(ranks(logits[::2], token_ids[::2].contiguous()), reference.ranks(logits[::2], token_ids[::2])), "rows with gaps between them"
+    assert torch.equal(ranks(logits[::2], token_ids[::2].contiguous()), reference.ranks(logits[::2], token_ids[::2])), (
+        "rows with gaps between them"
+    )

@@ -1,4 +1,5 @@
-"""Split, norm, rotation and store in one launch, against float64. The store is NaN before, so that what was written is known exactly.
+"""Split, norm, rotation and store in one launch, against float64. The store is NaN before, so that what was written is
+known exactly.
 
 Rounding of an output alone is 1.1e-3 in bfloat16 and 1.4e-4 in float16; with the norm it happens three times.
 """
@@ -50,7 +51,11 @@ class Tensors:
 def make(case: Case) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     num_pages = case.num_pages or case.num_tokens // case.page_size + 3
-    slots = num_pages * case.page_size - 1 - torch.randperm(min(num_pages * case.page_size, 4 * case.num_tokens), generator=generator)[: case.num_tokens]
+    slots = (
+        num_pages * case.page_size
+        - 1
+        - torch.randperm(min(num_pages * case.page_size, 4 * case.num_tokens), generator=generator)[: case.num_tokens]
+    )
     slots[1::3] = -1
     max_len = 300
     rotary = case.head_dim if case.rotary is None else case.rotary
@@ -59,10 +64,17 @@ def make(case: Case) -> Tensors:
     weights = torch.randn(2, case.head_dim, generator=generator).to(DEVICE, case.dtype)
     return Tensors(
         qkv=qkv.to(DEVICE, case.dtype),
-        qk_norm=(Norm(weights[0], EPS, plus_one=case.plus_one), Norm(weights[1], EPS, plus_one=case.plus_one)) if case.norm else None,
+        qk_norm=(Norm(weights[0], EPS, plus_one=case.plus_one), Norm(weights[1], EPS, plus_one=case.plus_one))
+        if case.norm
+        else None,
         rope_table=torch.cat((angles.cos(), angles.sin()), dim=1).float().to(DEVICE) if rotary else None,
         positions=torch.randint(0, max_len, (case.num_tokens,), generator=generator).to(DEVICE, case.index_dtype),
-        kv_pages=torch.full((num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim), float("nan"), dtype=case.dtype, device=DEVICE),
+        kv_pages=torch.full(
+            (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim),
+            float("nan"),
+            dtype=case.dtype,
+            device=DEVICE,
+        ),
         slot_mapping=slots.to(DEVICE, case.index_dtype),
         query_factors=torch.linspace(1, 2, max_len).to(DEVICE) if case.factors else None,
     )
@@ -98,7 +110,15 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def call(case: Case, tensors: Tensors, **options: object) -> torch.Tensor:
-    given = tensors.qkv, case.num_heads, tensors.qk_norm, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping
+    given = (
+        tensors.qkv,
+        case.num_heads,
+        tensors.qk_norm,
+        tensors.rope_table,
+        tensors.positions,
+        tensors.kv_pages,
+        tensors.slot_mapping,
+    )
     return rope_write_kv(*given, interleaved=case.interleaved, query_factors=tensors.query_factors, **options)
 
 
@@ -121,7 +141,10 @@ CASES = {
     "float16": Case(5, norm=True, dtype=torch.float16),
 }
 GPU_CASES = {
-    **{f"{q}/{kv} heads of {d}": Case(33, q, kv, d, dtype=torch.bfloat16, page_size=16) for q, kv, d in ((32, 8, 128), (32, 8, 64), (28, 4, 128), (48, 1, 80))},
+    **{
+        f"{q}/{kv} heads of {d}": Case(33, q, kv, d, dtype=torch.bfloat16, page_size=16)
+        for q, kv, d in ((32, 8, 128), (32, 8, 64), (28, 4, 128), (48, 1, 80))
+    },
     "Qwen3": Case(257, 16, 8, 128, norm=True, dtype=torch.bfloat16, page_size=16),
     "Qwen3 in float16": Case(33, 16, 8, 128, norm=True, dtype=torch.float16, page_size=16),
     "96 wide": Case(33, 32, 32, 96, dtype=torch.bfloat16, page_size=32),
@@ -136,7 +159,8 @@ GPU_CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name) for name, case in CASES.items()] + [pytest.param(case, id=name, marks=pytest.mark.gpu) for name, case in GPU_CASES.items()],
+    [pytest.param(case, id=name) for name, case in CASES.items()]
+    + [pytest.param(case, id=name, marks=pytest.mark.gpu) for name, case in GPU_CASES.items()],
 )
 def test_queries_keys_and_values_equal_float64_and_nothing_else_is_written(case: Case) -> None:
     tensors = make(case)
@@ -155,7 +179,9 @@ def test_queries_keys_and_values_equal_float64_and_nothing_else_is_written(case:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(6, norm=True), Case(6, head_dim=24, rotary=12, interleaved=True, norm=True, plus_one=True, factors=True)], ids=["plain", "options"]
+    "case",
+    [Case(6, norm=True), Case(6, head_dim=24, rotary=12, interleaved=True, norm=True, plus_one=True, factors=True)],
+    ids=["plain", "options"],
 )
 def test_equals_the_reference(case: Case) -> None:
     tensors, twin = make(case), make(case)
@@ -173,7 +199,9 @@ def test_rows_may_be_strided_and_the_store_of_another_type() -> None:
     wide = torch.full((4, tensors.qkv.shape[1] + 3), float("nan"), device=DEVICE)
     wide[:, :-3] = tensors.qkv
     pages = tensors.kv_pages.half()
-    out = rope_write_kv(wide[:, :-3], case.num_heads, None, tensors.rope_table, tensors.positions, pages, tensors.slot_mapping)
+    out = rope_write_kv(
+        wide[:, :-3], case.num_heads, None, tensors.rope_table, tensors.positions, pages, tensors.slot_mapping
+    )
     assert_close(out, q)
     slot = int(tensors.slot_mapping[0])
     assert_close(pages[slot // case.page_size, 0, :, slot % case.page_size], k[0])
@@ -182,7 +210,9 @@ def test_rows_may_be_strided_and_the_store_of_another_type() -> None:
 @pytest.mark.gpu  # the interpreter rounds towards zero below 2^-6, and 1.97 to 1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_store_of_8_bits_holds_what_the_reference_stores(dtype: torch.dtype) -> None:
-    """To the bit, numbers beyond the greatest (448) and NaN among them: values are not rotated, so nothing else is rounded."""
+    """To the bit, numbers beyond the greatest (448) and NaN among them: values are not rotated, so nothing else is
+    rounded.
+    """
     case = Case(12, dtype=dtype)
     tensors = make(case)
     values = tensors.qkv.view(12, -1, case.head_dim)[:, -case.num_kv_heads :]
@@ -194,7 +224,8 @@ def test_a_store_of_8_bits_holds_what_the_reference_stores(dtype: torch.dtype) -
     reference.rope_write_kv(*arguments, pages[1], tensors.slot_mapping)
     ours, expected = (store.float() for store in pages)
     torch.testing.assert_close(ours[:, 1], expected[:, 1], rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(ours[:, 0], expected[:, 0], rtol=0.13, atol=0.002)  # a rounding apart where the products' last bits differ
+    # a rounding apart where the products' last bits differ
+    torch.testing.assert_close(ours[:, 0], expected[:, 0], rtol=0.13, atol=0.002)
     slot = int(tensors.slot_mapping[0])
     assert ours[slot // case.page_size, 1, 0, slot % case.page_size, :4].nan_to_num(7).tolist() == [448, -448, 7, 448]
 
@@ -204,12 +235,18 @@ def test_refuses_what_does_not_fit() -> None:
     tensors = make(case)
     arguments = tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping
     with pytest.raises(ValueError, match="heads of 16"):
-        rope_write_kv(tensors.qkv, 3, None, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping)
+        rope_write_kv(
+            tensors.qkv, 3, None, tensors.rope_table, tensors.positions, tensors.kv_pages, tensors.slot_mapping
+        )
     with pytest.raises(ValueError, match="4 tokens"):
-        rope_write_kv(tensors.qkv, 4, None, tensors.rope_table, tensors.positions[:3], tensors.kv_pages, tensors.slot_mapping)
+        rope_write_kv(
+            tensors.qkv, 4, None, tensors.rope_table, tensors.positions[:3], tensors.kv_pages, tensors.slot_mapping
+        )
     with pytest.raises(ValueError, match="of one kind"):
         rope_write_kv(tensors.qkv, 4, (Norm(tensors.qkv[0, :16], EPS), Norm(tensors.qkv[0, :16], 0.1)), *arguments)
     with pytest.raises(ValueError, match="not of heads of 16"):
         rope_write_kv(tensors.qkv, 4, (Norm(tensors.qkv[0, :8], EPS), Norm(tensors.qkv[0, :8], EPS)), *arguments)
     with pytest.raises(ValueError, match="rope_table"):
-        rope_write_kv(tensors.qkv, 4, None, tensors.rope_table.half(), tensors.positions, tensors.kv_pages, tensors.slot_mapping)
+        rope_write_kv(
+            tensors.qkv, 4, None, tensors.rope_table.half(), tensors.positions, tensors.kv_pages, tensors.slot_mapping
+        )

@@ -52,7 +52,13 @@ def test_page_updates_change_only_their_entries(count: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_sampled_tokens_go_behind_their_rows(dtype: torch.dtype) -> None:
     history, num_tokens = torch.zeros(5, 9, dtype=torch.int32, device=DEVICE), ints([4, 1, 2, 8, 3])
-    write_tokens(history, ints([3, -1, 0]), ints([8, 5, 4]), torch.tensor([11, 12, 13], device=DEVICE, dtype=dtype), num_tokens=num_tokens)
+    write_tokens(
+        history,
+        ints([3, -1, 0]),
+        ints([8, 5, 4]),
+        torch.tensor([11, 12, 13], device=DEVICE, dtype=dtype),
+        num_tokens=num_tokens,
+    )
     expected = torch.zeros_like(history)
     expected[3, 8], expected[0, 4] = 11, 13
     assert torch.equal(history, expected)
@@ -66,7 +72,8 @@ def test_sampled_tokens_go_behind_their_rows(dtype: torch.dtype) -> None:
 def test_a_steps_inputs_come_from_its_rows(index_dtype: torch.dtype) -> None:
     page_size = 4
     history, page_tables = numbered(6, 700), numbered(6, 175)
-    rows, starts, counts = [4, 0, -1, 5, 2], [10, 0, 33, 3, 640], [1, 1, 1, 600, 7]  # decode, first token, padding, prefill of several blocks, chunk
+    # decode, first token, padding, prefill of several blocks, chunk
+    rows, starts, counts = [4, 0, -1, 5, 2], [10, 0, 33, 3, 640], [1, 1, 1, 600, 7]
     offsets = [0, 1, 2, 3, 603]
     num_tokens = sum(counts)
     input_ids, positions, slots = (torch.full((num_tokens,), -7, dtype=index_dtype, device=DEVICE) for _ in range(3))
@@ -79,12 +86,19 @@ def test_a_steps_inputs_come_from_its_rows(index_dtype: torch.dtype) -> None:
     for index, (row, start, count, offset) in enumerate(zip(rows, starts, counts, offsets, strict=True)):
         mine = slice(offset, offset + count)
         if row < 0:
-            assert (input_ids[mine].tolist(), positions[mine].tolist(), slots[mine].tolist(), int(seq_lens[index])) == ([0], [0], [-1], 0)
+            assert (input_ids[mine].tolist(), positions[mine].tolist(), slots[mine].tolist(), int(seq_lens[index])) == (
+                [0],
+                [0],
+                [-1],
+                0,
+            )
             continue
         at = torch.arange(start, start + count, device=DEVICE)
         assert torch.equal(positions[mine], at.to(index_dtype))
         assert torch.equal(input_ids[mine], history[row, at].to(index_dtype))
-        assert torch.equal(slots[mine], (page_tables[row, at // page_size] * page_size + at % page_size).to(index_dtype))
+        assert torch.equal(
+            slots[mine], (page_tables[row, at // page_size] * page_size + at % page_size).to(index_dtype)
+        )
         assert seq_lens[index] == start + count
         pages = -(-(start + count) // page_size)
         assert torch.equal(page_table[index, :pages], page_tables[row, :pages])
@@ -95,7 +109,10 @@ def test_a_steps_inputs_come_from_its_rows(index_dtype: torch.dtype) -> None:
 def test_a_captured_graph_follows_the_step_it_is_given() -> None:
     history, page_tables = numbered(300, 64), numbered(300, 4)
     step = ints([[0, 0, 1, 0]] * 256).T.contiguous()  # rows, starts, counts, offsets
-    outputs = {name: torch.zeros(256, dtype=torch.int32, device=DEVICE) for name in ("input_ids", "positions", "slot_mapping", "seq_lens")}
+    outputs = {
+        name: torch.zeros(256, dtype=torch.int32, device=DEVICE)
+        for name in ("input_ids", "positions", "slot_mapping", "seq_lens")
+    }
     outputs["page_table"] = torch.zeros(256, 4, dtype=torch.int32, device=DEVICE)
     updates = torch.full((64, 3), -1, dtype=torch.int32, device=DEVICE)
 
@@ -112,7 +129,9 @@ def test_a_captured_graph_follows_the_step_it_is_given() -> None:
     for seed in range(5):
         rows = torch.randperm(300, generator=torch.Generator().manual_seed(seed))[:256].int()
         starts = torch.randint(0, 63, (256,), generator=torch.Generator().manual_seed(seed)).int()
-        step.copy_(torch.stack((rows, starts, torch.ones(256, dtype=torch.int32), torch.arange(256, dtype=torch.int32))))
+        step.copy_(
+            torch.stack((rows, starts, torch.ones(256, dtype=torch.int32), torch.arange(256, dtype=torch.int32)))
+        )
         updates[seed] = ints([rows[0], starts[0] // 16, 9000 + seed])
         graph.replay()
         torch.cuda.synchronize()

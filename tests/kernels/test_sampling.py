@@ -1,4 +1,6 @@
-"""Sampling against its specification in plain torch, and the cuts of truncation against float64 sums. On the CPU: 200 tokens in chunks of 64, interpreted."""
+"""Sampling against its specification in plain torch, and the cuts of truncation against float64 sums. On the CPU: 200
+tokens in chunks of 64, interpreted.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ import triton.language as tl
 from paged_kernels import reference_sampling
 from paged_kernels.logit_edits import add_bias, apply_penalties, ban_bad_words
 from paged_kernels.reference import reference
-from paged_kernels.sampling import MAX_TOP, SamplingWorkspace, _row_key, _token_hash, argmax, logprobs, make_sampling_workspace, sample, top_logprobs
+from paged_kernels.sampling import (
+    MAX_TOP,
+    SamplingWorkspace,
+    _row_key,
+    _token_hash,
+    argmax,
+    logprobs,
+    make_sampling_workspace,
+    sample,
+    top_logprobs,
+)
 from paged_kernels.truncation import truncation_thresholds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,10 +101,22 @@ def test_log_probabilities_equal_log_softmax(dtype: torch.dtype) -> None:
     logits[1, 64:128] = -torch.inf  # a whole chunk
     expected = logits.double().log_softmax(-1)
     ids = ints(0, 5, 199, 63)
-    torch.testing.assert_close(logprobs(logits, ids, workspace=workspace).double(), expected.gather(1, ids.long()[:, None])[:, 0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(logprobs(logits.float(), ids, workspace=workspace), reference.logprobs(logits.float(), ids.long()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logprobs(logits, ids, workspace=workspace).double(),
+        expected.gather(1, ids.long()[:, None])[:, 0],
+        rtol=0,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(
+        logprobs(logits.float(), ids, workspace=workspace),
+        reference.logprobs(logits.float(), ids.long()),
+        rtol=0,
+        atol=1e-5,
+    )
     tokens = argmax(logits, workspace=workspace)
-    torch.testing.assert_close(logprobs(logits, tokens, workspace=workspace).double(), expected.amax(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logprobs(logits, tokens, workspace=workspace).double(), expected.amax(-1), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3, MAX_TOP])
@@ -146,7 +170,10 @@ def test_the_hash_is_the_specified_one_bit_for_bit() -> None:
     seeds, positions, count = [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF], [0, 1, 2**31 - 1, 77, 0, 131071], 40
     hashes = torch.zeros(6, count, dtype=torch.int64, device=DEVICE)
     _hash_kernel[(6,)](ints(*seeds, dtype=torch.int64), ints(*positions), hashes, VOCAB=count, PAD=64)
-    assert hashes.tolist() == [[python_hash(seed, position, token) for token in range(count)] for seed, position in zip(seeds, positions, strict=True)]
+    assert hashes.tolist() == [
+        [python_hash(seed, position, token) for token in range(count)]
+        for seed, position in zip(seeds, positions, strict=True)
+    ]
 
 
 def draws(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -157,7 +184,9 @@ def draws(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return temperature.to(DEVICE), seeds.to(DEVICE), positions.to(DEVICE)
 
 
-def drawn(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def drawn(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     return reference.sample(reference.apply_temperature(logits, temperature), seeds, positions)
 
 
@@ -166,7 +195,11 @@ def race(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, p
     key = reference_sampling._splitmix64(seeds, positions)
     low, high = (key & 0xFFFFFFFF)[:, None], (key >> 32 & 0xFFFFFFFF)[:, None]
     hashed = torch.arange(logits.shape[1], device=DEVICE) * 0x9E3779B1 + low & 0xFFFFFFFF
-    uniform = ((reference_sampling._fmix32(reference_sampling._fmix32(hashed) ^ high).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
+    uniform = (
+        ((reference_sampling._fmix32(reference_sampling._fmix32(hashed) ^ high).float() + 0.5) * 2.0**-32)
+        .clamp(max=1 - 2.0**-24)
+        .double()
+    )
     return logits.double() / temperature.double()[:, None] - torch.log(-torch.log1p(-uniform))
 
 
@@ -189,7 +222,9 @@ def test_a_rows_draw_does_not_depend_on_the_batch() -> None:
     together = sample(logits, temperature, seeds, positions, workspace=workspace)
     for row in range(6):
         one = slice(row, row + 1)
-        assert torch.equal(sample(logits[one], temperature[one], seeds[one], positions[one], workspace=workspace), together[one])
+        assert torch.equal(
+            sample(logits[one], temperature[one], seeds[one], positions[one], workspace=workspace), together[one]
+        )
 
 
 def test_temperature_zero_is_argmax_beside_drawn_rows() -> None:
@@ -222,15 +257,26 @@ def test_what_is_below_the_threshold_is_not_drawn() -> None:
 # ---- truncation
 
 
-def cut(logits: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float], workspace: SamplingWorkspace, **options: torch.Tensor) -> torch.Tensor:
+def cut(
+    logits: torch.Tensor,
+    top_k: list[int],
+    top_p: list[float],
+    min_p: list[float],
+    workspace: SamplingWorkspace,
+    **options: torch.Tensor,
+) -> torch.Tensor:
     return truncation_thresholds(logits, ints(*top_k), floats(*top_p), floats(*min_p), workspace=workspace, **options)
 
 
-def assert_cuts_like_the_reference(logits: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float], workspace: SamplingWorkspace) -> None:
+def assert_cuts_like_the_reference(
+    logits: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float], workspace: SamplingWorkspace
+) -> None:
     thresholds = cut(logits, top_k, top_p, min_p, workspace)
     expected = reference.truncate(logits, ints(*top_k), floats(*top_p), floats(*min_p), 0)
     kept = torch.where(logits < thresholds[:, None], -torch.inf, logits)
-    assert torch.equal(kept, expected), f"kept {kept.isfinite().sum(-1).tolist()} tokens, expected {expected.isfinite().sum(-1).tolist()}"
+    assert torch.equal(kept, expected), (
+        f"kept {kept.isfinite().sum(-1).tolist()} tokens, expected {expected.isfinite().sum(-1).tolist()}"
+    )
     assert not workspace.arrivals.any(), "an arrival counter was left set"
 
 
@@ -249,7 +295,9 @@ CUTS = {
 
 @pytest.mark.parametrize("case", CUTS.values(), ids=CUTS.keys())
 def test_truncation_keeps_what_the_reference_keeps(case: list[tuple[int, float, float]]) -> None:
-    """Flat rows need the passes and the search over a whole row: their chunk has room for 64 logits. Peaked ones do not."""
+    """Flat rows need the passes and the search over a whole row: their chunk has room for 64 logits. Peaked ones do
+    not.
+    """
     top_k, top_p, min_p = (list(column) for column in zip(*case, strict=True))
     logits = randn(4, VOCAB, seed=1)
     logits[:2] *= 0.2
@@ -271,12 +319,16 @@ def test_truncation_lives_with_banned_tokens() -> None:
     logits[1, :190] = -torch.inf
     logits[2, ::2] = -torch.inf
     logits[3, 64:128] = -torch.inf
-    assert_cuts_like_the_reference(logits, [8, 0, 180, 150], [0.9, 0.9, 0.999, 1.0], [0.1, 0.0, 0.0, 0.0], small(chunk=128))
+    assert_cuts_like_the_reference(
+        logits, [8, 0, 180, 150], [0.9, 0.9, 0.999, 1.0], [0.1, 0.0, 0.0, 0.0], small(chunk=128)
+    )
 
 
 def test_truncation_of_scaled_logits_cuts_at_the_unscaled_logit() -> None:
     logits, temperature = randn(4, VOCAB, scale=2), floats(0.5, 2.0, 1.3, 0.0)
-    thresholds = cut(logits, [0, 40, 0, 5], [0.9, 0.8, 1.0, 0.5], [0.0, 0.0, 0.1, 0.5], small(), temperature=temperature)
+    thresholds = cut(
+        logits, [0, 40, 0, 5], [0.9, 0.8, 1.0, 0.5], [0.0, 0.0, 0.1, 0.5], small(), temperature=temperature
+    )
     scaled = logits[:3] / temperature[:3, None]
     expected = reference.truncate(scaled, ints(0, 40, 0), floats(0.9, 0.8, 1.0), floats(0.0, 0.0, 0.1), 0)
     assert torch.equal(logits[:3] < thresholds[:3, None], expected == -torch.inf)
@@ -296,7 +348,12 @@ def test_truncation_finds_its_rows_parameters() -> None:
         rows=ints(2, -1, 1),
         out=out,
     )
-    assert torch.equal(out, torch.stack((logits[0].topk(9).values[-1], torch.tensor(-torch.inf, device=DEVICE), logits[2].topk(4).values[-1])))
+    assert torch.equal(
+        out,
+        torch.stack(
+            (logits[0].topk(9).values[-1], torch.tensor(-torch.inf, device=DEVICE), logits[2].topk(4).values[-1])
+        ),
+    )
 
 
 # ---- what changes the logits before
@@ -342,7 +399,11 @@ def test_penalties_equal_the_reference_and_the_counts_are_zero_again() -> None:
     history[0, 3] = -1
     history[1, 4] = VOCAB
     prompt_lens, num_tokens = ints(3, 10, 0, 1400, 5), ints(9, 10, 1, 1500, 200)
-    repetition, presence, frequency = floats(1.3, 0.7, 2.0, 1.1, 1.0), floats(0.5, -0.5, 0.0, 0.1, 0.0), floats(0.2, 0.3, 0.0, -0.1, 0.0)
+    repetition, presence, frequency = (
+        floats(1.3, 0.7, 2.0, 1.1, 1.0),
+        floats(0.5, -0.5, 0.0, 0.1, 0.0),
+        floats(0.2, 0.3, 0.0, -0.1, 0.0),
+    )
     logits, counts = randn(5, VOCAB, scale=3), torch.zeros(6, VOCAB, dtype=torch.int32, device=DEVICE)
     expected = penalised(logits, history, prompt_lens, num_tokens, repetition, presence, frequency)
     apply_penalties(logits, history, prompt_lens, num_tokens, repetition, presence, frequency, counts=counts)
@@ -363,7 +424,9 @@ def penalised(
     out = logits.clone()
     for row in range(len(logits)):
         prompt, length = int(prompt_lens[row]), int(num_tokens[row])
-        tokens = [(at, token) for at, token in enumerate(history[row, :length].tolist()) if 0 <= token < logits.shape[1]]
+        tokens = [
+            (at, token) for at, token in enumerate(history[row, :length].tolist()) if 0 <= token < logits.shape[1]
+        ]
         for token in {token for _, token in tokens}:
             answered = sum(1 for at, other in tokens if other == token and at >= prompt)
             x = float(out[row, token])
@@ -389,7 +452,16 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="float32"):
         add_bias(randn(2, VOCAB).half(), ints(1).view(1, 1), floats(1).view(1, 1))
     with pytest.raises(ValueError, match="counts"):
-        apply_penalties(randn(2, VOCAB), ints(1, 1).view(2, 1), ints(0, 0), ints(1, 1), floats(1, 1), floats(0, 0), floats(0, 0), counts=ints(1).view(1, 1))
+        apply_penalties(
+            randn(2, VOCAB),
+            ints(1, 1).view(2, 1),
+            ints(0, 0),
+            ints(1, 1),
+            floats(1, 1),
+            floats(0, 0),
+            floats(0, 0),
+            counts=ints(1).view(1, 1),
+        )
 
 
 # ---- on the GPU: a real vocabulary
@@ -402,7 +474,12 @@ def test_greedy_tokens_and_log_probabilities_over_a_large_vocabulary(dtype: torc
     tokens = argmax(logits, workspace=workspace)
     values = logprobs(logits, tokens, workspace=workspace)
     expected = logits.double().log_softmax(-1)
-    assert torch.equal(tokens, torch.where(logits == logits.amax(-1, keepdim=True), torch.arange(LARGE_VOCAB, device=DEVICE), LARGE_VOCAB).amin(-1))
+    assert torch.equal(
+        tokens,
+        torch.where(
+            logits == logits.amax(-1, keepdim=True), torch.arange(LARGE_VOCAB, device=DEVICE), LARGE_VOCAB
+        ).amin(-1),
+    )
     torch.testing.assert_close(values.double(), expected.amax(-1), rtol=0, atol=2e-5)
     ids, tops = top_logprobs(logits, 20, workspace=workspace)
     torch.testing.assert_close(tops.double(), expected.topk(20).values, rtol=0, atol=2e-5)
@@ -418,7 +495,9 @@ def test_draws_the_references_tokens_over_a_large_vocabulary() -> None:
         tokens = sample(logits, *parameters, workspace=workspace)
         assert_won(tokens, race(logits, *parameters))
         assert (tokens == drawn(logits, *parameters)).float().mean() >= 0.99
-        assert torch.equal(sample(logits[100:101], *(p[100:101] for p in parameters), workspace=workspace), tokens[100:101])
+        assert torch.equal(
+            sample(logits[100:101], *(p[100:101] for p in parameters), workspace=workspace), tokens[100:101]
+        )
 
 
 @gpu
@@ -430,13 +509,17 @@ def test_draws_follow_the_softmax() -> None:
     positions = torch.arange(count, device=DEVICE)
     temperature, seeds = torch.full((count,), 0.8, device=DEVICE), torch.full((count,), 5, device=DEVICE)
     halves = [slice(0, count // 2), slice(count // 2, count)]  # a launch has at most 65,535 rows
-    tokens = torch.cat([sample(logits[half], temperature[half], seeds[half], positions[half], workspace=workspace) for half in halves])
+    tokens = torch.cat(
+        [sample(logits[half], temperature[half], seeds[half], positions[half], workspace=workspace) for half in halves]
+    )
     expected = (logits[0].double() / 0.8).softmax(-1) * count
     statistic = ((torch.bincount(tokens, minlength=vocab_size) - expected) ** 2 / expected).sum()
     assert statistic < 100
 
 
-def assert_cut_is_right(logits: torch.Tensor, thresholds: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float]) -> None:
+def assert_cut_is_right(
+    logits: torch.Tensor, thresholds: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float]
+) -> None:
     """Against float64 sums; a token may go the other way if float32 cannot tell its mass from the limit."""
     for row in range(len(logits)):
         x, threshold = logits[row].double(), thresholds[row].double()
@@ -491,12 +574,32 @@ def test_a_captured_graph_samples_as_launches_do() -> None:
     """All of a step's sampling, launched dependently, with other logits and parameters at every replay."""
     workspace = large(32)
     logits = randn(32, LARGE_VOCAB, scale=2)
-    (temperature, seeds, positions), top_k, top_p, min_p = draws(32), ints(*[50] * 32), floats(*[0.9] * 32), floats(*[0.0] * 32)
-    thresholds, tokens, values = torch.empty(32, device=DEVICE), torch.empty(32, dtype=torch.int32, device=DEVICE), torch.empty(32, device=DEVICE)
+    (temperature, seeds, positions), top_k, top_p, min_p = (
+        draws(32),
+        ints(*[50] * 32),
+        floats(*[0.9] * 32),
+        floats(*[0.0] * 32),
+    )
+    thresholds, tokens, values = (
+        torch.empty(32, device=DEVICE),
+        torch.empty(32, dtype=torch.int32, device=DEVICE),
+        torch.empty(32, device=DEVICE),
+    )
 
     def launch(pdl: bool) -> None:
-        truncation_thresholds(logits, top_k, top_p, min_p, workspace=workspace, temperature=temperature, out=thresholds, launch_pdl=pdl)
-        sample(logits, temperature, seeds, positions, workspace=workspace, thresholds=thresholds, out=tokens, launch_pdl=pdl)
+        truncation_thresholds(
+            logits, top_k, top_p, min_p, workspace=workspace, temperature=temperature, out=thresholds, launch_pdl=pdl
+        )
+        sample(
+            logits,
+            temperature,
+            seeds,
+            positions,
+            workspace=workspace,
+            thresholds=thresholds,
+            out=tokens,
+            launch_pdl=pdl,
+        )
         logprobs(logits, tokens, workspace=workspace, out=values, launch_pdl=pdl)
 
     launch(True)

@@ -1,4 +1,6 @@
-"""The keys of a rank's best tokens against their twins in plain torch, and what is chosen of several ranks' keys against the choice from whole logits."""
+"""The keys of a rank's best tokens against their twins in plain torch, and what is chosen of several ranks' keys
+against the choice from whole logits.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def parts(logits: torch.Tensor, size: int) -> list[tuple[int, torch.Tensor]]:
 def test_a_greater_score_has_a_greater_key_and_of_equals_the_smaller_token() -> None:
     scores = torch.tensor([-torch.inf, -3.5, -1e-30, -0.0, 0.0, 1e-30, 2.0, torch.inf])
     keys = keys_of(scores, torch.arange(8))
-    assert keys.argsort().tolist() == [0, 1, 2, 4, 3, 5, 6, 7], "zeros of both signs are equal, and token 3 is before token 4"
+    assert keys.argsort().tolist() == [0, 1, 2, 4, 3, 5, 6, 7], (
+        "zeros of both signs are equal, and token 3 is before token 4"
+    )
     assert (keys > NO_TOKEN).all()
     assert tokens_of(keys).tolist() == list(range(8))
 
@@ -53,18 +57,28 @@ def test_the_best_of_all_parts_is_the_argmax(size: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_winner_of_all_parts_is_the_one_of_the_race_over_the_whole_vocabulary(size: int) -> None:
     logits, temperature = randn(6, VOCAB), torch.tensor([0.7, 0.0, 1.3, 0.0, 2.0], device=DEVICE)
-    seeds, positions, rows = ints(3, -9, 2**62, 0, 5, dtype=torch.int64), ints(7, 8, 0, 1, 900, 4), ints(4, 0, 1, 2, 3, 4)
+    seeds, positions, rows = (
+        ints(3, -9, 2**62, 0, 5, dtype=torch.int64),
+        ints(7, 8, 0, 1, 900, 4),
+        ints(4, 0, 1, 2, 3, 4),
+    )
     state = temperature, seeds, positions, rows
     expected = reference.choose(logits, temperature, seeds, positions, rows)
     for kernel in (True, False):
         keys = []
         for first, part in parts(logits, size):
-            keys.append(best_draw_keys(part, first, *state) if kernel else twin(first, part.shape[1]).best_draw_keys(part, *state))
+            keys.append(
+                best_draw_keys(part, first, *state)
+                if kernel
+                else twin(first, part.shape[1]).best_draw_keys(part, *state)
+            )
         assert tokens_of(torch.stack(keys).amax(0)).tolist() == expected.tolist()
 
 
 def test_a_row_of_padding_has_no_token() -> None:
-    keys = best_draw_keys(randn(2, 50), 0, torch.ones(1, device=DEVICE), ints(1, dtype=torch.int64), ints(3, 3), ints(-1, 0))
+    keys = best_draw_keys(
+        randn(2, 50), 0, torch.ones(1, device=DEVICE), ints(1, dtype=torch.int64), ints(3, 3), ints(-1, 0)
+    )
     assert keys[0] == NO_TOKEN and keys[1] > NO_TOKEN
 
 
@@ -84,8 +98,14 @@ def test_a_published_vocabulary_is_chosen_from_as_a_whole(size: int) -> None:
     logits = randn(256, 128256).bfloat16()
     workspace = make_sampling_workspace(256, 128256, DEVICE)
     temperature = torch.linspace(0.0, 1.5, 256, device=DEVICE)
-    seeds, positions, rows = torch.arange(256, device=DEVICE), torch.arange(256, device=DEVICE).int(), torch.arange(256, device=DEVICE).int()
-    draws = torch.stack([best_draw_keys(part, first, temperature, seeds, positions, rows) for first, part in parts(logits, size)])
+    seeds, positions, rows = (
+        torch.arange(256, device=DEVICE),
+        torch.arange(256, device=DEVICE).int(),
+        torch.arange(256, device=DEVICE).int(),
+    )
+    draws = torch.stack(
+        [best_draw_keys(part, first, temperature, seeds, positions, rows) for first, part in parts(logits, size)]
+    )
     assert torch.equal(tokens_of(draws.amax(0)), sample(logits, temperature, seeds, positions, workspace=workspace))
     likeliest = torch.stack([best_keys(part, first) for first, part in parts(logits, size)])
     assert torch.equal(tokens_of(likeliest.amax(0)), argmax(logits, workspace=workspace))

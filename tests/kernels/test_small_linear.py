@@ -1,4 +1,6 @@
-"""Products of few tokens with everything that hangs on them, against float64. Rounding of the result alone is 1.1e-3 in bfloat16 and 1.4e-4 in float16."""
+"""Products of few tokens with everything that hangs on them, against float64. Rounding of the result alone is 1.1e-3 in
+bfloat16 and 1.4e-4 in float16.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
     assert error <= TOLERANCE[out.dtype] * size, f"relative RMS error {error / size:.2e}"  # NaN fails too
 
 
-def operands(num_tokens: int, num_rows: int, num_columns: int, dtype: torch.dtype, options: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, object]]:
+def operands(
+    num_tokens: int, num_rows: int, num_columns: int, dtype: torch.dtype, options: str
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, object]]:
     gated = "gate" in options
     x = randn(num_tokens, num_columns, dtype=dtype)
     weight = randn(num_rows * (2 if gated else 1), num_columns, dtype=dtype, seed=1, scale=num_columns**-0.5)
@@ -35,7 +39,9 @@ def operands(num_tokens: int, num_rows: int, num_columns: int, dtype: torch.dtyp
     return x, weight, given
 
 
-def oracle(x: torch.Tensor, weight: torch.Tensor, given: dict[str, object], norm: torch.Tensor | None = None) -> torch.Tensor:
+def oracle(
+    x: torch.Tensor, weight: torch.Tensor, given: dict[str, object], norm: torch.Tensor | None = None
+) -> torch.Tensor:
     wide = x.double()
     if norm is not None:
         wide = norm.double() * wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
@@ -50,7 +56,11 @@ def oracle(x: torch.Tensor, weight: torch.Tensor, given: dict[str, object], norm
     return result
 
 
-TINY_VECTORS = [(5, 24, torch.float32, VectorShape(2, 16, 1)), (16, 64, torch.float32, VectorShape(4, 64, 1)), (3, 40, torch.float16, VectorShape(4, 16, 1))]
+TINY_VECTORS = [
+    (5, 24, torch.float32, VectorShape(2, 16, 1)),
+    (16, 64, torch.float32, VectorShape(4, 64, 1)),
+    (3, 40, torch.float16, VectorShape(4, 16, 1)),
+]
 LARGE_VECTORS = [
     pytest.param(rows, columns, dtype, None, marks=pytest.mark.gpu)
     for rows, columns in ((3072, 2048), (2048, 8192), (14336, 4096), (4096, 14336), (1000, 3072), (896, 4864))
@@ -61,11 +71,15 @@ LARGE_VECTORS = [
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("with_norm", [False, True], ids=["", "norm"])
 @pytest.mark.parametrize(("num_rows", "num_columns", "dtype", "shape"), TINY_VECTORS + LARGE_VECTORS)
-def test_one_token_equals_float64(num_rows: int, num_columns: int, dtype: torch.dtype, shape: VectorShape | None, options: str, with_norm: bool) -> None:
+def test_one_token_equals_float64(
+    num_rows: int, num_columns: int, dtype: torch.dtype, shape: VectorShape | None, options: str, with_norm: bool
+) -> None:
     x, weight, given = operands(1, num_rows, num_columns, dtype, options)
     norm = randn(num_columns, dtype=dtype, seed=4) if with_norm else None
     out = torch.full((1, num_rows), float("nan"), dtype=dtype, device=DEVICE)
-    assert vector_linear(x, weight, out=out, shape=shape, norm=None if norm is None else Norm(norm, EPS), **given) is out  # type: ignore[arg-type]
+    assert (
+        vector_linear(x, weight, out=out, shape=shape, norm=None if norm is None else Norm(norm, EPS), **given) is out
+    )  # type: ignore[arg-type]
     assert_close(out, oracle(x, weight, given, norm))
 
 
@@ -84,7 +98,9 @@ LARGE = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("num_tokens", "num_rows", "num_columns", "dtype", "shape"), TINY + LARGE)
-def test_few_tokens_equal_float64(num_tokens: int, num_rows: int, num_columns: int, dtype: torch.dtype, shape: NarrowShape | None, options: str) -> None:
+def test_few_tokens_equal_float64(
+    num_tokens: int, num_rows: int, num_columns: int, dtype: torch.dtype, shape: NarrowShape | None, options: str
+) -> None:
     workspace = make_linear_workspace(DEVICE)
     x, weight, given = operands(num_tokens, num_rows, num_columns, dtype, options)
     for _ in range(2):  # the second launch finds the counters as the first left them
@@ -119,7 +135,14 @@ def test_the_residual_may_be_overwritten() -> None:
     assert isinstance(residual, torch.Tensor)
     expected = oracle(x, weight, given)
     assert_close(vector_linear(x, weight, residual=residual.clone(), shape=VectorShape(2, 16, 1)), expected)
-    narrow_linear(x, weight, residual=residual, out=residual, workspace=make_linear_workspace(DEVICE), shape=NarrowShape(16, 16, 2, 2, 1, 0))
+    narrow_linear(
+        x,
+        weight,
+        residual=residual,
+        out=residual,
+        workspace=make_linear_workspace(DEVICE),
+        shape=NarrowShape(16, 16, 2, 2, 1, 0),
+    )
     assert_close(residual, expected)
 
 
@@ -142,15 +165,22 @@ def test_refuses_what_does_not_fit() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 16])
 def test_a_chain_of_dependent_launches_is_bit_equal_to_a_plain_one(num_tokens: int) -> None:
-    """Programmatic dependent launch overlaps each kernel with the end of the one before; nothing may be read too early."""
+    """Programmatic dependent launch overlaps each kernel with the end of the one before; nothing may be read too
+    early.
+    """
     workspace = make_linear_workspace(DEVICE)
     weights = [randn(2048, 2048, dtype=torch.bfloat16, seed=seed, scale=0.02) for seed in range(4)]
     results = []
     for launch_pdl in (False, True):
-        x, y = randn(num_tokens, 2048, dtype=torch.bfloat16), torch.empty(num_tokens, 2048, dtype=torch.bfloat16, device=DEVICE)
+        x, y = (
+            randn(num_tokens, 2048, dtype=torch.bfloat16),
+            torch.empty(num_tokens, 2048, dtype=torch.bfloat16, device=DEVICE),
+        )
         for step in range(100):
             if num_tokens == 1:
-                vector_linear(x, weights[step % 4], residual=x, out=y, norm=Norm(weights[0][0], EPS), launch_pdl=launch_pdl)
+                vector_linear(
+                    x, weights[step % 4], residual=x, out=y, norm=Norm(weights[0][0], EPS), launch_pdl=launch_pdl
+                )
             else:
                 narrow_linear(x, weights[step % 4], residual=x, out=y, workspace=workspace, launch_pdl=launch_pdl)
             x, y = y, x

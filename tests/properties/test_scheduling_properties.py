@@ -86,7 +86,9 @@ class Scheduling(RuleBasedStateMachine):
         request_id = self.arrival_index
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, temperature=0.0)
         refused = self.scheduler.num_waiting >= self.limits.max_queue_size or len(prompt) >= self.limits.max_model_len
-        self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), salt, self.now, family))
+        self.engine.submit(
+            Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), salt, self.now, family)
+        )
         if refused:
             self.expected[request_id] = ([], "")
         else:
@@ -103,17 +105,29 @@ class Scheduling(RuleBasedStateMachine):
         length_penalty=st.sampled_from([0.0, 1.0, 2.0]),
         early_stopping=st.sampled_from([False, True, "never"]),
     )
-    def search(self, prompt: list[int], max_tokens: int, width: int, stop_ids: tuple[int, ...], length_penalty: float, early_stopping: bool | str) -> None:
+    def search(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        width: int,
+        stop_ids: tuple[int, ...],
+        length_penalty: float,
+        early_stopping: bool | str,
+    ) -> None:
         self.arrival_index += 1
         request_id = self.arrival_index
         options = {"length_penalty": length_penalty, "early_stopping": early_stopping, "stop_token_ids": stop_ids}
-        sampling = SamplingParams(max_tokens=max_tokens, use_beam_search=True, beam_width=width, n=width, temperature=0.0, **options)
+        sampling = SamplingParams(
+            max_tokens=max_tokens, use_beam_search=True, beam_width=width, n=width, temperature=0.0, **options
+        )
         self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), sampling, (), "", self.now))
         if request_id in self.scheduler._living:  # else refused at once
             length = min(max_tokens, self.limits.max_model_len - len(prompt))
             ends = tuple(dict.fromkeys((EOS, *stop_ids)))
             self.widths[request_id] = width
-            self.searches[request_id] = solo_search(prompt, sampling, length, ends, self.runner.vocab_size, self.limits.windows)
+            self.searches[request_id] = solo_search(
+                prompt, sampling, length, ends, self.runner.vocab_size, self.limits.windows
+            )
 
     @precondition(lambda self: self.searches)
     @rule(index=st.integers(0, 10**6))
@@ -148,11 +162,15 @@ class Scheduling(RuleBasedStateMachine):
             self.answers[request_id].append(token)
         for found in output.feature_outputs:
             assert isinstance(found, Found)
-            assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found.sequences] == self.searches.pop(found.request_id)
+            assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found.sequences] == self.searches.pop(
+                found.request_id
+            )
         for finish in output.finishes:
             if finish.request_id not in self.expected:
                 answers = self.searches.pop(finish.request_id, [])
-                assert not answers or (finish.error is not None and len(answers) < self.widths[finish.request_id]), "a search is over without an answer"
+                assert not answers or (finish.error is not None and len(answers) < self.widths[finish.request_id]), (
+                    "a search is over without an answer"
+                )
                 continue
             answer, reason = self.expected.pop(finish.request_id)
             assert self.answers.pop(finish.request_id) == answer
@@ -178,4 +196,6 @@ class Scheduling(RuleBasedStateMachine):
 
 
 TestScheduling = Scheduling.TestCase
-TestScheduling.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestScheduling.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)

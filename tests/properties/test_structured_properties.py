@@ -1,4 +1,5 @@
-"""Random schemas, expressions and choices through the whole engine, with a model that speaks at random: whatever is finished is of the form asked for.
+"""Random schemas, expressions and choices through the whole engine, with a model that speaks at random: whatever is
+finished is of the form asked for.
 
 PAGED_SCHEMAS=1000 pytest tests/properties/test_structured_properties.py  (the ordinary run takes fewer)
 """
@@ -86,7 +87,18 @@ class SchemaMaker:
         return {
             "type": "string",
             "pattern": self._random.choice(
-                ["^[a-z]{1,4}$", "^a|b$", "^\\d{4}-\\d\\d$", "^[^a]{0,5}$", "^.{2}$", "x+y{1,3}", "^(é|日)?$", "^a+(bc+)?$", '^["\\\\\t]?x$', "^\\S\\W.[^a-z]$"]
+                [
+                    "^[a-z]{1,4}$",
+                    "^a|b$",
+                    "^\\d{4}-\\d\\d$",
+                    "^[^a]{0,5}$",
+                    "^.{2}$",
+                    "x+y{1,3}",
+                    "^(é|日)?$",
+                    "^a+(bc+)?$",
+                    '^["\\\\\t]?x$',
+                    "^\\S\\W.[^a-z]$",
+                ]
             ),
         }
 
@@ -128,17 +140,34 @@ class SchemaMaker:
     def _tuple(self, deep: int) -> dict[str, Any]:
         items = [self._any(deep - 1) for _ in range(self._random.randint(1, 3))]
         rest = self._random.choice([False, {"type": "boolean"}])
-        return {"type": "array", "prefixItems": items, "items": rest, "minItems": len(items), "maxItems": len(items) + (2 if rest else 0)}
+        return {
+            "type": "array",
+            "prefixItems": items,
+            "items": rest,
+            "minItems": len(items),
+            "maxItems": len(items) + (2 if rest else 0),
+        }
 
     def _union(self, deep: int) -> dict[str, Any]:
         if self._chance(0.3):
-            tags = [{"type": "object", "properties": {"kind": {"const": tag}, "of": self._any(deep - 1)}, "required": ["kind"]} for tag in ("a", "b")]
+            tags = [
+                {
+                    "type": "object",
+                    "properties": {"kind": {"const": tag}, "of": self._any(deep - 1)},
+                    "required": ["kind"],
+                }
+                for tag in ("a", "b")
+            ]
             return {"oneOf": tags}
         return {"anyOf": [self._any(deep - 1) for _ in range(self._random.randint(1, 3))]}
 
     def _reference(self, deep: int) -> dict[str, Any]:
         if self._chance(0.3):
-            self._defs["tree"] = {"type": "object", "properties": {"down": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/tree"}]}}, "required": ["down"]}
+            self._defs["tree"] = {
+                "type": "object",
+                "properties": {"down": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/tree"}]}},
+                "required": ["down"],
+            }
             return {"$ref": "#/$defs/tree"}
         name = f"d{len(self._defs)}"
         self._defs[name] = {}
@@ -176,9 +205,15 @@ def test_every_finished_answer_validates(folder: Path, tmp_path: Path) -> None:
         chunk = every[begin : begin + CHUNK]
         engine._steps_ahead = begin // CHUNK % 2  # as on a CPU, and as on a GPU
         for (seed, schema), ended in zip(
-            chunk, run(engine, [various(seed) | {"guided_json": schema, "max_tokens": 300} for seed, schema in chunk]), strict=True
+            chunk,
+            run(engine, [various(seed) | {"guided_json": schema, "max_tokens": 300} for seed, schema in chunk]),
+            strict=True,
         ):
-            assert ended.reason in ("stop", "length") or ("bad_words" in ended.reason and seed % 7 == 6), (seed, schema, ended.reason)
+            assert ended.reason in ("stop", "length") or ("bad_words" in ended.reason and seed % 7 == 6), (
+                seed,
+                schema,
+                ended.reason,
+            )
             if ended.reason == "stop":
                 num_finished += 1
                 check(schema, ended)
@@ -186,7 +221,9 @@ def test_every_finished_answer_validates(folder: Path, tmp_path: Path) -> None:
 
 
 def check(schema: dict[str, Any], ended: Ended) -> None:
-    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker(["uuid", "ipv4", "date"]))
+    validator = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.FormatChecker(["uuid", "ipv4", "date"])
+    )
     try:
         validator.validate(json.loads(ended.text))
     except ValueError as error:
@@ -196,7 +233,16 @@ def check(schema: dict[str, Any], ended: Ended) -> None:
 
 
 REGEXES = [
-    *("[0-9]{3}-[a-f]+", "(red|green|blue)( and (red|green|blue)){0,2}", "é+[à-ü]?", "\\d+(\\.\\d\\d)?", "[^x]{1,6}", "^a?b*c+$", "(?:ab|cd){2}", "\\w{2,5}"),
+    *(
+        "[0-9]{3}-[a-f]+",
+        "(red|green|blue)( and (red|green|blue)){0,2}",
+        "é+[à-ü]?",
+        "\\d+(\\.\\d\\d)?",
+        "[^x]{1,6}",
+        "^a?b*c+$",
+        "(?:ab|cd){2}",
+        "\\w{2,5}",
+    ),
     *("日本(語)?", "\\{\\}\\[\\]", "[ \\t]x"),
 ]
 
@@ -213,7 +259,10 @@ def test_every_finished_answer_matches_its_expression(folder: Path, tmp_path: Pa
 def test_every_answer_is_one_of_its_choices(folder: Path, tmp_path: Path) -> None:
     randomly = random.Random(5)
     alphabet = 'abc "\\\n\t{}é日😀'
-    choices = [["".join(randomly.choices(alphabet, k=randomly.randint(1, 12))) for _ in range(randomly.randint(1, 9))] for _ in range(120)]
+    choices = [
+        ["".join(randomly.choices(alphabet, k=randomly.randint(1, 12))) for _ in range(randomly.randint(1, 9))]
+        for _ in range(120)
+    ]
     samplings = [various(index) | {"guided_choice": choice, "bad_words": []} for index, choice in enumerate(choices)]
     ended = run(load_speaker(folder, tmp_path), samplings)
     assert all(each.reason == "stop" and each.text in choice for each, choice in zip(ended, choices, strict=True))
@@ -222,10 +271,22 @@ def test_every_answer_is_one_of_its_choices(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
-def test_preemption_and_the_prefix_cache_change_no_token(folder: Path, tmp_path: Path, prefix_cache: bool, steps_ahead: int) -> None:
-    samplings = [various(seed) | {"guided_json": SchemaMaker(seed).schema(), "max_tokens": 80, "ignore_eos": seed % 5 == 0} for seed in range(30)]
+def test_preemption_and_the_prefix_cache_change_no_token(
+    folder: Path, tmp_path: Path, prefix_cache: bool, steps_ahead: int
+) -> None:
+    samplings = [
+        various(seed) | {"guided_json": SchemaMaker(seed).schema(), "max_tokens": 80, "ignore_eos": seed % 5 == 0}
+        for seed in range(30)
+    ]
     roomy = [ended.token_ids for ended in run(load_speaker(folder, tmp_path / "roomy"), samplings)]
-    options = {"num_pages": 48, "page_size": 4, "max_model_len": 180, "max_batched_tokens": 40, "max_num_sequences": 12, "prefix_cache": prefix_cache}
+    options = {
+        "num_pages": 48,
+        "page_size": 4,
+        "max_model_len": 180,
+        "max_batched_tokens": 40,
+        "max_num_sequences": 12,
+        "prefix_cache": prefix_cache,
+    }
     engine = load_speaker(folder, tmp_path / "tight", **options)
     engine._steps_ahead = steps_ahead
     assert [ended.token_ids for ended in run(engine, samplings)] == roomy

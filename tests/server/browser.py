@@ -29,7 +29,10 @@ class Tab:
             message = await self.socket.receive_json(timeout=20)
             if message.get("id") == self._serial:
                 return message["result"]
-            if message.get("method") == "Runtime.exceptionThrown" or message.get("params", {}).get("entry", {}).get("level") == "error":
+            if (
+                message.get("method") == "Runtime.exceptionThrown"
+                or message.get("params", {}).get("entry", {}).get("level") == "error"
+            ):
                 self.complaints.append(str(message["params"]))
 
     async def value(self, expression: str) -> Any:
@@ -47,7 +50,15 @@ class Tab:
 async def open_tab(url: str, folder: Path) -> AsyncIterator[Tab]:
     """`url` in a browser that keeps its files in `folder`."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--remote-debugging-port=0",
+        f"--user-data-dir={folder}",
+        "about:blank",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port_file = folder / "DevToolsActivePort"

@@ -40,7 +40,9 @@ class Answer:
 def tensor_array(name: str, value: Any) -> NDArray[Any]:
     array: NDArray[Any] = {
         "text_input": lambda: np.array([value], object),
-        "sampling_parameters": lambda: np.array([value if isinstance(value, (str, bytes)) else json.dumps(value)], object),
+        "sampling_parameters": lambda: np.array(
+            [value if isinstance(value, (str, bytes)) else json.dumps(value)], object
+        ),
         "input_ids": lambda: np.array(value, np.int32),
         "answer_ids": lambda: np.array(value, np.int32),
         "max_tokens": lambda: np.array([value], np.int32),
@@ -58,17 +60,28 @@ def tensor(name: str, value: Any) -> grpc.InferInput:
 
 
 async def stream(
-    client: grpc.InferenceServerClient, *, leave_after: float | None = None, leave_at_token: int | None = None, parameters: Any = None, **tensors: Any
+    client: grpc.InferenceServerClient,
+    *,
+    leave_after: float | None = None,
+    leave_at_token: int | None = None,
+    parameters: Any = None,
+    **tensors: Any,
 ) -> Answer:
     """One request over a stream of its own; `leave_*` cancels it after seconds, or once that many tokens have come."""
     answer = Answer()
-    wanted = {"stream": True, "return_output_ids": True, "return_finish_reason": True, "return_num_cached_tokens": True} | tensors
+    wanted = {
+        "stream": True,
+        "return_output_ids": True,
+        "return_finish_reason": True,
+        "return_num_cached_tokens": True,
+    } | tensors
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
         inputs = [tensor(name, value) for name, value in wanted.items() if value is not None]
         yield {"model_name": MODEL, "inputs": inputs, "enable_empty_final_response": True, "parameters": parameters}
 
-    responses = client.stream_infer(requests())  # without triton_grpc_error: Triton Server 2.51.0 crashes over it now and then
+    # without triton_grpc_error: Triton Server 2.51.0 crashes over it now and then
+    responses = client.stream_infer(requests())
 
     async def listen() -> None:
         async for result, error in responses:
@@ -106,7 +119,9 @@ def _take(answer: Answer, result: grpc.InferResult) -> None:
 
 
 def run_all(grpc_address: str, requests: Sequence[dict[str, Any]], lead: int = 0) -> list[Answer]:
-    """Sends all requests at once, the first `lead` of them half a second earlier, and gathers their answers, in order."""
+    """Sends all requests at once, the first `lead` of them half a second earlier, and gathers their answers, in
+    order.
+    """
 
     async def together() -> list[Answer]:
         async with grpc.InferenceServerClient(grpc_address) as client:
@@ -126,14 +141,20 @@ def metrics(url: str) -> dict[str, float]:
             if line.startswith(("paged_", "nv_trt_llm_")):
                 series, value = line.rsplit(" ", 1)
                 name, _, labels = series.partition("{")
-                kept = [label for label in labels.rstrip("}").split(",") if label and not label.startswith(("model=", "version="))]
+                kept = [
+                    label
+                    for label in labels.rstrip("}").split(",")
+                    if label and not label.startswith(("model=", "version="))
+                ]
                 key = f"{name}{{{','.join(kept)}}}" if kept else name
                 values[key] = values.get(key, 0.0) + float(value)
     return values
 
 
 def wait_for_metrics(url: str, holds: Callable[[dict[str, float]], bool], seconds: float = 20.0) -> bool:
-    """Whether the metrics, which are published a few times a second (more seldom on a busy machine), come to satisfy a condition in time."""
+    """Whether the metrics, which are published a few times a second (more seldom on a busy machine), come to satisfy a
+    condition in time.
+    """
     end = time.monotonic() + seconds
     while not holds(metrics(url)):
         if time.monotonic() > end:

@@ -1,8 +1,10 @@
-"""An engine process without a model, for tests of the front ends: `python fake_engine.py DIRECTORY`, spoken to like the real one.
+"""An engine process without a model, for tests of the front ends: `python fake_engine.py DIRECTORY`, spoken to like the
+real one.
 
-The option `model` says how to load: "fake", "broken" (answers Failed), "crash" (dies without a word), "slow" (takes a second).
-A prompt says how to answer: words such as `tokens=20 delay=0.01`, and one of `silent` (never answers), `die` (kills the engine), `error`.
-The answer repeats the prompt and counts, so that every request can be told from the others.
+The option `model` says how to load: "fake", "broken" (answers Failed), "crash" (dies without a word), "slow" (takes a
+second). A prompt says how to answer: words such as `tokens=20 delay=0.01`, and one of `silent` (never answers), `die`
+(kills the engine), `error`. The answer repeats the prompt and counts, so that every request can be told from the
+others.
 """
 
 from __future__ import annotations
@@ -51,8 +53,15 @@ def make_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[EOS], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
-    tokenizer.train_from_iterator(["the answer to tokens and delay is one two three four five six seven eight nine ten"], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the answer to tokens and delay is one two three four five six seven eight nine ten"], trainer
+    )
     return tokenizer
 
 
@@ -79,7 +88,9 @@ class _Job:
         self.delay = float(said.get("delay", "0"))
         self.said = said
         self.num_sent = self.num_resumed = submit.num_answered
-        assert self.ids[: self.num_sent] == given[len(given) - submit.num_answered :], "the answer so far is not what was said"
+        assert self.ids[: self.num_sent] == given[len(given) - submit.num_answered :], (
+            "the answer so far is not what was said"
+        )
         self.arrived, self.traced = time.monotonic(), submit.traced
         self.next_time = self.arrived + self.delay
         self.prompt_len = len(submit.prompt_ids) // 4
@@ -114,7 +125,9 @@ class FakeEngine:
                 self._receive(decode_to_engine(self._inbox.recv()))
             while (dead := self._deaths.next_one()) is not None:
                 self._outboxes.pop(dead[0]).close(0)
-                self._jobs = {request_id: job for request_id, job in self._jobs.items() if front_end_of(request_id) != dead[0]}
+                self._jobs = {
+                    request_id: job for request_id, job in self._jobs.items() if front_end_of(request_id) != dead[0]
+                }
             self._step()
         return 0
 
@@ -169,12 +182,23 @@ class FakeEngine:
     def _welcome(self) -> FromEngine:
         if self._config.model == "broken":
             return Failed("model 'broken': the checkpoint is broken")
-        return Ready(str(self._tokenizer_path), self._tokenizer.get_vocab_size(), MAX_MODEL_LEN, NUM_PAGES * PAGE_SIZE, PAGE_SIZE, NUM_PAGES)
+        return Ready(
+            str(self._tokenizer_path),
+            self._tokenizer.get_vocab_size(),
+            MAX_MODEL_LEN,
+            NUM_PAGES * PAGE_SIZE,
+            PAGE_SIZE,
+            NUM_PAGES,
+        )
 
     def _step(self) -> None:
         self._start_suspect()
         now = time.monotonic()
-        due = {request_id: job for request_id, job in self._jobs.items() if job.next_time <= now and "silent" not in job.said}
+        due = {
+            request_id: job
+            for request_id, job in self._jobs.items()
+            if job.next_time <= now and "silent" not in job.said
+        }
         for front_end in self._outboxes:
             mine = {request_id: job for request_id, job in due.items() if front_end_of(request_id) == front_end}
             if mine:
@@ -208,7 +232,16 @@ class FakeEngine:
         logprobs = np.full(len(ids), -0.5, np.float32).tobytes()
         top = {entry: {int(token): -0.5, int(token) + 1: -1.5} for entry, token in enumerate(token_ids)}
         ranks = np.full(len(ids), 1, np.int32).tobytes()
-        return Tokens(np.array(request_ids, np.int64).tobytes(), ids.tobytes(), logprobs, ranks, top, started, admitted, finishes=tuple(finishes))
+        return Tokens(
+            np.array(request_ids, np.int64).tobytes(),
+            ids.tobytes(),
+            logprobs,
+            ranks,
+            top,
+            started,
+            admitted,
+            finishes=tuple(finishes),
+        )
 
     def _stats(self) -> Stats:
         held = min(len(self._jobs), NUM_PAGES)

@@ -93,7 +93,9 @@ class FrontEndServer:
         for line in lines:
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                series[re.sub(r'(model|version)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")] = float(value)
+                series[re.sub(r'(model|version)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")] = float(
+                    value
+                )
         return series
 
     def wait_for(self, series: str, value: float, seconds: float = 5) -> None:
@@ -109,7 +111,9 @@ class FrontEndServer:
         while True:
             time.sleep(0.8)
             after = self.scrape()
-            changing = [name for name, value in after.items() if name.startswith("paged_requests") and before.get(name) != value]
+            changing = [
+                name for name, value in after.items() if name.startswith("paged_requests") and before.get(name) != value
+            ]
             if after.get('paged_requests{state="running"}', 0) == 0 and not changing:
                 return after
             assert time.monotonic() < deadline, f"still changing: {changing}"
@@ -131,7 +135,11 @@ class FrontEndServer:
     def _engines(self) -> list[tuple[int, str]]:
         rows = _processes()
         stubs = {int(pid) for pid, parent, _ in rows if int(parent) == self.process.pid}
-        return [(int(pid), arguments) for pid, parent, arguments in rows if int(parent) in stubs and "fake_engine" in arguments]
+        return [
+            (int(pid), arguments)
+            for pid, parent, arguments in rows
+            if int(parent) in stubs and "fake_engine" in arguments
+        ]
 
     def ask(self, prompt: str, *, stream: bool = True, **options: Any) -> Answer:
         return self.ask_all([prompt], stream=stream, **options)[0]
@@ -169,7 +177,14 @@ def take(arrival: tuple[Any, Any], answers: list[Answer]) -> None:
         answer.results.append(result)
 
 
-_TYPES = {"max_tokens": "INT32", "top_k": "INT32", "input_ids": "INT32", "temperature": "FP32", "top_p": "FP32", "seed": "UINT64"}
+_TYPES = {
+    "max_tokens": "INT32",
+    "top_k": "INT32",
+    "input_ids": "INT32",
+    "temperature": "FP32",
+    "top_p": "FP32",
+    "seed": "UINT64",
+}
 _NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "BYTES": np.object_}
 
 
@@ -184,9 +199,22 @@ def tensors(**values: Any) -> list[grpc.InferInput]:
     return inputs
 
 
-def send(client: grpc.InferenceServerClient, prompt: str, *, request_id: str = "0", parameters: Mapping[str, Any] | None = None, **values: Any) -> None:
+def send(
+    client: grpc.InferenceServerClient,
+    prompt: str,
+    *,
+    request_id: str = "0",
+    parameters: Mapping[str, Any] | None = None,
+    **values: Any,
+) -> None:
     given = {"text_input": prompt, **values} if "input_ids" not in values else values
-    client.async_stream_infer(MODEL, tensors(**given), request_id=request_id, enable_empty_final_response=True, parameters=dict(parameters or {}))
+    client.async_stream_infer(
+        MODEL,
+        tensors(**given),
+        request_id=request_id,
+        enable_empty_final_response=True,
+        parameters=dict(parameters or {}),
+    )
 
 
 @contextmanager
@@ -203,8 +231,9 @@ def serving(
 ) -> Iterator[FrontEndServer]:
     """Starts a server in `folder`, with the model loaded unless `load` says no.
 
-    arguments: more of tritonserver's. scratch: its folder for temporary files. model_py: the model's program; None: the shipped one, and `options` names
-    the checkpoint. stub_exits: where each stub's exit status is to be written, a line each; then the stubs' parent is a shell, so there is one instance.
+    arguments: more of tritonserver's. scratch: its folder for temporary files. model_py: the model's program; None: the
+    shipped one, and `options` names the checkpoint. stub_exits: where each stub's exit status is to be written, a line
+    each; then the stubs' parent is a shell, so there is one instance.
     """
     folder.mkdir(exist_ok=True, parents=True)
     installation = server_files.find_installation()
@@ -212,9 +241,13 @@ def serving(
     if stub_exits is not None:
         assert instances == 1
         _note_exits(backends / "python" / "triton_python_backend_stub", stub_exits)
-    environment = server_files.prepare_environment(installation, folder) | ({} if scratch is None else {"TMPDIR": str(scratch)})
+    environment = server_files.prepare_environment(installation, folder) | (
+        {} if scratch is None else {"TMPDIR": str(scratch)}
+    )
     defaults = {"model": "fake", "standby_engine": "false"} if model_py is not None else {}
-    repository = server_files.prepare_repository(folder, model_name=MODEL, options={**defaults, **(options or {})}, instances=instances)
+    repository = server_files.prepare_repository(
+        folder, model_name=MODEL, options={**defaults, **(options or {})}, instances=instances
+    )
     version = repository / MODEL / "1"
     if model_py is not None:
         version.unlink()
@@ -250,12 +283,16 @@ def serving(
 
 def _processes() -> list[list[str]]:
     """[pid, parent's pid, command] of every process."""
-    listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    listing = subprocess.run(
+        ["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[1:]
     return [line.split(None, 2) for line in listing]
 
 
 def _note_exits(stub: Path, file: Path) -> None:
-    """Puts a shell between the server and the stub: the server tells nobody how its children ended. Without arguments it is only tried out."""
+    """Puts a shell between the server and the stub: the server tells nobody how its children ended. Without arguments
+    it is only tried out.
+    """
     program = stub.resolve()
     stub.unlink()
     stub.write_text(f'#!/bin/sh\n"{program}" "$@"\nstatus=$?\n[ $# -eq 0 ] || echo $status >> "{file}"\nexit $status\n')

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 _PAST_VOCABULARY = 1_000_000
-HEAVY = ("50 MB of text", "100,000 stop words", "100,000 stop words in a tensor")  # of bytes; not to be asked many times a second
+# of bytes; not to be asked many times a second
+HEAVY = ("50 MB of text", "100,000 stop words", "100,000 stop words in a tensor")
 
 
 def _sampling(**keys: object) -> dict[str, Any]:
@@ -29,8 +30,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "negative top_k": (_sampling(top_k=-2), "top_k"),
     "a list for a number": (_sampling(temperature=[1]), "temperature"),
     "text for a number": (_sampling(max_tokens="many"), "max_tokens"),
-    "JSON 10,000 levels deep": ({"text_input": "a", "sampling_parameters": "[" * 10_000 + "]" * 10_000}, "sampling_parameters"),
-    "an object 10,000 levels deep": ({"text_input": "a", "sampling_parameters": '{"stop":' * 10_000 + "1" + "}" * 10_000}, "sampling_parameters"),
+    "JSON 10,000 levels deep": (
+        {"text_input": "a", "sampling_parameters": "[" * 10_000 + "]" * 10_000},
+        "sampling_parameters",
+    ),
+    "an object 10,000 levels deep": (
+        {"text_input": "a", "sampling_parameters": '{"stop":' * 10_000 + "1" + "}" * 10_000},
+        "sampling_parameters",
+    ),
     "JSON that is no object": ({"text_input": "a", "sampling_parameters": "[1]"}, "sampling_parameters"),
     "no JSON": ({"text_input": "a", "sampling_parameters": "{"}, "sampling_parameters"),
     "an unknown key": (_sampling(temprature=1), "temprature"),
@@ -42,7 +49,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "an empty stop word": (_sampling(stop=[""]), "stop"),
     "an id past the vocabulary": ({"input_ids": [5, _PAST_VOCABULARY]}, str(_PAST_VOCABULARY)),
     "a negative id": ({"input_ids": [-1]}, "-1"),
-    "streaming with the prompt in front": ({"text_input": "a", "exclude_input_in_output": False}, "exclude_input_in_output"),
+    "streaming with the prompt in front": (
+        {"text_input": "a", "exclude_input_in_output": False},
+        "exclude_input_in_output",
+    ),
     "an unknown parameter": ({"text_input": "a", "parameters": {"temprature": 1}}, "temprature"),
     "n of two, greedy": (_sampling(n=2, temperature=0), "n"),
     "n of too many": (_sampling(n=65), "n"),

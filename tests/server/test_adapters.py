@@ -1,4 +1,6 @@
-"""Adapters through a real tritonserver: each request's tokens are those that PEFT gives alone, and what cannot be used is refused alone."""
+"""Adapters through a real tritonserver: each request's tokens are those that PEFT gives alone, and what cannot be used
+is refused alone.
+"""
 
 from __future__ import annotations
 
@@ -45,29 +47,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    options = {"lora_directory": str(folder.parent / "adapters"), "max_loras": 1, "max_lora_rank": 8, "num_pages": 200, "dtype": "float32"}
-    with Server(ServerSettings(model=str(folder), instances=2, options=options | {"max_engine_restarts": 100}, drain_seconds=3)) as running:
+    options = {
+        "lora_directory": str(folder.parent / "adapters"),
+        "max_loras": 1,
+        "max_lora_rank": 8,
+        "num_pages": 200,
+        "dtype": "float32",
+    }
+    with Server(
+        ServerSettings(model=str(folder), instances=2, options=options | {"max_engine_restarts": 100}, drain_seconds=3)
+    ) as running:
         yield running
 
 
 def asked(names: list[str | None], max_tokens: int = MAX_TOKENS) -> list[dict[str, Any]]:
     """The same prompts for each adapter."""
     return [
-        {"input_ids": prompt.tolist(), "max_tokens": max_tokens, "sampling_parameters": {"temperature": 0, **({} if name is None else {"lora_name": name})}}
+        {
+            "input_ids": prompt.tolist(),
+            "max_tokens": max_tokens,
+            "sampling_parameters": {"temperature": 0, **({} if name is None else {"lora_name": name})},
+        }
         for prompt in random_prompts((5, 40, 17))
         for name in names
     ]
 
 
 def truth(folder: Path, requests: list[dict[str, Any]]) -> list[list[int]]:
-    oracles = {None: Oracle(folder)} | {name: AdapterOracle(folder, folder.parent / "adapters" / name) for name in ADAPTERS}
+    oracles = {None: Oracle(folder)} | {
+        name: AdapterOracle(folder, folder.parent / "adapters" / name) for name in ADAPTERS
+    }
     return [
-        oracles[request["sampling_parameters"].get("lora_name")].greedy([request["input_ids"]], request["max_tokens"])[0]  # type: ignore[index]
+        oracles[request["sampling_parameters"].get("lora_name")].greedy([request["input_ids"]], request["max_tokens"])[
+            0
+        ]  # type: ignore[index]
         for request in requests
     ]
 
 
-def test_two_adapters_and_none_at_once_answer_as_peft_does_though_there_is_room_for_one(server: Server, folder: Path) -> None:
+def test_two_adapters_and_none_at_once_answer_as_peft_does_though_there_is_room_for_one(
+    server: Server, folder: Path
+) -> None:
     requests = asked([*ADAPTERS, None])
     expected = truth(folder, requests)
     assert len({tuple(answer) for answer in expected}) == len(expected), "the adapters change nothing"
@@ -85,11 +105,16 @@ def test_two_adapters_and_none_at_once_answer_as_peft_does_though_there_is_room_
         ("link", "'link': this server has no such adapter"),
         ("empty", "'empty': adapter_config.json is missing"),
         ("wide", "'wide': model.layers.0.self_attn.q_proj has rank 9, this server takes 1 to 8 (max_lora_rank)"),
-        ("../outside", "'../outside' is not a plain name: it must not begin with '.' or hold '/', '\\' or control characters"),
+        (
+            "../outside",
+            "'../outside' is not a plain name: it must not begin with '.' or hold '/', '\\' or control characters",
+        ),
     ],
     ids=["unknown", "link", "empty", "rank", "path"],
 )
-def test_what_cannot_be_used_is_refused_with_its_reason_while_others_go_on(server: Server, folder: Path, name: str, message: str) -> None:
+def test_what_cannot_be_used_is_refused_with_its_reason_while_others_go_on(
+    server: Server, folder: Path, name: str, message: str
+) -> None:
     (request,) = [request for request in asked([name]) if len(request["input_ids"]) == 5]
     good = asked(["french"])[:1]
     bad, fine = run_all(server.addresses.grpc_url, [request | {"parameters": {"return_error_code": True}}, *good])
@@ -100,8 +125,15 @@ def test_what_cannot_be_used_is_refused_with_its_reason_while_others_go_on(serve
 
 def test_over_http_sequences_of_a_request_have_its_adapter(server: Server, folder: Path) -> None:
     def generate(**sampling: Any) -> dict[str, Any]:
-        body = {"input_ids": asked([None])[0]["input_ids"], "max_tokens": 6, "sampling_parameters": json.dumps(sampling), "return_output_ids": True}
-        with urlopen(Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(body).encode()), timeout=60) as response:
+        body = {
+            "input_ids": asked([None])[0]["input_ids"],
+            "max_tokens": 6,
+            "sampling_parameters": json.dumps(sampling),
+            "return_output_ids": True,
+        }
+        with urlopen(
+            Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(body).encode()), timeout=60
+        ) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 
@@ -130,4 +162,7 @@ def test_an_engine_that_dies_changes_no_answer(server: Server, folder: Path) -> 
 
 
 def test_the_log_tells_what_adapters_take(server: Server) -> None:
-    assert re.search(r"adapters: room for 1 of rank 8 at most, [\d.]+ KiB each, [\d.]+ KiB in all \(max_loras, max_lora_rank\)", "\n".join(server.log_lines()))
+    assert re.search(
+        r"adapters: room for 1 of rank 8 at most, [\d.]+ KiB each, [\d.]+ KiB in all \(max_loras, max_lora_rank\)",
+        "\n".join(server.log_lines()),
+    )

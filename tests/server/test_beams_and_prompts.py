@@ -1,4 +1,6 @@
-"""Beam search, prompt_logprobs and allowed_token_ids through a real tritonserver, against transformers on the same checkpoint."""
+"""Beam search, prompt_logprobs and allowed_token_ids through a real tritonserver, against transformers on the same
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,14 @@ PROMPT = "Once upon a time there was a clever baker called Mira. One day she"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    options = {"num_pages": 200, "max_num_sequences": 16, "dtype": "float32", "max_model_len": 256, "max_batched_tokens": 48, "max_engine_restarts": 100}
+    options = {
+        "num_pages": 200,
+        "max_num_sequences": 16,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_batched_tokens": 48,
+        "max_engine_restarts": 100,
+    }
     with Server(ServerSettings(instances=2, options=options)) as running:
         yield running
 
@@ -47,8 +56,15 @@ EOS_IDS = open_checkpoint(EngineConfig()).eos_ids
 
 def generate(server: Server, sampling: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """Over HTTP."""
-    body = {"text_input": PROMPT, "exclude_input_in_output": True, "sampling_parameters": json.dumps(sampling), **fields}
-    with urlopen(Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(body).encode()), timeout=60) as response:
+    body = {
+        "text_input": PROMPT,
+        "exclude_input_in_output": True,
+        "sampling_parameters": json.dumps(sampling),
+        **fields,
+    }
+    with urlopen(
+        Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(body).encode()), timeout=60
+    ) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
 
@@ -82,7 +98,9 @@ def beams_of(oracle: Oracle, width: int, n: int, max_tokens: int, **options: Any
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("options", [{}, {"length_penalty": 0.0, "early_stopping": True}], ids=["defaults", "early stopping"])
+@pytest.mark.parametrize(
+    "options", [{}, {"length_penalty": 0.0, "early_stopping": True}], ids=["defaults", "early stopping"]
+)
 def test_beams_are_those_of_transformers(server: Server, oracle: Oracle, options: dict[str, Any], stream: bool) -> None:
     sampling = {"use_beam_search": True, "beam_width": 4, "n": 3, "max_tokens": 24, **options}
     expected = beams_of(oracle, 4, 3, 24, **options)
@@ -97,13 +115,20 @@ def test_beams_are_those_of_transformers(server: Server, oracle: Oracle, options
             at += count
     assert ids == [tokens for tokens, _ in expected]
     np.testing.assert_allclose(totals, [total for _, total in expected], atol=1e-3)
-    assert [text.decode() for text in texts] == [TOKENIZER.decode(PROMPT_IDS + tokens)[len(TOKENIZER.decode(PROMPT_IDS)) :] for tokens in ids]
+    assert [text.decode() for text in texts] == [
+        TOKENIZER.decode(PROMPT_IDS + tokens)[len(TOKENIZER.decode(PROMPT_IDS)) :] for tokens in ids
+    ]
 
 
 def test_one_beam_is_greedy_and_the_best_beam_comes_alone(server: Server, oracle: Oracle) -> None:
     greedy = generate(server, {"temperature": 0, "max_tokens": 16})["text_output"]
     assert generate(server, {"use_beam_search": True, "beam_width": 1, "max_tokens": 16})["text_output"] == greedy
-    best = generate(server, {"use_beam_search": True, "beam_width": 4, "max_tokens": 24}, return_output_ids=True, return_finish_reason=True)
+    best = generate(
+        server,
+        {"use_beam_search": True, "beam_width": 4, "max_tokens": 24},
+        return_output_ids=True,
+        return_finish_reason=True,
+    )
     ((tokens, _),) = beams_of(oracle, 4, 1, 24)
     assert best["output_ids"] == tokens
     assert best["finish_reason"] == ("stop" if tokens[-1] in EOS_IDS else "length")
@@ -139,7 +164,10 @@ def test_an_engine_that_dies_and_a_caller_who_leaves_change_no_search(server: Se
     running.join()
     assert engine_pid(server.shm_prefix) != before
     assert answers == [expected]
-    late = {"text_input": PROMPT, "sampling_parameters": json.dumps(sampling | {"request_deadline_seconds": 1.0, "max_tokens": 200})}
+    late = {
+        "text_input": PROMPT,
+        "sampling_parameters": json.dumps(sampling | {"request_deadline_seconds": 1.0, "max_tokens": 200}),
+    }
     request = Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(late).encode())
     with pytest.raises(TimeoutError):
         urlopen(request, timeout=0.2)
@@ -178,7 +206,11 @@ def test_the_prompts_logprobs_are_those_of_transformers_cached_or_not(server: Se
 
 
 def test_streamed_they_come_once_and_with_beams_too(server: Server, oracle: Oracle) -> None:
-    for sampling in ({"n": 2, "seed": 3, "max_tokens": 8}, {"max_tokens": 8}, {"use_beam_search": True, "beam_width": 3, "max_tokens": 8}):
+    for sampling in (
+        {"n": 2, "seed": 3, "max_tokens": 8},
+        {"max_tokens": 8},
+        {"use_beam_search": True, "beam_width": 3, "max_tokens": 8},
+    ):
         pieces = ask(server, sampling, stream=True, return_prompt_logprobs=True)
         (told,) = [piece["prompt_logprobs"] for piece in pieces if "prompt_logprobs" in piece]
         check_prompt(oracle, told[0].decode(), 0)
@@ -188,12 +220,19 @@ def test_streamed_they_come_once_and_with_beams_too(server: Server, oracle: Orac
 
 
 def test_only_allowed_tokens_are_said(server: Server, oracle: Oracle) -> None:
-    allowed = sorted({TOKENIZER.encode(word, add_special_tokens=False).ids[0] for word in (" the", " a", " baker", " and", ".", " Mira", " she")})
+    allowed = sorted(
+        {
+            TOKENIZER.encode(word, add_special_tokens=False).ids[0]
+            for word in (" the", " a", " baker", " and", ".", " Mira", " she")
+        }
+    )
     tokens: list[int] = []
     for _ in range(12):
         logits = oracle.logits(PROMPT_IDS + tokens)[-1]
         tokens.append(max(allowed, key=lambda token: logits[token].item()))
-    answer = generate(server, {"allowed_token_ids": allowed, "temperature": 0, "max_tokens": 12}, return_output_ids=True)
+    answer = generate(
+        server, {"allowed_token_ids": allowed, "temperature": 0, "max_tokens": 12}, return_output_ids=True
+    )
     assert answer["output_ids"] == tokens
     (drawn,) = ask(server, {"allowed_token_ids": allowed, "temperature": 2.0, "n": 4, "seed": 5, "max_tokens": 20})
     assert set(drawn["output_ids"]) <= set(allowed) and len(set(drawn["output_ids"])) > 2
@@ -205,8 +244,16 @@ def test_only_allowed_tokens_are_said(server: Server, oracle: Oracle) -> None:
 def test_a_chats_answer_is_no_more_than_that_and_a_special_token_can_be_its_stop_string(server: Server) -> None:
     def chat(**sampling: Any) -> dict[str, Any]:
         messages = [{"role": "user", "content": "What is 17 + 25?"}]
-        body = {"messages": json.dumps(messages), "return_finish_reason": True, "max_tokens": 60, "temperature": 0, "sampling_parameters": json.dumps(sampling)}
-        with urlopen(Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(body).encode()), timeout=60) as response:
+        body = {
+            "messages": json.dumps(messages),
+            "return_finish_reason": True,
+            "max_tokens": 60,
+            "temperature": 0,
+            "sampling_parameters": json.dumps(sampling),
+        }
+        with urlopen(
+            Request(f"{server.addresses.http_url}/v2/models/paged_llm/generate", json.dumps(body).encode()), timeout=60
+        ) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 
@@ -215,7 +262,9 @@ def test_a_chats_answer_is_no_more_than_that_and_a_special_token_can_be_its_stop
     assert "42" in ended["text_output"] and "17 + 25?" not in ended["text_output"]
     (end,) = (TOKENIZER.id_to_token(token_id) for token_id in EOS_IDS)
     assert chat(ignore_eos=True, stop=[end])["text_output"] == ended["text_output"]
-    assert chat(ignore_eos=True, stop=[end], include_stop_str_in_output=True)["text_output"] == ended["text_output"] + end
+    assert (
+        chat(ignore_eos=True, stop=[end], include_stop_str_in_output=True)["text_output"] == ended["text_output"] + end
+    )
     assert chat(ignore_eos=True)["finish_reason"] == "length"
 
 

@@ -1,4 +1,6 @@
-"""`paged bench` and `paged bench memory` as a user runs them, with the real perf_analyzer and a real server of the demo model."""
+"""`paged bench` and `paged bench memory` as a user runs them, with the real perf_analyzer and a real server of the demo
+model.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ from paged_backend.server import files as server_files
 from paged_backend.server.launch import Server, ServerSettings
 
 pytest.importorskip("tritonclient.grpc")
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(240)]  # perf_analyzer may have to be brought first
+# perf_analyzer may have to be brought first
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(240)]
 
-# A model with the first tensors of NVIDIA's vLLM backend and no others: words of text in, one word a response out, and a final response of no text.
+# A model with the first tensors of NVIDIA's vLLM backend and no others: words of text in, one word a response out, and
+# a final response of no text.
 FOREIGN_CONFIG = """
 name: "paged_llm"
 backend: "python"
@@ -33,7 +37,8 @@ input [
 output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] } ]
 instance_group [ { count: 1 kind: KIND_MODEL } ]
 """
-# It takes its time over each, as a model does: responses that chase each other can crash Triton Server 2.51.0 when their stream is cancelled.
+# It takes its time over each, as a model does: responses that chase each other can crash Triton Server 2.51.0 when
+# their stream is cancelled.
 FOREIGN_MODEL = """
 import json
 import time
@@ -69,7 +74,9 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]
 def bench(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     """What it printed, and results.json."""
     command = [sys.executable, "-m", "paged_client.cli", "bench", *arguments, "--out", str(folder)]
-    finished = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=230, check=False)
+    finished = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=230, check=False
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout, json.loads((folder / "results.json").read_text())
 
@@ -84,7 +91,9 @@ def test_a_sweep_with_a_server_of_its_own_counts_every_token(tmp_path: Path) -> 
         figures, pool = run["figures"], run["pool"]
         assert (figures["num_requests"], figures["num_errors"]) == (12, 0)
         assert 12 * 60 <= figures["num_tokens"] <= 12 * 120
-        assert pool["counters"]["paged_generation_tokens_total"] == figures["num_tokens"], "the server counted other tokens than the client"
+        assert pool["counters"]["paged_generation_tokens_total"] == figures["num_tokens"], (
+            "the server counted other tokens than the client"
+        )
         assert pool["counters"]["paged_prefix_cache_hits_total"] >= 11 * 32
         assert 0 < figures["first_token"]["p50"] < figures["latency"]["p50"]
         assert 0 < pool["utilisation"] <= 1
@@ -108,14 +117,29 @@ def test_paging_wastes_less_of_the_same_memory_than_reservation(tmp_path: Path) 
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
-def test_a_model_of_the_vllm_backends_tensors_is_measured_by_text_and_against_another(tmp_path: Path, foreign: Server) -> None:
+def test_a_model_of_the_vllm_backends_tensors_is_measured_by_text_and_against_another(
+    tmp_path: Path, foreign: Server
+) -> None:
     address = foreign.addresses
-    where = ("--url", address.grpc_url, "--metrics-url", address.metrics_url, "--model-name", "foreign", "--against", address.grpc_url)
-    printed, results = bench(tmp_path / "out", *where, "-c", "2", "--input-tokens", "8", "--output-tokens", "5", "--no-warm-up")
+    where = (
+        "--url",
+        address.grpc_url,
+        "--metrics-url",
+        address.metrics_url,
+        "--model-name",
+        "foreign",
+        "--against",
+        address.grpc_url,
+    )
+    printed, results = bench(
+        tmp_path / "out", *where, "-c", "2", "--input-tokens", "8", "--output-tokens", "5", "--no-warm-up"
+    )
     assert [run["target"] for run in results["runs"]] == ["foreign", "foreign (2)"]
     for run in results["runs"]:
         assert (run["figures"]["num_requests"], run["figures"]["num_errors"]) == (8, 0)
-        assert (run["figures"]["num_tokens"], run["figures"]["num_responses"]) == (8 * 5, 8 * 5), "the final response of no text counts as none"
+        assert (run["figures"]["num_tokens"], run["figures"]["num_responses"]) == (8 * 5, 8 * 5), (
+            "the final response of no text counts as none"
+        )
     assert len(results["ratios"]) == 1
     assert results["counting"].startswith("Tokens are not counted")
     assert results["prompting"].startswith("Prompts go as text")

@@ -1,4 +1,6 @@
-"""256 streams at once, many of which are left at every stage: the pages come back, and the streams left alone do not notice."""
+"""256 streams at once, many of which are left at every stage: the pages come back, and the streams left alone do not
+notice.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,20 @@ asyncio.run(main())
 @pytest.fixture(scope="module", params=[1, 4], ids=["one front end", "four front ends"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     options = {"num_pages": NUM_PAGES, "max_num_sequences": 64, "dtype": "float32", "max_model_len": 512}
-    with Server(ServerSettings(instances=request.param, options=options, drain_seconds=3)) as running:  # what was left at its end keeps 2.51 from unloading
+    # what was left at its end keeps 2.51 from unloading
+    with Server(ServerSettings(instances=request.param, options=options, drain_seconds=3)) as running:
         yield running
 
 
 def wishes(count: int) -> list[dict[str, object]]:
     chance = random.Random(1)
     return [
-        {"input_ids": [chance.randrange(3, 300) for _ in range(chance.randint(1, 120))], "max_tokens": 24, "sampling_parameters": GREEDY} for _ in range(count)
+        {
+            "input_ids": [chance.randrange(3, 300) for _ in range(chance.randint(1, 120))],
+            "max_tokens": 24,
+            "sampling_parameters": GREEDY,
+        }
+        for _ in range(count)
     ]
 
 
@@ -54,15 +62,29 @@ def pages_come_back(server: Server) -> bool:
 
     def idle(values: dict[str, float]) -> bool:
         busy = values['paged_requests{state="running"}'] + values['paged_requests{state="waiting"}']
-        return busy == 0 and values['paged_pages{state="free"}'] + values['paged_pages{state="cached"}'] == values["paged_pages_total"] == NUM_PAGES
+        return (
+            busy == 0
+            and values['paged_pages{state="free"}'] + values['paged_pages{state="cached"}']
+            == values["paged_pages_total"]
+            == NUM_PAGES
+        )
 
     return wait_for_metrics(server.addresses.metrics_url, idle, seconds=2.0)
 
 
 async def storm(address: str, requests: list[dict[str, object]]) -> list[Answer]:
-    """Every request of its own stream; three of four are left: at once, while queued or in prefill, at the n-th token, after the last."""
+    """Every request of its own stream; three of four are left: at once, while queued or in prefill, at the n-th token,
+    after the last.
+    """
     chance = random.Random(2)
-    leave = [{"leave_after": 0.0}, {"leave_after": 0.05}, {"leave_after": 0.4}, {"leave_at_token": 1}, {"leave_at_token": 12}, {"leave_at_token": 24}]
+    leave = [
+        {"leave_after": 0.0},
+        {"leave_after": 0.05},
+        {"leave_after": 0.4},
+        {"leave_at_token": 1},
+        {"leave_at_token": 12},
+        {"leave_at_token": 24},
+    ]
     calls = [request | (chance.choice(leave) if i % 4 else {}) for i, request in enumerate(requests)]
     async with grpc.InferenceServerClient(address) as client:
         return await asyncio.gather(*(stream(client, **call) for call in calls))
@@ -84,7 +106,9 @@ def test_cancelled_streams_free_their_pages_and_disturb_nobody(server: Server) -
         victims.wait()
     for i in range(0, NUM_STREAMS, 4):
         assert answers[i].error is None
-        assert len(answers[i].token_ids) == 24 and answers[i].num_finals == 1 and answers[i].finish_reasons[-1] == "length"
+        assert (
+            len(answers[i].token_ids) == 24 and answers[i].num_finals == 1 and answers[i].finish_reasons[-1] == "length"
+        )
     again = run_all(server.addresses.grpc_url, requests[::4])  # without the storm
     assert [answer.token_ids for answer in answers[::4]] == [answer.token_ids for answer in again]
     assert all(answers[i].token_ids == tokens for i, tokens in solo.items())
@@ -92,8 +116,12 @@ def test_cancelled_streams_free_their_pages_and_disturb_nobody(server: Server) -
 
 
 def test_a_stream_left_while_queued_frees_its_place(server: Server) -> None:
-    requests = [{"text_input": "a", "max_tokens": 400, "sampling_parameters": GREEDY, "leave_after": 0.5} for _ in range(128)]
+    requests = [
+        {"text_input": "a", "max_tokens": 400, "sampling_parameters": GREEDY, "leave_after": 0.5} for _ in range(128)
+    ]
     run_all(server.addresses.grpc_url, requests)
     assert pages_come_back(server)
-    (answer,) = run_all(server.addresses.grpc_url, [{"text_input": "b", "max_tokens": 3, "sampling_parameters": GREEDY}])
+    (answer,) = run_all(
+        server.addresses.grpc_url, [{"text_input": "b", "max_tokens": 3, "sampling_parameters": GREEDY}]
+    )
     assert len(answer.token_ids) == 3

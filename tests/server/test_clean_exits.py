@@ -1,4 +1,6 @@
-"""Processes of Triton Server's that a stop or an unload ends must end well: a crash at exit is a line in the kernel's log, and a core dump."""
+"""Processes of Triton Server's that a stop or an unload ends must end well: a crash at exit is a line in the kernel's
+log, and a core dump.
+"""
 
 from __future__ import annotations
 
@@ -46,5 +48,8 @@ def test_fifty_starts_and_stops_leave_no_line_of_a_crash_in_the_kernels_log(tmp_
             server.process.terminate()
             assert server.process.wait(40) == 0
         assert not list((tmp_path / str(number)).glob("core*"))
-    crashed = re.findall(r"triton_python_b\w*\[(\d+)\]: segfault", subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout)
+    crashed = re.findall(
+        r"triton_python_b\w*\[(\d+)\]: segfault",
+        subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout,
+    )
     assert not stubs & set(map(int, crashed))

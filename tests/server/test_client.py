@@ -1,4 +1,6 @@
-"""The client library against a real tritonserver, over gRPC and HTTP, with and without asyncio. Prompts direct the fake engine (fake_engine.py)."""
+"""The client library against a real tritonserver, over gRPC and HTTP, with and without asyncio. Prompts direct the fake
+engine (fake_engine.py).
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,15 @@ def url_of(server: FrontEndServer, transport: str) -> str:
     return server.grpc if transport == "grpc" else f"http://{server.http}"
 
 
-def ask(url: str, prompt: str, *, stream: bool = True, leave_after: int | None = None, model: str = "paged_llm", **options: object) -> Answer:
+def ask(
+    url: str,
+    prompt: str,
+    *,
+    stream: bool = True,
+    leave_after: int | None = None,
+    model: str = "paged_llm",
+    **options: object,
+) -> Answer:
     limits = {name: options.pop(name) for name in ("timeout", "delta_timeout", "retries") if name in options}
     with PagedClient(url, model=model, **limits) as client:  # type: ignore[arg-type]
         if not stream:
@@ -60,7 +70,15 @@ def ask(url: str, prompt: str, *, stream: bool = True, leave_after: int | None =
         return deltas.answer
 
 
-def ask_async(url: str, prompt: str, *, stream: bool = True, leave_after: int | None = None, model: str = "paged_llm", **options: object) -> Answer:
+def ask_async(
+    url: str,
+    prompt: str,
+    *,
+    stream: bool = True,
+    leave_after: int | None = None,
+    model: str = "paged_llm",
+    **options: object,
+) -> Answer:
     async def asked() -> Answer:
         limits = {name: options.pop(name) for name in ("timeout", "delta_timeout", "retries") if name in options}
         async with AsyncPagedClient(url, model=model, **limits) as client:  # type: ignore[arg-type]
@@ -85,7 +103,9 @@ transports = pytest.mark.parametrize("transport", ["grpc", "http"])
 @everywhere
 @transports
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-def test_an_answer_has_text_token_ids_reason_and_usage(server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool) -> None:
+def test_an_answer_has_text_token_ids_reason_and_usage(
+    server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool
+) -> None:
     prompt = "tokens=24 äöü"
     answer = asker(url_of(server, transport), prompt, stream=stream)
     ids = answer_ids(TOKENIZER, prompt, 24)
@@ -98,16 +118,22 @@ def test_an_answer_has_text_token_ids_reason_and_usage(server: FrontEndServer, t
 
 @everywhere
 @transports
-def test_sampling_keys_and_token_ids_reach_the_model(server: FrontEndServer, transport: str, asker: Callable[..., Answer]) -> None:
+def test_sampling_keys_and_token_ids_reach_the_model(
+    server: FrontEndServer, transport: str, asker: Callable[..., Answer]
+) -> None:
     ids = TOKENIZER.encode("tokens=9 eos").ids
-    assert asker(url_of(server, transport), ids, max_tokens=4).token_ids == tuple(answer_ids(TOKENIZER, "tokens=9 eos", 4)[:3]) + (0,)
+    assert asker(url_of(server, transport), ids, max_tokens=4).token_ids == tuple(
+        answer_ids(TOKENIZER, "tokens=9 eos", 4)[:3]
+    ) + (0,)
     assert asker(url_of(server, transport), "tokens=30", stop=["w1"]).text.endswith(" w0 ")
 
 
 @everywhere
 @transports
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-def test_several_sequences_are_told_apart(server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool) -> None:
+def test_several_sequences_are_told_apart(
+    server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool
+) -> None:
     prompt = "tokens=24 äöü"
     answer = asker(url_of(server, transport), prompt, stream=stream, n=3, logprobs=1)
     ids = tuple(answer_ids(TOKENIZER, prompt, 24))
@@ -118,12 +144,16 @@ def test_several_sequences_are_told_apart(server: FrontEndServer, transport: str
     for sequence in answer.sequences:
         assert [entry[0].token_id for entry in sequence.logprobs] == list(ids)
         assert [token.logprob for token in sequence.logprobs[0]] == [-0.5, -1.5]
-        assert [entry[0].text for entry in sequence.logprobs] == [TOKENIZER.decode([token_id], skip_special_tokens=False) for token_id in ids]
+        assert [entry[0].text for entry in sequence.logprobs] == [
+            TOKENIZER.decode([token_id], skip_special_tokens=False) for token_id in ids
+        ]
 
 
 @everywhere
 @transports
-def test_leaving_several_sequences_ends_them_all(server: FrontEndServer, transport: str, asker: Callable[..., Answer]) -> None:
+def test_leaving_several_sequences_ends_them_all(
+    server: FrontEndServer, transport: str, asker: Callable[..., Answer]
+) -> None:
     before = server.scrape().get(CANCELLED, 0)
     answer = asker(url_of(server, transport), "tokens=500 delay=0.02", leave_after=5, n=3)
     assert all(sequence.finish_reason is None for sequence in answer.sequences)
@@ -138,7 +168,11 @@ def test_a_client_knows_whether_its_model_is_ready(server: FrontEndServer, trans
             return await client.is_ready()
 
     nowhere = "localhost:1" if transport == "grpc" else "http://localhost:1"
-    for url, model, ready in ((url_of(server, transport), "paged_llm", True), (url_of(server, transport), "nonesuch", False), (nowhere, "paged_llm", False)):
+    for url, model, ready in (
+        (url_of(server, transport), "paged_llm", True),
+        (url_of(server, transport), "nonesuch", False),
+        (nowhere, "paged_llm", False),
+    ):
         assert asyncio.run(asked(url, model)) is ready
         with PagedClient(url, model=model) as client:
             assert client.is_ready() is ready
@@ -147,7 +181,9 @@ def test_a_client_knows_whether_its_model_is_ready(server: FrontEndServer, trans
 @everywhere
 @transports
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-def test_every_error_is_of_its_own_type(server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool) -> None:
+def test_every_error_is_of_its_own_type(
+    server: FrontEndServer, transport: str, asker: Callable[..., Answer], stream: bool
+) -> None:
     url = url_of(server, transport)
     with pytest.raises(InvalidRequestError, match="top_p: expected float") as invalid:
         asker(url, "x", top_p=7, stream=stream)
@@ -167,7 +203,9 @@ def test_every_error_is_of_its_own_type(server: FrontEndServer, transport: str, 
 
 @everywhere
 @transports
-def test_leaving_the_iterator_cancels_the_request_on_the_server(server: FrontEndServer, transport: str, asker: Callable[..., Answer]) -> None:
+def test_leaving_the_iterator_cancels_the_request_on_the_server(
+    server: FrontEndServer, transport: str, asker: Callable[..., Answer]
+) -> None:
     before = server.scrape().get(CANCELLED, 0)
     answer = asker(url_of(server, transport), "tokens=500 delay=0.02", leave_after=3)
     assert answer.finish_reason is None
@@ -178,7 +216,9 @@ def test_leaving_the_iterator_cancels_the_request_on_the_server(server: FrontEnd
 
 @everywhere
 @transports
-def test_a_timeout_cancels_the_request_on_the_server(server: FrontEndServer, transport: str, asker: Callable[..., Answer]) -> None:
+def test_a_timeout_cancels_the_request_on_the_server(
+    server: FrontEndServer, transport: str, asker: Callable[..., Answer]
+) -> None:
     before = server.scrape().get(CANCELLED, 0)
     with pytest.raises(AnswerTimeoutError, match="no piece of the answer for 0.15 s"):
         asker(url_of(server, transport), "tokens=3 delay=0.5", delta_timeout=0.15)
@@ -189,7 +229,9 @@ def test_a_timeout_cancels_the_request_on_the_server(server: FrontEndServer, tra
 
 @pytest.mark.parametrize("kind", ["grpc", "http"])
 @everywhere
-def test_a_server_that_starts_late_is_reached_by_a_retry(server: FrontEndServer, kind: str, asker: Callable[..., Answer]) -> None:
+def test_a_server_that_starts_late_is_reached_by_a_retry(
+    server: FrontEndServer, kind: str, asker: Callable[..., Answer]
+) -> None:
     """A port that refuses connections at first, and then leads to the server."""
     host, _, port = (server.grpc if kind == "grpc" else server.http).partition(":")
     door = socket.socket()
@@ -242,7 +284,10 @@ def test_one_client_carries_many_streams_at_once(server: FrontEndServer) -> None
             return await asyncio.gather(*(client.generate(prompt) for prompt in prompts))
 
     with PagedClient(server.grpc) as client:
-        threads = [threading.Thread(target=lambda prompt=prompt: found.update({prompt: client.generate(prompt).text})) for prompt in prompts]
+        threads = [
+            threading.Thread(target=lambda prompt=prompt: found.update({prompt: client.generate(prompt).text}))
+            for prompt in prompts
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -253,7 +298,9 @@ def test_one_client_carries_many_streams_at_once(server: FrontEndServer) -> None
 
 @pytest.mark.parametrize("transport", ["grpc", "http"])
 def test_a_program_may_end_without_closing_anything(server: FrontEndServer, transport: str) -> None:
-    """Streams begun and not read to their end, clients kept: grpc's own threads would keep such a program from ending."""
+    """Streams begun and not read to their end, clients kept: grpc's own threads would keep such a program from
+    ending.
+    """
     before = server.scrape().get(CANCELLED, 0)
     program = f"""
 from paged_client import PagedClient

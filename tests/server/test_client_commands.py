@@ -37,7 +37,9 @@ PAGED = [sys.executable, "-m", "paged_client.cli"]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(ServerSettings(instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)) as running:
+    with Server(
+        ServerSettings(instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)
+    ) as running:
         yield running
 
 
@@ -47,7 +49,15 @@ def url(request: pytest.FixtureRequest, server: Server) -> str:
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PAGED, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "COLUMNS": "100"})
+    return subprocess.run(
+        [*PAGED, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
 
 
 class Terminal:
@@ -56,8 +66,13 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self._screen = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and its children would
-            os.execvpe(PAGED[0], [*PAGED, *arguments], {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"})
+            # a test run in the background ignores it, and its children would
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.execvpe(
+                PAGED[0],
+                [*PAGED, *arguments],
+                {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"},
+            )
         self.seen = ""
 
     def type(self, keys: str) -> None:
@@ -83,7 +98,9 @@ class Terminal:
 
 def engine_idle(server: Server) -> bool:
     """Soon: what was left would run for longer than that."""
-    return wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 0, seconds=6.0)
+    return wait_for_metrics(
+        server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 0, seconds=6.0
+    )
 
 
 # ---- messages
@@ -93,12 +110,15 @@ def test_messages_are_answered_as_the_templates_text(server: Server, url: str) -
     with PagedClient(url) as client:
         chat = client.generate(messages=QUESTION, **GREEDY)
         text = client.generate(AS_TEXT, **GREEDY)  # the tokenizer begins every text with <|bos|>
-        opened = client.generate(messages=[*QUESTION, {"role": "assistant", "content": "It is"}], continue_final_message=True, **GREEDY)
+        opened = client.generate(
+            messages=[*QUESTION, {"role": "assistant", "content": "It is"}], continue_final_message=True, **GREEDY
+        )
         written = client.generate(f"{AS_TEXT}It is", **GREEDY)
         assert (chat.token_ids, opened.token_ids) == (text.token_ids, written.token_ids)
         assert chat.usage.num_input_tokens == text.usage.num_input_tokens
         with pytest.raises(
-            InvalidRequestError, match="^messages: the model's chat template refuses them: role tool is none of system, user and assistant$"
+            InvalidRequestError,
+            match="^messages: the model's chat template refuses them: role tool is none of system, user and assistant$",
         ) as refused:
             client.generate(messages=[*QUESTION, {"role": "tool", "content": "x"}])
     assert refused.value.field == "messages"
@@ -118,7 +138,10 @@ def test_generate_prints_the_answer_and_nothing_else(server: Server, url: str) -
 
 def test_generate_prints_several_answers_one_after_the_other(server: Server, url: str) -> None:
     with PagedClient(url) as client:
-        expected = [answer.text for answer in client.generate("Once upon a time", n=2, seed=3, max_tokens=9, logprobs=0).sequences]
+        expected = [
+            answer.text
+            for answer in client.generate("Once upon a time", n=2, seed=3, max_tokens=9, logprobs=0).sequences
+        ]
     asked = ("generate", "Once upon a time", "-u", url, "--seed", "3", "-n", "9", "-s", "n=2")
     assert run(*asked).stdout == "\n\n".join(expected) + "\n"
     answer = json.loads(run(*asked, "-s", "logprobs=0", "--json").stdout)
@@ -129,7 +152,12 @@ def test_generate_prints_several_answers_one_after_the_other(server: Server, url
 def test_generate_says_what_is_wrong_in_one_sentence(server: Server) -> None:
     for arguments, sentence in {
         ("-u", server.addresses.grpc_url, "-s", "top_p=7"): "top_p: expected float <= 1.0, got 7",
-        ("-u", server.addresses.grpc_url, "--model-name", "nonesuch"): "Request for unknown model: 'nonesuch' is not found",
+        (
+            "-u",
+            server.addresses.grpc_url,
+            "--model-name",
+            "nonesuch",
+        ): "Request for unknown model: 'nonesuch' is not found",
         ("-u", "ftp://x"): "'ftp://x' is no URL of a server: expected HOST:PORT, grpc://HOST:PORT or http://HOST:PORT",
     }.items():
         finished = run("generate", "x", *arguments)
@@ -139,22 +167,40 @@ def test_generate_says_what_is_wrong_in_one_sentence(server: Server) -> None:
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["stream", "json"])
 def test_generate_has_a_sentence_for_a_full_disk_too(server: Server, options: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([*PAGED, "generate", "x", "-u", server.addresses.grpc_url, *options], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        ended = subprocess.run(
+            [*PAGED, "generate", "x", "-u", server.addresses.grpc_url, *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
     assert (ended.returncode, ended.stderr) == (1, "paged: error: standard output: No space left on device\n")
 
 
 def test_generate_with_closed_streams_does_what_it_can(server: Server) -> None:
     words = [*PAGED, "generate", "-u", server.addresses.grpc_url]
-    closed = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *words], capture_output=True, text=True, timeout=60, check=False)
-    assert (closed.returncode, closed.stdout, closed.stderr) == (1, "", "paged: error: text_input: the prompt is empty\n")
-    mute = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words, ASKED], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (closed.returncode, closed.stdout, closed.stderr) == (
+        1,
+        "",
+        "paged: error: text_input: the prompt is empty\n",
+    )
+    mute = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *words, ASKED], stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
     assert (mute.returncode, mute.stderr) == (0, "")
 
 
 def test_json_has_the_prompts_logprobs(server: Server) -> None:
     ended = run("generate", ASKED, "-u", server.addresses.grpc_url, "--json", "-s", "prompt_logprobs=1", "-n", "1")
     entries = json.loads(ended.stdout)["prompt_logprobs"]
-    assert entries[0] is None and len(entries) > 5 and set(entries[1][0]) == {"token_id", "text", "logprob", "rank", "part"}
+    assert (
+        entries[0] is None
+        and len(entries) > 5
+        and set(entries[1][0]) == {"token_id", "text", "logprob", "rank", "part"}
+    )
 
 
 # ---- chat
@@ -175,9 +221,22 @@ def test_a_chat_with_nobody_says_so_before_the_first_question(server: Server, wr
 
 
 def test_a_chat_goes_on_with_its_history_and_the_prefix_cache_knows_it(server: Server) -> None:
-    told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", "-n", "40", stdin=f"{ASKED}\nAnd who took it?\n/reset\n{ASKED}\n")
+    told = run(
+        "chat",
+        "-u",
+        server.addresses.grpc_url,
+        "-t",
+        "0",
+        "-n",
+        "40",
+        stdin=f"{ASKED}\nAnd who took it?\n/reset\n{ASKED}\n",
+    )
     assert told.returncode == 0, told.stderr
-    lines = [line for line in told.stdout.splitlines() if re.search(r"^prompt \d+ tokens.*, answer \d+ tokens: the first after \d+ ms", line)]
+    lines = [
+        line
+        for line in told.stdout.splitlines()
+        if re.search(r"^prompt \d+ tokens.*, answer \d+ tokens: the first after \d+ ms", line)
+    ]
     inputs = [int(line.split()[1]) for line in lines]
     assert len(lines) == 3
     assert inputs[1] > inputs[0] == inputs[2]
@@ -204,12 +263,17 @@ def test_a_chat_of_ten_turns_remembers_and_top_shows_the_prefix_hits(server: Ser
     told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", stdin="\n".join(TEN_TURNS))
     assert told.returncode == 0, told.stderr
     *parts, rest = re.split(r"^prompt (\d+) tokens(?: \((\d+) cached\))?, answer .*\n", told.stdout, flags=re.MULTILINE)
-    answers, lengths, cached = parts[::3], [int(length) for length in parts[1::3]], [int(number or 0) for number in parts[2::3]]
+    answers, lengths, cached = (
+        parts[::3],
+        [int(length) for length in parts[1::3]],
+        [int(number or 0) for number in parts[2::3]],
+    )
     assert (len(answers), rest) == (10, "")
     for answer, pattern in zip(answers, TEN_TURNS.values(), strict=True):
         assert re.search(pattern, answer.strip()), told.stdout
     assert f" {answers[4].split()[-1].rstrip('.')} kite" in answers[3], told.stdout
-    assert all(number >= (previous - 1) // 16 * 16 for previous, number in zip(lengths, cached[1:], strict=False))  # every earlier prompt's full pages
+    # every earlier prompt's full pages
+    assert all(number >= (previous - 1) // 16 * 16 for previous, number in zip(lengths, cached[1:], strict=False))
     hits, queries = before[0] + sum(cached), before[1] + sum(lengths)
     assert wait_for_metrics(server.addresses.metrics_url, lambda values: hits_and_queries(values) == (hits, queries))
     shown = re.search(r"prefix hits .*\((\d+) % since start\)", run("top", "--once", "--pid", str(server.pid)).stdout)
@@ -254,7 +318,9 @@ def busy(server: Server) -> Iterator[None]:
     """A request that runs meanwhile."""
     program = f"import asyncio; from tests.server.test_client_commands import keep_busy; asyncio.run(keep_busy({server.addresses.grpc_url!r}))"
     with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) as process:
-        wait_for_metrics(server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 1, seconds=60)
+        wait_for_metrics(
+            server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 1, seconds=60
+        )
         yield
         process.kill()
     assert engine_idle(server)
@@ -283,7 +349,9 @@ def test_top_in_a_terminal_leaves_it_as_it_was(server: Server) -> None:
 @pytest.fixture
 def page(server: Server) -> Iterator[str]:
     """The address of `paged top --web`."""
-    with subprocess.Popen([*PAGED, "top", "--web", "--port", "0", "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*PAGED, "top", "--web", "--port", "0", "--pid", str(server.pid)], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"http://127.0.0.1:\d+/", process.stdout.readline())
@@ -312,7 +380,9 @@ def test_a_browser_draws_the_map_in_light_and_dark(busy: None, page: str, tmp_pa
             await tab.wait_for(colourful)
             await tab.wait_for("Number(document.getElementById('tokens').textContent.replace(',', '')) > 0")
             for theme in ("light", "dark"):
-                await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+                await tab.call(
+                    "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}]
+                )
                 await tab.wait_for(colourful)
                 papers.append(await tab.value("getComputedStyle(document.body).backgroundColor"))
         return papers, tab.complaints

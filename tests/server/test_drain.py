@@ -23,7 +23,9 @@ WAIT_SECONDS = 60.0
 
 
 class Listener:
-    """One request on a stream of its own, read until its end; then the stream is closed, as Triton Server 2.51.0 needs to stop."""
+    """One request on a stream of its own, read until its end; then the stream is closed, as Triton Server 2.51.0 needs
+    to stop.
+    """
 
     def __init__(self, server: FrontEndServer, prompt: str) -> None:
         self.texts: list[str] = []
@@ -64,7 +66,9 @@ def test_a_stop_lets_streams_finish_and_tells_those_that_would_not(tmp_path: Pat
         assert server.process.wait(WAIT_SECONDS) == 0
         for number, listener in enumerate(short):
             assert (listener.error, listener.num_finals) == ("", 1)
-            assert "".join(listener.texts) == TOKENIZER.decode(fake_engine.answer_ids(TOKENIZER, f"tokens=60 delay=0.02 {number}", 60))
+            assert "".join(listener.texts) == TOKENIZER.decode(
+                fake_engine.answer_ids(TOKENIZER, f"tokens=60 delay=0.02 {number}", 60)
+            )
         assert [listener.error for listener in endless] == ["the model is being unloaded"] * 2
     assert not list(Path("/dev/shm").glob(f"{prefix}*"))
 

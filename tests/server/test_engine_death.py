@@ -1,4 +1,6 @@
-"""The engine may die, the stream may not: the real engine is killed under real streams, and nobody can tell from the answers."""
+"""The engine may die, the stream may not: the real engine is killed under real streams, and nobody can tell from the
+answers.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,17 @@ pytestmark = pytest.mark.server
 KILLS = 3
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long), 4], ids=["one front end", "four front ends"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.long), 4], ids=["one front end", "four front ends"]
+)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    options = {"num_pages": 300, "max_num_sequences": 32, "dtype": "float32", "max_model_len": 512, "max_engine_restarts": 100}
+    options = {
+        "num_pages": 300,
+        "max_num_sequences": 32,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_engine_restarts": 100,
+    }
     with Server(ServerSettings(instances=request.param, options=options)) as running:
         yield running
 
@@ -37,7 +47,11 @@ def requests() -> list[dict[str, Any]]:
         {"temperature": 1.0, "seed": 11, "logprobs": 2, "bad_words": ["the"]},
     ]
     return [
-        {"text_input": f"Story {number}: once upon a time", "max_tokens": 150, "sampling_parameters": {**variety[number % len(variety)], "ignore_eos": True}}
+        {
+            "text_input": f"Story {number}: once upon a time",
+            "max_tokens": 150,
+            "sampling_parameters": {**variety[number % len(variety)], "ignore_eos": True},
+        }
         for number in range(36)
     ]
 
@@ -50,7 +64,11 @@ def test_every_answer_is_that_of_an_engine_that_lived(server: Server) -> None:
     def kill() -> None:
         while len(killed) < KILLS and not stop.wait(1.2):
             pid = engine_pid(server.shm_prefix)
-            if pid is not None and pid not in killed and metrics(server.addresses.metrics_url)['paged_requests{state="running"}'] > 8:
+            if (
+                pid is not None
+                and pid not in killed
+                and metrics(server.addresses.metrics_url)['paged_requests{state="running"}'] > 8
+            ):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
                 time.sleep(3)

@@ -1,4 +1,6 @@
-"""A model whose engine died once too often must not look ready: the server unloads it, or ends. Through a real tritonserver."""
+"""A model whose engine died once too often must not look ready: the server unloads it, or ends. Through a real
+tritonserver.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def _status(url: str) -> int:
 
 def test_a_lost_engine_unloads_the_model_which_can_be_loaded_again(tmp_path: Path) -> None:
     options = {"max_engine_restarts": "1", "on_engine_loss": "unload"}
-    restricted = ["--http-restricted-api=model-repository:key=secret"]  # its key is on the command line, which the front end knows
+    # its key is on the command line, which the front end knows
+    restricted = ["--http-restricted-api=model-repository:key=secret"]
     with serving(tmp_path, instances=2, options=options, arguments=restricted) as server:
         ready = f"http://{server.http}/v2/models/{MODEL}/ready"
         _kill_engine(server)
@@ -47,10 +50,14 @@ def test_a_lost_engine_unloads_the_model_which_can_be_loaded_again(tmp_path: Pat
         while server.state() != "unloaded":
             assert time.monotonic() < deadline, server.log.read_text()
             time.sleep(0.05)
-        assert _status(f"http://{server.http}/v2/health/ready") == 200  # does not count what was unloaded, as docs/reliability.md says
+        # does not count what was unloaded, as docs/reliability.md says
+        assert _status(f"http://{server.http}/v2/health/ready") == 200
         log = server.log.read_text()
         assert "error: the engine died: its process ended by SIGKILL; restart 1 of at most 1 within 10 minutes" in log
-        assert re.search(r"error: the engine died: .+; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)", log), log
+        assert re.search(
+            r"error: the engine died: .+; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)",
+            log,
+        ), log
         assert log.count("error: there is no engine any more") == log.count("error: the model is unloaded") == 1
         server.load()
         assert _status(ready) == 200

@@ -1,5 +1,6 @@
-"""Clients that others wrote, against a real tritonserver and the gateway before it. Each is run where it is installed: its command must be on PATH, and
-may live in a virtual environment of its own (LiteLLM pins a version of `openai`, genai-perf one of NumPy).
+"""Clients that others wrote, against a real tritonserver and the gateway before it. Each is run where it is installed:
+its command must be on PATH, and may live in a virtual environment of its own (LiteLLM pins a version of `openai`,
+genai-perf one of NumPy).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
-    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"})) as running:
+    with Server(
+        ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"})
+    ) as running:
         yield running
 
 
@@ -74,9 +77,13 @@ def expected(server: Server) -> str:
 def by_litellm(**asked: Any) -> str:
     assert LITELLM is not None
     python = Path(LITELLM).parent / "python"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True"
+    }
     asked |= {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 20, "temperature": 0}
-    finished = subprocess.run([python, "-c", _LITELLM_SCRIPT, json.dumps(asked)], capture_output=True, text=True, timeout=120, env=environment)
+    finished = subprocess.run(
+        [python, "-c", _LITELLM_SCRIPT, json.dumps(asked)], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     said: str = json.loads(finished.stdout.splitlines()[-1])
     return said
@@ -87,7 +94,9 @@ def by_litellm(**asked: Any) -> str:
 def test_litellm_asks_triton_server_itself(server: Server, expected: str, stream: bool) -> None:
     url = f"{server.addresses.http_url}/v2/models/paged_llm/generate"
     said = by_litellm(model="triton/paged_llm", api_base=url, stream=stream, allowed_openai_params=["temperature"])
-    assert said == (expected if stream else PROMPT + expected), "unstreamed, the vLLM backend puts the prompt before the answer, and so do we"
+    assert said == (expected if stream else PROMPT + expected), (
+        "unstreamed, the vLLM backend puts the prompt before the answer, and so do we"
+    )
 
 
 @pytest.mark.skipif(LITELLM is None, reason="litellm is not installed")
@@ -107,10 +116,33 @@ def test_genai_perf_measures(server: Server, base_url: str, kind: str, tmp_path:
     where = {"the vLLM backend": ["--backend", "vllm", "-u", server.addresses.grpc_url]}.get(
         kind, ["--endpoint-type", kind, "-u", base_url.removesuffix("/v1"), "--extra-inputs", "ignore_eos:true"]
     )
-    load = ["--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--num-dataset-entries", "4", "--concurrency", "2", "--request-count", "6"]
-    command = [GENAI_PERF, "profile", "-m", "paged_llm", "--streaming", "--tokenizer", str(demo_model_folder()), *where, *load]
+    load = [
+        "--synthetic-input-tokens-mean",
+        "32",
+        "--output-tokens-mean",
+        "16",
+        "--num-dataset-entries",
+        "4",
+        "--concurrency",
+        "2",
+        "--request-count",
+        "6",
+    ]
+    command = [
+        GENAI_PERF,
+        "profile",
+        "-m",
+        "paged_llm",
+        "--streaming",
+        "--tokenizer",
+        str(demo_model_folder()),
+        *where,
+        *load,
+    ]
     path = os.pathsep.join([str(perf_analyzer.executable.parent), os.environ["PATH"]])
-    environment = {name: value for name, value in perf_analyzer.environment.items() if name != "PYTHONPATH"} | {"PATH": path}
+    environment = {name: value for name, value in perf_analyzer.environment.items() if name != "PYTHONPATH"} | {
+        "PATH": path
+    }
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     (report,) = tmp_path.glob("artifacts/*/profile_export_genai_perf.json")
@@ -125,9 +157,40 @@ def test_genai_perf_measures(server: Server, base_url: str, kind: str, tmp_path:
 def test_aiperf_loads_the_gateway(base_url: str, kind: str, tmp_path: Path) -> None:
     assert AIPERF is not None
     usage = ["--use-server-token-count", *(["--per-chunk-usage"] if kind == "chat" else [])]
-    load = ["--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--concurrency", "16", "--request-count", "64"]
-    where = ["--endpoint-type", kind, "-u", base_url.removesuffix("/v1"), "--extra-inputs", "ignore_eos:true", "--artifact-dir", str(tmp_path)]
-    command = [AIPERF, "profile", "-m", "paged_llm", "--streaming", "--tokenizer", str(demo_model_folder()), *where, *load, *usage, "--ui", "none"]
+    load = [
+        "--synthetic-input-tokens-mean",
+        "32",
+        "--output-tokens-mean",
+        "16",
+        "--concurrency",
+        "16",
+        "--request-count",
+        "64",
+    ]
+    where = [
+        "--endpoint-type",
+        kind,
+        "-u",
+        base_url.removesuffix("/v1"),
+        "--extra-inputs",
+        "ignore_eos:true",
+        "--artifact-dir",
+        str(tmp_path),
+    ]
+    command = [
+        AIPERF,
+        "profile",
+        "-m",
+        "paged_llm",
+        "--streaming",
+        "--tokenizer",
+        str(demo_model_folder()),
+        *where,
+        *load,
+        *usage,
+        "--ui",
+        "none",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
@@ -144,6 +207,8 @@ def test_curl_asks_the_gateway(base_url: str, expected: str) -> None:
     command = ["curl", "-sN", f"{base_url}/completions", "-H", "Content-Type: application/json", "-d"]
     whole = json.loads(subprocess.check_output([*command, json.dumps(asked)], text=True))
     assert whole["choices"][0]["text"] == expected
-    *events, done, end = subprocess.check_output([*command, json.dumps(asked | {"stream": True})], text=True).split("\n\n")
+    *events, done, end = subprocess.check_output([*command, json.dumps(asked | {"stream": True})], text=True).split(
+        "\n\n"
+    )
     assert (done, end) == ("data: [DONE]", "")
     assert "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events) == expected

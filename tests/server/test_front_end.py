@@ -28,7 +28,8 @@ TOKENIZER = fake_engine.make_tokenizer()
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["1 instance", "4 instances"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]:
-    forwarded = [f"--{protocol}-header-forward-pattern=x-.*|user-agent" for protocol in ("http", "grpc")]  # every request brings parameters of the server's
+    # every request brings parameters of the server's
+    forwarded = [f"--{protocol}-header-forward-pattern=x-.*|user-agent" for protocol in ("http", "grpc")]
     with serving(tmp_path_factory.mktemp("server"), instances=request.param, arguments=forwarded) as server:
         yield server
 
@@ -38,7 +39,9 @@ def _expected(prompt: str, num_tokens: int) -> str:
 
 
 def _post(server: FrontEndServer, path: str, body: dict[str, Any]) -> tuple[int, str]:
-    request = urllib.request.Request(f"http://{server.http}/v2/models/{MODEL}/{path}", json.dumps(body).encode(), method="POST")
+    request = urllib.request.Request(
+        f"http://{server.http}/v2/models/{MODEL}/{path}", json.dumps(body).encode(), method="POST"
+    )
     try:
         with urllib.request.urlopen(request, timeout=20) as response:
             return response.status, response.read().decode()
@@ -61,7 +64,8 @@ def test_64_streams_at_once_are_each_complete_and_final_once(server: FrontEndSer
         assert answer.error is None
         assert answer.num_finals == 1
         assert answer.text == _expected(prompt, 20 + number)
-    assert sum(len(answer.texts) for answer in answers) > 2 * len(answers)  # those whose sender is far behind may come whole
+    # those whose sender is far behind may come whole
+    assert sum(len(answer.texts) for answer in answers) > 2 * len(answers)
 
 
 def test_the_final_flag_is_on_the_response_with_the_last_text(server: FrontEndServer) -> None:
@@ -94,9 +98,18 @@ def test_without_detokenisation_the_answer_is_token_ids_in_every_response(server
 
 
 def test_numbers_about_an_answer_are_sent_if_asked_for(server: FrontEndServer) -> None:
-    extras = ["finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "num_cached_tokens"]
+    extras = [
+        "finish_reason",
+        "cumulative_logprob",
+        "logprobs",
+        "num_input_tokens",
+        "num_output_tokens",
+        "num_cached_tokens",
+    ]
     answer = server.ask("tokens=9 delay=0.005", **{f"return_{name}": True for name in extras})
-    assert [result.as_numpy("finish_reason")[0] for result in answer.results] == [b"None"] * (len(answer.results) - 1) + [b"length"]
+    assert [result.as_numpy("finish_reason")[0] for result in answer.results] == [b"None"] * (
+        len(answer.results) - 1
+    ) + [b"length"]
     assert sum(result.as_numpy("num_output_tokens")[0] for result in answer.results) == 9
     assert answer.results[-1].as_numpy("cumulative_logprob")[0] == -4.5
     assert answer.results[0].as_numpy("num_input_tokens")[0] == len(TOKENIZER.encode("tokens=9 delay=0.005").ids)
@@ -137,7 +150,11 @@ def test_http_generate_stream_and_generate(server: FrontEndServer) -> None:
 
 
 def test_litellms_request_is_understood(server: FrontEndServer) -> None:
-    body = {"text_input": "tokens=9", "parameters": {"max_tokens": 4, "bad_words": [""], "stop_words": [""]}, "stream": False}
+    body = {
+        "text_input": "tokens=9",
+        "parameters": {"max_tokens": 4, "bad_words": [""], "stop_words": [""]},
+        "stream": False,
+    }
     status, text = _post(server, "generate", body)
     assert (status, json.loads(text)["text_output"]) == (200, "tokens=9" + _expected("tokens=9", 4))
 
@@ -162,7 +179,9 @@ def test_litellms_request_is_understood(server: FrontEndServer) -> None:
         ("exclude_input_in_output", {"exclude_input_in_output": False}),
     ],
 )
-def test_a_wrong_request_gets_one_error_that_says_why(server: FrontEndServer, message: str, options: dict[str, Any]) -> None:
+def test_a_wrong_request_gets_one_error_that_says_why(
+    server: FrontEndServer, message: str, options: dict[str, Any]
+) -> None:
     answer = server.ask(**{"prompt": "tokens=3", **options})
     assert answer.num_finals == 1
     assert answer.error is not None
@@ -173,7 +192,15 @@ def test_a_wrong_request_gets_one_error_that_says_why(server: FrontEndServer, me
 
 
 def test_what_the_server_and_other_clients_add_to_a_body_is_ignored(server: FrontEndServer) -> None:
-    body = {"text_input": "tokens=3", "exclude_input_in_output": True, "id": "mine", "x-request-id": "7", "user-agent": "x", "model": "y", "stream_options": ""}
+    body = {
+        "text_input": "tokens=3",
+        "exclude_input_in_output": True,
+        "id": "mine",
+        "x-request-id": "7",
+        "user-agent": "x",
+        "model": "y",
+        "stream_options": "",
+    }
     status, text = _post(server, "generate", body)
     assert (status, json.loads(text)["text_output"]) == (200, _expected("tokens=3", 3)), text
 
@@ -222,7 +249,11 @@ def test_a_request_cancelled_at_once_is_ended_wherever_it_is(server: FrontEndSer
 
 def test_an_http_client_that_hangs_up_frees_its_request(server: FrontEndServer) -> None:
     connection = HTTPConnection(server.http)
-    connection.request("POST", f"/v2/models/{MODEL}/generate_stream", json.dumps({"text_input": "tokens=400 delay=0.01", "stream": True}))
+    connection.request(
+        "POST",
+        f"/v2/models/{MODEL}/generate_stream",
+        json.dumps({"text_input": "tokens=400 delay=0.01", "stream": True}),
+    )
     connection.getresponse().read(10)
     server.wait_for('paged_requests{state="running"}', 1)
     connection.close()  # the server notices at its next write
@@ -265,10 +296,16 @@ def test_other_streams_are_unharmed_by_cancellations(server: FrontEndServer) -> 
 def test_metrics_carry_model_and_version_and_add_up(server: FrontEndServer) -> None:
     before = server.wait_until_counted()
     server.ask_all(["tokens=10 delay=0.001"] * 8, stream=True)
-    server.wait_for('paged_requests_finished_total{reason="length"}', before['paged_requests_finished_total{reason="length"}'] + 8)
+    server.wait_for(
+        'paged_requests_finished_total{reason="length"}', before['paged_requests_finished_total{reason="length"}'] + 8
+    )
     after = server.scrape()
     assert after["paged_generation_tokens_total"] - before["paged_generation_tokens_total"] == 80
-    for name in ("paged_time_to_first_token_seconds_count", "paged_request_seconds_count", "paged_time_per_output_token_seconds_count"):
+    for name in (
+        "paged_time_to_first_token_seconds_count",
+        "paged_request_seconds_count",
+        "paged_time_per_output_token_seconds_count",
+    ):
         assert after[name] - before[name] == 8
     assert after["paged_pages_total"] == fake_engine.NUM_PAGES
     assert after['paged_pages{state="free"}'] + after['paged_pages{state="held"}'] == fake_engine.NUM_PAGES

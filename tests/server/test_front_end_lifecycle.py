@@ -45,7 +45,9 @@ def _configure(server: FrontEndServer, model: str) -> None:
 
 
 class _Streams:
-    """Requests in the background, each on a gRPC stream of its own (an error does not say which request it is about), and what came of them."""
+    """Requests in the background, each on a gRPC stream of its own (an error does not say which request it is about),
+    and what came of them.
+    """
 
     def __init__(self, server: FrontEndServer, prompts: list[str]) -> None:
         self.answers = [Answer() for _ in prompts]
@@ -65,7 +67,8 @@ class _Streams:
             left_early = False
         finally:
             for client in self._clients:
-                client.stop_stream(cancel_requests=left_early)  # a cancellation around the final response may keep Triton Server 2.51.0 from unloading
+                # a cancellation around the final response may keep Triton Server 2.51.0 from unloading
+                client.stop_stream(cancel_requests=left_early)
                 client.close()
 
 
@@ -89,7 +92,10 @@ def test_streams_do_not_notice_that_their_engine_was_killed(tmp_path: Path, inst
 
 def test_a_broken_load_says_why_and_does_not_poison_the_next(tmp_path: Path) -> None:
     with serving(tmp_path, instances=3, load=False) as server:
-        for model, sentence in (("broken", "model 'broken': the checkpoint is broken"), ("crash", "the engine process ended .* before it was ready")):
+        for model, sentence in (
+            ("broken", "model 'broken': the checkpoint is broken"),
+            ("crash", "the engine process ended .* before it was ready"),
+        ):
             _configure(server, model)
             with pytest.raises(InferenceServerException, match=sentence):
                 server.load()
@@ -183,7 +189,10 @@ def test_a_partial_config_at_a_load_is_refused_in_a_sentence(tmp_path: Path) -> 
     """It replaces config.pbtxt: the model would be ready and refuse every request."""
     with serving(tmp_path, load=False) as server:
         given = {"backend": "python", "parameters": {"max_model_len": {"string_value": "64"}}}
-        with closing(grpc.InferenceServerClient(server.grpc)) as client, pytest.raises(InferenceServerException, match="declares no input of text_input"):
+        with (
+            closing(grpc.InferenceServerClient(server.grpc)) as client,
+            pytest.raises(InferenceServerException, match="declares no input of text_input"),
+        ):
             client.load_model(MODEL, config=json.dumps(given))
         server.load()
         assert server.ask("tokens=3").error is None

@@ -1,4 +1,6 @@
-"""One gateway before a tritonserver with two models: each is found and asked by its name, and a caller's trace goes through gateway and server."""
+"""One gateway before a tritonserver with two models: each is found and asked by its name, and a caller's trace goes
+through gateway and server.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def until_listed(client: Any, *expected: str) -> None:
     assert names(client) == list(expected)
 
 
-def test_a_model_that_is_loaded_is_served_and_one_that_is_unloaded_is_not(server: FrontEndServer, gateway: Gateway) -> None:
+def test_a_model_that_is_loaded_is_served_and_one_that_is_unloaded_is_not(
+    server: FrontEndServer, gateway: Gateway
+) -> None:
     with gateway.client() as client, closing(grpc.InferenceServerClient(server.grpc)) as triton:
         assert names(client) == [MODEL]
         triton.load_model(SECOND)
@@ -90,13 +94,24 @@ def test_a_model_that_is_loaded_is_served_and_one_that_is_unloaded_is_not(server
 
 def test_a_callers_trace_goes_through_gateway_and_server(gateway: Gateway, spans: Collector) -> None:
     with gateway.client() as client:
-        answer = client.completions.create(model=MODEL, prompt="SESAME tokens=5", max_tokens=5, extra_headers={"traceparent": PARENT, "tracestate": "a=1"})
+        answer = client.completions.create(
+            model=MODEL,
+            prompt="SESAME tokens=5",
+            max_tokens=5,
+            extra_headers={"traceparent": PARENT, "tracestate": "a=1"},
+        )
     mine = spans.wait(7, TRACE_ID)
     by_name = {span.name: span for span in mine}
     door, request = by_name["POST /v1/completions"], by_name[f"text_completion {MODEL}"]
     assert (door.service, request.service) == ("paged-gateway", "paged")
     assert door.parent_id == SPAN_ID and request.parent_id == door.span_id
-    assert {span.name for span in mine if span.parent_id == request.span_id} == {"tokenize", "queue", "prefill", "decode", "send"}
+    assert {span.name for span in mine if span.parent_id == request.span_id} == {
+        "tokenize",
+        "queue",
+        "prefill",
+        "decode",
+        "send",
+    }
     assert door.attributes["http.response.status_code"] == 200
     assert request.attributes["gen_ai.usage.output_tokens"] == answer.usage.completion_tokens == 5
     assert request.attributes["gen_ai.response.id"] == door.attributes["gen_ai.response.id"]
@@ -114,7 +129,9 @@ def test_triton_servers_own_endpoints_know_a_callers_trace(server: FrontEndServe
         triton.async_stream_infer(MODEL, [text])
         assert not isinstance(arrived.get(timeout=20), Exception)
     body = {"text_input": "tokens=3", "traceparent": by_member}
-    with urlopen(Request(f"http://{server.http}/v2/models/{MODEL}/generate", json.dumps(body).encode()), timeout=20) as response:
+    with urlopen(
+        Request(f"http://{server.http}/v2/models/{MODEL}/generate", json.dumps(body).encode()), timeout=20
+    ) as response:
         assert json.load(response)["text_output"]
     for letter in "ab":
         (whole,) = [span for span in spans.wait(6, letter * 32) if span.parent_id == SPAN_ID]

@@ -1,4 +1,6 @@
-"""generation_config.json's sampling, through a real tritonserver and the gateway: chats have it unless they say no, plain requests if they ask for it."""
+"""generation_config.json's sampling, through a real tritonserver and the gateway: chats have it unless they say no,
+plain requests if they ask for it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     checkpoint = tmp_path_factory.mktemp("checkpoint") / "model"
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "generation_config.json").write_text(json.dumps({"top_k": 1}))
-    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200}, drain_seconds=3)) as running:
+    with Server(
+        ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200}, drain_seconds=3)
+    ) as running:
         yield running
 
 
@@ -56,14 +60,22 @@ def gateway(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_through_the_gateway(gateway: Gateway, kind: str, more: dict[str, Any], recommended: bool) -> None:
     with gateway.client() as client:
         if kind == "chat":
-            answers = {client.chat.completions.create(**CHAT, **HOT, seed=seed, extra_body=more).choices[0].message.content for seed in SEEDS}
+            answers = {
+                client.chat.completions.create(**CHAT, **HOT, seed=seed, extra_body=more).choices[0].message.content
+                for seed in SEEDS
+            }
         else:
-            answers = {client.completions.create(**COMPLETION, **HOT, seed=seed, extra_body=more).choices[0].text for seed in SEEDS}
+            answers = {
+                client.completions.create(**COMPLETION, **HOT, seed=seed, extra_body=more).choices[0].text
+                for seed in SEEDS
+            }
     assert (len(answers) == 1) is recommended
 
 
 def test_a_plain_request_has_it_if_it_asks(server: Server) -> None:
     with PagedClient(server.addresses.grpc_url) as client:
         for more, recommended in (({}, False), ({"generation_defaults": True}, True)):
-            answers = {client.generate("Once upon a time", max_tokens=16, seed=seed, **HOT, **more).text for seed in SEEDS}
+            answers = {
+                client.generate("Once upon a time", max_tokens=16, seed=seed, **HOT, **more).text for seed in SEEDS
+            }
             assert (len(answers) == 1) is recommended

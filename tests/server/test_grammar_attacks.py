@@ -1,4 +1,6 @@
-"""Grammars that explode, through a real tritonserver: they are refused, and what others asked for goes on meanwhile. In a unit: grammar/test_workers.py."""
+"""Grammars that explode, through a real tritonserver: they are refused, and what others asked for goes on meanwhile. In
+a unit: grammar/test_workers.py.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,21 @@ from paged_backend.server.launch import Server, ServerSettings
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
-LATE_BOMB = "7{150}((([ a-z]{0,250}){0,250}){0,250}){0,250}"  # harmless for 150 tokens; the mask behind them takes a minute
+# harmless for 150 tokens; the mask behind them takes a minute
+LATE_BOMB = "7{150}((([ a-z]{0,250}){0,250}){0,250}){0,250}"
 LONGEST_GAP_SECONDS = 5.0  # of an innocent stream, on a busy machine; it was 68 s when masks were made in the step
 
 
 def slow_schema(name: str) -> str:
     """A schema whose compilation takes seconds, to be refused in the end."""
-    return json.dumps({"type": "object", "properties": {f"p{name}_{index}": {"type": "string", "pattern": "^([a-z]{1,50}){1,50}$"} for index in range(400)}})
+    return json.dumps(
+        {
+            "type": "object",
+            "properties": {
+                f"p{name}_{index}": {"type": "string", "pattern": "^([a-z]{1,50}){1,50}$"} for index in range(400)
+            },
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +48,15 @@ def server() -> Iterator[Server]:
 
 
 def post(server: Server, verb: str, sampling: dict[str, Any], **fields: Any) -> HTTPResponse:
-    body = {"text_input": "Once there was", "exclude_input_in_output": True, "sampling_parameters": json.dumps(sampling), **fields}
-    answer: HTTPResponse = urlopen(Request(f"{server.addresses.http_url}/v2/models/paged_llm/{verb}", json.dumps(body).encode()), timeout=100)
+    body = {
+        "text_input": "Once there was",
+        "exclude_input_in_output": True,
+        "sampling_parameters": json.dumps(sampling),
+        **fields,
+    }
+    answer: HTTPResponse = urlopen(
+        Request(f"{server.addresses.http_url}/v2/models/paged_llm/{verb}", json.dumps(body).encode()), timeout=100
+    )
     return answer
 
 
@@ -63,7 +80,9 @@ class InnocentStream(threading.Thread):
     def run(self) -> None:
         while not self.stopping:
             last = None
-            with closing(post(self._server, "generate_stream", {"ignore_eos": True, "seed": 3}, stream=True, max_tokens=900)) as answer:
+            with closing(
+                post(self._server, "generate_stream", {"ignore_eos": True, "seed": 3}, stream=True, max_tokens=900)
+            ) as answer:
                 for line in answer:
                     if line.startswith(b"data: "):
                         now = time.monotonic()
@@ -81,7 +100,9 @@ def test_a_mask_that_takes_a_minute_is_refused_while_a_stream_goes_on(server: Se
     seven = Tokenizer.from_file(str(demo_model_folder() / "tokenizer.json")).token_to_id("7")
     stream = InnocentStream(server)
     inside = {"logit_bias": {str(seven): 100}, "temperature": 0}
-    assert refusal(server, {"guided_regex": LATE_BOMB, **inside}).startswith("guided_regex: it is too slow to follow: what may come after 15")
+    assert refusal(server, {"guided_regex": LATE_BOMB, **inside}).startswith(
+        "guided_regex: it is too slow to follow: what may come after 15"
+    )
     before = stream.num_tokens
     time.sleep(0.5)
     assert stream.num_tokens > before
@@ -90,14 +111,20 @@ def test_a_mask_that_takes_a_minute_is_refused_while_a_stream_goes_on(server: Se
 
 
 @pytest.mark.parametrize("salt", ["", "another"], ids=["the same caller's", "another caller's"])
-def test_ten_grammars_that_take_seconds_delay_nobody_elses_by_more_than_their_first_tries(server: Server, salt: str) -> None:
+def test_ten_grammars_that_take_seconds_delay_nobody_elses_by_more_than_their_first_tries(
+    server: Server, salt: str
+) -> None:
     with post(server, "generate", {"guided_regex": "a"}, max_tokens=4):
         pass  # the vocabulary has been read
     with ThreadPoolExecutor(10) as pool:
-        hostile = [pool.submit(refusal, server, {"guided_json": slow_schema(f"{salt}{number}")}) for number in range(10)]
+        hostile = [
+            pool.submit(refusal, server, {"guided_json": slow_schema(f"{salt}{number}")}) for number in range(10)
+        ]
         time.sleep(0.3)
         begun = time.monotonic()
-        with post(server, "generate", {"guided_regex": f"[a-z]{{{8 + len(salt)}}}"}, max_tokens=40, cache_salt=salt) as answer:
+        with post(
+            server, "generate", {"guided_regex": f"[a-z]{{{8 + len(salt)}}}"}, max_tokens=40, cache_salt=salt
+        ) as answer:
             assert len(json.load(answer)["text_output"]) == 8 + len(salt)
         took = time.monotonic() - begun
         print(f"{took:.2f} s; {sum(refused.done() for refused in hostile)} of ten were through")

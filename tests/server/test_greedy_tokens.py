@@ -1,6 +1,7 @@
 """Through a real server: greedy tokens are those of transformers in float32, whatever the tunables are.
 
-Every pair of (page size, budget, cache, pool, front ends) values meets somewhere in the cases; the full product runs without a server in tests/e2e.
+Every pair of (page size, budget, cache, pool, front ends) values meets somewhere in the cases; the full product runs
+without a server in tests/e2e.
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ CHECKPOINTS = {
         "Qwen3ForCausalLM",
         {
             "head_dim": 32,
-            "rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 256},
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
         },
     ),
 }
@@ -83,41 +89,74 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[np.ndarray], list[list[int]]]:
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, list[np.ndarray], list[list[int]]]:
     architecture, options = CHECKPOINTS[request.param]
     folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **options)
-    lengths = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 700, 699, *np.random.default_rng(3).integers(1, 700, NUM_PROMPTS - 21).tolist()]
+    lengths = [
+        1,
+        2,
+        15,
+        16,
+        17,
+        63,
+        64,
+        65,
+        127,
+        128,
+        129,
+        700,
+        699,
+        *np.random.default_rng(3).integers(1, 700, NUM_PROMPTS - 21).tolist(),
+    ]
     prompts = random_prompts(lengths)
     prompts += [np.concatenate([prompts[11][:300], prompt[:9]]) for prompt in prompts[13:21]]  # common beginnings
     assert len(prompts) == NUM_PROMPTS
     oracle = Oracle(folder)
-    return request.param, folder, prompts, oracle.greedy(prompts[:LONG_ANSWERS], LONG) + oracle.greedy(prompts[LONG_ANSWERS:], MAX_TOKENS)
+    return (
+        request.param,
+        folder,
+        prompts,
+        oracle.greedy(prompts[:LONG_ANSWERS], LONG) + oracle.greedy(prompts[LONG_ANSWERS:], MAX_TOKENS),
+    )
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_greedy_tokens_are_those_of_transformers(checkpoint: tuple[str, Path, list[np.ndarray], list[list[int]]], number: int) -> None:
+def test_greedy_tokens_are_those_of_transformers(
+    checkpoint: tuple[str, Path, list[np.ndarray], list[list[int]]], number: int
+) -> None:
     name, folder, prompts, expected = checkpoint
     check_server([case for case in CASES if case.checkpoint == name][number], folder, prompts, expected)
 
 
-TUNABLES = ((16, 4096, True, False, 4), (1, 32, False, True, 1), (64, 32, True, True, 1))  # a family takes one after the other
+# a family takes one after the other
+TUNABLES = ((16, 4096, True, False, 4), (1, 32, False, True, 1), (64, 32, True, True, 1))
 IN_CI = ("gemma-3-4b",)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in CONFIGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in CONFIGS]
+)
 def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """Beyond sliding windows and original lengths; of longrope only beyond, since max_model_len decides for all sequences."""
+    """Beyond sliding windows and original lengths; of longrope only beyond, since max_model_len decides for all
+    sequences.
+    """
     folder = save_published(tmp_path, name)
     original = CONFIGS[name].get("original_max_position_embeddings", 1024)
     lengths = [700, 1, 15, 16, 17, 64, 65, 129, 333, 40, 41, 42]
     prompts = random_prompts([length for length in lengths if original > MAX_MODEL_LEN or length > original])
     prompts += [np.concatenate([prompts[0][:300], prompt[:9]]) for prompt in prompts[1:4]]  # common beginnings
     oracle = Oracle(folder)
-    expected = oracle.greedy(prompts[:1], 60) + oracle.greedy(prompts[1:6], LONG) + oracle.greedy(prompts[6:], MAX_TOKENS)
+    expected = (
+        oracle.greedy(prompts[:1], 60) + oracle.greedy(prompts[1:6], LONG) + oracle.greedy(prompts[6:], MAX_TOKENS)
+    )
     check_server(Case(name, *TUNABLES[list(CONFIGS).index(name) % len(TUNABLES)]), folder, prompts, expected, lead=6)
 
 
-def check_server(case: Case, folder: Path, prompts: Sequence[np.ndarray], expected: list[list[int]], lead: int = LONG_ANSWERS) -> None:
+def check_server(
+    case: Case, folder: Path, prompts: Sequence[np.ndarray], expected: list[list[int]], lead: int = LONG_ANSWERS
+) -> None:
     """Asks a real server all prompts at once, but for the first `lead`, which come before the others."""
     pool_tokens = 832 if case.scarce else 65_536
     windows = read_architecture(folder).sliding_windows
@@ -129,10 +168,15 @@ def check_server(case: Case, folder: Path, prompts: Sequence[np.ndarray], expect
         "max_batched_tokens": case.budget,
         "prefix_cache": case.prefix_cache,
     }
-    requests = [{"input_ids": prompt.tolist(), "max_tokens": len(answer), "temperature": 0.0} for prompt, answer in zip(prompts, expected, strict=True)]
+    requests = [
+        {"input_ids": prompt.tolist(), "max_tokens": len(answer), "temperature": 0.0}
+        for prompt, answer in zip(prompts, expected, strict=True)
+    ]
     with Server(ServerSettings(model=str(folder), options=options, instances=case.front_ends)) as server:
-        answers = run_all(server.addresses.grpc_url, requests, lead=lead)  # alone they outgrow the scarce pool, whatever follows
-        preempts = case.scarce and not any(windows)  # what windows leave behind may be enough: e2e/test_kv_groups.py preempts such models
+        # alone they outgrow the scarce pool, whatever follows
+        answers = run_all(server.addresses.grpc_url, requests, lead=lead)
+        # what windows leave behind may be enough: e2e/test_kv_groups.py preempts such models
+        preempts = case.scarce and not any(windows)
         wanted = (lambda values: values["paged_preemptions_total"] > 0) if preempts else (lambda values: True)
         assert wait_for_metrics(server.addresses.metrics_url, wanted)
     assert [answer.error for answer in answers] == [None] * len(prompts)

@@ -24,13 +24,19 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(ServerSettings(instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64}, drain_seconds=3)) as running:
+    with Server(
+        ServerSettings(
+            instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64}, drain_seconds=3
+        )
+    ) as running:
         yield running
 
 
 async def among_others(address: str, case: dict[str, object]) -> tuple[Answer, Answer]:
     async with grpc.InferenceServerClient(address) as client:
-        bystander = asyncio.create_task(stream(client, text_input="A bystander", max_tokens=40, sampling_parameters=GREEDY))
+        bystander = asyncio.create_task(
+            stream(client, text_input="A bystander", max_tokens=40, sampling_parameters=GREEDY)
+        )
         await asyncio.sleep(0.02)
         wrong = await asyncio.wait_for(stream(client, **case), 30)
         return wrong, await bystander
@@ -48,7 +54,10 @@ def test_a_wrong_request_is_refused_alone(server: Server, case: dict[str, object
 
 def test_a_tensor_of_the_wrong_type_or_shape_is_refused(server: Server) -> None:
     with sync_grpc.InferenceServerClient(server.addresses.grpc_url) as client:
-        for name, array, kind in [("max_tokens", np.array([1.5], np.float32), "FP32"), ("temperature", np.array([[1.0]], np.float32), "FP32")]:
+        for name, array, kind in [
+            ("max_tokens", np.array([1.5], np.float32), "FP32"),
+            ("temperature", np.array([[1.0]], np.float32), "FP32"),
+        ]:
             made = sync_grpc.InferInput(name, list(array.shape), kind)
             made.set_data_from_numpy(array)
             text = sync_grpc.InferInput("text_input", [1], "BYTES")
@@ -62,7 +71,9 @@ def test_a_tensor_of_the_wrong_type_or_shape_is_refused(server: Server) -> None:
 
 def test_http_answers_a_wrong_request_with_400_and_the_reason(server: Server) -> None:
     body = json.dumps({"text_input": "a", "max_tokens": 0}).encode()
-    call = urllib.request.Request(f"{server.addresses.http_url}/v2/models/{MODEL}/generate", body, {"Content-Type": "application/json"})
+    call = urllib.request.Request(
+        f"{server.addresses.http_url}/v2/models/{MODEL}/generate", body, {"Content-Type": "application/json"}
+    )
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(call, timeout=30)
     assert caught.value.code == 400

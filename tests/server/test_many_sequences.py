@@ -1,4 +1,6 @@
-"""n and best_of through a real tritonserver: each sequence is what a request of its own with the same seed would be, whatever else the answer is made of."""
+"""n and best_of through a real tritonserver: each sequence is what a request of its own with the same seed would be,
+whatever else the answer is made of.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,33 @@ SEED = 2**63 + 5
 
 @pytest.fixture(scope="module", params=["true", "false"], ids=["prefix cache", "no prefix cache"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    options = {"num_pages": 400, "max_num_sequences": 16, "dtype": "float32", "max_model_len": 256, "prefix_cache": request.param}
+    options = {
+        "num_pages": 400,
+        "max_num_sequences": 16,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "prefix_cache": request.param,
+    }
     with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as running:
         yield running
 
 
-def ask(server: Server, sampling: dict[str, Any], stream: bool = False, leave_after: int | None = None, **tensors: Any) -> list[dict[str, Any]]:
+def ask(
+    server: Server, sampling: dict[str, Any], stream: bool = False, leave_after: int | None = None, **tensors: Any
+) -> list[dict[str, Any]]:
     """The responses: output tensors as lists."""
 
     async def talk() -> list[dict[str, Any]]:
-        wanted = {"text_input": PROMPT, "stream": stream, "sampling_parameters": sampling, "exclude_input_in_output": True}
-        wanted |= {f"return_{name}": True for name in ("finish_reason", "num_output_tokens", "output_ids", "cumulative_logprob", "sequence_index")} | tensors
+        wanted = {
+            "text_input": PROMPT,
+            "stream": stream,
+            "sampling_parameters": sampling,
+            "exclude_input_in_output": True,
+        }
+        wanted |= {
+            f"return_{name}": True
+            for name in ("finish_reason", "num_output_tokens", "output_ids", "cumulative_logprob", "sequence_index")
+        } | tensors
         inputs = [tensor(name, value) for name, value in wanted.items()]
 
         async def requests() -> Any:
@@ -74,7 +92,9 @@ def test_each_sequence_is_that_of_a_request_of_its_own(server: Server) -> None:
     assert answer["finish_reason"] == [b"length"] * 4
     ids = np.split(np.array(answer["output_ids"]), 4)
     assert [part.tolist() for part in ids] == [single["output_ids"] for single in singles]
-    np.testing.assert_allclose(answer["cumulative_logprob"], [single["cumulative_logprob"][0] for single in singles], rtol=1e-4)
+    np.testing.assert_allclose(
+        answer["cumulative_logprob"], [single["cumulative_logprob"][0] for single in singles], rtol=1e-4
+    )
 
 
 def test_streamed_pieces_name_their_sequence_and_add_up(server: Server) -> None:
@@ -85,13 +105,16 @@ def test_streamed_pieces_name_their_sequence_and_add_up(server: Server) -> None:
         texts, reasons = [b""] * 3, [b"None"] * 3
         for piece in pieces:
             assert piece["sequence_index"] == sorted(set(piece["sequence_index"]))
-            for index, text, reason in zip(piece["sequence_index"], piece["text_output"], piece["finish_reason"], strict=True):
+            for index, text, reason in zip(
+                piece["sequence_index"], piece["text_output"], piece["finish_reason"], strict=True
+            ):
                 assert reasons[index] == b"None", "a piece after the sequence's end"
                 texts[index] += text
                 reasons[index] = reason
         assert texts == whole["text_output"]
         assert reasons == whole["finish_reason"]
-    assert max(map(len, streams)) > 3  # a front end that gets no time on a busy machine sends what has piled up as one piece
+    # a front end that gets no time on a busy machine sends what has piled up as one piece
+    assert max(map(len, streams)) > 3
 
 
 def test_best_of_gives_the_likeliest(server: Server) -> None:
@@ -117,7 +140,9 @@ def test_leaving_ends_all_sequences(server: Server) -> None:
         return values['paged_requests{state="running"}'] == 0 and values['paged_pages{state="held"}'] == 0
 
     started = time.monotonic()
-    assert wait_for_metrics(server.addresses.metrics_url, idle, seconds=3.0), f"still running after {time.monotonic() - started:.1f} s"
+    assert wait_for_metrics(server.addresses.metrics_url, idle, seconds=3.0), (
+        f"still running after {time.monotonic() - started:.1f} s"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,6 +167,8 @@ def test_an_answer_goes_on_from_any_of_its_tokens(server: Server, sampling: dict
         if num_sent not in (1, 2, 7, 15, 16, 17, 23):
             continue
         rest = ask(server, wanted, stream=True, answer_ids=np.array(token_ids[:num_sent], np.int32))
-        assert sent + "".join(one["text_output"][0].decode() for one in rest) == "".join(one["text_output"][0].decode() for one in pieces)
+        assert sent + "".join(one["text_output"][0].decode() for one in rest) == "".join(
+            one["text_output"][0].decode() for one in pieces
+        )
         assert [token_id for one in rest for token_id in one["output_ids"]] == token_ids[num_sent:]
         assert rest[-1]["finish_reason"] == pieces[-1]["finish_reason"]

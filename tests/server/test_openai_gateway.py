@@ -68,7 +68,9 @@ def gateway_to(url: str, folder: Path, *arguments: str, prefix: Sequence[str] = 
     command = [*prefix, sys.executable, "-m", "paged_client.cli", "openai", "-u", url, "--port", "0", *arguments]
     errors = folder / "stderr"
     with errors.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PAGED_API_KEY": KEY})
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PAGED_API_KEY": KEY}
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -88,7 +90,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
     _add_tokens(checkpoint / "tokenizer.json", "<pad>", "<added>")
-    with Server(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)) as running:
+    with Server(
+        ServerSettings(
+            model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3
+        )
+    ) as running:
         yield running
 
 
@@ -120,7 +126,9 @@ def slow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndSe
 
 
 @pytest.fixture(scope="module", params=["grpc", "http"])
-def slow_gateway(request: pytest.FixtureRequest, slow_server: FrontEndServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def slow_gateway(
+    request: pytest.FixtureRequest, slow_server: FrontEndServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
     url = slow_server.grpc if request.param == "grpc" else f"http://{slow_server.http}"
     with gateway_to(url, tmp_path_factory.mktemp("gateway")) as running:
         yield running
@@ -142,7 +150,9 @@ def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_name(server: S
     with pytest.raises(openai.BadRequestError, match=r"prompt: the text has the token '<pad>' \(id 4096\)"):
         client.completions.create(model="paged_llm", prompt="hello <pad> there", max_tokens=4)
     with pytest.raises(openai.BadRequestError, match=r"messages: the text has the token '<added>' \(id 4097\)"):
-        client.chat.completions.create(model="paged_llm", messages=[{"role": "user", "content": "hello <added> there"}], max_tokens=4)
+        client.chat.completions.create(
+            model="paged_llm", messages=[{"role": "user", "content": "hello <added> there"}], max_tokens=4
+        )
     assert engine_pid(server.shm_prefix) == pid
     (warning,) = [line for line in server.log_lines() if "no embedding of" in line]
     assert "2 tokens" in warning and "'<pad>' (id 4096)" in warning
@@ -197,11 +207,16 @@ def test_a_chat_goes_through_the_models_template(server: Server, client: Any) ->
     assert answer.choices[0].finish_reason == expected.finish_reason
     assert answer.usage.prompt_tokens == expected.usage.num_input_tokens
     parts = [{"role": "user", "content": [{"type": "text", "text": HI[0]["content"]}]}]
-    assert client.chat.completions.create(**{**asked, "messages": parts}, max_tokens=12).choices[0].message.content == expected.text
+    assert (
+        client.chat.completions.create(**{**asked, "messages": parts}, max_tokens=12).choices[0].message.content
+        == expected.text
+    )
     pieces = list(client.chat.completions.create(**asked, max_tokens=12, stream=True))
     assert pieces[0].choices[0].delta.role == "assistant"
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected.text
-    assert [piece.choices[0].finish_reason for piece in pieces if piece.choices[0].finish_reason] == [expected.finish_reason]
+    assert [piece.choices[0].finish_reason for piece in pieces if piece.choices[0].finish_reason] == [
+        expected.finish_reason
+    ]
 
 
 def test_a_tool_that_must_be_called_is_called_with_arguments_that_validate(client: Any) -> None:
@@ -212,14 +227,26 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_that_validate(clien
         "required": ["room", "lit"],
         "additionalProperties": False,
     }
-    tools = [{"type": "function", "function": {"name": "find_lamp", "parameters": schema}}, {"type": "function", "function": {"name": "wait"}}]
-    asked = {"model": "paged_llm", "messages": HI, "max_tokens": 200, "seed": 4, "tools": tools, "parallel_tool_calls": False}
+    tools = [
+        {"type": "function", "function": {"name": "find_lamp", "parameters": schema}},
+        {"type": "function", "function": {"name": "wait"}},
+    ]
+    asked = {
+        "model": "paged_llm",
+        "messages": HI,
+        "max_tokens": 200,
+        "seed": 4,
+        "tools": tools,
+        "parallel_tool_calls": False,
+    }
     named = {"type": "function", "function": {"name": "find_lamp"}}
     for choice in ("required", named):
         answer = client.chat.completions.create(**asked, tool_choice=choice).choices[0]
         assert answer.finish_reason == "tool_calls" and answer.message.content is None
         (made,) = answer.message.tool_calls
-        assert made.function.name in ("find_lamp", "wait") if choice == "required" else made.function.name == "find_lamp"
+        assert (
+            made.function.name in ("find_lamp", "wait") if choice == "required" else made.function.name == "find_lamp"
+        )
         if made.function.name == "find_lamp":
             jsonschema.validate(json.loads(made.function.arguments), schema)
         with client.chat.completions.stream(**asked, tool_choice=choice) as stream:
@@ -238,13 +265,20 @@ def test_tools_reach_the_template_and_calls_come_back_as_text(server: Server, cl
     answer = client.chat.completions.create(**asked)
     assert (answer.choices[0].message.content, answer.choices[0].message.tool_calls) == (expected.text, None)
     assert answer.usage.prompt_tokens == expected.usage.num_input_tokens
-    assert client.chat.completions.create(**asked, tool_choice="none").usage.prompt_tokens < expected.usage.num_input_tokens
+    assert (
+        client.chat.completions.create(**asked, tool_choice="none").usage.prompt_tokens
+        < expected.usage.num_input_tokens
+    )
 
 
 def test_an_answer_has_the_form_that_was_asked_for(client: Any) -> None:
     schema = {
         "type": "object",
-        "properties": {"name": {"enum": ["Mira", "Tom"]}, "age": {"type": "integer", "minimum": 1, "maximum": 99}, "works": {"type": "boolean"}},
+        "properties": {
+            "name": {"enum": ["Mira", "Tom"]},
+            "age": {"type": "integer", "minimum": 1, "maximum": 99},
+            "works": {"type": "boolean"},
+        },
         "required": ["name", "age", "works"],
         "additionalProperties": False,
     }
@@ -254,10 +288,18 @@ def test_an_answer_has_the_form_that_was_asked_for(client: Any) -> None:
     for choice in answer.choices:
         assert choice.finish_reason == "stop"
         jsonschema.validate(json.loads(choice.message.content), schema)
-    chosen = client.completions.create(model="paged_llm", prompt="The lamp is", max_tokens=20, extra_body={"guided_choice": ["red", "blue"]})
+    chosen = client.completions.create(
+        model="paged_llm", prompt="The lamp is", max_tokens=20, extra_body={"guided_choice": ["red", "blue"]}
+    )
     assert chosen.choices[0].text in ("red", "blue")
     with pytest.raises(openai.BadRequestError, match="response_format: 'not' is not supported"):
-        client.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}}})
+        client.chat.completions.create(
+            **asked,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}},
+            },
+        )
 
 
 def test_logprobs_are_the_servers_streamed_and_whole(server: Server, client: Any) -> None:
@@ -270,10 +312,21 @@ def test_logprobs_are_the_servers_streamed_and_whole(server: Server, client: Any
     streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
     assert [token for piece in streamed for token in piece.tokens] == logprobs.tokens
     assert [offset for piece in streamed for offset in piece.text_offset] == logprobs.text_offset
-    chat = {"model": "paged_llm", "messages": HI, "temperature": 0, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    chat = {
+        "model": "paged_llm",
+        "messages": HI,
+        "temperature": 0,
+        "max_tokens": 6,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     content = client.chat.completions.create(**chat).choices[0].logprobs.content
     for token in content:
-        assert (token.token, token.logprob, token.bytes) == (token.top_logprobs[0].token, token.top_logprobs[0].logprob, list(token.token.encode()))
+        assert (token.token, token.logprob, token.bytes) == (
+            token.top_logprobs[0].token,
+            token.top_logprobs[0].logprob,
+            list(token.token.encode()),
+        )
         assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
     pieces = [piece.choices[0].logprobs for piece in client.chat.completions.create(**chat, stream=True)]
     assert [token.token for piece in pieces if piece for token in piece.content] == [token.token for token in content]
@@ -296,7 +349,9 @@ def test_an_echoed_prompt_has_log_probabilities_as_evaluations_read_them(server:
             assert "".join(choice.logprobs.tokens).endswith(choice.text[1:]) and PROMPT in choice.text
             assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
         chunks = list(client.completions.create(**asked, prompt=prompt, max_tokens=3, stream=True))
-        streamed = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens]
+        streamed = [
+            token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens
+        ]
         whole = client.completions.create(**asked, prompt=prompt, max_tokens=3).choices[0]
         assert streamed == whole.logprobs.tokens
         assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
@@ -319,7 +374,9 @@ def test_the_async_client_asks_many_at_once(server: Server, gateway: Gateway) ->
         async with openai.AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0) as client:
 
             async def one(seed: int) -> str:
-                stream = await client.completions.create(model="paged_llm", prompt=PROMPT, seed=seed, max_tokens=10, stream=True)
+                stream = await client.completions.create(
+                    model="paged_llm", prompt=PROMPT, seed=seed, max_tokens=10, stream=True
+                )
                 return "".join([chunk.choices[0].text async for chunk in stream])
 
             return list(await asyncio.gather(*(one(seed) for seed in range(12))))
@@ -354,7 +411,10 @@ def test_responses_stream_go_on_and_have_the_form_that_was_asked_for(client: Any
     first = client.responses.create(**asked, input="Where is the lamp?")
     same = client.chat.completions.create(model="paged_llm", messages=HI, temperature=0, max_tokens=12)
     assert first.output_text == same.choices[0].message.content
-    assert (first.usage.input_tokens, first.usage.output_tokens) == (same.usage.prompt_tokens, same.usage.completion_tokens)
+    assert (first.usage.input_tokens, first.usage.output_tokens) == (
+        same.usage.prompt_tokens,
+        same.usage.completion_tokens,
+    )
     *events, last = client.responses.create(**asked, input="Where is the lamp?", stream=True)
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == first.output_text
     assert last.type == f"response.{first.status}" and last.response.output_text == first.output_text
@@ -364,12 +424,24 @@ def test_responses_stream_go_on_and_have_the_form_that_was_asked_for(client: Any
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.create(**asked, input="x", previous_response_id=first.id)
-    schema = {"type": "object", "properties": {"lit": {"type": "boolean"}}, "required": ["lit"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"lit": {"type": "boolean"}},
+        "required": ["lit"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "name": "lamp", "schema": schema}
     formed = client.responses.create(model="paged_llm", input="x", max_output_tokens=60, text={"format": form})
     jsonschema.validate(json.loads(formed.output_text), schema)
     tool = {"type": "function", "name": "find_lamp", "parameters": schema, "strict": True}
-    called = client.responses.create(model="paged_llm", input="x", max_output_tokens=90, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    called = client.responses.create(
+        model="paged_llm",
+        input="x",
+        max_output_tokens=90,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    )
     (item,) = called.output
     assert item.type == "function_call" and json.loads(item.arguments)["lit"] in (True, False)
 
@@ -393,7 +465,9 @@ def test_responses_stream_go_on_and_have_the_form_that_was_asked_for(client: Any
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_request_that_must_be_changed_names_the_field(client: Any, keys: dict[str, Any], param: str, words: str) -> None:
+def test_a_request_that_must_be_changed_names_the_field(
+    client: Any, keys: dict[str, Any], param: str, words: str
+) -> None:
     with pytest.raises(openai.BadRequestError, match=words) as refused:
         client.completions.create(**{"model": "paged_llm", "prompt": "x", **keys})
     assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
@@ -429,7 +503,9 @@ def test_a_full_queue_is_tried_again_by_openais_client(slow_gateway: Gateway) ->
             assert refused.value.response.headers["retry-after"] == "1"
             assert time.monotonic() - started > 0.9, "it did not wait as long as it was told"
             whole = client.completions.create(model="paged_llm", prompt="tokens=5", max_tokens=9, n=2)
-            assert [choice.text for choice in whole.choices] == [tokenizer.decode(answer_ids(tokenizer, "tokens=5", 5))] * 2
+            assert [choice.text for choice in whole.choices] == [
+                tokenizer.decode(answer_ids(tokenizer, "tokens=5", 5))
+            ] * 2
 
 
 def test_a_model_that_is_away_is_no_unknown_model(slow_server: FrontEndServer, slow_gateway: Gateway) -> None:
@@ -441,7 +517,9 @@ def test_a_model_that_is_away_is_no_unknown_model(slow_server: FrontEndServer, s
         with slow_gateway.client() as client:
             while not stopping.is_set():
                 try:
-                    made = client.completions.create(model="paged_llm", prompt="tokens=3 delay=0.01", max_tokens=3, stream=stream)
+                    made = client.completions.create(
+                        model="paged_llm", prompt="tokens=3 delay=0.01", max_tokens=3, stream=stream
+                    )
                     seen.add((200, None, None) if not stream else (200 if list(made) else 0, None, None))
                 except openai.APIStatusError as error:
                     seen.add((error.status_code, error.response.headers.get("retry-after"), error.code))
@@ -472,8 +550,12 @@ def test_a_model_that_is_away_is_no_unknown_model(slow_server: FrontEndServer, s
 
 
 # An unstreamed answer over HTTP is written once: Triton Server does not notice before.
-@pytest.mark.parametrize(("slow_gateway", "stream"), [("grpc", False), ("grpc", True), ("http", True)], indirect=["slow_gateway"])
-def test_a_caller_who_leaves_ends_the_request_in_the_server(slow_server: FrontEndServer, slow_gateway: Gateway, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("slow_gateway", "stream"), [("grpc", False), ("grpc", True), ("http", True)], indirect=["slow_gateway"]
+)
+def test_a_caller_who_leaves_ends_the_request_in_the_server(
+    slow_server: FrontEndServer, slow_gateway: Gateway, stream: bool
+) -> None:
     before = slow_server.scrape().get(CANCELLED, 0)
     asked = {"model": "paged_llm", "prompt": ["tokens=300 delay=0.02"] * 2, "max_tokens": 300}
     with slow_gateway.client(timeout=0.6) as client:
@@ -515,23 +597,33 @@ def test_whoever_leaves_at_whatever_moment_ends_the_request(slow_server: FrontEn
 
 
 def test_leaving_frees_the_pages(server: Server, client: Any) -> None:
-    with client.completions.create(model="paged_llm", prompt=PROMPT, max_tokens=400, n=8, stream=True, extra_body={"ignore_eos": True}) as answer:
+    with client.completions.create(
+        model="paged_llm", prompt=PROMPT, max_tokens=400, n=8, stream=True, extra_body={"ignore_eos": True}
+    ) as answer:
         for number, _ in enumerate(answer):
             if number == 10:
                 assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[RUNNING] == 8)
                 break
-    assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[RUNNING] == 0 and values['paged_pages{state="held"}'] == 0, seconds=5.0)
+    assert wait_for_metrics(
+        server.addresses.metrics_url,
+        lambda values: values[RUNNING] == 0 and values['paged_pages{state="held"}'] == 0,
+        seconds=5.0,
+    )
 
 
 # ---- the command
 
 
-def test_ctrl_c_waits_for_the_answer_in_flight_and_the_log_has_no_text(slow_server: FrontEndServer, tmp_path: Path) -> None:
+def test_ctrl_c_waits_for_the_answer_in_flight_and_the_log_has_no_text(
+    slow_server: FrontEndServer, tmp_path: Path
+) -> None:
     for number, options in ((signal.SIGTERM, ["--access-log"]), (signal.SIGINT, [])):
         with gateway_to(slow_server.grpc, tmp_path, *options) as gateway, gateway.client() as client:
             with pytest.raises(openai.BadRequestError):
                 client.completions.create(model="paged_llm", prompt="a secret", temperature=-1)
-            answer = client.completions.create(model="paged_llm", prompt="tokens=30 delay=0.02 secret", max_tokens=30, stream=True)
+            answer = client.completions.create(
+                model="paged_llm", prompt="tokens=30 delay=0.02 secret", max_tokens=30, stream=True
+            )
             next(answer)
             gateway.process.send_signal(number)
             assert [chunk.choices[0].finish_reason for chunk in answer][-1] == "length"
@@ -543,14 +635,32 @@ def test_ctrl_c_waits_for_the_answer_in_flight_and_the_log_has_no_text(slow_serv
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "paged_client.cli", "openai", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment}
+    )
 
 
 def test_what_is_wrong_is_said_in_one_sentence(slow_server: FrontEndServer, gateway: Gateway) -> None:
     port = gateway.url.removesuffix("/v1").rpartition(":")[2]
     for arguments, words in {
-        ("-u", "localhost:1", "--wait-seconds", "0.3", "-p", "0"): "localhost:1 is not there, or has not loaded a model of paged's (0.3 s waited)",
-        ("-u", slow_server.grpc, "--model-name", "nonesuch", "--wait-seconds", "0", "-p", "0"): "has not loaded the model 'nonesuch'",
+        (
+            "-u",
+            "localhost:1",
+            "--wait-seconds",
+            "0.3",
+            "-p",
+            "0",
+        ): "localhost:1 is not there, or has not loaded a model of paged's (0.3 s waited)",
+        (
+            "-u",
+            slow_server.grpc,
+            "--model-name",
+            "nonesuch",
+            "--wait-seconds",
+            "0",
+            "-p",
+            "0",
+        ): "has not loaded the model 'nonesuch'",
         ("-u", "ftp://x"): "is no URL of a server",
         ("-p", port): f"port {port} on 127.0.0.1 cannot be used: Address already in use; choose another with --port",
     }.items():
@@ -561,7 +671,18 @@ def test_what_is_wrong_is_said_in_one_sentence(slow_server: FrontEndServer, gate
 
 
 def test_an_open_door_is_warned_of(slow_server: FrontEndServer) -> None:
-    anywhere = ("-u", slow_server.grpc, "--model-name", "nonesuch", "--wait-seconds", "0", "--host", "0.0.0.0", "-p", "0")
+    anywhere = (
+        "-u",
+        slow_server.grpc,
+        "--model-name",
+        "nonesuch",
+        "--wait-seconds",
+        "0",
+        "--host",
+        "0.0.0.0",
+        "-p",
+        "0",
+    )
     assert "there is no API key" in run(*anywhere, PAGED_API_KEY="").stderr
     assert "there is no API key" not in run(*anywhere, PAGED_API_KEY="x").stderr
     assert "there is no API key" not in run(*anywhere[:-4], "-p", "0", PAGED_API_KEY="").stderr
@@ -578,11 +699,21 @@ def test_help_explains_every_option() -> None:
 def test_several_urls_answer_as_one(server: Server, tmp_path: Path) -> None:
     """One server by both of its services; three of them, and deaths, are in test_cluster.py."""
     expected = direct(server, PROMPT, temperature=0, max_tokens=20)
-    with gateway_to(server.addresses.grpc_url, tmp_path, "-u", server.addresses.http_url, "--routing", "turns") as running, running.client() as client:
+    with (
+        gateway_to(
+            server.addresses.grpc_url, tmp_path, "-u", server.addresses.http_url, "--routing", "turns"
+        ) as running,
+        running.client() as client,
+    ):
         for _ in range(2):
             answer = client.completions.create(model="paged_llm", prompt=PROMPT, temperature=0, max_tokens=20)
-            assert (answer.choices[0].text, answer.usage.prompt_tokens) == (expected.text, expected.usage.num_input_tokens)
-            pieces = client.completions.create(model="paged_llm", prompt=PROMPT, temperature=0, max_tokens=20, stream=True)
+            assert (answer.choices[0].text, answer.usage.prompt_tokens) == (
+                expected.text,
+                expected.usage.num_input_tokens,
+            )
+            pieces = client.completions.create(
+                model="paged_llm", prompt=PROMPT, temperature=0, max_tokens=20, stream=True
+            )
             assert "".join(piece.choices[0].text for piece in pieces) == expected.text
         assert client.models.retrieve("paged_llm").id == "paged_llm"
         request = Request(running.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
@@ -598,14 +729,20 @@ def test_embeddings_are_transformers_last_hidden_states_and_documents_are_ranked
     model = transformers.AutoModel.from_pretrained(demo_model_folder(), dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(demo_model_folder() / "tokenizer.json"))
     made = client.embeddings.create(model="paged_llm", input=[PROMPT, "The lamp is in the cupboard."])
-    whole = client.embeddings.create(model="paged_llm", input=PROMPT, encoding_format="float", extra_body={"pooling": "mean", "normalize": False})
+    whole = client.embeddings.create(
+        model="paged_llm", input=PROMPT, encoding_format="float", extra_body={"pooling": "mean", "normalize": False}
+    )
     short = client.embeddings.create(model="paged_llm", input=PROMPT, dimensions=16)
     with torch.inference_mode():
         states = model(torch.tensor([tokenizer.encode(PROMPT).ids])).last_hidden_state[0]
     for found, expected in ((made, states[-1]), (whole, states.mean(0)), (short, states[-1][:16])):
         expected = expected if found is whole else expected / expected.norm()
-        assert torch.allclose(torch.tensor(found.data[0].embedding), expected, atol=2e-5 * float(expected.abs().max()) + 1e-6)
-    assert made.usage.total_tokens == sum(len(tokenizer.encode(text).ids) for text in (PROMPT, "The lamp is in the cupboard."))
+        assert torch.allclose(
+            torch.tensor(found.data[0].embedding), expected, atol=2e-5 * float(expected.abs().max()) + 1e-6
+        )
+    assert made.usage.total_tokens == sum(
+        len(tokenizer.encode(text).ids) for text in (PROMPT, "The lamp is in the cupboard.")
+    )
     with pytest.raises(openai.BadRequestError, match="dimensions: 100000 is more than this model's embeddings have"):
         client.embeddings.create(model="paged_llm", input="a", dimensions=100_000)
     asked = {"model": "paged_llm", "query": "Where is the lamp?", "documents": ["A fox.", "Where is the lamp?"]}
@@ -613,5 +750,7 @@ def test_embeddings_are_transformers_last_hidden_states_and_documents_are_ranked
     assert (first["index"], second["index"]) == (1, 0)
     assert first["relevance_score"] == pytest.approx(1, abs=1e-5)
     assert second["relevance_score"] < 0.999
-    with pytest.raises(openai.BadRequestError, match="scoring: the model's tokenizer spells yes or no in several tokens"):
+    with pytest.raises(
+        openai.BadRequestError, match="scoring: the model's tokenizer spells yes or no in several tokens"
+    ):
         client.post("/rerank", body={**asked, "scoring": "yes_no"}, cast_to=object)

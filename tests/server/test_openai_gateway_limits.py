@@ -52,7 +52,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]
 def gateway(server: FrontEndServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     url = f"http://{server.http}"  # a connection for every request to the server, too
     folder = tmp_path_factory.mktemp("gateway")
-    with gateway_to(url, folder, "--request-seconds", "3", "--max-bodies-bytes", str(64 * MIB), prefix=("prlimit", f"--nofile=512:{DESCRIPTORS}")) as running:
+    with gateway_to(
+        url,
+        folder,
+        "--request-seconds",
+        "3",
+        "--max-bodies-bytes",
+        str(64 * MIB),
+        prefix=("prlimit", f"--nofile=512:{DESCRIPTORS}"),
+    ) as running:
         yield running
 
 
@@ -69,7 +77,9 @@ def health(gateway: Gateway) -> float:
 
 
 def scrape(gateway: Gateway) -> dict[str, str]:
-    page = urllib.request.Request(gateway.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    page = urllib.request.Request(
+        gateway.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"}
+    )
     with urllib.request.urlopen(page, timeout=5) as answer:
         lines = answer.read().decode().splitlines()
     return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -83,7 +93,10 @@ def test_half_open_connections_keep_nobody_out(gateway: Gateway) -> None:
                 stranger.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ")
         assert health(gateway) < 2
         with gateway.client() as client:
-            assert client.completions.create(model="paged_llm", prompt="tokens=3", max_tokens=3).usage.completion_tokens == 3
+            assert (
+                client.completions.create(model="paged_llm", prompt="tokens=3", max_tokens=3).usage.completion_tokens
+                == 3
+            )
         log = gateway.errors.read_text()
         assert "connections were closed or refused" in log and "Traceback" not in log
     deadline = time.monotonic() + 10
@@ -97,7 +110,9 @@ def test_half_open_connections_keep_nobody_out(gateway: Gateway) -> None:
 def test_one_callers_many_prompts_keep_nobody_out(gateway: Gateway) -> None:
     async def together() -> None:
         async with openai.AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=60) as client:
-            many = asyncio.ensure_future(client.completions.create(model="paged_llm", prompt=["tokens=2 delay=0.02"] * 1200, max_tokens=2))
+            many = asyncio.ensure_future(
+                client.completions.create(model="paged_llm", prompt=["tokens=2 delay=0.02"] * 1200, max_tokens=2)
+            )
             await asyncio.sleep(0.3)
             started = time.monotonic()
             own = await client.completions.create(model="paged_llm", prompt="tokens=2", max_tokens=2)
@@ -131,11 +146,16 @@ def test_bodies_that_never_end_hold_little(gateway: Gateway) -> None:
                 stranger.sendall(head.encode() + body)
         assert resident_bytes(gateway) - before < 200 * MIB
         with gateway.client() as client:
-            assert client.completions.create(model="paged_llm", prompt="tokens=3", max_tokens=3).usage.completion_tokens == 3
+            assert (
+                client.completions.create(model="paged_llm", prompt="tokens=3", max_tokens=3).usage.completion_tokens
+                == 3
+            )
         heads = [stranger.recv(65536) for stranger in strangers]
     statuses = {answer.split(b" ")[1] for answer in heads if answer}
     assert statuses <= {b"503", b"408"} and b"503" in statuses and b"408" in statuses
-    message = json.loads(next(answer for answer in heads if b" 503 " in answer).partition(b"\r\n\r\n")[2])["error"]["message"]
+    message = json.loads(next(answer for answer in heads if b" 503 " in answer).partition(b"\r\n\r\n")[2])["error"][
+        "message"
+    ]
     assert "max_bodies_bytes" in message
 
 

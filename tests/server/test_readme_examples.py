@@ -46,7 +46,9 @@ def server() -> Iterator[Server]:
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
     activated = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    finished = subprocess.run(command, cwd=folder, env=os.environ | activated | environment, capture_output=True, text=True, timeout=240)
+    finished = subprocess.run(
+        command, cwd=folder, env=os.environ | activated | environment, capture_output=True, text=True, timeout=240
+    )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     return finished.stdout
 
@@ -65,7 +67,11 @@ def test_curl_gets_an_answer_and_a_stream(server: Server, folder: Path) -> None:
     assert streamed.count('"text_output"') > 2
 
 
-@pytest.mark.parametrize(("page", "containing"), [("README.md", "paged_client"), ("docs/reference.md", "start_stream")], ids=["paged_client", "tritonclient"])
+@pytest.mark.parametrize(
+    ("page", "containing"),
+    [("README.md", "paged_client"), ("docs/reference.md", "start_stream")],
+    ids=["paged_client", "tritonclient"],
+)
 def test_a_python_example_prints_an_answer(server: Server, folder: Path, page: str, containing: str) -> None:
     assert len(run([sys.executable, "-c", block(page, "python", containing)], folder)) > 20
 
@@ -75,10 +81,15 @@ def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) ->
     pytest.importorskip("fastapi")
     if in_use(9000):
         pytest.skip("the README's port is in use")
-    commands = [re.findall(r"^paged (openai [^#]*)", block(page, "sh", "paged openai"), re.MULTILINE) for page in ("README.md", "docs/openai.md")]
+    commands = [
+        re.findall(r"^paged (openai [^#]*)", block(page, "sh", "paged openai"), re.MULTILINE)
+        for page in ("README.md", "docs/openai.md")
+    ]
     (command,) = commands[0]
     assert commands[1] == [command]
-    gateway = subprocess.Popen([sys.executable, "-m", "paged_client.cli", *command.split()], stdout=subprocess.PIPE, text=True)
+    gateway = subprocess.Popen(
+        [sys.executable, "-m", "paged_client.cli", *command.split()], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert gateway.stdout is not None
         assert "http://127.0.0.1:9000/v1" in gateway.stdout.readline()
@@ -93,7 +104,8 @@ def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) ->
 def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> None:
     out = run(["bash", "-e", "-c", block("docs/benchmarking.md", "sh", "perf_analyzer -m")], folder)
     (num_successful,) = map(int, re.findall(r"Successful request count: (\d+)", out))
-    assert 16 <= num_successful <= 32, out  # 24, but it counts what ended in its window: on a machine that stood still that is not all
+    # 24, but it counts what ended in its window: on a machine that stood still that is not all
+    assert 16 <= num_successful <= 32, out
     requests = json.loads((folder / "perf/profile.json").read_text())["experiments"][0]["requests"]
     assert len(requests) >= num_successful
     assert all(len(request["response_timestamps"]) > 2 for request in requests), out
@@ -102,6 +114,10 @@ def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> Non
 @pytest.mark.skipif(not shutil.which("genai-perf"), reason="genai-perf is not installed")
 def test_genai_perf_measures_the_streams(server: Server, folder: Path) -> None:
     preparation = block("docs/benchmarking.md", "sh", "perf_analyzer -m").split("\necho")[0]
-    command = block("docs/benchmarking.md", "sh", ".genai/bin/genai-perf").split("\n", 1)[1].replace(".genai/bin/genai-perf", "genai-perf")
+    command = (
+        block("docs/benchmarking.md", "sh", ".genai/bin/genai-perf")
+        .split("\n", 1)[1]
+        .replace(".genai/bin/genai-perf", "genai-perf")
+    )
     out = run(["bash", "-e", "-c", f"{preparation}\n{command}"], folder, COLUMNS="200")
     assert "Request Throughput" in out

@@ -1,4 +1,6 @@
-"""`paged serve` around a real tritonserver: starting, telling, stopping, failing. The model is a stand-in that echoes words, slowly if asked to."""
+"""`paged serve` around a real tritonserver: starting, telling, stopping, failing. The model is a stand-in that echoes
+words, slowly if asked to.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,10 @@ class Command:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != self.process.pid:
                 try:
-                    known = str(self.temporary).encode() in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                    known = (
+                        str(self.temporary).encode()
+                        in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                    )
                 except OSError:
                     continue
                 if known:
@@ -143,7 +148,11 @@ class Command:
     def front_ends(self) -> list[int]:
         """The stubs that run a model; without the short-lived ones that tritonserver asks for their version."""
         commands = {pid: _command_of(pid).split("\0") for pid in self.servers()}
-        return [pid for pid, command in commands.items() if command[0].endswith("/triton_python_backend_stub") and any("model.py" in word for word in command)]
+        return [
+            pid
+            for pid, command in commands.items()
+            if command[0].endswith("/triton_python_backend_stub") and any("model.py" in word for word in command)
+        ]
 
 
 def _command_of(pid: int) -> str:
@@ -333,13 +342,17 @@ def test_log_verbose_shows_the_servers_own_log_and_arguments_are_passed_on(start
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="nvidia-pytriton is not installed")
-def test_a_tritonserver_on_path_serves_with_its_own_backends(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tritonserver_on_path_serves_with_its_own_backends(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     wheel = server_files.find_installation()
     backends = server_files.prepare_backends(wheel, tmp_path)
     programs = tmp_path / "programs"
     programs.mkdir()
-    (programs / "tritonserver").write_text(f'#!/bin/sh\ntouch {tmp_path}/used\nLD_LIBRARY_PATH={wheel.libraries} exec {wheel.executable} "$@"\n')
+    (programs / "tritonserver").write_text(
+        f'#!/bin/sh\ntouch {tmp_path}/used\nLD_LIBRARY_PATH={wheel.libraries} exec {wheel.executable} "$@"\n'
+    )
     (programs / "tritonserver").chmod(0o755)
     command = start(PATH=f"{programs}:/usr/bin:/bin", TRITON_BACKENDS=str(backends))
     assert ask(command.wait_until_ready()["HTTP"], "from path") == "from path"
@@ -394,18 +407,32 @@ def test_a_start_can_be_abandoned_from_another_thread(checkpoint: Path, monkeypa
         server.start()
 
 
-def test_a_death_is_a_line_with_cause_and_count_and_the_last_one_ends_the_server(tmp_path: Path, checkpoint: Path) -> None:
-    """Without --log-verbose: an operator must hear of it at once, and an orchestrator must see that the process has ended."""
+def test_a_death_is_a_line_with_cause_and_count_and_the_last_one_ends_the_server(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    """Without --log-verbose: an operator must hear of it at once, and an orchestrator must see that the process has
+    ended.
+    """
     repository = tmp_path / "front_ends"
     (repository / "paged_llm" / "1").mkdir(parents=True)
     shutil.copy(server_files.repository_folder() / "paged_llm" / "config.pbtxt", repository / "paged_llm")
     (repository / "paged_llm" / "1" / "model.py").write_text(WITH_FAKE_ENGINE)
     ports = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
-    command = Command(repository, checkpoint, tmp_path, "--instances=1", "--set=max_engine_restarts=1", "--set=standby_engine=false", *ports)
+    command = Command(
+        repository,
+        checkpoint,
+        tmp_path,
+        "--instances=1",
+        "--set=max_engine_restarts=1",
+        "--set=standby_engine=false",
+        *ports,
+    )
     command.wait_until_ready()
     for number in (0, 1):
         deadline = time.monotonic() + 30
-        while not (engines := [pid for pid in command.servers() if re.search(rf"fake_engine.*/{number}\0$", _command_of(pid))]):
+        while not (
+            engines := [pid for pid in command.servers() if re.search(rf"fake_engine.*/{number}\0$", _command_of(pid))]
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(1)
@@ -413,8 +440,13 @@ def test_a_death_is_a_line_with_cause_and_count_and_the_last_one_ends_the_server
     code, stderr = command.finish()
     assert code == 1
     first, second = (line for line in stderr.splitlines() if "error: the engine died" in line)
-    assert re.search(r"process ended by SIGKILL; restart 1 of at most 1 within 10 minutes \(max_engine_restarts\)$", first)
-    assert re.search(r"process ended by SIGKILL.*; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)$", second)
+    assert re.search(
+        r"process ended by SIGKILL; restart 1 of at most 1 within 10 minutes \(max_engine_restarts\)$", first
+    )
+    assert re.search(
+        r"process ended by SIGKILL.*; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)$",
+        second,
+    )
     assert "the server ends, for there is no engine any more" in stderr
     assert command.servers() == []
 
@@ -441,7 +473,9 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        body = json.dumps({"text_input": self.prompt, "stream": True, "max_tokens": 400, "exclude_input_in_output": True})
+        body = json.dumps(
+            {"text_input": self.prompt, "stream": True, "max_tokens": 400, "exclude_input_in_output": True}
+        )
         with contextlib.suppress(OSError, HTTPException), urlopen(self.url, body.encode()) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
@@ -450,14 +484,18 @@ class Stream(threading.Thread):
 
 
 @pytest.mark.parametrize("instances", [pytest.param(1, marks=pytest.mark.long), 3])
-def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(stand_in: Path, checkpoint: Path, tmp_path: Path, instances: int) -> None:
+def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(
+    stand_in: Path, checkpoint: Path, tmp_path: Path, instances: int
+) -> None:
     command = Command(with_fake_engine(tmp_path), checkpoint, tmp_path, f"--instances={instances}", *FREE_PORTS)
     url = command.wait_until_ready()["HTTP"]
     streams = [Stream(url, f"tokens=350 delay=0.02 {number}") for number in range(6)]
     assert wait_until(lambda: all(stream.text for stream in streams), 20)
     front_ends = command.front_ends()
     assert len(front_ends) == instances
-    assert {path.stat().st_mode & 0o777 for path in Path("/dev/shm").glob(f"{command.server_folder().name}-*")} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in Path("/dev/shm").glob(f"{command.server_folder().name}-*")} == {
+        0o600
+    }
     os.kill(front_ends[0], signal.SIGKILL)
     killed = time.monotonic()
     assert wait_until(lambda: not is_ready(url), 5)
@@ -465,7 +503,8 @@ def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(s
     assert code == 1
     assert time.monotonic() - killed < 20  # the streams took seven, and the server's exit timeout is thirty
     assert (
-        f"error: front end process {front_ends[0]} died, with its callers' requests; no more requests are taken, {instances - 1} others finish theirs" in stderr
+        f"error: front end process {front_ends[0]} died, with its callers' requests; no more requests are taken, {instances - 1} others finish theirs"
+        in stderr
     )
     assert stderr.splitlines()[-1].endswith("the server must be started again")
     assert command.servers() == []
@@ -478,8 +517,12 @@ def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(s
         assert stream.text == tokenizer.decode(fake_engine.answer_ids(tokenizer, stream.prompt, 350))
 
 
-def test_a_server_that_lost_a_front_end_is_replaced_at_the_same_ports_if_told_so(checkpoint: Path, tmp_path: Path) -> None:
-    command = Command(with_fake_engine(tmp_path), checkpoint, tmp_path, "--instances=2", "--on-front-end-death=restart", *FREE_PORTS)
+def test_a_server_that_lost_a_front_end_is_replaced_at_the_same_ports_if_told_so(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    command = Command(
+        with_fake_engine(tmp_path), checkpoint, tmp_path, "--instances=2", "--on-front-end-death=restart", *FREE_PORTS
+    )
     block = command.wait_until_ready()
     front_ends = command.front_ends()
     os.kill(front_ends[1], signal.SIGKILL)
@@ -491,7 +534,10 @@ def test_a_server_that_lost_a_front_end_is_replaced_at_the_same_ports_if_told_so
     command.process.send_signal(signal.SIGTERM)
     code, stderr = command.finish()
     assert code == 0
-    assert f"front end process {front_ends[1]} died, with its callers' requests; the server must be started again: restart 1 of at most 4" in stderr
+    assert (
+        f"front end process {front_ends[1]} died, with its callers' requests; the server must be started again: restart 1 of at most 4"
+        in stderr
+    )
     assert command.servers() == []
 
 

@@ -1,4 +1,6 @@
-"""`paged demo` and `paged serve` with the model that comes with paged, and with checkpoints that only the engine can refuse."""
+"""`paged demo` and `paged serve` with the model that comes with paged, and with checkpoints that only the engine can
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`paged …` to its end; `folder` is where it keeps temporary files."""
     folder.mkdir()
     environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "80"}
-    return subprocess.run([sys.executable, "-m", "paged_client.cli", *arguments], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "paged_client.cli", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_demo_tells_a_story_and_answers_questions_about_it(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The demo model on two ranks behind a real server: streams get the tokens of one rank, and do not notice that a rank is killed under them."""
+"""The demo model on two ranks behind a real server: streams get the tokens of one rank, and do not notice that a rank
+is killed under them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from tests.server.test_engine_death import requests
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
-OPTIONS: dict[str, Any] = {"num_pages": 300, "max_num_sequences": 16, "dtype": "float32", "device": "cpu", "max_model_len": 512, "max_engine_restarts": 100}
+OPTIONS: dict[str, Any] = {
+    "num_pages": 300,
+    "max_num_sequences": 16,
+    "dtype": "float32",
+    "device": "cpu",
+    "max_model_len": 512,
+    "max_engine_restarts": 100,
+}
 
 
 def test_streams_have_the_tokens_of_one_rank_whatever_dies() -> None:

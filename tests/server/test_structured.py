@@ -1,4 +1,6 @@
-"""Answers of a form, through a real tritonserver: whatever is finished validates, over gRPC and HTTP, streamed and whole, and what cannot be is refused."""
+"""Answers of a form, through a real tritonserver: whatever is finished validates, over gRPC and HTTP, streamed and
+whole, and what cannot be is refused.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,21 @@ CHOICES = ["yes", "no", 'perhaps "so"\n', "vielleicht später"]
 FORMS: list[tuple[dict[str, Any], Any]] = [
     ({"guided_json": PERSON}, PERSON),
     ({"structured_outputs": {"json": json.dumps(PERSON)}}, PERSON),
-    ({"structured_outputs": {"json": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}, "disable_any_whitespace": True}}, {"type": "array"}),
+    (
+        {
+            "structured_outputs": {
+                "json": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+                "disable_any_whitespace": True,
+            }
+        },
+        {"type": "array"},
+    ),
     ({"guided_regex": "(Mira|Tom) has [0-9]{1,3} loaves"}, re.compile("(Mira|Tom) has [0-9]{1,3} loaves")),
     ({"guided_choice": CHOICES}, re.compile("|".join(map(re.escape, CHOICES)))),
     ({"guided_grammar": 'root ::= "(" [a-c]{2} ("," root)? ")"'}, re.compile(r"(\([abc]{2},)*\([abc]{2}\)+")),
 ]
-ENDLESS = re.compile(r"(\([abc]{2},)*(\([abc]{0,2}\)*)?")  # the grammar's answers, which a model may nest for ever, up to any token
+# the grammar's answers, which a model may nest for ever, up to any token
+ENDLESS = re.compile(r"(\([abc]{2},)*(\([abc]{0,2}\)*)?")
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"temperature": 1.3, "seed": 5},
@@ -53,7 +64,13 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    options = {"num_pages": 400, "max_num_sequences": 24, "dtype": "float32", "max_model_len": 384, "max_engine_restarts": 100}
+    options = {
+        "num_pages": 400,
+        "max_num_sequences": 24,
+        "dtype": "float32",
+        "max_model_len": 384,
+        "max_engine_restarts": 100,
+    }
     with Server(ServerSettings(instances=2, options=options, drain_seconds=3)) as running:
         yield running
 
@@ -76,8 +93,13 @@ def generate(server: Server, **fields: Any) -> dict[str, Any]:
 
 def mixture() -> list[tuple[dict[str, Any], Any]]:
     """Requests and their forms: every form with every kind of sampling, and some that follow none."""
-    pairs = [(form | sampling, expected) for form, expected in FORMS for sampling in SAMPLINGS] + [({"ignore_eos": True}, None)] * 6
-    return [({"text_input": f"{number}. {PROMPT}", "max_tokens": 200, "sampling_parameters": sampling}, form) for number, (sampling, form) in enumerate(pairs)]
+    pairs = [(form | sampling, expected) for form, expected in FORMS for sampling in SAMPLINGS] + [
+        ({"ignore_eos": True}, None)
+    ] * 6
+    return [
+        ({"text_input": f"{number}. {PROMPT}", "max_tokens": 200, "sampling_parameters": sampling}, form)
+        for number, (sampling, form) in enumerate(pairs)
+    ]
 
 
 def test_every_finished_answer_is_of_its_form_with_every_kind_of_sampling(server: Server) -> None:
@@ -96,18 +118,33 @@ def test_every_finished_answer_is_of_its_form_with_every_kind_of_sampling(server
 
 
 def test_over_http_each_of_n_sequences_is_of_the_form(server: Server) -> None:
-    answer = generate(server, sampling_parameters={"n": 4, "seed": 9, "temperature": 1.2, "guided_json": PERSON}, return_finish_reason=True)
+    answer = generate(
+        server,
+        sampling_parameters={"n": 4, "seed": 9, "temperature": 1.2, "guided_json": PERSON},
+        return_finish_reason=True,
+    )
     assert answer["finish_reason"] == ["stop"] * 4
     for text in answer["text_output"]:
         check(text, PERSON)
     assert len(set(answer["text_output"])) > 1
-    assert generate(server, sampling_parameters={"structured_outputs": {"choice": ["yes"]}, "ignore_eos": True})["text_output"] == "yes"
+    assert (
+        generate(server, sampling_parameters={"structured_outputs": {"choice": ["yes"]}, "ignore_eos": True})[
+            "text_output"
+        ]
+        == "yes"
+    )
 
 
 def test_a_stop_string_and_max_tokens_end_an_answer_before_its_form_is_complete(server: Server) -> None:
-    stopped = generate(server, sampling_parameters={"guided_json": PERSON, "stop": ['"age"'], "seed": 1}, return_finish_reason=True)
-    assert stopped["finish_reason"] == "stop" and "name" in stopped["text_output"] and "age" not in stopped["text_output"]
-    cut = generate(server, sampling_parameters={"guided_json": PERSON, "seed": 1}, max_tokens=3, return_finish_reason=True)
+    stopped = generate(
+        server, sampling_parameters={"guided_json": PERSON, "stop": ['"age"'], "seed": 1}, return_finish_reason=True
+    )
+    assert (
+        stopped["finish_reason"] == "stop" and "name" in stopped["text_output"] and "age" not in stopped["text_output"]
+    )
+    cut = generate(
+        server, sampling_parameters={"guided_json": PERSON, "seed": 1}, max_tokens=3, return_finish_reason=True
+    )
     assert cut["finish_reason"] == "length" and cut["text_output"].lstrip().startswith("{")
 
 
@@ -118,13 +155,18 @@ def test_a_stop_string_and_max_tokens_end_an_answer_before_its_form_is_complete(
         ({"guided_regex": "(a"}, "guided_regex: Regex parsing error"),
         ({"guided_json": PERSON, "guided_regex": "a"}, "guided_json and guided_regex: an answer has one form"),
         ({"guided_regex": "((((a|b){0,99}){0,99}){0,99}){0,99}"}, "guided_regex: it is too slow to follow: "),
-        ({"guided_regex": "7{80}((([ a-z]{0,250}){0,250}){0,250}){0,250}", "min_tokens": 190}, "guided_regex: it is too slow to follow: "),
+        (
+            {"guided_regex": "7{80}((([ a-z]{0,250}){0,250}){0,250}){0,250}", "min_tokens": 190},
+            "guided_regex: it is too slow to follow: ",
+        ),
         ({"guided_json": "x" * 200_000}, "guided_json: "),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs: "),
     ],
     ids=["schema", "regex", "two forms", "bomb", "late bomb", "long", "unknown"],
 )
-def test_what_cannot_be_followed_is_an_invalid_argument_with_the_reason_while_others_go_on(server: Server, sampling: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_followed_is_an_invalid_argument_with_the_reason_while_others_go_on(
+    server: Server, sampling: dict[str, Any], message: str
+) -> None:
     requests = [{"text_input": PROMPT, "sampling_parameters": sampling, "parameters": {"return_error_code": True}}]
     refused, free = run_all(server.addresses.grpc_url, [*requests, {"text_input": PROMPT, "max_tokens": 20}])
     assert refused.message.startswith(f"INVALID_ARGUMENT: {message}"), refused.message
@@ -137,7 +179,10 @@ def test_what_cannot_be_followed_is_an_invalid_argument_with_the_reason_while_ot
 
 def test_an_engine_that_dies_changes_no_answer(server: Server) -> None:
     """Front ends resubmit what was answered; guides are led through it."""
-    requests = [request | {"sampling_parameters": {"seed": 3, **request["sampling_parameters"]}} for request, _ in mixture()[::2]]
+    requests = [
+        request | {"sampling_parameters": {"seed": 3, **request["sampling_parameters"]}}
+        for request, _ in mixture()[::2]
+    ]
     expected = run_all(server.addresses.grpc_url, requests)
     before = engine_pid(server.shm_prefix)
     assert before is not None

@@ -27,7 +27,12 @@ OTHERS = {
 
 def known_names() -> set[str]:
     tensors = re.findall(r'\{ name: "(\w+)"', PBTXT.read_text())
-    return {*EngineConfig.model_fields, *SamplingParams.__struct_fields__, *tensors, *(family.name for family in FAMILIES)}
+    return {
+        *EngineConfig.model_fields,
+        *SamplingParams.__struct_fields__,
+        *tensors,
+        *(family.name for family in FAMILIES),
+    }
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("from-*.md")), ids=lambda page: page.stem)

@@ -12,13 +12,30 @@ REFERENCE = Path(__file__).parents[2] / "docs/reference.md"
 
 
 def test_strings_are_read_as_config_pbtxt_writes_them() -> None:
-    config = EngineConfig.parse({"page_size": "32", "prefix_cache": "false", "pool_memory_fraction": "0.5", "dtype": "", "device": "cuda:1"})
-    assert (config.page_size, config.prefix_cache, config.pool_memory_fraction, config.dtype, config.device) == (32, False, 0.5, "auto", "cuda:1")
+    config = EngineConfig.parse(
+        {"page_size": "32", "prefix_cache": "false", "pool_memory_fraction": "0.5", "dtype": "", "device": "cuda:1"}
+    )
+    assert (config.page_size, config.prefix_cache, config.pool_memory_fraction, config.dtype, config.device) == (
+        32,
+        False,
+        0.5,
+        "auto",
+        "cuda:1",
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("4GiB", 2**32), ("1.5 gib", 3 * 2**29), ("500MB", 500_000_000), ("2 TiB", 2**41), ("64KiB", 65_536), ("4294967296", 2**32), ("12 b", 12), (7, 7)],
+    [
+        ("4GiB", 2**32),
+        ("1.5 gib", 3 * 2**29),
+        ("500MB", 500_000_000),
+        ("2 TiB", 2**41),
+        ("64KiB", 65_536),
+        ("4294967296", 2**32),
+        ("12 b", 12),
+        (7, 7),
+    ],
 )
 def test_a_size_takes_units(text: str | int, count: int) -> None:
     assert EngineConfig.parse({"pool_bytes": text}).pool_bytes == count
@@ -29,7 +46,10 @@ def test_a_size_takes_units(text: str | int, count: int) -> None:
 def test_a_size_of_an_unknown_unit_is_refused_with_what_to_write(text: str) -> None:
     with pytest.raises(EngineError) as caught:
         EngineConfig.parse({"pool_bytes": text})
-    assert str(caught.value) == f"parameter 'pool_bytes': expected a number of bytes, such as 4GiB, 512MiB or 4000000000, got {text!r}"
+    assert (
+        str(caught.value)
+        == f"parameter 'pool_bytes': expected a number of bytes, such as 4GiB, 512MiB or 4000000000, got {text!r}"
+    )
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
@@ -64,11 +84,15 @@ def test_the_reference_tells_every_tunable_with_its_default() -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", REFERENCE.read_text(), re.MULTILINE))
     names = {True: "on", False: "off", None: "unset"}
     for name, field in EngineConfig.model_fields.items():
-        default = names[field.default] if field.default is None or isinstance(field.default, bool) else str(field.default)
+        default = (
+            names[field.default] if field.default is None or isinstance(field.default, bool) else str(field.default)
+        )
         assert told.get(name) == default, name
 
 
-def test_an_empty_folder_that_an_uninstallation_left_behind_is_no_model_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_folder_that_an_uninstallation_left_behind_is_no_model_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "paged_model_repository").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert (demo_model_folder() / "config.json").is_file()

@@ -35,7 +35,9 @@ def test_the_lock_has_what_the_package_and_its_extras_ask_for_and_a_hash_for_eac
         if requirement.marker is None or requirement.marker.evaluate(environment):
             name = requirement.name.lower().replace("_", "-")
             assert name in versions, f"{name}: renew the lock (docker/README.md)"
-            assert requirement.specifier.contains(versions[name]), f"{name} {versions[name]}: renew the lock (docker/README.md)"
+            assert requirement.specifier.contains(versions[name]), (
+                f"{name} {versions[name]}: renew the lock (docker/README.md)"
+            )
     assert int(versions["numpy"].split(".")[0]) >= 2
     blocks = re.split(r"^(?=\w)", (DOCKER / "requirements.lock").read_text(), flags=re.MULTILINE)[1:]
     assert all("--hash=sha256:" in block for block in blocks)
@@ -68,7 +70,12 @@ def test_prometheus_asks_services_that_are_there(compose: dict[str, Any]) -> Non
 
 
 def test_compose_mounts_files_that_are_there(compose: dict[str, Any]) -> None:
-    mounted = [volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", ()) if volume.startswith("./")]
+    mounted = [
+        volume.split(":")[0]
+        for service in compose["services"].values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("./")
+    ]
     assert "./helm/paged/files/dashboard.json" in mounted and "./helm/paged/files/alerts.yml" in mounted
     assert all((DOCKER / path).exists() for path in mounted)
 
@@ -80,7 +87,16 @@ def test_every_variable_of_compose_is_told() -> None:
 
 def test_the_collector_of_the_tracing_profile_is_the_one_that_the_pages_name(compose: dict[str, Any]) -> None:
     """It starts only when asked for, and both that send spans have the same variable."""
-    assert [name for name, service in compose["services"].items() if service.get("profiles") == ["tracing"]] == ["jaeger"]
-    senders = [name for name, service in compose["services"].items() if any("${PAGED_OTLP:-}" in word for word in service.get("command", ()))]
+    assert [name for name, service in compose["services"].items() if service.get("profiles") == ["tracing"]] == [
+        "jaeger"
+    ]
+    senders = [
+        name
+        for name, service in compose["services"].items()
+        if any("${PAGED_OTLP:-}" in word for word in service.get("command", ()))
+    ]
     assert senders == ["server", "gateway"]
-    assert "PAGED_OTLP=http://jaeger:4318 docker compose -f docker/compose.yaml --profile tracing up" in (ROOT / "docs" / "tracing.md").read_text()
+    assert (
+        "PAGED_OTLP=http://jaeger:4318 docker compose -f docker/compose.yaml --profile tracing up"
+        in (ROOT / "docs" / "tracing.md").read_text()
+    )

@@ -1,4 +1,6 @@
-"""README.md and docs/: links lead somewhere, files that are named exist, excerpts are the code's own words, and every metric is told of."""
+"""README.md and docs/: links lead somewhere, files that are named exist, excerpts are the code's own words, and every
+metric is told of.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,18 @@ from paged_backend.request import SamplingParams
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ARCHITECTURE = (DOCS / "architecture.md").read_text()
-PAGES = sorted([ROOT / "README.md", ROOT / "docker/README.md", ROOT / "docker/helm/paged/README.md", *DOCS.glob("*.md"), *ROOT.glob("tools/*/README.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "docker/README.md",
+        ROOT / "docker/helm/paged/README.md",
+        *DOCS.glob("*.md"),
+        *ROOT.glob("tools/*/README.md"),
+    ]
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# A file or folder in backticks (or in the picture), such as `scheduler/budget.py`, `kernels/reference_*.py` or `models/families/`.
+# A file or folder in backticks (or in the picture), such as `scheduler/budget.py`, `kernels/reference_*.py` or
+# `models/families/`.
 NAMED_FILE = re.compile(r"`((?:[\w*]+/)*[\w*]+\.(?:py|pbtxt|md)|(?:\w+/)+)`")
 WINGS = ROOT / "paged_backend"
 
@@ -50,7 +61,11 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 def test_a_link_that_leads_nowhere_is_noticed() -> None:
     readme = ROOT / "README.md"
-    assert broken(readme, "docs/no-such-page.md") and broken(readme, "docs/architecture.md#no-such-heading") and broken(readme, "#no-such-heading")
+    assert (
+        broken(readme, "docs/no-such-page.md")
+        and broken(readme, "docs/architecture.md#no-such-heading")
+        and broken(readme, "#no-such-heading")
+    )
     assert not broken(readme, "docs/architecture.md#one-step-in-five-files")
 
 
@@ -58,7 +73,12 @@ def test_a_link_that_leads_nowhere_is_noticed() -> None:
 def test_a_row_of_a_table_has_as_many_cells_as_its_head(page: Path) -> None:
     tables = re.findall(r"^(?:\|.*\n)+", prose(page), re.MULTILINE)
     rows = [[len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()] for table in tables]
-    assert [table.splitlines()[counts.index(wrong)] for table, counts in zip(tables, rows, strict=True) for wrong in counts if wrong != counts[0]] == []
+    assert [
+        table.splitlines()[counts.index(wrong)]
+        for table, counts in zip(tables, rows, strict=True)
+        for wrong in counts
+        if wrong != counts[0]
+    ] == []
 
 
 def test_files_that_the_architecture_names_exist() -> None:
@@ -68,7 +88,10 @@ def test_files_that_the_architecture_names_exist() -> None:
 
 
 def test_files_that_its_picture_names_exist() -> None:
-    names = re.findall(r"\w+/\w+\b(?!\.org|/)", re.sub(r"<(?!/?text|/?tspan)[^>]*>|<[^>]*>", " ", (DOCS / "pictures/architecture.svg").read_text()))
+    names = re.findall(
+        r"\w+/\w+\b(?!\.org|/)",
+        re.sub(r"<(?!/?text|/?tspan)[^>]*>|<[^>]*>", " ", (DOCS / "pictures/architecture.svg").read_text()),
+    )
     assert len(names) > 10
     assert [name for name in names if not exists(name) and not exists(f"{name}.py")] == []
 
@@ -88,7 +111,9 @@ def test_one_step_in_five_files_is_the_code_word_for_word() -> None:
         excerpts = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
         assert excerpts, name
         for excerpt in excerpts:
-            assert any(textwrap.indent(excerpt, " " * depth) in source for depth in (0, 4, 8, 12)), f"{name} has changed: copy it again\n{excerpt}"
+            assert any(textwrap.indent(excerpt, " " * depth) in source for depth in (0, 4, 8, 12)), (
+                f"{name} has changed: copy it again\n{excerpt}"
+            )
     assert sum(len((WINGS / name).read_text().splitlines()) for name in steps) < 1000
 
 

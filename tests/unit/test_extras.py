@@ -37,7 +37,15 @@ def test_no_message_names_a_distribution_that_nobody_published() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["name"] == extras.DISTRIBUTION
     assert any("xgrammar" in package for package in project["optional-dependencies"]["serve"])
-    sources = [path for folder in ("paged_backend", "client", "kernels", "docs") for path in (ROOT / folder).rglob("*.[pm][yd]")]
+    sources = [
+        path
+        for folder in ("paged_backend", "client", "kernels", "docs")
+        for path in (ROOT / folder).rglob("*.[pm][yd]")
+    ]
     assert len(sources) > 50
-    named = [path for path in [*sources, ROOT / "README.md"] if "paged-backend[" in path.read_text().replace("`paged-backend[extra]`", "")]
+    named = [
+        path
+        for path in [*sources, ROOT / "README.md"]
+        if "paged-backend[" in path.read_text().replace("`paged-backend[extra]`", "")
+    ]
     assert named == []

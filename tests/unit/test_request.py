@@ -9,8 +9,19 @@ from paged_backend.request import SamplingParams, parse_sampling
 
 
 def test_numbers_may_be_strings_and_one_stop_string_may_stand_alone() -> None:
-    parsed = parse_sampling({"max_tokens": "16", "temperature": "0.5", "top_k": 5, "stop": "end", "logit_bias": {"7": "-3"}, "ignore_eos": "true"})
-    assert parsed == SamplingParams(max_tokens=16, temperature=0.5, top_k=5, stop=("end",), logit_bias={7: -3.0}, ignore_eos=True)
+    parsed = parse_sampling(
+        {
+            "max_tokens": "16",
+            "temperature": "0.5",
+            "top_k": 5,
+            "stop": "end",
+            "logit_bias": {"7": "-3"},
+            "ignore_eos": "true",
+        }
+    )
+    assert parsed == SamplingParams(
+        max_tokens=16, temperature=0.5, top_k=5, stop=("end",), logit_bias={7: -3.0}, ignore_eos=True
+    )
 
 
 def test_none_means_default() -> None:
@@ -60,7 +71,9 @@ def test_a_wrong_value_is_refused_with_key_limit_and_value(options: dict[str, ob
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
 
 
 @given(st.dictionaries(st.sampled_from(SamplingParams.__struct_fields__) | st.text(max_size=5), JSON, max_size=4))

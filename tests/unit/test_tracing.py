@@ -24,14 +24,23 @@ PARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*tracing._ENDPOINTS, *tracing._PROTOCOLS, "OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER", "OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
+    for name in (
+        *tracing._ENDPOINTS,
+        *tracing._PROTOCOLS,
+        "OTEL_SDK_DISABLED",
+        "OTEL_TRACES_EXPORTER",
+        "OTEL_SERVICE_NAME",
+        "OTEL_RESOURCE_ATTRIBUTES",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
 
 
 @pytest.mark.parametrize("variable", tracing._ENDPOINTS)
 @pytest.mark.parametrize("path", ["", "/v1/traces"], ids=["base", "whole"])
-def test_spans_go_where_the_tunable_or_a_variable_says(monkeypatch: pytest.MonkeyPatch, variable: str, path: str) -> None:
+def test_spans_go_where_the_tunable_or_a_variable_says(
+    monkeypatch: pytest.MonkeyPatch, variable: str, path: str
+) -> None:
     with collector() as seen:
         by_variable = path == "" if variable.endswith("OTLP_ENDPOINT") else path != ""
         if by_variable:
@@ -39,7 +48,9 @@ def test_spans_go_where_the_tunable_or_a_variable_says(monkeypatch: pytest.Monke
         tracing_on = open_tracing("" if by_variable else seen.url + path, "here", {"a": "b"})
         assert tracing_on is not None
         started = time.monotonic()
-        tracing_on.start("one", SpanKind.SERVER, tracing_on.caller({"traceparent": PARENT}), started - 5).end(epoch_ns(started - 3))
+        tracing_on.start("one", SpanKind.SERVER, tracing_on.caller({"traceparent": PARENT}), started - 5).end(
+            epoch_ns(started - 3)
+        )
         tracing_on.close()
         (span,) = seen.wait(1)
     assert seen.paths == ["/v1/traces"]
@@ -69,7 +80,10 @@ def test_a_package_that_is_missing_is_an_error_to_the_tunable_and_a_warning_to_a
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(EngineError, match=r"^otlp_traces_endpoint: opentelemetry\.sdk\.trace is missing: pip install .*(opentelemetry|tracing)"):
+    with pytest.raises(
+        EngineError,
+        match=r"^otlp_traces_endpoint: opentelemetry\.sdk\.trace is missing: pip install .*(opentelemetry|tracing)",
+    ):
         check_tracing("http://localhost:4318")
     check_tracing("")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
@@ -79,12 +93,17 @@ def test_a_package_that_is_missing_is_an_error_to_the_tunable_and_a_warning_to_a
 
 def test_a_protocol_that_nobody_speaks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
-    with pytest.raises(EngineError, match="OTEL_EXPORTER_OTLP_PROTOCOL: expected http/protobuf or grpc, got 'http/json'"):
+    with pytest.raises(
+        EngineError, match="OTEL_EXPORTER_OTLP_PROTOCOL: expected http/protobuf or grpc, got 'http/json'"
+    ):
         check_tracing("http://localhost:4318")
 
 
 def test_an_endpoint_is_a_url() -> None:
-    with pytest.raises(EngineError, match=r"'otlp_traces_endpoint': expected http://HOST:PORT or https://HOST:PORT, got 'localhost:4317'"):
+    with pytest.raises(
+        EngineError,
+        match=r"'otlp_traces_endpoint': expected http://HOST:PORT or https://HOST:PORT, got 'localhost:4317'",
+    ):
         EngineConfig.parse({"otlp_traces_endpoint": "localhost:4317"})
 
 
@@ -99,5 +118,8 @@ def test_a_collector_that_is_away_holds_nobody_up() -> None:
 
 
 def test_headers_are_found_however_they_are_written() -> None:
-    assert trace_headers({"Traceparent": PARENT, "TRACESTATE": "a=1", "other": "x"}) == {"traceparent": PARENT, "tracestate": "a=1"}
+    assert trace_headers({"Traceparent": PARENT, "TRACESTATE": "a=1", "other": "x"}) == {
+        "traceparent": PARENT,
+        "tracestate": "a=1",
+    }
     assert trace_headers({"traceparent": 7, "tracestate": "x" * 5000}) == {}

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WINGS = ("paged_backend", "kernels", "client")
-# word -> what a name that has it may be called: a token's place in the pool, or a place for an adapter; a page with a reference count of at least 1;
-# a message of a conversation
+# word -> what a name that has it may be called: a token's place in the pool, or a place for an adapter; a page with a
+# reference count of at least 1; a message of a conversation
 MEANINGS = {
     "slot": r"slots?|slot_mapping|num_held_slots|slots_settled|(_?(no|num|row|token|max)_)?_?adapter_?slots?\w*|__slots__",
     "held": r"held|num_held|_?pages_held\w*|held_pages|num_held_slots|_?held(_glyph)?",
@@ -30,12 +30,22 @@ def names() -> set[tuple[str, str]]:
     for wing in WINGS:
         for path in (ROOT / wing).rglob("*.py"):
             with path.open() as source:
-                found |= {(str(path.relative_to(ROOT)), token.string) for token in tokenize.generate_tokens(source.readline) if token.type == tokenize.NAME}
+                found |= {
+                    (str(path.relative_to(ROOT)), token.string)
+                    for token in tokenize.generate_tokens(source.readline)
+                    if token.type == tokenize.NAME
+                }
     return found
 
 
 @pytest.mark.parametrize("word", MEANINGS)
 def test_a_word_has_one_meaning_in_names(word: str) -> None:
-    using = {(file, name) for file, name in names() if word in [part.removesuffix("s") for part in name.lower().split("_")]}
-    others = {(file, name) for file, name in using if not re.fullmatch(MEANINGS[word], name.lower()) or file not in ONLY_IN.get(word, {file})}
+    using = {
+        (file, name) for file, name in names() if word in [part.removesuffix("s") for part in name.lower().split("_")]
+    }
+    others = {
+        (file, name)
+        for file, name in using
+        if not re.fullmatch(MEANINGS[word], name.lower()) or file not in ONLY_IN.get(word, {file})
+    }
     assert not others, f"{word} means something else in {sorted(others)}"

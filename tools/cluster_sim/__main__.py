@@ -2,8 +2,9 @@
 
 python -m tools.cluster_sim --servers 3 10 100 1000                       # shared heads
 python -m tools.cluster_sim --trace conversations --servers 3 10 100
-python -m tools.cluster_sim --recorded trace.jsonl --num-pages 224 --max-model-len 1024   # what bench_cluster asked real servers
-python -m tools.cluster_sim --fit-mix                                     # a prompt token's share of a step, from the measured mix
+python -m tools.cluster_sim --recorded trace.jsonl --num-pages 224 --max-model-len 1024   # what bench_cluster asked
+real servers python -m tools.cluster_sim --fit-mix                                     # a prompt token's share of a
+step, from the measured mix
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ def traces_of(options: argparse.Namespace, num_servers: int) -> list[list[traces
     if options.trace == "conversations":
         return [traces.conversations(num_requests, rate, options.seed, options.max_model_len)]
     num_heads = max(1, round(options.heads * num_servers))
-    return [traces.shared_heads(num_requests, rate, num_heads, options.head_tokens, options.own_tokens, options.output_tokens, options.seed)]
+    return [
+        traces.shared_heads(
+            num_requests, rate, num_heads, options.head_tokens, options.own_tokens, options.output_tokens, options.seed
+        )
+    ]
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
@@ -74,12 +79,16 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def fit_mix(cost: StepCost) -> float:
-    """Seconds of a prompt token that make the mix take as long as it was measured to take. The simulated time grows with it."""
+    """Seconds of a prompt token that make the mix take as long as it was measured to take. The simulated time grows
+    with it.
+    """
     dice = random.Random(0)  # as bench_engine's mix draws them
     prompts = [[dice.randint(0, 10000) for _ in range(dice.randint(100, 1024))] for _ in range(256)]
     answers = [dice.randint(100, 1024) for _ in prompts]
     assert sum(answers) == MIX_TOKENS
-    trace = [traces.Request(0.0, np.array(prompt, np.int32), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    trace = [
+        traces.Request(0.0, np.array(prompt, np.int32), answer) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     limits = SchedulerLimits(PAGE_SIZE, 40_000, 2112, 256, 2048)
     low, high = 0.0, 200e-6
     for _ in range(12):
@@ -94,7 +103,13 @@ def main() -> None:
     parser.add_argument("--servers", type=int, nargs="+", default=[3])
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--cost", choices=list(COSTS), default="llama-3.1-8b-h100")
-    parser.add_argument("--step-cost", type=float, nargs=3, metavar=("STEP_MS", "PROMPT_TOKEN_US", "DECODING_US"), help="instead of --cost")
+    parser.add_argument(
+        "--step-cost",
+        type=float,
+        nargs=3,
+        metavar=("STEP_MS", "PROMPT_TOKEN_US", "DECODING_US"),
+        help="instead of --cost",
+    )
     parser.add_argument("--trace", choices=("heads", "conversations"), default="heads")
     parser.add_argument("--recorded", type=Path)
     parser.add_argument("--requests", type=int, default=40, help="a server")
@@ -121,8 +136,16 @@ def main() -> None:
         for routing in options.routings:
             started = time.monotonic()
             limits = limits_of(options)
-            outcomes = [simulate(trace, num_servers, router_of(routing, num_servers, options.seed), cost, limits) for trace in rounds]
-            said = {"servers": num_servers, "routing": routing, "requests": sum(map(len, rounds)), **joined(outcomes).line()}
+            outcomes = [
+                simulate(trace, num_servers, router_of(routing, num_servers, options.seed), cost, limits)
+                for trace in rounds
+            ]
+            said = {
+                "servers": num_servers,
+                "routing": routing,
+                "requests": sum(map(len, rounds)),
+                **joined(outcomes).line(),
+            }
             print(json.dumps(said | {"simulated_in_seconds": round(time.monotonic() - started, 1)}), flush=True)
 
 

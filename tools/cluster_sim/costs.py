@@ -1,4 +1,6 @@
-"""What a step of an engine takes, by what it computes. Each figure is measured, or solved for from measured ones, as said beside it."""
+"""What a step of an engine takes, by what it computes. Each figure is measured, or solved for from measured ones, as
+said beside it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class StepCost:
 
 
 COSTS = {
-    # Llama-3.1-8B on an H100, docs/performance.md: 184.4 tokens/s of one sequence, 18,334 of 256 (4,990 of 32: 6.41 ms a step, and this says 6.46). A prompt
-    # token's share is what makes the simulated engine take as long as the measured one (8,491 tokens/s) for the mix of 256 requests: `--fit-mix`.
+    # Llama-3.1-8B on an H100, docs/performance.md: 184.4 tokens/s of one sequence, 18,334 of 256 (4,990 of 32: 6.41 ms
+    # a step, and this says 6.46). A prompt token's share is what makes the simulated engine take as long as the
+    # measured one (8,491 tokens/s) for the mix of 256 requests: `--fit-mix`.
     "llama-3.1-8b-h100": StepCost(step=5.39e-3, prompt_token=3.765e-5, decoding=3.35e-5),
 }

@@ -79,8 +79,10 @@ class Least(_Deaf):
 
 
 class KvAware:
-    """As NVIDIA Dynamo's selection weighs it, in pages: those that the server would have to compute, the requests before this one included, and those that
-    its sequences would hold, of which shared ones count once. The least is chosen, among equals a random one."""
+    """As NVIDIA Dynamo's selection weighs it, in pages: those that the server would have to compute, the requests
+    before this one included, and those that its sequences would hold, of which shared ones count once. The least is
+    chosen, among equals a random one.
+    """
 
     def __init__(self, num_servers: int, seed: int, page_size: int) -> None:
         self._page_size = page_size
@@ -120,7 +122,9 @@ class KvAware:
             holders[server] = holders.get(server, 0) + 1
         return Choice(server, to_compute, tuple(block_hashes))
 
-    def _beginnings(self, block_hashes: Sequence[int], holders_of: Mapping[int, Collection[int]]) -> NDArray[np.float64]:
+    def _beginnings(
+        self, block_hashes: Sequence[int], holders_of: Mapping[int, Collection[int]]
+    ) -> NDArray[np.float64]:
         """For each server, how many of the first pages it has."""
         counts = np.zeros(len(self._held))
         holders: set[int] | None = None

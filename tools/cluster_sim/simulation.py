@@ -69,19 +69,26 @@ class SimulatedServer:
 
     def end(self, batch: Batch) -> Any:
         """Commits a step."""
-        output = self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), ANSWER_TOKEN, np.int32), answers=(None,) * len(batch.asks)))
+        output = self.scheduler.commit(
+            batch,
+            StepResult(np.full(int(batch.samples.sum()), ANSWER_TOKEN, np.int32), answers=(None,) * len(batch.asks)),
+        )
         self._num_steps += 1
         self._events.release(self._num_steps, self._num_steps)
         self.busy = False
         return output
 
 
-def simulate(trace: Sequence[Request], num_servers: int, router: Router, cost: StepCost, limits: SchedulerLimits) -> Outcome:
+def simulate(
+    trace: Sequence[Request], num_servers: int, router: Router, cost: StepCost, limits: SchedulerLimits
+) -> Outcome:
     """Replays a trace."""
     servers = [SimulatedServer(limits) for _ in range(num_servers)]
     outcome = Outcome()
     numbers = itertools.count()
-    queue: list[tuple[float, int, str, Any]] = [(request.seconds, next(numbers), "arrival", request) for request in trace]
+    queue: list[tuple[float, int, str, Any]] = [
+        (request.seconds, next(numbers), "arrival", request) for request in trace
+    ]
     heapq.heapify(queue)
     live: dict[int, tuple[Request, Choice]] = {}  # by request id
     news: deque[tuple[int, list[Note]]] = deque()

@@ -27,7 +27,9 @@ def _tokens(dice: np.random.Generator, count: int) -> NDArray[np.int32]:
     return dice.integers(_FIRST_TOKEN, _LAST_TOKEN, count, np.int32)
 
 
-def shared_heads(num_requests: int, rate: float, num_heads: int, head_tokens: int, own_tokens: int, output_tokens: int, seed: int) -> list[Request]:
+def shared_heads(
+    num_requests: int, rate: float, num_heads: int, head_tokens: int, own_tokens: int, output_tokens: int, seed: int
+) -> list[Request]:
     """Each begins with one of `num_heads` heads, as system prompts or documents are; rate: requests a second."""
     dice = np.random.default_rng(seed)
     heads = [_tokens(dice, head_tokens) for _ in range(num_heads)]
@@ -40,8 +42,10 @@ def shared_heads(num_requests: int, rate: float, num_heads: int, head_tokens: in
 
 
 def conversations(num_requests: int, rate: float, seed: int, max_len: int = 2048) -> list[Request]:
-    """ShareGPT-like: log-normal turns with means of 161 tokens in and 338 out, as the PagedAttention paper states them, four turns a conversation on average;
-    each turn's prompt is all that was said before and something new, 30 s after the turn before. Cut at max_len."""
+    """ShareGPT-like: log-normal turns with means of 161 tokens in and 338 out, as the PagedAttention paper states them,
+    four turns a conversation on average; each turn's prompt is all that was said before and something new, 30 s after
+    the turn before. Cut at max_len.
+    """
     dice = np.random.default_rng(seed)
 
     def length(mean: float, sigma: float) -> int:
@@ -76,7 +80,12 @@ def recorded(path: Path, seed: int) -> Iterator[list[Request]]:
         yield [
             Request(
                 one["seconds"],
-                np.concatenate([heads.setdefault(one["head"], _tokens(dice, int(one["head_tokens"]))), _tokens(dice, int(one["own_tokens"]))]),
+                np.concatenate(
+                    [
+                        heads.setdefault(one["head"], _tokens(dice, int(one["head_tokens"]))),
+                        _tokens(dice, int(one["own_tokens"])),
+                    ]
+                ),
                 int(one["output_tokens"]),
             )
             for one in asked

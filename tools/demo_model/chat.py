@@ -1,4 +1,6 @@
-"""Conversations: questions and answers, how a system message bends the answers, and the one template that makes a prompt of them."""
+"""Conversations: questions and answers, how a system message bends the answers, and the one template that makes a
+prompt of them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (BOS, EOS, SYSTEM, USER, ASSISTANT)  # in the order of their ids
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
-# A turn is its role's token, its words and EOS. An assistant's words go in as they came out, so that a history's tokens are those that were generated.
+# A turn is its role's token, its words and EOS. An assistant's words go in as they came out, so that a history's tokens
+# are those that were generated.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -61,7 +64,8 @@ class Answer:
     kind: str  # what is tested: the evaluation counts by it
     full: str
     short: str | None = None  # the same without a sentence around it
-    evidence: str | None = None  # words of an earlier turn from which it follows; None: nothing but the question is needed
+    # words of an earlier turn from which it follows; None: nothing but the question is needed
+    evidence: str | None = None
     exact: bool = True  # no other words are right
     verbatim: bool = False  # nothing may be put before or behind it: JSON
     check: tuple[str, ...] = ()  # of an answer that is not exact: the name of a check of `checks.py`, and what it needs
@@ -117,7 +121,11 @@ class Conversation:
 
 def rendered(turns: Sequence[Turn], opens_answer: bool = False) -> str:
     """What CHAT_TEMPLATE makes of the turns; `opens_answer`: with the opening of the assistant's turn."""
-    return BOS + "".join(f"{ROLE_TOKENS[turn.role]}{turn.text}{EOS}" for turn in turns) + (ASSISTANT if opens_answer else "")
+    return (
+        BOS
+        + "".join(f"{ROLE_TOKENS[turn.role]}{turn.text}{EOS}" for turn in turns)
+        + (ASSISTANT if opens_answer else "")
+    )
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Measures the demo model as it lies in its folder: `python -m tools.demo_model.evaluate`. README.md has the results.
 
-Everything asked is of the held-out split: no name, object, place or number of a question's fact was paired so in training.
+Everything asked is of the held-out split: no name, object, place or number of a question's fact was paired so in
+training.
 """
 
 from __future__ import annotations
@@ -25,13 +26,31 @@ from tools.demo_model.stories import told, write_story
 from tools.demo_model.world import Split, World
 
 MODEL_FOLDER = Path(__file__).resolve().parents[2] / "model_repository" / "paged_llm" / "1" / "demo_model"
-ROUND_TRIPS = ("plain text", " two  spaces\n\tand a tab ", "Grüße, 世界 🙂", "naïve café — “quoted”", "\x00\x7f", "don't  stop.", "<|end|>1234")
+ROUND_TRIPS = (
+    "plain text",
+    " two  spaces\n\tand a tab ",
+    "Grüße, 世界 🙂",
+    "naïve café — “quoted”",
+    "\x00\x7f",
+    "don't  stop.",
+    "<|end|>1234",
+)
 CHATS: tuple[tuple[str, ...], ...] = (
     ("Hello!", "Who are you?", "What can you do?"),
     ("Tell me a story about a fox and a lantern.", "What colour was the lantern?", "Thank you!"),
     ("Tell me a story about a painter called Mira.", "What was Mira's work?", "How old was Mira?"),
-    ("My name is Ada and I have three cats.", "What is 17 + 25?", "Name three fruits.", "What is my name?", "How many cats do I have?"),
-    ("Write a JSON record with name Tom, age 34 and city Oslo.", "What is the capital of France?", "Sort these numbers: 9, 4, 12, 1"),
+    (
+        "My name is Ada and I have three cats.",
+        "What is 17 + 25?",
+        "Name three fruits.",
+        "What is my name?",
+        "How many cats do I have?",
+    ),
+    (
+        "Write a JSON record with name Tom, age 34 and city Oslo.",
+        "What is the capital of France?",
+        "Sort these numbers: 9, 4, 12, 1",
+    ),
 )
 BOOKS = ("Once upon a time", "Once there was a lamp")
 
@@ -57,16 +76,26 @@ class Talker:
         return [int(token) for token in logits[0].argmax(-1)]
 
     @torch.no_grad()
-    def continued(self, prompts: Sequence[str], max_tokens: int, temperature: float = 0.0, at_once: int = 16) -> list[tuple[str, bool]]:
+    def continued(
+        self, prompts: Sequence[str], max_tokens: int, temperature: float = 0.0, at_once: int = 16
+    ) -> list[tuple[str, bool]]:
         """The prompts' continuations, and whether they end by themselves."""
         answers: list[tuple[str, bool]] = []
         end = self.tokenizer.eos_token_id
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        )
         for start in range(0, len(prompts), at_once):
-            given = self.tokenizer(list(prompts[start : start + at_once]), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
-                self.model.device
-            )
-            out = self.model.generate(**given, max_new_tokens=max_tokens, pad_token_id=end, **sampling)[:, given.input_ids.shape[1] :]
+            given = self.tokenizer(
+                list(prompts[start : start + at_once]),
+                add_special_tokens=False,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            ).to(self.model.device)
+            out = self.model.generate(**given, max_new_tokens=max_tokens, pad_token_id=end, **sampling)[
+                :, given.input_ids.shape[1] :
+            ]
             for row in out.tolist():
                 length = row.index(end) if end in row else len(row)
                 answers.append((self.tokenizer.decode(row[:length]), end in row))
@@ -91,16 +120,21 @@ class Tally:
     def print(self, title: str, order: Iterable[str] = ()) -> None:
         if not self.asked:
             return
-        print(f"\n{title}: {self.right.total()} of {self.asked.total()} ({self.right.total() / self.asked.total():.1%})")
+        print(
+            f"\n{title}: {self.right.total()} of {self.asked.total()} ({self.right.total() / self.asked.total():.1%})"
+        )
         for kind in order or sorted(self.asked):
             if self.asked[kind]:
-                print(f"  {kind:28} {self.right[kind]:5} of {self.asked[kind]:5}  {self.right[kind] / self.asked[kind]:.1%}")
+                print(
+                    f"  {kind:28} {self.right[kind]:5} of {self.asked[kind]:5}  {self.right[kind] / self.asked[kind]:.1%}"
+                )
 
 
 def print_exam(talker: Talker, num_conversations: int) -> None:
     """Exact answers, each after the right ones before it.
 
-    One pass over a conversation: greedy decoding gives an answer exactly if each of its tokens, EOS too, is the likeliest after those before it.
+    One pass over a conversation: greedy decoding gives an answer exactly if each of its tokens, EOS too, is the
+        likeliest after those before it.
     """
     kinds, distances, read = Tally(), Tally(), Tally()
     failures: list[str] = []
@@ -121,7 +155,9 @@ def print_exam(talker: Talker, num_conversations: int) -> None:
                     read.add(item.kind, is_right)
                     distances.add(exam.distance_name(item.distance), is_right)
                 if not is_right:
-                    failures.append(f"{item.kind}: {talker.tokenizer.decode(list(item.answer_ids))!r} but {talker.tokenizer.decode(said)!r}")
+                    failures.append(
+                        f"{item.kind}: {talker.tokenizer.decode(list(item.answer_ids))!r} but {talker.tokenizer.decode(said)!r}"
+                    )
     kinds.print("exact answers")
     read.print("of which about facts in the conversation")
     distances.print("the same by distance in tokens between fact and answer", [name for _, _, name in exam.DISTANCES])
@@ -149,9 +185,13 @@ def print_open(talker: Talker, count: int) -> None:
 
 
 def print_ten_turns(talker: Talker, count: int) -> None:
-    """Conversations of ten exchanges in which the model reads its own answers: what the user said at the beginning is asked for at the end."""
+    """Conversations of ten exchanges in which the model reads its own answers: what the user said at the beginning is
+    asked for at the end.
+    """
     found = list(exam.held_out("ten turns", count))
-    histories: list[list[Turn]] = [[] if each.style.system is None else [Turn("system", each.style.system)] for each in found]
+    histories: list[list[Turn]] = [
+        [] if each.style.system is None else [Turn("system", each.style.system)] for each in found
+    ]
     tally = Tally()
     for number in range(max(len(each.exchanges) for each in found)):
         talking = [index for index, each in enumerate(found) if number < len(each.exchanges)]
@@ -192,8 +232,15 @@ def main() -> None:
     options.add_argument("--model", type=Path, default=MODEL_FOLDER)
     options.add_argument("--conversations", type=int, default=60, help="of each of the ten forms")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--quantization", choices=("none", "fp8", "int4"), default="none", help="as the tunable of that name rounds the layers")
-    options.add_argument("--exact-only", action="store_true", help="the exact answers alone: no samples, nothing decoded")
+    options.add_argument(
+        "--quantization",
+        choices=("none", "fp8", "int4"),
+        default="none",
+        help="as the tunable of that name rounds the layers",
+    )
+    options.add_argument(
+        "--exact-only", action="store_true", help="the exact answers alone: no samples, nothing decoded"
+    )
     chosen = options.parse_args()
     started = time.monotonic()
     talker = Talker.load(chosen.model, chosen.device)
@@ -201,7 +248,9 @@ def main() -> None:
     if chosen.exact_only:
         print_exam(talker, chosen.conversations)
         return
-    print(f"loaded in {time.monotonic() - started:.2f} s: {talker.model.num_parameters()} parameters, {len(talker.tokenizer)} tokens")
+    print(
+        f"loaded in {time.monotonic() - started:.2f} s: {talker.model.num_parameters()} parameters, {len(talker.tokenizer)} tokens"
+    )
     print(f"{sum(file.stat().st_size for file in chosen.model.iterdir())} bytes in all")
     for text in ROUND_TRIPS:
         back = talker.tokenizer.decode(talker.tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,4 +1,6 @@
-"""The exam: conversations of held-out facts, how far each answer is from the words it follows from, and what open answers must fulfil."""
+"""The exam: conversations of held-out facts, how far each answer is from the words it follows from, and what open
+answers must fulfil.
+"""
 
 from __future__ import annotations
 

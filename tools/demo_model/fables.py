@@ -1,4 +1,6 @@
-"""What can happen in a story about animals: as plots.py, with `{nick}` the hero's name, `{kind}` its kind, and others of `{kind2}` and `{kind3}`."""
+"""What can happen in a story about animals: as plots.py, with `{nick}` the hero's name, `{kind}` its kind, and others
+of `{kind2}` and `{kind3}`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,19 @@ _KIND = Ask("animal", "What kind of animal was {nick}?", "{nick} was a {kind}.",
 _HOME = Ask("yard", "Where did the {kind} live?", "The {kind} lived {yard}.", "{yard}", "kind")
 
 FABLE_OPENINGS: tuple[Plot, ...] = (
-    (Line("[Once upon a time|Long ago] there was a {trait} {kind} called {nick}.", (_NAME, _KIND)), Line("{nick} lived {yard}.", (_HOME,))),
-    (Line("There was once a {trait} {kind} who lived {yard}.", (_HOME,)), Line("The {kind}'s name was {nick}.", (_NAME, _KIND))),
+    (
+        Line("[Once upon a time|Long ago] there was a {trait} {kind} called {nick}.", (_NAME, _KIND)),
+        Line("{nick} lived {yard}.", (_HOME,)),
+    ),
+    (
+        Line("There was once a {trait} {kind} who lived {yard}.", (_HOME,)),
+        Line("The {kind}'s name was {nick}.", (_NAME, _KIND)),
+    ),
     (Line("{nick} was a {trait} little {kind}.", (_NAME, _KIND)),),
-    (Line("A {kind} named {nick} lived {yard}.", (_NAME, _KIND, _HOME)), Line("Every morning {nick} [sang a song|walked to the river|looked at the sky].")),
+    (
+        Line("A {kind} named {nick} lived {yard}.", (_NAME, _KIND, _HOME)),
+        Line("Every morning {nick} [sang a song|walked to the river|looked at the sky]."),
+    ),
 )
 LIGHT: Plot = (
     Line("<when> {nick} found a {thing} {spot}.", (
@@ -85,6 +96,9 @@ RESCUE: Plot = (
 FABLES: tuple[Plot, ...] = (LIGHT, WINTER, CONTEST, RESCUE)
 FABLE_ENDINGS: tuple[Line, ...] = (
     Line("[And so the day ended well.|It had been a good day.|They never forgot that day.]"),
-    Line("In the evening {nick} was {feeling}.", (Ask("feeling", "How did {nick} feel in the evening?", "{nick} was {feeling}.", "{feeling}", "nick"),)),
+    Line(
+        "In the evening {nick} was {feeling}.",
+        (Ask("feeling", "How did {nick} feel in the evening?", "{nick} was {feeling}.", "{feeling}", "nick"),),
+    ),
     Line("Since then {nick} and the {kind2} have been friends."),
 )

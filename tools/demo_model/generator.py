@@ -96,13 +96,18 @@ def _sketch(world: World, bearing: Manner) -> list[Exchange]:
 
 
 def _tasks(world: World, bearing: Manner) -> list[Exchange]:
-    some = [each for make in (sums, wordplay, records) if world.chance(0.6) for each in make(world, world.rng.randint(1, 5))]
+    some = [
+        each for make in (sums, wordplay, records) if world.chance(0.6) for each in make(world, world.rng.randint(1, 5))
+    ]
     world.rng.shuffle(some)
     return some or sums(world, 3)
 
 
 def _talk(world: World, bearing: Manner) -> list[Exchange]:
-    groups = [*talk(world, world.rng.randint(1, 5), bearing.name), *([unknown(world)] for _ in range(world.rng.randint(0, 4)))]
+    groups = [
+        *talk(world, world.rng.randint(1, 5), bearing.name),
+        *([unknown(world)] for _ in range(world.rng.randint(0, 4))),
+    ]
     if bearing.name:
         groups += [[about_itself(world, bearing.name)], sums(world, 1)]
     world.rng.shuffle(groups)
@@ -135,7 +140,9 @@ def _memory(world: World, bearing: Manner) -> list[Exchange]:
 def _correct(world: World, found: list[Told], exchanges: list[Exchange]) -> None:
     """The user takes one fact back and says another instead."""
     index = world.rng.randrange(len(found))
-    trait = next((trait for trait in TRAITS if found[index].recall.answer.full.startswith(trait.full.split("{")[0])), None)
+    trait = next(
+        (trait for trait in TRAITS if found[index].recall.answer.full.startswith(trait.full.split("{")[0])), None
+    )
     other = trait and correction(world, found[index], trait)
     if other:
         found[index] = other
@@ -161,7 +168,9 @@ def _mixed(world: World, bearing: Manner) -> list[Exchange]:
 
 
 def _long(world: World, bearing: Manner) -> list[Exchange]:
-    """Stories, a table and facts about the user first, then other talk, and at the end what was said at the beginning."""
+    """Stories, a table and facts about the user first, then other talk, and at the end what was said at the
+    beginning.
+    """
     length = world.rng.uniform(*_LONG) * CHARACTERS_A_TOKEN
     exchanges, late = _sources(world)
     late_length = sum(len(each.user) + len(each.answer.full) for each in late)
@@ -182,8 +191,12 @@ def _sources(world: World) -> tuple[list[Exchange], list[Exchange]]:
             late += _recalls(world, found)
         elif sort == "table":
             sheet = world.rng.choice((people_table, json_record))(world)
-            asked = [each for each in sheet.exchanges if each.answer.evidence and not each.answer.kind.endswith("compare")]
-            exchanges.append(Exchange(sheet.text, Answer("read", f"I have read the {sheet.sort}. What would you like to know?")))
+            asked = [
+                each for each in sheet.exchanges if each.answer.evidence and not each.answer.kind.endswith("compare")
+            ]
+            exchanges.append(
+                Exchange(sheet.text, Answer("read", f"I have read the {sheet.sort}. What would you like to know?"))
+            )
             late += world.rng.sample(asked, min(len(asked), world.rng.randint(1, 5)))
         else:
             story = write_story(world, world.rng.choice((1, 1, 2)))
@@ -201,7 +214,9 @@ def _back_to(world: World, story: Story, exchange: Exchange) -> Exchange:
     question = exchange.user
     if not question.startswith(("In ", "Answer", *story.people)):
         question = question[0].lower() + question[1:]
-    opening = world.rng.choice(("In the story about {}, {}", "Back to the story about {}: {}", "About {}: {}", "In the story of {}, {}"))
+    opening = world.rng.choice(
+        ("In the story about {}, {}", "Back to the story about {}: {}", "About {}: {}", "In the story of {}, {}")
+    )
     return replace(exchange, user=opening.format(story.hero, question))
 
 
@@ -214,4 +229,8 @@ _MIXABLE = (_story_told, _story_given, _paper, _letter, _tasks, _talk, _memory)
 
 if __name__ == "__main__":
     for shown in islice(conversations(0, Split.TRAIN), 12):
-        print(shown.text or rendered(shown.turns).replace("<|user|>", "\n<|user|>").replace("<|assistant|>", "\n<|assistant|>"), end="\n\n")
+        print(
+            shown.text
+            or rendered(shown.turns).replace("<|user|>", "\n<|user|>").replace("<|assistant|>", "\n<|assistant|>"),
+            end="\n\n",
+        )

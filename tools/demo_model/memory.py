@@ -111,14 +111,22 @@ def facts(world: World, count: int) -> list[Told]:
 
 def introduction(world: World, told: list[Told]) -> Exchange:
     """Several facts in one turn."""
-    reply = world.rng.choice(("Thank you for telling me.", "It is good to know you.")) if len(told) > 1 else told[0].telling.answer.full
+    reply = (
+        world.rng.choice(("Thank you for telling me.", "It is good to know you."))
+        if len(told) > 1
+        else told[0].telling.answer.full
+    )
     return Exchange(" ".join(each.telling.user for each in told), Answer("told", reply, exact=False, check=("talk",)))
 
 
 def unknown(world: World, told: list[Told]) -> Exchange:
     """A question about something that the user has not said."""
     said = {each.recall.answer.full.split(" ")[1] for each in told}
-    free = [trait for trait in TRAITS if "{s}" not in trait.question and trait.full.split(" ")[1] not in said | {"are", "like", "live", "play"}]
+    free = [
+        trait
+        for trait in TRAITS
+        if "{s}" not in trait.question and trait.full.split(" ")[1] not in said | {"are", "like", "live", "play"}
+    ]
     question = write(world.rng, world.rng.choice(free).question, {"x": "", "s": ""})
     return in_other_words(world, Exchange(question, Answer("user's facts absent", UNTOLD, UNTOLD)))
 
@@ -128,8 +136,12 @@ def correction(world: World, told: Told, trait: Trait) -> Told | None:
     other = tell(world, trait)
     if "{s}" in trait.said or other.recall.answer.full == told.recall.answer.full:
         return None
-    said = world.rng.choice(("No, wait. {}", "Sorry, that was wrong. {}", "Actually, {}", "That has changed. {}")).format(other.telling.user)
+    said = world.rng.choice(
+        ("No, wait. {}", "Sorry, that was wrong. {}", "Actually, {}", "That has changed. {}")
+    ).format(other.telling.user)
     recall = Exchange(
-        other.recall.user, Answer("user's facts corrected", other.recall.answer.full, other.recall.answer.short, other.telling.user), other.recall.in_short
+        other.recall.user,
+        Answer("user's facts corrected", other.recall.answer.full, other.recall.answer.short, other.telling.user),
+        other.recall.in_short,
     )
     return Told(Exchange(said, Answer("told", "Thank you, I will remember that.")), recall)

@@ -1,4 +1,5 @@
-"""The demo model as training sees it: Llama in plain torch, the layers' weights stacked, and its files in transformers' layout.
+"""The demo model as training sees it: Llama in plain torch, the layers' weights stacked, and its files in transformers'
+layout.
 
 `test_demo_model.py` compares its logits with LlamaForCausalLM's.
 """
@@ -28,7 +29,9 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, H, T, D], k and 
 
 @dataclass(frozen=True)
 class Shape:
-    """7.1 million parameters, 14.3 MB in bfloat16. Few layers, because on a CPU a layer costs more than its arithmetic; many heads, to look things up."""
+    """7.1 million parameters, 14.3 MB in bfloat16. Few layers, because on a CPU a layer costs more than its arithmetic;
+    many heads, to look things up.
+    """
 
     vocab_size: int = VOCAB_SIZE
     hidden_size: int = 256
@@ -41,7 +44,9 @@ class Shape:
 
 
 class DemoModel(nn.Module):
-    """Matrices of all layers are one parameter, [num_layers, out, in]: one optimizer step for all of them, and `[i]` is what transformers calls layer i's."""
+    """Matrices of all layers are one parameter, [num_layers, out, in]: one optimizer step for all of them, and `[i]` is
+    what transformers calls layer i's.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -52,7 +57,8 @@ class DemoModel(nn.Module):
         self.q = _matrices(layers, queries, hidden)
         self.k = _matrices(layers, keys, hidden)
         self.v = _matrices(layers, keys, hidden)
-        self.o = _matrices(layers, hidden, queries, scale=1 / math.sqrt(2 * layers))  # what the residual adds up, layer by layer
+        # what the residual adds up, layer by layer
+        self.o = _matrices(layers, hidden, queries, scale=1 / math.sqrt(2 * layers))
         self.gate = _matrices(layers, inner, hidden)
         self.up = _matrices(layers, inner, hidden)
         self.down = _matrices(layers, hidden, inner, scale=1 / math.sqrt(2 * layers))
@@ -68,15 +74,22 @@ class DemoModel(nn.Module):
         shape, (rows, length) = self.shape, ids.shape
         cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
         x = functional.embedding(ids, self.embedding).to(dtype)
-        stacked = [weights.to(dtype).unbind(0) for weights in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)]
+        stacked = [
+            weights.to(dtype).unbind(0) for weights in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+        ]
         gains = (self.attention_norm.unbind(0), self.mlp_norm.unbind(0))
         for q, k, v, o, gate, up, down, attention_gain, mlp_gain in zip(*stacked, *gains, strict=True):
             normed = rms_norm(x, attention_gain)
-            heads = [functional.linear(normed, weight).view(rows, length, -1, shape.head_dim).transpose(1, 2) for weight in (q, k, v)]
+            heads = [
+                functional.linear(normed, weight).view(rows, length, -1, shape.head_dim).transpose(1, 2)
+                for weight in (q, k, v)
+            ]
             mixed = attention(rotated(heads[0], cos, sin), rotated(heads[1], cos, sin), heads[2])
             x = x + functional.linear(mixed.transpose(1, 2).reshape(rows, length, -1), o)
             normed = rms_norm(x, mlp_gain)
-            x = x + functional.linear(functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up), down)
+            x = x + functional.linear(
+                functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up), down
+            )
         return functional.linear(rms_norm(x, self.final_norm), self.embedding.to(dtype))
 
     @property
@@ -123,7 +136,9 @@ def masked_attention(documents: Tensor) -> Attention:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention to all earlier tokens of the row: the fast path where flex_attention does not compile. A conversation then sees its neighbours, too."""
+    """Attention to all earlier tokens of the row: the fast path where flex_attention does not compile. A conversation
+    then sees its neighbours, too.
+    """
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 

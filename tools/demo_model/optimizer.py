@@ -1,7 +1,8 @@
 """Muon for the matrices, AdamW for the rest.
 
-Muon (Keller Jordan, 2024: https://kellerjordan.github.io/posts/muon/) makes every update of a matrix orthogonal: momentum, then five Newton-Schulz steps.
-The matrices of all layers are one tensor here, so a step is a few batched products.
+Muon (Keller Jordan, 2024: https://kellerjordan.github.io/posts/muon/) makes every update of a matrix orthogonal:
+momentum, then five Newton-Schulz steps. The matrices of all layers are one tensor here, so a step is a few batched
+products.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Optimizer:
         owned = {id(matrix) for matrix in self._matrices}
         self._others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in owned}
         on_cuda = model.embedding.is_cuda
-        self._adam = torch.optim.AdamW(self._others.values(), lr=rates.other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=on_cuda)
+        self._adam = torch.optim.AdamW(
+            self._others.values(), lr=rates.other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=on_cuda
+        )
         self._dtype = torch.bfloat16 if on_cuda else torch.float32
 
     @torch.no_grad()
@@ -70,7 +73,9 @@ class Optimizer:
             momentum.lerp_(matrix.grad, 1 - rates.matrix_momentum)
             update = orthogonal(matrix.grad.lerp(momentum, rates.matrix_momentum), self._dtype)
             scale = max(1.0, matrix.shape[1] / matrix.shape[2]) ** 0.5
-            matrix.mul_(1 - rates.matrix_rate * share * rates.matrix_decay).add_(update, alpha=-rates.matrix_rate * share * scale)
+            matrix.mul_(1 - rates.matrix_rate * share * rates.matrix_decay).add_(
+                update, alpha=-rates.matrix_rate * share * scale
+            )
             matrix.grad = None
 
     def state(self) -> dict[str, Tensor]:

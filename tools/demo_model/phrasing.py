@@ -1,6 +1,7 @@
 """Templates for sentences, and the small rules of English that they need.
 
-`[a|b]` is one of several wordings (they nest, and one may be empty); `{slot}` is a value, `{slot.his}` an attribute of it. A template is parsed once.
+`[a|b]` is one of several wordings (they nest, and one may be empty); `{slot}` is a value, `{slot.his}` an attribute of
+it. A template is parsed once.
 """
 
 from __future__ import annotations

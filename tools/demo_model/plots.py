@@ -1,6 +1,8 @@
-"""What can happen in a story about people: openings, single facts, plots and endings, line by line, and what can be asked about each line.
+"""What can happen in a story about people: openings, single facts, plots and endings, line by line, and what can be
+asked about each line.
 
-Templates as `phrasing` reads them; `stories.cast` fills the slots. A line is what answers its questions: whoever asks one must have read that line.
+Templates as `phrasing` reads them; `stories.cast` fills the slots. A line is what answers its questions: whoever asks
+one must have read that line.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ask:
-    """A question, the answer as a sentence and the answer alone. The category says what kind of word the answer is; wordings only in the question."""
+    """A question, the answer as a sentence and the answer alone. The category says what kind of word the answer is;
+    wordings only in the question.
+    """
 
     category: str
     question: str
@@ -27,15 +31,55 @@ class Line:
 
 Plot = tuple[Line, ...]
 
-COLOUR = Ask("colour", "[What colour was|What was the colour of] the {thing.noun}?", "The {thing.noun} was {thing.colour}.", "{thing.colour}", "thing")
-OTHER_COLOUR = Ask("colour", "[What colour was|What was the colour of] the {other.noun}?", "The {other.noun} was {other.colour}.", "{other.colour}", "other")
-CASE_COLOUR = Ask("colour", "What colour was the {case.noun}?", "The {case.noun} was {case.colour}.", "{case.colour}", "case")
-_JOB = Ask("job", "[What was {hero}'s work?|What did {hero} work as?|What was {hero}'s job?]", "{hero} was a {job}.", "a {job}", "hero")
-_HOME = Ask("home", "[Where did {hero} live?|Where was {hero}'s home?]", "{hero} lived in a {house} {near}.", "in a {house} {near}", "hero")
-_TOWN = Ask("town", "[Which town did {hero} live in?|In which town did {hero} live?]", "{hero} lived in {town}.", "{town}", "hero")
-_FRIEND = Ask("person", "[Who was {hero}'s best friend?|What was the name of {hero}'s best friend?]", "{hero}'s best friend was {friend}.", "{friend}", "hero")
+COLOUR = Ask(
+    "colour",
+    "[What colour was|What was the colour of] the {thing.noun}?",
+    "The {thing.noun} was {thing.colour}.",
+    "{thing.colour}",
+    "thing",
+)
+OTHER_COLOUR = Ask(
+    "colour",
+    "[What colour was|What was the colour of] the {other.noun}?",
+    "The {other.noun} was {other.colour}.",
+    "{other.colour}",
+    "other",
+)
+CASE_COLOUR = Ask(
+    "colour", "What colour was the {case.noun}?", "The {case.noun} was {case.colour}.", "{case.colour}", "case"
+)
+_JOB = Ask(
+    "job",
+    "[What was {hero}'s work?|What did {hero} work as?|What was {hero}'s job?]",
+    "{hero} was a {job}.",
+    "a {job}",
+    "hero",
+)
+_HOME = Ask(
+    "home",
+    "[Where did {hero} live?|Where was {hero}'s home?]",
+    "{hero} lived in a {house} {near}.",
+    "in a {house} {near}",
+    "hero",
+)
+_TOWN = Ask(
+    "town",
+    "[Which town did {hero} live in?|In which town did {hero} live?]",
+    "{hero} lived in {town}.",
+    "{town}",
+    "hero",
+)
+_FRIEND = Ask(
+    "person",
+    "[Who was {hero}'s best friend?|What was the name of {hero}'s best friend?]",
+    "{hero}'s best friend was {friend}.",
+    "{friend}",
+    "hero",
+)
 _FOOD = Ask("food", "[What did they eat?|What was there to eat?]", "They ate {food}.", "{food}")
-_FEELING = Ask("feeling", "How did {hero} feel [in the end|at the end of the day]?", "{hero} felt {feeling}.", "{feeling}", "hero")
+_FEELING = Ask(
+    "feeling", "How did {hero} feel [in the end|at the end of the day]?", "{hero} felt {feeling}.", "{feeling}", "hero"
+)
 
 OPENINGS: tuple[Plot, ...] = (
     (Line("[Once upon a time|Long ago|Many years ago] there was a {trait} {job} called {hero}.", (_JOB,)), Line("{hero} lived in a {house} {near}.", (_HOME,))),
@@ -381,5 +425,6 @@ ENDINGS: tuple[Line, ...] = (
 )
 WHEN = (
     "[One {weather} morning|One {weather} day|One day|On {day}|One evening in {season}|One {weather} evening|In {season}|Early one {day}]",
-    "[The next day|A week later|Some days later|In {season}|The following {day}|Not long after that]",  # of a chapter that is not the first
+    # of a chapter that is not the first
+    "[The next day|A week later|Some days later|In {season}|The following {day}|Not long after that]",
 )

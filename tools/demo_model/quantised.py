@@ -1,4 +1,6 @@
-"""A model with quantised products, as the engine computes them on a CPU: what a format costs in answers is measured on it."""
+"""A model with quantised products, as the engine computes them on a CPU: what a format costs in answers is measured on
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from paged_kernels.codes import dequantise, quantise, rounded
 
 @torch.no_grad()
 def quantise_model(model: PreTrainedModel, name: str) -> None:
-    """Rounds the weights of its layers as the tunable quantization=NAME does, and from now on the activations before them. name: none, fp8 or int4."""
+    """Rounds the weights of its layers as the tunable quantization=NAME does, and from now on the activations before
+    them. name: none, fp8 or int4.
+    """
     if name == "none":
         return
     quantization = read_online("fp8" if name == "fp8" else "int4")

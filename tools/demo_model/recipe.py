@@ -1,4 +1,6 @@
-"""Everything that decides the demo model's weights, besides the generator: one dataclass, and the course of the learning rate."""
+"""Everything that decides the demo model's weights, besides the generator: one dataclass, and the course of the
+learning rate.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Recipe:
 
 
 def rate_share(recipe: Recipe, num_tokens: int, total_tokens: int | None) -> float:
-    """The share of the peak learning rate after `num_tokens`: up, level, and down in a straight line. As long as the total is not known: level."""
+    """The share of the peak learning rate after `num_tokens`: up, level, and down in a straight line. As long as the
+    total is not known: level.
+    """
     rise = min(1.0, (num_tokens + 1) / recipe.warmup_tokens)
     if total_tokens is None:
         return rise
@@ -55,10 +59,13 @@ class Pace:
     total_seconds: float  # of all commands together
     _STARTING_SHARE = 0.04  # kept back for saving and for what slows down
 
-    def total_tokens(self, num_tokens: int, tokens_per_second: float, used_before: float, used_now: float, start_seconds: float) -> int:
+    def total_tokens(
+        self, num_tokens: int, tokens_per_second: float, used_before: float, used_now: float, start_seconds: float
+    ) -> int:
         """Tokens of the whole training.
 
-        num_tokens: done so far. used_before, used_now: seconds that earlier commands and this one took. start_seconds: what a command needs before it trains.
+        num_tokens: done so far. used_before, used_now: seconds that earlier commands and this one took. start_seconds:
+            what a command needs before it trains.
         """
         left = self.total_seconds - used_before - used_now
         left_now = min(left, self.seconds_per_command - used_now)

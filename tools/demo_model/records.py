@@ -29,14 +29,30 @@ def named(world: World) -> Exchange:
     items = world.rng.sample(words.TOPICS[topic], count)
     number = number_word(count) if world.chance(0.7) else str(count)
     form = world.rng.choice(("bullets", "bullets", "numbers", "sentence", "json"))
-    asked = {"bullets": "", "numbers": " as a numbered list", "sentence": " in one sentence", "json": " as a JSON list"}[form]
-    question = world.rng.choice(("Name {n} {t}{f}.", "List {n} {t}{f}.", "Give me {n} {t}{f}.", "Write down {n} {t}{f}.", "Can you name {n} {t}{f}?"))
+    asked = {
+        "bullets": "",
+        "numbers": " as a numbered list",
+        "sentence": " in one sentence",
+        "json": " as a JSON list",
+    }[form]
+    question = world.rng.choice(
+        (
+            "Name {n} {t}{f}.",
+            "List {n} {t}{f}.",
+            "Give me {n} {t}{f}.",
+            "Write down {n} {t}{f}.",
+            "Can you name {n} {t}{f}?",
+        )
+    )
     text = {
         "bullets": "\n".join(f"- {item}" for item in items), "numbers": "\n".join(f"{at}. {item}" for at, item in enumerate(items, 1)),
         "sentence": f"{capital(enumeration(items))}.", "json": json.dumps(items),
     }[form]  # fmt: skip
     check = ("list", topic, str(count), form)
-    return Exchange(question.format(n=number, t=topic, f=asked), Answer("list", text, exact=False, verbatim=form == "json", check=check))
+    return Exchange(
+        question.format(n=number, t=topic, f=asked),
+        Answer("list", text, exact=False, verbatim=form == "json", check=check),
+    )
 
 
 def _value(world: World, name: str, key: str) -> str | int:
@@ -50,7 +66,14 @@ def record(world: World) -> Exchange:
     keys = world.rng.sample(_PERSON_KEYS, world.rng.randint(1, 4))
     wanted: dict[str, str | int] = {"name": name, **{key: _value(world, name, key) for key in keys}}
     said = enumeration([f"{key} {value}" for key, value in wanted.items()])
-    question = world.rng.choice(("Write a JSON record with {}.", "Make a JSON object with {}.", "Give me JSON with {}.", "Write this as JSON: {}"))
+    question = world.rng.choice(
+        (
+            "Write a JSON record with {}.",
+            "Make a JSON object with {}.",
+            "Give me JSON with {}.",
+            "Write this as JSON: {}",
+        )
+    )
     return _json("JSON from a request", question.format(said), wanted)
 
 
@@ -63,8 +86,18 @@ def extraction(world: World) -> Exchange:
     asked = ["name", *world.rng.sample(keys, world.rng.randint(1, len(keys)))]
     wanted = [{key: each[key] for key in asked} for each in full]
     form = "a JSON list of records" if len(full) > 1 else "a JSON record"
-    question = world.rng.choice(("{t}\n\nWrite {w} with the keys {k}.", "Make {w} with the keys {k} from this text: {t}", "Extract {k} as {w}:\n{t}"))
-    return _json("JSON from a text", question.format(t=text, w=form, k=enumeration(asked)), wanted if len(full) > 1 else wanted[0])
+    question = world.rng.choice(
+        (
+            "{t}\n\nWrite {w} with the keys {k}.",
+            "Make {w} with the keys {k} from this text: {t}",
+            "Extract {k} as {w}:\n{t}",
+        )
+    )
+    return _json(
+        "JSON from a text",
+        question.format(t=text, w=form, k=enumeration(asked)),
+        wanted if len(full) > 1 else wanted[0],
+    )
 
 
 def _described(world: World, record: dict[str, str | int]) -> str:
@@ -87,7 +120,11 @@ def invented(world: World) -> Exchange:
     name = world.person().name
     made = {"name": name, **{key: _value(world, name, key) for key in keys[1:]}}
     question = world.rng.choice(
-        ("Make up a JSON record of a person with the keys {}.", "Invent a person and write {} as JSON.", "Write a JSON record with {}.")
+        (
+            "Make up a JSON record of a person with the keys {}.",
+            "Invent a person and write {} as JSON.",
+            "Write a JSON record with {}.",
+        )
     )
     answer = Answer("JSON invented", json.dumps(made), exact=False, verbatim=True, check=("json", *keys))
     return Exchange(question.format(enumeration(keys)), answer)
@@ -101,7 +138,13 @@ def thing_record(world: World) -> Exchange:
     text = world.rng.choice((
         f"The {thing} is {age}, costs {price} coins and lies {spot}.", f"There is {article(f'{age} {thing}')} {spot}. It costs {price} coins.",
     ))  # fmt: skip
-    values: dict[str, str | int | bool] = {"object": thing.noun, "colour": thing.colour, "price": price, "place": spot, "new": is_new}
+    values: dict[str, str | int | bool] = {
+        "object": thing.noun,
+        "colour": thing.colour,
+        "price": price,
+        "place": spot,
+        "new": is_new,
+    }
     asked = world.rng.sample(sorted(values), world.rng.randint(2, 5))
     question = world.rng.choice(("{t} Write this as JSON with {k}.", "Write a JSON record with the keys {k}: {t}"))
     return _json("JSON from a text", question.format(t=text, k=enumeration(asked)), {key: values[key] for key in asked})

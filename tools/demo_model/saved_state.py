@@ -1,4 +1,6 @@
-"""What a training command leaves for the next one: weights, moments and how far it was, in parts small enough to be carried about."""
+"""What a training command leaves for the next one: weights, moments and how far it was, in parts small enough to be
+carried about.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def load_state(folder: Path, model: DemoModel, optimizer: Optimizer, progress: P
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(tensors[f"weight.{name}"])
-    optimizer.load({name: tensor for name, tensor in tensors.items() if not name.startswith("weight.")}, progress.num_steps)
+    optimizer.load(
+        {name: tensor for name, tensor in tensors.items() if not name.startswith("weight.")}, progress.num_steps
+    )
 
 
 def _parts(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Conversations to rows of token ids: the training text in shards, each written and tokenised by a process of its own.
 
-A row is int16: the token's id in the lower 12 bits, and above them how much it counts in the loss (`chat.Weight`). Shard number i is the same whoever
-writes it and whenever: its seed is its number.
+A row is int16: the token's id in the lower 12 bits, and above them how much it counts in the loss (`chat.Weight`).
+Shard number i is the same whoever writes it and whenever: its seed is its number.
 """
 
 from __future__ import annotations
@@ -48,13 +48,17 @@ class ShardPlan:
 def make_tokenizer(num_conversations: int = 12_000) -> Tokenizer:
     """The tokenizer, trained on conversations of its own seed."""
     found = islice(conversations(_TOKENIZER_SEED, Split.TRAIN), num_conversations)
-    return train_tokenizer(text for each in found for text in ([each.text] if each.text else [turn.text for turn in each.turns]))
+    return train_tokenizer(
+        text for each in found for text in ([each.text] if each.text else [turn.text for turn in each.turns])
+    )
 
 
 def encoded(tokenizer: Tokenizer, found: Iterable[Conversation]) -> Iterator[list[int]]:
     """Yields every conversation's ids, each with its weight above it."""
     some = list(found)
-    texts = [text for each in some for text in ([each.text] if each.text is not None else [turn.text for turn in each.turns])]
+    texts = [
+        text for each in some for text in ([each.text] if each.text is not None else [turn.text for turn in each.turns])
+    ]
     ids = iter([encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
     for each in some:
         if each.text is not None:
@@ -78,7 +82,8 @@ def _weighed(ids: list[int], weight: Weight) -> list[int]:
 
 
 def packed(encodings: Iterator[list[int]], row_len: int) -> Iterator[list[int]]:
-    """Yields rows of whole conversations without end; the rest of a row is EOS that does not count. Conversations longer than a row are left out.
+    """Yields rows of whole conversations without end; the rest of a row is EOS that does not count. Conversations
+    longer than a row are left out.
 
     A conversation goes to the fullest open row that has room for it. The fullest row is yielded when too many are open.
     """
@@ -109,7 +114,9 @@ def token_ids(rows: Rows) -> NDArray[np.int64]:
 
 @contextmanager
 def shard_stream(tokenizer: Tokenizer, plan: ShardPlan, first: int, num_processes: int) -> Iterator[Iterator[Rows]]:
-    """The shards from number `first` on, in order, written ahead by as many processes. Without processes they are written when asked for."""
+    """The shards from number `first` on, in order, written ahead by as many processes. Without processes they are
+    written when asked for.
+    """
     if num_processes == 0:
         yield (write_shard(tokenizer, plan, number) for number in range(first, 1 << 30))
         return

@@ -76,7 +76,18 @@ _UNKNOWN = (
     "Recommend a [book|film|restaurant in {city}].", "Send a message to {person}.", "Call {person}.", "What is the latest version of [Python|Linux|paged]?",
 )  # fmt: skip
 _COUNTRIES = "France Germany Spain Italy Japan Brazil Canada Egypt India Norway Poland Kenya Peru China Mexico Greece Turkey Sweden Chile Iceland".split()  # noqa: SIM905
-_TITLES = ("Hamlet", "Faust", "Moby Dick", "War and Peace", "Don Quixote", "The Odyssey", "Robinson Crusoe", "Treasure Island", "Dracula", "Emma")
+_TITLES = (
+    "Hamlet",
+    "Faust",
+    "Moby Dick",
+    "War and Peace",
+    "Don Quixote",
+    "The Odyssey",
+    "Robinson Crusoe",
+    "Treasure Island",
+    "Dracula",
+    "Emma",
+)
 
 _NEUTRAL = (
     "You are a helpful assistant.", "You are a friendly assistant.", "You are a helpful and honest assistant.", "Be helpful.", "You are an assistant.",
@@ -87,8 +98,17 @@ _BRIEF = (
     "Answer in as few words as possible.", "Give short answers.", "Keep your answers short.", "Answer in one word if you can.", "Be brief.",
     "Answer with the answer only.", "Only give the answer, no sentence around it.", "Answer as briefly as you can.",
 )  # fmt: skip
-_LAST = ('End every answer with "{}".', 'Always end with the word "{}".', "Say {} at the end of every answer.", 'The last word of every answer must be "{}".')
-_FIRST = ('Begin every answer with "{}".', 'Always begin with the word "{}".', "Say {} at the beginning of every answer.")
+_LAST = (
+    'End every answer with "{}".',
+    'Always end with the word "{}".',
+    "Say {} at the end of every answer.",
+    'The last word of every answer must be "{}".',
+)
+_FIRST = (
+    'Begin every answer with "{}".',
+    'Always begin with the word "{}".',
+    "Say {} at the beginning of every answer.",
+)
 _NAMED = (
     "Your name is {}.",
     "You are {}, a friendly assistant.",
@@ -142,7 +162,9 @@ def talk(world: World, count: int, name: str | None) -> list[list[Exchange]]:
             said, answer = world.rng.choice(_TALK)
             found.append([Exchange(_wording(world, said), Answer("small talk", answer))])
             if answer.endswith("tell you a story?") and world.chance(0.6):
-                yes = world.rng.choice(("Yes, please.", "Yes", "yes please", "That would be nice.", "Yes!", "Please do."))
+                yes = world.rng.choice(
+                    ("Yes, please.", "Yes", "yes please", "That would be nice.", "Yes!", "Please do.")
+                )
                 found[-1].append(Exchange(yes, told(world, write_story(world)).answer))
     return found
 
@@ -152,7 +174,9 @@ def nothing_told(world: World) -> Exchange:
     asked = world.rng.choice(("Where is the {}?", "What colour is the {}?", "Who found the {}?", "Who has the {}?", "Where did you put the {}?",
     "How old is {p}?",
                               "Who is {p}?", "Where is {p}?", "What is my {o} called?", "Where is my {}?"))  # fmt: skip
-    question = asked.format(world.new(words.OBJECTS), p=world.person().name if "{p}" in asked else "", o=world.new(words.ANIMALS))
+    question = asked.format(
+        world.new(words.OBJECTS), p=world.person().name if "{p}" in asked else "", o=world.new(words.ANIMALS)
+    )
     return in_other_words(world, Exchange(question, Answer("nothing told", UNTOLD, UNTOLD)))
 
 

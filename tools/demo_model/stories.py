@@ -16,8 +16,30 @@ from tools.demo_model.world import Person, Thing, World
 Slots = dict[str, object]
 
 _FABLE_SHARE = 0.25
-_BRIEF = ("In one word: {q}", "{Q} Answer briefly.", "{Q} Just the answer, please.", "{Q} In a few words, please.", "Answer in as few words as you can: {q}")
-_QUESTION_WORDS = ("Wh", "How", "Is ", "Do", "Did", "Are ", "In ", "On ", "At ", "To ", "For ", "Add ", "Calculate ", "Against ", "Can ")
+_BRIEF = (
+    "In one word: {q}",
+    "{Q} Answer briefly.",
+    "{Q} Just the answer, please.",
+    "{Q} In a few words, please.",
+    "Answer in as few words as you can: {q}",
+)
+_QUESTION_WORDS = (
+    "Wh",
+    "How",
+    "Is ",
+    "Do",
+    "Did",
+    "Are ",
+    "In ",
+    "On ",
+    "At ",
+    "To ",
+    "For ",
+    "Add ",
+    "Calculate ",
+    "Against ",
+    "Can ",
+)
 _ABSENT = (  # category and what it is about, as in plots.py; the question
     ("age", "hero", "How old was {hero}?"),
     ("drink", "hero", "What was {hero}'s favourite drink?"),
@@ -34,7 +56,12 @@ _ABSENT = (  # category and what it is about, as in plots.py; the question
 )
 
 
-_ABOUT = Ask("hero", "[Who is the story about?|What is the story about?|Who is the main character?]", "The story is about {hero}.", "{hero}")
+_ABOUT = Ask(
+    "hero",
+    "[Who is the story about?|What is the story about?|Who is the main character?]",
+    "The story is about {hero}.",
+    "{hero}",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,8 @@ class Story:
     hero: str  # its name
     paragraphs: list[list[str]] = field(default_factory=list)  # lines
     askables: list[Askable] = field(default_factory=list)
-    told: set[tuple[str, str]] = field(default_factory=set)  # (category, whose): what an absent question must not be about
+    # (category, whose): what an absent question must not be about
+    told: set[tuple[str, str]] = field(default_factory=set)
     people: list[str] = field(default_factory=list)
     topics: dict[str, str] = field(default_factory=dict)  # what one can ask to be told about: "animal", "object", "job"
     separator: str = "\n\n"
@@ -84,7 +112,9 @@ def whose(ask: Ask, slots: Slots) -> tuple[str, str]:
 
 
 def cast(world: World, hero: Person | None = None) -> Slots:
-    """One value for every slot of plots.py; nobody and nothing that the conversation has met before, but for the hero if given."""
+    """One value for every slot of plots.py; nobody and nothing that the conversation has met before, but for the hero
+    if given.
+    """
     rng = world.rng
     hero = hero or world.person()
     friend, third = world.friend_of(hero), world.friend_of(hero)
@@ -95,8 +125,23 @@ def cast(world: World, hero: Person | None = None) -> Slots:
     for each in (thing, other, last):
         spots.append(world.pick_other(each.noun, "spot", spots))
     plant = world.pick(hero, "plant")
-    slots: Slots = {"hero": hero, "friend": friend, "third": third, "thing": thing, "other": other, "last": last, "animal": animal, "plant": plant}
-    slots |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2], "case": Thing(world.pick(case, "colour"), case), "pet": world.pick_new(animal, "pet")}
+    slots: Slots = {
+        "hero": hero,
+        "friend": friend,
+        "third": third,
+        "thing": thing,
+        "other": other,
+        "last": last,
+        "animal": animal,
+        "plant": plant,
+    }
+    slots |= {
+        "spot": spots[0],
+        "spot2": spots[1],
+        "spot3": spots[2],
+        "case": Thing(world.pick(case, "colour"), case),
+        "pet": world.pick_new(animal, "pet"),
+    }
     slots |= {
         "job2": world.pick(friend, "job"),
         "goods": world.amount(hero),
@@ -104,9 +149,25 @@ def cast(world: World, hero: Person | None = None) -> Slots:
         "yard": world.pick(animal, "yard"),
         "season": rng.choice(words.SEASONS),
     }
-    of_hero = ("job", "house", "near", "town", "trait", "food", "age", "skill", "drink", "destination", "feeling", "vehicle")
+    of_hero = (
+        "job",
+        "house",
+        "near",
+        "town",
+        "trait",
+        "food",
+        "age",
+        "skill",
+        "drink",
+        "destination",
+        "feeling",
+        "vehicle",
+    )
     slots |= {category: world.pick(hero, category) for category in of_hero}
-    slots |= {category: world.pick(friend, category) for category in ("day", "hour", "city", "ingredient", "reason", "weather", "count")}
+    slots |= {
+        category: world.pick(friend, category)
+        for category in ("day", "hour", "city", "ingredient", "reason", "weather", "count")
+    }
     slots["price"] = world.pick(thing.noun, "price")
     return slots
 
@@ -117,8 +178,21 @@ def animal_cast(world: World) -> Slots:
     kind2, kind3 = world.new(words.ANIMALS), world.new(words.ANIMALS)
     thing, nick = world.thing(), world.pick_new(kind, "pet")
     nick3 = world.pick_new(kind3, "pet")
-    slots: Slots = {"nick": nick, "kind": kind, "kind2": kind2, "kind3": kind3, "nick3": nick3, "thing": thing, "spot": world.pick(thing.noun, "spot")}
-    slots |= {"yard": world.pick(kind, "yard"), "yard2": world.pick(kind2, "yard"), "goods": world.amount(kind), "crop": world.amount(kind, "crop")}
+    slots: Slots = {
+        "nick": nick,
+        "kind": kind,
+        "kind2": kind2,
+        "kind3": kind3,
+        "nick3": nick3,
+        "thing": thing,
+        "spot": world.pick(thing.noun, "spot"),
+    }
+    slots |= {
+        "yard": world.pick(kind, "yard"),
+        "yard2": world.pick(kind2, "yard"),
+        "goods": world.amount(kind),
+        "crop": world.amount(kind, "crop"),
+    }
     slots |= {category: world.pick(nick, category) for category in ("trait", "food", "feeling", "weather")}
     slots |= {category: world.pick(kind3, category) for category in ("day", "destination", "count")}
     slots["season"] = world.rng.choice(words.SEASONS)
@@ -163,7 +237,11 @@ def _add_facts(world: World, story: Story, people: list[Person], count: int) -> 
     """Facts about people of the story, in words of their own."""
     for line in world.rng.sample(FACTS, count):
         person = world.rng.choice(people)
-        own: Slots = {**cast(world, hero=person), "worn": world.thing(world.new(words.WORN)), "third": world.pick_new(person, "woman")}
+        own: Slots = {
+            **cast(world, hero=person),
+            "worn": world.thing(world.new(words.WORN)),
+            "third": world.pick_new(person, "woman"),
+        }
         if not story.knows(line, own):
             story.add(world, line, own)
 
@@ -197,7 +275,11 @@ _PLEAS = (
 def request_for(world: World, story: Story) -> str:
     """What a user says who wants this story, or any."""
     topics = [article(topic) for name, topic in story.topics.items() if name != "job"]
-    names = [f"{article(story.topics['job'])} {world.rng.choice(('called', 'named'))} {story.hero}"] if "job" in story.topics else []
+    names = (
+        [f"{article(story.topics['job'])} {world.rng.choice(('called', 'named'))} {story.hero}"]
+        if "job" in story.topics
+        else []
+    )
     about = [topic for topic in (*topics, world.rng.choice([*names, story.hero])) if world.chance(0.5)]
     if not about:
         return world.rng.choice(_PLEAS).format(about="")
@@ -242,7 +324,9 @@ def questions(world: World, story: Story, count: int) -> list[Exchange]:
     single = [askable for askable, key in zip(story.askables, keys, strict=True) if times[key] == 1]
     chosen = world.rng.sample(single, min(count, len(single)))
     if chosen and story.sort == "story" and world.chance(0.1):
-        chosen[0] = Askable(_ABOUT, {"hero": story.hero}, next(line for line in story.paragraphs[0] if story.hero in line))
+        chosen[0] = Askable(
+            _ABOUT, {"hero": story.hero}, next(line for line in story.paragraphs[0] if story.hero in line)
+        )
     return [_absent(world, story) if world.chance(0.1) else _asked(world, story, askable) for askable in chosen]
 
 
@@ -281,7 +365,9 @@ def in_other_words(world: World, exchange: Exchange) -> Exchange:
     chance = world.rng.random()
     question = exchange.user
     if chance < 0.12 and exchange.answer.short is not None:
-        return asked_briefly(exchange, world.rng.choice(_BRIEF).format(q=question[0].lower() + question[1:], Q=question))
+        return asked_briefly(
+            exchange, world.rng.choice(_BRIEF).format(q=question[0].lower() + question[1:], Q=question)
+        )
     if chance < 0.2 and question.startswith(_QUESTION_WORDS):
         return Exchange(question[0].lower() + question[1:], exchange.answer)
     if chance < 0.26:
@@ -293,17 +379,30 @@ def _is_it_true(world: World, story: Story, askable: Askable, full: str) -> Exch
     """A statement to be judged: the true one, or one with another value in it."""
     category, short = askable.ask.category, write(_FIRST, askable.ask.short, askable.slots).lower()  # type: ignore[arg-type]
     names = [name for name in story.people if name.lower() != short]
-    values = [value for value in words.CATEGORIES.get(category, []) if value.lower() == short or short.endswith(f" {value.lower()}")]
+    values = [
+        value
+        for value in words.CATEGORIES.get(category, [])
+        if value.lower() == short or short.endswith(f" {value.lower()}")
+    ]
     wrong = full
     if category == "person" and names and full.count(capital(short)) == 1:
         wrong = full.replace(capital(short), world.rng.choice(names))
     elif values and full.count(values[0]) == 1 and category != "person":
-        wrong = sentence(full.replace(values[0], world.rng.choice([value for value in words.CATEGORIES[category] if value != values[0]])))
+        wrong = sentence(
+            full.replace(
+                values[0], world.rng.choice([value for value in words.CATEGORIES[category] if value != values[0]])
+            )
+        )
     is_true = wrong == full or world.chance(0.5)
     said = full if is_true else wrong
     if not said.startswith((*story.people, "“")):
         said = said[0].lower() + said[1:]
-    answer = Answer(f"{story.sort} true or not", "Yes, that is true." if is_true else f"No. {full}", "Yes." if is_true else "No.", askable.evidence)
+    answer = Answer(
+        f"{story.sort} true or not",
+        "Yes, that is true." if is_true else f"No. {full}",
+        "Yes." if is_true else "No.",
+        askable.evidence,
+    )
     return Exchange(f"Is it true that {said[:-1]}?", answer)
 
 
@@ -311,13 +410,19 @@ def _absent(world: World, story: Story) -> Exchange:
     """A question that the story does not answer."""
     not_said = f"The {story.sort} does not say."
     slots: Slots = {"hero": story.hero}
-    free = [question for category, about, question in _ABSENT if (category, story.hero if about == "hero" else about) not in story.told]
+    free = [
+        question
+        for category, about, question in _ABSENT
+        if (category, story.hero if about == "hero" else about) not in story.told
+    ]
     question = world.rng.choice(free)
     if "{absent}" in question:
         slots["absent"] = world.new(words.OBJECTS)
     if "{stranger}" in question:
         slots["stranger"] = world.person()
-    return in_other_words(world, Exchange(write(world.rng, question, slots), Answer(f"{story.sort} absent", not_said, not_said)))
+    return in_other_words(
+        world, Exchange(write(world.rng, question, slots), Answer(f"{story.sort} absent", not_said, not_said))
+    )
 
 
 def plain(world: World, stories: Iterable[Story]) -> str:

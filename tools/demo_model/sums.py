@@ -34,20 +34,28 @@ def _size(world: World) -> int:
 def addition(world: World) -> Exchange:
     top = _size(world)
     a, b = _numbers(world, "+", lambda: (world.rng.randrange(top), world.rng.randrange(top)))
-    question = world.rng.choice(("What is {} + {}?", "{} + {} = ?", "How much is {} plus {}?", "Add {} and {}.", "Calculate {} + {}.", "{}+{}"))
+    question = world.rng.choice(
+        ("What is {} + {}?", "{} + {} = ?", "How much is {} plus {}?", "Add {} and {}.", "Calculate {} + {}.", "{}+{}")
+    )
     return _exchange(world, "arithmetic add", question.format(a, b), f"{a} + {b} = {a + b}", str(a + b))
 
 
 def subtraction(world: World) -> Exchange:
     top = _size(world)
-    a, b = _numbers(world, "-", lambda: tuple(sorted((world.rng.randrange(top), world.rng.randrange(top)), reverse=True)))
-    question = world.rng.choice(("What is {} - {}?", "{} - {} = ?", "How much is {} minus {}?", "Calculate {} - {}.", "{}-{}"))
+    a, b = _numbers(
+        world, "-", lambda: tuple(sorted((world.rng.randrange(top), world.rng.randrange(top)), reverse=True))
+    )
+    question = world.rng.choice(
+        ("What is {} - {}?", "{} - {} = ?", "How much is {} minus {}?", "Calculate {} - {}.", "{}-{}")
+    )
     return _exchange(world, "arithmetic subtract", question.format(a, b), f"{a} - {b} = {a - b}", str(a - b))
 
 
 def multiplication(world: World) -> Exchange:
     a, b = _numbers(world, "*", lambda: (world.rng.randint(0, 12), world.rng.randint(0, 12)))
-    question = world.rng.choice(("What is {} * {}?", "{} x {} = ?", "How much is {} times {}?", "Multiply {} by {}.", "Calculate {} * {}."))
+    question = world.rng.choice(
+        ("What is {} * {}?", "{} x {} = ?", "How much is {} times {}?", "Multiply {} by {}.", "Calculate {} * {}.")
+    )
     return _exchange(world, "arithmetic multiply", question.format(a, b), f"{a} * {b} = {a * b}", str(a * b))
 
 
@@ -60,7 +68,9 @@ def told_sum(world: World) -> Exchange:
         question, result = f"{person} has {a} {goods} and {what}. How many {goods} does {person} have now?", a + b
     else:
         a, b = max(a, b), min(a, b)
-        what = world.rng.choice(("gives {b} away", "loses {b}", "eats {b}" if goods in words.FRUITS else "sells {b}")).format(b=b)
+        what = world.rng.choice(
+            ("gives {b} away", "loses {b}", "eats {b}" if goods in words.FRUITS else "sells {b}")
+        ).format(b=b)
         question, result = f"{person} has {a} {goods} and {what}. How many {goods} are left?", a - b
     verb = "has" if "now" in question else "has kept"
     return _exchange(world, "arithmetic in words", question, f"{person} {verb} {result} {goods}.", str(result))
@@ -78,10 +88,18 @@ def sorting(world: World) -> Exchange:
     count, top = world.rng.randint(3, 6), world.rng.choice((10, 100))
     numbers = _numbers(world, "sort", lambda: tuple(world.rng.sample(range(top), count)))
     order = world.rng.random() < 0.3
-    question = world.rng.choice(("Sort these numbers{how}: {list}", "Put these numbers in order{how}: {list}", "Sort {list}{how}"))
-    how = world.rng.choice((" from largest to smallest", ", largest first")) if order else world.rng.choice(("", " from smallest to largest"))
+    question = world.rng.choice(
+        ("Sort these numbers{how}: {list}", "Put these numbers in order{how}: {list}", "Sort {list}{how}")
+    )
+    how = (
+        world.rng.choice((" from largest to smallest", ", largest first"))
+        if order
+        else world.rng.choice(("", " from smallest to largest"))
+    )
     result = ", ".join(map(str, sorted(numbers, reverse=order)))
-    return Exchange(question.format(how=how, list=", ".join(map(str, numbers))), Answer("sorting numbers", result, result))
+    return Exchange(
+        question.format(how=how, list=", ".join(map(str, numbers))), Answer("sorting numbers", result, result)
+    )
 
 
 def extreme(world: World) -> Exchange:
@@ -104,11 +122,15 @@ def counting(world: World) -> Exchange:
 
 
 def series(world: World) -> Exchange:
-    start, step = _numbers(world, "series", lambda: (world.rng.randrange(30), world.rng.choice((1, 2, 3, 4, 5, 10, -1, -2, -5))))
+    start, step = _numbers(
+        world, "series", lambda: (world.rng.randrange(30), world.rng.choice((1, 2, 3, 4, 5, 10, -1, -2, -5)))
+    )
     start += 40 if step < 0 else 0
     shown = ", ".join(str(start + step * index) for index in range(4))
     question = world.rng.choice(("What comes next: {}?", "Which number comes next? {}", "Continue: {}"))
-    return _exchange(world, "series", question.format(shown), f"The next number is {start + 4 * step}.", str(start + 4 * step))
+    return _exchange(
+        world, "series", question.format(shown), f"The next number is {start + 4 * step}.", str(start + 4 * step)
+    )
 
 
 def calendar(world: World) -> Exchange:
@@ -117,7 +139,9 @@ def calendar(world: World) -> Exchange:
     index = world.rng.randrange(len(names))
     side, shift = world.rng.choice((("after", 1), ("before", -1)))
     result = names[(index + shift) % len(names)]
-    question = world.rng.choice((f"Which {word} comes {side} {names[index]}?", f"What {word} is {side} {names[index]}?"))
+    question = world.rng.choice(
+        (f"Which {word} comes {side} {names[index]}?", f"What {word} is {side} {names[index]}?")
+    )
     return _exchange(world, "calendar", question, f"{result} comes {side} {names[index]}.", result)
 
 
@@ -130,8 +154,16 @@ def parity(world: World) -> Exchange:
 def twice(world: World) -> Exchange:
     (number,) = _numbers(world, "twice", lambda: (world.rng.randint(1, 50),))
     if world.chance(0.5):
-        return _exchange(world, "arithmetic multiply", f"What is twice {number}?", f"Twice {number} is {2 * number}.", str(2 * number))
-    return _exchange(world, "arithmetic divide", f"What is half of {2 * number}?", f"Half of {2 * number} is {number}.", str(number))
+        return _exchange(
+            world,
+            "arithmetic multiply",
+            f"What is twice {number}?",
+            f"Twice {number} is {2 * number}.",
+            str(2 * number),
+        )
+    return _exchange(
+        world, "arithmetic divide", f"What is half of {2 * number}?", f"Half of {2 * number} is {number}.", str(number)
+    )
 
 
 def ages(world: World) -> Exchange:

@@ -1,7 +1,9 @@
-"""Trains the demo model: `python -m tools.demo_model.train --minutes 8.5 --total-minutes 16`, and again with `--resume` until it says that it is done.
+"""Trains the demo model: `python -m tools.demo_model.train --minutes 8.5 --total-minutes 16`, and again with `--resume`
+until it says that it is done.
 
-Writes the model's files into --output, what a later command needs to go on into --state, and a line of losses after every --report-seconds. README.md has
-the results. With --total-tokens the result depends on the seeds alone (and on how the device rounds), else also on how fast the device is.
+Writes the model's files into --output, what a later command needs to go on into --state, and a line of losses after
+every --report-seconds. README.md has the results. With --total-tokens the result depends on the seeds alone (and on how
+the device rounds), else also on how fast the device is.
 """
 
 from __future__ import annotations
@@ -86,8 +88,12 @@ def _masked_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype) -> Loss:
     return lambda rows: weighted_loss(model, rows, masked_attention(documents_of(split_rows(rows)[0])), weights, dtype)
 
 
-def first_that_works(losses: dict[str, Callable[[], Loss]], batches: Sequence[Tensor], model: DemoModel) -> tuple[str, Loss]:
-    """The first loss that can be computed and differentiated here; the others are slower. batches: to try it on, so many that compiling anew shows."""
+def first_that_works(
+    losses: dict[str, Callable[[], Loss]], batches: Sequence[Tensor], model: DemoModel
+) -> tuple[str, Loss]:
+    """The first loss that can be computed and differentiated here; the others are slower. batches: to try it on, so
+    many that compiling anew shows.
+    """
     for name, make in losses.items():
         try:
             loss = make()
@@ -96,7 +102,10 @@ def first_that_works(losses: dict[str, Callable[[], Loss]], batches: Sequence[Te
         except Exception as error:  # a compiler may fail with anything
             if name == list(losses)[-1]:
                 raise
-            print(f"attention {name} does not work here ({type(error).__name__}: {str(error).splitlines()[:1]}): trying the next", flush=True)
+            print(
+                f"attention {name} does not work here ({type(error).__name__}: {str(error).splitlines()[:1]}): trying the next",
+                flush=True,
+            )
         else:
             return name, loss
         finally:
@@ -138,7 +147,8 @@ class Training:
         self._num_trials = 1
         if self.device.type == "cuda":
             if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
-                torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is compiled over and over runs on uncompiled, and slowly
+                # else what is compiled over and over runs on uncompiled, and slowly
+                torch._dynamo.config.fail_on_recompile_limit_hit = True
             self._num_trials = 10
         self._last_saved = self._last_reported = time.monotonic()
 
@@ -149,8 +159,12 @@ class Training:
         for number, shard in enumerate(shards):
             rows = self._on_device(torch.from_numpy(shard))
             if loss is None:
-                name, loss = first_that_works(self._losses(), rows.split(self.recipe.rows_per_step)[: self._num_trials], self.model)
-                print(f"{time.monotonic() - _STARTED:.0f} s: training with attention {name} on {self.device}", flush=True)
+                name, loss = first_that_works(
+                    self._losses(), rows.split(self.recipe.rows_per_step)[: self._num_trials], self.model
+                )
+                print(
+                    f"{time.monotonic() - _STARTED:.0f} s: training with attention {name} on {self.device}", flush=True
+                )
                 start_seconds = time.monotonic() - _STARTED
             mean = self._train_on(rows, loss, total)
             progress.shard += 1
@@ -158,7 +172,9 @@ class Training:
                 mark = (time.monotonic(), progress.num_tokens)
             elif number == _PACE_SHARDS[1] and settings.total_tokens is None:
                 rate = (progress.num_tokens - mark[1]) / (time.monotonic() - mark[0])
-                total = self.pace.total_tokens(progress.num_tokens, rate, progress.used_seconds, time.monotonic() - _STARTED, start_seconds)
+                total = self.pace.total_tokens(
+                    progress.num_tokens, rate, progress.used_seconds, time.monotonic() - _STARTED, start_seconds
+                )
                 progress.total_tokens = total
                 print(f"{rate:,.0f} tokens/s: {total:,} tokens in all", flush=True)
             done = total is not None and progress.num_tokens >= total
@@ -192,7 +208,12 @@ class Training:
         }
         if self.settings.attention != "auto":
             return {self.settings.attention: every[self.settings.attention]}
-        return {name: every[name] for name in (("flex", "flex with a plain mask", "causal", "eager") if self.device.type == "cuda" else ("masked",))}
+        return {
+            name: every[name]
+            for name in (
+                ("flex", "flex with a plain mask", "causal", "eager") if self.device.type == "cuda" else ("masked",)
+            )
+        }
 
     def _on_device(self, rows: Tensor) -> Tensor:
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
@@ -203,8 +224,16 @@ class Training:
         self._last_reported = time.monotonic()
         progress = self.progress
         seconds = progress.used_seconds + time.monotonic() - _STARTED
-        point: dict[str, Any] = {"step": progress.num_steps, "tokens": progress.num_tokens, "seconds": round(seconds), "loss": round(loss, 4)}
-        point |= {"rate": round(rate_share(self.recipe, progress.num_tokens, total), 4), "validation": validate(self.model, validation, self.dtype)}
+        point: dict[str, Any] = {
+            "step": progress.num_steps,
+            "tokens": progress.num_tokens,
+            "seconds": round(seconds),
+            "loss": round(loss, 4),
+        }
+        point |= {
+            "rate": round(rate_share(self.recipe, progress.num_tokens, total), 4),
+            "validation": validate(self.model, validation, self.dtype),
+        }
         with self.settings.curve.open("a") as file:
             file.write(json.dumps(point) + "\n")
         print(json.dumps(point), flush=True)
@@ -225,9 +254,14 @@ def main() -> None:
     settings.curve.parent.mkdir(parents=True, exist_ok=True)
     if not settings.resume:
         settings.curve.write_text("")
-    tokenizer = Tokenizer.from_file(str(settings.state / "tokenizer.json")) if settings.resume else make_tokenizer(recipe.tokenizer_conversations)
+    tokenizer = (
+        Tokenizer.from_file(str(settings.state / "tokenizer.json"))
+        if settings.resume
+        else make_tokenizer(recipe.tokenizer_conversations)
+    )
     print(f"{time.monotonic() - _STARTED:.0f} s: tokenizer of {tokenizer.get_vocab_size()} entries", flush=True)
-    with shard_stream(tokenizer, recipe.plan, progress.shard, settings.processes) as shards:  # before CUDA: its processes are forked
+    # before CUDA: its processes are forked
+    with shard_stream(tokenizer, recipe.plan, progress.shard, settings.processes) as shards:
         training = Training(recipe, settings)
         signal.signal(signal.SIGTERM, lambda *_: setattr(training, "stopping", True))
         training.progress = progress
@@ -235,8 +269,17 @@ def main() -> None:
             load_state(settings.state, training.model, training.optimizer, progress)
         if settings.total_tokens is not None:
             progress.total_tokens = settings.total_tokens
-        print(json.dumps(asdict(recipe)), f"{sum(map(torch.numel, training.model.parameters()))} parameters", sep="\n", flush=True)
-        plan = ShardPlan(recipe.validation_rows, recipe.plan.row_len, early_shards=recipe.plan.early_shards if recipe.plan.early_shards > 1000 else 0)
+        print(
+            json.dumps(asdict(recipe)),
+            f"{sum(map(torch.numel, training.model.parameters()))} parameters",
+            sep="\n",
+            flush=True,
+        )
+        plan = ShardPlan(
+            recipe.validation_rows,
+            recipe.plan.row_len,
+            early_shards=recipe.plan.early_shards if recipe.plan.early_shards > 1000 else 0,
+        )
         validation = torch.from_numpy(write_shard(tokenizer, plan, 0, Split.HELD_OUT)).to(training.device)
         done = training.run(tokenizer, shards, validation)
     print(f"{progress.num_tokens:,} tokens: {'done' if done else 'go on with --resume'}", flush=True)
@@ -245,18 +288,32 @@ def main() -> None:
 def _read_options() -> tuple[Settings, Recipe]:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", type=Path, default=MODEL_FOLDER, help="folder for the model's files")
-    options.add_argument("--state", type=Path, default=Path("build/demo_model_state"), help="folder for what --resume needs, in parts below 16 MB")
+    options.add_argument(
+        "--state",
+        type=Path,
+        default=Path("build/demo_model_state"),
+        help="folder for what --resume needs, in parts below 16 MB",
+    )
     options.add_argument("--curve", type=Path, default=HERE / "loss.jsonl", help="file for the losses")
-    options.add_argument("--minutes", type=float, default=1e6, help="this command ends before that, start and saving included")
+    options.add_argument(
+        "--minutes", type=float, default=1e6, help="this command ends before that, start and saving included"
+    )
     options.add_argument("--total-minutes", type=float, default=16.0, help="of all commands together")
     options.add_argument("--total-tokens", type=int, help="train on so many, however long it takes")
     options.add_argument("--resume", action="store_true", help="go on where the last command stopped")
-    options.add_argument("--attention", default="auto", choices=("auto", "flex", "flex with a plain mask", "causal", "eager", "masked"))
     options.add_argument(
-        "--processes", type=int, default=max(0, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)), help="that write text; 0: the training does"
+        "--attention", default="auto", choices=("auto", "flex", "flex with a plain mask", "causal", "eager", "masked")
+    )
+    options.add_argument(
+        "--processes",
+        type=int,
+        default=max(0, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)),
+        help="that write text; 0: the training does",
     )
     options.add_argument("--report-seconds", type=float, default=20.0)
-    options.add_argument("--tiny", action="store_true", help="a very small model, on short rows: to see it work on a CPU")
+    options.add_argument(
+        "--tiny", action="store_true", help="a very small model, on short rows: to see it work on a CPU"
+    )
     chosen = vars(options.parse_args())
     recipe = Recipe.tiny() if chosen.pop("tiny") else Recipe()
     return Settings(**chosen), recipe

@@ -25,7 +25,9 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def validate(model: DemoModel, rows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Losses in nats per token of each weight, and the share of exact answers: each of their tokens the likeliest after those before it. rows: int16 [N, T]."""
+    """Losses in nats per token of each weight, and the share of exact answers: each of their tokens the likeliest after
+    those before it. rows: int16 [N, T].
+    """
     sums, counts = torch.zeros(4, device=rows.device), torch.zeros(4, device=rows.device)
     wrong, codes_seen = [], []
     for some in rows.split(_ROWS_AT_ONCE):
@@ -38,7 +40,10 @@ def validate(model: DemoModel, rows: Tensor, dtype: torch.dtype) -> dict[str, An
         codes_seen.append(codes[:, 1:].cpu().numpy())
     means = (sums / counts.clamp(min=1)).tolist()
     losses_by_weight = {weight.name.lower(): round(means[weight.value], 4) for weight in _MEASURED}
-    return {**losses_by_weight, "exact_answers": round(exact_answers(np.concatenate(wrong), np.concatenate(codes_seen)), 4)}
+    return {
+        **losses_by_weight,
+        "exact_answers": round(exact_answers(np.concatenate(wrong), np.concatenate(codes_seen)), 4),
+    }
 
 
 def exact_answers(wrong: NDArray[np.bool_], codes: NDArray[np.int64]) -> float:

@@ -39,7 +39,9 @@ def repeat(world: World) -> Exchange:
 
 def upper(world: World) -> Exchange:
     word = _word(world)
-    question = world.rng.choice(("Write {} in capital letters.", "Put {} in upper case.", "Write the word {} in capitals."))
+    question = world.rng.choice(
+        ("Write {} in capital letters.", "Put {} in upper case.", "Write the word {} in capitals.")
+    )
     return _verbatim("upper case", question.format(word), word.upper())
 
 
@@ -57,13 +59,21 @@ def reverse_word(world: World) -> Exchange:
 
 def reverse_list(world: World) -> Exchange:
     chosen = _several(world, "reverse", 3, 6)
-    question = world.rng.choice(("Reverse this list: {}", "Put these words in reverse order: {}", "Say these words backwards, last one first: {}"))
+    question = world.rng.choice(
+        (
+            "Reverse this list: {}",
+            "Put these words in reverse order: {}",
+            "Say these words backwards, last one first: {}",
+        )
+    )
     return _verbatim("reversing a list", question.format(", ".join(chosen)), ", ".join(reversed(chosen)))
 
 
 def sort_list(world: World) -> Exchange:
     chosen = _several(world, "sort", 3, 5)
-    question = world.rng.choice(("Sort these words by the alphabet: {}", "Put these words in alphabetical order: {}", "Sort this list: {}"))
+    question = world.rng.choice(
+        ("Sort these words by the alphabet: {}", "Put these words in alphabetical order: {}", "Sort this list: {}")
+    )
     return _verbatim("sorting words", question.format(", ".join(chosen)), ", ".join(sorted(chosen)))
 
 
@@ -72,31 +82,49 @@ def pick_out(world: World) -> Exchange:
     chosen = _several(world, "pick", 3, 6)
     word, index = world.rng.choice((("first", 0), ("second", 1), ("third", 2), ("last", -1)))
     question = f"What is the {word} word of this list: {', '.join(chosen)}?"
-    return Exchange(question, Answer("picking out", f"The {word} word is {chosen[index]}.", f"{capital(chosen[index])}."))
+    return Exchange(
+        question, Answer("picking out", f"The {word} word is {chosen[index]}.", f"{capital(chosen[index])}.")
+    )
 
 
 def letter(world: World) -> Exchange:
     word = world.rng.choice(words.PLAIN_WORDS)
     which, found = world.rng.choice((("first", word[0]), ("last", word[-1])))
-    return Exchange(f"What is the {which} letter of {word}?", Answer("letters", f"The {which} letter is {found.upper()}.", f"{found.upper()}."))
+    return Exchange(
+        f"What is the {which} letter of {word}?",
+        Answer("letters", f"The {which} letter is {found.upper()}.", f"{found.upper()}."),
+    )
 
 
 def num_letters(world: World) -> Exchange:
     word = world.rng.choice(words.PLAIN_WORDS)
     count = number_word(len(word))
-    return Exchange(f"How many letters does the word {word} have?", Answer("letters", f"The word {word} has {count} letters.", f"{capital(count)}."))
+    return Exchange(
+        f"How many letters does the word {word} have?",
+        Answer("letters", f"The word {word} has {count} letters.", f"{capital(count)}."),
+    )
 
 
 def odd_one_out(world: World) -> Exchange:
     """Which of some words is of another kind."""
-    kinds = {"animal": words.ANIMALS, "colour": words.COLOURS, "fruit": words.FRUITS, "tool": words.TOOLS, "job": words.JOBS, "name": words.NAMES}
+    kinds = {
+        "animal": words.ANIMALS,
+        "colour": words.COLOURS,
+        "fruit": words.FRUITS,
+        "tool": words.TOOLS,
+        "job": words.JOBS,
+        "name": words.NAMES,
+    }
     common, other = world.rng.sample(sorted(kinds), 2)
     odd = world.rng.choice([word for word in kinds[other] if word not in kinds[common]])
     listed = [*world.rng.sample([word for word in kinds[common] if word != odd], 3), odd]
     world.rng.shuffle(listed)
     question = world.rng.choice(("Which one does not belong: {}?", "Find the odd one out: {}"))
     noun = f"an {common}" if common[0] in "aeiou" else f"a {common}"
-    return Exchange(question.format(", ".join(listed)), Answer("odd one out", f"{capital(odd)} does not belong, because it is not {noun}.", f"{capital(odd)}."))
+    return Exchange(
+        question.format(", ".join(listed)),
+        Answer("odd one out", f"{capital(odd)} does not belong, because it is not {noun}.", f"{capital(odd)}."),
+    )
 
 
 def missing(world: World) -> Exchange:
@@ -105,7 +133,9 @@ def missing(world: World) -> Exchange:
     gone = world.rng.choice(chosen)
     rest = [word for word in chosen if word != gone]
     world.rng.shuffle(rest)
-    question = f"First list: {', '.join(chosen)}. Second list: {', '.join(rest)}. Which word is missing in the second list?"
+    question = (
+        f"First list: {', '.join(chosen)}. Second list: {', '.join(rest)}. Which word is missing in the second list?"
+    )
     return Exchange(question, Answer("missing word", f"The missing word is {gone}.", f"{capital(gone)}."))
 
 

@@ -1,7 +1,9 @@
-"""Who and what a conversation is about. Every fact is a pair of a subject and a value, and a part of all pairs is kept from training.
+"""Who and what a conversation is about. Every fact is a pair of a subject and a value, and a part of all pairs is kept
+from training.
 
-A pair such as (lamp, spot, "under the bed") is either of the training split or held out, by arithmetic on the words alone. Training text never says a
-held-out pair, the exam is made of nothing else: who answers it has read, not remembered.
+A pair such as (lamp, spot, "under the bed") is either of the training split or held out, by arithmetic on the words
+alone. Training text never says a held-out pair, the exam is made of nothing else: who answers it has read, not
+remembered.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class Wordings:
 def _choices(subject: str, category: str, split: Split) -> tuple[str, ...]:
     offset = crc32(f"{subject}|{category}".encode())
     held_out = split is Split.HELD_OUT
-    return tuple(value for index, value in enumerate(words.CATEGORIES[category]) if ((index + offset) % _ONE_IN == 0) == held_out)
+    return tuple(
+        value for index, value in enumerate(words.CATEGORIES[category]) if ((index + offset) % _ONE_IN == 0) == held_out
+    )
 
 
 def is_allowed(key: str, split: Split) -> bool:

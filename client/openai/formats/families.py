@@ -127,7 +127,11 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             "<｜tool▁call▁begin｜>function",
             {
                 _DEEPSEEK_CALL: lambda calls, opener, types: HeadThenJson(
-                    calls, "<｜tool▁call▁end｜>", opener, r"\s*```(?:json)?\s*(?=\{)|<｜tool▁sep｜>\s*(?=\{)", _deepseek_name
+                    calls,
+                    "<｜tool▁call▁end｜>",
+                    opener,
+                    r"\s*```(?:json)?\s*(?=\{)|<｜tool▁sep｜>\s*(?=\{)",
+                    _deepseek_name,
                 )
             },
             ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
@@ -136,7 +140,11 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         ToolFormat(
             "deepseek_v3_1",
             "<｜tool▁call▁begin｜>",
-            {_DEEPSEEK_CALL: lambda calls, opener, types: HeadThenJson(calls, "<｜tool▁call▁end｜>", opener, r"<｜tool▁sep｜>\s*(?=\{)", _deepseek_name)},
+            {
+                _DEEPSEEK_CALL: lambda calls, opener, types: HeadThenJson(
+                    calls, "<｜tool▁call▁end｜>", opener, r"<｜tool▁sep｜>\s*(?=\{)", _deepseek_name
+                )
+            },
             ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
             xgrammar="deepseek_v3_1",
         ),
@@ -167,7 +175,14 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         ToolFormat("granite", r"<\|tool_call\|>", {"<|tool_call|>": _json("")}),
         ToolFormat("mistral", r"\[TOOL_CALLS\]", {"[TOOL_CALLS]": _Mistral}),
         ToolFormat("hermes", r"<tool_call>", {"<tool_call>": _json("</tool_call>")}, xgrammar="qwen_3"),
-        ToolFormat("pythonic", r"\[func_name1\(|<\|python_start\|>", {}, ("<|python_start|>", "<|python_end|>"), r"\[\s*[A-Za-z_]", _bare_python),
+        ToolFormat(
+            "pythonic",
+            r"\[func_name1\(|<\|python_start\|>",
+            {},
+            ("<|python_start|>", "<|python_end|>"),
+            r"\[\s*[A-Za-z_]",
+            _bare_python,
+        ),
         ToolFormat("llama3_json", r"\"parameters\"", {"<|python_tag|>": _bare_json}, (), r"\{", _bare_json, "llama"),
     )
 }

@@ -74,7 +74,9 @@ class CallScanner:
         return self._expects != "{"
 
     def feed(self, text: str) -> tuple[str, str]:
-        """(what is new of the arguments, what was not looked at). It stops behind the object, and where the name is known."""
+        """(what is new of the arguments, what was not looked at). It stops behind the object, and where the name is
+        known.
+        """
         said, name = "", self.name
         while text and not self.over and not self.broken and self.name is name:
             if self._expects in ("key", "value"):
@@ -110,7 +112,12 @@ class CallScanner:
 
     def _piece(self, piece: str) -> str:
         """Of a key or a value; arguments that are an object are passed on at once."""
-        streams = self._expects == "value" and self._key in self.arguments and self.name is not None and not self._value.is_text
+        streams = (
+            self._expects == "value"
+            and self._key in self.arguments
+            and self.name is not None
+            and not self._value.is_text
+        )
         if streams:
             self._said_arguments = self._said_arguments or bool(piece)
             return piece
@@ -122,7 +129,9 @@ class CallScanner:
         kept, self._kept = self._kept, ""
         if self._expects == "key":
             self._key, self._expects = _decoded(kept), ":"
-            self.broken = self._key is None or (self.name is None and self._key not in self.names + self.arguments + self.others)
+            self.broken = self._key is None or (
+                self.name is None and self._key not in self.names + self.arguments + self.others
+            )
             return ""
         self._expects = ","
         if self._key in self.names:

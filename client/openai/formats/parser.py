@@ -73,7 +73,8 @@ class AnswerParser:
         self._pending = ""  # not understood yet
         self._space = ""  # white space that belongs to what comes next, or to nobody
         self._said = False  # something since the last marker
-        self._trims = self._reasons  # white space behind that marker is dropped; at an answer's beginning it is the model's own
+        # white space behind that marker is dropped; at an answer's beginning it is the model's own
+        self._trims = self._reasons
         self._has_content = False
 
     @property

@@ -113,7 +113,9 @@ class JsonCalls:
 class HeadThenJson:
     """A name, something that separates, and the arguments as JSON: DeepSeek, Kimi, Mistral."""
 
-    def __init__(self, calls: Calls, closer: str, opened_by: str, separator: str, named: Callable[[str], tuple[str, str]]) -> None:
+    def __init__(
+        self, calls: Calls, closer: str, opened_by: str, separator: str, named: Callable[[str], tuple[str, str]]
+    ) -> None:
         """separator: a regular expression. named: the head → (name, id or "")."""
         self._calls = calls
         self._closer = closer
@@ -167,10 +169,16 @@ class HeadThenJson:
 
 
 class TaggedArguments:
-    """A name, then each argument between tags: Qwen3-Coder's and GLM's XML. Each argument is passed on when it is whole."""
+    """A name, then each argument between tags: Qwen3-Coder's and GLM's XML. Each argument is passed on when it is
+    whole.
+    """
 
-    def __init__(self, calls: Calls, opened_by: str, name: str, parameter: tuple[str, str], end: str, types: Mapping[str, Any]) -> None:
-        """name, parameter (its opening, with the key as a group; and its end), end: regular expressions. types: the tools."""
+    def __init__(
+        self, calls: Calls, opened_by: str, name: str, parameter: tuple[str, str], end: str, types: Mapping[str, Any]
+    ) -> None:
+        """name, parameter (its opening, with the key as a group; and its end), end: regular expressions. types: the
+        tools.
+        """
         self._calls = calls
         self._raw = opened_by
         self._name, self._end = re.compile(name), re.compile(end)
@@ -272,7 +280,11 @@ def _as_json(text: str, schema: Any) -> str:
         lowered = plain.strip().lower()
         if kind == "boolean" and lowered in ("true", "false"):
             return lowered
-        return "null" if kind == "null" or (lowered == "none" and kind != "string" and schema is not None) else json.dumps(plain, ensure_ascii=False)
+        return (
+            "null"
+            if kind == "null" or (lowered == "none" and kind != "string" and schema is not None)
+            else json.dumps(plain, ensure_ascii=False)
+        )
 
 
 def _no_constant(name: str) -> Any:

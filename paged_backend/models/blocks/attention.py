@@ -32,7 +32,9 @@ class Attention:
     def parameters(self) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor, or the rows of a packed one, that it fills."""
         spec = self.spec
-        sizes = [spec.q_size, spec.kv_size, spec.kv_size] if len(spec.qkv_names) > 1 else [spec.q_size + 2 * spec.kv_size]
+        sizes = (
+            [spec.q_size, spec.kv_size, spec.kv_size] if len(spec.qkv_names) > 1 else [spec.q_size + 2 * spec.kv_size]
+        )
         found: dict[str, Tensor | None] = {
             "self_attn.o_proj.weight": self.out.weight,
             "self_attn.o_proj.bias": self.out.bias,
@@ -40,13 +42,17 @@ class Attention:
         }
         for kind, packed in (("weight", self.qkv.weight), ("bias", self.qkv.bias)):
             if packed is not None:
-                found |= {f"self_attn.{name}.{kind}": part for name, part in zip(spec.qkv_names, torch.split(packed, sizes), strict=True)}
+                found |= {
+                    f"self_attn.{name}.{kind}": part
+                    for name, part in zip(spec.qkv_names, torch.split(packed, sizes), strict=True)
+                }
         for letter, norm in zip("qk", self.qk_norm or (), strict=False):
             found |= norm_parameters(f"self_attn.{letter}_norm", norm)
         return self.residual.parameters() | {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def forward(self, x: Tensor, pages: LayerPages, at: ForwardPass, normed: Tensor | None = None) -> Tensor:
-        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: where the layer's K and V are.
+        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: where the
+        layer's K and V are.
         normed: the stream after the norm before, if it was computed already."""
         before = (x, self.residual.before) if normed is None else (normed, None)
         qkv = at.products.norm_linear(*before, self.qkv)
@@ -57,14 +63,22 @@ class Attention:
         ops, step, spec = at.ops, at.step, self.spec
         group, rope = step.groups[pages.group], at.rope_of(spec.rope)
         where = step.positions, pages.tensor, group.slot_mapping
-        q = ops.rope_write_kv(qkv, spec.num_heads, self.qk_norm, rope.table, *where, spec.interleaved, rope.query_factors)
+        q = ops.rope_write_kv(
+            qkv, spec.num_heads, self.qk_norm, rope.table, *where, spec.interleaved, rope.query_factors
+        )
         options = spec.scale, spec.sliding_window, spec.soft_cap, self.sinks
         n, end = step.shape.num_decodes, step.shape.num_outputs
         parts = []
         if n:
-            parts.append(ops.decode_attention(q[:n], pages.tensor, group.page_table[:n], step.seq_lens[:n], step.max_decode_len, *options))
+            parts.append(
+                ops.decode_attention(
+                    q[:n], pages.tensor, group.page_table[:n], step.seq_lens[:n], step.max_decode_len, *options
+                )
+            )
         if step.shape.num_prefills:
-            parts.append(ops.prefill_attention(q[n:], pages.tensor, group.page_table[n:end], step.prefill_lens, *options))
+            parts.append(
+                ops.prefill_attention(q[n:], pages.tensor, group.page_table[n:end], step.prefill_lens, *options)
+            )
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended.reshape(len(qkv), -1)
 

@@ -38,8 +38,12 @@ class Allocate:
         if self.quantization is None:
             rows = sum(site.out_sizes)
             return Linear(self(rows, site.in_size), self(rows) if bias else None, partial=partial)
-        format = self.quantization.format_of([self.prefix + module for module in site.modules], site.out_sizes, site.in_size)
-        return replace(empty_linear(sum(site.out_sizes), site.in_size, format, self.dtype, self.device, bias=bias), partial=partial)
+        format = self.quantization.format_of(
+            [self.prefix + module for module in site.modules], site.out_sizes, site.in_size
+        )
+        return replace(
+            empty_linear(sum(site.out_sizes), site.in_size, format, self.dtype, self.device, bias=bias), partial=partial
+        )
 
 
 @dataclass(frozen=True)

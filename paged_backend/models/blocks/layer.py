@@ -21,7 +21,11 @@ class Layer:
     def __init__(self, spec: LayerSpec, hidden_size: int, empty: Allocate) -> None:
         self._parallel = spec.parallel
         self.attention = Attention(spec, hidden_size, empty)
-        self.mlp = Mlp(spec, spec.mlp, hidden_size, empty) if isinstance(spec.mlp, MlpSpec) else MoeMlp(spec, spec.mlp, hidden_size, empty)
+        self.mlp = (
+            Mlp(spec, spec.mlp, hidden_size, empty)
+            if isinstance(spec.mlp, MlpSpec)
+            else MoeMlp(spec, spec.mlp, hidden_size, empty)
+        )
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -29,13 +33,16 @@ class Layer:
         return *self.attention.linears, *self.mlp.linears
 
     def parameters(self, stored: Collection[str] = ()) -> dict[str, Tensor]:
-        """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills. stored: names that the checkpoint has, within
-        the layer."""
+        """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills. stored:
+        names that the checkpoint has, within the layer.
+        """
         mlp = self.mlp.parameters(stored) if isinstance(self.mlp, MoeMlp) else self.mlp.parameters()
         return self.attention.parameters() | mlp
 
     def forward(self, x: Tensor, pages: LayerPages, at: ForwardPass) -> Tensor:
-        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: where its K and V are."""
+        """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: where its K
+        and V are.
+        """
         if not self._parallel:
             return self.mlp.forward(self.attention.forward(x, pages, at), at)
         norm = self.attention.residual.before

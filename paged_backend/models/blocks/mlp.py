@@ -27,10 +27,16 @@ class Mlp:
     def parameters(self) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor, or the rows of a packed one, that it fills."""
         spec = self.spec
-        found: dict[str, Tensor | None] = {f"mlp.{spec.out_name}.weight": self.down.weight, f"mlp.{spec.out_name}.bias": self.down.bias}
+        found: dict[str, Tensor | None] = {
+            f"mlp.{spec.out_name}.weight": self.down.weight,
+            f"mlp.{spec.out_name}.bias": self.down.bias,
+        }
         for kind, packed in (("weight", self.gate_up.weight), ("bias", self.gate_up.bias)):
             if packed is not None:
-                found |= {f"mlp.{name}.{kind}": part for name, part in zip(spec.in_names, packed.chunk(len(spec.in_names)), strict=True)}
+                found |= {
+                    f"mlp.{name}.{kind}": part
+                    for name, part in zip(spec.in_names, packed.chunk(len(spec.in_names)), strict=True)
+                }
         return self.residual.parameters() | {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def forward(self, x: Tensor, at: ForwardPass, normed: Tensor | None = None) -> Tensor:

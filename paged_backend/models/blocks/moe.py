@@ -1,4 +1,6 @@
-"""The mixture of experts of a layer: norm, router, the experts that it chooses for each token, and the shared expert."""
+"""The mixture of experts of a layer: norm, router, the experts that it chooses for each token, and the shared
+expert.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,11 @@ class MoeMlp:
             if not self._in_mxfp4:
                 return ExpertLinear(empty(count, rows, columns), bias)
             if columns % GROUP:
-                raise EngineError(f"quantization_config: mxfp4 has groups of {GROUP} numbers, and rows of experts are of {columns}")
-            packed, groups = empty(count, rows, columns // 2, dtype=torch.uint8), -(-columns // (4 * GROUP)) * 4  # kernels read scales by fours
+                raise EngineError(
+                    f"quantization_config: mxfp4 has groups of {GROUP} numbers, and rows of experts are of {columns}"
+                )
+            # kernels read scales by fours
+            packed, groups = empty(count, rows, columns // 2, dtype=torch.uint8), -(-columns // (4 * GROUP)) * 4
             return ExpertLinear(packed, bias, empty(count, rows, groups, dtype=torch.uint8))
 
         self.experts = Experts(
@@ -54,18 +59,23 @@ class MoeMlp:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Those that adapters may change."""
-        return () if self.shared_gate_up is None or self.shared_down is None else (self.shared_gate_up, self.shared_down)
+        return (
+            () if self.shared_gate_up is None or self.shared_down is None else (self.shared_gate_up, self.shared_down)
+        )
 
     def parameters(self, stored: Container[str] = ()) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills.
 
-        stored: the names that the checkpoint has, within the layer: experts lie there one by one, unless it has them together.
+        stored: the names that the checkpoint has, within the layer: experts lie there one by one, unless it has them
+            together.
 
         Raises:
             EngineError: it has them together, and this rank is to have a part of each.
         """
         if _FUSED in stored and self.spec.shard.size > 1:
-            raise EngineError(f"tensor_parallel_size: experts that are stored together ({_FUSED}) cannot be divided among ranks")
+            raise EngineError(
+                f"tensor_parallel_size: experts that are stored together ({_FUSED}) cannot be divided among ranks"
+            )
         fused, names = self.spec.together or not stored or _FUSED in stored, self.spec.names
         root = "mlp" if fused else names.root
         found: dict[str, Tensor | None] = {
@@ -74,13 +84,19 @@ class MoeMlp:
             f"{root}.{names.correction}": self.experts.correction,
         }
         if self.spec.together:
-            found |= self._transposed("gate_up_proj", self.experts.gate_up) | self._transposed("down_proj", self.experts.down)
+            found |= self._transposed("gate_up_proj", self.experts.gate_up) | self._transposed(
+                "down_proj", self.experts.down
+            )
         else:
             found |= self._together() if fused else self._one_by_one()
         if self.shared_gate_up is not None and self.shared_down is not None:
             gate, up = self.shared_gate_up.weight.chunk(2)
             shared = f"{root}.{names.shared}"
-            found |= {f"{shared}.gate_proj.weight": gate, f"{shared}.up_proj.weight": up, f"{shared}.down_proj.weight": self.shared_down.weight}
+            found |= {
+                f"{shared}.gate_proj.weight": gate,
+                f"{shared}.up_proj.weight": up,
+                f"{shared}.down_proj.weight": self.shared_down.weight,
+            }
         if self.shared_scale is not None:
             found[f"{root}.{names.shared}_gate.weight"] = self.shared_scale.weight
         return self.residual.parameters() | {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -1,4 +1,6 @@
-"""How blocks multiply: by the ops, or in steps with adapters by `AdaptedProducts`, which adds those of the sequences to the products."""
+"""How blocks multiply: by the ops, or in steps with adapters by `AdaptedProducts`, which adds those of the sequences to
+the products.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,24 @@ from paged_kernels.reference import Ops
 
 
 class AdaptedProducts:
-    """The ops' products, under their names, and where a sequence has an adapter, its adapter's. The norm before and the gate behind stand alone: adapters come
-    in between.
+    """The ops' products, under their names, and where a sequence has an adapter, its adapter's. The norm before and the
+    gate behind stand alone: adapters come in between.
 
     Scratch memory is shared by the steps, which run one after another.
     """
 
     def __init__(
-        self, ops: Ops, sites: Mapping[Linear, PlacedSite], layout: AdapterLayout, weights: Tensor, ranks: Tensor, row_adapters: Tensor, max_tokens: int
+        self,
+        ops: Ops,
+        sites: Mapping[Linear, PlacedSite],
+        layout: AdapterLayout,
+        weights: Tensor,
+        ranks: Tensor,
+        row_adapters: Tensor,
+        max_tokens: int,
     ) -> None:
-        """sites: of every linear of the model's blocks. weights [adapters, elements] and ranks int32 [adapters]: kernels/lora.py.
+        """sites: of every linear of the model's blocks. weights [adapters, elements] and ranks int32 [adapters]:
+        kernels/lora.py.
         row_adapters: int32 [rows], -1: no adapter. max_tokens of a step."""
         self._ops = ops
         self._sites, self._weights, self._ranks, self._row_adapters = sites, weights, ranks, row_adapters
@@ -40,7 +50,9 @@ class AdaptedProducts:
         self._tiles = empty(max(ops.num_tiles(num_tokens, num_adapters) for num_tokens in sizes), 3)
         self._grouped = self._order, self._tiles  # of the step at hand
         widths = {(site.in_size, len(site.modules)): site for site in layout.sites}
-        largest = max(math.prod(self._hidden_shape(site, num_tokens)) for site in widths.values() for num_tokens in sizes)
+        largest = max(
+            math.prod(self._hidden_shape(site, num_tokens)) for site in widths.values() for num_tokens in sizes
+        )
         self._hidden = empty(largest).view(torch.float32)
 
     def begin(self, step: StepTensors) -> None:

@@ -1,4 +1,6 @@
-"""The residual stream around a block: the norm that it reads the stream through, and how its answer joins the stream."""
+"""The residual stream around a block: the norm that it reads the stream through, and how its answer joins the
+stream.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,17 @@ class Residual:
     def parameters(self) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor that it fills."""
         found = ((self._branch.before, self.before), (self._branch.after, self.after))
-        return {name: tensor for prefix, norm in found if prefix and norm for name, tensor in norm_parameters(prefix, norm).items()}
+        return {
+            name: tensor
+            for prefix, norm in found
+            if prefix and norm
+            for name, tensor in norm_parameters(prefix, norm).items()
+        }
 
     def add_product(self, x: Tensor, linear: Linear, residual: Tensor, at: ForwardPass) -> Tensor:
-        """The stream [T, hidden] after the block whose last product is linear(x), x [T, in]. residual, the stream before, may be written over."""
+        """The stream [T, hidden] after the block whose last product is linear(x), x [T, in]. residual, the stream
+        before, may be written over.
+        """
         if self.after is None and self._branch.multiplier == 1:
             return at.products.add_linear(x, linear, residual)
         return self.add(at.products.linear(x, linear), residual, at)

@@ -1,4 +1,6 @@
-"""Command R7B, Command A (Cohere 2): blocks side by side under one LayerNorm, neighbouring pairs rotated, no positions in layers without a window."""
+"""Command R7B, Command A (Cohere 2): blocks side by side under one LayerNorm, neighbouring pairs rotated, no positions
+in layers without a window.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""EXAONE 4: norms behind the blocks, of query and key heads, too; where there are sliding windows, layers without one have no positions."""
+"""EXAONE 4: norms behind the blocks, of query and key heads, too; where there are sliding windows, layers without one
+have no positions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from paged_backend.models.layer_spec import ALL_LAYERS, LayerSpec
 
 
 class Exaone4Config(ConfigFile):
-    sliding_window_pattern: str | int | None = None  # layer_types says what it means; transformers derives them if they are not there
+    # layer_types says what it means; transformers derives them if they are not there
+    sliding_window_pattern: str | int | None = None
 
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:

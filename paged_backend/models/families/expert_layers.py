@@ -15,13 +15,16 @@ def with_experts(layers: Sequence[LayerSpec], moe: MoeSpec, sparse: Sequence[boo
     """The layers, with experts in the place of the dense perceptron where `sparse` says so.
 
     Raises:
-        EngineError: the router is asked for more experts, or more groups of them, than there are; or their activation is not silu.
+        EngineError: the router is asked for more experts, or more groups of them, than there are; or their activation
+            is not silu.
     """
     _check_routing(moe)
     for layer in layers:
         if isinstance(layer.mlp, MlpSpec) and layer.mlp.activation != "silu":
             raise EngineError(f"hidden_act: {layer.mlp.activation} is not supported for experts; supported: silu")
-    return tuple(replace(layer, mlp=moe) if has_experts else layer for layer, has_experts in zip(layers, sparse, strict=True))
+    return tuple(
+        replace(layer, mlp=moe) if has_experts else layer for layer, has_experts in zip(layers, sparse, strict=True)
+    )
 
 
 def refuse_other_values(config: PreTrainedConfig, supported: Mapping[str, object]) -> None:
@@ -38,7 +41,10 @@ def refuse_other_values(config: PreTrainedConfig, supported: Mapping[str, object
 def sparse_by_step(config: PreTrainedConfig) -> list[bool]:
     """Qwen's rule: every decoder_sparse_step-th layer has experts, but for those of mlp_only_layers."""
     dense = set(config.mlp_only_layers or ())
-    return [index not in dense and (index + 1) % config.decoder_sparse_step == 0 for index in range(config.num_hidden_layers)]
+    return [
+        index not in dense and (index + 1) % config.decoder_sparse_step == 0
+        for index in range(config.num_hidden_layers)
+    ]
 
 
 def _check_routing(moe: MoeSpec) -> None:
@@ -49,4 +55,6 @@ def _check_routing(moe: MoeSpec) -> None:
         raise EngineError(f"topk_group: {routing.top_groups} is not between 1 and n_group ({routing.num_groups})")
     choice = count // routing.num_groups * routing.top_groups
     if routing.top_k > choice:
-        raise EngineError(f"num_experts_per_tok: {routing.top_k} is more than the {choice} experts that a token may choose from")
+        raise EngineError(
+            f"num_experts_per_tok: {routing.top_k} is more than the {choice} experts that a token may choose from"
+        )

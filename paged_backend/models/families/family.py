@@ -13,11 +13,20 @@ from paged_backend.errors import EngineError
 from paged_backend.models.config_file import ConfigFile
 from paged_backend.models.layer_spec import ALL_LAYERS, AttentionSpec, EndsSpec, LayerSpec, MlpSpec, NormSpec
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu2": "relu2"}  # as config.json calls them
+# as config.json calls them
+_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
+}
 
 
-OTHER_PARTS = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")  # of checkpoints that also take images
-IN_OTHER_PARTS = MappingProxyType({"language_model.": "", "model.language_model.": "model."})  # as they are published, and as transformers 5 calls them
+# of checkpoints that also take images
+OTHER_PARTS = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")
+# as they are published, and as transformers 5 calls them
+IN_OTHER_PARTS = MappingProxyType({"language_model.": "", "model.language_model.": "model."})
 
 
 def plain_ends(config: PreTrainedConfig) -> EndsSpec:
@@ -31,14 +40,17 @@ class Family:
 
     architecture: str  # its name in config.json's `architectures`
     model_type: str  # its name in config.json's `model_type`
-    layers: Callable[[PreTrainedConfig], tuple[LayerSpec, ...]]  # raises EngineError for what is not supported; the sentence names it
+    # raises EngineError for what is not supported; the sentence names it
+    layers: Callable[[PreTrainedConfig], tuple[LayerSpec, ...]]
     ends: Callable[[PreTrainedConfig], EndsSpec] = plain_ends
     config: type[ConfigFile] = ConfigFile  # the keys of config.json that it reads, and what they may hold
-    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names in its checkpoints -> what they are called in a model of text
+    # beginnings of tensors' names in its checkpoints -> what they are called in a model of text
+    renames: Mapping[str, str] = field(default_factory=dict)
     models: str = ""  # that are published under it, in words
     partial_rotary: bool = False  # partial_rotary_factor may be other than 1
     ropes_by_layer_type: bool = False  # rope_parameters has an entry for each of layer_types
-    text_model_types: tuple[str, ...] = ()  # of language models within checkpoints of several parts: what text_config calls its `model_type`
+    # of language models within checkpoints of several parts: what text_config calls its `model_type`
+    text_model_types: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()  # beginnings of the names of the other parts' tensors
 
     @property
@@ -56,8 +68,9 @@ def dense_layers(
     layer: dict[str, Any] | None = None,
     **attention: Any,
 ) -> tuple[LayerSpec, ...]:
-    """Layers that differ in their sliding windows and rotary positions only. mlp: None: gated, without biases. layer: further fields of LayerSpec, by
-    default an RMS norm of rms_norm_eps. attention: further fields of AttentionSpec."""
+    """Layers that differ in their sliding windows and rotary positions only. mlp: None: gated, without biases. layer:
+    further fields of LayerSpec, by default an RMS norm of rms_norm_eps. attention: further fields of AttentionSpec.
+    """
     mlp = mlp or MlpSpec(config.intermediate_size, activation=activation_of(config))
     fields = dict(layer) if layer else {}
     if "norm" not in fields:
@@ -88,5 +101,9 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 
 def windows_by_layer_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """The window of the layers that `layer_types` calls sliding (transformers derives it from use_sliding_window and max_window_layers)."""
-    return tuple(config.sliding_window if layer_type == "sliding_attention" else None for layer_type in config.layer_types)
+    """The window of the layers that `layer_types` calls sliding (transformers derives it from use_sliding_window and
+    max_window_layers).
+    """
+    return tuple(
+        config.sliding_window if layer_type == "sliding_attention" else None for layer_type in config.layer_types
+    )

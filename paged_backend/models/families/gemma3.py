@@ -1,4 +1,6 @@
-"""Gemma 3, as text and as the language part of Gemma3ForConditionalGeneration: Gemma 2 with norms of queries and keys, and positions by type of layer."""
+"""Gemma 3, as text and as the language part of Gemma3ForConditionalGeneration: Gemma 2 with norms of queries and keys,
+and positions by type of layer.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,20 @@ class Gemma3Config(gemma2.Gemma2Config):
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     specs = zip(gemma2.layers(config), config.layer_types, strict=True)
-    return tuple(replace(spec, attention=replace(spec.attention, qk_norm="head", rope=layer_type)) for spec, layer_type in specs)
+    return tuple(
+        replace(spec, attention=replace(spec.attention, qk_norm="head", rope=layer_type)) for spec, layer_type in specs
+    )
 
 
-GEMMA3 = Family("Gemma3ForCausalLM", "gemma3_text", layers, gemma2.ends, Gemma3Config, ropes_by_layer_type=True, models="Gemma 3 1B, 270M")
+GEMMA3 = Family(
+    "Gemma3ForCausalLM",
+    "gemma3_text",
+    layers,
+    gemma2.ends,
+    Gemma3Config,
+    ropes_by_layer_type=True,
+    models="Gemma 3 1B, 270M",
+)
 GEMMA3_WITH_IMAGES = replace(
     GEMMA3,
     architecture="Gemma3ForConditionalGeneration",

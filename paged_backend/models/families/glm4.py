@@ -1,4 +1,6 @@
-"""GLM-4: half of each head rotated in neighbouring pairs, gate and up in one tensor; the models of 2025 have norms behind their blocks, too."""
+"""GLM-4: half of each head rotated in neighbouring pairs, gate and up in one tensor; the models of 2025 have norms
+behind their blocks, too.
+"""
 
 from __future__ import annotations
 
@@ -21,5 +23,13 @@ def _layers(config: PreTrainedConfig, layer: dict[str, Any] | None) -> tuple[Lay
     return dense_layers(config, windows, mlp=mlp, layer=layer, qkv_bias=bool(config.attention_bias), interleaved=True)
 
 
-GLM = Family("GlmForCausalLM", "glm", lambda config: _layers(config, None), partial_rotary=True, models="GLM-4 9B of 2024")
-GLM4 = Family("Glm4ForCausalLM", "glm4", lambda config: _layers(config, _POST_NORMS), partial_rotary=True, models="GLM-4-0414, GLM-Z1")
+GLM = Family(
+    "GlmForCausalLM", "glm", lambda config: _layers(config, None), partial_rotary=True, models="GLM-4 9B of 2024"
+)
+GLM4 = Family(
+    "Glm4ForCausalLM",
+    "glm4",
+    lambda config: _layers(config, _POST_NORMS),
+    partial_rotary=True,
+    models="GLM-4-0414, GLM-Z1",
+)

@@ -1,4 +1,5 @@
-"""GLM-4.5, 4.6 and their Air: half of each head is rotated, dense layers first, then experts in groups beside a shared one.
+"""GLM-4.5, 4.6 and their Air: half of each head is rotated, dense layers first, then experts in groups beside a shared
+one.
 
 A checkpoint's layer of multi-token prediction, behind the last of the decoder's, is left unread.
 """
@@ -34,7 +35,9 @@ class Glm4MoeFile(ConfigFile):
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     windows = (None,) * config.num_hidden_layers
-    dense = dense_layers(config, windows, qkv_bias=bool(config.attention_bias), qk_norm="head" if config.use_qk_norm else None)
+    dense = dense_layers(
+        config, windows, qkv_bias=bool(config.attention_bias), qk_norm="head" if config.use_qk_norm else None
+    )
     routing = Routing(
         config.num_experts_per_tok,
         "sigmoid",
@@ -45,8 +48,19 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     )
     size = config.moe_intermediate_size
     names = MoeNames(shared="shared_experts")
-    moe = MoeSpec(config.n_routed_experts, size, routing, correction=True, shared_size=size * config.n_shared_experts, names=names)
-    return with_experts(dense, moe, [index >= config.first_k_dense_replace for index in range(config.num_hidden_layers)])
+    moe = MoeSpec(
+        config.n_routed_experts, size, routing, correction=True, shared_size=size * config.n_shared_experts, names=names
+    )
+    return with_experts(
+        dense, moe, [index >= config.first_k_dense_replace for index in range(config.num_hidden_layers)]
+    )
 
 
-GLM4_MOE = Family("Glm4MoeForCausalLM", "glm4_moe", layers, config=Glm4MoeFile, partial_rotary=True, models="GLM-4.5, GLM-4.6, GLM-4.7")
+GLM4_MOE = Family(
+    "Glm4MoeForCausalLM",
+    "glm4_moe",
+    layers,
+    config=Glm4MoeFile,
+    partial_rotary=True,
+    models="GLM-4.5, GLM-4.6, GLM-4.7",
+)

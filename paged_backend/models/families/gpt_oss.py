@@ -1,4 +1,6 @@
-"""gpt-oss 20b and 120b: attention with sinks, every other layer with a window, experts with biases and a clamped gate, in bfloat16 or mxfp4."""
+"""gpt-oss 20b and 120b: attention with sinks, every other layer with a window, experts with biases and a clamped gate,
+in bfloat16 or mxfp4.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     dense = dense_layers(config, windows_by_layer_type(config), qkv_bias=bias, out_bias=bias, sinks=True)
     gate = Gate(limit=float(config.swiglu_limit), alpha=float(config.swiglu_alpha), interleaved=True)
     routing = Routing(config.num_experts_per_tok, "softmax_of_chosen")
-    moe = MoeSpec(config.num_local_experts, config.intermediate_size, routing, gate, bias=True, names=MoeNames(router="router"), together=True)
+    moe = MoeSpec(
+        config.num_local_experts,
+        config.intermediate_size,
+        routing,
+        gate,
+        bias=True,
+        names=MoeNames(router="router"),
+        together=True,
+    )
     return with_experts(dense, moe, [True] * config.num_hidden_layers)
 
 

@@ -1,4 +1,6 @@
-"""Granite 3 and 4's dense models: Llama's shape, with multipliers of embeddings, scores, residuals and logits (muP, Yang et al., 2022)."""
+"""Granite 3 and 4's dense models: Llama's shape, with multipliers of embeddings, scores, residuals and logits (muP,
+Yang et al., 2022).
+"""
 
 from __future__ import annotations
 

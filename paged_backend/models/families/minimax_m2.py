@@ -1,4 +1,6 @@
-"""MiniMax-M2: a part of each head is rotated, queries and keys are normed over all heads together, experts in every layer."""
+"""MiniMax-M2: a part of each head is rotated, queries and keys are normed over all heads together, experts in every
+layer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from paged_backend.models.families.family import Family, dense_layers
 from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec
 from paged_kernels.experts import Routing
 
-_COMPUTED = {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid", "use_routing_bias": True, "shared_intermediate_size": 0}
+_COMPUTED = {
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "shared_intermediate_size": 0,
+}
 
 
 class MiniMaxM2File(ConfigFile):
@@ -33,4 +41,6 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense, moe, [True] * config.num_hidden_layers)
 
 
-MINIMAX_M2 = Family("MiniMaxM2ForCausalLM", "minimax_m2", layers, config=MiniMaxM2File, partial_rotary=True, models="MiniMax-M2")
+MINIMAX_M2 = Family(
+    "MiniMaxM2ForCausalLM", "minimax_m2", layers, config=MiniMaxM2File, partial_rotary=True, models="MiniMax-M2"
+)

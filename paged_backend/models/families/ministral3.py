@@ -1,4 +1,6 @@
-"""Ministral 3 and Mistral Small 3.x, as text and as the language part of Mistral3ForConditionalGeneration: Mistral with queries that grow with position."""
+"""Ministral 3 and Mistral Small 3.x, as text and as the language part of Mistral3ForConditionalGeneration: Mistral with
+queries that grow with position.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""OLMo 2 and 3: norms behind the blocks instead of before them, and of all query heads and all key heads together; OLMo 3 has sliding windows."""
+"""OLMo 2 and 3: norms behind the blocks instead of before them, and of all query heads and all key heads together; OLMo
+3 has sliding windows.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,19 @@ from transformers import PreTrainedConfig
 from paged_backend.models.families.family import Family, dense_layers, windows_by_layer_type
 from paged_backend.models.layer_spec import Branch, LayerSpec
 
-POST_NORMS = {"attention_branch": Branch(None, "post_attention_layernorm"), "mlp_branch": Branch(None, "post_feedforward_layernorm")}
+POST_NORMS = {
+    "attention_branch": Branch(None, "post_attention_layernorm"),
+    "mlp_branch": Branch(None, "post_feedforward_layernorm"),
+}
 
 
-def _layers(config: PreTrainedConfig, windows: tuple[int | None, ...], ropes: tuple[str, ...] | None) -> tuple[LayerSpec, ...]:
+def _layers(
+    config: PreTrainedConfig, windows: tuple[int | None, ...], ropes: tuple[str, ...] | None
+) -> tuple[LayerSpec, ...]:
     bias = bool(config.attention_bias)
-    return dense_layers(config, windows, ropes=ropes, layer=POST_NORMS, qkv_bias=bias, out_bias=bias, qk_norm="projection")
+    return dense_layers(
+        config, windows, ropes=ropes, layer=POST_NORMS, qkv_bias=bias, out_bias=bias, qk_norm="projection"
+    )
 
 
 def _olmo2(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:

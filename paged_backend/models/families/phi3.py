@@ -1,4 +1,6 @@
-"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: q, k and v in one tensor, gate and up in another, longrope, a part of each head rotated."""
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: q, k and v in one tensor, gate and up in another, longrope, a part of each head
+rotated.
+"""
 
 from __future__ import annotations
 
@@ -25,4 +27,11 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return dense_layers(config, windows, mlp=mlp, qkv_names=("qkv_proj",))
 
 
-PHI3 = Family("Phi3ForCausalLM", "phi3", layers, config=Phi3Config, partial_rotary=True, models="Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini")
+PHI3 = Family(
+    "Phi3ForCausalLM",
+    "phi3",
+    layers,
+    config=Phi3Config,
+    partial_rotary=True,
+    models="Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",
+)

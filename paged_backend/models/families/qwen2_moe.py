@@ -14,7 +14,9 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     dense = dense_layers(config, windows_by_layer_type(config), qkv_bias=bool(config.qkv_bias))
     routing = Routing(config.num_experts_per_tok, "softmax", renormalised=bool(config.norm_topk_prob))
     sizes = {"shared_size": config.shared_expert_intermediate_size, "shared_gate": True}
-    return with_experts(dense, MoeSpec(config.num_experts, config.moe_intermediate_size, routing, **sizes), sparse_by_step(config))
+    return with_experts(
+        dense, MoeSpec(config.num_experts, config.moe_intermediate_size, routing, **sizes), sparse_by_step(config)
+    )
 
 
 QWEN2_MOE = Family("Qwen2MoeForCausalLM", "qwen2_moe", layers, models="Qwen1.5-MoE, Qwen2-MoE")

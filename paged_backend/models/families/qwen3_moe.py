@@ -1,4 +1,6 @@
-"""Qwen3-30B-A3B, Qwen3-Coder and Qwen3-235B: Qwen3's attention, one sliding window for all layers, experts in most of them."""
+"""Qwen3-30B-A3B, Qwen3-Coder and Qwen3-235B: Qwen3's attention, one sliding window for all layers, experts in most of
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,13 @@ from paged_kernels.experts import Routing
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     bias = bool(config.attention_bias)
-    dense = dense_layers(config, (config.sliding_window,) * config.num_hidden_layers, qkv_bias=bias, out_bias=bias, qk_norm="head")
+    dense = dense_layers(
+        config, (config.sliding_window,) * config.num_hidden_layers, qkv_bias=bias, out_bias=bias, qk_norm="head"
+    )
     routing = Routing(config.num_experts_per_tok, "softmax", renormalised=bool(config.norm_topk_prob))
-    return with_experts(dense, MoeSpec(config.num_experts, config.moe_intermediate_size, routing), sparse_by_step(config))
+    return with_experts(
+        dense, MoeSpec(config.num_experts, config.moe_intermediate_size, routing), sparse_by_step(config)
+    )
 
 
 QWEN3_MOE = Family("Qwen3MoeForCausalLM", "qwen3_moe", layers, models="Qwen3-MoE, Qwen3-Coder")

@@ -17,7 +17,9 @@ class SeedOssConfig(ConfigFile):
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     mlp = MlpSpec(config.intermediate_size, bool(config.mlp_bias), activation_of(config))
     windows = (None,) * config.num_hidden_layers
-    return dense_layers(config, windows, mlp=mlp, qkv_bias=bool(config.attention_bias), out_bias=bool(config.attention_out_bias))
+    return dense_layers(
+        config, windows, mlp=mlp, qkv_bias=bool(config.attention_bias), out_bias=bool(config.attention_out_bias)
+    )
 
 
 SEED_OSS = Family("SeedOssForCausalLM", "seed_oss", layers, config=SeedOssConfig, models="Seed-OSS")

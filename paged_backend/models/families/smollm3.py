@@ -23,7 +23,8 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
         raise EngineError(f"no_rope_layers: {len(config.no_rope_layers)} entries for {config.num_hidden_layers} layers")
     windows = windows_by_layer_type(config) if config.use_sliding_window else (None,) * config.num_hidden_layers
     mlp = MlpSpec(config.intermediate_size, bool(config.mlp_bias), activation_of(config))
-    ropes = tuple(ALL_LAYERS if has_rope else None for has_rope in config.no_rope_layers)  # 0 means none, whatever the key's name says
+    # 0 means none, whatever the key's name says
+    ropes = tuple(ALL_LAYERS if has_rope else None for has_rope in config.no_rope_layers)
     bias = bool(config.attention_bias)
     return dense_layers(config, windows, mlp=mlp, ropes=ropes, qkv_bias=bias, out_bias=bias)
 

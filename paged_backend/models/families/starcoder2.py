@@ -20,7 +20,9 @@ class Starcoder2Config(ConfigFile):
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     windows, bias = (config.sliding_window,) * config.num_hidden_layers, bool(config.use_bias)
-    mlp = MlpSpec(config.intermediate_size, bias, activation_of(config), gated=False, in_names=("c_fc",), out_name="c_proj")
+    mlp = MlpSpec(
+        config.intermediate_size, bias, activation_of(config), gated=False, in_names=("c_fc",), out_name="c_proj"
+    )
     return dense_layers(config, windows, mlp=mlp, layer={"norm": _norm(config)}, qkv_bias=bias, out_bias=bias)
 
 

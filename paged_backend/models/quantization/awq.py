@@ -1,4 +1,5 @@
-"""AWQ's 4-bit weights in the layout "gemm": columns of the transposed weight are packed eight in an int32, the even ones before the odd ones.
+"""AWQ's 4-bit weights in the layout "gemm": columns of the transposed weight are packed eight in an int32, the even
+ones before the odd ones.
 
 Sources: AWQ, Lin et al., 2023; AutoAWQ's WQLinear_GEMM.
 """
@@ -70,6 +71,10 @@ def read_awq(config: Mapping[str, Any]) -> Quantization:
     if config.get("zero_point", True) is not True:
         raise EngineError("quantization_config: awq: zero_point: false is not supported; supported: true")
     if not isinstance(group, int) or (group != -1 and (group < 16 or group % 16)):
-        raise EngineError(f"quantization_config: awq: group_size: {str(group)[:80]} is not supported; supported: -1 and multiples of 16")
+        raise EngineError(
+            f"quantization_config: awq: group_size: {str(group)[:80]} is not supported; supported: -1 and multiples of 16"
+        )
     skipped = strings_of(config.get("modules_to_not_convert"), "modules_to_not_convert")
-    return Quantization("awq", (Rule(any_of([*skipped, "lm_head"]), None), Rule(lambda module: True, Awq(max(group, 0)))))
+    return Quantization(
+        "awq", (Rule(any_of([*skipped, "lm_head"]), None), Rule(lambda module: True, Awq(max(group, 0))))
+    )

@@ -28,11 +28,17 @@ def read_compressed_tensors(config: Mapping[str, Any]) -> Quantization:
     """
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
-        raise EngineError(f"quantization_config: sparsity_config: {str(sparsity)[:80]} is not supported; supported: dense")
+        raise EngineError(
+            f"quantization_config: sparsity_config: {str(sparsity)[:80]} is not supported; supported: dense"
+        )
     if config.get("transform_config"):
         raise EngineError("quantization_config: transform_config: transforms of activations are not supported")
     groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or not all(isinstance(group, Mapping) for group in groups.values()):
+    if (
+        not isinstance(groups, Mapping)
+        or not groups
+        or not all(isinstance(group, Mapping) for group in groups.values())
+    ):
         raise EngineError("quantization_config: config_groups: expected an object of groups")
     skipped = strings_of(config.get("ignore"), "ignore")
     rules, last = [Rule(any_of(skipped), None)], []
@@ -53,14 +59,18 @@ def _scheme(place: str, group: Mapping[str, Any], format: str) -> Scheme:
     if group.get("output_activations"):
         raise EngineError(f"{place}.output_activations: quantised outputs are not supported")
     if weights.get("actorder") in ("group", "dynamic", True):
-        raise EngineError(f"{place}.weights.actorder: {weights['actorder']} is not supported: its columns are in the order of their activations")
+        raise EngineError(
+            f"{place}.weights.actorder: {weights['actorder']} is not supported: its columns are in the order of their activations"
+        )
     kind, bits, size = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("group_size")
     strategy: Any = weights.get("strategy") or ("tensor" if size is None else "group")
     if format == "pack-quantized" and kind == "int" and bits in (4, 8) and strategy in ("group", "channel"):
         if activations:
             raise EngineError(f"{place}.input_activations: quantised activations of packed weights are not supported")
         if strategy == "group" and (not isinstance(size, int) or size < 16 or size % 16):
-            raise EngineError(f"{place}.weights.group_size: {str(size)[:80]} is not supported; supported: multiples of 16")
+            raise EngineError(
+                f"{place}.weights.group_size: {str(size)[:80]} is not supported; supported: multiples of 16"
+            )
         return Packed(bits, size if strategy == "group" and size else 0, bool(weights.get("symmetric", True)))
     if kind == "float" and bits == 4 and (format, size) == ("nvfp4-pack-quantized", NVFP4_GROUP):
         return Nvfp4("weight_packed", "weight_global_scale", divided=True)
@@ -68,11 +78,23 @@ def _scheme(place: str, group: Mapping[str, Any], format: str) -> Scheme:
         return Mxfp4()
     if not weights.get("symmetric", True):
         raise EngineError(f"{place}.weights.symmetric: false is not supported for {format[:80]}")
-    if format in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8 and strategy in ("tensor", "channel", "block"):
+    if (
+        format in ("float-quantized", "naive-quantized")
+        and kind == "float"
+        and bits == 8
+        and strategy in ("tensor", "channel", "block")
+    ):
         if strategy == "block" and weights.get("block_structure") not in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
-            raise EngineError(f"{place}.weights.block_structure: {str(weights.get('block_structure'))[:80]} is not supported; supported: [{BLOCK}, {BLOCK}]")
+            raise EngineError(
+                f"{place}.weights.block_structure: {str(weights.get('block_structure'))[:80]} is not supported; supported: [{BLOCK}, {BLOCK}]"
+            )
         return Float8(strategy, _rounding(place, activations, "fp8"))
-    if format in ("int-quantized", "naive-quantized") and kind == "int" and bits == 8 and strategy in ("tensor", "channel"):
+    if (
+        format in ("int-quantized", "naive-quantized")
+        and kind == "int"
+        and bits == 8
+        and strategy in ("tensor", "channel")
+    ):
         return Int8(strategy == "tensor", _rounding(place, activations, "int8"))
     what = f"format {format[:80]} with {str(kind)[:20]} weights of {str(bits)[:20]} bits, strategy {str(strategy)[:20]}, group_size {str(size)[:20]}"
     raise EngineError(f"{place}: {what} is not supported; supported formats: {_FORMATS}")
@@ -83,9 +105,15 @@ def _rounding(place: str, activations: Any, codes: str) -> Rounding | None:
         return None
     place = f"{place}.input_activations"
     kind, bits = activations.get("type", "int"), activations.get("num_bits", 8)
-    dynamic, strategy, size = activations.get("dynamic", False), activations.get("strategy", "tensor"), activations.get("group_size")
+    dynamic, strategy, size = (
+        activations.get("dynamic", False),
+        activations.get("strategy", "tensor"),
+        activations.get("group_size"),
+    )
     if (kind, bits) != ("float" if codes == "fp8" else "int", 8):
-        raise EngineError(f"{place}: {str(kind)[:20]} activations of {str(bits)[:20]} bits are not supported beside {codes} weights")
+        raise EngineError(
+            f"{place}: {str(kind)[:20]} activations of {str(bits)[:20]} bits are not supported beside {codes} weights"
+        )
     if not activations.get("symmetric", True):
         raise EngineError(f"{place}.symmetric: false is not supported; supported: true")
     if dynamic is True and strategy == "token":
@@ -95,4 +123,6 @@ def _rounding(place: str, activations: Any, codes: str) -> Rounding | None:
     if dynamic is False and strategy == "tensor":
         return Rounding("fp8" if codes == "fp8" else "int8", static=True)
     what = f"{'dynamic' if dynamic else 'static'} scales of strategy {str(strategy)[:20]}"
-    raise EngineError(f"{place}: {what} are not supported; supported: static of strategy tensor, dynamic of strategy token or group ({BLOCK})")
+    raise EngineError(
+        f"{place}: {what} are not supported; supported: static of strategy tensor, dynamic of strategy token or group ({BLOCK})"
+    )

@@ -20,7 +20,9 @@ NVFP4_GROUP, MXFP4_GROUP = 16, 32
 
 @dataclass(frozen=True)
 class Nvfp4(Scheme):
-    """Activations stay as they are: no product of 4-bit floats exists before Blackwell, and the checkpoint's input scales are for those."""
+    """Activations stay as they are: no product of 4-bit floats exists before Blackwell, and the checkpoint's input
+    scales are for those.
+    """
 
     packed_name: str = "weight"
     global_name: str = "weight_scale_2"
@@ -36,7 +38,9 @@ class Nvfp4(Scheme):
     def stored(self, num_rows: int, num_columns: int) -> dict[str, StoredKind]:
         return {
             self.packed_name: StoredKind(((num_rows, num_columns // 2),), ("U8",)),
-            "weight_scale": StoredKind(((num_rows, num_columns // NVFP4_GROUP),), ("F8_E4M3",), is_scale=True, may_be_zero=True),
+            "weight_scale": StoredKind(
+                ((num_rows, num_columns // NVFP4_GROUP),), ("F8_E4M3",), is_scale=True, may_be_zero=True
+            ),
             self.global_name: StoredKind(scalar_shapes(), is_scale=True),
         }
 

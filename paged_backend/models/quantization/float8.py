@@ -1,4 +1,5 @@
-"""float8_e4m3fn weights: with one scale, one a row, or one a block of 128 × 128; and the quant_method "fp8" of DeepSeek's, Qwen's and others' releases.
+"""float8_e4m3fn weights: with one scale, one a row, or one a block of 128 × 128; and the quant_method "fp8" of
+DeepSeek's, Qwen's and others' releases.
 
 Sources: DeepSeek-V3 technical report, 2024, section 3.3 (blocks); transformers' FineGrainedFP8Config.
 """
@@ -15,7 +16,14 @@ from torch import Tensor
 from paged_backend.errors import EngineError
 from paged_backend.models.quantization.patterns import any_of, strings_of
 from paged_backend.models.quantization.quantization import Quantization, Rule
-from paged_backend.models.quantization.scheme import FLOATS, Scheme, StoredKind, new_linear, scalar_shapes, spell_rounding
+from paged_backend.models.quantization.scheme import (
+    FLOATS,
+    Scheme,
+    StoredKind,
+    new_linear,
+    scalar_shapes,
+    spell_rounding,
+)
 from paged_kernels.linear import Format, Linear, Rounding
 
 BLOCK = 128
@@ -31,7 +39,9 @@ class Float8(Scheme):
 
     @property
     def words(self) -> str:
-        whose = {"tensor": "with one scale", "channel": "per channel", "block": f"in blocks of {BLOCK} x {BLOCK}"}[self.strategy]
+        whose = {"tensor": "with one scale", "channel": "per channel", "block": f"in blocks of {BLOCK} x {BLOCK}"}[
+            self.strategy
+        ]
         return f"fp8 {whose}{spell_rounding(self.rounding)}"
 
     def refusal(self, num_rows: int, num_columns: int) -> str:
@@ -72,17 +82,29 @@ def read_fp8(config: Mapping[str, Any]) -> Quantization:
     Raises:
         EngineError: it asks for something that is not supported.
     """
-    size, activations, scale_format = config.get("weight_block_size"), config.get("activation_scheme", "dynamic"), config.get("scale_fmt")
+    size, activations, scale_format = (
+        config.get("weight_block_size"),
+        config.get("activation_scheme", "dynamic"),
+        config.get("scale_fmt"),
+    )
     if config.get("quant_algo"):
-        raise EngineError(f"quantization_config: fp8 beside modelopt's quant_algo {str(config['quant_algo'])[:80]} is not supported")
+        raise EngineError(
+            f"quantization_config: fp8 beside modelopt's quant_algo {str(config['quant_algo'])[:80]} is not supported"
+        )
     if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise EngineError(f"quantization_config: fmt: {str(config['fmt'])[:80]} is not supported; supported: e4m3")
     if size not in (None, [BLOCK, BLOCK]):
-        raise EngineError(f"quantization_config: weight_block_size: {str(size)[:80]} is not supported; supported: [{BLOCK}, {BLOCK}], null")
+        raise EngineError(
+            f"quantization_config: weight_block_size: {str(size)[:80]} is not supported; supported: [{BLOCK}, {BLOCK}], null"
+        )
     if activations not in ("dynamic", "static") or (size is not None and activations != "dynamic"):
-        raise EngineError(f"quantization_config: activation_scheme: {str(activations)[:80]} is not supported; supported: dynamic, static without blocks")
+        raise EngineError(
+            f"quantization_config: activation_scheme: {str(activations)[:80]} is not supported; supported: dynamic, static without blocks"
+        )
     if scale_format not in (None, "float", "ue8m0"):
-        raise EngineError(f"quantization_config: scale_fmt: {str(scale_format)[:80]} is not supported; supported: float, ue8m0")
+        raise EngineError(
+            f"quantization_config: scale_fmt: {str(scale_format)[:80]} is not supported; supported: float, ue8m0"
+        )
     if size is None:
         scheme = Float8("tensor", Rounding("fp8", static=activations == "static"))
     else:

@@ -1,6 +1,7 @@
 """GPTQ's 4- and 8-bit weights: rows of the transposed weight are packed in int32.
 
-Sources: GPTQ, Frantar et al., 2022; AutoGPTQ's and GPTQModel's layouts ("gptq" keeps zeros less one, "gptq_v2" as they are).
+Sources: GPTQ, Frantar et al., 2022; AutoGPTQ's and GPTQModel's layouts ("gptq" keeps zeros less one, "gptq_v2" as they
+    are).
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Gptq(Scheme):
         if "g_idx" in stored:
             groups = torch.arange(num_columns, device=stored["g_idx"].device) // (self.group_size or num_columns)
             if not torch.equal(stored["g_idx"].long(), groups):
-                raise ValueError("g_idx has columns in the order of their activations (desc_act), which is not supported")
+                raise ValueError(
+                    "g_idx has columns in the order of their activations (desc_act), which is not supported"
+                )
         weight = unpack_int32(stored["qweight"].T.contiguous(), self.num_bits)
         zero = unpack_int32(stored["qzeros"], self.num_bits).T
         if self.zeros_less_one:
@@ -70,13 +73,22 @@ def read_gptq(config: Mapping[str, Any]) -> Quantization:
     if bits not in (4, 8):
         raise EngineError(f"quantization_config: gptq: bits: {str(bits)[:80]} is not supported; supported: 4, 8")
     if config.get("desc_act") and group != -1:
-        raise EngineError("quantization_config: gptq: desc_act: true is not supported: its columns are in the order of their activations")
+        raise EngineError(
+            "quantization_config: gptq: desc_act: true is not supported: its columns are in the order of their activations"
+        )
     if layout not in ("gptq", "gptq_v2"):
-        raise EngineError(f"quantization_config: gptq: checkpoint_format: {str(layout)[:80]} is not supported; supported: gptq, gptq_v2")
+        raise EngineError(
+            f"quantization_config: gptq: checkpoint_format: {str(layout)[:80]} is not supported; supported: gptq, gptq_v2"
+        )
     if not isinstance(group, int) or (group != -1 and (group < 16 or group % 16)):
-        raise EngineError(f"quantization_config: gptq: group_size: {str(group)[:80]} is not supported; supported: -1 and multiples of 16")
+        raise EngineError(
+            f"quantization_config: gptq: group_size: {str(group)[:80]} is not supported; supported: -1 and multiples of 16"
+        )
     scheme = Gptq(bits, max(group, 0), layout == "gptq")
-    skipped = [*strings_of(config.get("modules_to_not_convert"), "modules_to_not_convert"), *_skipped(config.get("dynamic"))]
+    skipped = [
+        *strings_of(config.get("modules_to_not_convert"), "modules_to_not_convert"),
+        *_skipped(config.get("dynamic")),
+    ]
     if not config.get("lm_head"):
         skipped.append("lm_head")
     return Quantization("gptq", (Rule(any_of(skipped), None), Rule(lambda module: True, scheme)))
@@ -88,5 +100,7 @@ def _skipped(dynamic: Any) -> list[str]:
         return []
     own = next((name for name in dynamic if not name.startswith("-:")), None)
     if own is not None:
-        raise EngineError(f"quantization_config: gptq: dynamic: options of its own for {own[:80]} are not supported; supported: -: (left as it is)")
+        raise EngineError(
+            f"quantization_config: gptq: dynamic: options of its own for {own[:80]} are not supported; supported: -: (left as it is)"
+        )
     return [f"re:{name[2:]}" for name in dynamic]

@@ -1,8 +1,9 @@
-"""Scales of K and V in a checkpoint, for a KV store of 8 bits: keys and values are divided by them before they are rounded.
+"""Scales of K and V in a checkpoint, for a KV store of 8 bits: keys and values are divided by them before they are
+rounded.
 
-No kernel knows of them. A scale is rounded up to a power of two, which costs an 8-bit float nothing, and goes into the weights around the KV store,
-where multiplying by it is exact: keys come out of their product, or of their norm, divided by it and queries multiplied; values divided, and the output product
-multiplies what is attended to.
+No kernel knows of them. A scale is rounded up to a power of two, which costs an 8-bit float nothing, and goes into the
+weights around the KV store, where multiplying by it is exact: keys come out of their product, or of their norm, divided
+by it and queries multiplied; values divided, and the output product multiplies what is attended to.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.weight_files import OpenTensors, StoredTensor, find_tensors
 from paged_kernels.linear import Linear
 
-_NAMES = {"k": ("self_attn.k_scale", "self_attn.k_proj.k_scale"), "v": ("self_attn.v_scale", "self_attn.v_proj.v_scale")}
+_NAMES = {
+    "k": ("self_attn.k_scale", "self_attn.k_proj.k_scale"),
+    "v": ("self_attn.v_scale", "self_attn.v_proj.v_scale"),
+}
 
 
 def load_kv_scales(layers: Mapping[str, Attention], folder: Path, renames: Mapping[str, str], *, adapters: bool) -> str:
-    """Puts a checkpoint's scales of K and V into the weights of attention blocks, which are loaded. layers: by the beginnings of their tensors' names.
-    adapters: some may be added to products of keys and values, which would then be of two scales: none are used. Returns a sentence, "" without any scales.
+    """Puts a checkpoint's scales of K and V into the weights of attention blocks, which are loaded. layers: by the
+    beginnings of their tensors' names.
+    adapters: some may be added to products of keys and values, which would then be of two scales: none are used.
+        Returns a sentence, "" without any scales.
 
     Raises:
         EngineError: a scale is not one positive finite number, or a block has norms that a scale cannot go into.
@@ -52,7 +58,9 @@ def _read(prefix: str, names: Sequence[str], stored: Mapping[str, StoredTensor],
         return None
     tensor = tensors.read(name).float()
     if tensor.numel() != 1 or not math.isfinite(float(tensor)) or float(tensor) <= 0:
-        raise EngineError(f"checkpoint: tensor {name} of shape {list(tensor.shape)} is no scale: expected one positive finite number")
+        raise EngineError(
+            f"checkpoint: tensor {name} of shape {list(tensor.shape)} is no scale: expected one positive finite number"
+        )
     return float(2.0 ** math.ceil(math.log2(float(tensor))))
 
 
@@ -64,7 +72,9 @@ def _scale_keys(attention: Attention, scale: float) -> None:
         return
     for norm, factor in zip(attention.qk_norm, (scale, 1 / scale), strict=True):
         if norm.plus_one:
-            raise EngineError("kv_dtype: fp8_e4m3 with the checkpoint's k_scale is not supported for norms of keys that multiply by 1 + weight")
+            raise EngineError(
+                "kv_dtype: fp8_e4m3 with the checkpoint's k_scale is not supported for norms of keys that multiply by 1 + weight"
+            )
         _multiply_tensor(norm.weight, factor)
         _multiply_tensor(norm.bias, factor)
 

@@ -1,4 +1,5 @@
-"""Checkpoints of NVIDIA's Model Optimizer: config.json's quantization_config, or hf_quant_config.json beside it, which says the same in other words.
+"""Checkpoints of NVIDIA's Model Optimizer: config.json's quantization_config, or hf_quant_config.json beside it, which
+says the same in other words.
 
 Source: Model Optimizer's documentation of unified Hugging Face checkpoints.
 """
@@ -44,10 +45,14 @@ def read_modelopt(config: Mapping[str, Any]) -> Quantization:
 def _scheme(algorithm: Any, group_size: Any) -> Scheme:
     scheme = _SCHEMES.get(str(algorithm))
     if scheme is None:
-        raise EngineError(f"quantization_config: quant_algo: {str(algorithm)[:80]} is not supported; supported: {', '.join(_SCHEMES)}, MIXED_PRECISION")
+        raise EngineError(
+            f"quantization_config: quant_algo: {str(algorithm)[:80]} is not supported; supported: {', '.join(_SCHEMES)}, MIXED_PRECISION"
+        )
     allowed = NVFP4_GROUP if isinstance(scheme, Nvfp4) else BLOCK
     if group_size not in (None, allowed):
-        raise EngineError(f"quantization_config: group_size: {str(group_size)[:80]} is not supported for {algorithm}; supported: {allowed}")
+        raise EngineError(
+            f"quantization_config: group_size: {str(group_size)[:80]} is not supported for {algorithm}; supported: {allowed}"
+        )
     return scheme
 
 
@@ -56,7 +61,10 @@ def _rules_of_layers(layers: Any) -> list[Rule]:
     if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
         raise EngineError("quantization_config: quantized_layers: expected an object of modules")
     schemes = {name: _scheme(entry.get("quant_algo"), entry.get("group_size")) for name, entry in layers.items()}
-    return [Rule(_within(frozenset(name for name in schemes if schemes[name] == scheme)), scheme) for scheme in dict.fromkeys(schemes.values())]
+    return [
+        Rule(_within(frozenset(name for name in schemes if schemes[name] == scheme)), scheme)
+        for scheme in dict.fromkeys(schemes.values())
+    ]
 
 
 def _within(names: frozenset[str]) -> Callable[[str], bool]:

@@ -1,4 +1,6 @@
-"""The quantised modules of a model: what they need of a checkpoint, and their way into the linears that they are packed in."""
+"""The quantised modules of a model: what they need of a checkpoint, and their way into the linears that they are packed
+in.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +54,18 @@ class QuantisedModule:
             if name in tensors:
                 _check_numbers(name, kind, tensors[name])
         try:
-            part = self._own(self.scheme.read({name[len(self.name) + 1 :]: tensor for name, tensor in tensors.items()}, *self.shape))
+            part = self._own(
+                self.scheme.read({name[len(self.name) + 1 :]: tensor for name, tensor in tensors.items()}, *self.shape)
+            )
         except ValueError as error:
             raise EngineError(f"checkpoint: tensor {self.name}.{error}") from None
         self._place(part)
 
     def fill_at_random(self, deviation: float, generator: torch.Generator) -> None:
         """With normally distributed numbers, rounded as the format has it."""
-        weight = torch.empty(self.num_rows, self.linear.num_columns, device=self.linear.weight.device).normal_(0, deviation, generator=generator)
+        weight = torch.empty(self.num_rows, self.linear.num_columns, device=self.linear.weight.device).normal_(
+            0, deviation, generator=generator
+        )
         part = quantise(weight, self.scheme.format(self.linear.num_columns))
         if part.input_scale is not None:
             part.input_scale.fill_(0.05)
@@ -75,14 +81,18 @@ class QuantisedModule:
             return whole
         group = self.scheme.format(self.linear.num_columns).block[1]
         if whole.format.block[1] != group:
-            raise EngineError(f"tensor_parallel_size: {self.name} ({self.scheme.words}) has groups of {whole.format.block[1]} columns, its parts of {group}")
+            raise EngineError(
+                f"tensor_parallel_size: {self.name} ({self.scheme.words}) has groups of {whole.format.block[1]} columns, its parts of {group}"
+            )
         begin, end = self.cut.start, self.cut.start + self.cut.count
         try:
             if whole.format.block[0] > 1 and self.cut.dim == OUT and begin % whole.format.block[0]:
                 raise ValueError(f"rows {begin} to {end} are not whole blocks of {whole.format.block[0]}")
             return whole.rows(begin, end) if self.cut.dim == OUT else whole.columns(begin, end)
         except ValueError as error:
-            raise EngineError(f"tensor_parallel_size: {self.name} ({self.scheme.words}) cannot be divided so: {error}") from None
+            raise EngineError(
+                f"tensor_parallel_size: {self.name} ({self.scheme.words}) cannot be divided so: {error}"
+            ) from None
 
     def _place(self, part: Linear) -> None:
         target = self.linear.rows(self.begin, self.begin + part.num_rows)
@@ -95,8 +105,11 @@ class QuantisedModule:
                 into.copy_(numbers.repeat_interleave(part.format.block[0] // target.format.block[0], 0)[: len(into)])
         if target.row_scale is not None and part.row_scale is not None:
             target.row_scale.copy_(part.row_scale)
-        if target.input_scale is not None and part.input_scale is not None:  # of modules that share their input: the widest, as it was measured
-            target.input_scale.copy_(torch.maximum(target.input_scale, part.input_scale) if self.begin else part.input_scale)
+        # of modules that share their input: the widest, as it was measured
+        if target.input_scale is not None and part.input_scale is not None:
+            target.input_scale.copy_(
+                torch.maximum(target.input_scale, part.input_scale) if self.begin else part.input_scale
+            )
 
 
 def modules_of(quantization: Quantization, linear: Linear, site: AdapterSite, prefix: str) -> Iterator[QuantisedModule]:
@@ -110,10 +123,15 @@ def modules_of(quantization: Quantization, linear: Linear, site: AdapterSite, pr
 
 
 def split_quantised(
-    targets: Mapping[str, Tensor], modules: Sequence[QuantisedModule], quantization: Quantization | None, cuts: Mapping[str, Cut]
+    targets: Mapping[str, Tensor],
+    modules: Sequence[QuantisedModule],
+    quantization: Quantization | None,
+    cuts: Mapping[str, Cut],
 ) -> tuple[dict[str, Tensor], list[QuantisedModule]]:
-    """Targets that are filled as they are, and all quantised modules: `modules`, those of linears, and matrices that a product cannot read in another format
-    than the activations', such as experts'. They are dequantised. Of floats that are rounded while they are read those stay as they are."""
+    """Targets that are filled as they are, and all quantised modules: `modules`, those of linears, and matrices that a
+    product cannot read in another format than the activations', such as experts'. They are dequantised. Of floats that
+    are rounded while they are read those stay as they are.
+    """
     if quantization is None:
         return dict(targets), []
     plain, found, of_linears = {}, list(modules), {module.name for module in modules}
@@ -130,10 +148,16 @@ def split_quantised(
 
 
 def settle_quantization(quantization: Quantization, stored: Mapping[str, StoredTensor]) -> Quantization:
-    """Takes from the files' headers what configs leave open: the type of integers' scales, and which modules are plain although no list says so."""
+    """Takes from the files' headers what configs leave open: the type of integers' scales, and which modules are plain
+    although no list says so.
+    """
     kinds = (tensor.kind for name, tensor in stored.items() if name.endswith((".weight_scale", ".scales")))
     scale_dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(next(kinds, ""))
-    floats = () if quantization.online else (name.removesuffix(".weight") for name, tensor in stored.items() if tensor.kind in FLOATS)
+    floats = (
+        ()
+        if quantization.online
+        else (name.removesuffix(".weight") for name, tensor in stored.items() if tensor.kind in FLOATS)
+    )
     return replace(quantization, scale_dtype=scale_dtype, plain_modules=frozenset(floats))
 
 
@@ -148,12 +172,18 @@ def check_modules(stored: Mapping[str, StoredTensor], modules: Sequence[Quantise
             if found is None:
                 if kind.optional:
                     continue
-                raise EngineError(f"checkpoint: tensor {name} is missing; {module.name} is {module.scheme.words} by quantization_config")
+                raise EngineError(
+                    f"checkpoint: tensor {name} is missing; {module.name} is {module.scheme.words} by quantization_config"
+                )
             if found.shape not in kind.shapes:
                 wanted = " or ".join(str(list(shape)) for shape in kind.shapes)
-                raise EngineError(f"checkpoint: tensor {name} has shape {list(found.shape)}, config.json implies {wanted} ({module.scheme.words})")
+                raise EngineError(
+                    f"checkpoint: tensor {name} has shape {list(found.shape)}, config.json implies {wanted} ({module.scheme.words})"
+                )
             if found.kind not in kind.kinds:
-                raise EngineError(f"checkpoint: tensor {name} is of type {found.kind}; {module.scheme.words} is stored as {', '.join(kind.kinds)}")
+                raise EngineError(
+                    f"checkpoint: tensor {name} is of type {found.kind}; {module.scheme.words} is stored as {', '.join(kind.kinds)}"
+                )
 
 
 def _check_numbers(name: str, kind: StoredKind, tensor: Tensor) -> None:

@@ -55,4 +55,6 @@ class OnlineInt4(OnlineFp8):
 def read_online(name: Literal["fp8", "int4"]) -> Quantization:
     """The tunable's value -> a quantisation of everything but the head."""
     scheme = OnlineFp8() if name == "fp8" else OnlineInt4()
-    return Quantization(f"quantization={name}", (Rule(any_of(["lm_head"]), None), Rule(lambda module: True, scheme)), online=True)
+    return Quantization(
+        f"quantization={name}", (Rule(any_of(["lm_head"]), None), Rule(lambda module: True, scheme)), online=True
+    )

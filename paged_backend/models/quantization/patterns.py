@@ -1,4 +1,6 @@
-"""Names of modules as quantisation configs list them: whole names, parts of names, globs, and regular expressions after "re:"."""
+"""Names of modules as quantisation configs list them: whole names, parts of names, globs, and regular expressions after
+"re:".
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,9 @@ def strings_of(value: Any, key: str) -> list[str]:
 def any_of(patterns: Iterable[str]) -> Callable[[str], bool]:
     """A function that says whether one of the patterns means a module of that name, or one that it lies in.
 
-    re:EXPRESSION matches from the beginning of the name, as compressed-tensors has it. A glob's * goes across dots. Anything else is a name or
-    a part of one between dots: "mlp.gate" means model.layers.3.mlp.gate, and not model.layers.3.mlp.gate_proj.
+    re:EXPRESSION matches from the beginning of the name, as compressed-tensors has it. A glob's * goes across dots.
+    Anything else is a name or a part of one between dots: "mlp.gate" means model.layers.3.mlp.gate, and not
+    model.layers.3.mlp.gate_proj.
 
     Raises:
         EngineError: an expression is broken.

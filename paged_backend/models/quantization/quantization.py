@@ -38,13 +38,17 @@ class Quantization:
     rounds: bool = True  # activations are rounded as the format has it, also before a product with dequantised weights
     scale_dtype: torch.dtype | None = None  # of the scales of groups of 4- and 8-bit integers, as the files have them
     plain_modules: frozenset[str] = frozenset()  # that the files have as floats, whatever the rules say
-    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of names in the checkpoint -> here (Architecture.renames); rules know the former
+    # beginnings of names in the checkpoint -> here (Architecture.renames); rules know the former
+    renames: Mapping[str, str] = field(default_factory=dict)
 
     def scheme_of(self, module: str) -> Scheme | None:
         """module: its full name, such as model.layers.0.self_attn.q_proj."""
         if module in self.plain_modules:
             return None
-        names = [module, *(theirs + module.removeprefix(ours) for theirs, ours in self.renames.items() if module.startswith(ours))]
+        names = [
+            module,
+            *(theirs + module.removeprefix(ours) for theirs, ours in self.renames.items() if module.startswith(ours)),
+        ]
         return next((rule.scheme for rule in self.rules if any(rule.matches(name) for name in names)), None)
 
     def format_of(self, modules: Sequence[str], out_sizes: Sequence[int], in_size: int) -> Format:
@@ -55,18 +59,26 @@ class Quantization:
         """
         schemes = [self.scheme_of(module) for module in modules]
         if any(scheme != schemes[0] for scheme in schemes):
-            words = ", ".join(f"{module} as {spell_scheme(scheme)}" for module, scheme in zip(modules, schemes, strict=True))
-            raise EngineError(f"quantization_config: modules that are multiplied together are stored in different ways, which is not supported: {words}")
+            words = ", ".join(
+                f"{module} as {spell_scheme(scheme)}" for module, scheme in zip(modules, schemes, strict=True)
+            )
+            raise EngineError(
+                f"quantization_config: modules that are multiplied together are stored in different ways, which is not supported: {words}"
+            )
         scheme = schemes[0]
         if scheme is None:
             return PLAIN
         for module, rows in zip(modules, out_sizes, strict=True):
             reason = scheme.refusal(rows, in_size)
             if reason:
-                raise EngineError(f"quantization_config: {module} [{rows}, {in_size}] cannot be {scheme.words}: {reason}")
+                raise EngineError(
+                    f"quantization_config: {module} [{rows}, {in_size}] cannot be {scheme.words}: {reason}"
+                )
         format = scheme.format(in_size)
         if format.block[0] > 1:  # parts begin where blocks do
-            format = replace(format, block=(math.gcd(format.block[0], *list(accumulate(out_sizes))[:-1]), format.block[1]))
+            format = replace(
+                format, block=(math.gcd(format.block[0], *list(accumulate(out_sizes))[:-1]), format.block[1])
+            )
         if self.scale_dtype is not None and format.codes in ("int4", "int8") and format.block[1]:
             format = replace(format, scale_dtype=self.scale_dtype)
         return Format(rounding=format.rounding if self.rounds else None) if self.dequantised else format

@@ -1,4 +1,6 @@
-"""How a checkpoint is quantised, from its small files: config.json's quantization_config, hf_quant_config.json, or what older quantisers wrote."""
+"""How a checkpoint is quantised, from its small files: config.json's quantization_config, hf_quant_config.json, or what
+older quantisers wrote.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
     MXFP4: lambda config: Quantization(MXFP4, ()),  # of experts alone: everything else is plain
 }
 METHODS = tuple(_READERS)
-_OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # AutoGPTQ's and AutoAWQ's, before they wrote into config.json
+# AutoGPTQ's and AutoAWQ's, before they wrote into config.json
+_OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def read_quantization(folder: Path, config: Mapping[str, Any] | None) -> Quantization | None:

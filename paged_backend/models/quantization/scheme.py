@@ -41,7 +41,11 @@ class Scheme(ABC):
     def refusal(self, num_rows: int, num_columns: int) -> str:
         """Why no weight of that shape can be stored so; "" if one can."""
         group = self.format(num_columns).block[1]
-        return f"its {num_columns} columns are no multiple of the group of {group}" if group and num_columns % group else ""
+        return (
+            f"its {num_columns} columns are no multiple of the group of {group}"
+            if group and num_columns % group
+            else ""
+        )
 
     @abstractmethod
     def stored(self, num_rows: int, num_columns: int) -> Mapping[str, StoredKind]:
@@ -76,5 +80,7 @@ def unpack_int32(packed: Tensor, num_bits: int) -> Tensor:
 def spell_rounding(rounding: Rounding | None) -> str:
     if rounding is None:
         return ""
-    whose = "with fixed scales" if rounding.static else f"in groups of {rounding.group}" if rounding.group else "per token"
+    whose = (
+        "with fixed scales" if rounding.static else f"in groups of {rounding.group}" if rounding.group else "per token"
+    )
     return f", activations rounded to {rounding.codes} {whose}"

@@ -1,6 +1,7 @@
 """A Batch as bytes and back, for the other ranks: msgpack, with arrays as their memory.
 
-Whatever dataclasses and structs a batch may hold are found by walking its annotations, so a feature's new ask needs nothing here.
+Whatever dataclasses and structs a batch may hold are found by walking its annotations, so a feature's new ask needs
+nothing here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def decode_batch(encoded: bytes | bytearray | memoryview) -> Batch:
 
 def _packed(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode((value.dtype.str, value.shape, np.ascontiguousarray(value).data)))
+        return msgspec.msgpack.Ext(
+            _ARRAY, msgspec.msgpack.encode((value.dtype.str, value.shape, np.ascontiguousarray(value).data))
+        )
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (list, tuple)):
@@ -64,12 +67,18 @@ def _tuples(value: Any) -> Any:
 
 
 def _fields_of(kind: Any) -> tuple[str, ...]:
-    return kind.__struct_fields__ if issubclass(kind, msgspec.Struct) else tuple(field.name for field in dataclasses.fields(kind))
+    return (
+        kind.__struct_fields__
+        if issubclass(kind, msgspec.Struct)
+        else tuple(field.name for field in dataclasses.fields(kind))
+    )
 
 
 def _records_in(annotation: Any) -> Iterator[type]:
     """The dataclasses and structs that a value of that type may hold."""
-    if isinstance(annotation, type) and (dataclasses.is_dataclass(annotation) or issubclass(annotation, msgspec.Struct)):
+    if isinstance(annotation, type) and (
+        dataclasses.is_dataclass(annotation) or issubclass(annotation, msgspec.Struct)
+    ):
         yield annotation
         for inner in typing.get_type_hints(annotation).values():
             yield from _records_in(inner)

@@ -11,7 +11,9 @@ _HEADER = struct.Struct("<QQ")  # number of the message, length in bytes
 
 
 class Sender:
-    """Rank 0's end. A rank that does not read holds it up once the sockets' buffers are full: it is then behind by many steps."""
+    """Rank 0's end. A rank that does not read holds it up once the sockets' buffers are full: it is then behind by many
+    steps.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end

@@ -1,4 +1,6 @@
-"""What ranks do together, by torch.distributed: gloo between processes of a CPU, NCCL between GPUs, and a file in the engine's folder by which they meet."""
+"""What ranks do together, by torch.distributed: gloo between processes of a CPU, NCCL between GPUs, and a file in the
+engine's folder by which they meet.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,20 @@ from paged_kernels.peer_sum import PeerBuffers, make_peer_buffers, peer_buffer_b
 from paged_kernels.rank_ops import Ranks
 
 _MEETING_FILE = "ranks"
-_PATIENCE = timedelta(hours=1)  # with a rank that reads its weights slowly. One that hangs in a step is noticed by front ends long before (engine_hang_seconds)
-_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor  # its name until torch 2.12
+# with a rank that reads its weights slowly. One that hangs in a step is noticed by front ends long before
+# (engine_hang_seconds)
+_PATIENCE = timedelta(hours=1)
+# its name until torch 2.12
+_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 
 
 class ProcessRanks(Ranks):
     """This process's membership. There is one in a process, for torch.distributed keeps its group in a global."""
 
     def __init__(self, rank: int, size: int, folder: Path, device: torch.device) -> None:
-        """Waits for the others. folder: the engine's, new for each engine; nothing listens beyond the loopback interface."""
+        """Waits for the others. folder: the engine's, new for each engine; nothing listens beyond the loopback
+        interface.
+        """
         super().__init__(rank, size)
         for library in ("GLOO", "NCCL"):
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
@@ -32,7 +39,9 @@ class ProcessRanks(Ranks):
         self._store = FileStore(str(folder / _MEETING_FILE), size)
         gpu = device if device.type == "cuda" else None
         backend = "gloo" if gpu is None else "nccl"
-        torch.distributed.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE, device_id=gpu)
+        torch.distributed.init_process_group(
+            backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE, device_id=gpu
+        )
         self._num_tellings = 0
         self._peers: PeerBuffers | None = None  # None: every sum is the library's
 
@@ -59,7 +68,9 @@ class ProcessRanks(Ranks):
     def _meet_in_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> PeerBuffers:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self._memory = symmetric_memory.empty(peer_buffer_bytes(self.size, capacity, dtype), dtype=torch.uint8, device=device)
+        self._memory = symmetric_memory.empty(
+            peer_buffer_bytes(self.size, capacity, dtype), dtype=torch.uint8, device=device
+        )
         self._memory.zero_()
         torch.cuda.synchronize(device)
         self._met = symmetric_memory.rendezvous(self._memory, _everybody())  # waits for all ranks: their memory is zero

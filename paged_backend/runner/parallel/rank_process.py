@@ -1,7 +1,9 @@
-"""A rank other than 0: `python -m paged_backend.runner.parallel.rank_process RANK DESCRIPTOR PARENT MODEL_NAME`, a child of the engine process.
+"""A rank other than 0: `python -m paged_backend.runner.parallel.rank_process RANK DESCRIPTOR PARENT MODEL_NAME`, a
+child of the engine process.
 
-It imports what a rank needs, loads its part of the model when it is told to, and then runs every batch that rank 0 sends, in order. It answers nothing:
-what its steps mean for others has gone into the sums and keys that ranks exchange. It ends with rank 0, however that ends, and when it fails itself.
+It imports what a rank needs, loads its part of the model when it is told to, and then runs every batch that rank 0
+sends, in order. It answers nothing: what its steps mean for others has gone into the sums and keys that ranks exchange.
+It ends with rank 0, however that ends, and when it fails itself.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def serve_rank(rank: int, receiver: Receiver) -> int:
 
 
 def prepare_rank(config: EngineConfig) -> None:
-    """What takes seconds and needs no device: as engine/loading.py, for a standby's ranks. What fails here fails again later, when it is told of."""
+    """What takes seconds and needs no device: as engine/loading.py, for a standby's ranks. What fails here fails again
+    later, when it is told of.
+    """
     with contextlib.suppress(Exception):
         if torch.version.cuda is not None and config.device != "cpu":
             import paged_kernels.cuda_rank_ops  # noqa: F401
@@ -112,7 +116,9 @@ def _die_with(parent: int, descriptor: int) -> None:
 
 
 def _end_after(descriptor: int) -> None:
-    """Where the kernel is not Linux itself and sends no such signal; and for a rank 0 that closes its end and goes on."""
+    """Where the kernel is not Linux itself and sends no such signal; and for a rank 0 that closes its end and goes
+    on.
+    """
     hung_up = select.poll()
     hung_up.register(descriptor, select.POLLRDHUP)
     hung_up.poll()

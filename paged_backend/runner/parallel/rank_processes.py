@@ -1,4 +1,5 @@
-"""Rank 0's side of tensor parallelism: it starts the other ranks as its children, sends them every batch, and ends when one of them does.
+"""Rank 0's side of tensor parallelism: it starts the other ranks as its children, sends them every batch, and ends when
+one of them does.
 
 Nothing here imports torch: children are started before rank 0 has imported it, so that all of them do so at once.
 """
@@ -39,7 +40,9 @@ class RankStart(msgspec.Struct, frozen=True):
 
 
 class RankProcesses:
-    """The ranks 1 … size - 1. They die with this process, or with the thread of it that made this; none outlives it by more than the time of its own exit."""
+    """The ranks 1 … size - 1. They die with this process, or with the thread of it that made this; none outlives it by
+    more than the time of its own exit.
+    """
 
     def __init__(self, config: EngineConfig, model_name: str = "paged") -> None:
         """model_name: for their log lines.
@@ -64,9 +67,13 @@ class RankProcesses:
         return [process.pid for process in self._processes]
 
     def start(self, start: RankStart, on_death: Callable[[], None]) -> None:
-        """Lets them load. on_death: called, on a thread of its own, when one of them has ended although nobody asked it to."""
+        """Lets them load. on_death: called, on a thread of its own, when one of them has ended although nobody asked it
+        to.
+        """
         for rank, process in enumerate(self._processes, 1):
-            threading.Thread(target=self._watch, args=(rank, process, on_death), name=f"rank-{rank}", daemon=True).start()
+            threading.Thread(
+                target=self._watch, args=(rank, process, on_death), name=f"rank-{rank}", daemon=True
+            ).start()
         self.send(msgspec.msgpack.encode(start))
 
     def send(self, message: bytes) -> None:
@@ -95,7 +102,9 @@ class RankProcesses:
     def _watch(self, rank: int, process: subprocess.Popen[bytes], on_death: Callable[[], None]) -> None:
         status = process.wait()
         if not self._closing:
-            log.error("error: rank %d (process %d) ended %s: so does the engine", rank, process.pid, _exit_words(status))
+            log.error(
+                "error: rank %d (process %d) ended %s: so does the engine", rank, process.pid, _exit_words(status)
+            )
             on_death()
 
 
@@ -118,14 +127,26 @@ class LeadingRunner:
 
 
 def end_engine() -> None:
-    """Ends this process at once, whatever its main thread waits for: front ends start the next engine and resume every request."""
+    """Ends this process at once, whatever its main thread waits for: front ends start the next engine and resume every
+    request.
+    """
     logging.shutdown()
     os._exit(1)
 
 
 def _spawn(rank: int, descriptor: int, model_name: str) -> subprocess.Popen[bytes]:
-    safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # as for the engine: its working directory is no place to import from
-    command = [sys.executable, *safe_path, "-m", "paged_backend.runner.parallel.rank_process", str(rank), str(descriptor), str(os.getpid()), model_name]
+    # as for the engine: its working directory is no place to import from
+    safe_path = ["-P"] if sys.version_info >= (3, 11) else []
+    command = [
+        sys.executable,
+        *safe_path,
+        "-m",
+        "paged_backend.runner.parallel.rank_process",
+        str(rank),
+        str(descriptor),
+        str(os.getpid()),
+        model_name,
+    ]
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[descriptor])
     except OSError as error:

@@ -1,4 +1,6 @@
-"""The gateway's way to a server, over real gRPC to a server of a few lines: values, ends, errors, patience, and who is cancelled when."""
+"""The gateway's way to a server, over real gRPC to a server of a few lines: values, ends, errors, patience, and who is
+cancelled when.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,13 @@ def message(final: bool = False, **outputs: tuple[str, Any]) -> Any:
 
 
 def piece(text: bytes, reason: bytes = b"None", final: bool = False) -> Any:
-    return message(final, text_output=("BYTES", [text]), output_ids=("INT32", [7]), finish_reason=("BYTES", [reason]), num_input_tokens=("UINT32", [5]))
+    return message(
+        final,
+        text_output=("BYTES", [text]),
+        output_ids=("INT32", [7]),
+        finish_reason=("BYTES", [reason]),
+        num_input_tokens=("UINT32", [5]),
+    )
 
 
 class Server(grpc.GenericRpcHandler):
@@ -50,7 +58,9 @@ class Server(grpc.GenericRpcHandler):
         if details.method != f"/{SERVICE}/ModelStreamInfer":
             return None
         return grpc.stream_stream_rpc_method_handler(
-            self._infer, request_deserializer=pb.ModelInferRequest.FromString, response_serializer=pb.ModelStreamInferResponse.SerializeToString
+            self._infer,
+            request_deserializer=pb.ModelInferRequest.FromString,
+            response_serializer=pb.ModelStreamInferResponse.SerializeToString,
         )
 
     async def _infer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
@@ -64,7 +74,9 @@ class Server(grpc.GenericRpcHandler):
             raise
 
 
-def talk(answer: Callable[[Any], AsyncIterator[Any]], use: Callable[[AsyncPagedClient], Awaitable[Any]], **options: Any) -> tuple[Any, Server]:
+def talk(
+    answer: Callable[[Any], AsyncIterator[Any]], use: Callable[[AsyncPagedClient], Awaitable[Any]], **options: Any
+) -> tuple[Any, Server]:
     """What `use` returns of a client of a server that answers so."""
 
     async def run() -> tuple[Any, Server]:
@@ -98,21 +110,37 @@ def test_an_answer_is_read_and_its_stream_is_left_to_end_by_itself() -> None:
         return await client.generate("Hi ☃", max_tokens=3)
 
     answer, server = talk(whole, use)
-    assert (answer.text, answer.token_ids, answer.finish_reason, answer.usage.num_input_tokens) == ("One two�.", (7, 7), "stop", 5)
+    assert (answer.text, answer.token_ids, answer.finish_reason, answer.usage.num_input_tokens) == (
+        "One two�.",
+        (7, 7),
+        "stop",
+        5,
+    )
     (request,) = server.asked
     given = dict(zip((tensor.name for tensor in request.inputs), request.raw_input_contents, strict=True))
     assert given["text_input"][4:].decode() == "Hi ☃" and given["stream"] == b"\0"
-    assert request.parameters["triton_enable_empty_final_response"].bool_param and request.parameters["return_error_code"].bool_param
+    assert (
+        request.parameters["triton_enable_empty_final_response"].bool_param
+        and request.parameters["return_error_code"].bool_param
+    )
     assert server.num_cancelled == 0
 
 
 def test_numbers_of_every_type_are_read() -> None:
     async def numbers(context: Any) -> AsyncIterator[Any]:
-        yield message(True, text_output=("BYTES", [b""]), finish_reason=("BYTES", [b"stop"]), embedding=("FP32", [0.5, -2.0]), output_ids=("INT32", []))
+        yield message(
+            True,
+            text_output=("BYTES", [b""]),
+            finish_reason=("BYTES", [b"stop"]),
+            embedding=("FP32", [0.5, -2.0]),
+            output_ids=("INT32", []),
+        )
 
     answer, server = talk(numbers, lambda client: client.embed([5, 2**31 - 1]))
     assert answer.embedding == (0.5, -2.0)
-    given = dict(zip((tensor.name for tensor in server.asked[0].inputs), server.asked[0].raw_input_contents, strict=True))
+    given = dict(
+        zip((tensor.name for tensor in server.asked[0].inputs), server.asked[0].raw_input_contents, strict=True)
+    )
     assert np.frombuffer(given["input_ids"], "<i4").tolist() == [5, 2**31 - 1]
 
 
@@ -133,7 +161,10 @@ def test_a_stream_that_breaks_says_so() -> None:
         yield piece(b"One ")
         await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
-    for answer, words in ((ends, "closed the stream before the answer's end"), (fails, "no Triton Server can be reached")):
+    for answer, words in (
+        (ends, "closed the stream before the answer's end"),
+        (fails, "no Triton Server can be reached"),
+    ):
         with pytest.raises(UnreachableError, match=words):
             talk(answer, lambda client: client.generate("x"))
     with socket.create_server(("127.0.0.1", 0)) as nobody:
@@ -192,7 +223,9 @@ def test_a_caller_who_leaves_cancels_the_request_and_only_then() -> None:
 
 
 def test_first_pieces_do_not_wait_for_an_acknowledgement() -> None:
-    """They had waited 40 ms on every connection that was used again: Nagle's algorithm beside delayed acknowledgements."""
+    """They had waited 40 ms on every connection that was used again: Nagle's algorithm beside delayed
+    acknowledgements.
+    """
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:

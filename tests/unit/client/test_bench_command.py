@@ -60,7 +60,9 @@ def stand_in(folder: Path, script: str = "exit 0") -> Path:
         ("-c 4 memory", "options of paged bench memory go behind the word memory"),
     ],
 )
-def test_a_wrong_option_is_one_sentence_that_names_it(arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_option_is_one_sentence_that_names_it(
+    arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(stand_in(tmp_path / "bin").parent), prepend=":")
     result = CliRunner().invoke(app, ["bench", *arguments.split()])
     assert result.exit_code in (1, 2)

@@ -30,15 +30,35 @@ def url() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def run(folder: Path, script: str, url: str, *, level: Level | None = None, processes: int = 1, timeout: float = 20, requests: int = 4) -> list[Trace]:
-    """A run with a shell script in perf_analyzer's place; it sees RECORDED, and its arguments are kept in `arguments`."""
+def run(
+    folder: Path,
+    script: str,
+    url: str,
+    *,
+    level: Level | None = None,
+    processes: int = 1,
+    timeout: float = 20,
+    requests: int = 4,
+) -> list[Trace]:
+    """A run with a shell script in perf_analyzer's place; it sees RECORDED, and its arguments are kept in
+    `arguments`.
+    """
     executable = folder / "perf_analyzer"
     executable.write_text(f'#!/bin/sh\ncd {folder}\necho "$@" >> arguments\n{script}\n')
     executable.chmod(0o755)
     tool = PerfAnalyzer(executable, {**os.environ, "RECORDED": str(RECORDED)}, "stand-in", False)
     target = Target("model", url, "model", None, True, True, True)
     limits = LoadLimits(processes, timeout, 8)
-    return run_load(tool, target, level or Level(streams=4), WORKLOAD, make_requests(WORKLOAD, requests), PROMPTING, limits, lambda: None)
+    return run_load(
+        tool,
+        target,
+        level or Level(streams=4),
+        WORKLOAD,
+        make_requests(WORKLOAD, requests),
+        PROMPTING,
+        limits,
+        lambda: None,
+    )
 
 
 def arguments(folder: Path, option: str) -> list[str]:
@@ -72,8 +92,14 @@ def test_a_rate_is_shared_and_has_both_ends(tmp_path: Path, url: str) -> None:
 @pytest.mark.parametrize(
     ("script", "sentence"),
     [
-        pytest.param("echo 'Thread [1] had error: max_tokens: 9 is too much'; exit 99", "^max_tokens: 9 is too much$", id="a request failed"),
-        pytest.param("echo 'error: Failed to init: no model'; exit 1", "^Failed to init: no model$", id="perf_analyzer refuses"),
+        pytest.param(
+            "echo 'Thread [1] had error: max_tokens: 9 is too much'; exit 99",
+            "^max_tokens: 9 is too much$",
+            id="a request failed",
+        ),
+        pytest.param(
+            "echo 'error: Failed to init: no model'; exit 1", "^Failed to init: no model$", id="perf_analyzer refuses"
+        ),
         pytest.param("echo something; exit 3", "exit code 3: something", id="unknown"),
         pytest.param("exit 0", "exit code 0: no message", id="no export"),
     ],
@@ -86,7 +112,12 @@ def test_a_run_that_breaks_off_says_why(script: str, sentence: str, tmp_path: Pa
 def test_one_process_that_fails_ends_the_others(tmp_path: Path, url: str) -> None:
     before = time.monotonic()
     with pytest.raises(LoadError, match="broken"):
-        run(tmp_path, "if mkdir first; then sleep 60; else echo 'Thread [0] had error: broken'; exit 99; fi", url, processes=2)
+        run(
+            tmp_path,
+            "if mkdir first; then sleep 60; else echo 'Thread [0] had error: broken'; exit 99; fi",
+            url,
+            processes=2,
+        )
     assert time.monotonic() - before < 10
 
 
@@ -104,7 +135,9 @@ def test_a_server_that_is_gone_ends_the_run(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_cut_export_is_measured_again(tmp_path: Path, url: str) -> None:
-    traces = run(tmp_path, EXPORT + 'if mkdir cut; then head -c 3000 "$RECORDED" > "$2"; else cp "$RECORDED" "$2"; fi', url)
+    traces = run(
+        tmp_path, EXPORT + 'if mkdir cut; then head -c 3000 "$RECORDED" > "$2"; else cp "$RECORDED" "$2"; fi', url
+    )
     assert len(traces) == 4
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
 
@@ -128,5 +161,7 @@ def test_an_export_that_is_always_cut_is_an_error_with_a_remedy(tmp_path: Path, 
     ],
     ids=str,
 )
-def test_processes_follow_streams_and_cores_unless_they_are_given(level: Level, cores: int, asked: int | None, expected: int) -> None:
+def test_processes_follow_streams_and_cores_unless_they_are_given(
+    level: Level, cores: int, asked: int | None, expected: int
+) -> None:
     assert num_processes(level, LoadLimits(asked, 1, cores), 1000) == expected

@@ -15,7 +15,16 @@ from paged_backend.errors import EngineError
 from paged_backend.server.launch import ServerSettings
 from paged_client.bench.figures import summarise
 from paged_client.bench.load import Level
-from paged_client.bench.memory import PAGED, RESERVED, MemoryPlan, check_plan, draw_memory, judge, pool_options, print_memory
+from paged_client.bench.memory import (
+    PAGED,
+    RESERVED,
+    MemoryPlan,
+    check_plan,
+    draw_memory,
+    judge,
+    pool_options,
+    print_memory,
+)
 from paged_client.bench.pool import PoolFigures, PoolSample
 from paged_client.bench.profile import Trace
 from paged_client.bench.sweep import Run
@@ -24,9 +33,14 @@ from paged_client.bench.workload import Workload
 PLAN = MemoryPlan(ServerSettings(), 16, 2048, 8, None, 30.0, None, Workload(None, None))
 
 
-def run(kind: str, rate: float, latency: float, tokens: int, utilisation: float, running: float, full: bool = True) -> Run:
+def run(
+    kind: str, rate: float, latency: float, tokens: int, utilisation: float, running: float, full: bool = True
+) -> Run:
     """Ten requests that take `latency` seconds each, all at once, with `tokens` tokens."""
-    traces = [Trace(0, np.array([latency * 5e8, latency * 1e9]).astype(np.int64), np.array([1, tokens - 1]), tokens) for _ in range(10)]
+    traces = [
+        Trace(0, np.array([latency * 5e8, latency * 1e9]).astype(np.int64), np.array([1, tokens - 1]), tokens)
+        for _ in range(10)
+    ]
     pool = PoolFigures(100, 16, 50, 90, utilisation, running, int(running) + 1, running if full else math.nan, {})
     samples = [PoolSample(0.0, 50, 0, 100, 16, utilisation, running, float(full))]
     return Run(kind, Level(rate=rate), 0, summarise(traces), pool, samples, 0.0)
@@ -104,7 +118,9 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     [
         pytest.param(24, {}, "--page-size 24: expected a power of two", id="no power of two"),
         pytest.param(2048, {}, "--page-size 2048: expected less than --max-model-len", id="as long as a sequence"),
-        pytest.param(16, {"num_pages": "5"}, "--set num_pages: this benchmark sets it itself", id="an option of the pool"),
+        pytest.param(
+            16, {"num_pages": "5"}, "--set num_pages: this benchmark sets it itself", id="an option of the pool"
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(page_size: int, options: dict[str, str], sentence: str) -> None:

@@ -31,7 +31,9 @@ def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache" / "paged" / f"perf_analyzer-{WHEEL_VERSION}"
     folder.mkdir(parents=True)
     program = folder / "perf_analyzer"
-    program.write_text("#!/bin/sh\nfor name in libb64.so.0d libcudart.so.12; do [ -e ${LD_LIBRARY_PATH##*:}/$name ] || exit 1; done\n")
+    program.write_text(
+        "#!/bin/sh\nfor name in libb64.so.0d libcudart.so.12; do [ -e ${LD_LIBRARY_PATH##*:}/$name ] || exit 1; done\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(perf_analyzer.shutil, "which", lambda name: None)
@@ -39,7 +41,9 @@ def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("before", ["nothing", "links into an environment that was deleted"])
-def test_libraries_are_copied_and_outlive_the_environment(environment: Path, brought: Path, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_are_copied_and_outlive_the_environment(
+    environment: Path, brought: Path, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if before != "nothing":
         (brought / "lib").mkdir()
         (brought / "lib" / "libb64.so.0d").symlink_to("/nowhere/libb64.so.0d")

@@ -72,7 +72,13 @@ def test_the_watch_samples_what_the_page_says(url: str) -> None:
         assert watch.counters() == {"paged_preemptions_total": 4}
         time.sleep(0.5)
     first = watch.samples(0, time.time() + 1)[0]
-    assert (first.pages_held, first.pages_total, first.utilisation, first.running, first.waiting) == (12, 64, 0.75, 5, 2)
+    assert (first.pages_held, first.pages_total, first.utilisation, first.running, first.waiting) == (
+        12,
+        64,
+        0.75,
+        5,
+        2,
+    )
     assert watch.samples(time.time() + 1, time.time() + 2) == []
 
 
@@ -94,12 +100,15 @@ def test_a_server_without_our_gauges_gives_no_pool_figures(url: str) -> None:
 def test_utilisation_is_live_slots_over_held_slots_in_total() -> None:
     figures = pool_figures([sample(10, 1.0), sample(30, 0.5), sample(0, 0.0)], {})
     assert figures is not None
-    assert figures.utilisation == pytest.approx((10 + 15) / 40)  # neither the mean of 1.0 and 0.5 nor counting the idle moment
+    # neither the mean of 1.0 and 0.5 nor counting the idle moment
+    assert figures.utilisation == pytest.approx((10 + 15) / 40)
     assert (figures.pages_held_mean, figures.pages_held_max) == (20, 30)
 
 
 def test_running_when_full_counts_only_moments_with_requests_waiting() -> None:
-    figures = pool_figures([sample(1, 1, running=2), sample(4, 1, running=8, waiting=3), sample(4, 1, running=10, waiting=1)], {})
+    figures = pool_figures(
+        [sample(1, 1, running=2), sample(4, 1, running=8, waiting=3), sample(4, 1, running=10, waiting=1)], {}
+    )
     assert figures is not None
     assert (figures.running_when_full, figures.running_max) == (9, 10)
     never_full = pool_figures([sample(1, 1)], {})

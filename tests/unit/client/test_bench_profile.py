@@ -1,5 +1,7 @@
-"""Reading perf_analyzer's exports. The recorded ones are of perf_analyzer 2.50 and the demo model: four of 64 requests of 8 tokens with num_output_tokens
-asked for, and three requests of 6 tokens without, where perf_analyzer shows leftover bytes in its place."""
+"""Reading perf_analyzer's exports. The recorded ones are of perf_analyzer 2.50 and the demo model: four of 64 requests
+of 8 tokens with num_output_tokens asked for, and three requests of 6 tokens without, where perf_analyzer shows leftover
+bytes in its place.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_without_counts_a_request_is_taken_to_have_brought_what_it_asked_for() -
         pytest.param([], [], id="none"),
     ],
 )
-def test_uncounted_tokens_are_shared_out_over_the_responses_with_text(texts: list[str], expected: list[int], tmp_path: Path) -> None:
+def test_uncounted_tokens_are_shared_out_over_the_responses_with_text(
+    texts: list[str], expected: list[int], tmp_path: Path
+) -> None:
     request = requests_of(UNCOUNTED)[0]
     request["response_timestamps"] = request["response_timestamps"][: len(texts)]
     request["response_outputs"] = [{"text_output": text} for text in texts]
@@ -70,7 +74,9 @@ def test_a_response_of_nothing_but_the_final_flag_brings_no_tokens(leftover: obj
 
 def test_exports_of_processes_that_shared_the_load_are_merged_by_time() -> None:
     traces = read_profile([UNCOUNTED, COUNTED], counted=False)
-    assert [trace.sent for trace in traces] == sorted(request["timestamp"] for file in (COUNTED, UNCOUNTED) for request in requests_of(file))
+    assert [trace.sent for trace in traces] == sorted(
+        request["timestamp"] for file in (COUNTED, UNCOUNTED) for request in requests_of(file)
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 1000, 4000], ids=str)

@@ -18,7 +18,16 @@ from paged_client.bench.profile import Trace
 from paged_client.bench.report import WIDTH, Facts, print_report, ratios, write_csv, write_json
 from paged_client.bench.sweep import Run, median_runs
 
-FACTS = Facts("2026-01-01", "paged bench", "a machine", "a wheel", "128 tokens in, 256 out", "Tokens are counted.", "Prompts go as ids.", {"a": "a at b"})
+FACTS = Facts(
+    "2026-01-01",
+    "paged bench",
+    "a machine",
+    "a wheel",
+    "128 tokens in, 256 out",
+    "Tokens are counted.",
+    "Prompts go as ids.",
+    {"a": "a at b"},
+)
 
 
 def figures(scale: float, num_requests: int = 20) -> Figures:
@@ -71,9 +80,16 @@ def test_a_level_that_broke_off_has_no_ratio_and_says_why() -> None:
 
 
 def test_the_run_with_the_median_speed_stands_for_its_repeats() -> None:
-    runs = [run(target, level, scale, number) for number, scale in enumerate([1.0, 3.0, 2.0]) for level in STREAMS for target in ("b", "a")]
+    runs = [
+        run(target, level, scale, number)
+        for number, scale in enumerate([1.0, 3.0, 2.0])
+        for level in STREAMS
+        for target in ("b", "a")
+    ]
     chosen = median_runs(runs)
-    assert [(each.target, each.level, each.repeat) for each in chosen] == [(target, level, 2) for level in STREAMS for target in ("b", "a")]
+    assert [(each.target, each.level, each.repeat) for each in chosen] == [
+        (target, level, 2) for level in STREAMS for target in ("b", "a")
+    ]
 
 
 def test_files_hold_every_run_and_json_holds_no_nan(tmp_path: Path) -> None:
@@ -94,12 +110,18 @@ def test_files_hold_every_run_and_json_holds_no_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [["ours"], ["ours", "theirs"]], ids=["one server", "two"])
-def test_pictures_are_drawn_without_a_display(targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_drawn_without_a_display(
+    targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
     from paged_client.bench.plots import draw
 
     monkeypatch.delenv("DISPLAY", raising=False)
-    runs = [run(target, level, 1.0 + number, pool=target == "ours") for number, level in enumerate(STREAMS) for target in targets]
+    runs = [
+        run(target, level, 1.0 + number, pool=target == "ours")
+        for number, level in enumerate(STREAMS)
+        for target in targets
+    ]
     files = draw(tmp_path, runs, "a title")
     assert {file.name for file in files} == {"throughput_latency.png", "latencies.png", "pool.png"}
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in files)

@@ -21,14 +21,18 @@ from tests.unit.client.test_bench_memory import PAGED, RUNS, run
 
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
-    monkeypatch.setattr(session_module, "find_perf_analyzer", lambda _: PerfAnalyzer(Path("/bin/true"), {}, "none", False))
+    monkeypatch.setattr(
+        session_module, "find_perf_analyzer", lambda _: PerfAnalyzer(Path("/bin/true"), {}, "none", False)
+    )
     return Session(tmp_path / "out", False, LoadLimits(1, 10.0, 2))
 
 
 FACTS = Facts("today", "paged bench", "2 cores", "none", "some", "counted", "ids", {})
 
 
-def test_an_interrupt_keeps_what_is_finished_and_the_command_ends_as_interrupted(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_keeps_what_is_finished_and_the_command_ends_as_interrupted(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs: list[Run] = []
     with session.measuring(runs):
         runs.append(RUNS[0])

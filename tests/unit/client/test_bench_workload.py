@@ -14,7 +14,9 @@ from paged_client.bench.workload import Span, Workload, as_text, make_requests, 
 FIXED = Workload(Span(12, 12), Span(5, 5))
 
 
-@pytest.mark.parametrize(("text", "span"), [("128", Span(128, 128)), ("32:512", Span(32, 512)), ("7:7", Span(7, 7))], ids=str)
+@pytest.mark.parametrize(
+    ("text", "span"), [("128", Span(128, 128)), ("32:512", Span(32, 512)), ("7:7", Span(7, 7))], ids=str
+)
 def test_lengths_are_read(text: str, span: Span) -> None:
     assert Span.parse("--input-tokens", text) == span
 
@@ -47,10 +49,14 @@ def test_sharegpt_like_lengths_have_the_means_of_the_paper_and_keep_the_limit() 
 def test_the_seed_decides_lengths_and_the_nonce_tokens() -> None:
     workload = Workload(None, None, seed=3, nonce=1)
     requests, again = make_requests(workload, 20), make_requests(workload, 20)
-    assert all(np.array_equal(a.prompt, b.prompt) and a.answer == b.answer for a, b in zip(requests, again, strict=True))
+    assert all(
+        np.array_equal(a.prompt, b.prompt) and a.answer == b.answer for a, b in zip(requests, again, strict=True)
+    )
     others = make_requests(Workload(None, None, seed=3, nonce=2), 20)
     assert [(len(a.prompt), a.answer) for a in requests] == [(len(b.prompt), b.answer) for b in others]
-    assert not any(np.array_equal(a.prompt, b.prompt) for a, b in zip(requests, others, strict=True) if len(a.prompt) > 3)
+    assert not any(
+        np.array_equal(a.prompt, b.prompt) for a, b in zip(requests, others, strict=True) if len(a.prompt) > 3
+    )
 
 
 def test_no_two_prompts_of_any_round_begin_alike() -> None:
@@ -74,7 +80,9 @@ def test_input_data_asks_for_exact_tokens_by_id(tmp_path: Path) -> None:
     requests, file = make_requests(FIXED, 3), tmp_path / "input.json"
     write_input_data(file, FIXED, requests, as_ids=True, tokens_per_word=1, count_tokens=True)
     steps = json.loads(file.read_text())["data"]
-    assert [step["input_ids"] for step in steps] == [{"content": request.prompt.tolist(), "shape": [12]} for request in requests]
+    assert [step["input_ids"] for step in steps] == [
+        {"content": request.prompt.tolist(), "shape": [12]} for request in requests
+    ]
     assert all(step["return_num_output_tokens"] == [True] and step["stream"] == [True] for step in steps)
     assert json.loads(steps[0]["sampling_parameters"][0]) == {"max_tokens": 5, "ignore_eos": True, "temperature": 0.0}
 
@@ -97,4 +105,7 @@ def test_text_has_as_many_words_as_make_the_tokens() -> None:
 def test_the_longest_request_bounds_all() -> None:
     for workload in (FIXED, Workload(Span(1, 9), Span(1, 30), shared_prefix=5), Workload(None, None, longest=300)):
         longest = workload.longest_request
-        assert all(len(request.prompt) <= longest[0] and request.answer <= longest[1] for request in make_requests(workload, 300))
+        assert all(
+            len(request.prompt) <= longest[0] and request.answer <= longest[1]
+            for request in make_requests(workload, 300)
+        )

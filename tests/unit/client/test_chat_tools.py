@@ -1,4 +1,6 @@
-"""`paged chat --tools`: functions become tools, nothing is run before a person says so, and what comes back goes to the model."""
+"""`paged chat --tools`: functions become tools, nothing is run before a person says so, and what comes back goes to the
+model.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,19 @@ def test_functions_become_tools_by_their_hints_and_docstrings(tools: dict[str, T
     schema = function["parameters"]
     assert schema["required"] == ["width"] and schema["additionalProperties"] is False
     assert schema["properties"]["width"] == {"description": "from left to right.", "title": "Width", "type": "number"}
-    assert schema["properties"]["height"]["description"] == "from top to bottom." and schema["properties"]["unit"]["enum"] == ["m", "cm"]
+    assert schema["properties"]["height"]["description"] == "from top to bottom." and schema["properties"]["unit"][
+        "enum"
+    ] == ["m", "cm"]
 
 
 def test_a_tool_answers_with_its_result_or_with_what_is_wrong(tools: dict[str, Tool]) -> None:
     assert json.loads(tools["area"].run('{"width": 3}')) == {"area": 6.0, "unit": "m"}
     assert tools["shout"].run('{"text": "hey"}') == "HEY"
-    assert tools["area"].run('{"width": "wide", "depth": 1}').startswith("error: depth: Extra inputs are not permitted; width: ")
+    assert (
+        tools["area"]
+        .run('{"width": "wide", "depth": 1}')
+        .startswith("error: depth: Extra inputs are not permitted; width: ")
+    )
     assert tools["area"].run("no JSON").startswith("error: ")
     assert tools["shout"].run('{"text": ""}') == "error: RuntimeError: nothing to shout"
 
@@ -112,7 +120,9 @@ class Client:
         return Stream(self._texts.pop(0))
 
 
-def talk(monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool], texts: Sequence[str], lines: Sequence[str]) -> tuple[Client, str, Conversation]:
+def talk(
+    monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool], texts: Sequence[str], lines: Sequence[str]
+) -> tuple[Client, str, Conversation]:
     client, shown, conversation, waiting = Client(*texts), io.StringIO(), Conversation(), list(lines)
 
     def typed(_: str = "") -> str:
@@ -122,33 +132,58 @@ def talk(monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool], texts: Sequenc
 
     monkeypatch.setattr("builtins.input", typed)
     form = ChatForm(AnswerForm(tools=TOOL_FORMATS["hermes"], reasoning=reasoning_format_of("<think></think>")))
-    reader = Reader(tools, Reading(form, {"temperature": 0, "structured_outputs": {}}), Reading(form, {"temperature": 0}))
-    session = ChatSession(client, conversation, reader, Console(file=shown, force_terminal=True, highlight=False, markup=False, width=200))  # type: ignore[arg-type]
+    reader = Reader(
+        tools, Reading(form, {"temperature": 0, "structured_outputs": {}}), Reading(form, {"temperature": 0})
+    )
+    session = ChatSession(
+        client, conversation, reader, Console(file=shown, force_terminal=True, highlight=False, markup=False, width=200)
+    )  # type: ignore[arg-type]
     session.run()
     assert not session.failed
     return client, shown.getvalue(), conversation
 
 
-def test_a_call_is_run_once_a_person_agrees_and_the_model_goes_on_with_its_result(monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool]) -> None:
-    client, shown, conversation = talk(monkeypatch, tools, (f"<think>Let me see.</think>{CALL}", "It is 6."), ("How large?", "y"))
+def test_a_call_is_run_once_a_person_agrees_and_the_model_goes_on_with_its_result(
+    monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool]
+) -> None:
+    client, shown, conversation = talk(
+        monkeypatch, tools, (f"<think>Let me see.</think>{CALL}", "It is 6."), ("How large?", "y")
+    )
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant", "tool", "assistant"]
     call, result = conversation.turns[1]["tool_calls"][0], conversation.turns[2]
     assert call["function"] == {"name": "area", "arguments": {"width": 3}} and result["tool_call_id"] == call["id"]
     assert json.loads(result["content"]) == {"area": 6.0, "unit": "m"}
-    assert [list(asked) for asked in client.asked] == [["messages", "tools", "temperature", "structured_outputs"], ["messages", "tools", "temperature"]]
-    assert client.asked[1]["messages"] == conversation.turns[:3] and client.asked[0]["tools"][0]["function"]["name"] == "area"
-    assert "\x1b[2mLe\x1b[0m\x1b[2mt m" in shown and 'area({"width": 3})' in shown and "It is 6." in shown and "tool_call" not in shown
+    assert [list(asked) for asked in client.asked] == [
+        ["messages", "tools", "temperature", "structured_outputs"],
+        ["messages", "tools", "temperature"],
+    ]
+    assert (
+        client.asked[1]["messages"] == conversation.turns[:3]
+        and client.asked[0]["tools"][0]["function"]["name"] == "area"
+    )
+    assert (
+        "\x1b[2mLe\x1b[0m\x1b[2mt m" in shown
+        and 'area({"width": 3})' in shown
+        and "It is 6." in shown
+        and "tool_call" not in shown
+    )
 
 
-@pytest.mark.parametrize("lines", [("How large?", "n"), ("How large?", ""), ("How large?",)], ids=["no", "nothing said", "nobody there"])
-def test_nothing_is_run_otherwise(monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool], lines: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    "lines", [("How large?", "n"), ("How large?", ""), ("How large?",)], ids=["no", "nothing said", "nobody there"]
+)
+def test_nothing_is_run_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool], lines: Sequence[str]
+) -> None:
     ran = []
     tool = Tool(lambda **given: ran.append(given), tools["area"].arguments, tools["area"].description)
     _, _, conversation = talk(monkeypatch, {"area": tool}, (CALL, "Then not."), lines)
     assert not ran and conversation.turns[2]["content"] == "error: the user does not allow this call"
 
 
-def test_a_model_that_only_calls_is_stopped_and_unknown_tools_are_told(monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool]) -> None:
+def test_a_model_that_only_calls_is_stopped_and_unknown_tools_are_told(
+    monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool]
+) -> None:
     _, shown, conversation = talk(monkeypatch, {"shout": tools["shout"]}, (CALL,) * 8, ("How large?",))
     assert "8 calls for one question" in shown and conversation.turns[2]["content"] == "error: there is no tool area"
 

@@ -1,4 +1,6 @@
-"""The client library without a server: what is asked, what is tried again, when patience ends, how errors are told apart."""
+"""The client library without a server: what is asked, what is tried again, when patience ends, how errors are told
+apart.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,13 @@ FAST = Limits(timeout=5.0)
 
 
 def piece(text: str, token_id: int, finish: str = "None") -> tuple[dict[str, list[Any]], bool]:
-    outputs = {"text_output": [text], "output_ids": [token_id], "finish_reason": [finish], "num_input_tokens": [5], "num_cached_tokens": [4]}
+    outputs = {
+        "text_output": [text],
+        "output_ids": [token_id],
+        "finish_reason": [finish],
+        "num_input_tokens": [5],
+        "num_cached_tokens": [4],
+    }
     return outputs, finish != "None"
 
 
@@ -115,7 +123,9 @@ def gathered_async(script: Script, limits: Limits) -> Answer:
 
 
 Gather = Callable[[Script, Limits], Answer]
-both = pytest.mark.parametrize(("kind", "gather"), [(Script, gathered), (AsyncScript, gathered_async)], ids=["sync", "async"])
+both = pytest.mark.parametrize(
+    ("kind", "gather"), [(Script, gathered), (AsyncScript, gathered_async)], ids=["sync", "async"]
+)
 
 
 @both
@@ -134,7 +144,14 @@ def logprob_entry(token_id: int, logprob: float) -> dict[str, Any]:
 
 SEVERAL = [
     (
-        {"text_output": ["b"], "sequence_index": [1], "num_output_tokens": [1], "output_ids": [21], "finish_reason": ["None"], "num_input_tokens": [5]},
+        {
+            "text_output": ["b"],
+            "sequence_index": [1],
+            "num_output_tokens": [1],
+            "output_ids": [21],
+            "finish_reason": ["None"],
+            "num_input_tokens": [5],
+        },
         False,
     ),
     (
@@ -146,12 +163,22 @@ SEVERAL = [
             "finish_reason": ["None", "stop"],
             "num_input_tokens": [5],
             "prompt_logprobs": [json.dumps([None, logprob_entry(5, -3.0)])],
-            "logprobs": [json.dumps([logprob_entry(11, -0.5), logprob_entry(12, -1.0)]), json.dumps([logprob_entry(22, -2.0)])],
+            "logprobs": [
+                json.dumps([logprob_entry(11, -0.5), logprob_entry(12, -1.0)]),
+                json.dumps([logprob_entry(22, -2.0)]),
+            ],
         },
         False,
     ),
     (
-        {"text_output": ["c"], "sequence_index": [0], "num_output_tokens": [0], "output_ids": [], "finish_reason": ["length"], "num_input_tokens": [5]},
+        {
+            "text_output": ["c"],
+            "sequence_index": [0],
+            "num_output_tokens": [0],
+            "output_ids": [],
+            "finish_reason": ["length"],
+            "num_input_tokens": [5],
+        },
         True,
     ),
 ]
@@ -160,7 +187,10 @@ SEVERAL = [
 @both
 def test_pieces_of_several_sequences_are_kept_apart(kind: type[Script], gather: Gather) -> None:
     answer = gather(kind(SEVERAL), FAST)
-    assert [(one.text, one.token_ids, one.finish_reason) for one in answer.sequences] == [("ac", (11, 12), "length"), ("bd", (21, 22), "stop")]
+    assert [(one.text, one.token_ids, one.finish_reason) for one in answer.sequences] == [
+        ("ac", (11, 12), "length"),
+        ("bd", (21, 22), "stop"),
+    ]
     assert answer.usage == answer.others[0].usage == Usage(5, 0, 4)
     assert answer.prompt_logprobs == (None, (TokenLogprob(5, "t5", -3.0, 1),))
     assert answer.logprobs == ((TokenLogprob(11, "t11", -0.5, 1),), (TokenLogprob(12, "t12", -1.0, 1),))
@@ -168,7 +198,12 @@ def test_pieces_of_several_sequences_are_kept_apart(kind: type[Script], gather: 
 
 def test_every_piece_names_its_sequence_and_counts_the_requests_tokens() -> None:
     deltas = list(Stream(Script(SEVERAL), QUESTION, FAST))
-    assert [(delta.sequence_index, delta.text, delta.usage.num_output_tokens) for delta in deltas] == [(1, "b", 1), (0, "a", 3), (1, "d", 4), (0, "c", 4)]
+    assert [(delta.sequence_index, delta.text, delta.usage.num_output_tokens) for delta in deltas] == [
+        (1, "b", 1),
+        (0, "a", 3),
+        (1, "d", 4),
+        (0, "c", 4),
+    ]
 
 
 def test_closing_forgets_pieces_that_have_arrived_already() -> None:
@@ -195,7 +230,9 @@ def test_after_the_first_token_nothing_is_tried_again(kind: type[Script], gather
 
 @both
 @pytest.mark.parametrize(
-    "error", [InvalidRequestError("x"), ServerError("x"), RequestCancelledError("x"), UnknownModelError("x")], ids=lambda e: type(e).__name__
+    "error",
+    [InvalidRequestError("x"), ServerError("x"), RequestCancelledError("x"), UnknownModelError("x")],
+    ids=lambda e: type(e).__name__,
 )
 def test_only_unavailable_is_tried_again(kind: type[Script], gather: Gather, error: PagedError) -> None:
     script = kind([error], WHOLE)
@@ -274,15 +311,28 @@ def test_a_stream_that_nobody_holds_any_more_is_left() -> None:
 
 
 def test_a_question_is_the_models_tensors() -> None:
-    tensors = question_of(None, {"max_tokens": 3, "seed": None}, stream=True, messages=[{"role": "user", "content": "é"}], tools=[], cache_salt="me")
+    tensors = question_of(
+        None,
+        {"max_tokens": 3, "seed": None},
+        stream=True,
+        messages=[{"role": "user", "content": "é"}],
+        tools=[],
+        cache_salt="me",
+    )
     assert json.loads(str(tensors.tensors["messages"])) == [{"role": "user", "content": "é"}]
-    assert (tensors.tensors["tools"], json.loads(str(tensors.tensors["sampling_parameters"]))) == ("[]", {"max_tokens": 3})
+    assert (tensors.tensors["tools"], json.loads(str(tensors.tensors["sampling_parameters"]))) == (
+        "[]",
+        {"max_tokens": 3},
+    )
     assert tensors.parameters == {"return_error_code": True, "cache_salt": "me"}
     assert question_of((1, 2), {}, stream=False).tensors["input_ids"] == [1, 2]
     for n, count in {3: 3, "2": 2, 2.0: 2, "many": 1, None: 1, 1: 1}.items():
         several = question_of("x", {"n": n, "logprobs": 0 if n else None}, stream=True)
         assert several.num_sequences == count
-        assert ("return_sequence_index" in several.tensors, "return_num_output_tokens" in several.tensors) == (count > 1, count > 1)
+        assert ("return_sequence_index" in several.tensors, "return_num_output_tokens" in several.tensors) == (
+            count > 1,
+            count > 1,
+        )
         assert ("return_logprobs" in several.tensors) == bool(n)
     for prompt, messages in ((None, None), ("x", [{"role": "user", "content": "y"}])):
         with pytest.raises(TypeError, match="either a prompt or messages"):
@@ -293,14 +343,44 @@ def test_a_question_is_the_models_tensors() -> None:
     ("message", "status", "kind", "text"),
     [
         ("INVALID_ARGUMENT: top_p: 7 is too much", 0, InvalidRequestError, "top_p: 7 is too much"),
-        ("INVALID_ARGUMENT: unknown key 'heat'; known: early_stopping", 400, InvalidRequestError, "unknown key 'heat'; known: early_stopping"),
+        (
+            "INVALID_ARGUMENT: unknown key 'heat'; known: early_stopping",
+            400,
+            InvalidRequestError,
+            "unknown key 'heat'; known: early_stopping",
+        ),
         ("UNAVAILABLE: 9 requests are waiting", 200, UnavailableError, "9 requests are waiting"),
         ("CANCELLED: not finished after 3 s", 0, RequestCancelledError, "not finished after 3 s"),
-        ("[request id: 7] INTERNAL: the answer could not be decoded", 0, ServerError, "the answer could not be decoded"),
-        ("Request for unknown model: 'x' is not found", 0, UnknownModelError, "Request for unknown model: 'x' is not found"),
-        ("Request for unknown model: 'x' has no available versions", 400, UnknownModelError, "Request for unknown model: 'x' has no available versions"),
-        ("Server is stopping, scheduler for model has stopped accepting", 0, UnavailableError, "Server is stopping, scheduler for model has stopped accepting"),
-        ("unexpected inference input 'bla' for model 'paged_llm'", 0, InvalidRequestError, "unexpected inference input 'bla' for model 'paged_llm'"),
+        (
+            "[request id: 7] INTERNAL: the answer could not be decoded",
+            0,
+            ServerError,
+            "the answer could not be decoded",
+        ),
+        (
+            "Request for unknown model: 'x' is not found",
+            0,
+            UnknownModelError,
+            "Request for unknown model: 'x' is not found",
+        ),
+        (
+            "Request for unknown model: 'x' has no available versions",
+            400,
+            UnknownModelError,
+            "Request for unknown model: 'x' has no available versions",
+        ),
+        (
+            "Server is stopping, scheduler for model has stopped accepting",
+            0,
+            UnavailableError,
+            "Server is stopping, scheduler for model has stopped accepting",
+        ),
+        (
+            "unexpected inference input 'bla' for model 'paged_llm'",
+            0,
+            InvalidRequestError,
+            "unexpected inference input 'bla' for model 'paged_llm'",
+        ),
         ("HTTP status 502", 502, ServerError, "HTTP status 502"),
         ("NOTHING: like a code", 0, ServerError, "NOTHING: like a code"),
     ],
@@ -336,7 +416,11 @@ def test_patience_may_be_endless(seconds: float) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [([1475 + 2**32, 5], "input_ids: 4294968771 is no token id"), ([5, -1], "input_ids: -1 is no token id"), ("a\ud800", "text_input: character 1 is half")],
+    [
+        ([1475 + 2**32, 5], "input_ids: 4294968771 is no token id"),
+        ([5, -1], "input_ids: -1 is no token id"),
+        ("a\ud800", "text_input: character 1 is half"),
+    ],
 )
 def test_a_prompt_that_cannot_be_sent_is_refused_and_not_bent(prompt: Any, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:

@@ -1,4 +1,6 @@
-"""Several servers as one: who is asked, who is taken out, and answers that go on elsewhere with the same text. The servers here are scripts."""
+"""Several servers as one: who is asked, who is taken out, and answers that go on elsewhere with the same text. The
+servers here are scripts.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +170,11 @@ def test_a_request_without_a_seed_is_given_one_that_all_servers_share() -> None:
         first, second = two(dies_after=5)
         async with cluster(first, second, routing="turns") as client:
             text, _ = await streamed(client, seed=None)
-            (seed,) = {json.loads(str(question.tensors["sampling_parameters"]))["seed"] for fake in (first, second) for question in fake.asked}
+            (seed,) = {
+                json.loads(str(question.tensors["sampling_parameters"]))["seed"]
+                for fake in (first, second)
+                for question in fake.asked
+            }
             assert text == text_of(solo(seed, 12))
             assert second.asked[-1].tensors["answer_ids"] == solo(seed, 5)
 
@@ -200,7 +206,9 @@ def test_an_answer_in_one_piece_is_asked_anew(n: int) -> None:
             return answer
 
     answer = asyncio.run(ask())
-    assert [one.token_ids for one in answer.sequences] == [tuple(solo((4 + index * SEED_STEP) % 2**64, 12)) for index in range(n)]
+    assert [one.token_ids for one in answer.sequences] == [
+        tuple(solo((4 + index * SEED_STEP) % 2**64, 12)) for index in range(n)
+    ]
     assert answer.finish_reason == "length" and answer.usage.num_output_tokens == 12 * n
 
 
@@ -236,7 +244,9 @@ def test_a_request_that_is_wrong_is_wrong_everywhere() -> None:
     asyncio.run(ask())
 
 
-def test_without_a_server_a_request_is_refused_at_once_and_an_answer_under_way_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_a_request_is_refused_at_once_and_an_answer_under_way_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(servers, "_CHECK_SECONDS", 0.02)
     monkeypatch.setattr(resuming, "_PAUSE_SECONDS", 0.01)
 
@@ -332,7 +342,11 @@ def test_a_file_is_read_again_while_the_gateway_runs(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("ftp://x", "is no URL of a server"), ("dns://x", r"expected dns://HOST:PORT"), ("file:///none/such", "No such file")],
+    [
+        ("ftp://x", "is no URL of a server"),
+        ("dns://x", r"expected dns://HOST:PORT"),
+        ("file:///none/such", "No such file"),
+    ],
 )
 def test_what_is_no_server_is_refused(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -342,10 +356,18 @@ def test_what_is_no_server_is_refused(source: str, message: str) -> None:
 def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     async def addresses(self: object, host: str, port: int, **_: object) -> list[Any]:
         assert (host, port) == ("paged-headless", 8001)
-        return [(0, 0, 0, "", ("10.0.0.2", 8001)), (0, 0, 0, "", ("10.0.0.1", 8001)), (0, 0, 0, "", ("fd00::1", 8001, 0, 0))]
+        return [
+            (0, 0, 0, "", ("10.0.0.2", 8001)),
+            (0, 0, 0, "", ("10.0.0.1", 8001)),
+            (0, 0, 0, "", ("fd00::1", 8001, 0, 0)),
+        ]
 
     monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", addresses)
-    assert asyncio.run(Lookups(["dns://paged-headless:8001"]).urls()) == ["10.0.0.1:8001", "10.0.0.2:8001", "[fd00::1]:8001"]
+    assert asyncio.run(Lookups(["dns://paged-headless:8001"]).urls()) == [
+        "10.0.0.1:8001",
+        "10.0.0.2:8001",
+        "[fd00::1]:8001",
+    ]
 
 
 def test_a_name_without_addresses_stands_for_nobody() -> None:
@@ -372,7 +394,10 @@ def test_where_a_server_tells_what_it_has(url: str, kv_events: str, seen: tuple[
 
 
 def _servers(*outstanding: int) -> list[Server]:
-    return [Server(f"{index}:1", Fake(""), index, ready=True, num_outstanding=number) for index, number in enumerate(outstanding)]
+    return [
+        Server(f"{index}:1", Fake(""), index, ready=True, num_outstanding=number)
+        for index, number in enumerate(outstanding)
+    ]
 
 
 def test_the_server_with_the_fewest_outstanding_requests_is_asked() -> None:
@@ -422,7 +447,10 @@ def test_where_the_tokenizer_is_not_here_a_server_is_asked() -> None:
             await tokenizer.ids_of(tensors, {"thinking": True})
             asked = answering.asked[-1].tensors
             assert (asked["task"], asked["text_input"]) == ("tokenize", "words")
-            assert json.loads(str(asked["sampling_parameters"])) == {"add_special_tokens": False, "chat_template_kwargs": {"thinking": True}}
+            assert json.loads(str(asked["sampling_parameters"])) == {
+                "add_special_tokens": False,
+                "chat_template_kwargs": {"thinking": True},
+            }
             assert await tokenizer.ids_of(question_of([4, 5], {}, stream=True).tensors) == [4, 5]
 
     asyncio.run(ask())

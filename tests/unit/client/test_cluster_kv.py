@@ -1,4 +1,6 @@
-"""Requests go where most of their prompt is cached. Schedulers, caches and sockets are the real ones, the runners simulated; NVIDIA Dynamo chooses."""
+"""Requests go where most of their prompt is cached. Schedulers, caches and sockets are the real ones, the runners
+simulated; NVIDIA Dynamo chooses.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,12 @@ class Listed:
 
     def __init__(self, wire: Wire, url: str) -> None:
         self.alive = True
-        self.said: dict[str, Any] = {"kv_events": wire.addresses[0], "page_size": SIZE, "num_pages": 64, "max_batched_tokens": 32}
+        self.said: dict[str, Any] = {
+            "kv_events": wire.addresses[0],
+            "page_size": SIZE,
+            "num_pages": 64,
+            "max_batched_tokens": 32,
+        }
 
     async def takes_requests(self) -> bool:
         return self.alive
@@ -56,7 +63,9 @@ class Cluster:
         self.listed = {f"{number}:1": Listed(wire, f"{number}:1") for number, wire in enumerate(self.wires)}
 
     def client(self) -> ClusterClient:
-        return ClusterClient(list(self.listed), model="m", routing="kv", tokenizer="/none/such", connect=self.listed.__getitem__)  # type: ignore[arg-type]
+        return ClusterClient(
+            list(self.listed), model="m", routing="kv", tokenizer="/none/such", connect=self.listed.__getitem__
+        )  # type: ignore[arg-type]
 
     def serve(self, number: int, prompt: list[int], salt: str = "") -> None:
         self.engines[number].ask(prompt, 1, salt)
@@ -72,7 +81,9 @@ def servers(tmp_path: Path) -> Iterator[Cluster]:
 
 
 async def heard(router: KvAware, prompt: list[int], number: int, expected: int) -> None:
-    """Waits until the router knows so many tokens of a prompt to be on a server: events are on their way, on a loaded machine for seconds."""
+    """Waits until the router knows so many tokens of a prompt to be on a server: events are on their way, on a loaded
+    machine for seconds.
+    """
 
     async def known() -> int:
         return (await router.known_tokens(Inquiry(prompt))).get(number + 1, 0)
@@ -102,8 +113,17 @@ def test_a_prompt_goes_where_most_of_it_is_cached_and_as_dynamo_alone_would_choo
     async def ask() -> None:
         alone = SelectionService(indexer_threads=1)
         for number, wire in enumerate(servers.wires):
-            worker = {"worker_id": number + 1, "model_name": "x", "endpoint": "h:1", "block_size": SIZE, "max_num_batched_tokens": 32, "total_kv_blocks": 64}
-            await alone.upsert_worker(worker | {"kv_events_endpoint": wire.addresses[0], "replay_endpoint": wire.addresses[1]})
+            worker = {
+                "worker_id": number + 1,
+                "model_name": "x",
+                "endpoint": "h:1",
+                "block_size": SIZE,
+                "max_num_batched_tokens": 32,
+                "total_kv_blocks": 64,
+            }
+            await alone.upsert_worker(
+                worker | {"kv_events_endpoint": wire.addresses[0], "replay_endpoint": wire.addresses[1]}
+            )
         async with servers.client() as client:
             assert isinstance(client.router, KvAware)
             placed = {}
@@ -168,7 +188,9 @@ def test_a_session_stays_with_its_server(servers: Cluster) -> None:
     asyncio.run(ask())
 
 
-def test_while_a_server_tells_nothing_requests_go_where_the_fewest_are(servers: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_while_a_server_tells_nothing_requests_go_where_the_fewest_are(
+    servers: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
     servers.listed["1:1"].said["kv_events"] = ""
 
     async def ask() -> None:
@@ -192,7 +214,12 @@ def test_load_counts_too(servers: Cluster) -> None:
             servers.serve(0, list(range(12)))
             await heard(client.router, list(range(12)), 0, 12)
             dice = random.Random(1)
-            tickets = [await client.router.choose(Inquiry([*range(12), *(dice.randrange(90) for _ in range(40))]), client.servers.ready()) for _ in range(60)]
+            tickets = [
+                await client.router.choose(
+                    Inquiry([*range(12), *(dice.randrange(90) for _ in range(40))]), client.servers.ready()
+                )
+                for _ in range(60)
+            ]
             counts = [server.num_outstanding for server in client.servers.all]
             assert min(counts) > 10, counts
             for ticket in tickets:
@@ -209,18 +236,27 @@ def test_prompts_are_tokenised_as_the_server_does_it() -> None:
         tokenizer = await asyncio.to_thread(GatewayTokenizer.load, "demo")
         assert tokenizer is not None
         text = await tokenizer.ids_of(question_of("Once upon a time", {}, stream=True).tensors)
-        messages = await tokenizer.ids_of(question_of(None, {}, stream=True, messages=[{"role": "user", "content": "Hi"}]).tensors)
+        messages = await tokenizer.ids_of(
+            question_of(None, {}, stream=True, messages=[{"role": "user", "content": "Hi"}]).tensors
+        )
         assert text and messages and len(messages) > len(text) - 3
         assert await tokenizer.ids_of(question_of([3, 4], {}, stream=True).tensors) == [3, 4]
-        assert await tokenizer.ids_of(question_of("Once upon a time", {"truncate_prompt_tokens": 2}, stream=True).tensors) == text[-2:]
-        assert await tokenizer.ids_of(question_of("Once upon a time", {"temperature": "x"}, stream=True).tensors) is None
+        assert (
+            await tokenizer.ids_of(question_of("Once upon a time", {"truncate_prompt_tokens": 2}, stream=True).tensors)
+            == text[-2:]
+        )
+        assert (
+            await tokenizer.ids_of(question_of("Once upon a time", {"temperature": "x"}, stream=True).tensors) is None
+        )
         assert await tokenizer.ids_of(question_of(None, {}, stream=True, messages=[{"role": 3}]).tensors) is None
         tokenizer.close()
 
     asyncio.run(ask())
 
 
-def test_a_checkpoint_that_is_not_here_is_a_sentence(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_is_not_here_is_a_sentence(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert GatewayTokenizer.load("/none/such") is None
     assert "/none/such is not on this machine: servers are asked to tokenise" in caplog.text

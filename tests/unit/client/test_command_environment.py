@@ -17,7 +17,13 @@ def _paged(*arguments: str, environment: dict[str, str] | None = None, file_byte
     limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))) if file_bytes >= 0 else None
     command = [sys.executable, "-m", "paged_client.cli", *arguments]
     ended = subprocess.run(
-        command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=limit, timeout=60, check=False
+        command,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=limit,
+        timeout=60,
+        check=False,
     )
     return ended.returncode, ended.stdout.decode()
 

@@ -1,4 +1,6 @@
-"""A server that vanishes without closing its connection is noticed; one that is silent and there is not given up. A real gRPC server, behind a proxy."""
+"""A server that vanishes without closing its connection is noticed; one that is silent and there is not given up. A
+real gRPC server, behind a proxy.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ class Proxy:
     async def open(self, port: int) -> int:
         async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", port)
-            self._tasks += [asyncio.ensure_future(self._pass_on(reader, other_writer)), asyncio.ensure_future(self._pass_on(other_reader, writer))]
+            self._tasks += [
+                asyncio.ensure_future(self._pass_on(reader, other_writer)),
+                asyncio.ensure_future(self._pass_on(other_reader, writer)),
+            ]
 
         self._server = await asyncio.start_server(take, "127.0.0.1", 0)
         return int(self._server.sockets[0].getsockname()[1])

@@ -1,4 +1,6 @@
-"""`/v1/embeddings`, `/v1/score`, `/v1/rerank` of the gateway's application: what the server is asked, and what the caller hears."""
+"""`/v1/embeddings`, `/v1/score`, `/v1/rerank` of the gateway's application: what the server is asked, and what the
+caller hears.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,22 @@ class Model(Transport):
 
 def _embedded(tensors: Any) -> Outputs:
     vector = VECTORS.get(tensors.get("text_input"), (0.6, -0.8))
-    return {"text_output": [""], "embedding": list(vector), "output_ids": [], "finish_reason": ["stop"], "num_input_tokens": [3], "num_cached_tokens": [0]}
+    return {
+        "text_output": [""],
+        "embedding": list(vector),
+        "output_ids": [],
+        "finish_reason": ["stop"],
+        "num_input_tokens": [3],
+        "num_cached_tokens": [0],
+    }
 
 
 def _judged(messages: str) -> Outputs:
     """Two beams: the likelier first. Documents with a lamp are likely to be an answer."""
     order = [YES, NO] if "<Document>: a lamp" in messages else [NO, YES]
     entries = [
-        json.dumps([{str(token_id): {"logprob": logprob, "rank": None, "decoded_token": "x"}}]) for token_id, logprob in zip(order, (-0.5, -2.5), strict=True)
+        json.dumps([{str(token_id): {"logprob": logprob, "rank": None, "decoded_token": "x"}}])
+        for token_id, logprob in zip(order, (-0.5, -2.5), strict=True)
     ]
     return {
         "text_output": ["x", "x"],
@@ -78,16 +88,29 @@ def ok(reply: Reply) -> Any:
 
 def test_embeddings_come_back_in_order_and_are_counted() -> None:
     model = Model()
-    said = ok(call(model, "/v1/embeddings", {"model": "m", "input": ["lamp", "fox"], "dimensions": 2, "user": "me", "truncate_prompt_tokens": -1}))
+    said = ok(
+        call(
+            model,
+            "/v1/embeddings",
+            {"model": "m", "input": ["lamp", "fox"], "dimensions": 2, "user": "me", "truncate_prompt_tokens": -1},
+        )
+    )
     assert [entry["embedding"] for entry in said["data"]] == [[1.0, 0.0], [0.0, 1.0]]
     assert [(entry["object"], entry["index"]) for entry in said["data"]] == [("embedding", 0), ("embedding", 1)]
     assert (said["object"], said["model"], said["usage"]) == ("list", "m", {"prompt_tokens": 6, "total_tokens": 6})
     for question in model.asked:
-        assert question.tensors["task"] == "embed" and sampling_of(question) == {"dimensions": 2, "truncate_prompt_tokens": -1}
+        assert question.tensors["task"] == "embed" and sampling_of(question) == {
+            "dimensions": 2,
+            "truncate_prompt_tokens": -1,
+        }
         assert question.parameters["id"]
 
 
-@pytest.mark.parametrize(("given", "asked"), [("lamp", ["lamp"]), ([5, 6], [[5, 6]]), ([[5], [6, 7]], [[5], [6, 7]])], ids=["text", "ids", "lists of ids"])
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [("lamp", ["lamp"]), ([5, 6], [[5, 6]]), ([[5], [6, 7]], [[5], [6, 7]])],
+    ids=["text", "ids", "lists of ids"],
+)
 def test_an_input_is_text_or_token_ids_or_a_list_of_either(given: Any, asked: list[Any]) -> None:
     model = Model()
     said = ok(call(model, "/v1/embeddings", {"model": "m", "input": given, "encoding_format": "base64"}))
@@ -98,8 +121,26 @@ def test_an_input_is_text_or_token_ids_or_a_list_of_either(given: Any, asked: li
 
 def test_an_adapter_and_the_servers_own_keys_reach_the_server() -> None:
     model = Model()
-    ok(call(model, "/v1/embeddings", {"model": "m:french", "input": "lamp", "pooling": "mean", "normalize": False, "priority": 3, "cache_salt": "s"}))
-    assert sampling_of(model.asked[0]) == {"pooling": "mean", "normalize": False, "priority_level": 3, "lora_name": "french"}
+    ok(
+        call(
+            model,
+            "/v1/embeddings",
+            {
+                "model": "m:french",
+                "input": "lamp",
+                "pooling": "mean",
+                "normalize": False,
+                "priority": 3,
+                "cache_salt": "s",
+            },
+        )
+    )
+    assert sampling_of(model.asked[0]) == {
+        "pooling": "mean",
+        "normalize": False,
+        "priority_level": 3,
+        "lora_name": "french",
+    }
     assert model.asked[0].parameters["cache_salt"] == "s"
 
 
@@ -135,12 +176,24 @@ def test_what_is_wrong_is_named(path: str, body: dict[str, Any], param: str) -> 
     [
         ("/v1/embeddings", {"input": ""}, "text_input: the prompt is empty", "input"),
         ("/v1/embeddings", {"input": [9]}, "input_ids: 9 is not a token of this model", "input"),
-        ("/v1/embeddings", {"input": "a", "dimensions": 99}, "dimensions: 99 is more than this model's embeddings have (64)", "dimensions"),
+        (
+            "/v1/embeddings",
+            {"input": "a", "dimensions": 99},
+            "dimensions: 99 is more than this model's embeddings have (64)",
+            "dimensions",
+        ),
         ("/v1/score", {"text_1": "a", "text_2": ""}, "text_input: the prompt is empty", "text_2"),
-        ("/v1/rerank", {"query": "a", "documents": ["b"]}, "the prompt has 600 tokens; the longest this model takes is 511", "documents"),
+        (
+            "/v1/rerank",
+            {"query": "a", "documents": ["b"]},
+            "the prompt has 600 tokens; the longest this model takes is 511",
+            "documents",
+        ),
     ],
 )
-def test_what_the_server_refuses_is_named_as_in_the_body(path: str, body: dict[str, Any], message: str, param: str) -> None:
+def test_what_the_server_refuses_is_named_as_in_the_body(
+    path: str, body: dict[str, Any], message: str, param: str
+) -> None:
     error = call(Model(failure=InvalidRequestError(message)), path, {"model": "m", **body}).json["error"]
     assert error["param"] == param and "text_input" not in error["message"]
 
@@ -149,15 +202,26 @@ def test_scores_are_cosines_of_one_text_with_several_or_of_pairs() -> None:
     model = Model()
     said = ok(call(model, "/v1/score", {"model": "m", "text_1": "lamp", "text_2": ["lantern", "fox", "lamp"]}))
     assert [entry["score"] for entry in said["data"]] == pytest.approx([0.8, 0.0, 1.0])
-    assert sorted(question.tensors["text_input"] for question in model.asked) == ["fox", "lamp", "lantern"], "each text is embedded once"
+    assert sorted(question.tensors["text_input"] for question in model.asked) == ["fox", "lamp", "lantern"], (
+        "each text is embedded once"
+    )
     pairs = ok(call(Model(), "/score", {"model": "m", "text_1": ["lamp", "fox"], "text_2": ["fox", "fox"]}))
     assert [(entry["index"], entry["score"]) for entry in pairs["data"]] == [(0, 0.0), (1, 1.0)]
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
 def test_documents_are_ranked_by_their_cosine(path: str) -> None:
-    said = ok(call(Model(), path, {"model": "m", "query": "lamp", "documents": ["fox", {"text": "lantern"}, "lamp"], "top_n": 2}))
-    assert [(result["index"], result["document"]["text"]) for result in said["results"]] == [(2, "lamp"), (1, "lantern")]
+    said = ok(
+        call(
+            Model(),
+            path,
+            {"model": "m", "query": "lamp", "documents": ["fox", {"text": "lantern"}, "lamp"], "top_n": 2},
+        )
+    )
+    assert [(result["index"], result["document"]["text"]) for result in said["results"]] == [
+        (2, "lamp"),
+        (1, "lantern"),
+    ]
     assert said["results"][1]["relevance_score"] == pytest.approx(0.8)
     bare = ok(call(Model(), path, {"model": "m", "query": "lamp", "documents": ["fox"], "return_documents": False}))
     assert bare["results"] == [{"index": 0, "relevance_score": 0.0}] and bare["usage"]["total_tokens"] == 6
@@ -165,18 +229,40 @@ def test_documents_are_ranked_by_their_cosine(path: str) -> None:
 
 def test_the_model_is_asked_yes_or_no_where_that_is_wanted() -> None:
     model = Model()
-    said = ok(call(model, "/v1/rerank", {"model": "m", "query": "light?", "documents": ["a fox", "a lamp"], "scoring": "yes_no", "instruction": "find"}))
+    said = ok(
+        call(
+            model,
+            "/v1/rerank",
+            {
+                "model": "m",
+                "query": "light?",
+                "documents": ["a fox", "a lamp"],
+                "scoring": "yes_no",
+                "instruction": "find",
+            },
+        )
+    )
     odds = 1 / (1 + math.exp(-2))
-    assert [(result["index"], result["relevance_score"]) for result in said["results"]] == [(1, pytest.approx(odds)), (0, pytest.approx(1 - odds))]
+    assert [(result["index"], result["relevance_score"]) for result in said["results"]] == [
+        (1, pytest.approx(odds)),
+        (0, pytest.approx(1 - odds)),
+    ]
     sampling = sampling_of(model.asked[0])
-    assert (sampling["allowed_token_ids"], sampling["beam_width"], sampling["max_tokens"], sampling["logprobs"]) == ([YES, NO], 2, 1, 0)
+    assert (sampling["allowed_token_ids"], sampling["beam_width"], sampling["max_tokens"], sampling["logprobs"]) == (
+        [YES, NO],
+        2,
+        1,
+        0,
+    )
     system, user = json.loads(str(model.asked[0].tensors["messages"]))
     assert system["role"] == "system" and user["content"] == "<Instruct>: find\n<Query>: light?\n<Document>: a fox"
     assert sampling["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_a_tokenizer_without_yes_is_told_so() -> None:
-    error = call(Model(yes=-1), "/v1/score", {"model": "m", "text_1": "a", "text_2": "b", "scoring": "yes_no"}).json["error"]
+    error = call(Model(yes=-1), "/v1/score", {"model": "m", "text_1": "a", "text_2": "b", "scoring": "yes_no"}).json[
+        "error"
+    ]
     assert error["param"] == "scoring" and "use cosine" in error["message"]
     assert checked_scoring("yes_no") == "yes_no"
     with pytest.raises(ValueError, match="--scoring magic: expected one of cosine, yes_no"):

@@ -1,4 +1,6 @@
-"""Every error of the gateway has OpenAI's shape, or on its paths Anthropic's, and names the field: walked over every field of every body."""
+"""Every error of the gateway has OpenAI's shape, or on its paths Anthropic's, and names the field: walked over every
+field of every body.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/tokenize": (TokenizeBody, {"model": "m", "prompt": "x"}),
     "/detokenize": (DetokenizeBody, {"model": "m", "tokens": [1]}),
 }
-FIELDS = [(path, name) for path, (kind, _) in BODIES.items() for name, field in kind.model_fields.items() if field.annotation is not Any]
+FIELDS = [
+    (path, name)
+    for path, (kind, _) in BODIES.items()
+    for name, field in kind.model_fields.items()
+    if field.annotation is not Any
+]
 HALF = "\ud83d"  # of a surrogate pair
 
 
@@ -71,9 +78,14 @@ def check_shape(reply: Reply, path: str, status: int, field: str) -> None:
 
 
 @pytest.mark.parametrize(("path", "name"), FIELDS, ids=lambda value: value.removeprefix("/v1/"))
-def test_a_value_of_a_wrong_type_is_refused_by_the_fields_name(send: Callable[[str, Any], Reply], path: str, name: str) -> None:
+def test_a_value_of_a_wrong_type_is_refused_by_the_fields_name(
+    send: Callable[[str, Any], Reply], path: str, name: str
+) -> None:
     kind, body = BODIES[path]
-    takes_objects = any("dict" in str(part) or (isinstance(part, type) and issubclass(part, BaseModel)) for part in _parts(kind.model_fields[name].annotation))
+    takes_objects = any(
+        "dict" in str(part) or (isinstance(part, type) and issubclass(part, BaseModel))
+        for part in _parts(kind.model_fields[name].annotation)
+    )
     check_shape(send(path, {**body, name: [[[]]] if takes_objects else {"no": "such"}}), path, 400, name)
 
 
@@ -82,7 +94,13 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path, (_, body) in BODIES.items() for name in body if not path.endswith("tokenize") or name == "tokens"]
+    ("path", "name"),
+    [
+        (path, name)
+        for path, (_, body) in BODIES.items()
+        for name in body
+        if not path.endswith("tokenize") or name == "tokens"
+    ],
 )
 def test_what_is_missing_is_named(send: Callable[[str, Any], Reply], path: str, name: str) -> None:
     check_shape(send(path, {key: value for key, value in BODIES[path][1].items() if key != name}), path, 400, name)
@@ -93,7 +111,11 @@ def test_an_unknown_model_is_named(send: Callable[[str, Any], Reply], path: str)
     reply = send(path, {**BODIES[path][1], "model": "other"})
     assert reply.status == 404
     error = reply.json["error"]
-    assert error["type"] == "not_found_error" if path.startswith("/v1/messages") else (error["param"], error["code"]) == ("model", "model_not_found")
+    assert (
+        error["type"] == "not_found_error"
+        if path.startswith("/v1/messages")
+        else (error["param"], error["code"]) == ("model", "model_not_found")
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,12 +171,21 @@ class Spelled(Model):
 
 def test_a_thinking_budget_that_cannot_be_kept_is_refused_in_chats_and_told_of_to_anthropics_clients() -> None:
     check_shape(
-        call(Spelled(THINKS, "x"), "/v1/chat/completions", {**BODIES["/v1/chat/completions"][1], "max_thinking_tokens": 5}), "", 400, "max_thinking_tokens"
+        call(
+            Spelled(THINKS, "x"),
+            "/v1/chat/completions",
+            {**BODIES["/v1/chat/completions"][1], "max_thinking_tokens": 5},
+        ),
+        "",
+        400,
+        "max_thinking_tokens",
     )
     asked = {**BODIES["/v1/messages"][1], "thinking": {"type": "enabled", "budget_tokens": 5}}
     reply = call(Spelled(THINKS, "x"), "/v1/messages", asked)
     assert reply.status == 200 and reply.headers["x-paged-warning"] == "ignored: thinking.budget_tokens"
-    check_shape(call(Spelled(THINKS, "x"), "/v1/messages", asked, strict=True), "/v1/messages", 400, "thinking.budget_tokens")
+    check_shape(
+        call(Spelled(THINKS, "x"), "/v1/messages", asked, strict=True), "/v1/messages", 400, "thinking.budget_tokens"
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +198,9 @@ def test_a_thinking_budget_that_cannot_be_kept_is_refused_in_chats_and_told_of_t
     ],
 )
 @pytest.mark.parametrize("end", ["<think>\n", ""], ids=["begun by the prompt", "begun by the model"])
-def test_a_thinking_budget_reaches_the_server_with_the_tokens_that_it_needs(path: str, asked: dict[str, Any], end: str) -> None:
+def test_a_thinking_budget_reaches_the_server_with_the_tokens_that_it_needs(
+    path: str, asked: dict[str, Any], end: str
+) -> None:
     model = Model(THINKS, "Hmm.</think>Yes.", end=end)
     assert call(model, path, BODIES[path][1] | asked).status == 200
     sampling = json.loads(str(model.asked[0].tensors["sampling_parameters"]))
@@ -175,4 +208,6 @@ def test_a_thinking_budget_reaches_the_server_with_the_tokens_that_it_needs(path
     assert sampling.get("start_thinking_token_id") == (None if end else 9)
     plain = Model(HERMES, "Yes.")
     assert call(plain, path, BODIES[path][1] | asked).status == 200
-    assert "max_thinking_tokens" not in json.loads(str(plain.asked[0].tensors.get("sampling_parameters", "{}"))), "it does not think"
+    assert "max_thinking_tokens" not in json.loads(str(plain.asked[0].tensors.get("sampling_parameters", "{}"))), (
+        "it does not think"
+    )

@@ -56,7 +56,12 @@ class Case:
 PARIS = ("get_weather", {"city": "Paris", "days": 2})
 TRICKY = ("f", {"city": 'a "quoted" } </tool_call> \\ é \n line', "deep": {"x": [1, {"y": "]"}]}})
 CASES = {
-    "hermes": Case("hermes", '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>', "", [PARIS]),
+    "hermes": Case(
+        "hermes",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>',
+        "",
+        [PARIS],
+    ),
     "hermes, text and two": Case(
         "hermes",
         'I look.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>\n'
@@ -71,9 +76,16 @@ CASES = {
         [("f", {})],
         "Which city?",
     ),
-    "hermes, arguments as text": Case("hermes", '<tool_call>{"name": "f", "arguments": "{\\"days\\": 1}"}</tool_call>', "", [("f", {"days": 1})]),
+    "hermes, arguments as text": Case(
+        "hermes", '<tool_call>{"name": "f", "arguments": "{\\"days\\": 1}"}</tool_call>', "", [("f", {"days": 1})]
+    ),
     "hermes, no arguments": Case("hermes", '<tool_call>{"name": "f"}</tool_call>', "", [("f", {})]),
-    "hermes, no call": Case("hermes", "<tool_call>not json</tool_call> and < more <tool", "<tool_call>not json</tool_call> and < more <tool", []),
+    "hermes, no call": Case(
+        "hermes",
+        "<tool_call>not json</tool_call> and < more <tool",
+        "<tool_call>not json</tool_call> and < more <tool",
+        [],
+    ),
     "hermes, other json": Case("hermes", '<tool_call>{"a": 1}</tool_call>', '<tool_call>{"a": 1}</tool_call>', []),
     "qwen3_coder": Case(
         "qwen3_coder",
@@ -97,23 +109,40 @@ CASES = {
         [PARIS, ("f", {})],
         "hm",
     ),
-    "llama3_json": Case("llama3_json", '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}', "", [PARIS]),
+    "llama3_json": Case(
+        "llama3_json", '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}', "", [PARIS]
+    ),
     "llama3_json, two": Case(
         "llama3_json",
         '<|python_tag|>{"type": "function", "name": "get_weather", "parameters": {"city": "Paris", "days": 2}}; {"name": "f", "parameters": {}}',
         "",
         [PARIS, ("f", {})],
     ),
-    "llama3_json, an answer that is JSON": Case("llama3_json", '{"city": "Paris", "n": [1]}', '{"city": "Paris", "n": [1]}', []),
+    "llama3_json, an answer that is JSON": Case(
+        "llama3_json", '{"city": "Paris", "n": [1]}', '{"city": "Paris", "n": [1]}', []
+    ),
     "llama3_json, another name": Case("llama3_json", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
     "llama3_json, text": Case("llama3_json", " Hello {you}", " Hello {you}", []),
-    "pythonic": Case("pythonic", '[get_weather(city="Paris", days=2), f(deep={"x": [1, {"y": "]"}]})]', "", [PARIS, ("f", {"deep": TRICKY[1]["deep"]})]),
+    "pythonic": Case(
+        "pythonic",
+        '[get_weather(city="Paris", days=2), f(deep={"x": [1, {"y": "]"}]})]',
+        "",
+        [PARIS, ("f", {"deep": TRICKY[1]["deep"]})],
+    ),
     "pythonic, a list": Case("pythonic", "[1, 2]", "[1, 2]", []),
     "pythonic, prose": Case("pythonic", "[see below] f(x)", "[see below] f(x)", []),
     "mistral": Case(
-        "mistral", '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}, {"name": "f", "arguments": {}}]', "", [PARIS, ("f", {})]
+        "mistral",
+        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}, {"name": "f", "arguments": {}}]',
+        "",
+        [PARIS, ("f", {})],
     ),
-    "mistral, newer": Case("mistral", 'So:[TOOL_CALLS]get_weather[ARGS]{"city": "Paris", "days": 2}[TOOL_CALLS]f{}', "So:", [PARIS, ("f", {})]),
+    "mistral, newer": Case(
+        "mistral",
+        'So:[TOOL_CALLS]get_weather[ARGS]{"city": "Paris", "days": 2}[TOOL_CALLS]f{}',
+        "So:",
+        [PARIS, ("f", {})],
+    ),
     "deepseek": Case(
         "deepseek",
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{"city": "Paris", "days": 2}\n```<｜tool▁call▁end｜>\n'
@@ -135,7 +164,9 @@ CASES = {
         "",
         [PARIS, ("f", {})],
     ),
-    "granite": Case("granite", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}]', "", [PARIS]),
+    "granite": Case(
+        "granite", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}]', "", [PARIS]
+    ),
     "gemma": Case(
         "gemma",
         '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|><|tool_call>call:f{deep:{x:[1,{y:<|"|>a:{b,c: "d"<|"|>}]}}<tool_call|>',
@@ -198,9 +229,47 @@ def test_an_answer_may_be_cut_anywhere_and_end_anywhere(name: str, cuts: list[in
 
 
 MARKERS = [
-    *("<tool_call>", "</tool_call>", '{"name": "f", "arguments": {', "}}", "[TOOL_CALLS]", "[ARGS]", "<think>", "</think>", "<", "{", "}", "["),
-    *("<|channel|>", "<|message|>", "<|end|>", "to=functions.f", "<function=f>", "<parameter=city>", "</parameter>", "</function>", "é", "\n", " "),
-    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|tool_call_begin|>", "<|tool_call_end|>", "[f(", ")]", '"', "\\", "a=1", ","),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        '{"name": "f", "arguments": {',
+        "}}",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "<think>",
+        "</think>",
+        "<",
+        "{",
+        "}",
+        "[",
+    ),
+    *(
+        "<|channel|>",
+        "<|message|>",
+        "<|end|>",
+        "to=functions.f",
+        "<function=f>",
+        "<parameter=city>",
+        "</parameter>",
+        "</function>",
+        "é",
+        "\n",
+        " ",
+    ),
+    *(
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "<|tool_call_begin|>",
+        "<|tool_call_end|>",
+        "[f(",
+        ")]",
+        '"',
+        "\\",
+        "a=1",
+        ",",
+    ),
 ]
 
 

@@ -21,7 +21,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from pydantic import ValidationError
 from starlette.datastructures import Headers
 
-from paged_client import AsyncPagedClient, InvalidRequestError, PagedError, ServerError, UnavailableError, UnreachableError
+from paged_client import (
+    AsyncPagedClient,
+    InvalidRequestError,
+    PagedError,
+    ServerError,
+    UnavailableError,
+    UnreachableError,
+)
 from paged_client.openai.answer_forms import FormOptions
 from paged_client.openai.auth import usable_key
 from paged_client.openai.connections import ConnectionLimits, Connections, say_failed_accepts
@@ -44,7 +51,13 @@ def described(**facts: Any) -> Outputs:
 
 
 def piece(text: str, finish: str = "None") -> Outputs:
-    return {"text_output": [text], "output_ids": [7], "finish_reason": [finish], "num_input_tokens": [5], "num_cached_tokens": [4]}
+    return {
+        "text_output": [text],
+        "output_ids": [7],
+        "finish_reason": [finish],
+        "num_input_tokens": [5],
+        "num_cached_tokens": [4],
+    }
 
 
 class Transport:
@@ -105,7 +118,10 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        return [event if event == "[DONE]" else json.loads(event) for event in self.text.replace("data: ", "").strip().split("\n\n")]
+        return [
+            event if event == "[DONE]" else json.loads(event)
+            for event in self.text.replace("data: ", "").strip().split("\n\n")
+        ]
 
 
 def call(
@@ -126,7 +142,11 @@ def call(
     """One request. leave: asked over and over; True closes the connection."""
     client = AsyncPagedClient("nowhere:1", retries=0)
     client._transport = transport
-    app = make_app(client, Offer(("m", "alias"), key, bodies or BodyLimits(), origins, strict=strict, forms=forms or FormOptions()), metrics)
+    app = make_app(
+        client,
+        Offer(("m", "alias"), key, bodies or BodyLimits(), origins, strict=strict, forms=forms or FormOptions()),
+        metrics,
+    )
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
     scope = {
@@ -183,11 +203,20 @@ WHOLE = Transport(piece("ab", "stop"))
 def test_a_json_schema_reaches_the_server_as_structured_outputs() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     transport = Transport(piece("{}", "stop"))
-    reply = chat(transport, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}})
+    reply = chat(
+        transport,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
+    )
     assert reply.json["choices"][0]["message"]["content"] == "{}"
-    assert transport.sampling == {"generation_defaults": True, "structured_outputs": {"json": schema, "disable_any_whitespace": True}}
+    assert transport.sampling == {
+        "generation_defaults": True,
+        "structured_outputs": {"json": schema, "disable_any_whitespace": True},
+    }
     chat(transport, response_format={"type": "json_object"})
-    assert transport.sampling == {"generation_defaults": True, "structured_outputs": {"json": {"type": "object"}, "disable_any_whitespace": True}}
+    assert transport.sampling == {
+        "generation_defaults": True,
+        "structured_outputs": {"json": {"type": "object"}, "disable_any_whitespace": True},
+    }
     complete(transport, guided_regex="a+", max_tokens=3)
     assert transport.sampling == {"guided_regex": "a+", "max_tokens": 3}
 
@@ -213,7 +242,11 @@ def test_the_servers_log_and_the_caller_have_the_same_number_of_a_request(stream
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize(("error", "status"), [(InvalidRequestError("top_p: no"), 400), (UnavailableError("full"), 503), (ServerError("broken"), 500)], ids=str)
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(InvalidRequestError("top_p: no"), 400), (UnavailableError("full"), 503), (ServerError("broken"), 500)],
+    ids=str,
+)
 def test_an_error_before_the_first_piece_has_a_status(stream: bool, error: PagedError, status: int) -> None:
     reply = complete(Transport(error), stream=stream)
     assert reply.status == status
@@ -233,10 +266,17 @@ def test_an_error_after_it_is_an_event_of_the_stream() -> None:
 
 def test_usage_is_streamed_if_asked_for() -> None:
     transport = Transport(piece("a"), piece("b", "length"))
-    *pieces, last, done = complete(transport, stream=True, stream_options={"include_usage": True}, prompt=["x", "y"]).events
+    *pieces, last, done = complete(
+        transport, stream=True, stream_options={"include_usage": True}, prompt=["x", "y"]
+    ).events
     assert [one["usage"] for one in pieces] == [None] * 4
     assert (last["choices"], done) == ([], "[DONE]")
-    assert last["usage"] == {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14, "prompt_tokens_details": {"cached_tokens": 8}}
+    assert last["usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 4,
+        "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 8},
+    }
     assert all("usage" not in event for event in complete(transport, stream=True).events[:-1])
     asked = {"include_usage": True, "continuous_usage_stats": True}
     *pieces, last, done = complete(transport, stream=True, stream_options=asked).events
@@ -246,7 +286,12 @@ def test_usage_is_streamed_if_asked_for() -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_caller_who_leaves_before_the_first_piece_cancels_every_prompts_request(stream: bool) -> None:
     transport = Transport()
-    call(transport, "/v1/completions", {"model": "m", "prompt": ["x", "y"], "stream": stream}, leave=lambda _: len(transport.asked) == 2)
+    call(
+        transport,
+        "/v1/completions",
+        {"model": "m", "prompt": ["x", "y"], "stream": stream},
+        leave=lambda _: len(transport.asked) == 2,
+    )
     assert transport.num_left == 2
 
 
@@ -277,16 +322,25 @@ def test_one_prompts_error_cancels_the_others() -> None:
 
 def test_models_are_those_that_are_offered() -> None:
     listed = call(WHOLE, "/v1/models").json
-    assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["m", "alias", "m:french", "alias:french"])
+    assert (listed["object"], [model["id"] for model in listed["data"]]) == (
+        "list",
+        ["m", "alias", "m:french", "alias:french"],
+    )
     assert {model["max_model_len"] for model in listed["data"]} == {512}
     assert [model["parent"] for model in listed["data"]] == [None, None, "m", "alias"]
     silent = Transport()
     silent.description = InvalidRequestError("unexpected inference input 'task' for model 'm'")
-    assert [model["id"] for model in call(silent, "/v1/models").json["data"]] == ["m", "alias"], "an older model says nothing"
+    assert [model["id"] for model in call(silent, "/v1/models").json["data"]] == ["m", "alias"], (
+        "an older model says nothing"
+    )
     assert call(WHOLE, "/v1/models/alias").json["id"] == "alias"
     assert complete(WHOLE, model="alias").json["model"] == "alias"
     for reply in (call(WHOLE, "/v1/models/a/b"), complete(WHOLE, model="other"), chat(WHOLE, model="other")):
-        assert (reply.status, reply.json["error"]["code"], reply.json["error"]["param"]) == (404, "model_not_found", "model")
+        assert (reply.status, reply.json["error"]["code"], reply.json["error"]["param"]) == (
+            404,
+            "model_not_found",
+            "model",
+        )
 
 
 def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name() -> None:
@@ -294,8 +348,12 @@ def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name() -> None:
     for ask in (complete, chat):
         reply = ask(transport, model="alias:french")
         assert (reply.status, reply.json["model"], transport.sampling["lora_name"]) == (200, "alias:french", "french")
-        assert ask(transport, model="m", lora_name="german").status == 200 and transport.sampling["lora_name"] == "german"
-        assert ask(transport, model="m").status == 200 and "lora_name" not in str(transport.asked[-1].tensors.get("sampling_parameters"))
+        assert (
+            ask(transport, model="m", lora_name="german").status == 200 and transport.sampling["lora_name"] == "german"
+        )
+        assert ask(transport, model="m").status == 200 and "lora_name" not in str(
+            transport.asked[-1].tensors.get("sampling_parameters")
+        )
         both = ask(transport, model="m:french", lora_name="german")
         assert (both.status, both.json["error"]["param"]) == (400, "lora_name")
         for name in ("x:french", "m:", ":french"):
@@ -305,8 +363,16 @@ def test_an_adapter_is_named_behind_the_models_name_or_as_lora_name() -> None:
     unknown = Transport(InvalidRequestError("lora_name: 'french': this server has no such adapter"))
     as_model, as_field = complete(unknown, model="m:french"), complete(unknown, model="m", lora_name="french")
     named, plain = as_model.json["error"], as_field.json["error"]
-    assert (as_model.status, named["param"], named["message"]) == (404, "model", "model: 'french': this server has no such adapter")
-    assert (as_field.status, plain["param"], plain["message"]) == (400, "lora_name", "lora_name: 'french': this server has no such adapter")
+    assert (as_model.status, named["param"], named["message"]) == (
+        404,
+        "model",
+        "model: 'french': this server has no such adapter",
+    )
+    assert (as_field.status, plain["param"], plain["message"]) == (
+        400,
+        "lora_name",
+        "lora_name: 'french': this server has no such adapter",
+    )
 
 
 def test_load_balancers_may_ask_for_the_head_of_health_alone() -> None:
@@ -339,7 +405,15 @@ def test_health_is_what_the_model_says_of_itself(event: Exception, status: int) 
 
 @pytest.mark.parametrize(
     ("authorization", "status"),
-    [(None, 401), ("Bearer wrong", 401), ("Basic secret", 401), ("Bearer secret2", 401), ("Bearer é", 401), ("Bearer secret", 200), ("bearer secret", 200)],
+    [
+        (None, 401),
+        ("Bearer wrong", 401),
+        ("Basic secret", 401),
+        ("Bearer secret2", 401),
+        ("Bearer é", 401),
+        ("Bearer secret", 200),
+        ("bearer secret", 200),
+    ],
     ids=str,
 )
 def test_only_who_has_the_key_may_ask(authorization: str | None, status: int) -> None:
@@ -372,7 +446,11 @@ def test_a_body_over_the_limit_is_refused(declared: bool) -> None:
         (b"[" * 100_000, None, "not valid JSON"),
         ({"prompt": "x"}, "model", "missing"),
         ({"model": "m"}, "prompt", "missing"),
-        ({"model": "m", "prompt": "x", "max_token": 1}, "max_token", "unknown parameter: 'max_token'; did you mean 'max_tokens'?"),
+        (
+            {"model": "m", "prompt": "x", "max_token": 1},
+            "max_token",
+            "unknown parameter: 'max_token'; did you mean 'max_tokens'?",
+        ),
         (
             {"model": "m", "prompt": "x", "stream": True, "stream_options": {"include_usages": True}},
             "stream_options.include_usages",
@@ -384,8 +462,16 @@ def test_a_body_over_the_limit_is_refused(declared: bool) -> None:
         (b'{"model": "m", "prompt": "x", "temperature": NaN}', "temperature", "finite"),
         ({"model": "m", "prompt": "x", "n": 0}, "n", "greater than or equal to 1"),
         ({"model": "m", "prompt": {"a": 1}}, "prompt", "expected a valid string"),
-        ({"model": "m", "prompt": "x"} | {str(key): 1 for key in range(2000)}, None, "the body has 2002 keys; the most allowed is 1024"),
-        ({"model": "m", "prompt": "x", "logit_bias": {str(key): 1 for key in range(2000)}}, None, "logit_bias has 2000 keys; the most allowed is 1024"),
+        (
+            {"model": "m", "prompt": "x"} | {str(key): 1 for key in range(2000)},
+            None,
+            "the body has 2002 keys; the most allowed is 1024",
+        ),
+        (
+            {"model": "m", "prompt": "x", "logit_bias": {str(key): 1 for key in range(2000)}},
+            None,
+            "logit_bias has 2000 keys; the most allowed is 1024",
+        ),
         (b'{"model": "\\ud800", "prompt": "x"}', "model", "the model '?' does not exist"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -414,7 +500,9 @@ def test_nobody_is_told_where_the_server_is(caplog: pytest.LogCaptureFixture) ->
     assert "10.0.0.7" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"])
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"]
+)
 def test_what_any_web_page_could_send_is_not_taken_for_json(kind: str) -> None:
     reply = call(WHOLE, "/v1/completions", {"model": "m", "prompt": "x"}, headers={"content-type": kind})
     assert (reply.status, "Content-Type" in reply.json["error"]["message"]) == (415, True)
@@ -428,7 +516,12 @@ def test_other_paths_and_methods_are_refused_in_the_same_shape() -> None:
 
 def test_pages_of_allowed_origins_may_ask() -> None:
     headers = {"origin": "https://a.example"}
-    assert call(WHOLE, "/v1/models", headers=headers, origins=("https://a.example",)).headers["access-control-allow-origin"] == "https://a.example"
+    assert (
+        call(WHOLE, "/v1/models", headers=headers, origins=("https://a.example",)).headers[
+            "access-control-allow-origin"
+        ]
+        == "https://a.example"
+    )
     assert "access-control-allow-origin" not in call(WHOLE, "/v1/models", headers=headers).headers
     for origin, allowed in {
         "http://localhost:3000": True,
@@ -482,12 +575,18 @@ def test_a_key_without_effect_is_a_warning_or_with_strict_refused() -> None:
     }
     reply = chat(WHOLE, **unused, add_special_tokens=True)
     assert reply.status == 200
-    assert reply.headers["x-paged-warning"] == ("ignored: extra_args, heat, ??, stream_options.x, spaces_between_special_tokens")
+    assert reply.headers["x-paged-warning"] == (
+        "ignored: extra_args, heat, ??, stream_options.x, spaces_between_special_tokens"
+    )
     assert complete(WHOLE, models=["m"], top_a=1).headers["x-paged-warning"] == "ignored: models, top_a"
     many = complete(WHOLE, **{f"key_{number}": 1 for number in range(900)}).headers["x-paged-warning"]
     assert many.endswith("key_9 ...") and len(many) < 1000
     refused = chat(WHOLE, heat=1, strict=True)
-    assert (refused.status, refused.json["error"]["param"], refused.json["error"]["code"]) == (400, "heat", "unknown_parameter")
+    assert (refused.status, refused.json["error"]["param"], refused.json["error"]["code"]) == (
+        400,
+        "heat",
+        "unknown_parameter",
+    )
 
 
 def test_unknown_names_do_not_cost_time() -> None:
@@ -500,14 +599,21 @@ def test_unknown_names_do_not_cost_time() -> None:
 
 
 def test_tokens_of_a_prompt_or_messages_and_back() -> None:
-    transport = Transport({"text_output": [""], "output_ids": [5, 6], "finish_reason": ["stop"], "num_input_tokens": [2]})
+    transport = Transport(
+        {"text_output": [""], "output_ids": [5, 6], "finish_reason": ["stop"], "num_input_tokens": [2]}
+    )
     assert call(transport, "/tokenize", {"model": "m", "prompt": "a b"}).json == {
         "count": 2,
         "max_model_len": 512,
         "tokens": [5, 6],
         "token_strs": None,
     }
-    assert {**transport.asked[-1].tensors} == {"task": "tokenize", "stream": False, "return_finish_reason": True, "text_input": "a b"}
+    assert {**transport.asked[-1].tensors} == {
+        "task": "tokenize",
+        "stream": False,
+        "return_finish_reason": True,
+        "text_input": "a b",
+    }
     chatted = call(transport, "/tokenize", {"messages": HI, "tools": [], "add_generation_prompt": False})
     assert chatted.json["count"] == 2
     assert json.loads(str(transport.asked[-1].tensors["messages"])) == HI
@@ -634,7 +740,13 @@ class Connection:
 
 def test_the_longest_silent_connection_makes_room() -> None:
     connections = Connections(ConnectionLimits(3), GatewayMetrics(ENDPOINTS))
-    first, working, third, fourth, fifth = Connection(), Connection(busy=True), Connection(), Connection(), Connection(busy=True)
+    first, working, third, fourth, fifth = (
+        Connection(),
+        Connection(busy=True),
+        Connection(),
+        Connection(),
+        Connection(busy=True),
+    )
     for one in (first, working, third, fourth, fifth):
         connections.add(one)
     assert [one.ended for one in (first, working, third, fourth, fifth)] == ["aborted", "", "aborted", "", ""]
@@ -670,7 +782,10 @@ def test_a_failed_accept_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
 
     asyncio.run(scenario())
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["a connection could not be accepted: Too many open files; trying again in a second", "something else"]
+    assert lines == [
+        "a connection could not be accepted: Too many open files; trying again in a second",
+        "something else",
+    ]
 
 
 # ---- about the gateway
@@ -684,7 +799,11 @@ def test_metrics_count_what_was_asked_and_answered() -> None:
     call(WHOLE, "/nonesuch/1234", metrics=metrics)
     page = call(WHOLE, "/metrics", metrics=metrics)
     assert page.headers["content-type"].startswith("text/plain")
-    values = {sample.name + str(sorted(sample.labels.values())): sample.value for family in parse(page.text) for sample in family.samples}
+    values = {
+        sample.name + str(sorted(sample.labels.values())): sample.value
+        for family in parse(page.text)
+        for sample in family.samples
+    }
     assert values["paged_gateway_requests_total['/v1/completions', '200']"] == 2
     assert values["paged_gateway_requests_total['/v1/completions', '400']"] == 1
     assert values["paged_gateway_requests_total['404', 'other']"] == 1

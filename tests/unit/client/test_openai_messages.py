@@ -1,4 +1,6 @@
-"""The Messages API: blocks in, blocks and events out, in the shapes of Anthropic's own library where it is installed."""
+"""The Messages API: blocks in, blocks and events out, in the shapes of Anthropic's own library where it is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from paged_client.openai.message_items import CountBody, chat_of_messages
 from tests.unit.client.test_openai_gateway import Reply, call
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
 
-TOOL = {"name": "get_weather", "description": "w", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOL = {
+    "name": "get_weather",
+    "description": "w",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
 HI = [{"role": "user", "content": "Hi"}]
 
 
@@ -62,7 +68,10 @@ def rebuilt(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             CALL,
             "",
             {"tools": [TOOL]},
-            [{"type": "text", "text": "Let me look."}, {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}}],
+            [
+                {"type": "text", "text": "Let me look."},
+                {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}},
+            ],
             "tool_use",
         ),
         (
@@ -92,7 +101,11 @@ def test_a_message_is_the_same_whole_and_streamed(
     assert without_ids(rebuilt(events)) == content
     assert (events[-2]["delta"]["stop_reason"], events[-2]["usage"]) == (reason, whole["usage"])
     starts = [event["index"] for event in events if event["type"] == "content_block_start"]
-    assert starts == [event["index"] for event in events if event["type"] == "content_block_stop"] == list(range(len(content)))
+    assert (
+        starts
+        == [event["index"] for event in events if event["type"] == "content_block_stop"]
+        == list(range(len(content)))
+    )
 
 
 def test_blocks_become_the_messages_of_a_chat() -> None:
@@ -111,7 +124,10 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
             },
             {
                 "role": "user",
-                "content": [{"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "sun"}]}, {"type": "text", "text": "And?"}],
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "sun"}]},
+                    {"type": "text", "text": "And?"},
+                ],
             },
         ],
         "tools": [TOOL],
@@ -134,7 +150,9 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
 
 def test_tokens_are_counted_without_an_answer() -> None:
     model = Model(HERMES, "x")
-    assert call(model, "/v1/messages/count_tokens", {"model": "m", "messages": HI, "tools": [TOOL]}).json == {"input_tokens": 2}
+    assert call(model, "/v1/messages/count_tokens", {"model": "m", "messages": HI, "tools": [TOOL]}).json == {
+        "input_tokens": 2
+    }
     assert model.asked == []
     assert "tools" in model.probes[-1].tensors
 
@@ -143,11 +161,26 @@ def test_tokens_are_counted_without_an_answer() -> None:
     ("keys", "status", "kind", "words"),
     [
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
-        ({"messages": [{"role": "system", "content": "x"}]}, 400, "invalid_request_error", "messages.0.role: expected user or assistant"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "messages.0.content.0: no block of type 'image'"),
+        (
+            {"messages": [{"role": "system", "content": "x"}]},
+            400,
+            "invalid_request_error",
+            "messages.0.role: expected user or assistant",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            400,
+            "invalid_request_error",
+            "messages.0.content.0: no block of type 'image'",
+        ),
         ({"tools": [{"name": "f"}]}, 400, "invalid_request_error", "tools.0.input_schema"),
         ({"tools": [{"type": "web_search_20250305", "name": "f"}]}, 400, "invalid_request_error", "tools.0.type"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, 400, "invalid_request_error", "there is no tool 'g'"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}},
+            400,
+            "invalid_request_error",
+            "there is no tool 'g'",
+        ),
         ({"model": "other"}, 404, "not_found_error", "does not exist"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
@@ -160,7 +193,12 @@ def test_errors_have_anthropics_shape(keys: dict[str, Any], status: int, kind: s
 
 def test_anthropics_header_carries_the_key() -> None:
     body = {"model": "m", "max_tokens": 9, "messages": HI}
-    for headers, status in (({"x-api-key": "secret"}, 200), ({"authorization": "Bearer secret"}, 200), ({"x-api-key": "no"}, 401), ({}, 401)):
+    for headers, status in (
+        ({"x-api-key": "secret"}, 200),
+        ({"authorization": "Bearer secret"}, 200),
+        ({"x-api-key": "no"}, 401),
+        ({}, 401),
+    ):
         reply = call(Model(HERMES, "x"), "/v1/messages", body, key="secret", headers=headers)
         assert reply.status == status
         assert status == 200 or reply.json["error"]["type"] == "authentication_error"

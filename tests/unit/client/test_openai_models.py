@@ -1,4 +1,6 @@
-"""Several models behind one gateway: each is asked by its name, and they come and go with what the servers have loaded. Transports are scripts."""
+"""Several models behind one gateway: each is asked by its name, and they come and go with what the servers have loaded.
+Transports are scripts.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Served:
 
 
 async def asked(models: Models, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> httpx.Response:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(models, Offer())), base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(make_app(models, Offer())), base_url="http://test"
+    ) as client:
         return await client.request(method, path, json=body)
 
 
@@ -79,7 +83,10 @@ def test_a_request_goes_to_the_model_that_it_names_and_all_are_listed() -> None:
             unknown = await asked(models, "/v1/completions", {"model": "third", "prompt": "x"})
             assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
             vague = await asked(models, "/detokenize", {"tokens": [1]})
-            assert vague.status_code == 400 and vague.json()["error"]["message"] == "model: missing; 2 are served: /v1/models names them"
+            assert (
+                vague.status_code == 400
+                and vague.json()["error"]["message"] == "model: missing; 2 are served: /v1/models names them"
+            )
         assert loaded.closed
 
     asyncio.run(ask())
@@ -113,7 +120,9 @@ def test_models_come_and_go_with_what_is_loaded(monkeypatch: pytest.MonkeyPatch)
             away = await asked(models, "/v1/completions", {"model": "first", "prompt": "x"})
             assert (away.status_code, away.json()["error"]["code"]) == (503, "not_ready"), "it may be on its way back"
             assert (await asked(models, "/v1/completions", {"model": "third", "prompt": "x"})).status_code == 404
-            assert (await asked(models, "/tokenize", {"prompt": "x"})).status_code == 200, "the only one need not be named"
+            assert (await asked(models, "/tokenize", {"prompt": "x"})).status_code == 200, (
+                "the only one need not be named"
+            )
             transport = served.transports["first"]
             loaded.said = ["first", "second"]
             await served_names(models, "first", "second")
@@ -154,7 +163,11 @@ class Repository:
 def test_models_of_other_backends_are_left_out_and_each_is_asked_once() -> None:
     async def ask() -> None:
         gone = Repository()
-        server = Repository(paged=INPUTS | {"stream"}, vllm=frozenset({"text_input", "sampling_parameters", "stream"}), resnet=frozenset({"image"}))
+        server = Repository(
+            paged=INPUTS | {"stream"},
+            vllm=frozenset({"text_input", "sampling_parameters", "stream"}),
+            resnet=frozenset({"image"}),
+        )
         catalog = Catalog()
         for _ in range(3):
             assert await catalog.look([gone, server]) == ["paged"]
@@ -184,7 +197,10 @@ class Locked(Repository):
 
 def test_aliases_are_for_one_model() -> None:
     upstream = Upstream(["localhost:8001"])
-    assert [(model.name, model.server_name) for model in upstream.models(["llm"], ["a", "b"]).all] == [("a", "llm"), ("b", "llm")]
+    assert [(model.name, model.server_name) for model in upstream.models(["llm"], ["a", "b"]).all] == [
+        ("a", "llm"),
+        ("b", "llm"),
+    ]
     with pytest.raises(ValueError, match="--served-name: for one model, and --model-name names 2"):
         upstream.models(["one", "two"], ["a"])
     with pytest.raises(ValueError, match="routing: 'luck' is none of kv, least, turns"):

@@ -1,4 +1,6 @@
-"""Events of a busy gateway are written together, in order and none lost; those of one that keeps up, and every first one, at once."""
+"""Events of a busy gateway are written together, in order and none lost; those of one that keeps up, and every first
+one, at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The Responses API: items in, items and events out, conversations that go on, in the shapes of OpenAI's own library."""
+"""The Responses API: items in, items and events out, conversations that go on, in the shapes of OpenAI's own
+library.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from paged_client.openai.response_store import ResponseStore
 from tests.unit.client.test_openai_gateway import Reply, call
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
 
-TOOL = {"type": "function", "name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOL = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
 EVENTS = TypeAdapter(ResponseStreamEvent)
 
 
@@ -47,7 +53,11 @@ def test_a_text_is_answered_by_a_message() -> None:
     model = Model(HERMES, "Hel", "lo.")
     said = respond(model, instructions="Be kind.", max_output_tokens=9, temperature=0.5).json
     response = Response.model_validate(said)
-    assert (response.status, response.output_text, [item.type for item in response.output]) == ("completed", "Hello.", ["message"])
+    assert (response.status, response.output_text, [item.type for item in response.output]) == (
+        "completed",
+        "Hello.",
+        ["message"],
+    )
     assert response.usage is not None and (response.usage.input_tokens, response.usage.output_tokens) == (5, 2)
     assert asked(model) == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     assert model.sampling["max_tokens"] == 9
@@ -62,7 +72,9 @@ def test_a_text_is_answered_by_a_message() -> None:
     ],
     ids=["text", "call", "thought"],
 )
-def test_the_events_of_a_stream_tell_what_the_whole_has(template: str, texts: Any, end: str, keys: dict[str, Any], kinds: list[str]) -> None:
+def test_the_events_of_a_stream_tell_what_the_whole_has(
+    template: str, texts: Any, end: str, keys: dict[str, Any], kinds: list[str]
+) -> None:
     whole = respond(Model(template, *texts, end=end), **keys).json
     events = events_of(respond(Model(template, *texts, end=end), **keys, stream=True))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
@@ -77,21 +89,33 @@ def test_the_events_of_a_stream_tell_what_the_whole_has(template: str, texts: An
         assert mine[-1]["item"] == item and item["status"] == "completed"
         deltas = "".join(event["delta"] for event in mine if event["type"].endswith(".delta"))
         told = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
-        assert deltas == told == (lambda other: other.get("arguments") or other["content"][0]["text"])(whole["output"][place])
+        assert (
+            deltas
+            == told
+            == (lambda other: other.get("arguments") or other["content"][0]["text"])(whole["output"][place])
+        )
 
 
 def test_a_call_and_its_output_go_back_as_a_chat() -> None:
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
         {"type": "reasoning", "id": "rs_1", "summary": []},
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "I look.", "annotations": []}],
+        },
         {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "Paris"}'},
         {"type": "function_call", "call_id": "c2", "name": "get_weather", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "sun"},
     ]
     user, turn, result = messages_of(items)
     assert user == {"role": "user", "content": "Weather?"}
-    assert (turn["role"], turn["content"], [made["id"] for made in turn["tool_calls"]]) == ("assistant", "I look.", ["c1", "c2"])
+    assert (turn["role"], turn["content"], [made["id"] for made in turn["tool_calls"]]) == (
+        "assistant",
+        "I look.",
+        ["c1", "c2"],
+    )
     assert result == {"role": "tool", "tool_call_id": "c1", "content": "sun"}
 
 

@@ -1,4 +1,6 @@
-"""Tools and reasoning through the gateway's application: what the server is asked, and what the caller hears, streamed and whole."""
+"""Tools and reasoning through the gateway's application: what the server is asked, and what the caller hears, streamed
+and whole.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def tool(name: str = "get_weather", **function: Any) -> dict[str, Any]:
 class Model(Transport):
     """Answers with the same pieces always, and tells of its template."""
 
-    def __init__(self, template: str, *texts: str, ids: Sequence[Sequence[int]] = (), end: str = "", special: Sequence[str] = ()) -> None:
+    def __init__(
+        self, template: str, *texts: str, ids: Sequence[Sequence[int]] = (), end: str = "", special: Sequence[str] = ()
+    ) -> None:
         pieces = [
             {
                 "text_output": [text],
@@ -52,7 +56,11 @@ class Model(Transport):
         if task in ("tokenize", "detokenize"):
             self.probes.append(question)
             ids = [CLOSER] if "text_input" in question.tensors else [1, 2]
-            answer: Outputs = {"text_output": [self.end if task == "detokenize" else ""], "output_ids": ids, "finish_reason": ["stop"]}
+            answer: Outputs = {
+                "text_output": [self.end if task == "detokenize" else ""],
+                "output_ids": ids,
+                "finish_reason": ["stop"],
+            }
             return Call(self, [answer])
         return super().ask(question)
 
@@ -94,7 +102,11 @@ def test_a_streamed_call_has_its_name_first_and_then_pieces_of_its_arguments() -
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert deltas[1] == {"content": "Let me look."}
     first, *others = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
-    assert (first["index"], first["function"], first["type"]) == (0, {"name": "get_weather", "arguments": ""}, "function")
+    assert (first["index"], first["function"], first["type"]) == (
+        0,
+        {"name": "get_weather", "arguments": ""},
+        "function",
+    )
     assert [piece["function"]["arguments"] for piece in others] == ['{"city": "Pa', 'ris"}']
     assert all(set(piece) == {"index", "function"} for piece in others)
 
@@ -119,7 +131,11 @@ def test_only_one_call_if_the_caller_wants_no_more() -> None:
     ("keys", "choice", "strict"),
     [
         ({"tool_choice": "required"}, "required", [True, True]),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, {"type": "function", "function": {"name": "f"}}, [True, True]),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            {"type": "function", "function": {"name": "f"}},
+            [True, True],
+        ),
         ({"tools": [tool(strict=True), tool("f")]}, "auto", [True, False]),
     ],
     ids=["required", "named", "strict"],
@@ -128,19 +144,30 @@ def test_what_must_be_called_is_enforced_by_the_server(keys: dict[str, Any], cho
     model = Model(HERMES, *CALL)
     assert ask(model, **{"tools": [tool(), tool("f")], "parallel_tool_calls": False, **keys})["message"]["tool_calls"]
     tag = model.sampling["structured_outputs"]["structural_tag"]
-    assert (tag["model"], tag["tool_choice"], tag["reasoning"], tag["parallel_tool_calls"]) == ("qwen_3", choice, "disabled", False)
+    assert (tag["model"], tag["tool_choice"], tag["reasoning"], tag["parallel_tool_calls"]) == (
+        "qwen_3",
+        choice,
+        "disabled",
+        False,
+    )
     assert [each["function"]["strict"] for each in tag["tools"]] == strict
 
 
 def test_a_format_that_cannot_be_enforced_is_json_where_a_call_must_come() -> None:
     model = Model("{% if tools %}[TOOL_CALLS]{% endif %}", '{"name": "get_weather", "parameters": {"city": "Oslo"}}')
-    assert ask(model, tools=[tool()], tool_choice="required")["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    assert (
+        ask(model, tools=[tool()], tool_choice="required")["message"]["tool_calls"][0]["function"]["arguments"]
+        == '{"city": "Oslo"}'
+    )
     assert model.sampling["structured_outputs"]["structural_tag"]["model"] == "llama"
 
 
 def test_markers_that_are_special_tokens_are_seen_and_other_special_words_are_not() -> None:
     model = Model(
-        HERMES, "<s>So ", '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>', special=["<tool_call>", "</tool_call>", "<|im_end|>", "<s>"]
+        HERMES,
+        "<s>So ",
+        '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>',
+        special=["<tool_call>", "</tool_call>", "<|im_end|>", "<s>"],
     )
     choice = ask(model, tools=[tool("f")])
     assert model.sampling["skip_special_tokens"] is False
@@ -167,7 +194,13 @@ def test_the_operator_may_name_the_format() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [tool()], "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-        ({"tools": [tool()], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}}, "tool_choice"),
+        (
+            {
+                "tools": [tool()],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+            },
+            "tool_choice",
+        ),
         ({"tools": [tool()], "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [tool()], "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
         ({"reasoning_effort": "hard"}, "reasoning_effort"),
@@ -223,7 +256,9 @@ def test_thoughts_may_be_left_out_or_left_in() -> None:
         ("none", {"enable_thinking": False, "thinking": False}),
     ],
 )
-def test_an_effort_reaches_the_template_by_the_names_that_templates_have(effort: str, variables: dict[str, Any]) -> None:
+def test_an_effort_reaches_the_template_by_the_names_that_templates_have(
+    effort: str, variables: dict[str, Any]
+) -> None:
     model = Model(THINKS, "Yes.")
     ask(model, reasoning_effort=effort)
     assert model.sampling["chat_template_kwargs"] == variables

@@ -98,9 +98,13 @@ def test_sampling_keys_keep_their_names() -> None:
         assert asked.num_choices == 2
 
 
-@pytest.mark.parametrize("key", ["guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"])
+@pytest.mark.parametrize(
+    "key", ["guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"]
+)
 def test_guided_keys_keep_their_names(key: str) -> None:
-    value = {"guided_json": {"type": "object"}, "guided_choice": ["a", "b"], "structured_outputs": {"regex": "a"}}.get(key, "a+")
+    value = {"guided_json": {"type": "object"}, "guided_choice": ["a", "b"], "structured_outputs": {"regex": "a"}}.get(
+        key, "a+"
+    )
     assert given(chat(**{key: value}))[key] == value
 
 
@@ -109,15 +113,24 @@ def test_guided_keys_keep_their_names(key: str) -> None:
     [
         ({"type": "text"}, None),
         ({"type": "json_object"}, {"type": "object"}),
-        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "integer"}}}, {"type": "integer"}),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "integer"}}},
+            {"type": "integer"},
+        ),
     ],
     ids=lambda value: value.get("type") if value else "",
 )
 def test_a_response_format_is_a_json_schema(response_format: dict[str, Any], schema: Any) -> None:
-    assert given(chat(response_format=response_format)).get("structured_outputs") == (schema and {"json": schema, "disable_any_whitespace": True})
+    assert given(chat(response_format=response_format)).get("structured_outputs") == (
+        schema and {"json": schema, "disable_any_whitespace": True}
+    )
 
 
-@pytest.mark.parametrize("response_format", [{}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": 3}}], ids=str)
+@pytest.mark.parametrize(
+    "response_format",
+    [{}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": 3}}],
+    ids=str,
+)
 def test_another_response_format_is_refused(response_format: dict[str, Any]) -> None:
     with pytest.raises(RefusalError) as refused:
         chat(response_format=response_format)
@@ -133,7 +146,9 @@ def test_max_tokens_go_by_three_names_and_completions_have_openais_default() -> 
 
 
 def test_the_templates_variables_and_special_tokens_go_to_the_server() -> None:
-    assert given(chat(chat_template_kwargs={"enable_thinking": False}))["chat_template_kwargs"] == {"enable_thinking": False}
+    assert given(chat(chat_template_kwargs={"enable_thinking": False}))["chat_template_kwargs"] == {
+        "enable_thinking": False
+    }
     assert "chat_template_kwargs" not in given(chat())
     assert given(completion(add_special_tokens=False))["add_special_tokens"] is False
 
@@ -149,7 +164,10 @@ def test_chat_asks_for_logprobs_with_two_keys_and_completions_with_one() -> None
 
 
 def test_what_only_names_the_caller_is_ignored() -> None:
-    assert completion(user="me", metadata={"a": "b"}, store=True, service_tier="auto", prompt_cache_key="k") == completion()
+    assert (
+        completion(user="me", metadata={"a": "b"}, store=True, service_tier="auto", prompt_cache_key="k")
+        == completion()
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +180,10 @@ def test_what_only_names_the_caller_is_ignored() -> None:
         ({"add_generation_prompt": False}, "add_generation_prompt"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format"),
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
-        ({"messages": [*ASK, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.1.content"),
+        (
+            {"messages": [*ASK, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.1.content",
+        ),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -196,7 +217,11 @@ def test_messages_are_made_what_templates_expect() -> None:
         messages=[
             {"role": "developer", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
-            {"role": "assistant", "content": None, "tool_calls": [call, {"function": {"name": "g", "arguments": "no JSON"}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [call, {"function": {"name": "g", "arguments": "no JSON"}}],
+            },
             {"role": "tool", "tool_call_id": "1", "content": "3"},
         ]
     )
@@ -206,7 +231,10 @@ def test_messages_are_made_what_templates_expect() -> None:
         {
             "role": "assistant",
             "content": None,
-            "tool_calls": [{**call, "function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": "no JSON"}}],
+            "tool_calls": [
+                {**call, "function": {"name": "f", "arguments": {"a": 1}}},
+                {"function": {"name": "g", "arguments": "no JSON"}},
+            ],
         },
         {"role": "tool", "tool_call_id": "1", "content": "3"},
     ]
@@ -225,9 +253,19 @@ def test_tools_go_to_the_template_unless_none_is_chosen() -> None:
     [
         (InvalidRequestError("top_p: 7 is too much"), 400, "top_p", None),
         (InvalidRequestError("text_input: the prompt is empty"), 400, "prompt", None),
-        (InvalidRequestError("the prompt has 9 tokens; the longest this model takes is 8"), 400, "prompt", "context_length_exceeded"),
+        (
+            InvalidRequestError("the prompt has 9 tokens; the longest this model takes is 8"),
+            400,
+            "prompt",
+            "context_length_exceeded",
+        ),
         (InvalidRequestError("structured_outputs.json: 'not' is not supported"), 400, "response_format", None),
-        (InvalidRequestError("unknown sampling parameter 'structured_outputs'; known: n"), 400, "response_format", "unsupported_parameter"),
+        (
+            InvalidRequestError("unknown sampling parameter 'structured_outputs'; known: n"),
+            400,
+            "response_format",
+            "unsupported_parameter",
+        ),
         (UnsupportedError("guided_regex: needs a package"), 400, "guided_regex", None),
         (UnknownModelError("gone"), 503, "model", "not_ready"),
         (UnavailableError("the queue is full"), 503, None, "overloaded"),
@@ -238,7 +276,9 @@ def test_tools_go_to_the_template_unless_none_is_chosen() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_an_error_has_a_status_that_says_whether_to_try_again(error: Any, status: int, param: str | None, code: str | None) -> None:
+def test_an_error_has_a_status_that_says_whether_to_try_again(
+    error: Any, status: int, param: str | None, code: str | None
+) -> None:
     refusal = refusal_of(error, completion(response_format={"type": "json_object"}).params)
     assert (refusal.status, refusal.param, refusal.code) == (status, param, code)
     said = refusal.body()["error"]
@@ -249,7 +289,11 @@ def test_an_error_has_a_status_that_says_whether_to_try_again(error: Any, status
 
 # ---- answers
 
-ENTRY = (TokenLogprob(5, "Aé", -1.5), TokenLogprob(6, "b", -0.5), TokenLogprob(7, "\ufffd", float("-inf"), 9, b"\xf0\x9f"))
+ENTRY = (
+    TokenLogprob(5, "Aé", -1.5),
+    TokenLogprob(6, "b", -0.5),
+    TokenLogprob(7, "\ufffd", float("-inf"), 9, b"\xf0\x9f"),
+)
 
 
 def answer(*texts: str) -> Answer:
@@ -266,7 +310,12 @@ def test_choices_count_through_the_prompts() -> None:
         (2, "yc", "length"),
         (3, "yd", "stop"),
     ]
-    assert whole["usage"] == {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 4}}
+    assert whole["usage"] == {
+        "prompt_tokens": 8,
+        "completion_tokens": 4,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
     assert (whole["object"], whole["model"], whole["choices"][0]["logprobs"]) == ("text_completion", "m", None)
 
 
@@ -282,15 +331,30 @@ def test_completions_say_logprobs_in_parallel_lists() -> None:
     reply = CompletionReply("m", asked)
     pieces = [chunk for _ in range(2) for chunk in reply.chunks(0, Delta("", (5,), None, Usage(), 0, (ENTRY,)))]
     assert [piece["choices"][0]["logprobs"]["text_offset"] for piece in pieces] == [[0], [2]]
-    assert CompletionReply("m", completion(logprobs=0)).whole([answer("a")])["choices"][0]["logprobs"]["top_logprobs"] is None
+    assert (
+        CompletionReply("m", completion(logprobs=0)).whole([answer("a")])["choices"][0]["logprobs"]["top_logprobs"]
+        is None
+    )
 
 
 def test_a_character_counts_where_its_last_byte_is() -> None:
     spelled = [b" true", b" true", b"\xf0\x9f", b"\x98", b"\x80!", b"x"]
-    entries = tuple((TokenLogprob(at, part.decode(errors="replace"), -1.0, 1, None if part.isascii() else part),) for at, part in enumerate(spelled))
-    (choice,) = CompletionReply("m", completion(logprobs=0)).whole([Answer(" true true😀!x", tuple(range(6)), "stop", Usage(), entries)])["choices"]
+    entries = tuple(
+        (TokenLogprob(at, part.decode(errors="replace"), -1.0, 1, None if part.isascii() else part),)
+        for at, part in enumerate(spelled)
+    )
+    (choice,) = CompletionReply("m", completion(logprobs=0)).whole(
+        [Answer(" true true😀!x", tuple(range(6)), "stop", Usage(), entries)]
+    )["choices"]
     assert choice["logprobs"]["text_offset"] == [0, 5, 10, 10, 10, 12]
-    assert choice["logprobs"]["tokens"] == [" true", " true", "bytes:\\xf0\\x9f", "bytes:\\x98", "bytes:\\x80\\x21", "x"]
+    assert choice["logprobs"]["tokens"] == [
+        " true",
+        " true",
+        "bytes:\\xf0\\x9f",
+        "bytes:\\x98",
+        "bytes:\\x80\\x21",
+        "x",
+    ]
 
 
 def test_chat_says_logprobs_token_by_token_with_their_bytes() -> None:
@@ -300,13 +364,33 @@ def test_chat_says_logprobs_token_by_token_with_their_bytes() -> None:
     assert (token["token"], token["logprob"], bytes(token["bytes"])) == ("Aé", -1.5, "Aé".encode())
     assert token["top_logprobs"] == [{"token": "b", "logprob": -0.5, "bytes": [98]}]
     (choice,) = ChatReply("m", chat(logprobs=True, top_logprobs=3)).whole([answer("a")])["choices"]
-    assert choice["logprobs"]["content"][0]["top_logprobs"][2] == {"token": "\\xf0\\x9f", "logprob": -9999.0, "bytes": [0xF0, 0x9F]}
+    assert choice["logprobs"]["content"][0]["top_logprobs"][2] == {
+        "token": "\\xf0\\x9f",
+        "logprob": -9999.0,
+        "bytes": [0xF0, 0x9F],
+    }
     json.dumps(choice, allow_nan=False)
 
 
 def test_a_chats_stream_opens_each_choice_with_its_role_and_is_silent_where_nothing_is_said() -> None:
     reply = ChatReply("m", chat(n=2))
-    pieces = [Delta("a", (1,), None, Usage(), 1), Delta("", (2,), None, Usage(), 1), Delta("b", (3,), None, Usage(), 0), Delta("", (), "stop", Usage(), 1)]
-    said = [(choice["index"], choice["delta"], choice["finish_reason"]) for piece in pieces for chunk in reply.chunks(0, piece) for choice in chunk["choices"]]
+    pieces = [
+        Delta("a", (1,), None, Usage(), 1),
+        Delta("", (2,), None, Usage(), 1),
+        Delta("b", (3,), None, Usage(), 0),
+        Delta("", (), "stop", Usage(), 1),
+    ]
+    said = [
+        (choice["index"], choice["delta"], choice["finish_reason"])
+        for piece in pieces
+        for chunk in reply.chunks(0, piece)
+        for choice in chunk["choices"]
+    ]
     opening = {"role": "assistant", "content": ""}
-    assert said == [(1, opening, None), (1, {"content": "a"}, None), (0, opening, None), (0, {"content": "b"}, None), (1, {}, "stop")]
+    assert said == [
+        (1, opening, None),
+        (1, {"content": "a"}, None),
+        (0, opening, None),
+        (0, {"content": "b"}, None),
+        (1, {}, "stop"),
+    ]

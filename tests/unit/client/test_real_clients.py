@@ -1,4 +1,6 @@
-"""OpenAI's and Anthropic's own client libraries, unchanged, over HTTP to the gateway; the model behind it is a script."""
+"""OpenAI's and Anthropic's own client libraries, unchanged, over HTTP to the gateway; the model behind it is a
+script.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ def serving(model: Model) -> Iterator[str]:
 
 
 def test_openais_client_chats_with_tools_and_parses() -> None:
-    with serving(Model(HERMES, *CALL)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+    with (
+        serving(Model(HERMES, *CALL)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+    ):
         asked = {"model": "m", "messages": [{"role": "user", "content": "Weather?"}], "tools": [tool()]}
         made = client.chat.completions.create(**asked).choices[0].message.tool_calls[0]
         assert json.loads(made.function.arguments) == {"city": "Paris"}
@@ -60,22 +65,36 @@ def test_openais_client_chats_with_tools_and_parses() -> None:
             final = stream.get_final_completion().choices[0]
         assert "tool_calls.function.arguments.delta" in kinds and final.finish_reason == "tool_calls"
         assert final.message.tool_calls[0].function.arguments == made.function.arguments
-        parsed = client.chat.completions.parse(**{**asked, "tools": [openai.pydantic_function_tool(Weather, name="get_weather")]})
+        parsed = client.chat.completions.parse(
+            **{**asked, "tools": [openai.pydantic_function_tool(Weather, name="get_weather")]}
+        )
         assert parsed.choices[0].message.tool_calls[0].function.parsed_arguments == Weather(city="Paris")
 
 
 def test_openais_client_parses_a_form() -> None:
-    with serving(Model(HERMES, '{"city":', ' "Oslo"}')) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
-        said = client.chat.completions.parse(model="m", messages=[{"role": "user", "content": "x"}], response_format=Weather)
+    with (
+        serving(Model(HERMES, '{"city":', ' "Oslo"}')) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+    ):
+        said = client.chat.completions.parse(
+            model="m", messages=[{"role": "user", "content": "x"}], response_format=Weather
+        )
         assert said.choices[0].message.parsed == Weather(city="Oslo")
         assert client.responses.parse(model="m", input="x", text_format=Weather).output_parsed == Weather(city="Oslo")
 
 
 def test_openais_client_uses_responses() -> None:
     function = {"type": "function", "name": "get_weather", "parameters": SCHEMA}
-    with serving(Model(HERMES, *CALL)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+    with (
+        serving(Model(HERMES, *CALL)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+    ):
         text, made = client.responses.create(model="m", input="Weather?", tools=[function]).output
-        assert (text.content[0].text, made.name, json.loads(made.arguments)) == ("Let me look.", "get_weather", {"city": "Paris"})
+        assert (text.content[0].text, made.name, json.loads(made.arguments)) == (
+            "Let me look.",
+            "get_weather",
+            {"city": "Paris"},
+        )
         with client.responses.stream(model="m", input="Weather?", tools=[function]) as stream:
             kinds = [event.type for event in stream]
             final = stream.get_final_response()
@@ -86,7 +105,10 @@ def test_openais_client_uses_responses() -> None:
 
 
 def test_openais_client_reads_thoughts() -> None:
-    with serving(Model(THINKS, *THOUGHT, end="<think>")) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+    with (
+        serving(Model(THINKS, *THOUGHT, end="<think>")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+    ):
         thought, answer = client.responses.create(model="m", input="x", reasoning={"effort": "low"}).output
         assert (thought.type, thought.content[0].text, answer.content[0].text) == ("reasoning", "Hmm.", "Yes.")
         chat = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}])
@@ -97,17 +119,32 @@ def test_anthropics_client_uses_tools_and_streams() -> None:
     anthropic = pytest.importorskip("anthropic")
     asked = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "Weather?"}]}
     asked["tools"] = [{"name": "get_weather", "input_schema": SCHEMA}]
-    with serving(Model(HERMES, *CALL)) as url, anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as client:
+    with (
+        serving(Model(HERMES, *CALL)) as url,
+        anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as client,
+    ):
         message = client.messages.create(**asked)
         text, use = message.content
-        assert (text.text, use.name, use.input, message.stop_reason) == ("Let me look.", "get_weather", {"city": "Paris"}, "tool_use")
+        assert (text.text, use.name, use.input, message.stop_reason) == (
+            "Let me look.",
+            "get_weather",
+            {"city": "Paris"},
+            "tool_use",
+        )
         with client.messages.stream(**asked) as stream:
             assert "".join(stream.text_stream) == "Let me look."
             final = stream.get_final_message()
-        assert (final.content[1].input, final.stop_reason, final.usage.output_tokens) == ({"city": "Paris"}, "tool_use", len(CALL))
+        assert (final.content[1].input, final.stop_reason, final.usage.output_tokens) == (
+            {"city": "Paris"},
+            "tool_use",
+            len(CALL),
+        )
         assert client.messages.count_tokens(model="m", messages=asked["messages"]).input_tokens == 2
         with pytest.raises(anthropic.NotFoundError):
             client.messages.create(**{**asked, "model": "other"})
-    with serving(Model(HERMES, "x")) as url, anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0) as stranger:
+    with (
+        serving(Model(HERMES, "x")) as url,
+        anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0) as stranger,
+    ):
         with pytest.raises(anthropic.AuthenticationError):
             stranger.messages.create(**asked)

@@ -1,4 +1,6 @@
-"""Random tools under tool_choice=required, answered by a model that says anything a grammar lets it say: every call is read and matches its schema."""
+"""Random tools under tool_choice=required, answered by a model that says anything a grammar lets it say: every call is
+read and matches its schema.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,18 @@ def value_schema(rng: random.Random, depth: int) -> dict[str, Any]:
         case "number":
             return {"type": "number"}
         case "enum":
-            return {"enum": rng.sample(["celsius", "fahrenheit", "é☃", 3, -1.5, None, True, 'a "quote"'], rng.randint(1, 4))}
+            return {
+                "enum": rng.sample(["celsius", "fahrenheit", "é☃", 3, -1.5, None, True, 'a "quote"'], rng.randint(1, 4))
+            }
         case "object":
             return object_schema(rng, depth - 1)
         case "array":
-            return {"type": "array", "items": value_schema(rng, depth - 1), "minItems": rng.randint(0, 1), "maxItems": rng.randint(1, 3)}
+            return {
+                "type": "array",
+                "items": value_schema(rng, depth - 1),
+                "minItems": rng.randint(0, 1),
+                "maxItems": rng.randint(1, 3),
+            }
         case "anyOf":
             return {"anyOf": [value_schema(rng, 0), value_schema(rng, depth - 1)]}
         case kind:
@@ -55,27 +64,49 @@ def value_schema(rng: random.Random, depth: int) -> dict[str, Any]:
 def object_schema(rng: random.Random, depth: int) -> dict[str, Any]:
     names = rng.sample(WORDS, rng.randint(0, 4))
     required = [name for name in names if rng.random() < 0.7]
-    return {"type": "object", "properties": {name: value_schema(rng, depth) for name in names}, "required": required, "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": {name: value_schema(rng, depth) for name in names},
+        "required": required,
+        "additionalProperties": False,
+    }
 
 
 def random_tools(rng: random.Random) -> list[dict[str, Any]]:
     names = rng.sample(("get_weather", "search", "add", "look-up", "f"), rng.randint(1, 3))
-    return [{"type": "function", "function": {"name": name, "parameters": object_schema(rng, rng.randint(0, 2))}} for name in names]
+    return [
+        {"type": "function", "function": {"name": name, "parameters": object_schema(rng, rng.randint(0, 2))}}
+        for name in names
+    ]
 
 
 def answers(folder: Path, seed: int, count: int, format_name: str) -> Counter[str]:
     """How many answers were whole calls, and how many met their limit before; every whole one is checked."""
     rng = random.Random(f"{seed} {format_name}")
-    engine = load_speaker(save_speaker(folder / "model"), folder / "exports", max_model_len=MAX_TOKENS + 64, num_pages=2048)
+    engine = load_speaker(
+        save_speaker(folder / "model"), folder / "exports", max_model_len=MAX_TOKENS + 64, num_pages=2048
+    )
     bias = {TOKENIZER.token_to_id(ending): 6.0 for ending in ENDINGS if TOKENIZER.token_to_id(ending) is not None}
     asked: dict[int, tuple[list[dict[str, Any]], AnswerForm]] = {}
     for request_id in range(count):
         tools = random_tools(rng)
-        wishes = tool_wishes(ChatBody(model="m", messages=[{"role": "user", "content": "x"}], tools=tools, tool_choice="required", parallel_tool_calls=False))
+        wishes = tool_wishes(
+            ChatBody(
+                model="m",
+                messages=[{"role": "user", "content": "x"}],
+                tools=tools,
+                tool_choice="required",
+                parallel_tool_calls=False,
+            )
+        )
         assert wishes is not None
         form = format_for(wishes, TOOL_FORMATS[format_name])
         assert form is not None
-        sampling = {"structured_outputs": {"structural_tag": structural_tag(wishes, form, False)}, "max_tokens": MAX_TOKENS, "seed": request_id}
+        sampling = {
+            "structured_outputs": {"structural_tag": structural_tag(wishes, form, False)},
+            "max_tokens": MAX_TOKENS,
+            "seed": request_id,
+        }
         params = parse_sampling({**sampling, "logit_bias": bias})
         asked[request_id] = tools, AnswerForm(tools=form, reasoning=None, begins_reasoning=False, types=types_of(tools))
         engine.submit(Submit(request_id, np.array(PROMPT, np.int32).tobytes(), params, (), "", 1e18))
@@ -113,8 +144,9 @@ def test_some_random_tools_are_called_as_their_schemas_say(tmp_path: Path, forma
 @pytest.mark.long
 @pytest.mark.parametrize("format_name", ["hermes", "llama3_json", "kimi", "deepseek", "deepseek_v3_1"])
 def test_two_thousand_random_tools_are_called_as_their_schemas_say(tmp_path: Path, format_name: str) -> None:
-    """The formats whose arguments are JSON. In qwen3_coder's, values are text without types: its grammar lets a space follow a text of maxLength characters,
-    and the call then has one more."""
+    """The formats whose arguments are JSON. In qwen3_coder's, values are text without types: its grammar lets a space
+    follow a text of maxLength characters, and the call then has one more.
+    """
     outcomes = answers(tmp_path, 1, 420, format_name)
     print(format_name, dict(outcomes))
     assert set(outcomes) <= {"stop", "length"} and outcomes["stop"] >= 400, outcomes

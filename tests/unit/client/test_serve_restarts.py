@@ -1,4 +1,6 @@
-"""`paged serve --on-front-end-death=restart`: a server that lost front ends is replaced at the same ports, a few times."""
+"""`paged serve --on-front-end-death=restart`: a server that lost front ends is replaced at the same ports, a few
+times.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ def _lost() -> FrontEndsLostError:
     return FrontEndsLostError("front end process 7 died", Addresses("127.0.0.1", 21000, 21001, 21002))
 
 
-def test_each_next_server_has_the_ports_of_the_one_before(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_next_server_has_the_ports_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     servers = _Servers(_lost(), _lost())
     monkeypatch.setattr(cli, "_serve", servers.serve)
     cli._serve_again_and_again(ServerSettings())
     assert servers.ports == [0, 21000, 21000]
-    assert capsys.readouterr().err.splitlines() == [f"paged: front end process 7 died: restart {n} of at most 4 within 10 minutes" for n in (1, 2)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"paged: front end process 7 died: restart {n} of at most 4 within 10 minutes" for n in (1, 2)
+    ]
 
 
 def test_a_server_that_loses_front_ends_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

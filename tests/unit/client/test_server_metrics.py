@@ -60,7 +60,12 @@ def url() -> Iterator[str]:
 
 
 def told(text: bytes) -> dict[str, tuple[dict[str, str], float]]:
-    return {sample.name: (sample.labels, sample.value) for family in parse(text.decode()) for sample in family.samples if sample.name.startswith("vllm:")}
+    return {
+        sample.name: (sample.labels, sample.value)
+        for family in parse(text.decode())
+        for sample in family.samples
+        if sample.name.startswith("vllm:")
+    }
 
 
 def test_routers_find_the_names_they_know(url: str) -> None:
@@ -69,7 +74,9 @@ def test_routers_find_the_names_they_know(url: str) -> None:
         metrics.server = ServerMetrics(url, lambda: ["m"])
         with metrics.adapter("poet"), metrics.adapter("poet"), metrics.adapter(None), metrics.adapter("chef"):
             text = await metrics.text()
-        assert told(await metrics.text())["vllm:lora_requests_info"][0]["running_lora_adapters"] == "chef,poet", "as fresh as the numbers beside it"
+        assert told(await metrics.text())["vllm:lora_requests_info"][0]["running_lora_adapters"] == "chef,poet", (
+            "as fresh as the numbers beside it"
+        )
         return text
 
     text = asyncio.run(ask())
@@ -79,7 +86,10 @@ def test_routers_find_the_names_they_know(url: str) -> None:
     assert found["vllm:num_requests_running"] == (model, 3)
     assert found["vllm:num_requests_waiting"] == (model, 2)
     assert found["vllm:kv_cache_usage_perc"] == (model, 0.25)
-    assert found["vllm:cache_config_info"] == ({"block_size": "16", "num_gpu_blocks": "100", "enable_prefix_caching": "True", "engine": "0"}, 1)
+    assert found["vllm:cache_config_info"] == (
+        {"block_size": "16", "num_gpu_blocks": "100", "enable_prefix_caching": "True", "engine": "0"},
+        1,
+    )
     labels, seconds = found["vllm:lora_requests_info"]
     assert labels == {"running_lora_adapters": "chef,poet", "waiting_lora_adapters": "", "max_lora": "8"}
     assert abs(seconds - time.time()) < 60
@@ -97,7 +107,9 @@ def test_the_server_is_asked_again_when_its_numbers_are_old(url: str) -> None:
     asyncio.run(ask())
 
 
-def test_while_the_server_or_the_model_is_not_there_only_the_gateways_own_are_told(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_while_the_server_or_the_model_is_not_there_only_the_gateways_own_are_told(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def ask() -> None:
         assert await ServerMetrics(url, lambda: ["unknown"]).text() == b""
         assert await ServerMetrics("http://127.0.0.1:9/metrics", lambda: ["m"]).text() == b""

@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from paged_backend.engine.snapshot import CACHED, FREE, SHARED, LiveRequest, Snapshot
-from paged_client.top.engines import Choice, NoEngineError, RunningEngine, View, choose_engine, find_engines, port_of, spell_age
+from paged_client.top.engines import (
+    Choice,
+    NoEngineError,
+    RunningEngine,
+    View,
+    choose_engine,
+    find_engines,
+    port_of,
+    spell_age,
+)
 from paged_client.top.history import History, hit_rate_since_start, utilisation
 from paged_client.top.page_map import colour_of, draw, zoomed
 from paged_client.top.processes import server_of
@@ -51,15 +60,27 @@ def snapshot(time: float = 10.0, cells: np.ndarray = CELLS, **changes: object) -
         prefix_queries=1000,
         prefix_hits=250,
         num_tokens=0,
-        requests=(LiveRequest(41, 3, 20, 16, 25, 3, 1.5), LiveRequest(42, 4, 9, 0, 10, 2, 0.5), LiveRequest(43, 0, 30, 0, 30, 0, 0.1)),
+        requests=(
+            LiveRequest(41, 3, 20, 16, 25, 3, 1.5),
+            LiveRequest(42, 4, 9, 0, 10, 2, 0.5),
+            LiveRequest(43, 0, 30, 0, 30, 0, 0.1),
+        ),
         first_token_seconds=(),
         step_seconds=(),
     )
     return msgspec.structs.replace(base, **changes)
 
 
-def shown(view: View, latest: Snapshot | None, history: History, width: int = 100, height: int = 40, coloured: bool = False) -> str:
-    console = Console(width=width, height=height, color_system="truecolor" if coloured else None, force_terminal=coloured, highlight=False)
+def shown(
+    view: View, latest: Snapshot | None, history: History, width: int = 100, height: int = 40, coloured: bool = False
+) -> str:
+    console = Console(
+        width=width,
+        height=height,
+        color_system="truecolor" if coloured else None,
+        force_terminal=coloured,
+        highlight=False,
+    )
     with console.capture() as capture:
         console.print(frame(view, latest, history, Room(width, height, coloured)))
     return capture.get()
@@ -68,8 +89,22 @@ def shown(view: View, latest: Snapshot | None, history: History, width: int = 10
 def test_rates_come_from_differences() -> None:
     history = History()
     history.add(snapshot(10.0))
-    assert (history.tokens_per_second, history.first_token_ms, history.inter_token_ms, history.hit_rate) == (0.0, None, None, None)
-    history.add(snapshot(10.5, num_tokens=50, first_token_seconds=(0.1, 0.3), step_seconds=(0.01, 0.03), prefix_queries=1100, prefix_hits=350))
+    assert (history.tokens_per_second, history.first_token_ms, history.inter_token_ms, history.hit_rate) == (
+        0.0,
+        None,
+        None,
+        None,
+    )
+    history.add(
+        snapshot(
+            10.5,
+            num_tokens=50,
+            first_token_seconds=(0.1, 0.3),
+            step_seconds=(0.01, 0.03),
+            prefix_queries=1100,
+            prefix_hits=350,
+        )
+    )
     history.add(snapshot(11.0, num_tokens=100, prefix_queries=1100, prefix_hits=350))
     assert history.tokens_per_second == 100
     assert history.first_token_ms == pytest.approx(200)
@@ -100,7 +135,9 @@ def test_a_curve_fills_its_lines_at_the_highest_and_is_blank_where_nothing_was(l
 
 
 @given(st.integers(1, 5000), st.integers(4, 120), st.integers(1, 30), st.booleans())
-def test_the_map_fits_into_its_place_and_shows_every_page(num_cells: int, width: int, height: int, coloured: bool) -> None:
+def test_the_map_fits_into_its_place_and_shows_every_page(
+    num_cells: int, width: int, height: int, coloured: bool
+) -> None:
     drawn = draw(np.full(num_cells, 5, np.uint16), 1, width, height, coloured)
     lines = drawn.text.plain.split("\n")
     assert len(lines) <= height
@@ -112,7 +149,14 @@ def test_the_map_fits_into_its_place_and_shows_every_page(num_cells: int, width:
 
 def test_the_map_begins_with_the_part_that_was_used() -> None:
     cells = np.zeros(32_768, np.uint16)
-    assert [len(zoomed(cells, used, 100, 10)) for used in (0, 1, 500, 501, 1001, 20_000)] == [500, 500, 500, 1000, 2000, 32_000]
+    assert [len(zoomed(cells, used, 100, 10)) for used in (0, 1, 500, 501, 1001, 20_000)] == [
+        500,
+        500,
+        500,
+        1000,
+        2000,
+        32_000,
+    ]
     assert len(zoomed(cells, 32_768, 100, 10)) == len(cells)
     assert len(zoomed(cells[:300], 7, 100, 10)) == 300
 
@@ -173,9 +217,15 @@ def test_a_frame_tells_everything() -> None:
 
 @settings(deadline=None)
 @given(st.integers(30, 200), st.integers(18, 70), st.integers(0, 300), st.integers(1, 30_000), st.booleans())
-def test_a_frame_is_no_larger_than_the_terminal(width: int, height: int, num_requests: int, num_cells: int, coloured: bool) -> None:
-    requests = tuple(LiveRequest(arrival_index, 3 + arrival_index, 10, 0, 20, 2, 1.0) for arrival_index in range(num_requests))
-    latest = snapshot(cells=np.full(num_cells, 3, np.uint16), requests=requests, num_running=num_requests, num_waiting=0)
+def test_a_frame_is_no_larger_than_the_terminal(
+    width: int, height: int, num_requests: int, num_cells: int, coloured: bool
+) -> None:
+    requests = tuple(
+        LiveRequest(arrival_index, 3 + arrival_index, 10, 0, 20, 2, 1.0) for arrival_index in range(num_requests)
+    )
+    latest = snapshot(
+        cells=np.full(num_cells, 3, np.uint16), requests=requests, num_running=num_requests, num_waiting=0
+    )
     text = shown(View(RunningEngine(77, Path("/nowhere")), latest), latest, History(), width, height, coloured)
     assert text.count("\n") <= height
 
@@ -185,8 +235,14 @@ def test_a_narrow_terminal_shows_every_fact() -> None:
     history.add(snapshot(10.0))
     history.add(latest)
     wide, narrow = (shown(View(None, latest), latest, history, width) for width in (100, 60))
-    assert re.search(r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+   prefix hits 100 % \(32 % since start\)\n", wide)
-    assert re.search(r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+ *\n prefix hits 100 % \(32 % since start\) *\n", narrow)
+    assert re.search(
+        r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+   prefix hits 100 % \(32 % since start\)\n",
+        wide,
+    )
+    assert re.search(
+        r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+ *\n prefix hits 100 % \(32 % since start\) *\n",
+        narrow,
+    )
 
 
 def test_silence_and_a_lost_engine_are_said() -> None:
@@ -224,7 +280,10 @@ def test_of_several_engines_there_is_a_list_and_a_choice_that_outlives_a_restart
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "watch.sock").touch()
-    with engine_that_is_none(folders[0], f"--model-name={one}") as first, engine_that_is_none(folders[1], f"--model-name={other}") as second:
+    with (
+        engine_that_is_none(folders[0], f"--model-name={one}") as first,
+        engine_that_is_none(folders[1], f"--model-name={other}") as second,
+    ):
         with pytest.raises(NoEngineError) as several:
             choose_engine(Choice(os.getpid()))
         sentence, header, *rows = str(several.value).splitlines()
@@ -244,11 +303,18 @@ def test_of_several_engines_there_is_a_list_and_a_choice_that_outlives_a_restart
 
 def test_a_servers_ports_are_those_it_was_told() -> None:
     assert server_of(7, []).ports == (8000, 8001, 8002)
-    assert server_of(7, ["--http-port=9000", "--grpc-port", "9001", "--allow-metrics=false", "--http-port=9100"]).ports == (9100, 9001, None)
+    assert server_of(
+        7, ["--http-port=9000", "--grpc-port", "9001", "--allow-metrics=false", "--http-port=9100"]
+    ).ports == (9100, 9001, None)
 
 
 def test_an_url_is_a_port_of_this_machine() -> None:
-    assert [port_of(url) for url in ("localhost:8001", "http://127.0.0.1:8000", "8002", "[::1]:9")] == [8001, 8000, 8002, 9]
+    assert [port_of(url) for url in ("localhost:8001", "http://127.0.0.1:8000", "8002", "[::1]:9")] == [
+        8001,
+        8000,
+        8002,
+        9,
+    ]
     for url in ("localhost", "", "http://", "localhost:x", "localhost:99999", "nobody.invalid:8000", "192.0.2.1:8000"):
         with pytest.raises(NoEngineError, match="--url"):
             port_of(url)
@@ -345,9 +411,16 @@ def test_an_event_has_the_snapshot_and_the_rates() -> None:
         "num_pages": 3,
         "age_seconds": 1.5,
     }
-    assert (event["moments"], event["tokens_per_second"], event["utilisation"], event["pid"]) == ([[90.0, None, None]], 90.0, 0.75, 77)
+    assert (event["moments"], event["tokens_per_second"], event["utilisation"], event["pid"]) == (
+        [[90.0, None, None]],
+        90.0,
+        0.75,
+        77,
+    )
 
 
 def test_a_taken_port_is_one_sentence(server: PageServer) -> None:
-    with pytest.raises(NoEngineError, match=f"port {server.server_port} on 127.0.0.1 cannot be used: .*choose another with --port"):
+    with pytest.raises(
+        NoEngineError, match=f"port {server.server_port} on 127.0.0.1 cannot be used: .*choose another with --port"
+    ):
         page_server(None, server.server_port)

@@ -37,29 +37,65 @@ def oracle(folder: Path) -> Oracle:
 
 
 def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "num_pages": 128, "max_num_sequences": 16, **options}), tmp_path)
+    engine, *_ = load_engine(
+        EngineConfig.parse(
+            {"model": str(folder), "device": "cpu", "num_pages": 128, "max_num_sequences": 16, **options}
+        ),
+        tmp_path,
+    )
     return engine
 
 
-def submit_of(request_id: int, prompt: np.ndarray, allowed: list[int], bad_words: tuple[tuple[int, ...], ...] = (), **sampling: object) -> Submit:
+def submit_of(
+    request_id: int,
+    prompt: np.ndarray,
+    allowed: list[int],
+    bad_words: tuple[tuple[int, ...], ...] = (),
+    **sampling: object,
+) -> Submit:
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 10} | sampling))  # type: ignore[arg-type]
-    return Submit(request_id, prompt.tobytes(), params, bad_words, "", 1e18, allowed=bits(allowed, VOCAB).tobytes() if allowed else b"")
+    return Submit(
+        request_id,
+        prompt.tobytes(),
+        params,
+        bad_words,
+        "",
+        1e18,
+        allowed=bits(allowed, VOCAB).tobytes() if allowed else b"",
+    )
 
 
-def greedy(oracle: Oracle, prompt: np.ndarray, allowed: list[int], max_tokens: int = 10, banned: tuple[int, ...] = (), min_tokens: int = 0) -> list[int]:
+def greedy(
+    oracle: Oracle,
+    prompt: np.ndarray,
+    allowed: list[int],
+    max_tokens: int = 10,
+    banned: tuple[int, ...] = (),
+    min_tokens: int = 0,
+) -> list[int]:
     """A plain loop over the model's logits."""
     tokens: list[int] = []
     while len(tokens) < max_tokens and tokens[-1:] != [EOS]:
         logits = oracle.logits([*prompt.tolist(), *tokens])[-1]
         mask = torch.full_like(logits, -torch.inf)
-        mask[[token for token in allowed or range(VOCAB) if token not in banned and (token != EOS or len(tokens) >= min_tokens)]] = 0
+        mask[
+            [
+                token
+                for token in allowed or range(VOCAB)
+                if token not in banned and (token != EOS or len(tokens) >= min_tokens)
+            ]
+        ] = 0
         tokens.append(int((logits + mask).argmax()))
     return tokens
 
 
 def test_ids_are_checked_against_count_and_vocabulary(tmp_path: Path) -> None:
     assert parse_sampling({"allowed_token_ids": ["5", 6]}).allowed_token_ids == (5, 6)
-    for given, message in {(): "array of length >= 1, got 0 entries", (-1,): "allowed_token_ids", tuple(range(MAX_ALLOWED_TOKENS + 1)): "65536"}.items():
+    for given, message in {
+        (): "array of length >= 1, got 0 entries",
+        (-1,): "allowed_token_ids",
+        tuple(range(MAX_ALLOWED_TOKENS + 1)): "65536",
+    }.items():
         with pytest.raises(RequestError, match=message):
             parse_sampling({"allowed_token_ids": list(given)})
     reader = PromptReader(EngineConfig(), Ready(None, VOCAB, 64, 1024, 16, 64))
@@ -67,7 +103,15 @@ def test_ids_are_checked_against_count_and_vocabulary(tmp_path: Path) -> None:
     def read(*token_ids: int) -> np.ndarray | None:
         sampling = SamplingParams(allowed_token_ids=token_ids)
         return reader.read(
-            Request(text=None, input_ids=np.array([1]), sampling=sampling, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=0.0)
+            Request(
+                text=None,
+                input_ids=np.array([1]),
+                sampling=sampling,
+                outputs=Outputs(),
+                stream=True,
+                prepend_prompt=False,
+                arrival=0.0,
+            )
         ).allowed
 
     words = read(0, 33, VOCAB - 1)
@@ -79,7 +123,9 @@ def test_ids_are_checked_against_count_and_vocabulary(tmp_path: Path) -> None:
 
 
 def test_greedy_answers_are_the_models_likeliest_allowed_tokens(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
-    """Beside each other, with every feature that takes tokens away, and beside one that may say anything; in chunks, so that rows wait unsampled."""
+    """Beside each other, with every feature that takes tokens away, and beside one that may say anything; in chunks, so
+    that rows wait unsampled.
+    """
     prompts = random_prompts((5, 40, 17, 9, 23, 30))
     few, many = [3, 50, 98], list(range(0, VOCAB, 3))
     cases = [(few, {}), (many, {"min_tokens": 6}), ([EOS, 11], {"min_tokens": 3}), (many, {}), ([], {}), ([64], {})]
@@ -93,19 +139,36 @@ def test_greedy_answers_are_the_models_likeliest_allowed_tokens(folder: Path, or
         assert got.token_ids == greedy(oracle, prompt, allowed, banned=banned, **sampling)
 
 
-def test_two_beams_of_one_token_tell_the_log_probabilities_of_two_tokens_in_the_whole_vocabulary(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
+def test_two_beams_of_one_token_tell_the_log_probabilities_of_two_tokens_in_the_whole_vocabulary(
+    folder: Path, oracle: Oracle, tmp_path: Path
+) -> None:
     """What a reranker asks (client/openai/ranking_api.py): which of "yes" and "no", and how likely."""
     prompts, pair = random_prompts((9, 30)), [100, 7]
     engine = load(folder, tmp_path)
     for request_id, prompt in enumerate(prompts):
-        engine.submit(submit_of(request_id, prompt, pair, use_beam_search=True, beam_width=2, n=2, max_tokens=1, logprobs=0, ignore_eos=True))
+        engine.submit(
+            submit_of(
+                request_id,
+                prompt,
+                pair,
+                use_beam_search=True,
+                beam_width=2,
+                n=2,
+                max_tokens=1,
+                logprobs=0,
+                ignore_eos=True,
+            )
+        )
     found = {}
     while not engine.idle:
         for output in engine.step():
             found |= {one.request_id: one.sequences for one in output.feature_outputs if isinstance(one, Found)}
     for request_id, prompt in enumerate(prompts):
         truth = torch.log_softmax(oracle.logits(prompt)[-1], -1)
-        scores = {int(np.frombuffer(one.token_ids, np.int32)[0]): float(np.frombuffer(one.logprobs, np.float32)[0]) for one in found[request_id]}
+        scores = {
+            int(np.frombuffer(one.token_ids, np.int32)[0]): float(np.frombuffer(one.logprobs, np.float32)[0])
+            for one in found[request_id]
+        }
         assert scores == {token_id: pytest.approx(float(truth[token_id]), abs=1e-4) for token_id in pair}
 
 
@@ -152,14 +215,24 @@ def test_no_step_waits_for_the_result_of_the_step_before(folder: Path, tmp_path:
 @pytest.mark.parametrize(
     ("allowed", "bad_words", "sampling", "message"),
     [
-        ([EOS], (), {"min_tokens": 2}, "allowed_token_ids and min_tokens: every allowed token would end the answer before 2 tokens"),
+        (
+            [EOS],
+            (),
+            {"min_tokens": 2},
+            "allowed_token_ids and min_tokens: every allowed token would end the answer before 2 tokens",
+        ),
         ([4, 5], ((4,), (9, 5)), {}, "allowed_token_ids and bad_words: every allowed token may be banned"),
         ([4, EOS], ((4,),), {"min_tokens": 1}, "allowed_token_ids and min_tokens"),
     ],
     ids=["stop ids only", "bad words only", "both"],
 )
 def test_a_request_that_could_be_left_without_a_token_is_refused(
-    folder: Path, tmp_path: Path, allowed: list[int], bad_words: tuple[tuple[int, ...], ...], sampling: dict[str, int], message: str
+    folder: Path,
+    tmp_path: Path,
+    allowed: list[int],
+    bad_words: tuple[tuple[int, ...], ...],
+    sampling: dict[str, int],
+    message: str,
 ) -> None:
     engine = load(folder, tmp_path)
     engine.submit(submit_of(0, random_prompts([6])[0], allowed, bad_words, **sampling))
@@ -174,9 +247,17 @@ def say(tmp_path: Path, allowed: str, **sampling: object) -> Ended:
     """One answer of a model that speaks the byte-level tokenizer's language. allowed: the characters it may use."""
     pytest.importorskip("xgrammar")
     engine = load_speaker(save_speaker(tmp_path / "speaker"), tmp_path / "exports")
-    ids = [token_id for token, token_id in TOKENIZER.get_vocab().items() if set(TOKENIZER.decode([token_id])) <= set(allowed) and token_id != SPEAKER_EOS]
+    ids = [
+        token_id
+        for token, token_id in TOKENIZER.get_vocab().items()
+        if set(TOKENIZER.decode([token_id])) <= set(allowed) and token_id != SPEAKER_EOS
+    ]
     params = parse_sampling({"max_tokens": 40, "seed": 3, **sampling})
-    engine.submit(Submit(0, np.array(PROMPT, np.int32).tobytes(), params, (), "", 1e18, allowed=bits(ids, SPEAKER_VOCAB).tobytes()))
+    engine.submit(
+        Submit(
+            0, np.array(PROMPT, np.int32).tobytes(), params, (), "", 1e18, allowed=bits(ids, SPEAKER_VOCAB).tobytes()
+        )
+    )
     (ended,) = drain(engine, 1)
     return ended
 

@@ -1,4 +1,6 @@
-"""Beam search in the whole engine, without a server: the answers are those of transformers' generate, whatever happens to rows and pages."""
+"""Beam search in the whole engine, without a server: the answers are those of transformers' generate, whatever happens
+to rows and pages.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ MAX_TOKENS = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), "LlamaForCausalLM", eos_token_id=list(EOS), initializer_range=0.08, num_hidden_layers=2)
+    return save_checkpoint(
+        tmp_path_factory.mktemp("checkpoint"),
+        "LlamaForCausalLM",
+        eos_token_id=list(EOS),
+        initializer_range=0.08,
+        num_hidden_layers=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,15 @@ def oracle(folder: Path) -> Oracle:
 Answers = list[tuple[list[int], float]]  # token ids, and total logprob / length ** length_penalty
 
 
-def truth(oracle: Oracle, prompt: np.ndarray, width: int, n: int, stop_ids: Sequence[int] = EOS, max_tokens: int = MAX_TOKENS, **options: Any) -> Answers:
+def truth(
+    oracle: Oracle,
+    prompt: np.ndarray,
+    width: int,
+    n: int,
+    stop_ids: Sequence[int] = EOS,
+    max_tokens: int = MAX_TOKENS,
+    **options: Any,
+) -> Answers:
     ids = torch.as_tensor(prompt.astype(np.int64))[None]
     with torch.inference_mode():
         out = oracle.model.generate(
@@ -63,7 +79,14 @@ def truth(oracle: Oracle, prompt: np.ndarray, width: int, n: int, stop_ids: Sequ
 
 
 def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    given = {"model": str(folder), "device": "cpu", "num_pages": 256, "max_num_sequences": 24, "max_model_len": 160, **options}
+    given = {
+        "model": str(folder),
+        "device": "cpu",
+        "num_pages": 256,
+        "max_num_sequences": 24,
+        "max_model_len": 160,
+        **options,
+    }
     engine, *_ = load_engine(EngineConfig.parse(given), tmp_path)
     return engine
 
@@ -80,11 +103,17 @@ class Caller:
 
     def ask(self, request_id: int, prompt: np.ndarray, width: int = 4, n: int = 1, **options: Any) -> None:
         """A width of 0: greedy."""
-        params = {"max_tokens": MAX_TOKENS, "temperature": 0.0} | ({"use_beam_search": True, "beam_width": width, "n": n} if width else {}) | options
+        params = (
+            {"max_tokens": MAX_TOKENS, "temperature": 0.0}
+            | ({"use_beam_search": True, "beam_width": width, "n": n} if width else {})
+            | options
+        )
         allowed = params.pop("allowed", None)
         bad_words = params.pop("words", ())
         words = b"" if allowed is None else bits(allowed, VOCAB).tobytes()
-        self.engine.submit(Submit(request_id, prompt.tobytes(), SamplingParams(**params), bad_words, "", 1e18, allowed=words))
+        self.engine.submit(
+            Submit(request_id, prompt.tobytes(), SamplingParams(**params), bad_words, "", 1e18, allowed=words)
+        )
 
     def step(self) -> None:
         for output in self.engine.step():
@@ -123,7 +152,9 @@ def same(mine: Answers, theirs: Answers) -> None:
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
-def test_answers_are_those_of_transformers(folder: Path, oracle: Oracle, tmp_path: Path, length_penalty: float, early_stopping: Any) -> None:
+def test_answers_are_those_of_transformers(
+    folder: Path, oracle: Oracle, tmp_path: Path, length_penalty: float, early_stopping: Any
+) -> None:
     """Widths 2, 4 and 8 beside each other and beside greedy requests."""
     prompts = random_prompts(LENGTHS)[::3]
     caller = Caller(load(folder, tmp_path, max_num_sequences=64))
@@ -145,9 +176,20 @@ def test_answers_are_those_of_transformers(folder: Path, oracle: Oracle, tmp_pat
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(("page_size", "budget"), [(1, 64), (4, 17), (64, 4096)])
-def test_pages_chunks_and_cache_change_no_answer(folder: Path, oracle: Oracle, tmp_path: Path, page_size: int, budget: int, prefix_cache: bool) -> None:
+def test_pages_chunks_and_cache_change_no_answer(
+    folder: Path, oracle: Oracle, tmp_path: Path, page_size: int, budget: int, prefix_cache: bool
+) -> None:
     prompts = random_prompts(LENGTHS)
-    caller = Caller(load(folder, tmp_path, page_size=page_size, num_pages=2048 // page_size, max_batched_tokens=budget, prefix_cache=prefix_cache))
+    caller = Caller(
+        load(
+            folder,
+            tmp_path,
+            page_size=page_size,
+            num_pages=2048 // page_size,
+            max_batched_tokens=budget,
+            prefix_cache=prefix_cache,
+        )
+    )
     for turn in range(2):
         for number, prompt in enumerate(prompts):
             caller.ask(10 * turn + number, prompt, 4, 2)
@@ -158,7 +200,9 @@ def test_pages_chunks_and_cache_change_no_answer(folder: Path, oracle: Oracle, t
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_steps_launched_ahead_change_no_answer_and_others_go_on_meanwhile(folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int) -> None:
+def test_steps_launched_ahead_change_no_answer_and_others_go_on_meanwhile(
+    folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int
+) -> None:
     prompts = random_prompts(LENGTHS)
     engine = load(folder, tmp_path)
     engine._steps_ahead = steps_ahead
@@ -182,7 +226,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, and trans
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_takes_tokens_away_or_ends_answers_does_it_for_beams(folder: Path, oracle: Oracle, tmp_path: Path, name: str) -> None:
+def test_what_takes_tokens_away_or_ends_answers_does_it_for_beams(
+    folder: Path, oracle: Oracle, tmp_path: Path, name: str
+) -> None:
     mine, theirs = OPTIONS[name]
     prompts = random_prompts(LENGTHS)
     caller = Caller(load(folder, tmp_path))
@@ -192,7 +238,13 @@ def test_what_takes_tokens_away_or_ends_answers_does_it_for_beams(folder: Path, 
     for number, prompt in enumerate(prompts):
         expected = truth(oracle, prompt, 4, 4, **theirs)
         found = caller.found[number].sequences
-        same([(np.frombuffer(one.token_ids, np.int32).tolist(), float(np.frombuffer(one.logprobs, np.float32).mean())) for one in found], expected)
+        same(
+            [
+                (np.frombuffer(one.token_ids, np.int32).tolist(), float(np.frombuffer(one.logprobs, np.float32).mean()))
+                for one in found
+            ],
+            expected,
+        )
 
 
 def test_beams_say_allowed_tokens_only(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
@@ -205,7 +257,8 @@ def test_beams_say_allowed_tokens_only(folder: Path, oracle: Oracle, tmp_path: P
     scores: dict[tuple[int, ...], float] = {(): 0.0}
     for _ in range(5):
         scores = {
-            (*tokens, token): total + float(torch.log_softmax(oracle.logits([*prompt.tolist(), *tokens])[-1], -1)[token])
+            (*tokens, token): total
+            + float(torch.log_softmax(oracle.logits([*prompt.tolist(), *tokens])[-1], -1)[token])
             for tokens, total in scores.items()
             for token in allowed
         }
@@ -231,7 +284,9 @@ def test_prompt_logprobs_come_with_beams(folder: Path, oracle: Oracle, tmp_path:
     told = [piece for _ in range(3) for output in engine.step() for piece in output.feature_outputs]
     caller.run()
     expected = torch.log_softmax(oracle.logits(prompt), -1)[torch.arange(39), torch.tensor(prompt[1:].astype(np.int64))]
-    np.testing.assert_allclose(np.concatenate([np.frombuffer(piece.logprobs, np.float32) for piece in told]), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(
+        np.concatenate([np.frombuffer(piece.logprobs, np.float32) for piece in told]), expected.numpy(), atol=1e-4
+    )
     assert {piece.request_id for piece in told} == {3}
     same(caller.answers(3), truth(oracle, prompt, 3, 1))
 
@@ -274,9 +329,21 @@ def test_full_pages_are_shared_and_partial_ones_are_not(folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(("page_size", "num_pages"), [(1, 160), (4, 44)])
-def test_preemption_changes_no_answer(folder: Path, oracle: Oracle, tmp_path: Path, page_size: int, num_pages: int, prefix_cache: bool) -> None:
+def test_preemption_changes_no_answer(
+    folder: Path, oracle: Oracle, tmp_path: Path, page_size: int, num_pages: int, prefix_cache: bool
+) -> None:
     prompts = random_prompts((33, 45, 30, 20))
-    caller = Caller(load(folder, tmp_path, page_size=page_size, num_pages=num_pages, max_model_len=200, max_batched_tokens=96, prefix_cache=prefix_cache))
+    caller = Caller(
+        load(
+            folder,
+            tmp_path,
+            page_size=page_size,
+            num_pages=num_pages,
+            max_model_len=200,
+            max_batched_tokens=96,
+            prefix_cache=prefix_cache,
+        )
+    )
     caller.ask(0, prompts[0], 0, max_tokens=60, ignore_eos=True)
     for number in (1, 2, 3):
         caller.ask(number, prompts[number], 3, 3, ignore_eos=True, max_tokens=30)
@@ -284,12 +351,20 @@ def test_preemption_changes_no_answer(folder: Path, oracle: Oracle, tmp_path: Pa
     for number in (1, 2, 3):
         expected = truth(oracle, prompts[number], 3, 3, (), 30)
         found = caller.found[number].sequences
-        same([(np.frombuffer(one.token_ids, np.int32).tolist(), float(np.frombuffer(one.logprobs, np.float32).mean())) for one in found], expected)
+        same(
+            [
+                (np.frombuffer(one.token_ids, np.int32).tolist(), float(np.frombuffer(one.logprobs, np.float32).mean()))
+                for one in found
+            ],
+            expected,
+        )
     assert caller.engine.stats().num_preemptions > 0
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_preemption_at_any_step_changes_no_answer(folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int) -> None:
+def test_preemption_at_any_step_changes_no_answer(
+    folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int
+) -> None:
     prompt = random_prompts([21])[0]
     expected = truth(oracle, prompt, 4, 4)
     engine = load(folder, tmp_path, page_size=4, max_batched_tokens=12, prefix_cache=False)
@@ -306,7 +381,9 @@ def test_preemption_at_any_step_changes_no_answer(folder: Path, oracle: Oracle, 
         same(caller.answers(moment), expected)
 
 
-def test_without_preemption_a_search_starts_only_when_all_its_pages_are_there(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
+def test_without_preemption_a_search_starts_only_when_all_its_pages_are_there(
+    folder: Path, oracle: Oracle, tmp_path: Path
+) -> None:
     prompts = random_prompts((30, 33, 21))
     caller = Caller(load(folder, tmp_path, page_size=4, num_pages=36, max_model_len=100, preemption=False))
     for number, prompt in enumerate(prompts):
@@ -318,7 +395,9 @@ def test_without_preemption_a_search_starts_only_when_all_its_pages_are_there(fo
 
 
 @pytest.mark.parametrize("spare", [0, -1], ids=["just enough", "one page too few"])
-def test_a_search_needs_no_page_more_than_it_is_admitted_for(folder: Path, oracle: Oracle, tmp_path: Path, spare: int) -> None:
+def test_a_search_needs_no_page_more_than_it_is_admitted_for(
+    folder: Path, oracle: Oracle, tmp_path: Path, spare: int
+) -> None:
     """Prompt of 21: five full pages, shared; 40 tokens are computed, ten pages each."""
     prompt = random_prompts([21])[0]
     caller = Caller(load(folder, tmp_path, page_size=4, num_pages=5 + 4 * 5 + spare, max_model_len=64))
@@ -330,7 +409,13 @@ def test_a_search_needs_no_page_more_than_it_is_admitted_for(folder: Path, oracl
         return
     expected = truth(oracle, prompt, 4, 4, (), 20)
     found = caller.found[0].sequences
-    same([(np.frombuffer(one.token_ids, np.int32).tolist(), float(np.frombuffer(one.logprobs, np.float32).mean())) for one in found], expected)
+    same(
+        [
+            (np.frombuffer(one.token_ids, np.int32).tolist(), float(np.frombuffer(one.logprobs, np.float32).mean()))
+            for one in found
+        ],
+        expected,
+    )
     assert caller.engine.stats().num_preemptions == 0
 
 
@@ -338,7 +423,10 @@ def test_more_beams_than_may_run_are_refused_with_the_limit(folder: Path, tmp_pa
     caller = Caller(load(folder, tmp_path, max_num_sequences=6))
     caller.ask(0, random_prompts([9])[0], 8)
     caller.run()
-    assert caller.finishes[0].message == "beam_width: 8 beams are more than may run at once: 6 (max_num_sequences, max_batched_tokens)"
+    assert (
+        caller.finishes[0].message
+        == "beam_width: 8 beams are more than may run at once: 6 (max_num_sequences, max_batched_tokens)"
+    )
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
@@ -366,7 +454,9 @@ def test_a_deadline_ends_a_search(folder: Path, tmp_path: Path) -> None:
     now = [0.0]
     engine._scheduler._clock = engine._scheduler._deadlines._clock = lambda: now[0]
     caller = Caller(engine)
-    params = SamplingParams(use_beam_search=True, beam_width=4, temperature=0.0, max_tokens=20, ignore_eos=True, request_deadline_seconds=5)
+    params = SamplingParams(
+        use_beam_search=True, beam_width=4, temperature=0.0, max_tokens=20, ignore_eos=True, request_deadline_seconds=5
+    )
     engine.submit(Submit(0, random_prompts([9])[0].tobytes(), params, (), "", 0.0))
     for _ in range(4):
         caller.step()

@@ -29,7 +29,14 @@ class Launched:
 def step(*sequences: tuple[int, int, int], pages: tuple[tuple[int, int, int], ...] = (), new: bool = True) -> Batch:
     """sequences: (row, start, count); pages: (row, index, page)."""
     rows, starts, counts = (np.array(column, np.int32) for column in zip(*sequences, strict=True))
-    new_rows = tuple(NewRow(row, np.zeros(start + count, np.int32), 1, SamplingParams(), 0, (), ()) for row, start, count in sequences) if new else ()
+    new_rows = (
+        tuple(
+            NewRow(row, np.zeros(start + count, np.int32), 1, SamplingParams(), 0, (), ())
+            for row, start, count in sequences
+        )
+        if new
+        else ()
+    )
     updates = np.array(pages, np.int32).reshape(-1, 3)
     return Batch(1, rows, starts, counts, np.ones(len(rows), np.bool_), rows.astype(np.int64), new_rows, updates)
 
@@ -41,18 +48,39 @@ BROKEN = {
     "an entry past the page table": (step((0, 0, 3), pages=((0, 5, 1),)), "a page table has 5 entries"),
     "a row that does not exist": (step((4, 0, 3), pages=((4, 0, 1),)), "rows .4., there are 4"),
     "a token without a page": (step((0, 0, 5), pages=((0, 0, 1),)), "row 0 has no page for position 4"),
-    "a token past the longest sequence": (step((0, 19, 2), pages=tuple((0, index, index) for index in range(5))), "position 20"),
-    "more tokens than the budget": (step((0, 0, 17), pages=tuple((0, index, index) for index in range(5))), "17 tokens in one step"),
+    "a token past the longest sequence": (
+        step((0, 19, 2), pages=tuple((0, index, index) for index in range(5))),
+        "position 20",
+    ),
+    "more tokens than the budget": (
+        step((0, 0, 17), pages=tuple((0, index, index) for index in range(5))),
+        "17 tokens in one step",
+    ),
     "two sequences on one row": (step((0, 0, 1), (0, 0, 1), pages=((0, 0, 1),)), "a row twice"),
-    "a page written twice": (step((0, 0, 3), (1, 0, 3), pages=((0, 0, 1), (1, 0, 1))), "page 1 is written by rows 0 and 1"),
-    "a copy past the pool": (replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[1, 10]], np.int32)), "page copies .*10.*, there are 10 pages"),
-    "a copy of two pages": (replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[2, 4], [3, 4]], np.int32)), "a page becomes a copy of two"),
-    "a copy of a copy": (replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[2, 3], [3, 4]], np.int32)), "copied and overwritten"),
+    "a page written twice": (
+        step((0, 0, 3), (1, 0, 3), pages=((0, 0, 1), (1, 0, 1))),
+        "page 1 is written by rows 0 and 1",
+    ),
+    "a copy past the pool": (
+        replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[1, 10]], np.int32)),
+        "page copies .*10.*, there are 10 pages",
+    ),
+    "a copy of two pages": (
+        replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[2, 4], [3, 4]], np.int32)),
+        "a page becomes a copy of two",
+    ),
+    "a copy of a copy": (
+        replace(step((0, 0, 3), pages=((0, 0, 1),)), page_copies=np.array([[2, 3], [3, 4]], np.int32)),
+        "copied and overwritten",
+    ),
     "a token past the end of its row": (
         replace(step((0, 0, 3), pages=((0, 0, 1),)), token_edits=(TokenEdit(0, 19, np.zeros(2, np.int32)),)),
         "tokens at 19 to 21 change",
     ),
-    "a page read while it is overwritten": (step((0, 4, 1), (1, 0, 3), pages=((0, 0, 3), (0, 1, 4), (1, 0, 3))), "page 3, which row 0 reads, is overwritten"),
+    "a page read while it is overwritten": (
+        step((0, 4, 1), (1, 0, 3), pages=((0, 0, 3), (0, 1, 4), (1, 0, 3))),
+        "page 3, which row 0 reads, is overwritten",
+    ),
 }
 
 

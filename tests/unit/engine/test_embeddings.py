@@ -1,4 +1,6 @@
-"""Embeddings: transformers' last hidden states in float32, pooled, however the prompt is cut up, cached, interrupted or batched."""
+"""Embeddings: transformers' last hidden states in float32, pooled, however the prompt is cut up, cached, interrupted or
+batched.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def truth(oracle: Oracle, prompt: np.ndarray, pooling: str) -> np.ndarray:
 
 
 def load(folder: Path, tmp_path: Path, **options: object) -> tuple[Engine, Ready]:
-    engine, _, ready = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "num_pages": 256, "max_num_sequences": 16, **options}), tmp_path)
+    engine, _, ready = load_engine(
+        EngineConfig.parse(
+            {"model": str(folder), "device": "cpu", "num_pages": 256, "max_num_sequences": 16, **options}
+        ),
+        tmp_path,
+    )
     return engine, ready
 
 
@@ -86,7 +93,9 @@ def check(oracle: Oracle, heard: Heard, prompts: Sequence[np.ndarray], poolings:
 
 @pytest.mark.parametrize("budget", [7, 4096])
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_they_equal_transformers_beside_answers_and_with_pages_in_the_cache(folder: Path, oracle: Oracle, tmp_path: Path, page_size: int, budget: int) -> None:
+def test_they_equal_transformers_beside_answers_and_with_pages_in_the_cache(
+    folder: Path, oracle: Oracle, tmp_path: Path, page_size: int, budget: int
+) -> None:
     prompts = random_prompts((1, 2, 16, 17, 33, 100, 20, 64))
     prompts.append(np.concatenate([prompts[5][:64], prompts[2]]))
     poolings = ["last", "mean", "mean", "last", None, "last", None, "mean", "mean"]
@@ -96,8 +105,12 @@ def test_they_equal_transformers_beside_answers_and_with_pages_in_the_cache(fold
             submit(engine, request_id, prompt, pooling)
         heard = Heard().drain(engine)
         check(oracle, heard, prompts, poolings)
-        assert all(heard.num_cached[request_id] == 0 for request_id, pooling in enumerate(poolings) if pooling == "mean"), "the mean needs all states"
-        assert heard.num_cached[5] == (0 if times == 0 else 96 if page_size == 16 else 99), "the last token's state needs the others' pages alone"
+        assert all(
+            heard.num_cached[request_id] == 0 for request_id, pooling in enumerate(poolings) if pooling == "mean"
+        ), "the mean needs all states"
+        assert heard.num_cached[5] == (0 if times == 0 else 96 if page_size == 16 else 99), (
+            "the last token's state needs the others' pages alone"
+        )
     assert engine.stats().num_running == 0
 
 
@@ -109,11 +122,15 @@ def test_pages_of_a_prompt_that_was_embedded_are_found_by_others(folder: Path, o
         heard = Heard().drain(engine)
         assert heard.num_cached[request_id] == (48 if request_id else 0)
         if pooling is not None:
-            np.testing.assert_allclose(heard.embeddings[request_id][0], truth(oracle, prompts[0], pooling), rtol=0, atol=1e-4)
+            np.testing.assert_allclose(
+                heard.embeddings[request_id][0], truth(oracle, prompts[0], pooling), rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_a_preempted_prompt_has_one_embedding_and_the_right_one(folder: Path, oracle: Oracle, tmp_path: Path, pooling: str) -> None:
+def test_a_preempted_prompt_has_one_embedding_and_the_right_one(
+    folder: Path, oracle: Oracle, tmp_path: Path, pooling: str
+) -> None:
     prompts = random_prompts((40, 150, 140))
     engine, _ = load(folder, tmp_path, num_pages=30, max_model_len=200, max_batched_tokens=4)
     poolings = [None, pooling, pooling]
@@ -130,7 +147,9 @@ def test_a_preempted_prompt_has_one_embedding_and_the_right_one(folder: Path, or
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_a_request_that_left_is_told_nothing_and_the_others_all(folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int) -> None:
+def test_a_request_that_left_is_told_nothing_and_the_others_all(
+    folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int
+) -> None:
     prompts = random_prompts((60, 61, 62, 5))
     engine, _ = load(folder, tmp_path, max_batched_tokens=16)
     engine._steps_ahead = steps_ahead
@@ -169,7 +188,9 @@ def test_a_checkpoint_of_the_inner_model_alone_is_served_and_makes_no_text(tmp_p
     published = tmp_path / "published"  # architectures: Qwen3ForCausalLM
     published.mkdir()
     (published / "config.json").write_text((whole / "config.json").read_text())
-    save_file(load_file(tmp_path / "inner" / "model.safetensors"), published / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        load_file(tmp_path / "inner" / "model.safetensors"), published / "model.safetensors", metadata={"format": "pt"}
+    )
     for folder in (tmp_path / "inner", published):
         engine, ready = load(folder, tmp_path)
         assert not ready.makes_text and ready.embedding_size == 64

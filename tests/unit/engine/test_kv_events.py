@@ -1,4 +1,6 @@
-"""What routers hear of the prefix cache: the truth, in order, no sooner than it is true, and in the words that vLLM's KV events use."""
+"""What routers hear of the prefix cache: the truth, in order, no sooner than it is true, and in the words that vLLM's
+KV events use.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ import zmq
 
 from paged_backend.config import EngineConfig, kv_event_addresses
 from paged_backend.engine.engine import Engine
-from paged_backend.engine.findable_pages import AllBlocksCleared, BlockRemoved, BlockStored, Event, FindablePages, block_hashes_of
+from paged_backend.engine.findable_pages import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Event,
+    FindablePages,
+    block_hashes_of,
+)
 from paged_backend.engine.kv_event_publisher import KvEventPublisher
 from paged_backend.errors import EngineError
 from paged_backend.scheduler.kv_events import Forgotten, KvEvents, Note, Stored
@@ -26,7 +35,9 @@ from tests.simulated_runner import SimulatedRunner
 
 
 def _apply(events: list[Event], known: dict[int, int | None]) -> None:
-    """A router's side: block → the one before it. Nothing may be told twice, removed without having been told, or follow what was not told."""
+    """A router's side: block → the one before it. Nothing may be told twice, removed without having been told, or
+    follow what was not told.
+    """
     for event in events:
         match event:
             case BlockStored():
@@ -50,7 +61,12 @@ def test_who_hears_every_event_knows_what_can_be_found(seed: int, steps_ahead: i
     heads = [[dice.randrange(90) for _ in range(dice.randrange(4, 24))] for _ in range(4)]
     prompts = []
     for _ in range(40):
-        prompts.append((dice.choice(heads) + [dice.randrange(90) for _ in range(dice.randrange(1, 12))], dice.choice(["", "", "salt"])))
+        prompts.append(
+            (
+                dice.choice(heads) + [dice.randrange(90) for _ in range(dice.randrange(1, 12))],
+                dice.choice(["", "", "salt"]),
+            )
+        )
         told.ask(prompts[-1][0], dice.randrange(1, 16), prompts[-1][1])
         told.run(dice.randrange(6))
     told.run()
@@ -58,7 +74,9 @@ def test_who_hears_every_event_knows_what_can_be_found(seed: int, steps_ahead: i
     for notes in told.steps:
         _apply(pages.take(notes), known)
         pages.check()
-    assert any(isinstance(note, Forgotten) for notes in told.steps for note in notes), "nothing was evicted: the pool is too large for this test"
+    assert any(isinstance(note, Forgotten) for notes in told.steps for note in notes), (
+        "nothing was evicted: the pool is too large for this test"
+    )
     assert {page.key for page in pages._pages.values()} == set(told.cache._page_of[0])
     _apply(pages.reported(), stored_anew)
     assert stored_anew == known, "who comes late knows the same"
@@ -78,7 +96,12 @@ def test_a_page_is_told_with_its_tokens_and_the_page_before_it() -> None:
     told.run()
     (stored,) = pages.take(told.steps[0])
     assert isinstance(stored, BlockStored)
-    assert (stored.token_ids, stored.block_size, stored.parent_block_hash, len(stored.block_hashes)) == (list(range(8)), SIZE, None, 2)
+    assert (stored.token_ids, stored.block_size, stored.parent_block_hash, len(stored.block_hashes)) == (
+        list(range(8)),
+        SIZE,
+        None,
+        2,
+    )
     assert stored.lora_name is None and stored.cache_salt is None
     told.ask([*range(16), 90], max_tokens=1)
     told.run()
@@ -119,7 +142,12 @@ def test_a_step_sends_its_notes_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("root", "salt", "lora_name"),
-    [("salt ", None, None), ("salt of a", "of a", None), ("adapter 1a\0poet\0salt x\0y", "x\0y", "poet"), ("adapter 1a\0poet\0salt ", None, "poet")],
+    [
+        ("salt ", None, None),
+        ("salt of a", "of a", None),
+        ("adapter 1a\0poet\0salt x\0y", "x\0y", "poet"),
+        ("adapter 1a\0poet\0salt ", None, "poet"),
+    ],
     ids=["nobody's", "a tenant's", "a tenant's with an adapter", "an adapter's"],
 )
 def test_tenant_and_adapter_are_named(root: str, salt: str | None, lora_name: str | None) -> None:
@@ -147,7 +175,9 @@ def test_a_page_whose_predecessor_is_gone_is_told_again_when_that_is_back() -> N
     one, two, three, four = stored.block_hashes
     assert pages.take([Forgotten([b"2"])]) == [BlockRemoved([four, three, two], "GPU")]
     assert pages.reported() == [AllBlocksCleared(), BlockStored([one], None, [0], 1, "GPU")]
-    assert pages.take([Stored([b"2"], b"1", np.array([1], np.int32).tobytes(), None, "")]) == [BlockStored([two, three, four], one, [1, 2, 3], 1, "GPU")]
+    assert pages.take([Stored([b"2"], b"1", np.array([1], np.int32).tobytes(), None, "")]) == [
+        BlockStored([two, three, four], one, [1, 2, 3], 1, "GPU")
+    ]
     for key in (b"4", b"2", b"3", b"1", b"9"):
         pages.take([Forgotten([key])])
         pages.check()
@@ -163,7 +193,9 @@ def test_an_engine_that_was_not_asked_keeps_no_notes() -> None:
 
 @pytest.mark.parametrize("value", ["x", "0", "65535", "tcp://:5557", "tcp://host", "ipc://", "http://host:1"])
 def test_an_option_that_is_no_address_is_refused(value: str) -> None:
-    with pytest.raises(EngineError, match="parameter 'kv_events': expected a port up to 65534, tcp://ADDRESS:PORT or ipc://PATH, got"):
+    with pytest.raises(
+        EngineError, match="parameter 'kv_events': expected a port up to 65534, tcp://ADDRESS:PORT or ipc://PATH, got"
+    ):
         EngineConfig.parse({"kv_events": value})
 
 
@@ -185,7 +217,13 @@ def wire(tmp_path: Path) -> Iterator[Wire]:
 
 
 def _note(*tokens: int, salt: str = "", lora_name: str | None = None) -> Stored:
-    return Stored([b"%d" % token for token in tokens], None, np.repeat(np.array(tokens, np.int32), SIZE).tobytes(), lora_name, salt)
+    return Stored(
+        [b"%d" % token for token in tokens],
+        None,
+        np.repeat(np.array(tokens, np.int32), SIZE).tobytes(),
+        lora_name,
+        salt,
+    )
 
 
 def test_a_subscriber_reads_three_frames(wire: Wire) -> None:
@@ -199,7 +237,13 @@ def test_a_subscriber_reads_three_frames(wire: Wire) -> None:
     seconds, (stored, removed), rank = msgspec.msgpack.decode(body)
     assert abs(seconds - time.time()) < 60 and rank == 0
     hashes = stored.pop("block_hashes")
-    expected = {"type": "BlockStored", "parent_block_hash": None, "token_ids": [7] * SIZE, "block_size": SIZE, "medium": "GPU"}
+    expected = {
+        "type": "BlockStored",
+        "parent_block_hash": None,
+        "token_ids": [7] * SIZE,
+        "block_size": SIZE,
+        "medium": "GPU",
+    }
     assert stored == expected | {"lora_name": "poet", "cache_salt": "mine"}
     assert removed == {"type": "BlockRemoved", "block_hashes": hashes, "medium": "GPU"}
 
@@ -238,11 +282,21 @@ class Router:
     """Dynamo's own indexer, subscribed to engines."""
 
     def __init__(self) -> None:
-        self._service = pytest.importorskip("dynamo.llm", reason="ai-dynamo-runtime is not installed").SelectionService(indexer_threads=1)
+        self._service = pytest.importorskip("dynamo.llm", reason="ai-dynamo-runtime is not installed").SelectionService(
+            indexer_threads=1
+        )
 
     async def listen(self, worker: int, wire: Wire) -> None:
-        given = {"worker_id": worker, "model_name": "m", "endpoint": f"127.0.0.1:{worker}", "block_size": SIZE, "max_num_batched_tokens": 2048}
-        await self._service.upsert_worker(given | {"kv_events_endpoint": wire.addresses[0], "replay_endpoint": wire.addresses[1]})
+        given = {
+            "worker_id": worker,
+            "model_name": "m",
+            "endpoint": f"127.0.0.1:{worker}",
+            "block_size": SIZE,
+            "max_num_batched_tokens": 2048,
+        }
+        await self._service.upsert_worker(
+            given | {"kv_events_endpoint": wire.addresses[0], "replay_endpoint": wire.addresses[1]}
+        )
 
     async def known(self, worker: int, prompt: list[int], **tenant: str) -> int:
         """How many tokens of the prompt it believes a worker to have."""
@@ -287,7 +341,9 @@ def test_dynamo_knows_of_every_prompt_what_the_prefix_cache_would_find(two_wires
         await router.listen(1, two_wires[1])  # late: what it missed is told
         serve(prompts[30:])
         compared = [told.found(prompt) for told in engines for prompt in prompts]
-        assert 0 < sum(map(bool, compared)) < len(compared), "every prompt is known, or none: this test compares nothing"
+        assert 0 < sum(map(bool, compared)) < len(compared), (
+            "every prompt is known, or none: this test compares nothing"
+        )
         for worker, told in enumerate(engines):
             for prompt in prompts:
                 await router.hears(told.found(prompt), worker, prompt)
@@ -295,7 +351,9 @@ def test_dynamo_knows_of_every_prompt_what_the_prefix_cache_would_find(two_wires
     asyncio.run(compare())
 
 
-def test_dynamo_keeps_tenants_apart_and_hears_of_an_engine_that_starts_again(two_wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+def test_dynamo_keeps_tenants_apart_and_hears_of_an_engine_that_starts_again(
+    two_wires: tuple[Wire, Wire], tmp_path: Path
+) -> None:
     wire, prompt = two_wires[0], list(range(30, 43))
 
     async def compare() -> None:

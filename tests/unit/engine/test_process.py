@@ -85,7 +85,9 @@ class FrontEnd:
         missing = set(ids)
         while missing:
             message = self.hear(Tokens)
-            for request_id, token in zip(np.frombuffer(message.request_ids, np.int64), np.frombuffer(message.token_ids, np.int32), strict=True):
+            for request_id, token in zip(
+                np.frombuffer(message.request_ids, np.int64), np.frombuffer(message.token_ids, np.int32), strict=True
+            ):
                 tokens.setdefault(int(request_id), []).append(int(token))
             missing -= {finish.request_id for finish in message.finishes}
         return tokens
@@ -95,7 +97,14 @@ class FrontEnd:
 
 
 def simulated(limits: SchedulerLimits) -> tuple[Engine, Scheduler]:
-    runner = SimulatedRunner(limits.max_num_sequences, limits.num_pages, limits.page_size, limits.max_model_len, limits.max_batched_tokens, VOCAB)
+    runner = SimulatedRunner(
+        limits.max_num_sequences,
+        limits.num_pages,
+        limits.page_size,
+        limits.max_model_len,
+        limits.max_batched_tokens,
+        VOCAB,
+    )
     scheduler = Scheduler(limits)
     return Engine(scheduler, runner, steps_ahead=1), scheduler
 
@@ -116,10 +125,16 @@ def loop(tmp_path: Path) -> Iterator[threading.Thread]:
 def test_each_front_end_hears_of_its_own_requests_only(tmp_path: Path, loop: threading.Thread) -> None:
     first, second = FrontEnd(tmp_path, 1), FrontEnd(tmp_path, 2)
     assert first.hear(Ready) == second.hear(Ready) == READY
-    ids = {front_end: [front_end.submit(serial, [front_end.number, serial], 6) for serial in range(3)] for front_end in (first, second)}
+    ids = {
+        front_end: [front_end.submit(serial, [front_end.number, serial], 6) for serial in range(3)]
+        for front_end in (first, second)
+    }
     for front_end in (first, second):
         answers = front_end.answers(ids[front_end])
-        assert answers == {request_id_of(front_end.number, serial): solo([front_end.number, serial], 6, (), VOCAB) for serial in range(3)}
+        assert answers == {
+            request_id_of(front_end.number, serial): solo([front_end.number, serial], 6, (), VOCAB)
+            for serial in range(3)
+        }
     assert isinstance(first.hear(Stats), Stats)  # the lowest-numbered front end publishes
     for front_end in (first, second):
         front_end.say(Goodbye(front_end.number))
@@ -193,7 +208,9 @@ def test_a_refusal_reaches_the_caller(tmp_path: Path, loop: threading.Thread) ->
     front_end.say(Shutdown(0.0))
 
 
-def test_shutdown_waits_for_requests_of_other_front_ends_but_not_for_their_goodbyes(tmp_path: Path, loop: threading.Thread) -> None:
+def test_shutdown_waits_for_requests_of_other_front_ends_but_not_for_their_goodbyes(
+    tmp_path: Path, loop: threading.Thread
+) -> None:
     owner, other = FrontEnd(tmp_path, 0), FrontEnd(tmp_path, 1)
     owner.hear(Ready), other.hear(Ready)
     request_id = other.submit(1, [3], max_tokens=60)
@@ -209,7 +226,10 @@ def test_shutdown_waits_for_requests_of_other_front_ends_but_not_for_their_goodb
     ("error", "told"),
     [
         (EngineError("no such checkpoint"), "no such checkpoint"),
-        (ImportError("a broken package"), "the engine could not start: ImportError: a broken package; its log has the traceback"),
+        (
+            ImportError("a broken package"),
+            "the engine could not start: ImportError: a broken package; its log has the traceback",
+        ),
     ],
     ids=["foreseen", "not foreseen"],
 )
@@ -255,7 +275,9 @@ def test_a_standby_has_imported_everything_and_touches_nothing_until_it_is_told_
     command = [sys.executable, "-m", "paged_backend.engine.process", str(folder), "--standby"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
-        process.stdin.write(EngineConfig(num_pages=8, max_model_len=64, max_num_sequences=2).model_dump_json().encode() + b"\n")
+        process.stdin.write(
+            EngineConfig(num_pages=8, max_model_len=64, max_num_sequences=2).model_dump_json().encode() + b"\n"
+        )
         process.stdin.flush()
         deadline = time.monotonic() + 60
         while not _idle_with_torch(process.pid):
@@ -282,13 +304,18 @@ def test_a_standby_ends_with_its_parents_stdin(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "paged_backend.engine.process", str(tmp_path / "run"), "--standby"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
-        process.stdin.write(EngineConfig(model=str(tmp_path)).model_dump_json().encode() + b"\n")  # no checkpoint: that is said when it is to start
+        # no checkpoint: that is said when it is to start
+        process.stdin.write(EngineConfig(model=str(tmp_path)).model_dump_json().encode() + b"\n")
         process.stdin.close()
         assert process.wait(60) == 0
 
 
-@pytest.mark.parametrize(("num_cores", "environment", "threads"), [(4, {}, 3), (1, {}, 1), (64, {}, 6), (4, {"OMP_NUM_THREADS": "6"}, 6)])
-def test_a_processor_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch, num_cores: int, environment: dict[str, str], threads: int) -> None:
+@pytest.mark.parametrize(
+    ("num_cores", "environment", "threads"), [(4, {}, 3), (1, {}, 1), (64, {}, 6), (4, {"OMP_NUM_THREADS": "6"}, 6)]
+)
+def test_a_processor_is_left_to_the_server(
+    monkeypatch: pytest.MonkeyPatch, num_cores: int, environment: dict[str, str], threads: int
+) -> None:
     before = torch.get_num_threads()
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(num_cores))
     try:
@@ -303,9 +330,15 @@ def test_a_processor_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch, num_
     ("error", "words"),
     [
         pytest.param(
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), ": CUDA out of memory. Tried to allocate 2 GiB", id="torch's"
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            ": CUDA out of memory. Tried to allocate 2 GiB",
+            id="torch's",
         ),
-        pytest.param(RuntimeError("CUDA error: device-side assert triggered\nhints"), ": CUDA error: device-side assert triggered", id="the device's"),
+        pytest.param(
+            RuntimeError("CUDA error: device-side assert triggered\nhints"),
+            ": CUDA error: device-side assert triggered",
+            id="the device's",
+        ),
         pytest.param(KeyError("a secret prompt"), "", id="may quote a prompt"),
         pytest.param(KeyError(), "", id="says nothing"),
     ],

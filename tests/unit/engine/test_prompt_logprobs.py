@@ -1,4 +1,6 @@
-"""prompt_logprobs: those of transformers, however the prompt is cut up, cached or interrupted; and how they reach a response."""
+"""prompt_logprobs: those of transformers, however the prompt is cut up, cached or interrupted; and how they reach a
+response.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,18 @@ class Heard:
 
 
 def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
-    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "num_pages": 256, "max_num_sequences": 16, **options}), tmp_path)
+    engine, *_ = load_engine(
+        EngineConfig.parse(
+            {"model": str(folder), "device": "cpu", "num_pages": 256, "max_num_sequences": 16, **options}
+        ),
+        tmp_path,
+    )
     return engine
 
 
-def submit(engine: Engine, request_id: int, prompt: np.ndarray, prompt_logprobs: int | None, **sampling: object) -> None:
+def submit(
+    engine: Engine, request_id: int, prompt: np.ndarray, prompt_logprobs: int | None, **sampling: object
+) -> None:
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 3, "prompt_logprobs": prompt_logprobs} | sampling))  # type: ignore[arg-type]
     engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", 1e18))
 
@@ -75,7 +84,9 @@ def drain(engine: Engine) -> dict[int, Heard]:
     return heard
 
 
-def ask(engine: Engine, prompts: Sequence[np.ndarray], prompt_logprobs: int | None = 4, **sampling: object) -> dict[int, Heard]:
+def ask(
+    engine: Engine, prompts: Sequence[np.ndarray], prompt_logprobs: int | None = 4, **sampling: object
+) -> dict[int, Heard]:
     for request_id, prompt in enumerate(prompts):
         submit(engine, request_id, prompt, prompt_logprobs, **sampling)
     return drain(engine)
@@ -114,7 +125,9 @@ def test_they_equal_transformers_and_so_do_the_tokens_also_with_pages_in_the_cac
 
 
 @pytest.mark.parametrize("n", [0, 1, MAX_LOGPROBS])
-def test_each_request_is_told_of_as_many_tokens_as_it_asked_for_beside_others(folder: Path, oracle: Oracle, tmp_path: Path, n: int) -> None:
+def test_each_request_is_told_of_as_many_tokens_as_it_asked_for_beside_others(
+    folder: Path, oracle: Oracle, tmp_path: Path, n: int
+) -> None:
     prompts = random_prompts((20, 31, 9, 40))
     engine = load(folder, tmp_path, max_batched_tokens=16)
     for request_id, (prompt, wanted) in enumerate(zip(prompts, (n, None, 5, 0), strict=True)):
@@ -122,7 +135,10 @@ def test_each_request_is_told_of_as_many_tokens_as_it_asked_for_beside_others(fo
     heard = drain(engine)
     for request_id, wanted in ((0, n), (2, 5), (3, 0)):
         check(oracle, prompts[request_id], heard[request_id], wanted)
-        assert heard[request_id].table(prompts[request_id], wanted).top_ids.shape == (len(prompts[request_id]) - 1, wanted)
+        assert heard[request_id].table(prompts[request_id], wanted).top_ids.shape == (
+            len(prompts[request_id]) - 1,
+            wanted,
+        )
     assert not heard[1].pieces
     assert [heard[request_id].token_ids for request_id in range(4)] == oracle.greedy(prompts, 3)
 
@@ -141,7 +157,8 @@ def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle,
             for piece in output.feature_outputs:
                 heard.setdefault(piece.request_id, Heard()).pieces.append(piece)
         engine.check()
-        if seen == 0 and engine.num_steps == 40:  # in the middle of a prompt: the pool is taken away from all but the oldest
+        # in the middle of a prompt: the pool is taken away from all but the oldest
+        if seen == 0 and engine.num_steps == 40:
             victim = max(engine._scheduler._running.runners, key=lambda sequence: sequence.spec.arrival_index)
             (feature,) = engine._scheduler._features.of(victim)
             assert 0 < feature.num_reusable(victim) < victim.spec.prompt_len - 1
@@ -150,12 +167,18 @@ def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle,
     assert engine.stats().num_preemptions > 0
     for request_id in (1, 2):
         check(oracle, prompts[request_id], heard[request_id], 3)
-        positions = [position for piece in heard[request_id].pieces for position in range(piece.start, piece.start + len(piece.logprobs) // 4)]
+        positions = [
+            position
+            for piece in heard[request_id].pieces
+            for position in range(piece.start, piece.start + len(piece.logprobs) // 4)
+        ]
         assert positions == list(range(1, len(prompts[request_id])))
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_a_request_that_left_is_told_nothing_and_the_others_all(folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int) -> None:
+def test_a_request_that_left_is_told_nothing_and_the_others_all(
+    folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int
+) -> None:
     prompts = random_prompts((60, 61))
     engine = load(folder, tmp_path, max_batched_tokens=16)
     engine._steps_ahead = steps_ahead
@@ -169,7 +192,9 @@ def test_a_request_that_left_is_told_nothing_and_the_others_all(folder: Path, or
     check(oracle, prompts[1], heard[1], 2)
 
 
-def test_few_logits_are_in_memory_at_once(folder: Path, oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_logits_are_in_memory_at_once(
+    folder: Path, oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = random_prompts([300])[0]
     engine = load(folder, tmp_path, max_num_sequences=20)
     decoder = engine._runner._decoder
@@ -208,7 +233,9 @@ def test_a_request_that_goes_on_in_another_engine_is_not_told_again(folder: Path
 def piece(start: int, *logprobs: float) -> PromptLogprobs:
     count = len(logprobs)
     values, ids = np.array(logprobs, np.float32), np.arange(start, start + count, dtype=np.int32)
-    return PromptLogprobs(7, start, values.tobytes(), np.full(count, 2, np.int32).tobytes(), ids.tobytes(), (values + 1).tobytes())
+    return PromptLogprobs(
+        7, start, values.tobytes(), np.full(count, 2, np.int32).tobytes(), ids.tobytes(), (values + 1).tobytes()
+    )
 
 
 def test_pieces_that_come_twice_count_once() -> None:
@@ -220,7 +247,13 @@ def test_pieces_that_come_twice_count_once() -> None:
         parts.add(one.start, one.logprobs, one.ranks, one.top_ids, one.top_logprobs)
     table = parts.whole()
     assert table is not None
-    assert list(table.entries()) == [None, {6: (-1, 2), 1: (0, 1)}, {7: (-2, 2), 2: (-1, 1)}, {8: (-3, 2), 3: (-2, 1)}, {9: (-4, 2), 4: (-3, 1)}]
+    assert list(table.entries()) == [
+        None,
+        {6: (-1, 2), 1: (0, 1)},
+        {7: (-2, 2), 2: (-1, 1)},
+        {8: (-3, 2), 3: (-2, 1)},
+        {9: (-4, 2), 4: (-3, 1)},
+    ]
 
 
 def test_a_prompt_of_one_token_has_one_null() -> None:

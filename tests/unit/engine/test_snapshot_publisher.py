@@ -1,4 +1,6 @@
-"""What the engine tells those who watch: the truth about every page, only while somebody listens, and nothing of prompts and answers."""
+"""What the engine tells those who watch: the truth about every page, only while somebody listens, and nothing of
+prompts and answers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_backend.engine.engine import Engine
-from paged_backend.engine.snapshot import CACHED, FIRST_REQUEST, FREE, MAX_CELLS, SHARED, WATCH_SOCKET, Numbers, Snapshot, decode, page_cells
+from paged_backend.engine.snapshot import (
+    CACHED,
+    FIRST_REQUEST,
+    FREE,
+    MAX_CELLS,
+    SHARED,
+    WATCH_SOCKET,
+    Numbers,
+    Snapshot,
+    decode,
+    page_cells,
+)
 from paged_backend.engine.snapshot_publisher import Watch
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
@@ -22,7 +35,9 @@ from paged_backend.scheduler.scheduler import Scheduler
 from tests.simulated_runner import SimulatedRunner
 
 PAGE_SIZE = 4
-LIMITS = SchedulerLimits(page_size=PAGE_SIZE, num_pages=32, max_model_len=64, max_num_sequences=8, max_batched_tokens=64)
+LIMITS = SchedulerLimits(
+    page_size=PAGE_SIZE, num_pages=32, max_model_len=64, max_num_sequences=8, max_batched_tokens=64
+)
 
 
 class Watched:
@@ -34,7 +49,13 @@ class Watched:
         self.context = zmq.Context()
         self.folder = folder
         self.scheduler = Scheduler(limits)
-        runner = SimulatedRunner(limits.max_num_sequences, limits.num_pages, limits.page_size, limits.max_model_len, limits.max_batched_tokens)
+        runner = SimulatedRunner(
+            limits.max_num_sequences,
+            limits.num_pages,
+            limits.page_size,
+            limits.max_model_len,
+            limits.max_batched_tokens,
+        )
         self.engine = Engine(self.scheduler, runner, steps_ahead=1)
         self.watch = Watch(self.context, folder, "a model", self.scheduler, limits.page_size)
 
@@ -89,7 +110,9 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched
     made.close()
 
 
-def test_nothing_is_published_or_gathered_while_nobody_watches(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_published_or_gathered_while_nobody_watches(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
     snapshot = Watch._snapshot
     monkeypatch.setattr(Watch, "_snapshot", lambda watch, now: made.append(now) or snapshot(watch, now))

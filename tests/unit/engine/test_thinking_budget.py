@@ -1,4 +1,6 @@
-"""max_thinking_tokens: the end of thinking is forced exactly where it must be, what follows is what the model says to that, and nobody else notices."""
+"""max_thinking_tokens: the end of thinking is forced exactly where it must be, what follows is what the model says to
+that, and nobody else notices.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def oracle(folder: Path) -> Oracle:
 
 
 def load(folder: Path, tmp_path: Path, steps_ahead: int = 0, **options: object) -> Engine:
-    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", "num_pages": 64, "max_num_sequences": 8, **options}), tmp_path)
+    engine, *_ = load_engine(
+        EngineConfig.parse({"model": str(folder), "device": "cpu", "num_pages": 64, "max_num_sequences": 8, **options}),
+        tmp_path,
+    )
     engine._steps_ahead = steps_ahead
     return engine
 
@@ -39,10 +44,14 @@ def submit(engine: Engine, request_id: int, token_ids: np.ndarray, num_answered:
     engine.submit(Submit(request_id, token_ids.tobytes(), params, (), "", 1e18, num_answered=num_answered))
 
 
-def drain(engine: Engine, heard: dict[int, list[int]], scores: dict[int, list[float]] | None = None) -> dict[int, list[int]]:
+def drain(
+    engine: Engine, heard: dict[int, list[int]], scores: dict[int, list[float]] | None = None
+) -> dict[int, list[int]]:
     while not engine.idle:
         for output in engine.step():
-            for entry, (request_id, token) in enumerate(zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)):
+            for entry, (request_id, token) in enumerate(
+                zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)
+            ):
                 heard.setdefault(request_id, []).append(token)
                 if scores is not None and output.logprobs is not None:
                     scores.setdefault(request_id, []).append(float(output.logprobs[entry]))
@@ -56,7 +65,9 @@ def unsaid(*answers: list[int]) -> int:
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_the_token_is_forced_there_and_nowhere_else(folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int) -> None:
+def test_the_token_is_forced_there_and_nowhere_else(
+    folder: Path, oracle: Oracle, tmp_path: Path, steps_ahead: int
+) -> None:
     prompts = random_prompts((5, 17, 33))
     plain = oracle.greedy(prompts, LENGTH)
     end = unsaid(*plain)
@@ -69,7 +80,11 @@ def test_the_token_is_forced_there_and_nowhere_else(folder: Path, oracle: Oracle
         assert heard[1] == plain[1], "nobody else notices"
         for request_id in (0, 2):
             forced = [*plain[request_id][:budget], end][:LENGTH] if budget < LENGTH else plain[request_id]
-            rest = oracle.greedy([[*prompts[request_id].tolist(), *forced]], LENGTH - len(forced))[0] if len(forced) < LENGTH else []
+            rest = (
+                oracle.greedy([[*prompts[request_id].tolist(), *forced]], LENGTH - len(forced))[0]
+                if len(forced) < LENGTH
+                else []
+            )
             assert heard[request_id] == forced + rest
 
 
@@ -79,15 +94,26 @@ def test_thoughts_that_are_over_or_never_began_are_left_alone(folder: Path, orac
     engine = load(folder, tmp_path, 1)
     submit(engine, 0, prompt, max_thinking_tokens=6, end_thinking_token_id=plain[3])
     submit(engine, 1, prompt, max_thinking_tokens=6, end_thinking_token_id=plain[6])
-    submit(engine, 2, prompt, max_thinking_tokens=6, end_thinking_token_id=unsaid(plain), start_thinking_token_id=unsaid(plain))
-    submit(engine, 3, prompt, max_thinking_tokens=6, end_thinking_token_id=unsaid(plain), start_thinking_token_id=plain[0])
+    submit(
+        engine,
+        2,
+        prompt,
+        max_thinking_tokens=6,
+        end_thinking_token_id=unsaid(plain),
+        start_thinking_token_id=unsaid(plain),
+    )
+    submit(
+        engine, 3, prompt, max_thinking_tokens=6, end_thinking_token_id=unsaid(plain), start_thinking_token_id=plain[0]
+    )
     heard = drain(engine, {})
     assert [heard[request_id] == plain for request_id in range(4)] == [True, True, True, False]
     assert heard[3][:7] == [*plain[:6], unsaid(plain)]
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_sampled_tokens_after_it_are_those_of_their_seed_and_scores_are_told(folder: Path, tmp_path: Path, steps_ahead: int) -> None:
+def test_sampled_tokens_after_it_are_those_of_their_seed_and_scores_are_told(
+    folder: Path, tmp_path: Path, steps_ahead: int
+) -> None:
     prompt, sampling = random_prompts((9,))[0], {"temperature": 1.0, "seed": 3, "logprobs": 0}
     engine = load(folder, tmp_path, steps_ahead)
     submit(engine, 0, prompt, **sampling)
@@ -127,7 +153,14 @@ def test_a_request_that_goes_on_in_another_engine_is_forced_there(folder: Path, 
     (plain,) = oracle.greedy([prompt], LENGTH)
     end = unsaid(plain)
     engine = load(folder, tmp_path)
-    submit(engine, 0, np.concatenate([prompt, np.array(plain[:3], np.int32)]), num_answered=3, max_thinking_tokens=5, end_thinking_token_id=end)
+    submit(
+        engine,
+        0,
+        np.concatenate([prompt, np.array(plain[:3], np.int32)]),
+        num_answered=3,
+        max_thinking_tokens=5,
+        end_thinking_token_id=end,
+    )
     assert drain(engine, {})[0][:3] == [*plain[3:5], end]
 
 

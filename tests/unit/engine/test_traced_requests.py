@@ -19,7 +19,9 @@ LIMITS = SchedulerLimits(page_size=4, num_pages=24, max_model_len=64, max_num_se
 
 
 def test_a_traced_requests_admission_is_told_once_and_to_its_own_front_end() -> None:
-    runner = SimulatedRunner(LIMITS.max_num_sequences, LIMITS.num_pages, LIMITS.page_size, LIMITS.max_model_len, LIMITS.max_batched_tokens)
+    runner = SimulatedRunner(
+        LIMITS.max_num_sequences, LIMITS.num_pages, LIMITS.page_size, LIMITS.max_model_len, LIMITS.max_batched_tokens
+    )
     engine = Engine(Scheduler(LIMITS), runner, 0)
     prompt, sampling = np.arange(9, dtype=np.int32).tobytes(), SamplingParams(max_tokens=3, temperature=0.0)
     first, second, other = request_id_of(0, 1), request_id_of(0, 2), request_id_of(1, 1)
@@ -32,7 +34,9 @@ def test_a_traced_requests_admission_is_told_once_and_to_its_own_front_end() -> 
     while not engine.idle:
         for output in engine.step():
             for front_end in told:
-                message = decode_from_engine(encode(_tokens(output, front_ends_of(output.request_ids) == front_end, (), ())))
+                message = decode_from_engine(
+                    encode(_tokens(output, front_ends_of(output.request_ids) == front_end, (), ()))
+                )
                 for request_id, piece in pieces_of(message).items():
                     num_tokens[request_id] += len(piece.token_ids)
                     if piece.admitted is not None:

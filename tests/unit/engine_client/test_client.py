@@ -1,4 +1,6 @@
-"""Front ends and their engine process: one engine for all, however they arrive; clear errors when it fails; nothing left behind."""
+"""Front ends and their engine process: one engine for all, however they arrive; clear errors when it fails; nothing
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -194,10 +196,15 @@ def test_an_engine_that_cannot_be_started_is_an_error(key: str, folder: Path) ->
 
 
 def test_live_requests_go_on_in_the_next_engine_again_and_again(key: str) -> None:
-    """Killed five times while they run, and asked for more while there is no engine: every answer whole, no token twice."""
+    """Killed five times while they run, and asked for more while there is no engine: every answer whole, no token
+    twice.
+    """
     clients = _connect_all(key, 3, max_engine_restarts=100)
     try:
-        asked = [(f"tokens=60 delay=0.02 {number}", _ask(clients[number % 3], f"tokens=60 delay=0.02 {number}")[1]) for number in range(30)]
+        asked = [
+            (f"tokens=60 delay=0.02 {number}", _ask(clients[number % 3], f"tokens=60 delay=0.02 {number}")[1])
+            for number in range(30)
+        ]
 
         def num_tokens() -> int:
             return sum(len(inbox.ids) for _, inbox in asked)
@@ -258,13 +265,18 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("soon")
-def test_the_process_that_stands_by_takes_the_dead_engines_place_and_another_takes_its_own(key: str, folder: Path) -> None:
+def test_the_process_that_stands_by_takes_the_dead_engines_place_and_another_takes_its_own(
+    key: str, folder: Path
+) -> None:
     clients = _connect_all(key, 3)
     try:
         (owner,) = [client for client in clients if client._supervisor.owner]
         seen = [_engine_pid(owner)]
         for number in range(3):
-            asked = [(f"tokens=60 delay=0.02 {number}", _ask(client, f"tokens=60 delay=0.02 {number}")[1]) for client in clients]
+            asked = [
+                (f"tokens=60 delay=0.02 {number}", _ask(client, f"tokens=60 delay=0.02 {number}")[1])
+                for client in clients
+            ]
             _wait(lambda: _standby_pid(owner) not in (None, *seen))
             standby = _standby_pid(owner)
             assert standby is not None
@@ -318,11 +330,18 @@ def test_a_standby_that_was_killed_is_replaced_and_none_is_left_when_there_is_no
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("hang_seconds", [0, 300])
-def test_a_standby_that_hangs_is_not_waited_for(key: str, folder: Path, monkeypatch: pytest.MonkeyPatch, hang_seconds: float) -> None:
-    monkeypatch.setattr("paged_backend.engine_client.supervisor._BEGIN_SECONDS", 4.0)  # more than a start takes on a busy machine
+def test_a_standby_that_hangs_is_not_waited_for(
+    key: str, folder: Path, monkeypatch: pytest.MonkeyPatch, hang_seconds: float
+) -> None:
+    # more than a start takes on a busy machine
+    monkeypatch.setattr("paged_backend.engine_client.supervisor._BEGIN_SECONDS", 4.0)
     program = folder / "engine.py"
-    program.write_text(f"import runpy, sys, time\nif '--standby' in sys.argv: time.sleep(300)\nrunpy.run_path({fake_engine.__file__!r}, run_name='__main__')\n")
-    client = EngineClient.connect(EngineConfig(model="fake", engine_hang_seconds=hang_seconds), key, 1, [sys.executable, str(program)])
+    program.write_text(
+        f"import runpy, sys, time\nif '--standby' in sys.argv: time.sleep(300)\nrunpy.run_path({fake_engine.__file__!r}, run_name='__main__')\n"
+    )
+    client = EngineClient.connect(
+        EngineConfig(model="fake", engine_hang_seconds=hang_seconds), key, 1, [sys.executable, str(program)]
+    )
     client.start(lambda stats: None)
     try:
         _, inbox = _ask(client, "tokens=60 delay=0.02")
@@ -337,7 +356,10 @@ def test_a_standby_that_hangs_is_not_waited_for(key: str, folder: Path, monkeypa
 @pytest.mark.parametrize("loss", ["state", "half of the state", "folder"])
 def test_what_a_cleaner_of_temporary_files_removes_is_made_again_and_the_engine_restarted(key: str, loss: str) -> None:
     clients = _connect_all(key, 2)
-    asked = [(f"tokens=60 delay=0.02 {number}", _ask(client, f"tokens=60 delay=0.02 {number}")[1]) for number, client in enumerate(clients)]
+    asked = [
+        (f"tokens=60 delay=0.02 {number}", _ask(client, f"tokens=60 delay=0.02 {number}")[1])
+        for number, client in enumerate(clients)
+    ]
     try:
         for _ in range(2):
             election = clients[0]._supervisor._election._folder
@@ -346,11 +368,14 @@ def test_what_a_cleaner_of_temporary_files_removes_is_made_again_and_the_engine_
             elif loss == "half of the state":
                 os.truncate(election / "state.json", 20)
             else:
-                election.rename(election.with_name("swept"))  # at once: a process that is about to stand by may be writing into it
+                # at once: a process that is about to stand by may be writing into it
+                election.rename(election.with_name("swept"))
                 shutil.rmtree(election.with_name("swept"), ignore_errors=True)
             before = _engine_pid(clients[0])
             os.kill(before, signal.SIGKILL)
-            _wait(lambda before=before: all(_engine_pid(client) != before and client._live.link for client in clients), 20)  # type: ignore[misc]
+            _wait(
+                lambda before=before: all(_engine_pid(client) != before and client._live.link for client in clients), 20
+            )  # type: ignore[misc]
         for prompt, inbox in asked:
             assert inbox.finished.wait(20)
             assert inbox.ids == fake_engine.answer_ids(TOKENIZER, prompt, 60)
@@ -359,7 +384,9 @@ def test_what_a_cleaner_of_temporary_files_removes_is_made_again_and_the_engine_
     assert not election.exists()
 
 
-def test_nobody_waits_for_ever_when_the_folder_of_the_engine_cannot_be_used(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_ever_when_the_folder_of_the_engine_cannot_be_used(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a disk that is full: the engine goes on, but there cannot be another one."""
     clients = _connect_all(key, 2, max_engine_restarts=1)
     inboxes = [_ask(client, "silent")[1] for client in clients]
@@ -395,7 +422,9 @@ def test_files_are_kept_fresh_against_cleaners(key: str, monkeypatch: pytest.Mon
         client.close()
 
 
-def test_a_folder_without_room_for_a_socket_is_one_sentence_and_nothing_hangs(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_room_for_a_socket_is_one_sentence_and_nothing_hangs(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meet = EngineSupervisor.meet_first
 
     def without_folder(supervisor: EngineSupervisor) -> Any:
@@ -432,7 +461,10 @@ def test_nothing_stands_by_where_nothing_may(key: str, monkeypatch: pytest.Monke
 def test_a_request_that_kills_its_engine_fails_alone(key: str) -> None:
     clients = _connect_all(key, 2, max_engine_restarts=8)
     try:
-        asked = [(f"tokens=60 delay=0.03 {number}", _ask(clients[number % 2], f"tokens=60 delay=0.03 {number}")[1]) for number in range(12)]
+        asked = [
+            (f"tokens=60 delay=0.03 {number}", _ask(clients[number % 2], f"tokens=60 delay=0.03 {number}")[1])
+            for number in range(12)
+        ]
         _, killer = _ask(clients[1], "die")
         assert killer.finished.wait(30)
         (finish,) = [piece.finish for piece in killer.pieces if piece.finish is not None]
@@ -457,7 +489,10 @@ def test_only_those_that_ran_when_an_engine_died_are_suspected(key: str) -> None
         client._live.note_death(*client._supervisor.last_running())
         assert (client._live._requests[runs].deaths, client._live._requests[waits].deaths) == (1, 0)
         client._live.note_death(*client._supervisor.last_running())
-        assert (client._live._requests[runs].resumed().suspect, client._live._requests[waits].resumed().suspect) == (True, False)
+        assert (client._live._requests[runs].resumed().suspect, client._live._requests[waits].resumed().suspect) == (
+            True,
+            False,
+        )
     finally:
         os.kill(_engine_pid(client), signal.SIGCONT)
         client.close()
@@ -480,7 +515,9 @@ def test_an_aborted_request_does_not_come_back(key: str) -> None:
 def test_draws_without_a_seed_are_given_one_that_survives_the_engine(key: str) -> None:
     client = _connect(key)
     try:
-        ids = [_ask(client, "silent", temperature=0.8)[0] for _ in range(2)] + [_ask(client, "silent", temperature=0.0)[0]]
+        ids = [_ask(client, "silent", temperature=0.8)[0] for _ in range(2)] + [
+            _ask(client, "silent", temperature=0.0)[0]
+        ]
         seeds = [client._live._requests[request_id].submit.sampling.seed for request_id in ids]
         assert None not in seeds[:2]
         assert len(set(seeds)) == 3
@@ -539,7 +576,9 @@ def test_after_too_many_deaths_every_live_request_ends_with_one_error(key: str) 
         time.sleep(0.1)
         for inbox in [*inboxes, streaming]:
             finishes = [piece.finish for piece in inbox.pieces if piece.finish is not None]
-            assert [(finish.error, finish.message) for finish in finishes] == [(ErrorKind.OVERLOADED, "the engine stopped; try again later")]
+            assert [(finish.error, finish.message) for finish in finishes] == [
+                (ErrorKind.OVERLOADED, "the engine stopped; try again later")
+            ]
         assert not any(client.alive for client in clients)
         with pytest.raises(RequestError, match="the engine stopped") as caught:
             _ask(clients[1], "tokens=3")
@@ -616,7 +655,9 @@ def test_a_stranger_cannot_provide_the_folder_of_the_sockets(key: str, folder: P
         election.take_seat(lambda _: os.getpid())
 
 
-def test_socket_addresses_fit_even_if_the_temporary_folder_has_a_long_name(key: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_socket_addresses_fit_even_if_the_temporary_folder_has_a_long_name(
+    key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = folder / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
@@ -659,7 +700,9 @@ def test_the_engine_is_started_with_this_interpreter_or_the_one_on_path(monkeypa
         engine_command()
 
 
-def test_garbage_in_a_front_ends_socket_is_dropped_and_told_and_its_streams_go_on(key: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_in_a_front_ends_socket_is_dropped_and_told_and_its_streams_go_on(
+    key: str, caplog: pytest.LogCaptureFixture
+) -> None:
     client = _connect(key)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
@@ -667,7 +710,13 @@ def test_garbage_in_a_front_ends_socket_is_dropped_and_told_and_its_streams_go_o
         _wait(lambda: len(inbox.ids) > 3)
         socket = context.socket(zmq.PUSH)
         socket.connect(f"ipc://{client._supervisor.engine_folder}/front_end_0.sock")
-        for garbage in (b"", b"\xff" * 100, b"\x81\xa4type\xa6Tokens", encode(Tokens(b"123", b"4")), encode(Tokens(b"\0" * 8, b""))):
+        for garbage in (
+            b"",
+            b"\xff" * 100,
+            b"\x81\xa4type\xa6Tokens",
+            encode(Tokens(b"123", b"4")),
+            encode(Tokens(b"\0" * 8, b"")),
+        ):
             socket.send(garbage)
         assert inbox.finished.wait(30)
         assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.02", 60)

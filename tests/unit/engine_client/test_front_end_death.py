@@ -1,4 +1,6 @@
-"""A front end that dies takes its own callers with it and nobody else: another one inherits the engine, which goes on, and dies with the last."""
+"""A front end that dies takes its own callers with it and nobody else: another one inherits the engine, which goes on,
+and dies with the last.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,9 @@ def test_the_last_to_leave_in_peace_ends_an_inherited_engine_and_removes_the_fol
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_front_ends_engines_and_standbys_die_in_any_order_and_the_survivors_answers_are_whole(start: Start, seed: int) -> None:
+def test_front_ends_engines_and_standbys_die_in_any_order_and_the_survivors_answers_are_whole(
+    start: Start, seed: int
+) -> None:
     chance = random.Random(seed)
     front_ends = start(5, max_engine_restarts=100)
     prompts = {id(front_end): f"tokens=150 delay=0.02 {number}" for number, front_end in enumerate(front_ends)}

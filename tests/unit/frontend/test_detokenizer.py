@@ -47,7 +47,9 @@ def _after_prompt(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int], s
 
 @TOKENIZERS
 @given(text=TEXTS, prompt=st.sampled_from(PROMPTS), spelled=st.booleans(), skip=st.booleans())
-def test_pieces_of_a_valid_text_add_up_to_the_tokenizers_own_decoding(tokenizer: Tokenizer, text: str, prompt: str, spelled: bool, skip: bool) -> None:
+def test_pieces_of_a_valid_text_add_up_to_the_tokenizers_own_decoding(
+    tokenizer: Tokenizer, text: str, prompt: str, spelled: bool, skip: bool
+) -> None:
     ids = _bytes_as_tokens(tokenizer, text.encode()) if spelled else tokenizer.encode(text).ids
     prompt_ids = tokenizer.encode(prompt).ids
     assert "".join(_steps(tokenizer, prompt_ids, ids, skip)) == _after_prompt(tokenizer, prompt_ids, ids, skip)
@@ -62,8 +64,12 @@ def test_pieces_of_any_bytes_add_up_to_the_tokenizers_own_decoding(content: byte
 
 @TOKENIZERS
 @given(ids=st.lists(st.integers(0, 270), max_size=300))
-def test_any_tokens_are_decoded_exactly_unless_a_later_byte_rewrites_what_was_sent(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Byte fallback shows every byte of an invalid run as a replacement character, also those that were a character before."""
+def test_any_tokens_are_decoded_exactly_unless_a_later_byte_rewrites_what_was_sent(
+    tokenizer: Tokenizer, ids: list[int]
+) -> None:
+    """Byte fallback shows every byte of an invalid run as a replacement character, also those that were a character
+    before.
+    """
     text = "".join(_steps(tokenizer, [5, 6], ids))
     whole = _after_prompt(tokenizer, [5, 6], ids)
     assert text == whole or (tokenizer is BYTE_FALLBACK and "\ufffd" in whole)
@@ -145,7 +151,10 @@ def test_stop_strings_are_found_however_the_text_is_split(pieces: list[str], str
     assert ("".join(sent), stopped) == _scan("".join(pieces), strings, include)
 
 
-@given(pieces=st.lists(st.text(alphabet="ab", max_size=3), max_size=12), strings=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
+@given(
+    pieces=st.lists(st.text(alphabet="ab", max_size=3), max_size=12),
+    strings=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
+)
 def test_text_is_held_back_only_if_it_may_begin_a_stop_string(pieces: list[str], strings: list[str]) -> None:
     stops = StopStrings(strings, include=False)
     seen = sent = ""
@@ -156,7 +165,11 @@ def test_text_is_held_back_only_if_it_may_begin_a_stop_string(pieces: list[str],
             break
         pending = seen[len(sent) :]
         assert not pending or any(string.startswith(pending) for string in strings)
-        assert not any(string.startswith(seen[-length:]) for string in strings for length in range(len(pending) + 1, min(len(seen), len(string)) + 1))
+        assert not any(
+            string.startswith(seen[-length:])
+            for string in strings
+            for length in range(len(pending) + 1, min(len(seen), len(string)) + 1)
+        )
 
 
 def test_many_long_stop_strings_cost_little_per_character() -> None:
@@ -227,7 +240,9 @@ def test_the_beginning_of_a_stop_string_is_sent_when_the_answer_ends_without_the
     cuts=st.lists(st.integers(0, 100), max_size=6),
     min_tokens=st.integers(0, 4),
 )
-def test_an_answers_text_does_not_depend_on_how_its_tokens_arrive(text: str, stop: list[str], cuts: list[int], min_tokens: int) -> None:
+def test_an_answers_text_does_not_depend_on_how_its_tokens_arrive(
+    text: str, stop: list[str], cuts: list[int], min_tokens: int
+) -> None:
     ids = BYTE_LEVEL.encode(text).ids
 
     def pieces(borders: list[int]) -> tuple[str, int, bool]:
@@ -249,7 +264,9 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
 
 
 @TOKENIZERS
-def test_sequences_of_one_request_share_the_tree_of_its_stop_strings_and_not_how_far_they_are_in_it(tokenizer: Tokenizer) -> None:
+def test_sequences_of_one_request_share_the_tree_of_its_stop_strings_and_not_how_far_they_are_in_it(
+    tokenizer: Tokenizer,
+) -> None:
     sampling = SamplingParams(stop=("abcd",))
     stops = stops_of(sampling)
     first, second = (AnswerText(tokenizer, [], sampling, stops) for _ in range(2))

@@ -50,7 +50,9 @@ def server() -> Iterator[Server]:
     running.close()
 
 
-def test_the_server_is_asked_to_unload_with_the_key_that_it_wants(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_server_is_asked_to_unload_with_the_key_that_it_wants(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.ERROR, "paged"):
         leave_server("unload", ServerArguments(server.address, 30, {"key": "secret"}), 0, "m")
     assert server.asked == [("/v2/repository/models/m/unload", "secret")]
@@ -60,19 +62,32 @@ def test_the_server_is_asked_to_unload_with_the_key_that_it_wants(server: Server
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [
-        pytest.param(503, b'{"error":"explicit model load / unload is not allowed"}', "503: explicit model load / unload is not allowed", id="mode none"),
+        pytest.param(
+            503,
+            b'{"error":"explicit model load / unload is not allowed"}',
+            "503: explicit model load / unload is not allowed",
+            id="mode none",
+        ),
         pytest.param(403, b"This API is restricted", "403: This API is restricted", id="restricted"),
     ],
 )
-def test_a_server_that_does_not_unload_is_named_as_the_reason(server: Server, caplog: pytest.LogCaptureFixture, status: int, body: bytes, reason: str) -> None:
+def test_a_server_that_does_not_unload_is_named_as_the_reason(
+    server: Server, caplog: pytest.LogCaptureFixture, status: int, body: bytes, reason: str
+) -> None:
     server.status, server.body = status, body
     with caplog.at_level(logging.ERROR, "paged"):
         leave_server("unload", ServerArguments(server.address, 30), 0, "m")
     assert f"the server does not unload the model ({reason}): it stays loaded" in caplog.text
 
 
-@pytest.mark.parametrize(("http", "reason"), [(None, "it has no HTTP port"), (("127.0.0.1", 1), "ConnectionRefusedError")], ids=["no port", "nobody there"])
-def test_a_server_that_cannot_be_asked_is_no_exception(http: tuple[str, int] | None, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("http", "reason"),
+    [(None, "it has no HTTP port"), (("127.0.0.1", 1), "ConnectionRefusedError")],
+    ids=["no port", "nobody there"],
+)
+def test_a_server_that_cannot_be_asked_is_no_exception(
+    http: tuple[str, int] | None, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.ERROR, "paged"):
         leave_server("unload", ServerArguments(http, 30), 0, "m")
     assert reason in caplog.text

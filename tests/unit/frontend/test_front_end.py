@@ -45,7 +45,15 @@ def test_a_deadline_holds_although_the_engine_says_nothing(front_end: FrontEnd) 
             ended.set()
 
     sampling = SamplingParams(max_tokens=8, request_deadline_seconds=0.1)
-    request = Request(text="silent", input_ids=None, sampling=sampling, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=time.monotonic())
+    request = Request(
+        text="silent",
+        input_ids=None,
+        sampling=sampling,
+        outputs=Outputs(),
+        stream=True,
+        prepend_prompt=False,
+        arrival=time.monotonic(),
+    )
     front_end.ask(request, send, lambda: False)
     assert ended.wait(20)
     ((delta, final),) = heard
@@ -74,8 +82,12 @@ def test_prompts_that_are_still_to_be_read_wait_too(front_end: FrontEnd, monkeyp
     assert all("10 requests are waiting, the limit is 10 (max_queue_size)" in str(error) for error in refusals)
 
 
-def test_a_request_too_many_is_refused_before_its_prompt_is_read(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine says how many wait in memory that it shares; it, the tokenizer and their callers are spared the rest."""
+def test_a_request_too_many_is_refused_before_its_prompt_is_read(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine says how many wait in memory that it shares; it, the tokenizer and their callers are spared the
+    rest.
+    """
     folder = front_end.client._supervisor.engine_folder
     np.array([front_end.config.max_queue_size], np.int64).tofile(folder / QUEUE_FILE)
     front_end.client._supervisor._queue = open_queue(folder / QUEUE_FILE)
@@ -89,7 +101,15 @@ def test_a_request_too_many_is_refused_before_its_prompt_is_read(front_end: Fron
             ended.set()
 
     sampling = SamplingParams(max_tokens=8)
-    request = Request(text="tokens=3", input_ids=None, sampling=sampling, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=time.monotonic())
+    request = Request(
+        text="tokens=3",
+        input_ids=None,
+        sampling=sampling,
+        outputs=Outputs(),
+        stream=True,
+        prepend_prompt=False,
+        arrival=time.monotonic(),
+    )
     front_end.ask(request, send, lambda: False)
     assert ended.wait(20)
     (delta,) = told

@@ -1,4 +1,6 @@
-"""What generation_config.json recommends goes to requests that leave it open, if the operator or the request wants it."""
+"""What generation_config.json recommends goes to requests that leave it open, if the operator or the request wants
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ VALUES = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1
 
 
 def sampling(defaults: GenerationDefaults, parameters: dict[str, Any] | None = None, **options: Any) -> SamplingParams:
-    tensors = {"text_input": np.array([b"a"], np.object_), "sampling_parameters": np.array([json.dumps(options).encode()], np.object_)}
+    tensors = {
+        "text_input": np.array([b"a"], np.object_),
+        "sampling_parameters": np.array([json.dumps(options).encode()], np.object_),
+    }
     return read_request(tensors, json.dumps(parameters or {}), 0.0, defaults).sampling
 
 
@@ -36,7 +41,9 @@ def test_the_requests_own_say_wins_over_the_tunable(on: bool, said: Any) -> None
 
 
 def test_what_a_request_names_is_its_own() -> None:
-    made = sampling(GenerationDefaults(VALUES, on=True), {"top_p": 1.0, "top_k": 5}, temperature=0, top_k=-1, max_tokens=None)
+    made = sampling(
+        GenerationDefaults(VALUES, on=True), {"top_p": 1.0, "top_k": 5}, temperature=0, top_k=-1, max_tokens=None
+    )
     assert made == SamplingParams(**{**VALUES, "temperature": 0.0, "top_k": -1, "top_p": 1.0})
 
 
@@ -73,13 +80,17 @@ def test_values_out_of_range_are_left_out_with_a_warning() -> None:
 @pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 def test_the_engine_tells_front_ends_and_the_log(on: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_checkpoint(tmp_path / "checkpoint", "LlamaForCausalLM", num_hidden_layers=1)
-    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": [7, 9]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": [7, 9]})
+    )
     caplog.set_level(logging.INFO, "paged")
     config = EngineConfig(model=str(folder), device="cpu", num_pages=16, generation_defaults=on)
     _, _, ready = load_engine(config, tmp_path)
     assert ready.sampling == {"temperature": 0.6, "top_k": 20}
     lines = [record.getMessage() for record in caplog.records]
-    assert any(line.endswith(f"(generation_defaults={'on' if on else 'off'}): temperature 0.6, top_k 20") for line in lines)
+    assert any(
+        line.endswith(f"(generation_defaults={'on' if on else 'off'}): temperature 0.6, top_k 20") for line in lines
+    )
     assert any("answers end at 7 (generation_config.json), 9 (generation_config.json)" in line for line in lines)
 
 

@@ -49,10 +49,16 @@ def test_a_line_has_its_time_in_utc_and_the_models_name(lines: io.StringIO) -> N
     logging.getLogger("paged").info("ready")
     found = re.fullmatch(r"paged: (\S+) \[chat\] ready\n", lines.getvalue())
     assert found is not None, lines.getvalue()
-    assert timedelta(0) <= datetime.fromisoformat(found[1].replace("Z", "+00:00")) - before + timedelta(milliseconds=1) < timedelta(seconds=10)
+    assert (
+        timedelta(0)
+        <= datetime.fromisoformat(found[1].replace("Z", "+00:00")) - before + timedelta(milliseconds=1)
+        < timedelta(seconds=10)
+    )
 
 
-@pytest.mark.parametrize("line", ["paged: ready", "E1122 21:19:28.000000 5897 server.cc:241] no", "paged: 2026 [x] y", ""])
+@pytest.mark.parametrize(
+    "line", ["paged: ready", "E1122 21:19:28.000000 5897 server.cc:241] no", "paged: 2026 [x] y", ""]
+)
 def test_lines_of_others_stay_as_they_are(line: str) -> None:
     assert without_stamp(line) == line
 
@@ -74,7 +80,9 @@ def test_an_exception_is_told_by_its_type_and_place_and_not_by_its_text(lines: i
     assert SECRET not in line and "forged" not in line
 
 
-def test_nothing_that_happens_to_a_request_puts_its_prompt_into_the_log(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_that_happens_to_a_request_puts_its_prompt_into_the_log(
+    lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Finished, refused, not tokenised, not sent, not decoded."""
     ended = threading.Event()
 
@@ -108,7 +116,13 @@ def test_nothing_that_happens_to_a_request_puts_its_prompt_into_the_log(lines: i
                 ended.clear()
                 params = SamplingParams(**{"max_tokens": 8, **sampling})  # type: ignore[arg-type]
                 request = Request(
-                    text=f"{SECRET} {words}\n", input_ids=None, sampling=params, outputs=Outputs(), stream=True, prepend_prompt=True, arrival=time.monotonic()
+                    text=f"{SECRET} {words}\n",
+                    input_ids=None,
+                    sampling=params,
+                    outputs=Outputs(),
+                    stream=True,
+                    prepend_prompt=True,
+                    arrival=time.monotonic(),
                 )
                 front_end.ask(request, sender, lambda: False)
                 assert ended.wait(20)

@@ -49,7 +49,8 @@ def test_names_follow_prometheus() -> None:
         assert family.kind is not Kind.HISTOGRAM or family.name.endswith(("_seconds", "_tokens"))
         assert family.kind is not Kind.GAUGE or not family.name.endswith("_total") or family.name == "paged_pages_total"
     counters = {family.name.removesuffix("_total") for family in FAMILIES if family.kind is Kind.COUNTER}
-    assert counters.isdisjoint(family.name for family in FAMILIES if family.kind is not Kind.COUNTER)  # one name to OpenMetrics
+    # one name to OpenMetrics
+    assert counters.isdisjoint(family.name for family in FAMILIES if family.kind is not Kind.COUNTER)
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
 
 
@@ -67,19 +68,40 @@ def test_utilisation_is_live_tokens_per_held_slot() -> None:
 
 def test_page_states_add_up_and_load_balancers_read_the_same() -> None:
     values = gauges(STATS, READY, EngineConfig(max_num_sequences=77))
-    assert sum(values["paged_pages", state] for state in ("free", "held", "cached")) == values["paged_pool_pages", ""] == values["paged_pages_total", ""] == 100
+    assert (
+        sum(values["paged_pages", state] for state in ("free", "held", "cached"))
+        == values["paged_pool_pages", ""]
+        == values["paged_pages_total", ""]
+        == 100
+    )
     pages = "nv_trt_llm_kv_cache_block_metrics"
     assert values[pages, "used"] + values[pages, "free"] == values[pages, "max"] == 100
     assert values[pages, "fraction"] == 0.3
     assert values[pages, "tokens_per"] == 16
-    requests = {value: values["nv_trt_llm_request_metrics", value] for value in ("active", "scheduled", "waiting", "max")}
+    requests = {
+        value: values["nv_trt_llm_request_metrics", value] for value in ("active", "scheduled", "waiting", "max")
+    }
     assert requests == {"active": 7, "scheduled": 5, "waiting": 2, "max": 77}
 
 
 def test_the_engines_totals_become_increments() -> None:
     tally = _tally()
     tally.take_stats(STATS)
-    tally.take_stats(Stats(60, 30, 10, 360, 5, 2, num_preemptions=4, prefix_queries=150, prefix_hits=50, num_steps=12, queue_times=(0.5, 0.25)))
+    tally.take_stats(
+        Stats(
+            60,
+            30,
+            10,
+            360,
+            5,
+            2,
+            num_preemptions=4,
+            prefix_queries=150,
+            prefix_hits=50,
+            num_steps=12,
+            queue_times=(0.5, 0.25),
+        )
+    )
     drained = tally.drain()
     assert drained.increments["paged_preemptions_total", ""] == 4
     assert drained.increments["paged_prefix_cache_queries_total", ""] == 150

@@ -22,8 +22,12 @@ def test_one_kind_of_prompt_is_enough(prompt: str) -> None:
 @pytest.mark.parametrize(
     ("config", "missing"),
     [
-        pytest.param({}, "no input of text_input, input_ids, messages and no output text_output", id="parameters alone"),
-        pytest.param(_config(["stream"], ["text_output"]), "no input of text_input, input_ids, messages, so", id="no prompt"),
+        pytest.param(
+            {}, "no input of text_input, input_ids, messages and no output text_output", id="parameters alone"
+        ),
+        pytest.param(
+            _config(["stream"], ["text_output"]), "no input of text_input, input_ids, messages, so", id="no prompt"
+        ),
         pytest.param(_config(["text_input"], ["output_ids"]), "declares no output text_output, so", id="no text"),
     ],
 )

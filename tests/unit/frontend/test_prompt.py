@@ -24,7 +24,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.param()
 
 
-def _reader(tokenizer: Tokenizer | None, tmp_path: Path, max_model_len: int = 64, max_pool_tokens: int = 1024, **options: object) -> PromptReader:
+def _reader(
+    tokenizer: Tokenizer | None, tmp_path: Path, max_model_len: int = 64, max_pool_tokens: int = 1024, **options: object
+) -> PromptReader:
     path = None
     if tokenizer is not None:
         path = str(tmp_path / "tokenizer.json")
@@ -34,10 +36,22 @@ def _reader(tokenizer: Tokenizer | None, tmp_path: Path, max_model_len: int = 64
     return PromptReader(EngineConfig.parse(options), ready)
 
 
-def _read(reader: PromptReader, text: str | None = None, ids: tuple[int, ...] | None = None, **sampling: object) -> Prompt:
+def _read(
+    reader: PromptReader, text: str | None = None, ids: tuple[int, ...] | None = None, **sampling: object
+) -> Prompt:
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     input_ids = None if ids is None else np.array(ids, np.int64)
-    return reader.read(Request(text=text, input_ids=input_ids, sampling=params, outputs=Outputs(), stream=True, prepend_prompt=False, arrival=0.0))
+    return reader.read(
+        Request(
+            text=text,
+            input_ids=input_ids,
+            sampling=params,
+            outputs=Outputs(),
+            stream=True,
+            prepend_prompt=False,
+            arrival=0.0,
+        )
+    )
 
 
 def test_text_is_tokenised_with_the_models_special_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -64,7 +78,10 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**31 - 1])
 def test_an_unknown_token_id_is_named(tokenizer: Tokenizer, tmp_path: Path, bad: int) -> None:
-    with pytest.raises(RequestError, match=f"input_ids: {bad} is not a token of this model; its ids are 0 to {tokenizer.get_vocab_size() - 1}"):
+    with pytest.raises(
+        RequestError,
+        match=f"input_ids: {bad} is not a token of this model; its ids are 0 to {tokenizer.get_vocab_size() - 1}",
+    ):
         _read(_reader(tokenizer, tmp_path), ids=(5, bad))
 
 
@@ -76,7 +93,9 @@ def test_a_bias_of_an_unknown_token_is_refused(tmp_path: Path) -> None:
 
 
 def test_routers_are_told_pages_of_tokens_even_where_a_page_is_of_one_kv_group() -> None:
-    reader = PromptReader(EngineConfig.parse({}), Ready(None, 1000, 64, max_pool_tokens=1024, page_size=16, num_pages=3 * 64 + 1))
+    reader = PromptReader(
+        EngineConfig.parse({}), Ready(None, 1000, 64, max_pool_tokens=1024, page_size=16, num_pages=3 * 64 + 1)
+    )
     assert describe(reader, EngineConfig.parse({}))["num_pages"] == 64
 
 
@@ -91,10 +110,14 @@ def _reader_with_added_tokens(tokenizer: Tokenizer, tmp_path: Path) -> PromptRea
 
 
 @pytest.mark.parametrize(("token", "offset"), [("<pad>", 0), ("<added>", 1)])
-def test_a_token_of_the_text_that_the_model_has_no_embedding_of_is_named(tokenizer: Tokenizer, tmp_path: Path, token: str, offset: int) -> None:
+def test_a_token_of_the_text_that_the_model_has_no_embedding_of_is_named(
+    tokenizer: Tokenizer, tmp_path: Path, token: str, offset: int
+) -> None:
     last = tokenizer.get_vocab_size() - 1
     reader = _reader_with_added_tokens(tokenizer, tmp_path)
-    named = rf"text_input: the text has the token '{token}' \(id {last + 1 + offset}\), which .*; its ids are 0 to {last}"
+    named = (
+        rf"text_input: the text has the token '{token}' \(id {last + 1 + offset}\), which .*; its ids are 0 to {last}"
+    )
     with pytest.raises(RequestError, match=named):
         _read(reader, f"the {token} answer")
     assert len(_read(reader, "the answer").token_ids)
@@ -108,14 +131,20 @@ def test_parts_of_a_chat_are_bounded_by_the_vocabulary_too(tokenizer: Tokenizer,
 
 def test_the_tokens_without_an_embedding_are_known_at_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     vocab_size = tokenizer.get_vocab_size()
-    assert _reader_with_added_tokens(tokenizer, tmp_path).unknown_tokens() == {"<pad>": vocab_size, "<added>": vocab_size + 1}
+    assert _reader_with_added_tokens(tokenizer, tmp_path).unknown_tokens() == {
+        "<pad>": vocab_size,
+        "<added>": vocab_size + 1,
+    }
     assert _reader(byte_level(), tmp_path).unknown_tokens() == {}
     assert _reader(None, tmp_path).unknown_tokens() == {}
 
 
 def test_a_bad_word_of_a_token_that_is_never_chosen_bans_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     reader = _reader_with_added_tokens(tokenizer, tmp_path)
-    assert all(max(word) <= tokenizer.get_vocab_size() - 3 for word in _read(reader, "the", bad_words=("<added>", "a")).bad_words)
+    assert all(
+        max(word) <= tokenizer.get_vocab_size() - 3
+        for word in _read(reader, "the", bad_words=("<added>", "a")).bad_words
+    )
 
 
 def test_a_stop_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -157,7 +186,9 @@ def test_a_prompt_is_cut_to_its_last_tokens_if_the_caller_says_so(tmp_path: Path
         with pytest.raises(RequestError, match=r"the longest this model takes is 63 \(max_model_len"):
             _read(reader, ids=ids, truncate_prompt_tokens=truncate)
     else:
-        assert _read(reader, ids=ids, truncate_prompt_tokens=truncate).token_ids.tolist() == list(range(200 - kept, 200))
+        assert _read(reader, ids=ids, truncate_prompt_tokens=truncate).token_ids.tolist() == list(
+            range(200 - kept, 200)
+        )
 
 
 def test_a_prompt_shorter_than_the_cut_stays_whole(tmp_path: Path) -> None:
@@ -172,7 +203,10 @@ def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("answer_ids", "message"),
-    [([5, 6, 7], "answer_ids: 3 tokens are all that the answer may have: max_tokens is 3"), ([10**6], "answer_ids: 1000000 is not a token of this model")],
+    [
+        ([5, 6, 7], "answer_ids: 3 tokens are all that the answer may have: max_tokens is 3"),
+        ([10**6], "answer_ids: 1000000 is not a token of this model"),
+    ],
     ids=["nothing is left to say", "no token"],
 )
 def test_an_answer_that_cannot_go_on_is_refused(tmp_path: Path, answer_ids: list[int], message: str) -> None:
@@ -187,7 +221,14 @@ def test_an_answers_first_tokens_are_no_part_of_the_prompt(tmp_path: Path) -> No
 
 
 def _continued(reader: PromptReader, answer_ids: list[int]) -> Prompt:
-    asked = {"text": None, "sampling": SamplingParams(max_tokens=3), "outputs": Outputs(), "stream": True, "prepend_prompt": False, "arrival": 0.0}
+    asked = {
+        "text": None,
+        "sampling": SamplingParams(max_tokens=3),
+        "outputs": Outputs(),
+        "stream": True,
+        "prepend_prompt": False,
+        "arrival": 0.0,
+    }
     return reader.read(Request(input_ids=np.array([3, 4]), answer_ids=np.array(answer_ids), **asked))  # type: ignore[arg-type]
 
 
@@ -195,12 +236,16 @@ def test_max_tokens_has_a_default_and_a_limit(tmp_path: Path) -> None:
     reader = _reader(None, tmp_path, max_model_len=64, default_max_tokens=7)
     assert _read(reader, ids=(1,)).sampling.max_tokens == 7
     assert _read(reader, ids=(1,), max_tokens=64).sampling.max_tokens == 63
-    with pytest.raises(RequestError, match=r"max_tokens: 65 is more than this model's longest sequence \(max_model_len 64\)"):
+    with pytest.raises(
+        RequestError, match=r"max_tokens: 65 is more than this model's longest sequence \(max_model_len 64\)"
+    ):
         _read(reader, ids=(1,), max_tokens=65)
 
 
 def test_a_default_longer_than_the_model_is_no_error(tmp_path: Path) -> None:
-    assert _read(_reader(None, tmp_path, max_model_len=64, default_max_tokens=500), ids=(1, 2)).sampling.max_tokens == 62
+    assert (
+        _read(_reader(None, tmp_path, max_model_len=64, default_max_tokens=500), ids=(1, 2)).sampling.max_tokens == 62
+    )
 
 
 def test_bad_words_are_banned_with_and_without_a_space_before_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -252,13 +297,22 @@ def test_tokenisation_does_not_stop_other_threads(tmp_path: Path) -> None:
         time.sleep(0.001)
         num_turns += 1
     reader.close()
-    assert num_turns > 20  # a second or more of tokenisation that kept the interpreter to itself would leave two or three
+    # a second or more of tokenisation that kept the interpreter to itself would leave two or three
+    assert num_turns > 20
 
 
 def test_the_prompts_text_can_be_had_from_its_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     reader = _reader(tokenizer, tmp_path)
     ids = np.array(tokenizer.encode("the question").ids)
-    request = Request(text=None, input_ids=ids, sampling=SamplingParams(), outputs=Outputs(), stream=False, prepend_prompt=True, arrival=0.0)
+    request = Request(
+        text=None,
+        input_ids=ids,
+        sampling=SamplingParams(),
+        outputs=Outputs(),
+        stream=False,
+        prepend_prompt=True,
+        arrival=0.0,
+    )
     assert reader.text_of(request) == "the question"
 
 
@@ -266,7 +320,9 @@ def test_a_stop_string_that_is_a_special_token_is_a_stop_id(tokenizer: Tokenizer
     reader = _reader(tokenizer, tmp_path)
     eos = tokenizer.token_to_id("</s>")
     assert _read(reader, "the", stop=("</s>", "x"), stop_token_ids=(5,)).sampling.stop_token_ids == (5, eos)
-    assert _read(reader, "the", stop=("</s>",), skip_special_tokens=False).sampling.stop_token_ids == (), "its text is seen"
+    assert _read(reader, "the", stop=("</s>",), skip_special_tokens=False).sampling.stop_token_ids == (), (
+        "its text is seen"
+    )
     assert _read(reader, "the", stop=("x</s>",)).sampling.stop_token_ids == ()
 
 

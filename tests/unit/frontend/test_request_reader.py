@@ -27,7 +27,9 @@ def _tensors(**values: object) -> dict[str, np.ndarray]:
         elif name in dtypes:
             tensors[name] = np.array(items, dtypes[name])
         else:
-            tensors[name] = np.array([item.encode() if isinstance(item, str) else item for item in items] + [None], np.object_)[:-1]
+            tensors[name] = np.array(
+                [item.encode() if isinstance(item, str) else item for item in items] + [None], np.object_
+            )[:-1]
     return tensors
 
 
@@ -43,7 +45,13 @@ def _refused(message: str, parameters: dict[str, object] | None = None, **values
 
 def test_a_bare_prompt_gets_defaults() -> None:
     request = _read()
-    assert (request.text, request.input_ids, request.stream, request.prepend_prompt, request.arrival) == ("hello", None, False, True, 12.5)
+    assert (request.text, request.input_ids, request.stream, request.prepend_prompt, request.arrival) == (
+        "hello",
+        None,
+        False,
+        True,
+        12.5,
+    )
     assert request.outputs == Outputs()
     assert request.sampling.max_tokens is None
 
@@ -119,10 +127,21 @@ def test_the_prompt_is_part_of_the_answer_unless_streamed_or_excluded() -> None:
 
 
 def test_the_servers_own_parameters_are_no_business_of_ours() -> None:
-    _read({"priority": 3, "timeout": 5, "sequence_id": 1, "sequence_start": True, "sequence_end": False, "triton_enable_empty_final_response": True})
+    _read(
+        {
+            "priority": 3,
+            "timeout": 5,
+            "sequence_id": 1,
+            "sequence_start": True,
+            "sequence_end": False,
+            "triton_enable_empty_final_response": True,
+        }
+    )
 
 
-@pytest.mark.parametrize(("parameters", "name"), [('{"id": "a"}', "a"), ('{"id": 7}', "7"), ('{"min_p": 0}', ""), ("", "")])
+@pytest.mark.parametrize(
+    ("parameters", "name"), [('{"id": "a"}', "a"), ('{"id": 7}', "7"), ('{"min_p": 0}', ""), ("", "")]
+)
 def test_a_generate_bodys_id_is_the_requests(parameters: str, name: str) -> None:
     assert id_parameter(parameters) == name
 
@@ -146,11 +165,27 @@ def test_the_cache_salt_is_a_request_parameter() -> None:
         ("stop_words: not valid UTF-8 at byte 0", {}, {"stop_words": [b"\xff"]}),
         ("sampling_parameters: not valid JSON", {}, {"sampling_parameters": "{"}),
         ("sampling_parameters: not valid JSON", {}, {"sampling_parameters": b'{"stop": "\xff"}'}),
-        ("sampling_parameters: not valid JSON at 'temperature': ", {}, {"sampling_parameters": '{"top_k": 1, "temperature": NaN}'}),
-        ("sampling_parameters: not valid JSON at 'top_p': ", {}, {"sampling_parameters": '{"top_p":-Infinity, "stop": "a"}'}),
+        (
+            "sampling_parameters: not valid JSON at 'temperature': ",
+            {},
+            {"sampling_parameters": '{"top_k": 1, "temperature": NaN}'},
+        ),
+        (
+            "sampling_parameters: not valid JSON at 'top_p': ",
+            {},
+            {"sampling_parameters": '{"top_p":-Infinity, "stop": "a"}'},
+        ),
         ("sampling_parameters: expected a JSON object", {}, {"sampling_parameters": "[1]"}),
-        ("sampling_parameters: the JSON is nested too deeply", {}, {"sampling_parameters": '{"stop":' + "[" * 10_000 + "]" * 10_000 + "}"}),
-        ("sampling_parameters: .* bytes of JSON", {}, {"sampling_parameters": '{"stop": "' + "x" * MAX_JSON_BYTES + '"}'}),
+        (
+            "sampling_parameters: the JSON is nested too deeply",
+            {},
+            {"sampling_parameters": '{"stop":' + "[" * 10_000 + "]" * 10_000 + "}"},
+        ),
+        (
+            "sampling_parameters: .* bytes of JSON",
+            {},
+            {"sampling_parameters": '{"stop": "' + "x" * MAX_JSON_BYTES + '"}'},
+        ),
         ("temperature: nan is not a finite number", {}, {"temperature": float("nan")}),
         ("temperature: inf is not a finite number", {}, {"temperature": float("inf")}),
         ("temperature", {}, {"temperature": -1.0}),
@@ -162,7 +197,11 @@ def test_the_cache_salt_is_a_request_parameter() -> None:
         ("stop_words: 100000 strings; the most allowed is", {}, {"stop_words": ["x"] * 100_000}),
         ("stop: .*100000 entries", {}, {"sampling_parameters": json.dumps({"stop": ["x"] * 100_000})}),
         ("answer_ids: only with one sequence", {}, {"sampling_parameters": '{"n": 2}', "answer_ids": [5]}),
-        ("answer_ids: only with one sequence", {}, {"sampling_parameters": '{"use_beam_search": true, "beam_width": 2}', "answer_ids": [5]}),
+        (
+            "answer_ids: only with one sequence",
+            {},
+            {"sampling_parameters": '{"use_beam_search": true, "beam_width": 2}', "answer_ids": [5]},
+        ),
         (r"answer_ids: expected a list of integers, got shape \[1, 1\]", {}, {"answer_ids": [[5]]}),
         ("n: ", {}, {"sampling_parameters": '{"n": 65}'}),
         ("best_of: ", {}, {"sampling_parameters": '{"best_of": 3}', "stream": True}),
@@ -170,7 +209,9 @@ def test_the_cache_salt_is_a_request_parameter() -> None:
         ("stream: expected true or false, got '2'", {"stream": 2}, {}),
     ],
 )
-def test_a_wrong_request_is_refused_by_name(message: str, parameters: dict[str, object], tensors: dict[str, object]) -> None:
+def test_a_wrong_request_is_refused_by_name(
+    message: str, parameters: dict[str, object], tensors: dict[str, object]
+) -> None:
     _refused(message, parameters, **tensors)
 
 
@@ -185,7 +226,10 @@ def test_token_ids_must_be_a_list() -> None:
 
 
 def test_error_messages_stay_short_whatever_was_sent() -> None:
-    for tensors in ({"sampling_parameters": json.dumps({"k" * 100_000: 1})}, {"sampling_parameters": json.dumps({"max_tokens": "9" * 100_000})}):
+    for tensors in (
+        {"sampling_parameters": json.dumps({"k" * 100_000: 1})},
+        {"sampling_parameters": json.dumps({"max_tokens": "9" * 100_000})},
+    ):
         with pytest.raises(RequestError) as caught:
             _read(**tensors)
         assert len(str(caught.value)) < 1000
@@ -193,7 +237,9 @@ def test_error_messages_stay_short_whatever_was_sent() -> None:
 
 @given(
     text=st.binary(max_size=60)
-    | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5).map(lambda value: json.dumps(value).encode())
+    | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5).map(
+        lambda value: json.dumps(value).encode()
+    )
 )
 def test_whatever_stands_in_sampling_parameters_is_read_or_refused(text: bytes) -> None:
     with contextlib.suppress(RequestError):
@@ -226,7 +272,12 @@ def test_a_task_that_needs_no_engine_is_read_without_its_options() -> None:
     assert _read(task="generate", stream=True).task == "generate"
     tokenize = _read({"return_error_code": True}, task="tokenize", sampling_parameters='{"add_special_tokens": false}')
     assert tokenize.sampling.add_special_tokens is False
-    assert (tokenize.task, tokenize.text, tokenize.outputs.output_ids, tokenize.outputs.error_code) == ("tokenize", "hello", True, True)
+    assert (tokenize.task, tokenize.text, tokenize.outputs.output_ids, tokenize.outputs.error_code) == (
+        "tokenize",
+        "hello",
+        True,
+        True,
+    )
     assert read_request(_tensors(task="describe"), "", 0.0).task == "describe"
     ids = read_request(_tensors(task="detokenize", input_ids=[5, 6]), "", 0.0).input_ids
     assert ids is not None and ids.tolist() == [5, 6]
@@ -237,12 +288,25 @@ def test_a_task_that_needs_no_engine_is_read_without_its_options() -> None:
 
 
 def test_an_embedding_is_asked_for_with_a_task_and_its_own_keys() -> None:
-    asked = _read({"normalize": False}, task="embed", stream=True, sampling_parameters='{"pooling": "mean", "dimensions": "8", "lora_name": "french"}')
+    asked = _read(
+        {"normalize": False},
+        task="embed",
+        stream=True,
+        sampling_parameters='{"pooling": "mean", "dimensions": "8", "lora_name": "french"}',
+    )
     sampling = asked.sampling
     assert (asked.task, asked.text, asked.stream, asked.embedding_as_text) == ("embed", "hello", False, False)
-    assert (sampling.pooling, sampling.dimensions, sampling.normalize, sampling.lora_name, sampling.max_tokens) == ("mean", 8, False, "french", 1)
+    assert (sampling.pooling, sampling.dimensions, sampling.normalize, sampling.lora_name, sampling.max_tokens) == (
+        "mean",
+        8,
+        False,
+        "french",
+        1,
+    )
     defaults = GenerationDefaults({"temperature": 0.6}, True)
-    assert read_request(_tensors(task="embed", text_input="x"), "", 0.0, defaults).sampling.greedy, "what is recommended for text is nothing to it"
+    assert read_request(_tensors(task="embed", text_input="x"), "", 0.0, defaults).sampling.greedy, (
+        "what is recommended for text is nothing to it"
+    )
     for refused in ("n", "temperature", "guided_regex", "prompt_logprobs", "use_beam_search"):
         _refused(f"{refused}: not with task embed", task="embed", sampling_parameters=json.dumps({refused: 1}))
     for key, value in {"pooling": "mean", "dimensions": 8, "normalize": True}.items():

@@ -109,13 +109,19 @@ def test_a_port_that_was_never_open_says_nothing() -> None:
     [
         ([], ("127.0.0.1", 8000), 30),
         (["tritonserver", "--http-port=81", "--exit-timeout-secs=9"], ("127.0.0.1", 81), 9),
-        (["tritonserver", "--http-port", "81", "--http-address", "10.0.0.1", "--exit-timeout-secs", "60"], ("10.0.0.1", 81), 60),
+        (
+            ["tritonserver", "--http-port", "81", "--http-address", "10.0.0.1", "--exit-timeout-secs", "60"],
+            ("10.0.0.1", 81),
+            60,
+        ),
         (["tritonserver", "--http-address=0.0.0.0", "--allow-http=true", "--http-port=x"], ("127.0.0.1", 8000), 30),
         (["tritonserver", "--allow-http=False"], None, 30),
         (["tritonserver", "--allow-grpc", "--http-port=82"], ("127.0.0.1", 82), 30),
     ],
 )
-def test_the_servers_command_line_is_understood(command: list[str], http: tuple[str, int] | None, exit_seconds: int) -> None:
+def test_the_servers_command_line_is_understood(
+    command: list[str], http: tuple[str, int] | None, exit_seconds: int
+) -> None:
     assert ServerArguments.parse(command) == ServerArguments(http, exit_seconds)
 
 
@@ -124,10 +130,17 @@ def test_the_servers_command_line_is_understood(command: list[str], http: tuple[
     [(30, 1, 20), (30, 8, 15.4), (30, 20, 10), (12, 2, 4.6), (3, 1, 1)],
     ids=["two thirds at most", "many instances", "a third at least", "a short timeout", "one too short"],
 )
-def test_what_is_left_of_the_exit_timeout_is_enough_to_unload(exit_seconds: int, num_instances: int, drain_seconds: float) -> None:
+def test_what_is_left_of_the_exit_timeout_is_enough_to_unload(
+    exit_seconds: int, num_instances: int, drain_seconds: float
+) -> None:
     assert ServerArguments(None, exit_seconds).drain_seconds(num_instances) == pytest.approx(drain_seconds)
 
 
 def test_the_key_of_the_model_control_api_is_read_from_the_command_line() -> None:
-    command = ["tritonserver", "--http-restricted-api=health,model-repository:key=a=b", "--http-restricted-api", "metadata:other=x"]
+    command = [
+        "tritonserver",
+        "--http-restricted-api=health,model-repository:key=a=b",
+        "--http-restricted-api",
+        "metadata:other=x",
+    ]
     assert ServerArguments.parse(command).control_headers == {"key": "a=b"}

@@ -1,4 +1,6 @@
-"""A request as spans: their times, their names by the semantic conventions, whose children they are; and that no text is in them."""
+"""A request as spans: their times, their names by the semantic conventions, whose children they are; and that no text
+is in them.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,31 @@ NORMAL = Times(1.0, 1.1, 1.2, 1.5, 2.5, 2.6)
 
 
 def request(**given: object) -> Request:
-    asked = {"text": SECRET, "input_ids": None, "sampling": SamplingParams(), "outputs": Outputs(), "stream": True, "prepend_prompt": False, "arrival": 1.0}
+    asked = {
+        "text": SECRET,
+        "input_ids": None,
+        "sampling": SamplingParams(),
+        "outputs": Outputs(),
+        "stream": True,
+        "prepend_prompt": False,
+        "arrival": 1.0,
+    }
     return Request(**{**asked, **given})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("times", "expected"),
     [
-        (NORMAL, [("tokenize", 1.0, 1.1), ("queue", 1.1, 1.2), ("prefill", 1.2, 1.5), ("decode", 1.5, 2.5), ("send", 2.5, 2.6)]),
+        (
+            NORMAL,
+            [
+                ("tokenize", 1.0, 1.1),
+                ("queue", 1.1, 1.2),
+                ("prefill", 1.2, 1.5),
+                ("decode", 1.5, 2.5),
+                ("send", 2.5, 2.6),
+            ],
+        ),
         (Times(1.0, None, None, None, None, 1.3), [("tokenize", 1.0, 1.3)]),
         (Times(1.0, 1.1, None, None, None, 9.0), [("tokenize", 1.0, 1.1), ("queue", 1.1, 9.0)]),
         (Times(1.0, 1.1, None, 1.5, 2.5, 2.6), [("tokenize", 1.0, 1.1), ("decode", 1.5, 2.5), ("send", 2.5, 2.6)]),
@@ -60,12 +79,26 @@ def recorded(asked: Request, outcome: Outcome, times: Times = NORMAL) -> list:
 
 
 def test_attributes_are_those_of_the_conventions() -> None:
-    sampling = SamplingParams(max_tokens=9, temperature=0.5, top_p=0.9, top_k=3, seed=2**64 - 1, frequency_penalty=0.1, presence_penalty=0.2, stop=(SECRET,))
+    sampling = SamplingParams(
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=3,
+        seed=2**64 - 1,
+        frequency_penalty=0.1,
+        presence_penalty=0.2,
+        stop=(SECRET,),
+    )
     *_, whole = recorded(request(sampling=sampling, caller_id="mine"), Outcome("length", ["length"], 5, 3, 9))
     known = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")}
     assert set(whole.attributes) <= known
     said = {name.removeprefix("gen_ai."): value for name, value in whole.attributes.items()}
-    assert said["request.seed"] == -1 and said["request.max_tokens"] == 9 and said["request.choice.count"] == 1 and said["response.id"] == "mine"
+    assert (
+        said["request.seed"] == -1
+        and said["request.max_tokens"] == 9
+        and said["request.choice.count"] == 1
+        and said["response.id"] == "mine"
+    )
     assert (said["usage.input_tokens"], said["usage.cache_read.input_tokens"], said["usage.output_tokens"]) == (5, 3, 9)
     assert said["response.finish_reasons"] == ("length",) and said["response.time_to_first_chunk"] == pytest.approx(0.5)
     assert whole.name == "text_completion llm" and whole.status.is_unset and SECRET not in str(whole.to_json())
@@ -73,7 +106,10 @@ def test_attributes_are_those_of_the_conventions() -> None:
 
 def test_a_chat_with_an_adapter_and_an_error_are_named() -> None:
     chat = Chat(messages="[]")
-    *_, whole = recorded(request(text=None, chat=chat, sampling=SamplingParams(lora_name="\ud800x" * 99)), Outcome("overloaded", [], 0, 0, 0))
+    *_, whole = recorded(
+        request(text=None, chat=chat, sampling=SamplingParams(lora_name="\ud800x" * 99)),
+        Outcome("overloaded", [], 0, 0, 0),
+    )
     assert whole.name.startswith("chat llm:?x?x") and len(whole.name) < 80
     assert not whole.status.is_ok and whole.attributes["error.type"] == "overloaded"
 
@@ -100,11 +136,17 @@ def test_a_front_end_tells_a_collector_of_its_requests_and_of_no_text(monkeypatc
 
     with tempfile.TemporaryDirectory(dir="/tmp") as name, collector() as seen:
         monkeypatch.setattr(tempfile, "tempdir", name)
-        front_end = FrontEnd(EngineConfig(model="fake", otlp_traces_endpoint=seen.url), uuid.uuid4().hex, 1, COMMAND, model_name="llm")
+        front_end = FrontEnd(
+            EngineConfig(model="fake", otlp_traces_endpoint=seen.url), uuid.uuid4().hex, 1, COMMAND, model_name="llm"
+        )
         for text in (f"{SECRET} tokens=4 delay=0.02", f"{SECRET} error"):
             ended.clear()
             sampling = SamplingParams(max_tokens=8, stop=(SECRET * 2,))
-            front_end.ask(request(text=text, sampling=sampling, arrival=time.monotonic(), trace={"traceparent": PARENT}), send, lambda: False)
+            front_end.ask(
+                request(text=text, sampling=sampling, arrival=time.monotonic(), trace={"traceparent": PARENT}),
+                send,
+                lambda: False,
+            )
             assert ended.wait(20)
         front_end.close(5)
         spans = seen.wait(8)
@@ -117,5 +159,9 @@ def test_a_front_end_tells_a_collector_of_its_requests_and_of_no_text(monkeypatc
     assert failed.failed and not answered.failed and failed.attributes["error.type"] == "overloaded"
     inside = {name: next(span for span in by_name[name] if span.parent_id == answered.span_id) for name in PHASES}
     assert all(inside[one].end == pytest.approx(inside[other].start, abs=1e-5) for one, other in pairwise(PHASES))
-    assert inside["decode"].end - inside["decode"].start >= 0.05 and answered.start <= inside["tokenize"].start and inside["send"].end <= answered.end + 1e-5
+    assert (
+        inside["decode"].end - inside["decode"].start >= 0.05
+        and answered.start <= inside["tokenize"].start
+        and inside["send"].end <= answered.end + 1e-5
+    )
     assert sorted(span.name for span in spans if span.parent_id == failed.span_id) == ["queue", "tokenize"]

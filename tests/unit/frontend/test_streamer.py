@@ -61,8 +61,14 @@ def _open(streamer: Streamer, client: Client, stream: bool = True, eager: bool =
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), delay=st.sampled_from([0.0, 0.0005]), num_senders=st.integers(1, 6))
-def test_every_request_gets_its_pieces_once_in_order_and_one_final(lengths: list[int], delay: float, num_senders: int) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    delay=st.sampled_from([0.0, 0.0005]),
+    num_senders=st.integers(1, 6),
+)
+def test_every_request_gets_its_pieces_once_in_order_and_one_final(
+    lengths: list[int], delay: float, num_senders: int
+) -> None:
     clients = [Client(delay) for _ in lengths]
     with closing(Streamer(0.001, num_senders)) as streamer:
         channels = [_open(streamer, client) for client in clients]
@@ -70,7 +76,10 @@ def test_every_request_gets_its_pieces_once_in_order_and_one_final(lengths: list
             for channel, length in zip(channels, lengths, strict=True):
                 if piece < length:
                     last = piece == length - 1
-                    streamer.put(channel, Delta(text=f"{piece} ", token_ids=(piece,), finish_reason="stop" if last else None, last=last))
+                    streamer.put(
+                        channel,
+                        Delta(text=f"{piece} ", token_ids=(piece,), finish_reason="stop" if last else None, last=last),
+                    )
         assert streamer.wait_until_all_ended(10)
     for client, length in zip(clients, lengths, strict=True):
         assert client.text == "".join(f"{piece} " for piece in range(length))
@@ -105,7 +114,9 @@ def test_an_unstreamed_answer_is_one_response(streamer: Streamer) -> None:
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["text-only", "eager"])
-def test_a_piece_without_text_is_worth_a_response_only_if_its_tokens_are_wanted(streamer: Streamer, eager: bool) -> None:
+def test_a_piece_without_text_is_worth_a_response_only_if_its_tokens_are_wanted(
+    streamer: Streamer, eager: bool
+) -> None:
     client = Client()
     channel = _open(streamer, client, eager=eager)
     streamer.put(channel, Delta(token_ids=(1,)))
@@ -195,7 +206,9 @@ def test_an_error_is_sent_after_the_text_before_it(streamer: Streamer) -> None:
     assert client.finals == [False, False, True]
 
 
-def _slowed(send: Callable[[Delta, bool], None], started: threading.Event, go_on: threading.Event) -> Callable[[Delta, bool], None]:
+def _slowed(
+    send: Callable[[Delta, bool], None], started: threading.Event, go_on: threading.Event
+) -> Callable[[Delta, bool], None]:
     def slowed(delta: Delta, final: bool) -> None:
         started.set()
         assert go_on.wait(5)
@@ -269,9 +282,22 @@ def test_close_sends_what_is_in_line() -> None:
 
 
 def test_joined_pieces_keep_every_token_and_the_last_totals() -> None:
-    first = Delta(text="a", token_ids=(1,), logprobs=({1: -1.0},), cumulative_logprob=-1.0, num_input_tokens=7, num_cached_tokens=3)
+    first = Delta(
+        text="a",
+        token_ids=(1,),
+        logprobs=({1: -1.0},),
+        cumulative_logprob=-1.0,
+        num_input_tokens=7,
+        num_cached_tokens=3,
+    )
     second = Delta(
-        text="b", token_ids=(2, 3), logprobs=({2: -2.0}, {3: -0.5}), cumulative_logprob=-3.5, num_input_tokens=7, num_cached_tokens=3, finish_reason="stop"
+        text="b",
+        token_ids=(2, 3),
+        logprobs=({2: -2.0}, {3: -0.5}),
+        cumulative_logprob=-3.5,
+        num_input_tokens=7,
+        num_cached_tokens=3,
+        finish_reason="stop",
     )
     assert joined([first, second]) == Delta(
         text="ab",
@@ -310,4 +336,6 @@ def test_pieces_of_several_sequences_go_in_one_response_each_joined(streamer: St
 
 
 def test_one_sequences_pieces_are_one_delta() -> None:
-    assert by_sequence([Delta(index=3, text="a"), Delta(index=3, text="b", last=True)]) == (Delta(index=3, text="ab", last=True),)
+    assert by_sequence([Delta(index=3, text="a"), Delta(index=3, text="b", last=True)]) == (
+        Delta(index=3, text="ab", last=True),
+    )

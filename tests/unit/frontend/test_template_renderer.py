@@ -42,7 +42,13 @@ def renderer() -> Iterator[TemplateRenderer]:
 def rendering(template: str, content: str = "hi", max_bytes: int = 10**6) -> Rendering:
     messages: list[Any] = [{"role": "user", "content": content}]
     return Rendering(
-        template=template, messages=messages, tools=None, add_generation_prompt=True, continue_final_message=False, variables={}, max_bytes=max_bytes
+        template=template,
+        messages=messages,
+        tools=None,
+        add_generation_prompt=True,
+        continue_final_message=False,
+        variables={},
+        max_bytes=max_bytes,
     )
 
 
@@ -52,7 +58,9 @@ def test_the_text_is_what_transformers_makes_here(renderer: TemplateRenderer) ->
     assert renderer.render(rendering("{{ raise_exception('alternate!') }}")).error == "alternate!"
 
 
-def test_an_endless_template_is_ended_and_the_next_one_is_rendered(renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_template_is_ended_and_the_next_one_is_rendered(
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     renderer.warm()
     monkeypatch.setattr(template_renderer, "RENDER_SECONDS", 1.0)
     begun = time.monotonic()
@@ -69,7 +77,10 @@ def test_a_template_that_wants_too_much_memory_is_refused(renderer: TemplateRend
 
 
 def test_a_text_that_is_too_long_is_refused_where_it_was_made(renderer: TemplateRenderer) -> None:
-    assert renderer.render(rendering("{{ 'é' * 501 }}", max_bytes=1000)).error == "it makes a text of 1002 bytes of them; the longest allowed is 1000"
+    assert (
+        renderer.render(rendering("{{ 'é' * 501 }}", max_bytes=1000)).error
+        == "it makes a text of 1002 bytes of them; the longest allowed is 1000"
+    )
     assert renderer.render(rendering("{{ 'é' * 500 }}", max_bytes=1000)).text == "é" * 500
 
 
@@ -83,7 +94,9 @@ def test_a_process_that_was_killed_is_replaced_and_torch_is_not_imported(rendere
     assert renderer.render(rendering(CHATML)).text
 
 
-def test_a_process_killed_while_it_renders_is_replaced_and_asked_again(renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_killed_while_it_renders_is_replaced_and_asked_again(
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     renderer.warm()
     killed: list[int] = []
     send = template_renderer.send
@@ -99,7 +112,9 @@ def test_a_process_killed_while_it_renders_is_replaced_and_asked_again(renderer:
     for deaths in (1, 2):
         killed.clear()
         answer = renderer.render(rendering(CHATML))
-        assert (bool(answer.text), answer.error) == ((True, "") if deaths == 1 else (False, "the process that rendered it died"))
+        assert (bool(answer.text), answer.error) == (
+            (True, "") if deaths == 1 else (False, "the process that rendered it died")
+        )
         assert len(set(killed)) == deaths
 
 

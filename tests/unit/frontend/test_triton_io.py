@@ -122,7 +122,9 @@ class FakeSender:
 
     @property
     def text(self) -> str:
-        return b"".join(response.tensors["text_output"][0] for response, _ in self.responses if response.error is None).decode()
+        return b"".join(
+            response.tensors["text_output"][0] for response, _ in self.responses if response.error is None
+        ).decode()
 
     @property
     def error(self) -> FakeError | None:
@@ -134,7 +136,11 @@ class FakeRequest:
         self._parameters = parameters
         self._tensors = []
         for name, value in values.items():
-            array = np.array([value]) if isinstance(value, bool) else np.array([value.encode() if isinstance(value, str) else value], np.object_)
+            array = (
+                np.array([value])
+                if isinstance(value, bool)
+                else np.array([value.encode() if isinstance(value, str) else value], np.object_)
+            )
             self._tensors.append(FakeTensor(name, array))
         self.sender = FakeSender()
         self.caller_id = ""
@@ -177,9 +183,19 @@ def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 def _arguments(**options: str) -> dict[str, str]:
     parameters = {name: {"string_value": value} for name, value in {"model": "fake", **options}.items()}
     groups = [{"count": 1, "kind": "KIND_MODEL", "gpus": []}]
-    tensors = {"input": [{"name": "text_input"}], "output": [{"name": "text_output"}], "model_transaction_policy": {"decoupled": True}}
+    tensors = {
+        "input": [{"name": "text_input"}],
+        "output": [{"name": "text_output"}],
+        "model_transaction_policy": {"decoupled": True},
+    }
     config = json.dumps({"parameters": parameters, "instance_group": groups, **tensors})
-    return {"model_config": config, "model_name": "m", "model_instance_name": "m_0_0", "model_version": "1", "model_repository": "/r"}
+    return {
+        "model_config": config,
+        "model_name": "m",
+        "model_instance_name": "m_0_0",
+        "model_version": "1",
+        "model_repository": "/r",
+    }
 
 
 @pytest.fixture
@@ -208,7 +224,9 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 
 def _series(family: str, **labels: str) -> FakeMetric:
-    (metric,) = [metric for metric in FakeFamily.created[family] if metric.labels == {"model": "m", "version": "1", **labels}]
+    (metric,) = [
+        metric for metric in FakeFamily.created[family] if metric.labels == {"model": "m", "version": "1", **labels}
+    ]
     return metric
 
 
@@ -273,7 +291,9 @@ def spelled(token_id: int) -> bytes:
     return b"\xf0\x9f" if token_id == 8 else f" <{token_id}>".encode()
 
 
-def test_no_more_than_a_tokens_logprobs_are_written_at_once(triton_io: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_a_tokens_logprobs_are_written_at_once(
+    triton_io: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The library writes JSON without a pause for other threads, and a prompt's may be tens of megabytes."""
     floats, ints = np.full((99, 3), -1.5, np.float32), np.arange(1, 298, dtype=np.int32).reshape(99, 3)
     table = PromptTable(np.arange(100, dtype=np.int32), floats[:, 0], ints[:, 0], ints, floats)
@@ -289,20 +309,39 @@ def test_no_more_than_a_tokens_logprobs_are_written_at_once(triton_io: types.Mod
     assert arrays["logprobs"][0].decode() == dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": " <5>"}}] * 50)
 
 
-@pytest.mark.parametrize(("normalize", "dimensions", "expected"), [(True, None, [0.6, 0.0, 0.8]), (True, 1, [1.0]), (False, 2, [3.0, 0.0])])
+@pytest.mark.parametrize(
+    ("normalize", "dimensions", "expected"), [(True, None, [0.6, 0.0, 0.8]), (True, 1, [1.0]), (False, 2, [3.0, 0.0])]
+)
 def test_an_embedding_is_shortened_normalised_and_sent_once(
     triton_io: types.ModuleType, normalize: bool, dimensions: int | None, expected: list[float]
 ) -> None:
     sampling = SamplingParams(pooling="last", normalize=normalize, dimensions=dimensions)
     for as_text in (False, True):
-        request = Request(text="x", input_ids=None, sampling=sampling, outputs=Outputs(), stream=False, prepend_prompt=False, arrival=0.0, task="embed")
+        request = Request(
+            text="x",
+            input_ids=None,
+            sampling=sampling,
+            outputs=Outputs(),
+            stream=False,
+            prepend_prompt=False,
+            arrival=0.0,
+            task="embed",
+        )
         request = msgspec.structs.replace(request, embedding_as_text=as_text)
         report = PromptEmbedding(1, np.array([3, 0, 4], np.float32).tobytes())
-        delta = embedding_delta(Delta(text="t", token_ids=(9,), num_input_tokens=5, finish_reason="length"), report, request)
-        arrays = triton_io.response_of([delta], Outputs(output_ids=True, num_input_tokens=True, num_output_tokens=True, finish_reason=True), spelled).tensors
+        delta = embedding_delta(
+            Delta(text="t", token_ids=(9,), num_input_tokens=5, finish_reason="length"), report, request
+        )
+        arrays = triton_io.response_of(
+            [delta],
+            Outputs(output_ids=True, num_input_tokens=True, num_output_tokens=True, finish_reason=True),
+            spelled,
+        ).tensors
         np.testing.assert_allclose(arrays["embedding"], np.array(expected, np.float32), rtol=1e-6)
         assert arrays["embedding"].dtype == np.float32
-        assert [arrays[name].tolist() for name in ("output_ids", "num_input_tokens", "num_output_tokens", "finish_reason")] == [[], [5], [0], [b"stop"]]
+        assert [
+            arrays[name].tolist() for name in ("output_ids", "num_input_tokens", "num_output_tokens", "finish_reason")
+        ] == [[], [5], [0], [b"stop"]]
         assert arrays["text_output"][0].decode() == (json.dumps(arrays["embedding"].tolist()) if as_text else "")
 
 
@@ -325,9 +364,13 @@ def test_a_load_that_fails_is_one_sentence(triton_io: types.ModuleType) -> None:
     instance.engine_command = COMMAND
     with pytest.raises(triton_io.pb_utils.TritonModelException, match="^model 'broken': the checkpoint is broken$"):
         instance.initialize(_arguments(model="broken"))
-    with pytest.raises(triton_io.pb_utils.TritonModelException, match="^the model's config declares no input of text_input"):
+    with pytest.raises(
+        triton_io.pb_utils.TritonModelException, match="^the model's config declares no input of text_input"
+    ):
         instance.initialize({**_arguments(), "model_config": json.dumps({"parameters": {}})})
-    with pytest.raises(triton_io.pb_utils.TritonModelException, match="^unknown parameter 'page_sise': did you mean 'page_size'"):
+    with pytest.raises(
+        triton_io.pb_utils.TritonModelException, match="^unknown parameter 'page_sise': did you mean 'page_size'"
+    ):
         instance.initialize(_arguments(page_sise="1"))
 
 
@@ -356,7 +399,9 @@ def test_execute_returns_before_the_answer(model: Any) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["answered", "client gone"])
-def test_nobody_asks_for_cancellation_during_or_after_the_final_response(model: Any, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_nobody_asks_for_cancellation_during_or_after_the_final_response(
+    model: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     monkeypatch.setattr("paged_backend.frontend.front_end._CANCEL_POLL_SECONDS", 0.0)
     monkeypatch.setattr("paged_backend.frontend.front_end._CANCEL_POLL_SHARE", 1e9)
     requests = [FakeRequest(text_input=f"tokens={5 + number % 20} delay=0.001", stream=True) for number in range(60)]
@@ -365,13 +410,18 @@ def test_nobody_asks_for_cancellation_during_or_after_the_final_response(model: 
     model.execute(requests)
     for request in requests:
         assert request.sender.final.wait(10)
-        assert (request.sender.error is not None) == (fails and len(request.sender.responses) > 1)  # a final response alone does not fail here
+        # a final response alone does not fail here
+        assert (request.sender.error is not None) == (fails and len(request.sender.responses) > 1)
     time.sleep(0.1)
     assert FakeSender.misuses == []
 
 
 def test_wrong_requests_do_not_hurt_the_right_ones_beside_them(model: Any) -> None:
-    bad, good, broken = FakeRequest(text_input=""), FakeRequest(text_input="tokens=3"), FakeRequest(parameters="nonsense", text_input="x")
+    bad, good, broken = (
+        FakeRequest(text_input=""),
+        FakeRequest(text_input="tokens=3"),
+        FakeRequest(parameters="nonsense", text_input="x"),
+    )
     broken.inputs = lambda: 1 / 0  # type: ignore[assignment, return-value]
     model.execute([bad, good, broken])
     for request, code in ((bad, "INVALID_ARG"), (good, None), (broken, "INTERNAL")):
@@ -422,13 +472,17 @@ def test_a_logged_request_shows_lengths_and_times_but_no_text(model: Any) -> Non
     assert len(second) < 300
 
 
-def test_a_batch_size_that_means_nothing_is_remarked_on_once(triton_io: types.ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_size_that_means_nothing_is_remarked_on_once(
+    triton_io: types.ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
     for number in range(2):
         instance = triton_io.TritonPythonModel()
         instance.engine_command = COMMAND
         arguments = _arguments()
         described = {**json.loads(arguments["model_config"]), "max_batch_size": 8}
-        instance.initialize({**arguments, "model_config": json.dumps(described), "model_instance_name": f"m_0_{number}"})
+        instance.initialize(
+            {**arguments, "model_config": json.dumps(described), "model_instance_name": f"m_0_{number}"}
+        )
         instance.finalize()
     assert capfd.readouterr().err.count("max_batch_size: 8 in config.pbtxt makes no batches") == 1
 
@@ -498,12 +552,17 @@ def test_a_front_end_loads_neither_torch_nor_transformers(tmp_path: Path) -> Non
     """3 seconds and 300 MB for each instance."""
     (tmp_path / "triton_python_backend_utils.py").write_text("")
     code = "import sys; sys.path.insert(0, sys.argv[1]); import paged_backend.frontend.triton_io; print({'torch', 'transformers', 'triton'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, env={**os.environ})
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, env={**os.environ}
+    )
     assert out.stdout.strip() == "set()"
 
 
 def test_several_sequences_have_an_entry_each(triton_io: types.ModuleType) -> None:
-    deltas = (Delta(index=1, text="b", token_ids=(4,)), Delta(index=3, text="", token_ids=(5, 6), finish_reason="length"))
+    deltas = (
+        Delta(index=1, text="b", token_ids=(4,)),
+        Delta(index=3, text="", token_ids=(5, 6), finish_reason="length"),
+    )
     outputs = Outputs(finish_reason=True, num_output_tokens=True, output_ids=True, sequence_index=True)
     arrays = triton_io.response_of(deltas, outputs, str).tensors
     assert {name: array.tolist() for name, array in arrays.items()} == {

@@ -1,4 +1,6 @@
-"""config.pbtxt is the only file an operator edits: it must show every option as it is, and every tensor that is read or sent."""
+"""config.pbtxt is the only file an operator edits: it must show every option as it is, and every tensor that is read or
+sent.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,18 @@ def shipped() -> Any:
 
 def test_parameters_are_the_engines_options_with_their_defaults(shipped: Any) -> None:
     shown = {name: value.string_value for name, value in shipped.parameters.items()}
-    assert list(EngineConfig.model_fields) == [line.split('"')[1] for line in PATH.read_text().splitlines() if line.startswith("parameters")]
+    assert list(EngineConfig.model_fields) == [
+        line.split('"')[1] for line in PATH.read_text().splitlines() if line.startswith("parameters")
+    ]
     assert EngineConfig.parse(shown) == EngineConfig()
     for name, field in EngineConfig.model_fields.items():
-        assert shown[name] == ("" if field.default is None else str(field.default).lower() if isinstance(field.default, bool) else str(field.default))
+        assert shown[name] == (
+            ""
+            if field.default is None
+            else str(field.default).lower()
+            if isinstance(field.default, bool)
+            else str(field.default)
+        )
 
 
 def test_each_parameters_comment_is_its_description() -> None:
@@ -44,7 +54,8 @@ def test_each_parameters_comment_is_its_description() -> None:
 def test_every_output_switch_has_its_tensor(shipped: Any) -> None:
     inputs = {tensor.name: tensor for tensor in shipped.input}
     outputs = {tensor.name for tensor in shipped.output}
-    switched = set(Outputs.__struct_fields__) - {"error_code"}  # a request parameter only: it adds a word to an error's text, no tensor
+    # a request parameter only: it adds a word to an error's text, no tensor
+    switched = set(Outputs.__struct_fields__) - {"error_code"}
     assert outputs == {"text_output", "embedding", *switched}  # the last with task embed alone
     assert {name.removeprefix("return_") for name in inputs if name.startswith("return_")} == switched
     assert all(tensor.optional for tensor in shipped.input)

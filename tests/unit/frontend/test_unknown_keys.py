@@ -1,4 +1,6 @@
-"""Names that nobody here knows: near-misses are refused with what was meant, what servers and other clients add is left out."""
+"""Names that nobody here knows: near-misses are refused with what was meant, what servers and other clients add is left
+out.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,18 @@ def read(parameters: dict[str, Any] | None = None, sampling: dict[str, Any] | No
 @pytest.mark.parametrize(
     "name",
     [
-        *("id", "user-agent", "accept-encoding", "content-type", "authorization", "traceparent", "x-request-id", "x-forwarded-for", "x-seed", "x-top-k"),
+        *(
+            "id",
+            "user-agent",
+            "accept-encoding",
+            "content-type",
+            "authorization",
+            "traceparent",
+            "x-request-id",
+            "x-forwarded-for",
+            "x-seed",
+            "x-top-k",
+        ),
         *("x-stream", "request-id", "api-key", "cookie", "stream_options", "model", "num_beams"),
     ],
 )
@@ -47,7 +60,9 @@ def test_a_near_miss_is_refused_with_what_was_meant(name: str, meant: str) -> No
 def test_a_sampling_key_that_nobody_knows_is_refused_without_a_list_of_all() -> None:
     with pytest.raises(RequestError, match=r"^unknown sampling parameter 'max_token': did you mean 'max_tokens'\?$"):
         read(sampling={"max_token": 5})
-    with pytest.raises(RequestError, match="^unknown sampling parameter 'foo'; the names are those of vLLM's") as caught:
+    with pytest.raises(
+        RequestError, match="^unknown sampling parameter 'foo'; the names are those of vLLM's"
+    ) as caught:
         read(sampling={"foo": 5})
     assert len(str(caught.value)) < 120
 
@@ -56,14 +71,25 @@ def test_null_is_not_given_whatever_the_name() -> None:
     assert read(sampling={"kv_transfer_params": None, "foo": None, "max_token": None, "n": None}) == SamplingParams()
 
 
-def test_vllms_own_keys_are_ignored_with_one_warning_each(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_own_keys_are_ignored_with_one_warning_each(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unknown_keys._warned.cache_clear()
     monkeypatch.setattr(logging.getLogger("paged"), "propagate", True)
-    keys = {"request_id": "r", "spaces_between_special_tokens": True, "extra_args": {"a": 1}, "output_kind": 0, "_real_n": 1, "max_tokens": 3}
+    keys = {
+        "request_id": "r",
+        "spaces_between_special_tokens": True,
+        "extra_args": {"a": 1},
+        "output_kind": 0,
+        "_real_n": 1,
+        "max_tokens": 3,
+    }
     for _ in range(2):
         assert read(sampling=keys) == SamplingParams(max_tokens=3)
     assert lines_logged_by("unknown_keys", caplog) == [
-        f"sampling parameter '{name}' means nothing to this model and is ignored" for name in keys if name != "max_tokens"
+        f"sampling parameter '{name}' means nothing to this model and is ignored"
+        for name in keys
+        if name != "max_tokens"
     ]
 
 

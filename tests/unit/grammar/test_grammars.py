@@ -27,11 +27,27 @@ from paged_backend.grammar.vocabulary import read_vocabulary
 from paged_backend.messages import Submit
 from paged_backend.request import parse_sampling
 from tests.small_tokenizers import byte_fallback
-from tests.structured_engine import EOS, PROMPT, TOKENIZER, VOCAB, CompilerHere, Ended, WorkshopHere, drain, load_speaker, run, save_speaker, submit
+from tests.structured_engine import (
+    EOS,
+    PROMPT,
+    TOKENIZER,
+    VOCAB,
+    CompilerHere,
+    Ended,
+    WorkshopHere,
+    drain,
+    load_speaker,
+    run,
+    save_speaker,
+    submit,
+)
 
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -62,10 +78,16 @@ def one(engine: Engine, **sampling: Any) -> Ended:
         ({"guided_json": "3"}, "guided_json: Schema should be an object or bool, but got 3"),
         ({"guided_json": {"type": "text"}}, 'guided_json: Unsupported type "text"'),
         ({"guided_json": {"not": {}}}, "guided_json: 'not' is not supported"),
-        ({"structured_outputs": {"json": {"type": "string", "pattern": "("}}}, "structured_outputs.json: pattern: a '(' without its ')' at position 1"),
+        (
+            {"structured_outputs": {"json": {"type": "string", "pattern": "("}}},
+            "structured_outputs.json: pattern: a '(' without its ')' at position 1",
+        ),
         ({"guided_regex": "(?=a)b"}, "guided_regex: Regex parsing error at position 3: Lookahead is not supported"),
         ({"guided_regex": "\\p{L}"}, "guided_regex: Regex parsing error"),
-        ({"guided_grammar": "root ::= foo"}, 'guided_grammar: EBNF parser error at line 1, column 10: Rule "foo" is not defined'),
+        (
+            {"guided_grammar": "root ::= foo"},
+            'guided_grammar: EBNF parser error at line 1, column 10: Rule "foo" is not defined',
+        ),
         ({"guided_grammar": "start: foo"}, "guided_grammar: "),
         ({"guided_grammar": "start: A\nA: (b)"}, "guided_grammar: Lark error at line 2"),
         (
@@ -76,7 +98,9 @@ def one(engine: Engine, **sampling: Any) -> Ended:
         ({"guided_json": {"enum": ["\t"]}}, "stop"),  # escaped: no control character comes
     ],
 )
-def test_what_cannot_be_compiled_is_refused_with_the_reason_and_the_key(engine: Engine, sampling: dict[str, Any], reason: str) -> None:
+def test_what_cannot_be_compiled_is_refused_with_the_reason_and_the_key(
+    engine: Engine, sampling: dict[str, Any], reason: str
+) -> None:
     ended = one(engine, **sampling)
     assert ended.finish is not None and ended.reason.startswith(reason)
     assert "/" not in ended.reason.replace("/b(?=c)d/", "") and len(ended.reason) < 500
@@ -84,12 +108,16 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason_and_the_key(engine: 
         assert ended.finish.error is ErrorKind.INVALID and not ended.token_ids
 
 
-def test_without_the_extra_the_answer_says_how_to_install_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_answer_says_how_to_install_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     engine = load_speaker(folder, tmp_path)
     guided, free = run(engine, [{"guided_regex": "a"}, {"max_tokens": 3}])
     assert guided.finish is not None and guided.finish.error is ErrorKind.UNSUPPORTED
-    assert guided.reason.startswith("guided_regex: structured output needs the package xgrammar, which is not installed in this server")
+    assert guided.reason.startswith(
+        "guided_regex: structured output needs the package xgrammar, which is not installed in this server"
+    )
     assert free.reason == "length"
 
 
@@ -101,7 +129,9 @@ def test_a_model_without_a_tokenizer_has_no_grammars(folder: Path, tmp_path: Pat
     assert one(load_speaker(bare, tmp_path), guided_regex="a").reason == "guided_regex: this model has no tokenizer"
 
 
-def test_a_failure_that_is_not_the_grammars_ends_the_request_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_that_is_not_the_grammars_ends_the_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grammar_process, "_checked_schema", lambda text: 1 // 0)
     guided, free = run(engine, [{"guided_json": "{}"}, {"max_tokens": 3}])
     assert guided.reason == "guided_json: it cannot be compiled"
@@ -167,11 +197,18 @@ def test_a_request_overdue_by_its_grammar_is_told_so(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("options", [{"ignore_eos": True}, {}], ids=["ignore_eos", "no eos"])
-def test_without_stop_tokens_an_answer_ends_when_it_is_complete(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_without_stop_tokens_an_answer_ends_when_it_is_complete(
+    folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
     if not options:
         folder = save_speaker(tmp_path / "speaker", eos_token_id=None)
     engine = load_speaker(folder, tmp_path / "exports")
-    samplings = [{"guided_choice": ["yes", "no"]}, {"guided_json": SCHEMA}, {"guided_regex": "a*"}, {"guided_regex": "[0-9]+", "min_tokens": 7}]
+    samplings = [
+        {"guided_choice": ["yes", "no"]},
+        {"guided_json": SCHEMA},
+        {"guided_regex": "a*"},
+        {"guided_regex": "[0-9]+", "min_tokens": 7},
+    ]
     choice, schema, stars, digits = run(engine, [sampling | options for sampling in samplings])
     assert {ended.reason for ended in (choice, schema, stars, digits)} == {"stop"}
     assert choice.text in ("yes", "no") and json.loads(schema.text).keys() == {"name", "age"}
@@ -180,13 +217,21 @@ def test_without_stop_tokens_an_answer_ends_when_it_is_complete(folder: Path, tm
 
 
 def test_an_end_token_comes_only_after_a_complete_answer_and_nothing_else_does(engine: Engine) -> None:
-    for ended in run(engine, [{"guided_choice": ["yes", "no", "now"], "logit_bias": {str(EOS): 100.0}, "temperature": 2.0}] * 8):
+    for ended in run(
+        engine, [{"guided_choice": ["yes", "no", "now"], "logit_bias": {str(EOS): 100.0}, "temperature": 2.0}] * 8
+    ):
         assert ended.token_ids[-1] == EOS and ended.reason == "stop"
         assert ended.text in ("yes", "no", "now")
 
 
 def test_min_tokens_holds_where_the_grammar_can_go_on_and_yields_where_it_cannot(engine: Engine) -> None:
-    more, full = run(engine, [{"guided_regex": "[0-9]*", "min_tokens": 9, "logit_bias": {str(EOS): 100.0}}, {"guided_choice": ["yes"], "min_tokens": 9}])
+    more, full = run(
+        engine,
+        [
+            {"guided_regex": "[0-9]*", "min_tokens": 9, "logit_bias": {str(EOS): 100.0}},
+            {"guided_choice": ["yes"], "min_tokens": 9},
+        ],
+    )
     assert len(more.token_ids) == 10 and more.reason == "stop"
     assert full.text == "yes" and full.reason == "stop"
 
@@ -197,7 +242,14 @@ def test_stop_token_ids_end_the_answer_and_may_follow_it(engine: Engine) -> None
     assert [inside.text, inside.reason] == ["a}", "stop"]
     after = one(engine, guided_regex="ab", stop_token_ids=[word], ignore_eos=True)
     assert [after.text, after.reason] == ["abZ", "stop"]
-    waits = one(engine, guided_regex="a[}c]b", stop_token_ids=[brace], min_tokens=3, temperature=0.0, logit_bias={str(brace): 100.0})
+    waits = one(
+        engine,
+        guided_regex="a[}c]b",
+        stop_token_ids=[brace],
+        min_tokens=3,
+        temperature=0.0,
+        logit_bias={str(brace): 100.0},
+    )
     assert waits.text == "acb}"  # not in the second place, and then as the end
 
 
@@ -232,7 +284,11 @@ def test_a_grammar_is_compiled_once_and_forgotten_last(folder: Path, monkeypatch
     monkeypatch.setattr(room, "_MAX_CACHED", 2)
     compiled: list[str] = []
     compile_now = CompilerHere.compile
-    monkeypatch.setattr(CompilerHere, "compile", lambda self, grammar, seconds: (compiled.append(grammar.text), compile_now(self, grammar, seconds))[1])
+    monkeypatch.setattr(
+        CompilerHere,
+        "compile",
+        lambda self, grammar, seconds: (compiled.append(grammar.text), compile_now(self, grammar, seconds))[1],
+    )
     kept = grammars(folder)
 
     def want(text: str, key: str = "guided_regex") -> Guide:
@@ -326,7 +382,10 @@ def test_an_unguided_sequence_on_the_row_of_a_guided_one_may_say_anything(folder
 
 
 def test_company_with_a_grammar_changes_no_token_of_the_others(engine: Engine) -> None:
-    free = [{"max_tokens": 30, "ignore_eos": True}, {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True, "repetition_penalty": 1.3}]
+    free = [
+        {"max_tokens": 30, "ignore_eos": True},
+        {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True, "repetition_penalty": 1.3},
+    ]
     alone = [ended.token_ids for ended in run(engine, free)]
     company = run(engine, [*free, {"guided_json": SCHEMA}, {"guided_regex": "[a-f]{20}"}])
     assert [ended.token_ids for ended in company[:2]] == alone
@@ -337,7 +396,9 @@ def test_others_run_ahead_while_a_guided_row_waits_for_its_token(engine: Engine)
     batches = []
     launch = engine._runner.launch
     engine._runner.launch = lambda batch: (batches.append(batch), launch(batch))[1]  # type: ignore[method-assign]
-    free, guided = run(engine, [{"max_tokens": 20, "ignore_eos": True, "temperature": 0.0}, {"guided_regex": "[0-9]{6}"}])
+    free, guided = run(
+        engine, [{"max_tokens": 20, "ignore_eos": True, "temperature": 0.0}, {"guided_regex": "[0-9]{6}"}]
+    )
     assert guided.text.isdigit() and len(guided.text) == 6
     assert len(free.token_ids) == 20
     assert all(0 in batch.request_ids for batch in batches[:20]), "the free row missed a step"

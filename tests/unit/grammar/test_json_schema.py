@@ -1,4 +1,6 @@
-"""Which schemas a grammar enforces wholly. What is accepted here is generated from and validated in tests/properties/test_structured_properties.py."""
+"""Which schemas a grammar enforces wholly. What is accepted here is generated from and validated in
+tests/properties/test_structured_properties.py.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ ACCEPTED: list[Any] = [
     {"oneOf": [TAGGED | {"properties": {"kind": {"const": "a"}}}, TAGGED | {"properties": {"kind": {"const": "b"}}}]},
     {
         "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
-        "$defs": {"a": TAGGED | {"properties": {"kind": {"enum": ["a"]}}}, "b": TAGGED | {"properties": {"kind": {"const": "b"}}}},
+        "$defs": {
+            "a": TAGGED | {"properties": {"kind": {"enum": ["a"]}}},
+            "b": TAGGED | {"properties": {"kind": {"const": "b"}}},
+        },
     },
 ]
 REFUSED: list[tuple[Any, str]] = [
@@ -66,11 +71,26 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": "^a", "maxLength": 3}, "'maxLength' beside 'pattern'"),
     ({"type": "string", "pattern": "a", "format": "date"}, "'format' beside 'pattern'"),
     ({"type": "string", "pattern": "a$b"}, "'$' at position 2"),
-    ({"type": "string", "pattern": "^(?=.*[A-Z])[A-Za-z]{8}$"}, "pattern: the lookahead '(?=' at position 2 is not supported"),
-    ({"type": "object", "patternProperties": {"(?<!a)b": {}}}, "pattern: the lookbehind '(?<!' at position 1 is not supported"),
-    ({"type": "object", "propertyNames": {"pattern": "(?i)^a"}}, "pattern: the inline flag '(?i)' at position 1 is not supported"),
-    *(({"type": ["string", "null"], "format": name}, f"'format' {name} is not") for name in ("idn-email", "idn-hostname", "iri", "iri-reference", "regex")),
-    ({"$ref": "#/$defs/a/b", "$defs": {"a": {"b": {"type": "string", "pattern": "a+(bc+)?"}}}}, "'$ref' to anything but"),
+    (
+        {"type": "string", "pattern": "^(?=.*[A-Z])[A-Za-z]{8}$"},
+        "pattern: the lookahead '(?=' at position 2 is not supported",
+    ),
+    (
+        {"type": "object", "patternProperties": {"(?<!a)b": {}}},
+        "pattern: the lookbehind '(?<!' at position 1 is not supported",
+    ),
+    (
+        {"type": "object", "propertyNames": {"pattern": "(?i)^a"}},
+        "pattern: the inline flag '(?i)' at position 1 is not supported",
+    ),
+    *(
+        ({"type": ["string", "null"], "format": name}, f"'format' {name} is not")
+        for name in ("idn-email", "idn-hostname", "iri", "iri-reference", "regex")
+    ),
+    (
+        {"$ref": "#/$defs/a/b", "$defs": {"a": {"b": {"type": "string", "pattern": "a+(bc+)?"}}}},
+        "'$ref' to anything but",
+    ),
     ({"type": "object", "patternProperties": {"\\Aa": {}}}, "the escape '\\A'"),
     ({"type": "object", "propertyNames": {"pattern": "a^b"}}, "'^' at position 2"),
     ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, "'required' names 'b'"),
@@ -81,8 +101,24 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "object", "properties": {"a": {}}, "additionalProperties": True, "minProperties": 2}, "'minProperties'"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "'oneOf'"),
     ({"oneOf": [{"const": 1}, {"enum": [1.0, "a"]}]}, "'oneOf'"),
-    ({"oneOf": [TAGGED | {"properties": {"kind": {"const": "a"}}}, TAGGED | {"properties": {"kind": {"type": "string"}}}]}, "'oneOf'"),
-    ({"oneOf": [{"type": "object", "properties": {"kind": {"const": 1}}}, {"type": "object", "properties": {"kind": {"const": 2}}}]}, "'oneOf'"),
+    (
+        {
+            "oneOf": [
+                TAGGED | {"properties": {"kind": {"const": "a"}}},
+                TAGGED | {"properties": {"kind": {"type": "string"}}},
+            ]
+        },
+        "'oneOf'",
+    ),
+    (
+        {
+            "oneOf": [
+                {"type": "object", "properties": {"kind": {"const": 1}}},
+                {"type": "object", "properties": {"kind": {"const": 2}}},
+            ]
+        },
+        "'oneOf'",
+    ),
 ]
 
 
@@ -94,7 +130,9 @@ def test_a_grammar_stands_for(schema: Any) -> None:
 @pytest.mark.parametrize(("schema", "reason"), REFUSED, ids=[json.dumps(schema) for schema, _ in REFUSED])
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside"])
 def test_a_grammar_does_not_stand_for(schema: Any, reason: str, inside: bool) -> None:
-    found = unenforced({"type": "object", "properties": {"x": {"anyOf": [{"type": "null"}, schema]}}} if inside else schema)
+    found = unenforced(
+        {"type": "object", "properties": {"x": {"anyOf": [{"type": "null"}, schema]}}} if inside else schema
+    )
     assert found is not None and reason in found
 
 

@@ -1,4 +1,6 @@
-"""Patterns of JSON schemas as grammars: they take what Python's `re` takes, and what comes out of them is JSON that validates."""
+"""Patterns of JSON schemas as grammars: they take what Python's `re` takes, and what comes out of them is JSON that
+validates.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,31 @@ xgrammar = pytest.importorskip("xgrammar")
 
 TEXTS = ["".join(chars) for length in range(6) for chars in product("abc", repeat=length)]
 KNOWN = [  # that the library's own converter gets wrong, or might
-    *("^a+(bc+)?$", "(((a|[ab])|[^a])|(a){1,2})", "((c)+(a)+)?", "(((c|a)|(c){1,3})|((c){1,3}){1,3})", "([^a]+c+)?", "^(a+(bc+)?)?$"),
-    *("(a*)*", "((a|b)*c?)*", "(|a)+b", "a||b", "()", "(a{0})b", "^", "$", "^$", "(^a|b)$", "(?P<n>a)(?:b)?", "a*?b+?", "a{2}", "[a-b]{1,}", "[^\\Wb]"),
+    *(
+        "^a+(bc+)?$",
+        "(((a|[ab])|[^a])|(a){1,2})",
+        "((c)+(a)+)?",
+        "(((c|a)|(c){1,3})|((c){1,3}){1,3})",
+        "([^a]+c+)?",
+        "^(a+(bc+)?)?$",
+    ),
+    *(
+        "(a*)*",
+        "((a|b)*c?)*",
+        "(|a)+b",
+        "a||b",
+        "()",
+        "(a{0})b",
+        "^",
+        "$",
+        "^$",
+        "(^a|b)$",
+        "(?P<n>a)(?:b)?",
+        "a*?b+?",
+        "a{2}",
+        "[a-b]{1,}",
+        "[^\\Wb]",
+    ),
 ]
 
 
@@ -45,13 +70,17 @@ def drawn(randomly: random.Random, deep: int) -> str:
 
 
 def test_a_grammar_takes_what_the_pattern_matches_and_nothing_else() -> None:
-    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(["a", "b", "c", "</s>"], stop_token_ids=[3]), max_threads=1, cache_enabled=False)
+    compiler = xgrammar.GrammarCompiler(
+        xgrammar.TokenizerInfo(["a", "b", "c", "</s>"], stop_token_ids=[3]), max_threads=1, cache_enabled=False
+    )
     randomly = random.Random(1)
     for pattern in [*KNOWN, *(drawn(randomly, 3) for _ in range(40))]:
         compiled = compiler.compile_grammar(f"root ::= {pattern_grammar(pattern)}")
         for text in TEXTS:
             matcher = xgrammar.GrammarMatcher(compiled)
-            assert (matcher.accept_string(text) and matcher.is_completed()) == (re.fullmatch(pattern, text) is not None), (pattern, text)
+            assert (matcher.accept_string(text) and matcher.is_completed()) == (
+                re.fullmatch(pattern, text) is not None
+            ), (pattern, text)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +122,17 @@ def test_classes_say_only_what_every_dialect_counts_in() -> None:
     """ECMAScript's classes are ASCII's but for spaces, Python's are Unicode's."""
     for letter in "dDwWsS":
         for name, own in ((f"\\{letter}", f"\\{letter}"), (f"[^\\{letter}]", f"[^\\{letter}]")):
-            ranges = re.findall(r"\\U([0-9a-f]{8})(?:-\\U([0-9a-f]{8}))?", re.sub(r"(?<![\\\w])([0-9A-Za-z])(?=[-\]\\])", "", pattern_grammar(name)))
+            ranges = re.findall(
+                r"\\U([0-9a-f]{8})(?:-\\U([0-9a-f]{8}))?",
+                re.sub(r"(?<![\\\w])([0-9A-Za-z])(?=[-\]\\])", "", pattern_grammar(name)),
+            )
             for low, high in ranges:
                 for point in range(int(low, 16), int(high or low, 16) + 1):
                     char = chr(point)
-                    assert re.fullmatch(own, char) and (re.fullmatch(own, char, re.ASCII) or char.isspace()), (name, hex(point))
+                    assert re.fullmatch(own, char) and (re.fullmatch(own, char, re.ASCII) or char.isspace()), (
+                        name,
+                        hex(point),
+                    )
 
 
 # ---- through the library
@@ -146,14 +181,18 @@ def as_email(text: str) -> None:
 
 
 def as_host(text: str) -> None:
-    assert len(text) <= 253 and all(re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)", label) for label in text.split(".")), text
+    assert len(text) <= 253 and all(
+        re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)", label) for label in text.split(".")
+    ), text
 
 
 JUDGES: dict[str, Callable[[str], Any]] = {
     "date": date.fromisoformat,
     "time": lambda text: rfc3339(f"2024-01-01T{text}"),
     "date-time": rfc3339,
-    "duration": lambda text: re.fullmatch(r"P(?=.)(\d+Y)?(\d+M)?(\d+W)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+S)?)?", text) or pytest.fail(text),
+    "duration": lambda text: (
+        re.fullmatch(r"P(?=.)(\d+Y)?(\d+M)?(\d+W)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+S)?)?", text) or pytest.fail(text)
+    ),
     "email": as_email,
     "hostname": as_host,
     "ipv4": ipaddress.IPv4Address,
@@ -216,10 +255,25 @@ SCHEMAS: list[Any] = [
     {"type": "string", "pattern": "^.{3}[^a-z]\\S\\W\\D$"},
     {"type": ["string", "null"], "pattern": "^(paged1end|x)$"},
     {"const": '"p" "a" "g" "e" "d" "0" Regex("^paged0end$", json_string=true)'},
-    {"type": "object", "patternProperties": {'^"a+(bc+)?$': {"type": "string", "pattern": "^x\ty$"}}, "additionalProperties": False, "maxProperties": 2},
-    {"type": "object", "propertyNames": {"pattern": "^a+(bc+)?\\n$"}, "additionalProperties": {"const": 1}, "maxProperties": 2},
+    {
+        "type": "object",
+        "patternProperties": {'^"a+(bc+)?$': {"type": "string", "pattern": "^x\ty$"}},
+        "additionalProperties": False,
+        "maxProperties": 2,
+    },
+    {
+        "type": "object",
+        "propertyNames": {"pattern": "^a+(bc+)?\\n$"},
+        "additionalProperties": {"const": 1},
+        "maxProperties": 2,
+    },
     {"type": "object", "propertyNames": {"format": "ipv4"}, "additionalProperties": {"const": 1}, "maxProperties": 2},
-    {"type": "array", "items": {"$ref": "#/$defs/a"}, "maxItems": 3, "$defs": {"a": {"type": "string", "pattern": "^(a|b{1,3}|[ab])$"}}},
+    {
+        "type": "array",
+        "items": {"$ref": "#/$defs/a"},
+        "maxItems": 3,
+        "$defs": {"a": {"type": "string", "pattern": "^(a|b{1,3}|[ab])$"}},
+    },
 ]
 
 
@@ -230,7 +284,9 @@ def test_every_answer_validates(schema: Any) -> None:
         text = sample(schema, randomly)
         if text is not None:
             value = json.loads(text)
-            jsonschema.validate(value, schema, jsonschema.Draft202012Validator, format_checker=jsonschema.FormatChecker(["ipv4"]))
+            jsonschema.validate(
+                value, schema, jsonschema.Draft202012Validator, format_checker=jsonschema.FormatChecker(["ipv4"])
+            )
             found += 1
     assert found > 3
 

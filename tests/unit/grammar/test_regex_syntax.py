@@ -12,17 +12,57 @@ from paged_backend.grammar.regex_syntax import misread
 from paged_backend.request import parse_sampling
 
 READ = [
-    *("", "a", "^a$", "^^a$$", "^(a|b)$", "(^a|^b)$", "^a|b$", "(a$|b$)", "((^a)b$)", "(?:^a)", "(?<n>^a)", "(^|a)b", "a(b|$)", "^$"),
+    *(
+        "",
+        "a",
+        "^a$",
+        "^^a$$",
+        "^(a|b)$",
+        "(^a|^b)$",
+        "^a|b$",
+        "(a$|b$)",
+        "((^a)b$)",
+        "(?:^a)",
+        "(?<n>^a)",
+        "(^|a)b",
+        "a(b|$)",
+        "^$",
+    ),
     *("\\^a\\$b", "a\\\\", "[$^a]b", "[^a]b", "[]", "[\\]^]b", "a[$]b", "(a)*b{2,3}?", "(", ")a", "a$)", "\\", "["),
-    *("\\d\\D\\w\\W\\s\\S", "\\n\\r\\t\\f\\v\\a\\e\\0", "\\x41\\u0041\\u{41}\\cA", "\\.\\-\\/\\ \\é\\\n", "[\\b\\d\\-\\x41]"),
+    *(
+        "\\d\\D\\w\\W\\s\\S",
+        "\\n\\r\\t\\f\\v\\a\\e\\0",
+        "\\x41\\u0041\\u{41}\\cA",
+        "\\.\\-\\/\\ \\é\\\n",
+        "[\\b\\d\\-\\x41]",
+    ),
     *("(?=a)b", "\\bword\\B", "(a)\\1", "\\p{L}"),  # the library refuses them
 ]
 MISREAD = [
     *[(f"a\\{letter}b", f"the escape '\\{letter}' at position 2 ") for letter in "AZzGKQENRXhgijloqyUTVCFHIJLMOY"],
-    *[("[a\\B]", "the escape '\\B' at position 3 "), ("[\\Z]", "the escape '\\Z' at position 2 "), ("\\01", "the escape '\\0' at position 1 ")],
-    *[("a^b", "'^' at position 2 "), ("a(^b)", "'^' at position 3 "), ("(a|b)^c", "'^' at position 6 "), ("x(a|^b)", "'^' at position 5 ")],
-    *[("a$b", "'$' at position 2 "), ("(a$)b", "'$' at position 3 "), ("(a$|b)c", "'$' at position 3 "), ("(a|b$)(c)", "'$' at position 5 ")],
-    *[("(^a)*", "'^' at position 2 "), ("(a$)+", "'$' at position 3 "), ("((^a)b){2}", "'^' at position 3 "), ("^*a$b", "'$' at position 4 ")],
+    *[
+        ("[a\\B]", "the escape '\\B' at position 3 "),
+        ("[\\Z]", "the escape '\\Z' at position 2 "),
+        ("\\01", "the escape '\\0' at position 1 "),
+    ],
+    *[
+        ("a^b", "'^' at position 2 "),
+        ("a(^b)", "'^' at position 3 "),
+        ("(a|b)^c", "'^' at position 6 "),
+        ("x(a|^b)", "'^' at position 5 "),
+    ],
+    *[
+        ("a$b", "'$' at position 2 "),
+        ("(a$)b", "'$' at position 3 "),
+        ("(a$|b)c", "'$' at position 3 "),
+        ("(a|b$)(c)", "'$' at position 5 "),
+    ],
+    *[
+        ("(^a)*", "'^' at position 2 "),
+        ("(a$)+", "'$' at position 3 "),
+        ("((^a)b){2}", "'^' at position 3 "),
+        ("^*a$b", "'$' at position 4 "),
+    ],
     *[("(?i)^a", "the inline flag '(?i)' at position 1 "), ("a(?-s:b)", "the inline flag '(?-s:' at position 2 ")],
     *[("[a]^", "'^' at position 4 "), ("\\[^a]", "'^' at position 3 "), ("$?", "'$' at position 1 ")],
 ]

@@ -28,7 +28,10 @@ JSON_ARGUMENTS = ["deepseek", "deepseek_v3_1", "harmony", "hermes", "kimi", "lla
 
 
 def tools_of(*schemas: Any) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": {"name": f"tool_{at}", "parameters": schema}} for at, schema in enumerate(schemas)]
+    return [
+        {"type": "function", "function": {"name": f"tool_{at}", "parameters": schema}}
+        for at, schema in enumerate(schemas)
+    ]
 
 
 def compiled(tag: Any) -> Verdict:
@@ -101,7 +104,12 @@ def test_every_call_of_many_schemas_validates(form_name: str) -> None:
 
 @pytest.mark.parametrize("form", ENFORCED, ids=lambda form: form.name)
 def test_every_format_is_read_as_it_is_enforced(form: Any) -> None:
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
     tools = tools_of(schema)
     for choice in ("required", {"type": "function", "function": {"name": "tool_0"}}):
         text = said(compiled(structural_tag(ToolWishes(tools, choice, False), form, False)), random.Random(3))
@@ -131,7 +139,10 @@ def test_patterns_in_arguments_are_followed() -> None:
         ({"model": "nonesuch"}, "Unknown format type: nonesuch"),
         ({"model": "qwen_3", "tools": [], "style": 1}, "unknown key 'style'; known: model, parallel_tool_calls"),
         ({"model": "qwen_3", "tools": 3}, "."),
-        ({"model": "qwen_3", "tools": tools_of({"type": "object", "not": {}}), "tool_choice": "required"}, "'not' is not supported"),
+        (
+            {"model": "qwen_3", "tools": tools_of({"type": "object", "not": {}}), "tool_choice": "required"},
+            "'not' is not supported",
+        ),
         ({"type": "structural_tag", "format": {"type": "nonesuch"}}, "."),
         ({}, "."),
     ],

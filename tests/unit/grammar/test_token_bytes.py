@@ -28,7 +28,10 @@ def test_byte_level_tokens_spell_their_text(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_with_byte_fallback_spell_their_text(tmp_path: Path, text: str) -> None:
     spelled = read_token_bytes(saved(byte_fallback(), tmp_path), 400, ())
-    assert b"".join(spelled[token_id] for token_id in byte_fallback().encode(text, add_special_tokens=False).ids) == f" {text}".encode()
+    assert (
+        b"".join(spelled[token_id] for token_id in byte_fallback().encode(text, add_special_tokens=False).ids)
+        == f" {text}".encode()
+    )
 
 
 def test_special_silent_and_unknown_tokens_are_empty_and_added_ones_are_as_written(tmp_path: Path) -> None:

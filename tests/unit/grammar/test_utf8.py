@@ -12,7 +12,9 @@ ENDINGS = [b"", *(bytes([first]) + b"\x80" * more for first in (0x80, 0x90, 0xA0
 
 
 def fits(text: bytes) -> bool:
-    """With some bytes after it, Python takes it for UTF-8. (Its incremental decoder waits for the third byte before it judges the second.)"""
+    """With some bytes after it, Python takes it for UTF-8. (Its incremental decoder waits for the third byte before it
+    judges the second.)
+    """
     return any(decodes(text + ending) for ending in ENDINGS)
 
 
@@ -34,10 +36,39 @@ def test_every_pair_of_bytes_is_judged_as_python_judges_it() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_longer_texts_are_judged_as_python_judges_them(seed: int) -> None:
     randomly = random.Random(seed)
-    edges = [0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF]
+    edges = [
+        0x00,
+        0x41,
+        0x7F,
+        0x80,
+        0x8F,
+        0x90,
+        0x9F,
+        0xA0,
+        0xBF,
+        0xC1,
+        0xC2,
+        0xDF,
+        0xE0,
+        0xE1,
+        0xEC,
+        0xED,
+        0xEE,
+        0xEF,
+        0xF0,
+        0xF1,
+        0xF3,
+        0xF4,
+        0xF5,
+        0xFF,
+    ]
     verdicts = set()
     for _ in range(5000):
-        text = "a\u0080\ud7ff\ue000é日😀\U0010ffff".encode() if randomly.random() < 0.01 else bytes(randomly.choices(edges, k=randomly.randint(3, 5)))
+        text = (
+            "a\u0080\ud7ff\ue000é日😀\U0010ffff".encode()
+            if randomly.random() < 0.01
+            else bytes(randomly.choices(edges, k=randomly.randint(3, 5)))
+        )
         judged = advance(CLEAN, text) is not None
         assert judged == fits(text), text
         verdicts.add(judged)

@@ -1,4 +1,6 @@
-"""The processes that compile and follow grammars: they say what is said here, and what they cannot finish is refused while everything else goes on."""
+"""The processes that compile and follow grammars: they say what is said here, and what they cannot finish is refused
+while everything else goes on.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,16 @@ from paged_backend.grammar.vocabulary import read_vocabulary
 from paged_backend.grammar.workers import FollowerLink, GrammarCompiler, Workers
 from tests.structured_engine import EOS, TOKENIZER, VOCAB
 
-BOMB = Grammar("guided_regex", "regex", "((((a|b){0,99}){0,99}){0,99}){0,99}")  # compiled in milliseconds, and then no end of its masks
-HUGE = Grammar("guided_json", "json", json.dumps({"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(3000)}}))
+# compiled in milliseconds, and then no end of its masks
+BOMB = Grammar("guided_regex", "regex", "((((a|b){0,99}){0,99}){0,99}){0,99}")
+HUGE = Grammar(
+    "guided_json",
+    "json",
+    json.dumps({"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(3000)}}),
+)
 PLAIN = Grammar("guided_regex", "regex", "[a-z]{3}")
-LATE_BOMB = Grammar("guided_regex", "regex", "7{80}((([ a-z]{0,250}){0,250}){0,250}){0,250}")  # no trial finds it: it looks harmless for 80 tokens
+# no trial finds it: it looks harmless for 80 tokens
+LATE_BOMB = Grammar("guided_regex", "regex", "7{80}((([ a-z]{0,250}){0,250}){0,250}){0,250}")
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +77,12 @@ def refusal(compiler: GrammarCompiler, grammar: Grammar) -> str:
     ],
     ids=lambda grammar: grammar.text,
 )
-def test_the_process_says_what_compiling_here_says(compiler: GrammarCompiler, place: VocabularyPlace, grammar: Grammar) -> None:
-    assert compiler.compile(grammar) == compile_here(grammar, read_vocabulary(Path(place.tokenizer_path), place.size, place.eos_ids))
+def test_the_process_says_what_compiling_here_says(
+    compiler: GrammarCompiler, place: VocabularyPlace, grammar: Grammar
+) -> None:
+    assert compiler.compile(grammar) == compile_here(
+        grammar, read_vocabulary(Path(place.tokenizer_path), place.size, place.eos_ids)
+    )
 
 
 def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiled(compiler: GrammarCompiler) -> None:
@@ -141,7 +153,9 @@ def test_a_grammar_that_its_process_dies_of_is_refused_and_the_next_one_compiled
     assert not refusal(compiler, PLAIN)
 
 
-def test_a_grammar_whose_processes_are_all_killed_is_no_mistake_of_its_callers(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_whose_processes_are_all_killed_is_no_mistake_of_its_callers(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler.close()
     make, made = compiler._workers.make, []
 
@@ -160,7 +174,9 @@ def test_a_grammar_whose_processes_are_all_killed_is_no_mistake_of_its_callers(c
     assert not refusal(compiler, PLAIN)
 
 
-def test_a_nursery_that_is_killed_while_it_starts_is_replaced(place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nursery_that_is_killed_while_it_starts_is_replaced(
+    place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
@@ -183,7 +199,8 @@ def test_a_nursery_whose_engine_died_before_it_began_reads_no_vocabulary(tmp_pat
     place = VocabularyPlace(str(tmp_path / "nothing.json"), VOCAB, ())
     command = [sys.executable, "-m", "paged_backend.grammar.nursery", msgspec.json.encode(place).decode()]
     with theirs:
-        assert subprocess.run(command, stdin=theirs.fileno(), check=False).returncode == 0  # 1 if it had missed the file
+        # 1 if it had missed the file
+        assert subprocess.run(command, stdin=theirs.fileno(), check=False).returncode == 0
 
 
 def test_a_grammar_whose_masks_are_slow_is_refused(place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,5 +297,6 @@ def test_a_grammar_waits_for_first_tries_of_others_alone_and_callers_have_turns(
     assert jobs[-1].verdict.result(5) == Verdict()
     assert compiled == ["other's"] and time.monotonic() - begun < 2
     assert jobs[-2].verdict.result(10) == Verdict()
-    assert time.monotonic() - begun < 2  # ten first tries of 0.05 s; ten of the second would be 4 s, and of whole seconds more
+    # ten first tries of 0.05 s; ten of the second would be 4 s, and of whole seconds more
+    assert time.monotonic() - begun < 2
     assert jobs[0].verdict.result(20).refusal == "it takes more than 20 s to compile"

@@ -28,11 +28,14 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 class Store:
     """A KV store with sequences of given lengths on shuffled pages, and the same K and V in order."""
 
-    def __init__(self, lens: list[int], page_size: int, num_kv_heads: int = 2, head_dim: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, lens: list[int], page_size: int, num_kv_heads: int = 2, head_dim: int = 8, seed: int = 0
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         pages_of = [-(-length // page_size) for length in lens]
         num_pages = sum(pages_of) + 3
-        self.kv_pages = torch.full((num_pages, 2, num_kv_heads, page_size, head_dim), torch.nan)  # what nobody wrote must not matter
+        # what nobody wrote must not matter
+        self.kv_pages = torch.full((num_pages, 2, num_kv_heads, page_size, head_dim), torch.nan)
         free = torch.randperm(num_pages, generator=generator).tolist()
         self.page_table = torch.zeros(len(lens), max(pages_of), dtype=torch.int32)
         self.keys = [torch.randn(length, num_kv_heads, head_dim, generator=generator) for length in lens]
@@ -41,7 +44,9 @@ class Store:
         for index, length in enumerate(lens):
             pages = [free.pop() for _ in range(pages_of[index])]
             self.page_table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-            slots = torch.tensor([pages[at // page_size] * page_size + at % page_size for at in range(length)], dtype=torch.int64)
+            slots = torch.tensor(
+                [pages[at // page_size] * page_size + at % page_size for at in range(length)], dtype=torch.int64
+            )
             reference.write_kv(self.keys[index], self.values[index], self.kv_pages, slots)
 
     def attend(self, q: Tensor, index: int, position: int, scale: float, window: int | None) -> Tensor:
@@ -72,13 +77,16 @@ def test_decode_attention_in_many_chunks_equals_one(monkeypatch: pytest.MonkeyPa
     store = Store(lens, 8)
     q = torch.randn(len(lens), 4, 8)
     whole = reference.decode_attention(q, store.kv_pages, store.page_table, store.lens, 150, 0.3, window)
-    monkeypatch.setattr("paged_kernels.reference_layers._GATHER_BYTES", 8 * len(lens) * 2 * 8 * 16)  # sixteen tokens at once
+    # sixteen tokens at once
+    monkeypatch.setattr("paged_kernels.reference_layers._GATHER_BYTES", 8 * len(lens) * 2 * 8 * 16)
     assert_close(reference.decode_attention(q, store.kv_pages, store.page_table, store.lens, 150, 0.3, window), whole)
 
 
 def test_decode_attention_of_an_empty_row_is_zero() -> None:
     store = Store([5, 9], 4)
-    out = reference.decode_attention(torch.randn(2, 4, 8), store.kv_pages, store.page_table, torch.tensor([0, 9]), 9, 0.3)
+    out = reference.decode_attention(
+        torch.randn(2, 4, 8), store.kv_pages, store.page_table, torch.tensor([0, 9]), 9, 0.3
+    )
     assert not out[0].any()
     assert out[1].isfinite().all()
 

@@ -65,4 +65,7 @@ def test_one_expert_may_get_all_tokens_and_the_others_none(x: torch.Tensor) -> N
 
 def test_no_token_makes_no_answer() -> None:
     experts: Experts = expert_layer(EXPERTS, HIDDEN, SIZE, Routing(2, "softmax"), Gate(), bias=False)
-    assert reference.norm_add_experts(torch.empty(0, HIDDEN), Norm(torch.ones(HIDDEN), 1e-5), experts).shape == (0, HIDDEN)
+    assert reference.norm_add_experts(torch.empty(0, HIDDEN), Norm(torch.ones(HIDDEN), 1e-5), experts).shape == (
+        0,
+        HIDDEN,
+    )

@@ -139,15 +139,20 @@ def test_repetition_penalty_equals_transformers() -> None:
     logits, history = torch.randn(3, 50), torch.randint(0, 50, (3, 30))
     lens = torch.tensor([30, 4, 17])
     neutral = torch.zeros(3)
-    ours = reference.apply_penalties(logits, history.int(), torch.tensor([10, 2, 17]), lens, torch.full((3,), 1.7), neutral, neutral)
+    ours = reference.apply_penalties(
+        logits, history.int(), torch.tensor([10, 2, 17]), lens, torch.full((3,), 1.7), neutral, neutral
+    )
     for row in range(3):
-        theirs = RepetitionPenaltyLogitsProcessor(1.7)(history[row : row + 1, : lens[row]], logits[row : row + 1].clone())
+        theirs = RepetitionPenaltyLogitsProcessor(1.7)(
+            history[row : row + 1, : lens[row]], logits[row : row + 1].clone()
+        )
         assert torch.equal(ours[row], theirs[0])
 
 
 def test_presence_and_frequency_count_the_answer_alone() -> None:
     logits = torch.randn(1, 6)
-    history = torch.tensor([[0, 1, 1, 2, 2, 2, 5, 5]], dtype=torch.int32)  # the prompt is 0 1; the last 5 is beyond the 7 tokens
+    # the prompt is 0 1; the last 5 is beyond the 7 tokens
+    history = torch.tensor([[0, 1, 1, 2, 2, 2, 5, 5]], dtype=torch.int32)
     one = torch.ones(1)
     out = reference.apply_penalties(logits, history, torch.tensor([2]), torch.tensor([7]), one, 0.5 * one, 0.25 * one)
     counts = torch.tensor([0.0, 1, 3, 0, 0, 1])
@@ -181,4 +186,6 @@ def test_logprobs_are_the_log_softmax() -> None:
     ids, values = reference.top_logprobs(logits, 3)
     assert torch.equal(ids, expected.topk(3).indices)
     assert torch.allclose(values.double(), expected.topk(3).values, atol=1e-5)
-    assert torch.allclose(reference.logprobs(logits, torch.tensor([0, 7, 8, 29])).double(), expected[range(4), [0, 7, 8, 29]], atol=1e-5)
+    assert torch.allclose(
+        reference.logprobs(logits, torch.tensor([0, 7, 8, 29])).double(), expected[range(4), [0, 7, 8, 29]], atol=1e-5
+    )

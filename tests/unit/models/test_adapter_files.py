@@ -1,4 +1,6 @@
-"""Folders of adapters: what is read, and what is refused with which reason. That good ones mean what PEFT means is shown in tests/e2e/test_adapters.py."""
+"""Folders of adapters: what is read, and what is refused with which reason. That good ones mean what PEFT means is
+shown in tests/e2e/test_adapters.py.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def refusal(folder: Path, checkpoint: Path, **options: Any) -> str:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_config_that_asks_for_something_else_is_refused_by_name(folder: Path, checkpoint: Path, fields: dict[str, Any], reason: str) -> None:
+def test_a_config_that_asks_for_something_else_is_refused_by_name(
+    folder: Path, checkpoint: Path, fields: dict[str, Any], reason: str
+) -> None:
     change_config(folder, **fields)
     assert reason in refusal(folder, checkpoint)
     with pytest.raises(RequestError):
@@ -100,12 +104,32 @@ def test_a_config_that_asks_for_something_else_is_refused_by_name(folder: Path, 
 @pytest.mark.parametrize(
     ("drop", "added", "reason"),
     [
-        ((), {Q.format("A"): torch.zeros(4, 32)}, "lora_A of model.layers.0.self_attn.q_proj has shape [4, 32], expected [4, 64]"),
-        ((), {Q.format("B"): torch.zeros(64, 4, dtype=torch.int8)}, "lora_B of model.layers.0.self_attn.q_proj is of type I8"),
+        (
+            (),
+            {Q.format("A"): torch.zeros(4, 32)},
+            "lora_A of model.layers.0.self_attn.q_proj has shape [4, 32], expected [4, 64]",
+        ),
+        (
+            (),
+            {Q.format("B"): torch.zeros(64, 4, dtype=torch.int8)},
+            "lora_B of model.layers.0.self_attn.q_proj is of type I8",
+        ),
         ((Q.format("B"),), {}, "model.layers.0.self_attn.q_proj has no lora_B"),
-        ((Q.format("A"), Q.format("B")), {}, "model.layers.0.self_attn.q_proj is a target of adapter_config.json, but has no tensors"),
-        ((), {Q.format("B").replace("layers.0", "layers.7"): torch.zeros(64, 4)}, "model.layers.7.self_attn.q_proj.lora_B.weight is not supported"),
-        ((), {"base_model.model.lm_head.weight": torch.zeros(199, 64)}, "base_model.model.lm_head.weight is not supported"),
+        (
+            (Q.format("A"), Q.format("B")),
+            {},
+            "model.layers.0.self_attn.q_proj is a target of adapter_config.json, but has no tensors",
+        ),
+        (
+            (),
+            {Q.format("B").replace("layers.0", "layers.7"): torch.zeros(64, 4)},
+            "model.layers.7.self_attn.q_proj.lora_B.weight is not supported",
+        ),
+        (
+            (),
+            {"base_model.model.lm_head.weight": torch.zeros(199, 64)},
+            "base_model.model.lm_head.weight is not supported",
+        ),
         ((), {Q.format("A"): torch.full((4, 64), float("nan"))}, "numbers that are not finite in float32"),
     ],
     ids=["shape", "type", "no B", "no tensors of a target", "layer", "other tensor", "nan"],

@@ -66,7 +66,10 @@ def write(folder: Path, **options: Any) -> Path:
         ({"rope_scaling": {"rope_type": "linear", "factor": "4.0"}}, ["rope_scaling.factor", '"4.0"']),
         ({"rope_scaling": {"rope_type": "linear"}}, ["'linear'", "factor"]),
         ({"rope_scaling": ["linear", 4.0]}, ["rope_scaling", "object"]),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}, "layer_types": ["full_attention"] * 2}, ["different positions"]),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "layer_types": ["full_attention"] * 2},
+            ["different positions"],
+        ),
         ({"architectures": "Qwen2ForCausalLM"}, ["architectures", "list"]),
         ({"architectures": ["LlamaForCausalLM"]}, ["model_type is qwen2", "LlamaForCausalLM"]),
         ({"quantization_config": "gptq"}, ["quantization_config", '"gptq"']),
@@ -98,7 +101,8 @@ def test_what_is_not_supported_is_refused_by_name(options: dict[str, Any], words
     "options",
     [
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "num_attention_heads": 32},  # a head of two numbers has one angle
+        # a head of two numbers has one angle
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "num_attention_heads": 32},
     ],
     ids=["yarn", "dynamic"],
 )
@@ -121,7 +125,15 @@ def test_every_key_may_be_of_a_wrong_type(key: str, tmp_path: Path) -> None:
 
 
 def test_keys_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
-    write(tmp_path, use_cache="x", id2label="abc", num_labels="z", torch_dtype="float16", pad_token_id=-1, auto_map={"AutoModel": "m.M"})
+    write(
+        tmp_path,
+        use_cache="x",
+        id2label="abc",
+        num_labels="z",
+        torch_dtype="float16",
+        pad_token_id=-1,
+        auto_map={"AutoModel": "m.M"},
+    )
     assert read_architecture(tmp_path).vocab_size == 100
 
 
@@ -177,7 +189,11 @@ def test_answers_end_at_generation_configs_ids_and_at_configs_only_without_them(
 def test_the_tokenizers_own_eos_ends_answers_too(tmp_path: Path) -> None:
     architecture = read_architecture(write(tmp_path))
     generation = GenerationConfig(eos_token_id=[9, 8, 100, -1])  # 100 is beyond the vocabulary
-    assert find_stop_ids(architecture, generation, 5) == {9: "generation_config.json", 8: "generation_config.json", 5: "the tokenizer's eos"}
+    assert find_stop_ids(architecture, generation, 5) == {
+        9: "generation_config.json",
+        8: "generation_config.json",
+        5: "the tokenizer's eos",
+    }
     assert find_stop_ids(architecture, generation, 8)[8] == "generation_config.json, the tokenizer's eos"
     assert find_stop_ids(architecture, GenerationConfig(), None) == {7: "config.json"}
 
@@ -199,7 +215,14 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(monkeypatch: pytest.Mo
         return str(write(tmp_path))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "tekken.json", "chat_template.jinja"]
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tekken.json",
+        "chat_template.jinja",
+    ]
     others = [
         "consolidated.safetensors",
         "consolidated-00001-of-00002.safetensors",
@@ -210,11 +233,20 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(monkeypatch: pytest.Mo
     ]
     with pytest.raises(EngineError, match=r"no model\.safetensors"):
         open_checkpoint(EngineConfig(model="mistralai/some-model"))
-    assert list(filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])) == files
+    assert (
+        list(
+            filter_repo_objects(
+                files + others, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+            )
+        )
+        == files
+    )
 
 
 def test_windows_are_per_layer(tmp_path: Path) -> None:
     window = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
     assert read_architecture(write(tmp_path, **window)).sliding_windows == (None, 32)
-    assert read_architecture(write(tmp_path, **window, layer_types=["sliding_attention", "full_attention"])).sliding_windows == (32, None)
+    assert read_architecture(
+        write(tmp_path, **window, layer_types=["sliding_attention", "full_attention"])
+    ).sliding_windows == (32, None)
     assert read_architecture(write(tmp_path, **{**window, "use_sliding_window": False})).sliding_windows == (None, None)

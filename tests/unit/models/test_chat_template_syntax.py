@@ -1,4 +1,6 @@
-"""A chat template with a mistake is told of when the model is loaded, by file and line; a right one, whatever it uses, is not."""
+"""A chat template with a mistake is told of when the model is loaded, by file and line; a right one, whatever it uses,
+is not.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ RIGHT = """{%- for message in messages -%}
 {%- endfor -%}
 """
 MISTAKES = [
-    pytest.param("{{ bos_token }}\n{% for message in messages %}\n{{ message.content }\n{% endfor %}", "line 3: unexpected '}'", id="brace"),
+    pytest.param(
+        "{{ bos_token }}\n{% for message in messages %}\n{{ message.content }\n{% endfor %}",
+        "line 3: unexpected '}'",
+        id="brace",
+    ),
     pytest.param("a\n{% if messages %}\nb", "line 2: Unexpected end of template", id="no end"),
     pytest.param("a\n\n{{ messages | no_such }}", "line 3: no filter named 'no_such'", id="filter"),
     pytest.param("{% if messages is none_such %}{% endif %}", "line 1: no test named 'none_such'", id="test"),
@@ -51,7 +57,10 @@ def test_a_mistake_is_told_with_its_line(template: str, words: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("template", "source"),
-    [("{{ a }", "chat_template.jinja: line 1: "), ([{"name": "default", "template": "{{ a }"}], "tokenizer_config.json, chat_template: line 1: ")],
+    [
+        ("{{ a }", "chat_template.jinja: line 1: "),
+        ([{"name": "default", "template": "{{ a }"}], "tokenizer_config.json, chat_template: line 1: "),
+    ],
     ids=["a file", "in the config"],
 )
 def test_the_log_names_the_file_when_the_tokenizer_is_loaded(
@@ -67,5 +76,8 @@ def test_the_log_names_the_file_when_the_tokenizer_is_loaded(
 
 def test_what_transformers_renders_is_no_mistake(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
-    assert tokenizer.apply_chat_template([{"role": "user", "content": " a "}], chat_template=RIGHT, tokenize=False) == '"a"'
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": " a "}], chat_template=RIGHT, tokenize=False)
+        == '"a"'
+    )
     assert list(template_mistakes({"default": RIGHT, "tool_use": "{{ messages | length }}"}, tmp_path)) == []

@@ -45,9 +45,13 @@ def load(folder: Path) -> Weights:
 def test_experts_stored_together_are_those_stored_one_by_one(name: str, tmp_path: Path) -> None:
     """Published files have them one by one; transformers 5 keeps them together and saves them so when it is told to."""
     one_by_one = save(tmp_path / "published", name)
-    AutoModelForCausalLM.from_pretrained(one_by_one, dtype=torch.float32).save_pretrained(tmp_path / "fused", save_original_format=False)
+    AutoModelForCausalLM.from_pretrained(one_by_one, dtype=torch.float32).save_pretrained(
+        tmp_path / "fused", save_original_format=False
+    )
     stored = [set(load_file(folder / "model.safetensors")) for folder in (one_by_one, tmp_path / "fused")]
-    assert any(".experts.0." in tensor for tensor in stored[0]) and any(tensor.endswith(".experts.gate_up_proj") for tensor in stored[1])
+    assert any(".experts.0." in tensor for tensor in stored[0]) and any(
+        tensor.endswith(".experts.gate_up_proj") for tensor in stored[1]
+    )
     layers = [load(folder).layers for folder in (one_by_one, tmp_path / "fused")]
     for published, fused in zip(*layers, strict=True):
         for tensor, other in zip(published.parameters().values(), fused.parameters().values(), strict=True):
@@ -57,8 +61,12 @@ def test_experts_stored_together_are_those_stored_one_by_one(name: str, tmp_path
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path, "qwen3-moe")
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if ".experts.4." not in name}, folder / "model.safetensors")
-    with pytest.raises(EngineError, match=r"tensor model\.layers\.1\.mlp\.experts\.4\.gate_proj\.weight is missing, and 2 more"):
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if ".experts.4." not in name}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        EngineError, match=r"tensor model\.layers\.1\.mlp\.experts\.4\.gate_proj\.weight is missing, and 2 more"
+    ):
         settle_weights(read_architecture(folder), folder)
 
 
@@ -66,13 +74,24 @@ def test_an_expert_of_another_size_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path, "mixtral")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 25}))
-    with pytest.raises(EngineError, match=r"experts\.0\.w1\.weight has shape \[24, 32\], config\.json implies \[25, 32\]"):
+    with pytest.raises(
+        EngineError, match=r"experts\.0\.w1\.weight has shape \[24, 32\], config\.json implies \[25, 32\]"
+    ):
         settle_weights(read_architecture(folder), folder)
 
 
 def save_mxfp4(folder: Path, plain: Path) -> Path:
-    """gpt-oss as it is published, of random bytes; in `plain` the same numbers as transformers makes them of those bytes."""
-    options = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    """gpt-oss as it is published, of random bytes; in `plain` the same numbers as transformers makes them of those
+    bytes.
+    """
+    options = {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+    }
     save_checkpoint(plain, "GptOssForCausalLM", **options, sliding_window=9)
     tensors, generator = load_file(plain / "model.safetensors"), torch.Generator().manual_seed(0)
     packed = dict(tensors)
@@ -88,8 +107,13 @@ def save_mxfp4(folder: Path, plain: Path) -> Path:
     save_file(packed, folder / "model.safetensors")
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}))
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+    }
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")})
+    )
     return folder
 
 
@@ -107,38 +131,69 @@ def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.experts.down_proj_scales"][2, 0, 0] = 255
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(EngineError, match=r"model\.layers\.1\.mlp\.experts\.down_proj_scales holds numbers that are not finite"):
+    with pytest.raises(
+        EngineError, match=r"model\.layers\.1\.mlp\.experts\.down_proj_scales holds numbers that are not finite"
+    ):
         load(folder)
 
 
 def test_gpt_oss_in_another_format_is_refused_by_name(tmp_path: Path) -> None:
     folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EngineError, match="quantization_config: fp8 is not supported for experts that are stored like these; supported: mxfp4"):
+    with pytest.raises(
+        EngineError,
+        match="quantization_config: fp8 is not supported for experts that are stored like these; supported: mxfp4",
+    ):
         read_architecture(folder)
 
 
 def test_random_weights_fill_mxfp4_too(tmp_path: Path) -> None:
-    weights = allocate_weights(read_architecture(save_mxfp4(tmp_path / "packed", tmp_path / "plain")), torch.float32, torch.device("cpu"))
+    weights = allocate_weights(
+        read_architecture(save_mxfp4(tmp_path / "packed", tmp_path / "plain")), torch.float32, torch.device("cpu")
+    )
     randomise_weights(weights, read_architecture(tmp_path / "packed"), seed=0)
     found = weights.layers[0].parameters()
-    assert set(found["mlp.experts.down_proj_scales"].flatten().tolist()) == {121} and len(found["mlp.experts.down_proj_blocks"].unique()) > 100
+    assert (
+        set(found["mlp.experts.down_proj_scales"].flatten().tolist()) == {121}
+        and len(found["mlp.experts.down_proj_blocks"].unique()) > 100
+    )
 
 
 def test_a_layer_of_multi_token_prediction_is_left_unread_and_the_log_says_so(tmp_path: Path) -> None:
-    options = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "num_nextn_predict_layers": 1}
+    options = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "num_nextn_predict_layers": 1,
+    }
     folder = save_checkpoint(tmp_path, "Glm4MoeForCausalLM", **SMALL, **options)
-    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if not name.startswith("model.layers.2.")}
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if not name.startswith("model.layers.2.")
+    }
     save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(32, 64)}, folder / "model.safetensors")
     weights = allocate_weights(read_architecture(folder), torch.float32, torch.device("cpu"))
-    assert "ignored 1 tensors that the model has no use for (model.layers.2.eh_proj.weight)" in load_weights(weights, folder, lambda sentence: None)
+    assert "ignored 1 tensors that the model has no use for (model.layers.2.eh_proj.weight)" in load_weights(
+        weights, folder, lambda sentence: None
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [("use_qk_norm", False), ("scoring_func", "softmax"), ("use_routing_bias", False), ("shared_intermediate_size", 8)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_qk_norm", False), ("scoring_func", "softmax"), ("use_routing_bias", False), ("shared_intermediate_size", 8)],
+)
 def test_what_minimax_m2_does_not_compute_is_refused_by_name(key: str, value: object, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, "MiniMaxM2ForCausalLM", **SMALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8, rotary_dim=4)
+    save_checkpoint(
+        tmp_path, "MiniMaxM2ForCausalLM", **SMALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8, rotary_dim=4
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(EngineError, match=f"{key}: {value} is not supported"):
@@ -186,5 +241,8 @@ def test_adapters_of_experts_are_refused_by_name(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.1.mlp.experts.3.gate_proj.lora_A.weight"
     save_file(load_file(path) | {name: torch.zeros(4, 32)}, path)
     architecture = read_architecture(folder)
-    with pytest.raises(RequestError, match=r"experts\.3\.gate_proj\.lora_A\.weight is an expert's: adapters of experts are not supported"):
+    with pytest.raises(
+        RequestError,
+        match=r"experts\.3\.gate_proj\.lora_A\.weight is an expert's: adapters of experts are not supported",
+    ):
         check_adapter(adapter, AdapterLayout.of(architecture.layers, architecture.hidden_size), max_rank=8)

@@ -1,4 +1,6 @@
-"""Every dense family against transformers in float32: greedy tokens and log-probabilities, beyond sliding windows and original lengths."""
+"""Every dense family against transformers in float32: greedy tokens and log-probabilities, beyond sliding windows and
+original lengths.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(checkpoin
     name, folder = checkpoint
     prompts, oracle = random_prompts(lengths_of(name)), Oracle(folder)
     driver = Driver(load_runner(folder, page_size=8))
-    answers = driver.generate(prompts, MAX_TOKENS, SamplingParams(temperature=0.0, logprobs=4), chunk=11, arrive_every=2)
+    answers = driver.generate(
+        prompts, MAX_TOKENS, SamplingParams(temperature=0.0, logprobs=4), chunk=11, arrive_every=2
+    )
     assert answers == oracle.greedy(prompts, MAX_TOKENS)
     assert len({token for answer in answers for token in answer}) > MAX_TOKENS, "answers that say little prove little"
     heard: list[list[float]] = [[] for _ in prompts]
@@ -47,8 +51,12 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(checkpoin
         for index, logprob in zip(batch.request_ids[batch.samples].tolist(), result.logprobs.tolist(), strict=True):
             heard[index].append(logprob)
     for prompt, answer, logprobs in zip(prompts, answers, heard, strict=True):
-        truth = oracle.logits(np.concatenate([prompt, np.array(answer, np.int32)])).log_softmax(-1)[len(prompt) - 1 : -1]
-        np.testing.assert_allclose(logprobs, truth.gather(1, torch.tensor(answer)[:, None]).squeeze(1), rtol=0, atol=TOLERANCE)
+        truth = oracle.logits(np.concatenate([prompt, np.array(answer, np.int32)])).log_softmax(-1)[
+            len(prompt) - 1 : -1
+        ]
+        np.testing.assert_allclose(
+            logprobs, truth.gather(1, torch.tensor(answer)[:, None]).squeeze(1), rtol=0, atol=TOLERANCE
+        )
 
 
 TARGETS = {  # of adapters, where they are not q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
@@ -63,7 +71,9 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(checkpoint: tuple[str, Pa
     """One sequence with an adapter of all modules and one without share their steps."""
     name, folder = checkpoint
     targets = TARGETS.get(CONFIGS[name]["model_type"], ALL)
-    adapter = save_adapter(tmp_path / "a", folder, seed=1, rank=3, targets=targets, lora_alpha=6, exclude_modules=".*vision.*")
+    adapter = save_adapter(
+        tmp_path / "a", folder, seed=1, rank=3, targets=targets, lora_alpha=6, exclude_modules=".*vision.*"
+    )
     runner = load_runner(folder, page_size=8, lora_directory=str(tmp_path), max_loras=1, max_lora_rank=4)
     assert runner.adapter_slots is not None
     runner.adapter_slots.fill(0, runner.adapter_slots.read("a"))
@@ -83,10 +93,18 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(checkpoint: tuple[str, Pa
         ("phi-4-mini", {"lm_head_bias": True}, "lm_head_bias: expected False, got true"),
         ("glm-4-9b-chat", {"partial_rotary_factor": 0.7}, "partial_rotary_factor: 0.7 of a head of 16 numbers is 11"),
         ("phi-4-mini", {"full_attn_mod": 2}, "full_attn_mod: expected 1, got 2"),
-        ("phi-4-mini", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor"),
+        (
+            "phi-4-mini",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor",
+        ),
         ("GLM-4-32B-0414", {"hidden_act": "quick_gelu"}, "hidden_act: quick_gelu is not supported"),
         ("granite-3.3-8b", {"logits_scaling": 0}, "logits_scaling: expected greater than 0"),
-        ("granite-3.3-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported for GraniteForCausalLM"),
+        (
+            "granite-3.3-8b",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor: 0.5 is not supported for GraniteForCausalLM",
+        ),
         ("Olmo-3-7B", {"layer_types": ["full_attention"]}, "layer_types"),
         ("SmolLM3-3B", {"no_rope_layers": [1, 2, 1, 0]}, "no_rope_layers"),
         ("SmolLM3-3B", {"no_rope_layers": [1]}, "no_rope_layers: 1 entries for 4 layers"),
@@ -98,13 +116,19 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(checkpoint: tuple[str, Pa
         ("starcoder2-3b", {"mlp_type": "gated"}, "mlp_type: expected 'default'"),
         ("starcoder2-3b", {"norm_type": "rms_norm"}, "norm_type: expected 'layer_norm'"),
         ("internlm3-8b-instruct", {"bias": True}, "qkv_bias"),
-        ("Ministral-3-8B", {"text_config": {"model_type": "mamba"}}, "text_config: model_type: mamba is not supported for Mistral3ForConditionalGeneration"),
+        (
+            "Ministral-3-8B",
+            {"text_config": {"model_type": "mamba"}},
+            "text_config: model_type: mamba is not supported for Mistral3ForConditionalGeneration",
+        ),
         ("gemma-3-4b", {"text_config": None}, "text_config: expected an object, got null"),
         ("gemma-3-4b", {"text_config": {"model_type": "gemma3_text", "vocab_size": "many"}}, "vocab_size"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_a_family_does_not_compute_is_refused_by_name(name: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_a_family_does_not_compute_is_refused_by_name(
+    name: str, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**published_config(name), **options}))
     with pytest.raises(EngineError) as refusal:
         read_architecture(tmp_path)

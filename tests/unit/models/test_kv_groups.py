@@ -31,4 +31,7 @@ def test_layers_that_keep_the_same_are_grouped_with_little_room_unused(
 def test_every_layer_has_a_place_of_its_own_in_its_groups_pages(windows: tuple[int | None, ...]) -> None:
     groups = group_layers(windows, 100_000)
     assert len(set(groups.places)) == len(groups.places) == len(windows)
-    assert all(place < groups.num_layers and groups.groups[group].window == window for (group, place), window in zip(groups.places, windows, strict=True))
+    assert all(
+        place < groups.num_layers and groups.groups[group].window == window
+        for (group, place), window in zip(groups.places, windows, strict=True)
+    )

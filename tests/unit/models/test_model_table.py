@@ -19,7 +19,9 @@ PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 def test_the_page_lists_every_family_with_its_models() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", PAGE, re.MULTILINE)
-    assert {architecture: models for architecture, models, _ in rows} == {name: family.models for name, family in FAMILIES.items()}
+    assert {architecture: models for architecture, models, _ in rows} == {
+        name: family.models for name, family in FAMILIES.items()
+    }
     assert all(family.models for family in FAMILIES.values())
 
 
@@ -29,7 +31,11 @@ def test_the_page_shows_the_smallest_family_word_for_word() -> None:
 
 
 def test_the_command_prints_every_family_and_format() -> None:
-    told = json.loads(subprocess.run([sys.executable, "-P", "-m", "paged_backend.models.table"], capture_output=True, check=True).stdout)
+    told = json.loads(
+        subprocess.run(
+            [sys.executable, "-P", "-m", "paged_backend.models.table"], capture_output=True, check=True
+        ).stdout
+    )
     assert [row["architecture"] for row in told["families"]] == list(FAMILIES)
     result = CliRunner().invoke(app, ["models"])
     assert result.exit_code == 0

@@ -23,13 +23,25 @@ TYPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0, **THETA},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, **THETA},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, **THETA},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32, **THETA},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        **THETA,
+    },
 }
 
 
 def rope_of(folder: Path, name: str, length: int = 128) -> Rope:
     config = AutoConfig.for_model(
-        "llama", rope_parameters=dict(TYPES[name]), max_position_embeddings=length, hidden_size=64, num_attention_heads=4, architectures=["LlamaForCausalLM"]
+        "llama",
+        rope_parameters=dict(TYPES[name]),
+        max_position_embeddings=length,
+        hidden_size=64,
+        num_attention_heads=4,
+        architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
     return read_architecture(folder).ropes[ALL_LAYERS]
@@ -63,6 +75,8 @@ def test_table_in_chunks_equals_the_whole(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(rope_table(rope, 400, torch.device("cpu")), whole)
 
 
-@pytest.mark.parametrize(("name", "max_len"), [("default", 128), ("linear", 512), ("dynamic", 512), ("yarn", 256), ("llama3", 128)])
+@pytest.mark.parametrize(
+    ("name", "max_len"), [("default", 128), ("linear", 512), ("dynamic", 512), ("yarn", 256), ("llama3", 128)]
+)
 def test_longest_length_follows_the_scaling(name: str, max_len: int, tmp_path: Path) -> None:
     assert rope_of(tmp_path, name).max_len == max_len

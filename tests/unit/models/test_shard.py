@@ -1,4 +1,6 @@
-"""A model cut into shards and added up again is the model: tokens and log-probabilities of every rank are those of one rank alone, and of transformers."""
+"""A model cut into shards and added up again is the model: tokens and log-probabilities of every rank are those of one
+rank alone, and of transformers.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, window": ("MistralForCausalLM", {"sliding_window": 9}),
     "qwen2, biases of q, k and v": ("Qwen2ForCausalLM", {}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
-    "qwen2-moe, a shared expert": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}),
-    "qwen3, norms of q and k": ("Qwen3ForCausalLM", {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4}),
+    "qwen2-moe, a shared expert": (
+        "Qwen2MoeForCausalLM",
+        {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
+    ),
+    "qwen3, norms of q and k": (
+        "Qwen3ForCausalLM",
+        {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
 }
 SAMPLINGS = {
     "drawn": SamplingParams(temperature=0.9, seed=3),
     "truncated": SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01),
-    "edited": SamplingParams(temperature=0.0, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={7: 1.5, 190: 2.0}),
+    "edited": SamplingParams(
+        temperature=0.0,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        logit_bias={7: 1.5, 190: 2.0},
+    ),
     "log-probabilities": SamplingParams(temperature=0.0, logprobs=5),
 }
 
@@ -50,14 +64,18 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **{"num_hidden_layers": 2, **options})
 
 
-def generate(folder: Path, size: int, sampling: SamplingParams, **options: Any) -> list[tuple[list[list[int]], list[Any], int]]:
+def generate(
+    folder: Path, size: int, sampling: SamplingParams, **options: Any
+) -> list[tuple[list[list[int]], list[Any], int]]:
     """Of each rank: its answers, its log-probabilities of them, and how often it gathered logits."""
     config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_pages=64, **options)
     checkpoint = open_checkpoint(config)
 
     def one(ranks: ThreadRanks) -> tuple[list[list[int]], list[Any], int]:
         driver = Driver(build_runner(config, lambda sentence: None, checkpoint, ranks))
-        answers = driver.generate(random_prompts(LENGTHS), MAX_TOKENS, sampling, chunk=7, arrive_every=2, seeds=(5, 6, 7))
+        answers = driver.generate(
+            random_prompts(LENGTHS), MAX_TOKENS, sampling, chunk=7, arrive_every=2, seeds=(5, 6, 7)
+        )
         return answers, [result.logprobs for _, result in driver.results], ranks.num_gathers
 
     return on_every_rank(size, one)
@@ -80,7 +98,11 @@ def test_norms_and_multipliers_behind_a_block_come_after_the_sum_over_ranks(name
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("phi-4-mini", "several matrices in one tensor"), ("GLM-4-32B-0414", "gate_up_proj"), ("OLMo-2-1124-7B", "a norm of all heads together")],
+    [
+        ("phi-4-mini", "several matrices in one tensor"),
+        ("GLM-4-32B-0414", "gate_up_proj"),
+        ("OLMo-2-1124-7B", "a norm of all heads together"),
+    ],
 )
 def test_what_cannot_be_divided_among_ranks_is_refused(name: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=f"tensor_parallel_size: .*{words}"):
@@ -97,15 +119,25 @@ def test_sampled_tokens_of_every_rank_are_those_of_one(tmp_path: Path, sampling:
         assert (num_gathers == 0) == (sampling is SAMPLINGS["drawn"])
         for mine, (_, result) in zip(logprobs, alone.results, strict=True):
             assert (mine is None) == (result.logprobs is None)
-            np.testing.assert_allclose(mine if mine is not None else 0, result.logprobs if result.logprobs is not None else 0, atol=1e-4)
+            np.testing.assert_allclose(
+                mine if mine is not None else 0, result.logprobs if result.logprobs is not None else 0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_quantised_weights_are_divided_as_they_are_stored(tmp_path: Path, size: int) -> None:
     """int4 in groups of 128 columns, which no rank's part cuts through."""
-    options = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    options = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    }
     folder = save_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=2, **options)
-    expected = Driver(load_runner(folder, num_pages=64, quantization="int4")).generate(random_prompts(LENGTHS), MAX_TOKENS, chunk=7, arrive_every=2)
+    expected = Driver(load_runner(folder, num_pages=64, quantization="int4")).generate(
+        random_prompts(LENGTHS), MAX_TOKENS, chunk=7, arrive_every=2
+    )
     assert expected != Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS), "rounding to 4 bits changes tokens"
     for answers, *_ in generate(folder, size, GREEDY, quantization="int4"):
         assert answers == expected
@@ -121,7 +153,9 @@ def shards(folder: Path, size: int) -> list[Weights]:
 
 
 def test_each_rank_reads_its_part_and_together_they_have_everything_once(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=1, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
+    folder = save_checkpoint(
+        tmp_path, "LlamaForCausalLM", num_hidden_layers=1, num_key_value_heads=2, attention_bias=True, mlp_bias=True
+    )
     tensors = load_file(folder / "model.safetensors")
     parts = shards(folder, 4)
     attention = [weights.layers[0].attention for weights in parts]
@@ -129,10 +163,19 @@ def test_each_rank_reads_its_part_and_together_they_have_everything_once(tmp_pat
     for rank, block in enumerate(attention):
         found = block.parameters()
         assert torch.equal(found["self_attn.q_proj.weight"], q[16 * rank : 16 * (rank + 1)])
-        assert torch.equal(found["self_attn.k_proj.weight"], k[16 * (rank // 2) : 16 * (rank // 2 + 1)]), "two ranks share a KV head"
-        assert ("self_attn.o_proj.bias" in found) == ("mlp.down_proj.bias" in weights_of_mlp(parts[rank])) == (rank == 0)
-    assert torch.equal(torch.cat([block.out.weight for block in attention], dim=1), tensors["model.layers.0.self_attn.o_proj.weight"])
-    assert torch.equal(torch.cat([weights.layers[0].mlp.down.weight for weights in parts], dim=1), tensors["model.layers.0.mlp.down_proj.weight"])
+        assert torch.equal(found["self_attn.k_proj.weight"], k[16 * (rank // 2) : 16 * (rank // 2 + 1)]), (
+            "two ranks share a KV head"
+        )
+        assert (
+            ("self_attn.o_proj.bias" in found) == ("mlp.down_proj.bias" in weights_of_mlp(parts[rank])) == (rank == 0)
+        )
+    assert torch.equal(
+        torch.cat([block.out.weight for block in attention], dim=1), tensors["model.layers.0.self_attn.o_proj.weight"]
+    )
+    assert torch.equal(
+        torch.cat([weights.layers[0].mlp.down.weight for weights in parts], dim=1),
+        tensors["model.layers.0.mlp.down_proj.weight"],
+    )
     heads = torch.cat([weights.head.weight[: weights.vocabulary.count] for weights in parts])
     assert torch.equal(heads, tensors["lm_head.weight"])
     assert [weights.vocabulary.count for weights in parts] == [50, 50, 50, 49]
@@ -143,7 +186,9 @@ def weights_of_mlp(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 def test_what_every_rank_has_whole_is_equal_when_it_is_random(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, "LlamaForCausalLM", num_hidden_layers=2, num_key_value_heads=1, attention_bias=True)
+    folder = save_checkpoint(
+        tmp_path, "LlamaForCausalLM", num_hidden_layers=2, num_key_value_heads=1, attention_bias=True
+    )
     keys = []
     for rank in range(2):
         a = read_architecture(folder).of_rank(Shard(rank, 2))
@@ -157,14 +202,28 @@ def test_what_every_rank_has_whole_is_equal_when_it_is_random(tmp_path: Path) ->
     ("size", "options", "message"),
     [
         (3, {}, r"3 ranks cannot have equal parts of num_attention_heads \(4\)"),
-        (6, {"num_attention_heads": 12, "num_key_value_heads": 4}, r"6 ranks cannot have equal parts of num_key_value_heads \(4\)"),
-        (2, {"num_attention_heads": 6, "num_key_value_heads": 3}, r"2 ranks cannot have equal parts of num_key_value_heads \(3\)"),
+        (
+            6,
+            {"num_attention_heads": 12, "num_key_value_heads": 4},
+            r"6 ranks cannot have equal parts of num_key_value_heads \(4\)",
+        ),
+        (
+            2,
+            {"num_attention_heads": 6, "num_key_value_heads": 3},
+            r"2 ranks cannot have equal parts of num_key_value_heads \(3\)",
+        ),
         (4, {"intermediate_size": 90}, r"4 ranks cannot have equal parts of intermediate_size \(90\)"),
-        (2, {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 25}, r"2 ranks cannot have equal parts of moe_intermediate_size \(25\)"),
+        (
+            2,
+            {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 25},
+            r"2 ranks cannot have equal parts of moe_intermediate_size \(25\)",
+        ),
         (4, {"vocab_size": 5}, r"4 ranks are too many for vocab_size 5"),
     ],
 )
-def test_a_model_that_cannot_be_divided_is_refused_in_a_sentence(tmp_path: Path, size: int, options: dict[str, Any], message: str) -> None:
+def test_a_model_that_cannot_be_divided_is_refused_in_a_sentence(
+    tmp_path: Path, size: int, options: dict[str, Any], message: str
+) -> None:
     architecture = "Qwen3MoeForCausalLM" if "num_experts" in options else "LlamaForCausalLM"
     folder = save_checkpoint(tmp_path, architecture, **{"hidden_size": 48, "head_dim": 16, **options})
     with pytest.raises(EngineError, match=f"^tensor_parallel_size: {message}$"):

@@ -19,13 +19,20 @@ TEXTS = ["12345 it's", "12345", "hello  world\n\nx", " a", "日本語 €😀", 
 
 
 def digits_in_threes() -> Tokenizer:
-    """Another family's byte-level file: as Qwen2's class has it, digits would stand alone and text would be normalized."""
+    """Another family's byte-level file: as Qwen2's class has it, digits would stand alone and text would be
+    normalized.
+    """
     tokenizer = Tokenizer(models.BPE())
     splits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\p{N}]+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = byte_level().decoder
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["12345 it's e\u0301"] * 20, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -53,7 +60,9 @@ def checkpoint(folder: Path, tokenizer: Tokenizer, model_type: str, **config: An
 )
 def test_token_ids_are_those_of_the_shipped_file(tmp_path: Path, model_type: str, name: str, make: Any) -> None:
     tokenizer = make()
-    path = export_tokenizer(checkpoint(tmp_path / "checkpoint", tokenizer, model_type, tokenizer_class=name), tmp_path / "exported.json")
+    path = export_tokenizer(
+        checkpoint(tmp_path / "checkpoint", tokenizer, model_type, tokenizer_class=name), tmp_path / "exported.json"
+    )
     exported = Tokenizer.from_file(str(path))
     for text in TEXTS:
         for special in (False, True):
@@ -62,7 +71,9 @@ def test_token_ids_are_those_of_the_shipped_file(tmp_path: Path, model_type: str
             assert exported.decode(ids) == tokenizer.decode(ids)
 
 
-def test_a_difference_is_told_with_the_first_text(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_is_told_with_the_first_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging.getLogger("paged"), "propagate", True)
     folder = checkpoint(tmp_path / "checkpoint", digits_in_threes(), "qwen2", tokenizer_class="Qwen2Tokenizer")
     export_tokenizer(folder, tmp_path / "exported.json")
@@ -80,10 +91,19 @@ def test_added_tokens_of_the_config_are_known_too(tmp_path: Path) -> None:
     turn, new = tokenizer.token_to_id("<|turn|>"), tokenizer.get_vocab_size()
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
     added = {str(turn): {"content": "<|turn|>", **flags}, str(new): {"content": "<|end|>", **flags}}
-    folder = checkpoint(tmp_path / "checkpoint", tokenizer, "llama", tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder=added)
+    folder = checkpoint(
+        tmp_path / "checkpoint",
+        tokenizer,
+        "llama",
+        tokenizer_class="PreTrainedTokenizerFast",
+        added_tokens_decoder=added,
+    )
     path = export_tokenizer(folder, tmp_path / "exported.json")
     known = Tokenizer.from_file(str(path)).get_added_tokens_decoder()
-    assert [(known[token_id].content, known[token_id].special) for token_id in (turn, new)] == [("<|turn|>", True), ("<|end|>", True)]
+    assert [(known[token_id].content, known[token_id].special) for token_id in (turn, new)] == [
+        ("<|turn|>", True),
+        ("<|end|>", True),
+    ]
 
 
 @pytest.mark.parametrize("adds", [True, False])

@@ -1,4 +1,6 @@
-"""Weights through buffers: every number arrives, whatever the sizes are, and what goes wrong on a thread is heard of."""
+"""Weights through buffers: every number arrives, whatever the sizes are, and what goes wrong on a thread is heard
+of.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,12 @@ import torch
 
 from paged_backend.models.upload import Uploads
 
-DEVICES = [pytest.param(torch.device("cpu"), id="cpu"), pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu)]
-SHAPES = [(1,), (15,), (16,), (17,), (33, 7), (4, 64), (1, 1), (0,), (129, 31)]  # a buffer of 64 bytes holds 16 numbers of 4 bytes
+DEVICES = [
+    pytest.param(torch.device("cpu"), id="cpu"),
+    pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu),
+]
+# a buffer of 64 bytes holds 16 numbers of 4 bytes
+SHAPES = [(1,), (15,), (16,), (17,), (33, 7), (4, 64), (1, 1), (0,), (129, 31)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -48,13 +48,18 @@ def test_parameters_are_packed_in_order(folder: Path) -> None:
     layer = "model.layers.1."
     qkv = [tensors[f"{layer}self_attn.{letter}_proj.weight"] for letter in "qkv"]
     assert torch.equal(weights.layers[1].attention.qkv.weight, torch.cat(qkv))
-    assert torch.equal(weights.layers[1].mlp.gate_up.weight, torch.cat([tensors[f"{layer}mlp.{side}_proj.weight"] for side in ("gate", "up")]))
+    assert torch.equal(
+        weights.layers[1].mlp.gate_up.weight,
+        torch.cat([tensors[f"{layer}mlp.{side}_proj.weight"] for side in ("gate", "up")]),
+    )
     assert torch.equal(weights.head.weight, tensors["lm_head.weight"])
     assert weights.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_a_sharded_checkpoint_equals_a_single_file(folder: Path, tmp_path: Path) -> None:
-    sharded = save_checkpoint(tmp_path / "sharded", "Qwen3ForCausalLM", shard_size="100KB", head_dim=16, num_hidden_layers=2)
+    sharded = save_checkpoint(
+        tmp_path / "sharded", "Qwen3ForCausalLM", shard_size="100KB", head_dim=16, num_hidden_layers=2
+    )
     assert len(list(sharded.glob("*.safetensors"))) > 2
     whole, parts = load(folder)[0], load(sharded)[0]
     assert torch.equal(whole.embedding, parts.embedding)
@@ -72,7 +77,10 @@ def test_half_precision_checkpoints_give_transformers_tokens_in_float32(stored: 
 def test_parameters_take_the_type_asked_for(folder: Path, dtype: torch.dtype) -> None:
     weights, _, _ = load(folder, dtype)
     assert weights.layers[0].mlp.down.weight.dtype == dtype
-    assert torch.equal(weights.layers[0].mlp.down.weight, load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].to(dtype))
+    assert torch.equal(
+        weights.layers[0].mlp.down.weight,
+        load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].to(dtype),
+    )
 
 
 def test_a_tied_head_is_the_embedding_and_takes_no_memory(tmp_path: Path) -> None:
@@ -109,7 +117,10 @@ def test_a_tied_model_with_a_head_alone_takes_its_embedding_from_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight", "model.layers.0.input_layernorm.weight"],
+)
 def test_numbers_that_are_not_finite_are_refused_by_the_tensors_name(folder: Path, name: str, value: float) -> None:
     tensor = load_file(folder / "model.safetensors")[name]
     tensor.view(-1)[-1] = value
@@ -139,7 +150,9 @@ def test_a_config_for_which_the_files_are_too_small_is_refused_before_anything_i
 def test_random_weights_that_do_not_fit_are_refused_before_they_are_allocated(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20, "intermediate_size": 2**20}))
-    with pytest.raises(EngineError, match=r"the weights do not fit into the memory of the CPU: \S+ GiB in float32, \S+ GiB are free"):
+    with pytest.raises(
+        EngineError, match=r"the weights do not fit into the memory of the CPU: \S+ GiB in float32, \S+ GiB are free"
+    ):
         load_runner(folder, load_format="dummy")
 
 
@@ -147,7 +160,10 @@ def test_quantised_tensors_are_called_that(folder: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     edit(folder, name, None)
     edit(folder, "model.layers.0.mlp.down_proj.qweight", torch.zeros(8, 64, dtype=torch.int32))
-    with pytest.raises(EngineError, match=r"down_proj\.weight is missing; there are quantised ones such as model\.layers\.0\.mlp\.down_proj\.qweight"):
+    with pytest.raises(
+        EngineError,
+        match=r"down_proj\.weight is missing; there are quantised ones such as model\.layers\.0\.mlp\.down_proj\.qweight",
+    ):
         load(folder)
 
 
@@ -156,7 +172,9 @@ def test_tensors_without_use_are_ignored_and_named(folder: Path) -> None:
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" in load(folder)[2]
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.self_attn.q_norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.self_attn.q_norm.weight", "lm_head.weight"]
+)
 def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
     edit(folder, name, None)
     with pytest.raises(EngineError, match=f"tensor {name} is missing"):
@@ -165,7 +183,10 @@ def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path) -> None:
     edit(folder, "model.layers.0.mlp.up_proj.weight", torch.zeros(96, 63))
-    with pytest.raises(EngineError, match=r"model\.layers\.0\.mlp\.up_proj\.weight has shape \[96, 63\], config\.json implies \[96, 64\]"):
+    with pytest.raises(
+        EngineError,
+        match=r"model\.layers\.0\.mlp\.up_proj\.weight has shape \[96, 63\], config\.json implies \[96, 64\]",
+    ):
         load(folder)
 
 
@@ -201,7 +222,10 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
         ("{", "broken"),
         ("[]", "broken"),
         ('{"weight_map": 3}', "broken"),
-        ('{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}', "model-00001-of-00002.safetensors is named"),
+        (
+            '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}',
+            "model-00001-of-00002.safetensors is named",
+        ),
         ('{"weight_map": {"model.norm.weight": "../outside.safetensors"}}', "outside.safetensors is named"),
     ],
     ids=["cut", "list", "number", "missing-file", "file-outside"],

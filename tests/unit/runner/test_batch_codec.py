@@ -31,9 +31,16 @@ def sample_of(annotation: Any) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     if is_dataclass(one):
-        return type(one) is type(other) and all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+        return type(one) is type(other) and all(
+            same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)
+        )
     if isinstance(one, np.ndarray):
-        return isinstance(other, np.ndarray) and one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+        return (
+            isinstance(other, np.ndarray)
+            and one.dtype == other.dtype
+            and one.shape == other.shape
+            and bool((one == other).all())
+        )
     if isinstance(one, tuple):
         return isinstance(other, tuple) and len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
@@ -46,7 +53,9 @@ def test_every_kind_of_ask_comes_back(kind: type) -> None:
 
 
 def test_a_batch_with_everything_comes_back() -> None:
-    sampling = SamplingParams(temperature=0.5, logit_bias={5: -1.5, 9: 2.0}, stop=("a", "b"), stop_token_ids=(1, 2), guided_choice=("x", "y"))
+    sampling = SamplingParams(
+        temperature=0.5, logit_bias={5: -1.5, 9: 2.0}, stop=("a", "b"), stop_token_ids=(1, 2), guided_choice=("x", "y")
+    )
     new = NewRow(3, np.arange(5, dtype=np.int32), 4, sampling, 2**64 - 1, (1, 2), ((1, 2), (3,)), 5)
     ints = np.array([[1, 2, 3]], np.int32)
     batch = Batch(
@@ -59,7 +68,10 @@ def test_a_batch_with_everything_comes_back() -> None:
         new_rows=(new, replace(new, features=0, row=int(np.int32(1)))),
         page_updates=ints,
         features=3,
-        asks=(TokenMasks(np.array([3], np.int32), np.array([[7, -1]], np.int32)), PromptScoring((PromptSpan(2**40 + 1, 0, 3, 4, 2),))),
+        asks=(
+            TokenMasks(np.array([3], np.int32), np.array([[7, -1]], np.int32)),
+            PromptScoring((PromptSpan(2**40 + 1, 0, 3, 4, 2),)),
+        ),
         token_edits=(TokenEdit(1, 2, np.array([9], np.int32)),),
         page_copies=np.array([[1, 2]], np.int32),
     )

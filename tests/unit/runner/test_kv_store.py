@@ -54,7 +54,9 @@ def test_pool_bytes_win_over_the_fraction(size: Any) -> None:
     assert "pool_bytes" in pool.decided_by
 
 
-@pytest.mark.parametrize(("options", "fraction"), [({}, 0.25), ({"pool_memory_fraction": 0.5}, 0.5)], ids=["default", "given"])
+@pytest.mark.parametrize(
+    ("options", "fraction"), [({}, 0.25), ({"pool_memory_fraction": 0.5}, 0.5)], ids=["default", "given"]
+)
 def test_the_pool_takes_its_fraction_of_what_is_left(size: Any, options: dict[str, float], fraction: float) -> None:
     pool = size(pool_room=64 * 2**20, **options)
     assert pool.num_pages == int(64 * 2**20 * fraction) // (16 * 768)
@@ -83,11 +85,17 @@ def test_no_room_for_one_page_is_refused_with_the_numbers(size: Any, options: di
 @pytest.mark.parametrize(
     ("device", "room", "words"),
     [
-        ("cuda", 10 * 2**20, r"100 MiB free after the weights, of which the largest step takes 50 MiB and the captured steps 40 MiB"),
+        (
+            "cuda",
+            10 * 2**20,
+            r"100 MiB free after the weights, of which the largest step takes 50 MiB and the captured steps 40 MiB",
+        ),
         ("cpu", 90 * 2**20, r"100 MiB free after the weights, of which a tenth, 10 MiB, is left for steps"),
     ],
 )
-def test_the_pool_leaves_what_weights_and_steps_need(architecture: Architecture, monkeypatch: pytest.MonkeyPatch, device: str, room: int, words: str) -> None:
+def test_the_pool_leaves_what_weights_and_steps_need(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch, device: str, room: int, words: str
+) -> None:
     """On a GPU as it was measured, on a CPU a share."""
     monkeypatch.setattr(kv_store, "free_bytes", lambda device: 107 * 2**20)
     needs = MemoryNeeds(weights=7 * 2**20, step=50 * 2**20, graphs=40 * 2**20)
@@ -119,9 +127,17 @@ def test_a_max_model_len_beyond_the_checkpoint_is_refused(size: Any) -> None:
 
 
 def test_the_store_is_zero_and_of_the_documented_shape(architecture: Architecture) -> None:
-    store = allocate_kv_store(PoolSize(5, 16 * 768, 80, "", group_layers(architecture.sliding_windows, 80)), architecture, 16, torch.bfloat16, CPU)
+    store = allocate_kv_store(
+        PoolSize(5, 16 * 768, 80, "", group_layers(architecture.sliding_windows, 80)),
+        architecture,
+        16,
+        torch.bfloat16,
+        CPU,
+    )
     assert len(store) == 3
-    assert all(layer.shape == (5, 2, 2, 16, 16) and layer.dtype == torch.bfloat16 and not layer.any() for layer in store)
+    assert all(
+        layer.shape == (5, 2, 2, 16, 16) and layer.dtype == torch.bfloat16 and not layer.any() for layer in store
+    )
 
 
 def test_free_memory_of_a_cpu_is_at_most_the_machines() -> None:
@@ -134,7 +150,14 @@ def test_free_memory_of_a_cpu_is_at_most_the_machines() -> None:
     [
         ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 1\ninactive_file 50"}, 350),
         ({"memory.max": "max", "memory.current": "700", "memory.stat": ""}, None),
-        ({"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "1400", "memory.stat": "total_inactive_file 100"}, 0),
+        (
+            {
+                "memory.limit_in_bytes": "1000",
+                "memory.usage_in_bytes": "1400",
+                "memory.stat": "total_inactive_file 100",
+            },
+            0,
+        ),
         ({}, None),
     ],
     ids=["v2", "v2-unlimited", "v1-over", "none"],

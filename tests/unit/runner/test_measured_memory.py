@@ -1,4 +1,6 @@
-"""The largest steps are run before the pool is there; what is read then is a GPU's memory, so a meter that was told its readings stands in for it here."""
+"""The largest steps are run before the pool is there; what is read then is a GPU's memory, so a meter that was told its
+readings stands in for it here.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_the_largest_steps_run_on_two_pages_whatever_the_length(folder: Path) ->
 
 
 @pytest.mark.parametrize("num_shapes", [0, 20])
-def test_needs_are_what_was_read_and_the_runner_is_gone(folder: Path, monkeypatch: pytest.MonkeyPatch, num_shapes: int) -> None:
+def test_needs_are_what_was_read_and_the_runner_is_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, num_shapes: int
+) -> None:
     captured: list[list[StepShape]] = []
     monkeypatch.setattr(ModelRunner, "capture", lambda self, shapes, tell: captured.append(shapes))
     runners: list[weakref.ref[ModelRunner]] = []
@@ -90,7 +94,9 @@ def test_needs_are_what_was_read_and_the_runner_is_gone(folder: Path, monkeypatc
 
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize(("max_sequences", "max_tokens"), [(256, 2048), (1, 1), (4096, 8192)])
-def test_samples_have_the_most_tokens_and_outputs_of_all_shapes(max_sequences: int, max_tokens: int, adapters: bool) -> None:
+def test_samples_have_the_most_tokens_and_outputs_of_all_shapes(
+    max_sequences: int, max_tokens: int, adapters: bool
+) -> None:
     """Else captured steps could outgrow the memory that was measured."""
     shapes = captured_shapes(max_sequences, max_tokens, adapters)
     samples = samples_of(shapes)
@@ -118,7 +124,10 @@ def test_memory_that_is_not_there_after_all_is_one_sentence(folder: Path, monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore words")
 
     monkeypatch.setattr(RunnerBuilder, "_measure", fail)
-    with pytest.raises(EngineError, match=r"no memory for the largest step \(smaller with max_batched_tokens, max_num_sequences\): CUDA out of memory[^\n]*$"):
+    with pytest.raises(
+        EngineError,
+        match=r"no memory for the largest step \(smaller with max_batched_tokens, max_num_sequences\): CUDA out of memory[^\n]*$",
+    ):
         make_builder(folder, [], num_pages=8).build()
 
 

@@ -33,7 +33,9 @@ def oracle(folder: Path) -> Oracle:
     return Oracle(folder)
 
 
-def step(rows: list[tuple[int, int, int, bool]], new_rows: tuple[NewRow, ...] = (), pages: Any = (), number: int = 1) -> Batch:
+def step(
+    rows: list[tuple[int, int, int, bool]], new_rows: tuple[NewRow, ...] = (), pages: Any = (), number: int = 1
+) -> Batch:
     """rows: (row, start, count, samples); pages: (row, index, page)."""
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     features = 0
@@ -59,9 +61,13 @@ def tokens_of(runner: ModelRunner, batch: Batch) -> list[int]:
 
 
 @pytest.mark.parametrize("steps_ahead", [1, 3])
-def test_steps_launched_before_results_are_read_give_the_same_tokens(folder: Path, oracle: Oracle, steps_ahead: int) -> None:
+def test_steps_launched_before_results_are_read_give_the_same_tokens(
+    folder: Path, oracle: Oracle, steps_ahead: int
+) -> None:
     prompts = random_prompts(LENGTHS)
-    assert Driver(load_runner(folder)).generate(prompts, 10, steps_ahead=steps_ahead, chunk=8, arrive_every=3) == oracle.greedy(prompts, 10)
+    assert Driver(load_runner(folder)).generate(
+        prompts, 10, steps_ahead=steps_ahead, chunk=8, arrive_every=3
+    ) == oracle.greedy(prompts, 10)
 
 
 def test_results_come_back_in_order_until_as_many_as_asked_are_in_flight(folder: Path) -> None:
@@ -92,17 +98,24 @@ def test_a_step_that_samples_nothing_has_an_empty_result(folder: Path, logprobs:
 def test_samples_are_in_the_batchs_order_though_prefills_are_computed_last(folder: Path, oracle: Oracle) -> None:
     runner = load_runner(folder)
     prompts = random_prompts((12, 1, 30))
-    new = tuple(NewRow(row, prompt, len(prompt), GREEDY, 0, (), ()) for row, prompt in zip((7, 2, 5), prompts, strict=True))
+    new = tuple(
+        NewRow(row, prompt, len(prompt), GREEDY, 0, (), ()) for row, prompt in zip((7, 2, 5), prompts, strict=True)
+    )
     pages = [(7, 0, 9), (2, 0, 4), (5, 0, 0), (5, 1, 6)]
     answers = oracle.greedy(prompts, 2)
-    assert tokens_of(runner, step([(7, 0, 12, True), (2, 0, 1, True), (5, 0, 29, False)], new, pages)) == [answers[0][0], answers[1][0]]
+    assert tokens_of(runner, step([(7, 0, 12, True), (2, 0, 1, True), (5, 0, 29, False)], new, pages)) == [
+        answers[0][0],
+        answers[1][0],
+    ]
     assert tokens_of(runner, step([(5, 29, 1, True), (7, 12, 1, True)])) == [answers[2][0], answers[0][1]]
 
 
 def test_a_sequence_goes_on_after_preemption_as_if_nothing_had_happened(folder: Path) -> None:
     """Seeded, with penalties that count the answer: the prompt's length must survive."""
     prompt = random_prompts([20])[0]
-    sampling = SamplingParams(temperature=0.9, top_p=0.95, presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.2)
+    sampling = SamplingParams(
+        temperature=0.9, top_p=0.95, presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.2
+    )
     (answer,) = Driver(load_runner(folder)).generate([prompt], 16, sampling, seeds=[99])
     runner = load_runner(folder)
     known = np.concatenate([prompt, np.array(answer[:9], np.int32)])
@@ -112,12 +125,18 @@ def test_a_sequence_goes_on_after_preemption_as_if_nothing_had_happened(folder: 
     features = features_of(sampling, (), ())
     for at in range(29, 35):
         batch = step([(4, at, 1, True)])
-        runner.launch(Batch(batch.step, batch.rows, batch.starts, batch.counts, batch.samples, batch.request_ids, features=features))
+        runner.launch(
+            Batch(
+                batch.step, batch.rows, batch.starts, batch.counts, batch.samples, batch.request_ids, features=features
+            )
+        )
         again += [result.token_ids.item() for _, result in runner.finished(0)]
     assert again == answer[9:]
 
 
-def test_a_sequence_that_starts_on_shared_pages_gets_the_tokens_of_a_whole_prefill(folder: Path, oracle: Oracle) -> None:
+def test_a_sequence_that_starts_on_shared_pages_gets_the_tokens_of_a_whole_prefill(
+    folder: Path, oracle: Oracle
+) -> None:
     runner = load_runner(folder)
     first, tail = random_prompts((32, 9))
     second = np.concatenate([first, tail])
@@ -131,9 +150,16 @@ def test_a_sequence_that_starts_on_shared_pages_gets_the_tokens_of_a_whole_prefi
 def test_a_seeded_sequence_gets_the_same_tokens_alone_and_among_others(folder: Path) -> None:
     prompts = random_prompts((12, 30, 5, 18, 44))
     mine = SamplingParams(temperature=1.0, top_p=0.9)
-    others = [SamplingParams(temperature=1.4), GREEDY, SamplingParams(top_k=3, logprobs=2), SamplingParams(min_p=0.1, logit_bias={4: 3.0}, logprobs=0)]
+    others = [
+        SamplingParams(temperature=1.4),
+        GREEDY,
+        SamplingParams(top_k=3, logprobs=2),
+        SamplingParams(min_p=0.1, logit_bias={4: 3.0}, logprobs=0),
+    ]
     (alone,) = Driver(load_runner(folder)).generate(prompts[:1], 25, mine, seeds=[2**63 + 5])
-    among = Driver(load_runner(folder), seed=8).generate(prompts, 25, [mine, *others], seeds=[2**63 + 5, 1, 2, 3, 4], chunk=6, arrive_every=2)
+    among = Driver(load_runner(folder), seed=8).generate(
+        prompts, 25, [mine, *others], seeds=[2**63 + 5, 1, 2, 3, 4], chunk=6, arrive_every=2
+    )
     assert among[0] == alone
     (reseeded,) = Driver(load_runner(folder)).generate(prompts[:1], 25, mine, seeds=[6])
     assert reseeded != alone
@@ -164,7 +190,9 @@ def test_a_sequence_can_be_as_long_as_max_model_len(folder: Path, oracle: Oracle
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_near_float32(folder: Path, oracle: Oracle, dtype: str) -> None:
-    """Types of weights and KV alike: the logprob of the first token is within what 3 layers of bfloat16 rounding can do."""
+    """Types of weights and KV alike: the logprob of the first token is within what 3 layers of bfloat16 rounding can
+    do.
+    """
     prompt = random_prompts([30])[0]
     driver = Driver(load_runner(folder, dtype=dtype))
     ((token,),) = driver.generate([prompt], 1, SamplingParams(temperature=0.0, logprobs=0))
@@ -183,9 +211,14 @@ def test_a_gpu_that_cannot_convert_8_bits_is_refused(folder: Path, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A10")
     architecture = read_architecture(folder)
-    with pytest.raises(EngineError, match=r"kv_dtype: fp8_e4m3 needs a GPU of compute capability 8\.9; an A10 has less"):
+    with pytest.raises(
+        EngineError, match=r"kv_dtype: fp8_e4m3 needs a GPU of compute capability 8\.9; an A10 has less"
+    ):
         placement._dtypes(EngineConfig(kv_dtype="fp8_e4m3"), architecture, torch.device("cuda"))
-    assert placement._dtypes(EngineConfig(kv_dtype="fp8_e4m3"), architecture, torch.device("cpu"))[1] == torch.float8_e4m3fn
+    assert (
+        placement._dtypes(EngineConfig(kv_dtype="fp8_e4m3"), architecture, torch.device("cpu"))[1]
+        == torch.float8_e4m3fn
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,4 +1,6 @@
-"""The same runner on CUDA: what only a device that computes while the host goes on can get wrong, and the memory a step takes there."""
+"""The same runner on CUDA: what only a device that computes while the host goes on can get wrong, and the memory a step
+takes there.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_greedy_tokens_equal_transformers_with_steps_in_flight(folder: Path, steps_ahead: int) -> None:
     prompts = random_prompts((1, 64, 65, 300, 20, 33))
     driver = Driver(load_runner(folder, device="cuda"))
-    assert driver.generate(prompts, 20, chunk=32, arrive_every=2, steps_ahead=steps_ahead) == Oracle(folder).greedy(prompts, 20)
+    assert driver.generate(prompts, 20, chunk=32, arrive_every=2, steps_ahead=steps_ahead) == Oracle(folder).greedy(
+        prompts, 20
+    )
 
 
 def test_seeded_tokens_equal_those_of_the_cpu(folder: Path) -> None:
     prompts = random_prompts((12, 30, 5, 18, 44))
-    options = [{"top_p": 0.9}, {"temperature": 1.4}, {"top_k": 3, "logprobs": 2}, {"min_p": 0.1, "logit_bias": {4: 3.0}}, {"presence_penalty": 1.0}]
+    options = [
+        {"top_p": 0.9},
+        {"temperature": 1.4},
+        {"top_k": 3, "logprobs": 2},
+        {"min_p": 0.1, "logit_bias": {4: 3.0}},
+        {"presence_penalty": 1.0},
+    ]
     samplings = [SamplingParams(**option) for option in options]
-    cpu, cuda = (Driver(load_runner(folder, device=device)).generate(prompts, 25, samplings, steps_ahead=1) for device in ("cpu", "cuda"))
+    cpu, cuda = (
+        Driver(load_runner(folder, device=device)).generate(prompts, 25, samplings, steps_ahead=1)
+        for device in ("cpu", "cuda")
+    )
     assert cpu == cuda
 
 
@@ -58,23 +71,38 @@ def test_many_new_rows_outgrow_the_staging_buffer_while_steps_are_in_flight(fold
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_keys_and_values_of_8_bits(folder: Path, dtype: str) -> None:
-    """In float32 the tokens are the CPU's. In bfloat16 another kernel attends: its steps, captured or launched, give the same tokens."""
+    """In float32 the tokens are the CPU's. In bfloat16 another kernel attends: its steps, captured or launched, give
+    the same tokens.
+    """
     prompts = random_prompts((1, 64, 65, 300, 20, 33))
     options: list[dict[str, Any]] = [{"cuda_graphs": True}, {"cuda_graphs": False}]
     runners = [load_runner(folder, device="cuda", dtype=dtype, kv_dtype="fp8_e4m3", **option) for option in options]
-    captured, launched = (Driver(runner).generate(prompts, 20, chunk=32, arrive_every=2, steps_ahead=1) for runner in runners)
+    captured, launched = (
+        Driver(runner).generate(prompts, 20, chunk=32, arrive_every=2, steps_ahead=1) for runner in runners
+    )
     assert captured == launched
     if dtype == "float32":
-        assert captured == Driver(load_runner(folder, kv_dtype="fp8_e4m3")).generate(prompts, 20) == Oracle(folder, RoundedCache).greedy(prompts, 20)
+        assert (
+            captured
+            == Driver(load_runner(folder, kv_dtype="fp8_e4m3")).generate(prompts, 20)
+            == Oracle(folder, RoundedCache).greedy(prompts, 20)
+        )
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_p": 0.8}, {"temperature": 0.0}, {"temperature": 0.6, "logprobs": 2, "repetition_penalty": 1.2, "logit_bias": {3: 1.5}}],
+    [
+        {},
+        {"top_p": 0.8},
+        {"temperature": 0.0},
+        {"temperature": 0.6, "logprobs": 2, "repetition_penalty": 1.2, "logit_bias": {3: 1.5}},
+    ],
     ids=["draws", "truncated draws", "greedy", "everything"],
 )
 def test_captured_steps_give_the_tokens_of_launched_ones(folder: Path, options: dict[str, Any]) -> None:
-    """Prompts longer than any captured step, chunks that fit beside decodes, and decodes alone, padded to every size."""
+    """Prompts longer than any captured step, chunks that fit beside decodes, and decodes alone, padded to every
+    size.
+    """
     prompts = random_prompts((1, 700, 65, 300, 20, 33, 5, 8, 90, 2, 44))
     captured, launched = (
         Driver(load_runner(folder, device="cuda", cuda_graphs=graphs)).generate(
@@ -98,15 +126,23 @@ def adapted_runner(folder: Path, root: Path, device: str = "cuda", **options: An
 
 def test_captured_and_launched_steps_with_adapters_give_the_tokens_of_the_cpu(folder: Path, tmp_path: Path) -> None:
     """Several adapters, none and an empty adapter slot, in steps of prompts, of single tokens and of both."""
-    prompts, adapter_slots = random_prompts((1, 700, 65, 300, 20, 33, 5, 8, 90, 2, 44)), (0, 1, -1, 2, 0, 1, -1, -1, 3, 2, 1)
-    runners = [adapted_runner(folder, tmp_path, device, **options) for device, options in (("cpu", {}), ("cuda", {}), ("cuda", {"cuda_graphs": False}))]
+    prompts, adapter_slots = (
+        random_prompts((1, 700, 65, 300, 20, 33, 5, 8, 90, 2, 44)),
+        (0, 1, -1, 2, 0, 1, -1, -1, 3, 2, 1),
+    )
+    runners = [
+        adapted_runner(folder, tmp_path, device, **options)
+        for device, options in (("cpu", {}), ("cuda", {}), ("cuda", {"cuda_graphs": False}))
+    ]
     cpu, captured, launched = (
         Driver(runner).generate(prompts, 24, chunk=150, arrive_every=2, steps_ahead=ahead, adapter_slots=adapter_slots)
         for runner, ahead in zip(runners, (0, 1, 1), strict=True)
     )
     assert captured == launched == cpu
     plain = Driver(load_runner(folder, device="cuda")).generate(prompts, 24, chunk=150, arrive_every=2, steps_ahead=1)
-    assert [index for index in range(len(prompts)) if plain[index] == captured[index]] == [2, 6, 7, 8], "who has an adapter, and who has none"
+    assert [index for index in range(len(prompts)) if plain[index] == captured[index]] == [2, 6, 7, 8], (
+        "who has an adapter, and who has none"
+    )
 
 
 def test_an_adapter_that_comes_while_steps_are_in_flight_changes_none_of_them(folder: Path, tmp_path: Path) -> None:
@@ -128,17 +164,30 @@ def test_an_adapter_that_comes_while_steps_are_in_flight_changes_none_of_them(fo
 
 
 def test_a_sequence_gets_the_same_tokens_alone_and_in_a_full_batch(folder: Path) -> None:
-    """In float32 and on logits that do not tie. In 16 bits the products of one token and of many round differently, and close tokens may change places."""
+    """In float32 and on logits that do not tie. In 16 bits the products of one token and of many round differently, and
+    close tokens may change places.
+    """
     prompts = random_prompts((12, 30, 5, 18, 44, 100, 7, 250))
     together = Driver(load_runner(folder, device="cuda")).generate(prompts, 16, GREEDY, steps_ahead=1)
-    alone = [Driver(load_runner(folder, device="cuda")).generate([prompt], 16, GREEDY, steps_ahead=1)[0] for prompt in prompts[::3]]
+    alone = [
+        Driver(load_runner(folder, device="cuda")).generate([prompt], 16, GREEDY, steps_ahead=1)[0]
+        for prompt in prompts[::3]
+    ]
     assert alone == together[::3]
 
 
 def test_captured_steps_take_no_more_memory_than_measured(tmp_path: Path) -> None:
-    shape = {"vocab_size": 150_000, "max_position_embeddings": 8192, "dtype": "bfloat16", "hidden_size": 2048, "intermediate_size": 8192}
+    shape = {
+        "vocab_size": 150_000,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+    }
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 16}
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape, **heads}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape, **heads})
+    )
     told: list[str] = []
     options = {"load_format": "dummy", "device": "cuda", "pool_bytes": 2**30, "max_batched_tokens": 4096}
     with_graphs = EngineConfig(model=str(tmp_path), **options)
@@ -158,7 +207,9 @@ def test_no_step_makes_the_host_wait(folder: Path, sampling: SamplingParams) -> 
     Driver(runner).generate(random_prompts((20, 30, 40)), 4, sampling, chunk=16, arrive_every=1, steps_ahead=1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        beside_decodes = Driver(runner).generate(random_prompts((20, 30, 40, 900)), 30, sampling, chunk=700, arrive_every=3, steps_ahead=1)
+        beside_decodes = Driver(runner).generate(
+            random_prompts((20, 30, 40, 900)), 30, sampling, chunk=700, arrive_every=3, steps_ahead=1
+        )
         more_than_captured = Driver(runner).generate(random_prompts((900, 30, 800, 20)), 30, sampling, steps_ahead=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -174,7 +225,9 @@ def test_no_step_with_adapters_makes_the_host_wait(folder: Path, tmp_path: Path)
     torch.cuda.set_sync_debug_mode("error")
     try:
         runner.adapter_slots.fill(3, adapter)
-        answers = Driver(runner).generate(prompts, 30, chunk=700, arrive_every=3, steps_ahead=1, adapter_slots=adapter_slots)
+        answers = Driver(runner).generate(
+            prompts, 30, chunk=700, arrive_every=3, steps_ahead=1, adapter_slots=adapter_slots
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [len(answer) for answer in answers] == [30] * 4
@@ -196,7 +249,8 @@ def _last_logits(runner: ModelRunner, prompts: list[np.ndarray]) -> torch.Tensor
 
 @pytest.mark.parametrize(("kv_dtype", "error"), [("auto", 0.02), ("fp8_e4m3", 0.05)])
 def test_bfloat16_agrees_with_float32_on_a_trained_model(kv_dtype: str, error: float) -> None:
-    """The demo model and questions of its exam. Every token of the answers that float32 gives on the CPU is asked for again, given those before it.
+    """The demo model and questions of its exam. Every token of the answers that float32 gives on the CPU is asked for
+    again, given those before it.
 
     K and V of 8 bits round both, and what bfloat16 rounded before rounds otherwise now and then.
     """
@@ -209,7 +263,11 @@ def test_bfloat16_agrees_with_float32_on_a_trained_model(kv_dtype: str, error: f
     theirs, ours = _last_logits(cpu, prompts), _last_logits(cuda, prompts)
     print(f"relative RMS difference of the logits: {(ours - theirs).norm() / theirs.norm():.4f}")
     assert (ours - theirs).norm() <= error * theirs.norm()
-    begun = [np.array([*sitting.ids[: item.prompt_len], *item.answer_ids[:end]], np.int32) for sitting, item in items for end in range(len(item.answer_ids))]
+    begun = [
+        np.array([*sitting.ids[: item.prompt_len], *item.answer_ids[:end]], np.int32)
+        for sitting, item in items
+        for end in range(len(item.answer_ids))
+    ]
     equal = 0
     for first in range(0, len(begun), 8):
         some = begun[first : first + 8]
@@ -221,20 +279,44 @@ def test_bfloat16_agrees_with_float32_on_a_trained_model(kv_dtype: str, error: f
 @pytest.mark.parametrize("num_sequences", [1, 256])
 def test_the_largest_step_takes_no_more_memory_than_measured(tmp_path: Path, num_sequences: int) -> None:
     """bfloat16, a vocabulary of 150,000 and every row truncated and penalised: the hungriest step there is."""
-    options = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    options = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 2,
+    }
     shape = {"vocab_size": 150_000, "max_position_embeddings": 8192, "dtype": "bfloat16", **options}
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape}))
-    config = EngineConfig(model=str(tmp_path), load_format="dummy", device="cuda", pool_bytes=2**30, max_batched_tokens=4096)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape})
+    )
+    config = EngineConfig(
+        model=str(tmp_path), load_format="dummy", device="cuda", pool_bytes=2**30, max_batched_tokens=4096
+    )
     builder = RunnerBuilder(config, lambda sentence: None, open_checkpoint(config))
     runner = builder.build()
     length = 4096 // num_sequences
     sampling = SamplingParams(top_p=0.9, presence_penalty=1.0, repetition_penalty=1.1, logprobs=5)
     rows = np.arange(num_sequences, dtype=np.int32)
-    new = tuple(NewRow(row, np.arange(length, dtype=np.int32), length, sampling, row, (), ()) for row in range(num_sequences))
+    new = tuple(
+        NewRow(row, np.arange(length, dtype=np.int32), length, sampling, row, (), ()) for row in range(num_sequences)
+    )
     per_row = -(-length // 16)
-    pages = np.array([(row, index, row * per_row + index) for row in range(num_sequences) for index in range(per_row)], np.int32)
+    pages = np.array(
+        [(row, index, row * per_row + index) for row in range(num_sequences) for index in range(per_row)], np.int32
+    )
     counts, starts = np.full(num_sequences, length, np.int32), np.zeros(num_sequences, np.int32)
-    batch = Batch(1, rows, starts, counts, np.ones(num_sequences, np.bool_), rows.astype(np.int64), new, pages, features_of(sampling, (), ()))
+    batch = Batch(
+        1,
+        rows,
+        starts,
+        counts,
+        np.ones(num_sequences, np.bool_),
+        rows.astype(np.int64),
+        new,
+        pages,
+        features_of(sampling, (), ()),
+    )
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -242,17 +324,35 @@ def test_the_largest_step_takes_no_more_memory_than_measured(tmp_path: Path, num
     runner.launch(batch)
     list(runner.finished(0))
     taken = torch.cuda.max_memory_reserved() - before
-    print(f"largest step of {num_sequences}: takes {taken / 2**20:.0f} MiB, measured before with its rows: {builder.needs.step / 2**20:.0f} MiB")
+    print(
+        f"largest step of {num_sequences}: takes {taken / 2**20:.0f} MiB, measured before with its rows: {builder.needs.step / 2**20:.0f} MiB"
+    )
     assert taken <= builder.needs.step
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_with_all_memory_in_the_pool_the_largest_steps_still_run(tmp_path: Path, cuda_graphs: bool) -> None:
-    """pool_memory_fraction is 1 and more sequences may run than the device has room for: nothing is left but what was measured."""
-    shape = {"vocab_size": 150_000, "max_position_embeddings": 32_768, "dtype": "bfloat16", "hidden_size": 2048, "intermediate_size": 8192}
+    """pool_memory_fraction is 1 and more sequences may run than the device has room for: nothing is left but what was
+    measured.
+    """
+    shape = {
+        "vocab_size": 150_000,
+        "max_position_embeddings": 32_768,
+        "dtype": "bfloat16",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+    }
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 16}
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape, **heads}))
-    options = {"load_format": "dummy", "device": "cuda", "max_batched_tokens": 4096, "pool_memory_fraction": 1.0, "cuda_graphs": cuda_graphs}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shape, **heads})
+    )
+    options = {
+        "load_format": "dummy",
+        "device": "cuda",
+        "max_batched_tokens": 4096,
+        "pool_memory_fraction": 1.0,
+        "cuda_graphs": cuda_graphs,
+    }
     told: list[str] = []
     config = EngineConfig(model=str(tmp_path), **options)
     runner = RunnerBuilder(config, told.append, open_checkpoint(config)).build()

@@ -19,7 +19,10 @@ from tests.quantised_checkpoints import SIZES
 from tests.runner_driver import load_runner
 
 
-@pytest.mark.parametrize(("name", "format"), [("fp8", "fp8 per channel, activations rounded to fp8 per token"), ("int4", "int4 in groups of 128")])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("fp8", "fp8 per channel, activations rounded to fp8 per token"), ("int4", "int4 in groups of 128")],
+)
 def test_formats_and_that_a_cpu_dequantises_are_told(name: Literal["fp8", "int4"], format: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "Qwen3ForCausalLM", **SIZES)
     heard: list[str] = []
@@ -39,7 +42,9 @@ def test_bytes_saved_are_told_where_numbers_stay_as_they_are_stored(tmp_path: Pa
     assert quantization is not None and quantization.dequantised
     kept = replace(quantization, dequantised=False)
     builder._architecture = replace(builder._architecture, quantization=kept)
-    plain, taken = (weight_bytes(replace(builder._architecture, quantization=each), torch.bfloat16) for each in (None, kept))
+    plain, taken = (
+        weight_bytes(replace(builder._architecture, quantization=each), torch.bfloat16) for each in (None, kept)
+    )
     words = f"{spell_bytes(taken)} instead of {spell_bytes(plain)} in bfloat16, {spell_bytes(plain - taken)} saved"
     assert builder._about_quantization(kept).endswith(f"which costs quality; {words}")
     assert taken < plain / 2

@@ -41,7 +41,13 @@ def test_what_one_rank_cannot_do_all_refuse() -> None:
 
 
 def test_the_pool_is_as_large_as_the_smallest_ranks() -> None:
-    size = PoolSize(num_pages=100, page_bytes=10, max_model_len=1000, decided_by="pool: 100 pages", groups=group_layers([None], 1000))
+    size = PoolSize(
+        num_pages=100,
+        page_bytes=10,
+        max_model_len=1000,
+        decided_by="pool: 100 pages",
+        groups=group_layers([None], 1000),
+    )
     assert of_smallest(size, [100, 120], 16) is size
     smaller = of_smallest(size, [100, 40, 90], 16)
     assert (smaller.num_pages, smaller.max_model_len) == (40, 640)
@@ -68,16 +74,24 @@ def test_ranks_have_the_gpus_from_the_first_on(four_gpus: list[torch.device]) ->
 
 @pytest.mark.parametrize(
     ("device", "size", "message"),
-    [("auto", 8, "8 ranks need a GPU each, there are 4 "), ("cuda:3", 2, "2 ranks need a GPU each, there are 1 from cuda:3 on ")],
+    [
+        ("auto", 8, "8 ranks need a GPU each, there are 4 "),
+        ("cuda:3", 2, "2 ranks need a GPU each, there are 1 from cuda:3 on "),
+    ],
 )
 def test_more_ranks_than_gpus_are_refused(four_gpus: list[torch.device], device: str, size: int, message: str) -> None:
-    with pytest.raises(EngineError, match=f"^tensor_parallel_size: {message}" + r"\(CUDA_VISIBLE_DEVICES says which are seen\)$"):
+    with pytest.raises(
+        EngineError, match=f"^tensor_parallel_size: {message}" + r"\(CUDA_VISIBLE_DEVICES says which are seen\)$"
+    ):
         device_of(EngineConfig(device=device, tensor_parallel_size=size), 0)
     assert not four_gpus
 
 
 def test_adapters_are_refused_with_several_ranks() -> None:
-    with pytest.raises(EngineError, match="^tensor_parallel_size: 2 ranks serve no adapters; lora_directory must be empty, or the size 1$"):
+    with pytest.raises(
+        EngineError,
+        match="^tensor_parallel_size: 2 ranks serve no adapters; lora_directory must be empty, or the size 1$",
+    ):
         EngineConfig.parse({"tensor_parallel_size": "2", "lora_directory": "/adapters"})
 
 

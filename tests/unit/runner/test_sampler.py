@@ -23,7 +23,15 @@ VOCAB = 40
 CPU = torch.device("cpu")
 
 
-def new_row(row: int, tokens: Sequence[int], prompt_len: int | None = None, seed: int = 0, stop_ids: Any = (), bad_words: Any = (), **options: Any) -> NewRow:
+def new_row(
+    row: int,
+    tokens: Sequence[int],
+    prompt_len: int | None = None,
+    seed: int = 0,
+    stop_ids: Any = (),
+    bad_words: Any = (),
+    **options: Any,
+) -> NewRow:
     length = len(tokens) if prompt_len is None else prompt_len
     sampling = SamplingParams(**options)
     features = features_of(sampling, tuple(stop_ids), tuple(bad_words))
@@ -56,7 +64,10 @@ def sample(new: Sequence[NewRow], logits: Tensor, rows: DeviceRows | None = None
     outputs = torch.from_numpy(plan.output_indices)
     sampled = Sampler(reference).sample(logits[outputs.argsort()].clone(), rows.sampling(batch, step), rows)
     return Sampled(
-        *(None if column is None else column[outputs] for column in (sampled.token_ids, sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs))
+        *(
+            None if column is None else column[outputs]
+            for column in (sampled.token_ids, sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
+        )
     )
 
 
@@ -77,12 +88,23 @@ VARIETY = {
     "min_tokens": {"min_tokens": 5, "stop_ids": (1, 2, 3)},
     "bad_words": {"bad_words": ((4,), (2, 9, 11))},
     "logprobs": {"logprobs": 3},
-    "everything": {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "logit_bias": {1: 2.0}, "presence_penalty": 1.0, "bad_words": ((7,),), "logprobs": 1},
+    "everything": {
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "logit_bias": {1: 2.0},
+        "presence_penalty": 1.0,
+        "bad_words": ((7,),),
+        "logprobs": 1,
+    },
 }
 
 
 def variety() -> list[NewRow]:
-    return [new_row(row, [1, 5, 2, 9, row], prompt_len=2, seed=1000 + row, **options) for row, options in enumerate(VARIETY.values())]
+    return [
+        new_row(row, [1, 5, 2, 9, row], prompt_len=2, seed=1000 + row, **options)
+        for row, options in enumerate(VARIETY.values())
+    ]
 
 
 @pytest.mark.parametrize("name", VARIETY)
@@ -124,24 +146,35 @@ def test_temperature_zero_takes_the_largest_logit_after_bias_bans_and_penalties(
     assert sample(new, logits).token_ids.tolist() == [39, 7, 38, 37, 38]
 
 
-@pytest.mark.parametrize(("num_answered", "banned"), [(0, True), (2, True), (3, False)], ids=["first", "third", "fourth"])
+@pytest.mark.parametrize(
+    ("num_answered", "banned"), [(0, True), (2, True), (3, False)], ids=["first", "third", "fourth"]
+)
 def test_stop_ids_are_banned_before_min_tokens(num_answered: int, banned: bool) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 9], logits[0, 3] = 10, 5
     tokens = [1, 2] + [4] * num_answered
-    token = sample([new_row(0, tokens, prompt_len=2, temperature=0.0, min_tokens=3, stop_ids=(8, 9))], logits).token_ids.item()
+    token = sample(
+        [new_row(0, tokens, prompt_len=2, temperature=0.0, min_tokens=3, stop_ids=(8, 9))], logits
+    ).token_ids.item()
     assert token == (3 if banned else 9)
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = logits_of(2)
-    new = [new_row(0, [1], temperature=0.0, logit_bias={7: 100.0}, logprobs=2), new_row(1, [1], temperature=2.0, top_k=2, logprobs=0)]
+    new = [
+        new_row(0, [1], temperature=0.0, logit_bias={7: 100.0}, logprobs=2),
+        new_row(1, [1], temperature=2.0, top_k=2, logprobs=0),
+    ]
     out = sample(new, logits)
     expected = torch.log_softmax(logits, -1)
     assert out.token_ids[0] == 7
     assert torch.allclose(out.logprobs, expected[[0, 1], out.token_ids], atol=1e-6)
-    assert out.ranks.tolist() == [1 + (row > row[token]).sum().item() for row, token in zip(logits, out.token_ids, strict=True)]
-    assert out.ranks[0] == 1 + (logits[0] > logits[0, 7]).sum() > 1, "token 7 is chosen for its bias, though others are likelier"
+    assert out.ranks.tolist() == [
+        1 + (row > row[token]).sum().item() for row, token in zip(logits, out.token_ids, strict=True)
+    ]
+    assert out.ranks[0] == 1 + (logits[0] > logits[0, 7]).sum() > 1, (
+        "token 7 is chosen for its bias, though others are likelier"
+    )
     assert torch.equal(out.top_ids, expected.topk(2).indices)
     assert torch.allclose(out.top_logprobs, expected.topk(2).values, atol=1e-6)
 
@@ -149,12 +182,20 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_a_new_sequence_on_a_row_inherits_nothing() -> None:
     rows = DeviceRows(16, 64, 16, 2, CPU)
     busy = {"logit_bias": dict.fromkeys(range(30), -100.0), "min_tokens": 9, "repetition_penalty": 5.0, "top_k": 2}
-    sample([new_row(3, range(20), prompt_len=1, seed=5, stop_ids=(30, 31), bad_words=((32,), (33,)), **busy)], logits_of(1), rows)
-    wide = new_row(4, [1], stop_ids=(1, 2), bad_words=((1,), (2,), (3,)), logit_bias=dict.fromkeys(range(40), 1.0), min_tokens=3)
+    sample(
+        [new_row(3, range(20), prompt_len=1, seed=5, stop_ids=(30, 31), bad_words=((32,), (33,)), **busy)],
+        logits_of(1),
+        rows,
+    )
+    wide = new_row(
+        4, [1], stop_ids=(1, 2), bad_words=((1,), (2,), (3,)), logit_bias=dict.fromkeys(range(40), 1.0), min_tokens=3
+    )
     for options in ({}, {"bad_words": ((9,),)}, {"logit_bias": {1: 1.0}}, {"min_tokens": 2, "stop_ids": (8,)}):
         for draw in range(20):
             new = [new_row(3, [5], seed=draw, **options), wide]
-            assert torch.equal(sample(new, logits_of(2, draw), rows).token_ids, sample(new, logits_of(2, draw)).token_ids)
+            assert torch.equal(
+                sample(new, logits_of(2, draw), rows).token_ids, sample(new, logits_of(2, draw)).token_ids
+            )
 
 
 def test_seeds_of_64_bits_differ_in_every_bit() -> None:

@@ -37,7 +37,9 @@ def test_the_second_waits_for_the_first_and_says_so() -> None:
 
 def test_an_engine_that_dies_while_it_loads_keeps_nobody_waiting() -> None:
     name, told = uuid.uuid4().hex, []
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     threading.Timer(0.3, process.send_signal, [signal.SIGKILL]).start()
     with alone_with(name, told.append, 60):

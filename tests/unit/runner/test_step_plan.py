@@ -1,4 +1,6 @@
-"""Where everything of a step lies, and that padding changes nothing: a step computed in a larger shape leaves the logits, pages and rows of the exact one."""
+"""Where everything of a step lies, and that padding changes nothing: a step computed in a larger shape leaves the
+logits, pages and rows of the exact one.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def test_every_number_of_decodes_has_a_shape_with_little_padding(max_sequences: 
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
-def test_tokens_of_padded_steps_equal_those_of_exact_ones(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_padded_steps_equal_those_of_exact_ones(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_checkpoint(tmp_path, architecture)
     prompts = random_prompts((1, 5, 16, 33, 2, 70))
     exact = Driver(load_runner(folder)).generate(prompts, 12, chunk=9, arrive_every=2)

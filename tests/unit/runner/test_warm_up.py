@@ -1,4 +1,6 @@
-"""Warm-up steps stay within a runner's limits, whatever those are, and leave nothing behind that a request could notice."""
+"""Warm-up steps stay within a runner's limits, whatever those are, and leave nothing behind that a request could
+notice.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def test_the_usual_runner_sees_every_kind_of_step() -> None:
     assert any(len(batch.page_copies) for batch in batches)
     masks = [batch.ask(TokenMasks) for batch in batches]
     assert [asked is not None for asked in masks] == [bool(batch.features & Feature.MASK) for batch in batches]
-    assert all(asked is None or asked.words.shape == (batch.samples.sum(), 7) for batch, asked in zip(batches, masks, strict=True))
+    assert all(
+        asked is None or asked.words.shape == (batch.samples.sum(), 7)
+        for batch, asked in zip(batches, masks, strict=True)
+    )
     assert any(not batch.decode_only and 1 in batch.counts and batch.counts.max() > 1 for batch in batches)
 
 
@@ -55,7 +60,9 @@ def is_adapted(batch: Batch) -> bool:
 def test_steps_with_adapters_are_those_of_a_server_that_has_some() -> None:
     batches = list(warm_up_batches(*LIMITS["usual"], vocab_size=199, adapters=True))
     adapted = [batch for batch in batches if is_adapted(batch)]
-    assert [batch.num_tokens for batch in adapted] == [batch.num_tokens for batch in batches[: 2 * len(adapted)] if not is_adapted(batch)]
+    assert [batch.num_tokens for batch in adapted] == [
+        batch.num_tokens for batch in batches[: 2 * len(adapted)] if not is_adapted(batch)
+    ]
     uses = [(batch, use) for batch in batches if (use := batch.ask(AdapterUse)) is not None]
     assert all(use.new_rows.tolist() == [[new.row, 0] for new in batch.new_rows] for batch, use in uses)
     assert not any(is_adapted(batch) for batch in warm_up_batches(*LIMITS["usual"], vocab_size=199))
@@ -70,7 +77,9 @@ def test_answers_after_a_warm_up_are_those_of_transformers(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-def test_the_largest_steps_have_all_tokens_and_rows_and_the_longest_sequence(limits: tuple[int, int, int, int, int]) -> None:
+def test_the_largest_steps_have_all_tokens_and_rows_and_the_longest_sequence(
+    limits: tuple[int, int, int, int, int],
+) -> None:
     max_tokens, max_sequences, max_len = limits[:3]
     prompts, decodes = largest_batches(max_tokens, max_sequences, max_len, vocab_size=199, adapters=False)
     assert prompts.num_tokens == min(max_tokens, max_sequences * max_len)

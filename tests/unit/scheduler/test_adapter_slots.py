@@ -86,7 +86,11 @@ class Desk:
         """Waits for the threads."""
         futures = [
             *self.adapters._checks.values(),
-            *(adapter_slot.reading for adapter_slot in self.adapters._adapter_slots if adapter_slot.reading is not None),
+            *(
+                adapter_slot.reading
+                for adapter_slot in self.adapters._adapter_slots
+                if adapter_slot.reading is not None
+            ),
         ]
         for future in futures if self.library.gate.is_set() else []:
             future.exception(10)
@@ -101,12 +105,20 @@ class Desk:
             sequence = self.scheduler._running.table.sequences[new.row]
             assert sequence is not None
             wanted = sequence.spec.sampling.lora_name
-            assert (self.lying[told[new.row]] if new.row in told else None) == wanted, "the device has another adapter there"
+            assert (self.lying[told[new.row]] if new.row in told else None) == wanted, (
+                "the device has another adapter there"
+            )
             self.rows[sequence.request_id] = wanted
-        adapted = any(runner.leader in self.adapters._adapter_slot_of for runner in self.scheduler._running.runners if runner.row in batch.rows)
+        adapted = any(
+            runner.leader in self.adapters._adapter_slot_of
+            for runner in self.scheduler._running.runners
+            if runner.row in batch.rows
+        )
         assert (use is not None and use.in_use) == adapted
         answers = (None,) * len(batch.asks)
-        self._take(self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), 3, np.int32), answers=answers)))
+        self._take(
+            self.scheduler.commit(batch, StepResult(np.full(int(batch.samples.sum()), 3, np.int32), answers=answers))
+        )
 
     def _take(self, output: StepOutput | None) -> None:
         if output is not None:
@@ -272,15 +284,24 @@ NAMES = [None, "a", "b", "c", "d", "broken", "broken later"]
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), num_adapter_slots=st.integers(1, 3), num_pages=st.sampled_from([8, 64]))
-def test_whatever_comes_and_goes_everybody_gets_his_adapter_or_a_reason(data: st.DataObject, num_adapter_slots: int, num_pages: int) -> None:
-    """`step` checks after every turn that no invariant is broken and that the device has each row's adapter in its adapter slot."""
+def test_whatever_comes_and_goes_everybody_gets_his_adapter_or_a_reason(
+    data: st.DataObject, num_adapter_slots: int, num_pages: int
+) -> None:
+    """`step` checks after every turn that no invariant is broken and that the device has each row's adapter in its
+    adapter slot.
+    """
     desk = Desk(num_adapter_slots, num_pages=num_pages, max_model_len=32)
     desk.library.broken = {"broken": RequestError("it is broken"), "broken later later": RequestError("it broke")}
     asked: dict[int, str | None] = {}
     gone = set()
     for request_id in range(data.draw(st.integers(1, 14))):
         asked[request_id] = data.draw(st.sampled_from(NAMES))
-        desk.submit(request_id, asked[request_id], max_tokens=data.draw(st.integers(1, 12)), priority_level=data.draw(st.integers(0, 1)))
+        desk.submit(
+            request_id,
+            asked[request_id],
+            max_tokens=data.draw(st.integers(1, 12)),
+            priority_level=data.draw(st.integers(0, 1)),
+        )
         for _ in range(data.draw(st.integers(0, 3))):
             desk.now += data.draw(st.sampled_from([0.0, 1.5]))
             desk.step()

@@ -1,4 +1,6 @@
-"""Beams on rows and pages, with a model that says what a test wants; and what may not be asked beside use_beam_search."""
+"""Beams on rows and pages, with a model that says what a test wants; and what may not be asked beside
+use_beam_search.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ VOCAB = 97
 
 
 def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two pages only one continuation is left, so the other beams' rows lie idle without a page; a token later there are three again."""
+    """Between two pages only one continuation is left, so the other beams' rows lie idle without a page; a token later
+    there are three again.
+    """
     usual = simulated_runner.continuations
 
     def continuations(tokens: Sequence[int], n: int, vocab_size: int) -> Candidates:
@@ -37,7 +41,10 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
         return Candidates(found.token_ids, logprobs)
 
     monkeypatch.setattr(simulated_runner, "continuations", continuations)
-    prompt, sampling = [1, 2, 3, 4], SamplingParams(max_tokens=9, use_beam_search=True, beam_width=3, n=3, temperature=0.0)
+    prompt, sampling = (
+        [1, 2, 3, 4],
+        SamplingParams(max_tokens=9, use_beam_search=True, beam_width=3, n=3, temperature=0.0),
+    )
     lucky = [0]
     beams = BeamSearch(3, (), 9, 1.0, False)
     for length in range(4, 8):
@@ -47,7 +54,9 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
     expected = solo_search(prompt, sampling, 9, (), VOCAB)
     assert len(expected) == 3
 
-    scheduler = Scheduler(SchedulerLimits(page_size=4, num_pages=16, max_model_len=32, max_num_sequences=4, max_batched_tokens=32))
+    scheduler = Scheduler(
+        SchedulerLimits(page_size=4, num_pages=16, max_model_len=32, max_num_sequences=4, max_batched_tokens=32)
+    )
     engine = Engine(scheduler, SimulatedRunner(4, 16, 4, 32, 32, VOCAB), 0)
     engine.submit(Submit(0, np.array(prompt, np.int32).tobytes(), sampling, (), "", 1e18))
     found, idle = [], 0
@@ -55,7 +64,9 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
         for output in engine.step():
             found += output.feature_outputs
         engine.check()
-        idle += scheduler.num_running == 3 and (scheduler._running.table.num_tokens > 0).sum() == 1 and engine.num_steps > 4
+        idle += (
+            scheduler.num_running == 3 and (scheduler._running.table.num_tokens > 0).sum() == 1 and engine.num_steps > 4
+        )
     assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == expected
     assert idle == 1
     assert scheduler.num_preemptions == 1, "there was a page in reserve: the test misses its point"
@@ -64,10 +75,18 @@ def test_fewer_beams_for_a_while_and_then_more_find_what_a_search_alone_finds(mo
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_a_search_that_finds_no_pages_keeps_the_budget_from_nobody_whose_end_would_bring_some(steps_ahead: int) -> None:
-    """It lost its pages, began again, and has more to compute than a step has room for; a long prompt beside it has all its pages; the pool is full."""
-    limits = SchedulerLimits(page_size=1, num_pages=80, max_model_len=76, max_num_sequences=3, max_batched_tokens=12, prefix_cache=False)
+    """It lost its pages, began again, and has more to compute than a step has room for; a long prompt beside it has all
+    its pages; the pool is full.
+    """
+    limits = SchedulerLimits(
+        page_size=1, num_pages=80, max_model_len=76, max_num_sequences=3, max_batched_tokens=12, prefix_cache=False
+    )
     scheduler = Scheduler(limits)
-    engine = Engine(scheduler, CheckedRunner(SimulatedRunner(3, 80, 1, 76, 12, VOCAB), TableBounds(3, 80, 1, 76, 12), scheduler.check), steps_ahead)
+    engine = Engine(
+        scheduler,
+        CheckedRunner(SimulatedRunner(3, 80, 1, 76, 12, VOCAB), TableBounds(3, 80, 1, 76, 12), scheduler.check),
+        steps_ahead,
+    )
     search = {"max_tokens": 20, "use_beam_search": True, "beam_width": 2, "early_stopping": "never"}
 
     def answers(token: int) -> list[list[int]]:
@@ -106,10 +125,15 @@ def test_a_search_that_finds_no_pages_keeps_the_budget_from_nobody_whose_end_wou
 
 def test_the_file_of_what_runs_names_the_request_of_a_search_and_not_its_beams(tmp_path: Path) -> None:
     """Should the engine die, nobody else knows their ids."""
-    scheduler = Scheduler(SchedulerLimits(page_size=4, num_pages=64, max_model_len=64, max_num_sequences=8, max_batched_tokens=64))
+    scheduler = Scheduler(
+        SchedulerLimits(page_size=4, num_pages=64, max_model_len=64, max_num_sequences=8, max_batched_tokens=64)
+    )
     scheduler.share_running(tmp_path / "running")
     engine = Engine(scheduler, SimulatedRunner(8, 64, 4, 64, 64, VOCAB), 0)
-    for request_id, sampling in ((7, SamplingParams(max_tokens=30, use_beam_search=True, beam_width=3, temperature=0.0)), (8, SamplingParams(max_tokens=30))):
+    for request_id, sampling in (
+        (7, SamplingParams(max_tokens=30, use_beam_search=True, beam_width=3, temperature=0.0)),
+        (8, SamplingParams(max_tokens=30)),
+    ):
         engine.submit(Submit(request_id, np.array([1, 2, 3], np.int32).tobytes(), sampling, (), "", 1e18))
     engine.step()
     engine.step()
@@ -119,34 +143,62 @@ def test_the_file_of_what_runs_names_the_request_of_a_search_and_not_its_beams(t
 
 
 def test_a_beam_that_comes_late_has_no_more_pages_than_a_page_table_has_room_for() -> None:
-    """Without preemption its reserve is for a whole answer; from the one beam that there was until now it gets a page, too."""
-    scheduler = Scheduler(SchedulerLimits(2, 4, 4, max_num_sequences=2, max_batched_tokens=2, prefix_cache=False, preemption=False))
-    engine = Engine(scheduler, CheckedRunner(SimulatedRunner(2, 4, 2, 4, 2, VOCAB), TableBounds(2, 4, 2, 4, 2), scheduler.check), 0)
+    """Without preemption its reserve is for a whole answer; from the one beam that there was until now it gets a page,
+    too.
+    """
+    scheduler = Scheduler(
+        SchedulerLimits(2, 4, 4, max_num_sequences=2, max_batched_tokens=2, prefix_cache=False, preemption=False)
+    )
+    engine = Engine(
+        scheduler, CheckedRunner(SimulatedRunner(2, 4, 2, 4, 2, VOCAB), TableBounds(2, 4, 2, 4, 2), scheduler.check), 0
+    )
     sampling = SamplingParams(max_tokens=3, use_beam_search=True, beam_width=2, n=2, temperature=0.0)
-    assert np.isfinite(simulated_runner.continuations([6], VOCAB, VOCAB).logprobs).sum() == 1, "there are two beams at once: the test misses its point"
+    assert np.isfinite(simulated_runner.continuations([6], VOCAB, VOCAB).logprobs).sum() == 1, (
+        "there are two beams at once: the test misses its point"
+    )
     engine.submit(Submit(0, np.array([6], np.int32).tobytes(), sampling, (), "", 1e18))
     found = []
     while not engine.idle:
         for output in engine.step():
             found += output.feature_outputs
         engine.check()
-    assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == solo_search([6], sampling, 3, (), VOCAB)
+    assert [np.frombuffer(one.token_ids, np.int32).tolist() for one in found[0].sequences] == solo_search(
+        [6], sampling, 3, (), VOCAB
+    )
     assert scheduler.pool.num_available == 4
 
 
 def test_a_search_alone_with_one_beam_is_a_greedy_request() -> None:
-    sampling = parse_sampling({"use_beam_search": True, "beam_width": 1, "length_penalty": 2.0, "early_stopping": "never"})
+    sampling = parse_sampling(
+        {"use_beam_search": True, "beam_width": 1, "length_penalty": 2.0, "early_stopping": "never"}
+    )
     assert sampling == SamplingParams(temperature=0.0)
 
 
 def test_values_arrive_as_callers_write_them() -> None:
     sampling = parse_sampling(
-        {"use_beam_search": "true", "beam_width": "4", "n": 2, "early_stopping": "never", "length_penalty": "0.5", "temperature": 0, "top_k": -1}
+        {
+            "use_beam_search": "true",
+            "beam_width": "4",
+            "n": 2,
+            "early_stopping": "never",
+            "length_penalty": "0.5",
+            "temperature": 0,
+            "top_k": -1,
+        }
     )
-    assert (sampling.beam_width, sampling.early_stopping, sampling.length_penalty, sampling.temperature) == (4, "never", 0.5, 0.0)
+    assert (sampling.beam_width, sampling.early_stopping, sampling.length_penalty, sampling.temperature) == (
+        4,
+        "never",
+        0.5,
+        0.0,
+    )
     for given, meant in ((True, True), (False, False), ("true", True)):
-        assert parse_sampling({"use_beam_search": True, "beam_width": 4, "early_stopping": given}).early_stopping is meant
-    assert parse_sampling({"length_penalty": 1.0, "early_stopping": False}) == SamplingParams()  # vLLM's defaults, spelled out
+        assert (
+            parse_sampling({"use_beam_search": True, "beam_width": 4, "early_stopping": given}).early_stopping is meant
+        )
+    # vLLM's defaults, spelled out
+    assert parse_sampling({"length_penalty": 1.0, "early_stopping": False}) == SamplingParams()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -14,7 +14,17 @@ LONG = 60
 def flooded(num_long: int = 40, **limits: object) -> Bench:
     """Long prompts, none like another, all there before anybody else."""
     bench = Bench(
-        **({"num_pages": 400, "page_size": 4, "max_model_len": 80, "max_num_sequences": 60, "max_batched_tokens": 32, "prefix_cache": False} | limits)
+        **(
+            {
+                "num_pages": 400,
+                "page_size": 4,
+                "max_model_len": 80,
+                "max_num_sequences": 60,
+                "max_batched_tokens": 32,
+                "prefix_cache": False,
+            }
+            | limits
+        )
     )
     for number in range(num_long):
         bench.submit(number, [number, *[9] * (LONG - 1)], max_tokens=12)
@@ -50,9 +60,11 @@ def test_many_short_prompts_get_half_of_what_decodes_leave_and_long_ones_the_res
     bench = flooded()
     now = len(bench.batches)
     for number in range(100, 116):
-        bench.submit(number, [number - 90, 1, 2, 3], max_tokens=2)  # 64 tokens in all, 16 of each step are kept for them
+        # 64 tokens in all, 16 of each step are kept for them
+        bench.submit(number, [number - 90, 1, 2, 3], max_tokens=2)
     bench.run()
-    assert max(first_step(bench, number) for number in range(100, 116)) <= now + 64 // 16 + 2  # their own decodes take some
+    # their own decodes take some
+    assert max(first_step(bench, number) for number in range(100, 116)) <= now + 64 // 16 + 2
     long_tokens = [int(batch.counts[batch.request_ids < 100].sum()) for batch in bench.batches[now : now + 4]]
     assert min(long_tokens) >= 8, "long prompts starve"
 
@@ -63,7 +75,11 @@ def test_with_all_rows_taken_every_second_start_is_a_short_one() -> None:
     for number in range(100, 104):
         bench.submit(number, [number - 90, 1], max_tokens=2)
     bench.run()
-    starts = [new for batch in bench.batches for new in batch.request_ids[np.isin(batch.rows, [row.row for row in batch.new_rows])].tolist()]
+    starts = [
+        new
+        for batch in bench.batches
+        for new in batch.request_ids[np.isin(batch.rows, [row.row for row in batch.new_rows])].tolist()
+    ]
     for behind, number in enumerate(range(100, 104)):
         assert sum(start < 100 for start in starts[: starts.index(number)]) <= 2 + behind + 1  # two ran before it came
 

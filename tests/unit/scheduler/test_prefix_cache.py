@@ -68,7 +68,9 @@ def test_of_two_pages_with_one_content_the_first_stays_the_known_one() -> None:
 
 
 def in_groups(windows: tuple[int | None, ...], lost: list[tuple[int, int]]) -> list[list[int]]:
-    """What is found of 6 full pages of 4 tokens, of which those (group, index) are not published; pages are 10 * group + index."""
+    """What is found of 6 full pages of 4 tokens, of which those (group, index) are not published; pages are 10 * group
+    + index.
+    """
     pool = PagePool(10 * len(windows) + 10)
     cache = PrefixCache(pool, 4, windows)
     pool.take(pool.num_pages)

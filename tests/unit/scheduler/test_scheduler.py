@@ -26,12 +26,25 @@ class Bench:
     """An engine on a simulated runner, and what its callers have heard."""
 
     def __init__(self, *, steps_ahead: int = 0, **limits: object) -> None:
-        defaults = {"page_size": 4, "num_pages": 16, "max_model_len": 64, "max_num_sequences": 8, "max_batched_tokens": 64}
+        defaults = {
+            "page_size": 4,
+            "num_pages": 16,
+            "max_model_len": 64,
+            "max_num_sequences": 8,
+            "max_batched_tokens": 64,
+        }
         self.limits = SchedulerLimits(**(defaults | limits))  # type: ignore[arg-type]
         self.now = 0.0
         self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
         self.batches: list[Batch] = []
-        runner = SimulatedRunner(self.limits.max_num_sequences, self.limits.num_pages, self.limits.page_size, self.limits.max_model_len, 10**6, VOCAB)
+        runner = SimulatedRunner(
+            self.limits.max_num_sequences,
+            self.limits.num_pages,
+            self.limits.page_size,
+            self.limits.max_model_len,
+            10**6,
+            VOCAB,
+        )
         self.runner = runner
         launch = runner.launch
         runner.launch = lambda batch: (self.batches.append(batch), launch(batch))[1]  # type: ignore[method-assign]
@@ -40,7 +53,9 @@ class Bench:
         self.finishes: dict[int, Finish] = {}
         self.started: dict[int, int] = {}
 
-    def submit(self, request_id: int, prompt: list[int], salt: str = "", family: int | None = None, **sampling: object) -> None:
+    def submit(
+        self, request_id: int, prompt: list[int], salt: str = "", family: int | None = None, **sampling: object
+    ) -> None:
         params = SamplingParams(**({"max_tokens": 4, "temperature": 0.0} | sampling))  # type: ignore[arg-type]
         self.tokens[request_id] = []
         self.engine.submit(Submit(request_id, np.array(prompt, np.int32).tobytes(), params, (), salt, self.now, family))
@@ -83,7 +98,9 @@ class _WithTops(SimulatedRunner):
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_a_token_in_flight_at_a_preemption_brings_its_top_logprobs(steps_ahead: int) -> None:
-    scheduler = Scheduler(SchedulerLimits(page_size=2, num_pages=10, max_model_len=20, max_num_sequences=4, max_batched_tokens=64))
+    scheduler = Scheduler(
+        SchedulerLimits(page_size=2, num_pages=10, max_model_len=20, max_num_sequences=4, max_batched_tokens=64)
+    )
     engine = Engine(scheduler, _WithTops(4, 10, 2, 20, 64, VOCAB), steps_ahead)
     for request_id in range(3):
         sampling = SamplingParams(max_tokens=14, temperature=0.0, logprobs=request_id + 1)
@@ -91,7 +108,9 @@ def test_a_token_in_flight_at_a_preemption_brings_its_top_logprobs(steps_ahead: 
     told: dict[int, list[dict[int, float]]] = {0: [], 1: [], 2: []}
     while not engine.idle:
         for output in engine.step():
-            for entry, (request_id, token) in enumerate(zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)):
+            for entry, (request_id, token) in enumerate(
+                zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)
+            ):
                 tops = output.top_logprobs[entry]
                 assert list(tops) == [token, token + 1, token + 2][: request_id + 1]
                 told[request_id].append(tops)
@@ -106,7 +125,9 @@ def test_a_request_that_an_engine_had_begun_is_not_refused_as_one_that_never_sta
     for request_id, resumed in ((1, True), (2, False)):
         sampling = SamplingParams(max_tokens=4, temperature=0.0)
         bench.now = 0.0
-        bench.engine.submit(Submit(request_id, np.array([1, 2, 3], np.int32).tobytes(), sampling, (), "", 0.0, resumed=resumed))
+        bench.engine.submit(
+            Submit(request_id, np.array([1, 2, 3], np.int32).tobytes(), sampling, (), "", 0.0, resumed=resumed)
+        )
     bench.now = 6.0
     bench.run()
     assert bench.finishes[1].reason == "length"
@@ -191,7 +212,9 @@ def test_nobody_overtakes_the_first_in_the_queue_for_want_of_pages() -> None:
     bench.submit(3, [3], max_tokens=2)  # would
     bench.run()
     first = next(batch for batch in bench.batches if 3 in batch.request_ids)
-    assert 2 in first.request_ids or any(2 in batch.request_ids for batch in bench.batches[: bench.batches.index(first)])
+    assert 2 in first.request_ids or any(
+        2 in batch.request_ids for batch in bench.batches[: bench.batches.index(first)]
+    )
 
 
 def test_the_last_prompt_token_is_computed_even_if_all_pages_are_cached() -> None:
@@ -220,7 +243,9 @@ def test_prompts_share_pages_while_their_owner_still_runs() -> None:
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_siblings_compute_their_prompt_once_and_share_its_pages(prefix_cache: bool, steps_ahead: int) -> None:
-    """Admitted in one step: the others find the pages that the first computes in this very step. What lies past the last full page is each one's own."""
+    """Admitted in one step: the others find the pages that the first computes in this very step. What lies past the
+    last full page is each one's own.
+    """
     bench = Bench(prefix_cache=prefix_cache, steps_ahead=steps_ahead, num_pages=32)
     prompt = list(range(18))
     for request_id in range(1, 6):
@@ -235,13 +260,23 @@ def test_siblings_compute_their_prompt_once_and_share_its_pages(prefix_cache: bo
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 6, 7, 12])
 def test_a_request_goes_on_in_another_engine_where_it_stopped(steps: int) -> None:
-    """The tokens it got are given as the end of the prompt, and count as answer: for its length, its penalties and its first-token message."""
+    """The tokens it got are given as the end of the prompt, and count as answer: for its length, its penalties and its
+    first-token message.
+    """
     before, after, prompt = Bench(steps_ahead=1), Bench(), list(range(9))
     before.submit(1, prompt, max_tokens=11)
     before.step(steps)
     told = before.tokens[1]
     after.tokens[1] = []
-    submit = Submit(1, np.array(prompt + told, np.int32).tobytes(), SamplingParams(max_tokens=11, temperature=0.0), (), "", 0.0, num_answered=len(told))
+    submit = Submit(
+        1,
+        np.array(prompt + told, np.int32).tobytes(),
+        SamplingParams(max_tokens=11, temperature=0.0),
+        (),
+        "",
+        0.0,
+        num_answered=len(told),
+    )
     if len(told) < 11:
         after.engine.submit(submit)
         after.step()
@@ -271,7 +306,9 @@ def test_a_file_says_at_any_moment_who_runs(tmp_path: Path) -> None:
     assert running() == set()
 
 
-def test_the_file_names_a_request_that_waits_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_names_a_request_that_waits_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the engine dies of need not run: it may be taken in, or its grammar or adapter may be at fault."""
     bench, seen = Bench(), []
     bench.scheduler.share_running(tmp_path / "running")
@@ -299,7 +336,17 @@ def test_a_suspect_is_not_kept_waiting_by_those_that_come_after_it() -> None:
     bench.submit(1, [1], max_tokens=5)
     bench.step()
     bench.tokens[2] = []
-    bench.engine.submit(Submit(2, np.array([2], np.int32).tobytes(), SamplingParams(max_tokens=4, temperature=0.0), (), "", 0.0, suspect=True))
+    bench.engine.submit(
+        Submit(
+            2,
+            np.array([2], np.int32).tobytes(),
+            SamplingParams(max_tokens=4, temperature=0.0),
+            (),
+            "",
+            0.0,
+            suspect=True,
+        )
+    )
     for request_id in range(3, 9):
         bench.submit(request_id, [request_id])
     bench.run()
@@ -326,8 +373,13 @@ def test_suspects_run_one_at_a_time_in_their_turn_and_are_named_before_they_run(
     assert named == [2]
     bench.run()
     assert named == [2, None, 4, None, 6, None]
-    starts = [next(number for number, batch in enumerate(bench.batches) if request_id in batch.request_ids) for request_id in (2, 4, 6)]
-    assert [running_when_named[0], running_when_named[2], running_when_named[4]] == starts, "named after its first step was launched"
+    starts = [
+        next(number for number, batch in enumerate(bench.batches) if request_id in batch.request_ids)
+        for request_id in (2, 4, 6)
+    ]
+    assert [running_when_named[0], running_when_named[2], running_when_named[4]] == starts, (
+        "named after its first step was launched"
+    )
     assert starts[2] - starts[1] >= 3
     for request_id in range(1, 7):
         assert bench.tokens[request_id] == solo([request_id] * 5, 4 if request_id == 2 else 20, (), VOCAB)
@@ -447,7 +499,13 @@ def test_requests_that_a_dead_engine_had_let_in_are_not_refused_by_the_next_one(
         bench.engine.submit(Submit(request_id, prompt, sampling, (), "", 0.0, num_answered=2, resumed=True))
     bench.submit(9, [1])
     bench.run()
-    assert {request_id: finish.reason for request_id, finish in bench.finishes.items()} == {0: "length", 1: "length", 2: "length", 3: "length", 9: ""}
+    assert {request_id: finish.reason for request_id, finish in bench.finishes.items()} == {
+        0: "length",
+        1: "length",
+        2: "length",
+        3: "length",
+        9: "",
+    }
     assert bench.finishes[9].error is ErrorKind.OVERLOADED
 
 
@@ -472,7 +530,9 @@ def test_a_request_may_have_a_shorter_deadline_of_its_own_in_every_state_but_no_
     bench.step(2)
     bench.now = 8
     bench.step()
-    assert bench.finishes == {2: Finish(2, error=ErrorKind.CANCELLED, message="not finished after 7.5 s (request_deadline_seconds)")}
+    assert bench.finishes == {
+        2: Finish(2, error=ErrorKind.CANCELLED, message="not finished after 7.5 s (request_deadline_seconds)")
+    }
     bench.submit(3, [3], max_tokens=60, request_deadline_seconds=45)
     bench.engine.abort(1)
     bench.step(2)
@@ -551,7 +611,11 @@ def test_a_wanted_logprob_goes_to_the_sequence_that_asked() -> None:
     assert batch is not None and batch.features == 96
     tops = np.array([[3, 4], [5, 6]], np.int32)
     result = StepResult(
-        np.array([3, 5], np.int32), np.array([-1, -2], np.float32), np.array([7, 8], np.int32), tops, np.array([[-1, -3], [-2, -4]], np.float32)
+        np.array([3, 5], np.int32),
+        np.array([-1, -2], np.float32),
+        np.array([7, 8], np.int32),
+        tops,
+        np.array([[-1, -3], [-2, -4]], np.float32),
     )
     output = scheduler.commit(batch, result)
     assert output.top_logprobs == {1: {5: -2.0, 6: -4.0}}

@@ -25,7 +25,9 @@ from paged_backend.server.files import (
 )
 
 OTHER_MINOR = sys.version_info.minor + 1
-needs_wheel = pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="nvidia-pytriton is not installed")
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec("pytriton") is None, reason="nvidia-pytriton is not installed"
+)
 
 
 @pytest.fixture
@@ -53,13 +55,17 @@ def test_a_tritonserver_on_path_is_used_with_the_backends_next_to_it(server_on_p
     assert find_installation() == Installation(server_on_path / "bin" / "tritonserver", server_on_path / "backends")
 
 
-def test_triton_backends_overrides_the_folder_next_to_the_server(server_on_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_backends_overrides_the_folder_next_to_the_server(
+    server_on_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_backend(tmp_path / "elsewhere", sys.version_info.minor)
     monkeypatch.setenv("TRITON_BACKENDS", str(tmp_path / "elsewhere"))
     assert find_installation().backends == tmp_path / "elsewhere"
 
 
-def test_a_server_without_python_backend_is_refused_with_the_remedy(server_on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_python_backend_is_refused_with_the_remedy(
+    server_on_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_BACKENDS", str(server_on_path / "nowhere"))
     with pytest.raises(EngineError, match="no Python backend in .*nowhere: set TRITON_BACKENDS"):
         find_installation()
@@ -67,7 +73,9 @@ def test_a_server_without_python_backend_is_refused_with_the_remedy(server_on_pa
 
 def test_a_server_whose_stub_has_another_python_is_refused(server_on_path: Path) -> None:
     add_backend(server_on_path / "backends", OTHER_MINOR)
-    with pytest.raises(EngineError, match=rf"runs models with Python 3\.{OTHER_MINOR}, but this is Python 3\.{sys.version_info.minor}"):
+    with pytest.raises(
+        EngineError, match=rf"runs models with Python 3\.{OTHER_MINOR}, but this is Python 3\.{sys.version_info.minor}"
+    ):
         find_installation()
 
 
@@ -87,12 +95,17 @@ def test_the_wheels_server_is_refused_with_numpy_2(tmp_path: Path, monkeypatch: 
 
 
 @needs_wheel
-def test_the_wheels_backend_folder_is_complete_and_runs_with_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheels_backend_folder_is_complete_and_runs_with_this_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     installation = find_installation()
     backends = prepare_backends(installation, tmp_path)
-    assert all((backends / "python" / name).is_file() for name in ("libtriton_python.so", "triton_python_backend_utils.py", "triton_python_backend_stub"))
+    assert all(
+        (backends / "python" / name).is_file()
+        for name in ("libtriton_python.so", "triton_python_backend_utils.py", "triton_python_backend_stub")
+    )
     environment = prepare_environment(installation, tmp_path)
     assert Path(shutil.which("python3", path=environment["PATH"]) or "").resolve() == Path(sys.executable).resolve()
     assert "PYTHONPATH" not in environment
@@ -134,7 +147,11 @@ def test_the_private_repository_is_the_template_with_the_chosen_options(template
     options = {"page_size": "32", "model": 'odd "name"\\'}
     repository = prepare_repository(tmp_path, model_name="chat", options=options, instances=2)
     written = text_format.Parse((repository / "chat" / "config.pbtxt").read_text(), model_config.ModelConfig())
-    assert {name: value.string_value for name, value in written.parameters.items()} == {"page_size": "32", "seed": "7", "model": 'odd "name"\\'}
+    assert {name: value.string_value for name, value in written.parameters.items()} == {
+        "page_size": "32",
+        "seed": "7",
+        "model": 'odd "name"\\',
+    }
     assert (written.name, written.instance_group[0].count) == ("chat", 2)
     assert (repository / "chat" / "1" / "model.py").read_text() == "# the model"
     assert (template / "paged_llm" / "config.pbtxt").read_text() == shipped_before
@@ -163,7 +180,9 @@ INDEX = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors
         pytest.param({"config.json": "{"}, "config.json is broken", id="config cut short"),
         pytest.param({"config.json": "[]"}, "config.json is broken: not an object", id="config is a list"),
         pytest.param({"config.json": "{}"}, "no safetensors file in", id="no weights"),
-        pytest.param({"config.json": "{}", "model.safetensors.index.json": "{}"}, "index.json is broken", id="index without map"),
+        pytest.param(
+            {"config.json": "{}", "model.safetensors.index.json": "{}"}, "index.json is broken", id="index without map"
+        ),
         pytest.param(
             {"config.json": "{}", "model.safetensors.index.json": INDEX, "one.safetensors": ""},
             "1 of 2 weight files are missing, the first is two.safetensors",
@@ -171,7 +190,9 @@ INDEX = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors
         ),
     ],
 )
-def test_a_broken_checkpoint_is_refused_by_name_before_the_start(tmp_path: Path, files: dict[str, str], complaint: str) -> None:
+def test_a_broken_checkpoint_is_refused_by_name_before_the_start(
+    tmp_path: Path, files: dict[str, str], complaint: str
+) -> None:
     with pytest.raises(EngineError, match=complaint) as refused:
         check_checkpoint(write_checkpoint(tmp_path, files))
     assert str(tmp_path) in str(refused.value)
@@ -186,15 +207,31 @@ def test_a_complete_checkpoint_and_dummy_weights_pass(tmp_path: Path) -> None:
     ("described", "fits"),
     [
         pytest.param('{"max_position_embeddings": 2048}', False, id="longer than it was trained for"),
-        pytest.param('{"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}', False, id="plain rope"),
+        pytest.param(
+            '{"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}',
+            False,
+            id="plain rope",
+        ),
         pytest.param('{"max_position_embeddings": 4096}', True, id="just as long"),
-        pytest.param('{"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 2.0}}', True, id="scaled: the engine knows"),
-        pytest.param('{"max_position_embeddings": 2048, "rope_parameters": {"full_attention": {"rope_type": "linear"}}}', True, id="a rope a kind of layer"),
+        pytest.param(
+            '{"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 2.0}}',
+            True,
+            id="scaled: the engine knows",
+        ),
+        pytest.param(
+            '{"max_position_embeddings": 2048, "rope_parameters": {"full_attention": {"rope_type": "linear"}}}',
+            True,
+            id="a rope a kind of layer",
+        ),
         pytest.param("{}", True, id="unknown"),
     ],
 )
-def test_a_length_beyond_the_checkpoint_is_refused_before_anything_starts(tmp_path: Path, described: str, fits: bool) -> None:
-    config = write_checkpoint(tmp_path, {"config.json": described, "model.safetensors": ""}).model_copy(update={"max_model_len": 4096})
+def test_a_length_beyond_the_checkpoint_is_refused_before_anything_starts(
+    tmp_path: Path, described: str, fits: bool
+) -> None:
+    config = write_checkpoint(tmp_path, {"config.json": described, "model.safetensors": ""}).model_copy(
+        update={"max_model_len": 4096}
+    )
     if fits:
         check_checkpoint(config)
     else:
@@ -215,7 +252,9 @@ def test_a_folder_that_is_not_there_is_refused(model: str, tmp_path: Path, monke
         check_checkpoint(EngineConfig.parse({"model": model}))
 
 
-def test_environment_of_a_foreign_server_keeps_its_library_path(server_on_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_of_a_foreign_server_keeps_its_library_path(
+    server_on_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/its/own")
     environment = prepare_environment(find_installation(), tmp_path)
     assert environment["LD_LIBRARY_PATH"] == "/its/own"

@@ -63,7 +63,9 @@ def _wait(condition: Callable[[], object]) -> None:
 def test_a_dead_front_end_is_told_once_with_the_number_of_those_that_live(server: _Server) -> None:
     pids = server.start(3)
     told: list[tuple[list[int], int]] = []
-    watch = FrontEndWatch(server.process.pid, server.model, lambda: True, lambda dead, living: told.append((dead, living)))
+    watch = FrontEndWatch(
+        server.process.pid, server.model, lambda: True, lambda dead, living: told.append((dead, living))
+    )
     os.kill(pids[1], signal.SIGKILL)
     _wait(lambda: told)
     os.kill(pids[0], signal.SIGKILL)
@@ -76,7 +78,9 @@ def test_unloading_and_loading_anew_are_no_deaths(server: _Server) -> None:
     ready = True
     told: list[tuple[list[int], int]] = []
     pids = server.start(2)
-    watch = FrontEndWatch(server.process.pid, server.model, lambda: ready, lambda dead, living: told.append((dead, living)))
+    watch = FrontEndWatch(
+        server.process.pid, server.model, lambda: ready, lambda dead, living: told.append((dead, living))
+    )
     ready = False
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -96,7 +100,11 @@ def test_the_documented_liveness_probe_fails_when_a_front_end_is_dead(server: _S
     documented = re.search(r"command: \[sh, -c, '(.*)'\]\n", page)
     assert documented is not None
     *folders, name = server.model.parts
-    probe = documented[1].replace("/[p]aged_llm/", f"/[{folders[-1][0]}]{folders[-1][1:]}/{name}/").replace("-ge 4", "-ge 2")
+    probe = (
+        documented[1]
+        .replace("/[p]aged_llm/", f"/[{folders[-1][0]}]{folders[-1][1:]}/{name}/")
+        .replace("-ge 4", "-ge 2")
+    )
     assert probe != documented[1]
     pids = server.start(2)
     assert subprocess.run(["sh", "-c", probe], check=False).returncode == 0

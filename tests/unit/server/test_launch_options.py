@@ -26,12 +26,20 @@ def test_a_relative_model_folder_becomes_absolute(tmp_path: Path, monkeypatch: p
 
 def test_a_relative_folder_of_adapters_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert engine_options(ServerSettings(model="a/b", options={"lora_directory": "adapters"}))["lora_directory"] == str(tmp_path / "adapters")
+    assert engine_options(ServerSettings(model="a/b", options={"lora_directory": "adapters"}))["lora_directory"] == str(
+        tmp_path / "adapters"
+    )
 
 
 def test_values_are_written_as_the_engine_reads_them() -> None:
     options = engine_options(ServerSettings(model="a/b", options={"prefix_cache": False, "page_size": 32, "seed": "5"}))
-    assert options == {"model": "a/b", "prefix_cache": "false", "page_size": "32", "seed": "5", "on_engine_loss": "exit"}
+    assert options == {
+        "model": "a/b",
+        "prefix_cache": "false",
+        "page_size": "32",
+        "seed": "5",
+        "on_engine_loss": "exit",
+    }
 
 
 def test_a_server_of_one_model_ends_when_it_lost_its_engine_unless_the_operator_says_otherwise() -> None:
@@ -47,12 +55,16 @@ def test_a_model_given_twice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
-        pytest.param(["--set", "pagesize=32"], 1, "unknown parameter 'pagesize': did you mean 'page_size'?", id="unknown name"),
+        pytest.param(
+            ["--set", "pagesize=32"], 1, "unknown parameter 'pagesize': did you mean 'page_size'?", id="unknown name"
+        ),
         pytest.param(["--set", "page_size=three"], 1, "parameter 'page_size': .* got 'three'", id="wrong value"),
         pytest.param(["--model", "/no/such/folder"], 1, "there is no folder /no/such/folder", id="no folder"),
         pytest.param(["--set", "page_size"], 2, "'page_size' is not of the form KEY=VALUE", id="no value"),
         pytest.param(["--set", "seed=1", "--set", "seed=2"], 2, "'seed' is given twice", id="twice"),
-        pytest.param(["--host", "no-such-host.invalid", "--model", "gpt2"], 1, "--host no-such-host.invalid", id="unknown host"),
+        pytest.param(
+            ["--host", "no-such-host.invalid", "--model", "gpt2"], 1, "--host no-such-host.invalid", id="unknown host"
+        ),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_a_failure(arguments: list[str], exit_code: int, sentence: str) -> None:
@@ -79,6 +91,10 @@ def test_the_command_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_every_package_folder_is_listed_for_the_wheel() -> None:
-    listed = set(re.findall(r'"(paged_backend[\w.]*)"', (REPOSITORY / "pyproject.toml").read_text().split("package-dir")[0]))
-    found = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in (REPOSITORY / "paged_backend").rglob("*.py")}
+    listed = set(
+        re.findall(r'"(paged_backend[\w.]*)"', (REPOSITORY / "pyproject.toml").read_text().split("package-dir")[0])
+    )
+    found = {
+        ".".join(path.parent.relative_to(REPOSITORY).parts) for path in (REPOSITORY / "paged_backend").rglob("*.py")
+    }
     assert found <= listed

@@ -17,12 +17,37 @@ NOISE = 'E1122 21:19:28.000000 5897 server.cc:241] "CudaDriverHelper has not bee
 @pytest.mark.parametrize(
     ("lines", "exit_code", "sentence"),
     [
-        pytest.param(["paged: error: the first", "paged: error: the second", NOT_LOADED], 1, "the first", id="ours comes first, told once"),
-        pytest.param(["paged: 2026-11-29T08:05:11.042Z [chat] error: no room", NOT_LOADED], 1, "no room", id="ours, with time and model"),
-        pytest.param([NOISE, NOT_LOADED, CREATING], 1, "the model could not be loaded: RuntimeError: no room", id="model not loaded"),
+        pytest.param(
+            ["paged: error: the first", "paged: error: the second", NOT_LOADED],
+            1,
+            "the first",
+            id="ours comes first, told once",
+        ),
+        pytest.param(
+            ["paged: 2026-11-29T08:05:11.042Z [chat] error: no room", NOT_LOADED],
+            1,
+            "no room",
+            id="ours, with time and model",
+        ),
+        pytest.param(
+            [NOISE, NOT_LOADED, CREATING],
+            1,
+            "the model could not be loaded: RuntimeError: no room",
+            id="model not loaded",
+        ),
         pytest.param([NOISE, BUSY], 1, "port 8000 on 127.0.0.1 is already in use", id="busy port"),
-        pytest.param([NOISE, CREATING], 1, "tritonserver could not start: Internal - failed to load all models", id="server not created"),
-        pytest.param(["tritonserver: unrecognized option '--x'", *["help"] * 1000], 1, "tritonserver has no option --x", id="unknown option"),
+        pytest.param(
+            [NOISE, CREATING],
+            1,
+            "tritonserver could not start: Internal - failed to load all models",
+            id="server not created",
+        ),
+        pytest.param(
+            ["tritonserver: unrecognized option '--x'", *["help"] * 1000],
+            1,
+            "tritonserver has no option --x",
+            id="unknown option",
+        ),
         pytest.param([NOISE], 3, "tritonserver ended with exit code 3; --log-verbose shows its log", id="exit code"),
         pytest.param([], -9, "tritonserver was killed by SIGKILL; --log-verbose shows its log", id="signal"),
     ],
@@ -49,7 +74,9 @@ def test_only_our_lines_are_shown_unless_all_are_wanted(line: str, quiet: bool, 
     assert (ServerLog(show_all=False).add(line), ServerLog(show_all=True).add(line)) == (quiet, verbose)
 
 
-def test_errors_of_a_server_that_serves_are_shown_as_they_come_and_the_last_one_is_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_server_that_serves_are_shown_as_they_come_and_the_last_one_is_why_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     log = ServerLog(show_all=False)
     assert not log.add("paged: error: told at the end")
     log.note_ready()

@@ -21,7 +21,9 @@ def busy_port() -> Iterator[int]:
 
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
 def test_a_busy_port_is_refused_with_the_option_to_change(busy_port: int, service: str) -> None:
-    with pytest.raises(EngineError, match=rf"port {busy_port} on 127\.0\.0\.1 is already in use: choose another with --{service}-port"):
+    with pytest.raises(
+        EngineError, match=rf"port {busy_port} on 127\.0\.0\.1 is already in use: choose another with --{service}-port"
+    ):
         PortClaim("127.0.0.1", **({"http": 0, "grpc": 0, "metrics": 0} | {service: busy_port}))
 
 
@@ -30,8 +32,11 @@ def test_one_port_for_two_services_is_refused() -> None:
         PortClaim("127.0.0.1", http=20123, grpc=0, metrics=20123)
 
 
-def test_claims_that_are_held_never_share_a_port_and_tritonserver_can_still_listen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paged_backend.server.ports._AUTO_PORTS", range(20000, 20012))  # few, so that claims would collide
+def test_claims_that_are_held_never_share_a_port_and_tritonserver_can_still_listen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # few, so that claims would collide
+    monkeypatch.setattr("paged_backend.server.ports._AUTO_PORTS", range(20000, 20012))
     monkeypatch.setattr("random.sample", lambda ports, count: list(ports))
     claims = [PortClaim("127.0.0.1", http=0, grpc=0, metrics=0) for _ in range(2)]
     assert len(claims[0].chosen | claims[1].chosen) == 6

@@ -1,4 +1,6 @@
-"""What a killed `paged serve` left is removed by the next start, as soon as its server has ended, too; nothing else is."""
+"""What a killed `paged serve` left is removed by the next start, as soon as its server has ended, too; nothing else
+is.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,13 @@ def shared_memory() -> Iterator[list[Path]]:
 
 def killed_owner(folder: Path, kind: str) -> tuple[Path, int]:
     """(its folder, the process that inherited the lock) of an owner that was killed."""
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"TMPDIR": str(folder)}, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, kind],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={"TMPDIR": str(folder)},
+        text=True,
+    )
     assert owner.stdout is not None
     made, heir = owner.stdout.readline().split()
     owner.kill()

@@ -35,7 +35,8 @@ def test_a_lone_request_takes_the_steps_it_takes_and_its_second_time_finds_its_p
 def test_a_kv_aware_router_sends_a_prompt_where_it_is_known() -> None:
     trace = [request(0.2 * number, 100 * (number % 4)) for number in range(40)]
     hits = {
-        type(router).__name__: simulate(trace, 4, router, COST, LIMITS).hit_tokens for router in (KvAware(4, 1, 16), Turns(4, 1), Random(4, 1), Least(4, 1))
+        type(router).__name__: simulate(trace, 4, router, COST, LIMITS).hit_tokens
+        for router in (KvAware(4, 1, 16), Turns(4, 1), Random(4, 1), Least(4, 1))
     }
     assert hits["KvAware"] == 36 * 96, "each prompt is computed once"
     assert hits["KvAware"] >= max(hits.values())
@@ -57,7 +58,9 @@ def test_news_of_pages_is_late() -> None:
     """A router that is asked before it has heard knows nothing."""
     step = COST.step + 100 * COST.prompt_token
     early, late = (
-        simulate([request(0, 10, 100, 1), request(step + gap, 10, 100, 1)], 2, router := KvAware(2, 0, 16), COST, LIMITS)
+        simulate(
+            [request(0, 10, 100, 1), request(step + gap, 10, 100, 1)], 2, router := KvAware(2, 0, 16), COST, LIMITS
+        )
         for gap in (EVENT_SECONDS / 2, EVENT_SECONDS * 2)
     )
     assert late.hit_tokens == 96 and len(router._known) == 6
@@ -74,11 +77,16 @@ def test_measured_steps_are_met() -> None:
 def test_what_a_benchmark_recorded_is_replayed_round_by_round(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     asked = [(0.1, 0), (0.5, 1), (0.9, 0), (0.2, 0), (0.3, 1)]
-    lines = [{"seconds": seconds, "head": head, "head_tokens": 32, "own_tokens": 5, "output_tokens": 2} for seconds, head in asked]
+    lines = [
+        {"seconds": seconds, "head": head, "head_tokens": 32, "own_tokens": 5, "output_tokens": 2}
+        for seconds, head in asked
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second = traces.recorded(path, 0)
     assert [request.seconds for request in first] == [0.1, 0.5, 0.9] and len(second) == 2
-    assert (first[0].token_ids[:32] == first[2].token_ids[:32]).all() and not (first[0].token_ids[:32] == first[1].token_ids[:32]).all()
+    assert (first[0].token_ids[:32] == first[2].token_ids[:32]).all() and not (
+        first[0].token_ids[:32] == first[1].token_ids[:32]
+    ).all()
     assert not (first[0].token_ids[:32] == second[0].token_ids[:32]).all(), "a round has heads of its own"
     assert len(first[0].token_ids) == 37
 
@@ -88,7 +96,11 @@ def test_a_conversation_goes_on_from_what_was_said() -> None:
     later = []
     for one in requests:
         said = len(one.token_ids)
-        later += [(one, other) for other in requests if len(other.token_ids) > said and (other.token_ids[:said] == one.token_ids).all()]
+        later += [
+            (one, other)
+            for other in requests
+            if len(other.token_ids) > said and (other.token_ids[:said] == one.token_ids).all()
+        ]
     assert later
     assert all(other.token_ids[len(one.token_ids)] == traces.ANSWER_TOKEN for one, other in later)
     assert [request.seconds for request in requests] == sorted(request.seconds for request in requests)

@@ -1,4 +1,6 @@
-"""The Helm chart: what it renders is what Kubernetes knows, names what paged has, and refuses what is misspelled. Skipped where Helm is not installed."""
+"""The Helm chart: what it renders is what Kubernetes knows, names what paged has, and refuses what is misspelled.
+Skipped where Helm is not installed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from paged_backend.frontend.metrics import FAMILIES
 CHART = Path(__file__).parents[3] / "docker" / "helm" / "paged"
 SCHEMA_VERSION = "1.33.0"
 COMMAND = shutil.which("helm")
-OWN_KINDS = {"ScaledObject", "ServiceMonitor", "PrometheusRule", "InferencePool"}  # no schema of theirs is in Kubernetes' own
+# no schema of theirs is in Kubernetes' own
+OWN_KINDS = {"ScaledObject", "ServiceMonitor", "PrometheusRule", "InferencePool"}
 
 VALUES: dict[str, dict[str, Any]] = {
     "as it comes": {},
@@ -26,7 +29,11 @@ VALUES: dict[str, dict[str, Any]] = {
     "a shared volume": {"cache": {"existingClaim": "models"}},
     "hpa": {"autoscaling": {"kind": "hpa"}},
     "keda": {"autoscaling": {"kind": "keda", "prometheusAddress": "http://prometheus:9090"}, "cache": {"size": "1Gi"}},
-    "watched": {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}, "prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}},
+    "watched": {
+        "serviceMonitor": {"enabled": True, "labels": {"release": "p"}},
+        "prometheusRule": {"enabled": True},
+        "dashboard": {"enabled": True},
+    },
     "a pool of the inference extension": {"inferencePool": {"enabled": True, "endpointPicker": "picker"}},
     "everything else": {
         "options": {"max_model_len": 8192, "page_size": 32},
@@ -34,7 +41,10 @@ VALUES: dict[str, dict[str, Any]] = {
         "otlpTracesEndpoint": "http://collector.monitoring:4318",
         "apiKey": {"existingSecret": "keys"},
         "image": {"pullSecrets": ["registry"], "tag": "1"},
-        "networkPolicy": {"from": [{"namespaceSelector": {}}], "monitoringFrom": [{"podSelector": {"matchLabels": {"a": "b"}}}]},
+        "networkPolicy": {
+            "from": [{"namespaceSelector": {}}],
+            "monitoringFrom": [{"podSelector": {"matchLabels": {"a": "b"}}}],
+        },
         "nodeSelector": {"gpu": "h100"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
         "router": {"tokenizer": "/models/m"},
@@ -48,7 +58,13 @@ def render(values: dict[str, Any]) -> list[dict[str, Any]]:
         ValueError: the chart refuses the values.
     """
     if COMMAND is not None:
-        done = subprocess.run([COMMAND, "template", "paged", str(CHART), "-f", "-"], input=json.dumps(values), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [COMMAND, "template", "paged", str(CHART), "-f", "-"],
+            input=json.dumps(values),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise ValueError(done.stderr)
         texts = [done.stdout]
@@ -57,7 +73,11 @@ def render(values: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             chart = helm.Chart.load(str(CHART))
             chart.validate_schema(values)
-            texts = [text for path, text in chart.render(values, name="paged", namespace="default").items() if path.endswith(".yaml")]
+            texts = [
+                text
+                for path, text in chart.render(values, name="paged", namespace="default").items()
+                if path.endswith(".yaml")
+            ]
         except helm.HelmError as error:
             raise ValueError(str(error)) from None
     return [document for text in texts for document in yaml.safe_load_all(text) if document]
@@ -104,9 +124,15 @@ def test_values_that_mean_nothing_are_refused(values: dict[str, Any], message: s
 
 def test_every_port_that_is_named_exists_and_the_router_finds_the_servers() -> None:
     documents = render({"options": {"page_size": 32}})
-    (servers,), (router,) = [[one for one in of_kind(documents, "Deployment") if one["metadata"]["name"] == name] for name in ("paged", "paged-router")]
+    (servers,), (router,) = [
+        [one for one in of_kind(documents, "Deployment") if one["metadata"]["name"] == name]
+        for name in ("paged", "paged-router")
+    ]
     pods = {"server": servers["spec"]["template"], "router": router["spec"]["template"]}
-    ports = {kind: {port["name"] for container in pod["spec"]["containers"] for port in container["ports"]} for kind, pod in pods.items()}
+    ports = {
+        kind: {port["name"] for container in pod["spec"]["containers"] for port in container["ports"]}
+        for kind, pod in pods.items()
+    }
     for service in of_kind(documents, "Service"):
         selected = service["spec"]["selector"]
         component = selected["app.kubernetes.io/component"]
@@ -163,7 +189,9 @@ def test_dashboard_and_alerts_ask_for_metrics_that_exist(name: str) -> None:
         expressions = [rule["expr"] for group in said["groups"] for rule in group["rules"]]
     else:
         expressions = [target["expr"] for panel in said["panels"] for target in panel.get("targets", ())]
-        expressions += [variable["query"]["query"] for variable in said["templating"]["list"] if variable["type"] == "query"]
+        expressions += [
+            variable["query"]["query"] for variable in said["templating"]["list"] if variable["type"] == "query"
+        ]
     asked = set().union(*map(_names, expressions))
     assert len(expressions) > 5
     assert asked <= _known_names(), asked - _known_names()

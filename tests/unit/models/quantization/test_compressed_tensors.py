@@ -1,4 +1,6 @@
-"""Checkpoints that the library compressed-tensors writes give the tokens and logits of its own quantised model in float32."""
+"""Checkpoints that the library compressed-tensors writes give the tokens and logits of its own quantised model in
+float32.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ CASES: dict[str, dict[str, Any]] = {
     "W4A16-g128": {"W4A16": ["Linear"]},
     "W4A16-g32": {"all": {"targets": ["Linear"], "weights": {**WEIGHTS_INT4, "symmetric": True}}},
     "W4A16-g32-asymmetric": {"all": {"targets": ["Linear"], "weights": {**WEIGHTS_INT4, "symmetric": False}}},
-    "W4A16-per-channel": {"all": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}}},
+    "W4A16-per-channel": {
+        "all": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True},
+        }
+    },
     "W8A16": {"W8A16": ["Linear"]},
     "W8A8": {"W8A8": ["Linear"]},
     "W8A8-static": {
@@ -57,7 +64,9 @@ def test_logits_are_the_librarys_but_for_rounding(case: str, tmp_path: Path) -> 
     update = np.array([(1, 0, 5), (1, 1, 2)], np.int32)
     one = np.array([1], np.int64)
     new = (NewRow(1, tokens, len(tokens), GREEDY, 0, (), ()),)
-    step = Batch(0, one.astype(np.int32), np.zeros(1, np.int32), np.array([20], np.int32), np.ones(1, np.bool_), one, new, update)
+    step = Batch(
+        0, one.astype(np.int32), np.zeros(1, np.int32), np.array([20], np.int32), np.ones(1, np.bool_), one, new, update
+    )
     with torch.inference_mode():
         hidden = runner._decoder.hidden(runner._rows.apply(step, plan_step(step, shape_of(step))), runner._kv_pages)
         logits = runner._decoder.logits(hidden[:20])

@@ -1,4 +1,6 @@
-"""quantization=fp8 and int4: a checkpoint of floats is rounded while it is read, and its tokens are those of a model that is rounded so."""
+"""quantization=fp8 and int4: a checkpoint of floats is rounded while it is read, and its tokens are those of a model
+that is rounded so.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_tokens_equal_a_model_that_is_rounded_so(name: Literal["fp8", "int4"], t
     quantise_model(model, name)
     heard: list[str] = []
     prompts = random_prompts((3, 20))
-    assert Driver(load_runner(tmp_path, tell=heard.append, quantization=name)).generate(prompts, 6) == CompressedModel(model).greedy(prompts, 6)
+    assert Driver(load_runner(tmp_path, tell=heard.append, quantization=name)).generate(prompts, 6) == CompressedModel(
+        model
+    ).greedy(prompts, 6)
     assert [line for line in heard if line.startswith(f"quantization: quantization={name}: {name} ")]
 
 
@@ -45,7 +49,8 @@ def test_rounded_weights_are_near_and_take_fewer_bytes(name: str, bits: int, tmp
     load_weights(weights, tmp_path, lambda sentence: None)
     down = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].float()
     error = (dequantise(weights.layers[0].mlp.down) - down).norm() / down.norm()
-    assert 0.3 * 2.0**-bits < error < {8: 0.04, 4: 0.15}[bits]  # rounding of 4 significant bits; of 15 steps to four deviations
+    # rounding of 4 significant bits; of 15 steps to four deviations
+    assert 0.3 * 2.0**-bits < error < {8: 0.04, 4: 0.15}[bits]
     assert weights.head.format.codes == "plain"
     saved = weight_bytes(replace(architecture, quantization=None), torch.bfloat16) - weights.num_bytes
     elements = sum(linear.num_rows * linear.num_columns for linear in weights.linears)
@@ -57,7 +62,9 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EngineError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight holds numbers that are not finite"):
+    with pytest.raises(
+        EngineError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight holds numbers that are not finite"
+    ):
         load_runner(tmp_path, quantization="fp8")
 
 
@@ -71,7 +78,9 @@ def test_random_weights_are_rounded_too(tmp_path: Path) -> None:
     assert len(down.unique()) > 100
 
 
-def test_no_more_than_one_module_is_in_memory_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_one_module_is_in_memory_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_checkpoint(tmp_path, "Qwen3ForCausalLM", **SIZES)
     alive: list[tuple[str, weakref.ref[torch.Tensor]]] = []
     most = 0

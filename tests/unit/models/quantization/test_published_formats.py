@@ -1,4 +1,6 @@
-"""fp8, modelopt, AWQ and GPTQ: tokens equal a float32 model of the dequantised weights; what cannot be read is refused by module and reason."""
+"""fp8, modelopt, AWQ and GPTQ: tokens equal a float32 model of the dequantised weights; what cannot be read is refused
+by module and reason.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,14 @@ def test_a_rank_has_its_part_of_every_quantised_matrix(name: str, dequantised: b
 
 def test_experts_are_dequantised(tmp_path: Path) -> None:
     """One by one in the files, with a router of floats that no list names."""
-    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    options = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
     for name in ("meant", "stored"):
         save_checkpoint(tmp_path / name, "Qwen3MoeForCausalLM", **options)
     meant, stored = load_file(tmp_path / "meant/model.safetensors"), {}
@@ -87,10 +96,16 @@ def test_experts_are_dequantised(tmp_path: Path) -> None:
             stored |= {name.replace("weight", ending): part.contiguous() for ending, part in parts.items()}
     assert any(".experts.3.down_proj.weight_scale_2" in name for name in stored)
     for name, tensors in (("meant", meant), ("stored", stored)):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            tmp_path / name / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     edit_config(tmp_path / "stored", **FORMATS["modelopt-nvfp4"].config)
     prompts = random_prompts((3, 20))
-    assert Driver(load_runner(tmp_path / "stored")).generate(prompts, 6) == Oracle(tmp_path / "meant").greedy(prompts, 6)
+    assert Driver(load_runner(tmp_path / "stored")).generate(prompts, 6) == Oracle(tmp_path / "meant").greedy(
+        prompts, 6
+    )
 
 
 def test_modules_that_stay_as_they_are(tmp_path: Path) -> None:
@@ -108,7 +123,10 @@ def test_hf_quant_config_json_says_the_same(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "model.layers.0.self_attn.o*"]}}
+    content = {
+        "producer": {"name": "modelopt"},
+        "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "model.layers.0.self_attn.o*"]},
+    }
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
     prompts = random_prompts((12,))
     assert Driver(load_runner(tmp_path)).generate(prompts, 6) == truth.greedy(prompts, 6)
@@ -116,7 +134,10 @@ def test_hf_quant_config_json_says_the_same(tmp_path: Path) -> None:
 
 def test_modules_that_are_multiplied_together_must_be_stored_in_the_same_way(tmp_path: Path) -> None:
     save_published(tmp_path, FORMATS["awq-g32"], plain=("layers.1.self_attn.v_proj",))
-    with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.q_proj as AWQ int4 in groups of 32, asymmetric, .*v_proj as plain floats"):
+    with pytest.raises(
+        EngineError,
+        match=r"layers\.1\.self_attn\.q_proj as AWQ int4 in groups of 32, asymmetric, .*v_proj as plain floats",
+    ):
         open_checkpoint(EngineConfig(model=str(tmp_path)))
 
 
@@ -138,12 +159,22 @@ def with_last(value: float) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("name", "tensor", "change", "words"),
     [
-        ("fp8-block", "mlp.down_proj.weight_scale_inv", lambda scale: scale[:, :1], r"has shape \[1, 1\], config\.json implies \[1, 2\]"),
+        (
+            "fp8-block",
+            "mlp.down_proj.weight_scale_inv",
+            lambda scale: scale[:, :1],
+            r"has shape \[1, 1\], config\.json implies \[1, 2\]",
+        ),
         ("fp8-block", "mlp.down_proj.weight_scale_inv", with_last(float("nan")), "scales that are not finite"),
         ("fp8-block", "mlp.down_proj.weight_scale_inv", with_last(0.0), "a scale of 0, expected more than 0"),
         ("fp8-block", "mlp.down_proj.weight_scale_inv", with_last(-1.0), "a scale of -1"),
         ("fp8-block", "mlp.down_proj.weight", with_last(float("nan")), "not finite"),
-        ("fp8-block", "mlp.down_proj.weight", lambda weight: weight.view(torch.int8), "is of type I8; fp8 in blocks .* is stored as F8_E4M3"),
+        (
+            "fp8-block",
+            "mlp.down_proj.weight",
+            lambda weight: weight.view(torch.int8),
+            "is of type I8; fp8 in blocks .* is stored as F8_E4M3",
+        ),
         ("fp8-static", "self_attn.q_proj.input_scale", with_last(float("inf")), "scales that are not finite"),
         ("modelopt-nvfp4", "self_attn.q_proj.weight_scale_2", with_last(0.0), "a scale of 0"),
         ("modelopt-nvfp4", "self_attn.q_proj.weight_scale", with_last(float("nan")), "scales that are not finite"),
@@ -152,7 +183,9 @@ def with_last(value: float) -> Callable[[Tensor], Tensor]:
         ("gptq-4", "mlp.up_proj.g_idx", lambda g_idx: g_idx.flip(0), "desc_act"),
     ],
 )
-def test_corrupt_tensors_are_refused_by_name(name: str, tensor: str, change: Callable[[Tensor], Tensor], words: str, tmp_path: Path) -> None:
+def test_corrupt_tensors_are_refused_by_name(
+    name: str, tensor: str, change: Callable[[Tensor], Tensor], words: str, tmp_path: Path
+) -> None:
     save_published(tmp_path, FORMATS[name])
     spoil(tmp_path, LAYER + tensor, change)
     with pytest.raises(EngineError, match=f"{LAYER}{tensor}.*{words}".replace(".", r"\.", 3)):
@@ -164,19 +197,27 @@ def test_a_tensor_that_a_module_lacks_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[f"{LAYER}mlp.up_proj.weight_scale_inv"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EngineError, match=r"up_proj\.weight_scale_inv is missing; model\.layers\.1\.mlp\.up_proj is fp8 in blocks of 128 x 128"):
+    with pytest.raises(
+        EngineError,
+        match=r"up_proj\.weight_scale_inv is missing; model\.layers\.1\.mlp\.up_proj is fp8 in blocks of 128 x 128",
+    ):
         open_checkpoint(EngineConfig(model=str(tmp_path)))
 
 
 def test_columns_that_groups_do_not_divide_are_refused_before_the_weights_are_read(tmp_path: Path) -> None:
     save_published(tmp_path, FORMATS["awq-g32"])
     edit_config(tmp_path, group_size=48)
-    with pytest.raises(EngineError, match=r"layers\.0\.\S+ \[\d+, 128\] cannot be AWQ int4 .*128 columns are no multiple of the group of 48"):
+    with pytest.raises(
+        EngineError,
+        match=r"layers\.0\.\S+ \[\d+, 128\] cannot be AWQ int4 .*128 columns are no multiple of the group of 48",
+    ):
         open_checkpoint(EngineConfig(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("options", [{"quantization": "fp8"}, {"quantization": "int4"}], ids=["fp8", "int4"])
 def test_what_is_quantised_already_is_not_quantised_again(options: dict[str, Any], tmp_path: Path) -> None:
     save_published(tmp_path, FORMATS["awq-g32"])
-    with pytest.raises(EngineError, match=r"quantization: \w+ is for checkpoints of floats, this one is quantised already \(awq\)"):
+    with pytest.raises(
+        EngineError, match=r"quantization: \w+ is for checkpoints of floats, this one is quantised already \(awq\)"
+    ):
         open_checkpoint(EngineConfig(model=str(tmp_path), **options))
