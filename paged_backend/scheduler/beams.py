@@ -67,7 +67,8 @@ class Beams(SchedulerFeature):
         if width > max_running:
             return (
                 ErrorKind.INVALID,
-                f"beam_width: {width} beams are more than may run at once: {max_running} (max_num_sequences, max_batched_tokens)",
+                f"beam_width: {width} beams are more than may run at once: {max_running} (max_num_sequences, "
+                "max_batched_tokens)",
             )
         size, num_pages = self.rows.page_size, self._pages.pool.num_pages
         shared = prompt_len // size
@@ -75,7 +76,8 @@ class Beams(SchedulerFeature):
         if needed > num_pages:
             return (
                 ErrorKind.INVALID,
-                f"beam_width: {width} beams of up to {length_limit} tokens may need {needed} pages; the pool has {num_pages}",
+                f"beam_width: {width} beams of up to {length_limit} tokens may need {needed} pages; the pool has "
+                f"{num_pages}",
             )
         return None
 

@@ -48,13 +48,15 @@ class GrammarMasks(SchedulerFeature):
         if not left.any():
             return (
                 ErrorKind.INVALID,
-                "allowed_token_ids and bad_words: every allowed token may be banned, and then there would be none to choose",
+                "allowed_token_ids and bad_words: every allowed token may be banned, and then there would be "
+                "none to choose",
             )
         stop_ids = [token_id for token_id in spec.stop_ids if token_id < 32 * len(allowed)]
         if sampling.min_tokens > 0 and not (left & ~bits(stop_ids, 32 * len(allowed))).any():
             return (
                 ErrorKind.INVALID,
-                f"allowed_token_ids and min_tokens: every allowed token would end the answer before {sampling.min_tokens} tokens",
+                "allowed_token_ids and min_tokens: every allowed token would end the answer before "
+                f"{sampling.min_tokens} tokens",
             )
         return None
 

@@ -83,7 +83,8 @@ class Intake:
         if token_ids.min() < 0 or token_ids.max() >= limits.vocab_size:
             return (
                 ErrorKind.INVALID,
-                f"prompt: token ids from {token_ids.min()} to {token_ids.max()}, this model's are 0 to {limits.vocab_size - 1}",
+                f"prompt: token ids from {token_ids.min()} to {token_ids.max()}, this model's are 0 to "
+                f"{limits.vocab_size - 1}",
             )
         return None
 

@@ -27,13 +27,13 @@ from paged_backend.arrays import Int32
 from paged_backend.batch import Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Submit
-from paged_backend.scheduler import budget
 from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.admission import Admission
 from paged_backend.scheduler.beams import Beams
 from paged_backend.scheduler.commit import Commit
 from paged_backend.scheduler.deadlines import Deadlines
 from paged_backend.scheduler.embeddings import EmbeddingsFeature
+from paged_backend.scheduler.fairness import Fairness, short_len
 from paged_backend.scheduler.features import LiveFeatures, StepRows
 from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.intake import Intake
@@ -63,7 +63,6 @@ class Scheduler:
         guides: GrammarMasks | None = None,
         adapters: AdapterSlots | None = None,
     ) -> None:
-        self._max_batched_tokens = limits.max_batched_tokens
         self._clock = clock
         self._running = running = RunningSequences(limits)
         self._quarantine = Quarantine()
@@ -77,12 +76,11 @@ class Scheduler:
             Beams(running),
         )
         self._features = LiveFeatures(every, running.table, running.changes)
-        self._waiting = waiting = WaitingQueue(
-            budget.short_len(limits.max_batched_tokens), self._quarantine.__contains__
-        )
+        self._waiting = waiting = WaitingQueue(short_len(limits.max_batched_tokens), self._quarantine.__contains__)
+        self._fairness = Fairness(limits, waiting, running, self._quarantine)
         self._living = Lifecycle(waiting, running, self._features)
         self._intake = Intake(limits, self._features)
-        self._admission = Admission(limits, self._living, self._quarantine, clock)
+        self._admission = Admission(limits, self._living, self._fairness, clock)
         self._deadlines = Deadlines(limits, clock)
         self._commit = Commit(self._living)
         self._step = 0
@@ -158,7 +156,7 @@ class Scheduler:
         if (counts == 1).all():
             return rows, counts
         rows, counts = rows[counts > 0], counts[counts > 0]
-        order, counts = budget.share_out(counts, self._max_batched_tokens, self._admission.short_tokens())
+        order, counts = self._fairness.share_out(counts)
         return rows[order], counts
 
     def _batch(self, rows: Int32, counts: Int32) -> Batch:

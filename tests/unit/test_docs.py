@@ -27,7 +27,7 @@ PAGES = sorted(
     ]
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# A file or folder in backticks (or in the picture), such as `scheduler/budget.py`, `kernels/reference_*.py` or
+# A file or folder in backticks (or in the picture), such as `scheduler/fairness.py`, `kernels/reference_*.py` or
 # `models/families/`.
 NAMED_FILE = re.compile(r"`((?:[\w*]+/)*[\w*]+\.(?:py|pbtxt|md)|(?:\w+/)+)`")
 WINGS = ROOT / "paged_backend"

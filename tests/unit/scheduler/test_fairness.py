@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paged_backend.scheduler.budget import share_out, short_len
+from paged_backend.scheduler.fairness import share_out, short_len
 from tests.unit.scheduler.test_scheduler import VOCAB, Bench, solo
 
 LONG = 60
