@@ -77,7 +77,8 @@ def chat(
     with one_sentence_on_failure(), PagedClient(url, model=model_name) as client:
         if not client.is_ready():
             raise UnreachableError(
-                f"no model '{model_name}' is ready at {url}: start a server with paged serve, or name yours with --url and --model-name"
+                f"no model '{model_name}' is ready at {url}: start a server with paged serve, or name yours with "
+                "--url and --model-name"
             )
         known = {} if tools is None else load_tools(tools)
         reader = Reader(known, *readings(url, model_name, known, tool_choice, sampling))

@@ -142,7 +142,8 @@ def serve(
     on_front_end_death: Annotated[
         OnFrontEndDeath,
         typer.Option(
-            help="When a process that callers are connected to dies: exit with code 1, for an orchestrator; or restart the server."
+            help="When a process that callers are connected to dies: exit with code 1, for an orchestrator; or "
+            "restart the server."
         ),
     ] = OnFrontEndDeath.EXIT,
     log_verbose: Verbose = False,
@@ -215,10 +216,12 @@ def _serve_again_and_again(settings: ServerSettings) -> None:
             restarts = [*(restart for restart in restarts if now - restart < _RESTART_WINDOW_SECONDS), now]
             if len(restarts) > _MAX_RESTARTS:
                 raise EngineError(
-                    f"{error}; it was started again {_MAX_RESTARTS} times within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes"
+                    f"{error}; it was started again {_MAX_RESTARTS} times within "
+                    f"{_RESTART_WINDOW_SECONDS / 60:.0f} minutes"
                 ) from None
             print(
-                f"paged: {error}: restart {len(restarts)} of at most {_MAX_RESTARTS} within {_RESTART_WINDOW_SECONDS / 60:.0f} minutes",
+                f"paged: {error}: restart {len(restarts)} of at most {_MAX_RESTARTS} within "
+                f"{_RESTART_WINDOW_SECONDS / 60:.0f} minutes",
                 file=sys.stderr,
             )
 

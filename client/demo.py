@@ -133,7 +133,10 @@ class PoolWatch:
             if held
             else "none held when the gauges were read"
         )
-        return f"pool: {total:.0f} pages of {self.last.get('paged_page_size', 0):.0f} tokens; {fullest}; {self.last.get(_CACHED, 0):.0f} cached now"
+        return (
+            f"pool: {total:.0f} pages of {self.last.get('paged_page_size', 0):.0f} tokens; {fullest}; "
+            f"{self.last.get(_CACHED, 0):.0f} cached now"
+        )
 
 
 def read_gauges(url: str) -> dict[str, float]:

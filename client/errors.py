@@ -6,7 +6,8 @@ import re
 
 _CODED = re.compile(r"(?:\[request id: [^\]]*\] )?(?P<code>[A-Z_]{6,}): (?P<text>.*)", re.DOTALL)
 _FIELD = re.compile(
-    r"(?P<named>\w+)(?:\.\w+)*: |unknown (?:sampling|request) parameter '(?P<unknown>[^']*)'|unexpected inference input '(?P<input>[^']*)'"
+    r"(?P<named>\w+)(?:\.\w+)*: |unknown (?:sampling|request) parameter '(?P<unknown>[^']*)'|unexpected "
+    r"inference input '(?P<input>[^']*)'"
 )
 # What the server itself says before the model sees a request: a gRPC stream carries no code of it.
 _SERVERS_OWN = (

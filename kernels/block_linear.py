@@ -21,8 +21,9 @@ GROUP = 128  # columns that share a scale, of both sides
 @kernel(ints=["num_tokens"])
 def _block_kernel(
     x, x_scales, weight, scale, bias, residual, out, num_tokens, residual_stride, out_stride,
-    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BAND: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of TOKENS x ROWS of the result. Programs go down BAND tiles of tokens before they go on to the next rows,
     so that weights stay in the L2 cache.
@@ -81,8 +82,8 @@ def block_shape(num_tokens: int) -> BlockShape:
 
 
 def block_linear(
-    x: torch.Tensor, x_scales: torch.Tensor, linear: Linear, out: torch.Tensor, *, residual: torch.Tensor | None = None, shape: BlockShape | None = None,
-    launch_pdl: bool = False,
+    x: torch.Tensor, x_scales: torch.Tensor, linear: Linear, out: torch.Tensor, *, residual: torch.Tensor | None = None,
+    shape: BlockShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + (x * x_scales) . W + bias; bias and residual only if there are any.
 
@@ -99,7 +100,8 @@ def block_linear(
         or x_scales.shape != (num_tokens, num_groups)
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} with scales {tuple(x_scales.shape)} and {linear.format} of {linear.num_columns} columns do not fit each other"
+            f"x {tuple(x.shape)} with scales {tuple(x_scales.shape)} and {linear.format} of {linear.num_columns} "
+            "columns do not fit each other"
         )
     for tensor in (out, *([] if residual is None else [residual])):
         if tensor.shape != (num_tokens, linear.num_rows) or tensor.stride(1) != 1:
@@ -109,9 +111,11 @@ def block_linear(
     shape = shape or block_shape(num_tokens)
     grid = triton.cdiv(num_tokens, shape.tokens) * triton.cdiv(linear.num_rows, shape.rows)
     _block_kernel[(grid,)](
-        x, x_scales, linear.weight, linear.scale, out if linear.bias is None else linear.bias, out if residual is None else residual, out,
-        num_tokens, 0 if residual is None else residual.stride(0), out.stride(0),
-        N=linear.num_rows, K=num_columns, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=GROUP, BLOCK_ROWS=linear.format.block[0], BAND=8,
-        STAGES=shape.stages, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
+        x, x_scales, linear.weight, linear.scale, out if linear.bias is None else linear.bias,
+        out if residual is None else residual, out, num_tokens, 0 if residual is None else residual.stride(0),
+        out.stride(0),
+        N=linear.num_rows, K=num_columns, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=GROUP,
+        BLOCK_ROWS=linear.format.block[0], BAND=8, STAGES=shape.stages, BIAS=linear.bias is not None,
+        ADD=residual is not None, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
     )  # fmt: skip
     return out

@@ -96,7 +96,8 @@ def _barrier(COMPILED: tl.constexpr):
 @triton.jit
 def _merge(
     first_item, last_item, head, out_rows, partial_acc, partial_lse,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Weigh a sequence's partial outputs by their sums of softmax, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD]
     float32.
@@ -203,9 +204,10 @@ def _decode_kernel(
     q, kv_pages, page_table, out, sinks, line, starts, records, arrivals, partial_acc, partial_lse,
     scale, soft_cap, q_stride, out_stride, table_stride,
     HEADS: tl.constexpr, PAGE_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr, FEW_PARTS: tl.constexpr, PARTS: tl.constexpr,
-    PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr, PLAN_SETTLED: tl.constexpr, COMPILED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr,
+    ROWS: tl.constexpr, FEW_PARTS: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    PLAN_SETTLED: tl.constexpr, COMPILED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CELLS: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM  # of a head in the store: numbers, or pairs of them
     ZERO: tl.constexpr = 0 if PACKED else 0.0
@@ -316,8 +318,8 @@ def _decode_kernel(
                 )
             else:
                 first, last = tl.where(begins, item, begun_in), tl.where(begins, last_to, begun_to)
-                was_last = _put_piece(result, m + tl.log2(l), item, head, begins, first, last, arrivals, partial_acc, partial_lse,
-                                      HEADS, GROUP, HEAD_DIM, COMPILED)  # fmt: skip
+                was_last = _put_piece(result, m + tl.log2(l), item, head, begins, first, last, arrivals,
+                                      partial_acc, partial_lse, HEADS, GROUP, HEAD_DIM, COMPILED)  # fmt: skip
                 came_last += was_last * tl.where(begins, 2, 1)
             m = tl.full([ROWS], float("-inf"), tl.float32)
             ls = tl.zeros([ROWS, TILE], tl.float32)
@@ -367,7 +369,8 @@ def _decode_kernel(
 
 def paged_decode_attention(
     q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, plan: DecodePlan,
-    *, scale: float, soft_cap: float = 0.0, sinks: torch.Tensor | None = None, launch_pdl: bool = False, plan_settled: bool = False,
+    *, scale: float, soft_cap: float = 0.0, sinks: torch.Tensor | None = None, launch_pdl: bool = False,
+    plan_settled: bool = False,
 ) -> None:  # fmt: skip
     """out[s, h] = softmax(cap(q[s, h] . K[s] * scale)) . V[s] over the last `sliding_window` tokens of sequence s, as
     planned.
@@ -399,11 +402,12 @@ def paged_decode_attention(
         q, kv_pages, page_table, out, q if sinks is None else sinks, plan.line, plan.starts, plan.records,
         workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
         scale * 256 if packed else scale, soft_cap, q.stride(0), out.stride(0), page_table.stride(0),
-        HEADS=workspace.num_kv_heads, PAGE_STRIDE=kv_pages.stride(0), VALUE_STRIDE=kv_pages.stride(1), HEAD_STRIDE=kv_pages.stride(2),
-        GROUP=workspace.group, GROUP_PAD=group_pad, HEAD_DIM=head_dim, HEAD_PAD=head_pad, PAGE_SIZE=page_size,
-        TILE=workspace.tile, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap != 0.0, SINKS=sinks is not None, ROWS=max(16, group_pad),
-        FEW_PARTS=max(2, 2048 // (group_pad * head_pad)), PARTS=max(4, 8192 // (group_pad * head_pad)),
-        PACKED=packed, LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, COMPILED=q.is_cuda, PRECISION="ieee",
+        HEADS=workspace.num_kv_heads, PAGE_STRIDE=kv_pages.stride(0), VALUE_STRIDE=kv_pages.stride(1),
+        HEAD_STRIDE=kv_pages.stride(2), GROUP=workspace.group, GROUP_PAD=group_pad, HEAD_DIM=head_dim,
+        HEAD_PAD=head_pad, PAGE_SIZE=page_size, TILE=workspace.tile, WINDOW=plan.sliding_window,
+        SOFT_CAP=soft_cap != 0.0, SINKS=sinks is not None, ROWS=max(16, group_pad),
+        FEW_PARTS=max(2, 2048 // (group_pad * head_pad)), PARTS=max(4, 8192 // (group_pad * head_pad)), PACKED=packed,
+        LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, COMPILED=q.is_cuda, PRECISION="ieee",
         num_warps=workspace.num_warps, num_stages=workspace.num_stages,
     )  # fmt: skip
 
@@ -415,11 +419,13 @@ def _check(
     _, two, num_kv_heads, page_size, kv_head_dim = kv_pages.shape
     if (two, num_kv_heads, kv_head_dim) != (2, workspace.num_kv_heads, workspace.head_dim) or head_dim != kv_head_dim:
         raise ValueError(
-            f"kv_pages {tuple(kv_pages.shape)} do not fit the workspace's {workspace.num_kv_heads} KV heads of {workspace.head_dim}"
+            f"kv_pages {tuple(kv_pages.shape)} do not fit the workspace's {workspace.num_kv_heads} KV heads of "
+            f"{workspace.head_dim}"
         )
     if num_q_heads != num_kv_heads * workspace.group or out.shape != q.shape or page_table.shape[0] != num_sequences:
         raise ValueError(
-            f"q {tuple(q.shape)}, out {tuple(out.shape)} and page_table {tuple(page_table.shape)} do not fit each other or the workspace"
+            f"q {tuple(q.shape)}, out {tuple(out.shape)} and page_table {tuple(page_table.shape)} do not fit "
+            "each other or the workspace"
         )
     if page_size & (page_size - 1):
         raise ValueError(f"page_size {page_size} is no power of two")

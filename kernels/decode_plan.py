@@ -134,7 +134,8 @@ class DecodePlan:
 
 def make_decode_workspace(
     num_q_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, device: torch.device,
-    *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int | None = None, num_stages: int | None = None,
+    *, tile: int | None = None, programs_per_multiprocessor: int | None = None, num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> DecodeWorkspace:  # fmt: skip
     """Allocate the scratch for a geometry; the keyword arguments override the tuned launch shape (tests, benchmarks).
 
@@ -202,5 +203,6 @@ def plan_decode_attention(seq_lens: torch.Tensor, plan: DecodePlan) -> None:
     items = 8  # places a program
     _plan_kernel[(triton.cdiv(workspace.num_work_items, items),)](
         seq_lens, plan.line, plan.starts, plan.records, num_sequences, workspace.num_work_items,
-        TILE=workspace.tile, WINDOW=plan.sliding_window, SEQUENCES=triton.next_power_of_2(max(num_sequences, 16)), ITEMS=items,
+        TILE=workspace.tile, WINDOW=plan.sliding_window, SEQUENCES=triton.next_power_of_2(max(num_sequences, 16)),
+        ITEMS=items,
     )  # fmt: skip

@@ -18,8 +18,9 @@ _ROWS, _BLOCK = 8, 256
 @kernel
 def _dequantise_kernel(
     weight, scale, zero, row_scale, out,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr,
-    GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    ROW_SCALES: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result, what BLOCK bytes of each become."""
     pdl_release(LAUNCH_PDL)
@@ -55,7 +56,9 @@ def dequantised(linear: Linear, dtype: torch.dtype, *, launch_pdl: bool = False)
     num_rows, row_bytes = linear.weight.shape
     out = torch.empty(num_rows, linear.num_columns, dtype=dtype, device=linear.weight.device)
     _dequantise_kernel[(triton.cdiv(num_rows, _ROWS), triton.cdiv(row_bytes, _BLOCK))](
-        linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero, linear.scale if linear.row_scale is None else linear.row_scale, out,
-        N=num_rows, K=row_bytes, ROWS=_ROWS, BLOCK=_BLOCK, **format_constants(linear), LAUNCH_PDL=launch_pdl, num_warps=4,
+        linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
+        linear.scale if linear.row_scale is None else linear.row_scale, out,
+        N=num_rows, K=row_bytes, ROWS=_ROWS, BLOCK=_BLOCK, **format_constants(linear), LAUNCH_PDL=launch_pdl,
+        num_warps=4,
     )  # fmt: skip
     return out

@@ -75,9 +75,10 @@ def _add_product(
 @kernel(ints=["num_tiles"])
 def _products_kernel(
     x, weight, scales, bias, order, tiles, pair_weights, out, num_tiles, x_stride, out_stride,
-    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BIAS: tl.constexpr,
-    MXFP4: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, BIAS: tl.constexpr, MXFP4: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GATED: out[place] = gate(weight . x[token of place]). Otherwise out[pair of place] = its weight * (weight .
     x[place]).
@@ -198,7 +199,8 @@ def add_experts(
         or num_tokens != len(x)
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} do not fit {num_tokens} tokens' choice"
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} do not fit "
+            f"{num_tokens} tokens' choice"
         )
     mxfp4 = experts.gate_up.scales is not None
     if mxfp4 and x.dtype.itemsize != 2:
@@ -232,15 +234,15 @@ def add_experts(
 
 
 def _multiply_tiles(
-    x: torch.Tensor, linear: ExpertLinear, out: torch.Tensor, grouped: tuple[torch.Tensor, torch.Tensor, torch.Tensor], shape: ProductShape,
-    num_programs: int, *, top_k: int, gate: Gate | None, launch_pdl: bool,
+    x: torch.Tensor, linear: ExpertLinear, out: torch.Tensor, grouped: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    shape: ProductShape, num_programs: int, *, top_k: int, gate: Gate | None, launch_pdl: bool,
 ) -> None:  # fmt: skip
     order, tiles, weights = grouped
     rows, constants = out.shape[1], gate_constants(gate or Gate())
     items = len(tiles) * triton.cdiv(rows, shape.rows)
     _products_kernel[(min(items, num_programs),)](
         x, *parameters(linear, x), order, tiles, weights, out, len(tiles), x.stride(0), out.stride(0),
-        N=rows, K=linear.num_columns, SCALES=scales_of_row(linear), TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=shape.block,
-        STAGES=shape.stages, GATED=gate is not None, **constants, BIAS=linear.bias is not None, MXFP4=linear.scales is not None,
-        LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=shape.num_warps,
+        N=rows, K=linear.num_columns, SCALES=scales_of_row(linear), TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows,
+        BLOCK=shape.block, STAGES=shape.stages, GATED=gate is not None, **constants, BIAS=linear.bias is not None,
+        MXFP4=linear.scales is not None, LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip

@@ -59,8 +59,9 @@ def _best_groups(
 @triton.jit
 def _choose(
     logits, correction, expert_ids, weights, token, num_tokens, scale,
-    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr,
-    RENORMALISED: tl.constexpr, CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr,
+    SCORES: tl.constexpr, RENORMALISED: tl.constexpr, CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Writes the experts and weights of TOKENS tokens from their logits [TOKENS, EXPERTS], which are -inf beyond
     NUM_EXPERTS.
@@ -104,9 +105,10 @@ def _choose(
 @kernel(ints=["num_tokens"])
 def _route_kernel(
     x, weight, bias, correction, logits, arrivals, expert_ids, weights, num_tokens, x_stride, scale,
-    K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr, RENORMALISED: tl.constexpr, BIAS: tl.constexpr, CORRECTED: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr,
+    RENORMALISED: tl.constexpr, BIAS: tl.constexpr, CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """PART experts' logits of TOKENS tokens; the last program of the tokens chooses."""
     pdl_release(LAUNCH_PDL)
@@ -150,8 +152,8 @@ def _route_kernel(
 def _route_one_kernel(
     x, norm_weight, weight, bias, correction, normed, logits, arrivals, expert_ids, weights, eps, scale,
     K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
-    TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr, RENORMALISED: tl.constexpr, BIAS: tl.constexpr, CORRECTED: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr, RENORMALISED: tl.constexpr, BIAS: tl.constexpr,
+    CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """PART experts' logits of the one token, whose norm every program computes for itself; the first leaves it for the
     experts.
@@ -219,9 +221,11 @@ def route(
         logits = torch.empty(num_tokens, padded, dtype=torch.float32, device=x.device)
         size = x.shape[1]
         _route_kernel[(tiles, padded // part)](
-            x, *_parameters(experts, x), logits, arrivals, expert_ids, weights, num_tokens, x.stride(0), experts.routing.scale,
-            K=size, NUM_EXPERTS=experts.num_experts, EXPERTS=padded, TOKENS=tokens, PART=part, BLOCK=min(128, max(16, triton.next_power_of_2(size))), STAGES=3,
-            **_choice(experts), LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=4,
+            x, *_parameters(experts, x), logits, arrivals, expert_ids, weights, num_tokens, x.stride(0),
+            experts.routing.scale,
+            K=size, NUM_EXPERTS=experts.num_experts, EXPERTS=padded, TOKENS=tokens, PART=part,
+            BLOCK=min(128, max(16, triton.next_power_of_2(size))), STAGES=3, **_choice(experts), LAUNCH_PDL=launch_pdl,
+            PRECISION="ieee", num_warps=4,
         )  # fmt: skip
     return expert_ids, weights
 
@@ -243,14 +247,16 @@ def norm_route_one(
     size, padded = x.shape[1], _padded(experts.num_experts)
     if len(x) != 1 or norm_weight.shape != (size,) or norm_weight.dtype != x.dtype:
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} is not one token, or norm_weight {tuple(norm_weight.shape)} {norm_weight.dtype} does not fit it"
+            f"x {tuple(x.shape)} {x.dtype} is not one token, or norm_weight {tuple(norm_weight.shape)} "
+            f"{norm_weight.dtype} does not fit it"
         )
     normed = torch.empty_like(x)
     expert_ids, weights = _found(x, experts)
     logits = torch.empty(padded, dtype=torch.float32, device=x.device)
     part = 1 if size > 2048 else 2
     _route_one_kernel[(triton.cdiv(padded, part),)](
-        x, norm_weight, *_parameters(experts, x), normed, logits, arrivals, expert_ids, weights, eps, experts.routing.scale,
+        x, norm_weight, *_parameters(experts, x), normed, logits, arrivals, expert_ids, weights, eps,
+        experts.routing.scale,
         K=size, NUM_EXPERTS=experts.num_experts, EXPERTS=padded, PART=part, BLOCK=triton.next_power_of_2(size),
         **_choice(experts), LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
@@ -273,9 +279,9 @@ def _parameters(experts: Experts, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 def _choice(experts: Experts) -> dict[str, object]:
     routing = experts.routing
     return {
-        "TOP_K": routing.top_k, "CHOICES": triton.next_power_of_2(routing.top_k), "SCORES": _SCORES[routing.scores], "RENORMALISED": routing.renormalised,
-        "BIAS": experts.router.bias is not None, "CORRECTED": experts.correction is not None,
-        "NUM_GROUPS": routing.num_groups, "TOP_GROUPS": routing.top_groups,
+        "TOP_K": routing.top_k, "CHOICES": triton.next_power_of_2(routing.top_k), "SCORES": _SCORES[routing.scores],
+        "RENORMALISED": routing.renormalised, "BIAS": experts.router.bias is not None,
+        "CORRECTED": experts.correction is not None, "NUM_GROUPS": routing.num_groups, "TOP_GROUPS": routing.top_groups,
     }  # fmt: skip
 
 
@@ -288,7 +294,8 @@ def _check(x: torch.Tensor, experts: Experts) -> None:
     weight, correction = experts.router.weight, experts.correction
     if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] or x.stride(1) != 1 or not weight.is_contiguous():
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} and the router {tuple(weight.shape)} {weight.dtype}, both contiguous, do not fit each other"
+            f"x {tuple(x.shape)} {x.dtype} and the router {tuple(weight.shape)} {weight.dtype}, both contiguous, "
+            "do not fit each other"
         )
     if correction is not None and (correction.dtype != torch.float32 or len(correction) != len(weight)):
         raise ValueError(f"correction {tuple(correction.shape)} {correction.dtype} is not float32 [{len(weight)}]")

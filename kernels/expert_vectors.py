@@ -52,7 +52,8 @@ def _scale_value(scale):
 @triton.jit
 def _row_sums(
     x, weight, scales, row, there,
-    K: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, MXFP4: tl.constexpr,
+    K: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    MXFP4: tl.constexpr,
 ):  # fmt: skip
     """weight[row] . x, float32 [ROWS]. row: int64; SCALES: of a row."""
     if MXFP4:
@@ -97,8 +98,9 @@ def _row_sums(
 @kernel
 def _gate_up_kernel(
     x, expert_ids, weight, scales, bias, out,
-    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, MXFP4: tl.constexpr,
-    INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr, MXFP4: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of one chosen expert's gated vector: out[choice, N]."""
     pdl_release(LAUNCH_PDL)
@@ -120,8 +122,8 @@ def _gate_up_kernel(
 @kernel
 def _down_kernel(
     gated, expert_ids, weights, weight, scales, bias, residual,
-    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    MXFP4: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, MXFP4: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of the result: residual += the weighted sum over the chosen experts."""
     pdl_release(LAUNCH_PDL)
@@ -162,7 +164,8 @@ def add_experts_of_one(
         or not (x.is_contiguous() and residual.is_contiguous())
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} are not one token of one type"
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} are not one "
+            "token of one type"
         )
     size = experts.down.num_columns
     check_experts(x, experts)
@@ -170,14 +173,15 @@ def add_experts_of_one(
     rows, block = vector_shape(x.shape[1])
     _gate_up_kernel[(triton.cdiv(size, rows), top_k)](
         x, expert_ids, *parameters(experts.gate_up, x), gated,
-        N=size, K=x.shape[1], SCALES=scales_of_row(experts.gate_up), ROWS=rows, BLOCK=block, LANES=8, MXFP4=experts.gate_up.scales is not None,
-        **gate_constants(experts.gate), BIAS=experts.gate_up.bias is not None, LAUNCH_PDL=launch_pdl, num_warps=4,
+        N=size, K=x.shape[1], SCALES=scales_of_row(experts.gate_up), ROWS=rows, BLOCK=block, LANES=8,
+        MXFP4=experts.gate_up.scales is not None, **gate_constants(experts.gate), BIAS=experts.gate_up.bias is not None,
+        LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
     rows, block = vector_shape(size)
     _down_kernel[(triton.cdiv(x.shape[1], rows),)](
         gated, expert_ids, weights, *parameters(experts.down, x), residual,
-        N=x.shape[1], K=size, SCALES=scales_of_row(experts.down), TOP_K=top_k, ROWS=rows, BLOCK=block, LANES=8, MXFP4=experts.down.scales is not None,
-        BIAS=experts.down.bias is not None, LAUNCH_PDL=launch_pdl, num_warps=4,
+        N=x.shape[1], K=size, SCALES=scales_of_row(experts.down), TOP_K=top_k, ROWS=rows, BLOCK=block, LANES=8,
+        MXFP4=experts.down.scales is not None, BIAS=experts.down.bias is not None, LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
     return residual
 

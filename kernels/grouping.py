@@ -47,8 +47,8 @@ def _write_tiles(
 
 @kernel(ints=["num_items", "max_tiles"])
 def _group_kernel(
-    owners, order, tiles, num_items, max_tiles, NUM_OWNERS: tl.constexpr, OWNERS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
+    owners, order, tiles, num_items, max_tiles, NUM_OWNERS: tl.constexpr, OWNERS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an owner."""
     pdl_begin(LAUNCH_PDL)
@@ -80,8 +80,8 @@ def _count_kernel(owners, counts, num_items, OWNERS: tl.constexpr, BLOCK: tl.con
 
 @kernel(ints=["num_items", "num_chunks", "max_tiles"])
 def _place_kernel(
-    owners, counts, order, tiles, num_items, num_chunks, max_tiles, NUM_OWNERS: tl.constexpr, OWNERS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    owners, counts, order, tiles, num_items, num_chunks, max_tiles, NUM_OWNERS: tl.constexpr, OWNERS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs of chunks write their items; as many behind them as there are owners write the tiles."""
     pdl_begin(LAUNCH_PDL)
@@ -149,6 +149,6 @@ def group_by_owner(
         owners, counts, num_items, OWNERS=padded, BLOCK=block, LAUNCH_PDL=launch_pdl, num_warps=4
     )
     _place_kernel[(num_chunks + num_owners,)](
-        owners, counts, order, tiles, num_items, num_chunks, len(tiles), NUM_OWNERS=num_owners, OWNERS=padded, TILE=tile, BLOCK=block, CHUNKS=block,
-        LAUNCH_PDL=launch_pdl, num_warps=4,
+        owners, counts, order, tiles, num_items, num_chunks, len(tiles), NUM_OWNERS=num_owners, OWNERS=padded,
+        TILE=tile, BLOCK=block, CHUNKS=block, LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip

@@ -164,8 +164,9 @@ def ban_bad_words(
     if len(logits) and num_words and length:
         _ban_bad_words_kernel[(len(logits),)](
             logits, words, history, num_tokens, num_words, logits.stride(0), words.stride(0), history.stride(0),
-            LENGTH=length, LENGTH_PAD=triton.next_power_of_2(length), WORDS=max(_FEW, triton.next_power_of_2(num_words)), VOCAB=logits.shape[1],
-            LAUNCH_PDL=launch_pdl, num_warps=4,
+            LENGTH=length, LENGTH_PAD=triton.next_power_of_2(length),
+            WORDS=max(_FEW, triton.next_power_of_2(num_words)), VOCAB=logits.shape[1], LAUNCH_PDL=launch_pdl,
+            num_warps=4,
         )  # fmt: skip
     return logits
 
@@ -198,8 +199,9 @@ def apply_token_mask(
 
 
 def apply_penalties(
-    logits: torch.Tensor, history: torch.Tensor, prompt_lens: torch.Tensor, num_tokens: torch.Tensor, repetition: torch.Tensor, presence: torch.Tensor,
-    frequency: torch.Tensor, *, counts: torch.Tensor, launch_pdl: bool = False,
+    logits: torch.Tensor, history: torch.Tensor, prompt_lens: torch.Tensor, num_tokens: torch.Tensor,
+    repetition: torch.Tensor, presence: torch.Tensor, frequency: torch.Tensor, *, counts: torch.Tensor,
+    launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Repetition penalty on every token of the sequence, presence and frequency penalty on those of its answer, in
     place; returns logits.
@@ -256,5 +258,6 @@ def apply_penalties(
 def _check(logits: torch.Tensor) -> None:
     if logits.dtype != torch.float32 or logits.ndim != 2 or logits.stride(1) != 1:
         raise ValueError(
-            f"logits must be float32 rows, contiguous, not {tuple(logits.shape)} {logits.dtype} of strides {logits.stride()}"
+            f"logits must be float32 rows, contiguous, not {tuple(logits.shape)} {logits.dtype} of strides "
+            f"{logits.stride()}"
         )

@@ -49,8 +49,8 @@ def _assign_kernel(
 @kernel(ints=["num_tokens", "offset"])
 def _shrink_kernel(
     x, weights, ranks, order, tiles, hidden, num_tokens, offset, x_stride, weights_stride,
-    K: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, SPAN: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of the hidden vectors of a tile's tokens: the sum over SPAN elements of x, the split-th of them."""
     pdl_release(LAUNCH_PDL)
@@ -208,8 +208,8 @@ def group_tokens(
 
 
 def adapter_shrink(
-    x: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, offset: int, num_parts: int,
-    hidden: torch.Tensor, *, launch_pdl: bool = False,
+    x: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, offset: int,
+    num_parts: int, hidden: torch.Tensor, *, launch_pdl: bool = False,
 ) -> None:  # fmt: skip
     """hidden[:, i, :parts r].sum(0) = A . x[order[i]] for the places i of each tile, with A [parts r, K] of the tile's
     adapter, whose rank is r.
@@ -228,7 +228,8 @@ def adapter_shrink(
         or width % num_parts
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype}, weights {weights.dtype} and hidden {tuple(hidden.shape)} of {num_parts} parts do not fit each other"
+            f"x {tuple(x.shape)} {x.dtype}, weights {weights.dtype} and hidden {tuple(hidden.shape)} of "
+            f"{num_parts} parts do not fit each other"
         )
     columns, block = min(32, max(16, triton.next_power_of_2(width))), min(128, max(16, triton.next_power_of_2(size)))
     span = triton.cdiv(triton.cdiv(size, splits), block) * block
@@ -240,8 +241,8 @@ def adapter_shrink(
 
 
 def adapter_expand(
-    hidden: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor, offset: int, out_sizes: Sequence[int],
-    out: torch.Tensor, *, launch_pdl: bool = False,
+    hidden: torch.Tensor, weights: torch.Tensor, ranks: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor,
+    offset: int, out_sizes: Sequence[int], out: torch.Tensor, *, launch_pdl: bool = False,
 ) -> None:  # fmt: skip
     """out[order[i]] += B . hidden[:, i].sum(0) for the places i of each tile: rows of B [N, r], and columns of out, of
     part p by the p-th r of hidden.
@@ -259,7 +260,8 @@ def adapter_expand(
         or len(out_sizes) > 3
     ):
         raise ValueError(
-            f"out {tuple(out.shape)} {out.dtype}, parts of {tuple(out_sizes)} and hidden {tuple(hidden.shape)} do not fit each other"
+            f"out {tuple(out.shape)} {out.dtype}, parts of {tuple(out_sizes)} and hidden {tuple(hidden.shape)} "
+            "do not fit each other"
         )
     sizes = [*out_sizes, 0, 0][:3]
     columns = min(64 if num_tokens <= 256 else 128, max(16, triton.next_power_of_2(max(sizes))))
@@ -267,5 +269,6 @@ def adapter_expand(
     _expand_kernel[(len(tiles), sum(triton.cdiv(size, columns) for size in sizes))](
         hidden, weights, ranks, order, tiles, out, num_tokens, offset, weights.stride(0), out.stride(0),
         WIDTH=width, SIZE_0=sizes[0], SIZE_1=sizes[1], SIZE_2=sizes[2], SPLIT=splits,
-        TILE=tile_tokens(num_tokens), COLUMNS=columns, RANKS=ranks_at_once, LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=4,
+        TILE=tile_tokens(num_tokens), COLUMNS=columns, RANKS=ranks_at_once, LAUNCH_PDL=launch_pdl, PRECISION="ieee",
+        num_warps=4,
     )  # fmt: skip

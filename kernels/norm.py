@@ -109,9 +109,10 @@ def norm(x: torch.Tensor, how: Norm, *, out: torch.Tensor | None = None, launch_
     if num_rows:
         block = triton.next_power_of_2(size)
         _norm_kernel[(num_rows,)](
-            rows, how.weight, how.weight if how.bias is None else how.bias, out_rows, rows.stride(0), out_rows.stride(0), how.eps,
-            SIZE=size, BLOCK=block, CENTRED=how.centred, PLUS_ONE=how.plus_one, BIAS=how.bias is not None, LAUNCH_PDL=launch_pdl,
-            num_warps=min(16, max(1, block // 256)),
+            rows, how.weight, how.weight if how.bias is None else how.bias, out_rows, rows.stride(0),
+            out_rows.stride(0), how.eps,
+            SIZE=size, BLOCK=block, CENTRED=how.centred, PLUS_ONE=how.plus_one, BIAS=how.bias is not None,
+            LAUNCH_PDL=launch_pdl, num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip
     return out
 
@@ -126,7 +127,8 @@ def add_scaled(
     """
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1 or x.stride(1) != 1:
         raise ValueError(
-            f"residual {tuple(residual.shape)} {residual.dtype} and x {tuple(x.shape)} {x.dtype} do not fit, or their rows are not contiguous"
+            f"residual {tuple(residual.shape)} {residual.dtype} and x {tuple(x.shape)} {x.dtype} do not fit, or "
+            "their rows are not contiguous"
         )
     if how is not None:
         _rows(x, how)
@@ -135,9 +137,10 @@ def add_scaled(
         block = triton.next_power_of_2(size)
         of = Norm(x, 0.0) if how is None else how
         _add_scaled_kernel[(num_rows,)](
-            residual, x, of.weight, of.weight if of.bias is None else of.bias, residual.stride(0), x.stride(0), of.eps, float(multiplier),
-            SIZE=size, BLOCK=block, NORM=how is not None, CENTRED=of.centred, PLUS_ONE=of.plus_one, BIAS=of.bias is not None, LAUNCH_PDL=launch_pdl,
-            num_warps=min(16, max(1, block // 256)),
+            residual, x, of.weight, of.weight if of.bias is None else of.bias, residual.stride(0), x.stride(0), of.eps,
+            float(multiplier),
+            SIZE=size, BLOCK=block, NORM=how is not None, CENTRED=of.centred, PLUS_ONE=of.plus_one,
+            BIAS=of.bias is not None, LAUNCH_PDL=launch_pdl, num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip
     return residual
 

@@ -37,7 +37,8 @@ def _flag(base, side_bytes, at):
 @kernel
 def _sum_kernel(
     x, residual, peers, calls, num_elements, side_bytes,
-    RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """peers: int64 [SIZE] addresses of the peer buffers; calls: int32 [PROGRAMS]. The result goes where residual is, or
     x.
@@ -157,7 +158,7 @@ def peer_sum(
     block = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, triton.next_power_of_2(triton.cdiv(x.numel(), num_programs))))
     _sum_kernel[(num_programs,)](
         x, x if residual is None else residual, buffers.peers, buffers.calls, x.numel(), buffers.side_bytes,
-        RANK=buffers.rank, SIZE=buffers.size, PROGRAMS=num_programs, BLOCK=block, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
-        num_warps=block // _SMALLEST_BLOCK,
+        RANK=buffers.rank, SIZE=buffers.size, PROGRAMS=num_programs, BLOCK=block, ADD=residual is not None,
+        LAUNCH_PDL=launch_pdl, num_warps=block // _SMALLEST_BLOCK,
     )  # fmt: skip
     return x if residual is None else residual

@@ -46,8 +46,8 @@ def _load_pages(pages, base, first_key, last_key, PAGE_SIZE: tl.constexpr, TILE:
 @triton.jit
 def _attend(
     acc, m, l, queries, position, in_page, pages, begin, end, first_key, last_key, scale, soft_cap, page_stride,
-    VALUE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (acc, m, l) after the tiles that begin in [begin, end), multiples of TILE; keys outside
     [first_key, last_key] are not read.
@@ -105,10 +105,11 @@ def _attend(
 
 @kernel(ints=["table_stride", "num_tiles"], unaligned=["page_table", "query_starts", "seq_lens"])
 def _prefill_kernel(
-    q, kv_pages, page_table, query_starts, seq_lens, out, sinks, scale, soft_cap, q_stride, out_stride, table_stride, page_stride, num_tiles,
-    HEADS: tl.constexpr, HEAD_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    q, kv_pages, page_table, query_starts, seq_lens, out, sinks, scale, soft_cap, q_stride, out_stride, table_stride,
+    page_stride, num_tiles,
+    HEADS: tl.constexpr, HEAD_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     place = tl.program_id(0) // HEADS
@@ -148,16 +149,16 @@ def _prefill_kernel(
         begin = first_key // TILE * TILE
         whole_begin = tl.minimum((tl.maximum(last_position + 1 - WINDOW, 0) + TILE - 1) // TILE * TILE, whole_end)
         acc, m, l = _attend(
-            acc, m, l, queries, position, in_page, pages, begin, whole_begin, first_key, last_position, scale, soft_cap, page_stride,
-            VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
+            acc, m, l, queries, position, in_page, pages, begin, whole_begin, first_key, last_position, scale, soft_cap,
+            page_stride, VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
         )  # fmt: skip
     acc, m, l = _attend(
-        acc, m, l, queries, position, in_page, pages, whole_begin, whole_end, first_key, last_position, scale, soft_cap, page_stride,
-        VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, False, PRECISION,
+        acc, m, l, queries, position, in_page, pages, whole_begin, whole_end, first_key, last_position, scale, soft_cap,
+        page_stride, VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, False, PRECISION,
     )  # fmt: skip
     acc, m, l = _attend(
-        acc, m, l, queries, position, in_page, pages, whole_end, last_position + 1, first_key, last_position, scale, soft_cap, page_stride,
-        VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
+        acc, m, l, queries, position, in_page, pages, whole_end, last_position + 1, first_key, last_position, scale,
+        soft_cap, page_stride, VALUE_STRIDE, HEAD_DIM, HEAD_PAD, PAGE_SIZE, TILE, WINDOW, SOFT_CAP, True, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks + head * GROUP + row % GROUP).to(tl.float32)
@@ -201,9 +202,9 @@ def _launch_shape(head_dim: int, dtype: torch.dtype, num_rows: int) -> PrefillSh
 
 
 def paged_prefill_attention(
-    q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, query_starts: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor,
-    *, max_query_len: int, scale: float, sliding_window: int = 0, soft_cap: float = 0.0, sinks: torch.Tensor | None = None,
-    shape: PrefillShape | None = None,
+    q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, query_starts: torch.Tensor,
+    seq_lens: torch.Tensor, out: torch.Tensor, *, max_query_len: int, scale: float, sliding_window: int = 0,
+    soft_cap: float = 0.0, sinks: torch.Tensor | None = None, shape: PrefillShape | None = None,
 ) -> None:  # fmt: skip
     """out[t, h] = softmax(cap(q[t, h] . K * scale)) . V over the keys of t's sequence up to t's own, the last
     `sliding_window` of them (0 = all).
@@ -235,9 +236,10 @@ def paged_prefill_attention(
         q, kv_pages, page_table, query_starts, seq_lens, out, q if sinks is None else sinks, scale, soft_cap,
         q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), num_tiles,
         HEADS=num_kv_heads, HEAD_STRIDE=kv_pages.stride(2), VALUE_STRIDE=kv_pages.stride(1),
-        GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=page_size, ROWS=rows, TOKENS=rows // group,
-        TILE=shape.tile, WINDOW=sliding_window, SOFT_CAP=soft_cap != 0.0, SINKS=sinks is not None, PRECISION="ieee",
-        num_warps=shape.num_warps, num_stages=shape.num_stages, maxnreg=shape.max_registers,
+        GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=page_size,
+        ROWS=rows, TOKENS=rows // group, TILE=shape.tile, WINDOW=sliding_window, SOFT_CAP=soft_cap != 0.0,
+        SINKS=sinks is not None, PRECISION="ieee", num_warps=shape.num_warps, num_stages=shape.num_stages,
+        maxnreg=shape.max_registers,
     )  # fmt: skip
 
 
@@ -256,7 +258,8 @@ def _check(
         )
     if not page_table.shape[0] == seq_lens.shape[0] == query_starts.shape[0] - 1:
         raise ValueError(
-            f"{page_table.shape[0]} page table rows, {seq_lens.shape[0]} lengths and {query_starts.shape[0]} query starts do not fit each other"
+            f"{page_table.shape[0]} page table rows, {seq_lens.shape[0]} lengths and {query_starts.shape[0]} "
+            "query starts do not fit each other"
         )
     if page_size & (page_size - 1):
         raise ValueError(f"page_size {page_size} is no power of two")

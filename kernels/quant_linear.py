@@ -75,10 +75,10 @@ def _dot(
 @kernel
 def _vector_kernel(
     x, norm_weight, weight, scale, zero, row_scale, bias, residual, out, eps,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr,
-    NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    ROW_SCALES: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """N rows of the result, from N (GATED: 2 N) rows of the weight. K and BLOCK are in bytes of a row, GROUP in bytes
     that share a scale.
@@ -177,8 +177,8 @@ def _finished(
 @triton.jit
 def load_tile(
     at, row, there, begin, scale, zero,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr,
-    GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weight, BLOCK bytes of each row: as floats of DTYPE [ROWS, BLOCK], those of the low nibbles or of
     the whole bytes, and of the high ones.
@@ -214,11 +214,13 @@ def load_tile(
 
 @kernel(ints=["num_tokens"])
 def _narrow_kernel(
-    x, weight, scale, zero, row_scale, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride, out_stride,
-    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
-    ROW_SCALES: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, scale, zero, row_scale, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride,
+    out_stride,
+    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr,
+    GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result for all tokens, or a part of their sums: SPAN bytes of each row of the weight, the
     part-th of SPLIT.
@@ -373,7 +375,8 @@ def format_constants(linear: Linear) -> dict[str, int | bool | float]:
 
 def quant_vector_linear(
     x: torch.Tensor, linear: Linear, *, norm: Norm | None = None, gated: bool = False, activation: str = "silu",
-    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantVectorShape | None = None, launch_pdl: bool = False,
+    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantVectorShape | None = None,
+    launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(W . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for.
     W: what the linear means.
@@ -395,18 +398,22 @@ def quant_vector_linear(
     constants = format_constants(linear)
     lanes = min(_LANES, int(constants["GROUP"]), shape.block) if linear.format.block[1] else min(_LANES, shape.block)
     _vector_kernel[(triton.cdiv(num_rows, shape.rows),)](
-        x, x if norm is None else norm.weight, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
-        linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias, x if residual is None else residual,
-        out, 0.0 if norm is None else norm.eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block, LANES=lanes, **constants,
-        NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated, ACTIVATION=activation, BIAS=linear.bias is not None,
-        ADD=residual is not None, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
+        x, x if norm is None else norm.weight, linear.weight, linear.scale,
+        linear.scale if linear.zero is None else linear.zero,
+        linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias,
+        x if residual is None else residual,
+        out, 0.0 if norm is None else norm.eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block,
+        LANES=lanes, **constants, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated,
+        ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
+        num_warps=shape.num_warps,
     )  # fmt: skip
     return out
 
 
 def quant_narrow_linear(
     x: torch.Tensor, linear: Linear, *, workspace: LinearWorkspace, gated: bool = False, activation: str = "silu",
-    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantNarrowShape | None = None, launch_pdl: bool = False,
+    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantNarrowShape | None = None,
+    launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(x . W + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
 
@@ -426,12 +433,14 @@ def quant_narrow_linear(
     ):
         raise ValueError(f"{tiles} tiles of {shape.rows} x {tokens} in {shape.split} parts do not fit the workspace")
     _narrow_kernel[(tiles * shape.split,)](
-        x, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero, linear.scale if linear.row_scale is None else linear.row_scale,
-        x if linear.bias is None else linear.bias, x if residual is None else residual, out, workspace.partials, workspace.arrivals,
-        num_tokens, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
-        N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span, **format_constants(linear),
-        STAGES=shape.stages, GATED=gated, ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
-        PRECISION="ieee", num_warps=shape.num_warps,
+        x, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
+        linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias,
+        x if residual is None else residual, out, workspace.partials, workspace.arrivals, num_tokens, x.stride(0),
+        0 if residual is None else residual.stride(0), out.stride(0),
+        N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span,
+        **format_constants(linear),
+        STAGES=shape.stages, GATED=gated, ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None,
+        LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip
     return out
 
@@ -449,14 +458,16 @@ def _check(
         or linear.num_rows % num_rows
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and a weight of {linear.num_rows} x {linear.num_columns} do not fit each other"
+            f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and a weight of {linear.num_rows} x "
+            f"{linear.num_columns} do not fit each other"
         )
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None and (
             tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1
         ):
             raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with contiguous rows"
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with "
+                "contiguous rows"
             )
     if x.stride(1) != 1 or (linear.bias is not None and linear.bias.dtype != x.dtype):
         raise ValueError(f"rows of x must be contiguous, and bias of x's dtype {x.dtype}")

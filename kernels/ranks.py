@@ -29,7 +29,8 @@ def ranks(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """
     if logits.stride(-1) != 1 or not token_ids.is_contiguous() or token_ids.shape != (len(logits),):
         raise ValueError(
-            f"expected rows of logits and a token for each without gaps, got {tuple(logits.shape)} and {tuple(token_ids.shape)}"
+            f"expected rows of logits and a token for each without gaps, got {tuple(logits.shape)} and "
+            f"{tuple(token_ids.shape)}"
         )
     found = torch.ones(len(logits), dtype=torch.int32, device=logits.device)
     if len(logits):

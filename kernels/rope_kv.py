@@ -89,9 +89,9 @@ def _as_stored(x, STORED: tl.constexpr):
 def _rope_write_kv_kernel(
     qkv, out, q_weight, k_weight, rope_table, query_factors, positions, kv_pages, slot_mapping, eps,
     qkv_stride, out_stride, rope_stride, page_stride, value_stride, head_stride,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEADS: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, FACTORS: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, SLOTS_SETTLED: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FACTORS: tl.constexpr, LAUNCH_PDL: tl.constexpr, SLOTS_SETTLED: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = qkv.dtype.element_ty
@@ -153,9 +153,10 @@ def _rope_write_kv_kernel(
 
 
 def rope_write_kv(
-    qkv: torch.Tensor, num_heads: int, qk_norm: tuple[Norm, Norm] | None, rope_table: torch.Tensor | None, positions: torch.Tensor,
-    kv_pages: torch.Tensor, slot_mapping: torch.Tensor, *, interleaved: bool = False, query_factors: torch.Tensor | None = None,
-    out: torch.Tensor | None = None, launch_pdl: bool = False, slots_settled: bool = False,
+    qkv: torch.Tensor, num_heads: int, qk_norm: tuple[Norm, Norm] | None, rope_table: torch.Tensor | None,
+    positions: torch.Tensor, kv_pages: torch.Tensor, slot_mapping: torch.Tensor, *, interleaved: bool = False,
+    query_factors: torch.Tensor | None = None, out: torch.Tensor | None = None, launch_pdl: bool = False,
+    slots_settled: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Rotates the queries into out [T, num_heads, D], stores keys (rotated) and values at their slots; returns out.
 
@@ -188,7 +189,8 @@ def rope_write_kv(
         qkv, out, q_norm.weight, k_norm.weight, table, factors, positions, kv_pages, slot_mapping, q_norm.eps,
         qkv.stride(0), out.stride(0), table.stride(0), kv_pages.stride(0), kv_pages.stride(1), kv_pages.stride(2),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF_PAD=half_pad, PAGE_SIZE=page_size,
-        HEADS=heads, NORM=qk_norm is not None, PLUS_ONE=q_norm.plus_one, ROTARY=0 if rope_table is None else rope_table.shape[1], INTERLEAVED=interleaved,
+        HEADS=heads, NORM=qk_norm is not None, PLUS_ONE=q_norm.plus_one,
+        ROTARY=0 if rope_table is None else rope_table.shape[1], INTERLEAVED=interleaved,
         FACTORS=query_factors is not None, LAUNCH_PDL=launch_pdl, SLOTS_SETTLED=slots_settled, num_warps=4,
     )  # fmt: skip
     return out
@@ -197,7 +199,8 @@ def rope_write_kv(
 def _check_norms(q_norm: Norm, k_norm: Norm, head_dim: int) -> None:
     if q_norm.weight.shape != (head_dim,) or k_norm.weight.shape != (head_dim,):
         raise ValueError(
-            f"norms of {tuple(q_norm.weight.shape)} and {tuple(k_norm.weight.shape)} numbers are not of heads of {head_dim}"
+            f"norms of {tuple(q_norm.weight.shape)} and {tuple(k_norm.weight.shape)} numbers are not of heads of "
+            f"{head_dim}"
         )
     if (q_norm.eps, q_norm.plus_one) != (k_norm.eps, k_norm.plus_one) or any(
         norm.centred or norm.bias is not None for norm in (q_norm, k_norm)

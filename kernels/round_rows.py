@@ -22,8 +22,8 @@ _FP8_MAX = tl.constexpr(448.0)
 @kernel
 def _round_kernel(
     x, norm_weight, input_scale, out, scales, x_stride, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, NORM: tl.constexpr, STATIC: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, NORM: tl.constexpr,
+    STATIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     pdl_release(LAUNCH_PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -82,7 +82,8 @@ def round_rows(
     scales = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x.device)
     if num_tokens:
         _round_kernel[(num_tokens,)](
-            x, x if norm is None else norm.weight, scales if input_scale is None else input_scale, out, scales, x.stride(0), 0.0 if norm is None else norm.eps,
+            x, x if norm is None else norm.weight, scales if input_scale is None else input_scale, out, scales,
+            x.stride(0), 0.0 if norm is None else norm.eps,
             SIZE=size, BLOCK=block, GROUP=group, NUM_GROUPS=num_groups, NORM=norm is not None, STATIC=rounding.static,
             POWER_OF_TWO=rounding.power_of_two, LAUNCH_PDL=launch_pdl, num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip

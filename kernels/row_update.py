@@ -152,14 +152,16 @@ def write_tokens(
         return
     block = min(_BLOCK, max(32, triton.next_power_of_2(len(rows))))
     _write_tokens_kernel[(triton.cdiv(len(rows), block),)](
-        history, history if num_tokens is None else num_tokens, rows, positions, token_ids, len(rows), history.stride(0),
+        history, history if num_tokens is None else num_tokens, rows, positions, token_ids, len(rows),
+        history.stride(0),
         BLOCK=block, COUNTS=num_tokens is not None, LAUNCH_PDL=launch_pdl, num_warps=min(8, block // 32),
     )  # fmt: skip
 
 
 def gather_step(
-    rows: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, history: torch.Tensor, page_tables: torch.Tensor, page_size: int,
-    *, input_ids: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, launch_pdl: bool = False,
+    rows: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, history: torch.Tensor,
+    page_tables: torch.Tensor, page_size: int, *, input_ids: torch.Tensor, positions: torch.Tensor,
+    slot_mapping: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, launch_pdl: bool = False,
 ) -> None:  # fmt: skip
     """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position starts[s], as
     tokens offsets[s] ... of the step.
@@ -173,5 +175,6 @@ def gather_step(
         return
     _gather_step_kernel[(len(rows),)](
         rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
-        history.stride(0), page_tables.stride(0), page_table.stride(0), PAGE_SIZE=page_size, BLOCK=256, LAUNCH_PDL=launch_pdl, num_warps=4,
+        history.stride(0), page_tables.stride(0), page_table.stride(0), PAGE_SIZE=page_size, BLOCK=256,
+        LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip

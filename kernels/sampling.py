@@ -134,8 +134,8 @@ def _merge_log_mass(partial, chunk, num_chunks):
 
 @kernel(unaligned=["rows", "temperature", "seeds", "positions", "thresholds", "tokens", "logprobs"])
 def _choose_kernel(
-    logits, rows, temperature, seeds, positions, thresholds, tokens, logprobs, arrivals, best_scores, best_tokens, masses,
-    logits_stride, temperature_stride, seeds_stride,
+    logits, rows, temperature, seeds, positions, thresholds, tokens, logprobs, arrivals, best_scores, best_tokens,
+    masses, logits_stride, temperature_stride, seeds_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     RANDOM: tl.constexpr, GIVEN: tl.constexpr, TRUNCATED: tl.constexpr, HAS_ROWS: tl.constexpr,
     ON_GPU: tl.constexpr, LAUNCH_PDL: tl.constexpr,
@@ -202,7 +202,8 @@ def _peaks_kernel(logits, masses, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.
 @kernel(ints=["n", "ids_stride", "logprobs_stride"], unaligned=["ids", "logprobs"])
 def _top_kernel(
     logits, ids, logprobs, arrivals, candidates, num_candidates, masses, n, logits_stride, ids_stride, logprobs_stride,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, TOP_PAD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, TOP_PAD: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the
     likelier, then the smaller token.
@@ -296,9 +297,10 @@ def make_sampling_workspace(
 
     return SamplingWorkspace(
         max_rows=max_rows, vocab_size=vocab_size, chunk=chunk,
-        arrivals=scratch(dtype=torch.int32), best_scores=scratch(chunks, dtype=torch.float32), best_tokens=scratch(chunks, dtype=torch.int32),
-        masses=scratch(chunks, 2, dtype=torch.float32), candidates=scratch(chunks, _TOP_PAD, dtype=torch.int64),
-        search=scratch(8, dtype=torch.int32), pivots=scratch(8, dtype=torch.int32), levels=scratch(4, dtype=torch.float32),
+        arrivals=scratch(dtype=torch.int32), best_scores=scratch(chunks, dtype=torch.float32),
+        best_tokens=scratch(chunks, dtype=torch.int32), masses=scratch(chunks, 2, dtype=torch.float32),
+        candidates=scratch(chunks, _TOP_PAD, dtype=torch.int64), search=scratch(8, dtype=torch.int32),
+        pivots=scratch(8, dtype=torch.int32), levels=scratch(4, dtype=torch.float32),
         above=scratch(chunks, 16, dtype=torch.float32), gathered=scratch(chunk, dtype=torch.float32),
     )  # fmt: skip
 
@@ -318,9 +320,9 @@ def argmax(
 
 
 def sample(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, workspace: SamplingWorkspace,
-    thresholds: torch.Tensor | None = None, rows: torch.Tensor | None = None, out: torch.Tensor | None = None,
-    launch_pdl: bool = False,
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *,
+    workspace: SamplingWorkspace, thresholds: torch.Tensor | None = None, rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out[m] = a token drawn from softmax(logits[m] / temperature), the same for the same seed and position:
     reference.sample's race. 0: the most likely one.
@@ -376,7 +378,8 @@ def top_logprobs(
         flags = {"VOCAB": w.vocab_size, "CHUNK": w.chunk, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
         _peaks_kernel[(w.chunks, len(logits))](logits, w.masses, logits.stride(0), **flags)
         _top_kernel[(w.chunks, len(logits))](
-            logits, ids, values, w.arrivals, w.candidates, w.best_tokens, w.masses, n, logits.stride(0), ids.stride(0), values.stride(0),
+            logits, ids, values, w.arrivals, w.candidates, w.best_tokens, w.masses, n, logits.stride(0), ids.stride(0),
+            values.stride(0),
             CHUNKS=w.chunks, CHUNKS_PAD=triton.next_power_of_2(w.chunks), TOP_PAD=_TOP_PAD, **flags,
         )  # fmt: skip
     return ids, values
@@ -386,7 +389,8 @@ def check_logits(logits: torch.Tensor, workspace: SamplingWorkspace, *dense: tor
     """Raises ValueError if the workspace is not made for these logits, or one of the others is no [M] without gaps."""
     if logits.ndim != 2 or logits.shape[1] != workspace.vocab_size or len(logits) > workspace.max_rows:
         raise ValueError(
-            f"logits {tuple(logits.shape)} do not fit a workspace of {workspace.max_rows} rows of {workspace.vocab_size}"
+            f"logits {tuple(logits.shape)} do not fit a workspace of {workspace.max_rows} rows of "
+            f"{workspace.vocab_size}"
         )
     if logits.stride(1) != 1:
         raise ValueError("rows of logits must be contiguous")
@@ -395,8 +399,9 @@ def check_logits(logits: torch.Tensor, workspace: SamplingWorkspace, *dense: tor
 
 
 def _choose(
-    logits: torch.Tensor, rows: torch.Tensor | None, temperature: torch.Tensor | None, seeds: torch.Tensor | None, positions: torch.Tensor | None,
-    thresholds: torch.Tensor | None, tokens: torch.Tensor, logprobs: torch.Tensor | None, workspace: SamplingWorkspace, launch_pdl: bool,
+    logits: torch.Tensor, rows: torch.Tensor | None, temperature: torch.Tensor | None, seeds: torch.Tensor | None,
+    positions: torch.Tensor | None, thresholds: torch.Tensor | None, tokens: torch.Tensor,
+    logprobs: torch.Tensor | None, workspace: SamplingWorkspace, launch_pdl: bool,
 ) -> None:  # fmt: skip
     """Writes tokens, or with logprobs those of the tokens that are there."""
     check_logits(logits, workspace, rows, positions, thresholds, tokens, logprobs)
@@ -405,9 +410,11 @@ def _choose(
     unused = workspace.arrivals
     _choose_kernel[(workspace.chunks, len(logits))](
         logits, *(unused if tensor is None else tensor for tensor in (rows, temperature, seeds, positions, thresholds)),
-        tokens, unused if logprobs is None else logprobs, workspace.arrivals, workspace.best_scores, workspace.best_tokens, workspace.masses,
-        logits.stride(0), *(0 if tensor is None else tensor.stride(0) for tensor in (temperature, seeds)),
-        VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks, CHUNKS_PAD=triton.next_power_of_2(workspace.chunks),
-        RANDOM=temperature is not None, GIVEN=logprobs is not None, TRUNCATED=thresholds is not None, HAS_ROWS=rows is not None,
-        ON_GPU=logits.is_cuda, LAUNCH_PDL=launch_pdl, num_warps=4,
+        tokens, unused if logprobs is None else logprobs, workspace.arrivals, workspace.best_scores,
+        workspace.best_tokens, workspace.masses, logits.stride(0),
+        *(0 if tensor is None else tensor.stride(0) for tensor in (temperature, seeds)),
+        VOCAB=workspace.vocab_size, CHUNK=workspace.chunk, CHUNKS=workspace.chunks,
+        CHUNKS_PAD=triton.next_power_of_2(workspace.chunks), RANDOM=temperature is not None, GIVEN=logprobs is not None,
+        TRUNCATED=thresholds is not None, HAS_ROWS=rows is not None, ON_GPU=logits.is_cuda, LAUNCH_PDL=launch_pdl,
+        num_warps=4,
     )  # fmt: skip

@@ -53,8 +53,8 @@ def best_keys(logits: torch.Tensor, first: int, *, launch_pdl: bool = False) -> 
 
 
 def best_draw_keys(
-    logits: torch.Tensor, first: int, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, *,
-    launch_pdl: bool = False,
+    logits: torch.Tensor, first: int, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor,
+    rows: torch.Tensor, *, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """As `best_keys`, of the race of reference.sample among these tokens; the most likely at temperature 0. A row of -1
     is padding: NO_TOKEN.

@@ -38,8 +38,8 @@ _LANES = tl.constexpr(8)  # neighbours that a thread sums before anything else: 
 def _vector_kernel(
     x, norm_weight, weight, bias, residual, out, eps,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
+    NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """N rows of the result, from N (GATED: 2 N) rows of the weight."""
     pdl_release(LAUNCH_PDL)
@@ -134,9 +134,9 @@ def sum_of_parts(
 @kernel(ints=["num_tokens"])
 def _narrow_kernel(
     x, weight, bias, residual, out, partials, arrivals, num_tokens, x_stride, residual_stride, out_stride,
-    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result for all tokens, or a part of their sums: SPAN columns of the weight, the part-th of
     SPLIT.
@@ -279,8 +279,9 @@ def is_narrow(num_tokens: int, weight: torch.Tensor) -> bool:
 
 
 def vector_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, norm: Norm | None = None, gated: bool = False, activation: str = "silu",
-    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: VectorShape | None = None, launch_pdl: bool = False,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, norm: Norm | None = None,
+    gated: bool = False, activation: str = "silu", residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, shape: VectorShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(weight . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked
     for.
@@ -299,18 +300,20 @@ def vector_linear(
     if norm is not None and (norm.centred or norm.bias is not None):
         raise ValueError("only an RMS norm without bias can be taken in before a product")
     _vector_kernel[(triton.cdiv(num_rows, shape.rows),)](
-        x, x if norm is None else norm.weight, weight, x if bias is None else bias, x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
+        x, x if norm is None else norm.weight, weight, x if bias is None else bias, x if residual is None else residual,
+        out, 0.0 if norm is None else norm.eps,
         N=num_rows, K=weight.shape[1], ROWS=shape.rows, BLOCK=shape.block,
-        NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated, ACTIVATION=activation, BIAS=bias is not None,
-        ADD=residual is not None, LAUNCH_PDL=launch_pdl,
+        NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated, ACTIVATION=activation,
+        BIAS=bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
         num_warps=shape.num_warps, num_stages=1,
     )  # fmt: skip
     return out
 
 
 def narrow_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, workspace: LinearWorkspace, gated: bool = False,
-    activation: str = "silu", residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: NarrowShape | None = None, launch_pdl: bool = False,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, workspace: LinearWorkspace,
+    gated: bool = False, activation: str = "silu", residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, shape: NarrowShape | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out = residual + gate(x . weight + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
 
@@ -330,11 +333,11 @@ def narrow_linear(
     ):
         raise ValueError(f"{tiles} tiles of {shape.rows} x {tokens} in {shape.split} parts do not fit the workspace")
     _narrow_kernel[(tiles * shape.split,)](
-        x, weight, x if bias is None else bias, x if residual is None else residual, out, workspace.partials, workspace.arrivals,
-        num_tokens, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
-        N=num_rows, K=num_columns, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span, STAGES=shape.stages,
-        GATED=gated, ACTIVATION=activation, BIAS=bias is not None, ADD=residual is not None, FETCH=shape.fetch if launch_pdl else 0,
-        LAUNCH_PDL=launch_pdl, PRECISION="ieee",
+        x, weight, x if bias is None else bias, x if residual is None else residual, out, workspace.partials,
+        workspace.arrivals, num_tokens, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        N=num_rows, K=num_columns, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span,
+        STAGES=shape.stages, GATED=gated, ACTIVATION=activation, BIAS=bias is not None, ADD=residual is not None,
+        FETCH=shape.fetch if launch_pdl else 0, LAUNCH_PDL=launch_pdl, PRECISION="ieee",
         num_warps=shape.num_warps,
     )  # fmt: skip
     return out
@@ -357,14 +360,16 @@ def _check(
         or len(weight) % num_rows
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and weight {tuple(weight.shape)}, which must be contiguous, do not fit each other"
+            f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and weight {tuple(weight.shape)}, which must be "
+            "contiguous, do not fit each other"
         )
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None and (
             tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1
         ):
             raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with contiguous rows"
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with "
+                "contiguous rows"
             )
     if (
         weight.dtype != x.dtype
@@ -372,5 +377,6 @@ def _check(
         or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype))
     ):
         raise ValueError(
-            f"x {x.dtype}, weight {weight.dtype} and bias must have one dtype, rows of x must be contiguous, bias one entry per row of weight"
+            f"x {x.dtype}, weight {weight.dtype} and bias must have one dtype, rows of x must be contiguous, "
+            "bias one entry per row of weight"
         )

@@ -80,7 +80,8 @@ def _above_pivots(key, mass, pivots, LANES: tl.constexpr):
 
 @kernel(unaligned=["rows", "temperature", "top_k", "top_p", "min_p", "thresholds"])
 def _start_kernel(
-    logits, rows, temperature, top_k, top_p, min_p, thresholds, arrivals, highests, search, levels, pivots, logits_stride, state_stride,
+    logits, rows, temperature, top_k, top_p, min_p, thresholds, arrivals, highests, search, levels, pivots,
+    logits_stride, state_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -149,8 +150,8 @@ def _spread(lo, hi, highest, temperature):
 @kernel(unaligned=["rows", "temperature", "top_k", "top_p"])
 def _narrow_kernel(
     logits, rows, temperature, top_k, top_p, arrivals, search, levels, pivots, above, logits_stride, state_stride,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    FIRST: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    LANES: tl.constexpr, FIRST: tl.constexpr, HEATED: tl.constexpr, HAS_ROWS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """One pass: count and mass above each pivot, then the interval between the best two and new pivots in it."""
     pdl_begin(LAUNCH_PDL)
@@ -248,7 +249,8 @@ def _row_above(logits, key, highest, temperature, VOCAB: tl.constexpr, CHUNK: tl
 
 @triton.jit
 def _bisect(
-    logits, key, masses, in_registers, lo, hi, base, bound, highest, temperature, BY_MASS: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr
+    logits, key, masses, in_registers, lo, hi, base, bound, highest, temperature, BY_MASS: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """The smallest key in (lo, hi] with fewer than `bound` logits, or less mass, above it; hi if there is none before
     it.
@@ -314,8 +316,9 @@ def _finish_kernel(
 
 
 def truncation_thresholds(
-    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, *, workspace: SamplingWorkspace,
-    temperature: torch.Tensor | None = None, rows: torch.Tensor | None = None, out: torch.Tensor | None = None, launch_pdl: bool = False,
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, *,
+    workspace: SamplingWorkspace, temperature: torch.Tensor | None = None, rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out[m]: reference.truncate(logits / temperature, ...) keeps the logits of row m that are at least out[m] (-inf:
     all); float32 [M].
@@ -343,7 +346,8 @@ def truncation_thresholds(
     lanes = min(128, w.chunk // each)  # threads
     grid, strides = (w.chunks, len(logits)), (logits.stride(0), state_stride)
     _start_kernel[grid](
-        logits, rows_of, heat, top_k, top_p, min_p, out, w.arrivals, w.best_scores, w.search, w.levels, w.pivots, *strides, CHUNKS_PAD=pad, **sizes, **flags
+        logits, rows_of, heat, top_k, top_p, min_p, out, w.arrivals, w.best_scores, w.search, w.levels, w.pivots,
+        *strides, CHUNKS_PAD=pad, **sizes, **flags
     )  # fmt: skip
     for index in range(_PASSES):
         _narrow_kernel[grid](

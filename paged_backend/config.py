@@ -39,7 +39,8 @@ class EngineConfig(BaseModel):
     )
     quantization: Literal["none", "fp8", "int4"] = Field(
         "none",
-        description="Round a checkpoint of floats while it is read. fp8: a scale a row, activations per token; int4: groups of 128, loses quality. "
+        description="Round a checkpoint of floats while it is read. fp8: a scale a row, activations per token; "
+        "int4: groups of 128, loses quality. "
         "A quantised checkpoint needs no option.",
     )
     load_format: Literal["auto", "dummy"] = Field(
@@ -48,28 +49,33 @@ class EngineConfig(BaseModel):
     page_size: int = Field(
         16,
         ge=1,
-        description="Tokens a page: the unit in which KV memory is handed out. A power of two, or max_model_len itself (one page a sequence: reservation).",
+        description="Tokens a page: the unit in which KV memory is handed out. A power of two, or max_model_len "
+        "itself (one page a sequence: reservation).",
     )
     num_pages: int = Field(
         0,
         ge=0,
-        description="Pages in the pool; 0 sizes it from memory. With several KV groups a page is of one group's layers: page_size tokens take one for each.",
+        description="Pages in the pool; 0 sizes it from memory. With several KV groups a page is of one group's "
+        "layers: page_size tokens take one for each.",
     )
     pool_memory_fraction: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 on a GPU, 0.25 on a CPU.",
+        description="Share of the memory left after weights and the largest step that the pool takes; unset: 0.9 "
+        "on a GPU, 0.25 on a CPU.",
     )
     pool_bytes: Bytes = Field(0, ge=0, description="Size of the pool, such as 4GiB; 0: pool_memory_fraction decides.")
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = Field(
         "auto",
-        description="Type of the KV store; auto: same as dtype. fp8_e4m3: half of bfloat16's bytes, twice the tokens; K and V keep 4 significant bits.",
+        description="Type of the KV store; auto: same as dtype. fp8_e4m3: half of bfloat16's bytes, twice the "
+        "tokens; K and V keep 4 significant bits.",
     )
     max_model_len: int = Field(
         0,
         ge=0,
-        description="Longest sequence, prompt and answer together; 0: what the checkpoint was trained for, less if the pool is smaller.",
+        description="Longest sequence, prompt and answer together; 0: what the checkpoint was trained for, less if "
+        "the pool is smaller.",
     )
     max_num_sequences: int = Field(256, ge=1, le=4096, description="Sequences that may run at once.")
     max_batched_tokens: int = Field(
@@ -87,17 +93,21 @@ class EngineConfig(BaseModel):
     )
     kv_events: str = Field(
         "",
-        description="Where routers hear which pages the prefix cache has: a port of 127.0.0.1, tcp://ADDRESS:PORT or ipc://PATH; empty: nowhere. "
-        "They ask at the next port, or PATH.replay, for what they missed. Events hold the tokens of prompts and answers.",
+        description="Where routers hear which pages the prefix cache has: a port of 127.0.0.1, tcp://ADDRESS:PORT "
+        "or ipc://PATH; empty: nowhere. "
+        "They ask at the next port, or PATH.replay, for what they missed. Events hold the tokens of prompts and "
+        "answers.",
     )
     preemption: bool = Field(
         True,
-        description="With no page left, take the youngest sequence's and recompute it later; off: start a sequence only when its longest answer fits.",
+        description="With no page left, take the youngest sequence's and recompute it later; off: start a sequence "
+        "only when its longest answer fits.",
     )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none.")
     generation_defaults: bool = Field(
         False,
-        description="Take what a request leaves open of sampling from the checkpoint's generation_config.json, as `vllm serve` does; requests may say.",
+        description="Take what a request leaves open of sampling from the checkpoint's generation_config.json, as "
+        "`vllm serve` does; requests may say.",
     )
     max_prompt_bytes: Bytes = Field(
         4_194_304,
@@ -106,7 +116,8 @@ class EngineConfig(BaseModel):
     )
     lora_directory: str = Field(
         "",
-        description="Folder of LoRA adapters as PEFT saves them, one folder each: lora_name names one. Empty: none are served.",
+        description="Folder of LoRA adapters as PEFT saves them, one folder each: lora_name names one. Empty: none "
+        "are served.",
     )
     max_loras: int = Field(
         8,
@@ -121,7 +132,8 @@ class EngineConfig(BaseModel):
     stream_max_delay_ms: float = Field(
         50.0,
         ge=0,
-        description="Longest time in milliseconds that text which is ready may wait to be joined with later text when the sender falls behind.",
+        description="Longest time in milliseconds that text which is ready may wait to be joined with later text "
+        "when the sender falls behind.",
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one, else cpu."
@@ -130,11 +142,13 @@ class EngineConfig(BaseModel):
         1,
         ge=1,
         le=64,
-        description="GPUs that share the model, a process each, from `device` on: 2, 4, 8; what divides the heads. On a CPU: processes.",
+        description="GPUs that share the model, a process each, from `device` on: 2, 4, 8; what divides the heads. "
+        "On a CPU: processes.",
     )
     fused_all_reduce: bool = Field(
         False,
-        description="Sum the ranks' products of few tokens, and the residual, in one kernel over memory that all GPUs read, instead of NCCL. "
+        description="Sum the ranks' products of few tokens, and the residual, in one kernel over memory that all "
+        "GPUs read, instead of NCCL. "
         "Not run on GPUs yet.",
     )
     seed: int = Field(
@@ -143,29 +157,36 @@ class EngineConfig(BaseModel):
     max_engine_restarts: int = Field(
         8,
         ge=0,
-        description="Restarts within ten minutes of an engine that died; one more death and the model is not ready any more. Live requests go on.",
+        description="Restarts within ten minutes of an engine that died; one more death and the model is not ready "
+        "any more. Live requests go on.",
     )
     on_engine_loss: Literal["unload", "exit", "stay"] = Field(
         "unload",
-        description="When there are no more restarts. unload: the server unloads the model, if its --model-control-mode is explicit; exit: it ends, so that "
-        "an orchestrator starts it again (the default of `paged serve`); stay: the model stays loaded and refuses every request.",
+        description="When there are no more restarts. unload: the server unloads the model, if its "
+        "--model-control-mode is explicit; exit: it ends, so that "
+        "an orchestrator starts it again (the default of `paged serve`); stay: the model stays loaded and "
+        "refuses every request.",
     )
     standby_engine: bool = Field(
         True,
-        description="Keep a second process that has imported everything, to take a dead engine's place: some 300 MB of memory, none of the device's.",
+        description="Keep a second process that has imported everything, to take a dead engine's place: some 300 "
+        "MB of memory, none of the device's.",
     )
     engine_hang_seconds: float = Field(
         300.0,
         ge=0,
-        description="An engine that says nothing for this long, which no step may take, is killed and restarted; 0: never.",
+        description="An engine that says nothing for this long, which no step may take, is killed and restarted; "
+        "0: never.",
     )
     debug_checks: bool = Field(
         False,
-        description="Check every step's page tables and the whole pool before it runs, and stop the engine at the first mistake; slow, for tests.",
+        description="Check every step's page tables and the whole pool before it runs, and stop the engine at the "
+        "first mistake; slow, for tests.",
     )
     otlp_traces_endpoint: str = Field(
         "",
-        description="URL of an OpenTelemetry collector (OTLP) that is told of every request as spans, such as http://localhost:4318; empty: where the "
+        description="URL of an OpenTelemetry collector (OTLP) that is told of every request as spans, such as "
+        "http://localhost:4318; empty: where the "
         "variables OTEL_EXPORTER_OTLP_* say, or nowhere. Lengths, times and options, never text.",
     )
     log_requests: bool = Field(
@@ -184,7 +205,8 @@ class EngineConfig(BaseModel):
     def _ranks_serve_no_adapters(self) -> EngineConfig:
         if self.tensor_parallel_size > 1 and self.lora_directory:
             raise ValueError(
-                f"tensor_parallel_size: {self.tensor_parallel_size} ranks serve no adapters; lora_directory must be empty, or the size 1"
+                f"tensor_parallel_size: {self.tensor_parallel_size} ranks serve no adapters; lora_directory must "
+                "be empty, or the size 1"
             )
         return self
 

@@ -222,7 +222,8 @@ def parse_sampling(options: Mapping[str, Any]) -> SamplingParams:
         )
     if sampling.stop and not sampling.detokenize:
         raise RequestError(
-            "stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use stop_token_ids"
+            "stop and detokenize: stop strings are looked for in text, and detokenize=false makes none; use "
+            "stop_token_ids"
         )
     num_stop_chars = sum(map(len, sampling.stop))
     if num_stop_chars > MAX_STOP_CHARS:
@@ -287,7 +288,8 @@ def _check_lora_name(name: str) -> None:
     """A plain name of a folder: nothing that leads elsewhere, or that no terminal shows."""
     if name.startswith(".") or not name.isprintable() or "/" in name or "\\" in name:
         raise RequestError(
-            f"lora_name: {_shorten(repr(name))} is not a plain name: it must not begin with '.' or hold '/', '\\' or control characters"
+            f"lora_name: {_shorten(repr(name))} is not a plain name: it must not begin with '.' or hold '/', "
+            "'\\' or control characters"
         )
 
 

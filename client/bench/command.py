@@ -84,7 +84,8 @@ ProcessesOption = Annotated[
         metavar="N",
         min=1,
         max=64,
-        help="perf_analyzer processes that share the load; default: one for each 64 streams while a quarter of the cores allows.",
+        help="perf_analyzer processes that share the load; default: one for each 64 streams while a quarter of the "
+        "cores allows.",
     ),
 ]
 PlotsOption = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures (needs matplotlib).")]
@@ -322,7 +323,10 @@ def _run_memory(session: Session, plan: MemoryPlan) -> None:
     facts = session.facts(plan.workload, prompting, {kind: str(pool_options(plan, kind)) for kind in (RESERVED, PAGED)})
     pictures: list[Path] = []
     if session.plots and any(run.figures for run in runs):
-        title = f"{plan.workload.describe()}; KV memory of {plan.pool_sequences} sequences of {plan.max_model_len:,} tokens; {facts.machine}"
+        title = (
+            f"{plan.workload.describe()}; KV memory of {plan.pool_sequences} sequences of {plan.max_model_len:,} "
+            f"tokens; {facts.machine}"
+        )
         pictures = [draw_memory(session.folder / "memory.png", runs, verdict, title)]
     session.finish(facts, runs, pictures, verdict=None if verdict is None else asdict(verdict))
 
@@ -354,7 +358,8 @@ def _targets(addresses: _Addresses) -> list[Target]:
     for target in targets:
         if target.metrics_url is None or not read_metrics(target.metrics_url, target.model_name):
             say(
-                f"paged: {target.name}: no metrics at {target.metrics_url or 'an address known to us'}, so no pool figures and no progress within a run"
+                f"paged: {target.name}: no metrics at {target.metrics_url or 'an address known to us'}, so no "
+                "pool figures and no progress within a run"
             )
     return targets
 

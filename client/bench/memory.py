@@ -108,7 +108,8 @@ def run_memory(
         settings = _settings_of(plan, kind)
         options = settings.options
         on_line(
-            f"paged: starting the server with {kind} memory: page_size {options['page_size']}, num_pages {options['num_pages']}"
+            f"paged: starting the server with {kind} memory: page_size {options['page_size']}, num_pages "
+            f"{options['num_pages']}"
         )
         with Server(settings, on_line) as server:
             target = find_target(
@@ -264,10 +265,13 @@ def sentences(verdict: Verdict) -> list[str]:
     """The verdict in words."""
     wasted, running, speed = verdict.wasted, verdict.running, verdict.tokens_per_second
     return [
-        f"KV memory wasted at the highest rate: {100 * wasted[RESERVED]:.0f} % reserved, {100 * wasted[PAGED]:.1f} % paged",
-        f"sequences at once in that memory: {running[RESERVED]:.1f} reserved, {running[PAGED]:.1f} paged: {verdict.running_ratio:.1f} ×"
+        f"KV memory wasted at the highest rate: {100 * wasted[RESERVED]:.0f} % reserved, "
+        f"{100 * wasted[PAGED]:.1f} % paged",
+        f"sequences at once in that memory: {running[RESERVED]:.1f} reserved, {running[PAGED]:.1f} paged: "
+        f"{verdict.running_ratio:.1f} ×"
         + ("" if verdict.full[PAGED] else " (the paged pool was never full: higher --rates show more)"),
-        f"tokens/s with a p90 latency of {verdict.latency_limit:.2f} s or less: {speed[RESERVED]:,.0f} reserved, {speed[PAGED]:,.0f} paged: "
+        f"tokens/s with a p90 latency of {verdict.latency_limit:.2f} s or less: {speed[RESERVED]:,.0f} reserved, "
+        f"{speed[PAGED]:,.0f} paged: "
         + (
             f"{verdict.speed_ratio:.1f} ×" if math.isfinite(verdict.speed_ratio) else "the reserved pool never keeps it"
         ),

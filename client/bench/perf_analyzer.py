@@ -134,7 +134,8 @@ def _download(folder: Path) -> Path:
     if finished.returncode != 0:
         errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
         raise EngineError(
-            f"no perf_analyzer on PATH, and pip cannot bring tritonclient {WHEEL_VERSION}: {errors[-1] if errors else 'see pip'}"
+            f"no perf_analyzer on PATH, and pip cannot bring tritonclient {WHEEL_VERSION}: "
+            f"{errors[-1] if errors else 'see pip'}"
         )
     return next(folder.glob("tritonclient-*.whl"))
 

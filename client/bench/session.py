@@ -92,7 +92,8 @@ class Session:
                 raise
             self.interrupted = True
             say(
-                f"paged: interrupted: {len(runs)} finished run{'s' if len(runs) > 1 else ''} follow{'s' if len(runs) == 1 else ''}"
+                f"paged: interrupted: {len(runs)} finished run{'s' if len(runs) > 1 else ''} "
+                f"follow{'s' if len(runs) == 1 else ''}"
             )
 
     def finish(self, facts: Facts, runs: Sequence[Run], pictures: Sequence[Path], **extra: Any) -> None:

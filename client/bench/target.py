@@ -58,7 +58,8 @@ def find_target(
                     if model.state == "READY"
                 )
                 raise EngineError(
-                    f"{model_option} {model_name}: not served at {address}; ready there: {', '.join(served) or 'no model'}"
+                    f"{model_option} {model_name}: not served at {address}; ready there: "
+                    f"{', '.join(served) or 'no model'}"
                 )
             metadata = client.get_model_metadata(model_name, client_timeout=_CONNECT_SECONDS)
     except InferenceServerException as error:
@@ -69,7 +70,8 @@ def find_target(
     missing = [tensor for tensor in _NEEDED if tensor not in inputs] + ["text_output"] * ("text_output" not in outputs)
     if missing:
         raise EngineError(
-            f"{model_option} {model_name}: the model has no tensor {', '.join(missing)}; expected those of NVIDIA's vLLM backend"
+            f"{model_option} {model_name}: the model has no tensor {', '.join(missing)}; expected those of "
+            "NVIDIA's vLLM backend"
         )
     return Target(
         name=name,

@@ -22,8 +22,10 @@ SHAREGPT_PROMPT, SHAREGPT_ANSWER = (161.0, 1.2), (338.0, 0.9)  # mean tokens, si
 _LOWEST_ID, _HIGHEST_ID = 100, 1000
 # Short words which nearly every tokenizer knows as one token.
 _SENTENCE = (
-    "the of and to in that was for on with as his they at be this from have or by one had not but what all were when we there can an your which their said if "
-    "each about how up out them then she many some so these would other into has more her two like him see time could no make than first been its who now my"
+    "the of and to in that was for on with as his they at be this from have or by one had not but what all were "
+    "when we there can an your which their said if "
+    "each about how up out them then she many some so these would other into has more her two like him see time "
+    "could no make than first been its who now my"
 )
 _WORDS = tuple(_SENTENCE.split())
 

@@ -31,7 +31,10 @@ from paged_client.question import Question
 PROMPT_TENSORS = ("text_input", "input_ids", "messages", "tools", "add_generation_prompt", "continue_final_message")
 _TOKEN_KEYS = ("add_special_tokens", "truncate_prompt_tokens")
 _UNLIMITED = 2**31 - 1  # the server keeps its limits itself
-_EXPORT = "import sys, pathlib; from paged_backend.models.tokenizer import export_tokenizer; export_tokenizer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+_EXPORT = (
+    "import sys, pathlib; from paged_backend.models.tokenizer import export_tokenizer; "
+    "export_tokenizer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+)
 _FILES = (
     "tokenizer*",
     "*.model",

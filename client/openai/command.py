@@ -26,8 +26,10 @@ def serve_openai(
             "--url",
             "-u",
             metavar="URL",
-            help="HOST:PORT of the server's gRPC service, or http://HOST:PORT of its HTTP service. Given more than once: servers that answer as one. "
-            "Also dns://HOST:PORT, for every address that a name has, and file:///PATH, for a URL a line; both are read again while the gateway runs.",
+            help="HOST:PORT of the server's gRPC service, or http://HOST:PORT of its HTTP service. Given more than "
+            "once: servers that answer as one. "
+            "Also dns://HOST:PORT, for every address that a name has, and file:///PATH, for a URL a line; both "
+            "are read again while the gateway runs.",
             show_default=DEFAULT_URL,
         ),
     ] = None,
@@ -43,14 +45,16 @@ def serve_openai(
         str,
         typer.Option(
             metavar="URL",
-            help="The server's metrics, such as http://localhost:8002/metrics: the gateway's tell them under vLLM's names, too.",
+            help="The server's metrics, such as http://localhost:8002/metrics: the gateway's tell them under vLLM's "
+            "names, too.",
         ),
     ] = "",
     routing: Annotated[
         str,
         typer.Option(
             metavar="|".join(ROUTERS),
-            help="Of several servers: the one that has most of the prompt and least to do; the least busy; each in turn.",
+            help="Of several servers: the one that has most of the prompt and least to do; the least busy; each in "
+            "turn.",
         ),
     ] = "kv",
     tokenizer: Annotated[
@@ -119,7 +123,8 @@ def serve_openai(
         str,
         typer.Option(
             metavar="NAME",
-            help="How the model writes tool calls: hermes, llama3_json …; auto: as its chat template says; none: not read.",
+            help="How the model writes tool calls: hermes, llama3_json …; auto: as its chat template says; none: not "
+            "read.",
         ),
     ] = "auto",
     reasoning: Annotated[
@@ -142,7 +147,8 @@ def serve_openai(
         str,
         typer.Option(
             metavar="URL",
-            help="An OpenTelemetry collector that is told of every request as a span, such as http://localhost:4318, never of text.",
+            help="An OpenTelemetry collector that is told of every request as a span, such as http://localhost:4318, "
+            "never of text.",
         ),
     ] = "",
     hide_adapters: Annotated[

@@ -85,7 +85,10 @@ class BodyPlace:
             raise _too_long(limits)
         more = max(0, size - FREE_BYTES) - self._bytes_in_flight
         if more > 0 and self._bodies.bytes_in_flight + more > limits.max_bodies_bytes:
-            reason = f"the bodies of all requests together are longer than {limits.max_bodies_bytes} bytes (max_bodies_bytes)"
+            reason = (
+                f"the bodies of all requests together are longer than {limits.max_bodies_bytes} bytes "
+                "(max_bodies_bytes)"
+            )
             raise RefusalError(reason, 503, code="overloaded")
         self._bytes_in_flight += more
         self._bodies.bytes_in_flight += more

@@ -32,7 +32,10 @@ SCORINGS = ("cosine", "yes_no")
 # keys that mean nothing where the model is asked
 _OF_EMBEDDINGS = ("pooling", "truncate_prompt_tokens", "add_special_tokens")
 # As the model card of Qwen3-Reranker has them.
-_JUDGE = 'Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer can only be "yes" or "no".'
+_JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that "
+    'the answer can only be "yes" or "no".'
+)
 _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]

@@ -76,7 +76,10 @@ class _Visitor(BaseHTTPRequestHandler):
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(16)
         page = _PAGE.read_text(encoding="utf-8").replace("NONCE", nonce).encode()
-        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'"
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'"
+        )
         self.send_response(HTTPStatus.OK)
         for name, value in {
             "Content-Type": "text/html; charset=utf-8",

@@ -150,7 +150,10 @@ class LiveRequests:
                 if live.strikes >= _GUILTY_AFTER:
                     guilty.append(request_id)
         for request_id in guilty:
-            message = f"the engine died {_GUILTY_AFTER} times while it ran this request alone among those that were running when it died before"
+            message = (
+                f"the engine died {_GUILTY_AFTER} times while it ran this request alone among those that were "
+                "running when it died before"
+            )
             self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.INTERNAL, message)))
 
     def shut(self) -> None:

@@ -32,7 +32,8 @@ def leave_server(action: Literal["unload", "exit", "stay"], server: ServerArgume
         refusal = _unload(server, model)
         if refusal is None:
             log.error(
-                "error: the model is unloaded, for there is no engine any more; it is ready again once it was loaded through the model control API"
+                "error: the model is unloaded, for there is no engine any more; it is ready again once it was "
+                "loaded through the model control API"
             )
         else:
             log.error("error: the server does not unload the model (%s): %s", refusal, _SAY_UNLOAD)

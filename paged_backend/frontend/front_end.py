@@ -172,6 +172,7 @@ def _warn_of_unknown_tokens(unknown: Mapping[str, int]) -> None:
     if unknown:
         token, token_id = next(iter(unknown.items()))
         log.warning(
-            "warning: the tokenizer knows %d tokens that the model has no embedding of, '%s' (id %d) first: prompts with one are refused",
+            "warning: the tokenizer knows %d tokens that the model has no embedding of, '%s' (id %d) first: "
+            "prompts with one are refused",
             len(unknown), token, token_id,
         )  # fmt: skip

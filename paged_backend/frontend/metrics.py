@@ -73,7 +73,8 @@ FAMILIES = (
     Family(
         "paged_requests_finished_total",
         Kind.COUNTER,
-        "Requests that got their final response. invalid: the caller's mistake; unsupported: not by this server; overloaded: not now; internal: our fault.",
+        "Requests that got their final response. invalid: the caller's mistake; unsupported: not by this server; "
+        "overloaded: not now; internal: our fault.",
         "reason",
         ("stop", "length", *(kind.value for kind in ErrorKind)),
     ),

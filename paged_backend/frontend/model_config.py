@@ -28,7 +28,8 @@ def check_tensors(model_config: Mapping[str, Any]) -> None:
         missing.append(f"no output {_OUTPUT}")
     if missing:
         raise EngineError(
-            f"the model's config declares {' and '.join(missing)}, so every request would be refused: a config given with a load replaces config.pbtxt, "
+            f"the model's config declares {' and '.join(missing)}, so every request would be refused: a config "
+            "given with a load replaces config.pbtxt, "
             "give the whole of it"
         )
 

@@ -104,7 +104,8 @@ class PromptReader:
         max_tokens = self._config.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
         if sampling.max_tokens is not None and max_tokens > self.ready.max_model_len:
             raise RequestError(
-                f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len {self.ready.max_model_len})"
+                f"max_tokens: {max_tokens} is more than this model's longest sequence (max_model_len "
+                f"{self.ready.max_model_len})"
             )
         if self.tokenizer is None and sampling.stop:
             raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
@@ -217,7 +218,8 @@ class PromptReader:
             # as it was written, not as the normalizer has it
             token = self.tokenizer.id_to_token(unknown) if added is None else added.content
             raise RequestError(
-                f"{name}: the text has the token '{token}' (id {unknown}), which this model has no embedding of; {self._known_ids()}"
+                f"{name}: the text has the token '{token}' (id {unknown}), which this model has no embedding of; "
+                f"{self._known_ids()}"
             )
         return np.array(token_ids, np.int32)
 
@@ -296,7 +298,8 @@ class PromptReader:
                 token_ids = tuple(_encode(self.tokenizer, spelling, add_special_tokens=False))
                 if len(token_ids) > MAX_BAD_WORD_TOKENS:
                     raise RequestError(
-                        f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is {MAX_BAD_WORD_TOKENS}"
+                        f"bad_words: '{word[:80]}' has {len(token_ids)} tokens; the longest allowed is "
+                        f"{MAX_BAD_WORD_TOKENS}"
                     )
                 if token_ids and max(token_ids) < self.ready.vocab_size:  # what has no embedding is never chosen
                     found[token_ids] = None

@@ -101,7 +101,8 @@ def read_request(
     sampling = _read_sampling(defaults.with_defaults(options), outputs)
     if stream and (sampling.best_of or 1) > sampling.n:
         raise RequestError(
-            f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is best is known at the end"
+            f"best_of: {sampling.best_of} is more than n ({sampling.n}) and not possible with stream: who is "
+            "best is known at the end"
         )
     if stream and sampling.n > 1:
         outputs = msgspec.structs.replace(outputs, sequence_index=True)
@@ -268,7 +269,8 @@ def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapp
     opens, continues = (_switch(tensors, given, name) for name in _CHAT_SWITCHES)
     if opens and continues:
         raise RequestError(
-            "add_generation_prompt and continue_final_message: the answer opens a new turn or continues the last one, not both"
+            "add_generation_prompt and continue_final_message: the answer opens a new turn or continues the last "
+            "one, not both"
         )
     tools = tensors.get("tools")
     return Chat(

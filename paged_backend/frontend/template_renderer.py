@@ -53,10 +53,8 @@ class TemplateRenderer:
                 except TimeoutError:
                     self._end(process)
                     return Rendered(error=f"it takes more than {RENDER_SECONDS:g} s")
-                except (
-                    EOFError,
-                    BrokenPipeError,
-                ):  # somebody killed it; or the template did, which asks for memory in a way that Python does not survive
+                except (EOFError, BrokenPipeError):
+                    # somebody killed it; or the template did, asking for memory in a way that Python does not survive
                     self._end(process)
             return Rendered(error="the process that rendered it died")
 

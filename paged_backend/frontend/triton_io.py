@@ -132,7 +132,8 @@ class TritonPythonModel:
         request = read_request(tensors, parameters, time.monotonic(), self._front_end.generation_defaults)
         if request.stream and not self._may_stream:
             raise RequestError(
-                "stream: true is not possible: a request has one response here (model_transaction_policy of config.pbtxt: decoupled: false)"
+                "stream: true is not possible: a request has one response here (model_transaction_policy of "
+                "config.pbtxt: decoupled: false)"
             )
         return msgspec.structs.replace(request, caller_id=inference.request_id() or id_parameter(parameters))
 
@@ -151,7 +152,10 @@ def engine_options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, str
 def _warn_of(model_config: Mapping[str, Any]) -> None:
     """Settings of config.pbtxt that Triton Server takes and that mean nothing here."""
     if model_config.get("max_batch_size"):
-        text = "max_batch_size: %d in config.pbtxt makes no batches, it only gives requests a batch dimension of 1: the engine batches by itself, so set it to 0"
+        text = (
+            "max_batch_size: %d in config.pbtxt makes no batches, it only gives requests a batch dimension of 1: "
+            "the engine batches by itself, so set it to 0"
+        )
         logging.getLogger("paged").warning(text, model_config["max_batch_size"])
 
 

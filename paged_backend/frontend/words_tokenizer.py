@@ -47,7 +47,8 @@ class WordsTokenizer:
             place = ids[self._stand_ins[content]] - self._first_id
             if place < 0:  # the library counts tokens to find the next id
                 raise RequestError(
-                    f"messages: they spell a special token, and the ids of this model's tokenizer have gaps: {self._first_id} is not the next"
+                    "messages: they spell a special token, and the ids of this model's tokenizer have gaps: "
+                    f"{self._first_id} is not the next"
                 )
             self._real_ids[place] = token_id
 

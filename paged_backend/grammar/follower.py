@@ -167,7 +167,10 @@ class Follower:
         elif now > self._head_since + _LOOK_SECONDS:
             spent = self._spent(link)
             if spent > head.seconds:
-                message = f"it is too slow to follow: what may come after {head.num_tokens} tokens takes more than {head.seconds:g} s to find out"
+                message = (
+                    f"it is too slow to follow: what may come after {head.num_tokens} tokens takes more than "
+                    f"{head.seconds:g} s to find out"
+                )
                 head.guide.refusal = Refusal(ErrorKind.INVALID, message)
                 self._restart()
             elif now > self._head_since + _STANDSTILL_SECONDS:

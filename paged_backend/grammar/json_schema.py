@@ -42,7 +42,10 @@ _CONSTRAINTS = (*_LEADING, "type", *_STRING, *_NUMBER, *_OBJECT, *_ARRAY)
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SINGLES = ("items", "additionalItems", "unevaluatedItems", "additionalProperties", "unevaluatedProperties")
-_STEP = r"(\$defs|definitions|properties|patternProperties)/[^/]+|items|additionalProperties|(prefixItems|anyOf|oneOf|allOf)/\d+"
+_STEP = (
+    r"(\$defs|definitions|properties|patternProperties)/[^/]+|items|additionalProperties"
+    r"|(prefixItems|anyOf|oneOf|allOf)/\d+"
+)
 _REFERENCE = re.compile(rf"#(/({_STEP}))*")  # to what is a schema, and is looked at
 _EXACT = 2**53
 
@@ -184,7 +187,10 @@ def _object(schema: dict[str, Any]) -> Iterator[str]:
 def _overlaps(branches: list[Any], root: Any) -> Iterator[str]:
     for index, branch in enumerate(branches):
         if not all(_disjoint(branch, other, root) for other in branches[:index]):
-            yield "'oneOf' is supported only where nothing can match two of its schemas: other types, constants, or such a required property; use 'anyOf'"
+            yield (
+                "'oneOf' is supported only where nothing can match two of its schemas: other types, constants, "
+                "or such a required property; use 'anyOf'"
+            )
             return
 
 

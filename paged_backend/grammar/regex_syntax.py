@@ -25,7 +25,10 @@ def misread(regex: str) -> str | None:
     tokens = list(_TOKEN.finditer(regex))
     for token in tokens:
         if token.lastgroup == "flags":
-            return f"the inline flag '{token[0]}' at position {token.start() + 1} of the regular expression is not supported"
+            return (
+                f"the inline flag '{token[0]}' at position {token.start() + 1} of the regular expression is not "
+                "supported"
+            )
         known = _KNOWN_IN_SET if token.lastgroup == "set" else _KNOWN
         for escape in re.finditer(r"\\.", token[0], re.DOTALL) if token.lastgroup in ("set", "escape") else ():
             start = token.start() + escape.start()
@@ -39,7 +42,10 @@ def misread(regex: str) -> str | None:
     ):
         at = _astray(kinds, order, anchor, into, out, repeated)
         if at is not None:
-            return f"'{anchor}' at position {tokens[at].start() + 1} of the regular expression, which need not be its {where}, is not supported"
+            return (
+                f"'{anchor}' at position {tokens[at].start() + 1} of the regular expression, which need not be "
+                f"its {where}, is not supported"
+            )
     return None
 
 

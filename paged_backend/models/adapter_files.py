@@ -184,7 +184,8 @@ def _check_tensors(file: Any, layout: AdapterLayout, config: _Config, max_rank: 
             view = file.get_slice(names[side])
             if list(view.get_shape()) != shape:
                 raise RequestError(
-                    f"lora_{side} of {module} has shape {list(view.get_shape())}, expected {shape} for this model and rank {rank}"
+                    f"lora_{side} of {module} has shape {list(view.get_shape())}, expected {shape} for this "
+                    f"model and rank {rank}"
                 )
             if view.get_dtype() not in _FLOATS:
                 raise RequestError(
@@ -207,7 +208,8 @@ def _read_config(path: Path, projections: tuple[str, ...]) -> _Config:
         for plain in _PLAIN_BEGINNINGS
     ):
         raise RequestError(
-            f"{_CONFIG}: init_lora_weights {_shown(given['init_lora_weights'])} changes the model's own weights, which is not supported"
+            f"{_CONFIG}: init_lora_weights {_shown(given['init_lora_weights'])} changes the model's own weights, "
+            "which is not supported"
         )
     targets = given.get("target_modules")
     unknown = (

@@ -170,7 +170,8 @@ def _family_of(file: ConfigKind) -> Family:
         raise EngineError(f"architecture {name[:80]} is not supported; supported: {', '.join(FAMILIES)}")
     if file.model_type not in (None, family.model_type):
         raise EngineError(
-            f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of model_type {family.model_type}"
+            f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of "
+            f"model_type {family.model_type}"
         )
     return family
 
@@ -183,7 +184,8 @@ def _transformers_config(family: Family, file: ConfigFile) -> PreTrainedConfig:
         if model_type not in family.text_model_types:
             supported = ", ".join(family.text_model_types)
             raise EngineError(
-                f"text_config: model_type: {model_type[:80]} is not supported for {family.architecture}; supported: {supported}"
+                f"text_config: model_type: {model_type[:80]} is not supported for {family.architecture}; "
+                f"supported: {supported}"
             )
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](**file.for_transformers())
@@ -216,7 +218,8 @@ def _ropes(family: Family, config: PreTrainedConfig) -> dict[str, Rope]:
         rotary_dim = int(head_dim * partial)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
             raise EngineError(
-                f"partial_rotary_factor: {partial} of a head of {head_dim} numbers is {rotary_dim}; an even number of 2 to {head_dim} is needed"
+                f"partial_rotary_factor: {partial} of a head of {head_dim} numbers is {rotary_dim}; an even "
+                f"number of 2 to {head_dim} is needed"
             )
         ropes[name] = Rope(
             dict(entry), config.max_position_embeddings, rotary_dim, config, "" if name == ALL_LAYERS else name
@@ -228,7 +231,8 @@ def _check_options(config: PreTrainedConfig) -> None:
     """Refuses, by name, what the decoder does not compute."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise EngineError(
-            f"num_attention_heads: {config.num_attention_heads} is not a multiple of num_key_value_heads ({config.num_key_value_heads})"
+            f"num_attention_heads: {config.num_attention_heads} is not a multiple of num_key_value_heads "
+            f"({config.num_key_value_heads})"
         )
     head_dim = head_dim_of(config)
     if head_dim % 2 or not head_dim:
@@ -261,7 +265,8 @@ def _refuse_quantised_experts(layers: Sequence[LayerSpec], quantization: Quantiz
         if quantization is not None and (quantization.name == MXFP4) != moe.together:
             supported = MXFP4 if moe.together else f"every other method; {MXFP4} is read as gpt-oss has it"
             raise EngineError(
-                f"quantization_config: {quantization.name} is not supported for experts that are stored like these; supported: {supported}"
+                f"quantization_config: {quantization.name} is not supported for experts that are stored like "
+                f"these; supported: {supported}"
             )
 
 

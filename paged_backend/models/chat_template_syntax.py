@@ -41,7 +41,10 @@ def template_mistakes(templates: Mapping[str, str], folder: Path) -> Iterator[st
         except RecursionError:
             mistake = "it is nested too deeply"
         if mistake is not None:
-            yield f"{_source(name, text, folder)}: {mistake}: the chat template '{name}' cannot be used, requests with messages are refused"
+            yield (
+                f"{_source(name, text, folder)}: {mistake}: the chat template '{name}' cannot be used, requests "
+                "with messages are refused"
+            )
 
 
 def _unknown_name(environment: ImmutableSandboxedEnvironment, tree: nodes.Template) -> str | None:

@@ -90,7 +90,8 @@ class AttentionSpec:
         _refuse_packed(self.qkv_names, 3)
         if self.sinks or self.qk_norm == "projection":
             raise EngineError(
-                "tensor_parallel_size: attention with sinks, or with a norm of all heads together, cannot be divided among ranks"
+                "tensor_parallel_size: attention with sinks, or with a norm of all heads together, cannot be "
+                "divided among ranks"
             )
         num_heads = shard.divide(self.num_heads, "num_attention_heads")
         if shard.size <= self.num_kv_heads:
@@ -102,7 +103,8 @@ class AttentionSpec:
             )
         if shard.size % self.num_kv_heads:
             raise EngineError(
-                f"tensor_parallel_size: {shard.size} ranks cannot have equal parts of num_key_value_heads ({self.num_kv_heads})"
+                f"tensor_parallel_size: {shard.size} ranks cannot have equal parts of num_key_value_heads "
+                f"({self.num_kv_heads})"
             )
         return replace(
             self, num_heads=num_heads, num_kv_heads=1, shard=shard, kv_copies=shard.size // self.num_kv_heads
@@ -211,7 +213,8 @@ class MoeSpec:
         """
         if self.bias or self.gate.interleaved:
             raise EngineError(
-                "tensor_parallel_size: experts with biases, or with rows of gate and up in turns, cannot be divided among ranks"
+                "tensor_parallel_size: experts with biases, or with rows of gate and up in turns, cannot be "
+                "divided among ranks"
             )
         size, shared_size = (
             shard.divide(self.intermediate_size, "moe_intermediate_size"),
@@ -291,5 +294,6 @@ def _refuse_packed(names: tuple[str, ...], num_parts: int) -> None:
     """
     if len(names) < num_parts:
         raise EngineError(
-            f"tensor_parallel_size: checkpoints with several matrices in one tensor ({names[0]}) cannot be divided among ranks"
+            f"tensor_parallel_size: checkpoints with several matrices in one tensor ({names[0]}) cannot be "
+            "divided among ranks"
         )

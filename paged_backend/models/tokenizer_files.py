@@ -64,7 +64,8 @@ def find_tokenizer(folder: Path) -> TokenizerFormat | None:
     found = next((form for form in TokenizerFormat if (folder / form.value).is_file()), None)
     if found is None and (folder / "tokenizer_config.json").is_file():
         raise EngineError(
-            f"the tokenizer in '{folder}' cannot be loaded: it has tokenizer_config.json, but none of {', '.join(f.value for f in TokenizerFormat)}"
+            f"the tokenizer in '{folder}' cannot be loaded: it has tokenizer_config.json, but none of "
+            f"{', '.join(f.value for f in TokenizerFormat)}"
         )
     if found is TokenizerFormat.SENTENCE_PIECE:
         _require_sentence_piece(folder / found.value)
@@ -81,7 +82,8 @@ def _require_sentence_piece(path: Path) -> None:
         if _TIKTOKEN_LINE.match(file.read(4096)):
             if find_spec("tiktoken") is None:
                 raise EngineError(
-                    "the tokenizer is tokenizer.model alone, in tiktoken's format, which needs the package tiktoken: pip install tiktoken"
+                    "the tokenizer is tokenizer.model alone, in tiktoken's format, which needs the package "
+                    "tiktoken: pip install tiktoken"
                 )
             return
     try:
@@ -91,7 +93,8 @@ def _require_sentence_piece(path: Path) -> None:
             "" if isinstance(error, ModuleNotFoundError) else f" (what is installed cannot be used: {reason_of(error)})"
         )
         raise EngineError(
-            f"the tokenizer is tokenizer.model alone, which needs the packages sentencepiece and protobuf{reason}: {install_command('sentencepiece')}"
+            "the tokenizer is tokenizer.model alone, which needs the packages sentencepiece and "
+            f"protobuf{reason}: {install_command('sentencepiece')}"
         ) from None
 
 

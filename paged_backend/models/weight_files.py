@@ -129,7 +129,8 @@ def check_tensors(
         quantised = next((name for name in stored if name.endswith(_QUANTISED_ENDINGS)), None)
         if quantised is not None:
             raise EngineError(
-                f"checkpoint: tensor {missing[0]} is missing; there are quantised ones such as {quantised}, which config.json does not tell of"
+                f"checkpoint: tensor {missing[0]} is missing; there are quantised ones such as {quantised}, "
+                "which config.json does not tell of"
             )
         raise EngineError(
             f"checkpoint: tensor {missing[0]} is missing"
@@ -166,6 +167,7 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     if any(folder.glob("consolidated*.safetensors")):
         raise EngineError(
-            "checkpoint: its weights are in Mistral's own format (consolidated.safetensors); Hugging Face's is supported (model.safetensors)"
+            "checkpoint: its weights are in Mistral's own format (consolidated.safetensors); Hugging Face's is "
+            "supported (model.safetensors)"
         )
     raise EngineError(f"checkpoint: {folder} has no model.safetensors and no model.safetensors.index.json")

@@ -183,7 +183,8 @@ def _of_the_rest(names: Sequence[str], unread: tuple[str, ...]) -> str:
     others = [name for name in names if name.startswith(unread)]
     ignored = [name for name in names if not name.startswith(unread)]
     note = (
-        f"; ignored {len(ignored)} tensors that the model has no use for ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})"
+        f"; ignored {len(ignored)} tensors that the model has no use for "
+        f"({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})"
         if ignored
         else ""
     )
@@ -228,7 +229,10 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
         architecture = replace(architecture, tied_head=True, has_head=False)
     if architecture.tied_head and _EMBEDDING in stored and _HEAD in stored and not _equal(stored, _EMBEDDING, _HEAD):
         architecture = replace(architecture, tied_head=False)
-        note = f"warning: config.json ties {_HEAD} to {_EMBEDDING}, but the checkpoint has two that differ: each is used as it is"
+        note = (
+            f"warning: config.json ties {_HEAD} to {_EMBEDDING}, but the checkpoint has two that differ: each is "
+            "used as it is"
+        )
     if architecture.quantization is not None:
         architecture = replace(architecture, quantization=settle_quantization(architecture.quantization, stored))
     weights = allocate_weights(architecture, torch.float32, torch.device("meta"))

@@ -55,7 +55,8 @@ class AdapterStore:
         self._weights = torch.zeros(num_adapter_slots, layout.size * max_rank, dtype=dtype, device=device)
         self._ranks = torch.zeros(num_adapter_slots, dtype=torch.int32, device=device)  # 0: empty
         self.reported = (
-            f"adapters: room for {num_adapter_slots} of rank {max_rank} at most, {spell_bytes(self._weights[0].nbytes)} each, "
+            f"adapters: room for {num_adapter_slots} of rank {max_rank} at most, "
+            f"{spell_bytes(self._weights[0].nbytes)} each, "
             f"{spell_bytes(self._weights.nbytes)} in all (max_loras, max_lora_rank)"
         )
 
@@ -127,7 +128,10 @@ def allocate_adapter_store(
         return AdapterStore(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         num_bytes = adapter_store_bytes(config, architecture, dtype)
-        what = f"{config.max_loras} adapters of rank {config.max_lora_rank}, {spell_bytes(num_bytes)}, do not fit (max_loras, max_lora_rank)"
+        what = (
+            f"{config.max_loras} adapters of rank {config.max_lora_rank}, {spell_bytes(num_bytes)}, do not fit "
+            "(max_loras, max_lora_rank)"
+        )
         raise EngineError(f"{what}: {str(error).splitlines()[0]}") from None
 
 

@@ -156,7 +156,8 @@ class RunnerBuilder:
                 f", rank {self._ranks.rank} of {self._ranks.size} with {heads}, {a.vocabulary.count} of the vocabulary"
             )
         self._tell(
-            f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in {dtype_name(place.kv_dtype)}"
+            f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in "
+            f"{dtype_name(place.kv_dtype)}"
         )
         for warning in self._checkpoint.warnings:
             self._tell(warning)
@@ -164,19 +165,26 @@ class RunnerBuilder:
             self._tell(f"quantization: {self._about_quantization(a.quantization)}")
         if place.device.type == "cuda" and not self._uses_kernels:
             self._tell(
-                "kernels: off, they want a page_size that is a power of two, and K and V of no more bits than the weights; plain torch computes, slowly"
+                "kernels: off, they want a page_size that is a power of two, and K and V of no more bits than "
+                "the weights; plain torch computes, slowly"
             )
 
     def _about_quantization(self, quantization: Quantization) -> str:
         """Which formats there are, and what they save."""
         a, dtype = self._architecture, self._place.dtype
         if quantization.dequantised and quantization.rules:
-            return f"{quantization.words}; dequantised into {dtype_name(dtype)} while loading: {name_of(self._place.device)} has no kernels for it"
+            return (
+                f"{quantization.words}; dequantised into {dtype_name(dtype)} while loading: "
+                f"{name_of(self._place.device)} has no kernels for it"
+            )
         plain, taken = weight_bytes(replace(a, quantization=None), dtype), weight_bytes(a, dtype)
         experts = ""
         if quantization.rules and any(isinstance(layer.mlp, MoeSpec) for layer in a.layers):
             experts = f" (experts {'stay as they are' if quantization.online else 'are dequantised'})"
-        return f"{quantization.words}{experts}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in {dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
+        return (
+            f"{quantization.words}{experts}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in "
+            f"{dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
+        )
 
     def _refuse_what_cannot_fit(self) -> PoolSize:
         """By the bytes that are known before anything is read. Returns the largest pool there may be.

@@ -171,8 +171,10 @@ class StepGraphs:
         torch.cuda.synchronize()
         taken = (free - torch.cuda.mem_get_info()[0]) / 2**20
         tell(
-            f"{len(self._shapes)} shapes of steps captured, up to {max(shape.num_decodes for shape in self._shapes)} sequences that decode and "
-            f"{max(shape.num_prefill_tokens for shape in self._shapes)} prompt tokens, in {time.monotonic() - started:.1f} s, {taken:.0f} MiB"
+            f"{len(self._shapes)} shapes of steps captured, up to "
+            f"{max(shape.num_decodes for shape in self._shapes)} sequences that decode and "
+            f"{max(shape.num_prefill_tokens for shape in self._shapes)} prompt tokens, in "
+            f"{time.monotonic() - started:.1f} s, {taken:.0f} MiB"
         )
 
     def _forward(self, captured: _Captured) -> Tensor:

@@ -95,11 +95,13 @@ def size_pool(
     num_pages, reason = _decide(config, page_bytes, available, max_model_len, num_groups, device)
     if num_pages < 1:
         raise EngineError(
-            f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): {reason}; {detail}"
+            f"the pool has no room for one page of {spell_bytes(page_bytes)} ({config.page_size} tokens): "
+            f"{reason}; {detail}"
         )
     if num_pages * page_bytes > available:
         raise EngineError(
-            f"the pool does not fit: {num_pages} pages of {spell_bytes(page_bytes)} are {spell_bytes(num_pages * page_bytes)} ({reason}); {detail}"
+            f"the pool does not fit: {num_pages} pages of {spell_bytes(page_bytes)} are "
+            f"{spell_bytes(num_pages * page_bytes)} ({reason}); {detail}"
         )
     if num_pages < num_groups:
         raise EngineError(
@@ -113,8 +115,10 @@ def size_pool(
     pages_of_one = sum(pages_kept(window, max_model_len, config.page_size) for window in groups.windows)
     shared = f" in each of {num_groups} groups of layers ({groups.words})" if num_groups > 1 else ""
     decided_by = (
-        f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens{shared}, {spell_bytes(num_pages * page_bytes)}, "
-        f"room for {num_pages // pages_of_one} sequences of {max_model_len} tokens; decided by {reason} ({detail}){shrunk}"
+        f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens{shared}, "
+        f"{spell_bytes(num_pages * page_bytes)}, "
+        f"room for {num_pages // pages_of_one} sequences of {max_model_len} tokens; decided by {reason} "
+        f"({detail}){shrunk}"
     )
     return PoolSize(num_pages, page_bytes, max_model_len, decided_by, groups, free)
 
@@ -131,7 +135,10 @@ def of_smallest(size: PoolSize, rooms: Sequence[int], page_size: int) -> PoolSiz
     if num_pages == size.num_pages:
         return size
     max_model_len = min(size.max_model_len, num_pages // len(size.groups.groups) * page_size)
-    decided_by = f"{size.decided_by}; rank {rooms.index(num_pages)} has room for {num_pages} pages, and so have all, max_model_len is {max_model_len}"
+    decided_by = (
+        f"{size.decided_by}; rank {rooms.index(num_pages)} has room for {num_pages} pages, and so have all, "
+        f"max_model_len is {max_model_len}"
+    )
     return replace(size, num_pages=num_pages, max_model_len=max_model_len, decided_by=decided_by)
 
 
@@ -184,7 +191,8 @@ def _decide(
     if num_pages > useful:
         return (
             useful,
-            f"max_num_sequences ({config.max_num_sequences}) sequences of max_model_len ({max_model_len}) tokens, more is of no use",
+            f"max_num_sequences ({config.max_num_sequences}) sequences of max_model_len ({max_model_len}) "
+            "tokens, more is of no use",
         )
     return num_pages, f"pool_memory_fraction = {fraction:g}"
 

@@ -63,7 +63,8 @@ def device_of(config: EngineConfig, rank: int) -> torch.device:
     if first + size > count:
         behind = f" from {name} on" if first else ""
         raise EngineError(
-            f"tensor_parallel_size: {size} ranks need a GPU each, there are {count - first}{behind} (CUDA_VISIBLE_DEVICES says which are seen)"
+            f"tensor_parallel_size: {size} ranks need a GPU each, there are {count - first}{behind} "
+            "(CUDA_VISIBLE_DEVICES says which are seen)"
         )
     device = torch.device("cuda", first + rank)
     torch.cuda.set_device(device)
@@ -106,6 +107,7 @@ def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.devi
     kv_name = name if config.kv_dtype == "auto" else config.kv_dtype
     if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise EngineError(
-            f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; {name_of(device)} has less"
+            f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; "
+            f"{name_of(device)} has less"
         )
     return getattr(torch, name), torch.float8_e4m3fn if kv_name == "fp8_e4m3" else getattr(torch, kv_name)

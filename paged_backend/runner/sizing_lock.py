@@ -37,12 +37,14 @@ def alone_with(name: str, tell: Callable[[str], None], patience_seconds: float =
         while not _bound(lock, f"\0paged-sizing-{name}"):
             if not reported:
                 tell(
-                    "waiting: another engine is loading on this GPU, and what it takes must be known before the pool is sized"
+                    "waiting: another engine is loading on this GPU, and what it takes must be known before the "
+                    "pool is sized"
                 )
                 reported = True
             if time.monotonic() > started + patience_seconds:
                 tell(
-                    f"warning: another engine has been loading on this GPU for {patience_seconds:.0f} s: this one goes on beside it"
+                    f"warning: another engine has been loading on this GPU for {patience_seconds:.0f} s: this "
+                    "one goes on beside it"
                 )
                 break
             time.sleep(_POLL_SECONDS)

@@ -19,7 +19,8 @@ import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
-os.environ["PAGED_UMASK"] = f"{os.umask(0o077):o}"  # what the server shares with its front ends in /dev/shm is nobody else's; engines go back to it
+# what the server shares with its front ends in /dev/shm is nobody else's; engines go back to the umask of before
+os.environ["PAGED_UMASK"] = f"{os.umask(0o077):o}"
 os.execv(sys.argv[2], sys.argv[2:])
 """
 

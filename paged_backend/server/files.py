@@ -62,7 +62,8 @@ def _on_path(executable: Path) -> Installation:
     minor = _python_minor_of(backends / "python" / "triton_python_backend_stub")
     if minor is not None and minor != sys.version_info.minor:
         raise EngineError(
-            f"the tritonserver on PATH runs models with Python 3.{minor}, but this is Python 3.{sys.version_info.minor}: use Python 3.{minor}"
+            f"the tritonserver on PATH runs models with Python 3.{minor}, but this is Python "
+            f"3.{sys.version_info.minor}: use Python 3.{minor}"
         )
     return Installation(executable, backends)
 
@@ -97,7 +98,10 @@ def _in_wheel() -> Installation:
 def _how_to_get_one() -> str:
     if sys.version_info < (3, 13):
         return f"no tritonserver on PATH and none installed: {install_command('serve')}"
-    return f"no tritonserver on PATH, and the nvidia-pytriton wheel has none for Python 3.{sys.version_info.minor}: use Python 3.10, 3.11 or 3.12"
+    return (
+        f"no tritonserver on PATH, and the nvidia-pytriton wheel has none for Python 3.{sys.version_info.minor}: "
+        "use Python 3.10, 3.11 or 3.12"
+    )
 
 
 def prepare_backends(installation: Installation, folder: Path) -> Path:

@@ -301,7 +301,8 @@ class Server:
         self._loss = f"{who}; the server must be started again"
         if self._on_line is not None:
             self._on_line(
-                f"paged: error: {who}; no more requests are taken, {num_living} others finish theirs (at most {self.settings.drain_seconds} s)"
+                f"paged: error: {who}; no more requests are taken, {num_living} others finish theirs (at most "
+                f"{self.settings.drain_seconds} s)"
             )
         child.send(signal.SIGTERM)
         num_idle = 0

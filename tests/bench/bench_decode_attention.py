@@ -198,8 +198,8 @@ def measure(
     us = replay_us(launch, rounds * -(-20 // rounds))
     floor_us = case.kv_bytes(kv_dtype) / bandwidth * 1e6
     return {
-        "bench": "decode_attention", "case": name, "shape": shape or "tuned", "pdl": pdl, "kv_dtype": str(kv_dtype).removeprefix("torch."),
-        "us": round(us, 2), "floor_us": round(floor_us, 2),
+        "bench": "decode_attention", "case": name, "shape": shape or "tuned", "pdl": pdl,
+        "kv_dtype": str(kv_dtype).removeprefix("torch."), "us": round(us, 2), "floor_us": round(floor_us, 2),
         "share": round(floor_us / us, 3), "target": case.target, "error": round(error, 5),
         "plan_us": round(replay_us(lambda _: plan_decode_attention(stores.seq_lens, plan), 20), 2),
         "read_tb_s": round(bandwidth / 1e12, 3), "device": torch.cuda.get_device_name(),
@@ -223,9 +223,8 @@ def main() -> None:
             row = measure(name, shape, stores, expected, bandwidth, options.pdl)
             print(json.dumps(row), flush=True)
             print(
-                "{case:20} {shape:14} {us:8.1f} us  floor {floor_us:7.1f}  {share:.3f} (target {target})  error {error:.5f}".format(
-                    **row
-                ),
+                "{case:20} {shape:14} {us:8.1f} us  floor {floor_us:7.1f}  {share:.3f} (target {target})  error "
+                "{error:.5f}".format(**row),
                 file=sys.stderr,
             )
         del stores, expected

@@ -238,7 +238,8 @@ def main() -> None:
             print(json.dumps({**row, "device": torch.cuda.get_device_name()}), flush=True)
             best = "; ".join(f"{us} {shape}" for us, shape in sorted(found)[:4])
             print(
-                f"{product:8} {rows}x{columns} x{num_tokens:3}: floor {floor:7.2f}, cublas {row['cublas_us']:7.2f}, ours {best}",
+                f"{product:8} {rows}x{columns} x{num_tokens:3}: floor {floor:7.2f}, cublas "
+                f"{row['cublas_us']:7.2f}, ours {best}",
                 file=sys.stderr,
             )
 

@@ -140,7 +140,8 @@ def main() -> None:
                 }
                 print(json.dumps(row), flush=True)
                 print(
-                    f"{num_tokens:5} tokens, {num_adapters:3} adapters: plain {plain:8.1f}, adapted {adapted:8.1f} us a layer",
+                    f"{num_tokens:5} tokens, {num_adapters:3} adapters: plain {plain:8.1f}, adapted "
+                    f"{adapted:8.1f} us a layer",
                     file=sys.stderr,
                 )
 

@@ -142,8 +142,9 @@ def measure(
 
     def launch() -> None:
         paged_prefill_attention(
-            tensors.q, tensors.kv_pages, tensors.page_table, tensors.query_starts, tensors.seq_lens, out, max_query_len=max(n for n, _ in case.lens),
-            scale=case.head_dim**-0.5, shape=parse_shape(text) if text else None,
+            tensors.q, tensors.kv_pages, tensors.page_table, tensors.query_starts, tensors.seq_lens, out,
+            max_query_len=max(n for n, _ in case.lens), scale=case.head_dim**-0.5,
+            shape=parse_shape(text) if text else None,
         )  # fmt: skip
 
     launch()
@@ -154,7 +155,8 @@ def measure(
         "bench": "prefill_attention", "case": name, "kv_dtype": str(tensors.kv_pages.dtype).removeprefix("torch."),
         "shape": text or "tuned", "us": round(us, 1), "floor_us": round(case.operations / rate * 1e6, 1),
         "tflops": round(case.operations / us * 1e-6, 1), "peers_us": {k: x and round(x, 1) for k, x in peers.items()},
-        "of_best": best and round(best / us, 3), "error": round(error, 5), "matrix_tflops": round(rate * 1e-12, 1), "device": torch.cuda.get_device_name(),
+        "of_best": best and round(best / us, 3), "error": round(error, 5), "matrix_tflops": round(rate * 1e-12, 1),
+        "device": torch.cuda.get_device_name(),
     }  # fmt: skip
 
 
@@ -179,9 +181,8 @@ def main() -> None:
                 continue
             print(json.dumps(row), flush=True)
             print(
-                "{case:18} {shape:14} {us:8.1f} us {tflops:6.1f} TFLOP/s  {of_best} of best  error {error:.5f} {peers_us}".format(
-                    **row
-                ),
+                "{case:18} {shape:14} {us:8.1f} us {tflops:6.1f} TFLOP/s  {of_best} of best  error {error:.5f} "
+                "{peers_us}".format(**row),
                 file=sys.stderr,
             )
         del tensors, expected

@@ -55,7 +55,8 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             asked = next(tensor.as_numpy()[0] for tensor in request.inputs() if tensor.name() == "sampling_parameters")
-            self.queues[self.turn % len(self.queues)].put((request.get_response_sender(), json.loads(asked)["max_tokens"]))
+            queue = self.queues[self.turn % len(self.queues)]
+            queue.put((request.get_response_sender(), json.loads(asked)["max_tokens"]))
             self.turn += 1
 
     def send(self, waiting):  # a piece of each request in turn, as an engine's step brings them

@@ -93,7 +93,9 @@ def layer_cases(batch: int, hidden: int, head_dim: int, intermediate: int) -> It
     for label, qk_norm in (("", None), (" with norm", norm)):
         yield Case(
             f"rope_write_kv 32/8x{head_dim}{label}", batch, 2 * qkv.nbytes,
-            lambda pdl, qk_norm=qk_norm: rope_write_kv(qkv, num_heads, qk_norm, table, positions, kv_pages, slots, out=q, launch_pdl=pdl),
+            lambda pdl, qk_norm=qk_norm: rope_write_kv(
+                qkv, num_heads, qk_norm, table, positions, kv_pages, slots, out=q, launch_pdl=pdl
+            ),
         )  # fmt: skip
 
 
@@ -120,7 +122,9 @@ def row_cases(batch: int) -> Iterator[Case]:
     )
     yield Case(
         "gather_step, lengths to 2k", batch, 4 * 2 * batch * 64,
-        lambda pdl: gather_step(rows, starts, counts, rows, history, page_tables, PAGE_SIZE, **outputs, page_table=table, launch_pdl=pdl),
+        lambda pdl: gather_step(
+            rows, starts, counts, rows, history, page_tables, PAGE_SIZE, **outputs, page_table=table, launch_pdl=pdl
+        ),
     )  # fmt: skip
     yield Case(
         "update_page_tables", batch, 16 * batch, lambda pdl: update_page_tables(page_tables, updates, launch_pdl=pdl)
@@ -217,7 +221,9 @@ def sampling_cases(batch: int) -> Iterator[Case]:
     counts = torch.zeros(batch, VOCAB, dtype=torch.int32, device="cuda")
     yield Case(
         "apply_penalties, 1,000 tokens", batch, batch * 1000 * 24,
-        lambda pdl: apply_penalties(flat, history, half_way, full, penalty, penalty, penalty, counts=counts, launch_pdl=pdl),
+        lambda pdl: apply_penalties(
+            flat, history, half_way, full, penalty, penalty, penalty, counts=counts, launch_pdl=pdl
+        ),
         lambda: reference.apply_penalties(flat, history, half_way, full, penalty, penalty, penalty),
     )  # fmt: skip
 
@@ -251,15 +257,15 @@ def main() -> None:
         twin = case.twin and round(replay_us(lambda _, case=case: case.twin(), 2, 5), 1)
         floor = case.moved_bytes / (reading if case.reads_only else copying) * 1e6
         row = {
-            "bench": "small_kernels", "case": case.name, "batch": case.batch, "us": round(plain, 2), "us_pdl": round(pdl, 2), "torch_us": twin,
-            "floor_us": round(floor, 2), "share": round(floor / min(plain, pdl), 3), "read_tb_s": round(reading / 1e12, 3),
+            "bench": "small_kernels", "case": case.name, "batch": case.batch, "us": round(plain, 2),
+            "us_pdl": round(pdl, 2), "torch_us": twin, "floor_us": round(floor, 2),
+            "share": round(floor / min(plain, pdl), 3), "read_tb_s": round(reading / 1e12, 3),
             "copy_tb_s": round(copying / 1e12, 3), "device": torch.cuda.get_device_name(),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
         print(
-            "{case:36} {batch:4} {us:8.2f} us, pdl {us_pdl:8.2f}, torch {torch_us}, floor {floor_us:7.2f}, share {share:.2f}".format(
-                **row
-            ),
+            "{case:36} {batch:4} {us:8.2f} us, pdl {us_pdl:8.2f}, torch {torch_us}, floor {floor_us:7.2f}, share "
+            "{share:.2f}".format(**row),
             file=sys.stderr,
         )
 

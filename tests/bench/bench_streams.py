@@ -146,7 +146,10 @@ async def ask_http(
             }
             body = json.dumps({**fields, "sampling_parameters": json.dumps(_GREEDY)}).encode()
             reader, writer = await asyncio.open_connection(host, int(port))
-            head = f"POST /v2/models/paged_llm/generate_stream HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                f"POST /v2/models/paged_llm/generate_stream HTTP/1.1\r\nHost: {host}\r\nConnection: "
+                f"close\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
             writer.write(head.encode() + body)
             raw = await reader.read()
             writer.close()

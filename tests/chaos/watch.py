@@ -35,8 +35,14 @@ class Watch:
             now = time.monotonic()
             if now > told + _PROGRESS_SECONDS:
                 told, campaign = now, self._campaign
-                words = f"{now - started:.0f} s: {campaign.requests} requests, {campaign.tokens} tokens, {self._plague.kills} kills"
-                words += f", {len(campaign.faults)} faults, servers broken: {len(self._door.broken)}, {self._samples[-1] if self._samples else ''}"
+                words = (
+                    f"{now - started:.0f} s: {campaign.requests} requests, {campaign.tokens} tokens, "
+                    f"{self._plague.kills} kills"
+                )
+                words += (
+                    f", {len(campaign.faults)} faults, servers broken: {len(self._door.broken)}, "
+                    f"{self._samples[-1] if self._samples else ''}"
+                )
                 print(words, file=sys.stderr, flush=True)
 
     def growth(self) -> dict[str, dict[str, float]]:

@@ -34,11 +34,17 @@ from paged_backend.scheduler.scheduler import Scheduler
 from tests.simulated_runner import SimulatedRunner, solo
 from tests.small_tokenizers import byte_fallback, byte_level
 
-_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>{% endfor %}{% if "
+    "tools %}{{ tools | tojson }}{% endif %}"
+)
 _SPECIAL = ["<|im_start|>", "<|im_end|>"]
 _LONGEST_MESSAGE = 2000
 _KINDS: dict[str, type] = {"i": np.int32, "f": np.float32, "b": np.bool_, "u": np.uint64}
-_NAMES = "text_input input_ids messages sampling_parameters stream max_tokens temperature top_p seed stop_words bad_words tools"
+_NAMES = (
+    "text_input input_ids messages sampling_parameters stream max_tokens temperature top_p seed stop_words "
+    "bad_words tools"
+)
 _TENSORS = _NAMES.split()
 
 

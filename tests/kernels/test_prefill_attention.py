@@ -129,8 +129,9 @@ def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
 def attend(case: Case, tensors: Tensors, spare_tiles: int = 0) -> torch.Tensor:
     out = torch.full_like(tensors.q, float("nan"))
     paged_prefill_attention(
-        tensors.q, tensors.kv_pages, tensors.page_table, tensors.query_starts, tensors.seq_lens, out, max_query_len=max(n for n, _ in case.lens) + spare_tiles,
-        scale=tensors.scale, sliding_window=case.window, soft_cap=case.soft_cap, sinks=tensors.sinks, shape=case.shape,
+        tensors.q, tensors.kv_pages, tensors.page_table, tensors.query_starts, tensors.seq_lens, out,
+        max_query_len=max(n for n, _ in case.lens) + spare_tiles, scale=tensors.scale, sliding_window=case.window,
+        soft_cap=case.soft_cap, sinks=tensors.sinks, shape=case.shape,
     )  # fmt: skip
     return out
 

@@ -50,7 +50,8 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             asked = json.loads(pb_utils.get_input_tensor_by_name(request, "sampling_parameters").as_numpy()[0])
-            assert asked["ignore_eos"] and pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy()[0].split()
+            text = pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy()[0]
+            assert asked["ignore_eos"] and text.split()
             for word in ["word"] * asked["max_tokens"]:
                 sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("text_output", np.array([word], object))]))
                 time.sleep(0.005)

@@ -27,7 +27,8 @@ import tritonclient.grpc.aio as grpc
 from tests.server.calls import stream
 async def main():
     async with grpc.InferenceServerClient(sys.argv[1]) as client:
-        requests = (stream(client, text_input=f"Client {i} asks", max_tokens=200, sampling_parameters={"ignore_eos": True}) for i in range(8))
+        asked = {"max_tokens": 200, "sampling_parameters": {"ignore_eos": True}}
+        requests = (stream(client, text_input=f"Client {i} asks", **asked) for i in range(8))
         print("sent", flush=True)
         await asyncio.gather(*requests)
 asyncio.run(main())

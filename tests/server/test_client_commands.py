@@ -316,7 +316,10 @@ async def keep_busy(url: str) -> None:
 @pytest.fixture
 def busy(server: Server) -> Iterator[None]:
     """A request that runs meanwhile."""
-    program = f"import asyncio; from tests.server.test_client_commands import keep_busy; asyncio.run(keep_busy({server.addresses.grpc_url!r}))"
+    program = (
+        "import asyncio; from tests.server.test_client_commands import keep_busy; "
+        f"asyncio.run(keep_busy({server.addresses.grpc_url!r}))"
+    )
     with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) as process:
         wait_for_metrics(
             server.addresses.metrics_url, lambda values: values['paged_requests{state="running"}'] == 1, seconds=60

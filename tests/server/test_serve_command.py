@@ -49,7 +49,8 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def initialize(self, arguments):
-        print("paged: stand-in starts with", json.loads(arguments["model_config"])["parameters"]["page_size"]["string_value"], file=sys.stderr, flush=True)
+        page_size = json.loads(arguments["model_config"])["parameters"]["page_size"]["string_value"]
+        print("paged: stand-in starts with", page_size, file=sys.stderr, flush=True)
         time.sleep(float(os.environ.get("LOAD_SECONDS", "0")))
         if "LOAD_ERROR" in os.environ:
             print("paged: error:", os.environ["LOAD_ERROR"], file=sys.stderr, flush=True)
@@ -239,7 +240,8 @@ def test_a_second_ctrl_c_hurries(start: Start) -> None:
         [
             sys.executable,
             "-c",
-            f"import urllib.request as u; u.urlopen({url!r} + '/v2/models/paged_llm/generate_stream', b'{{\"text_input\": \"{'w ' * 60}\"}}').read()",
+            f"import urllib.request as u; u.urlopen({url!r} + '/v2/models/paged_llm/generate_stream', "
+            f'b\'{{"text_input": "{"w " * 60}"}}\').read()',
         ],
         stderr=subprocess.DEVNULL,
     )
@@ -503,8 +505,8 @@ def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(
     assert code == 1
     assert time.monotonic() - killed < 20  # the streams took seven, and the server's exit timeout is thirty
     assert (
-        f"error: front end process {front_ends[0]} died, with its callers' requests; no more requests are taken, {instances - 1} others finish theirs"
-        in stderr
+        f"error: front end process {front_ends[0]} died, with its callers' requests; no more requests are taken, "
+        f"{instances - 1} others finish theirs" in stderr
     )
     assert stderr.splitlines()[-1].endswith("the server must be started again")
     assert command.servers() == []
@@ -535,8 +537,8 @@ def test_a_server_that_lost_a_front_end_is_replaced_at_the_same_ports_if_told_so
     code, stderr = command.finish()
     assert code == 0
     assert (
-        f"front end process {front_ends[1]} died, with its callers' requests; the server must be started again: restart 1 of at most 4"
-        in stderr
+        f"front end process {front_ends[1]} died, with its callers' requests; the server must be started again: "
+        "restart 1 of at most 4" in stderr
     )
     assert command.servers() == []
 

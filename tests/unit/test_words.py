@@ -13,7 +13,8 @@ WINGS = ("paged_backend", "kernels", "client")
 # word -> what a name that has it may be called: a token's place in the pool, or a place for an adapter; a page with a
 # reference count of at least 1; a message of a conversation
 MEANINGS = {
-    "slot": r"slots?|slot_mapping|num_held_slots|slots_settled|(_?(no|num|row|token|max)_)?_?adapter_?slots?\w*|__slots__",
+    "slot": r"slots?|slot_mapping|num_held_slots|slots_settled|__slots__"
+    r"|(_?(no|num|row|token|max)_)?_?adapter_?slots?\w*",
     "held": r"held|num_held|_?pages_held\w*|held_pages|num_held_slots|_?held(_glyph)?",
     "turn": r"turns?",
     "draft": r"(?!)",  # a speculative token, when there are some

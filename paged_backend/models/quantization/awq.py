@@ -72,7 +72,8 @@ def read_awq(config: Mapping[str, Any]) -> Quantization:
         raise EngineError("quantization_config: awq: zero_point: false is not supported; supported: true")
     if not isinstance(group, int) or (group != -1 and (group < 16 or group % 16)):
         raise EngineError(
-            f"quantization_config: awq: group_size: {str(group)[:80]} is not supported; supported: -1 and multiples of 16"
+            f"quantization_config: awq: group_size: {str(group)[:80]} is not supported; supported: -1 and "
+            "multiples of 16"
         )
     skipped = strings_of(config.get("modules_to_not_convert"), "modules_to_not_convert")
     return Quantization(

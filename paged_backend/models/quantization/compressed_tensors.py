@@ -60,7 +60,8 @@ def _scheme(place: str, group: Mapping[str, Any], format: str) -> Scheme:
         raise EngineError(f"{place}.output_activations: quantised outputs are not supported")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise EngineError(
-            f"{place}.weights.actorder: {weights['actorder']} is not supported: its columns are in the order of their activations"
+            f"{place}.weights.actorder: {weights['actorder']} is not supported: its columns are in the order of "
+            "their activations"
         )
     kind, bits, size = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("group_size")
     strategy: Any = weights.get("strategy") or ("tensor" if size is None else "group")
@@ -86,7 +87,8 @@ def _scheme(place: str, group: Mapping[str, Any], format: str) -> Scheme:
     ):
         if strategy == "block" and weights.get("block_structure") not in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
             raise EngineError(
-                f"{place}.weights.block_structure: {str(weights.get('block_structure'))[:80]} is not supported; supported: [{BLOCK}, {BLOCK}]"
+                f"{place}.weights.block_structure: {str(weights.get('block_structure'))[:80]} is not supported; "
+                f"supported: [{BLOCK}, {BLOCK}]"
             )
         return Float8(strategy, _rounding(place, activations, "fp8"))
     if (
@@ -96,7 +98,10 @@ def _scheme(place: str, group: Mapping[str, Any], format: str) -> Scheme:
         and strategy in ("tensor", "channel")
     ):
         return Int8(strategy == "tensor", _rounding(place, activations, "int8"))
-    what = f"format {format[:80]} with {str(kind)[:20]} weights of {str(bits)[:20]} bits, strategy {str(strategy)[:20]}, group_size {str(size)[:20]}"
+    what = (
+        f"format {format[:80]} with {str(kind)[:20]} weights of {str(bits)[:20]} bits, strategy "
+        f"{str(strategy)[:20]}, group_size {str(size)[:20]}"
+    )
     raise EngineError(f"{place}: {what} is not supported; supported formats: {_FORMATS}")
 
 
@@ -124,5 +129,6 @@ def _rounding(place: str, activations: Any, codes: str) -> Rounding | None:
         return Rounding("fp8" if codes == "fp8" else "int8", static=True)
     what = f"{'dynamic' if dynamic else 'static'} scales of strategy {str(strategy)[:20]}"
     raise EngineError(
-        f"{place}: {what} are not supported; supported: static of strategy tensor, dynamic of strategy token or group ({BLOCK})"
+        f"{place}: {what} are not supported; supported: static of strategy tensor, dynamic of strategy token or "
+        f"group ({BLOCK})"
     )

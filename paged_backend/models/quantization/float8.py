@@ -95,11 +95,13 @@ def read_fp8(config: Mapping[str, Any]) -> Quantization:
         raise EngineError(f"quantization_config: fmt: {str(config['fmt'])[:80]} is not supported; supported: e4m3")
     if size not in (None, [BLOCK, BLOCK]):
         raise EngineError(
-            f"quantization_config: weight_block_size: {str(size)[:80]} is not supported; supported: [{BLOCK}, {BLOCK}], null"
+            f"quantization_config: weight_block_size: {str(size)[:80]} is not supported; supported: [{BLOCK}, "
+            f"{BLOCK}], null"
         )
     if activations not in ("dynamic", "static") or (size is not None and activations != "dynamic"):
         raise EngineError(
-            f"quantization_config: activation_scheme: {str(activations)[:80]} is not supported; supported: dynamic, static without blocks"
+            f"quantization_config: activation_scheme: {str(activations)[:80]} is not supported; supported: "
+            "dynamic, static without blocks"
         )
     if scale_format not in (None, "float", "ue8m0"):
         raise EngineError(

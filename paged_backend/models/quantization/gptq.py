@@ -74,15 +74,18 @@ def read_gptq(config: Mapping[str, Any]) -> Quantization:
         raise EngineError(f"quantization_config: gptq: bits: {str(bits)[:80]} is not supported; supported: 4, 8")
     if config.get("desc_act") and group != -1:
         raise EngineError(
-            "quantization_config: gptq: desc_act: true is not supported: its columns are in the order of their activations"
+            "quantization_config: gptq: desc_act: true is not supported: its columns are in the order of their "
+            "activations"
         )
     if layout not in ("gptq", "gptq_v2"):
         raise EngineError(
-            f"quantization_config: gptq: checkpoint_format: {str(layout)[:80]} is not supported; supported: gptq, gptq_v2"
+            f"quantization_config: gptq: checkpoint_format: {str(layout)[:80]} is not supported; supported: "
+            "gptq, gptq_v2"
         )
     if not isinstance(group, int) or (group != -1 and (group < 16 or group % 16)):
         raise EngineError(
-            f"quantization_config: gptq: group_size: {str(group)[:80]} is not supported; supported: -1 and multiples of 16"
+            f"quantization_config: gptq: group_size: {str(group)[:80]} is not supported; supported: -1 and "
+            "multiples of 16"
         )
     scheme = Gptq(bits, max(group, 0), layout == "gptq")
     skipped = [
@@ -101,6 +104,7 @@ def _skipped(dynamic: Any) -> list[str]:
     own = next((name for name in dynamic if not name.startswith("-:")), None)
     if own is not None:
         raise EngineError(
-            f"quantization_config: gptq: dynamic: options of its own for {own[:80]} are not supported; supported: -: (left as it is)"
+            f"quantization_config: gptq: dynamic: options of its own for {own[:80]} are not supported; "
+            "supported: -: (left as it is)"
         )
     return [f"re:{name[2:]}" for name in dynamic]

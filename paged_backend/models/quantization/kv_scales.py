@@ -41,7 +41,10 @@ def load_kv_scales(layers: Mapping[str, Attention], folder: Path, renames: Mappi
     if not count:
         return ""
     if adapters:
-        return f"scales of K and V: the checkpoint has them for {count} layers; not used, for adapters are served (lora_directory)"
+        return (
+            f"scales of K and V: the checkpoint has them for {count} layers; not used, for adapters are served "
+            "(lora_directory)"
+        )
     for prefix, attention in layers.items():
         k, v = scales[prefix]
         if k is not None:
@@ -73,7 +76,8 @@ def _scale_keys(attention: Attention, scale: float) -> None:
     for norm, factor in zip(attention.qk_norm, (scale, 1 / scale), strict=True):
         if norm.plus_one:
             raise EngineError(
-                "kv_dtype: fp8_e4m3 with the checkpoint's k_scale is not supported for norms of keys that multiply by 1 + weight"
+                "kv_dtype: fp8_e4m3 with the checkpoint's k_scale is not supported for norms of keys that "
+                "multiply by 1 + weight"
             )
         _multiply_tensor(norm.weight, factor)
         _multiply_tensor(norm.bias, factor)

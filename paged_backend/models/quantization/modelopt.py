@@ -46,12 +46,14 @@ def _scheme(algorithm: Any, group_size: Any) -> Scheme:
     scheme = _SCHEMES.get(str(algorithm))
     if scheme is None:
         raise EngineError(
-            f"quantization_config: quant_algo: {str(algorithm)[:80]} is not supported; supported: {', '.join(_SCHEMES)}, MIXED_PRECISION"
+            f"quantization_config: quant_algo: {str(algorithm)[:80]} is not supported; supported: "
+            f"{', '.join(_SCHEMES)}, MIXED_PRECISION"
         )
     allowed = NVFP4_GROUP if isinstance(scheme, Nvfp4) else BLOCK
     if group_size not in (None, allowed):
         raise EngineError(
-            f"quantization_config: group_size: {str(group_size)[:80]} is not supported for {algorithm}; supported: {allowed}"
+            f"quantization_config: group_size: {str(group_size)[:80]} is not supported for {algorithm}; "
+            f"supported: {allowed}"
         )
     return scheme
 

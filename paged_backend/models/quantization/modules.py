@@ -82,7 +82,8 @@ class QuantisedModule:
         group = self.scheme.format(self.linear.num_columns).block[1]
         if whole.format.block[1] != group:
             raise EngineError(
-                f"tensor_parallel_size: {self.name} ({self.scheme.words}) has groups of {whole.format.block[1]} columns, its parts of {group}"
+                f"tensor_parallel_size: {self.name} ({self.scheme.words}) has groups of {whole.format.block[1]} "
+                f"columns, its parts of {group}"
             )
         begin, end = self.cut.start, self.cut.start + self.cut.count
         try:
@@ -173,16 +174,19 @@ def check_modules(stored: Mapping[str, StoredTensor], modules: Sequence[Quantise
                 if kind.optional:
                     continue
                 raise EngineError(
-                    f"checkpoint: tensor {name} is missing; {module.name} is {module.scheme.words} by quantization_config"
+                    f"checkpoint: tensor {name} is missing; {module.name} is {module.scheme.words} by "
+                    "quantization_config"
                 )
             if found.shape not in kind.shapes:
                 wanted = " or ".join(str(list(shape)) for shape in kind.shapes)
                 raise EngineError(
-                    f"checkpoint: tensor {name} has shape {list(found.shape)}, config.json implies {wanted} ({module.scheme.words})"
+                    f"checkpoint: tensor {name} has shape {list(found.shape)}, config.json implies {wanted} "
+                    f"({module.scheme.words})"
                 )
             if found.kind not in kind.kinds:
                 raise EngineError(
-                    f"checkpoint: tensor {name} is of type {found.kind}; {module.scheme.words} is stored as {', '.join(kind.kinds)}"
+                    f"checkpoint: tensor {name} is of type {found.kind}; {module.scheme.words} is stored as "
+                    f"{', '.join(kind.kinds)}"
                 )
 
 

@@ -63,7 +63,8 @@ class Quantization:
                 f"{module} as {spell_scheme(scheme)}" for module, scheme in zip(modules, schemes, strict=True)
             )
             raise EngineError(
-                f"quantization_config: modules that are multiplied together are stored in different ways, which is not supported: {words}"
+                "quantization_config: modules that are multiplied together are stored in different ways, which "
+                f"is not supported: {words}"
             )
         scheme = schemes[0]
         if scheme is None:

@@ -57,7 +57,7 @@ class ProcessRanks(Ranks):
     def share_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> str:
         try:
             peers, failure = self._meet_in_memory(capacity, dtype, device), ""
-        except Exception as error:  # torch's own words for GPUs without peer access, drivers without the feature, and whatever else it finds
+        except Exception as error:  # torch's own words: no peer access, a driver without the feature, …
             peers, failure = None, reason_of(error)
         failures = [f"rank {rank}: {said}" for rank, said in enumerate(self.tell_all(failure)) if said]
         if failures:

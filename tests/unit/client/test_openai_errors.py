@@ -131,7 +131,12 @@ def test_an_unknown_model_is_named(send: Callable[[str, Any], Reply], path: str)
         ("/v1/chat/completions", "tools", [tool(), {"type": "function", "function": {}}], "tools.1.function.name"),
         ("/v1/rerank", "documents", ["a", {"txt": "b"}], "documents.1"),
         ("/v1/messages", "messages", [*HI, {"role": "system", "content": "x"}], "messages.1.role"),
-        ("/v1/messages", "messages", [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}], "messages.0.content.1"),
+        (
+            "/v1/messages",
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}],
+            "messages.0.content.1",
+        ),
         ("/v1/messages", "tools", [{"name": "f", "input_schema": {}}, {"name": "g"}], "tools.1.input_schema"),
         ("/v1/messages", "tools", [{"name": "f", "input_schema": {}}, 7], "tools.1"),
         ("/v1/messages", "thinking", {"type": "enabled", "budget_tokens": -1}, "thinking.budget_tokens"),

@@ -96,7 +96,8 @@ CASES = {
     ),
     "qwen3_coder, values": Case(
         "qwen3_coder",
-        '<tool_call>\n<function=f>\n<parameter=city>\n 12 <b>\nx\n</parameter>\n<parameter=deep>\n{"x": [1]}\n</parameter>\n'
+        '<tool_call>\n<function=f>\n<parameter=city>\n 12 <b>\nx\n</parameter>\n<parameter=deep>\n{"x": '
+        "[1]}\n</parameter>\n"
         "<parameter=other>\ntrue\n</parameter>\n</function>\n</tool_call>",
         "",
         [("f", {"city": " 12 <b>\nx", "deep": {"x": [1]}, "other": True})],
@@ -114,7 +115,8 @@ CASES = {
     ),
     "llama3_json, two": Case(
         "llama3_json",
-        '<|python_tag|>{"type": "function", "name": "get_weather", "parameters": {"city": "Paris", "days": 2}}; {"name": "f", "parameters": {}}',
+        '<|python_tag|>{"type": "function", "name": "get_weather", "parameters": {"city": "Paris", "days": 2}}; '
+        '{"name": "f", "parameters": {}}',
         "",
         [PARIS, ("f", {})],
     ),
@@ -133,7 +135,8 @@ CASES = {
     "pythonic, prose": Case("pythonic", "[see below] f(x)", "[see below] f(x)", []),
     "mistral": Case(
         "mistral",
-        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}, {"name": "f", "arguments": {}}]',
+        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}, {"name": "f", '
+        '"arguments": {}}]',
         "",
         [PARIS, ("f", {})],
     ),
@@ -145,21 +148,24 @@ CASES = {
     ),
     "deepseek": Case(
         "deepseek",
-        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{"city": "Paris", "days": 2}\n```<｜tool▁call▁end｜>\n'
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{"city": "Paris", '
+        '"days": 2}\n```<｜tool▁call▁end｜>\n'
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         "",
         [PARIS, ("f", {})],
     ),
     "deepseek_v3_1": Case(
         "deepseek_v3_1",
-        'thinking</think>Yes<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris", "days": 2}<｜tool▁call▁end｜>'
+        'thinking</think>Yes<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris", '
+        '"days": 2}<｜tool▁call▁end｜>'
         "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         "thinking</think>Yes",
         [PARIS, ("f", {})],
     ),
     "kimi": Case(
         "kimi",
-        '<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris", "days": 2}<|tool_call_end|>'
+        '<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": '
+        '"Paris", "days": 2}<|tool_call_end|>'
         "<|tool_call_begin|>functions.f:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
         "",
         [PARIS, ("f", {})],
@@ -169,21 +175,25 @@ CASES = {
     ),
     "gemma": Case(
         "gemma",
-        '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|><|tool_call>call:f{deep:{x:[1,{y:<|"|>a:{b,c: "d"<|"|>}]}}<tool_call|>',
+        '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>'
+        '<|tool_call>call:f{deep:{x:[1,{y:<|"|>a:{b,c: "d"<|"|>}]}}<tool_call|>',
         "",
         [PARIS, ("f", {"deep": {"x": [1, {"y": 'a:{b,c: "d"'}]}})],
     ),
     "harmony": Case(
         "harmony",
-        "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary<|message|>I look it up.<|end|>"
-        '<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris", "days": 2}<|call|>',
+        "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary<|message|>I "
+        "look it up.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": '
+        '"Paris", "days": 2}<|call|>',
         "I look it up.",
         [PARIS],
         "Let me see.",
     ),
     "harmony, recipient first": Case(
         "harmony",
-        "<|channel|>analysis<|message|>a < b<|end|><|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|>",
+        "<|channel|>analysis<|message|>a < b<|end|><|start|>assistant to=functions.f<|channel|>commentary "
+        "json<|message|>{}<|call|>",
         "",
         [("f", {})],
         "a < b",

@@ -240,7 +240,8 @@ def test_a_narrow_terminal_shows_every_fact() -> None:
         wide,
     )
     assert re.search(
-        r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+ *\n prefix hits 100 % \(32 % since start\) *\n",
+        r" utilisation 75 %   running \d+   waiting \d+   preemptions \d+ *\n prefix hits 100 % \(32 % since "
+        r"start\) *\n",
         narrow,
     )
 
@@ -334,7 +335,10 @@ def test_an_engine_is_found_by_its_command_line_and_its_ancestors(pretender: tup
 
 
 def test_what_stands_by_is_no_engine_until_it_is_named_one(tmp_path: Path) -> None:
-    program = "import ctypes, sys; print(flush=True); sys.stdin.readline(); ctypes.CDLL(None).prctl(15, b'paged-engine'); print(flush=True); sys.stdin.read()"
+    program = (
+        "import ctypes, sys; print(flush=True); sys.stdin.readline(); ctypes.CDLL(None).prctl(15, "
+        "b'paged-engine'); print(flush=True); sys.stdin.read()"
+    )
     command = [sys.executable, "-c", program, "-m", "paged_backend.engine.process", str(tmp_path), "--standby"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None

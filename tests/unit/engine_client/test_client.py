@@ -337,7 +337,8 @@ def test_a_standby_that_hangs_is_not_waited_for(
     monkeypatch.setattr("paged_backend.engine_client.supervisor._BEGIN_SECONDS", 4.0)
     program = folder / "engine.py"
     program.write_text(
-        f"import runpy, sys, time\nif '--standby' in sys.argv: time.sleep(300)\nrunpy.run_path({fake_engine.__file__!r}, run_name='__main__')\n"
+        "import runpy, sys, time\nif '--standby' in sys.argv: "
+        f"time.sleep(300)\nrunpy.run_path({fake_engine.__file__!r}, run_name='__main__')\n"
     )
     client = EngineClient.connect(
         EngineConfig(model="fake", engine_hang_seconds=hang_seconds), key, 1, [sys.executable, str(program)]

@@ -30,11 +30,15 @@ CHATML = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 ALTERNATING = """{{ bos_token }}{% for message in messages %}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate user/assistant') }}{% endif %}
-{%- if message['role'] == 'user' %}[INST] {{ message['content'] | trim }} [/INST]{% else %} {{ message['content'] | trim }}{{ eos_token }}{% endif %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('roles must alternate user/assistant') }}{% endif %}
+{%- if message['role'] == 'user' %}[INST] {{ message['content'] | trim }} [/INST]
+{%- else %} {{ message['content'] | trim }}
+{{- eos_token }}{% endif %}
 {%- endfor %}"""
 TOOLS = """{% if tools %}Tools: {% for tool in tools %}{{ tool | tojson(indent=1) }};{% endfor %}
-{% endif %}{% for message in messages %}{% generation %}{{ message.role }}: {{ message.content }}{{ message.name is defined }}
+{% endif %}{% for message in messages %}{% generation %}{{ message.role }}: {{ message.content }}
+{{- message.name is defined }}
 {% endgeneration %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 TEMPLATES = {"ChatML": CHATML, "alternating": ALTERNATING, "tools": TOOLS}
 

@@ -23,11 +23,15 @@ from paged_backend.messages import ExportedTemplate, Ready
 from paged_backend.request import Chat
 from tests.small_tokenizers import byte_level
 
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% "
+    "endfor %}"
+)
 LARGE = {
     "a product": "{{ 'x' * 4000000000 }}",
     "a width": "{{ '%4000000000d' | format(1) }}",
-    "doubling": "{% set all = namespace(text='x' * 1000) %}{% for a in range(40) %}{% set all.text = all.text ~ all.text %}{% endfor %}",
+    "doubling": "{% set all = namespace(text='x' * 1000) %}{% for a in range(40) %}{% "
+    "set all.text = all.text ~ all.text %}{% endfor %}",
 }
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 

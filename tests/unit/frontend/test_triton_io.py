@@ -551,7 +551,10 @@ def test_requests_that_outlast_the_drain_end_as_unavailable(triton_io: types.Mod
 def test_a_front_end_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
     """3 seconds and 300 MB for each instance."""
     (tmp_path / "triton_python_backend_utils.py").write_text("")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import paged_backend.frontend.triton_io; print({'torch', 'transformers', 'triton'} & set(sys.modules))"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import paged_backend.frontend.triton_io; print({'torch', "
+        "'transformers', 'triton'} & set(sys.modules))"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, env={**os.environ}
     )

@@ -49,8 +49,9 @@ def test_what_servers_and_other_clients_add_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("max_token", "max_tokens"), ("max-tokens", "max_tokens"), ("maxTokens", "max_tokens"), ("max_new_tokens", "max_tokens"), ("temprature", "temperature"),
-     ("topk", "top_k"), ("stops", "stop"), ("exclude_input_in_ouput", "exclude_input_in_output")],
+    [("max_token", "max_tokens"), ("max-tokens", "max_tokens"), ("maxTokens", "max_tokens"),
+     ("max_new_tokens", "max_tokens"), ("temprature", "temperature"), ("topk", "top_k"), ("stops", "stop"),
+     ("exclude_input_in_ouput", "exclude_input_in_output")],
 )  # fmt: skip
 def test_a_near_miss_is_refused_with_what_was_meant(name: str, meant: str) -> None:
     with pytest.raises(RequestError, match=f"unknown request parameter '{name}': did you mean '{meant}'?"):

@@ -92,7 +92,8 @@ def one(engine: Engine, **sampling: Any) -> Ended:
         ({"guided_grammar": "start: A\nA: (b)"}, "guided_grammar: Lark error at line 2"),
         (
             {"guided_grammar": 'start: A\nA: "a" | /b(?=c)d/'},
-            "guided_grammar: Lark error at line 2, column 10: failed to compile regular expression: Regex parsing error at position 4: Lookahead",
+            "guided_grammar: Lark error at line 2, column 10: failed to compile regular expression: Regex "
+            "parsing error at position 4: Lookahead",
         ),
         ({"guided_grammar": "root ::= root"}, "guided_grammar: it allows no token of this model"),
         ({"guided_json": {"enum": ["\t"]}}, "stop"),  # escaped: no control character comes

@@ -249,7 +249,10 @@ def test_reasons_are_one_line_with_the_cause_of_a_failed_import(folder: Path, mo
             ) from cause
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    wanted = "cannot be loaded: Could not import module 'X'. Are this object's requirements defined correctly? (ModuleNotFoundError: No module named 'requests')"
+    wanted = (
+        "cannot be loaded: Could not import module 'X'. Are this object's requirements defined correctly? "
+        "(ModuleNotFoundError: No module named 'requests')"
+    )
     assert refusal(folder).endswith(wanted)
     assert reason_of(ValueError("\n")) == "ValueError"
     assert reason_of(KeyError("factor is missing")) == "factor is missing"

@@ -162,7 +162,8 @@ def test_quantised_tensors_are_called_that(folder: Path) -> None:
     edit(folder, "model.layers.0.mlp.down_proj.qweight", torch.zeros(8, 64, dtype=torch.int32))
     with pytest.raises(
         EngineError,
-        match=r"down_proj\.weight is missing; there are quantised ones such as model\.layers\.0\.mlp\.down_proj\.qweight",
+        match=r"down_proj\.weight is missing; there are quantised ones such as "
+        r"model\.layers\.0\.mlp\.down_proj\.qweight",
     ):
         load(folder)
 

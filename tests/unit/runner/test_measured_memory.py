@@ -126,7 +126,8 @@ def test_memory_that_is_not_there_after_all_is_one_sentence(folder: Path, monkey
     monkeypatch.setattr(RunnerBuilder, "_measure", fail)
     with pytest.raises(
         EngineError,
-        match=r"no memory for the largest step \(smaller with max_batched_tokens, max_num_sequences\): CUDA out of memory[^\n]*$",
+        match=r"no memory for the largest step \(smaller with max_batched_tokens, max_num_sequences\): CUDA out of "
+        r"memory[^\n]*$",
     ):
         make_builder(folder, [], num_pages=8).build()
 

@@ -325,7 +325,8 @@ def test_the_largest_step_takes_no_more_memory_than_measured(tmp_path: Path, num
     list(runner.finished(0))
     taken = torch.cuda.max_memory_reserved() - before
     print(
-        f"largest step of {num_sequences}: takes {taken / 2**20:.0f} MiB, measured before with its rows: {builder.needs.step / 2**20:.0f} MiB"
+        f"largest step of {num_sequences}: takes {taken / 2**20:.0f} MiB, measured before with its rows: "
+        f"{builder.needs.step / 2**20:.0f} MiB"
     )
     assert taken <= builder.needs.step
 

@@ -119,7 +119,10 @@ def test_a_missing_message_is_noticed() -> None:
 
 def test_the_end_of_an_engines_ranks_is_waited_for(tmp_path: Path) -> None:
     assert wait_for_ranks(tmp_path, 0), "an engine of one rank"
-    code = f"from pathlib import Path; from paged_backend.life_line import note_rank; note_rank(Path({str(tmp_path)!r})); print(1, flush=True); input()"
+    code = (
+        "from pathlib import Path; from paged_backend.life_line import note_rank; "
+        f"note_rank(Path({str(tmp_path)!r})); print(1, flush=True); input()"
+    )
     rank = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert rank.stdout is not None and rank.stdout.readline() == b"1\n"
     assert not wait_for_ranks(tmp_path, 0.05)

@@ -13,7 +13,10 @@ import torch
 
 from paged_backend.runner.sizing_lock import alone_on, alone_with
 
-HOLDER = "import sys; from paged_backend.runner.sizing_lock import alone_with\nwith alone_with(sys.argv[1], print): print('held', flush=True); sys.stdin.read()"
+HOLDER = (
+    "import sys; from paged_backend.runner.sizing_lock import alone_with\nwith alone_with(sys.argv[1], print): "
+    "print('held', flush=True); sys.stdin.read()"
+)
 
 
 def test_the_second_waits_for_the_first_and_says_so() -> None:

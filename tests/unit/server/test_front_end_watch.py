@@ -19,7 +19,8 @@ _STUB = "import time; time.sleep(300)"
 _SERVER = f"""
 import subprocess, sys
 for line in sys.stdin:
-    subprocess.Popen(["/opt/backends/triton_python_backend_stub", "-c", {_STUB!r}, *line.split()], executable=sys.executable)
+    arguments = ["/opt/backends/triton_python_backend_stub", "-c", {_STUB!r}, *line.split()]
+    subprocess.Popen(arguments, executable=sys.executable)
 """
 
 
@@ -114,5 +115,8 @@ def test_the_documented_liveness_probe_fails_when_a_front_end_is_dead(server: _S
 
 
 def test_requests_of_all_states_are_counted_and_a_page_without_any_says_nothing() -> None:
-    page = 'paged_requests{model="m",state="running",version="1"} 3\npaged_requests{model="m",state="waiting",version="1"} 2\npaged_requests_x{} 9\n'
+    page = (
+        'paged_requests{model="m",state="running",version="1"} '
+        '3\npaged_requests{model="m",state="waiting",version="1"} 2\npaged_requests_x{} 9\n'
+    )
     assert (num_requests(page), num_requests("")) == (5, None)

@@ -8,8 +8,14 @@ import pytest
 
 from paged_backend.server.log import ServerLog
 
-NOT_LOADED = "E1122 21:19:28.817392 5897 model.cc:642] \"failed to load 'paged_llm' version 1: Internal: RuntimeError: no room\\n\\nAt:\\n  model.py(9)\\n\""
-BUSY = "E1122 21:19:31.811503 5990 main.cc:257] \"failed to start HTTP service: Unavailable - Socket '127.0.0.1:8000' already in use \""
+NOT_LOADED = (
+    "E1122 21:19:28.817392 5897 model.cc:642] \"failed to load 'paged_llm' version 1: Internal: RuntimeError: no "
+    'room\\n\\nAt:\\n  model.py(9)\\n"'
+)
+BUSY = (
+    'E1122 21:19:31.811503 5990 main.cc:257] "failed to start HTTP service: Unavailable - Socket '
+    "'127.0.0.1:8000' already in use \""
+)
 CREATING = "error: creating server: Internal - failed to load all models"
 NOISE = 'E1122 21:19:28.000000 5897 server.cc:241] "CudaDriverHelper has not been initialized."'
 
