@@ -5,6 +5,8 @@ Each rank has a *peer buffer*: two sides of `capacity` numbers, and a flag for e
 copies its share of x into one side of its own buffer, says so in the flags of all ranks, waits until all have said so,
 and adds up everybody's share in the order of the ranks: all get equal bits.
 
+Small sums have fewer programs than large ones; those that are not launched count the call all the same.
+
 Sides alternate. A rank that has begun call n has seen all ranks begin call n - 1, and a kernel begins when the one
 before it is complete: nobody reads call n - 2 any more when its side is written again. The number of a call comes from
 the device, so nothing of it is baked into a captured graph; it may wrap.
@@ -23,7 +25,9 @@ import triton.language as tl
 
 from paged_kernels.jit import kernel, pdl_begin
 
-_PROGRAMS = 32  # all of them must be resident at once, beside nothing else of the stream
+_PROGRAMS = 128  # of a large sum; all of them must be resident at once, beside nothing else of the stream
+_SHARE_OF_SMALL = 4  # a small sum has so many times fewer: each waits for a flag of every other rank
+_SMALL_BLOCKS = 8  # of _SMALLEST_BLOCK numbers a program, at most, in a small sum
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 256, 2048  # numbers; a warp's threads take 16 bytes each of the smallest
 _FLAG_BYTES = 4
 
@@ -37,11 +41,12 @@ def _flag(base, side_bytes, at):
 @kernel
 def _sum_kernel(
     x, residual, peers, calls, num_elements, side_bytes,
-    RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """peers: int64 [SIZE] addresses of the peer buffers; calls: int32 [PROGRAMS]. The result goes where residual is, or
-    x.
+    """peers: int64 [SIZE] addresses of the peer buffers; calls: int32 [MOST]. PROGRAMS were launched, which divides
+    MOST. The result goes where residual is, or x.
     """
     pdl_begin(LAUNCH_PDL)
     program = tl.program_id(0)
@@ -60,11 +65,11 @@ def _sum_kernel(
     for other in tl.static_range(SIZE):
         if other != RANK:
             tl.atomic_xchg(
-                _flag(tl.load(peers + other), side_bytes, RANK * PROGRAMS + program), number, sem="release", scope="sys"
+                _flag(tl.load(peers + other), side_bytes, RANK * MOST + program), number, sem="release", scope="sys"
             )
     for other in tl.static_range(SIZE):
         if other != RANK:
-            flag = _flag(own, side_bytes, other * PROGRAMS + program)
+            flag = _flag(own, side_bytes, other * MOST + program)
             seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
             while seen - number < 0:  # a difference, for numbers wrap
                 seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
@@ -81,7 +86,8 @@ def _sum_kernel(
         if ADD:
             total += tl.load(residual + at, mask=at < num_elements, other=0.0).to(tl.float32)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=at < num_elements)
-    tl.store(calls + program, number)
+    for absent in tl.static_range(MOST // PROGRAMS):
+        tl.store(calls + absent * PROGRAMS + program, number)
 
 
 @dataclass(frozen=True)
@@ -154,11 +160,13 @@ def peer_sum(
         raise ValueError(
             f"residual {tuple(residual.shape)} {residual.dtype} is not like x {tuple(x.shape)} {x.dtype}, without gaps"
         )
-    num_programs = len(buffers.calls)
+    most = len(buffers.calls)
+    few = max(1, most // _SHARE_OF_SMALL)
+    num_programs = few if most % few == 0 and x.numel() <= few * _SMALL_BLOCKS * _SMALLEST_BLOCK else most
     block = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, triton.next_power_of_2(triton.cdiv(x.numel(), num_programs))))
     _sum_kernel[(num_programs,)](
         x, x if residual is None else residual, buffers.peers, buffers.calls, x.numel(), buffers.side_bytes,
-        RANK=buffers.rank, SIZE=buffers.size, PROGRAMS=num_programs, BLOCK=block, ADD=residual is not None,
+        RANK=buffers.rank, SIZE=buffers.size, PROGRAMS=num_programs, MOST=most, BLOCK=block, ADD=residual is not None,
         LAUNCH_PDL=launch_pdl, num_warps=block // _SMALLEST_BLOCK,
     )  # fmt: skip
     return x if residual is None else residual

@@ -40,7 +40,9 @@ from paged_kernels.reference import Ops, reference
 Tell = Callable[[str], None]
 
 T = TypeVar("T")
-_ROWS_AT_ONCE = 64  # of a step's tokens: more are summed by NCCL even with fused_all_reduce
+# of a step's tokens and the ranks: more are summed by NCCL even with fused_all_reduce. Every rank reads all others'
+# shares, which between two is the least that any way of summing moves, and grows with their number
+_TOKENS_OF_ONE_SHOT = 512
 ALONE = Ranks()
 
 
@@ -92,11 +94,13 @@ class RunnerBuilder:
         once: what only one of them may not be able to do is agreed upon, and the rest they do in the same order."""
         with self._alone_on_devices():
             self._tell_what_comes()
-            at_most = agreed(self._ranks, self._refuse_what_cannot_fit)
+            at_most = self._equal(agreed(self._ranks, self._refuse_what_cannot_fit))
             if self._config.fused_all_reduce and self._uses_kernels and self._ranks.size > 1:
                 self._tell(
                     self._ranks.share_memory(
-                        _ROWS_AT_ONCE * self._architecture.hidden_size, self._place.dtype, self._place.device
+                        _TOKENS_OF_ONE_SHOT // self._ranks.size * self._architecture.hidden_size,
+                        self._place.dtype,
+                        self._place.device,
                     )
                 )
             with self._phase("weights"):
@@ -240,15 +244,18 @@ class RunnerBuilder:
         self._tell(f"measured: {words}, in {time.monotonic() - started:.1f} s")
 
     def _size_pool(self) -> PoolSize:
-        """All ranks have as many pages as the one with the least room."""
         size = agreed(
             self._ranks,
             lambda: size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, self.needs),
         )
-        rooms = [int(num_pages) for num_pages in self._ranks.tell_all(str(size.num_pages))]
-        self.size = of_smallest(size, rooms, self._config.page_size)
+        self.size = self._equal(size)
         self._tell(self.size.decided_by)
         return self.size
+
+    def _equal(self, size: PoolSize) -> PoolSize:
+        """Of the rank with the least room: steps of other lengths would not meet."""
+        rooms = [int(num_pages) for num_pages in self._ranks.tell_all(str(size.num_pages))]
+        return of_smallest(size, rooms, self._config.page_size)
 
     def _assemble(self, weights: Weights, adapter_slots: AdapterStore | None, size: PoolSize) -> ModelRunner:
         """A runner with a pool of that size; nothing is captured yet."""

@@ -186,7 +186,8 @@ class StepGraphs:
         allow; then captures it.
         """
         work()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # NCCL's watchdog asks for events on a thread of its own meanwhile, which must not end the capture
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         self._pool = self._pool or graph.pool()
         return result

@@ -1,15 +1,15 @@
-"""Microseconds of the sum over ranks plus the residual: our one kernel over peer memory, and NCCL with an addition, in
-CUDA graphs of many sums.
+"""Microseconds of the sum over ranks plus the residual: our one kernel over peer memory; and with an addition, NCCL and
+torch's one shot over symmetric memory. In CUDA graphs of many sums.
 
     python -m tests.bench.bench_allreduce --ranks 2 --hidden 8192 --rows 1 8 64
 
-Needs as many GPUs as ranks. Before anything is timed, both results are compared with float64's; `--check` does only
-that.
+Needs as many GPUs as ranks. Before anything is timed, each result is compared with float64's; `--check` does only that.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
-from paged_kernels.rank_ops import Ranks
 
 _SUMS = 50  # of a graph
 _REPLAYS = 20
@@ -35,7 +34,7 @@ def run_rank(rank: int, options: argparse.Namespace) -> None:
     torch.cuda.set_device(device)
     ranks = ProcessRanks(rank, options.ranks, Path(options.folder), device)
     sentence = ranks.share_memory(max(options.rows) * options.hidden, torch.bfloat16, device)
-    ways = {"NCCL": lambda x, residual: Ranks.add_sum(ranks, x, residual), "one kernel": ranks.add_sum}
+    ways = {"NCCL": by_nccl, "one kernel": ranks.add_sum, "torch": OneShot(max(options.rows) * options.hidden, device)}
     if rank == 0:
         print(f"{options.ranks} x {torch.cuda.get_device_name()}; {sentence}", flush=True)
     for rows in options.rows:
@@ -45,6 +44,29 @@ def run_rank(rank: int, options: argparse.Namespace) -> None:
                 microseconds = timed(way, part_of(rank, rows, options.hidden).to(device))
                 if rank == 0:
                     print(f"{rows:4} x {options.hidden}  {name:10}  {microseconds:6.1f} us", flush=True)
+
+
+def by_nccl(x: Tensor, residual: Tensor) -> Tensor:
+    torch.distributed.all_reduce(x)
+    return residual.add_(x)
+
+
+class OneShot:
+    """torch's own: x is copied to symmetric memory first, as it would have to be."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        self._name = group.group_name
+        self._memory = symmetric_memory.empty(capacity, dtype=torch.bfloat16, device=device)
+        self._met = symmetric_memory.rendezvous(self._memory, group)
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        mine = self._memory[: x.numel()]
+        mine.copy_(x.view(-1))
+        return residual.add_(torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._name).view_as(x))
 
 
 def check(way: Callable[[Tensor, Tensor], Tensor], rank: int, rows: int, options: argparse.Namespace) -> None:
@@ -90,7 +112,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.folder:
         run_rank(options.rank, options)
-        return 0
+        sys.stdout.flush()
+        os._exit(0)  # the libraries would take their time to part
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.bench.bench_allreduce", *sys.argv[1:], "--folder", folder]
         processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(options.ranks)]

@@ -21,6 +21,8 @@ _MEETING_FILE = "ranks"
 # with a rank that reads its weights slowly. One that hangs in a step is noticed by front ends long before
 # (engine_hang_seconds)
 _PATIENCE = timedelta(hours=1)
+# the GPUs of a host share it: a program that ends badly within can put all of them out of service
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 # its name until torch 2.12
 _all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 
@@ -35,8 +37,10 @@ class ProcessRanks(Ranks):
         super().__init__(rank, size)
         for library in ("GLOO", "NCCL"):
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        for switch, position in _NO_MULTICAST.items():
+            os.environ.setdefault(switch, position)
         self._store = FileStore(str(folder / _MEETING_FILE), size)
+        self._store.set_timeout(_PATIENCE)  # else whoever waits for a rank's weights gives up after five minutes
         gpu = device if device.type == "cuda" else None
         backend = "gloo" if gpu is None else "nccl"
         torch.distributed.init_process_group(
@@ -46,12 +50,14 @@ class ProcessRanks(Ranks):
         self._peers: PeerBuffers | None = None  # None: every sum is the library's
 
     def sum(self, x: Tensor) -> Tensor:
+        if self._peers is not None and self._peers.takes(x):
+            return peer_sum(x, None, self._peers, launch_pdl=True)
         torch.distributed.all_reduce(x)
         return x
 
     def add_sum(self, x: Tensor, residual: Tensor) -> Tensor:
         if self._peers is not None and self._peers.takes(x) and residual.is_contiguous():
-            return peer_sum(x, residual, self._peers)
+            return peer_sum(x, residual, self._peers, launch_pdl=True)
         return super().add_sum(x, residual)
 
     def share_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> str:

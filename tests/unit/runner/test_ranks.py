@@ -20,6 +20,7 @@ from paged_backend.models.kv_groups import group_layers
 from paged_backend.runner.builder import agreed
 from paged_backend.runner.kv_store import PoolSize, of_smallest
 from paged_backend.runner.parallel.channel import Receiver, Sender
+from paged_backend.runner.parallel.process_ranks import ProcessRanks
 from paged_backend.runner.placement import device_of, devices_of_all
 from tests.thread_ranks import ThreadRanks, on_every_rank
 
@@ -93,6 +94,16 @@ def test_adapters_are_refused_with_several_ranks() -> None:
         match="^tensor_parallel_size: 2 ranks serve no adapters; lora_directory must be empty, or the size 1$",
     ):
         EngineConfig.parse({"tensor_parallel_size": "2", "lora_directory": "/adapters"})
+
+
+def test_a_rank_that_reads_its_weights_slowly_is_waited_for_and_multicast_stays_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    ranks = ProcessRanks(0, 1, tmp_path, torch.device("cpu"))
+    torch.distributed.destroy_process_group()
+    assert ranks._store.timeout.total_seconds() >= 1800, "torch's own five minutes are less than a slow disk takes"
+    assert os.environ["NCCL_NVLS_ENABLE"] == "0" and os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
 
 
 def test_messages_arrive_whole_and_in_order_until_rank_0_goes() -> None:
