@@ -21,6 +21,7 @@ from torch import Tensor
 
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
 
+Sum = Callable[[Tensor, Tensor], Tensor]
 _SUMS = 50  # of a graph
 _REPLAYS = 20
 
@@ -34,11 +35,16 @@ def run_rank(rank: int, options: argparse.Namespace) -> None:
     torch.cuda.set_device(device)
     ranks = ProcessRanks(rank, options.ranks, Path(options.folder), device)
     sentence = ranks.share_memory(max(options.rows) * options.hidden, torch.bfloat16, device)
-    ways = {"NCCL": by_nccl, "one kernel": ranks.add_sum, "torch": OneShot(max(options.rows) * options.hidden, device)}
+    ways: dict[str, Callable[[], Sum]] = {
+        "one kernel": lambda: ranks.add_sum,
+        "NCCL": lambda: by_nccl,
+        "torch": lambda: OneShot(max(options.rows) * options.hidden, device),
+    }
     if rank == 0:
         print(f"{options.ranks} x {torch.cuda.get_device_name()}; {sentence}", flush=True)
-    for rows in options.rows:
-        for name, way in ways.items():
+    for name, make in ways.items():
+        way = make()
+        for rows in options.rows:
             check(way, rank, rows, options)
             if not options.check:
                 microseconds = timed(way, part_of(rank, rows, options.hidden).to(device))
@@ -69,7 +75,7 @@ class OneShot:
         return residual.add_(torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._name).view_as(x))
 
 
-def check(way: Callable[[Tensor, Tensor], Tensor], rank: int, rows: int, options: argparse.Namespace) -> None:
+def check(way: Sum, rank: int, rows: int, options: argparse.Namespace) -> None:
     """A few times over, for what a call leaves behind; bfloat16 rounds the sum of a library's partial sums several
     times.
     """
@@ -81,7 +87,7 @@ def check(way: Callable[[Tensor, Tensor], Tensor], rank: int, rows: int, options
         assert error < 4e-3 * options.ranks, f"relative RMS error {error:.2e}"
 
 
-def timed(way: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> float:
+def timed(way: Sum, x: Tensor) -> float:
     """Of one sum, in microseconds."""
     x.zero_()  # it is written over, again and again
     residual = torch.zeros_like(x)
