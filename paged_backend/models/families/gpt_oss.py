@@ -23,7 +23,9 @@ class GptOssFile(ConfigFile):
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     bias = bool(config.attention_bias)
     dense = dense_layers(config, windows_by_layer_type(config), qkv_bias=bias, out_bias=bias, sinks=True)
-    gate = Gate(limit=float(config.swiglu_limit), alpha=float(config.swiglu_alpha), interleaved=True)
+    # transformers before 5.24 keeps these two only if the file names them
+    limit, alpha = getattr(config, "swiglu_limit", 7.0), getattr(config, "swiglu_alpha", 1.702)
+    gate = Gate(limit=float(limit), alpha=float(alpha), interleaved=True)
     routing = Routing(config.num_experts_per_tok, "softmax_of_chosen")
     moe = MoeSpec(
         config.num_local_experts,
