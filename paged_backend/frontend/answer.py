@@ -9,12 +9,11 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
-import numpy as np
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
@@ -27,26 +26,23 @@ from paged_backend.frontend.metrics import Tally, reason_of
 from paged_backend.frontend.prompt import PromptReader
 from paged_backend.frontend.prompt_logprobs import PromptTableParts
 from paged_backend.frontend.spans import Outcome, RequestSpans, Times
+from paged_backend.frontend.strand import Strand, beam_pieces, strand_sampling
 from paged_backend.frontend.streamer import Channel, Send, Streamer, joined
 from paged_backend.frontend.tasks import answer_task
 from paged_backend.messages import (
-    Finish,
-    Found,
     Prompt,
     PromptEmbedding,
     PromptLogprobs,
-    TokenScores,
     front_end_of,
     number_of,
 )
-from paged_backend.request import Request, SamplingParams
+from paged_backend.request import Request
 
 _CONTEXT_TOKENS = 256  # of the prompt, that the detokenizer may look at
 _FAREWELL_SECONDS = 0.1  # after a cancellation
 # the engine ends overdue requests; only what it does not know, or cannot hear, is ended here
 _DEADLINE_GRACE_SECONDS = 0.5
 _LONGEST_NAME = 64  # characters of a caller's id that are logged
-_SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's strands; odd, so that they differ
 
 log = logging.getLogger("paged")
 
@@ -61,56 +57,6 @@ class Services:
     tally: Tally
     streamer: Streamer
     spans: RequestSpans | None = None  # None: nobody collects them
-
-
-class _Strand:
-    """One sequence's part of an answer. Not thread-safe: the answer's lock orders the calls."""
-
-    def __init__(self, index: int, text: AnswerText, wants_logprobs: bool) -> None:
-        self.index = index
-        self.request_id: int | None = None  # the engine's, once submitted
-        self.over = False
-        self.cumulative_logprob = 0.0
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.finish_reason: str | None = None
-        self._text = text
-        self._wants_logprobs = wants_logprobs
-
-    def pass_over(self, token_ids: list[int]) -> None:
-        """Takes tokens that the caller has already.
-
-        Raises:
-            RequestError: the answer ends with them.
-        """
-        if self._text.add(token_ids, None).stopped:
-            raise RequestError("answer_ids: a stop string ends the answer within them")
-
-    def take(self, piece: Piece, prompt_len: int) -> tuple[Delta, bool]:
-        """What the piece adds; and whether the engine must be told to stop."""
-        finish = piece.finish
-        passage = self._text.add(piece.token_ids, None if finish is None else finish.reason)
-        if passage.stopped:
-            finish = Finish(0, "stop")
-        if piece.num_cached_tokens is not None:
-            self.num_cached_tokens = piece.num_cached_tokens
-        self.num_tokens += passage.num_tokens
-        logprobs = tuple(piece.logprobs[: passage.num_tokens]) if self._wants_logprobs else ()
-        self.cumulative_logprob += sum(next(iter(entry.values()))[0] for entry in logprobs)
-        self.over = finish is not None
-        self.finish_reason = None if finish is None or finish.error is not None else finish.reason
-        delta = Delta(
-            index=self.index,
-            text=passage.text,
-            token_ids=tuple(piece.token_ids[: passage.num_tokens]),
-            logprobs=logprobs,
-            cumulative_logprob=self.cumulative_logprob,
-            num_input_tokens=prompt_len,
-            num_cached_tokens=self.num_cached_tokens,
-            finish_reason=self.finish_reason,
-            error=None if finish is None or finish.error is None else RequestError(finish.message, finish.error),
-        )
-        return delta, passage.stopped and piece.finish is None
 
 
 class Answer:
@@ -133,7 +79,7 @@ class Answer:
         self._is_cancelled: Callable[[], bool] | None = is_cancelled
         self._forget = forget
         self._lock = threading.Lock()
-        self._strands: list[_Strand] = []
+        self._strands: list[Strand] = []
         # best_of: what each strand said, until it is known which ones are sent
         self._candidates: list[list[Delta]] | None = None
         self._over = False
@@ -190,7 +136,7 @@ class Answer:
         wants_logprobs = sampling.logprobs is not None
         stops = stops_of(sampling)
         self._strands = [
-            _Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs)
+            Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs)
             for index in range(count)
         ]
         if prompt.answer_ids is not None:
@@ -207,21 +153,21 @@ class Answer:
             strand.request_id = submit(prompt, request.cache_salt, request.arrival, partial(self._receive, strand))
             return
         for strand in self._strands:
-            mine = replace(prompt, sampling=_sampling_of(sampling, strand.index))
+            mine = replace(prompt, sampling=strand_sampling(sampling, strand.index))
             strand.request_id = submit(
                 mine, request.cache_salt, request.arrival, partial(self._receive, strand), family
             )
 
     # ---- its way out
 
-    def _receive(self, strand: _Strand, piece: Piece) -> None:
+    def _receive(self, strand: Strand, piece: Piece) -> None:
         """On the engine client's thread."""
         try:
             with self._lock:
                 for mine, part in (
                     [(strand, piece)]
                     if piece.found is None
-                    else zip(self._strands, _parts(piece, piece.found), strict=True)
+                    else zip(self._strands, beam_pieces(piece, piece.found), strict=True)
                 ):
                     if not self._over and not mine.over:
                         self._take(mine, part)
@@ -229,7 +175,7 @@ class Answer:
             log.exception("a piece of an answer could not be read")
             self.fail(RequestError("the answer could not be decoded", ErrorKind.INTERNAL))
 
-    def _take(self, strand: _Strand, piece: Piece) -> None:
+    def _take(self, strand: Strand, piece: Piece) -> None:
         if self._prompt_parts is not None:
             for part in (report for report in piece.prompts if isinstance(report, PromptLogprobs)):
                 self._prompt_parts.add(part.start, part.logprobs, part.ranks, part.top_ids, part.top_logprobs)
@@ -414,25 +360,3 @@ class Answer:
         """For a request without an id of its caller's: where it was, and which it was there."""
         first = self._strands[0].request_id if self._strands else None
         return "-" if first is None else f"{front_end_of(first)}.{number_of(first)}"
-
-
-def _parts(piece: Piece, found: Found) -> Iterator[Piece]:
-    """What a beam search came to, sequence after sequence."""
-    for sequence in found.sequences:
-        token_ids: list[int] = np.frombuffer(sequence.token_ids, np.int32).tolist()
-        logprobs: list[float] = np.frombuffer(sequence.logprobs, np.float32).tolist()
-        finish = Finish(found.request_id, "stop" if sequence.stopped else "length")
-        scores: list[TokenScores] = [
-            {token: (logprob, None)} for token, logprob in zip(token_ids, logprobs, strict=True)
-        ]
-        yield replace(piece, token_ids=token_ids, logprobs=scores, finish=finish)
-
-
-def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:
-    """A strand's own: the first has the caller's seed, the others one that follows from it. The prompt is the same: the
-    first tells of it.
-    """
-    if index == 0:
-        return sampling
-    seed = None if sampling.seed is None else (sampling.seed + index * _SEED_STEP) % 2**64
-    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)

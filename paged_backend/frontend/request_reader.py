@@ -4,22 +4,28 @@ sampling_parameters, request parameter.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from paged_backend.errors import RequestError
 from paged_backend.frontend.embeddings import check_no_embedding_keys, embedding_sampling, vllm_request
 from paged_backend.frontend.generation_defaults import KEY as GENERATION_DEFAULTS
 from paged_backend.frontend.generation_defaults import GenerationDefaults
+from paged_backend.frontend.tensor_values import (
+    Tensor,
+    Tensors,
+    as_bytes,
+    only_element,
+    read_json,
+    read_switch,
+    read_words,
+    text_element,
+)
 from paged_backend.frontend.unknown_keys import without_foreign, without_unknown
 from paged_backend.request import (
-    MAX_BAD_WORDS,
-    MAX_STOP_STRINGS,
     Chat,
     Outputs,
     Request,
@@ -29,12 +35,7 @@ from paged_backend.request import (
 )
 from paged_backend.tracing import TRACE_HEADERS, trace_headers
 
-MAX_JSON_BYTES = 1_048_576
 MAX_INPUT_IDS = 4_194_304  # that are read at all; the model's own limit is known later
-MAX_WORDS = max(MAX_STOP_STRINGS, MAX_BAD_WORDS)
-
-Tensor = NDArray[Any]
-Tensors = Mapping[str, Tensor]
 
 _OUTPUT_SWITCHES = {f"return_{name}": name for name in Outputs.__struct_fields__}
 _SAMPLING_TENSORS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
@@ -84,9 +85,9 @@ def read_request(
         return msgspec.structs.replace(_embed_request(tensors, given, arrival), trace=trace)
     if task != "generate":
         return _task_request(task, tensors, given, arrival)
-    outputs = Outputs(**{name: bool(_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
-    stream = bool(_switch(tensors, given, "stream"))
-    exclude_prompt = _switch(tensors, given, "exclude_input_in_output")
+    outputs = Outputs(**{name: bool(read_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
+    stream = bool(read_switch(tensors, given, "stream"))
+    exclude_prompt = read_switch(tensors, given, "exclude_input_in_output")
     if stream and exclude_prompt is False:
         raise RequestError(
             "exclude_input_in_output: false is not possible with stream: the prompt cannot be part of a streamed answer"
@@ -111,7 +112,7 @@ def read_request(
     if not sampling.detokenize:
         outputs = msgspec.structs.replace(outputs, output_ids=True)  # there is nothing else
     return Request(
-        text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
+        text=text_element(name, tensors[name]) if name == "text_input" else None,
         input_ids=_read_ids(name, tensors[name]) if name == "input_ids" else None,
         chat=_read_chat(tensors, given, template_kwargs) if name == "messages" else None,
         sampling=sampling,
@@ -127,7 +128,7 @@ def read_request(
 
 
 def _read_task(tensors: Tensors) -> Task:
-    task = _string("task", _only("task", tensors["task"]))
+    task = text_element("task", tensors["task"])
     for known in get_args(Task):
         if task == known:
             return cast(Task, known)
@@ -142,15 +143,15 @@ def _task_request(task: Task, tensors: Tensors, given: Mapping[str, Any], arriva
     options = _read_options(tensors, given)
     template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
     return Request(
-        text=_string(name, _only(name, tensors[name])) if name == "text_input" else None,
+        text=text_element(name, tensors[name]) if name == "text_input" else None,
         input_ids=_read_ids("input_ids", tensors[name]) if name == "input_ids" else None,
         chat=_read_chat(tensors, given, template_kwargs) if name == "messages" else None,
         sampling=_read_sampling(options, Outputs()),
         outputs=Outputs(
             output_ids=task == "tokenize",
             num_input_tokens=task == "tokenize",
-            finish_reason=bool(_switch(tensors, given, "return_finish_reason")),
-            error_code=bool(_switch(tensors, given, _ERROR_CODE_SWITCH)),
+            finish_reason=bool(read_switch(tensors, given, "return_finish_reason")),
+            error_code=bool(read_switch(tensors, given, _ERROR_CODE_SWITCH)),
         ),
         stream=False,
         prepend_prompt=False,
@@ -167,17 +168,15 @@ def _embed_request(tensors: Tensors, given: Mapping[str, Any], arrival: float) -
     if as_text:
         if others := [name for name in _PROMPTS if name in tensors]:
             raise RequestError(f"{_VLLM_EMBEDDING} and {others[0]}: send one of them, not both")
-        prompt, own = vllm_request(
-            _read_json(_VLLM_EMBEDDING, _bytes(_VLLM_EMBEDDING, _only(_VLLM_EMBEDDING, tensors[_VLLM_EMBEDDING])))
-        )
+        prompt, own = vllm_request(json_element(_VLLM_EMBEDDING, tensors[_VLLM_EMBEDDING]))
         name, options = "", {**options, **own}
         text, ids = (prompt, None) if isinstance(prompt, str) else (None, np.array(prompt, np.int64))
     else:
         name = _prompt_name(tensors)
         template_kwargs = _template_kwargs(name, tensors.get(_TEMPLATE_KWARGS), options.pop(_TEMPLATE_KWARGS, None))
-        text = _string(name, _only(name, tensors[name])) if name == "text_input" else None
+        text = text_element(name, tensors[name]) if name == "text_input" else None
         ids = _read_ids(name, tensors[name]) if name == "input_ids" else None
-    outputs = Outputs(**{name: bool(_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
+    outputs = Outputs(**{name: bool(read_switch(tensors, given, switch)) for switch, name in _OUTPUT_SWITCHES.items()})
     return Request(
         text=text,
         input_ids=ids,
@@ -211,7 +210,7 @@ def _is_switched_on(name: str, parameters: str) -> bool:
     if name not in parameters:
         return False
     try:
-        return _switch({}, _read_json("parameters", _bytes("parameters", parameters)), name) is True
+        return read_switch({}, read_json("parameters", as_bytes("parameters", parameters)), name) is True
     except RequestError:
         return False
 
@@ -220,7 +219,7 @@ def id_parameter(parameters: str) -> str:
     """The parameter `id`, as the HTTP endpoint passes on the member of that name; "" if there is none."""
     if '"id"' not in parameters:
         return ""
-    value = _read_json("parameters", _bytes("parameters", parameters)).get("id", "")
+    value = read_json("parameters", as_bytes("parameters", parameters)).get("id", "")
     return value if isinstance(value, str) else str(value)[:128]
 
 
@@ -244,13 +243,13 @@ def _read_ids(name: str, ids: Tensor) -> Tensor:
 
 def _template_kwargs(prompt: str, tensor: Tensor | None, option: Any) -> dict[str, Any]:
     """The chat template's variables, as a tensor or a sampling key."""
-    kwargs = option if tensor is None else _only(_TEMPLATE_KWARGS, tensor)
+    kwargs = option if tensor is None else only_element(_TEMPLATE_KWARGS, tensor)
     if kwargs is None:
         return {}
     if prompt != "messages":
         raise RequestError(f"{_TEMPLATE_KWARGS}: only with messages")
     if isinstance(kwargs, (str, bytes)):
-        return _read_json(_TEMPLATE_KWARGS, _bytes(_TEMPLATE_KWARGS, kwargs))
+        return read_json(_TEMPLATE_KWARGS, as_bytes(_TEMPLATE_KWARGS, kwargs))
     if not isinstance(kwargs, dict):
         raise RequestError(f"{_TEMPLATE_KWARGS}: expected a JSON object, got {str(kwargs)[:80]!r}")
     return kwargs
@@ -266,7 +265,7 @@ def _read_answer(tensors: Tensors, sampling: SamplingParams) -> Tensor | None:
 
 
 def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapping[str, Any]) -> Chat:
-    opens, continues = (_switch(tensors, given, name) for name in _CHAT_SWITCHES)
+    opens, continues = (read_switch(tensors, given, name) for name in _CHAT_SWITCHES)
     if opens and continues:
         raise RequestError(
             "add_generation_prompt and continue_final_message: the answer opens a new turn or continues the last "
@@ -274,8 +273,8 @@ def _read_chat(tensors: Tensors, given: Mapping[str, Any], template_kwargs: Mapp
         )
     tools = tensors.get("tools")
     return Chat(
-        messages=_string("messages", _only("messages", tensors["messages"])),
-        tools=None if tools is None else _string("tools", _only("tools", tools)),
+        messages=text_element("messages", tensors["messages"]),
+        tools=None if tools is None else text_element("tools", tools),
         add_generation_prompt=not continues if opens is None else opens,
         continue_final_message=bool(continues),
         template_kwargs=template_kwargs,
@@ -286,7 +285,7 @@ def _read_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The request's parameters that mean something here, and the headers among them that say in the course of which
     span it was sent.
     """
-    given = _read_json("parameters", _bytes("parameters", text)) if text else {}
+    given = read_json("parameters", as_bytes("parameters", text)) if text else {}
     trace = trace_headers(given)
     given = {
         name: value for name, value in given.items() if name.lower() not in _RESERVED and not name.startswith("triton_")
@@ -311,17 +310,13 @@ def _read_options(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
     }
     text = tensors.get("sampling_parameters")
     if text is not None:
-        options.update(
-            without_foreign(
-                _read_json("sampling_parameters", _bytes("sampling_parameters", _only("sampling_parameters", text)))
-            )
-        )
+        options.update(without_foreign(json_element("sampling_parameters", text)))
     for name in _SAMPLING_TENSORS:
         if name in tensors:
-            options[name] = _only(name, tensors[name])
+            options[name] = only_element(name, tensors[name])
     for tensor, name in _WORD_TENSORS.items():
         if tensor in tensors:
-            options[name] = _words(tensor, tensors[tensor])
+            options[name] = read_words(tensor, tensors[tensor])
     return options
 
 
@@ -335,74 +330,8 @@ def _read_sampling(options: dict[str, Any], outputs: Outputs) -> SamplingParams:
     return parse_sampling(options)
 
 
-def _read_json(name: str, text: bytes) -> dict[str, Any]:
-    if len(text) > MAX_JSON_BYTES:
-        raise RequestError(f"{name}: {len(text)} bytes of JSON; the most allowed is {MAX_JSON_BYTES}")
-    try:
-        members = msgspec.json.decode(text)
-    except RecursionError:
-        raise RequestError(f"{name}: the JSON is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{name}: not valid JSON{_key_before(text, str(error))}: {error}") from None
-    if not isinstance(members, dict):
-        raise RequestError(f"{name}: expected a JSON object")
-    return members
-
-
-def _key_before(text: bytes, error: str) -> str:
-    """Whose value it is that cannot be read: NaN and Infinity, which some programs write, are no JSON."""
-    place = re.search(r"\(byte (\d+)\)", error)
-    before = b"" if place is None else text[: int(place[1])][-200:]
-    found = re.search(rb'"(\w{1,80})"\s*:\s*-?$', before)
-    return f" at '{found[1].decode(errors='replace')}'" if found else ""
-
-
-def _switch(tensors: Tensors, given: Mapping[str, Any], name: str) -> bool | None:
-    """A boolean; None if not given."""
-    if name in tensors:
-        value = _only(name, tensors[name])
-    elif name in given:
-        value = given[name]
-    else:
-        return None
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    raise RequestError(f"{name}: expected true or false, got {str(value)[:80]!r}")
-
-
 def _cache_salt(given: Mapping[str, Any]) -> str:
     salt = given.get("cache_salt", "")
     if not isinstance(salt, str) or len(salt) > 1024:
         raise RequestError("cache_salt: expected a string of at most 1024 characters")
     return salt
-
-
-def _words(name: str, tensor: Tensor) -> list[str]:
-    """Empty strings mean nothing: LiteLLM sends [""] for none."""
-    if tensor.size > MAX_WORDS:
-        raise RequestError(f"{name}: {tensor.size} strings; the most allowed is {MAX_WORDS}")
-    return [word for word in (_string(name, item) for item in tensor.ravel().tolist()) if word]
-
-
-def _only(name: str, tensor: Tensor) -> Any:
-    """The one element of a tensor of shape [1], or [1, 1] as some clients send."""
-    if tensor.size != 1:
-        raise RequestError(f"{name}: expected one element, got shape {list(tensor.shape)}")
-    return tensor.ravel()[0] if tensor.dtype == np.object_ else tensor.ravel()[0].item()
-
-
-def _bytes(name: str, value: Any) -> bytes:
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogateescape")
-    if not isinstance(value, bytes):
-        raise RequestError(f"{name}: expected a string")
-    return value
-
-
-def _string(name: str, value: Any) -> str:
-    try:
-        return _bytes(name, value).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{name}: not valid UTF-8 at byte {error.start}") from None

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpc
 
-from paged_backend.frontend.answer import _SEED_STEP
+from paged_backend.frontend.strand import SEED_STEP
 from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import tensor, wait_for_metrics
 
@@ -77,7 +77,7 @@ def ask(
 
 
 def alone(server: Server, index: int, **sampling: Any) -> dict[str, Any]:
-    seed = (SEED + index * _SEED_STEP) % 2**64
+    seed = (SEED + index * SEED_STEP) % 2**64
     (response,) = ask(server, {"seed": seed, "temperature": 1.2, "max_tokens": 16, **sampling})
     return response
 

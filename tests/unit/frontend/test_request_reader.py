@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.generation_defaults import GenerationDefaults
-from paged_backend.frontend.request_reader import MAX_JSON_BYTES, id_parameter, read_request, wants_error_code
+from paged_backend.frontend.request_reader import id_parameter, read_request, wants_error_code
+from paged_backend.frontend.tensor_values import MAX_JSON_BYTES
 from paged_backend.request import Outputs, Request
 
 
