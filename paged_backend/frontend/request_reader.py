@@ -18,6 +18,7 @@ from paged_backend.frontend.tensor_values import (
     Tensor,
     Tensors,
     as_bytes,
+    json_element,
     only_element,
     read_json,
     read_switch,
