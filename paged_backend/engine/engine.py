@@ -23,11 +23,23 @@ class Runner(Protocol):
         """The oldest steps with their results, until only `keep` are in flight."""
 
 
+class Later(Protocol):
+    """Work that a start has left for when there is time (runner/later_captures.py)."""
+
+    def advance(self, busy: bool) -> bool:
+        """Does a little of it; False if nothing is to be done, or not now. busy: sequences run."""
+
+
 class Engine:
     """Offline use and tests call `submit`, `step`, `abort` directly; `process.py` puts sockets around it."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, steps_ahead: int, kv_events: KvEvents | None = None
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        steps_ahead: int,
+        kv_events: KvEvents | None = None,
+        later: Later | None = None,
     ) -> None:
         """steps_ahead: steps launched before the results of the oldest are read. 1 on a GPU, which computes meanwhile;
         0 on a CPU.
@@ -39,6 +51,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._steps_ahead = steps_ahead
+        self._later = later
         self.num_steps = 0
         self.stalled = False  # nothing can be computed before a message comes, or a grammar is compiled
 
@@ -66,6 +79,10 @@ class Engine:
         refusals = self._scheduler.refusals()
         self.stalled = batch is None and not outputs
         return [*outputs, refusals] if refusals is not None else outputs
+
+    def use_spare_time(self) -> bool:
+        """Between steps, or while there are none: does a little of what the start has left. False: nothing was done."""
+        return self._later is not None and self._later.advance(busy=not self.idle)
 
     def stats(self) -> Stats:
         """The numbers of this moment; takes the queue times gathered since the last call."""

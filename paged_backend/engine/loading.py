@@ -58,11 +58,12 @@ def load_engine(
     directory: Path,
     others: RankProcesses | None = None,
     on_rank_death: Callable[[], None] = end_engine,
+    captures_later: bool = False,
 ) -> tuple[Engine, Scheduler, Ready]:
     """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
 
     others: the ranks beside this one, if tensor_parallel_size asks for any; they are started here if they were not
-        before.
+        before. captures_later: `Engine.use_spare_time` captures what the first requests need not; else the start does.
 
     Raises:
         EngineError: one sentence for the operator.
@@ -70,7 +71,7 @@ def load_engine(
     started = time.monotonic()
     kv_events = _kv_events(config)  # before the weights are read: the port may be taken
     checkpoint, tokenizer_path = _open(config, directory / "tokenizer.json")
-    runner, stepped = _build(config, checkpoint, directory, others, on_rank_death)
+    runner, stepped = _build(config, checkpoint, directory, others, on_rank_death, captures_later)
     limits = runner.limits
     scheduler = Scheduler(
         SchedulerLimits(
@@ -119,7 +120,7 @@ def load_engine(
         )
         stepped = CheckedRunner(stepped, bounds, scheduler.check)
     return (
-        Engine(scheduler, stepped, steps_ahead=1 if runner.device.type == "cuda" else 0, kv_events=kv_events),
+        Engine(scheduler, stepped, 1 if runner.device.type == "cuda" else 0, kv_events, runner.later),
         scheduler,
         ready,
     )
@@ -131,10 +132,11 @@ def _build(
     directory: Path,
     others: RankProcesses | None,
     on_rank_death: Callable[[], None],
+    captures_later: bool,
 ) -> tuple[ModelRunner, Runner]:
     """This process's runner, and the one to launch steps with, which tells the other ranks of them if there are any."""
     if config.tensor_parallel_size == 1:
-        runner = build_runner(config, log.info, checkpoint)
+        runner = build_runner(config, log.info, checkpoint, captures_later=captures_later)
         return runner, runner
     from paged_backend.runner.parallel.process_ranks import ProcessRanks
 

@@ -218,8 +218,9 @@ class EngineProcess:
             self._forget_front_end(*dead)
         # front ends look, and spare us and their callers a way that ends in a refusal
         self._queue[0] = self._scheduler.num_waiting
+        spare_time_used = self._engine.use_spare_time()
         if self._engine.idle:
-            self._inbox.wait(_IDLE_WAIT_SECONDS)
+            self._inbox.wait(0 if spare_time_used else _IDLE_WAIT_SECONDS)
         else:
             for output in self._engine.step():
                 self._outbox.put(output)
@@ -351,7 +352,7 @@ def main() -> int:
         from paged_backend.runner.placement import leave_a_core
 
         leave_a_core(os.environ)
-        return load_engine(config, folder, others)
+        return load_engine(config, folder, others, captures_later=True)
 
     return EngineProcess(Path(directory), Path(config.model).name).run(load)
 

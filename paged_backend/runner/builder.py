@@ -4,6 +4,7 @@ line each.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,8 @@ from paged_backend.models.shard import Shard
 from paged_backend.models.step import LayerPages
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes, allocate_adapter_store
-from paged_backend.runner.cuda_graphs import captured_shapes
+from paged_backend.runner.cuda_graphs import captured_shapes, first_shapes
+from paged_backend.runner.kernel_cache import keep_kernels
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
 from paged_backend.runner.measured_memory import NUM_PAGES, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
@@ -47,25 +49,39 @@ ALONE = Ranks()
 
 
 def build_runner(
-    config: EngineConfig, tell: Tell, checkpoint: Checkpoint | None = None, ranks: Ranks = ALONE
+    config: EngineConfig,
+    tell: Tell,
+    checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
+    captures_later: bool = False,
 ) -> ModelRunner:
     """Reads the checkpoint, sizes the pool, allocates everything a step needs. `tell` hears of progress and of every
     decision, a sentence each.
 
-    checkpoint: if it was opened already. ranks: those that share the model; each builds its own runner.
+    checkpoint: if it was opened already. ranks: those that share the model; each builds its own runner. captures_later:
+    most steps are captured by `ModelRunner.later`, while others are served.
 
     Raises:
         EngineError: the checkpoint cannot be run, or does not fit; one sentence for the operator.
     """
     # it may be fetched first, and nobody waits for that
-    return RunnerBuilder(config, tell, checkpoint or open_checkpoint(config), ranks).build()
+    return RunnerBuilder(config, tell, checkpoint or open_checkpoint(config), ranks, captures_later).build()
 
 
 class RunnerBuilder:
     """Builds one runner. What it found out on the way stays readable, for benchmarks."""
 
-    def __init__(self, config: EngineConfig, tell: Tell, checkpoint: Checkpoint, ranks: Ranks = ALONE) -> None:
-        """
+    def __init__(
+        self,
+        config: EngineConfig,
+        tell: Tell,
+        checkpoint: Checkpoint,
+        ranks: Ranks = ALONE,
+        captures_later: bool = False,
+    ) -> None:
+        """captures_later: most steps are captured by `ModelRunner.later`, not by the start; not with several ranks,
+        which would have to agree on when.
+
         Raises:
             EngineError: there is no such device, or it cannot compute in such a type.
         """
@@ -73,6 +89,7 @@ class RunnerBuilder:
         self._architecture = checkpoint.architecture.of_rank(Shard(ranks.rank, ranks.size))
         self._place = place(config, checkpoint.architecture)
         self._max_sequences = min(config.max_num_sequences, config.max_batched_tokens)  # of a step
+        self._captures_later = captures_later and ranks.size == 1
         self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
         if self._architecture.quantization is not None:
             reads = self._uses_kernels and torch.cuda.get_device_capability(self._place.device) >= FP8_CAPABILITY
@@ -122,7 +139,9 @@ class RunnerBuilder:
                 ),
             ):
                 if self._captures:
-                    runner.capture(self._shapes, self._tell)
+                    runner.capture(
+                        self._shapes, self._tell, first_shapes(self._shapes) if self._captures_later else None
+                    )
             with (
                 self._phase("warm-up"),
                 _in_one_sentence("a step beside the pool", "pool_memory_fraction, num_pages, pool_bytes"),
@@ -165,6 +184,8 @@ class RunnerBuilder:
         )
         for warning in self._checkpoint.warnings:
             self._tell(warning)
+        if self._uses_kernels:
+            self._tell(keep_kernels(os.environ))
         if a.quantization is not None:
             self._tell(f"quantization: {self._about_quantization(a.quantization)}")
         if place.device.type == "cuda" and not self._uses_kernels:

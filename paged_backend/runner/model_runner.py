@@ -6,6 +6,7 @@ builder.py makes one.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from paged_backend.models.step import LayerPages, StepShape
 from paged_backend.runner.adapter_store import AdapterStore
 from paged_backend.runner.ask_table import room_of
 from paged_backend.runner.asks import ComputedStep
-from paged_backend.runner.cuda_graphs import StepGraphs
+from paged_backend.runner.cuda_graphs import DeviceCapture, StepGraphs
+from paged_backend.runner.later_captures import LaterCaptures
 from paged_backend.runner.sampler import Sampler, prompt_tokens_at_once
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
@@ -66,21 +68,47 @@ class ModelRunner:
         self._sampler = sampler
         self.adapter_slots = adapter_slots  # None: this server has no adapters
         self._graphs: StepGraphs | None = None  # None: every step is launched kernel by kernel
+        self.later: LaterCaptures | None = None  # None: the start has left nothing to be captured while serving
         self._in_flight: deque[InFlightStep] = deque()
         self._result_buffers = ResultBuffers(self.device)
         self._scored_at_once = prompt_tokens_at_once(rows.num_rows, limits.vocab_size)
 
     @torch.inference_mode()
-    def capture(self, shapes: Sequence[StepShape], tell: Callable[[str], None]) -> None:
+    def capture(
+        self, shapes: Sequence[StepShape], tell: Callable[[str], None], first: Sequence[StepShape] | None = None
+    ) -> None:
         """Captures steps of these shapes, the smallest first, as CUDA graphs: from now on a step that fits one of them
-        is replayed.
+        is replayed. first: those that are captured now, the largest before the others; None: all of them. The rest is
+        left to `later`.
         """
+        started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         logits = self._kv_pages[0].tensor.new_empty(
             (max(shape.num_outputs for shape in shapes), self.architecture.num_logits), dtype=self._decoder.dtype
         )
         self._graphs = StepGraphs(
-            self._decoder, self._sampler, self._kv_pages, self._rows, shapes, self.limits.max_model_len, logits, tell
+            self._decoder,
+            self._sampler,
+            self._kv_pages,
+            self._rows,
+            shapes,
+            self.limits.max_model_len,
+            logits,
+            DeviceCapture(),
         )
+        self._graphs.run_all(tell)
+        torch.cuda.synchronize()
+        now = shapes[::-1] if first is None else first
+        self._graphs.capture(now)
+        torch.cuda.synchronize()
+        taken = (free - torch.cuda.mem_get_info()[0]) / 2**20
+        later = f"; {len(shapes) - len(now)} more while serving" if len(now) < len(shapes) else ""
+        tell(
+            f"{len(now)} shapes of steps captured, up to {max(shape.num_decodes for shape in now)} sequences that "
+            f"decode and {max(shape.num_prefill_tokens for shape in now)} prompt tokens, in "
+            f"{time.monotonic() - started:.1f} s, {taken:.0f} MiB{later}"
+        )
+        if len(now) < len(shapes):
+            self.later = LaterCaptures(self._graphs, tell)
 
     def warm_up(self, max_sequences: int, max_batched_tokens: int) -> None:
         """Runs steps of every kind before the first request comes; rows and pages are free afterwards."""
