@@ -36,18 +36,26 @@ def engine_command() -> list[str]:
 
 
 def python_command(module: str) -> list[str]:
-    """How a module is run as a process of its own. Within Triton Server's stub, sys.executable need not be an
-    interpreter.
+    """How a module is run as a process of its own.
 
     Raises:
         EngineError: there is no interpreter.
     """
+    # the server's working directory is no place to import from
+    safe_path = ["-P"] if sys.version_info >= (3, 11) else []
+    return [python_executable(), *safe_path, "-m", module]
+
+
+def python_executable() -> str:
+    """The interpreter of this environment. Within Triton Server's stub, sys.executable need not be one.
+
+    Raises:
+        EngineError: there is none.
+    """
     python = sys.executable if sys.executable and Path(sys.executable).is_file() else shutil.which("python3")
     if not python:
         raise EngineError("no Python interpreter found to start processes with: put python3 on PATH")
-    # the server's working directory is no place to import from
-    safe_path = ["-P"] if sys.version_info >= (3, 11) else []
-    return [python, *safe_path, "-m", module]
+    return python
 
 
 class EngineStarter:

@@ -29,6 +29,7 @@ from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.model_config import check_tensors, may_stream
 from paged_backend.frontend.prompt_logprobs import PromptTable
 from paged_backend.frontend.request_reader import asks_for_health, id_parameter, read_request, wants_error_code
+from paged_backend.frontend.server_death import end_with_server
 from paged_backend.frontend.shared_memory import keep_shared_memory_private
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
@@ -39,7 +40,6 @@ from paged_backend.request import Outputs, Request
 
 _PUBLISH_SECONDS = 0.25
 _PUBLISH_ALARM_SECONDS = 30  # a publication takes milliseconds
-_SERVER_POLL_SECONDS = 0.5
 
 _CODES = {  # by name: the stub adds its classes to the library only after it has imported the model
     ErrorKind.INVALID: "INVALID_ARG",
@@ -63,7 +63,7 @@ class TritonPythonModel:
         """
         name, version = args["model_name"], args["model_version"]
         _log_to_stderr(name)
-        threading.Thread(target=_exit_with_server, args=(os.getppid(),), name="server", daemon=True).start()
+        end_with_server()
         keep_shared_memory_private()
         model_config = json.loads(args["model_config"])
         self._may_stream = may_stream(model_config)
@@ -163,13 +163,6 @@ def _key(args: Mapping[str, str]) -> str:
     """Names this model in this server: instances with the same key share an engine. A stub's parent is the server."""
     server = ProcessId.of(os.getppid())
     return "\n".join([repr(server), args["model_repository"], args["model_name"], args["model_version"]])
-
-
-def _exit_with_server(server: int) -> None:
-    """A stub outlives a server that was killed, by minutes; and with it its engine, which holds the GPU's memory."""
-    while os.getppid() == server:
-        time.sleep(_SERVER_POLL_SECONDS)
-    os._exit(1)
 
 
 def _num_instances(model_config: Mapping[str, Any]) -> int:

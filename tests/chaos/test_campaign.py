@@ -6,6 +6,8 @@ import pytest
 
 from tests.chaos.campaign import Plan, run_campaign
 from tests.chaos.front_end_kills import run_kills
+from tests.chaos.server_kills import MOMENTS
+from tests.chaos.server_kills import run_kills as run_server_kills
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -38,3 +40,12 @@ def test_no_answer_of_the_living_is_lost_while_front_ends_engines_standbys_and_g
     assert report["front ends killed"] >= 5
     assert report["answers of survivors"] > 5
     assert (report["pages held for the dead"], report["processes left"], report["files left"]) == (0, 0, 0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_nothing_of_a_server_that_is_killed_at_any_moment_stays() -> None:
+    report, faults = run_server_kills(kills=56, seconds=1500, seed=1, engine="fake")
+    print(report)
+    assert not faults, faults[0]
+    assert all(report[moment] >= 5 for moment in MOMENTS)

@@ -228,12 +228,13 @@ def serving(
     scratch: Path | None = None,
     model_py: str | None = WITH_FAKE_ENGINE,
     stub_exits: Path | None = None,
+    wait: bool = True,
 ) -> Iterator[FrontEndServer]:
     """Starts a server in `folder`, with the model loaded unless `load` says no.
 
     arguments: more of tritonserver's. scratch: its folder for temporary files. model_py: the model's program; None: the
     shipped one, and `options` names the checkpoint. stub_exits: where each stub's exit status is to be written, a line
-    each; then the stubs' parent is a shell, so there is one instance.
+    each; then the stubs' parent is a shell, so there is one instance. wait: until the server is live.
     """
     folder.mkdir(exist_ok=True, parents=True)
     installation = server_files.find_installation()
@@ -270,7 +271,8 @@ def serving(
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     server = FrontEndServer(process, log, ports)
     try:
-        server.wait_until_live()
+        if wait:
+            server.wait_until_live()
         yield server
     finally:
         process.terminate()

@@ -18,9 +18,10 @@ import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
+from paged_backend.frontend import server_death_process
 from paged_backend.process_id import ProcessId
 from tests.server import fake_engine
-from tests.server.front_end_server import MODEL, Answer, FrontEndServer, send, serving, take
+from tests.server.front_end_server import MODEL, WITH_FAKE_ENGINE, Answer, FrontEndServer, send, serving, take
 
 pytestmark = pytest.mark.server
 TOKENIZER = fake_engine.make_tokenizer()
@@ -165,6 +166,31 @@ def test_a_killed_server_takes_its_engine_with_it(tmp_path: Path) -> None:
         engines = server.engine_pids()
         server.process.kill()
         _wait(lambda: not any(ProcessId.of(pid) for pid in engines), 20)
+
+
+def test_a_killed_server_takes_front_ends_with_it_that_hold_the_interpreters_lock_and_their_shared_memory(
+    tmp_path: Path,
+) -> None:
+    """As calls into the stub do that wait for a dead server: no thread of Python's can notice anything."""
+    program = f"""{WITH_FAKE_ENGINE}
+    def execute(self, requests):
+        ctypes.PyDLL(None).pause()  # PyDLL keeps the lock
+"""
+    prefix = f"locked-{time.monotonic_ns()}-"
+    arguments = [f"--backend-config=python,shm-region-prefix-name={prefix}"]
+    with serving(
+        tmp_path, instances=2, options={"model": "fake"}, model_py=f"import ctypes\n{program}", arguments=arguments
+    ) as server:
+        processes = [*server.engine_pids(), *server.stub_pids()]
+        assert len(processes) == 3 and list(Path("/dev/shm").glob(f"{prefix}*"))
+        with closing(grpc.InferenceServerClient(server.grpc)) as client:
+            client.start_stream(lambda result, error: None)
+            for _ in range(2):
+                send(client, "tokens=3", stream=True)
+            time.sleep(1)
+            server.process.kill()
+            _wait(lambda: not any(ProcessId.of(pid) for pid in processes), server_death_process.GRACE_SECONDS + 8)
+        _wait(lambda: not list(Path("/dev/shm").glob(f"{prefix}*")), 2)
 
 
 def test_without_decoupled_responses_infer_works_streams_are_refused_and_the_unload_ends(tmp_path: Path) -> None:

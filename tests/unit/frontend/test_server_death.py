@@ -1,0 +1,77 @@
+"""The process that ends a front end with its server, with two processes that stand for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from paged_backend.frontend import server_death_process
+from paged_backend.frontend.server_death_process import GRACE_SECONDS
+
+_SLEEPS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+
+
+class _Three:
+    """A server, its front end, and the process that watches both."""
+
+    def __init__(self, shared: Path) -> None:
+        self.server, self.front_end = (
+            subprocess.Popen([sys.executable, "-c", _SLEEPS], stdout=subprocess.PIPE) for _ in range(2)
+        )
+        for process in (self.server, self.front_end):
+            assert process.stdout is not None and process.stdout.readline()
+        descriptors = [os.pidfd_open(process.pid) for process in (self.server, self.front_end)]
+        script = [sys.executable, "-I", "-S", server_death_process.__file__, *map(str, descriptors), str(shared)]
+        self.watch = subprocess.Popen(script, pass_fds=descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        for process in (self.watch, self.server, self.front_end):
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[_Three]:
+    (tmp_path / "shared").write_bytes(b"prompts")
+    processes = _Three(tmp_path / "shared")
+    yield processes
+    processes.close()
+
+
+def test_a_front_end_that_stays_after_its_server_is_killed_and_what_they_shared_is_removed(
+    three: _Three, tmp_path: Path
+) -> None:
+    three.server.kill()  # nobody waits for it: a zombie is dead, too
+    started = time.monotonic()
+    assert three.front_end.wait(GRACE_SECONDS + 10) == -signal.SIGKILL
+    assert time.monotonic() > started + GRACE_SECONDS - 0.5
+    assert three.watch.wait(10) == 0
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_front_end_that_ends_before_its_server_leaves_the_shared_memory_to_it(three: _Three, tmp_path: Path) -> None:
+    three.front_end.kill()
+    assert three.watch.wait(10) == 0
+    assert three.server.poll() is None
+    assert (tmp_path / "shared").exists()
+
+
+def test_signals_to_the_whole_group_end_no_watch(three: _Three) -> None:
+    time.sleep(1)  # until it has begun
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        three.watch.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        three.watch.wait(0.5)
