@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,7 +22,7 @@ INTERRUPTED_EXIT = 130
 _MEASURABLE_SECONDS = 0.1  # of a short answer several tokens may come in one piece: no speed follows from that
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
-Url = Annotated[
+_Url = Annotated[
     str,
     typer.Option(
         "--url",
@@ -30,17 +31,15 @@ Url = Annotated[
         help="HOST:PORT of the server's gRPC service, or http://HOST:PORT of its HTTP service.",
     ),
 ]
-ModelName = Annotated[str, typer.Option("--model-name", metavar="NAME", help="What the server calls the model.")]
-MaxTokens = Annotated[
+_MaxTokens = Annotated[
     int | None,
     typer.Option(
         "--max-tokens", "-n", metavar="N", min=1, help="Longest answer in tokens; without it the server's default."
     ),
 ]
-Temperature = Annotated[
+_Temperature = Annotated[
     float | None, typer.Option("--temperature", "-t", metavar="T", min=0, help="0: always the likeliest token.")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")]
 Sampling = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,17 +50,34 @@ Sampling = Annotated[
     ),
 ]
 
-__all__ = ["DEFAULT_MODEL", "DEFAULT_URL"]
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Which server is asked, and which of its models."""
+
+    url: _Url = DEFAULT_URL
+    model_name: Annotated[
+        str, typer.Option("--model-name", metavar="NAME", help="What the server calls the model.")
+    ] = DEFAULT_MODEL
 
 
-def sampling_of(options: list[str] | None, **named: Any) -> dict[str, Any]:
-    """Sampling keys for a request: `named` ones that are not None, and KEY=VALUE texts whose values are JSON or else
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The sampling keys that have an option of their own; None: not given."""
+
+    max_tokens: _MaxTokens = None
+    temperature: _Temperature = None
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")] = None
+
+
+def sampling_of(named: SamplingOptions, options: list[str] | None) -> dict[str, Any]:
+    """Sampling keys for a request: `named` ones that are given, and KEY=VALUE texts whose values are JSON or else
     strings.
 
     Raises:
         typer.BadParameter: not of the form KEY=VALUE, or a key given twice.
     """
-    sampling = {key: value for key, value in named.items() if value is not None}
+    sampling = {key: value for key, value in asdict(named).items() if value is not None}
     for option in options or []:
         key, equals, text = option.partition("=")
         if not equals or not key:

@@ -14,15 +14,10 @@ import typer
 from rich.console import Console
 
 from paged_client.asking import (
-    DEFAULT_MODEL,
-    DEFAULT_URL,
-    MaxTokens,
-    ModelName,
     Sampling,
-    Seed,
+    SamplingOptions,
+    ServerOptions,
     Speed,
-    Temperature,
-    Url,
     one_sentence_on_failure,
     printable,
     sampling_of,
@@ -31,6 +26,7 @@ from paged_client.chat_tools import CHOICES, Reading, Tool, load_tools, readings
 from paged_client.client import PagedClient
 from paged_client.errors import InvalidRequestError, PagedError, UnreachableError
 from paged_client.openai.formats.events import Call, Content, Event, Reasoning, message_of
+from paged_client.option_groups import with_option_groups
 
 _HELP = """/reset          forget the conversation, keep the system message
 /system TEXT    set the system message and forget the conversation; without TEXT show it
@@ -42,13 +38,12 @@ _PROMPT = "> "
 _MOST_CALLS = 8  # answers that ask for tools, to one question
 
 
+@with_option_groups
 def chat(
-    url: Url = DEFAULT_URL,
-    model_name: ModelName = DEFAULT_MODEL,
+    *,
+    server: ServerOptions,
     system: Annotated[str, typer.Option(metavar="TEXT", help="The system message.")] = "",
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    seed: Seed = None,
+    named: SamplingOptions,
     tools: Annotated[
         Path | None,
         typer.Option(
@@ -71,17 +66,17 @@ def chat(
     """
     if tool_choice not in CHOICES:
         raise typer.BadParameter(f"'{tool_choice}' is none of {', '.join(CHOICES)}", param_hint="--tool-choice")
-    sampling = sampling_of(options, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    sampling = sampling_of(named, options)
     if sampling.get("n", 1) != 1:
         raise typer.BadParameter(f"'n={sampling['n']}': a chat has one answer", param_hint="--sampling")
-    with one_sentence_on_failure(), PagedClient(url, model=model_name) as client:
+    with one_sentence_on_failure(), PagedClient(server.url, model=server.model_name) as client:
         if not client.is_ready():
             raise UnreachableError(
-                f"no model '{model_name}' is ready at {url}: start a server with paged serve, or name yours with "
-                "--url and --model-name"
+                f"no model '{server.model_name}' is ready at {server.url}: start a server with paged serve, "
+                "or name yours with --url and --model-name"
             )
         known = {} if tools is None else load_tools(tools)
-        reader = Reader(known, *readings(url, model_name, known, tool_choice, sampling))
+        reader = Reader(known, *readings(server.url, server.model_name, known, tool_choice, sampling))
         session = ChatSession(client, Conversation(system), reader, Console(highlight=False, markup=False))
         session.run()
         if session.failed:

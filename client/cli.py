@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import locale
@@ -14,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from types import FrameType
 from typing import Annotated, Any
@@ -31,6 +31,7 @@ from paged_client.demo import DEMO_PROMPT, run_demo
 from paged_client.generate import generate
 from paged_client.models import models
 from paged_client.openai.command import serve_openai
+from paged_client.option_groups import with_option_groups
 from paged_client.settings import parse_options
 from paged_client.top.command import top
 
@@ -120,32 +121,48 @@ def _options(
     pass
 
 
-@app.command(context_settings={"allow_extra_args": True})
-def serve(
-    context: typer.Context,
-    model: Model = "demo",
-    options: Settings = None,
+@dataclass(frozen=True)
+class _ListenOptions:
+    """Where `paged serve` can be reached."""
+
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Where to listen: IPv4 address or name; 0.0.0.0: every network.")
-    ] = "127.0.0.1",
-    http_port: Annotated[int, _port("HTTP")] = 8000,
-    grpc_port: Annotated[int, _port("gRPC")] = 8001,
-    metrics_port: Annotated[int, _port("Prometheus metrics")] = 8002,
-    model_name: Annotated[str, typer.Option(metavar="NAME", help="What clients call the model.")] = "paged_llm",
+    ] = "127.0.0.1"
+    http_port: Annotated[int, _port("HTTP")] = 8000
+    grpc_port: Annotated[int, _port("gRPC")] = 8001
+    metrics_port: Annotated[int, _port("Prometheus metrics")] = 8002
+
+
+@dataclass(frozen=True)
+class _ServingOptions:
+    """How `paged serve` serves, starts and stops."""
+
+    model_name: Annotated[str, typer.Option(metavar="NAME", help="What clients call the model.")] = "paged_llm"
     instances: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, max=64, help="Front ends (they tokenise and stream) on the one engine."),
-    ] = None,
+    ] = None
     drain_seconds: Annotated[
         int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for requests in flight.")
-    ] = 30,
+    ] = 30
     on_front_end_death: Annotated[
         OnFrontEndDeath,
         typer.Option(
             help="When a process that callers are connected to dies: exit with code 1, for an orchestrator; or "
             "restart the server."
         ),
-    ] = OnFrontEndDeath.EXIT,
+    ] = OnFrontEndDeath.EXIT
+
+
+@app.command(context_settings={"allow_extra_args": True})
+@with_option_groups
+def serve(
+    *,
+    context: typer.Context,
+    model: Model = "demo",
+    options: Settings = None,
+    listening: _ListenOptions,
+    serving: _ServingOptions,
     log_verbose: Verbose = False,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
@@ -167,18 +184,15 @@ def serve(
     settings = ServerSettings(
         model=model,
         options=parse_options(options or []),
-        model_name=model_name,
-        instances=instances,
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        drain_seconds=drain_seconds,
+        model_name=serving.model_name,
+        instances=serving.instances,
+        **asdict(listening),
+        drain_seconds=serving.drain_seconds,
         show_log=log_verbose,
         arguments=tuple(context.args),
     )
     with _one_sentence_on_failure():
-        if on_front_end_death is OnFrontEndDeath.EXIT:
+        if serving.on_front_end_death is OnFrontEndDeath.EXIT:
             _serve(settings)
         else:
             _serve_again_and_again(settings)
@@ -210,9 +224,7 @@ def _serve_again_and_again(settings: ServerSettings) -> None:
             return
         except FrontEndsLostError as error:
             now, at = time.monotonic(), error.addresses
-            settings = dataclasses.replace(
-                settings, http_port=at.http_port, grpc_port=at.grpc_port, metrics_port=at.metrics_port
-            )
+            settings = replace(settings, http_port=at.http_port, grpc_port=at.grpc_port, metrics_port=at.metrics_port)
             restarts = [*(restart for restart in restarts if now - restart < _RESTART_WINDOW_SECONDS), now]
             if len(restarts) > _MAX_RESTARTS:
                 raise EngineError(

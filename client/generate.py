@@ -11,34 +11,29 @@ from rich.console import Console
 
 from paged_client.answers import Answer
 from paged_client.asking import (
-    DEFAULT_MODEL,
-    DEFAULT_URL,
-    MaxTokens,
-    ModelName,
     Sampling,
-    Seed,
+    SamplingOptions,
+    ServerOptions,
     Speed,
-    Temperature,
-    Url,
     one_sentence_on_failure,
     printable,
     sampling_of,
 )
 from paged_client.client import PagedClient
+from paged_client.option_groups import with_option_groups
 
 
+@with_option_groups
 def generate(
+    *,
     prompt: Annotated[
         str | None,
         typer.Argument(
             metavar="PROMPT", help="What the model continues; without it, standard input.", show_default=False
         ),
     ] = None,
-    url: Url = DEFAULT_URL,
-    model_name: ModelName = DEFAULT_MODEL,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    seed: Seed = None,
+    server: ServerOptions,
+    named: SamplingOptions,
     options: Sampling = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as one JSON object.")] = False,
     timeout: Annotated[
@@ -50,10 +45,10 @@ def generate(
     The text goes to standard output and nothing else does; the line on tokens and speed goes to standard error if that
     is a terminal. Ctrl-C cancels the request on the server.
     """
-    sampling = sampling_of(options, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    sampling = sampling_of(named, options)
     with one_sentence_on_failure():
         text = _read_prompt() if prompt is None else prompt
-        with PagedClient(url, model=model_name, timeout=timeout) as client:
+        with PagedClient(server.url, model=server.model_name, timeout=timeout) as client:
             if as_json:
                 print(json.dumps(_members_of(client.generate(text, **sampling)), ensure_ascii=False))
             elif sampling.get("n", 1) != 1:  # several at once cannot be read

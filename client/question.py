@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +47,10 @@ class Question:
     def stream(self) -> bool:
         return bool(self.tensors["stream"])
 
+    def going_on_from(self, answer_ids: Sequence[int]) -> Question:
+        """The same for an answer whose first tokens another server has sent."""
+        return replace(self, tensors={**self.tensors, "answer_ids": list(answer_ids)}) if answer_ids else self
+
 
 HEALTH_QUESTION = Question({"stream": False}, {"health_check": True, "return_error_code": True})
 """Answered at once by the model itself: with an empty text, or with an error if it has no engine and will have none."""
@@ -62,10 +66,9 @@ def question_of(
     continue_final_message: bool = False,
     cache_salt: str = "",
     request_id: str = "",
-    answer_ids: Sequence[int] = (),
 ) -> Question:
-    """
-    answer_ids: the answer's first tokens, if another server has sent them.
+    """Puts a request for an answer together.
+
     request_id: what the server's log calls it (log_requests); "": a number of the server's.
 
     Raises:
@@ -91,8 +94,6 @@ def question_of(
             tensors["tools"] = json.dumps(tools, ensure_ascii=False)
         if continue_final_message:
             tensors["continue_final_message"] = True
-    if answer_ids:
-        tensors["answer_ids"] = list(answer_ids)
     given = {name: value for name, value in sampling.items() if value is not None}
     if given:
         tensors["sampling_parameters"] = json.dumps(given, ensure_ascii=False)

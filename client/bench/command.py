@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from math import ceil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +15,7 @@ import typer
 
 from paged_backend.errors import EngineError
 from paged_backend.server.launch import Server, ServerSettings
-from paged_client.bench.load import Level, LoadLimits, Prompting
+from paged_client.bench.load import Prompting
 from paged_client.bench.memory import (
     PAGED,
     RESERVED,
@@ -30,18 +27,25 @@ from paged_client.bench.memory import (
     print_memory,
     run_memory,
 )
+from paged_client.bench.options import (
+    Addresses,
+    LoadOptions,
+    PoolOptions,
+    SessionOptions,
+    StartedServer,
+    TemperatureOption,
+    TrafficOptions,
+    numbers_of,
+)
 from paged_client.bench.pool import read_metrics
 from paged_client.bench.report import print_report
 from paged_client.bench.session import INTERRUPTED, Session, say
 from paged_client.bench.sweep import Bench, Plan, Run, sweep
 from paged_client.bench.target import Target, check_workload, find_target, split_url, tokens_per_word, usual_metrics_url
-from paged_client.bench.workload import Span, Workload
-from paged_client.settings import parse_options
+from paged_client.bench.workload import Workload
+from paged_client.option_groups import with_option_groups
 
-_LEAST_REQUESTS = 8
 _DRAIN_SECONDS = 2
-_CONCURRENCY = "1,8,64"
-_MOST_STREAMS = 4096
 
 bench_app = typer.Typer(
     invoke_without_command=True,
@@ -49,122 +53,16 @@ bench_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="FOLDER_OR_HUB_ID", help="What the server that is started serves.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A tunable of the server that is started; repeatable."),
-]
-InstancesOption = Annotated[
-    int | None, typer.Option(metavar="N", min=1, max=64, help="Front ends of the server that is started.")
-]
-NameOption = Annotated[str, typer.Option(metavar="NAME", help="What the server calls the model.")]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="FOLDER",
-        help="Where results.json, results.csv and pictures go; default: a new one here, named by date and time.",
-    ),
-]
-SeedOption = Annotated[
-    int,
-    typer.Option(
-        metavar="N", min=0, help="The same seed sends requests of the same lengths; their tokens are new each time."
-    ),
-]
-TimeoutOption = Annotated[
-    float, typer.Option(metavar="SECONDS", min=1, help="The longest that one run may take; it is then broken off.")
-]
-ProcessesOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        max=64,
-        help="perf_analyzer processes that share the load; default: one for each 64 streams while a quarter of the "
-        "cores allows.",
-    ),
-]
-PlotsOption = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures (needs matplotlib).")]
-TemperatureOption = Annotated[float, typer.Option(metavar="T", min=0, max=2, help="Of the sampling; 0 is greedy.")]
-
 
 @bench_app.callback()
+@with_option_groups
 def bench(
+    *,
     context: typer.Context,
-    url: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="gRPC of a running server; without it one is started for the time."),
-    ] = None,
-    model_name: NameOption = "paged_llm",
-    metrics_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="The server's Prometheus page; default: port 8002 of the same host, /metrics."
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="gRPC of a second server, measured in alternation with the first."),
-    ] = None,
-    against_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The second server's model; default: --model-name.")
-    ] = None,
-    against_metrics_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="The second server's Prometheus page; default: port 8002 if it is another host."
-        ),
-    ] = None,
-    model: ModelOption = "demo",
-    options: SetOption = None,
-    instances: InstancesOption = None,
-    concurrency: Annotated[
-        str | None,
-        typer.Option("--concurrency", "-c", metavar="N,N,…", help="Streams at once, one run each; default: 1,8,64."),
-    ] = None,
-    rates: Annotated[
-        str | None,
-        typer.Option("--rates", "-r", metavar="R,R,…", help="Instead: requests a second at random (Poisson) times."),
-    ] = None,
-    requests: Annotated[
-        int | None,
-        typer.Option(
-            "--requests",
-            "-n",
-            metavar="N",
-            min=1,
-            help="Requests a run; default: 4 for each stream, or --seconds of a rate; 8 at least.",
-        ),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option(metavar="S", min=1, help="How long requests are sent at each of --rates.")
-    ] = 30.0,
-    input_tokens: Annotated[
-        str, typer.Option(metavar="N or LOW:HIGH", help="Length of prompts: fixed, or uniform in a range.")
-    ] = "128",
-    output_tokens: Annotated[
-        str, typer.Option(metavar="N or LOW:HIGH", help="Length of answers (max_tokens with ignore_eos).")
-    ] = "256",
-    sharegpt: Annotated[
-        bool, typer.Option("--sharegpt", help="ShareGPT-like lengths instead: log-normal, means 161 in and 338 out.")
-    ] = False,
-    longest: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=2, help="With --sharegpt: the longest prompt plus answer; each is cut at half of it."
-        ),
-    ] = 2048,
-    shared_prefix: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Tokens in front of every prompt that are the same for all.")
-    ] = 0,
-    prefixes: Annotated[
-        int, typer.Option(metavar="N", min=1, help="How many different shared prefixes there are, used in turn.")
-    ] = 1,
-    temperature: TemperatureOption = 0.0,
+    addresses: Addresses,
+    started: StartedServer,
+    load: LoadOptions,
+    traffic: TrafficOptions,
     repeats: Annotated[
         int,
         typer.Option(
@@ -174,11 +72,7 @@ def bench(
     warm_up: Annotated[
         bool, typer.Option("--warm-up/--no-warm-up", help="Send some requests first that are not measured.")
     ] = True,
-    processes: ProcessesOption = None,
-    timeout: TimeoutOption = 600.0,
-    seed: SeedOption = 0,
-    plots: PlotsOption = True,
-    out: OutOption = None,
+    results: SessionOptions,
 ) -> None:
     """Measure what a server gives its clients, with NVIDIA's perf_analyzer over streaming gRPC.
 
@@ -189,44 +83,24 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     with _one_sentence_on_failure():
-        if rates is not None and concurrency is not None:
-            raise EngineError("--rates and --concurrency: give one of them")
-        workload = _workload(
-            sharegpt, longest, (input_tokens, output_tokens), (shared_prefix, prefixes), temperature, seed
-        )
-        plan = Plan(_levels(concurrency, rates, requests, seconds), workload, repeats, warm_up)
-        if url is None:
-            settings = ServerSettings(
-                model, parse_options(options or []), model_name, instances, drain_seconds=_DRAIN_SECONDS
-            )
+        workload = traffic.workload(results.seed)
+        plan = Plan(load.levels(), workload, repeats, warm_up)
+        settings = None
+        if addresses.url is None:
+            settings = replace(started.settings(), model_name=addresses.model_name, drain_seconds=_DRAIN_SECONDS)
         else:
-            settings = None
-            _refuse_with_url({"--model": model != "demo", "--set": bool(options), "--instances": instances is not None})
-        with Session(out or _default_folder("paged-bench"), plots, _limits(processes, timeout)) as session:
-            _run_sweep(
-                session,
-                plan,
-                settings,
-                _Addresses(url, model_name, metrics_url, against, against_model, against_metrics_url),
-            )
+            started.refuse_with_url()
+        with results.session("paged-bench") as session:
+            _run_sweep(session, plan, settings, addresses)
 
 
 @bench_app.command()
+@with_option_groups
 def memory(
+    *,
     context: typer.Context,
-    model: ModelOption = "demo",
-    options: SetOption = None,
-    instances: InstancesOption = None,
-    max_model_len: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=32, help="Longest sequence; a reserved sequence holds room for that many tokens."
-        ),
-    ] = 2048,
-    page_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens a page of the paged pool.")] = 16,
-    pool_sequences: Annotated[
-        int, typer.Option(metavar="N", min=1, help="KV memory of both, in sequences of --max-model-len.")
-    ] = 8,
+    started: StartedServer,
+    pool: PoolOptions,
     rates: Annotated[
         str | None,
         typer.Option(
@@ -246,11 +120,7 @@ def memory(
         ),
     ] = None,
     temperature: TemperatureOption = 0.0,
-    processes: ProcessesOption = None,
-    timeout: TimeoutOption = 600.0,
-    seed: SeedOption = 0,
-    plots: PlotsOption = True,
-    out: OutOption = None,
+    results: SessionOptions,
 ) -> None:
     """Compare paged KV memory with reservation, on real traffic of ShareGPT-like lengths.
 
@@ -261,36 +131,32 @@ def memory(
     with _one_sentence_on_failure():
         if context.parent is not None and any(_is_given(context.parent, name) for name in context.parent.params):
             raise EngineError("options of paged bench memory go behind the word memory")
-        settings = ServerSettings(model, parse_options(options or []), instances=instances)
         workload = Workload(
-            None, None, longest=max_model_len, temperature=temperature, seed=seed, nonce=secrets.randbits(32)
+            None,
+            None,
+            longest=pool.max_model_len,
+            temperature=temperature,
+            seed=results.seed,
+            nonce=secrets.randbits(32),
         )
-        wanted = None if rates is None else sorted(_numbers("--rates", rates))
-        plan = MemoryPlan(settings, page_size, max_model_len, pool_sequences, wanted, seconds, latency_limit, workload)
+        settings = started.settings()
+        plan = MemoryPlan(
+            settings,
+            pool.page_size,
+            pool.max_model_len,
+            pool.pool_sequences,
+            None if rates is None else sorted(numbers_of("--rates", rates)),
+            seconds,
+            latency_limit,
+            workload,
+        )
         check_plan(plan)
-        with Session(out or _default_folder("paged-bench-memory"), plots, _limits(processes, timeout)) as session:
+        with results.session("paged-bench-memory") as session:
             _run_memory(session, plan)
 
 
-@dataclass(frozen=True)
-class _Addresses:
-    """What the command line says on where to measure."""
-
-    url: str | None
-    model_name: str
-    metrics_url: str | None
-    against: str | None
-    against_model: str | None
-    against_metrics_url: str | None
-
-
-def _run_sweep(session: Session, plan: Plan, settings: ServerSettings | None, addresses: _Addresses) -> None:
-    for option, value in (
-        ("--against-model", addresses.against_model),
-        ("--against-metrics-url", addresses.against_metrics_url),
-    ):
-        if addresses.against is None and value is not None:
-            raise EngineError(f"{option} {value}: goes with --against, the second server's address")
+def _run_sweep(session: Session, plan: Plan, settings: ServerSettings | None, addresses: Addresses) -> None:
+    addresses.check()
     runs: list[Run] = []
     with session.measuring(runs), ExitStack() as stack:
         if settings is not None:
@@ -331,7 +197,7 @@ def _run_memory(session: Session, plan: MemoryPlan) -> None:
     session.finish(facts, runs, pictures, verdict=None if verdict is None else asdict(verdict))
 
 
-def _targets(addresses: _Addresses) -> list[Target]:
+def _targets(addresses: Addresses) -> list[Target]:
     """The server, and the one to compare it with."""
     assert addresses.url is not None
     name = addresses.model_name
@@ -372,74 +238,9 @@ def _prompting(targets: Sequence[Target]) -> Prompting:
     return Prompting(as_ids, per_word, all(target.counts_tokens for target in targets))
 
 
-def _workload(
-    sharegpt: bool, longest: int, lengths: tuple[str, str], prefixes: tuple[int, int], temperature: float, seed: int
-) -> Workload:
-    prompt, answer = Span.parse("--input-tokens", lengths[0]), Span.parse("--output-tokens", lengths[1])
-    if prefixes[1] > 1 and not prefixes[0]:
-        raise EngineError(f"--prefixes {prefixes[1]}: goes with --shared-prefix, their length")
-    return Workload(
-        None if sharegpt else prompt,
-        None if sharegpt else answer,
-        longest,
-        *prefixes,
-        temperature,
-        seed,
-        secrets.randbits(32),
-    )
-
-
-def _levels(
-    concurrency: str | None, rates: str | None, requests: int | None, seconds: float
-) -> list[tuple[Level, int]]:
-    """Levels in the order given, each with its number of requests."""
-    levels = []
-    for rate in _numbers("--rates", rates) if rates is not None else ():
-        if requests is not None and requests < rate:
-            raise EngineError(f"--requests {requests}: expected a second's worth of the rate ({rate:g}), or more")
-        levels.append((Level(rate=rate), requests or max(ceil(rate * seconds), _LEAST_REQUESTS)))
-    if levels:
-        return levels
-    for value in _numbers("--concurrency", concurrency or _CONCURRENCY):
-        streams = int(value)
-        if streams != value or streams > _MOST_STREAMS:
-            raise EngineError(f"--concurrency {value:g}: expected whole numbers from 1 to {_MOST_STREAMS}")
-        if requests is not None and requests < streams:
-            raise EngineError(f"--requests {requests}: expected as many as there are streams ({streams}), or more")
-        levels.append((Level(streams=streams), requests or max(4 * streams, _LEAST_REQUESTS)))
-    return levels
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    """ "1,8,64" as distinct positive numbers."""
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise EngineError(f"{option} {text}: expected numbers with commas between them, such as 1,8,64") from None
-    if not all(0 < number < float("inf") for number in numbers):
-        raise EngineError(f"{option} {text}: expected numbers above 0")
-    return list(dict.fromkeys(numbers))
-
-
-def _refuse_with_url(given: dict[str, bool]) -> None:
-    for option, is_given in given.items():
-        if is_given:
-            raise EngineError(
-                f"{option}: is for a server that paged bench starts, and --url names one that runs already"
-            )
-
-
 def _is_given(context: Any, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def _limits(processes: int | None, timeout: float) -> LoadLimits:
-    return LoadLimits(processes, timeout, len(os.sched_getaffinity(0)))
-
-
-def _default_folder(name: str) -> Path:
-    return Path(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 @contextmanager

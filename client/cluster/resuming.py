@@ -146,7 +146,7 @@ class ClusterStream:
             ids = self._reported.token_ids.get(index or 0, []) if question.num_sequences == 1 else []
             ticket = await self._place(question, ids, tried)
             try:
-                async with aclosing(self._from(ticket, _continued(question, ids))) as deltas:
+                async with aclosing(self._from(ticket, question.going_on_from(ids))) as deltas:
                     async for delta in deltas:
                         yield self._reported.take(delta, delta.sequence_index if index is None else index)
                 return
@@ -239,12 +239,6 @@ def _answer(deltas: Sequence[Delta], usage: Usage) -> Answer:
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs), ()),
     )
-
-
-def _continued(question: Question, answer_ids: Sequence[int]) -> Question:
-    if not answer_ids:
-        return question
-    return replace(question, tensors={**question.tensors, "answer_ids": list(answer_ids)})
 
 
 def _only(question: Question, index: int) -> Question:

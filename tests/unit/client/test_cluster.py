@@ -481,7 +481,7 @@ def test_the_gateway_finds_everything_it_asks_of_one_server() -> None:
 
 
 def test_a_question_can_go_on_with_an_answer() -> None:
-    question = question_of([1], {}, stream=True, answer_ids=(4, 5))
+    question = question_of([1], {}, stream=True).going_on_from((4, 5))
     assert question.tensors["answer_ids"] == [4, 5]
-    assert "answer_ids" not in question_of([1], {}, stream=True).tensors
+    assert "answer_ids" not in question_of([1], {}, stream=True).going_on_from(()).tensors
     assert isinstance(AsyncPagedClient("h:1").ask(question, 3.0), AsyncStream)
