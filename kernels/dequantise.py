@@ -10,7 +10,8 @@ import triton.language as tl
 
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
-from paged_kernels.quant_linear import INT4, format_constants, load_tile, reaches
+from paged_kernels.quant_linear import format_constants, reaches
+from paged_kernels.quant_tile import INT4, load_tile
 
 _ROWS, _BLOCK = 8, 256
 
@@ -29,7 +30,7 @@ def _dequantise_kernel(
     there = (row < N)[:, None]
     at = weight + (row.to(tl.int64) * K)[:, None]
     low, high = load_tile(
-        at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, tl.float32
+        at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE
     )
     factor = tl.full([ROWS], 1.0, tl.float32)
     if not GROUPED:

@@ -25,7 +25,7 @@ from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.round_rows import round_rows
 
-_FEW_TOKENS = 64  # up to which a product takes the time in which a quantised weight is read; not measured yet
+_FEW_TOKENS = 64  # up to which an fp8 weight is multiplied without rounding activations; other formats: MAX_TOKENS
 
 
 class Products:
@@ -89,12 +89,14 @@ class Products:
         out: Tensor | None,
     ) -> Tensor:
         pdl, num_tokens = self._pdl, len(x)
-        few = num_tokens <= _FEW_TOKENS and quant_linear.reaches(linear)
+        has_fp8_product = _has_fp8_product(x, linear)
+        most = _FEW_TOKENS if has_fp8_product else quant_linear.MAX_TOKENS
+        few = num_tokens <= most and quant_linear.reaches(linear)
+        # one token: tensor cores, of whose operand it fills an eighth, still have less to do than sums in registers
+        vector = num_tokens == 1 and not quant_linear.is_packed(x, linear)
         # which takes the norm in
-        rounds = not few and norm_before is not None and norm_before.is_plain and _has_fp8_product(x, linear)
-        if norm_before is not None and (
-            norm_before.centred or norm_before.bias is not None or (num_tokens > 1 and not rounds)
-        ):
+        rounds = not few and norm_before is not None and norm_before.is_plain and has_fp8_product
+        if norm_before is not None and (norm_before.centred or norm_before.bias is not None or not (vector or rounds)):
             x, norm_before = norm.norm(x, norm_before, launch_pdl=pdl), None
         if few:
             behind: dict[str, Any] = {
@@ -103,10 +105,10 @@ class Products:
                 "residual": residual,
                 "out": out if residual is None else residual,
             }
-            if num_tokens == 1:
+            if vector:
                 return quant_linear.quant_vector_linear(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
             return quant_linear.quant_narrow_linear(x, linear, workspace=self._workspace, launch_pdl=pdl, **behind)
-        if _has_fp8_product(x, linear):
+        if has_fp8_product:
             result = self._fp8(x, linear, norm_before, None if gated else residual, None if gated else out)
         else:
             if norm_before is not None:

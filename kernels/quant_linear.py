@@ -1,7 +1,7 @@
 """Products of few tokens with a quantised weight: its numbers are read as they are stored and become floats in
 registers. Activations are not rounded.
 
-`quant_vector_linear` takes one token, `quant_narrow_linear` up to 128: as the two of small_linear.py, with the same
+`quant_vector_linear` takes one token, `quant_narrow_linear` up to 256: as the two of small_linear.py, with the same
 companions in the same launch. With so few tokens a product takes the time in which the weight is read, so that a format
 is as much faster as it has fewer bytes; and rounding activations, which 8-bit tensor cores need, would gain nothing.
 Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive columns, and the high ones too.
@@ -23,27 +23,13 @@ from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
-from paged_kernels.small_linear import MAX_TOKENS, LinearWorkspace, leave_part, sum_of_parts
+from paged_kernels.quant_tile import CODE_OF, INT4, floats, numbers, scaled_numbers
+from paged_kernels.small_linear import LinearWorkspace, fetch_lines, leave_part, sum_of_parts
 
-_CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
-_FP8, INT4, _FP4 = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
 _MAX_SPLIT = 16
+MAX_TOKENS = 256  # of quant_narrow_linear
+TOKENS_AT_ONCE = 64  # of one of its programs
 _LANES = 16  # bytes of the weight that a thread sums before it scales
-
-
-@triton.jit
-def _floats(codes, CODES: tl.constexpr):
-    """What is stored in a byte, or in the lower half of one, without scale and zero: float32."""
-    if CODES == _FP4:
-        bits = ((codes & 7).to(tl.uint16) << 9) | ((codes & 8).to(tl.uint16) << 12)
-        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-    elif CODES == _FP8:
-        numbers = codes.to(tl.float32)
-    else:
-        # The conversion of bytes is an eighth as fast as an addition: a number is added to the last bits of 1.5 * 2 **
-        # 23, and that is subtracted.
-        numbers = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    return numbers
 
 
 @triton.jit
@@ -62,9 +48,9 @@ def _dot(
 ):
     """Sums of LANES bytes each of a tile of the weight [ROWS, PARTS * LANES] times the token: [ROWS, PARTS] float32."""
     if CODES >= INT4:
-        product = _floats(w & 15, CODES) * low[None, :] + _floats(w >> 4, CODES) * high[None, :]
+        product = floats(w & 15, CODES) * low[None, :] + floats(w >> 4, CODES) * high[None, :]
     else:
-        product = _floats(w, CODES) * low[None, :]
+        product = floats(w, CODES) * low[None, :]
     total = tl.sum(tl.reshape(product, (ROWS, PARTS, LANES)), 2)
     total -= zero * sums[None, :]
     if GROUPED:
@@ -175,41 +161,59 @@ def _finished(
 
 
 @triton.jit
-def load_tile(
-    at, row, there, begin, scale, zero,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
+def _times(
+    total, values, high_values, at, row, there, begin, scale, zero,
+    K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, AFTER: tl.constexpr,
+    WHOLE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weight, BLOCK bytes of each row: as floats of DTYPE [ROWS, BLOCK], those of the low nibbles or of
-    the whole bytes, and of the high ones.
+    """total [ROWS, TOKENS] and STEP bytes of each row of the weight times the tokens. AFTER: they share a scale, and
+    their sum is scaled instead of each. WHOLE: nothing is masked.
     """
-    SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
-    PARTS: tl.constexpr = BLOCK // SHARED
-    NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    column, part = begin + tl.arange(0, BLOCK), begin + tl.arange(0, PARTS) * SHARED
-    w = tl.load(at + column[None, :], mask=there & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
-    low = _floats(w & 15 if CODES >= INT4 else w, CODES)
-    high = _floats(w >> 4 if CODES >= INT4 else w, CODES)
-    if ZEROS or GROUPED:
-        index = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (part // GROUP)[None, :]
-        known = there & (part < K)[None, :]
-        low, high = tl.reshape(low, (ROWS, PARTS, SHARED)), tl.reshape(high, (ROWS, PARTS, SHARED))
-        if ZEROS:
-            z = tl.load(zero + index, mask=known, other=0).to(tl.float32)[:, :, None]
-            low -= z
-            high -= z
-        else:
-            low -= MIDDLE
-            high -= MIDDLE
-        if GROUPED:
-            s = tl.load(scale + index, mask=known, other=0.0).to(tl.float32)[:, :, None]
-            low *= s
-            high *= s
-        low, high = tl.reshape(low, (ROWS, BLOCK)), tl.reshape(high, (ROWS, BLOCK))
+    DTYPE: tl.constexpr = values.dtype
+    column = begin + tl.arange(0, STEP)
+    if WHOLE:
+        w = tl.load(at + column[None, :], eviction_policy="evict_first")
     else:
-        low -= MIDDLE
-        high -= MIDDLE
-    return low.to(DTYPE), high.to(DTYPE)
+        w = tl.load(at + column[None, :], mask=there & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
+    if AFTER:
+        NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+        index = (row // BLOCK_ROWS * NUM_GROUPS + begin // GROUP)[:, None]
+        known = there & (begin + tl.arange(0, 1)[None, :] < K)
+        s = tl.load(scale + index, mask=known, other=0.0).to(tl.float32)
+        low, high = numbers(w, CODES, MIDDLE, DTYPE, PACKED)
+        if ZEROS:
+            z = (MIDDLE - tl.load(zero + index, mask=known, other=0).to(tl.float32)).to(DTYPE)
+            low = (low + z).to(DTYPE)
+            high = (high + z).to(DTYPE)
+        product = tl.dot(low.to(DTYPE), tl.trans(values), input_precision=PRECISION)
+        if CODES >= INT4:
+            product = tl.dot(high.to(DTYPE), tl.trans(high_values), product, input_precision=PRECISION)
+        total += product * s
+    else:
+        low, high = scaled_numbers(
+            w,
+            row,
+            there,
+            begin,
+            scale,
+            zero,
+            K,
+            ROWS,
+            STEP,
+            GROUP,
+            BLOCK_ROWS,
+            CODES,
+            GROUPED,
+            ZEROS,
+            MIDDLE,
+            DTYPE,
+            PACKED,
+        )
+        total = tl.dot(low, tl.trans(values), total, input_precision=PRECISION)
+        if CODES >= INT4:
+            total = tl.dot(high, tl.trans(high_values), total, input_precision=PRECISION)
+    return total
 
 
 @kernel(ints=["num_tokens"])
@@ -219,75 +223,55 @@ def _narrow_kernel(
     N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr,
     GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of the result for all tokens, or a part of their sums: SPAN bytes of each row of the weight, the
-    part-th of SPLIT.
+    """ROWS rows of the result for TOKENS tokens, or a part of their sums: SPAN bytes of each row of the weight, the
+    part-th of SPLIT. FETCH: lines of 128 bytes of each row that are brought to the L2 cache before the token is there.
     """
     pdl_release(LAUNCH_PDL)
-    pdl_wait(LAUNCH_PDL)
     tile = tl.program_id(0) // SPLIT
     part = tl.program_id(0) % SPLIT
     row = tile * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, TOKENS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     there = (row < N)[:, None]
     at = weight + (row.to(tl.int64) * K)[:, None]
+    if FETCH > 0:
+        line = part * SPAN + tl.arange(0, FETCH) * 128
+        fetch_lines(at + line[None, :], there & (line < K)[None, :])
+        if GATED:
+            fetch_lines(at + N * K + line[None, :], there & (line < K)[None, :])
+    pdl_wait(LAUNCH_PDL)
     known = (token < num_tokens)[:, None]
     tokens_at = x + (token * x_stride)[:, None]
+    AFTER: tl.constexpr = GROUPED and GROUP >= 64 and GROUP <= BLOCK
+    STEP: tl.constexpr = GROUP if AFTER else BLOCK
+    WHOLE: tl.constexpr = N % ROWS == 0 and SPAN * SPLIT == K and SPAN % BLOCK == 0
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     total_u = tl.zeros([ROWS, TOKENS], tl.float32)
     for offset in tl.range(0, SPAN, BLOCK, num_stages=STAGES):
-        begin = part * SPAN + offset
-        column = begin + tl.arange(0, BLOCK)
-        inside = (column < K)[None, :]
-        low_at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
-        values = tl.load(tokens_at + low_at[None, :], mask=known & inside, other=0.0)
-        low, high = load_tile(
-            at,
-            row,
-            there,
-            begin,
-            scale,
-            zero,
-            K,
-            ROWS,
-            BLOCK,
-            GROUP,
-            BLOCK_ROWS,
-            CODES,
-            GROUPED,
-            ZEROS,
-            MIDDLE,
-            x.dtype.element_ty,
-        )
-        total = tl.dot(low, tl.trans(values), total, input_precision=PRECISION)
-        high_values = values
-        if CODES >= INT4:
-            high_values = tl.load(tokens_at + (low_at + GROUP)[None, :], mask=known & inside, other=0.0)
-            total = tl.dot(high, tl.trans(high_values), total, input_precision=PRECISION)
-        if GATED:
-            low, high = load_tile(
-                at + N * K,
-                row + N,
-                there,
-                begin,
-                scale,
-                zero,
-                K,
-                ROWS,
-                BLOCK,
-                GROUP,
-                BLOCK_ROWS,
-                CODES,
-                GROUPED,
-                ZEROS,
-                MIDDLE,
-                x.dtype.element_ty,
-            )
-            total_u = tl.dot(low, tl.trans(values), total_u, input_precision=PRECISION)
+        for inner in tl.static_range(0, BLOCK, STEP):
+            begin = part * SPAN + offset + inner
+            column = begin + tl.arange(0, STEP)
+            taken = known if WHOLE else known & (column < K)[None, :]
+            low_at = column
+            if AFTER and CODES >= INT4:
+                low_at = 2 * begin + tl.arange(0, STEP)
+            elif CODES >= INT4:
+                low_at = column // GROUP * (2 * GROUP) + column % GROUP
+            values = tl.load(tokens_at + low_at[None, :], mask=taken, other=0.0)
+            high_values = values
             if CODES >= INT4:
-                total_u = tl.dot(high, tl.trans(high_values), total_u, input_precision=PRECISION)
+                high_values = tl.load(tokens_at + (low_at + GROUP)[None, :], mask=taken, other=0.0)
+            total = _times(
+                total, values, high_values, at, row, there, begin, scale, zero, K, ROWS, STEP, GROUP, BLOCK_ROWS, CODES,
+                GROUPED, ZEROS, MIDDLE, AFTER, WHOLE, PACKED, PRECISION,
+            )  # fmt: skip
+            if GATED:
+                total_u = _times(
+                    total_u, values, high_values, at + N * K, row + N, there, begin, scale, zero, K, ROWS, STEP, GROUP,
+                    BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, AFTER, WHOLE, PACKED, PRECISION,
+                )  # fmt: skip
 
     place = (row % ROWS)[:, None] * TOKENS + token[None, :]
     last = True
@@ -321,7 +305,7 @@ class QuantVectorShape:
 @dataclass(frozen=True)
 class QuantNarrowShape:
     """How quant_narrow_linear divides its work: a tile's rows, its bytes of a row, parts of a row, stages of the
-    pipeline, warps.
+    pipeline, warps, and lines of 128 bytes of a row that are fetched ahead.
     """
 
     rows: int
@@ -329,6 +313,7 @@ class QuantNarrowShape:
     split: int
     stages: int
     num_warps: int
+    fetch: int = 0
 
 
 def quant_vector_shape(num_rows: int, row_bytes: int, gated: bool) -> QuantVectorShape:
@@ -339,14 +324,15 @@ def quant_vector_shape(num_rows: int, row_bytes: int, gated: bool) -> QuantVecto
     return QuantVectorShape(rows=2 if gated else 4, block=block, num_warps=8 if block >= 2048 else 4)
 
 
-def quant_narrow_shape(num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
-    """128 columns at once, and a split only for few tiles. Not measured on a card yet: tests/bench/bench_linear.py
-    --formats --sweep.
+def quant_narrow_shape(num_tokens: int, num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
+    """For up to 16 tokens two warps a program, so that neither makes floats of what the other has made floats of too;
+    for more the four that the tensor cores of Hopper want. As many programs as keep every multiprocessor reading. tests/bench/bench_linear.py --formats --sweep.
     """
-    tiles, split = triton.cdiv(num_rows, 64), 1
-    while tiles * split < 96 and row_bytes // (split * 2) >= 512 and split < _MAX_SPLIT:
+    rows, warps, block = (32, 2, 128) if num_tokens <= 16 else (64, 4, 64 if nibbles else 128)
+    tiles, split = triton.cdiv(num_rows, rows), 1
+    while tiles * split < 1280 // warps and row_bytes // (split * 2) >= 512 and split < _MAX_SPLIT:
         split *= 2
-    return QuantNarrowShape(rows=64, block=64 if nibbles else 128, split=split, stages=3 if gated else 4, num_warps=4)
+    return QuantNarrowShape(rows, block, split, stages=4, num_warps=warps, fetch=4 if num_tokens <= 16 else 0)
 
 
 def reaches(linear: Linear) -> bool:
@@ -354,7 +340,12 @@ def reaches(linear: Linear) -> bool:
     rows.
     """
     group = linear.format.block[1]
-    return linear.format.codes in _CODES and (group == 0 or (group >= 16 and group & (group - 1) == 0))
+    return linear.format.codes in CODE_OF and (group == 0 or (group >= 16 and group & (group - 1) == 0))
+
+
+def is_packed(x: torch.Tensor, linear: Linear) -> bool:
+    """Whether quant_narrow_linear makes floats of four bytes at once: bfloat16 on a GPU, and no format of int8."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and linear.format.codes != "int8"
 
 
 def format_constants(linear: Linear) -> dict[str, int | bool | float]:
@@ -365,10 +356,10 @@ def format_constants(linear: Linear) -> dict[str, int | bool | float]:
     return {
         "GROUP": group if grouped or format.nibbles else row_bytes,
         "BLOCK_ROWS": format.block[0],
-        "CODES": _CODES[format.codes],
+        "CODES": CODE_OF[format.codes],
         "GROUPED": grouped,
         "ZEROS": linear.zero is not None,
-        "MIDDLE": 8.0 if format.codes == "int4" and linear.zero is None else 0.0,
+        "MIDDLE": 8.0 if format.codes == "int4" else 0.0,
         "ROW_SCALES": linear.row_scale is not None,
     }
 
@@ -415,7 +406,7 @@ def quant_narrow_linear(
     residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantNarrowShape | None = None,
     launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """out = residual + gate(x . W + bias) for M tokens, 1 <= M <= 128; gate, bias and residual only if asked for.
+    """out = residual + gate(x . W + bias) for M tokens, 1 <= M <= 256; gate, bias and residual only if asked for.
 
     x: [M, K], residual and out: [M, N], rows contiguous, may be strided; out may be residual. Otherwise as
         `quant_vector_linear`.
@@ -424,23 +415,22 @@ def quant_narrow_linear(
     num_rows = linear.num_rows // 2 if gated else linear.num_rows
     out = x.new_empty(num_tokens, num_rows) if out is None else out
     _check(x, linear, residual, out, num_rows, MAX_TOKENS)
-    shape = shape or quant_narrow_shape(num_rows, row_bytes, linear.format.nibbles, gated)
-    tiles, tokens = triton.cdiv(num_rows, shape.rows), max(16, triton.next_power_of_2(num_tokens))
-    span = triton.cdiv(triton.cdiv(row_bytes, shape.split), shape.block) * shape.block
-    if shape.split > 1 and (
-        tiles > len(workspace.arrivals)
-        or tiles * shape.split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials)
-    ):
-        raise ValueError(f"{tiles} tiles of {shape.rows} x {tokens} in {shape.split} parts do not fit the workspace")
-    _narrow_kernel[(tiles * shape.split,)](
+    shape = shape or quant_narrow_shape(num_tokens, num_rows, row_bytes, linear.format.nibbles, gated)
+    tiles, tokens = triton.cdiv(num_rows, shape.rows), min(TOKENS_AT_ONCE, max(8, triton.next_power_of_2(num_tokens)))
+    split = shape.split if num_tokens <= TOKENS_AT_ONCE and tiles <= len(workspace.arrivals) else 1
+    while tiles * split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials) and split > 1:
+        split //= 2
+    span = triton.cdiv(triton.cdiv(row_bytes, split), shape.block) * shape.block
+    _narrow_kernel[(tiles * split, triton.cdiv(num_tokens, tokens))](
         x, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
         linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias,
         x if residual is None else residual, out, workspace.partials, workspace.arrivals, num_tokens, x.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0),
-        N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=shape.split, SPAN=span,
-        **format_constants(linear),
-        STAGES=shape.stages, GATED=gated, ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None,
-        LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=shape.num_warps,
+        N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=split, SPAN=span,
+        **format_constants(linear), STAGES=shape.stages, GATED=gated, ACTIVATION=activation,
+        BIAS=linear.bias is not None, ADD=residual is not None, FETCH=shape.fetch if launch_pdl else 0,
+        LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear), PRECISION="ieee",
+        num_warps=shape.num_warps,
     )  # fmt: skip
     return out
 

@@ -93,7 +93,7 @@ def _vector_kernel(
 
 
 @triton.jit
-def _fetch(at, mask):
+def fetch_lines(at, mask):
     """Brings cache lines to L2 and waits for nothing."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
@@ -152,9 +152,9 @@ def _narrow_kernel(
     if FETCH > 0:
         line = part * SPAN + tl.arange(0, FETCH) * 64  # of two-byte elements
         fetched = there & (line < K)[None, :]
-        _fetch(at + line[None, :], fetched)
+        fetch_lines(at + line[None, :], fetched)
         if GATED:
-            _fetch(at + N * K + line[None, :], fetched)
+            fetch_lines(at + N * K + line[None, :], fetched)
     pdl_wait(LAUNCH_PDL)
 
     known = (token < num_tokens)[:, None]

@@ -106,7 +106,7 @@ def test_one_token_equals_float64(
 TINY = [(3, 20, 256, torch.float16, QuantNarrowShape(16, 64, 2, 2, 1))]
 LARGE = [
     pytest.param(tokens, rows, columns, torch.bfloat16, None, marks=pytest.mark.gpu)
-    for tokens in (2, 16, 31, 64, 128)
+    for tokens in (1, 2, 16, 31, 64, 128, 200)
     for rows, columns in ((4096, 4096), (14336, 4096), (4096, 14336))
 ]
 
