@@ -145,6 +145,18 @@ class EngineConfig(BaseModel):
         description="GPUs that share the model, a process each, from `device` on: 2, 4, 8; what divides the heads. "
         "On a CPU: processes.",
     )
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Engines of this model beside each other, each with tensor_parallel_size GPUs, pages and requests "
+        "of its own. On a CPU: processes.",
+    )
+    gpus: str = Field(
+        "",
+        description="Which GPUs, such as 0,1 or their UUIDs: the first replica's ranks, then the next one's. Empty: "
+        "those that are visible, from `device` on.",
+    )
     fused_all_reduce: bool = Field(
         False,
         description="Sum the ranks' products of few tokens, and the residual, in one kernel over memory that all "
@@ -192,6 +204,7 @@ class EngineConfig(BaseModel):
     log_requests: bool = Field(
         False, description="Log one line per finished request: its id, lengths and times, never text."
     )
+    replica: int = Field(0, ge=0, description="Which of the replicas an engine is: told by its front ends, no tunable.")
 
     @model_validator(mode="after")
     def _page_size_is_a_power_of_two(self) -> EngineConfig:
@@ -208,6 +221,26 @@ class EngineConfig(BaseModel):
                 f"tensor_parallel_size: {self.tensor_parallel_size} ranks serve no adapters; lora_directory must "
                 "be empty, or the size 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_gpus_for_all(self) -> EngineConfig:
+        names, needed = gpu_names(self.gpus), self.replicas * self.tensor_parallel_size
+        if len(set(names)) < len(names) or not all(names):
+            raise ValueError(f"gpus: expected different numbers or UUIDs with commas between them, got '{self.gpus}'")
+        if names and self.device == "cpu":
+            raise ValueError(f"gpus: {self.gpus} are named, and the device is the CPU")
+        if names and len(names) < needed:
+            raise ValueError(
+                f"gpus: {spell_shares(self.replicas, self.tensor_parallel_size)} need {needed} GPUs, "
+                f"{len(names)} are named ({self.gpus})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_engine_tells_routers(self) -> EngineConfig:
+        if self.kv_events and self.replicas > 1:
+            raise ValueError(f"kv_events: routers listen to one engine, replicas must be 1, not {self.replicas}")
         return self
 
     @field_validator("kv_events")
@@ -231,8 +264,8 @@ class EngineConfig(BaseModel):
             EngineError: one sentence that names the option, the value and what is allowed.
         """
         for name in options:
-            if name not in cls.model_fields:
-                nearest = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.0)
+            if name not in TUNABLES:
+                nearest = difflib.get_close_matches(name, TUNABLES, n=1, cutoff=0.0)
                 raise EngineError(f"unknown parameter '{name}': did you mean '{nearest[0]}'?")
         try:
             return cls.model_validate({name: value for name, value in options.items() if value != ""})
@@ -250,6 +283,21 @@ class EngineConfig(BaseModel):
             return demo_model_folder()
         folder = Path(self.model).expanduser()
         return folder if folder.is_dir() else None
+
+
+TUNABLES = {name: field for name, field in EngineConfig.model_fields.items() if name != "replica"}
+"""What operators may set."""
+
+
+def gpu_names(gpus: str) -> list[str]:
+    """The entries of the option `gpus`."""
+    return [name.strip() for name in gpus.split(",")] if gpus else []
+
+
+def spell_shares(num_replicas: int, size: int) -> str:
+    """`2 replicas of 4 ranks`, `2 ranks`."""
+    ranks = f"{size} ranks" if size > 1 else "a rank"
+    return ranks if num_replicas == 1 else f"{num_replicas} replicas of {ranks}"
 
 
 def kv_event_addresses(kv_events: str) -> tuple[str, str] | None:

@@ -105,11 +105,14 @@ ENGINE_SOCKET = "engine.sock"  # in the engine's folder: its inbox
 SUSPECT_FILE = "suspect"  # in the engine's folder: request id of the suspect that runs, or nothing
 # in the engine's folder: int64, the ids of the requests that run or are looked at, anything negative between them
 RUNNING_FILE = "running"
-QUEUE_FILE = "queue"  # in the engine's folder: int64, how many requests wait at the moment
+QUEUE_FILE = "queue"  # in the engine's folder: int64 [2], how many requests wait at the moment, and how many run
+KV_SOCKET = "kv.sock"  # in the folder of one of several replicas: its KV events (engine/kv_event_publisher.py)
 # after the folder in an engine's command line: it waits for a second line on stdin before it becomes the engine
 STANDBY = "--standby"
 # before the folder in an engine's command line: as clients call the model, for the log and for those who watch
 MODEL_NAME = "--model-name="
+# there too: which of several replicas it is, for those who watch
+REPLICA = "--replica="
 ENGINE_NAME = "paged-engine"  # of the process that is
 # a request that brought so many since it was resumed did not cause the death before: it was resumed where that happened
 CLEARED_AFTER_TOKENS = 3

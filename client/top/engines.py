@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from paged_backend.engine.snapshot import WATCH_SOCKET, Snapshot, decode
-from paged_backend.messages import ENGINE_NAME, MODEL_NAME, STANDBY
+from paged_backend.messages import ENGINE_NAME, MODEL_NAME, REPLICA, STANDBY
 from paged_client.top.processes import PROC, age_seconds, lineage, name_of, owner_of, server_above, words_of
 
 _MODULE = "paged_backend.engine.process"
@@ -33,6 +33,7 @@ class RunningEngine:
     pid: int
     folder: Path  # as seen from here: that of a container is found under /proc/PID/root
     model_name: str = ""  # as clients call it
+    replica: int | None = None  # of several of one model
 
     @property
     def alive(self) -> bool:
@@ -50,11 +51,14 @@ class Choice:
     pid: int | None = None  # of the engine or its tritonserver
     port: int | None = None  # any of its server's
     model_name: str | None = None
+    replica: int | None = None
 
     def fits(self, engine: RunningEngine) -> bool:
         if self.pid is not None and not engine.belongs_to(self.pid):
             return False
         if self.model_name is not None and engine.model_name != self.model_name:
+            return False
+        if self.replica is not None and engine.replica != self.replica:
             return False
         if self.port is None:
             return True
@@ -62,7 +66,12 @@ class Choice:
         return server is not None and self.port in server.ports
 
     def __str__(self) -> str:
-        wanted = (("process", self.pid), ("the server at port", self.port), ("model", self.model_name))
+        wanted = (
+            ("process", self.pid),
+            ("the server at port", self.port),
+            ("model", self.model_name),
+            ("replica", self.replica),
+        )
         return " and ".join(f"{what} {value}" for what, value in wanted if value is not None)
 
 
@@ -106,6 +115,16 @@ def find_engines() -> list[RunningEngine]:
     return sorted((engine for engine in found if engine is not None), key=lambda engine: engine.pid)
 
 
+def choices_of_each(choice: Choice) -> list[Choice]:
+    """Of a model with replicas a choice for each of them, if they are all that fits; else the choice itself."""
+    engines = [engine for engine in find_engines() if choice.fits(engine)]
+    servers = {None if server is None else server.pid for server in (server_above(engine.pid) for engine in engines)}
+    numbers = {engine.replica for engine in engines if engine.replica is not None}
+    if len(numbers) < 2 or len(numbers) < len(engines) or len(servers | {engine.model_name for engine in engines}) > 2:
+        return [choice]
+    return [replace(choice, replica=number) for number in sorted(numbers)]
+
+
 def choose_engine(choice: Choice, last: RunningEngine | None = None) -> RunningEngine:
     """The only engine that fits. last: of several, the one that took this one's place, if there is one.
 
@@ -123,7 +142,8 @@ def choose_engine(choice: Choice, last: RunningEngine | None = None) -> RunningE
         )
     if len(engines) > 1:
         raise NoEngineError(
-            f"{len(engines)} engines run on this machine: choose one with --model, --url or --pid\n{listing(engines)}"
+            f"{len(engines)} engines run on this machine: choose one with --model, --url, --replica or --pid\n"
+            f"{listing(engines)}"
         )
     (engine,) = engines
     try:
@@ -139,13 +159,14 @@ def choose_engine(choice: Choice, last: RunningEngine | None = None) -> RunningE
 
 def listing(engines: Sequence[RunningEngine]) -> str:
     """A table: model, ports of the server, age, process id, user."""
-    rows = [("model", "HTTP", "gRPC", "metrics", "age", "pid", "user")]
+    rows = [("model", "replica", "HTTP", "gRPC", "metrics", "age", "pid", "user")]
     for engine in engines:
         server = server_above(engine.pid)
         ports = ["?"] * 3 if server is None else ["–" if port is None else str(port) for port in server.ports]
         rows.append(
             (
                 engine.model_name or "?",
+                "–" if engine.replica is None else str(engine.replica),
                 *ports,
                 spell_age(age_seconds(engine.pid)),
                 str(engine.pid),
@@ -236,10 +257,12 @@ def _engine_of(pid: int) -> RunningEngine | None:
         return None
     own = words[words.index(_MODULE) + 1 :]
     names = [word.removeprefix(MODEL_NAME) for word in own if word.startswith(MODEL_NAME)]
+    replicas = [word.removeprefix(REPLICA) for word in own if word.startswith(REPLICA)]
     folder = Path(next((word for word in own if not word.startswith("--")), ""))
     if not folder.is_absolute():
         return None
-    return RunningEngine(pid, _seen_from_here(pid, folder), names[0] if names else "")
+    number = int(replicas[0]) if replicas and replicas[0].isdecimal() else None
+    return RunningEngine(pid, _seen_from_here(pid, folder), names[0] if names else "", number)
 
 
 def _seen_from_here(pid: int, folder: Path) -> Path:

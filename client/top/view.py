@@ -84,6 +84,8 @@ def sparkline(values: Sequence[float | None], width: int, lines: int) -> str:
 def _title(view: View, snapshot: Snapshot) -> Text:
     state = view.trouble.split("\n")[0] or ("" if view.snapshot else "no news from the engine: a long step?")
     name = f"{view.engine.model_name}: " if view.engine is not None and view.engine.model_name else ""
+    if view.engine is not None and view.engine.replica is not None:
+        name += f"replica {view.engine.replica}, "
     title = Text.assemble(
         ("paged top", _BOLD), f"  {name}{snapshot.model}  {snapshot.num_pages:,} pages of {snapshot.page_size} tokens"
     )

@@ -1,10 +1,7 @@
 """What routers are told of the prefix cache, in the words of vLLM's KV events (vllm/distributed/kv_events.py: maps with
 a `type`).
 
-Routers know a page by a hash of 64 bits which every server gives to the same tokens, unlike the cache's own, which is
-keyed with a secret of the process: NVIDIA Dynamo keeps one tree for all servers, and a node of it has one hash. Chained
-as the cache's own: of the page's tokens and the hash of the page before; a prompt's first page follows a hash of tenant
-and adapter.
+Routers know a page by its block hash (block_hashes.py).
 
 Only pages that can be reached are told. A page may outlive the one before it, of which its sequence had a copy that
 nobody could find; it leads nowhere until that one is stored again.
@@ -14,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from paged_backend.block_hashes import block_hash
 from paged_backend.scheduler.kv_events import Forgotten, Note, Stored
 
 _DEVICE = "GPU"  # vLLM's name for the memory that kernels read; a CPU's pool is that, too
@@ -121,7 +117,7 @@ class FindablePages:
         for reached in self._subtree(page.key):
             before = None if reached.parent is None else self._pages[reached.parent]
             parent_hash = None if before is None else before.block_hash
-            reached.block_hash = _block_hash(reached, parent_hash)
+            reached.block_hash = block_hash(reached.token_ids, parent_hash, reached.lora_name, reached.cache_salt)
             yield reached
 
     def _drop(self, key: bytes) -> list[int]:
@@ -186,23 +182,3 @@ class FindablePages:
             )
             assert page.key in self._followers[page.parent]
         assert sum(map(len, self._followers.values())) == len(self._pages)
-
-
-def block_hashes_of(
-    token_ids: NDArray[np.int32], page_size: int, lora_name: str | None = None, cache_salt: str = ""
-) -> list[int]:
-    """The hashes of a prompt's full pages, as every server gives them."""
-    hashes: list[int] = []
-    for start in range(0, len(token_ids) // page_size * page_size, page_size):
-        page = _Page(b"", None, token_ids[start : start + page_size].tobytes(), lora_name, cache_salt)
-        hashes.append(_block_hash(page, hashes[-1] if hashes else None))
-    return hashes
-
-
-def _block_hash(page: _Page, parent_hash: int | None) -> int:
-    root = (
-        f"{page.lora_name or ''}\0{page.cache_salt}".encode("utf-8", "surrogatepass")
-        if parent_hash is None
-        else parent_hash.to_bytes(8, "big")
-    )
-    return int.from_bytes(blake2b(root + b"\0" + page.token_ids, digest_size=8).digest(), "big")

@@ -72,11 +72,6 @@ class KvEventPublisher:
         ears.connect(_BELL)
         self._thread = threading.Thread(target=self._run, args=(ears,), name="kv-events", daemon=True)
         self._thread.start()
-        log.info(
-            "KV events at %s, what was missed at %s: they hold the tokens of prompts and answers",
-            address,
-            replay_address,
-        )
 
     def send(self, notes: list[Note]) -> None:
         """A step's, from the engine's thread."""

@@ -20,7 +20,7 @@ from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine.engine import Engine, Runner
 from paged_backend.engine.kv_event_publisher import KvEventPublisher
 from paged_backend.grammar.grammars import Grammars
-from paged_backend.messages import Ready
+from paged_backend.messages import KV_SOCKET, Ready
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids, recommended_sampling
@@ -69,7 +69,7 @@ def load_engine(
         EngineError: one sentence for the operator.
     """
     started = time.monotonic()
-    kv_events = _kv_events(config)  # before the weights are read: the port may be taken
+    kv_events = _kv_events(config, directory)  # before the weights are read: the port may be taken
     checkpoint, tokenizer_path = _open(config, directory / "tokenizer.json")
     runner, stepped = _build(config, checkpoint, directory, others, on_rank_death, captures_later)
     limits = runner.limits
@@ -144,17 +144,21 @@ def _build(
     device = device_of(config, 0)  # GPUs that are not there are refused before anybody is waited for
     others = others or RankProcesses(config)
     others.start(RankStart(str(directory), str(checkpoint.folder), checkpoint.eos_ids), on_rank_death)
-    leave_a_core(os.environ, config.tensor_parallel_size)
+    leave_a_core(os.environ, config.tensor_parallel_size * config.replicas)
     runner = build_runner(config, log.info, checkpoint, ProcessRanks(0, config.tensor_parallel_size, directory, device))
     return runner, LeadingRunner(runner, others)
 
 
-def _kv_events(config: EngineConfig) -> KvEvents | None:
-    """
+def _kv_events(config: EngineConfig, directory: Path) -> KvEvents | None:
+    """For routers that the operator has, or for the front ends of several replicas.
+
     Raises:
         EngineError: the address cannot be used.
     """
-    addresses = kv_event_addresses(config.kv_events)
+    own = f"ipc://{directory}/{KV_SOCKET}" if config.replicas > 1 and config.prefix_cache else ""
+    addresses = kv_event_addresses(config.kv_events or own)
+    if addresses is not None and not own:
+        log.info("KV events at %s, what was missed at %s: they hold the tokens of prompts and answers", *addresses)
     return (
         None
         if addresses is None

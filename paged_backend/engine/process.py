@@ -40,6 +40,7 @@ from paged_backend.messages import (
     ENGINE_SOCKET,
     MODEL_NAME,
     QUEUE_FILE,
+    REPLICA,
     RUNNING_FILE,
     STANDBY,
     SUSPECT_FILE,
@@ -203,7 +204,7 @@ class EngineProcess:
         scheduler.tell_of_suspects(self._note_suspect)
         scheduler.share_running(self._directory / RUNNING_FILE)
         self._scheduler = scheduler
-        self._queue = np.memmap(self._directory / QUEUE_FILE, np.int64, "w+", shape=1)
+        self._queue = np.memmap(self._directory / QUEUE_FILE, np.int64, "w+", shape=2)
         self._watch = Watch(self._context, self._directory, self._model, scheduler, self._ready.page_size)
         gc.collect()
         gc.freeze()  # what the load left behind lives as long as the process: no need to look at it again
@@ -217,7 +218,7 @@ class EngineProcess:
         while (dead := self._deaths.next_one()) is not None:
             self._forget_front_end(*dead)
         # front ends look, and spare us and their callers a way that ends in a refusal
-        self._queue[0] = self._scheduler.num_waiting
+        self._queue[:] = self._scheduler.num_waiting, self._scheduler.num_running
         spare_time_used = self._engine.use_spare_time()
         if self._engine.idle:
             self._inbox.wait(0 if spare_time_used else _IDLE_WAIT_SECONDS)
@@ -337,7 +338,7 @@ def main() -> int:
     # Ctrl-C in a terminal reaches the whole group; the server decides when we end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     names = [word.removeprefix(MODEL_NAME) for word in sys.argv[1:] if word.startswith(MODEL_NAME)]
-    directory, *flags = [word for word in sys.argv[1:] if not word.startswith(MODEL_NAME)]
+    directory, *flags = [word for word in sys.argv[1:] if not word.startswith((MODEL_NAME, REPLICA))]
     stderr = logging.StreamHandler()
     model_name = names[-1] if names else "paged"
     stderr.setFormatter(LogLines(model_name))
@@ -351,7 +352,7 @@ def main() -> int:
         from paged_backend.engine.loading import load_engine
         from paged_backend.runner.placement import leave_a_core
 
-        leave_a_core(os.environ)
+        leave_a_core(os.environ, config.replicas)
         return load_engine(config, folder, others, captures_later=True)
 
     return EngineProcess(Path(directory), Path(config.model).name).run(load)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import count
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -32,16 +33,24 @@ class EngineClient:
     which it owns.
     """
 
-    def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None) -> None:
-        """Use `connect`."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        key: str,
+        num_front_ends: int,
+        command: Sequence[str] | None,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        """Use `connect`; or call `meet`. numbers: of the requests, as many as are asked for."""
         self._config = config
         self._closing = threading.Event()
         self._supervisor = EngineSupervisor(config, key, num_front_ends, command, self._closing)
         self._live = LiveRequests(config.max_queue_size)
-        self._numbers = count()
+        self._numbers = count() if numbers is None else numbers
         self._thread: threading.Thread | None = None
         # called once among all front ends, when there will be no engine any more
         self.on_loss: Callable[[], None] = lambda: None
+        self.on_gone: Callable[[], None] = lambda: None  # called in each front end then
         self._on_stats: Callable[[Stats], None]
         self._on_restart: Callable[[], None]
         self._on_inherit: Callable[[], None]
@@ -60,18 +69,26 @@ class EngineClient:
             EngineError: the engine cannot start; the sentence is the engine's own, or says how its process ended.
         """
         client = cls(config, key, num_front_ends, command)
+        client.meet()
+        return client
+
+    def meet(self) -> None:
+        """Returns when the engine is ready.
+
+        Raises:
+            EngineError: see `connect`; the client is closed.
+        """
         try:
-            link, client.ready = client._supervisor.meet_first()
+            link, self.ready = self._supervisor.meet_first()
         except EngineError as error:
             reason = str(error)
-            heard = client._supervisor.end(reason)  # another front end may have heard more
-            client.close()
+            heard = self._supervisor.end(reason)  # another front end may have heard more
+            self.close()
             raise EngineError(heard or reason) from None
         except BaseException:
-            client.close()
+            self.close()
             raise
-        client._live.connect(link)
-        return client
+        self._live.connect(link)
 
     def start(
         self,
@@ -96,6 +113,27 @@ class EngineClient:
     def num_waiting(self) -> int:
         """Requests that wait in the engine, of all front ends, as of its last step; 0 while there is none."""
         return 0 if self._live.link is None else self._supervisor.num_waiting
+
+    @property
+    def readies(self) -> list[Ready]:
+        """Of the only replica."""
+        return [self.ready]
+
+    @property
+    def connected(self) -> bool:
+        """There is an engine at the moment."""
+        return self._live.link is not None
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests that run or wait in the engine, of all front ends, as of its last step; at least those of this
+        one.
+        """
+        return max(len(self._live), self._supervisor.num_waiting + self._supervisor.num_running)
+
+    def engine_folder(self) -> Path:
+        """Of the newest engine."""
+        return self._supervisor.engine_folder
 
     @property
     def front_end(self) -> int:
@@ -232,7 +270,9 @@ class EngineClient:
                 link.close()
                 self._live.note_death(*self._supervisor.last_running())
             if self._supervisor.owner:
-                log.error("error: the engine died: %s; %s", reason, self._supervisor.restart_words())
+                log.error(
+                    "error: the engine%s died: %s; %s", self._replica_words(), reason, self._supervisor.restart_words()
+                )
             try:
                 if not self._supervisor.next_engine():
                     self._lose(reason)
@@ -247,7 +287,7 @@ class EngineClient:
                 reason = str(error)
         self._live.connect(link)
         if self._supervisor.owner:
-            log.warning("the engine is back after %.1f s", time.monotonic() - died)
+            log.warning("the engine%s is back after %.1f s", self._replica_words(), time.monotonic() - died)
 
     def _lose(self, reason: str) -> None:
         """There is none, and there will be none."""
@@ -255,5 +295,9 @@ class EngineClient:
         self._live.lose()
         # else another front end has said so already
         if not self._closing.is_set() and self._supervisor.end(reason) is None:
-            log.error("error: there is no engine any more: %s", reason)
+            log.error("error: there is no engine any more%s: %s", self._replica_words(), reason)
             self.on_loss()
+        self.on_gone()
+
+    def _replica_words(self) -> str:
+        return f" of replica {self._config.replica}" if self._config.replicas > 1 else ""

@@ -87,6 +87,9 @@ class LiveRequests:
         self._open = True
         self._lock = threading.Lock()  # of all three
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     @property
     def link(self) -> EngineLink | None:
         return self._link

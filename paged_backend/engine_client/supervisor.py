@@ -118,6 +118,12 @@ class EngineSupervisor:
         queue = self._queue
         return 0 if queue is None else int(queue[0])
 
+    @property
+    def num_running(self) -> int:
+        """Requests that run in the newest engine, as of its last step."""
+        queue = self._queue
+        return 0 if queue is None else int(queue[1])
+
     # ---- the first engine, and the next ones
 
     def meet_first(self) -> tuple[EngineLink, Ready]:
@@ -362,9 +368,9 @@ def signal_name(number: int) -> str:
 
 
 def open_queue(path: Path) -> NDArray[np.int64] | None:
-    """int64 [1], in memory that the engine shares; None if there is none."""
+    """int64 [2], in memory that the engine shares; None if there is none."""
     try:
-        return np.memmap(path, np.int64, "r", shape=1)
+        return np.memmap(path, np.int64, "r", shape=2)
     except (OSError, ValueError):
         return None
 

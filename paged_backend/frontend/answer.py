@@ -18,6 +18,7 @@ import msgspec
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
 from paged_backend.engine_client.live_requests import Piece
+from paged_backend.engine_client.replicas import Replicas
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.detokenizer import AnswerText, stops_of
@@ -52,7 +53,7 @@ class Services:
     """What the answers of a front end share."""
 
     config: EngineConfig
-    client: EngineClient
+    client: EngineClient | Replicas
     prompts: PromptReader
     tally: Tally
     streamer: Streamer

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
+from paged_backend.engine_client.replicas import Replicas
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.answer import Answer, Services
 from paged_backend.frontend.delta import Delta
@@ -53,7 +54,8 @@ class FrontEnd:
         self.config = config
         tracing = open_tracing(config.otlp_traces_endpoint, "paged", {"gen_ai.request.model": model_name})
         self._spans = None if tracing is None else RequestSpans(tracing, model_name)
-        self.client = EngineClient.connect(config, key, num_front_ends, command)
+        kind = EngineClient if config.replicas == 1 else Replicas
+        self.client: EngineClient | Replicas = kind.connect(config, key, num_front_ends, command)
         self.client.on_loss = on_loss
         try:
             self.prompts = PromptReader(config, self.client.ready)
@@ -63,7 +65,7 @@ class FrontEnd:
         if self.client.front_end == 0:
             _warn_of_unknown_tokens(self.prompts.unknown_tokens())
         self.generation_defaults = GenerationDefaults(self.client.ready.sampling, config.generation_defaults)
-        self.tally = Tally(config, self.client.ready)
+        self.tally = Tally(config, self.client.readies)
         self.streamer = Streamer(config.stream_max_delay_ms / 1000)
         self._answers: dict[int, Answer] = {}  # by id(answer); from arrival to final response
         self._open = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -170,7 +171,7 @@ def gauges(stats: Stats, ready: Ready, config: EngineConfig) -> dict[Series, flo
 class Measurements:
     """What is to be published: the newest gauges, and what came to counters and histograms since the last time."""
 
-    gauges: dict[Series, float]
+    gauges: dict[int, dict[Series, float]]  # of each replica that this front end owns
     increments: dict[Series, float]
     observations: dict[Series, list[float]]
 
@@ -178,15 +179,20 @@ class Measurements:
 class Tally:
     """A front end's numbers since they were last published. Thread-safe."""
 
-    def __init__(self, config: EngineConfig, ready: Ready) -> None:
+    def __init__(self, config: EngineConfig, readies: Sequence[Ready]) -> None:
+        """readies: of each replica."""
         self._config = config
-        self._ready = ready
+        self._readies = readies
         self._lock = threading.Lock()
-        self._gauges: dict[Series, float] = {}
+        self._gauges: dict[int, dict[Series, float]] = {}
         self._increments: dict[Series, float] = defaultdict(float)
         self._observations: dict[Series, list[float]] = defaultdict(list)
-        self._last_stats: Stats | None = None
-        self._inherits = False
+        self._last_stats: dict[int, Stats] = {}  # by replica
+        self._inherits: set[int] = set()  # replicas
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self._readies)
 
     def add(self, name: str, amount: float = 1, label: str = "") -> None:
         with self._lock:
@@ -196,30 +202,31 @@ class Tally:
         with self._lock:
             self._observations[name, ""].append(value)
 
-    def take_stats(self, stats: Stats) -> None:
+    def take_stats(self, stats: Stats, replica: int = 0) -> None:
         """The engine's numbers: it counts from its own start, so the difference to the last time is what counts
         here.
         """
-        last, self._last_stats = self._last_stats, stats
-        if self._inherits:
-            last, self._inherits = stats, False
+        last, self._last_stats[replica] = self._last_stats.get(replica), stats
+        if replica in self._inherits:
+            last = stats
+            self._inherits.discard(replica)
         if last is None or stats.num_steps < last.num_steps:  # the first of an engine
             last = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         with self._lock:
-            self._gauges = gauges(stats, self._ready, self._config)
+            self._gauges[replica] = gauges(stats, self._readies[replica], self._config)
             self._increments["paged_preemptions_total", ""] += stats.num_preemptions - last.num_preemptions
             self._increments["paged_prefix_cache_queries_total", ""] += stats.prefix_queries - last.prefix_queries
             self._increments["paged_prefix_cache_hits_total", ""] += stats.prefix_hits - last.prefix_hits
             self._observations["paged_queue_seconds", ""].extend(stats.queue_times)
 
-    def inherit(self) -> None:
+    def inherit(self, replica: int = 0) -> None:
         """The front end that told the engine's numbers so far died: what it counted is told already."""
-        self._inherits = True
+        self._inherits.add(replica)
 
-    def note_restart(self) -> None:
+    def note_restart(self, replica: int = 0) -> None:
         """Another engine, which counts from zero."""
-        self._last_stats = None
-        self._inherits = False
+        self._last_stats.pop(replica, None)
+        self._inherits.discard(replica)
         self.add("paged_engine_restarts_total")
 
     def drain(self) -> Measurements:

@@ -272,15 +272,17 @@ class Publisher:
         self._server = os.getppid()
         # the server forgets a family that nobody refers to
         self._families = {family.name: _create(family) for family in FAMILIES}
+        for created in self._families.values():
+            _keep_for_ever(created)
+        self._labels = labels
+        # gauges of several replicas are each replica's own, and made when there is something to tell of it
+        self._gauges: dict[tuple[int, Series], Any] = {}
         self._series = {
-            (family.name, value): _metric(
-                self._families[family.name], family, {**labels, family.label: value} if family.label else dict(labels)
-            )
+            (family.name, value): self._metric(family, value)
             for family in FAMILIES
             for value in family.values
+            if family.kind is not Kind.GAUGE or tally.num_replicas == 1
         }
-        for metric in (*self._families.values(), *self._series.values()):
-            _keep_for_ever(metric)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -312,8 +314,9 @@ class Publisher:
 
     def _publish(self) -> None:
         measurements = self._tally.drain()
-        for series, value in measurements.gauges.items():
-            self._of(series).set(value)
+        for replica, gauges in measurements.gauges.items():
+            for series, value in gauges.items():
+                self._gauge(replica, series).set(value)
         for series, amount in measurements.increments.items():
             if amount:
                 self._of(series).increment(amount)
@@ -323,6 +326,21 @@ class Publisher:
 
     def _of(self, series: Series) -> Any:
         return self._series[series]
+
+    def _gauge(self, replica: int, series: Series) -> Any:
+        if self._tally.num_replicas == 1:
+            return self._series[series]
+        if (replica, series) not in self._gauges:
+            family = next(family for family in FAMILIES if family.name == series[0])
+            self._gauges[replica, series] = self._metric(family, series[1], replica=str(replica))
+        return self._gauges[replica, series]
+
+    def _metric(self, family: Family, value: str, **more: str) -> Any:
+        """value: of the family's label, if it has one."""
+        own = {family.label: value} if family.label else {}
+        metric = _metric(self._families[family.name], family, {**self._labels, **own, **more})
+        _keep_for_ever(metric)
+        return metric
 
 
 def _keep_for_ever(metric: Any) -> None:

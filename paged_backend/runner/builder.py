@@ -31,7 +31,15 @@ from paged_backend.runner.kernel_cache import keep_kernels
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
 from paged_backend.runner.measured_memory import NUM_PAGES, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
-from paged_backend.runner.placement import FP8_CAPABILITY, Placement, devices_of_all, dtype_name, name_of, place
+from paged_backend.runner.placement import (
+    FP8_CAPABILITY,
+    Placement,
+    devices_of,
+    dtype_name,
+    name_of,
+    place,
+    place_words,
+)
 from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_tensors import DeviceRows
@@ -161,7 +169,7 @@ class RunnerBuilder:
         """
         with ExitStack() as locks:
             if self._ranks.rank == 0:
-                for device in devices_of_all(self._place.device, 0, self._ranks.size):
+                for device in devices_of(self._config):
                     locks.enter_context(alone_on(device, self._tell))
             self._ranks.tell_all("begin")
             yield
@@ -178,9 +186,11 @@ class RunnerBuilder:
             sizes += (
                 f", rank {self._ranks.rank} of {self._ranks.size} with {heads}, {a.vocabulary.count} of the vocabulary"
             )
+        if self._config.replicas > 1:
+            sizes += f", replica {self._config.replica} of {self._config.replicas}"
         self._tell(
-            f"model: {a.name}, {sizes}, on {name_of(place.device)} in {dtype_name(place.dtype)}, KV in "
-            f"{dtype_name(place.kv_dtype)}"
+            f"model: {a.name}, {sizes}, on {place_words(self._config, place.device)} in {dtype_name(place.dtype)}, "
+            f"KV in {dtype_name(place.kv_dtype)}"
         )
         for warning in self._checkpoint.warnings:
             self._tell(warning)

@@ -89,7 +89,8 @@ def size_pool(
     groups = group_layers(architecture.sliding_windows, max_model_len)
     num_groups = len(groups.groups)
     page_bytes = page_bytes_of(architecture, groups, config.page_size, kv_dtype)
-    num_sharing = architecture.shard.size if device.type == "cpu" else 1  # ranks on one machine's memory
+    # engines and ranks on one machine's memory
+    num_sharing = architecture.shard.size * config.replicas if device.type == "cpu" else 1
     free = max(free_bytes(device) // num_sharing - needs.weights, 0)
     available, detail = _available(free, device, needs)
     num_pages, reason = _decide(config, page_bytes, available, max_model_len, num_groups, device)

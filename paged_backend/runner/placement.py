@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from paged_backend.config import EngineConfig
+from paged_backend.config import EngineConfig, gpu_names, spell_shares
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.quantization.quantization import MXFP4
 
+_WHO_IS_SEEN = "CUDA_VISIBLE_DEVICES says which are seen"
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 
 
@@ -40,44 +41,71 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
+def place_words(config: EngineConfig, device: torch.device) -> str:
+    """Where a rank is, with the GPU's number if the model has several."""
+    several = device.type == "cuda" and config.replicas * config.tensor_parallel_size > 1
+    return f"GPU {device.index}, {name_of(device)}" if several else name_of(device)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def device_of(config: EngineConfig, rank: int) -> torch.device:
-    """`device` is rank 0's, the others have the GPUs after it. On a CPU all ranks share it.
+    """Of a rank of this replica, made current. On a CPU all ranks share it.
 
     Raises:
         EngineError: there is no such device.
     """
-    name, size = config.device, config.tensor_parallel_size
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not name.startswith("cuda"):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise EngineError(f"device: {name} is asked for, but torch finds no CUDA device")
-    first, count = torch.device(name).index or 0, torch.cuda.device_count()
-    if first >= count:
-        raise EngineError(f"device: {name} is asked for, but there are {count} CUDA devices")
-    if first + size > count:
-        behind = f" from {name} on" if first else ""
-        raise EngineError(
-            f"tensor_parallel_size: {size} ranks need a GPU each, there are {count - first}{behind} "
-            "(CUDA_VISIBLE_DEVICES says which are seen)"
-        )
-    device = torch.device("cuda", first + rank)
-    torch.cuda.set_device(device)
+    device = devices_of(config)[rank]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
-def devices_of_all(device: torch.device, rank: int, size: int) -> list[torch.device]:
-    """Of every rank, where the rank of that number has `device`."""
-    return (
-        [torch.device("cuda", (device.index or 0) - rank + other) for other in range(size)]
-        if device.type == "cuda"
-        else [device]
+def devices_of(config: EngineConfig) -> list[torch.device]:
+    """Of this replica's ranks: its share of `gpus`, or of the GPUs from `device` on.
+
+    Raises:
+        EngineError: there is no such device, or there are not enough for all replicas.
+    """
+    name, size = config.device, config.tensor_parallel_size
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() or config.gpus else "cpu"
+    if not name.startswith("cuda"):
+        return [torch.device("cpu")] * size
+    if not torch.cuda.is_available():
+        asked = f"gpus: {config.gpus} are" if config.gpus else f"device: {name} is"
+        raise EngineError(f"{asked} asked for, but torch finds no CUDA device")
+    count, needed = torch.cuda.device_count(), size * config.replicas
+    if config.gpus:
+        indices = [_index_of(name, count) for name in gpu_names(config.gpus)]
+    else:
+        first = torch.device(name).index or 0
+        if first >= count:
+            raise EngineError(f"device: {name} is asked for, but there are {count} CUDA devices")
+        indices = list(range(first, count))
+        if needed > len(indices):
+            option = "tensor_parallel_size" if config.replicas == 1 else "replicas"
+            behind = f" from {name} on" if first else ""
+            raise EngineError(
+                f"{option}: {spell_shares(config.replicas, size)} need a GPU each, there are {len(indices)}{behind} "
+                f"({_WHO_IS_SEEN})"
+            )
+    return [torch.device("cuda", index) for index in indices[config.replica * size : (config.replica + 1) * size]]
+
+
+def _index_of(name: str, count: int) -> int:
+    """Of the GPU with that number or UUID, among those that this process sees."""
+    if name.isdecimal() and int(name) < count:
+        return int(name)
+    uuids = (
+        [] if name.isdecimal() else [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
     )
+    if name in uuids:
+        return uuids.index(name)
+    seen = f"0 to {count - 1}" if name.isdecimal() else ", ".join(uuids)
+    raise EngineError(f"gpus: there is no GPU {name}, there are {count}: {seen} ({_WHO_IS_SEEN})")
 
 
 def leave_a_core(environment: Mapping[str, str], num_ranks: int = 1) -> None:

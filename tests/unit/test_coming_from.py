@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paged_backend.config import EngineConfig, repository_folder
+from paged_backend.config import TUNABLES, repository_folder
 from paged_backend.frontend.metrics import FAMILIES
 from paged_backend.request import SamplingParams
 
@@ -28,7 +28,7 @@ OTHERS = {
 def known_names() -> set[str]:
     tensors = re.findall(r'\{ name: "(\w+)"', PBTXT.read_text())
     return {
-        *EngineConfig.model_fields,
+        *TUNABLES,
         *SamplingParams.__struct_fields__,
         *tensors,
         *(family.name for family in FAMILIES),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paged_backend.config import EngineConfig, demo_model_folder
+from paged_backend.config import TUNABLES, EngineConfig, demo_model_folder
 from paged_backend.errors import EngineError
 
 REFERENCE = Path(__file__).parents[2] / "docs/reference.md"
@@ -76,6 +76,34 @@ def test_a_wrong_value_is_refused_with_its_name_and_itself(name: str, value: str
     assert name in str(caught.value) and value in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"gpus": "0,1,2", "replicas": "2", "tensor_parallel_size": "2"},
+            "gpus: 2 replicas of 2 ranks need 4 GPUs, 3 are named (0,1,2)",
+        ),
+        ({"gpus": "0", "tensor_parallel_size": "2"}, "gpus: 2 ranks need 2 GPUs, 1 are named (0)"),
+        ({"gpus": "0,0"}, "gpus: expected different numbers or UUIDs with commas between them, got '0,0'"),
+        ({"gpus": "0,,1"}, "gpus: expected different numbers or UUIDs with commas between them, got '0,,1'"),
+        ({"gpus": "0", "device": "cpu"}, "gpus: 0 are named, and the device is the CPU"),
+        (
+            {"kv_events": "5557", "replicas": "2"},
+            "kv_events: routers listen to one engine, replicas must be 1, not 2",
+        ),
+    ],
+)
+def test_gpus_must_do_for_all_replicas_and_ranks(options: dict[str, str], message: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        EngineConfig.parse(options)
+    assert str(caught.value) == message
+
+
+def test_which_replica_an_engine_is_is_no_tunable() -> None:
+    with pytest.raises(EngineError, match=r"^unknown parameter 'replica': did you mean 'replicas'\?$"):
+        EngineConfig.parse({"replica": "1"})
+
+
 def test_one_page_a_sequence_is_allowed_whatever_its_length() -> None:
     assert EngineConfig.parse({"page_size": 1000, "max_model_len": 1000}).page_size == 1000
 
@@ -83,7 +111,7 @@ def test_one_page_a_sequence_is_allowed_whatever_its_length() -> None:
 def test_the_reference_tells_every_tunable_with_its_default() -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", REFERENCE.read_text(), re.MULTILINE))
     names = {True: "on", False: "off", None: "unset"}
-    for name, field in EngineConfig.model_fields.items():
+    for name, field in TUNABLES.items():
         default = (
             names[field.default] if field.default is None or isinstance(field.default, bool) else str(field.default)
         )

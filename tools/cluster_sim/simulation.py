@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from paged_backend.batch import Batch, StepResult
-from paged_backend.engine.findable_pages import FindablePages, block_hashes_of
+from paged_backend.block_hashes import block_hashes_of
+from paged_backend.engine.findable_pages import FindablePages
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.kv_events import KvEvents, Note

@@ -62,7 +62,7 @@ def serve_rank(rank: int, receiver: Receiver) -> int:
     config = config.model_copy(update={"model": start.model_folder})
     note_rank(Path(start.folder))
     size = config.tensor_parallel_size
-    leave_a_core(os.environ, size)
+    leave_a_core(os.environ, size * config.replicas)
     ranks = ProcessRanks(rank, size, Path(start.folder), device_of(config, rank))
     checkpoint = replace(open_checkpoint(config), eos_ids=start.eos_ids, warnings=())
     runner = build_runner(config, lambda sentence: log.info("rank %d: %s", rank, sentence), checkpoint, ranks)

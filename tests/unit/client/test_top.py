@@ -288,8 +288,8 @@ def test_of_several_engines_there_is_a_list_and_a_choice_that_outlives_a_restart
         with pytest.raises(NoEngineError) as several:
             choose_engine(Choice(os.getpid()))
         sentence, header, *rows = str(several.value).splitlines()
-        assert sentence == "2 engines run on this machine: choose one with --model, --url or --pid"
-        assert header.split() == ["model", "HTTP", "gRPC", "metrics", "age", "pid", "user"]
+        assert sentence == "2 engines run on this machine: choose one with --model, --url, --replica or --pid"
+        assert header.split() == ["model", "replica", "HTTP", "gRPC", "metrics", "age", "pid", "user"]
         assert [row.split()[0] for row in rows] == [one, other]
         assert [row.split()[-2] for row in rows] == [str(first), str(second)]
         chosen = choose_engine(Choice(model_name=other))

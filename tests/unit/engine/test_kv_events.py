@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import zmq
 
+from paged_backend.block_hashes import block_hashes_of
 from paged_backend.config import EngineConfig, kv_event_addresses
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.findable_pages import (
@@ -24,7 +25,6 @@ from paged_backend.engine.findable_pages import (
     BlockStored,
     Event,
     FindablePages,
-    block_hashes_of,
 )
 from paged_backend.engine.kv_event_publisher import KvEventPublisher
 from paged_backend.errors import EngineError

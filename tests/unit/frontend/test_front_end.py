@@ -89,7 +89,7 @@ def test_a_request_too_many_is_refused_before_its_prompt_is_read(
     rest.
     """
     folder = front_end.client._supervisor.engine_folder
-    np.array([front_end.config.max_queue_size], np.int64).tofile(folder / QUEUE_FILE)
+    np.array([front_end.config.max_queue_size, 0], np.int64).tofile(folder / QUEUE_FILE)
     front_end.client._supervisor._queue = open_queue(folder / QUEUE_FILE)
     read: list[object] = []
     monkeypatch.setattr(front_end.prompts, "read", read.append)

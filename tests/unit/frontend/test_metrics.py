@@ -27,7 +27,7 @@ STATS = Stats(
 
 
 def _tally() -> Tally:
-    return Tally(EngineConfig(), READY)
+    return Tally(EngineConfig(), [READY])
 
 
 def test_every_published_series_belongs_to_a_family() -> None:
@@ -36,7 +36,7 @@ def test_every_published_series_belongs_to_a_family() -> None:
     tally.take_stats(STATS)
     drained = tally.drain()
     assert set(gauges(STATS, READY, EngineConfig())) <= known
-    assert set(drained.increments) | set(drained.observations) | set(drained.gauges) <= known
+    assert set(drained.increments) | set(drained.observations) | set(drained.gauges[0]) <= known
 
 
 def test_names_follow_prometheus() -> None:

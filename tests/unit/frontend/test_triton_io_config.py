@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from paged_backend.config import EngineConfig, repository_folder
+from paged_backend.config import TUNABLES, EngineConfig, repository_folder
 from paged_backend.request import Outputs
 
 PATH = repository_folder() / "paged_llm" / "config.pbtxt"
@@ -24,11 +24,11 @@ def shipped() -> Any:
 
 def test_parameters_are_the_engines_options_with_their_defaults(shipped: Any) -> None:
     shown = {name: value.string_value for name, value in shipped.parameters.items()}
-    assert list(EngineConfig.model_fields) == [
+    assert list(TUNABLES) == [
         line.split('"')[1] for line in PATH.read_text().splitlines() if line.startswith("parameters")
     ]
     assert EngineConfig.parse(shown) == EngineConfig()
-    for name, field in EngineConfig.model_fields.items():
+    for name, field in TUNABLES.items():
         assert shown[name] == (
             ""
             if field.default is None
@@ -48,7 +48,7 @@ def test_each_parameters_comment_is_its_description() -> None:
             if line.startswith("parameters"):
                 described[line.split('"')[1]] = " ".join(comments)
             comments = []
-    assert described == {name: field.description for name, field in EngineConfig.model_fields.items()}
+    assert described == {name: field.description for name, field in TUNABLES.items()}
 
 
 def test_every_output_switch_has_its_tensor(shipped: Any) -> None:

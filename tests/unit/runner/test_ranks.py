@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from paged_backend.runner.builder import agreed
 from paged_backend.runner.kv_store import PoolSize, of_smallest
 from paged_backend.runner.parallel.channel import Receiver, Sender
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
-from paged_backend.runner.placement import device_of, devices_of_all
+from paged_backend.runner.placement import device_of, devices_of, place_words
 from tests.thread_ranks import ThreadRanks, on_every_rank
 
 
@@ -69,8 +71,56 @@ def test_ranks_have_the_gpus_from_the_first_on(four_gpus: list[torch.device]) ->
     config = EngineConfig(device="cuda:1", tensor_parallel_size=3)
     assert [device_of(config, rank).index for rank in range(3)] == [1, 2, 3]
     assert [device.index for device in four_gpus] == [1, 2, 3]
-    assert [device.index for device in devices_of_all(torch.device("cuda:2"), rank=1, size=3)] == [1, 2, 3]
-    assert devices_of_all(torch.device("cpu"), rank=0, size=2) == [torch.device("cpu")]
+    assert [device.index for device in devices_of(config)] == [1, 2, 3]
+    assert devices_of(EngineConfig(device="cpu", tensor_parallel_size=2)) == [torch.device("cpu")] * 2
+
+
+def test_replicas_share_the_gpus_out(four_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(**options: Any) -> list[list[int]]:
+        config = EngineConfig(replicas=2, **options)
+        return [
+            [device.index for device in devices_of(config.model_copy(update={"replica": replica}))]
+            for replica in range(config.replicas)
+        ]
+
+    assert shares() == [[0], [1]]
+    assert shares(tensor_parallel_size=2) == [[0, 1], [2, 3]]
+    assert shares(tensor_parallel_size=2, gpus="3, 0,1,2") == [[3, 0], [1, 2]]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"aa-{index}"))
+    assert shares(gpus="GPU-aa-2,0") == [[2], [0]]
+    config = EngineConfig(replicas=2, tensor_parallel_size=2)
+    assert place_words(config, torch.device("cpu")) == "the CPU"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"replicas": 3, "tensor_parallel_size": 2},
+            "replicas: 3 replicas of 2 ranks need a GPU each, there are 4 (CUDA_VISIBLE_DEVICES says which are seen)",
+        ),
+        ({"gpus": "7"}, "gpus: there is no GPU 7, there are 4: 0 to 3 (CUDA_VISIBLE_DEVICES says which are seen)"),
+        (
+            {"gpus": "GPU-bb"},
+            "gpus: there is no GPU GPU-bb, there are 4: GPU-aa-0, GPU-aa-1, GPU-aa-2, GPU-aa-3 "
+            "(CUDA_VISIBLE_DEVICES says which are seen)",
+        ),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(
+    four_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"aa-{index}"))
+    with pytest.raises(EngineError) as caught:
+        device_of(EngineConfig(**options), 0)
+    assert str(caught.value) == message
+    assert not four_gpus
+
+
+def test_named_gpus_need_a_device_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="^gpus: 0 are asked for, but torch finds no CUDA device$"):
+        device_of(EngineConfig(gpus="0"), 0)
 
 
 @pytest.mark.parametrize(

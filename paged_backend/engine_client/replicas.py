@@ -1,0 +1,217 @@
+"""A front end's side of several engines of one model (`replicas`): each has an EngineClient of its own, with election,
+standby and live requests, and a request goes to one of them.
+
+To the replica that has most of its prompt in its prefix cache, of equals to the one with the fewest requests under way;
+unless it has many more of them than another, which then gets the request. A replica whose engine is being restarted
+gets none as long as another serves; what it had goes on in its next engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+
+from paged_backend.block_hashes import block_hashes_of
+from paged_backend.config import EngineConfig
+from paged_backend.engine_client.client import EngineClient
+from paged_backend.engine_client.known_prefixes import KnownPrefixes
+from paged_backend.engine_client.live_requests import Receiver
+from paged_backend.errors import EngineError, ErrorKind, RequestError
+from paged_backend.messages import REPLICA, Prompt, Ready, Stats, number_of
+
+# requests more than another's that a replica may have for the sake of a prefix, and as a share of the other's
+_SLACK_REQUESTS, _SLACK_SHARE = 4, 0.5
+_MAX_FAMILIES = 1024  # of which it is remembered where the last one went
+
+log = logging.getLogger("paged")
+
+
+class Replicas:
+    """What EngineClient is to one engine, to all of them: thread-safe, and its callbacks come on the clients' threads,
+    with the number of the replica.
+    """
+
+    def __init__(self, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None) -> None:
+        """Starts all engines that nobody has started yet. Use `connect`."""
+        self._clients: list[EngineClient] = []
+        self._prefixes: KnownPrefixes | None = None
+        self._families: OrderedDict[int, int] = OrderedDict()  # -> the replica that has it
+        self._lock = threading.Lock()  # of families
+        self._num_asked = count()
+        self._num_gone = 0
+        self._tells_loss = False
+        self.on_loss: Callable[[], None] = lambda: None  # once among all front ends, when no replica is left
+        try:
+            for replica in range(config.replicas):
+                self._clients.append(
+                    EngineClient(
+                        config.model_copy(update={"replica": replica}),
+                        f"{key}/{replica}",
+                        num_front_ends,
+                        command and [*command, f"{REPLICA}{replica}"],
+                        count(replica, config.replicas),
+                    )
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def connect(
+        cls, config: EngineConfig, key: str, num_front_ends: int, command: Sequence[str] | None = None
+    ) -> Replicas:
+        """Finds the engines of the front ends that share `key`, or starts them; returns when all are ready to serve.
+        Then call `start`.
+
+        Raises:
+            EngineError: one of them cannot start.
+        """
+        replicas = cls(config, key, num_front_ends, command)
+        try:
+            for number, client in enumerate(replicas._clients):
+                try:
+                    client.meet()
+                except EngineError as error:
+                    raise EngineError(f"replica {number}: {error}") from None
+        except BaseException:
+            replicas.close()
+            raise
+        if config.prefix_cache:
+            replicas._prefixes = KnownPrefixes([client.engine_folder for client in replicas._clients])
+        return replicas
+
+    def start(
+        self,
+        on_stats: Callable[[Stats, int], None],
+        on_restart: Callable[[int], None] = lambda replica: None,
+        on_inherit: Callable[[int], None] = lambda replica: None,
+    ) -> None:
+        """See EngineClient.start; all are told the number of the replica."""
+        for replica, client in enumerate(self._clients):
+            client.on_loss = self._tell_loss if replica == 0 else lambda: None
+            client.on_gone = self._note_gone
+            client.start(partial(_call, on_stats, replica), partial(on_restart, replica), partial(on_inherit, replica))
+
+    @property
+    def readies(self) -> list[Ready]:
+        """Of each replica."""
+        return [client.ready for client in self._clients]
+
+    @property
+    def ready(self) -> Ready:
+        """Of the one with the smallest pool: what it takes, all take."""
+        return min(self.readies, key=lambda ready: (ready.max_model_len, ready.max_pool_tokens))
+
+    @property
+    def alive(self) -> bool:
+        """False when no replica has an engine, and none will have one."""
+        return any(client.alive for client in self._clients)
+
+    @property
+    def num_waiting(self) -> int:
+        """Where the fewest wait; a replica that is being restarted counts only if all are."""
+        clients = [client for client in self._clients if client.connected] or self._clients
+        return min(client.num_waiting for client in clients)
+
+    @property
+    def front_end(self) -> int:
+        return self._clients[0].front_end
+
+    def submit(
+        self,
+        prompt: Prompt,
+        cache_salt: str,
+        arrival: float,
+        receive: Receiver,
+        family: int | None = None,
+        *,
+        traced: bool = False,
+    ) -> int:
+        """See EngineClient.submit."""
+        client = self._clients[self._choose(prompt, cache_salt, family)]
+        return client.submit(prompt, cache_salt, arrival, receive, family, traced=traced)
+
+    def abort(self, request_id: int) -> None:
+        """See EngineClient.abort."""
+        self._clients[number_of(request_id) % len(self._clients)].abort(request_id)
+
+    def close(self) -> None:
+        """See EngineClient.close. Engines end beside each other."""
+        closers = [threading.Thread(target=client.close, name="close") for client in self._clients]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
+        if self._prefixes is not None:
+            self._prefixes.close()
+            self._prefixes = None
+
+    # ---- which one
+
+    def _choose(self, prompt: Prompt, cache_salt: str, family: int | None) -> int:
+        """
+        Raises:
+            RequestError: there is no engine any more.
+        """
+        candidates = [number for number, client in enumerate(self._clients) if client.alive and client.connected]
+        candidates = candidates or [number for number, client in enumerate(self._clients) if client.alive]
+        if not candidates:
+            raise RequestError("the engine is gone", ErrorKind.OVERLOADED)
+        with self._lock:
+            before = None if family is None else self._families.get(family)
+        if before in candidates:
+            return before
+        first = next(self._num_asked) % len(candidates)  # of equals each in turn: their caches fill alike
+        candidates = candidates[first:] + candidates[:first]
+        chosen = best_of(candidates, self._num_known(prompt, cache_salt), [c.num_under_way for c in self._clients])
+        if family is not None:
+            with self._lock:
+                self._families[family] = chosen
+                if len(self._families) > _MAX_FAMILIES:
+                    self._families.popitem(last=False)
+        return chosen
+
+    def _num_known(self, prompt: Prompt, cache_salt: str) -> list[int]:
+        """Pages of the prompt that each replica has cached."""
+        if self._prefixes is None:
+            return [0] * len(self._clients)
+        page_size, name = self._clients[0].ready.page_size, prompt.sampling.lora_name
+        return self._prefixes.num_known(block_hashes_of(prompt.token_ids, page_size, name, cache_salt))
+
+    # ---- when there is none any more
+
+    def _note_gone(self) -> None:
+        with self._lock:
+            self._num_gone += 1
+        self._end_if_all_are_gone()
+
+    def _tell_loss(self) -> None:
+        """Among all front ends the one that says so of the first replica says so of the model."""
+        self._tells_loss = True
+        self._end_if_all_are_gone()
+
+    def _end_if_all_are_gone(self) -> None:
+        with self._lock:
+            tells = self._tells_loss and self._num_gone == len(self._clients)
+            self._tells_loss &= not tells
+        if tells:
+            self.on_loss()
+
+
+def _call(on_stats: Callable[[Stats, int], None], replica: int, stats: Stats) -> None:
+    on_stats(stats, replica)
+
+
+def best_of(candidates: Sequence[int], num_known: Sequence[int], num_under_way: Sequence[int]) -> int:
+    """The replica that gets a request, of equals the first candidate.
+
+    num_known: pages of its prompt that each has; num_under_way: requests.
+    """
+    best = min(candidates, key=lambda number: (-num_known[number], num_under_way[number]))
+    least = min(candidates, key=lambda number: (num_under_way[number], -num_known[number]))
+    allowed = num_under_way[least] + max(_SLACK_REQUESTS, _SLACK_SHARE * num_under_way[least])
+    return best if num_under_way[best] <= allowed else least

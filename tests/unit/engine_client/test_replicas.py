@@ -1,0 +1,109 @@
+"""Which replica a request goes to, and what front ends know of the replicas' prefix caches."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from paged_backend.block_hashes import block_hashes_of
+from paged_backend.engine.kv_event_publisher import KvEventPublisher
+from paged_backend.engine_client.known_prefixes import KnownPrefixes
+from paged_backend.engine_client.replicas import best_of
+from paged_backend.messages import KV_SOCKET
+from paged_backend.scheduler.kv_events import Forgotten, Stored
+
+PAGE_SIZE = 4
+PROMPT = np.arange(20, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("num_known", "num_under_way", "chosen"),
+    [
+        pytest.param([0, 0, 0], [3, 1, 2], 1, id="nobody knows it: the fewest requests"),
+        pytest.param([2, 5, 5], [0, 3, 1], 2, id="the longest prefix, of equals the fewest requests"),
+        pytest.param([0, 5, 0], [10, 15, 12], 1, id="half as many more are borne"),
+        pytest.param([0, 5, 1], [10, 16, 10], 2, id="many more are not; of the idle the one that knows more"),
+        pytest.param([0, 9, 0], [0, 4, 1], 1, id="a few more are always borne"),
+    ],
+)
+def test_a_request_goes_where_its_prefix_is_unless_much_is_waiting_there(
+    num_known: list[int], num_under_way: list[int], chosen: int
+) -> None:
+    assert best_of(range(3), num_known, num_under_way) == chosen
+
+
+def test_a_replica_that_is_no_candidate_is_not_chosen() -> None:
+    assert best_of([1, 2], [9, 0, 0], [0, 5, 3]) == 2
+
+
+def stored(begin: int, end: int) -> Stored:
+    """Pages of PROMPT, by keys that nobody else looks into."""
+    keys = [str(index).encode() for index in range(begin, end)]
+    parent = None if begin == 0 else str(begin - 1).encode()
+    return Stored(keys, parent, PROMPT[begin * PAGE_SIZE : end * PAGE_SIZE].tobytes(), None, "")
+
+
+class Caches:
+    """Of two engines, as they tell of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders = [self._folder("0"), self._folder("1")]
+        self.publishers = [self.open(folder) for folder in self.folders]
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+
+    def _folder(self, name: str) -> Path:
+        folder = self.root / name
+        folder.mkdir()
+        return folder
+
+    def open(self, folder: Path) -> KvEventPublisher:
+        address = f"ipc://{folder}/{KV_SOCKET}"
+        return KvEventPublisher(zmq.Context(), address, f"{address}.replay", PAGE_SIZE)
+
+    def replace(self, replica: int) -> None:
+        """Another engine takes its place."""
+        self.publishers[replica].close()
+        self.folders[replica] = self._folder(f"{replica} again")
+        self.publishers[replica] = self.open(self.folders[replica])
+
+
+@pytest.fixture
+def caches() -> Iterator[Caches]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as root:
+        caches = Caches(Path(root))
+        yield caches
+        for publisher in caches.publishers:
+            publisher.close()
+
+
+def wait(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_front_ends_know_what_replicas_have_cached(caches: Caches) -> None:
+    """Also what was cached before they came, and not any more what was forgotten or died with its engine."""
+    hashes = block_hashes_of(PROMPT, PAGE_SIZE)
+    assert len(hashes) == 5
+    caches.publishers[0].send([stored(0, 3)])
+    known = KnownPrefixes([lambda: caches.folders[0], lambda: caches.folders[1]])
+    wait(lambda: known.num_known(hashes) == [3, 0])
+    caches.publishers[1].send([stored(0, 2)])
+    caches.publishers[0].send([stored(3, 5)])
+    wait(lambda: known.num_known(hashes) == [5, 2])
+    caches.publishers[1].send([Forgotten([b"1"])])
+    wait(lambda: known.num_known(hashes) == [5, 1])
+    caches.replace(0)
+    wait(lambda: known.num_known(hashes) == [0, 1])
+    caches.publishers[0].send([stored(0, 4)])
+    wait(lambda: known.num_known(hashes) == [4, 1])
+    known.close()
