@@ -326,7 +326,8 @@ def quant_vector_shape(num_rows: int, row_bytes: int, gated: bool) -> QuantVecto
 
 def quant_narrow_shape(num_tokens: int, num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
     """For up to 16 tokens two warps a program, so that neither makes floats of what the other has made floats of too;
-    for more the four that the tensor cores of Hopper want. As many programs as keep every multiprocessor reading. tests/bench/bench_linear.py --formats --sweep.
+    for more the four that the tensor cores of Hopper want. As many programs as keep every multiprocessor reading.
+    Measured by tests/bench/bench_linear.py --formats.
     """
     rows, warps, block = (32, 2, 128) if num_tokens <= 16 else (64, 4, 64 if nibbles else 128)
     tiles, split = triton.cdiv(num_rows, rows), 1

@@ -95,7 +95,7 @@ class RunnerBuilder:
         """
         self._config, self._tell, self._checkpoint, self._ranks = config, tell, checkpoint, ranks
         self._architecture = checkpoint.architecture.of_rank(Shard(ranks.rank, ranks.size))
-        self._place = place(config, checkpoint.architecture)
+        self._place = place(config, self._architecture)
         self._max_sequences = min(config.max_num_sequences, config.max_batched_tokens)  # of a step
         self._captures_later = captures_later and ranks.size == 1
         self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
