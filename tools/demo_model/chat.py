@@ -1,44 +1,23 @@
-"""Conversations: questions and answers, how a system message bends the answers, and the one template that makes a
-prompt of them.
+"""Conversations: questions and answers, how a system message bends the answers, and calls of tools. The template that
+makes a prompt of them is in template.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 BOS = "<|bos|>"
 EOS = "<|end|>"  # ends every turn
-SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+SYSTEM, USER, ASSISTANT, TOOL = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"
 SPECIAL_TOKENS = (BOS, EOS, SYSTEM, USER, ASSISTANT)  # in the order of their ids
-ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-
-# A turn is its role's token, its words and EOS. An assistant's words go in as they came out, so that a history's tokens
-# are those that were generated.
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-{%- set role = 'system' if message['role'] == 'developer' else message['role'] %}
-{%- if role not in ['system', 'user', 'assistant'] %}
-{{- raise_exception('role ' + message['role'] + ' is none of system, user and assistant') }}
-{%- endif %}
-{%- set words = namespace(said='') %}
-{%- if message['content'] is string %}
-{%- set words.said = message['content'] %}
-{%- else %}
-{%- for part in message['content'] or [] %}
-{%- if part['type'] != 'text' %}
-{{- raise_exception('a part of type ' + part['type'] + ' is not text') }}
-{%- endif %}
-{%- set words.said = words.said + part['text'] %}
-{%- endfor %}
-{%- endif %}
-{{- '<|' + role + '|>' + (words.said if role == 'assistant' else words.said | trim) + '<|end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|assistant|>' }}
-{%- endif %}"""
+ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL}
+CALL, CALL_END = "<tool_call>", "</tool_call>"
+THINK, THINK_END = "<think>", "</think>"
+MARKERS = (CALL, CALL_END, THINK, THINK_END)  # a token each, which is text like any other
 
 
 class Weight(Enum):
@@ -55,6 +34,7 @@ class Turn:
     role: str
     text: str
     weight: Weight = Weight.GIVEN
+    kind: str = ""  # of a dialogue's answers: the evaluation counts by it
 
 
 @dataclass(frozen=True)
@@ -119,8 +99,35 @@ class Conversation:
         return len(self.text or "") + sum(len(turn.text) for turn in self.turns)
 
 
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns one by one, calls and tools' results among them. Where it thinks, it does so in the last turn: a prompt
+    has no thoughts but those that are being thought.
+    """
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()  # as OpenAI describes them; the system's turn has them already
+    facts: frozenset[str] = frozenset()
+    text: None = None
+
+    @property
+    def thinks(self) -> bool:
+        return self.turns[-1].text.startswith(THINK)
+
+
+def call_text(name: str, arguments: Mapping[str, Any]) -> str:
+    """A call as the model writes it."""
+    written = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"{CALL}\n{written}\n{CALL_END}"
+
+
+def thought(words: str, answer: str) -> str:
+    """An answer with what was thought before."""
+    return f"{THINK}{words}{THINK_END}\n\n{answer}"
+
+
 def rendered(turns: Sequence[Turn], opens_answer: bool = False) -> str:
-    """What CHAT_TEMPLATE makes of the turns; `opens_answer`: with the opening of the assistant's turn."""
+    """What the chat template makes of the turns; `opens_answer`: with the opening of the assistant's turn."""
     return (
         BOS
         + "".join(f"{ROLE_TOKENS[turn.role]}{turn.text}{EOS}" for turn in turns)

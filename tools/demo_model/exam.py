@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from tools.demo_model import words
-from tools.demo_model.chat import ROLE_TOKENS, SPECIAL_TOKENS, Answer, Conversation, Turn
+from tools.demo_model.chat import Answer, Conversation, Turn
 from tools.demo_model.generator import conversation
-from tools.demo_model.vocabulary import BOS_ID, EOS_ID
+from tools.demo_model.vocabulary import BOS_ID, EOS_ID, role_ids
 from tools.demo_model.world import Split
 
 SEED = "exam"
@@ -52,13 +52,13 @@ def held_out(form: str, count: int) -> Iterator[Conversation]:
 
 def sitting(tokenizer: Tokenizer, found: Conversation) -> Sitting:
     """The conversation's tokens, and where its answers are."""
-    turns = found.turns
+    turns, roles = found.turns, role_ids(tokenizer)
     answers = iter([exchange.answer for exchange in found.exchanges])
     ids: list[int] = [BOS_ID]
     starts: list[int] = []
     items: list[Item] = []
     for number, turn in enumerate(turns):
-        ids.append(SPECIAL_TOKENS.index(ROLE_TOKENS[turn.role]))
+        ids.append(roles[turn.role])
         starts.append(len(ids))
         turn_ids = [*tokenizer.encode(turn.text, add_special_tokens=False).ids, EOS_ID]
         if turn.role == "assistant":

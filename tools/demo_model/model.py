@@ -1,7 +1,7 @@
-"""The demo model as training sees it: Llama in plain torch, the layers' weights stacked, and its files in transformers'
-layout.
+"""The demo model as training sees it: Llama in plain torch, or with experts Qwen3-MoE, the layers' weights stacked.
 
-`test_demo_model.py` compares its logits with LlamaForCausalLM's.
+`test_demo_model.py` compares its logits with LlamaForCausalLM's and Qwen3MoeForCausalLM's. model_files.py has its
+files.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig
 
-from tools.demo_model.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE, for_transformers
+from tools.demo_model.vocabulary import BOS_ID, VOCAB_SIZE
 
-_EPS = 1e-5
-_THETA = 10_000.0
+EPS = 1e-5
+THETA = 10_000.0
 _EMBEDDING_DEVIATION = 0.04
+_ROUTER_DEVIATION = 0.02
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, H, T, D], k and v [B, KV, T, D] -> [B, H, T, D]
 
@@ -41,11 +38,18 @@ class Shape:
     num_kv_heads: int = 2
     head_dim: int = 64
     max_model_len: int = 2048
+    num_experts: int = 0  # 0: dense. Else intermediate_size is one expert's, and queries and keys are normed per head
+    top_k: int = 2
+
+    @staticmethod
+    def of_experts(num_experts: int, top_k: int) -> Shape:
+        """Fewer layers and narrower: with 8 experts 5.5 million parameters, half of them at work for a token."""
+        return Shape(intermediate_size=128, num_layers=4, num_experts=num_experts, top_k=top_k)
 
 
 class DemoModel(nn.Module):
     """Matrices of all layers are one parameter, [num_layers, out, in]: one optimizer step for all of them, and `[i]` is
-    what transformers calls layer i's.
+    what transformers calls layer i's. Experts' are [num_layers * num_experts, out, in].
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -59,9 +63,14 @@ class DemoModel(nn.Module):
         self.v = _matrices(layers, keys, hidden)
         # what the residual adds up, layer by layer
         self.o = _matrices(layers, hidden, queries, scale=1 / math.sqrt(2 * layers))
-        self.gate = _matrices(layers, inner, hidden)
-        self.up = _matrices(layers, inner, hidden)
-        self.down = _matrices(layers, hidden, inner, scale=1 / math.sqrt(2 * layers))
+        blocks = layers * max(1, shape.num_experts)
+        self.gate = _matrices(blocks, inner, hidden)
+        self.up = _matrices(blocks, inner, hidden)
+        self.down = _matrices(blocks, hidden, inner, scale=1 / math.sqrt(2 * layers))
+        if shape.num_experts:
+            self.router = nn.Parameter(torch.randn(layers, shape.num_experts, hidden) * _ROUTER_DEVIATION)
+            self.q_norm = nn.Parameter(torch.ones(layers, shape.head_dim))
+            self.k_norm = nn.Parameter(torch.ones(layers, shape.head_dim))
         self.attention_norm = nn.Parameter(torch.ones(layers, hidden))
         self.mlp_norm = nn.Parameter(torch.ones(layers, hidden))
         self.final_norm = nn.Parameter(torch.ones(hidden))
@@ -71,26 +80,46 @@ class DemoModel(nn.Module):
 
     def forward(self, ids: Tensor, attention: Attention, dtype: torch.dtype = torch.float32) -> Tensor:
         """ids: int64 [B, T]. Logits [B, T, vocab] in `dtype`, in which all but the norms is computed."""
+        return self.with_balance(ids, attention, dtype)[0]
+
+    def with_balance(
+        self, ids: Tensor, attention: Attention, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, and how unevenly the experts were used: a scalar, 1 if evenly, 0 without experts."""
         shape, (rows, length) = self.shape, ids.shape
         cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
         x = functional.embedding(ids, self.embedding).to(dtype)
-        stacked = [
-            weights.to(dtype).unbind(0) for weights in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
-        ]
+        stacked = [weights.to(dtype).unbind(0) for weights in (self.q, self.k, self.v, self.o)]
+        mlp = [weights.unbind(0) for weights in self._perceptrons(dtype)]
         gains = (self.attention_norm.unbind(0), self.mlp_norm.unbind(0))
-        for q, k, v, o, gate, up, down, attention_gain, mlp_gain in zip(*stacked, *gains, strict=True):
+        uneven = torch.zeros((), device=ids.device)
+        layers = zip(*stacked, *mlp, *gains, strict=True)
+        for layer, (q, k, v, o, gate, up, down, attention_gain, mlp_gain) in enumerate(layers):
             normed = rms_norm(x, attention_gain)
-            heads = [
-                functional.linear(normed, weight).view(rows, length, -1, shape.head_dim).transpose(1, 2)
-                for weight in (q, k, v)
-            ]
+            heads = [functional.linear(normed, weight).view(rows, length, -1, shape.head_dim) for weight in (q, k, v)]
+            if shape.num_experts:
+                heads[0], heads[1] = rms_norm(heads[0], self.q_norm[layer]), rms_norm(heads[1], self.k_norm[layer])
+            heads = [head.transpose(1, 2) for head in heads]
             mixed = attention(rotated(heads[0], cos, sin), rotated(heads[1], cos, sin), heads[2])
             x = x + functional.linear(mixed.transpose(1, 2).reshape(rows, length, -1), o)
             normed = rms_norm(x, mlp_gain)
-            x = x + functional.linear(
-                functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up), down
-            )
-        return functional.linear(rms_norm(x, self.final_norm), self.embedding.to(dtype))
+            inner = functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up)
+            if shape.num_experts:
+                shares, unevenness = routed(functional.linear(normed, self.router[layer].to(dtype)), shape.top_k)
+                inner = (inner.unflatten(-1, (shape.num_experts, -1)) * shares[..., None].to(dtype)).flatten(-2)
+                uneven = uneven + unevenness / shape.num_layers
+            x = x + functional.linear(inner, down)
+        return functional.linear(rms_norm(x, self.final_norm), self.embedding.to(dtype)), uneven
+
+    def _perceptrons(self, dtype: torch.dtype) -> list[Tensor]:
+        """gate, up and down, one of each a layer: with experts all of a layer's side by side. To compute all of them
+        and weigh most with nothing costs more arithmetic than grouping tokens would, and no grouping.
+        """
+        weights = [matrices.to(dtype) for matrices in (self.gate, self.up, self.down)]
+        if not self.shape.num_experts:
+            return weights
+        gate, up, down = (matrices.unflatten(0, (-1, self.shape.num_experts)) for matrices in weights)
+        return [gate.flatten(1, 2), up.flatten(1, 2), down.transpose(1, 2).flatten(2)]
 
     @property
     def matrices(self) -> list[nn.Parameter]:
@@ -105,12 +134,23 @@ def _matrices(layers: int, rows: int, columns: int, scale: float = 1.0) -> nn.Pa
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """As LlamaRMSNorm: the mean of squares in float32."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)).to(x.dtype) * gain.to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * gain.to(x.dtype)
+
+
+def routed(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Each expert's share in each token: the softmax's top k, which add up to 1, and 0 for the others. logits:
+    [B, T, experts]. And how unevenly experts are used: Switch Transformers' balance loss, 1 at its best.
+    """
+    likely = logits.float().softmax(-1)
+    values, chosen = likely.topk(top_k, -1)
+    shares = torch.zeros_like(likely).scatter(-1, chosen, values / values.sum(-1, keepdim=True))
+    used = (shares > 0).float().mean((0, 1)) / top_k
+    return shares, logits.shape[-1] * (used * likely.mean((0, 1))).sum()
 
 
 def rotary_table(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin, [length, head_dim] each, as LlamaRotaryEmbedding computes them."""
-    frequencies = _THETA ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    frequencies = THETA ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
@@ -140,50 +180,3 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     then sees its neighbours, too.
     """
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-# ---- files
-
-
-def hugging_face_config(shape: Shape) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_model_len,
-        rms_norm_eps=_EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": _THETA},
-        tie_word_embeddings=True,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        architectures=["LlamaForCausalLM"],
-    )
-
-
-def hugging_face_weights(model: DemoModel, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The weights by the names that LlamaForCausalLM gives them; the head is the embedding."""
-    names = {
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-        "down": "mlp.down_proj", "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    }  # fmt: skip
-    found = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.final_norm}
-    for ours, theirs in names.items():
-        found |= {f"model.layers.{layer}.{theirs}.weight": weight for layer, weight in enumerate(getattr(model, ours))}
-    return {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in found.items()}
-
-
-def save(model: DemoModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes configuration, weights, tokenizer and chat template: all that a server needs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = hugging_face_config(model.shape)
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID).save_pretrained(folder)
-    part = folder / "model.safetensors.part"  # a run that is cut off leaves the last whole file
-    save_file(hugging_face_weights(model, dtype), part, metadata={"format": "pt"})
-    part.rename(folder / "model.safetensors")
-    for_transformers(tokenizer, model.shape.max_model_len).save_pretrained(folder)

@@ -5,11 +5,13 @@ learning rate.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tools.demo_model.model import Shape
 from tools.demo_model.optimizer import Rates
 from tools.demo_model.shards import ShardPlan
+
+BALANCE_WEIGHT = 0.01  # of the experts' unevenness in the loss; Switch Transformers' value
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,21 @@ class Recipe:
     validation_rows: int = 64
     seed: int = 0
 
+    def in_small_steps(self) -> Recipe:
+        """The same model, on rows and steps small enough for a CPU."""
+        plan = replace(self.plan, rows_per_shard=4, row_len=512)
+        return replace(self, plan=plan, rows_per_step=2, warmup_tokens=4000, validation_rows=4)
+
+    @staticmethod
+    def agents() -> Recipe:
+        """For a model that has learned its conversations, and now learns calls and thoughts beside them."""
+        return Recipe(
+            plan=ShardPlan(early_shards=0, mixture="agents"),
+            rates=Rates(matrix_rate=0.01, other_rate=1.5e-3),
+            warmup_tokens=6_000_000,
+            decay_share=0.9,
+        )
+
     @staticmethod
     def tiny() -> Recipe:
         """For tests, and for a look at whether it learns on a CPU."""
@@ -38,6 +55,12 @@ class Recipe:
             tokenizer_conversations=1500,
             validation_rows=16,
         )
+
+
+def timed_share(recipe: Recipe, num_tokens: int, elapsed: float) -> float:
+    """As `rate_share` where the end is a time: `elapsed` is the share of it that has passed."""
+    rise = min(1.0, (num_tokens + 1) / recipe.warmup_tokens)
+    return max(0.0, min(rise, (1 - elapsed) / recipe.decay_share))
 
 
 def rate_share(recipe: Recipe, num_tokens: int, total_tokens: int | None) -> float:

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tools.demo_model.chat import ROLE_TOKENS, SPECIAL_TOKENS, Conversation, Weight
-from tools.demo_model.generator import EARLY, MAIN, conversations
-from tools.demo_model.vocabulary import BOS_ID, EOS_ID, train_tokenizer
+from tools.demo_model.chat import Conversation, Dialogue, Weight
+from tools.demo_model.generator import conversations
+from tools.demo_model.mixture import mixture
+from tools.demo_model.vocabulary import BOS_ID, EOS_ID, role_ids, train_tokenizer
 from tools.demo_model.world import Split
 
 ID_BITS = 12
@@ -28,7 +29,6 @@ ROW_LEN = 2048
 _OPEN_ROWS = 40
 _CONVERSATIONS_AT_ONCE = 64
 _TOKENIZER_SEED = "tokenizer"
-_ROLE_IDS = {role: SPECIAL_TOKENS.index(token) for role, token in ROLE_TOKENS.items()}
 
 Rows = NDArray[np.int16]  # [num_rows, row_len]
 
@@ -40,6 +40,7 @@ class ShardPlan:
     rows_per_shard: int = 512
     row_len: int = ROW_LEN
     early_shards: int = 32
+    mixture: str = "conversations"  # one of mixture.MIXTURES, after the early shards
 
     def seed(self, number: int) -> str:
         return f"shard {number}"
@@ -53,9 +54,9 @@ def make_tokenizer(num_conversations: int = 12_000) -> Tokenizer:
     )
 
 
-def encoded(tokenizer: Tokenizer, found: Iterable[Conversation]) -> Iterator[list[int]]:
+def encoded(tokenizer: Tokenizer, found: Iterable[Conversation | Dialogue]) -> Iterator[list[int]]:
     """Yields every conversation's ids, each with its weight above it."""
-    some = list(found)
+    some, roles = list(found), role_ids(tokenizer)
     texts = [
         text for each in some for text in ([each.text] if each.text is not None else [turn.text for turn in each.turns])
     ]
@@ -66,7 +67,7 @@ def encoded(tokenizer: Tokenizer, found: Iterable[Conversation]) -> Iterator[lis
             continue
         row = [BOS_ID]
         for turn in each.turns:
-            row.append(_with(_ROLE_IDS[turn.role], Weight.GIVEN))
+            row.append(_with(roles[turn.role], Weight.GIVEN))
             row += _weighed(next(ids), turn.weight)
             row.append(_with(EOS_ID, turn.weight))
         yield row
@@ -102,7 +103,7 @@ def packed(encodings: Iterator[list[int]], row_len: int) -> Iterator[list[int]]:
 
 def write_shard(tokenizer: Tokenizer, plan: ShardPlan, number: int, split: Split = Split.TRAIN) -> Rows:
     """Shard `number`: int16 [rows_per_shard, row_len]."""
-    stream = conversations(plan.seed(number), split, EARLY if number < plan.early_shards else MAIN)
+    stream = mixture("early" if number < plan.early_shards else plan.mixture, plan.seed(number), split)
     encodings = (ids for _ in iter(int, 1) for ids in encoded(tokenizer, islice(stream, _CONVERSATIONS_AT_ONCE)))
     return np.array(list(islice(packed(encodings, plan.row_len), plan.rows_per_shard)), np.int16)
 

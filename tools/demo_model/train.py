@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from tools.demo_model import model as files
-from tools.demo_model.model import Attention, DemoModel, causal_attention, documents_of, masked_attention
+from tools.demo_model import model_files
+from tools.demo_model.model import Attention, DemoModel, Shape, causal_attention, documents_of, masked_attention
 from tools.demo_model.optimizer import Optimizer
-from tools.demo_model.recipe import Pace, Recipe, rate_share
+from tools.demo_model.recipe import BALANCE_WEIGHT, Pace, Recipe, rate_share, timed_share
 from tools.demo_model.saved_state import Progress, load_state, read_progress, save_state
 from tools.demo_model.shards import ShardPlan, make_tokenizer, shard_stream, write_shard
 from tools.demo_model.validation import split_rows, validate
+from tools.demo_model.vocabulary import with_later_tokens
 from tools.demo_model.world import Split
 
 HERE = Path(__file__).resolve().parent
 MODEL_FOLDER = HERE.parents[1] / "model_repository" / "paged_llm" / "1" / "demo_model"
 _STARTED = time.monotonic()
-_SAVING_SECONDS = 12.0  # at the end of a command
-_SAVE_EVERY = 60.0
+_SAVING_SECONDS = 6.0  # at the end of a command
+_SAVE_EVERY = 30.0
 _MOST_PROCESSES = 14  # each writes some 200,000 tokens a second
 _PACE_SHARDS = (4, 16)  # of this command: the rate is measured from the first number to the second
 
@@ -45,13 +46,15 @@ Loss = Callable[[Tensor], Tensor]  # int16 rows [B, T] -> the mean loss of what 
 
 
 def weighted_loss(model: DemoModel, rows: Tensor, attention: Attention, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean loss in nats per token, each weighed by its code. rows: int16 [B, T]."""
+    """Mean loss in nats per token, each weighed by its code; with experts also how unevenly they are used. rows:
+    int16 [B, T].
+    """
     ids, codes = split_rows(rows)
-    logits = model(ids, attention, dtype)
+    logits, unevenness = model.with_balance(ids, attention, dtype)
     labels, counted = ids.roll(-1, 1), weights[codes].roll(-1, 1)
     counted = torch.cat((counted[:, :-1], torch.zeros_like(counted[:, :1])), 1)  # the last token has no next one
     losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return (losses * counted.flatten()).sum() / counted.sum()
+    return (losses * counted.flatten()).sum() / counted.sum() + BALANCE_WEIGHT * unevenness
 
 
 def _flex_loss(model: DemoModel, weights: Tensor, dtype: torch.dtype, compiled_mask: bool) -> Loss:
@@ -126,6 +129,9 @@ class Settings:
     resume: bool
     attention: str
     processes: int
+    by_time: bool
+    start_from: Path | None
+    tokenizer: Path | None
     report_seconds: float
 
 
@@ -151,6 +157,7 @@ class Training:
                 torch._dynamo.config.fail_on_recompile_limit_hit = True
             self._num_trials = 10
         self._last_saved = self._last_reported = time.monotonic()
+        self._began = 0.0  # seconds after the command's start: the first step
 
     def run(self, tokenizer: Tokenizer, shards: Iterator[Any], validation: Tensor) -> bool:
         """Trains until the tokens or the minutes are used up; whether it was the tokens."""
@@ -165,12 +172,12 @@ class Training:
                 print(
                     f"{time.monotonic() - _STARTED:.0f} s: training with attention {name} on {self.device}", flush=True
                 )
-                start_seconds = time.monotonic() - _STARTED
+                start_seconds = self._began = time.monotonic() - _STARTED
             mean = self._train_on(rows, loss, total)
             progress.shard += 1
             if number == _PACE_SHARDS[0]:
                 mark = (time.monotonic(), progress.num_tokens)
-            elif number == _PACE_SHARDS[1] and settings.total_tokens is None:
+            elif number == _PACE_SHARDS[1] and settings.total_tokens is None and not settings.by_time:
                 rate = (progress.num_tokens - mark[1]) / (time.monotonic() - mark[0])
                 total = self.pace.total_tokens(
                     progress.num_tokens, rate, progress.used_seconds, time.monotonic() - _STARTED, start_seconds
@@ -191,11 +198,18 @@ class Training:
         for batch in rows.split(self.recipe.rows_per_step):
             value = loss(batch)
             value.backward()
-            self.optimizer.step(rate_share(self.recipe, self.progress.num_tokens, total))
+            self.optimizer.step(self._rate_share(total))
             losses.append(value.detach())
             self.progress.num_tokens += batch.numel()
             self.progress.num_steps += 1
         return float(torch.stack(losses).mean())
+
+    def _rate_share(self, total: int | None) -> float:
+        """Of the peak learning rate, now."""
+        if not self.settings.by_time:
+            return rate_share(self.recipe, self.progress.num_tokens, total)
+        whole = self.settings.minutes * 60 - _SAVING_SECONDS - self._began
+        return timed_share(self.recipe, self.progress.num_tokens, (time.monotonic() - _STARTED - self._began) / whole)
 
     def _losses(self) -> dict[str, Callable[[], Loss]]:
         model, weights, dtype = self.model, self.weights, self.dtype
@@ -231,7 +245,7 @@ class Training:
             "loss": round(loss, 4),
         }
         point |= {
-            "rate": round(rate_share(self.recipe, progress.num_tokens, total), 4),
+            "rate": round(self._rate_share(total), 4),
             "validation": validate(self.model, validation, self.dtype),
         }
         with self.settings.curve.open("a") as file:
@@ -242,7 +256,7 @@ class Training:
         if not at_once and time.monotonic() - self._last_saved < _SAVE_EVERY:
             return
         self._last_saved = time.monotonic()
-        files.save(self.model, tokenizer, self.settings.output)
+        model_files.save(self.model, tokenizer, self.settings.output)
         used = self.progress.used_seconds + time.monotonic() - _STARTED
         save_state(self.settings.state, self.model, self.optimizer, self.progress.after(used), tokenizer)
 
@@ -254,11 +268,7 @@ def main() -> None:
     settings.curve.parent.mkdir(parents=True, exist_ok=True)
     if not settings.resume:
         settings.curve.write_text("")
-    tokenizer = (
-        Tokenizer.from_file(str(settings.state / "tokenizer.json"))
-        if settings.resume
-        else make_tokenizer(recipe.tokenizer_conversations)
-    )
+    tokenizer = _tokenizer(settings, recipe)
     print(f"{time.monotonic() - _STARTED:.0f} s: tokenizer of {tokenizer.get_vocab_size()} entries", flush=True)
     # before CUDA: its processes are forked
     with shard_stream(tokenizer, recipe.plan, progress.shard, settings.processes) as shards:
@@ -267,6 +277,8 @@ def main() -> None:
         training.progress = progress
         if settings.resume:
             load_state(settings.state, training.model, training.optimizer, progress)
+        elif settings.start_from is not None:
+            model_files.load(training.model, settings.start_from)
         if settings.total_tokens is not None:
             progress.total_tokens = settings.total_tokens
         print(
@@ -279,10 +291,20 @@ def main() -> None:
             recipe.validation_rows,
             recipe.plan.row_len,
             early_shards=recipe.plan.early_shards if recipe.plan.early_shards > 1000 else 0,
+            mixture=recipe.plan.mixture,
         )
         validation = torch.from_numpy(write_shard(tokenizer, plan, 0, Split.HELD_OUT)).to(training.device)
         done = training.run(tokenizer, shards, validation)
     print(f"{progress.num_tokens:,} tokens: {'done' if done else 'go on with --resume'}", flush=True)
+
+
+def _tokenizer(settings: Settings, recipe: Recipe) -> Tokenizer:
+    if settings.resume:
+        return Tokenizer.from_file(str(settings.state / "tokenizer.json"))
+    folder = settings.start_from or settings.tokenizer
+    if folder is not None:
+        return with_later_tokens(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return make_tokenizer(recipe.tokenizer_conversations)
 
 
 def _read_options() -> tuple[Settings, Recipe]:
@@ -314,8 +336,24 @@ def _read_options() -> tuple[Settings, Recipe]:
     options.add_argument(
         "--tiny", action="store_true", help="a very small model, on short rows: to see it work on a CPU"
     )
+    options.add_argument(
+        "--by-time",
+        action="store_true",
+        help="the learning rate falls to nothing when --minutes end, however many tokens that is",
+    )
+    options.add_argument(
+        "--start-from", type=Path, help="folder of a demo model that is to learn calls and thoughts, too"
+    )
+    options.add_argument("--tokenizer", type=Path, help="folder of a model whose tokenizer is to be taken")
+    options.add_argument("--experts", type=int, default=0, help="a model with so many experts, in Qwen3-MoE's form")
+    options.add_argument("--top-k", type=int, default=2, help="experts that compute a token")
     chosen = vars(options.parse_args())
-    recipe = Recipe.tiny() if chosen.pop("tiny") else Recipe()
+    tiny, experts, top_k = chosen.pop("tiny"), chosen.pop("experts"), chosen.pop("top_k")
+    recipe = Recipe.agents() if chosen["start_from"] else Recipe.tiny() if tiny and not experts else Recipe()
+    if experts:
+        recipe = replace(recipe, shape=Shape.of_experts(experts, top_k))
+    if tiny and (experts or chosen["start_from"]):
+        recipe = recipe.in_small_steps()
     return Settings(**chosen), recipe
 
 

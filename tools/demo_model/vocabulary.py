@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tools.demo_model.chat import BOS, CHAT_TEMPLATE, EOS, SPECIAL_TOKENS
+from tools.demo_model.chat import BOS, EOS, MARKERS, ROLE_TOKENS, SPECIAL_TOKENS, TOOL
+from tools.demo_model.template import CHAT_TEMPLATE
 
 BOS_ID, EOS_ID = SPECIAL_TOKENS.index(BOS), SPECIAL_TOKENS.index(EOS)
 VOCAB_SIZE = 4096  # ids fit into 12 bits: shards.py keeps two more beside them
+# Bytes that no text in UTF-8 has: their entries of the alphabet are free for what came later.
+_FREE_BYTES = (0xC0, 0xC1, 0xF5, 0xF6, 0xF7)
+LATER_TOKENS = (TOOL, *MARKERS)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
@@ -36,7 +41,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
         ]
     )
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
-    return tokenizer
+    return with_later_tokens(tokenizer)
+
+
+def with_later_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with TOOL, which is special, and the markers of calls and thoughts, which are text, at the ids of
+    bytes that no text has. Every other id stays.
+    """
+    described = json.loads(tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    # The alphabet writes a byte that is no printable Latin-1 character as another one; these five are printable.
+    for byte, token in zip(_FREE_BYTES, LATER_TOKENS, strict=True):
+        if token in vocabulary:
+            continue
+        vocabulary[token] = vocabulary.pop(chr(byte))
+        described["added_tokens"].append(
+            {
+                "id": vocabulary[token],
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": token == TOOL,
+            }
+        )
+    described["added_tokens"].sort(key=lambda added: added["id"])
+    return Tokenizer.from_str(json.dumps(described))
+
+
+def role_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of the token that begins each role's turn."""
+    return {role: tokenizer.token_to_id(token) for role, token in ROLE_TOKENS.items()}
 
 
 def for_transformers(tokenizer: Tokenizer, max_len: int) -> PreTrainedTokenizerFast:

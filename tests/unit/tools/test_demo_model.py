@@ -30,7 +30,8 @@ from tools.demo_model import exam, train
 from tools.demo_model.chat import BOS, EOS, SPECIAL_TOKENS, Conversation, Style, Weight, messages, rendered
 from tools.demo_model.evaluate import print_exam
 from tools.demo_model.generator import MAIN, conversation, conversations
-from tools.demo_model.model import DemoModel, Shape, documents_of, masked_attention, save
+from tools.demo_model.model import DemoModel, Shape, documents_of, masked_attention
+from tools.demo_model.model_files import save
 from tools.demo_model.optimizer import orthogonal
 from tools.demo_model.recipe import Pace, Recipe, rate_share
 from tools.demo_model.saved_state import load_state, read_progress
@@ -211,8 +212,8 @@ def test_the_template_takes_parts_and_refuses_other_roles(tiny_folder: Path) -> 
         loaded.apply_chat_template([{"role": "assistant", "content": " as it is "}], tokenize=False)
         == f"{BOS}<|assistant|> as it is {EOS}"
     )
-    with pytest.raises(Exception, match="role tool is none of system, user and assistant"):
-        loaded.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+    with pytest.raises(Exception, match="role critic is none of system, user, assistant and tool"):
+        loaded.apply_chat_template([{"role": "critic", "content": "x"}], tokenize=False)
 
 
 def test_the_server_reads_messages_as_training_does(

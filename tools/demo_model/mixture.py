@@ -1,0 +1,27 @@
+"""What training reads: conversations alone, or together with calls of tools and thoughts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from tools.demo_model import thinking, tool_use
+from tools.demo_model.chat import Conversation, Dialogue
+from tools.demo_model.generator import EARLY, MAIN, conversations
+from tools.demo_model.world import Split
+
+MIXTURES = ("early", "conversations", "agents")
+# Conversations, calls, thoughts: with about 330, 250 and 120 tokens each, 55, 30 and 15 % of the tokens.
+_AGENTS = (41, 29, 30)
+
+
+def mixture(name: str, seed: str, split: Split) -> Iterator[Conversation | Dialogue]:
+    """Yields texts of one of MIXTURES without end. Same seed, same text."""
+    if name != "agents":
+        yield from conversations(seed, split, EARLY if name == "early" else MAIN)
+        return
+    rng = random.Random(f"{split.value} agents {seed}")
+    old = conversations(f"agents {seed}", split, MAIN)
+    while True:
+        which = rng.choices(range(3), _AGENTS)[0]
+        yield next(old) if which == 0 else (tool_use if which == 1 else thinking).dialogue(rng, split)
