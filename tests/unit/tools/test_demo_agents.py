@@ -1,4 +1,4 @@
-"""tools/demo_model: conversations with tools and thoughts, the template that writes them, and the model with experts."""
+"""tools/demo_model: conversations with tools and thoughts, the template that writes them, the model with experts."""
 
 from __future__ import annotations
 
