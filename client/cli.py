@@ -238,7 +238,7 @@ def _serve_again_and_again(settings: ServerSettings) -> None:
             )
 
 
-@app.command()
+@app.command(short_help="See it work: a story and questions about it.")
 def demo(
     model: Model = "demo",
     options: Settings = None,
@@ -261,10 +261,10 @@ def demo(
 
 app.command()(generate)
 app.command()(chat)
-app.command("openai")(serve_openai)
-app.add_typer(bench_app, name="bench")
+app.command("openai", short_help="Speak OpenAI's API for a running server.")(serve_openai)
+app.add_typer(bench_app, name="bench", short_help="Measure what a server gives its clients.")
 app.command()(top)
-app.command()(models)
+app.command(short_help="List the architectures and formats that can be served.")(models)
 
 
 def ready_text(server: Server) -> str:

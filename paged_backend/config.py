@@ -209,9 +209,8 @@ class EngineConfig(BaseModel):
     @model_validator(mode="after")
     def _page_size_is_a_power_of_two(self) -> EngineConfig:
         if self.page_size & (self.page_size - 1) and self.page_size != self.max_model_len:
-            raise ValueError(
-                f"page_size: {self.page_size} is neither a power of two nor max_model_len ({self.max_model_len})"
-            )
+            longest = f" ({self.max_model_len})" if self.max_model_len else ""
+            raise ValueError(f"page_size: {self.page_size} is neither a power of two nor max_model_len{longest}")
         return self
 
     @model_validator(mode="after")

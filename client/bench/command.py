@@ -94,7 +94,7 @@ def bench(
             _run_sweep(session, plan, settings, addresses)
 
 
-@bench_app.command()
+@bench_app.command(short_help="Compare paged KV memory with reservation.")
 @with_option_groups
 def memory(
     *,

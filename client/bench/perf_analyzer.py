@@ -91,7 +91,17 @@ def _bring(folder: Path) -> None:
         raise EngineError(
             "no perf_analyzer on PATH, and no pip in this environment to bring it with: python -m ensurepip"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _lay(folder)
+    except OSError as error:  # a home without room, or read-only
+        raise EngineError(
+            f"no perf_analyzer on PATH, and it cannot be laid into {folder.parent} ({error.strerror}): "
+            "XDG_CACHE_HOME names another place"
+        ) from None
+
+
+def _lay(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="bringing-") as temporary:
         made = Path(temporary) / folder.name
         made.mkdir()
@@ -132,7 +142,8 @@ def _download(folder: Path) -> Path:
             f"no perf_analyzer on PATH, and pip did not bring tritonclient {WHEEL_VERSION} within {_DOWNLOAD_SECONDS} s"
         ) from None
     if finished.returncode != 0:
-        errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
+        lines = [line for line in finished.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"] or lines
         raise EngineError(
             f"no perf_analyzer on PATH, and pip cannot bring tritonclient {WHEEL_VERSION}: "
             f"{errors[-1] if errors else 'see pip'}"

@@ -72,13 +72,18 @@ def _fetch(config: EngineConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if config.load_format == "auto" else ())]
+    if Path(config.model).is_file():
+        raise EngineError(f"model: {config.model} is a file; a checkpoint is a folder")
     if config.model.startswith((".", "/", "~")):
         raise EngineError(f"model: no folder {config.model}")
     try:
         return Path(snapshot_download(config.model, allow_patterns=patterns, ignore_patterns=_SECOND_COPIES))
     except HFValidationError:
         raise EngineError(f"model: {config.model} is neither a folder nor a hub id") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        reason = reason_of(error.__cause__ or error)
+        raise EngineError(f"model: {config.model} is no folder, and the hub cannot be reached ({reason})") from None
+    except (HfHubHTTPError, OSError) as error:
         raise EngineError(
             f"model: {config.model} is no folder, and the hub did not give it: {reason_of(error)}"
         ) from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from paged_backend.errors import EngineError
 from paged_client.bench import perf_analyzer
 from paged_client.bench.perf_analyzer import WHEEL_VERSION, find_perf_analyzer
 
@@ -51,3 +53,23 @@ def test_libraries_are_copied_and_outlive_the_environment(
     assert (brought / "lib" / "libb64.so.0d").read_text() == "libb64-98cb.so.0d"
     assert sorted(file.name for file in (brought / "lib").iterdir()) == ["libb64.so.0d", "libcudart.so.12"]
     assert not any(file.is_symlink() for file in (brought / "lib").iterdir())
+
+
+def test_a_home_that_cannot_be_written_to_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").touch()  # no folder can be made in a file
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(perf_analyzer.shutil, "which", lambda name: None)
+    with pytest.raises(EngineError, match=r"cannot be laid into .*cache/paged \(.+\): XDG_CACHE_HOME names another"):
+        find_perf_analyzer(lambda line: None)
+
+
+def test_what_stopped_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an error that pip did not foresee, the traceback's last line is the one that says something."""
+    said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n"
+    finished = subprocess.CompletedProcess([], 2, stdout="", stderr=said)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(perf_analyzer.shutil, "which", lambda name: None)
+    monkeypatch.setattr(perf_analyzer.subprocess, "run", lambda *command, **options: finished)
+    with pytest.raises(EngineError, match="pip cannot bring tritonclient .*: OSError: .* No space left on device$"):
+        find_perf_analyzer(lambda line: None)
+    assert not list((tmp_path / "cache" / "paged").iterdir())

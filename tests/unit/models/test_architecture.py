@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from paged_backend.config import EngineConfig
@@ -167,6 +168,22 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub() -> None:
     with pytest.raises(EngineError, match="no folder"):
         open_checkpoint(EngineConfig(model="/no/such/folder"))
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(EngineError, match="model.gguf is a file; a checkpoint is a folder"):
+        open_checkpoint(EngineConfig(model=str(tmp_path / "model.gguf")))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(name: str, **options: Any) -> str:
+        raise LocalEntryNotFoundError("two sentences. Please try again.") from OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(EngineError) as raised:
+        open_checkpoint(EngineConfig(model="a/b"))
+    assert str(raised.value) == "model: a/b is no folder, and the hub cannot be reached (Name or service not known)"
 
 
 def test_a_name_that_is_no_hub_id_is_refused() -> None:
