@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from paged_client.answers import Answer
@@ -24,7 +24,7 @@ from paged_client.openai.middleware import REQUEST_ID
 from paged_client.openai.model_card import ModelCard
 from paged_client.openai.models import Models
 from paged_client.openai.protocol import MAX_PROMPTS, TokenIds
-from paged_client.openai.translation import checked
+from paged_client.openai.readable import ReadableBody
 from paged_client.openai.unknown_keys import unused_keys, with_warning
 from paged_client.question import Prompt
 
@@ -43,12 +43,10 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
-class PoolingBody(BaseModel):
+class PoolingBody(ReadableBody):
     """What the paths that embed texts share: keys of the server that go there under their own names, and what is
     ignored.
     """
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     model: str
     pooling: str | None = None  # last or mean; None: the checkpoint's own
@@ -103,14 +101,12 @@ class EmbeddingSource:
         if adapter and body.lora_name is not None:
             raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
         given = {name: getattr(body, name, None) for name in _SAME_NAMES}
-        return checked(
-            {
-                **given,
-                "priority_level": body.priority,
-                "lora_name": adapter or body.lora_name,
-                "cache_salt": body.cache_salt or "",
-            }
-        )
+        return {
+            **given,
+            "priority_level": body.priority,
+            "lora_name": adapter or body.lora_name,
+            "cache_salt": body.cache_salt or "",
+        }
 
     async def embeddings(
         self, request: Request, body: PoolingBody, prompts: Sequence[Prompt], params: Mapping[str, str]
@@ -164,7 +160,7 @@ def add_embedding_paths(app: FastAPI, source: EmbeddingSource, strict: bool) -> 
     @app.post(PATH)
     async def create(body: EmbeddingBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
-        prompts = _prompts(checked(body.input, "input"))
+        prompts = _prompts(body.input)
         params = {
             "text_input": "input",
             "input_ids": "input",

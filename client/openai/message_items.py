@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import ChatBody
+from paged_client.openai.readable import ReadableBody
 
 _FIRST = Field(fail_fast=True)
 
@@ -21,10 +22,8 @@ class Thinking(BaseModel):
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
-class CountBody(BaseModel):
+class CountBody(ReadableBody):
     """POST /v1/messages/count_tokens."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     model: str
     messages: Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1)]
@@ -112,7 +111,7 @@ def _block(
             function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
             calls.append({"id": call_id, "type": "function", "function": function})
         case {"type": "tool_result", "tool_use_id": str() as call_id}:
-            text = _text(f"{where}.content", block.get("content") or "")
+            text = _text(f"{where}.content", block.get("content", ""))
             results.append({"role": "tool", "tool_call_id": call_id, "content": text})
         case {"type": "thinking" | "redacted_thinking"}:
             pass  # templates leave earlier thoughts out
@@ -121,11 +120,13 @@ def _block(
             raise RefusalError(f"{where}: no block of type '{kind}': not supported, or not complete", param=where)
 
 
-def _text(where: str, content: str | Sequence[Any]) -> str:
+def _text(where: str, content: Any) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, (list, type(None))):
+        raise RefusalError(f"{where}: expected a string or a list of blocks", param=where)
     texts = []
-    for block in content:
+    for block in content or ():
         match block:
             case {"type": "text", "text": str() as text}:
                 texts.append(text)

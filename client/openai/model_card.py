@@ -16,6 +16,7 @@ from paged_client.errors import InvalidRequestError, PagedError
 _ANYTHING = [{"role": "user", "content": "Hello"}]
 _END_TOKENS = 32
 _MOST_PROMPT_ENDS = 100
+_LONGEST_KEY = 1000  # characters of what an end is remembered by: callers write it
 _FRESH_SECONDS = 10.0  # a model may be loaded anew, and adapters come and go
 
 
@@ -59,12 +60,15 @@ class ModelCard:
         It does not depend on what was said before, in any template known.
         """
         key = json.dumps(kwargs or {}, sort_keys=True)
-        if key not in self._prompt_ends:
+        if key in self._prompt_ends:
+            return self._prompt_ends[key]
+        tokens = await self.client.tokenize(messages=_ANYTHING, sampling={"chat_template_kwargs": kwargs or None})
+        end = await self.client.detokenize(tokens[-_END_TOKENS:])
+        if len(key) <= _LONGEST_KEY:
             if len(self._prompt_ends) >= _MOST_PROMPT_ENDS:
                 self._prompt_ends.clear()
-            tokens = await self.client.tokenize(messages=_ANYTHING, sampling={"chat_template_kwargs": kwargs or None})
-            self._prompt_ends[key] = await self.client.detokenize(tokens[-_END_TOKENS:])
-        return self._prompt_ends[key]
+            self._prompt_ends[key] = end
+        return end
 
     async def token_of(self, word: str) -> int | None:
         """The id of a word that is one token; None: it is several."""

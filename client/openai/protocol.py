@@ -7,24 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from paged_client.openai.readable import ReadableBody
 
 MAX_PROMPTS = 2048  # in one request, as OpenAI has it
-_MAX_KEYS = 1024  # of a body, and of logit_bias; the server takes fewer biases
 _FIRST = Field(fail_fast=True)  # a list of a million wrong things is one mistake, not a million
 _FIRST_OF_SOME = Field(fail_fast=True, min_length=1)
-
-
-def _count_keys(body: Any) -> Any:
-    """Before anything is looked at: a mistake is noted for each of a million keys, too."""
-    for name, members in (
-        ("the body", body),
-        ("logit_bias", body.get("logit_bias") if isinstance(body, dict) else None),
-    ):
-        if isinstance(members, dict) and len(members) > _MAX_KEYS:
-            raise ValueError(f"{name} has {len(members)} keys; the most allowed is {_MAX_KEYS}")
-    return body
-
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], _FIRST_OF_SOME]
@@ -39,12 +28,8 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # nothing is padded
 
 
-class SamplingKeys(BaseModel):
+class SamplingKeys(ReadableBody):
     """Handed to the server under their own names, which checks the values."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-    _keys = model_validator(mode="before")(_count_keys)
 
     n: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
@@ -110,10 +95,8 @@ class Body(SamplingKeys):
     prompt_cache_retention: Any = None
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(ReadableBody):
     """POST /tokenize, vLLM's: a prompt or messages."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     model: str | None = None
     prompt: str | None = None
@@ -125,10 +108,8 @@ class TokenizeBody(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(ReadableBody):
     """POST /detokenize, vLLM's."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     model: str | None = None
     tokens: TokenIds

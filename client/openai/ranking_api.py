@@ -23,7 +23,6 @@ from paged_client.openai.embeddings_api import EmbeddingSource, PoolingBody, jso
 from paged_client.openai.errors import RefusalError, refusal_of
 from paged_client.openai.middleware import REQUEST_ID
 from paged_client.openai.protocol import MAX_PROMPTS
-from paged_client.openai.translation import checked
 from paged_client.openai.unknown_keys import unused_keys, with_warning
 
 SCORE_PATHS = ("/v1/score", "/score")
@@ -85,7 +84,7 @@ def add_ranking_paths(app: FastAPI, source: EmbeddingSource, strict: bool, scori
 
     async def score(body: ScoreBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
-        pairs = _pairs(checked(body.text_1, "text_1"), checked(body.text_2, "text_2"))
+        pairs = _pairs(body.text_1, body.text_2)
         scores, answers = await _scores(source, request, body, pairs, scoring, "text_2")
         entries = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
         head = {
@@ -98,14 +97,12 @@ def add_ranking_paths(app: FastAPI, source: EmbeddingSource, strict: bool, scori
 
     async def rerank(body: RerankBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
-        documents = checked(
-            [document if isinstance(document, str) else document.text for document in body.documents], "documents"
-        )
+        documents = [document if isinstance(document, str) else document.text for document in body.documents]
         if len(documents) > MAX_PROMPTS:
             raise RefusalError(
                 f"documents: {len(documents)} documents; the most allowed is {MAX_PROMPTS}", param="documents"
             )
-        pairs = [(checked(body.query, "query"), document) for document in documents]
+        pairs = [(body.query, document) for document in documents]
         scores, answers = await _scores(source, request, body, pairs, scoring, "documents")
         order = sorted(range(len(documents)), key=lambda index: -scores[index])[: body.top_n or len(documents)]
         shown = [{} if body.return_documents is False else {"document": {"text": documents[index]}} for index in order]
@@ -198,7 +195,7 @@ async def _answered_scores(
     }
     template = {"chat_template_kwargs": {"enable_thinking": False}}
     sampling = {**source.sampling(body), **search, **template, "request_id": request.scope.get(REQUEST_ID, "")}
-    instruction = _INSTRUCTION if body.instruction is None else checked(body.instruction, "instruction")
+    instruction = _INSTRUCTION if body.instruction is None else body.instruction
 
     async def ask(pair: tuple[str, str]) -> Answer:
         asked = f"<Instruct>: {instruction}\n<Query>: {pair[0]}\n<Document>: {pair[1]}"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import ChatBody
+from paged_client.openai.readable import ReadableBody
 
 _REFUSED = ("background", "conversation", "prompt")
 _FIRST = Field(fail_fast=True)
@@ -21,10 +22,8 @@ class Reasoning(BaseModel):
     summary: Any = None  # nothing is summarised: what the model thinks is told
 
 
-class ResponsesBody(BaseModel):
+class ResponsesBody(ReadableBody):
     """POST /v1/responses."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     model: str
     input: str | Annotated[list[dict[str, Any]], _FIRST]

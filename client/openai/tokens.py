@@ -10,7 +10,7 @@ from paged_client.errors import PagedError
 from paged_client.openai.errors import RefusalError, refusal_of
 from paged_client.openai.model_card import ModelCard
 from paged_client.openai.protocol import DetokenizeBody, TokenizeBody
-from paged_client.openai.translation import Asked, checked, message_of, template_tools
+from paged_client.openai.translation import Asked, message_of, template_tools
 from paged_client.question import Prompt
 
 _AT_ONCE = 32
@@ -27,15 +27,15 @@ async def tokenize(card: ModelCard, body: TokenizeBody) -> dict[str, Any]:
     sampling = {"add_special_tokens": body.add_special_tokens, "chat_template_kwargs": body.chat_template_kwargs}
     try:
         if body.messages is None:
-            token_ids = await card.client.tokenize(checked(body.prompt, "prompt"), sampling=sampling)
+            token_ids = await card.client.tokenize(body.prompt, sampling=sampling)
         else:
             messages = [message_of(position, message) for position, message in enumerate(body.messages)]
             token_ids = await card.client.tokenize(
-                messages=checked(messages, "messages"),
-                tools=checked(template_tools(body.tools), "tools"),
+                messages=messages,
+                tools=template_tools(body.tools),
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
-                sampling=checked(sampling),
+                sampling=sampling,
             )
         description = await card.description()
     except PagedError as error:

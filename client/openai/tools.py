@@ -135,11 +135,7 @@ def _check_choice(choice: Any, names: set[str]) -> None:
         case {"type": "function", "function": {"name": str() as name}}:
             named = [name]
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required", "tools": [*allowed]}}:
-            named = [
-                tool["function"]["name"]
-                for tool in allowed
-                if isinstance(tool, dict) and isinstance(tool.get("function"), dict)
-            ]
+            named = [_allowed_name(position, tool) for position, tool in enumerate(allowed)]
         case _:
             raise RefusalError(
                 "tool_choice: expected none, auto, required, or an object that names a tool", param="tool_choice"
@@ -147,3 +143,11 @@ def _check_choice(choice: Any, names: set[str]) -> None:
     unknown = [name for name in named if name not in names]
     if unknown or not named:
         raise RefusalError(f"tool_choice: there is no tool '{[*unknown, ''][0][:80]}'", param="tool_choice")
+
+
+def _allowed_name(position: int, tool: Any) -> str:
+    match tool:
+        case {"type": "function", "function": {"name": str() as name}}:
+            return name
+    where = f"tool_choice.allowed_tools.tools.{position}"
+    raise RefusalError(f'{where}: expected {{"type": "function", "function": {{"name": …}}}}', param=where)

@@ -42,7 +42,7 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     Raises:
         RefusalError: what cannot be asked of the server, by its name in the body.
     """
-    prompts = _prompts(checked(body.prompt, "prompt"))
+    prompts = _prompts(body.prompt)
     if body.suffix:
         raise RefusalError(
             "suffix: not supported: the model continues text, it does not fill gaps",
@@ -58,9 +58,9 @@ def asked_of_completion(body: CompletionBody) -> Asked:
     _check_stream(body)
     return Asked(
         prompts=prompts,
-        sampling=checked(sampling),
+        sampling=sampling,
         num_choices=body.n or 1,
-        cache_salt=checked(body.cache_salt or "", "cache_salt"),
+        cache_salt=body.cache_salt or "",
         prompt_only=prompt_only,
         params=_PARAMS_OF_PROMPT | {"prompt_logprobs": "logprobs"} | _params_of(body),
     )
@@ -100,15 +100,12 @@ def asked_of_chat(body: ChatBody) -> Asked:
     }
     return Asked(
         prompts=(None,),
-        sampling=checked(_sampling(body) | own),
+        sampling=_sampling(body) | own,
         num_choices=body.n or 1,
-        messages=[
-            checked(message_of(position, message), f"messages.{position}")
-            for position, message in enumerate(body.messages)
-        ],
-        tools=None if body.tool_choice == "none" else checked(template_tools(body.tools), "tools"),
+        messages=[message_of(position, message) for position, message in enumerate(body.messages)],
+        tools=None if body.tool_choice == "none" else template_tools(body.tools),
         continue_final_message=body.continue_final_message,
-        cache_salt=checked(body.cache_salt or "", "cache_salt"),
+        cache_salt=body.cache_salt or "",
         params=params,
     )
 
@@ -134,7 +131,7 @@ def with_adapter(asked: Asked, adapter: str) -> Asked:
         raise RefusalError("lora_name: not together with a model that names an adapter itself", param="lora_name")
     return replace(
         asked,
-        sampling={**asked.sampling, "lora_name": checked(adapter, "model")},
+        sampling={**asked.sampling, "lora_name": adapter},
         params={**asked.params, "lora_name": "model"},
     )
 
@@ -235,19 +232,3 @@ def _tool_call(call: Any) -> Any:
             except (ValueError, RecursionError):
                 return call
     return call
-
-
-def checked(value: Any, param: str | None = None) -> Any:
-    """The same. param: the field that it is in.
-
-    Raises:
-        RefusalError: a string in it is half a character (a lone surrogate), which no text can hold.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        name = f"{param}: it" if param else "the body"
-        raise RefusalError(
-            f"{name} holds something that is no Unicode text, or is nested too deeply", param=param
-        ) from None
-    return value

@@ -1,7 +1,6 @@
-"""What the gateway costs: processor time a piece of a streamed answer, what it adds to a first token, and its memory
-over many requests. JSON lines.
+"""What the gateway costs: processor time a piece of a streamed answer, and what it adds to a first token. JSON lines.
 
-    python -m tests.bench.bench_gateway [--python OTHER_TREES_PYTHON …] [--requests 100000]
+    python -m tests.bench.bench_gateway [--python OTHER_TREES_PYTHON …]
 
 The model is a stand-in (triton_stand_in.py), so that the gateway is what is measured; pieces a second are those of a
 process that has a core to itself: 1 / (processor seconds of the gateway's process / pieces), which neighbours on the
@@ -62,8 +61,8 @@ class Gateway:
 
 
 @contextmanager
-def gateway(python: str, url: str) -> Iterator[Gateway]:
-    command = [python, "-m", "paged_client.cli", "openai", "-u", url, "--port", "0"]
+def gateway(python: str, url: str, *options: str) -> Iterator[Gateway]:
+    command = [python, "-m", "paged_client.cli", "openai", "-u", url, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as process:
         assert process.stdout is not None
         try:
@@ -150,7 +149,6 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=0, help="for the memory; 0: not measured")
     asked = parser.parse_args()
     pythons = asked.python or [sys.executable]
     with stand_in(asked.pieces) as url:
@@ -176,13 +174,6 @@ def main() -> None:
                 through = asyncio.run(load(it.port, "/v1/chat/completions", 1, 300))[50:]
             ms = [round(1000 * statistics.median(times), 2) for times in (alone, through)]
             say(figure="first token", python=python, grpc_ms=ms[0], gateway_ms=ms[1], added_ms=round(ms[1] - ms[0], 2))
-        if asked.requests:
-            with gateway(pythons[0], url) as it:
-                sizes = []
-                for _ in range(10):
-                    asyncio.run(load(it.port, "/v1/chat/completions", 16, asked.requests // 160))
-                    sizes.append(round(it.resident_mib(), 1))
-                say(figure="memory", requests=asked.requests, resident_mib=sizes)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
+SLOW = "slowly"  # a prompt that has it: its pieces come one after another for longer than anybody waits
+REFUSED = "refuse this"  # one that has it is refused
+_SLOW_SECONDS = 0.2  # a piece
+_REFUSAL = "INVALID_ARGUMENT: temperature: 9 is not between 0 and 2"
 _DESCRIPTION = {
     "max_model_len": 4096,
     "vocab_size": 300,
@@ -47,9 +51,10 @@ def response(text: str, token_ids: list[int], finish: str, final: bool) -> bytes
     return bytes(pb.ModelStreamInferResponse(infer_response=inner).SerializeToString())
 
 
-def _task_of(request: Any) -> str:
+def _text_of(request: Any, *names: str) -> str:
+    """The first of those tensors, or ""."""
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
-        if tensor.name == "task":
+        if tensor.name in names:
             return bytes(raw[4:]).decode()
     return ""
 
@@ -68,7 +73,8 @@ class StandIn(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._num_pieces = num_pieces
         self._piece = response(" word", [7], "None", False)
         self._last = response(" end", [8], "stop", True)
-        self._described = response(json.dumps(_DESCRIPTION), [], "stop", True)
+        self._tasks = {"describe": response(json.dumps(_DESCRIPTION), [], "stop", True)}
+        self._refusal = pb.ModelStreamInferResponse(error_message=_REFUSAL).SerializeToString()
 
     def service(self, details: Any) -> Any:
         if details.method == f"/{SERVICE}/ModelReady":
@@ -86,12 +92,18 @@ class StandIn(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _infer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[bytes]:
         async for request in requests:
-            if _task_of(request):
-                yield self._described
-                continue
-            for _ in range(self._num_pieces - 1 if _streams(request) else 0):
-                yield self._piece
-            yield self._last
+            prompt = _text_of(request, "text_input", "messages")
+            if task := _text_of(request, "task"):
+                yield self._tasks.get(task, self._last)
+            elif REFUSED in prompt:
+                yield self._refusal
+            else:
+                for _ in range(self._num_pieces - 1 if _streams(request) else 0):
+                    yield self._piece
+                while SLOW in prompt:
+                    await asyncio.sleep(_SLOW_SECONDS)
+                    yield self._piece
+                yield self._last
 
 
 async def serve(num_pieces: int) -> None:
