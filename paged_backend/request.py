@@ -29,6 +29,7 @@ from paged_backend.grammar.options import (
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 8192  # of all stop strings together: each may become a state of what looks for them
 MAX_STOP_TOKENS = 64
+MAX_START_TOKENS = 16  # that begin thinking
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
 MAX_LOGIT_BIAS = 1024
@@ -84,7 +85,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     # after so many of the answer, thinking that is not over is ended
     max_thinking_tokens: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
     end_thinking_token_id: TokenId | None = None  # by this token
-    start_thinking_token_id: TokenId | None = None  # the answer thinks once it has this token; None: from the start
+    # the answer thinks once it has these tokens, one after another; (): from the start
+    start_thinking_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_START_TOKENS)] = ()
     # only so many of the prompt's last tokens; -1: as many as the model takes
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     # those that the tokenizer puts around a text; None: around text_input, not around messages

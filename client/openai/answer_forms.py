@@ -16,6 +16,8 @@ from paged_client.openai.formats.families import (
     tool_format_of,
     types_of,
 )
+from paged_client.openai.formats.harmony import ANALYSIS as HARMONY_ANALYSIS
+from paged_client.openai.formats.harmony import END as HARMONY_END
 from paged_client.openai.formats.parser import AnswerForm
 from paged_client.openai.model_card import Description, ModelCard
 from paged_client.openai.protocol import ChatBody
@@ -50,7 +52,14 @@ class ChatForm:
     parallel: bool = True
     tells_reasoning: bool = True
     closer_id: int | None = None  # the token that ends reasoning, if it is one
-    opener_id: int | None = None  # the same of the one that begins it
+    # what begins it where the model writes that itself, as far as it is told by tokens
+    opener_ids: tuple[int, ...] = ()
+    num_opening: int = 0  # tokens that begin it, which are no thoughts yet
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model's answers may have reasoning."""
+        return self.answer.reasoning is not None or _is_harmony(self.answer.tools)
 
 
 async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishes: ToolWishes | None) -> ChatForm:
@@ -62,7 +71,11 @@ async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishe
     templates = description.chat_templates
     template = templates.get(_TOOLS_TEMPLATE, "") if wishes is not None else ""
     template = template or templates.get("default", "")
-    tools = None if wishes is None else format_for(wishes, _tool_format(options, template))
+    tools = _tool_format(options, template)
+    if wishes is not None:
+        tools = format_for(wishes, tools)
+    elif not _is_harmony(tools):  # whose answers are messages with or without tools
+        tools = None
     reasoning = reasoning_format_of(template) if options.reasoning else None
     end = await _prompt_end(card, body) if reasoning is not None or description.response_template is not None else ""
     form = AnswerForm(
@@ -74,12 +87,27 @@ async def chat_form(card: ModelCard, options: FormOptions, body: ChatBody, wishe
         template=description.response_template if _follows_template(options, wishes) else None,
         prompt_end=end,
     )
-    opener, closer = (
-        (None, None)
-        if reasoning is None
-        else (await card.token_of(reasoning.opener.strip()), await card.token_of(reasoning.closer))
+    opening, closing = _reasoning_words(form)
+    openers = [await card.token_of(word) for word in opening]
+    known = tuple(found for found in openers if found is not None)
+    return ChatForm(
+        form,
+        wishes is None or wishes.parallel,
+        body.include_reasoning is not False,
+        closer_id=await card.token_of(closing) if closing else None,
+        # the last of harmony's three only ends a header that the others tell
+        opener_ids=known[:2] if len(known) == len(openers) else (),
+        num_opening=len(openers),
     )
-    return ChatForm(form, wishes is None or wishes.parallel, body.include_reasoning is not False, closer, opener)
+
+
+def _reasoning_words(form: AnswerForm) -> tuple[tuple[str, ...], str]:
+    """What begins reasoning, a token each, and what ends it; "": nothing does."""
+    if _is_harmony(form.tools):
+        return HARMONY_ANALYSIS, HARMONY_END
+    if form.reasoning is None:
+        return (), ""
+    return (form.reasoning.opener.strip(),), form.reasoning.closer
 
 
 def within_budget(asked: Asked, body: ChatBody, form: ChatForm) -> Asked:
@@ -90,18 +118,18 @@ def within_budget(asked: Asked, body: ChatBody, form: ChatForm) -> Asked:
     """
     name = "max_thinking_tokens" if body.max_thinking_tokens is not None else "thinking_token_budget"
     budget = getattr(body, name)
-    if budget is None or (form.answer.reasoning is None and not _is_harmony(form.answer.tools)):
+    if budget is None or not form.reasons:
         return asked
     begun = form.answer.begins_reasoning
-    if form.closer_id is None or (form.opener_id is None and not begun):
+    if form.closer_id is None or not (begun or form.opener_ids):
         raise RefusalError(
             f"{name}: this model's reasoning does not begin and end with a token of its own, so it cannot be ended",
             param=name,
         )
     keys = {
-        "max_thinking_tokens": budget,
+        "max_thinking_tokens": budget if begun else budget + form.num_opening,
         "end_thinking_token_id": form.closer_id,
-        "start_thinking_token_id": None if begun else form.opener_id,
+        "start_thinking_token_ids": None if begun else form.opener_ids,
     }
     return replace(asked, sampling={**asked.sampling, **keys}, params={**asked.params, "max_thinking_tokens": name})
 
@@ -173,7 +201,7 @@ def reasoning_tokens(form: ChatForm, token_ids: tuple[int, ...], begun: bool) ->
 
     begun: something was reasoning.
     """
-    if form.closer_id is None:
+    if form.closer_id is None or (_is_harmony(form.answer.tools) and not begun):  # whose other messages end alike
         return None if begun else 0
     if form.closer_id in token_ids:
         return token_ids.index(form.closer_id) + 1

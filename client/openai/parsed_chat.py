@@ -63,7 +63,7 @@ class ParsedChatReply(ChatReply):
             found = reasoning_tokens(self._form, tuple(choice.token_ids), choice.reasoned)
             num_reasoning = None if found is None or num_reasoning is None else num_reasoning + found
         usage = super().usage(usages)
-        if num_reasoning is not None and self._form.answer.reasoning is not None:
+        if num_reasoning is not None and self._form.reasons:
             usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
         return usage
 
@@ -80,7 +80,7 @@ class ParsedChatReply(ChatReply):
             for opening in self._opening(index, prompt, delta):
                 yield self._chunk([opening])
         choice = self._choices[index]
-        if self._form.answer.reasoning is not None:
+        if self._form.reasons:
             choice.token_ids += delta.token_ids
         events = self._wanted(choice.parser.feed(delta.text))
         if delta.finish_reason:

@@ -128,8 +128,8 @@ class PromptReader:
             )
         self._check_known("logit_bias", sampling.logit_bias)
         self._check_known("stop_token_ids", sampling.stop_token_ids)
-        for name in ("end_thinking_token_id", "start_thinking_token_id"):
-            self._check_known(name, [getattr(sampling, name) or 0])
+        self._check_known("end_thinking_token_id", [sampling.end_thinking_token_id or 0])
+        self._check_known("start_thinking_token_ids", sampling.start_thinking_token_ids)
         allowed = self._allowed(sampling.allowed_token_ids)
         min_tokens, stop_token_ids = min(sampling.min_tokens, max_tokens), self._stop_token_ids(sampling)
         sampling = msgspec.structs.replace(

@@ -28,11 +28,20 @@ class _Budget:
     sequence: Sequence
     limit: int  # length of prompt and thoughts: the next token ends them
     end_id: int
-    start_id: int | None  # None: the prompt has begun the thoughts
+    start_ids: tuple[int, ...]  # (): the prompt has begun the thoughts
 
     def is_thinking(self, answer: Int32) -> bool:
         """answer: its tokens so far."""
-        return self.end_id not in answer and (self.start_id is None or self.start_id in answer)
+        return self.end_id not in answer and _has_run(answer, self.start_ids)
+
+
+def _has_run(tokens: Int32, run: tuple[int, ...]) -> bool:
+    """Whether those tokens follow one another somewhere. An empty run is everywhere."""
+    num_places = len(tokens) - len(run) + 1
+    found = np.ones(max(num_places, 0), bool)
+    for offset, token_id in enumerate(run):
+        found &= tokens[offset : offset + num_places] == token_id
+    return bool(found.any()) or not run
 
 
 class ThinkingBudgets(SchedulerFeature):
@@ -50,7 +59,7 @@ class ThinkingBudgets(SchedulerFeature):
             return False
         limit = sequence.spec.prompt_len + sampling.max_thinking_tokens
         self._budgets[sequence.request_id] = _Budget(
-            sequence, limit, sampling.end_thinking_token_id, sampling.start_thinking_token_id
+            sequence, limit, sampling.end_thinking_token_id, sampling.start_thinking_token_ids
         )
         return True
 

@@ -12,6 +12,8 @@ from paged_client.openai.formats.events import Calls, Content, Event, Reasoning
 from paged_client.openai.formats.markers import Markers
 
 MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
+ANALYSIS = ("<|channel|>", "analysis", "<|message|>")  # begins a message of thoughts, each word a token
+END = "<|end|>"  # ends any message after which another follows
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?(?P<name>[^\s<]+)")
 

@@ -165,6 +165,44 @@ def test_what_the_server_refuses_has_the_name_that_the_body_has_for_it(path: str
     check_shape(reply, path, 400, field)
 
 
+class Harmony(Model):
+    """Each of its markers and channels is a token."""
+
+    WORDS = ("<|channel|>", "analysis", "<|message|>", "<|end|>")
+
+    def ask(self, question: Question) -> Call:
+        if question.tensors.get("text_input") in self.WORDS and question.tensors.get("task") == "tokenize":
+            ids = [self.WORDS.index(str(question.tensors["text_input"]))]
+            return Call(self, [{"text_output": [""], "output_ids": ids, "finish_reason": ["stop"]}])
+        return super().ask(question)
+
+
+HARMONY = "{% if tools %}<|channel|>commentary{% endif %}"
+THOUGHT = "<|channel|>analysis<|message|>Hmm.<|end|><|start|>assistant<|channel|>final<|message|>Four."
+
+
+@pytest.mark.parametrize("tools", [None, [tool()]], ids=["no tools", "tools"])
+@pytest.mark.parametrize("budget", [0, 7])
+def test_harmonys_thoughts_have_a_budget_and_are_counted(budget: int, tools: Any) -> None:
+    """It begins behind the three tokens that open the message of thoughts, and ends that message."""
+    model = Harmony(HARMONY, THOUGHT, ids=[[0, 1, 2, 50, 51, 3, 60, 70, 0, 80, 2, 90]], special=["<|end|>"])
+    body = {**BODIES["/v1/chat/completions"][1], "max_thinking_tokens": budget, "tools": tools}
+    reply = call(model, "/v1/chat/completions", body)
+    message = reply.json["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Four.", "Hmm.")
+    assert reply.json["usage"]["completion_tokens_details"] == {"reasoning_tokens": 6}
+    sampling = json.loads(str(model.asked[0].tensors["sampling_parameters"]))
+    assert (sampling["max_thinking_tokens"], sampling["end_thinking_token_id"]) == (budget + 3, 3)
+    assert sampling["start_thinking_token_ids"] == [0, 1] and sampling["skip_special_tokens"] is False
+
+
+def test_a_harmony_answer_without_thoughts_has_no_reasoning_tokens() -> None:
+    said = "<|channel|>commentary<|message|>I look it up.<|end|><|start|>assistant<|channel|>final<|message|>Four."
+    model = Harmony(HARMONY, said, ids=[[0, 4, 2, 50, 3, 60, 70, 0, 80, 2, 90]])
+    reply = call(model, "/v1/chat/completions", BODIES["/v1/chat/completions"][1])
+    assert reply.json["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
 class Spelled(Model):
     """Its words of thinking are several tokens."""
 
@@ -209,8 +247,8 @@ def test_a_thinking_budget_reaches_the_server_with_the_tokens_that_it_needs(
     model = Model(THINKS, "Hmm.</think>Yes.", end=end)
     assert call(model, path, BODIES[path][1] | asked).status == 200
     sampling = json.loads(str(model.asked[0].tensors["sampling_parameters"]))
-    assert (sampling["max_thinking_tokens"], sampling["end_thinking_token_id"]) == (5, 9)
-    assert sampling.get("start_thinking_token_id") == (None if end else 9)
+    assert sampling["max_thinking_tokens"] == (5 if end else 6), "what begins it is no thought"
+    assert (sampling["end_thinking_token_id"], sampling.get("start_thinking_token_ids")) == (9, None if end else [9])
     plain = Model(HERMES, "Yes.")
     assert call(plain, path, BODIES[path][1] | asked).status == 200
     assert "max_thinking_tokens" not in json.loads(str(plain.asked[0].tensors.get("sampling_parameters", "{}"))), (

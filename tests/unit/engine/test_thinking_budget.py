@@ -100,14 +100,25 @@ def test_thoughts_that_are_over_or_never_began_are_left_alone(folder: Path, orac
         prompt,
         max_thinking_tokens=6,
         end_thinking_token_id=unsaid(plain),
-        start_thinking_token_id=unsaid(plain),
+        start_thinking_token_ids=[unsaid(plain)],
     )
     submit(
-        engine, 3, prompt, max_thinking_tokens=6, end_thinking_token_id=unsaid(plain), start_thinking_token_id=plain[0]
+        engine,
+        3,
+        prompt,
+        max_thinking_tokens=6,
+        end_thinking_token_id=unsaid(plain),
+        start_thinking_token_ids=plain[:1],
     )
+    runs = {4: plain[1:4], 5: [plain[1], unsaid(plain)], 6: plain[4:6], 7: plain[4:7], 8: [*plain, *plain][:16]}
+    for request_id, run in runs.items():
+        keys = {"end_thinking_token_id": unsaid(plain), "start_thinking_token_ids": run}
+        submit(engine, request_id, prompt, max_thinking_tokens=6, **keys)
     heard = drain(engine, {})
-    assert [heard[request_id] == plain for request_id in range(4)] == [True, True, True, False]
-    assert heard[3][:7] == [*plain[:6], unsaid(plain)]
+    expected = [True, True, True, False, False, True, False, True, True]
+    assert [heard[request_id] == plain for request_id in range(9)] == expected
+    for request_id in (3, 4, 6):
+        assert heard[request_id][:7] == [*plain[:6], unsaid(plain)]
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
