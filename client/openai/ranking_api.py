@@ -37,7 +37,8 @@ _JUDGE = (
 )
 _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
-Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1)]
 
 
 class RankingBody(PoolingBody):
@@ -50,21 +51,21 @@ class RankingBody(PoolingBody):
 class ScoreBody(RankingBody):
     """POST /v1/score: one text with one or several, or as many with as many."""
 
-    text_1: str | Texts
-    text_2: str | Texts
+    text_1: Text | Texts
+    text_2: Text | Texts
 
 
 class Document(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    text: str
+    text: Text
 
 
 class RerankBody(RankingBody):
     """POST /v1/rerank."""
 
-    query: str
-    documents: Annotated[list[str | Document], Field(fail_fast=True, min_length=1)]
+    query: Text
+    documents: Annotated[list[Text | Document], Field(fail_fast=True, min_length=1)]
     top_n: Annotated[int, Field(ge=0)] | None = None  # 0, as vLLM has it: all
     return_documents: bool | None = None  # False: their numbers alone
 

@@ -72,8 +72,8 @@ class ChatTemplate:
         try:
             rendering = Rendering(
                 template=self._template(with_tools=bool(tools)),
-                messages=self._marked([_without_null(message) for message in messages], marks),
-                tools=self._marked(tools, marks),
+                messages=self._field("messages", [_without_null(message) for message in messages], marks),
+                tools=self._field("tools", tools, marks),
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
                 variables=self.exported.special_tokens | self._kwargs(chat.template_kwargs, marks),
@@ -82,9 +82,8 @@ class ChatTemplate:
             rendered = self._render(rendering)
             # "" for templates that cannot do without
             if rendered.error and any(message.get("content", "") is None for message in messages):
-                given = self._marked(
-                    [_without_null({**message, "content": message.get("content") or ""}) for message in messages], marks
-                )
+                filled = [_without_null({**message, "content": message.get("content") or ""}) for message in messages]
+                given = self._field("messages", filled, marks)
                 again = self._render(msgspec.structs.replace(rendering, messages=given))
                 rendered = rendered if again.error else again
         except RecursionError:
@@ -97,7 +96,7 @@ class ChatTemplate:
         taken = sorted(given.keys() & (_OWN_VARIABLES | self.exported.special_tokens.keys()))
         if taken:
             raise RequestError(f"chat_template_kwargs: '{taken[0]}' is not to be set there")
-        return {name: self._marked(value, marks) for name, value in given.items()}
+        return {name: self._field("chat_template_kwargs", value, marks) for name, value in given.items()}
 
     def _parted(self, text: str, opening: str, closing: str) -> list[str]:
         """Text at its marked words. A template that cuts text at such a word leaves halves of marks, which mark nothing
@@ -107,6 +106,17 @@ class ChatTemplate:
             return [text]
         parts = re.split(f"{opening}({self._special.pattern}){closing}", text)
         return [part.replace(opening, "").replace(closing, "") for part in parts]
+
+    def _field(self, name: str, value: Any, marks: tuple[str, str]) -> Any:
+        """As `_marked`.
+
+        Raises:
+            RequestError: its JSON has too many levels.
+        """
+        try:
+            return self._marked(value, marks)
+        except RecursionError:
+            raise RequestError(f"{name}: the JSON is nested too deeply") from None
 
     def _marked(self, value: Any, marks: tuple[str, str]) -> Any:
         """JSON in which marks stand before and behind every special token's name."""

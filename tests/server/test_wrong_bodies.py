@@ -5,6 +5,7 @@ refuses it in its API's form and names the field; nothing fails, and the server 
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,22 +17,31 @@ pytest.importorskip("xgrammar")
 
 import httpx
 
+from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 from tests.body_mutations import Asked, Mutation, bodies, check_refusal, mutations
+from tests.server.test_chat_tools import TEMPLATE
 from tests.server.test_openai_gateway import KEY, gateway_to
 
 pytestmark = [pytest.mark.server]
 
-BODIES = bodies("paged_llm")
+# this model's tokenizer has no word that ends thinking
+BODIES = {
+    name: Asked(asked.path, {key: value for key, value in asked.body.items() if key != "max_thinking_tokens"})
+    for name, asked in bodies("paged_llm").items()
+}
 AT_ONCE = 8
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
+    shutil.copytree(demo_model_folder(), checkpoint)
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)  # that takes tools and their results
     options = {"num_pages": 400, "dtype": "float32", "default_max_tokens": 4, "max_queue_size": 64}
     with (
-        Server(ServerSettings(instances=2, options=options, drain_seconds=3)) as server,
+        Server(ServerSettings(model=str(checkpoint), instances=2, options=options, drain_seconds=3)) as server,
         gateway_to(server.addresses.grpc_url, tmp_path_factory.mktemp("gateway")) as gateway,
         httpx.Client(base_url=gateway.url.removesuffix("/v1"), headers=HEADERS, timeout=60) as client,
     ):
