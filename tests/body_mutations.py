@@ -134,11 +134,13 @@ def bodies(model: str) -> dict[str, Asked]:
         {"type": "function_call_output", "call_id": "call_1", "output": "in the garden"},
         {"type": "reasoning", "summary": []},
     ]
+    called = {"type": "tool_use", "id": "t1", "name": "look_up", "input": {"thing": "fox"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "garden"}]}
     anthropic_turns = [
         {"role": "user", "content": [{"type": "text", "text": "Where is the fox?"}]},
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "look_up", "input": {"thing": "fox"}}]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "garden"}]}]},
-    ]  # fmt: skip
+        {"role": "assistant", "content": [called]},
+        {"role": "user", "content": [result]},
+    ]
     anthropic = {
         **head,
         "messages": anthropic_turns,

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 
 TEMPLATE = """{{ bos_token }}{% for tool in tools or [] %}{{ tool | tojson }} <tool_call></tool_call>
 {% endfor %}{% for message in messages %}{{ message.role }}: {{ message.content }}
-{% endfor %}{% if add_generation_prompt %}assistant:{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}{% endif %}"""
+{% endfor %}{% if add_generation_prompt %}assistant:<think>{% if not enable_thinking %}</think>{% endif %}{% endif %}"""
 TOOLS = '''
 from pathlib import Path
 from typing import Literal
