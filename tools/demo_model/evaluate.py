@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tools.demo_model import exam
-from tools.demo_model.chat import Conversation, Exchange, Turn, messages
+from tools.demo_model.chat import THINK, Conversation, Exchange, Turn, messages
 from tools.demo_model.quantised import quantise_model
 from tools.demo_model.records import records
 from tools.demo_model.stories import told, write_story
@@ -52,6 +52,7 @@ CHATS: tuple[tuple[str, ...], ...] = (
         "Sort these numbers: 9, 4, 12, 1",
     ),
 )
+_DIALOGUES_TO_ONE = 5  # they are short: 300 of each form
 BOOKS = ("Once upon a time", "Once there was a lamp")
 
 
@@ -165,6 +166,33 @@ def print_exam(talker: Talker, num_conversations: int) -> None:
     print("\nsome that were not exact (right and said, each token after the right ones):", *failures[:12], sep="\n  ")
 
 
+def print_agents(talker: Talker, count: int) -> None:
+    """Calls, answers from what they brought, and thoughts with the answers behind them: word for word, as
+    `print_exam`. A model that was not trained on them is not asked.
+    """
+    backend = talker.tokenizer.backend_tokenizer
+    if backend.token_to_id(THINK) is None:
+        print("\nthis model knows no calls and no thoughts")
+        return
+    failures: list[str] = []
+    for form in exam.DIALOGUES:
+        tally = Tally()
+        for found in exam.held_out_dialogues(form, count):
+            ids, items = exam.dialogue_items(backend, found)
+            likeliest = talker.likeliest(ids)
+            for kind, start, right in items:
+                if ("thinking" in form) != ("thinking" in kind):
+                    continue
+                said = likeliest[start - 1 : start - 1 + len(right)]
+                tally.add(kind, said == right)
+                if said != right:
+                    shown = (talker.tokenizer.decode(some) for some in (right, said))
+                    failures.append(f"{kind}: " + " but ".join(map(repr, shown)))
+        tally.print(form)
+    random.Random(0).shuffle(failures)
+    print("\nsome that were not exact:", *failures[:12], sep="\n  ")
+
+
 def print_open(talker: Talker, count: int) -> None:
     """Answers with more than one good wording, decoded greedily: stories, lists, JSON."""
     tally, jsons, turns, checks = Tally(), Tally(), [], []
@@ -247,6 +275,7 @@ def main() -> None:
     quantise_model(talker.model, chosen.quantization)
     if chosen.exact_only:
         print_exam(talker, chosen.conversations)
+        print_agents(talker, _DIALOGUES_TO_ONE * chosen.conversations)
         return
     print(
         f"loaded in {time.monotonic() - started:.2f} s: {talker.model.num_parameters()} parameters, {len(talker.tokenizer)} tokens"
@@ -260,6 +289,7 @@ def main() -> None:
         print(f"\ntemperature {temperature}\n")
         print_samples(talker, temperature)
     print_exam(talker, chosen.conversations)
+    print_agents(talker, _DIALOGUES_TO_ONE * chosen.conversations)
     print_open(talker, chosen.conversations)
     print_ten_turns(talker, chosen.conversations // 2)
     print(f"\n{time.monotonic() - started:.0f} s on {chosen.device}")

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from tools.demo_model import words
-from tools.demo_model.chat import Answer, Conversation, Turn
+from tools.demo_model import thinking, tool_use, words
+from tools.demo_model.chat import THINK, Answer, Conversation, Dialogue, Turn, Weight
 from tools.demo_model.generator import conversation
 from tools.demo_model.vocabulary import BOS_ID, EOS_ID, role_ids
 from tools.demo_model.world import Split
 
 SEED = "exam"
+DIALOGUES = ("tools", "tools, thinking", "thinking")
 FORMS = ("given", "told", "paper", "letter", "notes", "tasks", "talk", "memory", "long", "mixed")
 DISTANCES = ((0, 256, "below 256"), (256, 1000, "256 to 1,000"), (1000, 1 << 30, "above 1,000"))  # tokens
 _STORY_SENTENCES = 4
@@ -48,6 +49,32 @@ def held_out(form: str, count: int) -> Iterator[Conversation]:
     """Conversations of a form, the same in every run."""
     for number in range(count):
         yield conversation(random.Random(f"{SEED} {form} {number}"), Split.HELD_OUT, form)
+
+
+def held_out_dialogues(form: str, count: int) -> Iterator[Dialogue]:
+    """Dialogues of one of DIALOGUES, the same in every run."""
+    for number in range(count):
+        rng = random.Random(f"{SEED} {form} {number}")
+        if form == "thinking":
+            yield thinking.dialogue(rng, Split.HELD_OUT)
+        else:
+            yield tool_use.dialogue(rng, Split.HELD_OUT, thinks="thinking" in form)
+
+
+def dialogue_items(tokenizer: Tokenizer, found: Dialogue) -> tuple[list[int], list[tuple[str, int, list[int]]]]:
+    """The dialogue's tokens; and of each turn with one right wording its kind, where it begins, and its tokens, EOS
+    included. Where a prompt opens the thought, the turn begins behind that token.
+    """
+    roles, ids = role_ids(tokenizer), [BOS_ID]
+    items: list[tuple[str, int, list[int]]] = []
+    for turn in found.turns:
+        ids.append(roles[turn.role])
+        turn_ids = [*tokenizer.encode(turn.text, add_special_tokens=False).ids, EOS_ID]
+        if turn.weight is Weight.EXACT:
+            opened = int(turn.text.startswith(THINK))
+            items.append((turn.kind, len(ids) + opened, turn_ids[opened:]))
+        ids += turn_ids
+    return ids, items
 
 
 def sitting(tokenizer: Tokenizer, found: Conversation) -> Sitting:
