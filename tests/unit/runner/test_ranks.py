@@ -25,7 +25,7 @@ from paged_backend.runner.kv_store import PoolSize, of_smallest
 from paged_backend.runner.parallel.channel import Receiver, Sender
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
 from paged_backend.runner.placement import device_of, devices_of, place_words
-from paged_kernels.ranks import Ranks
+from paged_kernels.rank_ops import Ranks
 from tests.oracle import save_checkpoint
 from tests.thread_ranks import ThreadRanks, on_every_rank
 
@@ -78,11 +78,13 @@ def test_ranks_have_the_gpus_from_the_first_on(four_gpus: list[torch.device]) ->
     assert devices_of(EngineConfig(device="cpu", tensor_parallel_size=2)) == [torch.device("cpu")] * 2
 
 
-def test_a_rank_builds_on_its_own_gpu(
-    four_gpus: list[torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = EngineConfig(model=str(save_checkpoint(tmp_path, "LlamaForCausalLM")), tensor_parallel_size=2)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path, "LlamaForCausalLM")
+
+
+def test_a_rank_builds_on_its_own_gpu(folder: Path, four_gpus: list[torch.device]) -> None:
+    config = EngineConfig(model=str(folder), tensor_parallel_size=2)
     checkpoint = open_checkpoint(config)
     builders = [RunnerBuilder(config, print, checkpoint, Ranks(rank, 2)) for rank in range(2)]
     assert [builder.device.index for builder in builders] == [0, 1]
