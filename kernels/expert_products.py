@@ -7,7 +7,10 @@ that adds up a token's answers in the order of its choice, so that results do no
 as fit the device and go through tiles × rows of weights, neighbours the same tokens; how many tiles there are the
 device alone knows, the rest of the worst case is passed over. Sums are float32.
 
-Weights in mxfp4 (kernels/mxfp4.py) become the activations' type on their way to the tensor cores, in registers.
+Weights of few bits (expert_codes.py) become the activations' type on their way to the tensor cores, in registers. A
+scale of as many columns as are multiplied at once, or more, is applied to the sums of few tokens; others to the
+numbers, which are then rounded. Scales are fetched a step of the loop ahead: they are too narrow for the pipeline that
+fetches weights.
 Sources: MegaBlocks (Gale et al., 2022); persistent programs over experts × tiles: the grouped products of CUTLASS.
 """
 
@@ -19,76 +22,146 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.expert_vectors import apply_gate, check_experts, gate_constants, parameters, scales_of_row
+from paged_kernels.expert_codes import (
+    FP4,
+    FP4_FACTOR,
+    INT4,
+    INT4_OFFSET,
+    PLAIN,
+    apply_gate,
+    check_experts,
+    format_constants,
+    gate_constants,
+    load_scales,
+    parameters,
+    shifted_floats,
+)
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.grouping import group_by_owner, max_tiles
 from paged_kernels.jit import kernel, pdl_begin, pdl_release, pdl_wait
-from paged_kernels.mxfp4 import GROUP
 
-_MX_GROUP = tl.constexpr(GROUP)
 _ROWS = 64  # of the weight: what one instruction of the tensor cores takes
 _SHARED_BYTES = 108 * 1024  # of a program: two of them share a multiprocessor
+_FEW_TOKENS = tl.constexpr(32)  # of a tile, up to which sums are scaled instead of numbers, if they can be
 _MAX_STAGES = 6
 _COMBINED = 1024  # numbers of a token that one program adds up
 
 
 @triton.jit
-def _numbers(packed, scale, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """uint8 [ROWS, BLOCK / 2] and [ROWS, BLOCK / 32] -> [ROWS, BLOCK] of type DTYPE."""
-    wide = packed.to(tl.uint16)
-    low = ((wide & 0x8) << 12) | ((wide & 0x7) << 9)
-    high = ((wide & 0x80) << 8) | ((wide & 0x70) << 5)
-    halves = tl.join(low, high).reshape(packed.shape[0], BLOCK // _MX_GROUP, _MX_GROUP).to(tl.float16, bitcast=True)
-    power = ((scale.to(tl.uint32) << 23).to(tl.float32, bitcast=True) * 16384.0)[:, :, None]
-    return (halves.to(tl.float32) * power).to(DTYPE).reshape(packed.shape[0], BLOCK)
+def _load_of_groups(
+    scale, zero, row, there, begin,
+    K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """Scales and zeros of a tile of the weight from column `begin` on, float32 [ROWS, PARTS] each."""
+    NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    part = begin + tl.arange(0, PARTS) * SHARED
+    at = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (part // GROUP)[None, :]
+    known = there[:, None] & (part < K)[None, :]
+    s, z = tl.full(at.shape, 1.0, tl.float32), tl.zeros(at.shape, tl.float32)
+    if GROUPED:
+        s = load_scales(scale + at, known)
+        if CODES == FP4:
+            s *= FP4_FACTOR
+    if ZEROS:
+        z = tl.load(zero + at, mask=known, other=0).to(tl.float32)
+    return s, z
+
+
+@triton.jit
+def _of_columns(parts, BLOCK: tl.constexpr):
+    """[ROWS, PARTS] -> what belongs to each of BLOCK columns, [ROWS, BLOCK] or, of one part, as it is."""
+    if parts.shape[1] > 1:
+        shape: tl.constexpr = (parts.shape[0], parts.shape[1], BLOCK // parts.shape[1])
+        parts = tl.reshape(tl.broadcast_to(parts[:, :, None], shape), (parts.shape[0], BLOCK))
+    return parts
+
+
+@triton.jit
+def _numbers(
+    codes, s, z,
+    CODES: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Codes [ROWS, BLOCK] of bytes or lower halves -> numbers of DTYPE, with their scales if SCALED."""
+    numbers = shifted_floats(codes, CODES)
+    OFFSET: tl.constexpr = MIDDLE + INT4_OFFSET if CODES == INT4 else MIDDLE
+    if ZEROS:
+        numbers -= z + OFFSET
+    elif OFFSET != 0.0:
+        numbers -= OFFSET
+    if SCALED:
+        numbers *= s
+    return numbers.to(DTYPE)
 
 
 @triton.jit
 def _add_product(
-    total, weight, scales, row, there, values, begin,
-    K: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, MXFP4: tl.constexpr, PRECISION: tl.constexpr,
+    total, weight, row, there, s, z, low, high, begin,
+    K: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
+    MIDDLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total [ROWS, TOKENS] + columns begin … begin + BLOCK of the weight's rows @ values [BLOCK, TOKENS]. row:
-    int64.
+    """total [ROWS, TOKENS] + a tile of the weight, BLOCK of K numbers or bytes of its rows @ values [BLOCK, TOKENS],
+    those that low nibbles or whole numbers multiply, and those that high ones do.
     """
-    if MXFP4:
-        byte = begin // 2 + tl.arange(0, BLOCK // 2)
-        w = tl.load(
-            weight + (row * (K // 2))[:, None] + byte[None, :], mask=there[:, None] & (byte < K // 2)[None, :], other=0
-        )
-        group = begin // _MX_GROUP + tl.arange(0, BLOCK // _MX_GROUP)
-        scale = tl.load(
-            scales + (row * SCALES)[:, None] + group[None, :],
-            mask=there[:, None] & (group * _MX_GROUP < K)[None, :],
-            other=0,
-        )
-        total = tl.dot(_numbers(w, scale, BLOCK, values.dtype), values, total)
+    column = begin + tl.arange(0, BLOCK)
+    w = tl.load(weight + row[:, None] * K + column[None, :], mask=there[:, None] & (column < K)[None, :], other=0.0)
+    if CODES == PLAIN:
+        total = tl.dot(w, low, total, input_precision=PRECISION)
     else:
-        column = begin + tl.arange(0, BLOCK)
-        w = tl.load(
-            weight + (row * K)[:, None] + column[None, :], mask=there[:, None] & (column < K)[None, :], other=0.0
-        )
-        total = tl.dot(w, values, total, input_precision=PRECISION)
+        later: tl.constexpr = GROUPED and s.shape[1] == 1 and total.shape[1] <= _FEW_TOKENS
+        scaled: tl.constexpr = GROUPED and not later
+        found = tl.zeros(total.shape, tl.float32) if later else total
+        s_wide, z_wide = s, z
+        if scaled:
+            s_wide = _of_columns(s, BLOCK)
+        if ZEROS:
+            z_wide = _of_columns(z, BLOCK)
+        numbers = _numbers(w & 15 if CODES >= INT4 else w, s_wide, z_wide, CODES, scaled, ZEROS, MIDDLE, low.dtype)
+        found = tl.dot(numbers, low, found, input_precision=PRECISION)
+        if CODES >= INT4:
+            numbers = _numbers(w >> 4, s_wide, z_wide, CODES, scaled, ZEROS, MIDDLE, low.dtype)
+            found = tl.dot(numbers, high, found, input_precision=PRECISION)
+        total = total + found * s if later else found
+    return total
+
+
+@triton.jit
+def _finished(
+    total, scale, row_scale, bias, row, there,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The sums [ROWS, TOKENS] with what belongs to whole rows."""
+    if (CODES != PLAIN) and (not GROUPED):
+        total *= load_scales(scale + row, there)[:, None]
+    if ROW_SCALES:
+        total *= tl.load(row_scale + row, mask=there, other=0.0)[:, None]
+    if BIAS:
+        total += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)[:, None]
     return total
 
 
 @kernel(ints=["num_tiles"])
 def _products_kernel(
-    x, weight, scales, bias, order, tiles, pair_weights, out, num_tiles, x_stride, out_stride,
-    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, BIAS: tl.constexpr, MXFP4: tl.constexpr, LAUNCH_PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, weight, scale, zero, row_scale, bias, order, tiles, pair_weights, out, num_tiles, x_stride, out_stride,
+    N: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GATED: out[place] = gate(weight . x[token of place]). Otherwise out[pair of place] = its weight * (weight .
-    x[place]).
+    x[place]). K, BLOCK and GROUP are in bytes, or numbers of a plain weight.
     """
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
     num_blocks: tl.constexpr = (N + ROWS - 1) // ROWS
+    num_rows: tl.constexpr = 2 * N if GATED else N
+    num_scales: tl.constexpr = SCALE_ROWS * ((K + GROUP - 1) // GROUP)
+    SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
+    PARTS: tl.constexpr = BLOCK // SHARED
     for item in range(tl.program_id(0), num_tiles * num_blocks, tl.num_programs(0)):
         tile = tiles + (item // num_blocks) * 3
-        expert = tl.load(tile)
+        expert = tl.load(tile).to(tl.int64)
         if expert >= 0:
             place = tl.load(tile + 1) + tl.arange(0, TOKENS)
             known = tl.arange(0, TOKENS) < tl.load(tile + 2)
@@ -96,34 +169,61 @@ def _products_kernel(
             source = pair // TOP_K if GATED else place
             row = (item % num_blocks) * ROWS + tl.arange(0, ROWS)
             there = row < N
-            first = expert.to(tl.int64) * ((2 if GATED else 1) * N)
-            of_row = first + (2 * row if INTERLEAVED else row)
-            of_up = first + (2 * row + 1 if INTERLEAVED else N + row)
+            of_row = 2 * row if INTERLEAVED else row
+            of_up = 2 * row + 1 if INTERLEAVED else N + row
+            of_weight = weight + expert * (num_rows * K)
+            of_scale, of_zero = scale + expert * num_scales, zero + expert * num_scales
+            of_rows, of_bias = row_scale + expert * num_rows, bias + expert * num_rows
             tokens_at = x + (source.to(tl.int64) * x_stride)[None, :]
             total = tl.zeros([ROWS, TOKENS], tl.float32)
             total_up = tl.zeros([ROWS, TOKENS], tl.float32)
-            for begin in tl.range(0, K, BLOCK, num_stages=STAGES):
-                column = begin + tl.arange(0, BLOCK)
-                values = tl.load(tokens_at + column[:, None], mask=known[None, :] & (column < K)[:, None], other=0.0)
-                total = _add_product(
-                    total, weight, scales, of_row, there, values, begin, K, SCALES, BLOCK, MXFP4, PRECISION
-                )
-                if GATED:
-                    total_up = _add_product(
-                        total_up, weight, scales, of_up, there, values, begin, K, SCALES, BLOCK, MXFP4, PRECISION
-                    )
-            if BIAS:
-                total += tl.load(bias + of_row, mask=there, other=0.0).to(tl.float32)[:, None]
+            s, z = _load_of_groups(
+                of_scale, of_zero, of_row, there, 0, K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS
+            )  # fmt: skip
+            up_s, up_z = s, z
             if GATED:
-                if BIAS:
-                    total_up += tl.load(bias + of_up, mask=there, other=0.0).to(tl.float32)[:, None]
+                up_s, up_z = _load_of_groups(
+                    of_scale, of_zero, of_up, there, 0, K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS
+                )  # fmt: skip
+            for begin in tl.range(0, K, BLOCK, num_stages=STAGES):
+                next_s, next_z = _load_of_groups(
+                    of_scale, of_zero, of_row, there, begin + BLOCK,
+                    K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+                )  # fmt: skip
+                column = begin + tl.arange(0, BLOCK)
+                inside = known[None, :] & (column < K)[:, None]
+                at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
+                low = tl.load(tokens_at + at[:, None], mask=inside, other=0.0)
+                high = low
+                if CODES >= INT4:
+                    high = tl.load(tokens_at + (at + GROUP)[:, None], mask=inside, other=0.0)
+                total = _add_product(
+                    total, of_weight, of_row, there, s, z, low, high, begin,
+                    K, BLOCK, CODES, GROUPED, ZEROS, MIDDLE, PRECISION,
+                )  # fmt: skip
+                s, z = next_s, next_z
+                if GATED:
+                    next_s, next_z = _load_of_groups(
+                        of_scale, of_zero, of_up, there, begin + BLOCK,
+                        K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+                    )  # fmt: skip
+                    total_up = _add_product(
+                        total_up, of_weight, of_up, there, up_s, up_z, low, high, begin,
+                        K, BLOCK, CODES, GROUPED, ZEROS, MIDDLE, PRECISION,
+                    )  # fmt: skip
+                    up_s, up_z = next_s, next_z
+            total = _finished(total, of_scale, of_rows, of_bias, of_row, there, CODES, GROUPED, ROW_SCALES, BIAS)
+            if GATED:
+                total_up = _finished(
+                    total_up, of_scale, of_rows, of_bias, of_up, there, CODES, GROUPED, ROW_SCALES, BIAS
+                )
                 total = apply_gate(total, total_up, LIMIT, ALPHA)
                 target = place
             else:
                 total *= tl.load(pair_weights + pair, mask=known, other=0.0)[None, :]
                 target = pair
-            at = out + (target.to(tl.int64) * out_stride)[None, :] + row[:, None]
-            tl.store(at, total.to(out.dtype.element_ty), mask=there[:, None] & known[None, :])
+            to = out + (target.to(tl.int64) * out_stride)[None, :] + row[:, None]
+            tl.store(to, total.to(out.dtype.element_ty), mask=there[:, None] & known[None, :])
 
 
 @kernel
@@ -163,19 +263,21 @@ class ProductShape:
     num_warps: int
 
 
-def product_shape(
-    num_pairs: int, num_experts: int, *, gated: bool, mxfp4: bool, element_bytes: int = 2
-) -> ProductShape:
-    """num_pairs: tokens times the experts of each. Tiles have as many tokens as an expert gets on the average, from 16
-    on: weights are read fast while there are few, and multiplied fast when there are many. The pipeline is as deep as
-    lets two programs share a multiprocessor. Chosen by the registers and the shared memory that it takes when compiled
-    for sm_90; not measured.
+def product_shape(num_pairs: int, linear: ExpertLinear, *, gated: bool, element_bytes: int = 2) -> ProductShape:
+    """num_pairs: tokens times the experts of each; element_bytes: of an activation. Tiles have as many tokens as an
+    expert gets on the average, from 16 on: weights are read fast while there are few, and multiplied fast when there
+    are many. The pipeline is as deep as lets two programs share a multiprocessor. Chosen by the registers and the
+    shared memory that it takes when compiled for sm_90; not measured.
     """
+    num_experts, format = len(linear.weight), linear.format
     share = num_pairs / num_experts
-    tokens = 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 64 else 128
-    block = 64 if tokens >= 64 or element_bytes == 4 else 128
-    weight_bytes = _ROWS * block * (2 if gated else 1) * (0.5 + 1 / GROUP if mxfp4 else element_bytes)
-    stages = int(_SHARED_BYTES // (weight_bytes + tokens * block * element_bytes))
+    packed = format.codes != "plain"  # more than 64 tokens beside numbers on their way would not fit registers
+    tokens = 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 64 or packed else 128
+    narrow = tokens >= 64 or element_bytes == 4 or format.nibbles
+    block = 64 if narrow else 128
+    values = tokens * block * element_bytes * (2 if format.nibbles else 1)
+    weight_bytes = _ROWS * block * (2 if gated else 1) * linear.weight.element_size()
+    stages = int(_SHARED_BYTES // (weight_bytes + values))
     return ProductShape(tokens, _ROWS, block, max(2, min(_MAX_STAGES, stages)), 8 if tokens == 128 else 4)
 
 
@@ -185,10 +287,10 @@ def add_experts(
 ) -> torch.Tensor:  # fmt: skip
     """reference.add_experts: residual, which is written over.
 
-    x, residual: [T, hidden], of one dtype (bfloat16, float16, float32; of 16 bits with weights in mxfp4), rows
-    contiguous; expert_ids: int32 [T, k], contiguous; weights: float32 [T, k], contiguous. num_programs: as many as run
-    at once. launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing before that
-    kernel is complete. Raises ValueError for shapes and dtypes that do not fit.
+    x, residual: [T, hidden], of one dtype (bfloat16, float16, float32), rows contiguous; expert_ids: int32 [T, k],
+    contiguous; weights: float32 [T, k], contiguous. num_programs: as many as run at once. launch_pdl: begin while the
+    kernel before drains (programmatic dependent launch); reads nothing before that kernel is complete. Raises
+    ValueError for shapes, dtypes and formats that do not fit.
     """
     num_tokens, top_k = expert_ids.shape
     if (
@@ -199,20 +301,15 @@ def add_experts(
         or num_tokens != len(x)
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} do not fit "
-            f"{num_tokens} tokens' choice"
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype}"
+            f" do not fit {num_tokens} tokens' choice"
         )
-    mxfp4 = experts.gate_up.scales is not None
-    if mxfp4 and x.dtype.itemsize != 2:
-        raise ValueError(f"x is {x.dtype}: weights in mxfp4 are multiplied with bfloat16 or float16")
     check_experts(x, experts)
     if num_tokens == 0:
         return residual
     pairs = num_tokens * top_k
-    chosen = {"mxfp4": mxfp4, "element_bytes": x.dtype.itemsize}
-    first, second = (
-        shape or product_shape(pairs, experts.num_experts, gated=gated, **chosen) for gated in (True, False)
-    )
+    first = shape or product_shape(pairs, experts.gate_up, gated=True, element_bytes=x.element_size())
+    second = shape or product_shape(pairs, experts.down, gated=False, element_bytes=x.element_size())
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty(max_tiles(pairs, experts.num_experts, first.tokens), 3, dtype=torch.int32, device=x.device)
     group_by_owner(expert_ids.view(-1), experts.num_experts, order, tiles, first.tokens, launch_pdl=launch_pdl)
@@ -235,14 +332,15 @@ def add_experts(
 
 def _multiply_tiles(
     x: torch.Tensor, linear: ExpertLinear, out: torch.Tensor, grouped: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    shape: ProductShape, num_programs: int, *, top_k: int, gate: Gate | None, launch_pdl: bool,
+    shape: ProductShape,
+    num_programs: int, *, top_k: int, gate: Gate | None, launch_pdl: bool,
 ) -> None:  # fmt: skip
     order, tiles, weights = grouped
     rows, constants = out.shape[1], gate_constants(gate or Gate())
     items = len(tiles) * triton.cdiv(rows, shape.rows)
     _products_kernel[(min(items, num_programs),)](
         x, *parameters(linear, x), order, tiles, weights, out, len(tiles), x.stride(0), out.stride(0),
-        N=rows, K=linear.num_columns, SCALES=scales_of_row(linear), TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows,
-        BLOCK=shape.block, STAGES=shape.stages, GATED=gate is not None, **constants, BIAS=linear.bias is not None,
-        MXFP4=linear.scales is not None, LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=shape.num_warps,
+        N=rows, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=shape.block, STAGES=shape.stages,
+        GATED=gate is not None,
+        **format_constants(linear), **constants, LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip

@@ -5,8 +5,8 @@ Two launches: gate and up of each chosen expert with the gate between them; then
 to the residual. Sums are float32; what lies between the launches is rounded to the activations' type as in the
 reference.
 
-Weights in mxfp4 (kernels/mxfp4.py) become numbers in registers: a byte has two neighbours, the even one below; 16 bytes
-share a scale, which multiplies their sum.
+Weights of few bits become numbers in registers (expert_codes.py). What belongs to a stretch of columns, its scale and
+its zero, is applied to the stretch's sum.
 """
 
 from __future__ import annotations
@@ -15,104 +15,138 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.experts import ExpertLinear, Experts, Gate
+from paged_kernels.expert_codes import (
+    FP4,
+    FP4_FACTOR,
+    INT4,
+    INT4_OFFSET,
+    PLAIN,
+    apply_gate,
+    check_experts,
+    format_constants,
+    gate_constants,
+    load_scales,
+    parameters,
+    shifted_floats,
+)
+from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
-from paged_kernels.mxfp4 import GROUP, GROUP_BYTES
 
-_MX_BYTES = tl.constexpr(GROUP_BYTES)
-_MX_GROUP = tl.constexpr(GROUP)
+_LANES = 16  # bytes of a weight that a thread sums before they are scaled
 
 
 @triton.jit
-def apply_gate(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """silu(gate) * up, or with a limit above 0 the clamped form: kernels/experts.py."""
-    if LIMIT > 0:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-    return gate / (1.0 + tl.exp(-ALPHA * gate)) * up
+def _fetched(weight, row, there, begin, K: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of one expert's weight, as it is stored: [ROWS, BLOCK]."""
+    column = begin + tl.arange(0, BLOCK)
+    return tl.load(
+        weight + row[:, None] * K + column[None, :],
+        mask=there[:, None] & (column < K)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
 
 
 @triton.jit
-def _nibble_value(nibble):
-    """uint8 0 … 15 -> float32: the bits lie as float16's do, but for the exponent's bias, which 2 ** 14 makes up
-    for.
-    """
-    wide = nibble.to(tl.uint16)
-    half = (((wide & 8) << 12) | ((wide & 7) << 9)).to(tl.float16, bitcast=True)
-    return half.to(tl.float32) * 16384.0
+def _of_parts(of_groups, PARTS: tl.constexpr):
+    """[ROWS, groups] -> what belongs to each of PARTS parts of them: [ROWS, PARTS]."""
+    shape: tl.constexpr = (of_groups.shape[0], of_groups.shape[1], PARTS // of_groups.shape[1])
+    return tl.reshape(tl.broadcast_to(of_groups[:, :, None], shape), (of_groups.shape[0], PARTS))
 
 
 @triton.jit
-def _scale_value(scale):
-    """uint8 -> float32; 0 is 2 ** -127, which has no exponent of its own."""
-    wide = scale.to(tl.uint32)
-    return tl.where(wide == 0, 0x00400000, wide << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _row_sums(
-    x, weight, scales, row, there,
-    K: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    MXFP4: tl.constexpr,
+def _partial_sums(
+    w, x, scale, zero, row, there, begin,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
 ):  # fmt: skip
-    """weight[row] . x, float32 [ROWS]. row: int64; SCALES: of a row."""
-    if MXFP4:
-        total = tl.zeros([ROWS, BLOCK // _MX_GROUP], tl.float32)
-        byte = tl.arange(0, BLOCK // 2)
-        group = tl.arange(0, BLOCK // _MX_GROUP)
-        for begin in tl.static_range(0, K, BLOCK):
-            at = begin // 2 + byte
-            inside = at < K // 2
-            packed = tl.load(
-                weight + row[:, None] * (K // 2) + at[None, :],
-                mask=there[:, None] & inside[None, :],
-                other=0,
-                eviction_policy="evict_first",
-            )
-            even = tl.load(x + 2 * at, mask=inside, other=0.0).to(tl.float32)
-            odd = tl.load(x + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
-            product = _nibble_value(packed & 0xF) * even[None, :] + _nibble_value(packed >> 4) * odd[None, :]
-            of_group = begin // _MX_GROUP + group
-            scale = tl.load(
-                scales + row[:, None] * SCALES + of_group[None, :],
-                mask=there[:, None] & (of_group * _MX_GROUP < K)[None, :],
-                other=0,
-            )
-            total += tl.sum(tl.reshape(product, (ROWS, BLOCK // _MX_GROUP, _MX_BYTES)), 2) * _scale_value(scale)
+    """Summed along the second dimension they are a fetched tile times x: float32 [ROWS, BLOCK / LANES]."""
+    PARTS: tl.constexpr = BLOCK // LANES
+    NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    OFFSET: tl.constexpr = MIDDLE + INT4_OFFSET if CODES == INT4 else MIDDLE
+    column = begin + tl.arange(0, BLOCK)
+    inside = column < K
+    at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
+    low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    high = low
+    if CODES >= INT4:
+        high = tl.load(x + at + GROUP, mask=inside, other=0.0).to(tl.float32)
+        product = (shifted_floats(w & 15, CODES) - OFFSET) * low[None, :]
+        product += (shifted_floats(w >> 4, CODES) - OFFSET) * high[None, :]
     else:
-        total = tl.zeros([ROWS, BLOCK // LANES], tl.float32)
-        for begin in tl.static_range(0, K, BLOCK):
-            column = begin + tl.arange(0, BLOCK)
-            inside = column < K
-            w = tl.load(
-                weight + row[:, None] * K + column[None, :],
-                mask=there[:, None] & inside[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            )
-            value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(tl.reshape(w.to(tl.float32) * value[None, :], (ROWS, BLOCK // LANES, LANES)), 2)
-    return tl.sum(total, 1)
+        product = shifted_floats(w, CODES) * low[None, :]
+    found = tl.sum(tl.reshape(product, (ROWS, PARTS, LANES)), 2)
+    if CODES == FP4:
+        found *= FP4_FACTOR
+    SHARED: tl.constexpr = min(GROUP, BLOCK) if GROUPED else BLOCK
+    group = begin + tl.arange(0, BLOCK // SHARED) * SHARED
+    of_group = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (group // GROUP)[None, :]
+    known = there[:, None] & (group < K)[None, :]
+    if ZEROS:
+        sums = tl.sum(tl.reshape(low + high if CODES >= INT4 else low, (PARTS, LANES)), 1)
+        found -= _of_parts(tl.load(zero + of_group, mask=known, other=0).to(tl.float32), PARTS) * sums[None, :]
+    if GROUPED:
+        found *= _of_parts(load_scales(scale + of_group, known), PARTS)
+    return found
+
+
+@triton.jit
+def _scales_of_rows(
+    scale, row_scale, row, there,
+    ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ROW_SCALES: tl.constexpr,
+):  # fmt: skip
+    """What the sums of whole rows are multiplied with: float32 [ROWS]."""
+    found = tl.full([ROWS], 1.0, tl.float32)
+    if (CODES != PLAIN) and (not GROUPED):
+        found *= load_scales(scale + row, there)
+    if ROW_SCALES:
+        found *= tl.load(row_scale + row, mask=there, other=0.0)
+    return found
 
 
 @kernel
 def _gate_up_kernel(
-    x, expert_ids, weight, scales, bias, out,
-    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    LANES: tl.constexpr, MXFP4: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    x, expert_ids, weight, scale, zero, row_scale, bias, out,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
+    MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of one chosen expert's gated vector: out[choice, N]."""
     pdl_release(LAUNCH_PDL)
     choice = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < N
+    of_gate = 2 * row if INTERLEAVED else row
+    of_up = 2 * row + 1 if INTERLEAVED else N + row
     pdl_wait(LAUNCH_PDL)
-    first = tl.load(expert_ids + choice).to(tl.int64) * (2 * N)
-    of_gate = first + (2 * row if INTERLEAVED else row)
-    of_up = first + (2 * row + 1 if INTERLEAVED else N + row)
-    gate = _row_sums(x, weight, scales, of_gate, there, K, SCALES, ROWS, BLOCK, LANES, MXFP4)
-    up = _row_sums(x, weight, scales, of_up, there, K, SCALES, ROWS, BLOCK, LANES, MXFP4)
+    expert = tl.load(expert_ids + choice).to(tl.int64)
+    num_scales: tl.constexpr = SCALE_ROWS * ((K + GROUP - 1) // GROUP)
+    weight += expert * (2 * N * K)
+    scale += expert * num_scales
+    zero += expert * num_scales
+    row_scale += expert * (2 * N)
+    bias += expert * (2 * N)
+    gate_parts = tl.zeros([ROWS, BLOCK // LANES], tl.float32)
+    up_parts = tl.zeros([ROWS, BLOCK // LANES], tl.float32)
+    w = _fetched(weight, of_gate, there, 0, K, BLOCK)
+    u = _fetched(weight, of_up, there, 0, K, BLOCK)
+    for begin in tl.static_range(0, K, BLOCK):
+        next_w, next_u = w, u
+        if begin + BLOCK < K:
+            next_w = _fetched(weight, of_gate, there, begin + BLOCK, K, BLOCK)
+            next_u = _fetched(weight, of_up, there, begin + BLOCK, K, BLOCK)
+        gate_parts += _partial_sums(
+            w, x, scale, zero, of_gate, there, begin,
+            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE,
+        )  # fmt: skip
+        up_parts += _partial_sums(
+            u, x, scale, zero, of_up, there, begin,
+            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE,
+        )  # fmt: skip
+        w, u = next_w, next_u
+    gate = tl.sum(gate_parts, 1) * _scales_of_rows(scale, row_scale, of_gate, there, ROWS, CODES, GROUPED, ROW_SCALES)
+    up = tl.sum(up_parts, 1) * _scales_of_rows(scale, row_scale, of_up, there, ROWS, CODES, GROUPED, ROW_SCALES)
     if BIAS:
         gate += tl.load(bias + of_gate, mask=there, other=0.0).to(tl.float32)
         up += tl.load(bias + of_up, mask=there, other=0.0).to(tl.float32)
@@ -121,22 +155,47 @@ def _gate_up_kernel(
 
 @kernel
 def _down_kernel(
-    gated, expert_ids, weights, weight, scales, bias, residual,
-    N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr, MXFP4: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    gated, expert_ids, weights, weight, scale, zero, row_scale, bias, residual,
+    N: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr,
+    ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of the result: residual += the weighted sum over the chosen experts."""
     pdl_release(LAUNCH_PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < N
+    COLUMNS: tl.constexpr = 2 * K if CODES >= INT4 else K
+    num_scales: tl.constexpr = SCALE_ROWS * ((K + GROUP - 1) // GROUP)
+    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     pdl_wait(LAUNCH_PDL)
+    parts = tl.zeros([ROWS, BLOCK // LANES], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for choice in tl.range(0, TOP_K):
-        of_expert = tl.load(expert_ids + choice).to(tl.int64) * N + row
-        found = _row_sums(gated + choice * K, weight, scales, of_expert, there, K, SCALES, ROWS, BLOCK, LANES, MXFP4)
-        if BIAS:
-            found += tl.load(bias + of_expert, mask=there, other=0.0).to(tl.float32)
-        total += found * tl.load(weights + choice)
+    # two tiles are on their way while one is multiplied, also across experts; rows are summed once, in the end
+    w = _fetched(weight + tl.load(expert_ids).to(tl.int64) * (N * K), row, there, 0, K, BLOCK)
+    next_w = w
+    for step in tl.static_range(-1, TOP_K * BLOCKS):
+        ahead = step + 2
+        after_next = next_w
+        if ahead < TOP_K * BLOCKS:
+            of_ahead = weight + tl.load(expert_ids + ahead // BLOCKS).to(tl.int64) * (N * K)
+            after_next = _fetched(of_ahead, row, there, ahead % BLOCKS * BLOCK, K, BLOCK)
+        if step >= 0:
+            choice = step // BLOCKS
+            expert = tl.load(expert_ids + choice).to(tl.int64)
+            of_choice = tl.load(weights + choice)
+            factor = of_choice * _scales_of_rows(
+                scale + expert * num_scales, row_scale + expert * N, row, there, ROWS, CODES, GROUPED, ROW_SCALES
+            )
+            parts += factor[:, None] * _partial_sums(
+                w, gated + choice * COLUMNS, scale + expert * num_scales, zero + expert * num_scales, row, there,
+                step % BLOCKS * BLOCK,
+                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE,
+            )  # fmt: skip
+            if BIAS and step % BLOCKS == 0:
+                total += of_choice * tl.load(bias + expert * N + row, mask=there, other=0.0).to(tl.float32)
+            w = next_w
+        next_w = after_next
+    total += tl.sum(parts, 1)
     before = tl.load(residual + row, mask=there, other=0.0).to(tl.float32)
     tl.store(residual + row, (before + total).to(residual.dtype.element_ty), mask=there)
 
@@ -154,7 +213,7 @@ def add_experts_of_one(
 
     x, residual: [1, hidden], of one dtype (bfloat16, float16, float32), contiguous; expert_ids: int32 [1, k]; weights:
     float32 [1, k]. launch_pdl: begin while the kernel before drains (programmatic dependent launch); reads nothing
-    before that kernel is complete. Raises ValueError for shapes and dtypes that do not fit.
+    before that kernel is complete. Raises ValueError for shapes, dtypes and formats that do not fit.
     """
     top_k = expert_ids.shape[1]
     if (
@@ -164,62 +223,35 @@ def add_experts_of_one(
         or not (x.is_contiguous() and residual.is_contiguous())
     ):
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} are not one "
-            "token of one type"
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype}"
+            " are not one token of one type"
         )
-    size = experts.down.num_columns
     check_experts(x, experts)
+    size, hidden = experts.down.num_columns, x.shape[1]
     gated = torch.empty(top_k, size, dtype=x.dtype, device=x.device)
-    rows, block = vector_shape(x.shape[1])
+    rows, block, lanes = vector_shape(experts.gate_up)
     _gate_up_kernel[(triton.cdiv(size, rows), top_k)](
-        x, expert_ids, *parameters(experts.gate_up, x), gated,
-        N=size, K=x.shape[1], SCALES=scales_of_row(experts.gate_up), ROWS=rows, BLOCK=block, LANES=8,
-        MXFP4=experts.gate_up.scales is not None, **gate_constants(experts.gate), BIAS=experts.gate_up.bias is not None,
-        LAUNCH_PDL=launch_pdl, num_warps=4,
+        x, expert_ids, *parameters(experts.gate_up, x), gated, N=size, ROWS=rows, BLOCK=block, LANES=lanes,
+        **format_constants(experts.gate_up), **gate_constants(experts.gate), LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
-    rows, block = vector_shape(size)
-    _down_kernel[(triton.cdiv(x.shape[1], rows),)](
+    rows, block, lanes = vector_shape(experts.down)
+    _down_kernel[(triton.cdiv(hidden, rows),)](
         gated, expert_ids, weights, *parameters(experts.down, x), residual,
-        N=x.shape[1], K=size, SCALES=scales_of_row(experts.down), TOP_K=top_k, ROWS=rows, BLOCK=block, LANES=8,
-        MXFP4=experts.down.scales is not None, BIAS=experts.down.bias is not None, LAUNCH_PDL=launch_pdl, num_warps=4,
+        N=hidden, TOP_K=top_k, ROWS=rows, BLOCK=block, LANES=lanes,
+        **format_constants(experts.down), LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
     return residual
 
 
-def parameters(linear: ExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weight, scales and bias; x where there is none."""
-    return linear.weight, x if linear.scales is None else linear.scales, x if linear.bias is None else linear.bias
-
-
-def scales_of_row(linear: ExpertLinear) -> int:
-    return 0 if linear.scales is None else linear.scales.shape[2]
-
-
-def gate_constants(gate: Gate) -> dict[str, object]:
-    return {"INTERLEAVED": gate.interleaved, "LIMIT": gate.limit or 0.0, "ALPHA": gate.alpha}
-
-
-def check_experts(x: torch.Tensor, experts: Experts) -> None:
+def vector_shape(linear: ExpertLinear) -> tuple[int, int, int]:
+    """Rows that a program has in hand at once, numbers or bytes of each, and how many a thread sums: some 4 KiB of each
+    matrix, as vector_linear's measured shapes have. Not measured for weights of few bits.
     """
-    Raises:
-        ValueError: the experts' matrices do not fit each other or x [T, hidden].
-    """
-    hidden, size = x.shape[1], experts.down.num_columns
-    for name, linear, rows, columns in (
-        ("gate_up", experts.gate_up, 2 * size, hidden),
-        ("down", experts.down, hidden, size),
-    ):
-        if linear.weight.shape[1] != rows or linear.num_columns != columns or not linear.weight.is_contiguous():
-            raise ValueError(f"{name} {tuple(linear.weight.shape)} is not contiguous [E, {rows}, {columns}]")
-        if linear.scales is None and linear.weight.dtype != x.dtype:
-            raise ValueError(f"{name} is {linear.weight.dtype}, x is {x.dtype}")
-        if linear.bias is not None and linear.bias.dtype != x.dtype:
-            raise ValueError(f"{name}'s bias is {linear.bias.dtype}, x is {x.dtype}")
-
-
-def vector_shape(num_columns: int) -> tuple[int, int]:
-    """Rows and columns that a program has in hand at once: some 2,000 numbers of each matrix, as vector_linear's
-    measured shapes have.
-    """
-    block = min(1024, max(GROUP, triton.next_power_of_2(num_columns)))
-    return (2 if block == 1024 else 4), block
+    row_size, element = linear.weight.shape[2], linear.weight.element_size()
+    block = min(2048 // element, max(32, triton.next_power_of_2(row_size)))
+    rows = max(2, min(8, 4096 // (block * element)))
+    group = linear.format.group(linear.num_columns) // (2 if linear.format.nibbles else 1)
+    lanes = _LANES // element
+    if linear.format.block[1] and linear.format.codes != "plain":
+        lanes = min(lanes, group)
+    return rows, block, min(lanes, block)

@@ -7,11 +7,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from paged_kernels.linear import Linear
+from paged_kernels.linear import PLAIN, Format, Linear, empty_linear
 
 Scores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
+
+# gpt-oss's experts as they are published: groups of 32 numbers of 4 bits share a power of two (OCP Microscaling Formats
+# v1.0, 2023)
+MXFP4 = Format("fp4", (1, 32), scale_dtype=torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,89 @@ class Gate:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLinear:
-    """One matrix of each expert: x -> x @ weight[e].T + bias[e]. With scales the weight is in mxfp4
-    (kernels/mxfp4.py).
+    """One matrix of each expert: x -> x @ W[e].T + bias[e], W[e] as `Linear` has it. Activations are never rounded.
+
+    Everything is contiguous, and an expert's part is what the `Linear` of that expert has.
     """
 
-    weight: Tensor  # [E, out, in], of the activations' type; or uint8 [E, out, in / 2]; contiguous
+    weight: Tensor  # [E, out, in], of the activations' type; or as format.codes says
     bias: Tensor | None = None  # [E, out], of the activations' type
-    # uint8 [E, out, at least in / 32], contiguous; what is beyond is not read as a scale of anything
-    scales: Tensor | None = None
+    format: Format = PLAIN
+    scale: Tensor | None = None  # [E, *format.scale_shape], format.scale_dtype
+    zero: Tensor | None = None  # uint8, as scale
+    row_scale: Tensor | None = None  # float32 [E, out]
+
+    @property
+    def num_rows(self) -> int:
+        return self.weight.shape[1]
 
     @property
     def num_columns(self) -> int:
-        return self.weight.shape[2] * (1 if self.scales is None else 2)
+        return self.weight.shape[2] * (2 if self.format.nibbles else 1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it consists of."""
+        found = (self.weight, self.bias, self.scale, self.zero, self.row_scale)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    def of(self, expert: int) -> Linear:
+        """The matrix of one expert, the same memory."""
+
+        def own(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[expert]
+
+        return Linear(
+            self.weight[expert], own(self.bias), self.format, own(self.scale), own(self.zero), own(self.row_scale)
+        )
+
+
+def reaches_experts(format: Format) -> bool:
+    """Whether kernels read experts of that format (expert_codes.py): groups of a power of two of columns, at least 16,
+    or whole rows.
+    """
+    group = format.block[1]
+    return group == 0 or (group >= 16 and group & (group - 1) == 0)
+
+
+def stack_linears(linears: list[Linear]) -> ExpertLinear:
+    """Those of expert 0, 1, …, of one shape and one format, in new memory."""
+
+    def stacked(tensors: list[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.stack(found) if found else None
+
+    return ExpertLinear(
+        torch.stack([linear.weight for linear in linears]),
+        stacked([linear.bias for linear in linears]),
+        linears[0].format,
+        stacked([linear.scale for linear in linears]),
+        stacked([linear.zero for linear in linears]),
+        stacked([linear.row_scale for linear in linears]),
+    )
+
+
+def empty_experts(
+    num_experts: int,
+    num_rows: int,
+    num_columns: int,
+    format: Format,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    bias: bool = False,
+) -> ExpertLinear:
+    """Uninitialised matrices [num_rows, num_columns]. dtype: of activations.
+
+    Raises ValueError as `empty_linear`.
+    """
+    one = empty_linear(num_rows, num_columns, format, dtype, torch.device("meta"), bias=bias)
+
+    def empty(like: Tensor | None) -> Tensor | None:
+        return None if like is None else torch.empty(num_experts, *like.shape, dtype=like.dtype, device=device)
+
+    weight = torch.empty(num_experts, *one.weight.shape, dtype=one.weight.dtype, device=device)
+    return ExpertLinear(weight, empty(one.bias), format, empty(one.scale), empty(one.zero), empty(one.row_scale))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from paged_kernels.codes import dequantise
 from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing
-from paged_kernels.mxfp4 import dequantise
 from paged_kernels.norm_value import Norm
 from paged_kernels.reference_layers import LayerOps
 
@@ -74,11 +74,10 @@ def apply_gate(gate_up: Tensor, gate: Gate) -> Tensor:
 
 
 def _multiply(x: Tensor, linear: ExpertLinear, expert: int) -> Tensor:
-    """[n, in] -> [n, out]."""
-    weight = linear.weight[expert]
-    if linear.scales is not None:
-        weight = dequantise(weight, linear.scales[expert], x.dtype)
-    return functional.linear(x, weight, None if linear.bias is None else linear.bias[expert])
+    """[n, in] -> [n, out]. Of a packed weight only this expert's is unpacked."""
+    of_expert = linear.of(expert)
+    weight = of_expert.weight if linear.format.codes == "plain" else dequantise(of_expert).to(x.dtype)
+    return functional.linear(x, weight, of_expert.bias)
 
 
 def _within_best_groups(ranked: Tensor, routing: Routing) -> Tensor:

@@ -6,9 +6,23 @@ from dataclasses import replace
 
 import torch
 
-from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing
-from paged_kernels.linear import Linear
-from paged_kernels.mxfp4 import dequantise
+from paged_kernels.codes import dequantise, quantise
+from paged_kernels.experts import MXFP4, ExpertLinear, Experts, Gate, Routing, stack_linears
+from paged_kernels.linear import Format, Linear
+
+# as experts are published, and as they are rounded while they are loaded; groups are smaller, as the layers are
+SMALL_FORMATS = {
+    "mxfp4": MXFP4,
+    "nvfp4": Format("fp4", (1, 16), row_scales=True, scale_dtype=torch.float8_e4m3fn),
+    "fp8 block": Format("fp8", (16, 32)),
+    "fp8 channel": Format("fp8", (1, 0)),
+    "int4 group 64": Format("int4", (1, 64), scale_dtype=torch.float16),
+    "int4 group 16": Format("int4", (1, 16)),
+    "int4 group 32, zeros": Format("int4", (1, 32), zeros=True, scale_dtype=torch.float16),
+    "int4 channel, zeros": Format("int4", (1, 0), zeros=True),
+    "int8 channel": Format("int8", (1, 0)),
+    "int8 group 32, zeros": Format("int8", (1, 32), zeros=True),
+}
 
 
 def routing_cases(num_experts: int) -> dict[str, Routing]:
@@ -62,12 +76,13 @@ def on(experts: Experts, device: torch.device, dtype: torch.dtype | None = None)
     """On a device, and of a type."""
 
     def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return tensor if tensor is None else tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return tensor if tensor is None else tensor.to(device, dtype)
 
     def linear(given: ExpertLinear) -> ExpertLinear:
-        return ExpertLinear(
-            given.weight.to(device, dtype if given.scales is None else None), moved(given.bias), moved(given.scales)
-        )
+        scales = (given.scale, given.zero, given.row_scale)
+        scale, zero, row_scale = (None if tensor is None else tensor.to(device) for tensor in scales)
+        weight = given.weight.to(device, dtype if given.format.codes == "plain" else None)
+        return ExpertLinear(weight, moved(given.bias), given.format, scale, zero, row_scale)
 
     router = Linear(experts.router.weight.to(device, dtype), moved(experts.router.bias))
     correction = None if experts.correction is None else experts.correction.to(device)
@@ -76,25 +91,25 @@ def on(experts: Experts, device: torch.device, dtype: torch.dtype | None = None)
     )
 
 
-def quantised(experts: Experts, seed: int = 4) -> Experts:
-    """The same shapes in mxfp4, of random bytes; rows of scales are longer than they need to be."""
-    generator = torch.Generator().manual_seed(seed)
+def quantised(experts: Experts, format: Format) -> Experts:
+    """The same weights rounded to a format; zeros, if it has them, are other than the middle."""
+    generator = torch.Generator().manual_seed(4)
 
     def linear(given: ExpertLinear) -> ExpertLinear:
-        count, rows, columns = given.weight.shape
-        packed = torch.randint(0, 256, (count, rows, columns // 2), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(120, 124, (count, rows, -(-columns // 128) * 4), generator=generator, dtype=torch.uint8)
-        scales[..., columns // 32 :] = 255
-        return ExpertLinear(packed, given.bias, scales)
+        found = stack_linears([quantise(weight, format) for weight in given.weight])
+        if found.zero is not None:
+            shift = torch.randint(-2, 3, found.zero.shape, generator=generator)
+            found.zero.copy_(found.zero.int() + shift)
+        return replace(found, bias=given.bias)
 
     return replace(experts, gate_up=linear(experts.gate_up), down=linear(experts.down))
 
 
 def matrix(linear: ExpertLinear, expert: int) -> torch.Tensor:
     """float64 [out, in]."""
-    if linear.scales is None:
+    if linear.format.codes == "plain":
         return linear.weight[expert].double()
-    return dequantise(linear.weight[expert], linear.scales[expert], torch.float64)
+    return dequantise(linear.of(expert)).double()
 
 
 def gated(experts: Experts, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,11 @@ from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.forward_pass import Allocate
 from paged_backend.models.blocks.layer import Layer
+from paged_backend.models.blocks.moe import MoeMlp
 from paged_backend.models.blocks.residual import allocate_norm, norm_parameters
 from paged_backend.models.layer_spec import AdapterSite, EndsSpec
 from paged_backend.models.quantization.modules import (
+    Module,
     QuantisedModule,
     check_modules,
     modules_of,
@@ -36,7 +38,6 @@ from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import OpenTensors, StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
 from paged_kernels.linear import Linear
-from paged_kernels.mxfp4 import NOT_A_NUMBER
 from paged_kernels.norm_value import Norm
 
 Progress = Callable[[str], None]
@@ -45,8 +46,6 @@ Named = TypeVar("Named")
 _EMBEDDING, _HEAD, _LAYERS = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
 _COMPARED_AT_ONCE = 2**24  # numbers
 _PROGRESS_SECONDS = 1.0
-_MXFP4_SCALES = "_proj_scales"  # the end of the names of experts' scales
-_DUMMY_SCALE = 121  # of random numbers in mxfp4: 2 ** -6
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class Weights:
                 for scales in (linear.scale, linear.zero, linear.row_scale, linear.input_scale)
                 if scales is not None
             ]
+        for experts in (experts for layer in self.layers for experts in layer.packed_experts):
+            tensors += [tensor for tensor in experts.tensors if tensor is not experts.bias]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
@@ -150,7 +151,7 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
         or infinity; or a quantised module's scales are not positive.
     """
     stored = find_tensors(folder, weights.renames)
-    targets, modules = split_quantised(_targets(weights, stored), weights.modules, weights.quantization, weights.cuts)
+    targets, modules = _filled(weights, stored)
     check_tensors(stored, targets, weights.cuts)
     check_modules(stored, modules)
     needed = {*targets, *(name for module in modules for name in module.stored if name in stored)}
@@ -169,7 +170,7 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
 
 
 @torch.inference_mode()
-def _fill(module: QuantisedModule, tensors: OpenTensors, stored: Collection[str], device: torch.device) -> int:
+def _fill(module: Module, tensors: OpenTensors, stored: Collection[str], device: torch.device) -> int:
     """Fills a module from its tensors, which are gone afterwards. Returns how many numbers they had."""
     own = {name: tensors.read(name).to(device) for name in module.stored if name in stored}
     module.fill(own)
@@ -236,7 +237,7 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
     if architecture.quantization is not None:
         architecture = replace(architecture, quantization=settle_quantization(architecture.quantization, stored))
     weights = allocate_weights(architecture, torch.float32, torch.device("meta"))
-    targets, modules = split_quantised(_targets(weights, stored), weights.modules, weights.quantization, weights.cuts)
+    targets, modules = _filled(weights, stored)
     check_modules(stored, modules)
     check_tensors(stored, targets)
     return architecture, note
@@ -245,6 +246,14 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
 def weight_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """What `allocate_weights` takes."""
     return allocate_weights(architecture, dtype, torch.device("meta")).num_bytes
+
+
+def packs_experts(architecture: Architecture) -> bool:
+    """Whether the experts, if the model has any, stay in the format that the checkpoint has, or that they are rounded
+    to.
+    """
+    layers = allocate_weights(architecture, torch.float32, torch.device("meta")).layers
+    return all(layer.packed_experts for layer in layers if isinstance(layer.mlp, MoeMlp))
 
 
 def _equal(stored: Mapping[str, StoredTensor], *names: str) -> bool:
@@ -266,8 +275,7 @@ def _check_finite(targets: Mapping[str, Tensor]) -> None:
     extremes = torch.stack([extreme.float() for target in targets.values() for extreme in torch.aminmax(target)]).view(
         -1, 2
     )
-    of_scales = torch.tensor([name.endswith(_MXFP4_SCALES) for name in targets], device=extremes.device)
-    finite = (extremes.isfinite().all(1) & ~(of_scales & (extremes[:, 1] == NOT_A_NUMBER))).tolist()
+    finite = extremes.isfinite().all(1).tolist()
     wrong = [name for name, is_finite in zip(targets, finite, strict=True) if not is_finite]
     if wrong:
         more = f", and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
@@ -282,22 +290,31 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
     says so.
     """
     generator = torch.Generator(weights.embedding.device)
-    targets, modules = split_quantised(_targets(weights, {}), weights.modules, weights.quantization, weights.cuts)
+    targets, modules = _filled(weights, {})
     for name, target in targets.items():
         # what several ranks have whole is the same on all of them
         generator.manual_seed(seed ^ zlib.crc32(name.encode()))
         if name.endswith("norm.weight"):
             target.fill_(1)
-        elif name.endswith(_MXFP4_SCALES):
-            target.fill_(_DUMMY_SCALE)
-        elif target.dtype == torch.uint8:
-            target.random_(generator=generator)
         else:
             target.normal_(0, architecture.initializer_range, generator=generator)
     for module in modules:
         generator.manual_seed(seed ^ zlib.crc32(module.name.encode()))
         module.fill_at_random(architecture.initializer_range, generator)
     return f"weights: {spell_bytes(weights.num_bytes)} of random numbers (load_format=dummy)"
+
+
+def _filled(weights: Weights, stored: Collection[str]) -> tuple[dict[str, Tensor], list[Module]]:
+    """Targets that are filled as they are, and modules that fill the rest. stored: the names that the checkpoint
+    has.
+    """
+    names, modules = _names_by_layer(stored), list[Module](weights.modules)
+    for index, layer in enumerate(weights.layers):
+        if layer.packed_experts and isinstance(layer.mlp, MoeMlp):
+            for module in layer.mlp.modules(names.get(str(index), ())):
+                cut = weights.cuts.get(f"{module.name}.weight")
+                modules.append(replace(module, cut=cut) if isinstance(module, QuantisedModule) else module)
+    return split_quantised(_targets(weights, stored), modules, weights.quantization, weights.cuts)
 
 
 def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:

@@ -18,13 +18,19 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.layer_spec import MoeSpec
 from paged_backend.models.quantization.kv_scales import load_kv_scales
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import rope_tensors
 from paged_backend.models.shard import Shard
 from paged_backend.models.step import LayerPages
-from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
+from paged_backend.models.weights import (
+    Weights,
+    allocate_weights,
+    load_weights,
+    packs_experts,
+    randomise_weights,
+    weight_bytes,
+)
 from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes, allocate_adapter_store
 from paged_backend.runner.cuda_graphs import captured_shapes, first_shapes
 from paged_backend.runner.kernel_cache import keep_kernels
@@ -214,7 +220,7 @@ class RunnerBuilder:
             )
         plain, taken = weight_bytes(replace(a, quantization=None), dtype), weight_bytes(a, dtype)
         experts = ""
-        if quantization.rules and any(isinstance(layer.mlp, MoeSpec) for layer in a.layers):
+        if quantization.rules and not packs_experts(a):
             experts = f" (experts {'stay as they are' if quantization.online else 'are dequantised'})"
         return (
             f"{quantization.words}{experts}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in "

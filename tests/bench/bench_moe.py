@@ -1,12 +1,12 @@
 """A layer of experts on one GPU, in the geometries of published models. Prints JSON lines, and a table to stderr.
 
-    python -m tests.bench.bench_moe [--models qwen3-30b-a3b,gpt-oss-20b] [--tokens 1,16,64,256,2048,8192] [--mxfp4]
+    python -m tests.bench.bench_moe [--models qwen3-30b-a3b,gpt-oss-20b] [--tokens 1,16,64,256] [--format fp8_block]
 
 A case is norm, routing, experts and the addition to the residual, replayed as a CUDA graph of launches over copies of
 the layer, together larger than the L2 cache; medians. floor_us is the larger of two: the bytes of all experts that some
 token chose, over the read bandwidth measured in the same run, and the products' operations over those of a large
-bfloat16 product of cuBLAS, measured too. share: of the time that is the floor. --mxfp4: gpt-oss's experts as published,
-4 bits and a scale for 32 of them.
+bfloat16 product of cuBLAS, measured too. share: of the time that is the floor. --format: how the experts' weights are
+stored, one of tests/bench/expert_formats.py; activations are bfloat16 whatever it is.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from paged_kernels.expert_kernels import ExpertKernels
-from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing
+from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing, empty_experts
 from paged_kernels.linear import Linear
-from paged_kernels.mxfp4 import GROUP
 from paged_kernels.norm_value import Norm
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
+from tests.bench.expert_formats import EXPERT_FORMATS, fill_at_random, format_bytes, format_of
 from tests.bench.geometries import GEOMETRIES
 
 _COLD_BYTES = 192 * 2**20  # of experts in a graph: four times the L2 cache
@@ -51,8 +51,8 @@ def sizes(model: str) -> dict[str, Any]:
 
 
 class Case:
-    def __init__(self, model: str, num_tokens: int, mxfp4: bool) -> None:
-        self.of, self.num_tokens, self.mxfp4 = sizes(model), num_tokens, mxfp4
+    def __init__(self, model: str, num_tokens: int, format: str) -> None:
+        self.of, self.num_tokens, self.format = sizes(model), num_tokens, format
         self.kernels = ExpertKernels(torch.device("cuda"))
         hidden = self.of["hidden"]
         self.x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
@@ -68,21 +68,19 @@ class Case:
             return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5)
 
         def linear(rows: int, columns: int) -> ExpertLinear:
-            bias = randn(count, rows) if of["bias"] else None
-            if not self.mxfp4:
-                return ExpertLinear(randn(count, rows, columns), bias)
-            packed = torch.randint(0, 256, (count, rows, columns // 2), device="cuda", dtype=torch.uint8)
-            return ExpertLinear(
-                packed, bias, torch.full((count, rows, -(-columns // 128) * 4), 121, device="cuda", dtype=torch.uint8)
-            )
+            format, device = format_of(self.format, columns), torch.device("cuda")
+            found = empty_experts(count, rows, columns, format, torch.bfloat16, device, bias=of["bias"])
+            fill_at_random(found)
+            return found
 
         router = Linear(randn(count, hidden), randn(count) if of["bias"] else None)
         return Experts(
             router, None, of["routing"], linear(2 * of["size"], hidden), of["gate"], linear(hidden, of["size"])
         )
 
-    def expert_bytes(self) -> float:
-        return 3 * self.of["hidden"] * self.of["size"] * (0.5 + 1 / GROUP if self.mxfp4 else 2)
+    def expert_bytes(self) -> int:
+        hidden, size = self.of["hidden"], self.of["size"]
+        return format_bytes(self.format, 2 * size, hidden) + format_bytes(self.format, hidden, size)
 
     def chosen_bytes(self, layer: Experts) -> int:
         """Of the experts that some token of this case chose."""
@@ -110,17 +108,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="qwen3-30b-a3b,qwen3-235b-a22b,gpt-oss-20b,gpt-oss-120b,mixtral-8x7b")
     parser.add_argument("--tokens", default="1,16,64,256,2048,8192")
-    parser.add_argument("--mxfp4", action="store_true")
+    parser.add_argument("--format", choices=EXPERT_FORMATS, default="plain")
     options = parser.parse_args()
     reading, computing = read_bandwidth(), operations_per_second()
     for model in options.models.split(","):
         for num_tokens in map(int, options.tokens.split(",")):
-            case = Case(model, num_tokens, options.mxfp4)
+            case = Case(model, num_tokens, options.format)
             floor, taken = case.floor_us(reading, computing), case.time_us()
             row = {
                 "bench": "moe",
                 "model": model,
-                "format": "mxfp4" if options.mxfp4 else "bfloat16",
+                "format": options.format,
                 "tokens": num_tokens,
             }
             row |= {"us": round(taken, 2), "floor_us": round(floor, 2), "share": round(floor / taken, 3)}

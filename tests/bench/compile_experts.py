@@ -1,7 +1,7 @@
 """What the experts' kernels take of a multiprocessor, compiled for sm_90 without a card. Prints JSON lines: registers,
 spilled bytes, shared memory.
 
-    python -m tests.bench.compile_experts
+    python -m tests.bench.compile_experts [--formats plain,fp8_block,int4] [--models qwen3-30b-a3b] [--tokens 16,8192]
 
 ptxas of the installed Triton language reads the PTX again and says what it says with -v. Nothing is run, and no time is
 measured.
@@ -9,6 +9,7 @@ measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -16,23 +17,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from paged_kernels import expert_products, expert_routing, expert_vectors
-from paged_kernels.experts import Gate
+from paged_kernels import expert_codes, expert_products, expert_routing, expert_vectors
+from paged_kernels.experts import ExpertLinear, Gate, empty_experts
 from paged_kernels.jit import Kernel
+from tests.bench.expert_formats import EXPERT_FORMATS, format_of
 
-_GEOMETRIES = {  # hidden, intermediate, experts, of a token, mxfp4
-    "qwen3-30b-a3b": (2048, 768, 128, 8, False),
-    "gpt-oss-20b": (2880, 2880, 32, 4, False),
-    "gpt-oss-20b, mxfp4": (2880, 2880, 32, 4, True),
-    "mixtral-8x7b": (4096, 14336, 8, 2, False),
+Case = tuple[str, Kernel, dict[str, Any], dict[str, str], int]  # name, kernel, constants, pointers' types, warps
+
+_GEOMETRIES = {  # hidden, intermediate, experts, of a token
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "gpt-oss-20b": (2880, 2880, 32, 4),
+    "mixtral-8x7b": (4096, 14336, 8, 2),
+    "minimax-m2": (3072, 1536, 256, 8),
 }
-_INTS = ("expert_ids", "order", "tiles", "arrivals")
-_FLOATS = ("weights", "pair_weights", "logits", "correction")
+_KINDS = dict.fromkeys(("expert_ids", "order", "tiles", "arrivals"), "i32")
+_KINDS |= dict.fromkeys(("weights", "pair_weights", "logits", "correction"), "fp32")
 _SCALARS = {
     "num_tiles": "i32",
     "num_tokens": "i32",
@@ -41,27 +46,26 @@ _SCALARS = {
     "eps": "fp32",
     "scale": "fp32",
 }
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
 
 
-def compiled(kernel: Kernel, constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+def compiled(kernel: Kernel, constants: dict[str, Any], kinds: dict[str, str], num_warps: int) -> dict[str, Any]:
     """Constants: all of the kernel's; activations are bfloat16."""
     names = kernel.jitted.arg_names
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in _SCALARS:
+        if name in _SCALARS and name not in kinds:
             return _SCALARS[name]
-        element = (
-            "i32"
-            if name in _INTS
-            else "fp32"
-            if name in _FLOATS
-            else "u8"
-            if constants.get("MXFP4") and name in ("weight", "scales")
-            else "bf16"
-        )
-        return f"*{element}"
+        return f"*{(_KINDS | kinds).get(name, 'bf16')}"
 
     signature = {name: kind(name) for name in names}
     aligned = {
@@ -94,55 +98,57 @@ def _read_again(ptx: str) -> dict[str, int]:
     }
 
 
-def _vectors(hidden: int, size: int, top_k: int, mxfp4: bool) -> list[tuple[str, Kernel, dict[str, Any], int]]:
-    found = []
-    for name, kernel, rows, columns in (
-        ("one gate_up", expert_vectors._gate_up_kernel, size, hidden),
-        ("one down", expert_vectors._down_kernel, hidden, size),
-    ):
-        at_once, block = expert_vectors.vector_shape(columns)
-        constants = {
-            "N": rows,
-            "K": columns,
-            "SCALES": -(-columns // 128) * 4 if mxfp4 else 0,
-            "ROWS": at_once,
-            "BLOCK": block,
-            "LANES": 8,
-        }
-        constants |= {"MXFP4": mxfp4, "BIAS": hidden == size, "LAUNCH_PDL": True}
-        constants |= {"TOP_K": top_k} if name == "one down" else _gate(hidden == size)
-        found.append((name, kernel, constants, 4))
+def _layer(hidden: int, size: int, num_experts: int, name: str) -> dict[str, ExpertLinear]:
+    """gate_up and down, without memory."""
+    return {
+        part: empty_experts(
+            num_experts,
+            rows,
+            columns,
+            format_of(name, columns),
+            torch.bfloat16,
+            torch.device("meta"),
+            bias=hidden == size,
+        )
+        for part, rows, columns in (("gate_up", 2 * size, hidden), ("down", hidden, size))
+    }
+
+
+def _kinds(linear: ExpertLinear) -> dict[str, str]:
+    named = expert_codes.parameters(linear, torch.empty(1, dtype=torch.bfloat16, device="meta"))
+    return {
+        name: _TYPES[tensor.dtype]
+        for name, tensor in zip(("weight", "scale", "zero", "row_scale", "bias"), named, strict=True)
+    }
+
+
+def _vectors(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int) -> list[Case]:
+    found: list[Case] = []
+    for part, linear in layer.items():
+        gated = part == "gate_up"
+        rows, block, lanes = expert_vectors.vector_shape(linear)
+        constants = {"N": size if gated else hidden, "ROWS": rows, "BLOCK": block, "LANES": lanes}
+        constants |= {**expert_codes.format_constants(linear), "LAUNCH_PDL": True}
+        constants |= _gate(hidden == size) if gated else {"TOP_K": top_k}
+        kernel = expert_vectors._gate_up_kernel if gated else expert_vectors._down_kernel
+        found.append((f"one {part}", kernel, constants, _kinds(linear), 4))
     return found
 
 
-def _products(
-    hidden: int, size: int, num_experts: int, top_k: int, mxfp4: bool, num_tokens: int
-) -> list[tuple[str, Kernel, dict[str, Any], int]]:
-    found = []
-    for name, rows, columns in (("gate_up", size, hidden), ("down", hidden, size)):
-        gated = name == "gate_up"
-        shape = expert_products.product_shape(num_tokens * top_k, num_experts, gated=gated, mxfp4=mxfp4)
-        constants = {
-            "N": rows,
-            "K": columns,
-            "SCALES": -(-columns // 128) * 4 if mxfp4 else 0,
-            "TOP_K": top_k,
-            "TOKENS": shape.tokens,
-            "ROWS": shape.rows,
-        }
-        constants |= {
-            "BLOCK": shape.block,
-            "STAGES": shape.stages,
-            "GATED": gated,
-            **_gate(gated and hidden == size),
-            "BIAS": hidden == size,
-        }
-        constants |= {"MXFP4": mxfp4, "LAUNCH_PDL": True, "PRECISION": "ieee"}
-        found.append((f"{name}, {num_tokens} tokens", expert_products._products_kernel, constants, shape.num_warps))
+def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int, num_tokens: int) -> list[Case]:
+    found: list[Case] = []
+    for part, linear in layer.items():
+        gated = part == "gate_up"
+        shape = expert_products.product_shape(num_tokens * top_k, linear, gated=gated)
+        constants = {"N": size if gated else hidden, "TOP_K": top_k, "TOKENS": shape.tokens, "ROWS": shape.rows}
+        constants |= {"BLOCK": shape.block, "STAGES": shape.stages, "GATED": gated, **_gate(gated and hidden == size)}
+        constants |= {**expert_codes.format_constants(linear), "LAUNCH_PDL": True, "PRECISION": "ieee"}
+        kernel = expert_products._products_kernel
+        found.append((f"{part}, {num_tokens} tokens", kernel, constants, _kinds(linear), shape.num_warps))
     return found
 
 
-def _routing(hidden: int, num_experts: int, top_k: int, num_tokens: int) -> tuple[str, Kernel, dict[str, Any], int]:
+def _routing(hidden: int, num_experts: int, top_k: int, num_tokens: int) -> Case:
     tokens, part, padded = expert_routing.route_shape(num_tokens, num_experts)
     constants = {
         "K": hidden,
@@ -163,24 +169,32 @@ def _routing(hidden: int, num_experts: int, top_k: int, num_tokens: int) -> tupl
         "NUM_GROUPS": 1,
     }
     constants |= {"TOP_GROUPS": 1, "LAUNCH_PDL": True, "PRECISION": "ieee"}
-    return f"route, {num_tokens} tokens", expert_routing._route_kernel, constants, 4
+    return f"route, {num_tokens} tokens", expert_routing._route_kernel, constants, {}, 4
 
 
 def _gate(clamped: bool) -> dict[str, object]:
-    return expert_vectors.gate_constants(Gate(limit=7.0, alpha=1.702, interleaved=True) if clamped else Gate())
+    return expert_codes.gate_constants(Gate(limit=7.0, alpha=1.702, interleaved=True) if clamped else Gate())
 
 
 def main() -> None:
-    for model, (hidden, size, num_experts, top_k, mxfp4) in _GEOMETRIES.items():
-        cases = _vectors(hidden, size, top_k, mxfp4)
-        for num_tokens in (16, 256, 8192):
-            cases += [
-                *_products(hidden, size, num_experts, top_k, mxfp4, num_tokens),
-                _routing(hidden, num_experts, top_k, num_tokens),
-            ]
-        for name, kernel, constants, num_warps in cases:
-            row = {"bench": "compile_experts", "model": model, "kernel": name, **compiled(kernel, constants, num_warps)}
-            print(json.dumps({**row, "triton": triton.__version__}), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default=",".join(EXPERT_FORMATS))
+    parser.add_argument("--models", default=",".join(_GEOMETRIES))
+    parser.add_argument("--tokens", default="16,256,8192")
+    options = parser.parse_args()
+    for model in options.models.split(","):
+        hidden, size, num_experts, top_k = _GEOMETRIES[model]
+        for format in options.formats.split(","):
+            layer = _layer(hidden, size, num_experts, format)
+            cases = _vectors(layer, hidden, size, top_k)
+            for num_tokens in map(int, options.tokens.split(",")):
+                cases += _products(layer, hidden, size, top_k, num_tokens)
+                if format == "plain":
+                    cases.append(_routing(hidden, num_experts, top_k, num_tokens))
+            for name, kernel, constants, kinds, num_warps in cases:
+                row = {"bench": "compile_experts", "model": model, "format": format, "kernel": name}
+                row |= compiled(kernel, constants, kinds, num_warps)
+                print(json.dumps({**row, "triton": triton.__version__}), flush=True)
 
 
 if __name__ == "__main__":

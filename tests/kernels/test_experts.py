@@ -11,10 +11,11 @@ from paged_kernels.expert_kernels import ExpertKernels
 from paged_kernels.expert_products import ProductShape, add_experts
 from paged_kernels.expert_routing import make_arrivals, norm_route_one, route
 from paged_kernels.expert_vectors import add_experts_of_one
-from paged_kernels.experts import Experts, Gate, Routing
+from paged_kernels.experts import MXFP4, Experts, Gate, Routing
+from paged_kernels.linear import PLAIN, Format
 from paged_kernels.norm_value import Norm
 from paged_kernels.reference import reference
-from tests.expert_cases import expert_layer, on, quantised, routing_cases, written_out
+from tests.expert_cases import SMALL_FORMATS, expert_layer, on, quantised, routing_cases, written_out
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # an expert's gated vector and answer are rounded once each, and their sum
@@ -35,12 +36,11 @@ def layer(
     *,
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
-    mxfp4: bool = False,
 ) -> Experts:
     experts = expert_layer(
         EXPERTS, HIDDEN, SIZE, routing, gate, bias=bias, correction=routing.scores == "sigmoid", dtype=dtype
     )
-    return on(quantised(experts) if mxfp4 else experts, DEVICE)
+    return on(experts, DEVICE)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -98,18 +98,25 @@ def test_products_of_ragged_groups_equal_float64(num_tokens: int, kind: str, gat
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
 
 
-@pytest.mark.parametrize("gate", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
-@pytest.mark.parametrize("num_tokens", [1, 19])
-def test_products_with_mxfp4_equal_those_with_its_numbers(num_tokens: int, gate: Gate) -> None:
-    experts, x, residual = (
-        layer(gate=gate, dtype=torch.float16, mxfp4=True),
-        tokens(num_tokens, dtype=torch.float16),
-        tokens(num_tokens, dtype=torch.float16),
-    )
-    expert_ids = choice("spread", num_tokens)
+@pytest.mark.parametrize("format", SMALL_FORMATS.values(), ids=SMALL_FORMATS)
+@pytest.mark.parametrize(
+    ("num_tokens", "gate", "bias"), [(1, SWIGLU, False), (7, CLAMPED, True)], ids=["one, swiglu", "7, clamped and bias"]
+)
+def test_products_with_packed_weights_equal_those_with_their_numbers(
+    num_tokens: int, format: Format, gate: Gate, bias: bool
+) -> None:
+    """Rows of 80 or 96 numbers are no whole number of tiles."""
+    wide = 64 if format.block[1] == 64 else 80 if format.block[1] == 16 else 96
+    experts = expert_layer(5, wide, wide, FEW, gate, bias=bias, dtype=torch.float16)
+    experts = on(quantised(experts, format), DEVICE)
+    x, residual = (tokens(num_tokens, wide, torch.float16, seed) for seed in (5, 6))
+    expert_ids = choice("spread", num_tokens, num_experts=5)
     weights = weights_of(expert_ids)
-    expected = residual.double().cpu() + written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    assert_close(add_experts(x, expert_ids, weights, experts, residual.clone(), shape=TILE, num_programs=3), expected)
+    expected = residual.double().cpu()
+    expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
+    tile = ProductShape(tokens=16 if num_tokens == 1 else 64, rows=32, block=32, stages=2, num_warps=1)
+    found = add_experts(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3)
+    assert_close(found, expected)
     if num_tokens == 1:
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
 
@@ -160,40 +167,51 @@ def test_refuses_what_does_not_fit() -> None:
         norm_route_one(x, torch.ones(HIDDEN, device=DEVICE), 1e-5, experts, arrivals=make_arrivals(DEVICE))
     with pytest.raises(ValueError, match="do not fit 2 tokens' choice"):
         add_experts(x, expert_ids, weights, experts, x.half())
-    with pytest.raises(ValueError, match=r"gate_up \(8, 64, 32\) is not contiguous \[E, 64, 16\]"):
+    with pytest.raises(ValueError, match=r"gate_up \(8, 64, 32\) is not \[E, 64, 16\]"):
         add_experts(x[:, :16].contiguous(), expert_ids, weights, experts, x[:, :16].contiguous())
-    with pytest.raises(ValueError, match="mxfp4 are multiplied with bfloat16 or float16"):
-        add_experts(x, expert_ids, weights, layer(mxfp4=True), x.clone())
+    unread = quantised(expert_layer(EXPERTS, 48, 48, FEW, SWIGLU, bias=False), Format("int4", (1, 24)))
+    with pytest.raises(ValueError, match=r"gate_up is of Format\(codes='int4', block=\(1, 24\).*not read by these"):
+        add_experts(tokens(2, 48), expert_ids, weights, on(unread, DEVICE), tokens(2, 48))
     with pytest.raises(ValueError, match="are not one token"):
         add_experts_of_one(x, expert_ids, weights, experts, x.clone())
 
 
 GEOMETRIES = {
-    "qwen3-30b-a3b": (2048, 768, 128, 8, False),
-    "gpt-oss-20b": (2880, 2880, 32, 4, False),
-    "gpt-oss-20b, mxfp4": (2880, 2880, 32, 4, True),
-    "mixtral-8x7b": (4096, 14336, 8, 2, False),
-}
+    "qwen3-30b-a3b": (2048, 768, 128, 8, PLAIN),
+    "qwen3-30b-a3b, fp8 block": (2048, 768, 128, 8, Format("fp8", (128, 128))),
+    "qwen3-30b-a3b, fp8 channel": (2048, 768, 128, 8, Format("fp8", (1, 0))),
+    "qwen3-30b-a3b, int4": (2048, 768, 128, 8, Format("int4", (1, 128))),
+    "qwen3-30b-a3b, int4 group 32, zeros": (
+        2048, 768, 128, 8, Format("int4", (1, 32), zeros=True, scale_dtype=torch.float16),
+    ),
+    "qwen3-30b-a3b, nvfp4": (
+        2048, 768, 128, 8, Format("fp4", (1, 16), row_scales=True, scale_dtype=torch.float8_e4m3fn),
+    ),
+    "minimax-m2, fp8 block": (3072, 1536, 64, 8, Format("fp8", (128, 128))),
+    "gpt-oss-20b": (2880, 2880, 32, 4, PLAIN),
+    "gpt-oss-20b, mxfp4": (2880, 2880, 32, 4, MXFP4),
+    "gpt-oss-20b, int4": (2880, 2880, 32, 4, Format("int4", (1, 64))),
+    "mixtral-8x7b": (4096, 14336, 8, 2, PLAIN),
+    "mixtral-8x7b, int8 channel": (4096, 14336, 8, 2, Format("int8", (1, 0))),
+}  # fmt: skip
+
+
+def packed_on_device(experts: Experts, format: Format) -> Experts:
+    experts = on(experts, DEVICE)
+    return experts if format == PLAIN else quantised(experts, format)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 2, 16, 100, 1024])
-@pytest.mark.parametrize(("hidden", "size", "num_experts", "top_k", "mxfp4"), GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize(("hidden", "size", "num_experts", "top_k", "format"), GEOMETRIES.values(), ids=GEOMETRIES)
 def test_published_geometries_equal_the_twin(
-    hidden: int, size: int, num_experts: int, top_k: int, mxfp4: bool, num_tokens: int
+    hidden: int, size: int, num_experts: int, top_k: int, format: Format, num_tokens: int
 ) -> None:
     """The twin in float32 on the same device, with the same choice."""
     gate = CLAMPED if size == hidden else SWIGLU
-    experts = expert_layer(
-        num_experts,
-        hidden,
-        size,
-        Routing(top_k, "softmax", renormalised=True),
-        gate,
-        bias=size == hidden,
-        dtype=torch.bfloat16,
-    )
-    experts = on(quantised(experts) if mxfp4 else experts, DEVICE)
+    routing = Routing(top_k, "softmax", renormalised=True)
+    plain = expert_layer(num_experts, hidden, size, routing, gate, bias=size == hidden, dtype=torch.bfloat16)
+    experts = packed_on_device(plain, format)
     x, residual = tokens(num_tokens, hidden, torch.bfloat16), tokens(num_tokens, hidden, torch.bfloat16, seed=6)
     for kind in ("spread", "the same for all", "some get none"):
         expert_ids = choice(kind, num_tokens, top_k, num_experts)
@@ -206,12 +224,14 @@ def test_published_geometries_equal_the_twin(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("format", [PLAIN, *SMALL_FORMATS.values()], ids=["plain", *SMALL_FORMATS])
 @pytest.mark.parametrize("num_tokens", [1, 16, 300])
-def test_a_captured_layer_computes_what_it_computes_without_a_graph(num_tokens: int) -> None:
+def test_a_captured_layer_computes_what_it_computes_without_a_graph(num_tokens: int, format: Format) -> None:
     """Other tokens at replay choose other experts: nothing of a choice is in the graph."""
-    experts = on(expert_layer(EXPERTS, HIDDEN, SIZE, FEW, SWIGLU, bias=False, dtype=torch.bfloat16), DEVICE)
-    kernels, norm = ExpertKernels(DEVICE), Norm(torch.ones(HIDDEN, device=DEVICE, dtype=torch.bfloat16), 1e-5)
-    x, given = tokens(num_tokens, dtype=torch.bfloat16), tokens(num_tokens, dtype=torch.bfloat16, seed=11)
+    plain = expert_layer(EXPERTS, 128, 128, FEW, SWIGLU, bias=False, dtype=torch.bfloat16)
+    experts = packed_on_device(plain, format)
+    kernels, norm = ExpertKernels(DEVICE), Norm(torch.ones(128, device=DEVICE, dtype=torch.bfloat16), 1e-5)
+    x, given = (tokens(num_tokens, 128, torch.bfloat16, seed) for seed in (5, 11))
     kernels.norm_add(x.clone(), norm, experts)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from paged_backend.errors import EngineError
 from paged_backend.models.blocks.products import Products
 from paged_backend.models.layer_spec import AdapterSite
-from paged_backend.models.quantization.quantization import Quantization
+from paged_backend.models.quantization.quantization import MXFP4, Quantization
 from paged_backend.models.step import StepTensors
-from paged_kernels.linear import Linear, empty_linear
+from paged_kernels.experts import MXFP4 as MXFP4_FORMAT
+from paged_kernels.experts import ExpertLinear, empty_experts
+from paged_kernels.linear import PLAIN, Linear, empty_linear
 from paged_kernels.reference import Ops
 
 
@@ -44,6 +47,28 @@ class Allocate:
         return replace(
             empty_linear(sum(site.out_sizes), site.in_size, format, self.dtype, self.device, bias=bias), partial=partial
         )
+
+    def experts(
+        self, modules: Sequence[Sequence[str]], out_sizes: Sequence[int], in_size: int, *, bias: bool
+    ) -> ExpertLinear:
+        """A matrix of each expert, in the format that the checkpoint has it in. modules: of each expert, those that its
+        matrix is packed from, within the layer, with so many rows each.
+
+        Raises:
+            EngineError: the sizes do not allow that format.
+        """
+        format = PLAIN
+        if self.quantization is not None and self.quantization.name == MXFP4:
+            format = MXFP4_FORMAT
+            if in_size % format.block[1]:
+                raise EngineError(
+                    f"quantization_config: mxfp4 has groups of {format.block[1]} numbers, and rows of experts are of "
+                    f"{in_size}"
+                )
+        elif self.quantization is not None:
+            names = [[self.prefix + module for module in of_expert] for of_expert in modules]
+            format = self.quantization.format_of_experts(names, out_sizes, in_size)
+        return empty_experts(len(modules), sum(out_sizes), in_size, format, self.dtype, self.device, bias=bias)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from paged_backend.models.blocks.mlp import Mlp
 from paged_backend.models.blocks.moe import MoeMlp
 from paged_backend.models.layer_spec import LayerSpec, MlpSpec
 from paged_backend.models.step import LayerPages
+from paged_kernels.experts import ExpertLinear
 from paged_kernels.linear import Linear
 
 
@@ -31,6 +32,11 @@ class Layer:
     def linears(self) -> tuple[Linear, ...]:
         """In the order of AdapterLayout.sites."""
         return *self.attention.linears, *self.mlp.linears
+
+    @property
+    def packed_experts(self) -> tuple[ExpertLinear, ...]:
+        """The experts' matrices, if they are stored in few bits: those are no parameters, but filled by modules."""
+        return self.mlp.packed if isinstance(self.mlp, MoeMlp) else ()
 
     def parameters(self, stored: Collection[str] = ()) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills. stored:

@@ -4,7 +4,7 @@ expert.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ from paged_backend.errors import EngineError
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.residual import Residual
 from paged_backend.models.layer_spec import LayerSpec, MoeSpec
-from paged_backend.models.quantization.quantization import MXFP4
+from paged_backend.models.quantization.modules import Module, QuantisedModule, StackedExperts
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.linear import Linear
-from paged_kernels.mxfp4 import GROUP, GROUP_BYTES
 
-_FUSED = "mlp.experts.gate_up_proj"
+_FUSED, _FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
 class MoeMlp:
@@ -28,27 +27,18 @@ class MoeMlp:
         self.spec = spec
         self.residual = Residual(layer.mlp_branch, layer.norm, hidden_size, empty)
         count, size, partial = spec.num_experts, spec.intermediate_size, spec.shard.size > 1
-        self._in_mxfp4 = empty.quantization is not None and empty.quantization.name == MXFP4
-
-        def expert_linear(rows: int, columns: int) -> ExpertLinear:
-            bias = empty(count, rows) if spec.bias else None
-            if not self._in_mxfp4:
-                return ExpertLinear(empty(count, rows, columns), bias)
-            if columns % GROUP:
-                raise EngineError(
-                    f"quantization_config: mxfp4 has groups of {GROUP} numbers, and rows of experts are of {columns}"
-                )
-            # kernels read scales by fours
-            packed, groups = empty(count, rows, columns // 2, dtype=torch.uint8), -(-columns // (4 * GROUP)) * 4
-            return ExpertLinear(packed, bias, empty(count, rows, groups, dtype=torch.uint8))
-
+        self._quantization, self._prefix = empty.quantization, empty.prefix
+        names, experts = spec.names, range(count)
+        of_expert = [f"{names.root}.experts.{expert}" for expert in experts]
+        gate_up = [(f"{root}.{names.gate}", f"{root}.{names.up}") for root in of_expert]
+        down = [(f"{root}.{names.down}",) for root in of_expert]
         self.experts = Experts(
             router=Linear(empty(count, hidden_size), empty(count) if spec.bias else None),
             correction=empty(count, dtype=torch.float32) if spec.correction else None,
             routing=spec.routing,
-            gate_up=expert_linear(2 * size, hidden_size),
+            gate_up=empty.experts(gate_up, (size, size), hidden_size, bias=spec.bias),
             gate=spec.gate,
-            down=expert_linear(hidden_size, size),
+            down=empty.experts(down, (hidden_size,), size, bias=spec.bias),
             partial=partial,
         )
         sites = spec.sites(hidden_size)
@@ -63,8 +53,39 @@ class MoeMlp:
             () if self.shared_gate_up is None or self.shared_down is None else (self.shared_gate_up, self.shared_down)
         )
 
+    @property
+    def packed(self) -> tuple[ExpertLinear, ...]:
+        """The experts' matrices that are stored in few bits."""
+        linears = (self.experts.gate_up, self.experts.down)
+        return tuple(linear for linear in linears if linear.format.codes != "plain")
+
+    def modules(self, stored: Container[str] = ()) -> Iterator[Module]:
+        """What fills the packed matrices: of each expert, or of all of them together. stored: as for `parameters`."""
+        names, prefix, count = self.spec.names, self._prefix, self.spec.num_experts
+        together = self.spec.together or _FUSED in stored
+        parts = (
+            (self.experts.gate_up, (names.gate, names.up), _FUSED),
+            (self.experts.down, (names.down,), _FUSED_DOWN),
+        )
+        for linear, modules, fused in parts:
+            if linear.format.codes == "plain" or self._quantization is None:
+                continue
+            first = f"{prefix}{names.root}.experts.0.{modules[0]}"
+            scheme = self._quantization.scheme_of(first)  # of experts in mxfp4 there is none
+            if together:
+                yield StackedExperts(prefix + fused, scheme, linear, self.spec.together)
+                continue
+            assert scheme is not None, f"{first} is packed by no scheme"
+            num_rows = linear.num_rows // len(modules)
+            for expert in range(count):
+                of_expert = linear.of(expert)
+                for index, module in enumerate(modules):
+                    name = f"{prefix}{names.root}.experts.{expert}.{module}"
+                    yield QuantisedModule(name, scheme, of_expert, index * num_rows, num_rows)
+
     def parameters(self, stored: Container[str] = ()) -> dict[str, Tensor]:
-        """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills.
+        """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills; but for
+        what `modules` fill.
 
         stored: the names that the checkpoint has, within the layer: experts lie there one by one, unless it has them
             together.
@@ -103,32 +124,45 @@ class MoeMlp:
 
     def forward(self, x: Tensor, at: ForwardPass) -> Tensor:
         """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over."""
-        norm = self.residual.before
-        if self.shared_gate_up is None or self.shared_down is None:
-            return at.ops.norm_add_experts(x, norm, self.experts)
-        shared = at.products.norm_gated_linear(x, norm, self.shared_gate_up)
-        if self.shared_scale is not None:
+        norm, shared = self.residual.before, None
+        if self.shared_gate_up is not None:
+            shared = at.products.norm_gated_linear(x, norm, self.shared_gate_up)
+        if shared is not None and self.shared_scale is not None:
             shared = shared * at.ops.norm_linear(x, norm, self.shared_scale).sigmoid()
-        x = at.ops.norm_add_experts(x, norm, self.experts)
-        return at.products.add_linear(shared, self.shared_down, x)
+        if self.residual.is_plain:
+            answer = at.ops.norm_add_experts(x, norm, self.experts)
+        else:
+            normed = x if norm is None else at.ops.norm(x, norm)
+            chosen = at.ops.route(normed, self.experts)
+            answer = at.ops.add_experts(normed, *chosen, self.experts, torch.zeros_like(x))
+        if shared is not None and self.shared_down is not None:
+            answer = at.products.add_linear(shared, self.shared_down, answer)
+        return answer if self.residual.is_plain else self.residual.add(answer, x, at)
 
     def _together(self) -> dict[str, Tensor | None]:
-        return {_FUSED: self.experts.gate_up.weight, "mlp.experts.down_proj": self.experts.down.weight}
+        return {_FUSED: _plain(self.experts.gate_up), _FUSED_DOWN: _plain(self.experts.down)}
 
     def _transposed(self, name: str, linear: ExpertLinear) -> dict[str, Tensor | None]:
-        """As gpt-oss is published: [E, in, out] and biases, or groups of 32 numbers in 16 bytes and their scales."""
-        biases = {f"mlp.experts.{name}_bias": linear.bias}
-        if linear.scales is None:
-            return biases | {f"mlp.experts.{name}": linear.weight.transpose(1, 2)}
-        groups = linear.num_columns // GROUP
-        blocks = {f"mlp.experts.{name}_blocks": linear.weight.view(*linear.weight.shape[:2], groups, GROUP_BYTES)}
-        return biases | blocks | {f"mlp.experts.{name}_scales": linear.scales[..., :groups]}
+        """As gpt-oss is published: [E, in, out] and biases."""
+        plain = _plain(linear)
+        weight = None if plain is None else plain.transpose(1, 2)
+        return {f"mlp.experts.{name}": weight, f"mlp.experts.{name}_bias": linear.bias}
 
     def _one_by_one(self) -> dict[str, Tensor | None]:
         names = self.spec.names
         found: dict[str, Tensor | None] = {}
         for expert in range(self.spec.num_experts):
-            gate, up = self.experts.gate_up.weight[expert].chunk(2)
-            parts = {names.gate: gate, names.up: up, names.down: self.experts.down.weight[expert]}
-            found |= {f"{names.root}.experts.{expert}.{name}.weight": part for name, part in parts.items()}
+            root = f"{names.root}.experts.{expert}"
+            weight = _plain(self.experts.gate_up)
+            if weight is not None:
+                gate, up = weight[expert].chunk(2)
+                found |= {f"{root}.{names.gate}.weight": gate, f"{root}.{names.up}.weight": up}
+            down = _plain(self.experts.down)
+            if down is not None:
+                found[f"{root}.{names.down}.weight"] = down[expert]
         return found
+
+
+def _plain(linear: ExpertLinear) -> Tensor | None:
+    """The weight, unless it is stored in few bits."""
+    return linear.weight if linear.format.codes == "plain" else None

@@ -30,11 +30,16 @@ class Residual:
             for name, tensor in norm_parameters(prefix, norm).items()
         }
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the answer is added as it is."""
+        return self.after is None and self._branch.multiplier == 1
+
     def add_product(self, x: Tensor, linear: Linear, residual: Tensor, at: ForwardPass) -> Tensor:
         """The stream [T, hidden] after the block whose last product is linear(x), x [T, in]. residual, the stream
         before, may be written over.
         """
-        if self.after is None and self._branch.multiplier == 1:
+        if self.is_plain:
             return at.products.add_linear(x, linear, residual)
         return self.add(at.products.linear(x, linear), residual, at)
 

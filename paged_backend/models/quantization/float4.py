@@ -47,7 +47,7 @@ class Nvfp4(Scheme):
     def read(self, stored: Mapping[str, Tensor], num_rows: int, num_columns: int) -> Linear:
         linear = new_linear(self.format(num_columns), num_rows, num_columns, stored[self.packed_name].device)
         assert linear.scale is not None and linear.row_scale is not None
-        linear.weight.copy_(pack_nibbles(_in_order(stored[self.packed_name]), NVFP4_GROUP))
+        linear.weight.copy_(pack_nibbles(in_order(stored[self.packed_name]), NVFP4_GROUP))
         linear.scale.copy_(stored["weight_scale"])
         on_top = stored[self.global_name].float().view(1)
         linear.row_scale.copy_((1.0 / on_top if self.divided else on_top).expand(num_rows))
@@ -77,11 +77,11 @@ class Mxfp4(Scheme):
         exponents = stored["weight_scale"].view(torch.uint8)
         if bool((exponents == 255).any()):
             raise ValueError("weight_scale holds the exponent 255, which means NaN")
-        linear.weight.copy_(pack_nibbles(_in_order(stored["weight_packed"]), MXFP4_GROUP))
+        linear.weight.copy_(pack_nibbles(in_order(stored["weight_packed"]), MXFP4_GROUP))
         linear.scale.copy_(torch.exp2(exponents.float() - 127))
         return linear
 
 
-def _in_order(packed: Tensor) -> Tensor:
+def in_order(packed: Tensor) -> Tensor:
     """uint8 [rows, n] -> [rows, 2 n]: the lower half of a byte comes first."""
     return torch.stack((packed & 15, packed >> 4), 2).flatten(1)

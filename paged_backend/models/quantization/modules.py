@@ -12,13 +12,18 @@ from torch import Tensor
 
 from paged_backend.errors import EngineError
 from paged_backend.models.layer_spec import AdapterSite
+from paged_backend.models.quantization.float4 import in_order
 from paged_backend.models.quantization.float8 import has_nan
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.quantization.scheme import FLOATS, Scheme, StoredKind
 from paged_backend.models.shard import OUT, Cut
 from paged_backend.models.weight_files import StoredTensor
-from paged_kernels.codes import dequantise, quantise
+from paged_kernels.codes import dequantise, pack_nibbles, quantise
+from paged_kernels.experts import ExpertLinear
 from paged_kernels.linear import Linear
+
+_DUMMY_EXPONENT = 121  # of random numbers in mxfp4: 2 ** -6
+_NOT_A_NUMBER = 255  # as an exponent
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,11 @@ class QuantisedModule:
     begin: int  # its first row there
     num_rows: int
     cut: Cut | None = None  # what this rank has of it, if not all
+
+    @property
+    def words(self) -> str:
+        """How it is stored."""
+        return self.scheme.words
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -113,6 +123,84 @@ class QuantisedModule:
             )
 
 
+@dataclass(frozen=True)
+class StackedExperts:
+    """A matrix of all experts of a layer, which the checkpoint has in one tensor of floats that is rounded while it is
+    read, or in mxfp4 as gpt-oss is published: blocks of 16 bytes and a scale for each.
+    """
+
+    name: str  # in the checkpoint
+    scheme: Scheme | None  # of each expert's matrix; None: mxfp4
+    linear: ExpertLinear
+    transposed: bool  # floats lie as [experts, in, out]
+
+    @property
+    def words(self) -> str:
+        """How it is stored."""
+        return "mxfp4" if self.scheme is None else self.scheme.words
+
+    @property
+    def stored(self) -> dict[str, StoredKind]:
+        """Name in the checkpoint -> what must be there."""
+        count, rows, columns = len(self.linear.weight), self.linear.num_rows, self.linear.num_columns
+        if self.scheme is not None:
+            return {self.name: StoredKind(((count, columns, rows) if self.transposed else (count, rows, columns),))}
+        groups = columns // self.linear.format.block[1]
+        return {
+            f"{self.name}_blocks": StoredKind(((count, rows, groups, 16),), ("U8",)),
+            f"{self.name}_scales": StoredKind(((count, rows, groups),), ("U8",)),
+        }
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """As `QuantisedModule.fill`, one expert after another.
+
+        Raises:
+            EngineError: numbers that are not finite.
+        """
+        if self.scheme is None:
+            self._fill_from_blocks(tensors[f"{self.name}_blocks"], tensors[f"{self.name}_scales"])
+            return
+        for expert, weight in enumerate(tensors[self.name]):
+            matrix = weight.T if self.transposed else weight
+            try:
+                part = self.scheme.read({"weight": matrix}, *matrix.shape)
+            except ValueError as error:
+                raise EngineError(f"checkpoint: tensor {self.name}: expert {expert}: {error}") from None
+            _copy(self.linear.of(expert), part)
+
+    def fill_at_random(self, deviation: float, generator: torch.Generator) -> None:
+        """As `QuantisedModule.fill_at_random`."""
+        if self.scheme is None:
+            assert self.linear.scale is not None
+            self.linear.weight.random_(generator=generator)
+            self.linear.scale.view(torch.uint8).fill_(_DUMMY_EXPONENT)
+            return
+        for expert in range(len(self.linear.weight)):
+            target = self.linear.of(expert)
+            weight = torch.empty(target.num_rows, target.num_columns, device=target.weight.device)
+            _copy(target, quantise(weight.normal_(0, deviation, generator=generator), target.format))
+
+    def _fill_from_blocks(self, blocks: Tensor, scales: Tensor) -> None:
+        """A block's byte has two neighbours there, and half a group lies between them here (kernels/linear.py)."""
+        if bool((scales == _NOT_A_NUMBER).any()):
+            raise EngineError(f"checkpoint: tensor {self.name}_scales holds numbers that are not finite (NaN)")
+        assert self.linear.scale is not None
+        self.linear.scale.view(torch.uint8).copy_(scales)
+        for weight, block in zip(self.linear.weight, blocks, strict=True):
+            weight.copy_(pack_nibbles(in_order(block.flatten(1)), self.linear.format.block[1]))
+
+
+Module = QuantisedModule | StackedExperts
+
+
+def _copy(target: Linear, part: Linear) -> None:
+    """Of one shape and one format, without the bias."""
+    pairs = ((target.scale, part.scale), (target.zero, part.zero), (target.row_scale, part.row_scale))
+    for into, numbers in ((target.weight, part.weight), *pairs):
+        if into is not None and numbers is not None:
+            into.copy_(numbers)
+
+
 def modules_of(quantization: Quantization, linear: Linear, site: AdapterSite, prefix: str) -> Iterator[QuantisedModule]:
     """The modules of a linear that are quantised, in their order: all or none. prefix: of the site's names."""
     begin = 0
@@ -125,17 +213,18 @@ def modules_of(quantization: Quantization, linear: Linear, site: AdapterSite, pr
 
 def split_quantised(
     targets: Mapping[str, Tensor],
-    modules: Sequence[QuantisedModule],
+    modules: Sequence[Module],
     quantization: Quantization | None,
     cuts: Mapping[str, Cut],
-) -> tuple[dict[str, Tensor], list[QuantisedModule]]:
-    """Targets that are filled as they are, and all quantised modules: `modules`, those of linears, and matrices that a
-    product cannot read in another format than the activations', such as experts'. They are dequantised. Of floats that
-    are rounded while they are read those stay as they are.
+) -> tuple[dict[str, Tensor], list[Module]]:
+    """Targets that are filled as they are, and all quantised modules: `modules`, those of linears and packed experts,
+    and matrices that a product cannot read in another format than the activations'. They are dequantised. Of floats
+    that are rounded while they are read those stay as they are.
     """
     if quantization is None:
         return dict(targets), []
-    plain, found, of_linears = {}, list(modules), {module.name for module in modules}
+    plain: dict[str, Tensor] = {}
+    found, of_linears = list(modules), {module.name for module in modules}
     for name, target in targets.items():
         module = name.removesuffix(".weight")
         scheme = None if quantization.online or module == name or target.dim() != 2 else quantization.scheme_of(module)
@@ -162,7 +251,7 @@ def settle_quantization(quantization: Quantization, stored: Mapping[str, StoredT
     return replace(quantization, scale_dtype=scale_dtype, plain_modules=frozenset(floats))
 
 
-def check_modules(stored: Mapping[str, StoredTensor], modules: Sequence[QuantisedModule]) -> None:
+def check_modules(stored: Mapping[str, StoredTensor], modules: Sequence[Module]) -> None:
     """
     Raises:
         EngineError: the checkpoint lacks a module's tensor, or has it in another shape or of another type.
@@ -174,18 +263,17 @@ def check_modules(stored: Mapping[str, StoredTensor], modules: Sequence[Quantise
                 if kind.optional:
                     continue
                 raise EngineError(
-                    f"checkpoint: tensor {name} is missing; {module.name} is {module.scheme.words} by "
-                    "quantization_config"
+                    f"checkpoint: tensor {name} is missing; {module.name} is {module.words} by quantization_config"
                 )
             if found.shape not in kind.shapes:
                 wanted = " or ".join(str(list(shape)) for shape in kind.shapes)
                 raise EngineError(
                     f"checkpoint: tensor {name} has shape {list(found.shape)}, config.json implies {wanted} "
-                    f"({module.scheme.words})"
+                    f"({module.words})"
                 )
             if found.kind not in kind.kinds:
                 raise EngineError(
-                    f"checkpoint: tensor {name} is of type {found.kind}; {module.scheme.words} is stored as "
+                    f"checkpoint: tensor {name} is of type {found.kind}; {module.words} is stored as "
                     f"{', '.join(kind.kinds)}"
                 )
 

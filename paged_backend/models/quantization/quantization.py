@@ -11,6 +11,7 @@ import torch
 
 from paged_backend.errors import EngineError
 from paged_backend.models.quantization.scheme import Scheme
+from paged_kernels.experts import reaches_experts
 from paged_kernels.linear import PLAIN, Format
 
 MXFP4 = "mxfp4"  # the method of experts alone, which models/blocks/moe.py reads
@@ -83,6 +84,19 @@ class Quantization:
         if self.scale_dtype is not None and format.codes in ("int4", "int8") and format.block[1]:
             format = replace(format, scale_dtype=self.scale_dtype)
         return Format(rounding=format.rounding if self.rounds else None) if self.dequantised else format
+
+    def format_of_experts(self, modules: Sequence[Sequence[str]], out_sizes: Sequence[int], in_size: int) -> Format:
+        """Of one matrix of all experts of a layer. modules: of each expert, those that its matrix is packed from.
+        Activations are not rounded before it. Plain where the experts are stored in different ways, or in one that no
+        kernel reads: then they are dequantised while they are read.
+
+        Raises:
+            EngineError: their sizes do not allow the way that they are stored in.
+        """
+        if len({self.scheme_of(module) for of_expert in modules for module in of_expert}) > 1:
+            return PLAIN
+        format = replace(self.format_of(modules[0], out_sizes, in_size), rounding=None)
+        return format if reaches_experts(format) else PLAIN
 
     @property
     def words(self) -> str:

@@ -123,7 +123,7 @@ def test_experts_in_mxfp4_say_what_their_numbers_say(tmp_path: Path) -> None:
     prompts = random_prompts((3, 20, 41))
     expected = Oracle(tmp_path / "plain").greedy(prompts, 8)
     assert Driver(load_runner(folder)).generate(prompts, 8, chunk=7) == expected
-    assert load(folder).layers[0].parameters()["mlp.experts.down_proj_blocks"].dtype == torch.uint8  # they stay packed
+    assert [linear.weight.dtype for linear in load(folder).layers[0].packed_experts] == [torch.uint8] * 2
 
 
 def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
@@ -158,11 +158,9 @@ def test_random_weights_fill_mxfp4_too(tmp_path: Path) -> None:
         read_architecture(save_mxfp4(tmp_path / "packed", tmp_path / "plain")), torch.float32, torch.device("cpu")
     )
     randomise_weights(weights, read_architecture(tmp_path / "packed"), seed=0)
-    found = weights.layers[0].parameters()
-    assert (
-        set(found["mlp.experts.down_proj_scales"].flatten().tolist()) == {121}
-        and len(found["mlp.experts.down_proj_blocks"].unique()) > 100
-    )
+    _, down = weights.layers[0].packed_experts
+    assert down.scale is not None and set(down.scale.view(torch.uint8).flatten().tolist()) == {121}
+    assert len(down.weight.unique()) > 100
 
 
 def test_a_layer_of_multi_token_prediction_is_left_unread_and_the_log_says_so(tmp_path: Path) -> None:

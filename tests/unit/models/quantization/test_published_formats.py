@@ -21,7 +21,7 @@ from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.shard import Shard
 from paged_backend.models.weights import allocate_weights, load_weights
 from paged_kernels.codes import dequantise
-from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.oracle import random_prompts
 from tests.published_formats import FORMATS, save_published
 from tests.quantised_checkpoints import edit_config
 from tests.runner_driver import Driver, load_runner
@@ -74,38 +74,6 @@ def test_a_rank_has_its_part_of_every_quantised_matrix(name: str, dequantised: b
     assert torch.equal(whole, torch.cat(ranks, 1))
     whole, *ranks = (dequantise(layer.attention.out) for layer in parts)
     assert torch.equal(whole, torch.cat(ranks, 1))
-
-
-def test_experts_are_dequantised(tmp_path: Path) -> None:
-    """One by one in the files, with a router of floats that no list names."""
-    options = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-    for name in ("meant", "stored"):
-        save_checkpoint(tmp_path / name, "Qwen3MoeForCausalLM", **options)
-    meant, stored = load_file(tmp_path / "meant/model.safetensors"), {}
-    for name, tensor in meant.items():
-        stored[name] = tensor
-        if name.endswith("_proj.weight"):
-            parts, meant[name] = FORMATS["modelopt-nvfp4"].pack(tensor)
-            stored |= {name.replace("weight", ending): part.contiguous() for ending, part in parts.items()}
-    assert any(".experts.3.down_proj.weight_scale_2" in name for name in stored)
-    for name, tensors in (("meant", meant), ("stored", stored)):
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()},
-            tmp_path / name / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-    edit_config(tmp_path / "stored", **FORMATS["modelopt-nvfp4"].config)
-    prompts = random_prompts((3, 20))
-    assert Driver(load_runner(tmp_path / "stored")).generate(prompts, 6) == Oracle(tmp_path / "meant").greedy(
-        prompts, 6
-    )
 
 
 def test_modules_that_stay_as_they_are(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""How the experts' kernels read weights that are stored in few bits (linear.py): codes become numbers in registers, on
+their way to the products.
+
+A byte with two numbers has them of the same group, half a group apart, so that the low nibbles of a stretch of bytes
+are consecutive columns, and the high ones too. Conversions that the hardware does slowly are made of bits:
+n below 128 is the end of 128 + n, whose exponent is known; e2m1 lies as float16 does, but for the exponent's bias.
+Sources: OCP 8-bit floating point and microscaling formats, 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from paged_kernels.experts import ExpertLinear, Experts, Gate, reaches_experts
+
+_CODES = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3, "fp4": 4}
+PLAIN, INT4, FP4 = tl.constexpr(0), tl.constexpr(3), tl.constexpr(4)
+FP4_FACTOR = tl.constexpr(16384.0)  # 2 ** 14, for the bias
+INT4_OFFSET = tl.constexpr(128.0)
+
+
+@triton.jit
+def shifted_floats(codes, CODES: tl.constexpr):
+    """What is stored in a byte, or in the lower half of one, float32: int4 is INT4_OFFSET too large, and fp4 is
+    FP4_FACTOR too small.
+    """
+    if CODES == INT4:
+        numbers = ((codes.to(tl.uint32) << 16) | 0x43000000).to(tl.float32, bitcast=True)
+    elif CODES == FP4:
+        bits = ((codes & 7).to(tl.uint16) << 9) | ((codes & 8).to(tl.uint16) << 12)
+        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    elif CODES == 2:
+        # the conversion of bytes is slow: added to the last bits of 1.5 * 2 ** 23, which is subtracted
+        numbers = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        numbers = codes.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def load_scales(at, known):
+    """Of groups or rows: float32. Bytes are powers of two, as their exponents; 0 is 2 ** -127, which has none of its
+    own.
+    """
+    if at.dtype.element_ty == tl.uint8:
+        wide = tl.load(at, mask=known, other=127).to(tl.uint32)
+        found = tl.where(wide == 0, 0x00400000, wide << 23).to(tl.float32, bitcast=True)
+    else:
+        found = tl.load(at, mask=known, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def apply_gate(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """silu(gate) * up, or with a limit above 0 the clamped form: kernels/experts.py."""
+    if LIMIT > 0:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+    return gate / (1.0 + tl.exp(-ALPHA * gate)) * up
+
+
+def format_constants(linear: ExpertLinear) -> dict[str, object]:
+    """Of all kernels of experts. K and GROUP are in bytes of a row, or in numbers of a plain one."""
+    format, row_size = linear.format, linear.weight.shape[2]
+    grouped, scaled = bool(format.block[1]), linear.scale is not None
+    return {
+        "K": row_size,
+        "GROUP": format.group(linear.num_columns) // (2 if format.nibbles else 1) if scaled else row_size,
+        "BLOCK_ROWS": format.block[0],
+        "SCALE_ROWS": 1 if linear.scale is None else linear.scale.shape[1],
+        "CODES": _CODES[format.codes],
+        "GROUPED": grouped and scaled,
+        "ZEROS": linear.zero is not None,
+        "MIDDLE": 8.0 if format.codes == "int4" and linear.zero is None else 0.0,
+        "ROW_SCALES": linear.row_scale is not None,
+        "BIAS": linear.bias is not None,
+    }
+
+
+def parameters(linear: ExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Weight, scale, zero, row_scale and bias; x where there is none. Exponents come as bytes."""
+    scale = linear.scale
+    if scale is not None and scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    return linear.weight, *(x if t is None else t for t in (scale, linear.zero, linear.row_scale, linear.bias))
+
+
+def gate_constants(gate: Gate) -> dict[str, object]:
+    return {"INTERLEAVED": gate.interleaved, "LIMIT": gate.limit or 0.0, "ALPHA": gate.alpha}
+
+
+def check_experts(x: torch.Tensor, experts: Experts) -> None:
+    """
+    Raises:
+        ValueError: the experts' matrices do not fit each other or x [T, hidden], or are of a format that is not read.
+    """
+    hidden, size = x.shape[1], experts.down.num_columns
+    for name, linear, rows, columns in (
+        ("gate_up", experts.gate_up, 2 * size, hidden),
+        ("down", experts.down, hidden, size),
+    ):
+        if linear.num_rows != rows or linear.num_columns != columns:
+            raise ValueError(f"{name} {tuple(linear.weight.shape)} is not [E, {rows}, {columns}]")
+        if not all(tensor.is_contiguous() for tensor in linear.tensors):
+            raise ValueError(f"{name} {tuple(linear.weight.shape)} or what belongs to it is not contiguous")
+        if not reaches_experts(linear.format):
+            raise ValueError(f"{name} is of {linear.format}, which is not read by these kernels")
+        if linear.format.codes == "plain" and linear.weight.dtype != x.dtype:
+            raise ValueError(f"{name} is {linear.weight.dtype}, x is {x.dtype}")
+        if linear.bias is not None and linear.bias.dtype != x.dtype:
+            raise ValueError(f"{name}'s bias is {linear.bias.dtype}, x is {x.dtype}")
