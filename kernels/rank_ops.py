@@ -86,6 +86,15 @@ class RankOps(Ops):
         rows = super().embedding(torch.where(mine, at, 0), table, multiplier)
         return self._ranks.sum(rows.masked_fill_(~mine[:, None], 0))
 
+    def share_of_linear(self, x: Tensor, linear: Linear) -> Tensor:
+        return super().linear(x, linear)
+
+    def sum_shares(self, x: Tensor) -> Tensor:
+        return self._ranks.sum(x)
+
+    def add_shares(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._ranks.add_sum(x, residual)
+
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         product = super().linear(x, linear)
         return self._ranks.sum(product) if linear.partial else product

@@ -31,6 +31,18 @@ class LayerOps:
         x = functional.embedding(token_ids, table)
         return x if multiplier == 1 else x * multiplier
 
+    def share_of_linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """A rank's part of a sum over ranks (`linear.partial`); something may be added before it is summed."""
+        return self.linear(x, linear)
+
+    def sum_shares(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, which may be written over."""
+        return x
+
+    def add_shares(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the sum of every rank's x; both may be written over."""
+        return residual.add_(x)
+
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """[T, in] -> [T, out]. A quantised weight is dequantised and multiplied in float32; activations are rounded
         first where its format says so.

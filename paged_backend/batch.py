@@ -40,10 +40,19 @@ class TokenEdit:
 
 
 @dataclass(frozen=True)
+class AdapterPart:
+    """What another rank of the model is sent of an adapter."""
+
+    rank: int  # the adapter's
+    packed: bytes  # as it lies in the adapter slot
+
+
+@dataclass(frozen=True)
 class AdapterUse:
     """Adapters that a step needs. Not answered."""
 
-    arrivals: tuple[tuple[int, Any], ...]  # (adapter slot, adapter): to be brought to the device before the step
+    # (adapter slot, adapter or another rank's part of it): to be brought to the device before the step
+    arrivals: tuple[tuple[int, AdapterPart | Any], ...]
     in_use: bool  # some row of the step has an adapter
     # [k, 2] (row, its adapter slot), of the new rows that have an adapter
     new_rows: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))

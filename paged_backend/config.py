@@ -214,15 +214,6 @@ class EngineConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _ranks_serve_no_adapters(self) -> EngineConfig:
-        if self.tensor_parallel_size > 1 and self.lora_directory:
-            raise ValueError(
-                f"tensor_parallel_size: {self.tensor_parallel_size} ranks serve no adapters; lora_directory must "
-                "be empty, or the size 1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _there_are_gpus_for_all(self) -> EngineConfig:
         names, needed = gpu_names(self.gpus), self.replicas * self.tensor_parallel_size
         if len(set(names)) < len(names) or not all(names):

@@ -77,6 +77,7 @@ class EngineSupervisor:
             EngineError: the engine cannot be started.
         """
         self._config = config
+        self._seated = time.monotonic()  # the engine loads from then on, though nobody may wait for it yet
         self._starter = EngineStarter(config, command)
         self._closing = closing
         # the engine process, if this front end owns it
@@ -128,9 +129,8 @@ class EngineSupervisor:
 
     def meet_first(self) -> tuple[EngineLink, Ready]:
         """See `_meet`."""
-        started = time.monotonic()
         met = self._meet(lambda: (math.inf, math.inf))
-        self._load_seconds = time.monotonic() - started
+        self._load_seconds = time.monotonic() - self._seated
         return met
 
     def next_engine(self) -> bool:

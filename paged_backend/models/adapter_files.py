@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from paged_backend.batch import AdapterPart
 from paged_backend.errors import RequestError
 from paged_backend.models.adapter_layout import AdapterLayout, PlacedSite
+from paged_backend.models.shard import OUT
 from paged_backend.models.weight_files import renamed
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,8 +52,17 @@ class Adapter:
     """An adapter, ready to be copied into an adapter slot."""
 
     rank: int  # the largest of its modules'
-    packed: Tensor  # [layout.size * rank]; on the host, pinned if the adapter slots are on a GPU
+    # [layout.size * rank] for each rank of the model; on the host, pinned if the adapter slots are on a GPU
+    parts: tuple[Tensor, ...]
     version: str  # other if the files are others
+
+    @property
+    def packed(self) -> Tensor:
+        """This process's, rank 0's."""
+        return self.parts[0]
+
+    def part_of(self, model_rank: int) -> AdapterPart:
+        return AdapterPart(self.rank, self.parts[model_rank].view(torch.uint8).numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -105,8 +116,16 @@ def check_adapter(folder: Path, layout: AdapterLayout, max_rank: int) -> None:
         _check_tensors(file, layout, config, max_rank)
 
 
-def read_adapter(folder: Path, layout: AdapterLayout, max_rank: int, dtype: torch.dtype, pinned: bool) -> Adapter:
-    """
+def read_adapter(
+    folder: Path,
+    layout: AdapterLayout,
+    max_rank: int,
+    dtype: torch.dtype,
+    pinned: bool,
+    parts: Sequence[AdapterLayout] = (),
+) -> Adapter:
+    """layout: the whole model's. parts: of each rank, if several share it.
+
     Raises:
         RequestError: why it cannot be used.
     """
@@ -115,19 +134,33 @@ def read_adapter(folder: Path, layout: AdapterLayout, max_rank: int, dtype: torc
         version = _version(folder)
         found = _check_tensors(file, layout, config, max_rank)
         rank = max(config.rank_of(module) for module in found)
-        packed = torch.zeros(layout.size * rank, dtype=dtype, pin_memory=pinned)
-        modules = layout.modules()
+        packed = {
+            part: torch.zeros(part.size * rank, dtype=dtype, pin_memory=pinned)
+            for part in map(_Part, parts or [layout])
+        }
         for module, names in found.items():
-            _pack(
-                packed,
-                rank,
-                *modules[module],
-                file.get_tensor(names["A"]),
-                file.get_tensor(names["B"]).float() * config.scaling_of(module),
-            )
-    if not bool(torch.isfinite(packed).all()):
+            a, b = file.get_tensor(names["A"]), file.get_tensor(names["B"]).float() * config.scaling_of(module)
+            for part, memory in packed.items():
+                _pack(memory, rank, *part.modules[module], *part.cut(module, a, b))
+    if not all(bool(torch.isfinite(memory).all()) for memory in packed.values()):
         raise RequestError(f"{_WEIGHTS} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}")
-    return Adapter(rank, packed, version)
+    return Adapter(rank, tuple(packed.values()), version)
+
+
+class _Part:
+    """A rank's share of an adapter."""
+
+    def __init__(self, layout: AdapterLayout) -> None:
+        self.size, self.modules, self._cuts = layout.size, layout.modules(), layout.cuts
+
+    def cut(self, module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] -> those of this rank: it has rows of the product, or columns of what is
+        multiplied.
+        """
+        cut = self._cuts.get(module)
+        if cut is None:
+            return a, b
+        return (a, b[cut.slices]) if cut.dim == OUT else (a[cut.slices], b)
 
 
 def _pack(packed: Tensor, rank: int, site: PlacedSite, index: int, a: Tensor, b: Tensor) -> None:

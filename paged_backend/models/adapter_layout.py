@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paged_backend.models.layer_spec import AdapterSite, LayerSpec
+from paged_backend.models.shard import Cut
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class AdapterLayout:
     num_layers: int
     # Architecture.renames: adapters' tensors are called like the checkpoint's
     renames: Mapping[str, str] = field(default_factory=dict)
+    # of the modules that a rank has a part of, by name: of A where columns are cut, of B where rows are
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -47,7 +50,13 @@ class AdapterLayout:
                 sites.append(
                     PlacedSite(site.modules, site.in_size, site.out_sizes, number, sites[-1].end if sites else 0)
                 )
-        return cls(tuple(sites), len(layers), renames or {})
+        divided = bool(layers) and layers[0].attention.shard.size > 1
+        cuts = {
+            f"model.layers.{number}.{name}": cut
+            for number, layer in enumerate(layers if divided else ())
+            for name, cut in layer.cuts().items()
+        }
+        return cls(tuple(sites), len(layers), renames or {}, cuts)
 
     @property
     def size(self) -> int:

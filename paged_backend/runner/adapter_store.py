@@ -5,6 +5,7 @@ use what lies in them.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import AdapterUse, Batch
+from paged_backend.batch import AdapterPart, AdapterUse, Batch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.adapter_files import Adapter, check_adapter, open_folder, read_adapter
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.products import AdaptedProducts
+from paged_backend.models.shard import Shard
 from paged_backend.models.weights import Weights
 from paged_backend.runner.asks import AskRoom
 from paged_backend.runner.step_plan import StepPlan
@@ -29,6 +31,19 @@ if TYPE_CHECKING:
     from paged_backend.runner.model_runner import ModelRunner
 
 
+@dataclass(frozen=True)
+class RankLayouts:
+    """How an adapter lies in its file, and on each rank."""
+
+    whole: AdapterLayout
+    own: AdapterLayout  # this rank's
+    parts: tuple[AdapterLayout, ...]  # of every rank
+
+
+def layout_of(architecture: Architecture) -> AdapterLayout:
+    return AdapterLayout.of(architecture.layers, architecture.hidden_size, architecture.renames)
+
+
 class AdapterStore:
     """Owns their memory. Which adapter lies where is decided by scheduler/adapter_slots.py. `check` and `read` may be
     called on any thread.
@@ -37,12 +52,14 @@ class AdapterStore:
     def __init__(
         self,
         root: Path,
-        layout: AdapterLayout,
+        layouts: RankLayouts,
         num_adapter_slots: int,
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        layout = layouts.own
+        self._layouts = layouts
         self._root, self._layout, self._max_rank, self._dtype, self._pinned = (
             root,
             layout,
@@ -69,7 +86,7 @@ class AdapterStore:
         Raises:
             RequestError: why the adapter of that name cannot be used.
         """
-        check_adapter(open_folder(self._root, name), self._layout, self._max_rank)
+        check_adapter(open_folder(self._root, name), self._layouts.whole, self._max_rank)
 
     def read(self, name: str) -> Adapter:
         """The adapter of that name, from its folder.
@@ -79,14 +96,24 @@ class AdapterStore:
         """
         # each thread has a current device of its own
         with torch.cuda.device(self._device) if self._pinned else nullcontext():
-            return read_adapter(open_folder(self._root, name), self._layout, self._max_rank, self._dtype, self._pinned)
+            return read_adapter(
+                open_folder(self._root, name),
+                self._layouts.whole,
+                self._max_rank,
+                self._dtype,
+                self._pinned,
+                self._layouts.parts,
+            )
 
     @torch.inference_mode()
-    def fill(self, adapter_slot: int, adapter: Adapter) -> None:
+    def fill(self, adapter_slot: int, adapter: Adapter | AdapterPart) -> None:
         """Copies an adapter into an adapter slot, after the steps that were launched before and without waiting for
         them.
         """
-        self._weights[adapter_slot, : len(adapter.packed)].copy_(adapter.packed, non_blocking=True)
+        packed = adapter.packed
+        if isinstance(packed, bytes):
+            packed = torch.frombuffer(bytearray(packed), dtype=self._dtype)
+        self._weights[adapter_slot, : len(packed)].copy_(packed, non_blocking=True)
         self._ranks[adapter_slot].fill_(adapter.rank)
 
     def products(self, ops: Ops, weights: Weights, row_adapter_slots: Tensor, max_tokens: int) -> AdaptedProducts:
@@ -111,9 +138,9 @@ class AdapterRoom(AskRoom):
 
 
 def allocate_adapter_store(
-    config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device
+    config: EngineConfig, architecture: Architecture, whole: Architecture, dtype: torch.dtype, device: torch.device
 ) -> AdapterStore | None:
-    """None if the config names no folder of adapters.
+    """architecture: this rank's part of the whole one. None if the config names no folder of adapters.
 
     Raises:
         EngineError: there is no such folder, or the device has no room for them.
@@ -123,9 +150,14 @@ def allocate_adapter_store(
     root = Path(config.lora_directory).expanduser()
     if not root.is_dir():
         raise EngineError(f"lora_directory: no folder {config.lora_directory}")
-    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size, architecture.renames)
+    size = architecture.shard.size
+    layouts = RankLayouts(
+        layout_of(whole),
+        layout_of(architecture),
+        tuple(layout_of(whole.of_rank(Shard(rank, size))) for rank in range(size)),
+    )
     try:
-        return AdapterStore(root, layout, config.max_loras, config.max_lora_rank, dtype, device)
+        return AdapterStore(root, layouts, config.max_loras, config.max_lora_rank, dtype, device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         num_bytes = adapter_store_bytes(config, architecture, dtype)
         what = (
@@ -139,5 +171,4 @@ def adapter_store_bytes(config: EngineConfig, architecture: Architecture, dtype:
     """What `allocate_adapter_store` takes."""
     if not config.lora_directory:
         return 0
-    layout = AdapterLayout.of(architecture.layers, architecture.hidden_size, architecture.renames)
-    return layout.size * config.max_lora_rank * config.max_loras * dtype.itemsize
+    return layout_of(architecture).size * config.max_lora_rank * config.max_loras * dtype.itemsize

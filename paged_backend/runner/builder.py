@@ -247,7 +247,9 @@ class RunnerBuilder:
         """Memory for adapters is taken before the weights are read: it may not be there."""
         a, place = self._architecture, self._place
         weights = allocate_weights(a, place.dtype, place.device)
-        adapter_slots = allocate_adapter_store(self._config, a, place.dtype, place.device)
+        adapter_slots = allocate_adapter_store(
+            self._config, a, self._checkpoint.architecture, place.dtype, place.device
+        )
         if adapter_slots is not None:
             self._tell(adapter_slots.reported)
         if self._config.load_format == "dummy":

@@ -8,11 +8,11 @@ Prints a JSON report.
 What is right is asked first, one request at a time: tokens follow from a request and its seed alone. Then workers ask
 the same requests over and over, and read them whole, or leave (by cancelling, by closing the connection, after a while
 or at some token), or read slowly, or do not stream, or give little time, or ask for nonsense, or for very much at once;
-meanwhile the engine gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for a while or for ever, finds no page or no memory
-(chaotic_engine.py). Every answer that was read whole must have the right tokens, text, logprobs and finish reasons and
-exactly one final response; of those that broke off, what came must be a beginning of it; nonsense must be refused, by
-name. Before every step the engine checks its pool and page tables (debug_checks). In the end all pages must be free or
-cached, nothing may run, and memory and open files must not have grown.
+meanwhile the engine, or any of its ranks, gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for a while or for ever,
+finds no page or no memory (chaotic_engine.py). Every answer that was read whole must have the right tokens, text,
+logprobs and finish reasons and exactly one final response; of those that broke off, what came must be a beginning of
+it; nonsense must be refused, by name. Before every step the engine checks its pool and page tables (debug_checks). In
+the end all pages must be free or cached, nothing may run, and memory and open files must not have grown.
 
 A worker's requests follow from the seed alone; a fault says worker and number, `--only WORKER` asks the same again.
 When the server itself dies or hangs (Triton Server 2.51.0 can, when a gRPC client leaves around the final response: its
@@ -115,6 +115,8 @@ class Plan:
     pages: int = NUM_PAGES
     rows: int = 12
     layers: int = 1
+    ranks: int = 1
+    replicas: int = 1
     only: int | None = None
 
 
@@ -351,6 +353,8 @@ def run_campaign(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             "max_num_sequences": plan.rows,
             "lora_directory": str(folder / "adapters"),
             "max_loras": 1,
+            "tensor_parallel_size": plan.ranks,
+            "replicas": plan.replicas,
         }
         door: Door = (ServerDoor if plan.door == "server" else FrontEndDoor)(options, plan.instances, command)
         started = time.monotonic()
@@ -447,6 +451,8 @@ def main() -> None:
         default=1,
         help="of the embedded model, which has 6: with fewer more is asked in the same time",
     )
+    parser.add_argument("--ranks", type=int, default=1, help="tensor_parallel_size: any of them is killed")
+    parser.add_argument("--replicas", type=int, default=1, help="any of them is killed")
     parser.add_argument("--only", type=int, help="one worker's requests, from a fault")
     parser.add_argument("--report", type=Path, help="a file for the report, with all faults")
     plan = parser.parse_args()

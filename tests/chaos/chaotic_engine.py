@@ -22,7 +22,7 @@ from typing import Any
 from paged_backend.batch import Batch, StepResult
 from paged_backend.engine.engine import Engine, Runner
 from paged_backend.engine.process import EngineProcess, wait_to_be_engine
-from paged_backend.messages import Ready
+from paged_backend.messages import REPLICA, Ready
 from paged_backend.scheduler.page_pool import PagePool
 from paged_backend.scheduler.scheduler import Scheduler
 
@@ -113,7 +113,8 @@ def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
 
 
 def main() -> None:
-    os._exit(run(Orders(**json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:]))
+    directory, *flags = [word for word in sys.argv[2:] if not word.startswith(REPLICA)]
+    os._exit(run(Orders(**json.loads(sys.argv[1])), Path(directory), flags))
 
 
 if __name__ == "__main__":

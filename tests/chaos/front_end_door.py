@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -23,6 +24,7 @@ from paged_backend.engine_client import supervisor as engine_supervisor
 from paged_backend.errors import RequestError
 from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.front_end import FrontEnd
+from paged_backend.frontend.metrics import Series
 from paged_backend.frontend.request_reader import read_request
 from tests.chaos.judge import Heard
 from tests.server.calls import tensor_array
@@ -94,6 +96,7 @@ class FrontEndDoor:
             self._front_ends = list(threads.map(lambda _: FrontEnd(config, key, instances, command), range(instances)))
         self._turn = count()
         self._values: dict[str, float] = {}
+        self._gauges: dict[int, dict[Series, float]] = {}  # by replica
 
     async def ask(
         self,
@@ -137,11 +140,14 @@ class FrontEndDoor:
         """As tests.server.calls.metrics reads them from /metrics."""
         for front_end in self._front_ends:
             drained = front_end.tally.drain()
-            for (name, label), value in drained.gauges.items():
-                self._values[f"{name}/{label}"] = value
+            self._gauges |= drained.gauges
             for (name, label), value in drained.increments.items():
                 self._values[f"{name}/{label}"] = self._values.get(f"{name}/{label}", 0.0) + value
-        return self._values
+        gauges: Counter[str] = Counter()  # of all replicas together
+        for of_replica in self._gauges.values():
+            for (name, label), value in of_replica.items():
+                gauges[f"{name}/{label}"] += value
+        return self._values | gauges
 
     def memory(self) -> dict[str, int]:
         """Of the front ends: they live in this process. Their metrics are fetched first, as a server does all the time:

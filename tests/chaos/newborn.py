@@ -9,11 +9,12 @@ import signal
 import socket
 import sys
 
+directory, *flags = [word for word in sys.argv[2:] if not word.startswith("--replica=")]
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 connection.connect(sys.argv[1])
 descriptors = array.array("i", [0, 1, 2])
 connection.sendmsg(
-    [json.dumps({"directory": sys.argv[2], "flags": sys.argv[3:]}).encode() + b"\n"],
+    [json.dumps({"directory": directory, "flags": flags}).encode() + b"\n"],
     [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)],
 )
 null = os.open(os.devnull, os.O_RDONLY)

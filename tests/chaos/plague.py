@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_backend.process_id import ProcessId
+from tests.e2e.test_rank_deaths import children_of
 
 DEADLY = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
 _STOP_SHARE = 0.15
@@ -26,7 +27,7 @@ class Diary:
     def __init__(self, path: Path) -> None:
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.engine: ProcessId | None = None  # the newest
+        self.engines: list[ProcessId] = []  # that were alive when they were last looked at
         self._path, self._at = path, 0
 
     def read(self) -> None:
@@ -43,7 +44,8 @@ class Diary:
         if "fault" in line:
             self.faults.append(line["fault"])
         elif "born" in line:
-            self.engine = ProcessId.of(line["born"])
+            born = ProcessId.of(line["born"])
+            self.engines += [] if born is None else [born]
             self.counts["engines"] += 1
         else:
             self.counts.update(line)
@@ -56,7 +58,7 @@ class Plague:
         self.signals: Counter[str] = Counter()
         self.deadly_times: list[float] = []  # time.monotonic() of what ends an engine, in order
         self._diary, self._every, self._chance = diary, every, chance
-        self._last_victim: ProcessId | None = None
+        self._victims: list[ProcessId] = []  # engines that are ending
 
     @property
     def kills(self) -> int:
@@ -67,21 +69,25 @@ class Plague:
         while not is_over():
             await asyncio.sleep(self._chance.expovariate(1 / self._every))
             self._diary.read()
-            engine = self._diary.engine
-            if engine is not None and engine != self._last_victim and engine.alive:
-                await self._strike(engine)
+            alive = self._diary.engines = [engine for engine in self._diary.engines if engine.alive]
+            self._victims = [engine for engine in self._victims if engine in alive]
+            engines = [engine for engine in alive if engine not in self._victims]
+            if engines:
+                await self._strike(self._chance.choice(engines))
 
     async def _strike(self, engine: ProcessId) -> None:
-        chance, pid = self._chance, engine.pid
+        """One of its ranks."""
+        chance, pid = self._chance, self._chance.choice([engine.pid, *sorted(children_of(engine.pid))])
+        rank = "" if pid == engine.pid else " of another rank"
         try:
             if chance.random() >= _STOP_SHARE:
                 what = chance.choice(DEADLY)
                 os.kill(pid, what)
-                self._note(engine, what.name)
+                self._note(engine, f"{what.name}{rank}")
                 return
             os.kill(pid, signal.SIGSTOP)
             if chance.random() < _FOR_EVER_SHARE:
-                self._note(engine, "SIGSTOP for ever")
+                self._note(engine, f"SIGSTOP for ever{rank}")
                 return
             self.signals["SIGSTOP"] += 1
             await asyncio.sleep(chance.uniform(0.05, 1.0))
@@ -91,5 +97,5 @@ class Plague:
 
     def _note(self, engine: ProcessId, name: str) -> None:
         self.signals[name] += 1
-        self._last_victim = engine
+        self._victims.append(engine)
         self.deadly_times.append(time.monotonic())

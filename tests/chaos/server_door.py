@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +44,7 @@ _WANTED = {
     "return_sequence_index": True,
 }
 # in the command lines of engines and of what stands for them
-_ENGINES = (b"chaotic_engine", b"newborn", b"engine.process")
+_ENGINES = (b"chaotic_engine", b"newborn", b"engine.process", b"rank_process")
 _BROKEN_CONNECTION = (
     "Socket closed",
     "Connection reset",
@@ -135,9 +136,10 @@ class ServerDoor:
     def numbers(self) -> dict[str, float]:
         """Gauges of this server, and counters of all servers so far, as `name/label`."""
         with suppress(OSError):
-            self._numbers = {
-                _slashed(name): value for name, value in metrics(self._server.addresses.metrics_url).items()
-            }
+            found: Counter[str] = Counter()  # of all replicas together
+            for name, value in metrics(self._server.addresses.metrics_url).items():
+                found[_slashed(name)] += value
+            self._numbers = dict(found)
         before = self._numbers_before
         return {
             name: value + (before.get(name, 0.0) if "_total/" in name else 0.0) for name, value in self._numbers.items()
@@ -357,9 +359,10 @@ def _is_broken_connection(message: str) -> bool:
 
 
 def _slashed(series: str) -> str:
-    """`name{label="value"}` -> `name/value`, as the front-end door says it."""
+    """`name{label="value"}` -> `name/value`, as the front-end door says it; whichever replica it is of."""
     name, _, labels = series.partition("{")
-    return f"{name}/{labels.rstrip('}').partition('=')[2].strip(chr(34))}"
+    values = [label.partition("=")[2] for label in labels.rstrip("}").split(",") if not label.startswith("replica=")]
+    return f"{name}/{''.join(values).strip(chr(34))}"
 
 
 def _command(pid: int) -> bytes:

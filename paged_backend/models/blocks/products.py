@@ -64,6 +64,8 @@ class AdaptedProducts:
         self._ops.group_tokens(token_adapters, num_adapters, *self._grouped)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        if linear.partial:  # the adapter's products are parts of the same sum
+            return self._ops.sum_shares(self._adapt(linear, x, self._ops.share_of_linear(x, linear)))
         return self._adapt(linear, x, self._ops.linear(x, linear))
 
     def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
@@ -76,6 +78,8 @@ class AdaptedProducts:
         return self._ops.activate(self.norm_linear(x, norm, linear), activation)
 
     def add_linear(self, x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+        if linear.partial:
+            return self._ops.add_shares(self._adapt(linear, x, self._ops.share_of_linear(x, linear)), residual)
         return self._adapt(linear, x, self._ops.add_linear(x, linear, residual))
 
     def _adapt(self, linear: Linear, x: Tensor, out: Tensor) -> Tensor:

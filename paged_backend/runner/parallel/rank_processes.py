@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from paged_backend.batch import Batch, StepResult
+from paged_backend.batch import AdapterUse, Batch, StepResult
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.runner.parallel.batch_codec import encode_batch
@@ -81,9 +82,17 @@ class RankProcesses:
         Raises:
             EngineError: a rank has gone.
         """
+        self.send_each(lambda rank: message)
+
+    def send_each(self, message_of: Callable[[int], bytes]) -> None:
+        """To every other rank its own.
+
+        Raises:
+            EngineError: a rank has gone.
+        """
         for rank, sender in enumerate(self._senders, 1):
             try:
-                sender.send(message)
+                sender.send(message_of(rank))
             except OSError as error:
                 raise EngineError(f"rank {rank} is not there any more: {error.strerror}") from None
 
@@ -119,11 +128,29 @@ class LeadingRunner:
         Raises:
             EngineError: a rank has gone.
         """
-        self._others.send(encode_batch(batch))
+        if any(isinstance(ask, AdapterUse) and ask.arrivals for ask in batch.asks):
+            self._others.send_each(lambda rank: encode_batch(_part_of(batch, rank)))
+        else:
+            self._others.send(encode_batch(batch))
         self._runner.launch(batch)
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         return self._runner.finished(keep)
+
+
+def _part_of(batch: Batch, rank: int) -> Batch:
+    """As another rank is sent it: of adapters its part."""
+
+    def part(adapter: Any) -> Any:  # models/adapter_files.py's Adapter: rank 0 has all parts of each
+        return adapter.part_of(rank)
+
+    asks = tuple(
+        replace(ask, arrivals=tuple((slot, part(adapter)) for slot, adapter in ask.arrivals))
+        if isinstance(ask, AdapterUse)
+        else ask
+        for ask in batch.asks
+    )
+    return replace(batch, asks=asks)
 
 
 def end_engine() -> None:

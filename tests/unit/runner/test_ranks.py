@@ -153,14 +153,6 @@ def test_more_ranks_than_gpus_are_refused(four_gpus: list[torch.device], device:
     assert not four_gpus
 
 
-def test_adapters_are_refused_with_several_ranks() -> None:
-    with pytest.raises(
-        EngineError,
-        match="^tensor_parallel_size: 2 ranks serve no adapters; lora_directory must be empty, or the size 1$",
-    ):
-        EngineConfig.parse({"tensor_parallel_size": "2", "lora_directory": "/adapters"})
-
-
 def test_a_rank_that_reads_its_weights_slowly_is_waited_for_and_multicast_stays_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
