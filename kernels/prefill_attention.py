@@ -8,9 +8,11 @@ cuts come last, those that the window's edge cuts come first.
     keys      0 .......... first visible ......................... p0 ... p1      positions p0 to p1: the program's
     tokens tiles            | edge, masked |      whole, unmasked     | diagonal, masked |
 
-The tiles of a sequence with the most keys come first in the grid, so that the last programs to start are short ones.
-Lengths are read on the device only; the grid is made for `max_query_len`, and programs past a sequence's queries leave
-at once.
+The grid is a line of places: sequence s, whose queries begin at a, has those from a // TOKENS + s on, as far as the
+next one's, which are enough for its tokens wherever it begins. So the places of a step are at most its tokens / TOKENS
+and one for each sequence, however unequal the sequences are, and a program finds its sequence by counting those that
+begin before. The tiles of a sequence with the most keys come first, so that the last programs to start are short ones.
+Lengths are read on the device only.
 
 Sources: FlashAttention-2 (Dao, 2023); all queries of a KV head in one tile: FlashInfer (Ye et al., 2025).
 """
@@ -103,22 +105,39 @@ def _attend(
     return acc, m, l
 
 
-@kernel(ints=["table_stride", "num_tiles"], unaligned=["page_table", "query_starts", "seq_lens"])
+@triton.jit
+def _sequence_at(place, query_starts, num_sequences, TOKENS: tl.constexpr):
+    """The last sequence whose places begin at `place` or before. Places never begin before those of a sequence ahead,
+    so counting finds it.
+    """
+    seq = place * 0
+    if num_sequences > 1:
+        for begin in range(0, num_sequences, 256):
+            other = begin + tl.arange(0, 256)
+            starts = tl.load(query_starts + other, mask=other < num_sequences, other=0)
+            before = (other < num_sequences) & (starts // TOKENS + other <= place)
+            seq += tl.sum(before.to(tl.int32), 0)
+        seq = tl.maximum(seq - 1, 0)
+    return seq
+
+
+@kernel(ints=["table_stride", "num_sequences"], unaligned=["page_table", "query_starts", "seq_lens"])
 def _prefill_kernel(
     q, kv_pages, page_table, query_starts, seq_lens, out, sinks, scale, soft_cap, q_stride, out_stride, table_stride,
-    page_stride, num_tiles,
+    page_stride, num_sequences,
     HEADS: tl.constexpr, HEAD_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     place = tl.program_id(0) // HEADS
-    seq = place // num_tiles
-    first_query = (num_tiles - 1 - place % num_tiles) * TOKENS
+    seq = _sequence_at(place, query_starts, num_sequences, TOKENS)
     query_start = tl.load(query_starts + seq)
-    query_len = tl.load(query_starts + seq + 1) - query_start
+    query_end = tl.load(query_starts + seq + 1)
+    query_len = query_end - query_start
     seq_len = tl.load(seq_lens + seq)
-    if (first_query >= query_len) | (seq_len == 0):
+    first_query = (query_end // TOKENS + seq - place) * TOKENS  # of the last tile at the first place
+    if (first_query < 0) | (first_query >= query_len) | (seq_len == 0):
         return
     computed = seq_len - query_len  # tokens before the sequence's queries
     last_query = tl.minimum(first_query + TOKENS, query_len) - 1
@@ -215,8 +234,8 @@ def paged_prefill_attention(
     read. query_starts: int32 [num_sequences + 1], where each sequence's queries begin in q and where the last one's
     end; equal neighbours mean no queries. seq_lens: int32 [num_sequences], tokens including the queries, which are a
     sequence's newest; 0: padding, its rows of out are left as they are. max_query_len: at least the greatest number of
-    queries of a sequence. q and out of one dtype (bfloat16, float16 or float32; sums in float32), in which K and V are
-    taken, whatever type the store has; rows aligned to 16 bytes.
+    queries of a sequence, which only chooses a launch. q and out of one dtype (bfloat16, float16 or float32; sums in
+    float32), in which K and V are taken, whatever type the store has; rows aligned to 16 bytes.
     cap(x) = soft_cap * tanh(x / soft_cap), or x if soft_cap is 0; scale > 0. sinks: [num_q_heads], any floating dtype:
     a score more for each head, of a token without a value. shape overrides the tuned launch (tests, benchmarks).
     Raises ValueError if tensors do not fit each other.
@@ -231,13 +250,13 @@ def paged_prefill_attention(
         return
     shape = shape or _launch_shape(head_dim, q.dtype, max_query_len * group)
     rows = max(shape.rows, triton.next_power_of_2(group))
-    num_tiles = triton.cdiv(max_query_len, rows // group)
-    _prefill_kernel[(num_kv_heads * num_tiles * num_sequences,)](
+    tokens = rows // group
+    _prefill_kernel[(num_kv_heads * (q.shape[0] // tokens + num_sequences),)](
         q, kv_pages, page_table, query_starts, seq_lens, out, q if sinks is None else sinks, scale, soft_cap,
-        q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), num_tiles,
+        q.stride(0), out.stride(0), page_table.stride(0), kv_pages.stride(0), num_sequences,
         HEADS=num_kv_heads, HEAD_STRIDE=kv_pages.stride(2), VALUE_STRIDE=kv_pages.stride(1),
         GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=page_size,
-        ROWS=rows, TOKENS=rows // group, TILE=shape.tile, WINDOW=sliding_window, SOFT_CAP=soft_cap != 0.0,
+        ROWS=rows, TOKENS=tokens, TILE=shape.tile, WINDOW=sliding_window, SOFT_CAP=soft_cap != 0.0,
         SINKS=sinks is not None, PRECISION="ieee", num_warps=shape.num_warps, num_stages=shape.num_stages,
         maxnreg=shape.max_registers,
     )  # fmt: skip

@@ -8,6 +8,7 @@ on tiny shapes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 
+from paged_kernels import prefill_attention
 from paged_kernels.prefill_attention import PrefillShape, paged_prefill_attention
 from paged_kernels.reference import reference
 
@@ -167,6 +169,8 @@ TINY = {
     "one query to a head": Case(((37, 40), (3, 3)), num_q_heads=2, shape=WIDE),
     "more queries to a head than rows": Case(((3, 20),), num_q_heads=20, num_kv_heads=1, shape=SMALL),
     "tuned shape": Case(((40, 75), (3, 3))),
+    "a long chunk beside tails": Case(((50, 50), *((2, 9), (1, 1), (0, 7), (7, 8)) * 5), shape=SMALL),
+    "more sequences than are counted at once": Case(((1, 1),) * 255 + ((3, 4), (9, 9), (1, 2)), 2, 1, shape=SMALL),
 }
 
 
@@ -197,6 +201,42 @@ def test_equals_its_reference(window: int) -> None:
         tensors.q, kv_pages, tensors.page_table, case.lens, tensors.scale, window or None
     )
     assert_close(case, attend(case, tensors), expected.double())
+
+
+@pytest.mark.parametrize(
+    ("lens", "wanted"),
+    [
+        pytest.param(((12288, 12288), *((8, 1024),) * 200), 8 * ((12288 + 200 * 8 + 3) // 32 + 201), id="200 tails"),
+        pytest.param(((8192, 8192),), 8 * (8192 // 32 + 1), id="one sequence"),
+    ],
+)
+def test_programs_are_as_many_as_the_tokens_need_and_one_for_each_sequence(
+    monkeypatch: pytest.MonkeyPatch, lens: tuple[tuple[int, int], ...], wanted: int
+) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    monkeypatch.setattr(prefill_attention, "_prefill_kernel", Recorded())
+    case = Case(lens, 32, 8, 128, dtype=torch.bfloat16)
+    num_tokens = sum(n for n, _ in lens) + case.spare_queries
+    q = torch.empty(num_tokens, 32, 128, dtype=torch.bfloat16, device=DEVICE)
+    ints = torch.zeros(len(lens) + 1, dtype=torch.int32, device=DEVICE)
+    pages = torch.empty(1, 2, 8, 16, 128, dtype=torch.bfloat16, device=DEVICE)
+    paged_prefill_attention(
+        q,
+        pages,
+        ints[:-1, None],
+        ints,
+        ints[:-1],
+        torch.empty_like(q),
+        max_query_len=max(n for n, _ in lens),
+        scale=1.0,
+    )
+    assert grids == [(wanted,)]
 
 
 def test_max_query_len_may_be_too_great() -> None:
@@ -290,6 +330,7 @@ LARGE = {
     "8 bits, few queries each": Case(tuple((n % 5, 50 * n) for n in range(5, 40)), kv_dtype=torch.float8_e4m3fn, **BIG),
     "soft cap": Case(RAGGED, 16, 8, 256, soft_cap=2.0, dtype=torch.bfloat16),
     "few queries each": Case(tuple((n % 5, 50 * n) for n in range(5, 40)), **BIG),
+    "a long chunk beside tails": Case(((4500, 5000), *((8, 300), (1, 40), (0, 9)) * 100), **BIG),
     "one long sequence": Case(((4500, 4500),), 8, 2, 128, dtype=torch.bfloat16),
     "offsets past 2^31": Case(RAGGED, pool_elements=2**31 + 2**28, **BIG),
     "offsets past 2^32": Case(RAGGED, pool_elements=2**32 + 2**28, page_size=128, **BIG),
