@@ -77,7 +77,13 @@ class EngineConfig(BaseModel):
         description="Longest sequence, prompt and answer together; 0: what the checkpoint was trained for, less if "
         "the pool is smaller.",
     )
-    max_num_sequences: int = Field(256, ge=1, le=4096, description="Sequences that may run at once.")
+    max_num_sequences: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Sequences that may run at once; 0: 1024 or 512 where a GPU has the memory (the log says why), "
+        "else 256.",
+    )
     max_batched_tokens: int = Field(
         2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks."
     )

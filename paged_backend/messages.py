@@ -189,6 +189,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_pool_tokens: int  # of one sequence that has all pages
     page_size: int
     num_pages: int
+    max_num_sequences: int = 0  # that may run at once
     sampling: dict[str, float] = {}  # what the checkpoint's makers recommend, by sampling key
     pooling: Literal["last", "mean"] = "last"  # of embeddings, where a request does not say
     embedding_size: int = 0  # numbers of an embedding; 0: of an engine that makes none

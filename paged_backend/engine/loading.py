@@ -78,7 +78,7 @@ def load_engine(
             page_size=config.page_size,
             num_pages=limits.num_pages,
             max_model_len=limits.max_model_len,
-            max_num_sequences=config.max_num_sequences,
+            max_num_sequences=limits.max_num_sequences,
             max_batched_tokens=config.max_batched_tokens,
             vocab_size=limits.vocab_size,
             max_queue_size=config.max_queue_size,
@@ -103,13 +103,14 @@ def load_engine(
         max_pool_tokens=limits.num_pages // len(limits.windows) * config.page_size,
         page_size=config.page_size,
         num_pages=limits.num_pages,
+        max_num_sequences=limits.max_num_sequences,
         sampling=_recommended(config, checkpoint.generation, limits.max_model_len),
         pooling=recommended_pooling(checkpoint.folder),
         embedding_size=checkpoint.architecture.hidden_size,
         makes_text=checkpoint.architecture.has_head,
     )
     if config.debug_checks:
-        max_sequences = min(config.max_num_sequences, config.max_batched_tokens)
+        max_sequences = runner.num_rows
         bounds = TableBounds(
             max_sequences,
             limits.num_pages,

@@ -161,7 +161,7 @@ def gauges(stats: Stats, ready: Ready, config: EngineConfig) -> dict[Series, flo
         (pages, "reused"): stats.prefix_hits // ready.page_size,
         (pages, "fraction"): stats.pages_held / ready.num_pages,
         (requests, "active"): stats.num_running + stats.num_waiting,
-        (requests, "max"): config.max_num_sequences,
+        (requests, "max"): ready.max_num_sequences,
         (requests, "scheduled"): stats.num_running,
         (requests, "waiting"): stats.num_waiting,
     }

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 
@@ -35,8 +34,9 @@ from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes
 from paged_backend.runner.cuda_graphs import captured_shapes, first_shapes
 from paged_backend.runner.kernel_cache import keep_kernels
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
-from paged_backend.runner.measured_memory import NUM_PAGES, measure
+from paged_backend.runner.measured_memory import NUM_PAGES, in_one_sentence, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
+from paged_backend.runner.parallel.agreement import agreed
 from paged_backend.runner.placement import (
     FP8_CAPABILITY,
     Placement,
@@ -47,6 +47,7 @@ from paged_backend.runner.placement import (
     place_words,
 )
 from paged_backend.runner.sampler import Sampler
+from paged_backend.runner.sequence_limit import about_limit, affordable, sequence_limits
 from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.units import spell_bytes
@@ -55,7 +56,6 @@ from paged_kernels.reference import Ops, reference
 
 Tell = Callable[[str], None]
 
-T = TypeVar("T")
 # of a step's tokens and the ranks: more are summed by NCCL even with fused_all_reduce. Every rank reads all others'
 # shares, which between two is the least that any way of summing moves, and grows with their number
 _TOKENS_OF_ONE_SHOT = 512
@@ -102,7 +102,6 @@ class RunnerBuilder:
         self._config, self._tell, self._checkpoint, self._ranks = config, tell, checkpoint, ranks
         self._architecture = checkpoint.architecture.of_rank(Shard(ranks.rank, ranks.size))
         self._place = place(config, self._architecture)
-        self._max_sequences = min(config.max_num_sequences, config.max_batched_tokens)  # of a step
         self._captures_later = captures_later and ranks.size == 1
         self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
         if self._architecture.quantization is not None:
@@ -111,9 +110,7 @@ class RunnerBuilder:
                 self._architecture.quantization, dequantised=not reads, rounds=reads or self._place.device.type == "cpu"
             )
             self._architecture = replace(self._architecture, quantization=quantization)
-        self._shapes = captured_shapes(
-            self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory)
-        )
+        self._allow(config.max_num_sequences)
         self.size: PoolSize | None = None  # as decided
         self.needs = MemoryNeeds()  # as measured
         self.seconds: dict[str, float] = {}  # of each phase
@@ -138,17 +135,17 @@ class RunnerBuilder:
                 weights, adapter_slots = agreed(self._ranks, self._read_weights)
             with (
                 self._phase("largest step"),
-                _in_one_sentence("the largest step", "max_batched_tokens, max_num_sequences"),
+                in_one_sentence("the largest step", "max_batched_tokens, max_num_sequences"),
             ):
                 self._measure(weights, adapter_slots, at_most)
             with (
                 self._phase("pool"),
-                _in_one_sentence("rows beside the pool", "pool_memory_fraction, num_pages, pool_bytes"),
+                in_one_sentence("rows beside the pool", "pool_memory_fraction, num_pages, pool_bytes"),
             ):
                 runner = self._assemble(weights, adapter_slots, self._size_pool())
             with (
                 self._phase("graphs"),
-                _in_one_sentence(
+                in_one_sentence(
                     "captured steps beside the pool", "pool_memory_fraction, num_pages, pool_bytes, cuda_graphs"
                 ),
             ):
@@ -158,7 +155,7 @@ class RunnerBuilder:
                     )
             with (
                 self._phase("warm-up"),
-                _in_one_sentence("a step beside the pool", "pool_memory_fraction, num_pages, pool_bytes"),
+                in_one_sentence("a step beside the pool", "pool_memory_fraction, num_pages, pool_bytes"),
             ):
                 self._warm_up(runner)
             self._ranks.tell_all("ready")
@@ -179,6 +176,14 @@ class RunnerBuilder:
                     locks.enter_context(alone_on(device, self._tell))
             self._ranks.tell_all("begin")
             yield
+
+    def _allow(self, max_num_sequences: int) -> None:
+        """0: not decided yet, 1 until then."""
+        config = self._config = self._config.model_copy(update={"max_num_sequences": max_num_sequences})
+        self._max_sequences = min(max_num_sequences or 1, config.max_batched_tokens)  # of a step
+        self._shapes = captured_shapes(
+            self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory)
+        )
 
     @property
     def _captures(self) -> bool:
@@ -265,6 +270,22 @@ class RunnerBuilder:
         return weights, adapter_slots
 
     def _measure(self, weights: Weights, adapter_slots: AdapterStore | None, at_most: PoolSize) -> None:
+        """Of as many sequences as may run, or the most that are affordable on every rank."""
+        given = self._config.max_num_sequences
+        whole = agreed(self._ranks, lambda: self._size_of(MemoryNeeds()))  # a pool of all that is free
+        num_tokens = whole.num_pages // len(whole.groups.groups) * self._config.page_size
+        limits = [given] if given else sequence_limits(self._place.device, whole.free_bytes, num_tokens)
+        most = min(int(limit) for limit in self._ranks.tell_all(str(limits[0])))
+        for limit in (limit for limit in limits if limit <= most):
+            self._allow(limit)
+            self._measure_steps(weights, adapter_slots, at_most)
+            affords = affordable(self.needs, whole.free_bytes) or limit == limits[-1]
+            if all(said == str(True) for said in self._ranks.tell_all(str(affords))):
+                break
+        if not given:
+            self._tell(about_limit(limit, whole.free_bytes, num_tokens))
+
+    def _measure_steps(self, weights: Weights, adapter_slots: AdapterStore | None, at_most: PoolSize) -> None:
         """On a CPU nothing is measured: a tenth of its memory is left for steps (kv_store.py)."""
         if self._place.device.type != "cuda":
             return
@@ -277,15 +298,18 @@ class RunnerBuilder:
             shapes,
             self._place.device,
         )
-        words = f"the largest step takes {spell_bytes(self.needs.step)}"
+        words = f"the largest step of {self._max_sequences} sequences takes {spell_bytes(self.needs.step)}"
         if shapes:
             words += f", {len(shapes)} captured shapes of steps at most {spell_bytes(self.needs.graphs)}"
         self._tell(f"measured: {words}, in {time.monotonic() - started:.1f} s")
 
+    def _size_of(self, needs: MemoryNeeds) -> PoolSize:
+        return size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, needs)
+
     def _size_pool(self) -> PoolSize:
         size = agreed(
             self._ranks,
-            lambda: size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, self.needs),
+            lambda: self._size_of(self.needs),
         )
         self.size = self._equal(size)
         self._tell(self.size.decided_by)
@@ -309,6 +333,7 @@ class RunnerBuilder:
             a.vocab_size,
             eos_ids,
             self._checkpoint.bos_id,
+            config.max_num_sequences,
             size.groups.windows,
         )
         ops = self._make_ops()
@@ -368,35 +393,5 @@ class RunnerBuilder:
         self.seconds[name] = time.monotonic() - started
 
 
-def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` returns, once no rank has failed at it: all begin what comes next together, or none does.
-
-    Raises:
-        EngineError: this rank's own sentence, or else that of the first that has failed.
-    """
-    try:
-        result = work()
-    except EngineError as error:
-        ranks.tell_all(str(error))
-        raise
-    for rank, sentence in enumerate(ranks.tell_all("")):
-        if sentence:
-            raise EngineError(f"rank {rank}: {sentence}")
-    return result
-
-
 def _kernels_reach(config: EngineConfig, place: Placement) -> bool:
     return config.page_size & (config.page_size - 1) == 0 and place.kv_dtype.itemsize <= place.dtype.itemsize
-
-
-@contextmanager
-def _in_one_sentence(what: str, options: str) -> Iterator[None]:
-    """Memory that is not there after all, in the operator's words. options: which make it less."""
-    try:
-        yield
-    except RuntimeError as error:  # torch's own kind for it is one of these, the driver's words come in another
-        if "out of memory" not in str(error).lower():
-            raise
-        raise EngineError(
-            f"the device has no memory for {what} (smaller with {options}): {str(error).splitlines()[0]}"
-        ) from None

@@ -188,10 +188,11 @@ def _decide(
         return config.pool_bytes // page_bytes, f"pool_bytes = {spell_bytes(config.pool_bytes)}"
     fraction = config.pool_memory_fraction or _DEFAULT_FRACTION[device.type]
     num_pages = int(available * fraction) // page_bytes
-    useful = config.max_num_sequences * num_groups * -(-max_model_len // config.page_size)
+    most = config.max_num_sequences or math.inf
+    useful = most * num_groups * -(-max_model_len // config.page_size)
     if num_pages > useful:
         return (
-            useful,
+            int(useful),
             f"max_num_sequences ({config.max_num_sequences}) sequences of max_model_len ({max_model_len}) "
             "tokens, more is of no use",
         )

@@ -8,10 +8,12 @@ Nothing here knows a model's layers.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from paged_backend.errors import EngineError
 from paged_backend.models.step import StepShape
 from paged_backend.runner.kv_store import MemoryNeeds, free_bytes
 from paged_backend.runner.model_runner import ModelRunner
@@ -99,3 +101,16 @@ def _measure_graphs(runner: ModelRunner, shapes: Sequence[StepShape], device: to
     runner.capture(samples, tell=lambda sentence: None)
     tensors, others = meter.kept()
     return tensors + -(-others * len(shapes) // len(samples))
+
+
+@contextmanager
+def in_one_sentence(what: str, options: str) -> Iterator[None]:
+    """Says that memory is not there after all, in the operator's words. options: which make it less."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own kind for it is one of these, the driver's words come in another
+        if "out of memory" not in str(error).lower():
+            raise
+        raise EngineError(
+            f"the device has no memory for {what} (smaller with {options}): {str(error).splitlines()[0]}"
+        ) from None

@@ -41,6 +41,7 @@ class RunnerLimits:
     vocab_size: int
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    max_num_sequences: int  # as the operator said or the start has chosen; of a step at most max_batched_tokens
     windows: tuple[int | None, ...] = (None,)  # tokens that each KV group keeps of a sequence; None: all
 
 

@@ -87,6 +87,11 @@ class Rows:
         sequence.row, sequence.status = row, Status.RUNNING
         return row
 
+    @property
+    def num_growing(self) -> int:
+        """Rows whose sequences may still need a page; asked once for each start, so nothing is gathered."""
+        return int(np.count_nonzero(self.capacity < self.length_limit - 1))
+
     def token_ids_of(self, sequence: Sequence) -> Int32:
         """Its known tokens; a view."""
         assert sequence.row is not None
@@ -113,6 +118,7 @@ class Rows:
         self.sequences[row] = None
         self.request_id[row] = self.running_id[row] = _FREE
         self.num_tokens[row] = self.num_known[row] = self.num_computed[row] = self.capacity[row] = 0
+        self.length_limit[row] = 0
         self.stop_ids[row] = -1
         self._free.append(row)
         sequence.row = None

@@ -64,7 +64,7 @@ class RunningSequences:
         self._table_width = -(-limits.max_model_len // limits.page_size)
         self.changes = RowChanges()
         self.runners: list[Sequence] = []  # in the order in which they started; to be looked at only
-        self._rows: Int32 | None = None  # of the runners, in their order; None: to be gathered again
+        self._rows = np.empty(0, np.int32)  # of the runners, in their order; never written, batches have it
         self._page_size = limits.page_size
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class RunningSequences:
         """The device learns of it with this step's batch."""
         row, spec = self.table.occupy(runner, num_computed), runner.spec
         self.runners.append(runner)
-        self._rows = None
+        self._rows = np.append(self._rows, np.int32(row))
         self.changes.new_rows.append(
             NewRow(
                 row=row,
@@ -120,18 +120,16 @@ class RunningSequences:
         """Takes a sequence's rows and pages."""
         for runner in sequence.runners:
             assert runner.row is not None
+            self._rows = self._rows[self._rows != runner.row]
             self.changes.drop(runner.row)
             self.table.vacate(runner)
             self.pages.release(runner.page_table)
             self.runners.remove(runner)
-        self._rows = None
 
     # ---- a step
 
     def rows(self) -> Int32:
         """Of the runners, in the order in which they started."""
-        if self._rows is None:
-            self._rows = np.array([runner.row for runner in self.runners], np.int32)
         return self._rows
 
     def computable(self) -> tuple[Int32, Int32]:
@@ -219,8 +217,7 @@ class RunningSequences:
         """Pages to leave alone at admission: one for each running sequence that will grow, so that a start does not
         cost a preemption soon.
         """
-        rows = self.rows()
-        return int((self.table.capacity[rows] < self.table.length_limit[rows] - 1).sum()) * len(self.pages.windows)
+        return self.table.num_growing * len(self.pages.windows)
 
     def live_tokens(self) -> int:
         """Slots of held pages that hold a token, in every group; a page shared by several sequences counts once."""
@@ -231,6 +228,7 @@ class RunningSequences:
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self.pages.check(runner.page_table for runner in self.runners)
+        assert self._rows.tolist() == [runner.row for runner in self.runners]
         for runner in self.runners:
             assert (
                 runner.leader.status is Status.RUNNING

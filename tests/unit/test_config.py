@@ -67,7 +67,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
         ("device", "tpu"),
         ("pool_memory_fraction", "1.5"),
         ("max_waiting_seconds", "nan"),
-        ("max_num_sequences", "0"),
+        ("max_num_sequences", "-1"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_and_itself(name: str, value: str) -> None:

@@ -11,7 +11,7 @@ from paged_backend.errors import ErrorKind
 from paged_backend.frontend.metrics import FAMILIES, Kind, Tally, gauges, reason_of
 from paged_backend.messages import Ready, Stats
 
-READY = Ready(None, 100, 1024, 1600, 16, 100)
+READY = Ready(None, 100, 1024, 1600, 16, 100, max_num_sequences=77)
 STATS = Stats(
     pages_free=60,
     pages_held=30,
@@ -67,7 +67,7 @@ def test_utilisation_is_live_tokens_per_held_slot() -> None:
 
 
 def test_page_states_add_up_and_load_balancers_read_the_same() -> None:
-    values = gauges(STATS, READY, EngineConfig(max_num_sequences=77))
+    values = gauges(STATS, READY, EngineConfig())
     assert (
         sum(values["paged_pages", state] for state in ("free", "held", "cached"))
         == values["paged_pool_pages", ""]

@@ -20,8 +20,9 @@ from paged_backend.errors import EngineError
 from paged_backend.life_line import wait_for_ranks
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.kv_groups import group_layers
-from paged_backend.runner.builder import RunnerBuilder, agreed
+from paged_backend.runner.builder import RunnerBuilder
 from paged_backend.runner.kv_store import PoolSize, of_smallest
+from paged_backend.runner.parallel.agreement import agreed
 from paged_backend.runner.parallel.channel import Receiver, Sender
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
 from paged_backend.runner.placement import device_of, devices_of, place_words
