@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 import tritonclient.grpc.aio as grpc
 
 from paged_backend.server.launch import Server, ServerSettings
+from tests.bench.yardstick import print_row
 from tests.server.calls import tensor
 
 OWN_STREAMS = 8  # of this process, which are cancelled in turn
@@ -163,7 +163,7 @@ def main() -> None:
         "baseline_ms": round(float(np.median(plain)), 1),
         "p99_less_baseline_ms": round(float(np.percentile(delays, 99) - np.median(plain)), 1),
     }
-    print(json.dumps(row), flush=True)
+    print_row(row)
 
 
 if __name__ == "__main__":

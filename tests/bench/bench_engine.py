@@ -29,6 +29,7 @@ from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from tests.bench.geometries import GEOMETRIES, write_geometry
+from tests.bench.yardstick import print_row
 
 
 class Load:
@@ -109,7 +110,7 @@ def main() -> None:
             "ms_per_step": round(statistics.median(1000 * run["seconds"] / run["steps"] for run in runs), 3),
             "first_token_ms": round(statistics.median(1000 * run["first"] for run in runs), 2),
         }
-        print(json.dumps({**common, "kind": "128 in, 256 out", "batch": batch, **figures}), flush=True)
+        print_row({**common, "kind": "128 in, 256 out", "batch": batch, **figures})
     if args.mix:
         load.run(steady(256, vocab_size, 0))
         run = load.run(mix(vocab_size))

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.yardstick import print_row
+
 ROOT = Path(__file__).parents[2]
 _TICKS = os.sysconf("SC_CLK_TCK")
 _HEAD = "POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
@@ -139,7 +141,7 @@ async def direct(url: str, count: int) -> list[float]:
 
 
 def say(**found: object) -> None:
-    print(json.dumps(found), flush=True)
+    print_row(found)
 
 
 def main() -> None:

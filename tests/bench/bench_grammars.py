@@ -27,6 +27,7 @@ from paged_backend.request import SamplingParams
 from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
+from tests.bench.yardstick import print_row
 
 SCHEMA = {
     "type": "array",
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=0.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(args.guided, args.free, args.steps, args.vocab_size, args.step_ms, Path(folder))))
+        print_row(measure(args.guided, args.free, args.steps, args.vocab_size, args.step_ms, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ most of all on few cores, where perf_analyzer competes with the server.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import tempfile
@@ -33,6 +32,7 @@ from paged_client.bench.load import Level, LoadLimits, Prompting, run_load
 from paged_client.bench.perf_analyzer import PerfAnalyzer, find_perf_analyzer
 from paged_client.bench.target import Target
 from paged_client.bench.workload import Span, Workload, make_requests
+from tests.bench.yardstick import print_row
 
 _MODEL = "paged_llm"
 _START_SECONDS = 60.0
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tool = find_perf_analyzer(lambda line: None)
     for setting in QUICK if chosen.quick else SETTINGS:
         measured = measure(tool, setting, chosen.streams, chosen.responses, chosen.rounds)
-        print(json.dumps({"bench": "sends", **asdict(setting), "streams": chosen.streams, **measured}), flush=True)
+        print_row({"bench": "sends", **asdict(setting), "streams": chosen.streams, **measured})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 import tritonclient.grpc.aio as grpc
 
 from paged_backend.server.launch import Server, ServerSettings
+from tests.bench.yardstick import print_row
 from tests.server.calls import run_all, stream
 
 _PROMPTS = tuple(
@@ -266,7 +267,7 @@ def main() -> None:
         "dev_shm": memory.change(memory.shared),
         "samples": len(memory.resident),
     }
-    print(json.dumps(row), flush=True)
+    print_row(row)
 
 
 if __name__ == "__main__":
