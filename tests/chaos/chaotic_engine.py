@@ -2,7 +2,8 @@
 and made of the same parts.
 
 Pages are refused and memory runs out at random moments, which follow from the seed and the engine's number. Whatever
-else goes wrong is written into the register, a line of JSON each: that it was born, mishaps, and faults.
+else goes wrong is written into the register, a line of JSON each: that it was born, that it is ready, mishaps,
+and faults.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
 
         engine, scheduler, ready = load_engine(config, directory, others)
         engine._runner = Mishaps(orders, number, engine._runner, scheduler.pool, register)
+        register.note(ready=os.getpid())
         return engine, scheduler, ready
 
     try:

@@ -18,6 +18,7 @@ from tests.e2e.test_rank_deaths import children_of
 
 DEADLY = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
 _STOP_SHARE = 0.15
+_EARLY_SHARE = 0.1  # of the moments at which engines that still load are struck, too: all of them, and none would serve
 _FOR_EVER_SHARE = 0.3  # of the stops: the watchdog must end those
 
 
@@ -28,6 +29,7 @@ class Diary:
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         self.engines: list[ProcessId] = []  # that were alive when they were last looked at
+        self.ready: set[int] = set()  # pids of those that have loaded
         self._path, self._at = path, 0
 
     def read(self) -> None:
@@ -43,6 +45,8 @@ class Diary:
     def _take(self, line: dict[str, Any]) -> None:
         if "fault" in line:
             self.faults.append(line["fault"])
+        elif "ready" in line:
+            self.ready.add(line["ready"])
         elif "born" in line:
             born = ProcessId.of(line["born"])
             self.engines += [] if born is None else [born]
@@ -71,7 +75,10 @@ class Plague:
             self._diary.read()
             alive = self._diary.engines = [engine for engine in self._diary.engines if engine.alive]
             self._victims = [engine for engine in self._victims if engine in alive]
-            engines = [engine for engine in alive if engine not in self._victims]
+            early = self._chance.random() < _EARLY_SHARE
+            engines = [
+                engine for engine in alive if engine not in self._victims and (early or engine.pid in self._diary.ready)
+            ]
             if engines:
                 await self._strike(self._chance.choice(engines))
 

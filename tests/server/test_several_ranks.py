@@ -1,5 +1,5 @@
-"""The demo model on two ranks behind a real server: streams get the tokens of one rank, and do not notice that a rank
-is killed under them.
+"""Several ranks behind a real server: families with experts and with quantised weights answer as transformers does, and
+the demo model's streams get the tokens of one rank, and do not notice that a rank is killed under them.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paged_backend.server.launch import Server, ServerSettings
+from tests.e2e.test_expert_tokens import shrunk
 from tests.e2e.test_rank_deaths import children_of
+from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.quantised_checkpoints import save_compressed
 from tests.server.calls import engine_pid, metrics, run_all, wait_for_metrics
 from tests.server.test_engine_death import requests
 
@@ -52,3 +56,34 @@ def test_streams_have_the_tokens_of_one_rank_whatever_dies() -> None:
     for before, after in zip(expected, answers, strict=True):
         assert (after.error, after.num_finals, after.token_ids) == (None, 1, before.token_ids)
     assert len(killed) == 1
+
+
+MAX_TOKENS = 12
+LENGTHS = (1, 17, 64, 130, 40, 5)
+# groups of 128 columns, of which every one of 4 ranks must have whole ones
+GROUPED = {"head_dim": 128, "intermediate_size": 512, "num_key_value_heads": 2, "num_attention_heads": 4}
+
+
+def save_family(folder: Path, name: str) -> Any:
+    """The checkpoint's folder is `folder`; what it answers is the result's `greedy`."""
+    if name == "int4 in groups":
+        return save_compressed(folder, {"W4A16": ["Linear"]}, **GROUPED)
+    if name == "experts":
+        save_checkpoint(folder, "Qwen3MoeForCausalLM", **shrunk("qwen3-30b-a3b"))
+    else:
+        save_checkpoint(folder, "LlamaForCausalLM")
+    return Oracle(folder)
+
+
+@pytest.mark.parametrize("size", [2, 4], ids=lambda size: f"{size} ranks")
+@pytest.mark.parametrize("name", ["dense", "experts", "int4 in groups"])
+def test_tokens_of_a_family_are_those_of_transformers(name: str, size: int, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    prompts = random_prompts(LENGTHS)
+    expected = save_family(folder, name).greedy(prompts, MAX_TOKENS)
+    options = OPTIONS | {"tensor_parallel_size": size}
+    with Server(ServerSettings(model=str(folder), instances=2, options=options)) as server:
+        asked = [{"input_ids": prompt.tolist(), "max_tokens": MAX_TOKENS, "temperature": 0.0} for prompt in prompts]
+        answers = run_all(server.addresses.grpc_url, asked)
+    assert [answer.error for answer in answers] == [None] * len(prompts)
+    assert [answer.token_ids for answer in answers] == expected
