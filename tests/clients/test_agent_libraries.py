@@ -31,7 +31,7 @@ from pydantic import BaseModel
 from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import PagedClient
-from tests.server.test_openai_gateway import KEY, Gateway, gateway_to
+from tests.server.gateway_process import KEY, Gateway, gateway_to
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(180)]
 

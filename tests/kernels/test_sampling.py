@@ -4,54 +4,26 @@ tokens in chunks of 64, interpreted.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from paged_kernels import reference_sampling
-from paged_kernels.logit_edits import add_bias, apply_penalties, ban_bad_words
+from paged_kernels.logit_edits import add_bias, apply_penalties
 from paged_kernels.reference import reference
 from paged_kernels.sampling import (
     MAX_TOP,
-    SamplingWorkspace,
     _row_key,
     _token_hash,
     argmax,
     logprobs,
     make_sampling_workspace,
     sample,
-    top_logprobs,
 )
+from paged_kernels.top_logprobs import top_logprobs
 from paged_kernels.truncation import truncation_thresholds
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOCAB, CHUNK = 200, 64
-LARGE_VOCAB = 128256
-gpu = pytest.mark.gpu
-
-
-def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE)
-
-
-def floats(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=DEVICE)
-
-
-def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
-
-
-def small(max_rows: int = 8, vocab_size: int = VOCAB, chunk: int = CHUNK) -> SamplingWorkspace:
-    return make_sampling_workspace(max_rows, vocab_size, DEVICE, chunk=chunk)
-
-
-def large(max_rows: int = 256) -> SamplingWorkspace:
-    return make_sampling_workspace(max_rows, LARGE_VOCAB, DEVICE)
-
+from tests.kernels.sampling_cases import DEVICE, LARGE_VOCAB, VOCAB, floats, gpu, ints, large, randn, small
 
 # ---- argmax, log-probabilities
 
@@ -254,187 +226,6 @@ def test_what_is_below_the_threshold_is_not_drawn() -> None:
     assert torch.equal(tokens, drawn(logits.masked_fill(logits < thresholds[:, None], -torch.inf), *parameters))
 
 
-# ---- truncation
-
-
-def cut(
-    logits: torch.Tensor,
-    top_k: list[int],
-    top_p: list[float],
-    min_p: list[float],
-    workspace: SamplingWorkspace,
-    **options: torch.Tensor,
-) -> torch.Tensor:
-    return truncation_thresholds(logits, ints(*top_k), floats(*top_p), floats(*min_p), workspace=workspace, **options)
-
-
-def assert_cuts_like_the_reference(
-    logits: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float], workspace: SamplingWorkspace
-) -> None:
-    thresholds = cut(logits, top_k, top_p, min_p, workspace)
-    expected = reference.truncate(logits, ints(*top_k), floats(*top_p), floats(*min_p), 0)
-    kept = torch.where(logits < thresholds[:, None], -torch.inf, logits)
-    assert torch.equal(kept, expected), (
-        f"kept {kept.isfinite().sum(-1).tolist()} tokens, expected {expected.isfinite().sum(-1).tolist()}"
-    )
-    assert not workspace.arrivals.any(), "an arrival counter was left set"
-
-
-NONE = (0, 1.0, 0.0)
-CUTS = {
-    "nothing": [NONE, NONE, (VOCAB, 1.0, 0.0), (-1, 1.0, 0.0)],
-    "top-k": [(1, 1.0, 0.0), (5, 1.0, 0.0), (64, 1.0, 0.0), (199, 1.0, 0.0)],
-    "top-p": [(0, 0.1, 0.0), (0, 0.5, 0.0), (0, 0.9, 0.0), (0, 0.999, 0.0)],
-    "min-p": [(0, 1.0, 1.0), (0, 1.0, 0.3), (0, 1.0, 0.01), (0, 1.0, 1e-6)],
-    "all of them": [(20, 0.9, 0.05), (3, 0.5, 0.9), (150, 0.99, 0.001), (7, 1.0, 0.3)],
-    "each row another": [NONE, (9, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.2)],
-    "top-k and top-p": [(50, 0.95, 0.0), (2, 0.1, 0.0), (100, 0.5, 0.0), (1, 0.5, 0.0)],
-    "next to nothing": [(0, 1e-9, 0.0), (1, 1e-9, 0.0), (0, 0.0, 0.0), (199, 0.9999, 1e-9)],
-}
-
-
-@pytest.mark.parametrize("case", CUTS.values(), ids=CUTS.keys())
-def test_truncation_keeps_what_the_reference_keeps(case: list[tuple[int, float, float]]) -> None:
-    """Flat rows need the passes and the search over a whole row: their chunk has room for 64 logits. Peaked ones do
-    not.
-    """
-    top_k, top_p, min_p = (list(column) for column in zip(*case, strict=True))
-    logits = randn(4, VOCAB, seed=1)
-    logits[:2] *= 0.2
-    logits[2:] *= 5
-    assert_cuts_like_the_reference(logits, top_k, top_p, min_p, small())
-
-
-def test_truncation_keeps_or_drops_equal_logits_together() -> None:
-    logits = torch.randint(-2, 3, (4, VOCAB), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
-    logits[1, 7] = 9.0
-    logits[2] = 1.0
-    logits[3] = torch.where(torch.arange(VOCAB, device=DEVICE) % 2 == 0, 0.0, -0.0)
-    assert_cuts_like_the_reference(logits, [60, 0, 60, 60], [0.5, 0.3, 0.5, 0.5], [0.0] * 4, small(chunk=128))
-
-
-def test_truncation_lives_with_banned_tokens() -> None:
-    logits = randn(4, VOCAB, scale=2)
-    logits[0, 5:] = -torch.inf
-    logits[1, :190] = -torch.inf
-    logits[2, ::2] = -torch.inf
-    logits[3, 64:128] = -torch.inf
-    assert_cuts_like_the_reference(
-        logits, [8, 0, 180, 150], [0.9, 0.9, 0.999, 1.0], [0.1, 0.0, 0.0, 0.0], small(chunk=128)
-    )
-
-
-def test_truncation_of_scaled_logits_cuts_at_the_unscaled_logit() -> None:
-    logits, temperature = randn(4, VOCAB, scale=2), floats(0.5, 2.0, 1.3, 0.0)
-    thresholds = cut(
-        logits, [0, 40, 0, 5], [0.9, 0.8, 1.0, 0.5], [0.0, 0.0, 0.1, 0.5], small(), temperature=temperature
-    )
-    scaled = logits[:3] / temperature[:3, None]
-    expected = reference.truncate(scaled, ints(0, 40, 0), floats(0.9, 0.8, 1.0), floats(0.0, 0.0, 0.1), 0)
-    assert torch.equal(logits[:3] < thresholds[:3, None], expected == -torch.inf)
-    assert thresholds[3] == -torch.inf
-
-
-def test_truncation_finds_its_rows_parameters() -> None:
-    logits = randn(3, VOCAB)
-    out = floats(7, 7, 7)
-    truncation_thresholds(
-        logits,
-        ints(0, 4, 9, 0),
-        floats(0.9, 1.0, 1.0, 1.0),
-        floats(0, 0, 0, 0),
-        workspace=small(),
-        temperature=floats(1, 1, 1, 1),
-        rows=ints(2, -1, 1),
-        out=out,
-    )
-    assert torch.equal(
-        out,
-        torch.stack(
-            (logits[0].topk(9).values[-1], torch.tensor(-torch.inf, device=DEVICE), logits[2].topk(4).values[-1])
-        ),
-    )
-
-
-# ---- what changes the logits before
-
-
-def test_bias_adds_up_and_ids_outside_count_for_nothing() -> None:
-    logits = randn(3, VOCAB)
-    ids, values = ints(5, 5, -1, 199, VOCAB, 0).expand(3, 6).contiguous(), randn(3, 6, seed=2)
-    values[1, 0] = -torch.inf
-    expected = reference.add_bias(logits, ids, values)
-    assert add_bias(logits, ids, values) is logits
-    torch.testing.assert_close(logits, expected)
-    assert logits[1, 5] == -torch.inf
-
-
-def test_only_the_token_that_completes_a_bad_word_is_banned() -> None:
-    history = ints(1, 2, 3, 4, 0, 0).expand(3, 6).contiguous()
-    num_tokens = ints(4, 2, 0)
-    words = ints(
-        -1, -1, 9,  # alone: always
-        -1, 4, 10,  # after 4
-        3, 4, 11,  # after 3 4
-        1, 2, 12,  # after 1 2
-        2, 4, 13,  # never
-        -1, -1, -1,  # none
-        -1, 0, 14,  # after 0, which no history has
-    ).view(1, 7, 3).expand(3, 7, 3).contiguous()  # fmt: skip
-    logits = randn(3, VOCAB)
-    recent = ints(3, 4, 1, 2, -2, -2).view(3, 2)
-    expected = reference.ban_bad_words(logits, words, recent)
-    assert torch.equal(ban_bad_words(logits, words, history, num_tokens), expected)
-    assert [row.isinf().nonzero().flatten().tolist() for row in logits] == [[9, 10, 11], [9, 12], [9]]
-
-
-def test_bad_words_of_one_token_need_no_history() -> None:
-    logits = ban_bad_words(randn(1, VOCAB), ints(3, -1, VOCAB).view(1, 3, 1), ints(0).view(1, 1), ints(0))
-    assert logits.isinf().nonzero().tolist() == [[0, 3]]
-
-
-def test_penalties_equal_the_reference_and_the_counts_are_zero_again() -> None:
-    generator = torch.Generator().manual_seed(0)
-    history = torch.randint(0, 40, (5, 1500), generator=generator).to(DEVICE)
-    history[0, 3] = -1
-    history[1, 4] = VOCAB
-    prompt_lens, num_tokens = ints(3, 10, 0, 1400, 5), ints(9, 10, 1, 1500, 200)
-    repetition, presence, frequency = (
-        floats(1.3, 0.7, 2.0, 1.1, 1.0),
-        floats(0.5, -0.5, 0.0, 0.1, 0.0),
-        floats(0.2, 0.3, 0.0, -0.1, 0.0),
-    )
-    logits, counts = randn(5, VOCAB, scale=3), torch.zeros(6, VOCAB, dtype=torch.int32, device=DEVICE)
-    expected = penalised(logits, history, prompt_lens, num_tokens, repetition, presence, frequency)
-    apply_penalties(logits, history, prompt_lens, num_tokens, repetition, presence, frequency, counts=counts)
-    torch.testing.assert_close(logits, expected)
-    assert not counts.any()
-
-
-def penalised(
-    logits: torch.Tensor,
-    history: torch.Tensor,
-    prompt_lens: torch.Tensor,
-    num_tokens: torch.Tensor,
-    repetition: torch.Tensor,
-    presence: torch.Tensor,
-    frequency: torch.Tensor,
-) -> torch.Tensor:
-    """Token by token, in Python."""
-    out = logits.clone()
-    for row in range(len(logits)):
-        prompt, length = int(prompt_lens[row]), int(num_tokens[row])
-        tokens = [
-            (at, token) for at, token in enumerate(history[row, :length].tolist()) if 0 <= token < logits.shape[1]
-        ]
-        for token in {token for _, token in tokens}:
-            answered = sum(1 for at, other in tokens if other == token and at >= prompt)
-            x = float(out[row, token])
-            x = x / float(repetition[row]) if x > 0 else x * float(repetition[row])
-            out[row, token] = x - float(frequency[row]) * answered - float(presence[row]) * (answered > 0)
-    return out
-
-
 def test_refuses_what_does_not_fit() -> None:
     workspace = small(2)
     with pytest.raises(ValueError, match="do not fit a workspace"):
@@ -515,58 +306,6 @@ def test_draws_follow_the_softmax() -> None:
     expected = (logits[0].double() / 0.8).softmax(-1) * count
     statistic = ((torch.bincount(tokens, minlength=vocab_size) - expected) ** 2 / expected).sum()
     assert statistic < 100
-
-
-def assert_cut_is_right(
-    logits: torch.Tensor, thresholds: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float]
-) -> None:
-    """Against float64 sums; a token may go the other way if float32 cannot tell its mass from the limit."""
-    for row in range(len(logits)):
-        x, threshold = logits[row].double(), thresholds[row].double()
-        left = x[x >= x.max() + math.log(min_p[row])] if min_p[row] > 0 else x
-        if 0 < top_k[row] < len(x):
-            left = left[left >= x.topk(top_k[row]).values[-1]]
-        kept = x[x >= threshold]
-        if top_p[row] >= 1:
-            assert len(kept) == len(left), f"row {row}: kept {len(kept)} of {len(left)}"
-            continue
-        probability = (left - x.max()).exp() / (left - x.max()).exp().sum()
-        above = float(probability[left > threshold].sum())
-        assert above < top_p[row] + 2e-6, f"row {row}: {above} is above the threshold"
-        lower = left[left < threshold]
-        if len(lower):
-            assert float(probability[left > lower.max()].sum()) >= top_p[row] - 2e-6, f"row {row}: cut too high"
-        assert torch.equal(kept.sort().values, left[left >= threshold].sort().values)
-
-
-@gpu
-@pytest.mark.parametrize("scale", [0.3, 1.0, 2.5, 6.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_truncation_over_a_large_vocabulary(scale: float, dtype: torch.dtype) -> None:
-    logits, workspace = randn(12, LARGE_VOCAB, scale=scale).to(dtype), large()
-    top_k = [0, 50, 0, 1, 20, 4096, 6000, 128255, 0, 0, 1000, 0]
-    top_p = [0.9, 1.0, 1.0, 1.0, 0.8, 1.0, 0.9, 0.5, 0.999, 0.01, 0.95, 0.95]
-    min_p = [0.0, 0.0, 0.1, 0.0, 0.02, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.01]
-    thresholds = cut(logits, top_k, top_p, min_p, workspace)
-    assert_cut_is_right(logits, thresholds, top_k, top_p, min_p)
-    assert torch.equal(cut(logits, top_k, top_p, min_p, workspace), thresholds)
-    for row in range(12):
-        alone = cut(logits[row : row + 1], top_k[row : row + 1], top_p[row : row + 1], min_p[row : row + 1], workspace)
-        assert torch.equal(alone, thresholds[row : row + 1]), f"row {row} is cut elsewhere when alone"
-
-
-@gpu
-def test_penalties_over_a_large_vocabulary_equal_the_reference() -> None:
-    generator = torch.Generator().manual_seed(0)
-    history = torch.randint(0, 3000, (64, 9000), generator=generator).to(DEVICE)
-    num_tokens = torch.randint(1, 9000, (64,), generator=generator).to(DEVICE)
-    prompt_lens = (num_tokens * torch.rand(64, generator=generator).to(DEVICE)).long()
-    repetition, presence, frequency = (torch.rand(3, 64, generator=generator) + 0.5).to(DEVICE)
-    logits, counts = randn(64, LARGE_VOCAB), torch.zeros(64, LARGE_VOCAB, dtype=torch.int32, device=DEVICE)
-    expected = reference.apply_penalties(logits, history, prompt_lens, num_tokens, repetition, presence, frequency)
-    apply_penalties(logits, history, prompt_lens, num_tokens, repetition, presence, frequency, counts=counts)
-    torch.testing.assert_close(logits, expected)
-    assert not counts.any()
 
 
 @gpu

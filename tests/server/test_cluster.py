@@ -26,7 +26,7 @@ import openai
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import AsyncPagedClient
 from paged_client.cluster.servers import KEEPALIVE_SECONDS
-from tests.server.test_openai_gateway import KEY, Gateway, gateway_to
+from tests.server.gateway_process import KEY, Gateway, gateway_to
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 

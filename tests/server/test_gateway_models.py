@@ -29,7 +29,7 @@ import tritonclient.grpc as grpc
 from paged_backend.server.launch import _forwarding
 from tests.otlp_collector import Collector, collector
 from tests.server.front_end_server import MODEL, FrontEndServer, serving
-from tests.server.test_openai_gateway import Gateway, gateway_to
+from tests.server.gateway_process import Gateway, gateway_to
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 

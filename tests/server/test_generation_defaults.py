@@ -17,7 +17,7 @@ pytest.importorskip("tritonclient.grpc")
 from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import PagedClient
-from tests.server.test_openai_gateway import Gateway, gateway_to
+from tests.server.gateway_process import Gateway, gateway_to
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 

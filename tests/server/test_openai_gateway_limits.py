@@ -23,7 +23,7 @@ pytest.importorskip("openai")
 import openai
 
 from tests.server.front_end_server import FrontEndServer, serving
-from tests.server.test_openai_gateway import KEY, Gateway, gateway_to
+from tests.server.gateway_process import KEY, Gateway, gateway_to
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 

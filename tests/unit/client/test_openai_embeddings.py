@@ -18,7 +18,7 @@ pytest.importorskip("prometheus_client")
 from paged_client import InvalidRequestError
 from paged_client.openai.ranking_api import checked_scoring
 from paged_client.question import Question
-from tests.unit.client.test_openai_gateway import Call, Outputs, Reply, Transport, call
+from tests.unit.client.gateway_calls import Call, Outputs, Reply, Transport, call
 
 YES, NO = 11, 12
 VECTORS = {"lamp": (1.0, 0.0), "lantern": (0.8, 0.6), "fox": (0.0, 1.0)}

@@ -25,7 +25,7 @@ from paged_client.openai.protocol import ChatBody, CompletionBody, DetokenizeBod
 from paged_client.openai.ranking_api import RerankBody, ScoreBody
 from paged_client.openai.response_items import ResponsesBody
 from paged_client.question import Question
-from tests.unit.client.test_openai_gateway import HI, Call, Reply, Transport, call
+from tests.unit.client.gateway_calls import HI, Call, Reply, Transport, call
 from tests.unit.client.test_openai_tools import HERMES, THINKS, Model, tool
 
 BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {

@@ -13,7 +13,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 from paged_client.openai.message_items import CountBody, chat_of_messages
-from tests.unit.client.test_openai_gateway import Reply, call
+from tests.unit.client.gateway_calls import Reply, call
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
 
 TOOL = {

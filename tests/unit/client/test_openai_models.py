@@ -21,7 +21,7 @@ from paged_client.openai import models as models_module
 from paged_client.openai.gateway import Offer, make_app
 from paged_client.openai.models import Models
 from paged_client.openai.upstream import Discovery, Upstream
-from tests.unit.client.test_openai_gateway import HI, Transport, described, piece
+from tests.unit.client.gateway_calls import HI, Transport, described, piece
 
 
 class Loaded:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.response_items import messages_of
 from paged_client.openai.response_store import ResponseStore
-from tests.unit.client.test_openai_gateway import Reply, call
+from tests.unit.client.gateway_calls import Reply, call
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
 
 TOOL = {

@@ -18,7 +18,7 @@ from paged_client import AsyncPagedClient
 from paged_client.openai.answer_forms import FormOptions
 from paged_client.openai.model_card import ModelCard
 from paged_client.question import Question
-from tests.unit.client.test_openai_gateway import HI, Call, Outputs, Transport, call, described
+from tests.unit.client.gateway_calls import HI, Call, Outputs, Transport, call, described
 
 HERMES = "{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}"
 THINKS = HERMES + "<think></think>{% if enable_thinking %}…{% endif %}"

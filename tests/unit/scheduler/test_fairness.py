@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from paged_backend.scheduler.fairness import share_out, short_len
-from tests.unit.scheduler.test_scheduler import VOCAB, Bench, solo
+from tests.simulated_runner import solo
+from tests.unit.scheduler.bench import VOCAB, Bench
 
 LONG = 60
 
