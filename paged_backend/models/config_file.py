@@ -44,9 +44,11 @@ Activation = Annotated[str, AfterValidator(lambda name: _SPELLINGS.get(name, nam
 
 
 class RopeOptions(BaseModel):
-    """`rope_parameters`, or `rope_scaling` of older checkpoints."""
+    """`rope_parameters`, or `rope_scaling` of older checkpoints. A key that is not known here may change positions, so
+    that it is refused, unlike others of config.json.
+    """
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     rope_type: str | None = None
     type: str | None = None
@@ -65,6 +67,10 @@ class RopeOptions(BaseModel):
     short_factor: list[Positive] | None = None
     long_factor: list[Positive] | None = None
     llama_4_scaling_beta: Annotated[float, Field(ge=0)] | None = None
+    # without effect: a text's positions are the same on all axes of a picture's; and what was trained how
+    mrope_section: list[int] | None = None
+    mrope_interleaved: bool | None = None
+    finetuned: bool | None = None
     full_attention: RopeOptions | None = None  # where types of layers have positions of their own
     sliding_attention: RopeOptions | None = None
 
@@ -88,6 +94,8 @@ def checked(kind: type[File], content: Mapping[str, Any], name: str) -> File:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise EngineError(f"{name}: {place}: unknown, and may change what the model computes") from None
         wanted = first["msg"].replace("Input should be", "expected").replace(" or instance of RopeOptions", "")
         wanted = (
             wanted.replace("a valid dictionary", "an object")

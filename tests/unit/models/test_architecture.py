@@ -66,6 +66,12 @@ def write(folder: Path, **options: Any) -> Path:
         ({"rope_theta": None}, ["rope_theta", "null"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": "4.0"}}, ["rope_scaling.factor", '"4.0"']),
         ({"rope_scaling": {"rope_type": "linear"}}, ["'linear'", "factor"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "short_mscale": 1.2}}, ["rope_scaling.short_mscale"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "base": 1e6}}, ["rope_parameters.base", "unknown"]),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "base": 1e6}}},
+            ["rope_parameters.full_attention.base", "unknown"],
+        ),
         ({"rope_scaling": ["linear", 4.0]}, ["rope_scaling", "object"]),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "layer_types": ["full_attention"] * 2},
