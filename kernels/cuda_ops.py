@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paged_kernels import activation as activations
-from paged_kernels import logit_edits, lora, page_copy, rope_kv, row_update, sampling
+from paged_kernels import logit_edits, lora, page_copy, rope_kv, row_update, sampling, top_logprobs
 from paged_kernels import norm as norms
 from paged_kernels.decode_attention import (
     make_decode_plan,
@@ -318,4 +318,4 @@ class CudaOps(Ops):
         return sampling.logprobs(logits, token_ids, workspace=self._sampling)
 
     def top_logprobs(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        return sampling.top_logprobs(logits, n, workspace=self._sampling)
+        return top_logprobs.top_logprobs(logits, n, workspace=self._sampling)

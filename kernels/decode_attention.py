@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.decode_pieces import merge_pieces, put_piece
 from paged_kernels.decode_plan import (
     AT_LENGTH,
     AT_RECORD,
@@ -85,55 +86,6 @@ def _load_pages(pages, base, length, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def _barrier(COMPILED: tl.constexpr):
-    """tl.debug_barrier() in words that the compiler does not know: it pipelines no loop with a barrier in it."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "bar.sync 0; mov.u32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _merge(
-    first_item, last_item, head, out_rows, partial_acc, partial_lse,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """Weigh a sequence's partial outputs by their sums of softmax, PARTS at a time: [PARTS, GROUP_PAD, HEAD_PAD]
-    float32.
-
-    Little code: it runs once, at the end, where every line of it is an instruction cache miss.
-    """
-    row = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)
-    dim = tl.arange(0, HEAD_PAD)
-    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    l = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    for item in range(first_item, last_item + 1, PARTS):
-        at = item + tl.arange(0, PARTS)
-        there = at <= last_item
-        piece = (tl.where(at == first_item, 2 * at + 1, 2 * at) * HEADS + head)[:, None] * GROUP + row[None, :]
-        part = tl.load(
-            partial_acc + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
-            mask=there[:, None, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        lse = tl.load(partial_lse + piece, mask=there[:, None], other=float("-inf"), cache_modifier=".cg")
-        new_m = tl.maximum(m, tl.max(lse, 0))
-        weight = tl.exp2(lse - new_m[None, :])
-        alpha = tl.exp2(m - new_m)
-        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 0)
-        l = l * alpha + tl.sum(weight, 0)
-        m = new_m
-    rows = tl.arange(0, GROUP_PAD)
-    where = out_rows + rows[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(
-        where,
-        (acc * (1.0 / l)[:, None]).to(out_rows.dtype.element_ty),
-        mask=(rows < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
-    )
-
-
-@triton.jit
 def _unpack(pairs):
     """Two float8_e4m3fn in each int16 as float16 of 2^-8 of their value: the lower byte's, the upper byte's. NaN
     becomes 480 * 2^-8.
@@ -178,25 +130,46 @@ def _softmax_step(scores, visible, m, scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def _put_piece(
-    result, lse, item, head, begins, first_item, last_item, arrivals, partial_acc, partial_lse,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COMPILED: tl.constexpr,
+def _attend(
+    queries, odd_queries, in_head, keys, values, visible, m, ls, acc, odd, scale, soft_cap,
+    SOFT_CAP: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Leave a piece of a sequence that work items `first_item` to `last_item` share in the workspace; 1 if all others
-    are there already, else 0.
+    """Takes a tile in: the new m, ls, acc and odd. odd_queries: where the odd dimensions of the queries lie; of PACKED
+    keys and values only.
     """
-    row = tl.arange(0, result.shape[0])
-    dim = tl.arange(0, result.shape[1])
-    piece = ((2 * item + begins.to(tl.int32)) * HEADS + head) * GROUP
-    tl.store(partial_lse + piece + row, lse, mask=row < GROUP)
-    tl.store(
-        partial_acc + (piece + row[:, None]) * HEAD_DIM + dim[None, :],
-        result,
-        mask=(row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
-    )
-    _barrier(COMPILED)  # every thread's stores come before the release
-    earlier = tl.atomic_add(arrivals + first_item * HEADS + head, 1, sem="acq_rel", scope="gpu")
-    return (earlier == last_item - first_item).to(tl.int32)
+    if PACKED:
+        even_keys, odd_keys = _unpack(tl.trans(keys))
+        scores = tl.dot(_as_float16(queries), even_keys)
+        scores = tl.dot(_as_float16(tl.load(odd_queries, mask=in_head, other=0.0)), odd_keys, scores)
+    else:
+        scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision=PRECISION)
+    weights, m, alpha = _softmax_step(scores, visible, m, scale, soft_cap, SOFT_CAP)
+    ls = ls * alpha[:, None] + weights
+    if PACKED:
+        even_values, odd_values = _unpack(values)
+        acc = tl.dot(weights.to(tl.float16), even_values, acc * alpha[:, None])
+        odd = tl.dot(weights.to(tl.float16), odd_values, odd * alpha[:, None])
+    else:
+        acc = tl.dot(
+            weights.to(queries.dtype), values.to(queries.dtype), acc * alpha[:, None], input_precision=PRECISION
+        )
+    return m, ls, acc, odd
+
+
+@triton.jit
+def _result(m, ls, acc, odd, begins, sinks, GROUP: tl.constexpr, SINKS: tl.constexpr, PACKED: tl.constexpr):
+    """What a piece of a sequence comes to, [ROWS, HEAD_PAD] float32, and its sum of softmax under m, [ROWS]."""
+    ROWS: tl.constexpr = acc.shape[0]
+    l = tl.sum(ls, 1)
+    # counted once for a sequence, in the piece that begins it. Beyond 2^100 times the rest the rest is nothing, too
+    if SINKS:
+        sink = tl.load(sinks + tl.minimum(tl.arange(0, ROWS), GROUP - 1)).to(tl.float32) * 1.4426950408889634
+        l += tl.where(begins, tl.exp2(tl.minimum(sink - m, 100.0)), 0.0)
+    if PACKED:
+        result = tl.reshape(tl.join(acc, odd), [ROWS, 2 * acc.shape[1]]) * (256.0 / l)[:, None]
+    else:
+        result = acc * (1.0 / l)[:, None]
+    return result, l
 
 
 @kernel(ints=["table_stride"])
@@ -281,35 +254,12 @@ def _decode_kernel(
             where + VALUE_STRIDE, mask=visible[:, None] & in_head, other=ZERO, eviction_policy="evict_first"
         )
 
-        if PACKED:
-            even_keys, odd_keys = _unpack(tl.trans(keys))
-            scores = tl.dot(_as_float16(queries), even_keys)
-            scores = tl.dot(_as_float16(tl.load(now_q + 1, mask=in_head, other=0.0)), odd_keys, scores)
-        else:
-            scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision=PRECISION)
-        weights, m, alpha = _softmax_step(scores, visible, m, scale, soft_cap, SOFT_CAP)
-        ls = ls * alpha[:, None] + weights
-        if PACKED:
-            even_values, odd_values = _unpack(values)
-            acc = tl.dot(weights.to(tl.float16), even_values, acc * alpha[:, None])
-            odd = tl.dot(weights.to(tl.float16), odd_values, odd * alpha[:, None])
-        else:
-            acc = tl.dot(
-                weights.to(queries.dtype), values.to(queries.dtype), acc * alpha[:, None], input_precision=PRECISION
-            )
+        m, ls, acc, odd = _attend(queries, now_q + 1, in_head, keys, values, visible, m, ls, acc, odd, scale, soft_cap,
+                                  SOFT_CAP, PACKED, PRECISION)  # fmt: skip
 
         if ends | (step + 1 == count):
             begins = now_tile <= step
-            l = tl.sum(ls, 1)
-            # counted once for a sequence, in the piece that begins it. Beyond 2^100 times the rest the rest is nothing,
-            # too
-            if SINKS:
-                sink = tl.load(sinks + head * GROUP + tl.minimum(row, GROUP - 1)).to(tl.float32) * 1.4426950408889634
-                l += tl.where(begins, tl.exp2(tl.minimum(sink - m, 100.0)), 0.0)
-            if PACKED:
-                result = tl.reshape(tl.join(acc, odd), [ROWS, 2 * CELLS_PAD]) * (256.0 / l)[:, None]
-            else:
-                result = acc * (1.0 / l)[:, None]
+            result, l = _result(m, ls, acc, odd, begins, sinks + head * GROUP, GROUP, SINKS, PACKED)
             if ends & begins:
                 dim = tl.arange(0, HEAD_PAD)
                 target = out + now_seq.to(tl.int64) * out_stride + row[:, None] * HEAD_DIM + dim[None, :]
@@ -318,8 +268,8 @@ def _decode_kernel(
                 )
             else:
                 first, last = tl.where(begins, item, begun_in), tl.where(begins, last_to, begun_to)
-                was_last = _put_piece(result, m + tl.log2(l), item, head, begins, first, last, arrivals,
-                                      partial_acc, partial_lse, HEADS, GROUP, HEAD_DIM, COMPILED)  # fmt: skip
+                was_last = put_piece(result, m + tl.log2(l), item, head, begins, first, last, arrivals,
+                                     partial_acc, partial_lse, HEADS, GROUP, HEAD_DIM, COMPILED)  # fmt: skip
                 came_last += was_last * tl.where(begins, 2, 1)
             m = tl.full([ROWS], float("-inf"), tl.float32)
             ls = tl.zeros([ROWS, TILE], tl.float32)
@@ -327,44 +277,10 @@ def _decode_kernel(
             if PACKED:
                 odd = tl.zeros([ROWS, CELLS_PAD], tl.float32)
 
-    # The last of a sequence's programs to come merges its pieces and leaves the counter at zero for the next launch: of
-    # the sequence this item began inside of (1), and of the one it stopped inside of (2).
     if came_last > 0:
-        for part in range(1, 3):
-            if (came_last & part) > 0:
-                first, last = tl.where(part == 1, begun_in, item), tl.where(part == 1, begun_to, last_to)
-                target = out + tl.where(part == 1, first_seq, last_seq).to(tl.int64) * out_stride
-                if last - first < FEW_PARTS:
-                    _merge(
-                        first,
-                        last,
-                        head,
-                        target,
-                        partial_acc,
-                        partial_lse,
-                        HEADS,
-                        GROUP,
-                        GROUP_PAD,
-                        HEAD_DIM,
-                        HEAD_PAD,
-                        FEW_PARTS,
-                    )
-                else:
-                    _merge(
-                        first,
-                        last,
-                        head,
-                        target,
-                        partial_acc,
-                        partial_lse,
-                        HEADS,
-                        GROUP,
-                        GROUP_PAD,
-                        HEAD_DIM,
-                        HEAD_PAD,
-                        PARTS,
-                    )
-                tl.store(arrivals + first * HEADS + head, 0)
+        merge_pieces(came_last, first_seq, last_seq, item, begun_in, begun_to, last_to, head, out, out_stride, arrivals,
+                     partial_acc, partial_lse, HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, FEW_PARTS,
+                     PARTS)  # fmt: skip
 
 
 def paged_decode_attention(

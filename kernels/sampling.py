@@ -20,9 +20,8 @@ import triton.language as tl
 
 from paged_kernels.jit import kernel, pdl_begin
 
-MAX_TOP = 20  # of top_logprobs; fits in _TOP_PAD
-_TOP_PAD = 32
-_NOTHING = tl.constexpr(-(2**63))  # less than any candidate
+MAX_TOP = 20  # of top_logprobs; fits in TOP_PAD
+TOP_PAD = 32
 
 
 @triton.jit
@@ -117,13 +116,13 @@ def _race(
 
 
 @triton.jit
-def _mass_below(x, top):
+def mass_below(x, top):
     """Sum of exp(x - top), 0 if there is nothing but -inf."""
     return tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), 0)
 
 
 @triton.jit
-def _merge_log_mass(partial, chunk, num_chunks):
+def merge_log_mass(partial, chunk, num_chunks):
     """log of the sum of exp over a row from its chunks' (maximum, mass)."""
     tops = tl.load(partial + chunk * 2, mask=chunk < num_chunks, other=float("-inf"), cache_modifier=".cg")
     masses = tl.load(partial + chunk * 2 + 1, mask=chunk < num_chunks, other=0.0, cache_modifier=".cg")
@@ -166,7 +165,7 @@ def _choose_kernel(
         best_token = tl.minimum(part * CHUNK + where, VOCAB - 1)
     if GIVEN:  # a token is there already: its log-probability is asked
         tl.store(masses + (m * CHUNKS + part) * 2, best)
-        tl.store(masses + (m * CHUNKS + part) * 2 + 1, _mass_below(x, best))
+        tl.store(masses + (m * CHUNKS + part) * 2 + 1, mass_below(x, best))
     else:
         tl.store(best_scores + m * CHUNKS + part, best)
         tl.store(best_tokens + m * CHUNKS + part, best_token)
@@ -175,7 +174,7 @@ def _choose_kernel(
         chunk = tl.arange(0, CHUNKS_PAD)
         if GIVEN:
             raw = tl.load(row + tl.load(tokens + m).to(tl.int32)).to(tl.float32)
-            tl.store(logprobs + m, raw - _merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS))
+            tl.store(logprobs + m, raw - merge_log_mass(masses + m * CHUNKS * 2, chunk, CHUNKS))
         else:
             bests = tl.load(
                 best_scores + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"), cache_modifier=".cg"
@@ -183,71 +182,6 @@ def _choose_kernel(
             of_chunk = tl.load(best_tokens + m * CHUNKS + chunk, mask=chunk < CHUNKS, other=0, cache_modifier=".cg")
             _, which = tl.max(bests, 0, return_indices=True)
             tl.store(tokens + m, tl.sum(tl.where(chunk == which, of_chunk, 0), 0).to(tokens.dtype.element_ty))
-        tl.store(arrivals + m, 0)
-
-
-@kernel
-def _peaks_kernel(logits, masses, logits_stride, VOCAB: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
-    """Maximum and mass of every chunk."""
-    pdl_begin(LAUNCH_PDL)
-    m = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    top = tl.max(x, 0)
-    cell = masses + (m * tl.num_programs(0) + tl.program_id(0)) * 2
-    tl.store(cell, top)
-    tl.store(cell + 1, _mass_below(x, top))
-
-
-@kernel(ints=["n", "ids_stride", "logprobs_stride"], unaligned=["ids", "logprobs"])
-def _top_kernel(
-    logits, ids, logprobs, arrivals, candidates, num_candidates, masses, n, logits_stride, ids_stride, logprobs_stride,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr, TOP_PAD: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
-):  # fmt: skip
-    """A candidate is one int64: the logit's order above, the token's complement below, so that the larger is the
-    likelier, then the smaller token.
-
-    At least n logits reach the maximum of the n-th highest chunk, so a chunk takes only those of its logits that reach
-    it, at most n: a few.
-    """
-    pdl_begin(LAUNCH_PDL)
-    part = tl.program_id(0)
-    m = tl.program_id(1).to(tl.int64)
-    masses += m * CHUNKS * 2
-    candidates += m * CHUNKS * TOP_PAD
-    num_candidates += m * CHUNKS
-    chunk = tl.arange(0, CHUNKS_PAD)
-    peak = order_of(tl.load(masses + chunk * 2, mask=chunk < CHUNKS, other=float("-inf")))
-    higher = (peak[None, :] > peak[:, None]) | ((peak[None, :] == peak[:, None]) & (chunk[None, :] < chunk[:, None]))
-    rank = tl.sum(higher.to(tl.int32), 1)
-    least = tl.max(tl.where(rank == n - 1, peak, -2147483648), 0).to(tl.int64) << 32
-
-    token = part * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits + m * logits_stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    packed = (order_of(x).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
-    packed = tl.where(token < VOCAB, packed, _NOTHING)
-    taken = 0
-    best = tl.max(packed, 0)
-    while (taken < n) & (best >= least) & (best > _NOTHING):
-        tl.store(candidates + part * TOP_PAD + taken, best)
-        taken += 1
-        packed = tl.where(packed == best, _NOTHING, packed)
-        best = tl.max(packed, 0)
-    tl.store(num_candidates + part, taken)
-
-    if arrive(arrivals + m, CHUNKS):
-        place = tl.arange(0, TOP_PAD)
-        found = tl.load(num_candidates + chunk, mask=chunk < CHUNKS, other=0, cache_modifier=".cg")
-        cell = candidates + chunk[:, None] * TOP_PAD + place[None, :]
-        left = tl.load(cell, mask=place[None, :] < found[:, None], other=_NOTHING, cache_modifier=".cg")
-        log_mass = _merge_log_mass(masses, chunk, CHUNKS)
-        for i in range(n):
-            best = tl.max(tl.max(left, 1), 0)
-            left = tl.where(left == best, _NOTHING, left)
-            winner = tl.minimum(0x7FFFFFFF - (best & 0x7FFFFFFF), VOCAB - 1)
-            tl.store(ids + m * ids_stride + i, winner.to(ids.dtype.element_ty))
-            tl.store(logprobs + m * logprobs_stride + i, value_of((best >> 32).to(tl.int32)) - log_mass)
         tl.store(arrivals + m, 0)
 
 
@@ -299,7 +233,7 @@ def make_sampling_workspace(
         max_rows=max_rows, vocab_size=vocab_size, chunk=chunk,
         arrivals=scratch(dtype=torch.int32), best_scores=scratch(chunks, dtype=torch.float32),
         best_tokens=scratch(chunks, dtype=torch.int32), masses=scratch(chunks, 2, dtype=torch.float32),
-        candidates=scratch(chunks, _TOP_PAD, dtype=torch.int64), search=scratch(8, dtype=torch.int32),
+        candidates=scratch(chunks, TOP_PAD, dtype=torch.int64), search=scratch(8, dtype=torch.int32),
         pivots=scratch(8, dtype=torch.int32), levels=scratch(4, dtype=torch.float32),
         above=scratch(chunks, 16, dtype=torch.float32), gathered=scratch(chunk, dtype=torch.float32),
     )  # fmt: skip
@@ -349,40 +283,6 @@ def logprobs(
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if out is None else out
     _choose(logits, None, None, None, None, None, token_ids, out, workspace, launch_pdl)
     return out
-
-
-def top_logprobs(
-    logits: torch.Tensor,
-    n: int,
-    *,
-    workspace: SamplingWorkspace,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-    launch_pdl: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The n largest of log softmax(logits[m]), largest first, of equals the smaller token first: ids [M, n] int64 (or
-    int32), log-probabilities [M, n] float32.
-
-    1 <= n <= MAX_TOP and n <= V. As `argmax` otherwise. Raises ValueError for another n.
-    """
-    if not 1 <= n <= min(MAX_TOP, workspace.vocab_size):
-        raise ValueError(f"n {n} is not between 1 and {min(MAX_TOP, workspace.vocab_size)}")
-    shape = (len(logits), n)
-    ids, values = (
-        (logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32))
-        if out is None
-        else out
-    )
-    check_logits(logits, workspace)
-    if len(logits):
-        w = workspace
-        flags = {"VOCAB": w.vocab_size, "CHUNK": w.chunk, "LAUNCH_PDL": launch_pdl, "num_warps": 4}
-        _peaks_kernel[(w.chunks, len(logits))](logits, w.masses, logits.stride(0), **flags)
-        _top_kernel[(w.chunks, len(logits))](
-            logits, ids, values, w.arrivals, w.candidates, w.best_tokens, w.masses, n, logits.stride(0), ids.stride(0),
-            values.stride(0),
-            CHUNKS=w.chunks, CHUNKS_PAD=triton.next_power_of_2(w.chunks), TOP_PAD=_TOP_PAD, **flags,
-        )  # fmt: skip
-    return ids, values
 
 
 def check_logits(logits: torch.Tensor, workspace: SamplingWorkspace, *dense: torch.Tensor | None) -> None:

@@ -31,7 +31,8 @@ from paged_kernels.page_copy import copy_pages, make_page_layers
 from paged_kernels.reference import reference
 from paged_kernels.rope_kv import rope_write_kv
 from paged_kernels.row_update import gather_step, update_page_tables, write_tokens
-from paged_kernels.sampling import argmax, logprobs, make_sampling_workspace, sample, top_logprobs
+from paged_kernels.sampling import argmax, logprobs, make_sampling_workspace, sample
+from paged_kernels.top_logprobs import top_logprobs
 from paged_kernels.truncation import truncation_thresholds
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
 
