@@ -16,7 +16,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from paged_client.errors import UnreachableError, UnsupportedError, error_of
-from paged_client.grpc_transport import Outputs, rpc_error_of
+from paged_client.grpc_transport import CHANNEL_OPTIONS, Outputs, rpc_error_of
 from paged_client.question import Question
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ _SERVICE = "/inference.GRPCInferenceService"
 _END_SECONDS = 5.0  # for the server to end a stream whose request is over
 _READY_SECONDS = 5.0  # for the server to say whether it is
 _RESTRICTED = "This protocol is restricted"  # Triton Server's words, with --grpc-restricted-protocol
-# between attempts to connect, where somebody waits for a server to come back: two minutes by default
-_BACKOFF_MS = 1000
-_MAX_MESSAGE_BYTES = 2**31 - 1  # as tritonclient has it
 # KServe's names of types → struct's
 _FORMATS = {"BOOL": "?", "INT32": "i", "UINT32": "I", "INT64": "q", "UINT64": "Q", "FP32": "f", "FP64": "d"}
 
@@ -126,22 +123,16 @@ class AsyncGrpcTransport:
 
 def _channel_options(keepalive_seconds: float | None) -> list[tuple[str, int]]:
     """None: nobody asks whether a server is there."""
-    lengths = [
-        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ]
     if keepalive_seconds is None:
-        return lengths
+        return CHANNEL_OPTIONS
     milliseconds = round(1000 * keepalive_seconds)
     return [
-        *lengths,
+        *CHANNEL_OPTIONS,
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
         # a minute by default, and the timeout above counts for nothing then
         ("grpc.http2.ping_timeout_ms", milliseconds),
         ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
-        ("grpc.initial_reconnect_backoff_ms", _BACKOFF_MS),
-        ("grpc.max_reconnect_backoff_ms", _BACKOFF_MS),
     ]
 
 

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 Outputs = dict[str, list[Any]]
 _READY_SECONDS = 5.0  # for the server to say whether it is
+_BACKOFF_MS = 1000
+_MAX_MESSAGE_BYTES = 2**31 - 1  # as tritonclient has it
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # between attempts to connect, where somebody waits for a server to come back: two minutes by default
+    ("grpc.initial_reconnect_backoff_ms", _BACKOFF_MS),
+    ("grpc.max_reconnect_backoff_ms", _BACKOFF_MS),
+]
 
 
 class GrpcTransport:
@@ -57,7 +66,11 @@ class GrpcTransport:
         from tritonclient.grpc import InferenceServerClient
 
         with self._lock:
-            return self._free.pop() if self._free else InferenceServerClient(self._address, ssl=self._ssl)
+            return (
+                self._free.pop()
+                if self._free
+                else InferenceServerClient(self._address, ssl=self._ssl, channel_args=CHANNEL_OPTIONS)
+            )
 
     @property
     def address(self) -> str:
