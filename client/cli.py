@@ -148,8 +148,8 @@ class _ServingOptions:
     on_front_end_death: Annotated[
         OnFrontEndDeath,
         typer.Option(
-            help="When a process that callers are connected to dies: exit with code 1, for an orchestrator; or "
-            "restart the server."
+            help="When tritonserver, or a process of its that callers are connected to, dies: exit with code 1, for an "
+            "orchestrator; or restart the server."
         ),
     ] = OnFrontEndDeath.EXIT
 

@@ -17,7 +17,7 @@ from paged_backend.errors import EngineError
 from paged_backend.server import files as server_files
 from paged_backend.server.child import ServerChild
 from paged_backend.server.front_end_watch import FrontEndWatch, num_requests
-from paged_backend.server.log import ServerLog
+from paged_backend.server.log import CRASHES, ServerLog
 from paged_backend.server.ports import Addresses, PortClaim, resolve_host
 from paged_backend.server.scratch import Scratch, sweep
 from paged_backend.tracing import TRACE_HEADERS, asks_for_spans, check_tracing
@@ -55,8 +55,8 @@ class StoppedEarlyError(EngineError):
 
 
 class FrontEndsLostError(EngineError):
-    """Front ends died, and so the server that nobody stopped has ended. Another one may be started, which answers at
-    the same addresses.
+    """Front ends died, or tritonserver crashed, and so the server that nobody stopped has ended. Another one may be
+    started, which answers at the same addresses.
     """
 
     def __init__(self, message: str, addresses: Addresses) -> None:
@@ -316,11 +316,10 @@ class Server:
 
     def failure(self) -> EngineError:
         """One sentence on why a server that nobody stopped is gone."""
-        return (
-            FrontEndsLostError(self._loss, self.addresses)
-            if self._loss
-            else EngineError(self._log.failure(self.wait() or 0))
-        )
+        exit_code = self.wait() or 0
+        if self._loss is None and -exit_code not in CRASHES:
+            return EngineError(self._log.failure(exit_code))
+        return FrontEndsLostError(self._loss or self._log.failure(exit_code), self.addresses)
 
     def _clean_up(self) -> None:
         """After the child is gone: its processes that lag behind, its folder, its shared memory."""

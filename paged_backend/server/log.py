@@ -21,6 +21,7 @@ _NOT_LOADED = re.compile(r"failed to load '[^']*' version \d+: \w+(?: \w+)*: (?P
 _CREATING = re.compile(r"^error: creating server: (?P<why>.*)")
 _OPTION = re.compile(r"unrecognized option '(?P<option>[^']*)'")
 _DRAIN = re.compile(r"Exit timeout expired")
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)  # that a process brings upon itself
 _RECENT_SECONDS = 20.0  # an error that came so shortly before the end is why; the server takes some seconds to leave
 _SERVICE = re.compile(r"failed to start (?P<what>\w+) service: (?P<why>.*?)\"?$")
 
@@ -84,7 +85,7 @@ class ServerLog:
         """tritonserver ended by a fault of its own, and nobody said why: 2.51.0 does so, rarely, when its stubs start
         on an overloaded machine.
         """
-        return -exit_code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) and self._reason() is None
+        return -exit_code in CRASHES and self._reason() is None
 
     def _reason(self) -> str | None:
         """What somebody said about the end, the best source first."""
