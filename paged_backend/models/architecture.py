@@ -237,6 +237,9 @@ def _check_options(config: PreTrainedConfig) -> None:
     head_dim = head_dim_of(config)
     if head_dim % 2 or not head_dim:
         raise EngineError(f"head_dim: {head_dim} is not supported, rotary positions need an even one")
+    value_dim = getattr(config, "v_head_dim", None)
+    if value_dim not in (None, head_dim):
+        raise EngineError(f"v_head_dim: {value_dim} is not supported; supported: {head_dim}, as keys and queries have")
     _check_layer_types(config)
 
 

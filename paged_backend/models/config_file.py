@@ -127,6 +127,7 @@ class ConfigFile(ConfigKind):
     num_attention_heads: Size = 1
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
+    v_head_dim: Size | None = None  # of values, where it is another than that of keys and queries
     hidden_act: Activation = "silu"
     max_position_embeddings: Length = 1
     original_max_position_embeddings: Length | None = None

@@ -10,38 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from paged_backend.messages import Submit
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.kv_groups import group_layers
+from paged_backend.request import parse_sampling
 from tests import engine_answers
-from tests.bench.geometries import GEOMETRIES
-from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.expert_models import MODELS, save_expert_model
+from tests.oracle import Oracle, random_prompts
 
 LENGTHS = [1, 2, 15, 17, 33, 64, 100, 300, 700]
 MAX_TOKENS = 24
-SHRUNK = {
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "head_dim": 8,
-    "num_attention_heads": 4,
-}
-SHRUNK |= {
-    "num_key_value_heads": 2,
-    "vocab_size": 199,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "mixtral-8x7b": {},
-    "qwen1.5-moe-a2.7b": {"shared_expert_intermediate_size": 40},
-    "qwen3-30b-a3b": {},
-    "glm-4.5-air": {},
-    "minimax-m2": {"rotary_dim": 4},
-    "gpt-oss-20b": {"layer_types": ["sliding_attention", "full_attention"]},
-}
 SETTINGS = {
     "tight pages of 16": {"page_size": 16, "num_pages": 56, "max_batched_tokens": 64},
     "pages of 1, small steps": {"page_size": 1, "num_pages": 1800, "max_batched_tokens": 32, "prefix_cache": False},
@@ -62,23 +42,13 @@ CASES = [
 Case = tuple[Path, list[np.ndarray], list[list[int]]]
 
 
-def shrunk(name: str) -> dict[str, Any]:
-    """The published config of a model with less width and depth, and nothing else changed."""
-    published = {key: value for key, value in GEOMETRIES[name].items() if key not in ("architectures", "model_type")}
-    own = {key: value for key, value in SHRUNK.items() if key in published or key.endswith("_token_id")}
-    return {**published, **own, **MODELS[name], "initializer_range": 0.2}
-
-
 load = partial(engine_answers.load, max_num_sequences=24, max_model_len=760)
 answers = partial(engine_answers.answers, max_tokens=MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    name = request.param
-    folder = save_checkpoint(
-        tmp_path_factory.mktemp("checkpoint"), GEOMETRIES[name]["architectures"][0], **shrunk(name)
-    )
+    folder = save_expert_model(tmp_path_factory.mktemp("checkpoint"), request.param)
     prompts = random_prompts(LENGTHS)
     prompts += [np.concatenate([prompts[-2][:130], prompt[:5]]) for prompt in prompts[2:4]]  # common beginnings
     return folder, prompts, Oracle(folder).greedy(prompts, MAX_TOKENS)
@@ -103,3 +73,29 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path, set
     assert answers(engine, prompts, preempt) == expected  # now with what the first round left in the cache
     assert (engine.stats().prefix_hits > 0) == settings.get("prefix_cache", True)
     assert (engine.stats().num_preemptions > 0) == (settings["page_size"] == 16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Of the likeliest tokens, in steps that mix parts of prompts with single tokens."""
+    folder = save_expert_model(tmp_path / "checkpoint", name)
+    engine = load(folder, tmp_path, page_size=16, max_batched_tokens=64)
+    prompts, params = random_prompts((1, 33, 150)), parse_sampling({"max_tokens": 6, "temperature": 0, "logprobs": 20})
+    for request_id, prompt in enumerate(prompts):
+        engine.submit(Submit(request_id, prompt.tobytes(), params, (), "", 1e18))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    tops: list[list[dict[int, float]]] = [[] for _ in prompts]
+    while not engine.idle:
+        for output in engine.step():
+            pairs = zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True)
+            for entry, (request_id, token) in enumerate(pairs):
+                tokens[request_id].append(token)
+                tops[request_id].append(output.top_logprobs[entry])
+    oracle = Oracle(folder)
+    for prompt, answer, found in zip(prompts, tokens, tops, strict=True):
+        assert len(answer) == 6
+        truth = oracle.logits([*prompt.tolist(), *answer])[len(prompt) - 1 : -1].log_softmax(-1)
+        for expected, top in zip(truth, found, strict=True):
+            ids = list(top)
+            assert len(ids) == 20
+            torch.testing.assert_close(torch.tensor([top[i] for i in ids]), expected[ids], rtol=0, atol=1e-4)

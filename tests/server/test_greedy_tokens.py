@@ -16,6 +16,7 @@ import pytest
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.kv_groups import group_layers
 from paged_backend.server.launch import Server, ServerSettings
+from tests.expert_models import MODELS, save_expert_model
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import CONFIGS, save_published
 from tests.server.calls import run_all, wait_for_metrics
@@ -142,16 +143,29 @@ def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_
     """Beyond sliding windows and original lengths; of longrope only beyond, since max_model_len decides for all
     sequences.
     """
-    folder = save_published(tmp_path, name)
     original = CONFIGS[name].get("original_max_position_embeddings", 1024)
     lengths = [700, 1, 15, 16, 17, 64, 65, 129, 333, 40, 41, 42]
     prompts = random_prompts([length for length in lengths if original > MAX_MODEL_LEN or length > original])
     prompts += [np.concatenate([prompts[0][:300], prompt[:9]]) for prompt in prompts[1:4]]  # common beginnings
+    check_family(name, list(CONFIGS).index(name), save_published(tmp_path, name), prompts)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "qwen3-30b-a3b" else pytest.mark.long) for name in MODELS]
+)
+def test_greedy_tokens_of_every_family_with_experts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    prompts = random_prompts([700, 1, 15, 16, 17, 64, 65, 129, 333, 40, 41, 42])
+    prompts += [np.concatenate([prompts[0][:300], prompt[:9]]) for prompt in prompts[1:4]]  # common beginnings
+    check_family(name, list(MODELS).index(name), save_expert_model(tmp_path, name), prompts)
+
+
+def check_family(name: str, number: int, folder: Path, prompts: Sequence[np.ndarray]) -> None:
+    """number: which tunables it takes."""
     oracle = Oracle(folder)
     expected = (
         oracle.greedy(prompts[:1], 60) + oracle.greedy(prompts[1:6], LONG) + oracle.greedy(prompts[6:], MAX_TOKENS)
     )
-    check_server(Case(name, *TUNABLES[list(CONFIGS).index(name) % len(TUNABLES)]), folder, prompts, expected, lead=6)
+    check_server(Case(name, *TUNABLES[number % len(TUNABLES)]), folder, prompts, expected, lead=6)
 
 
 def check_server(

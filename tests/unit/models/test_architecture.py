@@ -55,6 +55,7 @@ def write(folder: Path, **options: Any) -> Path:
         ({"layer_types": ["full_attention"]}, ["layer_types"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ({"head_dim": 15}, ["head_dim", "15"]),
+        ({"v_head_dim": 8}, ["v_head_dim", "8", "keys and queries"]),
         ({"vocab_size": "many"}, ["vocab_size", '"many"']),
         ({"vocab_size": 4_000_000_000}, ["vocab_size", "4000000000"]),
         ({"vocab_size": True}, ["vocab_size", "true"]),

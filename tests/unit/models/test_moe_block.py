@@ -10,10 +10,12 @@ import torch
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.moe import MoeMlp
 from paged_backend.models.layer_spec import AttentionSpec, Branch, LayerSpec, MoeSpec
-from paged_kernels.experts import Routing
+from paged_kernels.codes import dequantise
+from paged_kernels.experts import MXFP4, Gate, Routing
+from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.reference import reference
-from tests.expert_cases import written_out
+from tests.expert_cases import expert_layer, quantised, written_out
 
 HIDDEN = 16
 BRANCHES = {
@@ -50,3 +52,19 @@ def test_the_answer_joins_the_stream_as_the_branch_says(branch: Branch, shared_s
 
     at = ForwardPass(reference, reference, cast(Any, None), {})
     torch.testing.assert_close(block.forward(x.clone(), at), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_chosen_experts_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CPU serves gpt-oss: what nobody chose is not touched, and an expert that many chose is unpacked once."""
+    plain = expert_layer(6, 64, 32, Routing(2, "softmax"), Gate(), bias=False)
+    experts, unpacked = quantised(plain, MXFP4), list[int]()
+
+    def counted(linear: Linear) -> torch.Tensor:
+        unpacked.append(linear.num_rows)
+        return dequantise(linear)
+
+    monkeypatch.setattr("paged_kernels.reference_experts.dequantise", counted)
+    x, expert_ids = torch.randn(9, 64), torch.tensor([[4, 1]] * 8 + [[1, 3]], dtype=torch.int32)
+    found = reference.add_experts(x, expert_ids, torch.full((9, 2), 0.5), experts, torch.zeros_like(x))
+    assert unpacked == [64, 64] * 3
+    assert not torch.equal(found[0], found[8])

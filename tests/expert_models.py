@@ -1,0 +1,45 @@
+"""Models with experts: configs with the keys and options of the published ones, cut down in width and depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.bench.geometries import GEOMETRIES
+from tests.oracle import save_checkpoint
+
+SHRUNK = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+}
+SHRUNK |= {
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {},
+    "qwen1.5-moe-a2.7b": {"shared_expert_intermediate_size": 40},
+    "qwen3-30b-a3b": {},
+    "glm-4.5-air": {},
+    "minimax-m2": {"rotary_dim": 4},
+    "gpt-oss-20b": {"layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def shrunk(name: str) -> dict[str, Any]:
+    """The published config of a model with less width and depth, and nothing else changed."""
+    published = {key: value for key, value in GEOMETRIES[name].items() if key not in ("architectures", "model_type")}
+    own = {key: value for key, value in SHRUNK.items() if key in published or key.endswith("_token_id")}
+    return {**published, **own, **MODELS[name], "initializer_range": 0.2}
+
+
+def save_expert_model(folder: Path, name: str) -> Path:
+    """A random checkpoint of one of MODELS."""
+    return save_checkpoint(folder, GEOMETRIES[name]["architectures"][0], **shrunk(name))
