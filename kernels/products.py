@@ -25,7 +25,9 @@ from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.round_rows import round_rows
 
-_FEW_TOKENS = 64  # up to which an fp8 weight is multiplied without rounding activations; other formats: MAX_TOKENS
+# Up to which an fp8 weight is multiplied without rounding activations, which the 8-bit products of many tokens want:
+# measured on an H200, tests/bench/bench_linear.py --formats. Other formats: quant_linear.MAX_TOKENS.
+_FEW_TOKENS = {"rows": 16, "blocks": 64}
 
 
 class Products:
@@ -90,10 +92,10 @@ class Products:
     ) -> Tensor:
         pdl, num_tokens = self._pdl, len(x)
         has_fp8_product = _has_fp8_product(x, linear)
-        most = _FEW_TOKENS if has_fp8_product else quant_linear.MAX_TOKENS
+        kind = "blocks" if linear.format.block[1] else "rows"
+        most = _FEW_TOKENS[kind] if has_fp8_product else quant_linear.MAX_TOKENS
         few = num_tokens <= most and quant_linear.reaches(linear)
-        # one token: tensor cores, of whose operand it fills an eighth, still have less to do than sums in registers
-        vector = num_tokens == 1 and not quant_linear.is_packed(x, linear)
+        vector = num_tokens == 1 and quant_linear.sums_in_registers(x, linear, gated)
         # which takes the norm in
         rounds = not few and norm_before is not None and norm_before.is_plain and has_fp8_product
         if norm_before is not None and (norm_before.centred or norm_before.bias is not None or not (vector or rounds)):

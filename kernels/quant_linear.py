@@ -331,7 +331,7 @@ def quant_narrow_shape(num_tokens: int, num_rows: int, row_bytes: int, nibbles: 
     """
     rows, warps, block = (32, 2, 128) if num_tokens <= 16 else (64, 4, 64 if nibbles else 128)
     tiles, split = triton.cdiv(num_rows, rows), 1
-    while tiles * split < 1280 // warps and row_bytes // (split * 2) >= 512 and split < _MAX_SPLIT:
+    while tiles * split < (640 if num_tokens <= 16 else 128) and row_bytes // (split * 2) >= 512 and split < _MAX_SPLIT:
         split *= 2
     return QuantNarrowShape(rows, block, split, stages=4, num_warps=warps, fetch=4 if num_tokens <= 16 else 0)
 
@@ -342,6 +342,16 @@ def reaches(linear: Linear) -> bool:
     """
     group = linear.format.block[1]
     return linear.format.codes in CODE_OF and (group == 0 or (group >= 16 and group & (group - 1) == 0))
+
+
+def sums_in_registers(x: torch.Tensor, linear: Linear, gated: bool) -> bool:
+    """Whether quant_vector_linear is the faster one for a token: on an H200 it is not where the conversion of numbers
+    takes most of the time, nor where tensor cores, of whose operand one token fills an eighth, have rows enough to
+    need no sums of parts.
+    """
+    if not is_packed(x, linear) or linear.format.codes == "fp4":
+        return True
+    return linear.format.codes == "fp8" and linear.num_rows // (2 if gated else 1) < 32 * 132
 
 
 def is_packed(x: torch.Tensor, linear: Linear) -> bool:
