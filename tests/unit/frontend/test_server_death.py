@@ -75,3 +75,22 @@ def test_signals_to_the_whole_group_end_no_watch(three: _Three) -> None:
         three.watch.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         three.watch.wait(0.5)
+
+
+@pytest.mark.parametrize("server", ["gone", "there"])
+def test_a_front_end_whose_server_was_gone_before_it_looked_ends_at_once(server: str) -> None:
+    """Its parent is another process by then; the stub's command line names the server."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    pid = str(ended.pid if server == "gone" else os.getpid())
+    code = "from paged_backend.frontend.server_death import end_with_server; end_with_server(); print('lives')"
+    stub = subprocess.run(
+        ["triton_python_backend_stub", "-c", code, "1048576", "1048576", pid],
+        executable=sys.executable,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (stub.returncode, stub.stdout) == ((1, "") if server == "gone" else (0, "lives\n")), stub.stderr
