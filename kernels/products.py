@@ -3,9 +3,9 @@ it.
 
 One row: a matrix-vector kernel, with the norm before and everything behind in the same launch. Few rows: a kernel that
 reads each weight once. Many: cuBLAS. Quantised weights are read as they are stored by one row and by few
-(quant_linear.py). For many rows fp8 goes to 8-bit tensor cores, and activations are rounded in the launch of the norm:
-cuBLASLt where a row has one scale, block_linear.py where blocks have; others are dequantised into 16 bits before
-cuBLAS.
+(quant_vector.py, quant_linear.py). For many rows fp8 goes to 8-bit tensor cores, and activations are rounded in the
+launch of the norm: cuBLASLt where a row has one scale, block_linear.py where blocks have; others are dequantised into
+16 bits before cuBLAS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paged_kernels import activation as activations
-from paged_kernels import norm, quant_linear, small_linear
+from paged_kernels import norm, quant_linear, quant_vector, small_linear
 from paged_kernels.block_linear import GROUP, block_linear
 from paged_kernels.codes import dequantise
 from paged_kernels.dequantise import dequantised
@@ -108,7 +108,7 @@ class Products:
                 "out": out if residual is None else residual,
             }
             if vector:
-                return quant_linear.quant_vector_linear(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
+                return quant_vector.quant_vector_linear(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
             return quant_linear.quant_narrow_linear(x, linear, workspace=self._workspace, launch_pdl=pdl, **behind)
         if has_fp8_product:
             result = self._fp8(x, linear, norm_before, None if gated else residual, None if gated else out)

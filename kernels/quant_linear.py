@@ -1,10 +1,11 @@
 """Products of few tokens with a quantised weight: its numbers are read as they are stored and become floats in
 registers. Activations are not rounded.
 
-`quant_vector_linear` takes one token, `quant_narrow_linear` up to 256: as the two of small_linear.py, with the same
-companions in the same launch. With so few tokens a product takes the time in which the weight is read, so that a format
-is as much faster as it has fewer bytes; and rounding activations, which 8-bit tensor cores need, would gain nothing.
-Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive columns, and the high ones too.
+`quant_narrow_linear` takes up to 256 tokens, `quant_vector_linear` (quant_vector.py) one: as the two of
+small_linear.py, with the same companions in the same launch. With so few tokens a product takes the time in which the
+weight is read, so that a format is as much faster as it has fewer bytes; and rounding activations, which 8-bit tensor
+cores need, would gain nothing. Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive
+columns, and the high ones too.
 
 Formats that are not read here: groups that are no power of two. Sums are float32; in `quant_narrow_linear` numbers
 times the scale of their group are rounded to x's type before they are multiplied, scales of whole rows come after the
@@ -22,130 +23,16 @@ import triton.language as tl
 from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
-from paged_kernels.norm_value import Norm
-from paged_kernels.quant_tile import CODE_OF, INT4, floats, numbers, scaled_numbers
+from paged_kernels.quant_tile import CODE_OF, INT4, numbers, scaled_numbers
 from paged_kernels.small_linear import LinearWorkspace, fetch_lines, leave_part, sum_of_parts
 
 _MAX_SPLIT = 16
 MAX_TOKENS = 256  # of quant_narrow_linear
 TOKENS_AT_ONCE = 64  # of one of its programs
-_LANES = 16  # bytes of the weight that a thread sums before it scales
 
 
 @triton.jit
-def _dot(
-    w,
-    low,
-    high,
-    sums,
-    scale,
-    zero,
-    CODES: tl.constexpr,
-    GROUPED: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Sums of LANES bytes each of a tile of the weight [ROWS, PARTS * LANES] times the token: [ROWS, PARTS] float32."""
-    if CODES >= INT4:
-        product = floats(w & 15, CODES) * low[None, :] + floats(w >> 4, CODES) * high[None, :]
-    else:
-        product = floats(w, CODES) * low[None, :]
-    total = tl.sum(tl.reshape(product, (ROWS, PARTS, LANES)), 2)
-    total -= zero * sums[None, :]
-    if GROUPED:
-        total *= scale
-    return total
-
-
-@kernel
-def _vector_kernel(
-    x, norm_weight, weight, scale, zero, row_scale, bias, residual, out, eps,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
-    ROW_SCALES: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
-):  # fmt: skip
-    """N rows of the result, from N (GATED: 2 N) rows of the weight. K and BLOCK are in bytes of a row, GROUP in bytes
-    that share a scale.
-    """
-    pdl_release(LAUNCH_PDL)
-    PARTS: tl.constexpr = BLOCK // LANES
-    NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column, part = tl.arange(0, BLOCK), tl.arange(0, PARTS) * LANES
-    there = (row < N)[:, None]
-    at = weight + (row.to(tl.int64) * K)[:, None] + column[None, :]
-    groups = (row // BLOCK_ROWS * NUM_GROUPS)[:, None]
-    up_groups = ((row + N) // BLOCK_ROWS * NUM_GROUPS)[:, None]
-    mask = there & (column < K)[None, :]
-    next_w = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-    next_u = next_w
-    if GATED:
-        next_u = tl.load(at + N * K, mask=mask, other=0.0, eviction_policy="evict_first")
-    pdl_wait(LAUNCH_PDL)
-
-    total = tl.zeros([ROWS, PARTS], tl.float32)
-    total_u = tl.zeros([ROWS, PARTS], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, K, BLOCK):
-        w, u = next_w, next_u
-        inside = begin + column < K
-        low_at = begin + column
-        if CODES >= INT4:
-            low_at = (begin + column) // GROUP * (2 * GROUP) + (begin + column) % GROUP
-        low = tl.load(x + low_at, mask=inside, other=0.0).to(tl.float32)
-        high = low
-        if CODES >= INT4:
-            high = tl.load(x + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            squares += low * low
-            factor = tl.load(norm_weight + low_at, mask=inside, other=0.0).to(tl.float32)
-            low *= factor + 1.0 if PLUS_ONE else factor
-            if CODES >= INT4:
-                squares += high * high
-                factor = tl.load(norm_weight + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
-                high *= factor + 1.0 if PLUS_ONE else factor
-        sums = tl.zeros([PARTS], tl.float32)
-        if ZEROS or (MIDDLE != 0.0):
-            sums = tl.sum(tl.reshape(low + high if CODES >= INT4 else low, (PARTS, LANES)), 1)
-        group = ((begin + part) // GROUP)[None, :]
-        scaled = there & (begin + part < K)[None, :]
-        s, z, up_s, up_z = 1.0, MIDDLE, 1.0, MIDDLE
-        if GROUPED:
-            s = tl.load(scale + groups + group, mask=scaled, other=0.0).to(tl.float32)
-            if GATED:
-                up_s = tl.load(scale + up_groups + group, mask=scaled, other=0.0).to(tl.float32)
-        if ZEROS:
-            z = tl.load(zero + groups + group, mask=scaled, other=0).to(tl.float32)
-            if GATED:
-                up_z = tl.load(zero + up_groups + group, mask=scaled, other=0).to(tl.float32)
-        mask = there & (begin + BLOCK + column < K)[None, :]
-        next_w = tl.load(at + begin + BLOCK, mask=mask, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            next_u = tl.load(at + N * K + begin + BLOCK, mask=mask, other=0.0, eviction_policy="evict_first")
-        total += _dot(w, low, high, sums, s, z, CODES, GROUPED, ROWS, PARTS, LANES)
-        if GATED:
-            total_u += _dot(u, low, high, sums, up_s, up_z, CODES, GROUPED, ROWS, PARTS, LANES)
-
-    result = tl.sum(total, 1)
-    up = tl.sum(total_u, 1)
-    if NORM:
-        shrink = tl.rsqrt(tl.sum(squares, 0) / (K * (2 if CODES >= INT4 else 1)) + eps)
-        result *= shrink
-        up *= shrink
-    result = _finished(result, row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
-    if GATED:
-        result = activated(result, ACTIVATION) * _finished(
-            up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS
-        )
-    if ADD:
-        result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
-
-
-@triton.jit
-def _finished(
+def finished(
     total, row, there, scale, row_scale, bias, GROUPED: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr
 ):
     """A sum [ROWS] or [ROWS, TOKENS] of a product with what belongs to its rows: scales and bias. row and there are of
@@ -280,9 +167,9 @@ def _narrow_kernel(
     if last:
         if SPLIT > 1:
             total, total_u = sum_of_parts(place, partials, arrivals, tile, ROWS, TOKENS, SPLIT, GATED)
-        result = _finished(total, row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
+        result = finished(total, row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
         if GATED:
-            result = activated(result, ACTIVATION) * _finished(
+            result = activated(result, ACTIVATION) * finished(
                 total_u, N + row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS
             )
         wanted = there & (token < num_tokens)[None, :]
@@ -291,15 +178,6 @@ def _narrow_kernel(
                 tl.float32
             )
         tl.store(out + row[:, None] + (token * out_stride)[None, :], result.to(out.dtype.element_ty), mask=wanted)
-
-
-@dataclass(frozen=True)
-class QuantVectorShape:
-    """How quant_vector_linear divides its work: rows of the result per program, bytes of a row at once, warps."""
-
-    rows: int
-    block: int
-    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -314,14 +192,6 @@ class QuantNarrowShape:
     stages: int
     num_warps: int
     fetch: int = 0
-
-
-def quant_vector_shape(num_rows: int, row_bytes: int, gated: bool) -> QuantVectorShape:
-    """As many bytes in flight as small_linear.vector_shape has of bfloat16. Not measured on a card yet:
-    tests/bench/bench_linear.py --formats --sweep.
-    """
-    block = min(2048, max(256, triton.next_power_of_2(row_bytes)))
-    return QuantVectorShape(rows=2 if gated else 4, block=block, num_warps=8 if block >= 2048 else 4)
 
 
 def quant_narrow_shape(num_tokens: int, num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
@@ -375,43 +245,6 @@ def format_constants(linear: Linear) -> dict[str, int | bool | float]:
     }
 
 
-def quant_vector_linear(
-    x: torch.Tensor, linear: Linear, *, norm: Norm | None = None, gated: bool = False, activation: str = "silu",
-    residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantVectorShape | None = None,
-    launch_pdl: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """out = residual + gate(W . norm(x) + bias) for one token; each of norm, gate, bias and residual only if asked for.
-    W: what the linear means.
-
-    x: [1, K], linear: N rows, or 2 N if gated (rows of the gate, then of what it lets through), K columns; gate:
-    activation(first) * second;
-    norm: an RMS norm of [K] without bias; residual, out: [1, N], out may be residual.
-    x's floating dtype is that of all but the linear's weight and scales; sums in float32, rounded at the end.
-    launch_pdl: begin while the kernel before drains; reads nothing but weights before that kernel is complete.
-    Raises ValueError for shapes, strides, dtypes or formats that do not fit.
-    """
-    num_rows = linear.num_rows // 2 if gated else linear.num_rows
-    out = x.new_empty(1, num_rows) if out is None else out
-    _check(x, linear, residual, out, num_rows, 1)
-    row_bytes = linear.weight.shape[1]
-    shape = shape or quant_vector_shape(num_rows, row_bytes, gated)
-    if norm is not None and (norm.centred or norm.bias is not None):
-        raise ValueError("only an RMS norm without bias can be taken in before a product")
-    constants = format_constants(linear)
-    lanes = min(_LANES, int(constants["GROUP"]), shape.block) if linear.format.block[1] else min(_LANES, shape.block)
-    _vector_kernel[(triton.cdiv(num_rows, shape.rows),)](
-        x, x if norm is None else norm.weight, linear.weight, linear.scale,
-        linear.scale if linear.zero is None else linear.zero,
-        linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias,
-        x if residual is None else residual,
-        out, 0.0 if norm is None else norm.eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block,
-        LANES=lanes, **constants, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated,
-        ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
-        num_warps=shape.num_warps,
-    )  # fmt: skip
-    return out
-
-
 def quant_narrow_linear(
     x: torch.Tensor, linear: Linear, *, workspace: LinearWorkspace, gated: bool = False, activation: str = "silu",
     residual: torch.Tensor | None = None, out: torch.Tensor | None = None, shape: QuantNarrowShape | None = None,
@@ -425,7 +258,7 @@ def quant_narrow_linear(
     num_tokens, row_bytes = len(x), linear.weight.shape[1]
     num_rows = linear.num_rows // 2 if gated else linear.num_rows
     out = x.new_empty(num_tokens, num_rows) if out is None else out
-    _check(x, linear, residual, out, num_rows, MAX_TOKENS)
+    check_product(x, linear, residual, out, num_rows, MAX_TOKENS)
     shape = shape or quant_narrow_shape(num_tokens, num_rows, row_bytes, linear.format.nibbles, gated)
     tiles, tokens = triton.cdiv(num_rows, shape.rows), min(TOKENS_AT_ONCE, max(8, triton.next_power_of_2(num_tokens)))
     split = shape.split if num_tokens <= TOKENS_AT_ONCE and tiles <= len(workspace.arrivals) else 1
@@ -446,9 +279,10 @@ def quant_narrow_linear(
     return out
 
 
-def _check(
+def check_product(
     x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor, num_rows: int, max_tokens: int
 ) -> None:
+    """Raises ValueError if they do not fit each other or these kernels."""
     num_tokens, num_columns = x.shape
     if not reaches(linear):
         raise ValueError(f"{linear.format} is not read by these kernels")

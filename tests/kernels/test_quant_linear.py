@@ -16,11 +16,10 @@ from paged_kernels.linear import Format, Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.quant_linear import (
     QuantNarrowShape,
-    QuantVectorShape,
     quant_narrow_linear,
-    quant_vector_linear,
     reaches,
 )
+from paged_kernels.quant_vector import QuantVectorShape, quant_vector_linear
 from paged_kernels.small_linear import make_linear_workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
