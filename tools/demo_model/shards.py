@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tools.demo_model.chat import Conversation, Dialogue, Weight
+from tools.demo_model.chat import THINK, Conversation, Dialogue, Weight
 from tools.demo_model.generator import conversations
 from tools.demo_model.mixture import mixture
 from tools.demo_model.vocabulary import BOS_ID, EOS_ID, role_ids, train_tokenizer
@@ -68,7 +68,10 @@ def encoded(tokenizer: Tokenizer, found: Iterable[Conversation | Dialogue]) -> I
         row = [BOS_ID]
         for turn in each.turns:
             row.append(_with(roles[turn.role], Weight.GIVEN))
-            row += _weighed(next(ids), turn.weight)
+            written = _weighed(next(ids), turn.weight)
+            if turn.text.startswith(THINK):  # the prompt opens the thought: whether to think is not the model's choice
+                written[0] = _with(written[0] & (1 << ID_BITS) - 1, Weight.NONE)
+            row += written
             row.append(_with(EOS_ID, turn.weight))
         yield row
 

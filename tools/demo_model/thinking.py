@@ -16,6 +16,7 @@ from tools.demo_model.chat import EOS, Answer, Dialogue, Exchange, Style, Turn, 
 from tools.demo_model.generator import conversation
 from tools.demo_model.phrasing import enumeration
 from tools.demo_model.smalltalk import PUZZLED, SORRY, UNTOLD, manner
+from tools.demo_model.tools_offered import strange_word
 from tools.demo_model.world import Split, World, is_allowed
 
 _OTHER_FORMS = (("given", "notes", "letter", "paper", "memory", "talk", "tasks", "told"), (4, 3, 2, 2, 3, 3, 3, 1))
@@ -198,7 +199,7 @@ def boxes(world: World) -> Problem:
 
 def letter_count(world: World) -> Problem:
     """How often a letter comes in a word."""
-    word = world.made_up_name().lower() if world.chance(0.4) else world.rng.choice(words.PLAIN_WORDS)
+    word = strange_word(world) if world.chance(0.5) else world.rng.choice(words.PLAIN_WORDS)
     if world.chance(0.25):
         word += world.rng.choice(words.PLAIN_WORDS)
     letter = world.rng.choice(word) if world.chance(0.85) else world.rng.choice("abcdefghijklmnoprstuvw")
@@ -224,7 +225,7 @@ def letter_count(world: World) -> Problem:
 
 
 def length(world: World) -> Problem:
-    word = world.made_up_name().lower() if world.chance(0.4) else world.rng.choice(words.PLAIN_WORDS)
+    word = strange_word(world) if world.chance(0.5) else world.rng.choice(words.PLAIN_WORDS)
     steps = ", ".join(f"{each} {at}" for at, each in enumerate(word, 1))
     question = world.rng.choice(
         ("How many letters has the word {}?", "How many letters are in {}?", "How long is the word {}?")

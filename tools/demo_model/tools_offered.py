@@ -13,6 +13,10 @@ from tools.demo_model import words
 from tools.demo_model.phrasing import write
 from tools.demo_model.world import World, is_allowed
 
+_BEGINNINGS = (*"bcdfghjklmnprstvwyz", "ch", "sh", "th", "st", "br", "cl", "fr", "gr", "pl", "tr", "sc", "qu", "", "")
+_VOWELS = (*"aeiou" * 3, "ee", "oo", "ai", "ea", "ou", "y")
+_ENDS = (*"nrstlmdk", "rry", "ng", "ck", "sh", "st", "ll", "w", "x", "", "", "", "")
+
 Value = Any  # of JSON
 Draw = Callable[[World, str], Value]  # (world, the subject for which it is drawn)
 
@@ -74,13 +78,26 @@ def of(category: str) -> Draw:
     """A word of a category; one in seven is made up, so that copying is learned."""
 
     def draw(world: World, subject: str) -> Value:
-        if world.chance(0.15):
-            return world.made_up_name()
-        if world.chance(0.05):
-            return f"{world.rng.choice(('New', 'San', 'Old', 'Port', 'Saint', 'North'))} {world.made_up_name()}"
+        if world.chance(0.2):
+            return strange_word(world).capitalize() if world.chance(0.6) else world.made_up_name()
+        if world.chance(0.08):
+            first = world.rng.choice(("New", "San", "Old", "Port", "Saint", "North", strange_word(world).capitalize()))
+            return f"{first} {strange_word(world).capitalize()}"
         return world.pick(f"tool {subject}", category)
 
     return draw
+
+
+def strange_word(world: World) -> str:
+    """A word of any letters: made-up names have 43 syllables, which can be learned by heart, and these cannot."""
+    while True:
+        syllables = (
+            world.rng.choice(_BEGINNINGS) + world.rng.choice(_VOWELS) + world.rng.choice(_ENDS)
+            for _ in range(world.rng.randint(1, 3))
+        )
+        word = "".join(syllables)
+        if len(word) > 2 and is_allowed(word, world.split):
+            return word
 
 
 def strictly(category: str) -> Draw:
@@ -351,7 +368,7 @@ _VALUES: tuple[Draw, ...] = (
 def any_lookup(world: World) -> Kind:
     """One attribute of one sort of thing: tools that nobody has seen before are mostly of this shape."""
     subject, names, draw = world.rng.choice(_SUBJECTS)
-    attribute = world.made_up_name().lower() if world.chance(0.2) else world.rng.choice(_ATTRIBUTES)
+    attribute = strange_word(world) if world.chance(0.3) else world.rng.choice(_ATTRIBUTES)
     if world.chance(0.15):
         attribute = f"{world.rng.choice(words.TRAITS)} {attribute}"
     noun = attribute.replace(" ", "_")
@@ -458,7 +475,7 @@ _DEEDS = [
 def any_action(world: World) -> Kind:
     """Something done to something."""
     subject, names, draw = world.rng.choice(_SUBJECTS)
-    deed = world.made_up_name().lower() if world.chance(0.15) else world.rng.choice(_DEEDS)
+    deed = strange_word(world) if world.chance(0.25) else world.rng.choice(_DEEDS)
     parameter = Parameter("x", names, draw, "integer" if subject == "number" else "string", about=f"The {subject}")
     return _action(f"any {deed}", deed, f"{subject} the_{subject} {subject}_now {subject}_by_name", f"[{deed} a|Used to {deed} a|Can {deed} the] {{p}}.",
                    f"[[Please|] {deed} {{x}}.|[Could|Can] you {deed} {{x}}?|I want to {deed} {{x}}.]", "Done.", parameter)  # fmt: skip

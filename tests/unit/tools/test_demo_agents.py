@@ -180,6 +180,15 @@ def test_only_a_dialogues_own_answers_count_fully(tokenizer: Tokenizer, with_too
             assert role == "assistant"
 
 
+def test_whether_to_think_is_not_learned(tokenizer: Tokenizer, with_thoughts: list[Dialogue]) -> None:
+    opener = tokenizer.token_to_id(THINK)
+    for row in encoded(tokenizer, with_thoughts[:40]):
+        ids = token_ids(np.array(row, np.int16)).tolist()
+        assert [value >> ID_BITS for value, token in zip(row, ids, strict=True) if token == opener] == [
+            Weight.NONE.value
+        ]
+
+
 def test_the_mixture_has_all_three(tokenizer: Tokenizer) -> None:
     stream = mixture("agents", "0", Split.TRAIN)
     some = [next(stream) for _ in range(300)]
