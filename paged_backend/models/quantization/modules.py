@@ -63,10 +63,9 @@ class QuantisedModule:
         for name, kind in self.stored.items():
             if name in tensors:
                 _check_numbers(name, kind, tensors[name])
+        stored = {name[len(self.name) + 1 :]: tensor for name, tensor in tensors.items()}
         try:
-            part = self._own(
-                self.scheme.read({name[len(self.name) + 1 :]: tensor for name, tensor in tensors.items()}, *self.shape)
-            )
+            part = self._rounded(stored) if self._rounds_its_part else self._own(self.scheme.read(stored, *self.shape))
         except ValueError as error:
             raise EngineError(f"checkpoint: tensor {self.name}.{error}") from None
         self._place(part)
@@ -80,6 +79,17 @@ class QuantisedModule:
         if part.input_scale is not None:
             part.input_scale.fill_(0.05)
         self._place(part)
+
+    @property
+    def _rounds_its_part(self) -> bool:
+        """Whether this rank's part is floats in other groups than the whole would be in: then it is rounded alone."""
+        formats = (self.scheme.format(columns) for columns in (self.shape[1], self.linear.num_columns))
+        return self.scheme.rounds and len({format.block for format in formats}) > 1
+
+    def _rounded(self, stored: Mapping[str, Tensor]) -> Linear:
+        assert self.cut is not None
+        own = {name: tensor[self.cut.slices] for name, tensor in stored.items()}
+        return self.scheme.read(own, self.num_rows, self.linear.num_columns)
 
     def _own(self, whole: Linear) -> Linear:
         """This rank's part of a module.

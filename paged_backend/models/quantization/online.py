@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ INT4_GROUP = 128
 @dataclass(frozen=True)
 class OnlineFp8(Scheme):
     """A scale a row, chosen for its greatest magnitude; activations per token."""
+
+    rounds: ClassVar[bool] = True
 
     @property
     def words(self) -> str:

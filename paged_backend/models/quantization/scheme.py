@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class StoredKind:
 @dataclass(frozen=True)
 class Scheme(ABC):
     """A way to store a module's weight. Its methods take the rows and columns of the weight."""
+
+    rounds: ClassVar[bool] = False  # the checkpoint has floats, which `read` rounds
 
     @property
     @abstractmethod

@@ -139,6 +139,18 @@ def test_a_rank_has_its_part_of_every_expert(name: str, tmp_path: Path) -> None:
     assert torch.equal(torch.cat([matrices(weights, "down") for weights in ranks], 2), matrices(whole, "down"))
 
 
+def test_a_ranks_part_is_rounded_in_groups_that_divide_it(tmp_path: Path) -> None:
+    """192 columns are in groups of 64, and half of them in groups of 32."""
+    folder = save_checkpoint(tmp_path, "Qwen3MoeForCausalLM", **SIZES | {"moe_intermediate_size": 192})
+    architecture = architecture_of(folder, quantization="int4")
+    floats = stacked(load_file(folder / "model.safetensors"), "down_proj")
+    for rank in range(2):
+        weights = load(architecture.of_rank(Shard(rank, 2)), folder)
+        part = floats[:, :, 96 * rank : 96 * (rank + 1)]
+        expected = torch.stack([dequantise(quantise(weight, Format("int4", (1, 32)))) for weight in part])
+        assert torch.equal(matrices(weights, "down"), expected)
+
+
 def test_experts_that_are_stored_in_different_ways_are_dequantised(tmp_path: Path) -> None:
     stored, meant = save_experts(tmp_path, "awq-g32")
     tensors, truth = load_file(stored / "model.safetensors"), load_file(meant / "model.safetensors")
