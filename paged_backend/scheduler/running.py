@@ -64,7 +64,9 @@ class RunningSequences:
         self._table_width = -(-limits.max_model_len // limits.page_size)
         self.changes = RowChanges()
         self.runners: list[Sequence] = []  # in the order in which they started; to be looked at only
-        self._rows = np.empty(0, np.int32)  # of the runners, in their order; never written, batches have it
+        self.rows = np.empty(
+            0, np.int32
+        )  # of the runners, in the order in which they started; never written, batches have it
         self._page_size = limits.page_size
 
     def __len__(self) -> int:
@@ -94,7 +96,7 @@ class RunningSequences:
         """The device learns of it with this step's batch."""
         row, spec = self.table.occupy(runner, num_computed), runner.spec
         self.runners.append(runner)
-        self._rows = np.append(self._rows, np.int32(row))
+        self.rows = np.append(self.rows, np.int32(row))
         self.changes.new_rows.append(
             NewRow(
                 row=row,
@@ -120,7 +122,7 @@ class RunningSequences:
         """Takes a sequence's rows and pages."""
         for runner in sequence.runners:
             assert runner.row is not None
-            self._rows = self._rows[self._rows != runner.row]
+            self.rows = self.rows[self.rows != runner.row]
             self.changes.drop(runner.row)
             self.table.vacate(runner)
             self.pages.release(runner.page_table)
@@ -128,15 +130,11 @@ class RunningSequences:
 
     # ---- a step
 
-    def rows(self) -> Int32:
-        """Of the runners, in the order in which they started."""
-        return self._rows
-
     def computable(self) -> tuple[Int32, Int32]:
         """(rows, counts): how many tokens each row could compute now, 0 included, in the order in which they
         started.
         """
-        rows, table = self.rows(), self.table
+        rows, table = self.rows, self.table
         num_tokens = table.num_tokens[rows]
         counts = num_tokens - table.num_computed[rows]
         counts[num_tokens >= table.length_limit[rows]] = 0  # its last token is in flight and need not be computed
@@ -164,7 +162,7 @@ class RunningSequences:
         """Releases pages that windows have left behind: the steps that read them are launched, and come before any that
         may write them.
         """
-        table, rows = self.table, self.rows()
+        table, rows = self.table, self.rows
         for row in rows[table.num_computed[rows] >= table.release_at[rows]].tolist():
             runner = table.sequences[row]
             assert runner is not None
@@ -221,14 +219,14 @@ class RunningSequences:
 
     def live_tokens(self) -> int:
         """Slots of held pages that hold a token, in every group; a page shared by several sequences counts once."""
-        rows, table = self.rows(), self.table
+        rows, table = self.rows, self.table
         unused = int((table.capacity[rows] - np.minimum(table.num_computed[rows], table.capacity[rows])).sum())
         return self.pages.pool.num_held * self._page_size - unused * len(self.pages.windows)
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self.pages.check(runner.page_table for runner in self.runners)
-        assert self._rows.tolist() == [runner.row for runner in self.runners]
+        assert self.rows.tolist() == [runner.row for runner in self.runners]
         for runner in self.runners:
             assert (
                 runner.leader.status is Status.RUNNING
