@@ -64,9 +64,7 @@ class RunningSequences:
         self._table_width = -(-limits.max_model_len // limits.page_size)
         self.changes = RowChanges()
         self.runners: list[Sequence] = []  # in the order in which they started; to be looked at only
-        self.rows = np.empty(
-            0, np.int32
-        )  # of the runners, in the order in which they started; never written, batches have it
+        self.rows = np.empty(0, np.int32)  # of the runners, in their order; never written, batches have it
         self._page_size = limits.page_size
 
     def __len__(self) -> int:
