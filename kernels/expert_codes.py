@@ -87,6 +87,11 @@ def parameters(linear: ExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...
     return linear.weight, *(x if t is None else t for t in (scale, linear.zero, linear.row_scale, linear.bias))
 
 
+def is_packed(x: torch.Tensor, linear: ExpertLinear) -> bool:
+    """Whether four bytes become numbers at once (quant_tile.py): bfloat16 on a GPU, and no format of int8."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and linear.format.codes in ("fp8", "int4", "fp4")
+
+
 def gate_constants(gate: Gate) -> dict[str, object]:
     return {"INTERLEAVED": gate.interleaved, "LIMIT": gate.limit or 0.0, "ALPHA": gate.alpha}
 

@@ -24,23 +24,23 @@ import triton.language as tl
 
 from paged_kernels.expert_codes import (
     FP4,
-    FP4_FACTOR,
     INT4,
-    INT4_OFFSET,
     PLAIN,
     apply_gate,
     check_experts,
     format_constants,
     gate_constants,
+    is_packed,
     load_scales,
     parameters,
-    shifted_floats,
 )
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.grouping import group_by_owner, max_tiles
 from paged_kernels.jit import kernel, pdl_begin, pdl_release, pdl_wait
+from paged_kernels.quant_tile import numbers
 
 _ROWS = 64  # of the weight: what one instruction of the tensor cores takes
+_ROWS_OF_FEW = 32  # packed, for the fewest tokens: two warps, neither makes numbers of what the other has
 _SHARED_BYTES = 108 * 1024  # of a program: two of them share a multiprocessor
 _FEW_TOKENS = tl.constexpr(32)  # of a tile, up to which sums are scaled instead of numbers, if they can be
 _MAX_STAGES = 6
@@ -61,8 +61,6 @@ def _load_of_groups(
     s, z = tl.full(at.shape, 1.0, tl.float32), tl.zeros(at.shape, tl.float32)
     if GROUPED:
         s = load_scales(scale + at, known)
-        if CODES == FP4:
-            s *= FP4_FACTOR
     if ZEROS:
         z = tl.load(zero + at, mask=known, other=0).to(tl.float32)
     return s, z
@@ -78,27 +76,34 @@ def _of_columns(parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _numbers(
-    codes, s, z,
-    CODES: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Codes [ROWS, BLOCK] of bytes or lower halves -> numbers of DTYPE, with their scales if SCALED."""
-    numbers = shifted_floats(codes, CODES)
-    OFFSET: tl.constexpr = MIDDLE + INT4_OFFSET if CODES == INT4 else MIDDLE
+def _scaled(
+    found,
+    s,
+    z,
+    MIDDLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ZEROS: tl.constexpr,
+    EXACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Numbers [ROWS, BLOCK], MIDDLE subtracted -> of DTYPE, less their zeros and times their scales if SCALED. EXACT:
+    the products are numbers of DTYPE, so that nothing is lost if it is what multiplies.
+    """
+    INNER: tl.constexpr = DTYPE if EXACT else tl.float32
+    if ZEROS or SCALED:
+        found = found.to(INNER)
     if ZEROS:
-        numbers -= z + OFFSET
-    elif OFFSET != 0.0:
-        numbers -= OFFSET
+        found = (found + (MIDDLE - z)).to(INNER)
     if SCALED:
-        numbers *= s
-    return numbers.to(DTYPE)
+        found *= s.to(INNER)
+    return found.to(DTYPE)
 
 
 @triton.jit
 def _add_product(
     total, weight, row, there, s, z, low, high, begin,
     K: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
-    MIDDLE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total [ROWS, TOKENS] + a tile of the weight, BLOCK of K numbers or bytes of its rows @ values [BLOCK, TOKENS],
     those that low nibbles or whole numbers multiply, and those that high ones do.
@@ -116,11 +121,13 @@ def _add_product(
             s_wide = _of_columns(s, BLOCK)
         if ZEROS:
             z_wide = _of_columns(z, BLOCK)
-        numbers = _numbers(w & 15 if CODES >= INT4 else w, s_wide, z_wide, CODES, scaled, ZEROS, MIDDLE, low.dtype)
-        found = tl.dot(numbers, low, found, input_precision=PRECISION)
+        MIDDLE: tl.constexpr = 8.0 if CODES == INT4 else 0.0
+        low_w, high_w = numbers(w, CODES - 1, MIDDLE, low.dtype, PACKED)
+        low_w = _scaled(low_w, s_wide, z_wide, MIDDLE, scaled, ZEROS, EXACT, low.dtype)
+        found = tl.dot(low_w, low, found, input_precision=PRECISION)
         if CODES >= INT4:
-            numbers = _numbers(w >> 4, s_wide, z_wide, CODES, scaled, ZEROS, MIDDLE, low.dtype)
-            found = tl.dot(numbers, high, found, input_precision=PRECISION)
+            high_w = _scaled(high_w, s_wide, z_wide, MIDDLE, scaled, ZEROS, EXACT, low.dtype)
+            found = tl.dot(high_w, high, found, input_precision=PRECISION)
         total = total + found * s if later else found
     return total
 
@@ -147,7 +154,7 @@ def _products_kernel(
     STAGES: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
     ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GATED: out[place] = gate(weight . x[token of place]). Otherwise out[pair of place] = its weight * (weight .
     x[place]). K, BLOCK and GROUP are in bytes, or numbers of a plain weight.
@@ -159,6 +166,8 @@ def _products_kernel(
     num_scales: tl.constexpr = SCALE_ROWS * ((K + GROUP - 1) // GROUP)
     SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
     PARTS: tl.constexpr = BLOCK // SHARED
+    # four bits times a power of two or a scale of fp8
+    EXACT: tl.constexpr = CODES == FP4 and scale.dtype.element_ty.primitive_bitwidth == 8
     for item in range(tl.program_id(0), num_tiles * num_blocks, tl.num_programs(0)):
         tile = tiles + (item // num_blocks) * 3
         expert = tl.load(tile).to(tl.int64)
@@ -199,7 +208,7 @@ def _products_kernel(
                     high = tl.load(tokens_at + (at + GROUP)[:, None], mask=inside, other=0.0)
                 total = _add_product(
                     total, of_weight, of_row, there, s, z, low, high, begin,
-                    K, BLOCK, CODES, GROUPED, ZEROS, MIDDLE, PRECISION,
+                    K, BLOCK, CODES, GROUPED, ZEROS, EXACT, PACKED, PRECISION,
                 )  # fmt: skip
                 s, z = next_s, next_z
                 if GATED:
@@ -209,7 +218,7 @@ def _products_kernel(
                     )  # fmt: skip
                     total_up = _add_product(
                         total_up, of_weight, of_up, there, up_s, up_z, low, high, begin,
-                        K, BLOCK, CODES, GROUPED, ZEROS, MIDDLE, PRECISION,
+                        K, BLOCK, CODES, GROUPED, ZEROS, EXACT, PACKED, PRECISION,
                     )  # fmt: skip
                     up_s, up_z = next_s, next_z
             total = _finished(total, of_scale, of_rows, of_bias, of_row, there, CODES, GROUPED, ROW_SCALES, BIAS)
@@ -253,7 +262,7 @@ def _combine_kernel(
 @dataclass(frozen=True)
 class ProductShape:
     """How a grouped product divides its work: tokens of a tile, rows and columns of the weight at once, stages of the
-    pipeline, warps.
+    pipeline, warps; and how many of its programs have room where one of four warps and all stages has.
     """
 
     tokens: int
@@ -261,6 +270,7 @@ class ProductShape:
     block: int
     stages: int
     num_warps: int
+    in_place_of_one: int = 1
 
 
 def product_shape(num_pairs: int, linear: ExpertLinear, *, gated: bool, element_bytes: int = 2) -> ProductShape:
@@ -275,6 +285,8 @@ def product_shape(num_pairs: int, linear: ExpertLinear, *, gated: bool, element_
     tokens = 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 64 or packed else 128
     narrow = tokens >= 64 or element_bytes == 4 or format.nibbles
     block = 64 if narrow else 128
+    if tokens == 16 and format.codes in ("fp8", "int4", "fp4") and element_bytes == 2:
+        return ProductShape(tokens, _ROWS_OF_FEW, block, _MAX_STAGES - 2, 2, in_place_of_one=3)
     values = tokens * block * element_bytes * (2 if format.nibbles else 1)
     weight_bytes = _ROWS * block * (2 if gated else 1) * linear.weight.element_size()
     stages = int(_SHARED_BYTES // (weight_bytes + values))
@@ -338,9 +350,10 @@ def _multiply_tiles(
     order, tiles, weights = grouped
     rows, constants = out.shape[1], gate_constants(gate or Gate())
     items = len(tiles) * triton.cdiv(rows, shape.rows)
-    _products_kernel[(min(items, num_programs),)](
+    _products_kernel[(min(items, num_programs * shape.in_place_of_one),)](
         x, *parameters(linear, x), order, tiles, weights, out, len(tiles), x.stride(0), out.stride(0),
         N=rows, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=shape.block, STAGES=shape.stages,
         GATED=gate is not None,
-        **format_constants(linear), **constants, LAUNCH_PDL=launch_pdl, PRECISION="ieee", num_warps=shape.num_warps,
+        **format_constants(linear), **constants, LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear),
+        PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip

@@ -142,7 +142,12 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
         shape = expert_products.product_shape(num_tokens * top_k, linear, gated=gated)
         constants = {"N": size if gated else hidden, "TOP_K": top_k, "TOKENS": shape.tokens, "ROWS": shape.rows}
         constants |= {"BLOCK": shape.block, "STAGES": shape.stages, "GATED": gated, **_gate(gated and hidden == size)}
-        constants |= {**expert_codes.format_constants(linear), "LAUNCH_PDL": True, "PRECISION": "ieee"}
+        constants |= {
+            **expert_codes.format_constants(linear),
+            "LAUNCH_PDL": True,
+            "PACKED": linear.format.codes in ("fp8", "int4", "fp4"),
+        }
+        constants |= {"PRECISION": "ieee"}
         kernel = expert_products._products_kernel
         found.append((f"{part}, {num_tokens} tokens", kernel, constants, _kinds(linear), shape.num_warps))
     return found
