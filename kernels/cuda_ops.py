@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paged_kernels import activation as activations
-from paged_kernels import logit_edits, lora, page_copy, rope_kv, row_update, sampling, top_logprobs
+from paged_kernels import logit_edits, lora, ngram, page_copy, rope_kv, row_update, sampling, top_logprobs
 from paged_kernels import norm as norms
 from paged_kernels.decode_attention import (
     make_decode_plan,
@@ -48,6 +48,8 @@ class CudaOps(Ops):
     update_page_tables = staticmethod(row_update.update_page_tables)
     gather_step = staticmethod(row_update.gather_step)
     write_tokens = staticmethod(row_update.write_tokens)
+    accept_tokens = staticmethod(row_update.accept_tokens)
+    propose_ngram = staticmethod(ngram.propose_ngram)
     num_tiles = staticmethod(lora.num_tiles)
     num_splits = staticmethod(lora.num_splits)
     add_bias = staticmethod(logit_edits.add_bias)

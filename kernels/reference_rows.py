@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NGRAM_LONGEST, NGRAM_SHORTEST = 8, 2  # tokens that must be alike for what came after them to be a draft
+NGRAM_SEARCHED = 16_384  # of a row's newest tokens: farther back it takes longer than it saves
+
 
 class RowOps:
     """Rows: a running sequence's place in persistent tensors (row_update.py)."""
@@ -37,6 +40,7 @@ class RowOps:
         slot_mapping: Tensor,
         page_table: Tensor,
         seq_lens: Tensor,
+        lengths: Tensor | None = None,
     ) -> None:
         """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position
         starts[s], as tokens offsets[s] ... of the step.
@@ -44,9 +48,13 @@ class RowOps:
         rows, starts, counts, offsets [S]; history [R, H]; page_tables [R, P]. Written: input_ids, positions,
         slot_mapping [T]; seq_lens [S], the tokens after the step; page_table [S, W], the first entries of each row's. A
         row of -1 is padding: length 0, and for each of its tokens id 0, position 0, slot -1.
+
+        lengths [R]: of the rows, in tokens; a start of -1 - j is the position j behind the row's newest token.
         """
         real = rows >= 0
         mine = rows.clamp(min=0)
+        if lengths is not None:
+            starts = torch.where(starts < 0, lengths[mine] - 2 - starts, starts)
         seq_lens.copy_(torch.where(real, starts + counts, 0))
         page_table.copy_(page_tables[mine, : page_table.shape[1]])
         which = torch.repeat_interleave(counts, output_size=len(input_ids))
@@ -63,3 +71,56 @@ class RowOps:
         """history[rows[m], positions[m]] = token_ids[m]: [R, H], [M] distinct, [M], [M]. A row of -1 is padding."""
         stored = rows >= 0
         history[rows[stored], positions[stored]] = token_ids[stored].to(history.dtype)
+
+    def accept_tokens(
+        self, history: Tensor, lengths: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor, input_ids: Tensor
+    ) -> Tensor:
+        """As `write_tokens`, where a row may come several times, one after another: token m was sampled behind
+        input_ids[m], which is a draft of the token before it unless it is the row's first. A row gets the tokens up to
+        the first that its draft differs from, that one included; lengths [R] becomes how many the row has.
+
+        rows, positions, token_ids [M], input_ids [M] at least -> [M] int32: token_ids, -1 for those that no row gets.
+        """
+        follows = torch.zeros_like(rows, dtype=torch.bool)
+        follows[1:] = (rows[1:] == rows[:-1]) & (rows[1:] >= 0)
+        wrong = follows.clone()
+        wrong[1:] &= token_ids[:-1] != input_ids[1 : len(rows)]
+        at = torch.arange(len(rows), device=rows.device)
+        first = torch.where(follows, 0, at).cummax(0).values
+        so_far = wrong.cumsum(0)
+        accepted = so_far == so_far[first]
+        self.write_tokens(history, torch.where(accepted, rows, -1), positions, token_ids)
+        last = accepted & (rows >= 0)
+        last[:-1] &= ~(follows[1:] & accepted[1:])
+        lengths[rows[last]] = (positions[last] + 1).to(lengths.dtype)
+        return torch.where(accepted, token_ids, -1).int()
+
+    def propose_ngram(self, history: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """Drafts from a row's own text: history[rows[i], length : length + counts[i]] = what follows the place in the
+        row's newest NGRAM_SEARCHED tokens before which most of them, NGRAM_LONGEST at most, are the row's newest, where
+        length = lengths[rows[i]]; the last of such places. Where fewer than NGRAM_SHORTEST are, the newest token again
+        and again. Beyond the newest token it begins again at the place. (Prompt lookup decoding, Saxena, 2023.)
+
+        history [R, H], lengths [R] at least 1; rows [k] distinct, counts [k].
+        """
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            length = int(lengths[row])
+            tokens = history[row, max(length - NGRAM_SEARCHED, 0) : length]
+            place = _place_alike(tokens)
+            at = torch.arange(count, device=history.device)
+            source = at * 0 - 1 if place is None else place + at % (len(tokens) - place)
+            history[row, length : length + count] = tokens[source]
+
+
+def _place_alike(tokens: Tensor) -> int | None:
+    """The last place before which most tokens are those at the end; None: there is none."""
+    places = torch.arange(1, len(tokens), device=tokens.device)
+    found = None
+    for back in range(1, NGRAM_LONGEST + 1):
+        places = places[places >= back]
+        places = places[tokens[places - back] == tokens[-back]] if back <= len(tokens) else places[:0]
+        if len(places) == 0:
+            break
+        if back >= NGRAM_SHORTEST:
+            found = int(places[-1])
+    return found

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from paged_kernels.jit import kernel, pdl_begin
 
+MOST_DRAFTS = 15  # of a row in a step
 _BLOCK = 1024
 
 
@@ -69,16 +70,49 @@ def _write_tokens_kernel(
         tl.store(num_tokens + row, (position + 1).to(num_tokens.dtype.element_ty), mask=row >= 0)
 
 
+@kernel(ints=["count"], unaligned=["rows", "positions", "token_ids", "input_ids"])
+def _accept_tokens_kernel(
+    history, lengths, rows, positions, token_ids, input_ids, out, count, history_stride,
+    BLOCK: tl.constexpr, MOST_DRAFTS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    pdl_begin(LAUNCH_PDL)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine = index < count
+    row = tl.load(rows + index, mask=mine, other=-1).to(tl.int64)
+    token = tl.load(token_ids + index, mask=mine, other=0).to(tl.int32)
+    # every draft of the row up to this token's input is what was sampled before it
+    accepted = mine
+    for back in range(MOST_DRAFTS):
+        at = index - back
+        follows = mine & (at > 0) & (row >= 0)
+        follows = follows & (tl.load(rows + at - 1, mask=follows, other=-1).to(tl.int64) == row)
+        sampled = tl.load(token_ids + at - 1, mask=follows, other=0).to(tl.int32)
+        draft = tl.load(input_ids + at, mask=follows, other=0).to(tl.int32)
+        accepted = accepted & ((follows == 0) | (sampled == draft))
+    tl.store(out + index, tl.where(accepted, token, -1), mask=mine)
+    stored = accepted & (row >= 0)
+    position = tl.load(positions + index, mask=stored, other=0).to(tl.int32)
+    tl.store(history + row * history_stride + position, token.to(history.dtype.element_ty), mask=stored)
+    next_row = tl.load(rows + index + 1, mask=index + 1 < count, other=-1).to(tl.int64)
+    next_draft = tl.load(input_ids + index + 1, mask=index + 1 < count, other=0).to(tl.int32)
+    last = stored & ((next_row != row) | (next_draft != token))
+    tl.store(lengths + row, position + 1, mask=last)
+
+
 @kernel(ints=["table_stride"], unaligned=["rows", "starts", "counts", "offsets"])
 def _gather_step_kernel(
-    rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
-    history_stride, tables_stride, table_stride, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    rows, starts, counts, offsets, history, page_tables, lengths,
+    input_ids, positions, slot_mapping, page_table, seq_lens,
+    history_stride, tables_stride, table_stride,
+    PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, LENGTHS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     pdl_begin(LAUNCH_PDL)
     sequence = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + sequence).to(tl.int64)
     real = row >= 0
     start = tl.where(real, tl.load(starts + sequence), 0)
+    if LENGTHS:
+        start = tl.where(start < 0, tl.load(lengths + row, mask=real, other=0) - 2 - start, start)
     count = tl.load(counts + sequence)
     offset = tl.load(offsets + sequence)
     known = tl.where(real, count, 0)
@@ -158,10 +192,34 @@ def write_tokens(
     )  # fmt: skip
 
 
+def accept_tokens(
+    history: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor,
+    input_ids: torch.Tensor, *, launch_pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """As `write_tokens`, where a row may come several times, one after another: token m was sampled behind
+    input_ids[m], which is a draft of the token before it unless it is the row's first. A row gets the tokens up to the
+    first that its draft differs from, that one included; lengths becomes how many the row has.
+
+    history: [R, H], lengths: int32 [R]; rows, positions, token_ids: [M] integers; input_ids: [M] at least, int32 or
+    int64. A row comes MOST_DRAFTS + 1 times at most.
+    Returns [M] int32: token_ids, -1 for those that no row gets. launch_pdl: as in `write_spans`.
+    """
+    out = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+    if len(rows) == 0:
+        return out
+    block = min(256, max(32, triton.next_power_of_2(len(rows))))
+    _accept_tokens_kernel[(triton.cdiv(len(rows), block),)](
+        history, lengths, rows, positions, token_ids, input_ids, out, len(rows), history.stride(0),
+        BLOCK=block, MOST_DRAFTS=MOST_DRAFTS, LAUNCH_PDL=launch_pdl, num_warps=block // 32,
+    )  # fmt: skip
+    return out
+
+
 def gather_step(
     rows: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, history: torch.Tensor,
     page_tables: torch.Tensor, page_size: int, *, input_ids: torch.Tensor, positions: torch.Tensor,
-    slot_mapping: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, launch_pdl: bool = False,
+    slot_mapping: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor,
+    lengths: torch.Tensor | None = None, launch_pdl: bool = False,
 ) -> None:  # fmt: skip
     """A step's inputs from the rows' state: sequence s computes counts[s] tokens of rows[s] from position starts[s], as
     tokens offsets[s] ... of the step.
@@ -169,12 +227,13 @@ def gather_step(
     rows, starts, counts, offsets: int32 [S]. history: [R, H]; page_tables: int32 [R, P]. Written: input_ids, positions,
     slot_mapping [T]; seq_lens [S], the tokens after the step; page_table int32 [S, P], of each row only the entries of
     pages in use. A padding sequence gets length 0 and for each of its counts[s] tokens id 0, position 0 and slot -1.
+    lengths: int32 [R], of the rows, in tokens; a start of -1 - j is the position j behind the row's newest token.
     launch_pdl: as in `write_spans`.
     """
     if len(rows) == 0:
         return
     _gather_step_kernel[(len(rows),)](
-        rows, starts, counts, offsets, history, page_tables, input_ids, positions, slot_mapping, page_table, seq_lens,
-        history.stride(0), page_tables.stride(0), page_table.stride(0), PAGE_SIZE=page_size, BLOCK=256,
-        LAUNCH_PDL=launch_pdl, num_warps=4,
+        rows, starts, counts, offsets, history, page_tables, rows if lengths is None else lengths, input_ids, positions,
+        slot_mapping, page_table, seq_lens, history.stride(0), page_tables.stride(0), page_table.stride(0),
+        PAGE_SIZE=page_size, BLOCK=256, LENGTHS=lengths is not None, LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip

@@ -155,6 +155,23 @@ Answer = BeamCandidates | ScoredPrompts | PooledPrompts
 A = TypeVar("A", AdapterUse, TokenMasks, BeamRows, PromptScoring, Pooling, LastThoughts)
 
 
+MOST_DRAFTING = 16  # rows of a step that has drafts: with more of them the device is busy anyway
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What makes a step ragged: rows that may get several tokens of it, or fewer than they may, and rows that have not
+    heard yet how many they got of the step before.
+
+    A draft is a guess at a row's next tokens. Drafts lie behind the row's newest token on the device, and are computed
+    with it; each is right if it is the token that is sampled before it. The tokens up to the first wrong one, and the
+    one sampled instead of that, are the row's.
+    """
+
+    counts: Int32  # [num_sequences] how many of the tokens computed are drafts; 0 where nothing is sampled
+    unsure: Int32  # [num_sequences] the first position may be so many less than Batch.starts: the device knows it
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step: which rows run, how many tokens of each, and what changed since the step before.
@@ -177,6 +194,8 @@ class Batch:
     token_edits: tuple[TokenEdit, ...] = ()  # to be applied after new_rows
     # [k, 2] (page, page that becomes its copy) before anything is computed
     page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    # None: every sampled row gets one token, and every row's length is known
+    drafts: Drafts | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -245,9 +264,11 @@ def features_of(
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step sampled: one entry per batch row with `samples`, in the batch's order."""
+    """What a step sampled: one entry per batch row with `samples`, in the batch's order. A row with drafts has an entry
+    more for each of them, so that num_sampled counts those, too.
+    """
 
-    token_ids: Int32  # [num_sampled]
+    token_ids: Int32  # [num_sampled]; -1: sampled after a wrong draft, and nobody's
     # [num_sampled] log-softmax of the raw logits at the chosen token, if LOGPROBS
     logprobs: NDArray[np.float32] | None = None
     # [num_sampled] of the chosen token in the vocabulary, 1: none is more likely; with logprobs

@@ -95,6 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     # the lower, the sooner it starts and the later it is preempted
     priority_level: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     request_deadline_seconds: Annotated[float, Meta(gt=0)] | None = None  # None, or more than the engine's own: that
+    speculation: Literal["off"] | None = None  # None: as the engine's tunable says
     skip_prefix_cache: bool = False  # neither finds pages of others nor leaves any
 
     lora_name: LoraName | None = None  # one of the server's adapters

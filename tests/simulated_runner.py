@@ -7,7 +7,7 @@ A page that is handed out twice, freed too early or shared wrongly changes the t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -69,6 +69,22 @@ def solo_search(
     return [ending.beam.token_ids.tolist() for ending in search.endings[: sampling.n]]
 
 
+class Proposer:
+    """Drafts that are right with some probability each: guesses with a known quality."""
+
+    def __init__(self, quality: float, vocab_size: int, windows: Sequence[int | None] = (None,)) -> None:
+        self._quality, self._vocab_size, self._windows = quality, vocab_size, windows
+        self._random = np.random.default_rng(0)
+
+    def __call__(self, tokens: list[int], num_drafts: int) -> list[int]:
+        tokens = list(tokens)
+        for _ in range(num_drafts):
+            token = next_token(seen(tokens, self._windows), self._vocab_size)
+            wrong = self._random.random() >= self._quality
+            tokens.append(int(self._random.integers(self._vocab_size)) if wrong else token)
+        return tokens[-num_drafts:]
+
+
 class SimulatedRunner:
     def __init__(
         self,
@@ -79,8 +95,9 @@ class SimulatedRunner:
         max_batched_tokens: int,
         vocab_size: int = 97,
         windows: tuple[int | None, ...] = (None,),
+        propose: Callable[[list[int], int], list[int]] | None = None,
     ) -> None:
-        """windows: of the KV groups."""
+        """windows: of the KV groups. propose: so many drafts for a row with these tokens; None: steps have none."""
         self.vocab_size = vocab_size
         self._windows = windows
         self._table_width = -(-max_model_len // page_size)
@@ -88,6 +105,8 @@ class SimulatedRunner:
         self._budget = max_batched_tokens
         self._kv = np.full((num_pages, page_size), -1, np.int32)
         self._history = np.full((num_rows, max_model_len + 1), -1, np.int32)
+        self._lengths = [0] * num_rows  # tokens of each row, which only the device knows while drafts are in flight
+        self._propose = propose
         self._tables: list[dict[int, int]] = [{} for _ in range(num_rows)]
         self._in_flight: deque[tuple[Batch, StepResult]] = deque()
         self.num_tokens_computed = 0
@@ -98,6 +117,7 @@ class SimulatedRunner:
         for new in batch.new_rows:
             self._history[new.row] = -1
             self._history[new.row, : len(new.token_ids)] = new.token_ids
+            self._lengths[new.row] = len(new.token_ids)
             self._tables[new.row] = {}
         for row, index, page in batch.page_updates.tolist():
             self._tables[row][index] = page
@@ -108,16 +128,14 @@ class SimulatedRunner:
             "a page is written twice, or read and written"
         )
         self._kv[targets] = self._kv[sources]
-        steps = list(
-            zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist(), strict=True)
-        )
-        for row, start, count, _ in steps:  # all writes before all reads, as the layers do it
+        steps = self._with_drafts(batch)
+        for row, start, count, _, _ in steps:  # all writes before all reads, as the layers do it
             for position in range(start, start + count):
                 for group in range(len(self._windows)):
                     self._kv[self._slot(row, group, position)] = self._history[row, position]
         sampled = []
         contexts = []
-        for row, start, count, samples in steps:
+        for row, start, count, samples, num_drafts in steps:
             end = start + count
             for group, window in enumerate(self._windows):
                 for position in range(max(start - window + 1, 0) if window else 0, end):
@@ -125,17 +143,10 @@ class SimulatedRunner:
                         "K and V of another token"
                     )
             if samples:
-                firsts = [max(end - window, 0) if window else 0 for window in self._windows]
-                contexts.append(
-                    [
-                        self._kv[self._slot(row, group, position)]
-                        for group, first in enumerate(firsts)
-                        for position in range(first, end)
-                    ]
-                )
-                token = next_token(contexts[-1], self.vocab_size)
-                self._history[row, end] = token
-                sampled.append(token)
+                ends = range(end - num_drafts, end + 1)
+                found = [self._context(row, end) for end in ends]
+                contexts.append(found[0])
+                sampled += self._accept(row, ends, [next_token(context, self.vocab_size) for context in found])
         self.num_tokens_computed += batch.num_tokens
         answers = tuple(self._candidates(ask, contexts) if isinstance(ask, BeamRows) else None for ask in batch.asks)
         self._in_flight.append((batch, StepResult(np.array(sampled, np.int32), answers=answers)))
@@ -143,6 +154,47 @@ class SimulatedRunner:
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         while len(self._in_flight) > keep:
             yield self._in_flight.popleft()
+
+    def _with_drafts(self, batch: Batch) -> list[tuple[int, int, int, bool, int]]:
+        """(row, first position, tokens, whether it samples, drafts) of each sequence; the drafts lie behind the rows'
+        tokens.
+        """
+        num_sequences = len(batch.rows)
+        drafts = [0] * num_sequences if batch.drafts is None else batch.drafts.counts.tolist()
+        unsure = [0] * num_sequences if batch.drafts is None else batch.drafts.unsure.tolist()
+        columns = batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist()
+        steps = []
+        for row, start, count, samples, num_drafts, more in zip(*columns, drafts, unsure, strict=True):
+            length = self._lengths[row]
+            if more:
+                assert start - more <= length - 1 <= start, "the length is not within its bounds"
+                start = length - 1
+            if num_drafts:
+                assert self._propose is not None and samples and start == length - 1 and count == 1 + num_drafts
+                self._history[row, length : length + num_drafts] = self._propose(
+                    self._history[row, :length].tolist(), num_drafts
+                )
+            steps.append((row, start, count, samples, num_drafts))
+        return steps
+
+    def _context(self, row: int, end: int) -> list[int]:
+        """What the "model" finds in the pages of a row's first `end` tokens."""
+        firsts = [max(end - window, 0) if window else 0 for window in self._windows]
+        return [
+            self._kv[self._slot(row, group, position)]
+            for group, first in enumerate(firsts)
+            for position in range(first, end)
+        ]
+
+    def _accept(self, row: int, ends: range, token_ids: list[int]) -> list[int]:
+        """token_ids: sampled behind the row's newest token and each draft. Those behind a wrong draft become -1."""
+        for place, (end, token) in enumerate(zip(ends, token_ids, strict=True)):
+            right = end < ends[-1] and self._history[row, end] == token
+            self._history[row, end] = token
+            self._lengths[row] = end + 1
+            if not right:
+                return token_ids[: place + 1] + [-1] * (len(token_ids) - place - 1)
+        return token_ids
 
     def _candidates(self, ask: BeamRows, contexts: list[list[int]]) -> BeamCandidates:
         found = [continuations(contexts[entry], self.vocab_size, self.vocab_size) for entry in ask.sampled.tolist()]

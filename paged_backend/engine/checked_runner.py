@@ -73,6 +73,20 @@ class CheckedRunner:
             bool((ends <= bounds.max_model_len).all()),
             f"position {int(ends.max()) - 1}, the longest sequence has {bounds.max_model_len} tokens",
         )
+        if batch.drafts is not None:
+            drafts = batch.drafts
+            _require(
+                bool((drafts.counts >= 0).all() and (drafts.counts < batch.counts).all()),
+                f"{drafts.counts.tolist()} of {batch.counts.tolist()} tokens are drafts",
+            )
+            _require(
+                bool((drafts.counts[~batch.samples] == 0).all()),
+                "a sequence has drafts whose newest token is not computed",
+            )
+            _require(
+                bool((drafts.unsure >= 0).all() and (drafts.unsure <= batch.starts).all()),
+                f"the first positions {batch.starts.tolist()} may be {drafts.unsure.tolist()} less",
+            )
         _require(
             batch.num_tokens <= bounds.max_batched_tokens,
             f"{batch.num_tokens} tokens in one step, the budget is {bounds.max_batched_tokens}",
@@ -128,7 +142,9 @@ class CheckedRunner:
         size = self._bounds.page_size
         written: dict[int, tuple[int, int]] = {}  # page -> group, row
         lengths = dict(zip(batch.rows.tolist(), (batch.starts + batch.counts).tolist(), strict=True))
-        starts = list(zip(batch.rows.tolist(), batch.starts.tolist(), strict=True))
+        # where a row's length is not known yet, the first position that it may begin at
+        firsts = batch.starts if batch.drafts is None else batch.starts - batch.drafts.unsure
+        starts = list(zip(batch.rows.tolist(), firsts.tolist(), strict=True))
         for group, table in enumerate(self._group_tables):
             for row, start in starts:
                 first, end = self._first_read(group, start), -(-lengths[row] // size)

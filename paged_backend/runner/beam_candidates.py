@@ -15,7 +15,7 @@ class BeamRoom(AskRoom):
     """The sampler finds them, while it has the logits before and after bans at hand (sampler.py)."""
 
     def sections(self, ask: BeamRows, batch: Batch, plan: StepPlan) -> dict[str, Int32]:
-        return {"beams": plan.output_indices[ask.sampled].astype(np.int32)}
+        return {"beams": plan.first_outputs[ask.sampled].astype(np.int32)}
 
     def compute(self, ask: BeamRows, step: ComputedStep) -> Tensor | None:
         """int32 [beams, 2 n]: ids, logprobs."""

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from paged_backend.batch import Feature
+from paged_backend.batch import MOST_DRAFTING, Feature
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.step import LayerPages, StepShape, StepTensors
 from paged_backend.runner.sampler import Sampler
@@ -48,11 +48,14 @@ def decode_sizes(max_sequences: int) -> list[int]:
     return [size for size in sizes if size < max_sequences] + [max_sequences]
 
 
-def captured_shapes(max_sequences: int, max_tokens: int, adapters: bool = False) -> list[StepShape]:
+def captured_shapes(
+    max_sequences: int, max_tokens: int, adapters: bool = False, num_drafts: int = 0
+) -> list[StepShape]:
     """All shapes, the smallest first. adapters: each once more, for steps in which some sequence has one: the others
     stay as fast as they are.
     """
-    decodes = [StepShape(size) for size in decode_sizes(max_sequences)]
+    drafting = min(min(max_sequences, MOST_DRAFTING) * (1 + num_drafts), max_tokens)  # each draft is a decode, too
+    decodes = [StepShape(size) for size in decode_sizes(max(max_sequences, drafting))]
     beside = [size for size in (0, 16, 64, 128) if size < max_sequences] + [max_sequences]
     mixed = [
         StepShape(size, _PREFILLS, tokens) for size in beside for tokens in _PREFILL_TOKENS if tokens <= max_tokens
@@ -129,6 +132,7 @@ class _Captured:
         logits: [shape.num_outputs, vocab]."""
         self.logits = logits
         self.step = rows.make_step(flat, shape, page_tables, max_len, shape.num_prefill_tokens)
+        self._speculates = rows.lengths is not None
         self.forward: Graph | None = None  # None: not captured yet
         # features -> the graph that chooses tokens, and where it leaves them
         self.samplings: dict[int, tuple[Graph, Sampled]] = {}
@@ -138,6 +142,7 @@ class _Captured:
             rows=self.step.plan["sample_rows"],
             positions=self.step.seq_lens[: self.step.shape.num_outputs],
             features=features,
+            input_ids=self.step.input_ids if self._speculates else None,
         )
 
 

@@ -122,7 +122,7 @@ class ModelRunner:
             limits.num_pages,
             limits.vocab_size,
         )
-        self.run(warm_up_batches(*sizes, adapters=self.adapter_slots is not None))
+        self.run(warm_up_batches(*sizes, adapters=self.adapter_slots is not None, num_drafts=self._rows.num_drafts))
 
     def run(self, batches: Iterable[Batch]) -> None:
         """Runs steps one after another; nobody wants their results."""

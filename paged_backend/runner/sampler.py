@@ -48,17 +48,23 @@ class Sampler:
             token_ids = ops.choose(edited, rows.temperature, rows.seeds, step.positions, step.rows, truncation)
         else:
             token_ids = ops.argmax(edited)
-        ops.write_tokens(rows.token_ids, step.rows, step.positions, token_ids)
+        if rows.lengths is None or step.input_ids is None:
+            ops.write_tokens(rows.token_ids, step.rows, step.positions, token_ids)
+            accepted = token_ids
+        else:
+            accepted = ops.accept_tokens(
+                rows.token_ids, rows.lengths, step.rows, step.positions, token_ids, step.input_ids
+            )
         candidates = None if step.beams is None else self._candidates(logits, edited, step.beams, step.num_candidates)
         if not step.features & (Feature.LOGPROBS | Feature.TOP_LOGPROBS):
-            return Sampled(token_ids, candidates=candidates)
+            return Sampled(accepted, candidates=candidates)
         top_ids, top_logprobs = (
             ops.top_logprobs(logits, min(step.num_top_logprobs, logits.shape[1]))
             if step.num_top_logprobs
             else (None, None)
         )
         return Sampled(
-            token_ids, ops.logprobs(logits, token_ids), ops.ranks(logits, token_ids), top_ids, top_logprobs, candidates
+            accepted, ops.logprobs(logits, token_ids), ops.ranks(logits, token_ids), top_ids, top_logprobs, candidates
         )
 
     def _candidates(self, logits: Tensor, edited: Tensor, beams: Tensor, n: int) -> Tensor:

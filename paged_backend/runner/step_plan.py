@@ -7,6 +7,10 @@ there is room for: exactly as many as the batch has, or more where a step was ca
 
     sequences | decode rows ... -1 -1 | prefill rows ... -1 | -1 |    the last one takes the tokens that are left
     tokens    | 1 1 1 ...       1  1  | 40   7   ...     0  | 17 |
+
+A row's drafts are decodes, too, that come right after it: each computes the token at its place behind the row's newest,
+so that no kernel need know of them. Where only the device knows a row's length, `starts` has -1 - j for the place j
+behind the newest token.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32, Int64
-from paged_backend.batch import AdapterUse, Batch
+from paged_backend.batch import AdapterUse, Batch, Drafts
 from paged_backend.models.step import StepShape
 
 
@@ -28,7 +32,9 @@ class StepPlan:
 
     shape: StepShape
     flat: Int32  # [plan_size(shape)]
-    output_indices: Int64  # [num_sampled] which output belongs to each of the batch's sampled sequences
+    # [num_sampled] which output belongs to each of the batch's sampled sequences, and each of its drafts after it
+    output_indices: Int64
+    first_outputs: Int64  # [sampled sequences] the first of each
     firsts: Int32  # [num_sequences] which token of the step is the first of each of the batch's sequences
     prefill_lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of the real prefills
     max_decode_len: int  # longest decoding sequence, after the step
@@ -55,38 +61,65 @@ def plan_size(shape: StepShape) -> int:
 
 def shape_of(batch: Batch) -> StepShape:
     """Without padding."""
-    prefills = batch.counts > 1
+    counts = batch.counts if batch.drafts is None else _parts_of(batch, batch.drafts).counts
+    prefills = counts > 1
     num_prefills = int(prefills.sum())
     use = batch.ask(AdapterUse) if batch.asks else None
     return StepShape(
-        len(batch.rows) - num_prefills, num_prefills, int(batch.counts[prefills].sum()), use is not None and use.in_use
+        len(counts) - num_prefills, num_prefills, int(counts[prefills].sum()), use is not None and use.in_use
     )
 
 
 def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
     """Lays a batch out in a shape, which must have room for it."""
-    order = np.argsort(batch.counts > 1, kind="stable")
-    num_decodes = int((batch.counts == 1).sum())
+    parts = batch if batch.drafts is None else _parts_of(batch, batch.drafts)
+    order = np.argsort(parts.counts > 1, kind="stable")
+    num_decodes = int((parts.counts == 1).sum())
     places = _places(order, num_decodes, shape)
     arrays = _empty_arrays(shape)
-    arrays["rows"][places] = batch.rows
-    arrays["starts"][places] = batch.starts
-    arrays["counts"][places] = batch.counts
+    arrays["rows"][places] = parts.rows
+    arrays["starts"][places] = parts.starts if isinstance(parts, Batch) else parts.device_starts
+    arrays["counts"][places] = parts.counts
     arrays["counts"][-1] = shape.num_tokens - arrays["counts"][:-1].sum()
     np.cumsum(arrays["counts"], out=arrays["query_starts"][1:])
     arrays["logit_indices"][:] = np.maximum(arrays["query_starts"][1:-1] - 1, 0)
-    arrays["sample_rows"][places[batch.samples]] = batch.rows[batch.samples]
-    lens = batch.starts + batch.counts
+    arrays["sample_rows"][places[parts.samples]] = parts.rows[parts.samples]
+    lens = parts.starts + parts.counts
     prefills = order[num_decodes:]
+    firsts = places if isinstance(parts, Batch) else places[parts.firsts]
     return StepPlan(
         shape=shape,
         flat=np.concatenate(list(arrays.values())),
-        output_indices=places[batch.samples],
-        firsts=arrays["query_starts"][places],
-        prefill_lens=tuple(zip(batch.counts[prefills].tolist(), lens[prefills].tolist(), strict=True)),
+        output_indices=places[parts.samples],
+        first_outputs=firsts[batch.samples],
+        firsts=arrays["query_starts"][firsts],
+        prefill_lens=tuple(zip(parts.counts[prefills].tolist(), lens[prefills].tolist(), strict=True)),
         max_decode_len=int(lens[order[:num_decodes]].max(initial=0)),
         max_len=int(lens.max()),
     )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A batch whose drafts are sequences of their own: n entries, each sequence's one after another."""
+
+    rows: Int32  # [n]
+    starts: Int32  # [n] at most
+    counts: Int32  # [n]
+    samples: NDArray[np.bool_]  # [n]
+    device_starts: Int32  # [n] as the device is told
+    firsts: NDArray[np.intp]  # [num_sequences] of each sequence's entries
+
+
+def _parts_of(batch: Batch, drafts: Drafts) -> _Parts:
+    lens = drafts.counts + 1
+    firsts = np.cumsum(lens) - lens
+    entry = np.repeat(np.arange(len(lens)), lens)
+    behind = (np.arange(len(entry)) - firsts[entry]).astype(np.int32)
+    starts = batch.starts[entry] + behind
+    counts = np.where(drafts.counts > 0, 1, batch.counts)[entry]
+    device_starts = np.where(drafts.unsure[entry] > 0, -1 - behind, starts)
+    return _Parts(batch.rows[entry], starts, counts, batch.samples[entry], device_starts, firsts)
 
 
 def plan_of_padding(shape: StepShape) -> Int32:

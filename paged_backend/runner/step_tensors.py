@@ -18,6 +18,9 @@ from paged_backend.runner.step_sections import COLUMN, SIZES, sections_of, sizes
 from paged_backend.runner.transfers import Staging
 from paged_kernels.reference import Ops, reference
 
+# Writes so many drafts behind each row's tokens: (token_ids int32 [num_rows, max_model_len + 1], lengths int32
+# [num_rows], rows int32 [k], how many int32 [k]).
+Propose = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 _MAX_BAD_WORD_ENTRIES = 2 * MAX_BAD_WORDS  # a word may be two: with and without a space before it
 
 
@@ -36,6 +39,8 @@ class SampleTensors:
     beams: Tensor | None = None  # int32 [b] outputs of which the likeliest continuations are wanted
     num_candidates: int = 0  # so many
     masked: bool = False  # some row may choose certain tokens only
+    # int32 [M] at least: the token that each was sampled behind; None: there are no drafts, no row comes twice
+    input_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class DeviceRows:
         self.page_size = page_size
         self._ops = ops
         self._copy_pages = copy_pages
+        self.lengths: Tensor | None = None  # int32 [num_rows] tokens of each; None: no step ever has drafts
+        self.num_drafts = 0  # of a row in a step, at most
+        self._propose: Propose | None = None
         self._parameters = zeros(num_rows, len(COLUMN))
         self._zeros = zeros
         # int32 [num_rows, ceil(vocab / 32)] of the rows that may choose certain tokens only; no width before the first
@@ -96,6 +104,11 @@ class DeviceRows:
         self._sent: dict[str, Tensor] = {}  # valid until the next update
         # what the host must know of a row to size a step's sampling
         self._sizes = {name: np.zeros(num_rows, np.int32) for name in SIZES}
+
+    def speculate(self, propose: Propose, num_drafts: int) -> None:
+        """From now on steps may have drafts, which `propose` makes, so many of a row. To be called before any step."""
+        self._propose, self.num_drafts = propose, num_drafts
+        self.lengths = self._zeros(self.num_rows)
 
     # ---- reading rows
 
@@ -165,10 +178,14 @@ class DeviceRows:
             for name, size in sizes_of(new).items():
                 self._sizes[name][new.row] = size
         sections = {"plan": plan.flat}
-        if batch.new_rows or batch.asks or batch.token_edits or len(batch.page_updates) or len(batch.page_copies):
+        rare = batch.new_rows or batch.asks or batch.token_edits or batch.drafts is not None
+        if rare or len(batch.page_updates) or len(batch.page_copies):
             sections |= sections_of(batch, plan)
         sent = self._sent = self._staging.send(sections)
         self._write(batch, sent)
+        if "drafting" in sent:
+            assert self._propose is not None and self.lengths is not None
+            self._propose(self.token_ids, self.lengths, *sent["drafting"])
         return sent["plan"]
 
     def apply(self, batch: Batch, plan: StepPlan) -> StepTensors:
@@ -236,6 +253,7 @@ class DeviceRows:
                 slot_mapping=group.slot_mapping,
                 page_table=group.page_table,
                 seq_lens=step.seq_lens,
+                lengths=self.lengths,
             )
 
     def sampling(self, batch: Batch, step: StepTensors) -> SampleTensors:
@@ -254,6 +272,7 @@ class DeviceRows:
             beams=None if beams is None else self._sent["beams"],
             num_candidates=0 if beams is None else beams.num_candidates,
             masked=bool(features & Feature.MASK and self._widest("masked", sampled)),
+            input_ids=None if self.lengths is None else step.input_ids,
         )
 
     def prompt_tokens(self) -> tuple[Tensor, Tensor]:
@@ -274,6 +293,9 @@ class DeviceRows:
         if batch.new_rows:
             self._ops.write_spans(self.token_ids, sent["token_spans"], sent["new_tokens"])
             self._ops.write_spans(self._parameters, sent["parameter_spans"], sent["new_parameters"])
+            if self.lengths is not None:
+                rows, _, _, lengths = sent["token_spans"].T
+                self.lengths[rows] = lengths
             for name in self._table_shapes:
                 if name in sent:
                     *where, values = sent[name]

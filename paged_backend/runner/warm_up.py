@@ -15,6 +15,7 @@ from paged_backend.batch import (
     Ask,
     Batch,
     BeamRows,
+    Drafts,
     Feature,
     NewRow,
     PromptScoring,
@@ -69,12 +70,13 @@ def warm_up_batches(
     num_pages: int,
     vocab_size: int,
     adapters: bool = False,
+    num_drafts: int = 0,
 ) -> Iterator[Batch]:
     """Prompts of many lengths, alone and beside decoding sequences, with every kind of sampling. All rows and pages
     must be free, and are so afterwards.
 
     max_tokens of a step; max_len of a sequence, in tokens. adapters: the prompts once more, with the adapter of adapter
-    slot 0, where there may be none.
+    slot 0, where there may be none. num_drafts: of a sequence in a step, at most.
     """
     room = min(max_len, num_pages * page_size)  # a token is needed for what a step appends
     longest = min(max_tokens, room) - 1
@@ -93,6 +95,8 @@ def warm_up_batches(
         batch = _prompts(few, sampling, page_size, vocab_size)
         yield batch
         yield _beside_decodes(batch, few)
+        if num_drafts and few[0] + 1 < room:
+            yield _with_drafts(batch, few, min(num_drafts, room - few[0] - 1))
 
 
 def largest_batches(
@@ -165,6 +169,29 @@ def _asks(rows: Int32, features: int, vocab_size: int, adapter_slot: int) -> tup
     if features & Feature.BEAM:
         asks.append(BeamRows(rows, _CANDIDATES))
     return tuple(asks)
+
+
+def _with_drafts(batch: Batch, lens: Sequence[int], num_drafts: int) -> Batch:
+    """The step after: the first sequence decodes, with drafts; where it has no page for them, in pages of others. It
+    asks for nothing.
+    """
+    counts = np.array([1 + num_drafts], np.int32)
+    drafts = Drafts(counts - 1, np.zeros(1, np.int32))
+    features = batch.features & ~(Feature.BEAM | Feature.MASK | Feature.GUIDED)
+    return replace(
+        batch,
+        rows=batch.rows[:1],
+        starts=np.array(lens[:1], np.int32),
+        counts=counts,
+        samples=batch.samples[:1],
+        request_ids=batch.request_ids[:1],
+        new_rows=(),
+        page_updates=batch.page_updates[:0],
+        page_copies=batch.page_copies[:0],
+        features=features,
+        asks=(),
+        drafts=drafts,
+    )
 
 
 def _beside_decodes(batch: Batch, lens: Sequence[int]) -> Batch:

@@ -4,6 +4,8 @@ part of it goes out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,19 +15,22 @@ from paged_backend.errors import ErrorKind
 from paged_backend.messages import FeatureOutput, Finish, Found
 from paged_backend.scheduler.lifecycle import Lifecycle
 from paged_backend.scheduler.sequence import Sequence
+from paged_backend.scheduler.speculation import Speculation
 
 
 class Commit:
     """Owns what one step's output will say, while its result is taken in."""
 
-    def __init__(self, living: Lifecycle) -> None:
+    def __init__(self, living: Lifecycle, speculation: Speculation) -> None:
         self._living = living
+        self._speculation = speculation
         self._running = living.running
         self._features = living.features
         self._started: dict[int, int] = {}
         self._admitted: dict[int, float] = {}
         self._feature_outputs: list[FeatureOutput] = []
         self._result: StepResult | None = None  # the step's that is taken in
+        self._firsts: NDArray[np.intp] | None = None  # entries of its sampled sequences; None: one each
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their
@@ -33,6 +38,11 @@ class Commit:
         """
         table = self._running.table
         rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
+        runs = None
+        if batch.drafts is not None:
+            runs = _Runs(batch.drafts.counts[batch.samples], token_ids)
+            rows, request_ids = np.repeat(rows, runs.lens), np.repeat(request_ids, runs.lens)
+        self._firsts = None if runs is None else runs.firsts
         present = table.request_id[rows] == request_ids
         entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
         wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
@@ -42,16 +52,17 @@ class Commit:
         self._result = result
         for feature, ask, answer in asked:
             feature.take(batch, ask, answer, self)
-        self._append(rows[entries], token_ids[entries])
+        if runs is None:
+            self._append(rows[entries], token_ids[entries])
+        else:
+            entries = self._append_runs(rows, token_ids, runs, entries)
         for feature, ask, answer in asked:
             feature.settle(batch, ask, answer, self)
-        if len(entries) < len(rows):  # aborted, ended or preempted while the step was in flight
-            landed = [
-                entry
-                for entry in np.flatnonzero(~present).tolist()
-                if self._land(int(request_ids[entry]), int(token_ids[entry]))
-            ]
-            entries = np.concatenate([entries, np.array(landed, np.intp)])
+        if not present.all():  # aborted, ended or preempted while the step was in flight
+            landed = [entries]
+            for run in np.flatnonzero(~present)[:, None] if runs is None else runs.of(~present):
+                landed.append(run[: self._land(int(request_ids[run[0]]), token_ids[run])])
+            entries = np.concatenate(landed)
         started, self._started = self._started, {}
         admitted, self._admitted = self._admitted, {}
         outputs, self._feature_outputs = tuple(self._feature_outputs), []
@@ -80,21 +91,44 @@ class Commit:
         ):
             self._finish(table.sequences[row], token_id, stop)
 
-    def _land(self, request_id: int, token_id: int) -> bool:
-        """A token for a sequence that is not on its row any more: kept if the sequence was preempted, dropped if it is
-        over.
+    def _append_runs(self, rows: Int32, token_ids: Int32, runs: _Runs, entries: NDArray[np.intp]) -> NDArray[np.intp]:
+        """As `_append`, where rows may have several tokens: those up to the first stop. Returns their entries."""
+        table, kept = self._running.table, [entries[:0]]
+        for run in runs.of(np.isin(np.arange(len(rows)), entries)):
+            row, num_drafts = int(rows[run[0]]), runs.num_drafts(run)
+            sequence = table.sequences[row]
+            assert sequence is not None
+            self._speculation.note(sequence, num_drafts, len(run) - 1)
+            num_wrong = num_drafts - (len(run) - 1)
+            run = run[: _end_of(token_ids[run], sequence.spec.stop_ids)]
+            known = self._running.append_run(row, token_ids[run], num_drafts, num_wrong)
+            if table.unanswered[row]:
+                table.unanswered[row] = False
+                self._tell_start(sequence)
+            token_id = int(token_ids[run[-1]])
+            stop = token_id in sequence.spec.stop_ids
+            if stop or known >= table.length_limit[row]:
+                self._finish(sequence, token_id, stop)
+            kept.append(run)
+        return np.concatenate(kept)
+
+    def _land(self, request_id: int, token_ids: Int32) -> int:
+        """Tokens of a step for a sequence that is not on its row any more: kept if the sequence was preempted, dropped
+        if it is over. Returns how many are kept: none behind a stop.
         """
         sequence = self._living.find(request_id)
         if sequence is None or not sequence.awaits_token:
-            return False
-        sequence.awaits_token = False
-        sequence.token_ids = np.append(sequence.token_ids, np.int32(token_id))
+            return 0
+        sequence.num_awaited -= 1
+        token_ids = token_ids[: _end_of(token_ids, sequence.spec.stop_ids)]
+        sequence.token_ids = np.concatenate([sequence.token_ids, token_ids])
         if not sequence.answered:
             self._tell_start(sequence)
+        token_id = int(token_ids[-1])
         stop = token_id in sequence.spec.stop_ids
         if stop or len(sequence.token_ids) >= sequence.spec.length_limit:
             self._finish(sequence, token_id, stop)
-        return True
+        return len(token_ids)
 
     # ---- what features have to say (features.py: Takings)
 
@@ -105,6 +139,7 @@ class Commit:
         """Its log-probability is that of what is certain."""
         assert self._result is not None
         result = self._result
+        place = place if self._firsts is None else int(self._firsts[place])
         if result.token_ids[place] == token_id:
             return False
         result.token_ids[place] = token_id
@@ -147,6 +182,32 @@ class Commit:
             if sequence is not None and sequence.spec.sampling.logprobs:
                 wanted[entry] = sequence.spec.sampling.logprobs
         return wanted
+
+
+class _Runs:
+    """Which entries of a step with drafts belong together: each sampled sequence's, in their order."""
+
+    def __init__(self, drafts: Int32, token_ids: Int32) -> None:
+        """drafts: [num_sampled sequences] of each."""
+        self.lens = drafts + 1
+        self.firsts = np.cumsum(self.lens) - self.lens
+        self._drafts: dict[int, int] = dict(zip(self.firsts.tolist(), drafts.tolist(), strict=True))
+        self._brought = token_ids >= 0
+
+    def of(self, chosen: NDArray[np.bool_]) -> Iterator[NDArray[np.intp]]:
+        """The entries of each sequence whose entries are chosen that have a token: one at least."""
+        for first, length in zip(self.firsts.tolist(), self.lens.tolist(), strict=True):
+            if chosen[first]:
+                yield first + np.flatnonzero(self._brought[first : first + length])
+
+    def num_drafts(self, run: NDArray[np.intp]) -> int:
+        return self._drafts[int(run[0])]
+
+
+def _end_of(token_ids: Int32, stop_ids: tuple[int, ...]) -> int:
+    """How many of a run's tokens are its sequence's: those up to the first that stops it."""
+    stops = np.flatnonzero(np.isin(token_ids, stop_ids)) if len(token_ids) > 1 else token_ids[:0]
+    return int(stops[0]) + 1 if len(stops) else len(token_ids)
 
 
 def _top_logprobs(result: StepResult, entries: NDArray[np.intp], wanted: dict[int, int]) -> dict[int, dict[int, float]]:

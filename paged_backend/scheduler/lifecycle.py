@@ -70,7 +70,7 @@ class Lifecycle:
         """
         # None: its results are not waited for, its runners will be others
         row, table = sequence.row, self.running.table
-        sequence.awaits_token = row is not None and bool(table.num_tokens[row] > table.num_known[row])
+        sequence.num_awaited = 0 if row is None else table.num_in_flight(row)
         self.running.stop(sequence)
         for feature in self.features.of(sequence):
             feature.preempted(sequence)

@@ -22,6 +22,7 @@ class SchedulerLimits:
     preemption: bool = True
     eos_ids: tuple[int, ...] = ()
     seed: int = 0
+    num_drafts: int = 0  # of a row in a step, at most; 0: no speculation
     # tokens that each KV group keeps of a sequence, the largest first; None: all
     windows: tuple[int | None, ...] = (None,)
 

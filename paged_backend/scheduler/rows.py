@@ -21,7 +21,8 @@ class Rows:
     """Columns of per-step facts, one row per running sequence.
 
     num_tokens counts a token from the moment its sampling is launched, num_known from the moment its id has come back;
-    num_computed counts tokens whose K and V are in the pool or will be when the launched steps are over.
+    num_computed counts tokens whose K and V are in the pool or will be when the launched steps are over. Both are what
+    they are at most: with drafts in flight `unsure` tokens of each may turn out not to be there.
     """
 
     def __init__(self, max_num_sequences: int, max_model_len: int, page_size: int) -> None:
@@ -35,6 +36,7 @@ class Rows:
         self.num_tokens = np.zeros(max_num_sequences, np.int32)
         self.num_known = np.zeros(max_num_sequences, np.int32)
         self.num_computed = np.zeros(max_num_sequences, np.int32)
+        self.unsure = np.zeros(max_num_sequences, np.int32)  # drafts in flight
         self.length_limit = np.zeros(max_num_sequences, np.int32)
         self.capacity = np.zeros(max_num_sequences, np.int32)  # slots in held pages
         # computed tokens that make a page one which no window reaches any more
@@ -110,6 +112,10 @@ class Rows:
         self.release_at[row] = 0
         self.publish_at[row] = _NEVER
 
+    def num_in_flight(self, row: int) -> int:
+        """Launched steps whose tokens for that row have not come back."""
+        return int(self.num_tokens[row] - self.unsure[row] - self.num_known[row])
+
     def vacate(self, sequence: Sequence) -> None:
         """Takes a sequence off its row; its known tokens go back into `sequence.token_ids`."""
         row = sequence.row
@@ -118,7 +124,7 @@ class Rows:
         self.sequences[row] = None
         self.request_id[row] = self.running_id[row] = _FREE
         self.num_tokens[row] = self.num_known[row] = self.num_computed[row] = self.capacity[row] = 0
-        self.length_limit[row] = 0
+        self.length_limit[row] = self.unsure[row] = 0
         self.stop_ids[row] = -1
         self._free.append(row)
         sequence.row = None

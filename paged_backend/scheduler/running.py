@@ -161,10 +161,12 @@ class RunningSequences:
         may write them.
         """
         table, rows = self.table, self.rows
-        for row in rows[table.num_computed[rows] >= table.release_at[rows]].tolist():
+        num_computed = table.num_computed[rows] - table.unsure[rows]
+        passed = num_computed >= table.release_at[rows]
+        for row, computed in zip(rows[passed].tolist(), num_computed[passed].tolist(), strict=True):
             runner = table.sequences[row]
             assert runner is not None
-            table.release_at[row] = self.pages.release_passed(runner.page_table, int(table.num_computed[row]))
+            table.release_at[row] = self.pages.release_passed(runner.page_table, computed)
 
     def advance(self, rows: Int32, counts: Int32) -> tuple[Int32, NDArray[np.bool_]]:
         """A step will compute the next counts[i] tokens of rows[i]. Returns (starts, samples): the first position of
@@ -181,6 +183,11 @@ class RunningSequences:
             self.publish(row, int(table.num_computed[row]))
         return starts, samples
 
+    def expect(self, rows: Int32, drafts: Int32) -> None:
+        """The step that `advance` was told of computes drafts[i] drafts of rows[i], too, all of which may be right."""
+        for column in (self.table.num_computed, self.table.num_tokens, self.table.unsure):
+            column[rows] += drafts
+
     def append(self, rows: Int32, token_ids: Int32) -> Int32:
         """The ids of tokens that steps have sampled. Returns how many are known of each row now."""
         table = self.table
@@ -191,6 +198,22 @@ class RunningSequences:
         for row in rows[np.minimum(known, table.num_computed[rows]) >= table.publish_at[rows]].tolist():
             self.publish(row, int(table.num_computed[row]))
         return known
+
+    def append_run(self, row: int, token_ids: Int32, num_drafts: int, num_wrong: int) -> int:
+        """As `append`, for the tokens that a step with drafts brought one row: what was expected and did not come is
+        not there. Returns how many are known now.
+        """
+        table = self.table
+        known = int(table.num_known[row])
+        end = known + len(token_ids)
+        table.token_ids[row, known:end] = token_ids
+        table.num_known[row] = end
+        table.num_tokens[row] -= num_wrong
+        table.num_computed[row] -= num_wrong
+        table.unsure[row] -= num_drafts
+        if min(end, table.num_computed[row]) >= table.publish_at[row]:
+            self.publish(row, int(table.num_computed[row]))
+        return end
 
     def publish(self, row: int, num_computed: int) -> None:
         """Makes a row's pages findable as far as their tokens are known, and computed before or in this step: whoever
@@ -221,6 +244,9 @@ class RunningSequences:
         unused = int((table.capacity[rows] - np.minimum(table.num_computed[rows], table.capacity[rows])).sum())
         return self.pages.pool.num_held * self._page_size - unused * len(self.pages.windows)
 
+    def _surely_computed(self, row: int) -> int:
+        return int(self.table.num_computed[row] - self.table.unsure[row])
+
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self.pages.check(runner.page_table for runner in self.runners)
@@ -233,12 +259,13 @@ class RunningSequences:
             )
             assert self.table.capacity[runner.row] == len(runner.page_table) * self._page_size
             for window, num_gone in zip(self.pages.windows, runner.page_table.num_gone, strict=True):
-                kept = (
-                    0
-                    if window is None
-                    else first_kept(int(self.table.num_computed[runner.row]), window, self._page_size)
-                )
+                kept = 0 if window is None else first_kept(self._surely_computed(runner.row), window, self._page_size)
                 assert num_gone <= kept, "a page is gone that a window reaches"
             assert self.table.num_computed[runner.row] <= self.table.capacity[runner.row], (
                 "computed tokens without a slot"
             )
+            assert (
+                0
+                <= self.table.unsure[runner.row]
+                <= self.table.num_tokens[runner.row] - self.table.num_known[runner.row]
+            ), "drafts in flight that no step has"

@@ -45,6 +45,7 @@ from paged_backend.scheduler.prompt_logprobs import PromptLogprobsFeature
 from paged_backend.scheduler.quarantine import Quarantine
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
+from paged_backend.scheduler.speculation import Speculation
 from paged_backend.scheduler.thinking_budget import ThinkingBudgets
 from paged_backend.scheduler.waiting import WaitingQueue
 
@@ -66,6 +67,7 @@ class Scheduler:
         self._clock = clock
         self._running = running = RunningSequences(limits)
         self._quarantine = Quarantine()
+        self._speculation = Speculation(limits, running)
         every = (
             self._quarantine,
             guides or GrammarMasks(),
@@ -74,6 +76,7 @@ class Scheduler:
             EmbeddingsFeature(),
             ThinkingBudgets(),
             Beams(running),
+            self._speculation,
         )
         self._features = LiveFeatures(every, running.table, running.changes)
         self._waiting = waiting = WaitingQueue(short_len(limits.max_batched_tokens), self._quarantine.__contains__)
@@ -82,7 +85,7 @@ class Scheduler:
         self._intake = Intake(limits, self._features)
         self._admission = Admission(limits, self._living, self._fairness, clock)
         self._deadlines = Deadlines(limits, clock)
-        self._commit = Commit(self._living)
+        self._commit = Commit(self._living, self._speculation)
         self._step = 0
 
     # ---- requests come and go
@@ -161,7 +164,12 @@ class Scheduler:
 
     def _batch(self, rows: Int32, counts: Int32) -> Batch:
         table = self._running.table
+        drafts = self._speculation.drafts(rows, counts) if self._speculation.in_use else None
         starts, samples = self._running.advance(rows, counts)
+        asks = self._features.asks(StepRows(rows, starts, counts, samples)) if self._features.active else ()
+        if drafts is not None:
+            self._running.expect(rows, drafts.counts)
+            counts = counts + drafts.counts
         self._step += 1
         return Batch(
             step=self._step,
@@ -171,7 +179,8 @@ class Scheduler:
             samples=samples,
             request_ids=table.request_id[rows],
             features=int(np.bitwise_or.reduce(table.features[rows])),
-            asks=self._features.asks(StepRows(rows, starts, counts, samples)) if self._features.active else (),
+            asks=asks,
+            drafts=drafts,
             **self._running.changes.take(),
         )
 
@@ -240,6 +249,14 @@ class Scheduler:
     @property
     def prefix_hits(self) -> int:
         return self._admission.prefix_hits
+
+    @property
+    def drafts_proposed(self) -> int:
+        return self._speculation.num_proposed
+
+    @property
+    def drafts_accepted(self) -> int:
+        return self._speculation.num_accepted
 
     def take_queue_times(self) -> tuple[float, ...]:
         """Seconds from arrival to admission, of those admitted since the last call."""

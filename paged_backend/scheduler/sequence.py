@@ -50,7 +50,7 @@ class Sequence:
     page_table: PageTable
     status: Status = Status.WAITING
     row: int | None = None
-    awaits_token: bool = False  # preempted while a sampled token was in flight: must not start before it lands
+    num_awaited: int = 0  # steps in flight for it when it was preempted: it must not start before they land
     admitted: float | None = None  # seconds, CLOCK_MONOTONIC, when it first left the queue
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache then
     answered: bool = False  # its first token has been told
@@ -63,6 +63,11 @@ class Sequence:
     @property
     def request_id(self) -> int:
         return self.spec.request_id
+
+    @property
+    def awaits_token(self) -> bool:
+        """Preempted while sampled tokens were in flight, which have not all landed."""
+        return self.num_awaited > 0
 
     @property
     def held_pages(self) -> list[int]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 
-from paged_kernels.row_update import gather_step, update_page_tables, write_spans, write_tokens
+from paged_kernels.reference import reference
+from paged_kernels.row_update import (
+    MOST_DRAFTS,
+    accept_tokens,
+    gather_step,
+    update_page_tables,
+    write_spans,
+    write_tokens,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,6 +114,67 @@ def test_a_steps_inputs_come_from_its_rows(index_dtype: torch.dtype) -> None:
         pages = -(-(start + count) // page_size)
         assert torch.equal(page_table[index, :pages], page_tables[row, :pages])
         assert (page_table[index, pages:] == -7).all(), "an entry past the sequence's pages was written"
+
+
+@pytest.mark.parametrize("gather", [gather_step, reference.gather_step], ids=["kernel", "reference"])
+def test_where_only_the_device_knows_a_rows_length_it_counts_from_there(gather: Callable[..., None]) -> None:
+    history, page_tables, lengths = numbered(4, 64), numbered(4, 8), ints([30, 20, 10, 1])
+    # the newest token and two drafts behind it; a length that the host knows; padding
+    rows, starts = [1, 1, 1, 2, -1], [-1, -2, -3, 5, 0]
+    outputs = {name: ints([-7] * 5) for name in ("input_ids", "positions", "slot_mapping", "seq_lens")}
+    outputs["page_table"] = torch.full((5, 8), -7, dtype=torch.int32, device=DEVICE)
+    gather(ints(rows), ints(starts), ints([1] * 5), ints(range(5)), history, page_tables, 8, **outputs, lengths=lengths)
+    at = [19, 20, 21, 5]
+    assert outputs["positions"].tolist() == [*at, 0]
+    assert outputs["seq_lens"].tolist() == [*(position + 1 for position in at), 0]
+    assert outputs["input_ids"][:4].tolist() == [int(history[row, p]) for row, p in zip(rows, at, strict=False)]
+    assert outputs["slot_mapping"][:4].tolist() == [
+        int(page_tables[row, p // 8]) * 8 + p % 8 for row, p in zip(rows, at, strict=False)
+    ]
+    assert torch.equal(outputs["page_table"][2, :3], page_tables[1, :3])
+
+
+def accepted_one_by_one(runs: list[tuple[int, list[int], list[int]]]) -> list[int]:
+    """runs: a row, its drafts, the tokens sampled behind its newest token and each draft."""
+    out: list[int] = []
+    for row, drafts, sampled in runs:
+        kept = 1
+        while row >= 0 and kept < len(sampled) and drafts[kept - 1] == sampled[kept - 1]:
+            kept += 1
+        out += sampled if row < 0 else sampled[:kept] + [-1] * (len(sampled) - kept)
+    return out
+
+
+@pytest.mark.parametrize("accept", [accept_tokens, reference.accept_tokens], ids=["kernel", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_get_their_tokens_up_to_the_first_wrong_draft(
+    accept: Callable[..., torch.Tensor], dtype: torch.dtype, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    num_rows = 40
+    runs = []
+    for row in random.permutation(num_rows)[: 3 + 6 * seed].tolist():
+        num_drafts = int(random.integers(0, MOST_DRAFTS + 1)) if seed else 0
+        runs.append((row, random.integers(0, 2, num_drafts).tolist(), random.integers(0, 2, num_drafts + 1).tolist()))
+    runs += [(-1, [], [0])] * 3  # padding
+    rows = [row for row, _, sampled in runs for _ in sampled]
+    sampled = [token for _, _, tokens in runs for token in tokens]
+    inputs = [token for _, drafts, _ in runs for token in [9, *drafts]]
+    starts = random.integers(1, 20, num_rows)
+    positions = [int(starts[row]) + place for row, _, tokens in runs for place in range(len(tokens))]
+    history, lengths = torch.full((num_rows, 64), 99, dtype=torch.int32, device=DEVICE), ints([50] * num_rows)
+    out = accept(
+        history, lengths, ints(rows), ints(positions), torch.tensor(sampled, dtype=dtype, device=DEVICE), ints(inputs)
+    )
+    expected, wanted, lens = accepted_one_by_one(runs), torch.full_like(history, 99), [50] * num_rows
+    for row, position, token in zip(rows, positions, expected, strict=True):
+        if row >= 0 and token >= 0:
+            wanted[row, position], lens[row] = token, position + 1
+    real = torch.tensor([row >= 0 for row in rows], device=DEVICE)
+    assert out[real].tolist() == [token for row, token in zip(rows, expected, strict=True) if row >= 0]
+    assert torch.equal(history, wanted)
+    assert lengths.tolist() == lens
 
 
 @pytest.mark.gpu

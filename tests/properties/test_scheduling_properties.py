@@ -14,7 +14,7 @@ from paged_backend.messages import Found, Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
-from tests.simulated_runner import SimulatedRunner, solo, solo_search
+from tests.simulated_runner import Proposer, SimulatedRunner, solo, solo_search
 
 EOS = 5
 
@@ -30,6 +30,8 @@ class Scheduling(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         preemption=st.booleans(),
         windows=st.sampled_from([(None,), (None,), (5,), (None, 5), (None, 9, 1), (7, 2, 2)]),
+        num_drafts=st.sampled_from([0, 0, 1, 3, 8]),
+        quality=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     )
     def start(
         self,
@@ -42,6 +44,8 @@ class Scheduling(RuleBasedStateMachine):
         prefix_cache: bool,
         preemption: bool,
         windows: tuple[int | None, ...],
+        num_drafts: int,
+        quality: float,
     ) -> None:
         num_pages = -(-max_model_len // page_size) * len(windows) + spare_pages
         self.now = 0.0
@@ -58,9 +62,13 @@ class Scheduling(RuleBasedStateMachine):
             preemption=preemption,
             eos_ids=(EOS,),
             windows=windows,
+            num_drafts=num_drafts,
         )
         self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
-        self.runner = SimulatedRunner(rows, num_pages, page_size, max_model_len, budget, windows=windows)
+        propose = Proposer(quality, 97, windows)
+        self.runner = SimulatedRunner(
+            rows, num_pages, page_size, max_model_len, budget, windows=windows, propose=propose
+        )
         bounds = TableBounds(rows, num_pages, page_size, max_model_len, budget, windows)
         self.engine = Engine(self.scheduler, CheckedRunner(self.runner, bounds, self.scheduler.check), steps_ahead)
         self.expected: dict[int, tuple[list[int], str]] = {}
@@ -154,7 +162,9 @@ class Scheduling(RuleBasedStateMachine):
         self.drain()
 
     def receive(self, output: StepOutput) -> None:
-        assert len(set(output.request_ids.tolist())) == len(output.request_ids), "two tokens of one request in one step"
+        assert self.limits.num_drafts or len(set(output.request_ids.tolist())) == len(output.request_ids), (
+            "two tokens of one request in one step"
+        )
         for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
             assert request_id in self.answers, "a token for a request that is over"
             if not self.answers[request_id]:

@@ -17,7 +17,7 @@ MEANINGS = {
     r"|(_?(no|num|row|token|max)_)?_?adapter_?slots?\w*",
     "held": r"held|num_held|_?pages_held\w*|held_pages|num_held_slots|_?held(_glyph)?",
     "turn": r"turns?",
-    "draft": r"(?!)",  # a speculative token, when there are some
+    "draft": r"_?(num_|max_|most_|next_|with_)?drafts?(_of|_proposed|_accepted)?",  # a speculative token
     "berth": r"(?!)",
     "told": r"(?!)",
     "serial": r"(?!)",

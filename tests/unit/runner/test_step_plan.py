@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paged_backend.batch import Batch
+from paged_backend.batch import Batch, Drafts
 from paged_backend.models.step import StepShape
 from paged_backend.runner import model_runner
 from paged_backend.runner.cuda_graphs import captured_shapes, decode_sizes
@@ -45,6 +45,24 @@ def test_decodes_come_first_and_results_find_their_way_back() -> None:
     assert plan.output_indices.tolist() == [2, 0, 1]
     assert plan.prefill_lens == ((5, 105), (3, 105))
     assert (plan.max_decode_len, plan.max_len) == (104, 105)
+
+
+def test_drafts_are_decodes_right_behind_their_row() -> None:
+    """Two rows with drafts, one whose length only the device knows, beside a prompt and a plain decode."""
+    drafts = Drafts(np.array([2, 0, 1, 0], np.int32), np.array([0, 0, 3, 0], np.int32))
+    ragged = replace(batch([3, 5, 2, 1], [True, True, True, False]), drafts=drafts)
+    assert shape_of(ragged) == StepShape(6, 1, 5)
+    plan = plan_step(ragged, StepShape(7, 1, 8))
+    s = array_lengths(plan.shape)
+    parts = dict(zip(s, np.split(plan.flat, np.cumsum(list(s.values()))[:-1]), strict=True))
+    assert parts["rows"].tolist() == [10, 10, 10, 12, 12, 13, -1, 11, -1]
+    assert parts["starts"].tolist() == [100, 101, 102, -1, -2, 103, 0, 101, 0]
+    assert parts["counts"].tolist() == [1, 1, 1, 1, 1, 1, 1, 5, 3]
+    assert parts["sample_rows"].tolist() == [10, 10, 10, 12, 12, -1, -1, 11]
+    assert plan.output_indices.tolist() == [0, 1, 2, 7, 3, 4]
+    assert plan.first_outputs.tolist() == [0, 7, 3]
+    assert plan.firsts.tolist() == [0, 7, 3, 5]
+    assert (plan.max_decode_len, plan.max_len) == (104, 106)
 
 
 def test_padding_takes_what_is_left() -> None:
