@@ -141,6 +141,14 @@ class EngineConfig(BaseModel):
         description="Longest time in milliseconds that text which is ready may wait to be joined with later text "
         "when the sender falls behind.",
     )
+    speculation: Literal["off", "ngram"] = Field(
+        "off",
+        description="Guess a sequence's next tokens and check them in one step; no token changes. ngram: what came "
+        "after the same words earlier in its text.",
+    )
+    num_speculative_tokens: int = Field(
+        4, ge=1, le=15, description="Guesses of a sequence in a step, at most; fewer while they are wrong."
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one, else cpu."
     )
@@ -272,6 +280,11 @@ class EngineConfig(BaseModel):
             raise EngineError(
                 f"parameter '{first['loc'][0]}': {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
             ) from None
+
+    @property
+    def num_drafts(self) -> int:
+        """Of a sequence in a step, at most; 0: no speculation."""
+        return 0 if self.speculation == "off" else self.num_speculative_tokens
 
     def model_folder(self) -> Path | None:
         """The checkpoint's folder if `model` names one on this machine, else None (a hub id)."""

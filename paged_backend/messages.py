@@ -226,6 +226,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     prefix_queries: int  # prompt tokens looked up since the start
     prefix_hits: int  # of which were found
     num_steps: int
+    drafts_proposed: int = 0  # since the start
+    drafts_accepted: int = 0  # of which were right
     queue_times: tuple[float, ...] = ()  # seconds from arrival to admission, of requests admitted since the last Stats
 
 

@@ -60,6 +60,7 @@ class SamplingKeys(ReadableBody):
     priority_level: int | None = None
     request_deadline_seconds: float | None = None
     skip_prefix_cache: bool | None = None
+    speculation: Literal["off"] | None = None
     lora_name: str | None = None
     # what a body leaves open is as the checkpoint recommends; a chat's is unless it says false
     generation_defaults: bool | None = None

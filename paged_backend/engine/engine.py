@@ -98,6 +98,8 @@ class Engine:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             num_steps=self.num_steps,
+            drafts_proposed=scheduler.drafts_proposed,
+            drafts_accepted=scheduler.drafts_accepted,
             queue_times=scheduler.take_queue_times(),
         )
 

@@ -89,6 +89,7 @@ def load_engine(
             eos_ids=limits.eos_ids,
             seed=config.seed,
             windows=limits.windows,
+            num_drafts=config.num_drafts,
         ),
         guides=GrammarMasks(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
         adapters=None

@@ -182,7 +182,7 @@ class RunnerBuilder:
         config = self._config = self._config.model_copy(update={"max_num_sequences": max_num_sequences})
         self._max_sequences = min(max_num_sequences or 1, config.max_batched_tokens)  # of a step
         self._shapes = captured_shapes(
-            self._max_sequences, config.max_batched_tokens, adapters=bool(config.lora_directory)
+            self._max_sequences, config.max_batched_tokens, bool(config.lora_directory), config.num_drafts
         )
 
     @property
@@ -350,6 +350,8 @@ class RunnerBuilder:
             copy_pages,
             num_groups,
         )
+        if config.num_drafts:
+            rows.speculate(ops.propose_ngram, config.num_drafts)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in self._shapes))
         adapted = (
             None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
@@ -373,7 +375,7 @@ class RunnerBuilder:
             head_dim=a.attention.head_dim,
             sliding_windows=a.sliding_windows,
             vocab_size=a.vocab_size,
-            max_sequences=self._max_sequences,
+            max_sequences=max(shape.num_decodes for shape in self._shapes),
             max_outputs=max(shape.num_outputs for shape in self._shapes),
             kv_dtype=self._place.kv_dtype,
             device=self._place.device,

@@ -1,0 +1,52 @@
+"""Speculation through a real server: its answers are those of requests that want none, and its metrics say what it
+saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+
+from paged_backend.server.launch import Server, ServerSettings
+from paged_client import PagedClient
+from tests.server.calls import wait_for_metrics
+
+pytestmark = pytest.mark.server
+
+CIRCLES = {"temperature": 0.0, "ignore_eos": True, "frequency_penalty": -2.0}  # says again what it has said
+TEXT = "The fox saw the lantern. The fox saw the lantern. The fox saw"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    options = {"num_pages": 200, "speculation": "ngram", "num_speculative_tokens": 5, "debug_checks": True}
+    with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        CIRCLES,
+        CIRCLES | {"stop": ["ry. Wh", "e foxe", "0"]},
+        {"temperature": 0.7, "seed": 3, "top_p": 0.9},
+        {"temperature": 0.0, "guided_regex": "( the fox){3,9}", "max_tokens": 30},
+    ],
+    ids=["in circles", "a stop string", "seeded", "a form"],
+)
+def test_answers_are_those_without_it(server: Server, sampling: dict[str, object]) -> None:
+    with PagedClient(server.addresses.grpc_url) as client:
+        asked = {"max_tokens": 60} | sampling
+        plain = client.generate(TEXT, speculation="off", **asked)
+        fast = client.generate(TEXT, **asked)
+    assert (fast.text, fast.finish_reason) == (plain.text, plain.finish_reason)
+
+
+def test_the_metrics_say_what_was_guessed_right(server: Server) -> None:
+    with PagedClient(server.addresses.grpc_url) as client:
+        client.generate(TEXT, max_tokens=100, **CIRCLES)
+    names = "paged_drafts_proposed_total", "paged_drafts_accepted_total"
+    assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[names[0]] >= values[names[1]] > 0)
