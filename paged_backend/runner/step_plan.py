@@ -75,7 +75,10 @@ def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
     parts = batch if batch.drafts is None else _parts_of(batch, batch.drafts)
     order = np.argsort(parts.counts > 1, kind="stable")
     num_decodes = int((parts.counts == 1).sum())
-    places = _places(order, num_decodes, shape)
+    # the sequence of the step that each part becomes
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    places[order[num_decodes:]] += shape.num_decodes - num_decodes
     arrays = _empty_arrays(shape)
     arrays["rows"][places] = parts.rows
     arrays["starts"][places] = parts.starts if isinstance(parts, Batch) else parts.device_starts
@@ -129,14 +132,6 @@ def plan_of_padding(shape: StepShape) -> Int32:
     np.cumsum(arrays["counts"], out=arrays["query_starts"][1:])
     arrays["logit_indices"][:] = np.maximum(arrays["query_starts"][1:-1] - 1, 0)
     return np.concatenate(list(arrays.values()))
-
-
-def _places(order: NDArray[np.intp], num_decodes: int, shape: StepShape) -> Int64:
-    """The sequence of the step that each entry of the batch becomes."""
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    places[order[num_decodes:]] += shape.num_decodes - num_decodes
-    return places
 
 
 def _empty_arrays(shape: StepShape) -> Mapping[str, Int32]:
