@@ -172,10 +172,9 @@ class EngineConfig(BaseModel):
         "those that are visible, from `device` on.",
     )
     fused_all_reduce: bool = Field(
-        False,
+        True,
         description="Sum the ranks' products of few tokens, and the residual, in one kernel over memory that all "
-        "GPUs read, instead of NCCL. "
-        "Not run on GPUs yet.",
+        "GPUs read, instead of NCCL; where they cannot, NCCL does it.",
     )
     seed: int = Field(
         0, ge=0, lt=2**63, description="Seeds the random numbers of requests that bring no seed of their own."

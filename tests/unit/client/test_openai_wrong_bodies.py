@@ -20,7 +20,7 @@ from paged_client import AsyncPagedClient, InvalidRequestError
 from paged_client.openai.gateway import Offer, make_app
 from paged_client.question import Question
 from tests.body_mutations import bodies, check_refusal, mutations
-from tests.unit.client.test_openai_gateway import Call, Outputs, Transport, described
+from tests.unit.client.gateway_calls import Call, Outputs, Transport, described
 from tests.unit.client.test_openai_tools import HERMES, THINKS
 
 BODIES = bodies("m")
