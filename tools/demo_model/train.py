@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tools.demo_model import model_files
-from tools.demo_model.model import Attention, DemoModel, Shape, causal_attention, documents_of, masked_attention
+from tools.demo_model.model import Attention, DemoModel, causal_attention, documents_of, masked_attention
 from tools.demo_model.optimizer import Optimizer
 from tools.demo_model.recipe import BALANCE_WEIGHT, Pace, Recipe, rate_share, timed_share
 from tools.demo_model.saved_state import Progress, load_state, read_progress, save_state
@@ -351,7 +351,7 @@ def _read_options() -> tuple[Settings, Recipe]:
     tiny, experts, top_k = chosen.pop("tiny"), chosen.pop("experts"), chosen.pop("top_k")
     recipe = Recipe.agents() if chosen["start_from"] else Recipe.tiny() if tiny and not experts else Recipe()
     if experts:
-        recipe = replace(recipe, shape=Shape.of_experts(experts, top_k))
+        recipe = recipe.of_experts(experts, top_k)
     if tiny and (experts or chosen["start_from"]):
         recipe = recipe.in_small_steps()
     return Settings(**chosen), recipe
