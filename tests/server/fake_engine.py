@@ -245,7 +245,9 @@ class FakeEngine:
 
     def _stats(self) -> Stats:
         held = min(len(self._jobs), NUM_PAGES)
-        return Stats(NUM_PAGES - held, held, 0, held * 8, len(self._jobs), 0, 0, 160, 48, self._num_steps, (0.001,))
+        return Stats(
+            NUM_PAGES - held, held, 0, held * 8, len(self._jobs), 0, 0, 160, 48, self._num_steps, queue_times=(0.001,)
+        )
 
 
 if __name__ == "__main__":
