@@ -21,7 +21,7 @@ from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
 
-_LONGEST_PAUSE = 31  # steps
+_LONGEST_PAUSE = 15  # steps
 _KEEPS_STILL = (
     Feature.GUIDED | Feature.BEAM
 )  # what comes next depends on all tokens before, and the host must know them
