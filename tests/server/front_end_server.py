@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 from paged_backend.server import files as server_files
 
 MODEL = "paged_llm"
+_ATTEMPTS = 3
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 WITH_FAKE_ENGINE = f"""
 from paged_backend.frontend import triton_io
@@ -266,13 +268,9 @@ def serving(
         *([f"--load-model={MODEL}"] if load else []),
         *arguments,
     ]
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    server = FrontEndServer(process, log, ports)
+    server = _started(command, environment, folder / "server.log", ports, wait)
+    process = server.process
     try:
-        if wait:
-            server.wait_until_live()
         yield server
     finally:
         process.terminate()
@@ -281,6 +279,25 @@ def serving(
         finally:
             process.kill()
             shutil.rmtree(folder / "repository", ignore_errors=True)
+
+
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, ports: list[int], wait: bool
+) -> FrontEndServer:
+    """Tries again where tritonserver aborts: 2.51.0 does on an overloaded machine, while its stubs start."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server = FrontEndServer(process, log, ports)
+        try:
+            if wait:
+                server.wait_until_live()
+            return server
+        except AssertionError:
+            process.kill()
+            if process.wait() != -signal.SIGABRT or attempt == _ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _processes() -> list[list[str]]:
