@@ -204,7 +204,8 @@ def test_half_precision_runs_near_float32(folder: Path, oracle: Oracle, dtype: s
 def test_every_decision_is_told(folder: Path) -> None:
     told: list[str] = []
     build_runner(EngineConfig(model=str(folder), device="cpu", num_pages=20), told.append)
-    assert ["Qwen3ForCausalLM" in told[0], "weights" in told[1], "num_pages" in told[2]] == [True] * 3
+    about = ("Qwen3ForCausalLM", "weights", "max_num_sequences", "num_pages")
+    assert [word in sentence for word, sentence in zip(about, told, strict=True)] == [True] * 4
 
 
 def test_a_gpu_that_cannot_convert_8_bits_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
