@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from paged_client.errors import UnreachableError, UnsupportedError, error_of
 from paged_client.grpc_transport import CHANNEL_OPTIONS, Outputs, rpc_error_of
 from paged_client.question import Question
+from paged_client.unabandoned import Unabandoned
 
 if TYPE_CHECKING:
     from grpc.aio import Channel
@@ -141,22 +142,23 @@ class AsyncGrpcCall:
 
     def __init__(self, call: Any, request: Any, address: str) -> None:
         """call: an open ModelStreamInfer. request: a ModelInferRequest, sent with the first `next`."""
+        import grpc.aio
+
         self._call = call
         self._request = request
         self._address = address
         self._over = False
         self._patience = _Patience(call)
+        self._grpc = grpc.aio  # an import at each piece would cost two microseconds
 
     async def next(self, seconds: float | None) -> tuple[Outputs, bool]:
         """As GrpcCall.next."""
-        from grpc.aio import EOF, AioRpcError
-
         try:
             message = await self._read(seconds)
-        except AioRpcError as failure:
+        except self._grpc.AioRpcError as failure:
             self._patience.end()
             raise rpc_error_of(failure.details() or "", failure.code().name, self._address) from None
-        if message is EOF:
+        if message is self._grpc.EOF:
             self._patience.end()
             raise UnreachableError("the server closed the stream before the answer's end")
         response = message.infer_response
@@ -178,9 +180,9 @@ class AsyncGrpcCall:
         try:
             if request is not None:
                 with contextlib.suppress(asyncio.InvalidStateError):  # it has failed already: reading says why
-                    await self._call.write(request)
+                    await Unabandoned(self._call.write(request), self._call.cancel)
                     await self._call.done_writing()
-            return await self._call.read()
+            return await Unabandoned(self._call.read(), self._call.cancel)
         except asyncio.CancelledError:
             if self._patience.is_over:
                 raise TimeoutError from None
@@ -193,10 +195,8 @@ class AsyncGrpcCall:
         """The server closes the stream after the last response. A call that is dropped before is cancelled by the
         library.
         """
-        from grpc.aio import EOF
-
         with contextlib.suppress(Exception):  # nothing that happens now changes the answer
-            while await self._read(_END_SECONDS) is not EOF:
+            while await self._read(_END_SECONDS) is not self._grpc.EOF:
                 pass
         self._patience.end()
 

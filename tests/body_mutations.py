@@ -50,6 +50,7 @@ _BESIDE: Mapping[str | int, tuple[str, ...]] = {
     "tools": ("tool_choice",),
     "messages": ("prompt",),
     "beam_width": ("use_beam_search",),
+    "use_beam_search": ("beam_width",),
     "temperature": ("n",),  # equal sequences
 }
 
