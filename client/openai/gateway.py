@@ -227,7 +227,7 @@ class _Gateway:
         asked = replace(asked, request_id=body.request_id or request.scope.get(REQUEST_ID, ""))
         pieces = self._pieces(self._models.find(body.model)[0].client, asked)
         try:
-            first = await unless_left(request.receive, _next(pieces))
+            first = await unless_left(request.receive, _first(pieces))
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
         return self._chunks(first, pieces, reply, asked.params, body.stream_options or StreamOptions()), pieces
@@ -248,21 +248,16 @@ class _Gateway:
 
     async def _pieces(self, client: Backend, asked: Asked) -> Pieces:
         """(which prompt, piece) of all prompts. Closing it cancels what is not over."""
-        with self._metrics.adapter(asked.sampling.get("lora_name")):
-            async with aclosing(self._streamed(client, asked)) as pieces:
-                async for piece in pieces:
-                    yield piece
-
-    async def _streamed(self, client: Backend, asked: Asked) -> Pieces:
         streams = [partial(client.stream, prompt, **_options(asked)) for prompt in asked.prompts]
-        if len(streams) > 1:
-            async with aclosing(merged(streams, self._offer.prompts_at_once)) as arriving:
-                async for piece in arriving:
-                    yield piece
-            return
-        async with streams[0]() as stream:
-            async for delta in stream:
-                yield 0, delta
+        with self._metrics.adapter(asked.sampling.get("lora_name")):
+            if len(streams) > 1:
+                async with aclosing(merged(streams, self._offer.prompts_at_once)) as arriving:
+                    async for piece in arriving:
+                        yield piece
+                return
+            async with streams[0]() as stream:
+                async for delta in stream:
+                    yield 0, delta
 
     async def _chunks(
         self,
@@ -282,7 +277,7 @@ class _Gateway:
                     if options.include_usage:
                         chunk["usage"] = reply.usage(usages.values()) if options.continuous_usage_stats else None
                     yield chunk
-                piece = await _next(pieces)
+                piece = await anext(pieces, None)
             if options.include_usage:
                 yield reply.usage_chunk(usages.values())
         except PagedError as error:
@@ -337,8 +332,6 @@ def _options(asked: Asked) -> dict[str, Any]:
     }
 
 
-async def _next(pieces: Pieces) -> tuple[int, Delta] | None:
-    """None: there are no more."""
-    async for piece in pieces:
-        return piece
-    return None
+async def _first(pieces: Pieces) -> tuple[int, Delta] | None:
+    """None: there is none."""
+    return await anext(pieces, None)

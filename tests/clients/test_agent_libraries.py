@@ -5,7 +5,7 @@ Each is skipped where it is not installed: they pull in much, and some of them e
 names them. The embedded model does not know tools by itself: `required` makes it call one through the grammar, and what
 is tested is that the library's way there and back works.
 
-    pip install langchain-openai openai-agents instructor litellm llama-index-llms-openai-like 'lm-eval[api]'
+    pip install langchain-openai openai-agents instructor litellm llama-index-llms-openai-like 'lm-eval[api]' 'numpy<2'
     pytest -m long tests/clients
 """
 
