@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from paged_backend.config import EngineConfig
-from paged_backend.engine_client.live_requests import LiveRequests, Receiver, pieces_of
+from paged_backend.engine_client.live_requests import LiveRequest, LiveRequests, Receiver, lose, pieces_of
 from paged_backend.engine_client.supervisor import EngineSupervisor
 from paged_backend.errors import EngineError
 from paged_backend.messages import Failed, FromEngine, Prompt, Ready, Stats, Submit, Tokens, request_id_of
@@ -51,6 +51,8 @@ class EngineClient:
         # called once among all front ends, when there will be no engine any more
         self.on_loss: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None  # called in each front end then
+        # called before: may give the requests to others, and returns those that nobody has taken
+        self.heir: Callable[[list[LiveRequest]], list[LiveRequest]] = lambda requests: requests
         self._on_stats: Callable[[Stats], None]
         self._on_restart: Callable[[], None]
         self._on_inherit: Callable[[], None]
@@ -190,6 +192,18 @@ class EngineClient:
         """The request's pages are freed, and nothing more is heard of it. No effect if it is over already."""
         self._live.abort(request_id)
 
+    def adopt(self, live: LiveRequest) -> int:
+        """Goes on with a request of another engine's client. Returns its id here.
+
+        Raises:
+            RequestError: the engine is gone.
+        """
+        live.submit = msgspec.structs.replace(
+            live.submit, request_id=request_id_of(self.front_end, next(self._numbers))
+        )
+        self._live.adopt(live)
+        return live.submit.request_id
+
     def close(self) -> None:
         """Says goodbye; the engine's owner ends the engine and waits for its exit, at most 10 s. No effect the second
         time.
@@ -292,7 +306,7 @@ class EngineClient:
     def _lose(self, reason: str) -> None:
         """There is none, and there will be none."""
         self._live.shut()
-        self._live.lose()
+        lose(self.heir(self._live.take_all()))
         # else another front end has said so already
         if not self._closing.is_set() and self._supervisor.end(reason) is None:
             log.error("error: there is no engine any more%s: %s", self._replica_words(), reason)

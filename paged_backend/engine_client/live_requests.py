@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -164,12 +164,24 @@ class LiveRequests:
         with self._lock:
             self._open = False
 
-    def lose(self) -> None:
-        """There will be no engine any more: every live request ends with one clear error. `shut` comes first."""
+    def take_all(self) -> list[LiveRequest]:
+        """They are not live here any more: another engine is to have them."""
         with self._lock:
-            request_ids = list(self._requests)
-        for request_id in request_ids:
-            self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.OVERLOADED, _ENGINE_GONE)))
+            taken, self._requests = list(self._requests.values()), {}
+        return taken
+
+    def adopt(self, live: LiveRequest) -> None:
+        """Goes on with a request that another engine had.
+
+        Raises:
+            RequestError: no request is taken any more.
+        """
+        with self._lock:
+            if not self._open:
+                raise RequestError(_ENGINE_GONE, ErrorKind.OVERLOADED)
+            self._requests[live.submit.request_id] = live
+            if self._link is not None:
+                self._link.send(live.resumed())
 
     # ---- answers
 
@@ -191,6 +203,15 @@ class LiveRequests:
         except Exception:  # one request's trouble must not silence the others
             log.exception("a request's receiver failed")
             self.abort(request_id)
+
+
+def lose(requests: Iterable[LiveRequest]) -> None:
+    """They end with one clear error: no engine will have them any more."""
+    for live in requests:
+        try:
+            live.receive(Piece(finish=Finish(live.submit.request_id, "", ErrorKind.OVERLOADED, _ENGINE_GONE)))
+        except Exception:  # one request's trouble must not silence the others
+            log.exception("a request's receiver failed")
 
 
 def pieces_of(tokens: Tokens) -> dict[int, Piece]:

@@ -3,7 +3,8 @@ standby and live requests, and a request goes to one of them.
 
 To the replica that has most of its prompt in its prefix cache, of equals to the one with the fewest requests under way;
 unless it has many more of them than another, which then gets the request. A replica whose engine is being restarted
-gets none as long as another serves; what it had goes on in its next engine.
+gets none as long as another serves; what it had goes on in its next engine, or in another replica if there will be
+none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -19,7 +21,7 @@ from paged_backend.block_hashes import block_hashes_of
 from paged_backend.config import EngineConfig
 from paged_backend.engine_client.client import EngineClient
 from paged_backend.engine_client.known_prefixes import KnownPrefixes
-from paged_backend.engine_client.live_requests import Receiver
+from paged_backend.engine_client.live_requests import LiveRequest, Piece, Receiver
 from paged_backend.errors import EngineError, ErrorKind, RequestError
 from paged_backend.messages import REPLICA, Prompt, Ready, Stats, number_of
 
@@ -40,7 +42,8 @@ class Replicas:
         self._clients: list[EngineClient] = []
         self._prefixes: KnownPrefixes | None = None
         self._families: OrderedDict[int, int] = OrderedDict()  # -> the replica that has it
-        self._lock = threading.Lock()  # of families
+        self._moved: dict[int, int] = {}  # a request's id -> its id in the replica that took it over
+        self._lock = threading.Lock()  # of both
         self._num_asked = count()
         self._num_gone = 0
         self._tells_loss = False
@@ -94,6 +97,7 @@ class Replicas:
         for replica, client in enumerate(self._clients):
             client.on_loss = self._tell_loss if replica == 0 else lambda: None
             client.on_gone = self._note_gone
+            client.heir = self._take_over
             client.start(partial(_call, on_stats, replica), partial(on_restart, replica), partial(on_inherit, replica))
 
     @property
@@ -132,11 +136,19 @@ class Replicas:
         traced: bool = False,
     ) -> int:
         """See EngineClient.submit."""
-        client = self._clients[self._choose(prompt, cache_salt, family)]
-        return client.submit(prompt, cache_salt, arrival, receive, family, traced=traced)
+        while True:
+            client = self._clients[self._choose(prompt, cache_salt, family)]
+            try:
+                return client.submit(prompt, cache_salt, arrival, receive, family, traced=traced)
+            except RequestError:
+                if client.alive:
+                    raise  # else it was lost just now, and another is asked
 
     def abort(self, request_id: int) -> None:
         """See EngineClient.abort."""
+        with self._lock:
+            while request_id in self._moved:
+                request_id = self._moved.pop(request_id)
         self._clients[number_of(request_id) % len(self._clients)].abort(request_id)
 
     def close(self) -> None:
@@ -183,6 +195,36 @@ class Replicas:
         return self._prefixes.num_known(block_hashes_of(prompt.token_ids, page_size, name, cache_salt))
 
     # ---- when there is none any more
+
+    def _take_over(self, requests: list[LiveRequest]) -> list[LiveRequest]:
+        """Of a replica that will have no engine. Returns those that no other can have."""
+        left = []
+        for live in requests:
+            before = live.submit.request_id
+            clients = sorted((client for client in self._clients if client.alive), key=lambda one: one.num_under_way)
+            for client in clients:
+                try:
+                    now = client.adopt(self._forgetting(live, before))
+                except RequestError:
+                    continue
+                with self._lock:
+                    self._moved[before] = now
+                break
+            else:
+                left.append(live)
+        return left
+
+    def _forgetting(self, live: LiveRequest, before: int) -> LiveRequest:
+        """The request, which at its end takes along what is known of its move."""
+        receive = live.receive
+
+        def heard(piece: Piece) -> None:
+            if piece.finish is not None:
+                with self._lock:
+                    self._moved.pop(before, None)
+            receive(piece)
+
+        return replace(live, receive=heard)
 
     def _note_gone(self) -> None:
         with self._lock:

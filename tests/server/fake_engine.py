@@ -254,5 +254,6 @@ if __name__ == "__main__":
     given = EngineConfig.model_validate_json(sys.stdin.readline())
     if STANDBY in sys.argv and not sys.stdin.readline():
         sys.exit(0)
-    live_by(Path(sys.argv[1]))
-    sys.exit(FakeEngine(Path(sys.argv[1]), given).run())
+    (own_folder,) = (word for word in sys.argv[1:] if not word.startswith("--"))
+    live_by(Path(own_folder))
+    sys.exit(FakeEngine(Path(own_folder), given).run())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +15,14 @@ import pytest
 import zmq
 
 from paged_backend.block_hashes import block_hashes_of
+from paged_backend.config import EngineConfig
 from paged_backend.engine.kv_event_publisher import KvEventPublisher
 from paged_backend.engine_client.known_prefixes import KnownPrefixes
-from paged_backend.engine_client.replicas import best_of
-from paged_backend.messages import KV_SOCKET
+from paged_backend.engine_client.replicas import Replicas, best_of
+from paged_backend.errors import ErrorKind, RequestError
+from paged_backend.messages import KV_SOCKET, number_of
 from paged_backend.scheduler.kv_events import Forgotten, Stored
+from tests.unit.engine_client.clients import COMMAND, ask
 
 PAGE_SIZE = 4
 PROMPT = np.arange(20, dtype=np.int32)
@@ -107,3 +113,52 @@ def test_front_ends_know_what_replicas_have_cached(caches: Caches) -> None:
     caches.publishers[0].send([stored(0, 4)])
     wait(lambda: known.num_known(hashes) == [4, 1])
     known.close()
+
+
+# ---- engines that die
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replicas]:
+    """Two fake engines, of which neither is restarted."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        config = EngineConfig(model="fake", replicas=2, max_engine_restarts=0, prefix_cache=False)
+        replicas = Replicas.connect(config, uuid.uuid4().hex, 1, COMMAND)
+        replicas.start(lambda stats, replica: None)
+        yield replicas
+        replicas.close()
+
+
+def test_requests_of_a_replica_that_is_lost_go_on_in_another_and_can_still_be_aborted(two: Replicas) -> None:
+    losses: list[float] = []
+    two.on_loss = lambda: losses.append(time.monotonic())
+    asked = [ask(two, f"tokens=60 delay=0.05 number={number}") for number in range(4)]
+    wait(lambda: all(len(inbox.ids) > 3 for _, inbox in asked))
+    assert [client.num_under_way for client in two._clients] == [2, 2]
+    os.kill(two._clients[0].engine_pid, signal.SIGKILL)
+    wait(lambda: not two._clients[0].alive and two._clients[1].num_under_way == 4)
+    moved, stopped = [pair for pair in asked if number_of(pair[0]) % 2 == 0]
+    two.abort(stopped[0])
+    wait(lambda: two._clients[1].num_under_way == 3)
+    assert two.alive and not losses
+    last = ask(two, "tokens=5 delay=0.01")
+    kept = [inbox for _, inbox in asked if inbox is not stopped[1]]
+    wait(lambda: all(inbox.finished.is_set() for inbox in (*kept, last[1])))
+    assert {inbox.pieces[-1].finish.reason for inbox in kept} == {"length"}
+    assert moved[1] in kept and len(moved[1].ids) == 60 and not two._moved
+    assert not stopped[1].finished.is_set()
+
+
+def test_the_loss_of_the_last_replica_is_the_loss_of_the_model(two: Replicas) -> None:
+    losses: list[float] = []
+    two.on_loss = lambda: losses.append(time.monotonic())
+    asked = [ask(two, "tokens=400 delay=0.1") for _ in range(2)]
+    wait(lambda: all(inbox.ids for _, inbox in asked))
+    for client in two._clients:
+        os.kill(client.engine_pid, signal.SIGKILL)
+    wait(lambda: losses and all(inbox.finished.is_set() for _, inbox in asked))
+    assert {inbox.pieces[-1].finish.error for _, inbox in asked} == {ErrorKind.OVERLOADED}
+    assert not two.alive and len(losses) == 1
+    with pytest.raises(RequestError):
+        ask(two, "tokens=1")
