@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -56,6 +57,7 @@ class EngineClient:
         self._on_stats: Callable[[Stats], None]
         self._on_restart: Callable[[], None]
         self._on_inherit: Callable[[], None]
+        self._together: Callable[[], AbstractContextManager[None]]
         self.ready: Ready
 
     @classmethod
@@ -97,12 +99,14 @@ class EngineClient:
         on_stats: Callable[[Stats], None],
         on_restart: Callable[[], None] = lambda: None,
         on_inherit: Callable[[], None] = lambda: None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Begins to receive. In the front end that owns the engine, on_stats is called with the engine's numbers a few
         times a second, and on_restart whenever another engine is started in a dead one's place. on_inherit: this front
-        end owns the engine from now on.
+        end owns the engine from now on. together: around the pieces of one message, which go to many receivers.
         """
         self._on_stats, self._on_restart, self._on_inherit = on_stats, on_restart, on_inherit
+        self._together = together
         self._thread = threading.Thread(target=self._receive, name="engine-receive", daemon=True)
         self._thread.start()
 
@@ -268,7 +272,8 @@ class EngineClient:
                 except (ValueError, IndexError) as error:
                     log.warning("a message that no engine writes is dropped: %s", error)
                     return
-                self._live.hand_out(pieces)
+                with self._together():
+                    self._live.hand_out(pieces)
             # another may be told before the owner has said hello; counters must not be added up twice
             case Stats() if self._supervisor.owner:
                 self._on_stats(message)

@@ -30,18 +30,18 @@ _ENGINE_GONE = "the engine stopped; try again later"
 log = logging.getLogger("paged")
 
 
-@dataclass
-class Piece:
+class Piece(msgspec.Struct):
     """What one message brought for one request: tokens, and at its end a `Finish`.
 
-    The Finish of a request comes in the message of its last token.
+    The Finish of a request comes in the message of its last token. A struct of msgspec's: there is one for each token
+    of each stream, and they are made five times as fast as a dataclass with lists.
     """
 
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenScores] = field(default_factory=list)  # per token, the chosen one first; empty if not asked for
+    token_ids: list[int] = []
+    logprobs: list[TokenScores] = []  # per token, the chosen one first; empty if not asked for
     num_cached_tokens: int | None = None  # with the first token
     admitted: float | None = None  # seconds, CLOCK_MONOTONIC: with the first token of a traced request
-    prompts: list[PromptReport] = field(default_factory=list)
+    prompts: list[PromptReport] = []
     found: Found | None = None  # a beam search's whole answer, with the finish
     finish: Finish | None = None
 
@@ -187,14 +187,23 @@ class LiveRequests:
 
     def hand_out(self, pieces: Mapping[int, Piece]) -> None:
         """Gives every request its piece of a message."""
-        for request_id, piece in pieces.items():
-            self._deliver(request_id, piece)
+        with self._lock:
+            asked = [(self._of(request_id, piece), request_id, piece) for request_id, piece in pieces.items()]
+        for live, request_id, piece in asked:
+            if live is not None:
+                self._tell(live, request_id, piece)
 
     def _deliver(self, request_id: int, piece: Piece) -> None:
         with self._lock:
-            live = self._requests.pop(request_id, None) if piece.finish is not None else self._requests.get(request_id)
-        if live is None:
-            return  # aborted: the engine had not heard of it yet
+            live = self._of(request_id, piece)
+        if live is not None:
+            self._tell(live, request_id, piece)
+
+    def _of(self, request_id: int, piece: Piece) -> LiveRequest | None:
+        """Whose piece it is, over with its last one. None: aborted, and the engine had not heard of it yet."""
+        return self._requests.get(request_id) if piece.finish is None else self._requests.pop(request_id, None)
+
+    def _tell(self, live: LiveRequest, request_id: int, piece: Piece) -> None:
         live.token_ids += piece.token_ids
         if live.deaths and len(live.token_ids) >= live.num_resumed + CLEARED_AFTER_TOKENS:
             live.deaths = live.strikes = 0
@@ -228,8 +237,9 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
     for entry, (request_id, token_id) in enumerate(zip(request_ids, token_ids, strict=True)):
         piece = pieces.get(request_id)
         if piece is None:
-            piece = pieces[request_id] = Piece()
-        piece.token_ids.append(token_id)
+            piece = pieces[request_id] = Piece([token_id])
+        else:
+            piece.token_ids.append(token_id)
         if logprobs:
             top = {
                 other: (logprob, place)

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -92,13 +93,16 @@ class Replicas:
         on_stats: Callable[[Stats, int], None],
         on_restart: Callable[[int], None] = lambda replica: None,
         on_inherit: Callable[[int], None] = lambda replica: None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """See EngineClient.start; all are told the number of the replica."""
         for replica, client in enumerate(self._clients):
             client.on_loss = self._tell_loss if replica == 0 else lambda: None
             client.on_gone = self._note_gone
             client.heir = self._take_over
-            client.start(partial(_call, on_stats, replica), partial(on_restart, replica), partial(on_inherit, replica))
+            client.start(
+                partial(_call, on_stats, replica), partial(on_restart, replica), partial(on_inherit, replica), together
+            )
 
     @property
     def readies(self) -> list[Ready]:

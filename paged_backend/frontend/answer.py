@@ -165,11 +165,11 @@ class Answer:
         """On the engine client's thread."""
         try:
             with self._lock:
-                for mine, part in (
-                    [(strand, piece)]
-                    if piece.found is None
-                    else zip(self._strands, beam_pieces(piece, piece.found), strict=True)
-                ):
+                if piece.found is None:
+                    if not self._over and not strand.over:
+                        self._take(strand, piece)
+                    return
+                for mine, part in zip(self._strands, beam_pieces(piece, piece.found), strict=True):
                     if not self._over and not mine.over:
                         self._take(mine, part)
         except Exception:
@@ -187,7 +187,9 @@ class Answer:
         delta, must_stop = strand.take(piece, self._prompt_len)
         if must_stop and strand.request_id is not None:
             self._services.client.abort(strand.request_id)
-        embedding = next((report for report in piece.prompts if isinstance(report, PromptEmbedding)), None)
+        embedding = None
+        if piece.prompts:
+            embedding = next((report for report in piece.prompts if isinstance(report, PromptEmbedding)), None)
         if embedding is not None:
             delta, strand.num_tokens = embedding_delta(delta, embedding, self._request), 0
         self._count(len(delta.token_ids), embedding is not None)
@@ -195,7 +197,7 @@ class Answer:
             self._end_with(delta)
             self._abort()
             return
-        last = all(strand.over for strand in self._strands)
+        last = strand.over and all(other.over for other in self._strands)
         if last and delta.finish_reason is not None:
             self._outcome = delta.finish_reason
         self._over = last

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 
+import msgspec
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -180,8 +180,7 @@ class StopStrings:
         return self._next[state][char]
 
 
-@dataclass(frozen=True)
-class Passage:
+class Passage(msgspec.Struct, frozen=True):
     """What a few tokens added to an answer's text."""
 
     text: str
@@ -223,6 +222,9 @@ class AnswerText:
         """
         if self._detokenizer is None:
             return Passage("", len(token_ids), False)
+        if finish_reason is None and self._stops is None and len(token_ids) == 1:  # most calls by far
+            self._num_tokens += 1
+            return Passage(self._detokenizer.step(token_ids[0]), 1, False)
         silent = finish_reason == "stop" and not self._sampling.include_stop_str_in_output
         texts: list[str] = []
         for index, token_id in enumerate(token_ids):

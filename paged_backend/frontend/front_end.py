@@ -72,7 +72,7 @@ class FrontEnd:
         self._drain_by = math.inf  # seconds, time.monotonic(): live requests end then
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cancel", daemon=True)
-        self.client.start(self.tally.take_stats, self.tally.note_restart, self.tally.inherit)
+        self.client.start(self.tally.take_stats, self.tally.note_restart, self.tally.inherit, self.streamer.together)
         self._watcher.start()
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -50,14 +49,16 @@ class Strand:
         if piece.num_cached_tokens is not None:
             self.num_cached_tokens = piece.num_cached_tokens
         self.num_tokens += passage.num_tokens
-        logprobs = tuple(piece.logprobs[: passage.num_tokens]) if self._wants_logprobs else ()
-        self.cumulative_logprob += sum(next(iter(entry.values()))[0] for entry in logprobs)
+        logprobs: tuple[TokenScores, ...] = ()
+        if self._wants_logprobs:
+            logprobs = tuple(piece.logprobs[: passage.num_tokens])
+            self.cumulative_logprob += sum(next(iter(entry.values()))[0] for entry in logprobs)
         self.over = finish is not None
         self.finish_reason = None if finish is None or finish.error is not None else finish.reason
         delta = Delta(
             index=self.index,
             text=passage.text,
-            token_ids=tuple(piece.token_ids[: passage.num_tokens]),
+            token_ids=tuple(piece.token_ids if finish is None else piece.token_ids[: passage.num_tokens]),
             logprobs=logprobs,
             cumulative_logprob=self.cumulative_logprob,
             num_input_tokens=prompt_len,
@@ -77,7 +78,7 @@ def beam_pieces(piece: Piece, found: Found) -> Iterator[Piece]:
         scores: list[TokenScores] = [
             {token: (logprob, None)} for token, logprob in zip(token_ids, logprobs, strict=True)
         ]
-        yield replace(piece, token_ids=token_ids, logprobs=scores, finish=finish)
+        yield msgspec.structs.replace(piece, token_ids=token_ids, logprobs=scores, finish=finish)
 
 
 def strand_sampling(sampling: SamplingParams, index: int) -> SamplingParams:

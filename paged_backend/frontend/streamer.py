@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 from paged_backend.errors import ErrorKind, RequestError
@@ -67,6 +68,7 @@ class Streamer:
         self._urgent: deque[Channel] = deque()
         self._regular: deque[Channel] = deque()
         self._urgent_was_last = False
+        self._collected: dict[int, list[tuple[Channel, Delta]]] = {}  # by the thread that gathers them
         self._num_open = 0
         self._stopping = False
         self._threads = [
@@ -89,15 +91,32 @@ class Streamer:
 
     def put(self, channel: Channel, delta: Delta) -> bool:
         """Adds a piece. False if the channel had its last one already."""
+        collected = self._collected.get(threading.get_ident())
+        if collected is not None:
+            collected.append((channel, delta))
+            return not channel.closed
         with self._lock:
             if channel.closed:
                 return False
-            channel.deltas.append(delta)
-            channel.closed = delta.last
-            if delta.last or (channel.stream and (delta.text or delta.finish_reason is not None or channel.eager)):
-                channel.due = True
-                self._line_up(channel)
+            if self._add(channel, delta):
+                self._lined_up.notify()
         return True
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread puts meanwhile is lined up at the end, at once: the pieces of a step of hundreds of streams
+        wake the senders one time, who would otherwise fight with this thread for the interpreter at each of them.
+        """
+        thread = threading.get_ident()
+        collected: list[tuple[Channel, Delta]] = []
+        self._collected[thread] = collected
+        try:
+            yield
+        finally:
+            del self._collected[thread]
+            with self._lock:
+                entered = [self._add(channel, delta) for channel, delta in collected if not channel.closed]
+                self._lined_up.notify(sum(entered))
 
     def wait_until_all_ended(self, seconds: float) -> bool:
         """True if every channel had its final response within `seconds`."""
@@ -112,19 +131,29 @@ class Streamer:
         for thread in self._threads:
             thread.join()
 
-    def _line_up(self, channel: Channel) -> None:
-        """Puts a channel with something due in the line where it belongs; one that is being sent comes back by
-        itself.
+    def _add(self, channel: Channel, delta: Delta) -> bool:
+        """True if a sender has one more channel to serve."""
+        channel.deltas.append(delta)
+        channel.closed = delta.last
+        if delta.last or (channel.stream and (delta.text or delta.finish_reason is not None or channel.eager)):
+            channel.due = True
+            return self._line_up(channel)
+        return False
+
+    def _line_up(self, channel: Channel) -> bool:
+        """Puts a channel with something due in the line where it belongs; one that is being sent comes back by itself.
+        True if it stood in none.
         """
         urgent = channel.closed or not channel.started
         if channel.place is _Place.NOWHERE:
             channel.waiting_since = time.monotonic()
             channel.place = _Place.URGENT if urgent else _Place.REGULAR
             (self._urgent if urgent else self._regular).append(channel)
-            self._lined_up.notify()
-        elif channel.place is _Place.REGULAR and urgent:
+            return True
+        if channel.place is _Place.REGULAR and urgent:
             channel.place = _Place.URGENT  # its entry in the other line is skipped
             self._urgent.append(channel)
+        return False
 
     def _run(self) -> None:
         while self._send_next():
@@ -215,6 +244,8 @@ class Streamer:
 
 def by_sequence(deltas: list[Delta]) -> tuple[Delta, ...]:
     """The pieces of each sequence joined, in the order of the sequences."""
+    if len(deltas) == 1:
+        return (deltas[0],)
     first = deltas[0].index
     if all(delta.index == first for delta in deltas):
         return (joined(deltas),)

@@ -60,10 +60,14 @@ def figures(row: Mapping[str, object], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def label(row: Mapping[str, object], measured: Sequence[str]) -> str:
-    """What a row is about: its fields that are no measured figure."""
-    settings = {name: value for name, value in row.items() if name not in ("bench", *measured)}
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if not isinstance(value, Mapping))
+def label(rows: Sequence[Mapping[str, object]]) -> str:
+    """What a row is about: the fields that are the same in all runs."""
+    first, *others = rows
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in first.items()
+        if name != "bench" and not isinstance(value, Mapping) and all(other.get(name) == value for other in others)
+    )
 
 
 def ratios(old: Sequence[Rows], new: Sequence[Rows]) -> list[Ratio]:
@@ -86,7 +90,7 @@ def ratios(old: Sequence[Rows], new: Sequence[Rows]) -> list[Ratio]:
             found.append(
                 Ratio(
                     bench=str(old[0][place].get("bench", "")),
-                    row=label(old[0][place], measured),
+                    row=label([rows[place] for rows in (*old, *new)]),
                     figure=name,
                     old=statistics.median(run[name] for run in before),
                     new=statistics.median(run[name] for run in after),
