@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from paged_backend.server.launch import Server, ServerSettings
-from tests.e2e.test_expert_tokens import shrunk
 from tests.e2e.test_rank_deaths import children_of
+from tests.expert_models import shrunk
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.quantised_checkpoints import save_compressed
 from tests.server.calls import engine_pid, metrics, run_all, wait_for_metrics
