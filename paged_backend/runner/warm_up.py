@@ -91,12 +91,13 @@ def warm_up_batches(
     few = [length for length in (1, 5, 3, 37)[: min(4, max_sequences)] if length <= longest]
     if sum(-(-(length + 1) // page_size) for length in few) > num_pages or sum(few) > max_tokens:
         few = few[:1]
+    num_drafts = min(num_drafts, room - few[0] - 1, max_tokens - 1)
     for sampling in _SAMPLINGS:
         batch = _prompts(few, sampling, page_size, vocab_size)
         yield batch
         yield _beside_decodes(batch, few)
-        if num_drafts and few[0] + 1 < room:
-            yield _with_drafts(batch, few, min(num_drafts, room - few[0] - 1))
+        if num_drafts > 0:
+            yield _with_drafts(batch, few, num_drafts)
 
 
 def largest_batches(

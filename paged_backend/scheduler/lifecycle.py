@@ -144,8 +144,11 @@ class Lifecycle:
 
     def _grow(self, runner: Sequence, row: int, num_tokens: int) -> bool:
         """Pages for so many tokens of a runner, at the cost of the youngest others if need be."""
-        while self.running.table.capacity[row] < num_tokens:
+        table = self.running.table
+        while table.capacity[row] < num_tokens:
             while not self.running.append_page(runner):
+                if table.capacity[row] >= num_tokens - table.unsure[row]:
+                    return False  # drafts in flight may be wrong: nobody is preempted for them
                 victim = max(self.running.runners, key=Sequence.priority_key).leader
                 if victim is runner.leader:
                     return False  # it keeps what it has and waits: whoever is older will finish

@@ -22,13 +22,14 @@ LIMITS = {
     "pages of one token": (128, 16, 40, 1, 40),
     "small pool": (4096, 256, 30, 8, 4),
     "two tokens": (2, 2, 2, 1, 2),
+    "fewer tokens than drafts": (4, 4, 64, 16, 16),
 }
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_steps_fit_rows_pages_and_tokens(limits: tuple[int, int, int, int, int]) -> None:
     max_tokens, max_sequences, max_len, page_size, num_pages = limits
-    for batch in warm_up_batches(*limits, vocab_size=199, adapters=True):
+    for batch in warm_up_batches(*limits, vocab_size=199, adapters=True, num_drafts=15):
         assert 1 <= batch.num_tokens <= max_tokens
         assert len(set(batch.rows.tolist())) == batch.num_sequences <= max_sequences
         assert ((batch.starts >= 0) & (batch.counts >= 1) & (batch.starts + batch.counts <= max_len)).all()

@@ -194,6 +194,18 @@ def test_drafts_take_no_page_that_another_would_miss() -> None:
     assert preemptions == [0, 0]
 
 
+def test_nobody_is_preempted_for_tokens_that_may_not_be_there() -> None:
+    """A sequence's page would be full if its drafts in flight were right; the only other page is another's."""
+    bench = Bench(0.0, steps_ahead=1, page_size=4, num_pages=2, max_model_len=8)
+    bench.submit(1, [1], max_tokens=3, priority_level=1)
+    bench.step()
+    bench.submit(2, [2], max_tokens=6)
+    bench.run()
+    assert any(batch.drafts is not None and batch.drafts.counts.max() > 1 for batch in bench.batches)
+    assert bench.scheduler.num_preemptions == 0
+    assert bench.tokens == {1: solo([1], 3, (), VOCAB), 2: solo([2], 6, (), VOCAB)}
+
+
 def test_log_probabilities_of_a_run_are_those_of_its_tokens() -> None:
     """The entries behind a wrong draft are nobody's, nor are those behind a stop."""
     scheduler = Scheduler(
