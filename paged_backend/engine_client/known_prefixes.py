@@ -76,6 +76,8 @@ class PrefixView:
             self._hear_event(int.from_bytes(number, "big"), body)
 
     def close(self) -> None:
+        """Nothing is known any more."""
+        self._hashes = set()
         self.events.close()
         self.answers.close()
 

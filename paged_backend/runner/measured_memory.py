@@ -83,6 +83,7 @@ def run_largest(runner: ModelRunner, max_batched_tokens: int) -> None:
             limits.max_model_len,
             limits.vocab_size,
             adapters=runner.adapter_slots is not None,
+            num_drafts=runner.num_drafts,
         )
     )
 

@@ -122,7 +122,7 @@ class ModelRunner:
             limits.num_pages,
             limits.vocab_size,
         )
-        self.run(warm_up_batches(*sizes, adapters=self.adapter_slots is not None, num_drafts=self._rows.num_drafts))
+        self.run(warm_up_batches(*sizes, adapters=self.adapter_slots is not None, num_drafts=self.num_drafts))
 
     def run(self, batches: Iterable[Batch]) -> None:
         """Runs steps one after another; nobody wants their results."""
@@ -135,6 +135,11 @@ class ModelRunner:
     def num_rows(self) -> int:
         """Sequences that may run at once."""
         return self._rows.num_rows
+
+    @property
+    def num_drafts(self) -> int:
+        """Of a sequence in a step, at most; 0: steps have none."""
+        return self._rows.num_drafts
 
     @property
     def num_in_flight(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from paged_backend.arrays import Int32
 from paged_backend.batch import (
+    MOST_DRAFTING,
     AdapterUse,
     Ask,
     Batch,
@@ -101,13 +102,14 @@ def warm_up_batches(
 
 
 def largest_batches(
-    max_tokens: int, max_sequences: int, max_len: int, vocab_size: int, adapters: bool
-) -> tuple[Batch, Batch]:
-    """The two steps that take most of a device's memory: as many prompt tokens as a step may have, and as many decodes,
-    each with one sequence at its longest and every kind of sampling for every row. All rows must be free; no page of
-    theirs is named, so all their K and V lie in page 0. Page 1 is written, too.
+    max_tokens: int, max_sequences: int, max_len: int, vocab_size: int, adapters: bool, num_drafts: int = 0
+) -> tuple[Batch, ...]:
+    """The steps that take most of a device's memory: as many prompt tokens as a step may have, and as many decodes,
+    each with one sequence at its longest and every kind of sampling for every row. Where drafts make more outputs than
+    there are sequences, those, too. All rows must be free; no page of theirs is named, so all their K and V lie in page
+    0. Page 1 is written, too.
 
-    max_sequences of a step, at most max_tokens; max_len of a sequence, in tokens.
+    max_sequences of a step, at most max_tokens; max_len of a sequence, in tokens; num_drafts of one in a step, at most.
     """
     decodes = np.ones(max_sequences, np.int32)
     # beyond a token each: the first rows have most
@@ -117,7 +119,14 @@ def largest_batches(
         _at_its_longest(counts, max_len, vocab_size, 0 if adapters else -1) for counts in (prefills, decodes)
     )
     scored = PromptSpan(0, 0, int(first.starts[0]), int(first.counts[0]), MAX_LOGPROBS)
-    return replace(first, asks=(*first.asks, PromptScoring((scored,)))), second
+    first = replace(first, asks=(*first.asks, PromptScoring((scored,))))
+    num_drafting = min(max_sequences, MOST_DRAFTING)
+    num_drafts = min(num_drafts, max_tokens // num_drafting - 1, max_len - 1)
+    if num_drafting * (1 + num_drafts) <= max_sequences:
+        return first, second
+    counts = np.full(num_drafting, 1 + num_drafts, np.int32)
+    third = _at_its_longest(counts, max_len, vocab_size, 0 if adapters else -1)
+    return first, second, replace(third, drafts=Drafts(counts - 1, np.zeros_like(counts)))
 
 
 def _at_its_longest(counts: Int32, max_len: int, vocab_size: int, adapter_slot: int) -> Batch:

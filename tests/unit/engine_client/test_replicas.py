@@ -115,6 +115,16 @@ def test_front_ends_know_what_replicas_have_cached(caches: Caches) -> None:
     known.close()
 
 
+def test_what_replicas_had_cached_is_forgotten_where_it_cannot_be_followed(caches: Caches) -> None:
+    hashes = block_hashes_of(PROMPT, PAGE_SIZE)
+    caches.publishers[0].send([stored(0, 3)])
+    known = KnownPrefixes([lambda: caches.folders[0], lambda: caches.folders[1]])
+    wait(lambda: known.num_known(hashes) == [3, 0])
+    caches.folders.clear()  # the thread fails
+    wait(lambda: known.num_known(hashes) == [0, 0])
+    known.close()
+
+
 # ---- engines that die
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from paged_backend.batch import AdapterUse, Batch, Feature, PromptScoring, TokenMasks
+from paged_backend.runner.measured_memory import run_largest
+from paged_backend.runner.step_plan import shape_of
 from paged_backend.runner.warm_up import largest_batches, warm_up_batches
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import Driver, load_runner
@@ -105,3 +107,24 @@ def test_the_largest_steps_sample_in_every_way_there_is() -> None:
     scoring = prompts.ask(PromptScoring)
     assert scoring is not None
     assert sum(span.count for span in scoring.spans) == prompts.counts[0]
+
+
+@pytest.mark.parametrize(
+    ("max_sequences", "num_drafts", "outputs"),
+    [(8, 4, 40), (64, 15, 256), (256, 15, None), (256, 0, None), (1, 3, 4)],
+)
+def test_steps_with_more_outputs_than_sequences_are_among_the_largest(
+    max_sequences: int, num_drafts: int, outputs: int | None
+) -> None:
+    _, _, *drafting = largest_batches(512, max_sequences, 64, 199, adapters=True, num_drafts=num_drafts)
+    assert [shape_of(batch).num_outputs for batch in drafting] == ([] if outputs is None else [outputs])
+    assert all(batch.num_tokens <= 512 and (batch.starts + batch.counts).max() == 64 for batch in drafting)
+
+
+def test_the_largest_steps_of_a_runner_with_drafts_run(tmp_path: Path) -> None:
+    runner = load_runner(save_checkpoint(tmp_path, "LlamaForCausalLM"), max_num_sequences=2, speculation="ngram")
+    launched: list[Batch] = []
+    launch = runner.launch
+    runner.launch = lambda batch: (launched.append(batch), launch(batch))[1]  # type: ignore[method-assign]
+    run_largest(runner, 64)
+    assert [batch.drafts is not None for batch in launched] == [False, False, True]
