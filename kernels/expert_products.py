@@ -273,15 +273,18 @@ class ProductShape:
     in_place_of_one: int = 1
 
 
-def product_shape(num_pairs: int, linear: ExpertLinear, *, gated: bool, element_bytes: int = 2) -> ProductShape:
-    """num_pairs: tokens times the experts of each; element_bytes: of an activation. Tiles have as many tokens as an
-    expert gets on the average, from 16 on: weights are read fast while there are few, and multiplied fast when there
-    are many. The pipeline is as deep as lets two programs share a multiprocessor. Chosen by the registers and the
-    shared memory that it takes when compiled for sm_90; not measured.
+def product_shape(
+    num_pairs: int, linear: ExpertLinear, *, gated: bool, element_bytes: int = 2, packed: bool = False
+) -> ProductShape:
+    """num_pairs: tokens times the experts of each; element_bytes: of an activation; packed: the other matrix, which has
+    the same tiles, is of few bits. Tiles have as many tokens as an expert gets on the average, from 16 on: weights are
+    read fast while there are few, and multiplied fast when there are many. The pipeline is as deep as lets two programs
+    share a multiprocessor. Chosen by the registers and the shared memory that it takes when compiled for sm_90; not
+    measured.
     """
     num_experts, format = len(linear.weight), linear.format
     share = num_pairs / num_experts
-    packed = format.codes != "plain"  # more than 64 tokens beside numbers on their way would not fit registers
+    packed |= format.codes != "plain"  # more than 64 tokens beside numbers on their way would not fit registers
     tokens = 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 64 or packed else 128
     narrow = tokens >= 64 or element_bytes == 4 or format.nibbles
     block = 64 if narrow else 128
@@ -320,8 +323,11 @@ def add_experts(
     if num_tokens == 0:
         return residual
     pairs = num_tokens * top_k
-    first = shape or product_shape(pairs, experts.gate_up, gated=True, element_bytes=x.element_size())
-    second = shape or product_shape(pairs, experts.down, gated=False, element_bytes=x.element_size())
+    packed = any(linear.format.codes != "plain" for linear in (experts.gate_up, experts.down))
+    first, second = (
+        shape or product_shape(pairs, linear, gated=gated, element_bytes=x.element_size(), packed=packed)
+        for linear, gated in ((experts.gate_up, True), (experts.down, False))
+    )
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty(max_tiles(pairs, experts.num_experts, first.tokens), 3, dtype=torch.int32, device=x.device)
     group_by_owner(expert_ids.view(-1), experts.num_experts, order, tiles, first.tokens, launch_pdl=launch_pdl)

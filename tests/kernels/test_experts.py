@@ -4,6 +4,8 @@ float64.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -119,6 +121,22 @@ def test_products_with_packed_weights_equal_those_with_their_numbers(
     assert_close(found, expected)
     if num_tokens == 1:
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
+
+
+@pytest.mark.parametrize("part", ["gate_up", "down"])
+def test_a_matrix_of_few_bits_beside_a_plain_one_shares_its_tiles(part: str) -> None:
+    """More than 64 tokens of an expert, where the tiles of plain matrices alone would have 128."""
+    num_tokens, num_experts = 70, 2
+    routing = Routing(num_experts, "softmax")
+    experts = expert_layer(num_experts, HIDDEN, SIZE, routing, SWIGLU, bias=False)
+    packed = quantised(experts, SMALL_FORMATS["fp8 channel"])
+    experts = on(replace(experts, **{part: getattr(packed, part)}), DEVICE)
+    x, residual = tokens(num_tokens), tokens(num_tokens, seed=6)
+    expert_ids = choice("spread", num_tokens, num_experts, num_experts)
+    weights = weights_of(expert_ids)
+    expected = reference.add_experts(x, expert_ids, weights, experts, residual.clone())
+    found = add_experts(x, expert_ids, weights, experts, residual.clone(), num_programs=3)
+    assert_close(found, expected.double().cpu())
 
 
 @pytest.mark.parametrize("num_tokens", [1, 20])
