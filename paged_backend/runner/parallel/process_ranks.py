@@ -4,7 +4,9 @@ engine's folder by which they meet.
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from paged_backend.errors import reason_of
+from paged_backend.errors import EngineError, reason_of
 from paged_kernels.peer_sum import PeerBuffers, make_peer_buffers, peer_buffer_bytes, peer_sum
 from paged_kernels.rank_ops import Ranks
 
@@ -23,6 +25,7 @@ _MEETING_FILE = "ranks"
 _PATIENCE = timedelta(hours=1)
 # the GPUs of a host share it: a program that ends badly within can put all of them out of service
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+_NATIVE_ATOMIC_SUPPORTED = 3  # of the driver's CUdevice_P2PAttribute
 # its name until torch 2.12
 _all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 
@@ -61,26 +64,48 @@ class ProcessRanks(Ranks):
         return super().add_sum(x, residual)
 
     def share_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> str:
-        try:
-            peers, failure = self._meet_in_memory(capacity, dtype, device), ""
-        except Exception as error:  # torch's own words: no peer access, a driver without the feature, …
-            peers, failure = None, reason_of(error)
-        failures = [f"rank {rank}: {said}" for rank, said in enumerate(self.tell_all(failure)) if said]
-        if failures:
-            return f"warning: the GPUs cannot read each other's memory, all sums go through NCCL: {failures[0]}"
-        self._peers = peers
+        """What a single rank may find wanting comes before they meet, where each waits for all: for an hour for one
+        that has given up.
+        """
+        gpus = self.tell_all(str(device.index))
+        failure = self._first_failure(lambda: self._take_memory(capacity, dtype, device, gpus))
+        if not failure:
+            failure = self._first_failure(lambda: self._meet_in_memory(capacity, dtype, device))
+        if failure:
+            self._peers = None
+            return f"warning: the GPUs cannot read each other's memory, all sums go through NCCL: {failure}"
         return f"sums of up to {capacity} numbers go through memory that all GPUs read, larger ones through NCCL"
 
-    def _meet_in_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> PeerBuffers:
+    def _first_failure(self, work: Callable[[], None]) -> str:
+        """Of all ranks that do this work; empty if there is none."""
+        said = ""
+        try:
+            work()
+        except Exception as error:  # torch's own words: no peer access, a driver without the feature, …
+            said = reason_of(error)
+        failures = (f"rank {rank}: {reason}" for rank, reason in enumerate(self.tell_all(said)) if reason)
+        return next(failures, "")
+
+    def _take_memory(self, capacity: int, dtype: torch.dtype, device: torch.device, gpus: Sequence[str]) -> None:
+        """gpus: the numbers of all ranks'."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        for other in (int(gpu) for gpu in gpus if int(gpu) != device.index):
+            if not torch.cuda.can_device_access_peer(device, other):
+                raise EngineError(f"GPU {device.index} does not reach GPU {other}")
+            if not _has_atomics(device.index, other):
+                raise EngineError(f"GPU {device.index} reaches GPU {other} by a link without atomics")
         self._memory = symmetric_memory.empty(
             peer_buffer_bytes(self.size, capacity, dtype), dtype=torch.uint8, device=device
         )
         self._memory.zero_()
         torch.cuda.synchronize(device)
+
+    def _meet_in_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
         self._met = symmetric_memory.rendezvous(self._memory, _everybody())  # waits for all ranks: their memory is zero
-        return make_peer_buffers(self.rank, self._met.buffer_ptrs, capacity, dtype, device)
+        self._peers = make_peer_buffers(self.rank, self._met.buffer_ptrs, capacity, dtype, device)
 
     def maximum(self, x: Tensor) -> Tensor:
         torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
@@ -96,6 +121,15 @@ class ProcessRanks(Ranks):
         self._num_tellings += 1
         self._store.set(f"{self._num_tellings}/{self.rank}", sentence)
         return [self._store.get(f"{self._num_tellings}/{rank}").decode() for rank in range(self.size)]
+
+
+def _has_atomics(gpu: int, other: int) -> bool:
+    """Whether a GPU can count in another's memory, as peer_sum.py's flags are set: by NVLink, and rarely by PCIe. Also
+    if the driver does not say.
+    """
+    found = ctypes.c_int(1)
+    ctypes.CDLL("libcuda.so.1").cuDeviceGetP2PAttribute(ctypes.byref(found), _NATIVE_ATOMIC_SUPPORTED, gpu, other)
+    return bool(found.value)
 
 
 def _everybody() -> torch.distributed.ProcessGroup:

@@ -8,12 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed._symmetric_memory
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
@@ -22,6 +26,7 @@ from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.kv_groups import group_layers
 from paged_backend.runner.builder import RunnerBuilder
 from paged_backend.runner.kv_store import PoolSize, of_smallest
+from paged_backend.runner.parallel import process_ranks
 from paged_backend.runner.parallel.agreement import agreed
 from paged_backend.runner.parallel.channel import Receiver, Sender
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
@@ -162,6 +167,60 @@ def test_a_rank_that_reads_its_weights_slowly_is_waited_for_and_multicast_stays_
     torch.distributed.destroy_process_group()
     assert ranks._store.timeout.total_seconds() >= 1800, "torch's own five minutes are less than a slow disk takes"
     assert os.environ["NCCL_NVLS_ENABLE"] == "0" and os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+
+
+class _FourRanks(ProcessRanks):
+    """One of four threads: of torch.distributed there is the file alone, and of GPUs only which reach which."""
+
+    def __init__(self, rank: int, folder: Path) -> None:
+        self.rank, self.size, self._num_tellings = rank, 4, 0
+        self._peers = None
+        self._store = torch.distributed.FileStore(str(folder / "ranks"), 4)
+        self._store.set_timeout(timedelta(seconds=20))
+        self.has_met = False
+
+    def _meet_in_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.has_met = True
+
+
+@pytest.mark.parametrize(
+    ("reached", "atomics", "reason"),
+    [
+        (lambda gpu, other: {gpu, other} != {1, 3}, lambda gpu, other: True, "rank 1: GPU 1 does not reach GPU 3"),
+        (
+            lambda gpu, other: True,
+            lambda gpu, other: (gpu, other) != (2, 0),
+            "rank 2: GPU 2 reaches GPU 0 by a link without atomics",
+        ),
+        (lambda gpu, other: True, lambda gpu, other: True, "rank 0: no room"),
+    ],
+    ids=["no access", "no atomics", "no memory on one"],
+)
+def test_a_rank_without_peer_memory_is_not_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reached: Callable[[int, int], bool],
+    atomics: Callable[[int, int], bool],
+    reason: str,
+) -> None:
+    """The others would wait in torch's rendezvous for as long as for slow weights."""
+
+    def empty(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if device.index == 0 and "no room" in reason:
+            raise RuntimeError("no room")
+        return torch.empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: reached(device.index, other))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(process_ranks, "_has_atomics", atomics)
+    monkeypatch.setattr(torch.distributed._symmetric_memory, "empty", empty)
+    every = [_FourRanks(rank, tmp_path) for rank in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        said = list(
+            threads.map(lambda ranks: ranks.share_memory(64, torch.float32, torch.device("cuda", ranks.rank)), every)
+        )
+    assert {sentence.rpartition("NCCL: ")[2] for sentence in said} == {reason}
+    assert not any(ranks.has_met for ranks in every)
 
 
 def test_messages_arrive_whole_and_in_order_until_rank_0_goes() -> None:
