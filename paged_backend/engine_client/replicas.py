@@ -44,7 +44,8 @@ class Replicas:
         self._prefixes: KnownPrefixes | None = None
         self._families: OrderedDict[int, int] = OrderedDict()  # -> the replica that has it
         self._moved: dict[int, int] = {}  # a request's id -> its id in the replica that took it over
-        self._lock = threading.Lock()  # of both
+        self._aborted: set[int] = set()  # requests that were in a lost replica, and in no other yet
+        self._lock = threading.Lock()  # of the three
         self._num_asked = count()
         self._num_gone = 0
         self._tells_loss = False
@@ -149,11 +150,18 @@ class Replicas:
                     raise  # else it was lost just now, and another is asked
 
     def abort(self, request_id: int) -> None:
-        """See EngineClient.abort."""
-        with self._lock:
-            while request_id in self._moved:
-                request_id = self._moved.pop(request_id)
-        self._clients[number_of(request_id) % len(self._clients)].abort(request_id)
+        """See EngineClient.abort. Of a replica that is lost the request is in another, or on its way there."""
+        while True:
+            client = self._clients[number_of(request_id) % len(self._clients)]
+            client.abort(request_id)
+            if client.alive:
+                return
+            with self._lock:
+                moved = self._moved.pop(request_id, None)
+                if moved is None:
+                    self._aborted.add(request_id)
+                    return
+            request_id = moved
 
     def close(self) -> None:
         """See EngineClient.close. Engines end beside each other."""
@@ -213,6 +221,9 @@ class Replicas:
                     continue
                 with self._lock:
                     self._moved[before] = now
+                    aborted = before in self._aborted
+                if aborted:
+                    self.abort(before)
                 break
             else:
                 left.append(live)

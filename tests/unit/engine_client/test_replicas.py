@@ -17,7 +17,9 @@ import zmq
 from paged_backend.block_hashes import block_hashes_of
 from paged_backend.config import EngineConfig
 from paged_backend.engine.kv_event_publisher import KvEventPublisher
+from paged_backend.engine_client.client import EngineClient
 from paged_backend.engine_client.known_prefixes import KnownPrefixes
+from paged_backend.engine_client.live_requests import LiveRequest
 from paged_backend.engine_client.replicas import Replicas, best_of
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.messages import KV_SOCKET, number_of
@@ -158,6 +160,25 @@ def test_requests_of_a_replica_that_is_lost_go_on_in_another_and_can_still_be_ab
     assert {inbox.pieces[-1].finish.reason for inbox in kept} == {"length"}
     assert moved[1] in kept and len(moved[1].ids) == 60 and not two._moved
     assert not stopped[1].finished.is_set()
+
+
+def test_a_request_that_is_aborted_on_its_way_to_another_replica_is_aborted_there(
+    two: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [ask(two, f"tokens=2000 delay=0.05 number={number}") for number in range(2)]
+    wait(lambda: all(len(inbox.ids) > 3 for _, inbox in asked))
+    moved = next(request_id for request_id, _ in asked if number_of(request_id) % 2 == 0)
+    adopted: list[int] = []
+
+    def adopt(live: LiveRequest) -> int:
+        two.abort(moved)
+        adopted.append(EngineClient.adopt(two._clients[1], live))
+        return adopted[-1]
+
+    monkeypatch.setattr(two._clients[1], "adopt", adopt)
+    os.kill(two._clients[0].engine_pid, signal.SIGKILL)
+    wait(lambda: adopted and len(two._clients[1]._live) == 1)
+    assert not two._moved
 
 
 def test_the_loss_of_the_last_replica_is_the_loss_of_the_model(two: Replicas) -> None:
