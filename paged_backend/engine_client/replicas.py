@@ -50,6 +50,8 @@ class Replicas:
         self._num_gone = 0
         self._tells_loss = False
         self.on_loss: Callable[[], None] = lambda: None  # once among all front ends, when no replica is left
+        # called in each front end when one of them has no engine any more
+        self.on_replica_gone: Callable[[int], None] = lambda replica: None
         try:
             for replica in range(config.replicas):
                 self._clients.append(
@@ -99,7 +101,7 @@ class Replicas:
         """See EngineClient.start; all are told the number of the replica."""
         for replica, client in enumerate(self._clients):
             client.on_loss = self._tell_loss if replica == 0 else lambda: None
-            client.on_gone = self._note_gone
+            client.on_gone = partial(self._note_gone, replica)
             client.heir = self._take_over
             client.start(
                 partial(_call, on_stats, replica), partial(on_restart, replica), partial(on_inherit, replica), together
@@ -241,7 +243,8 @@ class Replicas:
 
         return replace(live, receive=heard)
 
-    def _note_gone(self) -> None:
+    def _note_gone(self, replica: int) -> None:
+        self.on_replica_gone(replica)
         with self._lock:
             self._num_gone += 1
         self._end_if_all_are_gone()

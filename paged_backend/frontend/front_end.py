@@ -72,6 +72,8 @@ class FrontEnd:
         self._drain_by = math.inf  # seconds, time.monotonic(): live requests end then
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cancel", daemon=True)
+        if isinstance(self.client, Replicas):
+            self.client.on_replica_gone = self.tally.note_gone
         self.client.start(self.tally.take_stats, self.tally.note_restart, self.tally.inherit, self.streamer.together)
         self._watcher.start()
 

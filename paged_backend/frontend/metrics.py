@@ -137,6 +137,9 @@ FAMILIES = (
 )
 
 
+_NOTHING = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # of an engine that has done nothing, or is not there
+
+
 def reason_of(kind: ErrorKind) -> str:
     """What `paged_requests_finished_total` calls an end by such an error."""
     return kind.value
@@ -215,7 +218,7 @@ class Tally:
             last = stats
             self._inherits.discard(replica)
         if last is None or stats.num_steps < last.num_steps:  # the first of an engine
-            last = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+            last = _NOTHING
         with self._lock:
             self._gauges[replica] = gauges(stats, self._readies[replica], self._config)
             self._increments["paged_preemptions_total", ""] += stats.num_preemptions - last.num_preemptions
@@ -234,6 +237,11 @@ class Tally:
         self._last_stats.pop(replica, None)
         self._inherits.discard(replica)
         self.add("paged_engine_restarts_total")
+
+    def note_gone(self, replica: int = 0) -> None:
+        """There is no engine any more, and nothing in it."""
+        with self._lock:
+            self._gauges[replica] = gauges(_NOTHING, self._readies[replica], self._config)
 
     def drain(self) -> Measurements:
         """Everything since the last call."""

@@ -144,7 +144,9 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replicas]:
 
 def test_requests_of_a_replica_that_is_lost_go_on_in_another_and_can_still_be_aborted(two: Replicas) -> None:
     losses: list[float] = []
+    gone: list[int] = []
     two.on_loss = lambda: losses.append(time.monotonic())
+    two.on_replica_gone = gone.append
     asked = [ask(two, f"tokens=60 delay=0.05 number={number}") for number in range(4)]
     wait(lambda: all(len(inbox.ids) > 3 for _, inbox in asked))
     assert [client.num_under_way for client in two._clients] == [2, 2]
@@ -154,6 +156,7 @@ def test_requests_of_a_replica_that_is_lost_go_on_in_another_and_can_still_be_ab
     two.abort(stopped[0])
     wait(lambda: two._clients[1].num_under_way == 3)
     assert two.alive and not losses
+    wait(lambda: gone == [0])
     last = ask(two, "tokens=5 delay=0.01")
     kept = [inbox for _, inbox in asked if inbox is not stopped[1]]
     wait(lambda: all(inbox.finished.is_set() for inbox in (*kept, last[1])))

@@ -138,3 +138,15 @@ def test_draining_takes_everything_once() -> None:
     assert first.observations == {("paged_request_seconds", ""): [1.5]}
     second = tally.drain()
     assert (second.gauges, second.increments, second.observations) == ({}, {}, {})
+
+
+def test_a_replica_that_is_gone_runs_nothing_and_holds_no_page() -> None:
+    tally = Tally(EngineConfig(replicas=2), [READY, READY])
+    tally.take_stats(STATS, 0)
+    tally.take_stats(STATS, 1)
+    tally.note_gone(1)
+    told = tally.drain().gauges
+    assert told[0]["paged_requests", "running"] == 5 and told[0]["paged_pages", "held"] == 30
+    assert (
+        told[1]["paged_requests", "running"] == told[1]["paged_pages", "held"] == told[1]["paged_utilisation", ""] == 0
+    )
