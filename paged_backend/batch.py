@@ -281,8 +281,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step, or the refusal of requests, means for callers: parallel arrays, one entry per request that got a
-    token.
+    """What a step, or the refusal of requests, means for callers: parallel arrays, an entry per token; those of a
+    request that got several are in their order.
     """
 
     request_ids: Int64  # [k]

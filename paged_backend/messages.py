@@ -197,8 +197,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """What a step (or several) brought to one front end's requests: parallel arrays, at most one entry per request and
-    step.
+    """What a step (or several) brought to one front end's requests: parallel arrays, an entry per token; a step with
+    drafts may bring a request several, in their order.
     """
 
     request_ids: bytes  # int64 [k]
