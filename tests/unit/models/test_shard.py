@@ -68,7 +68,8 @@ def generate(
     folder: Path, size: int, sampling: SamplingParams, **options: Any
 ) -> list[tuple[list[list[int]], list[Any], int]]:
     """Of each rank: its answers, its log-probabilities of them, and how often it gathered logits."""
-    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_pages=64, **options)
+    common = {"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 64}
+    config = EngineConfig(**common | {"tensor_parallel_size": size} | options)
     checkpoint = open_checkpoint(config)
 
     def one(ranks: ThreadRanks) -> tuple[list[list[int]], list[Any], int]:
