@@ -7,6 +7,7 @@ with the interpreter's lock held, so a process of its own does, too (server_deat
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import subprocess
@@ -21,6 +22,7 @@ from paged_backend.frontend.shared_memory import shared_files, unlink
 from paged_backend.process_id import ProcessId
 
 _POLL_SECONDS = 0.5
+_LAST_SECONDS = 15.0
 _SERVER_ARGUMENT = 5  # of the stub's command line: the server's process
 
 log = logging.getLogger("paged")
@@ -36,6 +38,15 @@ def end_with_server() -> None:
     if os.getppid() != server or _named_server_is_gone():
         _leave()
     threading.Thread(target=_watch, args=(server,), name="server", daemon=True).start()
+
+
+def leave_soon(seconds: float = _LAST_SECONDS) -> None:
+    """Ends a front end that could not begin, if it has not ended by itself after so many seconds, and prints where its
+    threads are: Triton Server waits for its end before it says why the model cannot be loaded. Needs no interpreter's
+    lock. Does nothing in a process that is no stub.
+    """
+    if _is_stub(_command_line()):
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _watch(server: int) -> None:
@@ -66,6 +77,14 @@ def _watch_from_outside(server: int) -> None:
 
 def _named_server_is_gone() -> bool:
     """It was killed before this process came to look who its parent is."""
-    words = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
+    words = _command_line()
     named = words[_SERVER_ARGUMENT] if len(words) > _SERVER_ARGUMENT else ""
-    return "stub" in Path(words[0]).name and named.isdigit() and ProcessId.of(int(named)) is None
+    return _is_stub(words) and named.isdigit() and ProcessId.of(int(named)) is None
+
+
+def _command_line() -> list[str]:
+    return Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
+
+
+def _is_stub(words: list[str]) -> bool:
+    return "stub" in Path(words[0]).name

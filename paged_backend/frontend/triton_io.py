@@ -30,7 +30,7 @@ from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.model_config import check_tensors, may_stream
 from paged_backend.frontend.prompt_logprobs import PromptTable
 from paged_backend.frontend.request_reader import asks_for_health, id_parameter, read_request, wants_error_code
-from paged_backend.frontend.server_death import end_with_server
+from paged_backend.frontend.server_death import end_with_server, leave_soon
 from paged_backend.frontend.shared_memory import keep_shared_memory_private
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
 from paged_backend.frontend.streamer import Send
@@ -63,6 +63,13 @@ class TritonPythonModel:
         Raises:
             TritonModelException: one sentence that says why the model cannot be served.
         """
+        try:
+            self._begin(args)
+        except BaseException:
+            leave_soon()
+            raise
+
+    def _begin(self, args: Mapping[str, str]) -> None:
         name, version = args["model_name"], args["model_version"]
         _log_to_stderr(name)
         end_with_server()

@@ -94,3 +94,23 @@ def test_a_front_end_whose_server_was_gone_before_it_looked_ends_at_once(server:
         check=False,
     )
     assert (stub.returncode, stub.stdout) == ((1, "") if server == "gone" else (0, "lives\n")), stub.stderr
+
+
+@pytest.mark.parametrize("name", ["triton_python_backend_stub", "python"])
+def test_a_front_end_that_could_not_begin_does_not_linger(name: str, tmp_path: Path) -> None:
+    """Its interpreter waits for a thread for ever; whoever is no stub goes on waiting."""
+    (tmp_path / name).symlink_to(sys.executable)
+    lingers = "import threading; threading.Thread(target=threading.Event().wait, name='idle').start()"
+    script = f"from paged_backend.frontend.server_death import leave_soon; leave_soon(0.5); {lingers}"
+    command = [str(tmp_path / name), "-c", script]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as front_end:
+        try:
+            said = front_end.communicate(timeout=20 if "stub" in name else 5)[1]
+        except subprocess.TimeoutExpired:
+            front_end.kill()
+            assert name == "python"
+        else:
+            assert name != "python"
+            assert front_end.returncode == 1
+            assert "threading.py" in said
