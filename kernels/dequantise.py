@@ -20,7 +20,7 @@ _ROWS, _BLOCK = 8, 256
 def _dequantise_kernel(
     weight, scale, zero, row_scale, out,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     ROW_SCALES: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result, what BLOCK bytes of each become."""
@@ -29,9 +29,7 @@ def _dequantise_kernel(
     begin = tl.program_id(1) * BLOCK
     there = (row < N)[:, None]
     at = weight + (row.to(tl.int64) * K)[:, None]
-    low, high = load_tile(
-        at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE
-    )
+    low, high = load_tile(at, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS)
     factor = tl.full([ROWS], 1.0, tl.float32)
     if not GROUPED:
         factor *= tl.load(scale + row, mask=row < N, other=0.0).to(tl.float32)

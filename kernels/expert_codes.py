@@ -1,10 +1,8 @@
-"""How the experts' kernels read weights that are stored in few bits (linear.py): codes become numbers in registers, on
-their way to the products.
+"""What the experts' kernels share: scales, the gate, constants and checks of matrices in every format (linear.py). How
+codes become numbers in registers is quant_tile.py's.
 
 A byte with two numbers has them of the same group, half a group apart, so that the low nibbles of a stretch of bytes
-are consecutive columns, and the high ones too. Conversions that the hardware does slowly are made of bits:
-n below 128 is the end of 128 + n, whose exponent is known; e2m1 lies as float16 does, but for the exponent's bias.
-Sources: OCP 8-bit floating point and microscaling formats, 2023.
+are consecutive columns, and the high ones too.
 """
 
 from __future__ import annotations
@@ -14,29 +12,7 @@ import triton
 import triton.language as tl
 
 from paged_kernels.experts import ExpertLinear, Experts, Gate, reaches_experts
-
-_CODES = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3, "fp4": 4}
-PLAIN, INT4, FP4 = tl.constexpr(0), tl.constexpr(3), tl.constexpr(4)
-FP4_FACTOR = tl.constexpr(16384.0)  # 2 ** 14, for the bias
-INT4_OFFSET = tl.constexpr(128.0)
-
-
-@triton.jit
-def shifted_floats(codes, CODES: tl.constexpr):
-    """What is stored in a byte, or in the lower half of one, float32: int4 is INT4_OFFSET too large, and fp4 is
-    FP4_FACTOR too small.
-    """
-    if CODES == INT4:
-        numbers = ((codes.to(tl.uint32) << 16) | 0x43000000).to(tl.float32, bitcast=True)
-    elif CODES == FP4:
-        bits = ((codes & 7).to(tl.uint16) << 9) | ((codes & 8).to(tl.uint16) << 12)
-        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    elif CODES == 2:
-        # the conversion of bytes is slow: added to the last bits of 1.5 * 2 ** 23, which is subtracted
-        numbers = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    else:
-        numbers = codes.to(tl.float32)
-    return numbers
+from paged_kernels.quant_tile import CODE_OF
 
 
 @triton.jit
@@ -70,10 +46,9 @@ def format_constants(linear: ExpertLinear) -> dict[str, object]:
         "GROUP": format.group(linear.num_columns) // (2 if format.nibbles else 1) if scaled else row_size,
         "BLOCK_ROWS": format.block[0],
         "SCALE_ROWS": 1 if linear.scale is None else linear.scale.shape[1],
-        "CODES": _CODES[format.codes],
+        "CODES": CODE_OF[format.codes],
         "GROUPED": grouped and scaled,
         "ZEROS": linear.zero is not None,
-        "MIDDLE": 8.0 if format.codes == "int4" and linear.zero is None else 0.0,
         "ROW_SCALES": linear.row_scale is not None,
         "BIAS": linear.bias is not None,
     }
@@ -85,11 +60,6 @@ def parameters(linear: ExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...
     if scale is not None and scale.dtype == torch.float8_e8m0fnu:
         scale = scale.view(torch.uint8)
     return linear.weight, *(x if t is None else t for t in (scale, linear.zero, linear.row_scale, linear.bias))
-
-
-def is_packed(x: torch.Tensor, linear: ExpertLinear) -> bool:
-    """Whether four bytes become numbers at once (quant_tile.py): bfloat16 on a GPU, and no format of int8."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and linear.format.codes in ("fp8", "int4", "fp4")
 
 
 def gate_constants(gate: Gate) -> dict[str, object]:

@@ -23,21 +23,17 @@ import triton
 import triton.language as tl
 
 from paged_kernels.expert_codes import (
-    FP4,
-    INT4,
-    PLAIN,
     apply_gate,
     check_experts,
     format_constants,
     gate_constants,
-    is_packed,
     load_scales,
     parameters,
 )
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.grouping import group_by_owner, max_tiles
 from paged_kernels.jit import kernel, pdl_begin, pdl_release, pdl_wait
-from paged_kernels.quant_tile import numbers
+from paged_kernels.quant_tile import FP4, INT4, PLAIN, corrected, is_packed, load_zeros, numbers, packs
 
 _ROWS = 64  # of the weight: what one instruction of the tensor cores takes
 _ROWS_OF_FEW = 32  # packed, for the fewest tokens: two warps, neither makes numbers of what the other has
@@ -62,7 +58,7 @@ def _load_of_groups(
     if GROUPED:
         s = load_scales(scale + at, known)
     if ZEROS:
-        z = tl.load(zero + at, mask=known, other=0).to(tl.float32)
+        z = load_zeros(zero + at, known, CODES)
     return s, z
 
 
@@ -73,30 +69,6 @@ def _of_columns(parts, BLOCK: tl.constexpr):
         shape: tl.constexpr = (parts.shape[0], parts.shape[1], BLOCK // parts.shape[1])
         parts = tl.reshape(tl.broadcast_to(parts[:, :, None], shape), (parts.shape[0], BLOCK))
     return parts
-
-
-@triton.jit
-def _scaled(
-    found,
-    s,
-    z,
-    MIDDLE: tl.constexpr,
-    SCALED: tl.constexpr,
-    ZEROS: tl.constexpr,
-    EXACT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Numbers [ROWS, BLOCK], MIDDLE subtracted -> of DTYPE, less their zeros and times their scales if SCALED. EXACT:
-    the products are numbers of DTYPE, so that nothing is lost if it is what multiplies.
-    """
-    INNER: tl.constexpr = DTYPE if EXACT else tl.float32
-    if ZEROS or SCALED:
-        found = found.to(INNER)
-    if ZEROS:
-        found = (found + (MIDDLE - z)).to(INNER)
-    if SCALED:
-        found *= s.to(INNER)
-    return found.to(DTYPE)
 
 
 @triton.jit
@@ -121,12 +93,11 @@ def _add_product(
             s_wide = _of_columns(s, BLOCK)
         if ZEROS:
             z_wide = _of_columns(z, BLOCK)
-        MIDDLE: tl.constexpr = 8.0 if CODES == INT4 else 0.0
-        low_w, high_w = numbers(w, CODES - 1, MIDDLE, low.dtype, PACKED)
-        low_w = _scaled(low_w, s_wide, z_wide, MIDDLE, scaled, ZEROS, EXACT, low.dtype)
+        low_w, high_w = numbers(w, CODES, PACKED)
+        low_w = corrected(low_w, s_wide, z_wide, scaled, ZEROS, EXACT, low.dtype)
         found = tl.dot(low_w, low, found, input_precision=PRECISION)
         if CODES >= INT4:
-            high_w = _scaled(high_w, s_wide, z_wide, MIDDLE, scaled, ZEROS, EXACT, low.dtype)
+            high_w = corrected(high_w, s_wide, z_wide, scaled, ZEROS, EXACT, low.dtype)
             found = tl.dot(high_w, high, found, input_precision=PRECISION)
         total = total + found * s if later else found
     return total
@@ -152,7 +123,7 @@ def _products_kernel(
     x, weight, scale, zero, row_scale, bias, order, tiles, pair_weights, out, num_tiles, x_stride, out_stride,
     N: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +259,7 @@ def product_shape(
     tokens = 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 64 or packed else 128
     narrow = tokens >= 64 or element_bytes == 4 or format.nibbles
     block = 64 if narrow else 128
-    if tokens == 16 and format.codes in ("fp8", "int4", "fp4") and element_bytes == 2:
+    if tokens == 16 and packs(format) and element_bytes == 2:
         return ProductShape(tokens, _ROWS_OF_FEW, block, _MAX_STAGES - 2, 2, in_place_of_one=3)
     values = tokens * block * element_bytes * (2 if format.nibbles else 1)
     weight_bytes = _ROWS * block * (2 if gated else 1) * linear.weight.element_size()
@@ -360,6 +331,6 @@ def _multiply_tiles(
         x, *parameters(linear, x), order, tiles, weights, out, len(tiles), x.stride(0), out.stride(0),
         N=rows, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=shape.block, STAGES=shape.stages,
         GATED=gate is not None,
-        **format_constants(linear), **constants, LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear),
+        **format_constants(linear), **constants, LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear.format),
         PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip

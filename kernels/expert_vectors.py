@@ -16,21 +16,16 @@ import triton
 import triton.language as tl
 
 from paged_kernels.expert_codes import (
-    FP4,
-    FP4_FACTOR,
-    INT4,
-    INT4_OFFSET,
-    PLAIN,
     apply_gate,
     check_experts,
     format_constants,
     gate_constants,
     load_scales,
     parameters,
-    shifted_floats,
 )
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
+from paged_kernels.quant_tile import FP4, FP4_FACTOR, INT4, INT4_MIDDLE, INT4_OFFSET, PLAIN, shifted_floats
 
 _LANES = 16  # bytes of a weight that a thread sums before they are scaled
 
@@ -58,12 +53,12 @@ def _of_parts(of_groups, PARTS: tl.constexpr):
 def _partial_sums(
     w, x, scale, zero, row, there, begin,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """Summed along the second dimension they are a fetched tile times x: float32 [ROWS, BLOCK / LANES]."""
     PARTS: tl.constexpr = BLOCK // LANES
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    OFFSET: tl.constexpr = MIDDLE + INT4_OFFSET if CODES == INT4 else MIDDLE
+    OFFSET: tl.constexpr = INT4_OFFSET + (0.0 if ZEROS else INT4_MIDDLE) if CODES == INT4 else 0.0
     column = begin + tl.arange(0, BLOCK)
     inside = column < K
     at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
@@ -109,7 +104,7 @@ def _gate_up_kernel(
     x, expert_ids, weight, scale, zero, row_scale, bias, out,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
-    MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
+    ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
     ALPHA: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of one chosen expert's gated vector: out[choice, N]."""
@@ -138,11 +133,11 @@ def _gate_up_kernel(
             next_u = _fetched(weight, of_up, there, begin + BLOCK, K, BLOCK)
         gate_parts += _partial_sums(
             w, x, scale, zero, of_gate, there, begin,
-            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE,
+            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
         )  # fmt: skip
         up_parts += _partial_sums(
             u, x, scale, zero, of_up, there, begin,
-            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE,
+            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
         )  # fmt: skip
         w, u = next_w, next_u
     gate = tl.sum(gate_parts, 1) * _scales_of_rows(scale, row_scale, of_gate, there, ROWS, CODES, GROUPED, ROW_SCALES)
@@ -158,7 +153,7 @@ def _down_kernel(
     gated, expert_ids, weights, weight, scale, zero, row_scale, bias, residual,
     N: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr,
-    ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    ZEROS: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of the result: residual += the weighted sum over the chosen experts."""
     pdl_release(LAUNCH_PDL)
@@ -189,7 +184,7 @@ def _down_kernel(
             parts += factor[:, None] * _partial_sums(
                 w, gated + choice * COLUMNS, scale + expert * num_scales, zero + expert * num_scales, row, there,
                 step % BLOCKS * BLOCK,
-                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE,
+                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
             )  # fmt: skip
             if BIAS and step % BLOCKS == 0:
                 total += of_choice * tl.load(bias + expert * N + row, mask=there, other=0.0).to(tl.float32)

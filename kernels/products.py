@@ -25,8 +25,9 @@ from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.round_rows import round_rows
 
-# Up to which an fp8 weight is multiplied without rounding activations, which the 8-bit products of many tokens want:
-# measured on an H200, tests/bench/bench_linear.py --formats. Other formats: quant_linear.MAX_TOKENS.
+# Up to which an fp8 weight is multiplied without rounding activations, which the 8-bit products of many tokens want.
+# On an H200 the latter take less time for 256 tokens than the former for 64 if rows have a scale each, and more if
+# blocks have; between 16 and 64 was not measured (tests/bench/bench_linear.py --formats). Other formats: MAX_TOKENS.
 _FEW_TOKENS = {"rows": 16, "blocks": 64}
 
 

@@ -7,9 +7,9 @@ weight is read, so that a format is as much faster as it has fewer bytes; and ro
 cores need, would gain nothing. Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive
 columns, and the high ones too.
 
-Formats that are not read here: groups that are no power of two. Sums are float32; in `quant_narrow_linear` numbers
-times the scale of their group are rounded to x's type before they are multiplied, scales of whole rows come after the
-sum. e2m1 becomes float16 by shifting its bits (OCP microscaling formats, 2023).
+Formats that are not read here: groups that are no power of two. Sums are float32. In `quant_narrow_linear` what a
+large group sums up to is scaled, and so are whole rows; numbers of smaller groups are scaled one by one, and rounded to
+x's type before they are multiplied.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import triton.language as tl
 from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
-from paged_kernels.quant_tile import CODE_OF, INT4, numbers, scaled_numbers
+from paged_kernels.quant_tile import CODE_OF, INT4, corrected, is_packed, load_zeros, numbers, scaled_numbers
 from paged_kernels.small_linear import LinearWorkspace, fetch_lines, leave_part, sum_of_parts
 
 _MAX_SPLIT = 16
+_MULTIPROCESSORS = 132  # of an H200
 MAX_TOKENS = 256  # of quant_narrow_linear
 TOKENS_AT_ONCE = 64  # of one of its programs
 
@@ -51,7 +52,7 @@ def finished(
 def _times(
     total, values, high_values, at, row, there, begin, scale, zero,
     K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, AFTER: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, AFTER: tl.constexpr,
     WHOLE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total [ROWS, TOKENS] and STEP bytes of each row of the weight times the tokens. AFTER: they share a scale, and
@@ -68,35 +69,21 @@ def _times(
         index = (row // BLOCK_ROWS * NUM_GROUPS + begin // GROUP)[:, None]
         known = there & (begin + tl.arange(0, 1)[None, :] < K)
         s = tl.load(scale + index, mask=known, other=0.0).to(tl.float32)
-        low, high = numbers(w, CODES, MIDDLE, DTYPE, PACKED)
+        z = 0.0
         if ZEROS:
-            z = (MIDDLE - tl.load(zero + index, mask=known, other=0).to(tl.float32)).to(DTYPE)
-            low = (low + z).to(DTYPE)
-            high = (high + z).to(DTYPE)
-        product = tl.dot(low.to(DTYPE), tl.trans(values), input_precision=PRECISION)
+            z = load_zeros(zero + index, known, CODES)
+        low, high = numbers(w, CODES, PACKED)
+        low = corrected(low, s, z, False, ZEROS, True, DTYPE)  # whole numbers below 256 are exact
+        product = tl.dot(low, tl.trans(values), input_precision=PRECISION)
         if CODES >= INT4:
-            product = tl.dot(high.to(DTYPE), tl.trans(high_values), product, input_precision=PRECISION)
+            high = corrected(high, s, z, False, ZEROS, True, DTYPE)
+            product = tl.dot(high, tl.trans(high_values), product, input_precision=PRECISION)
         total += product * s
     else:
         low, high = scaled_numbers(
-            w,
-            row,
-            there,
-            begin,
-            scale,
-            zero,
-            K,
-            ROWS,
-            STEP,
-            GROUP,
-            BLOCK_ROWS,
-            CODES,
-            GROUPED,
-            ZEROS,
-            MIDDLE,
-            DTYPE,
+            w, row, there, begin, scale, zero, K, ROWS, STEP, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, DTYPE,
             PACKED,
-        )
+        )  # fmt: skip
         total = tl.dot(low, tl.trans(values), total, input_precision=PRECISION)
         if CODES >= INT4:
             total = tl.dot(high, tl.trans(high_values), total, input_precision=PRECISION)
@@ -109,7 +96,7 @@ def _narrow_kernel(
     out_stride,
     N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr,
-    GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr, ROW_SCALES: tl.constexpr, STAGES: tl.constexpr,
+    GROUPED: tl.constexpr, ZEROS: tl.constexpr, ROW_SCALES: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -152,12 +139,12 @@ def _narrow_kernel(
                 high_values = tl.load(tokens_at + (low_at + GROUP)[None, :], mask=taken, other=0.0)
             total = _times(
                 total, values, high_values, at, row, there, begin, scale, zero, K, ROWS, STEP, GROUP, BLOCK_ROWS, CODES,
-                GROUPED, ZEROS, MIDDLE, AFTER, WHOLE, PACKED, PRECISION,
+                GROUPED, ZEROS, AFTER, WHOLE, PACKED, PRECISION,
             )  # fmt: skip
             if GATED:
                 total_u = _times(
                     total_u, values, high_values, at + N * K, row + N, there, begin, scale, zero, K, ROWS, STEP, GROUP,
-                    BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE, AFTER, WHOLE, PACKED, PRECISION,
+                    BLOCK_ROWS, CODES, GROUPED, ZEROS, AFTER, WHOLE, PACKED, PRECISION,
                 )  # fmt: skip
 
     place = (row % ROWS)[:, None] * TOKENS + token[None, :]
@@ -196,8 +183,10 @@ class QuantNarrowShape:
 
 def quant_narrow_shape(num_tokens: int, num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
     """For up to 16 tokens two warps a program, so that neither makes floats of what the other has made floats of too;
-    for more the four that the tensor cores of Hopper want. As many programs as keep every multiprocessor reading.
-    Measured by tests/bench/bench_linear.py --formats.
+    for more the four that the tensor cores of Hopper want. Up to 16 tokens as many programs as keep every
+    multiprocessor reading; for more a row is seldom split: sums of parts cost gate and up of Llama-3.1-8B a third at 64
+    tokens of fp8 on an H200 (tests/bench/bench_linear.py --formats; the bound of 128 programs lies between two that
+    were measured, 96 and 320).
     """
     rows, warps, block = (32, 2, 128) if num_tokens <= 16 else (64, 4, 64 if nibbles else 128)
     tiles, split = triton.cdiv(num_rows, rows), 1
@@ -211,22 +200,17 @@ def reaches(linear: Linear) -> bool:
     rows.
     """
     group = linear.format.block[1]
-    return linear.format.codes in CODE_OF and (group == 0 or (group >= 16 and group & (group - 1) == 0))
+    return linear.format.codes != "plain" and (group == 0 or (group >= 16 and group & (group - 1) == 0))
 
 
 def sums_in_registers(x: torch.Tensor, linear: Linear, gated: bool) -> bool:
-    """Whether quant_vector_linear is the faster one for a token: on an H200 it is not where the conversion of numbers
-    takes most of the time, nor where tensor cores, of whose operand one token fills an eighth, have rows enough to
-    need no sums of parts.
+    """Whether quant_vector_linear is the faster one for a token, as measured on an H200 with Llama-3.1-8B's matrices:
+    for NVFP4, and for fp8 of 4,096 rows (8.8 us against 10.8, 20.6 against 24.1), not of 6,144 and more (13.5 against
+    12.4). The bound between is what gives each multiprocessor a program without splitting rows.
     """
-    if not is_packed(x, linear) or linear.format.codes == "fp4":
+    if not is_packed(x, linear.format) or linear.format.codes == "fp4":
         return True
-    return linear.format.codes == "fp8" and linear.num_rows // (2 if gated else 1) < 32 * 132
-
-
-def is_packed(x: torch.Tensor, linear: Linear) -> bool:
-    """Whether quant_narrow_linear makes floats of four bytes at once: bfloat16 on a GPU, and no format of int8."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and linear.format.codes != "int8"
+    return linear.format.codes == "fp8" and linear.num_rows // (2 if gated else 1) < 32 * _MULTIPROCESSORS
 
 
 def format_constants(linear: Linear) -> dict[str, int | bool | float]:
@@ -240,7 +224,6 @@ def format_constants(linear: Linear) -> dict[str, int | bool | float]:
         "CODES": CODE_OF[format.codes],
         "GROUPED": grouped,
         "ZEROS": linear.zero is not None,
-        "MIDDLE": 8.0 if format.codes == "int4" else 0.0,
         "ROW_SCALES": linear.row_scale is not None,
     }
 
@@ -273,7 +256,7 @@ def quant_narrow_linear(
         N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=split, SPAN=span,
         **format_constants(linear), STAGES=shape.stages, GATED=gated, ACTIVATION=activation,
         BIAS=linear.bias is not None, ADD=residual is not None, FETCH=shape.fetch if launch_pdl else 0,
-        LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear), PRECISION="ieee",
+        LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear.format), PRECISION="ieee",
         num_warps=shape.num_warps,
     )  # fmt: skip
     return out

@@ -10,44 +10,103 @@ e4m3 and e2m1: OCP 8-bit floating point and microscaling formats, 2023.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-CODE_OF = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
-_FP8, INT4, _FP4 = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
+from paged_kernels.linear import Format
+
+CODE_OF = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3, "fp4": 4}
+PLAIN, FP8, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+INT4, FP4 = tl.constexpr(3), tl.constexpr(4)
+FP4_FACTOR = tl.constexpr(16384.0)  # 2 ** 14, for the bias
+INT4_OFFSET = tl.constexpr(128.0)
+INT4_MIDDLE = tl.constexpr(8.0)  # what means 0 where no zero is given
+
+
+def is_packed(x: torch.Tensor, format: Format) -> bool:
+    """Whether four bytes become numbers at once: bfloat16 on a GPU, and a format of `packs`."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and packs(format)
+
+
+def packs(format: Format) -> bool:
+    """Whether bytes of the format can become bfloat16 four at once: not those of int8, which have a bit more than its
+    mantissa.
+    """
+    return format.codes in ("fp8", "int4", "fp4")
+
+
+@triton.jit
+def shifted_floats(codes, CODES: tl.constexpr):
+    """What is stored plainly, in a byte, or in the lower half of one, float32: int4 is INT4_OFFSET too large, fp4 is
+    FP4_FACTOR too small. n below 128 is the end of 128 + n, whose exponent is known; e2m1 lies as float16 does.
+    """
+    if CODES == INT4:
+        found = ((codes.to(tl.uint32) << 16) | 0x43000000).to(tl.float32, bitcast=True)
+    elif CODES == FP4:
+        bits = ((codes & 7).to(tl.uint16) << 9) | ((codes & 8).to(tl.uint16) << 12)
+        found = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    elif CODES == INT8:
+        # the conversion of bytes is slow: added to the last bits of 1.5 * 2 ** 23, which is subtracted
+        found = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        found = codes.to(tl.float32)
+    return found
 
 
 @triton.jit
 def floats(codes, CODES: tl.constexpr):
     """What is stored in a byte, or in the lower half of one, without scale and zero: float32."""
-    if CODES == _FP4:
-        bits = ((codes & 7).to(tl.uint16) << 9) | ((codes & 8).to(tl.uint16) << 12)
-        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-    elif CODES == _FP8:
-        numbers = codes.to(tl.float32)
-    else:
-        # The conversion of bytes is an eighth as fast as an addition: a number is added to the last bits of 1.5 * 2 **
-        # 23, and that is subtracted.
-        numbers = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    return numbers
+    found = shifted_floats(codes, CODES)
+    if CODES == INT4:
+        found -= INT4_OFFSET
+    elif CODES == FP4:
+        found *= FP4_FACTOR
+    return found
 
 
 @triton.jit
-def numbers(w, CODES: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, PACKED: tl.constexpr):
-    """Bytes as floats without scale and zero, MIDDLE subtracted: those of whole bytes or low nibbles, and of high ones.
-    PACKED: DTYPE is bfloat16, and four bytes are read at once.
+def numbers(w, CODES: tl.constexpr, PACKED: tl.constexpr):
+    """Bytes as floats without scale and zero, int4 less INT4_MIDDLE: those of whole bytes or low nibbles, and of high
+    ones. float32; PACKED: bfloat16, four bytes at once.
     """
-    if PACKED and CODES == _FP8:
+    if PACKED and CODES == FP8:
         low = _bfloat16_of_fp8(w.to(tl.uint8, bitcast=True))
         high = low
     elif PACKED and CODES == INT4:
         low, high = _bfloat16_of_int4(w)
-    elif PACKED and CODES == _FP4:
+    elif PACKED and CODES == FP4:
         low, high = _bfloat16_of_fp4(w)
     else:
-        low = floats(w & 15 if CODES >= INT4 else w, CODES) - MIDDLE
-        high = floats(w >> 4 if CODES >= INT4 else w, CODES) - MIDDLE
+        low = floats(w & 15 if CODES >= INT4 else w, CODES)
+        high = floats(w >> 4 if CODES >= INT4 else w, CODES)
+        if CODES == INT4:
+            low, high = low - INT4_MIDDLE, high - INT4_MIDDLE
     return low, high
+
+
+@triton.jit
+def load_zeros(at, known, CODES: tl.constexpr):
+    """What is to be subtracted from `numbers`: float32."""
+    z = tl.load(at, mask=known, other=0).to(tl.float32)
+    if CODES == INT4:
+        z -= INT4_MIDDLE
+    return z
+
+
+@triton.jit
+def corrected(found, s, z, SCALED: tl.constexpr, ZEROS: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr):
+    """What `numbers` returns -> of DTYPE, less zeros z (load_zeros) if ZEROS, times scales s if SCALED; both float32.
+    EXACT: the results are numbers of DTYPE, so that nothing is lost if it is what computes.
+    """
+    INNER: tl.constexpr = DTYPE if EXACT else tl.float32
+    if ZEROS or SCALED:
+        found = found.to(INNER)
+    if ZEROS:
+        found = (found - z.to(INNER)).to(INNER)
+    if SCALED:
+        found *= s.to(INNER)
+    return found.to(DTYPE)
 
 
 @triton.jit
@@ -139,40 +198,36 @@ def _bfloat16_of_fp4(w):
 def scaled_numbers(
     w, row, there, begin, scale, zero,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     DTYPE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """What a tile [ROWS, BLOCK] of bytes means, times the scales of its groups if there are any: as `load_tile`."""
     SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
     PARTS: tl.constexpr = BLOCK // SHARED
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    low, high = numbers(w, CODES, MIDDLE, DTYPE, PACKED)
+    low, high = numbers(w, CODES, PACKED)
+    s, z = 1.0, 0.0
     if ZEROS or GROUPED:
         part = begin + tl.arange(0, PARTS) * SHARED
         index = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (part // GROUP)[None, :]
         known = there & (part < K)[None, :]
         low, high = tl.reshape(low, (ROWS, PARTS, SHARED)), tl.reshape(high, (ROWS, PARTS, SHARED))
-        # Four bits times a scale of fp8 are exact in bfloat16; other scales are not.
-        EXACT: tl.constexpr = CODES == _FP4 and scale.dtype.element_ty == tl.float8e4nv
-        INNER: tl.constexpr = DTYPE if EXACT else tl.float32
-        low, high = low.to(INNER), high.to(INNER)
         if ZEROS:
-            z = MIDDLE - tl.load(zero + index, mask=known, other=0).to(tl.float32)[:, :, None]
-            low += z.to(INNER)
-            high += z.to(INNER)
+            z = load_zeros(zero + index, known, CODES)[:, :, None]
         if GROUPED:
             s = tl.load(scale + index, mask=known, other=0.0).to(tl.float32)[:, :, None]
-            low *= s.to(INNER)
-            high *= s.to(INNER)
-        low, high = tl.reshape(low, (ROWS, BLOCK)), tl.reshape(high, (ROWS, BLOCK))
-    return low.to(DTYPE), high.to(DTYPE)
+    # Four bits times a scale of fp8 are exact in bfloat16; other scales are not.
+    EXACT: tl.constexpr = CODES == FP4 and scale.dtype.element_ty == tl.float8e4nv
+    low = tl.reshape(corrected(low, s, z, GROUPED, ZEROS, EXACT, DTYPE), (ROWS, BLOCK))
+    high = tl.reshape(corrected(high, s, z, GROUPED, ZEROS, EXACT, DTYPE), (ROWS, BLOCK))
+    return low, high
 
 
 @triton.jit
 def load_tile(
     at, row, there, begin, scale, zero,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weight, BLOCK bytes of each row: as float32 [ROWS, BLOCK], those of the low nibbles or of the whole
     bytes, and of the high ones.
@@ -180,6 +235,6 @@ def load_tile(
     column = begin + tl.arange(0, BLOCK)
     w = tl.load(at + column[None, :], mask=there & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
     return scaled_numbers(
-        w, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, MIDDLE,
+        w, row, there, begin, scale, zero, K, ROWS, BLOCK, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
         tl.float32, False,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.quant_linear import check_product, finished, format_constants
-from paged_kernels.quant_tile import INT4, floats
+from paged_kernels.quant_tile import INT4, INT4_MIDDLE, floats
 
 _LANES = 16  # bytes of the weight that a thread sums before it scales
 
@@ -48,7 +48,7 @@ def _dot(
 def _vector_kernel(
     x, norm_weight, weight, scale, zero, row_scale, bias, residual, out, eps,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, MIDDLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     ROW_SCALES: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +56,7 @@ def _vector_kernel(
     that share a scale.
     """
     pdl_release(LAUNCH_PDL)
+    MIDDLE: tl.constexpr = INT4_MIDDLE if CODES == INT4 else 0.0
     PARTS: tl.constexpr = BLOCK // LANES
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -93,7 +94,7 @@ def _vector_kernel(
                 factor = tl.load(norm_weight + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
                 high *= factor + 1.0 if PLUS_ONE else factor
         sums = tl.zeros([PARTS], tl.float32)
-        if ZEROS or (MIDDLE != 0.0):
+        if ZEROS or CODES == INT4:
             sums = tl.sum(tl.reshape(low + high if CODES >= INT4 else low, (PARTS, LANES)), 1)
         group = ((begin + part) // GROUP)[None, :]
         scaled = there & (begin + part < K)[None, :]

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from paged_kernels import expert_codes, expert_products, expert_routing, expert_vectors
 from paged_kernels.experts import ExpertLinear, Gate, empty_experts
 from paged_kernels.jit import Kernel
+from paged_kernels.quant_tile import packs
 from tests.bench.expert_formats import EXPERT_FORMATS, format_of
 
 Case = tuple[str, Kernel, dict[str, Any], dict[str, str], int]  # name, kernel, constants, pointers' types, warps
@@ -145,7 +146,7 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
         constants |= {
             **expert_codes.format_constants(linear),
             "LAUNCH_PDL": True,
-            "PACKED": linear.format.codes in ("fp8", "int4", "fp4"),
+            "PACKED": packs(linear.format),
         }
         constants |= {"PRECISION": "ieee"}
         kernel = expert_products._products_kernel
