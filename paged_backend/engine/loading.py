@@ -28,7 +28,7 @@ from paged_backend.models.pooling_config import recommended_pooling
 from paged_backend.models.shard import Shard
 from paged_backend.models.tokenizer import export
 from paged_backend.runner.builder import build_runner
-from paged_backend.runner.model_runner import ModelRunner
+from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
 from paged_backend.runner.parallel.rank_processes import LeadingRunner, RankProcesses, RankStart, end_engine
 from paged_backend.runner.placement import device_of, leave_a_core
 from paged_backend.scheduler.adapter_slots import AdapterSlots
@@ -74,23 +74,7 @@ def load_engine(
     runner, stepped = _build(config, checkpoint, directory, others, on_rank_death, captures_later)
     limits = runner.limits
     scheduler = Scheduler(
-        SchedulerLimits(
-            page_size=config.page_size,
-            num_pages=limits.num_pages,
-            max_model_len=limits.max_model_len,
-            max_num_sequences=limits.max_num_sequences,
-            max_batched_tokens=config.max_batched_tokens,
-            vocab_size=limits.vocab_size,
-            max_queue_size=config.max_queue_size,
-            max_waiting_seconds=config.max_waiting_seconds,
-            request_deadline_seconds=config.request_deadline_seconds,
-            prefix_cache=config.prefix_cache,
-            preemption=config.preemption,
-            eos_ids=limits.eos_ids,
-            seed=config.seed,
-            windows=limits.windows,
-            num_drafts=config.num_drafts,
-        ),
+        _scheduler_limits(config, limits),
         guides=GrammarMasks(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
         adapters=None
         if runner.adapter_slots is None
@@ -179,6 +163,26 @@ def _open(config: EngineConfig, path: Path) -> tuple[Checkpoint, Path | None]:
     )
     log.info("%s", _about_ends(stop_ids, None if tokenizer is None else path))
     return replace(checkpoint, eos_ids=tuple(stop_ids)), None if tokenizer is None else path
+
+
+def _scheduler_limits(config: EngineConfig, limits: RunnerLimits) -> SchedulerLimits:
+    return SchedulerLimits(
+        page_size=config.page_size,
+        num_pages=limits.num_pages,
+        max_model_len=limits.max_model_len,
+        max_num_sequences=limits.max_num_sequences,
+        max_batched_tokens=config.max_batched_tokens,
+        vocab_size=limits.vocab_size,
+        max_queue_size=config.max_queue_size,
+        max_waiting_seconds=config.max_waiting_seconds,
+        request_deadline_seconds=config.request_deadline_seconds,
+        prefix_cache=config.prefix_cache,
+        preemption=config.preemption,
+        eos_ids=limits.eos_ids,
+        seed=config.seed,
+        windows=limits.windows,
+        num_drafts=config.num_drafts,
+    )
 
 
 def _recommended(config: EngineConfig, generation: GenerationConfig, max_model_len: int) -> dict[str, float]:

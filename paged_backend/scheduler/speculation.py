@@ -22,9 +22,8 @@ from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
 
 _LONGEST_PAUSE = 15  # steps
-_KEEPS_STILL = (
-    Feature.GUIDED | Feature.BEAM
-)  # what comes next depends on all tokens before, and the host must know them
+# What comes next depends on all tokens before, and the host must know them.
+_KEEPS_STILL = Feature.GUIDED | Feature.BEAM
 
 
 @dataclass

@@ -9,8 +9,6 @@ import signal
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,20 +35,10 @@ from tests.unit.engine_client.clients import (
     connect_all,
     engine_pid,
     prompt,
-    short_folder,
     wait,
 )
 
-
-@pytest.fixture(autouse=True)
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with short_folder(monkeypatch) as path:
-        yield path
-
-
-@pytest.fixture
-def key() -> str:
-    return uuid.uuid4().hex
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_front_ends_that_arrive_together_share_one_engine_and_have_their_own_numbers(key: str) -> None:

@@ -7,8 +7,6 @@ import shutil
 import signal
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +26,10 @@ from tests.unit.engine_client.clients import (
     connect,
     connect_all,
     engine_pid,
-    short_folder,
     wait,
 )
 
-
-@pytest.fixture(autouse=True)
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with short_folder(monkeypatch) as path:
-        yield path
-
-
-@pytest.fixture
-def key() -> str:
-    return uuid.uuid4().hex
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_live_requests_go_on_in_the_next_engine_again_and_again(key: str) -> None:
