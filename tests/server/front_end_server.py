@@ -60,13 +60,21 @@ class FrontEndServer:
             deadline = time.monotonic() + 60
             while True:
                 try:
-                    if client.is_server_live():
+                    if client.is_server_live() and self._answers_metrics():
                         return
                 except InferenceServerException:
                     pass
                 assert self.process.poll() is None, self.log.read_text(errors="replace")
                 assert time.monotonic() < deadline, self.log.read_text(errors="replace")
                 time.sleep(0.05)
+
+    def _answers_metrics(self) -> bool:
+        """The server opens this port last, after gRPC's and HTTP's."""
+        try:
+            self.scrape()
+        except OSError:
+            return False
+        return True
 
     def load(self) -> None:
         with closing(grpc.InferenceServerClient(self.grpc)) as client:
@@ -272,13 +280,13 @@ def serving(
     process = server.process
     try:
         yield server
-    finally:
         process.terminate()
-        try:
-            process.wait(40)
-        finally:
-            process.kill()
-            shutil.rmtree(folder / "repository", ignore_errors=True)
+        process.wait(40)
+    finally:
+        # a test that failed may have left a gRPC stream open: Triton Server's stop would wait for it
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder / "repository", ignore_errors=True)
 
 
 def _started(
