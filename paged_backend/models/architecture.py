@@ -126,7 +126,11 @@ def read_architecture(folder: Path) -> Architecture:
     content = read_json(path)
     kind = checked(ConfigKind, content, path.name)
     family = _family_of(kind)
-    file = checked(family.config, language_part(content) if family.has_other_parts else content, path.name)
+    if family.has_other_parts:
+        part = language_part(content, tied_head=family.tied_head, may_be_flat=family.may_be_flat)
+    else:
+        part = content
+    file = checked(family.config, part, path.name)
     config = _transformers_config(family, file)
     _check_options(config)
     layers, quantization = family.layers(config), _quantization(folder, content, kind, family)

@@ -144,16 +144,6 @@ class ConfigFile(ConfigKind):
     use_sliding_window: bool = False
     max_window_layers: Annotated[int, Field(ge=0, le=MAX_POSITIONS)] = 1
     layer_types: Annotated[list[str], Field(max_length=_MAX_LAYERS)] | None = None
-    # of mixtures of experts
-    num_local_experts: Experts = 1
-    num_experts: Experts = 1
-    num_experts_per_tok: Annotated[int, Field(ge=1, le=_MAX_EXPERTS_OF_TOKEN)] = 1
-    moe_intermediate_size: Size = 1
-    shared_expert_intermediate_size: Size = 1
-    norm_topk_prob: bool = False
-    qkv_bias: bool = True
-    decoder_sparse_step: Annotated[int, Field(ge=1, le=_MAX_LAYERS)] = 1
-    mlp_only_layers: Annotated[list[int], Field(max_length=_MAX_LAYERS)] | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenIds | None = None
     dtype: str | None = None
@@ -165,26 +155,41 @@ class ConfigFile(ConfigKind):
         return self.model_dump(exclude_unset=True, exclude=ours)
 
 
+class ExpertsFile(ConfigFile):
+    """Of a mixture of experts. Dense models' files have some of these keys, too, with 0 for none."""
+
+    num_local_experts: Experts = 1
+    num_experts: Experts = 1
+    num_experts_per_tok: Annotated[int, Field(ge=1, le=_MAX_EXPERTS_OF_TOKEN)] = 1
+    moe_intermediate_size: Size = 1
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Annotated[int, Field(ge=1, le=_MAX_LAYERS)] = 1
+    mlp_only_layers: Annotated[list[int], Field(max_length=_MAX_LAYERS)] | None = None
+
+
 _BESIDE_PARTS = ("architectures", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config")
 
 
-def language_part(content: Mapping[str, Any]) -> dict[str, Any]:
+def language_part(content: Mapping[str, Any], *, tied_head: bool, may_be_flat: bool = False) -> dict[str, Any]:
     """What a config.json of several parts (text, images, …) says of the language model: its text_config, and what is
     said of the whole.
 
-    Whether the head is tied is said of the whole, and to transformers it is where nothing is said.
+    Whether the head is tied is said of the whole. tied_head: what holds where nothing is said; if False, text_config
+    may tie it, too, all as transformers has it. may_be_flat: older files have no text_config, but its keys beside those
+    of the other parts.
 
     Raises:
         EngineError: it has no text_config.
     """
     part = content.get("text_config")
+    if part is None and may_be_flat:
+        return {key: value for key, value in content.items() if key != "model_type"}
     if not isinstance(part, Mapping):
         raise EngineError(f"config.json: text_config: expected an object, got {_spelled(part)}")
-    return (
-        {key: content[key] for key in _BESIDE_PARTS if key in content}
-        | dict(part)
-        | {"tie_word_embeddings": content.get("tie_word_embeddings", True)}
-    )
+    tied = content.get("tie_word_embeddings", tied_head)
+    if tied is False and not tied_head:
+        tied = part.get("tie_word_embeddings", False)
+    return {key: content[key] for key in _BESIDE_PARTS if key in content} | dict(part) | {"tie_word_embeddings": tied}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -201,6 +201,7 @@ class MoeSpec:
     shared_size: int = 0  # of the expert that every token goes through; 0: there is none
     shared_gate: bool = False  # its answer is scaled by a sigmoid of the token
     together: bool = False  # the checkpoint always has the experts together, as [E, in, out], or in mxfp4 (gpt-oss)
+    either_way: bool = False  # experts that a checkpoint has together may lie as [E, in, out], too: their shape says it
     names: MoeNames = field(default_factory=MoeNames)
     shard: Shard = WHOLE  # the intermediate sizes are this rank's
 

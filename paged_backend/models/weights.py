@@ -304,33 +304,29 @@ def randomise_weights(weights: Weights, architecture: Architecture, seed: int) -
     return f"weights: {spell_bytes(weights.num_bytes)} of random numbers (load_format=dummy)"
 
 
-def _filled(weights: Weights, stored: Collection[str]) -> tuple[dict[str, Tensor], list[Module]]:
-    """Targets that are filled as they are, and modules that fill the rest. stored: the names that the checkpoint
-    has.
-    """
-    names, modules = _names_by_layer(stored), list[Module](weights.modules)
+def _filled(weights: Weights, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, Tensor], list[Module]]:
+    """Targets that are filled as they are, and modules that fill the rest. stored: what the checkpoint has."""
+    shapes, modules = _shapes_by_layer(stored), list[Module](weights.modules)
     for index, layer in enumerate(weights.layers):
         if layer.packed_experts and isinstance(layer.mlp, MoeMlp):
-            for module in layer.mlp.modules(names.get(str(index), ())):
+            for module in layer.mlp.modules(shapes.get(str(index), {})):
                 cut = weights.cuts.get(f"{module.name}.weight")
                 modules.append(replace(module, cut=cut) if isinstance(module, QuantisedModule) else module)
     return split_quantised(_targets(weights, stored), modules, weights.quantization, weights.cuts)
 
 
-def _targets(weights: Weights, stored: Collection[str]) -> dict[str, Tensor]:
-    """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: the names that the checkpoint
-    has.
-    """
+def _targets(weights: Weights, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: what the checkpoint has."""
     num_tokens = weights.vocabulary.count
     targets = {_EMBEDDING: weights.embedding[:num_tokens], **norm_parameters("model.norm", weights.final_norm)}
     if weights.head.weight is not weights.embedding:
         targets[_HEAD] = weights.head.weight[:num_tokens]
     elif _EMBEDDING not in stored and _HEAD in stored:  # tied from the other end
         targets[_HEAD] = targets.pop(_EMBEDDING)
-    names = _names_by_layer(stored)
+    shapes = _shapes_by_layer(stored)
     for index, layer in enumerate(weights.layers):
         targets |= {
-            f"{_LAYERS}{index}.{name}": target for name, target in layer.parameters(names.get(str(index), ())).items()
+            f"{_LAYERS}{index}.{name}": target for name, target in layer.parameters(shapes.get(str(index), {})).items()
         }
     return _inner_names(targets) if _is_headless(stored) else targets
 
@@ -345,14 +341,14 @@ def _cuts(architecture: Architecture) -> Mapping[str, Cut]:
     return cuts if architecture.has_head else _inner_names(cuts)
 
 
-def _names_by_layer(stored: Collection[str]) -> dict[str, set[str]]:
-    """A layer's number -> names within it."""
-    found: dict[str, set[str]] = {}
-    for name in stored:
+def _shapes_by_layer(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, Sequence[int]]]:
+    """A layer's number -> names within it -> shapes."""
+    found: dict[str, dict[str, Sequence[int]]] = {}
+    for name, tensor in stored.items():
         inner = name.removeprefix("model.")
         if inner.startswith(_LAYERS.removeprefix("model.")):
             index, _, rest = inner.removeprefix(_LAYERS.removeprefix("model.")).partition(".")
-            found.setdefault(index, set()).add(rest)
+            found.setdefault(index, {})[rest] = tensor.shape
     return found
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import Tensor
 
 from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.mlp import Mlp
-from paged_backend.models.blocks.moe import MoeMlp
+from paged_backend.models.blocks.moe import NOTHING, MoeMlp, Shapes
 from paged_backend.models.layer_spec import LayerSpec, MlpSpec
 from paged_backend.models.step import LayerPages
 from paged_kernels.experts import ExpertLinear
@@ -38,9 +36,9 @@ class Layer:
         """The experts' matrices, if they are stored in few bits: those are no parameters, but filled by modules."""
         return self.mlp.packed if isinstance(self.mlp, MoeMlp) else ()
 
-    def parameters(self, stored: Collection[str] = ()) -> dict[str, Tensor]:
+    def parameters(self, stored: Shapes = NOTHING) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills. stored:
-        names that the checkpoint has, within the layer.
+        shapes that the checkpoint has, by the names within the layer.
         """
         mlp = self.mlp.parameters(stored) if isinstance(self.mlp, MoeMlp) else self.mlp.parameters()
         return self.attention.parameters() | mlp

@@ -4,7 +4,8 @@ expert.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from paged_backend.models.quantization.modules import Module, QuantisedModule, S
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.linear import Linear
 
+Shapes = Mapping[str, Sequence[int]]  # of a checkpoint's tensors, by their names within the layer
+NOTHING: Shapes = MappingProxyType({})
 _FUSED, _FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
@@ -59,7 +62,7 @@ class MoeMlp:
         linears = (self.experts.gate_up, self.experts.down)
         return tuple(linear for linear in linears if linear.format.codes != "plain")
 
-    def modules(self, stored: Container[str] = ()) -> Iterator[Module]:
+    def modules(self, stored: Shapes = NOTHING) -> Iterator[Module]:
         """What fills the packed matrices: of each expert, or of all of them together. stored: as for `parameters`."""
         names, prefix, count = self.spec.names, self._prefix, self.spec.num_experts
         together = self.spec.together or _FUSED in stored
@@ -73,7 +76,7 @@ class MoeMlp:
             first = f"{prefix}{names.root}.experts.0.{modules[0]}"
             scheme = self._quantization.scheme_of(first)  # of experts in mxfp4 there is none
             if together:
-                yield StackedExperts(prefix + fused, scheme, linear, self.spec.together)
+                yield StackedExperts(prefix + fused, scheme, linear, self._is_transposed(linear, stored.get(fused)))
                 continue
             assert scheme is not None, f"{first} is packed by no scheme"
             num_rows = linear.num_rows // len(modules)
@@ -83,12 +86,12 @@ class MoeMlp:
                     name = f"{prefix}{names.root}.experts.{expert}.{module}"
                     yield QuantisedModule(name, scheme, of_expert, index * num_rows, num_rows)
 
-    def parameters(self, stored: Container[str] = ()) -> dict[str, Tensor]:
+    def parameters(self, stored: Shapes = NOTHING) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor, or the part of a packed one, that it fills; but for
         what `modules` fill.
 
-        stored: the names that the checkpoint has, within the layer: experts lie there one by one, unless it has them
-            together.
+        stored: the names that the checkpoint has, within the layer, and their shapes: experts lie there one by one,
+            unless it has them together.
 
         Raises:
             EngineError: it has them together, and this rank is to have a part of each.
@@ -104,12 +107,7 @@ class MoeMlp:
             f"{root}.{names.router}.bias": self.experts.router.bias,
             f"{root}.{names.correction}": self.experts.correction,
         }
-        if self.spec.together:
-            found |= self._transposed("gate_up_proj", self.experts.gate_up) | self._transposed(
-                "down_proj", self.experts.down
-            )
-        else:
-            found |= self._together() if fused else self._one_by_one()
+        found |= self._together(stored) if fused else self._one_by_one()
         if self.shared_gate_up is not None and self.shared_down is not None:
             gate, up = self.shared_gate_up.weight.chunk(2)
             shared = f"{root}.{names.shared}"
@@ -139,14 +137,23 @@ class MoeMlp:
             answer = at.products.add_linear(shared, self.shared_down, answer)
         return answer if self.residual.is_plain else self.residual.add(answer, x, at)
 
-    def _together(self) -> dict[str, Tensor | None]:
-        return {_FUSED: _plain(self.experts.gate_up), _FUSED_DOWN: _plain(self.experts.down)}
+    def _together(self, stored: Shapes) -> dict[str, Tensor | None]:
+        found: dict[str, Tensor | None] = {}
+        for name, linear in ((_FUSED, self.experts.gate_up), (_FUSED_DOWN, self.experts.down)):
+            weight = _plain(linear)
+            if weight is not None and self._is_transposed(linear, stored.get(name)):
+                weight = weight.transpose(1, 2)
+            found |= {name: weight, f"{name}_bias": linear.bias}
+        return found
 
-    def _transposed(self, name: str, linear: ExpertLinear) -> dict[str, Tensor | None]:
-        """As gpt-oss is published: [E, in, out] and biases."""
-        plain = _plain(linear)
-        weight = None if plain is None else plain.transpose(1, 2)
-        return {f"mlp.experts.{name}": weight, f"mlp.experts.{name}_bias": linear.bias}
+    def _is_transposed(self, linear: ExpertLinear, shape: Sequence[int] | None) -> bool:
+        """Whether the checkpoint has a matrix of all experts as [E, in, out]. shape: of its tensor; None: it has none.
+
+        transformers' rule for what may lie either way: as it is, if that fits.
+        """
+        if not self.spec.either_way:
+            return self.spec.together
+        return shape is not None and list(shape) != [self.spec.num_experts, linear.num_rows, linear.num_columns]
 
     def _one_by_one(self) -> dict[str, Tensor | None]:
         names = self.spec.names

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from paged_backend.models.config_file import ConfigFile, Experts, Positive, Size
+from paged_backend.models.config_file import Experts, ExpertsFile, Positive
 from paged_backend.models.families.expert_layers import with_experts
 from paged_backend.models.families.family import Family, dense_layers
 from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec
@@ -20,7 +20,7 @@ from paged_kernels.experts import Routing
 _MAX_SHARED = 64  # experts that every token goes through; the published ones have 1
 
 
-class Glm4MoeFile(ConfigFile):
+class Glm4MoeFile(ExpertsFile):
     """The keys of its own."""
 
     n_routed_experts: Experts = 1
@@ -29,7 +29,6 @@ class Glm4MoeFile(ConfigFile):
     topk_group: Experts = 1
     routed_scaling_factor: Positive = 1.0
     first_k_dense_replace: Annotated[int, Field(ge=0)] = 1
-    moe_intermediate_size: Size = 1
     use_qk_norm: bool = False
 
 

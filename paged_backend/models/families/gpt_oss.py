@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from paged_backend.models.config_file import ConfigFile, Positive
+from paged_backend.models.config_file import ExpertsFile, Positive
 from paged_backend.models.families.expert_layers import with_experts
 from paged_backend.models.families.family import Family, dense_layers, windows_by_layer_type
 from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec
 from paged_kernels.experts import Gate, Routing
 
 
-class GptOssFile(ConfigFile):
+class GptOssFile(ExpertsFile):
     """The keys of its own."""
 
     swiglu_limit: Positive = 7.0

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from paged_backend.models.config_file import ConfigFile, Size
+from paged_backend.models.config_file import ExpertsFile, Size
 from paged_backend.models.families.expert_layers import refuse_other_values, with_experts
 from paged_backend.models.families.family import Family, dense_layers
 from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec
@@ -21,7 +21,7 @@ _COMPUTED = {
 }
 
 
-class MiniMaxM2File(ConfigFile):
+class MiniMaxM2File(ExpertsFile):
     """The keys of its own."""
 
     rotary_dim: Size | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from paged_backend.models.config_file import ExpertsFile
 from paged_backend.models.families.expert_layers import with_experts
 from paged_backend.models.families.family import Family, dense_layers
 from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec
@@ -19,4 +20,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     return with_experts(dense_layers(config, windows), moe, [True] * config.num_hidden_layers)
 
 
-MIXTRAL = Family("MixtralForCausalLM", "mixtral", layers, models="Mixtral")
+MIXTRAL = Family("MixtralForCausalLM", "mixtral", layers, config=ExpertsFile, models="Mixtral")

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from paged_backend.models.config_file import ExpertsFile, Size
 from paged_backend.models.families.expert_layers import sparse_by_step, with_experts
 from paged_backend.models.families.family import Family, dense_layers, windows_by_layer_type
 from paged_backend.models.layer_spec import LayerSpec, MoeSpec
 from paged_kernels.experts import Routing
+
+
+class Qwen2MoeFile(ExpertsFile):
+    """The keys of its own."""
+
+    shared_expert_intermediate_size: Size = 1
+    qkv_bias: bool = True
 
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
@@ -19,4 +27,4 @@ def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
     )
 
 
-QWEN2_MOE = Family("Qwen2MoeForCausalLM", "qwen2_moe", layers, models="Qwen1.5-MoE, Qwen2-MoE")
+QWEN2_MOE = Family("Qwen2MoeForCausalLM", "qwen2_moe", layers, config=Qwen2MoeFile, models="Qwen1.5-MoE, Qwen2-MoE")

@@ -22,6 +22,7 @@ from paged_backend.models.families.qwen2 import QWEN2
 from paged_backend.models.families.qwen2_moe import QWEN2_MOE
 from paged_backend.models.families.qwen3 import QWEN3
 from paged_backend.models.families.qwen3_moe import QWEN3_MOE
+from paged_backend.models.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE
 from paged_backend.models.families.seed_oss import SEED_OSS
 from paged_backend.models.families.smollm3 import SMOLLM3
 from paged_backend.models.families.starcoder2 import STARCODER2
@@ -45,9 +46,12 @@ _DENSE = (
     OLMO2,
     OLMO3,
     PHI3,
+    QWEN2_VL,
+    QWEN2_5_VL,
+    QWEN3_VL,
     SEED_OSS,
     SMOLLM3,
     STARCODER2,
 )
-_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, MINIMAX_M2, GPT_OSS)
+_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_VL_MOE, GLM4_MOE, MINIMAX_M2, GPT_OSS)
 FAMILIES = {family.architecture: family for family in (*_DENSE, *_EXPERTS)}

@@ -5,23 +5,28 @@ original lengths.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import read_architecture
+from paged_backend.models.layer_spec import MlpSpec, MoeSpec
 from paged_backend.request import SamplingParams
 from tests.adapter_oracle import ALL, AdapterOracle, save_adapter
+from tests.bench.geometries import GEOMETRIES
 from tests.oracle import Oracle, random_prompts
 from tests.published_configs import CONFIGS, published_config, save_published
 from tests.runner_driver import Driver, load_runner
 
 LENGTHS = (1, 5, 21, 40, 90)
 MAX_TOKENS = 10
+NO_SHARED_EXPERT = {"shared_expert_intermediate_size": 0, "qkv_bias": False, "use_qk_norm": True}
 TOLERANCE = 1e-4  # of a log-probability: sums of a few hundred float32 terms, in another order
 
 
@@ -60,6 +65,7 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(checkpoin
 
 
 TARGETS = {  # of adapters, where they are not q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    "qwen3_vl_moe": ("q_proj", "k_proj", "v_proj", "o_proj"),  # experts have none
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "glm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
     "glm4": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -72,7 +78,7 @@ def test_with_adapters_greedy_tokens_are_those_of_peft(checkpoint: tuple[str, Pa
     name, folder = checkpoint
     targets = TARGETS.get(CONFIGS[name]["model_type"], ALL)
     adapter = save_adapter(
-        tmp_path / "a", folder, seed=1, rank=3, targets=targets, lora_alpha=6, exclude_modules=".*vision.*"
+        tmp_path / "a", folder, seed=1, rank=3, targets=targets, lora_alpha=6, exclude_modules=".*vis(ion|ual).*"
     )
     runner = load_runner(folder, page_size=8, lora_directory=str(tmp_path), max_loras=1, max_lora_rank=4)
     assert runner.adapter_slots is not None
@@ -141,9 +147,51 @@ def test_short_sequences_take_longropes_short_frequencies_where_none_can_be_long
     assert Driver(load_runner(folder, max_model_len=32)).generate(prompts, 8) == Oracle(folder).greedy(prompts, 8)
 
 
-@pytest.mark.parametrize("name", ["gemma-3-4b", "Ministral-3-8B"])
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_experts_that_lie_together_are_read_either_way(quantization: str, tmp_path: Path) -> None:
+    """Qwen3-VL is published with the matrices transposed, and transformers 5 saves them as they are computed."""
+    saved = save_published(tmp_path / "saved", "Qwen3-VL-30B-A3B")
+    published = shutil.copytree(saved, tmp_path / "published")
+    tensors = load_file(saved / "model.safetensors")
+    experts = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".mlp.experts." in name}
+    assert len(experts) == 2 * 4
+    save_file(tensors | experts, published / "model.safetensors", metadata={"format": "pt"})
+    prompts = random_prompts((1, 30))
+    answers = [
+        Driver(load_runner(folder, quantization=quantization)).generate(prompts, 8) for folder in (saved, published)
+    ]
+    assert answers[0] == answers[1]
+    if quantization == "none":
+        assert answers[1] == Oracle(published).greedy(prompts, 8)
+
+
+def test_a_head_that_text_config_ties_is_tied_where_the_whole_says_nothing(tmp_path: Path) -> None:
+    config = published_config("Qwen3-VL-4B")
+    del config["tie_word_embeddings"]
+    for tied in (True, False):
+        (tmp_path / "config.json").write_text(
+            json.dumps({**config, "text_config": {**config["text_config"], "tie_word_embeddings": tied}})
+        )
+        assert read_architecture(tmp_path).tied_head is tied
+
+
+def test_keys_of_experts_in_a_dense_models_file_may_say_that_there_are_none(tmp_path: Path) -> None:
+    """And those of a shared expert in the file of a model without one: Qwen3-Coder-480B's."""
+    for name, keys in (("Qwen3-VL-4B", ("num_experts", "num_experts_per_tok")), ("Olmo-3-7B", ("num_local_experts",))):
+        config = published_config(name)
+        part = config.get("text_config", config)
+        part.update(dict.fromkeys(keys, 0))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert all(isinstance(layer.mlp, MlpSpec) for layer in read_architecture(tmp_path).layers)
+    (tmp_path / "config.json").write_text(json.dumps({**GEOMETRIES["qwen3-30b-a3b"], **NO_SHARED_EXPERT}))
+    layer = read_architecture(tmp_path).layers[0]
+    assert isinstance(layer.mlp, MoeSpec) and layer.mlp.shared_size == 0
+
+
+@pytest.mark.parametrize("name", ["gemma-3-4b", "Ministral-3-8B", "Qwen2-VL-2B", "Qwen2.5-VL-7B", "Qwen3-VL-4B"])
 def test_tensors_for_images_are_left_unread_and_the_log_says_so(name: str, tmp_path: Path) -> None:
+    towers = "visual" if name.startswith("Qwen") else "multi_modal_projector, vision_tower"
     heard: list[str] = []
     load_runner(save_published(tmp_path, name), tell=heard.append)
     (sentence,) = [sentence for sentence in heard if sentence.startswith("weights: ")]
-    assert "tensors of multi_modal_projector, vision_tower are left unread" in sentence and "ignored" not in sentence
+    assert f"tensors of {towers} are left unread" in sentence and "ignored" not in sentence

@@ -90,7 +90,9 @@ def test_greedy_tokens_of_every_rank_are_those_of_transformers(folder: Path, siz
         assert num_gathers == 0
 
 
-@pytest.mark.parametrize("name", ["gemma-2-9b", "granite-3.3-8b", "c4ai-command-r7b-12-2024", "starcoder2-3b"])
+@pytest.mark.parametrize(
+    "name", ["gemma-2-9b", "granite-3.3-8b", "c4ai-command-r7b-12-2024", "starcoder2-3b", "Qwen3-VL-4B"]
+)
 def test_norms_and_multipliers_behind_a_block_come_after_the_sum_over_ranks(name: str, tmp_path: Path) -> None:
     folder = save_published(tmp_path, name)
     expected = Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS)
