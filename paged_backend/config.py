@@ -141,10 +141,15 @@ class EngineConfig(BaseModel):
         description="Longest time in milliseconds that text which is ready may wait to be joined with later text "
         "when the sender falls behind.",
     )
-    speculation: Literal["off", "ngram"] = Field(
+    speculation: Literal["off", "ngram", "draft"] = Field(
         "off",
         description="Guess a sequence's next tokens and check them in one step; no token changes. ngram: what came "
-        "after the same words earlier in its text.",
+        "after the same words earlier in its text. draft: what draft_model would say.",
+    )
+    draft_model: str = Field(
+        "",
+        description="Folder of a small checkpoint with the model's vocabulary, which guesses for speculation=draft. "
+        "Its weights, and its K and V beside the model's, take memory.",
     )
     num_speculative_tokens: int = Field(
         4, ge=1, le=15, description="Guesses of a sequence in a step, at most; fewer while they are wrong."
@@ -244,6 +249,18 @@ class EngineConfig(BaseModel):
     def _one_engine_tells_routers(self) -> EngineConfig:
         if self.kv_events and self.replicas > 1:
             raise ValueError(f"kv_events: routers listen to one engine, replicas must be 1, not {self.replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_proposer_has_its_checkpoint(self) -> EngineConfig:
+        if (self.speculation == "draft") != bool(self.draft_model):
+            missing = f"is unused with speculation={self.speculation}" if self.draft_model else "is empty"
+            raise ValueError(f"draft_model: {missing}; speculation=draft and a draft_model go together")
+        if self.speculation == "draft" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"speculation: draft is for one GPU a replica, tensor_parallel_size must be 1, not "
+                f"{self.tensor_parallel_size}"
+            )
         return self
 
     @field_validator("kv_events")

@@ -10,6 +10,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.architecture import Architecture, read_architecture
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids
+from paged_backend.models.proposer_checkpoint import ProposerCheckpoint, open_proposer
 from paged_backend.models.quantization.online import read_online
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.rope import check_rope
@@ -30,6 +31,7 @@ class Checkpoint:
     eos_ids: tuple[int, ...]  # an answer ends at each; without the tokenizer's own
     bos_id: int | None
     warnings: tuple[str, ...] = ()  # sentences for the operator
+    draft: ProposerCheckpoint | None = None  # of the model that makes drafts, if one does
 
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint:
@@ -53,7 +55,8 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     generation = GenerationConfig.read(folder)
     stops = find_stop_ids(architecture, generation, None)
     bos_id = architecture.bos_id if generation.bos_token_id is None else generation.bos_token_id
-    return Checkpoint(folder, architecture, generation, tuple(stops), bos_id, (warning,) if warning else ())
+    draft = open_proposer(config, architecture, folder) if config.speculation == "draft" else None
+    return Checkpoint(folder, architecture, generation, tuple(stops), bos_id, (warning,) if warning else (), draft)
 
 
 def _online(name: Literal["fp8", "int4"], found: Quantization | None) -> Quantization:

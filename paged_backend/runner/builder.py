@@ -34,25 +34,24 @@ from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes
 from paged_backend.runner.cuda_graphs import captured_shapes, first_shapes
 from paged_backend.runner.kernel_cache import keep_kernels
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
+from paged_backend.runner.make_ops import kernels_reach, make_ops, with_formats_of
 from paged_backend.runner.measured_memory import NUM_PAGES, in_one_sentence, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
 from paged_backend.runner.parallel.agreement import agreed
 from paged_backend.runner.placement import (
-    FP8_CAPABILITY,
-    Placement,
     devices_of,
     dtype_name,
     name_of,
     place,
     place_words,
 )
+from paged_backend.runner.proposer_builder import ProposerBuilder
 from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.sequence_limit import about_limit, affordable, sequence_limits
 from paged_backend.runner.sizing_lock import alone_on
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.units import spell_bytes
-from paged_kernels.rank_ops import RankOps, Ranks, VocabularyPart
-from paged_kernels.reference import Ops, reference
+from paged_kernels.rank_ops import Ranks
 
 Tell = Callable[[str], None]
 
@@ -103,13 +102,14 @@ class RunnerBuilder:
         self._architecture = checkpoint.architecture.of_rank(Shard(ranks.rank, ranks.size))
         self._place = place(config, self._architecture)
         self._captures_later = captures_later and ranks.size == 1
-        self._uses_kernels = self._place.device.type == "cuda" and _kernels_reach(config, self._place)
-        if self._architecture.quantization is not None:
-            reads = self._uses_kernels and torch.cuda.get_device_capability(self._place.device) >= FP8_CAPABILITY
-            quantization = replace(
-                self._architecture.quantization, dequantised=not reads, rounds=reads or self._place.device.type == "cpu"
+        self._uses_kernels = kernels_reach(config.page_size, self._place)
+        self._architecture = with_formats_of(self._architecture, self._place, self._uses_kernels)
+        self._proposer: ProposerBuilder | None = None  # None: no model makes drafts
+        if checkpoint.draft is not None:
+            self._proposer = ProposerBuilder(
+                config, checkpoint.draft, self._architecture, self._place, self._uses_kernels
             )
-            self._architecture = replace(self._architecture, quantization=quantization)
+        self._proposer_weights: Weights | None = None
         self._allow(config.max_num_sequences)
         self.size: PoolSize | None = None  # as decided
         self.needs = MemoryNeeds()  # as measured
@@ -240,13 +240,15 @@ class RunnerBuilder:
         """
         a, place = self._architecture, self._place
         needed, free = weight_bytes(a, place.dtype), free_bytes(place.device)
+        if self._proposer is not None:
+            needed += self._proposer.weight_bytes
         if needed > free:
             where = f"the weights do not fit into the memory of {name_of(place.device)}"
             raise EngineError(
                 f"{where}: {spell_bytes(needed)} in {dtype_name(place.dtype)}, {spell_bytes(free)} are free"
             )
         needs = MemoryNeeds(weights=needed + adapter_store_bytes(self._config, a, place.dtype))
-        return size_pool(self._config, a, place.kv_dtype, place.device, needs)
+        return self._size_of(needs)
 
     def _read_weights(self) -> tuple[Weights, AdapterStore | None]:
         """Memory for adapters is taken before the weights are read: it may not be there."""
@@ -267,6 +269,8 @@ class RunnerBuilder:
                 )
                 if scaled:
                     self._tell(scaled)
+        if self._proposer is not None:
+            self._proposer_weights = self._proposer.read_weights(self._tell)
         return weights, adapter_slots
 
     def _measure(self, weights: Weights, adapter_slots: AdapterStore | None, at_most: PoolSize) -> None:
@@ -304,7 +308,9 @@ class RunnerBuilder:
         self._tell(f"measured: {words}, in {time.monotonic() - started:.1f} s")
 
     def _size_of(self, needs: MemoryNeeds) -> PoolSize:
-        return size_pool(self._config, self._architecture, self._place.kv_dtype, self._place.device, needs)
+        place, proposer = self._place, self._proposer
+        proposer_bytes = 0 if proposer is None else proposer.page_bytes
+        return size_pool(self._config, self._architecture, place.kv_dtype, place.device, needs, proposer_bytes)
 
     def _size_pool(self) -> PoolSize:
         size = agreed(
@@ -323,7 +329,9 @@ class RunnerBuilder:
     def _assemble(self, weights: Weights, adapter_slots: AdapterStore | None, size: PoolSize) -> ModelRunner:
         """A runner with a pool of that size; nothing is captured yet."""
         a, config, place = self._architecture, self._config, self._place
-        store = allocate_kv_store(size, a, config.page_size, place.kv_dtype, place.device)
+        store = allocate_kv_store(
+            size.num_pages, a.attention, size.groups.num_layers, config.page_size, place.kv_dtype, place.device
+        )
         # no other is ever chosen
         eos_ids = tuple(token_id for token_id in self._checkpoint.eos_ids if 0 <= token_id < a.vocab_size)
         limits = RunnerLimits(
@@ -336,7 +344,7 @@ class RunnerBuilder:
             config.max_num_sequences,
             size.groups.windows,
         )
-        ops = self._make_ops()
+        ops = make_ops(a, place, self._uses_kernels, self._shapes, self._ranks)
         copy_pages = partial(ops.copy_pages, store)
         kv_pages = [LayerPages(store[place], group) for group, place in size.groups.places]
         num_groups = len(size.groups.groups)
@@ -350,36 +358,18 @@ class RunnerBuilder:
             copy_pages,
             num_groups,
         )
-        if config.num_drafts:
+        if config.speculation == "ngram":
             rows.speculate(ops.propose_ngram, config.num_drafts)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in self._shapes))
         adapted = (
             None if adapter_slots is None else adapter_slots.products(ops, weights, rows.adapter_slots, largest_step)
         )
         decoder = Decoder(weights, rope_tensors(a.ropes, size.max_model_len, place.device), ops, adapted)
-        return ModelRunner(self._checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, adapter_slots)
-
-    def _make_ops(self) -> Ops:
-        """Kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
-        a, ranks = self._architecture, self._ranks
-        part = VocabularyPart(a.vocabulary.start, a.vocabulary.count, a.num_logits, a.vocab_size)
-        if not self._uses_kernels:
-            return reference if ranks.size == 1 else RankOps(ranks, part)
-        from paged_kernels.cuda_ops import CudaOps
-        from paged_kernels.cuda_rank_ops import CudaRankOps
-
-        make = CudaOps if ranks.size == 1 else partial(CudaRankOps, ranks, part)
-        return make(
-            num_heads=a.attention.num_heads,
-            num_kv_heads=a.attention.num_kv_heads,
-            head_dim=a.attention.head_dim,
-            sliding_windows=a.sliding_windows,
-            vocab_size=a.vocab_size,
-            max_sequences=max(shape.num_decodes for shape in self._shapes),
-            max_outputs=max(shape.num_outputs for shape in self._shapes),
-            kv_dtype=self._place.kv_dtype,
-            device=self._place.device,
-        )
+        runner = ModelRunner(self._checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, adapter_slots)
+        if self._proposer is not None and self._proposer_weights is not None:
+            proposer = self._proposer.assemble(self._proposer_weights, size, rows, self._shapes)
+            runner.speculate(proposer, config.num_drafts)
+        return runner
 
     def _warm_up(self, runner: ModelRunner) -> None:
         if not self._uses_kernels:
@@ -393,7 +383,3 @@ class RunnerBuilder:
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
-
-
-def _kernels_reach(config: EngineConfig, place: Placement) -> bool:
-    return config.page_size & (config.page_size - 1) == 0 and place.kv_dtype.itemsize <= place.dtype.itemsize

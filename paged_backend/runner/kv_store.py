@@ -15,6 +15,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.kv_groups import KVGroups, group_layers
+from paged_backend.models.layer_spec import AttentionSpec
 from paged_backend.units import spell_bytes
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
@@ -37,7 +38,7 @@ class PoolSize:
     """How large the pool is, and which option made it so."""
 
     num_pages: int
-    page_bytes: int  # K and V of one page in all layers of a KV group
+    page_bytes: int  # K and V of one page in all layers of a KV group, and in those of a draft model
     max_model_len: int  # tokens; not more than the pool holds
     decided_by: str  # sentences for the operator
     groups: KVGroups
@@ -45,20 +46,26 @@ class PoolSize:
 
 
 def allocate_kv_store(
-    size: PoolSize, architecture: Architecture, page_size: int, dtype: torch.dtype, device: torch.device
+    num_pages: int,
+    attention: AttentionSpec,
+    num_layers: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Tensor]:
-    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] for each layer of a KV group, whichever group's the
-    pages are; zeros, so that what was never written is finite.
+    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] for each of a page's layers, whichever KV group's
+    the pages are; zeros, so that what was never written is finite.
 
     Raises:
         EngineError: the device has not that much memory after all.
     """
-    shape = (size.num_pages, 2, architecture.attention.num_kv_heads, page_size, architecture.attention.head_dim)
+    shape = (num_pages, 2, attention.num_kv_heads, page_size, attention.head_dim)
     try:
-        return [_zeros(shape, dtype, device) for _ in range(size.groups.num_layers)]
+        return [_zeros(shape, dtype, device) for _ in range(num_layers)]
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         raise EngineError(
-            f"the pool of {spell_bytes(size.num_pages * size.page_bytes)} does not fit: {str(error).splitlines()[0]}"
+            f"the pool of {spell_bytes(num_pages * page_bytes_of(attention, num_layers, page_size, dtype))} does not "
+            f"fit: {str(error).splitlines()[0]}"
         ) from None
 
 
@@ -72,14 +79,20 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def size_pool(
-    config: EngineConfig, architecture: Architecture, kv_dtype: torch.dtype, device: torch.device, needs: MemoryNeeds
+    config: EngineConfig,
+    architecture: Architecture,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+    needs: MemoryNeeds,
+    proposer_bytes: int = 0,
 ) -> PoolSize:
     """Decides num_pages and max_model_len. With `needs` as they were measured it shares out what is free once the
     weights are in memory. With nothing but the bytes of the weights, before they are there, it refuses what cannot fit
     in any case.
 
     num_pages and pool_bytes are taken as given if they fit; else the pool takes its fraction of the memory left after
-    weights and steps, but not more than max_num_sequences sequences of max_model_len tokens can use.
+    weights and steps, but not more than max_num_sequences sequences of max_model_len tokens can use. proposer_bytes: of
+    a page, what a draft model keeps beside the target's K and V.
 
     Raises:
         EngineError: the pool asked for does not fit, or not even one page does, or max_model_len is beyond what the
@@ -88,7 +101,7 @@ def size_pool(
     max_model_len = _wanted_length(config, architecture)
     groups = group_layers(architecture.sliding_windows, max_model_len)
     num_groups = len(groups.groups)
-    page_bytes = page_bytes_of(architecture, groups, config.page_size, kv_dtype)
+    page_bytes = page_bytes_of(architecture.attention, groups.num_layers, config.page_size, kv_dtype) + proposer_bytes
     # engines and ranks on one machine's memory
     num_sharing = architecture.shard.size * config.replicas if device.type == "cpu" else 1
     free = max(free_bytes(device) // num_sharing - needs.weights, 0)
@@ -115,9 +128,10 @@ def size_pool(
         max_model_len = num_tokens
     pages_of_one = sum(pages_kept(window, max_model_len, config.page_size) for window in groups.windows)
     shared = f" in each of {num_groups} groups of layers ({groups.words})" if num_groups > 1 else ""
+    beside = f", {spell_bytes(num_pages * proposer_bytes)} of it the draft model's" if proposer_bytes else ""
     decided_by = (
         f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens{shared}, "
-        f"{spell_bytes(num_pages * page_bytes)}, "
+        f"{spell_bytes(num_pages * page_bytes)}{beside}, "
         f"room for {num_pages // pages_of_one} sequences of {max_model_len} tokens; decided by {reason} "
         f"({detail}){shrunk}"
     )
@@ -156,9 +170,9 @@ def _available(free: int, device: torch.device, needs: MemoryNeeds) -> tuple[int
     return max(free - needs.step - needs.graphs, 0), detail
 
 
-def page_bytes_of(architecture: Architecture, groups: KVGroups, page_size: int, kv_dtype: torch.dtype) -> int:
-    """K and V of page_size tokens in the layers of a group."""
-    return 2 * groups.num_layers * architecture.attention.kv_size * page_size * kv_dtype.itemsize
+def page_bytes_of(attention: AttentionSpec, num_layers: int, page_size: int, kv_dtype: torch.dtype) -> int:
+    """K and V of page_size tokens in so many layers."""
+    return 2 * num_layers * attention.kv_size * page_size * kv_dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -65,7 +65,7 @@ def measure(
     meter = MemoryMeter(device)
     runner = make_runner()
     run_largest(runner, max_batched_tokens)
-    step = meter.peak() + meter.kept()[1] + runner.architecture.num_layers * _BLOCK_BYTES
+    step = meter.peak() + meter.kept()[1] + runner.num_layers * _BLOCK_BYTES
     graphs = _measure_graphs(runner, shapes, device) if shapes else 0
     del runner
     gc.collect()

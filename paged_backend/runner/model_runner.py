@@ -24,6 +24,7 @@ from paged_backend.runner.ask_table import room_of
 from paged_backend.runner.asks import ComputedStep
 from paged_backend.runner.cuda_graphs import DeviceCapture, StepGraphs
 from paged_backend.runner.later_captures import LaterCaptures
+from paged_backend.runner.proposer import Proposer
 from paged_backend.runner.sampler import Sampler, prompt_tokens_at_once
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
@@ -73,6 +74,12 @@ class ModelRunner:
         self._in_flight: deque[InFlightStep] = deque()
         self._result_buffers = ResultBuffers(self.device)
         self._scored_at_once = prompt_tokens_at_once(rows.num_rows, limits.vocab_size)
+        self._proposer: Proposer | None = None  # None: no model makes drafts
+
+    def speculate(self, proposer: Proposer, num_drafts: int) -> None:
+        """From now on a model makes the drafts, so many of a row and step at most. To be called before any step."""
+        self._proposer = proposer
+        self._rows.speculate(proposer.propose, num_drafts)
 
     @torch.inference_mode()
     def capture(
@@ -137,6 +144,11 @@ class ModelRunner:
         return self._rows.num_rows
 
     @property
+    def num_layers(self) -> int:
+        """That keep K and V."""
+        return self.architecture.num_layers + (0 if self._proposer is None else self._proposer.num_layers)
+
+    @property
     def num_drafts(self) -> int:
         """Of a sequence in a step, at most; 0: steps have none."""
         return self._rows.num_drafts
@@ -173,6 +185,8 @@ class ModelRunner:
             sampled = self._sampler.sample(logits, self._rows.sampling(batch, step), self._rows)
         found = tuple(room_of(ask).compute(ask, ComputedStep(self, hidden, sampled)) for ask in batch.asks)
         self._in_flight.append(self._result_buffers.send_back(batch, plan.output_indices, sampled, found))
+        if self._proposer is not None:
+            self._proposer.observe(step)
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""

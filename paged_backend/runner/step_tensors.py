@@ -110,6 +110,16 @@ class DeviceRows:
         self._propose, self.num_drafts = propose, num_drafts
         self.lengths = self._zeros(self.num_rows)
 
+    def copy_pages_also(self, copy_pages: Callable[[Tensor], None]) -> None:
+        """Pages lie in a second store, too, in which this does a batch's page_copies."""
+        first = self._copy_pages
+
+        def both(copies: Tensor) -> None:
+            first(copies)
+            copy_pages(copies)
+
+        self._copy_pages = both
+
     # ---- reading rows
 
     @property

@@ -11,7 +11,6 @@ import torch
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture, read_architecture
-from paged_backend.models.kv_groups import group_layers
 from paged_backend.runner import kv_store
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, page_bytes_of, size_pool
 from tests.oracle import save_checkpoint
@@ -40,8 +39,8 @@ def size(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_page_takes_k_and_v_of_its_tokens_in_all_layers(architecture: Architecture) -> None:
-    assert page_bytes_of(architecture, group_layers(architecture.sliding_windows, 80), 16, torch.float32) == 16 * 768
-    assert page_bytes_of(architecture, group_layers(architecture.sliding_windows, 80), 16, torch.bfloat16) == 8 * 768
+    assert page_bytes_of(architecture.attention, 3, 16, torch.float32) == 16 * 768
+    assert page_bytes_of(architecture.attention, 3, 16, torch.bfloat16) == 8 * 768
 
 
 def test_num_pages_wins_over_everything(size: Any) -> None:
@@ -127,13 +126,7 @@ def test_a_max_model_len_beyond_the_checkpoint_is_refused(size: Any) -> None:
 
 
 def test_the_store_is_zero_and_of_the_documented_shape(architecture: Architecture) -> None:
-    store = allocate_kv_store(
-        PoolSize(5, 16 * 768, 80, "", group_layers(architecture.sliding_windows, 80)),
-        architecture,
-        16,
-        torch.bfloat16,
-        CPU,
-    )
+    store = allocate_kv_store(5, architecture.attention, 3, 16, torch.bfloat16, CPU)
     assert len(store) == 3
     assert all(
         layer.shape == (5, 2, 2, 16, 16) and layer.dtype == torch.bfloat16 and not layer.any() for layer in store

@@ -1,0 +1,76 @@
+"""The checkpoint of a model that makes drafts: what it must have in common with the target's, checked before any
+weights are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError, reason_of
+from paged_backend.models.architecture import Architecture, read_architecture
+from paged_backend.models.rope import check_rope
+from paged_backend.models.weights import settle_weights
+
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ProposerCheckpoint:
+    """Where a proposer's weights lie, and what its layers are."""
+
+    folder: Path
+    architecture: Architecture
+    warning: str = ""  # a sentence for the operator
+
+
+def open_proposer(config: EngineConfig, target: Architecture, target_folder: Path) -> ProposerCheckpoint:
+    """The checkpoint of `config.draft_model`.
+
+    Raises:
+        EngineError: it is none that the decoder can run, or has another vocabulary than the target.
+    """
+    folder = Path(config.draft_model).expanduser()
+    if not folder.is_dir():
+        raise EngineError(f"draft_model: no folder {config.draft_model}")
+    try:
+        architecture = read_architecture(folder)
+        for rope in architecture.ropes.values():
+            check_rope(rope)
+        warning = ""
+        if config.load_format == "auto":
+            architecture, warning = settle_weights(architecture, folder)
+    except EngineError as error:
+        raise EngineError(f"draft_model: {error}") from None
+    if not architecture.has_head:
+        raise EngineError("draft_model: the checkpoint has no head, it makes embeddings and no text")
+    _check_vocabulary(architecture, target, folder, target_folder)
+    return ProposerCheckpoint(folder, architecture, warning)
+
+
+def _check_vocabulary(architecture: Architecture, target: Architecture, folder: Path, target_folder: Path) -> None:
+    if architecture.vocab_size != target.vocab_size:
+        raise EngineError(
+            f"draft_model: vocab_size {architecture.vocab_size} is not the model's ({target.vocab_size}): a draft's "
+            "token ids must mean the same"
+        )
+    paths = folder / _TOKENIZER, target_folder / _TOKENIZER
+    if not all(path.is_file() for path in paths):
+        return
+    own, others = (_tokens(path) for path in paths)
+    if own != others:
+        token = min(own.items() ^ others.items(), key=lambda entry: (entry[1], entry[0]))[0]
+        raise EngineError(
+            f"draft_model: its tokenizer is not the model's: token {token[:80]!r} has id {own.get(token, 'none')} "
+            f"there and {others.get(token, 'none')} here"
+        )
+
+
+def _tokens(path: Path) -> dict[str, int]:
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing narrower
+        raise EngineError(f"draft_model: {path} is broken: {reason_of(error)}") from None

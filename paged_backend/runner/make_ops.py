@@ -1,0 +1,58 @@
+"""Which ops compute a model on a device: kernels on CUDA, plain torch elsewhere and where the kernels do not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from paged_backend.models.architecture import Architecture
+from paged_backend.models.step import StepShape
+from paged_backend.runner.placement import FP8_CAPABILITY, Placement
+from paged_kernels.rank_ops import RankOps, Ranks, VocabularyPart
+from paged_kernels.reference import Ops, reference
+
+
+def kernels_reach(page_size: int, place: Placement) -> bool:
+    """Whether kernels compute."""
+    return (
+        place.device.type == "cuda"
+        and page_size & (page_size - 1) == 0
+        and place.kv_dtype.itemsize <= place.dtype.itemsize
+    )
+
+
+def with_formats_of(architecture: Architecture, place: Placement, uses_kernels: bool) -> Architecture:
+    """The architecture, its quantised weights in formats that the device computes with."""
+    if architecture.quantization is None:
+        return architecture
+    reads = uses_kernels and torch.cuda.get_device_capability(place.device) >= FP8_CAPABILITY
+    quantization = replace(architecture.quantization, dequantised=not reads, rounds=reads or place.device.type == "cpu")
+    return replace(architecture, quantization=quantization)
+
+
+def make_ops(
+    architecture: Architecture, place: Placement, uses_kernels: bool, shapes: Sequence[StepShape], ranks: Ranks
+) -> Ops:
+    """For steps of these shapes. ranks: those that share the model."""
+    a = architecture
+    part = VocabularyPart(a.vocabulary.start, a.vocabulary.count, a.num_logits, a.vocab_size)
+    if not uses_kernels:
+        return reference if ranks.size == 1 else RankOps(ranks, part)
+    from paged_kernels.cuda_ops import CudaOps
+    from paged_kernels.cuda_rank_ops import CudaRankOps
+
+    make = CudaOps if ranks.size == 1 else partial(CudaRankOps, ranks, part)
+    return make(
+        num_heads=a.attention.num_heads,
+        num_kv_heads=a.attention.num_kv_heads,
+        head_dim=a.attention.head_dim,
+        sliding_windows=a.sliding_windows,
+        vocab_size=a.vocab_size,
+        max_sequences=max(shape.num_decodes for shape in shapes),
+        max_outputs=max(shape.num_outputs for shape in shapes),
+        kv_dtype=place.kv_dtype,
+        device=place.device,
+    )

@@ -1,0 +1,113 @@
+"""Proposers that are models: they make a step's drafts where a lookup in the text does not (kernels/ngram.py).
+
+A proposer keeps K and V of its own layers in a store beside the target's, under the same page ids, those of the first
+KV group: who holds, shares, publishes or copies a page does it in both stores. That holds because a proposer writes its
+K and V of exactly the tokens that each step computes, prompts included (`observe`), before the next step begins.
+
+Drafts are made when the step that checks them is launched (`propose`): then their pages are there, the device knows
+each row's newest token, and only rows that are to have drafts cost anything. All of it is in the device's order of
+work; the host waits for nothing.
+
+    launch n:    target's pass, sampling, results go back, observe
+    launch n+1:  rows are brought up to date, propose, target's pass over newest tokens and drafts, ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from paged_backend.batch import MOST_DRAFTING
+from paged_backend.models.decoder import Decoder
+from paged_backend.models.step import LayerPages, StepShape, StepTensors
+from paged_backend.runner.step_plan import plan_of_padding
+from paged_backend.runner.step_tensors import DeviceRows
+from paged_kernels.reference import Ops
+
+
+class Proposer(ABC):
+    """A model that makes drafts."""
+
+    def __init__(self, kv_pages: Sequence[LayerPages]) -> None:
+        """kv_pages: where each of its layers keeps K and V."""
+        self._kv_pages = kv_pages
+
+    @property
+    def num_layers(self) -> int:
+        """That have K and V."""
+        return len(self._kv_pages)
+
+    @abstractmethod
+    def observe(self, step: StepTensors) -> None:
+        """Writes its K and V of a step's tokens, once the target has computed them and sampled. step: the target's."""
+
+    @abstractmethod
+    def propose(self, token_ids: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """Writes counts[i] drafts behind the newest token of rows[i] (step_tensors.py: Propose)."""
+
+
+class DraftModel(Proposer):
+    """A small model of the same vocabulary: its drafts are the tokens that it would choose itself."""
+
+    def __init__(
+        self, decoder: Decoder, ops: Ops, kv_pages: Sequence[LayerPages], rows: DeviceRows, max_len: int
+    ) -> None:
+        """max_len: of a sequence, in tokens."""
+        super().__init__(kv_pages)
+        self._decoder, self._ops = decoder, ops
+        self._passes = DraftPasses(rows, max_len)
+
+    def observe(self, step: StepTensors) -> None:
+        self._decoder.hidden(step, self._kv_pages)
+
+    def propose(self, token_ids: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """A pass over one token of each row for every draft, the newest token first."""
+        for number in range(self._passes.begin(lengths, rows, counts)):
+            step, mine = self._passes.step(number)
+            token = self._ops.argmax(self._decoder.logits(self._decoder.hidden(step, self._kv_pages)))
+            self._ops.write_tokens(token_ids, mine, lengths[rows] + number, token)
+
+
+class DraftPasses:
+    """The steps that a proposer computes of its own: one token of each row that has drafts, the newest one, then each
+    draft behind it.
+    """
+
+    def __init__(self, rows: DeviceRows, max_len: int) -> None:
+        """max_len: of a sequence, in tokens."""
+        self._rows, self._max_len = rows, max_len
+        self._page_tables = rows.make_page_tables(MOST_DRAFTING + 1, max_len)
+        self._steps: dict[int, StepTensors] = {}  # of so many rows
+
+    def begin(self, lengths: Tensor, rows: Tensor, counts: Tensor) -> int:
+        """For these rows and so many drafts of each. Returns how many passes there are.
+
+        The host knows neither lengths nor counts of a GPU, and does not ask: there are passes for the most drafts.
+        """
+        known = rows.device.type == "cpu"
+        self._drafting, self._counts = rows, counts
+        self._longest = min(int(lengths[rows].max()) + self._rows.num_drafts, self._max_len) if known else self._max_len
+        return int(counts.max()) if known else self._rows.num_drafts
+
+    def step(self, number: int) -> tuple[StepTensors, Tensor]:
+        """Pass `number`, from 0: the tokens so many places behind the rows' newest, and int32 [k] the rows that have a
+        draft behind that, -1 in the place of others, which compute nothing.
+        """
+        mine = torch.where(self._counts > number, self._drafting, -1)
+        step = self._step_of(len(mine))
+        step.plan["rows"][: len(mine)] = mine
+        step.plan["starts"].fill_(-1 - number)
+        self._rows.gather(step)
+        return step, mine
+
+    def _step_of(self, num_rows: int) -> StepTensors:
+        if num_rows not in self._steps:
+            shape = StepShape(num_rows)
+            flat = torch.from_numpy(plan_of_padding(shape)).to(self._rows.token_ids.device)
+            page_tables = [table[: shape.num_sequences] for table in self._page_tables]
+            self._steps[num_rows] = self._rows.make_step(flat, shape, page_tables, self._max_len, 0)
+        return replace(self._steps[num_rows], max_decode_len=self._longest)
