@@ -239,7 +239,7 @@ def norm_route_one(
     arrivals: torch.Tensor,
     launch_pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rms_norm(x) and reference.route of it for one token: [1, hidden] -> [1, hidden], int32 [1, k], float32 [1, k].
+    """The plain norm of a token, and reference.route of it: [1, hidden] -> [1, hidden], int32 [1, k], float32 [1, k].
 
     norm_weight: [hidden], of x's dtype. Otherwise as `route`; weights are read before the kernel ahead is complete.
     """

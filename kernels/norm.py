@@ -86,13 +86,6 @@ def _add_scaled_kernel(
     tl.store(at, (before + multiplier * wide).to(residual.dtype.element_ty), mask=inside)
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None, launch_pdl: bool = False
-) -> torch.Tensor:
-    """out = weight * x / sqrt(mean(x²) + eps) over the last dimension: `norm` of a plain norm."""
-    return norm(x, Norm(weight, eps), out=out, launch_pdl=launch_pdl)
-
-
 def norm(x: torch.Tensor, how: Norm, *, out: torch.Tensor | None = None, launch_pdl: bool = False) -> torch.Tensor:
     """out = reference.norm(x, how), over the last dimension.
 

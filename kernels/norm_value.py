@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class Norm:
     centred: bool = False  # the mean is subtracted first: LayerNorm (Ba et al., 2016)
     plus_one: bool = False  # times 1 + weight, in float32 (Gemma)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it is an RMS norm with a weight and nothing else, which products can take in before them."""
         return self.bias is None and not self.centred and not self.plus_one

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from paged_kernels.reference_adapters import AdapterOps
 from paged_kernels.reference_experts import ExpertOps
+from paged_kernels.reference_logits import SAMPLING_BYTES
 from paged_kernels.reference_rows import RowOps
-from paged_kernels.reference_sampling import SAMPLING_BYTES, SamplingOps
 
 __all__ = ["SAMPLING_BYTES", "Ops", "reference"]
 
 
-class Ops(ExpertOps, AdapterOps, RowOps, SamplingOps):
+class Ops(ExpertOps, AdapterOps, RowOps):
     """All ops that the runner calls. Keeps no state."""
 
 

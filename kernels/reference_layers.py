@@ -81,24 +81,14 @@ class LayerOps:
         """[..., n] -> [..., n]. Computed in float32; only a plain RMS norm is rounded to x's type before its weight
         comes in, as Llama's is.
         """
-        if norm.is_plain:
-            return self.rms_norm(x, norm.weight, norm.eps)
         wide = x.float()
         if norm.centred:
             wide = wide - wide.mean(-1, keepdim=True)
-        wide = (
-            wide
-            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-            * (norm.weight.float() + (1.0 if norm.plus_one else 0.0))
-        )
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+        if norm.is_plain:
+            return norm.weight * wide.to(x.dtype)
+        wide = wide * (norm.weight.float() + (1.0 if norm.plus_one else 0.0))
         return (wide if norm.bias is None else wide + norm.bias.float()).to(x.dtype)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[..., n], [n] -> [..., n]: x / sqrt(mean(x²) + eps) in float32, back in x's type, times weight (Zhang and
-        Sennrich, 2019).
-        """
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
     def gate(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         """[T, 2 n] -> [T, n]: activation(first half) * second half (GLU variants, Shazeer, 2020)."""

@@ -16,12 +16,13 @@ from paged_backend.models.blocks.forward_pass import RopeTensors
 _CHUNK = 65_536  # positions computed at once: bounds the memory that the table's making needs
 
 
-def rope_tensors(ropes: Mapping[str, Rope], max_len: int, device: torch.device) -> dict[str, RopeTensors]:
-    """Of sequences of at most max_len tokens, by their names."""
-    return {
+def rope_tensors(ropes: Mapping[str, Rope], max_len: int, device: torch.device) -> Mapping[str | None, RopeTensors]:
+    """Of sequences of at most max_len tokens, by their names; None: of layers without positions."""
+    found: dict[str | None, RopeTensors] = {
         name: RopeTensors(rope_table(rope, max_len, device), _query_factors(rope, max_len, device))
         for name, rope in ropes.items()
     }
+    return found | {None: RopeTensors()}
 
 
 def rope_table(rope: Rope, max_len: int, device: torch.device) -> Tensor:

@@ -20,10 +20,10 @@ from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.forward_pass import Allocate
-from paged_backend.models.blocks.layer import Layer
 from paged_backend.models.blocks.moe import MoeMlp
 from paged_backend.models.blocks.residual import allocate_norm, norm_parameters
-from paged_backend.models.layer_spec import AdapterSite, EndsSpec
+from paged_backend.models.decoder import Layer, Parameters
+from paged_backend.models.layer_spec import AdapterSite
 from paged_backend.models.quantization.modules import (
     Module,
     QuantisedModule,
@@ -38,7 +38,6 @@ from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import OpenTensors, StoredTensor, check_tensors, find_tensors, read_tensors
 from paged_backend.units import spell_bytes
 from paged_kernels.linear import Linear
-from paged_kernels.norm_value import Norm
 
 Progress = Callable[[str], None]
 Named = TypeVar("Named")
@@ -49,15 +48,12 @@ _PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Weights:
-    embedding: Tensor  # [vocab, hidden]
-    layers: tuple[Layer, ...]
-    final_norm: Norm
-    head: Linear  # [vocab, hidden]; its weight is the embedding itself if tied
+class Weights(Parameters):
+    """A decoder's parameters, and how a checkpoint fills them."""
+
     # what of the vocabulary the embedding's and the head's first rows are; the others, if any, belong to no token
     vocabulary: Cut
     cuts: Mapping[str, Cut]  # of the tensors of the checkpoint that this rank has a part of, by name
-    ends: EndsSpec
     renames: Mapping[str, str]  # Architecture.renames
     unread: tuple[str, ...]  # Architecture.unread
     quantization: Quantization | None = None
@@ -111,7 +107,7 @@ def allocate_weights(architecture: Architecture, dtype: torch.dtype, device: tor
         )
         head = Linear(embedding) if a.tied_head else empty.linear(_head_site(a))
         final_norm = allocate_norm(a.ends.norm, a.hidden_size, empty)
-        weights = Weights(embedding, layers, final_norm, head, a.vocabulary, _cuts(a), a.ends, a.renames, a.unread)
+        weights = Weights(embedding, layers, final_norm, head, a.ends, a.vocabulary, _cuts(a), a.renames, a.unread)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise EngineError(f"the weights do not fit into the memory of {device}: {str(error).splitlines()[0]}") from None
     if a.quantization is None:

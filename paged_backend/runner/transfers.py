@@ -148,11 +148,22 @@ class ResultBuffers:
 
     def receive(self, step: InFlightStep) -> StepResult:
         """Waits until it is there."""
-        if step.buffer is None:
-            return _result(step)
-        step.buffer.arrived.synchronize()
-        self._free.append(step.buffer)
-        return _result(step)
+        if step.buffer is not None:
+            step.buffer.arrived.synchronize()
+            self._free.append(step.buffer)
+        columns, n = step.columns.numpy()[step.output_indices], step.num_tops  # a copy: the memory is used again
+        wants_tops = bool(step.batch.features & Feature.TOP_LOGPROBS)
+        return StepResult(
+            token_ids=np.ascontiguousarray(columns[:, 0]),
+            logprobs=None if columns.shape[1] == 1 else floats(columns[:, 1]),
+            ranks=None if columns.shape[1] == 1 else np.ascontiguousarray(columns[:, 2]),
+            top_ids=columns[:, 3 : 3 + n] if wants_tops else None,
+            top_logprobs=floats(columns[:, 3 + n :]) if wants_tops else None,
+            answers=tuple(
+                None if found is None else room_of(ask).answer(ask, found.numpy())
+                for ask, found in zip(step.batch.asks, step.found, strict=True)
+            ),
+        )
 
     def _buffer(self, size: int) -> _ResultBuffer:
         buffer = self._free.pop() if self._free else _ResultBuffer(size)
@@ -163,19 +174,3 @@ def _copy(packed: Tensor, memory: Tensor) -> Tensor:
     host = memory[: packed.numel()].view(packed.shape)
     host.copy_(packed, non_blocking=True)
     return host
-
-
-def _result(step: InFlightStep) -> StepResult:
-    columns, n = step.columns.numpy()[step.output_indices], step.num_tops  # a copy: the memory is used again
-    wants_tops = bool(step.batch.features & Feature.TOP_LOGPROBS)
-    return StepResult(
-        token_ids=np.ascontiguousarray(columns[:, 0]),
-        logprobs=None if columns.shape[1] == 1 else floats(columns[:, 1]),
-        ranks=None if columns.shape[1] == 1 else np.ascontiguousarray(columns[:, 2]),
-        top_ids=columns[:, 3 : 3 + n] if wants_tops else None,
-        top_logprobs=floats(columns[:, 3 + n :]) if wants_tops else None,
-        answers=tuple(
-            None if found is None else room_of(ask).answer(ask, found.numpy())
-            for ask, found in zip(step.batch.asks, step.found, strict=True)
-        ),
-    )

@@ -27,7 +27,7 @@ import torch
 from paged_kernels.activation import gate
 from paged_kernels.codes import quantise
 from paged_kernels.linear import Format, Rounding
-from paged_kernels.norm import rms_norm
+from paged_kernels.norm import norm
 from paged_kernels.norm_value import Norm
 from paged_kernels.products import Products
 from paged_kernels.small_linear import (
@@ -92,7 +92,7 @@ class Case:
         return replay_us(lambda i: launch(self.weights[i % len(self.weights)]), max(16, len(self.weights)), 9)
 
     def cublas(self, weight: torch.Tensor) -> None:
-        x = rms_norm(self.x, self.norm, EPS, out=self.hot, launch_pdl=True) if self.normed else self.x
+        x = norm(self.x, Norm(self.norm, EPS), out=self.hot, launch_pdl=True) if self.normed else self.x
         if self.adds:
             self.y.addmm_(x, weight.t(), beta=1)
         else:
@@ -114,7 +114,7 @@ class Case:
         )
 
     def narrow(self, weight: torch.Tensor, shape: NarrowShape) -> None:
-        x = rms_norm(self.x, self.norm, EPS, out=self.hot, launch_pdl=True) if self.normed else self.x
+        x = norm(self.x, Norm(self.norm, EPS), out=self.hot, launch_pdl=True) if self.normed else self.x
         residual = self.y if self.adds else None
         narrow_linear(
             x,

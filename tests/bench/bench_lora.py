@@ -25,8 +25,8 @@ import torch
 
 from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import read_architecture
-from paged_backend.models.blocks.layer import Layer
 from paged_backend.models.blocks.products import AdaptedProducts, Products
+from paged_backend.models.decoder import Layer
 from paged_backend.models.weights import allocate_weights, randomise_weights
 from paged_kernels.cuda_ops import CudaOps
 from paged_kernels.reference import reference

@@ -25,7 +25,7 @@ import triton
 
 from paged_kernels.activation import gate
 from paged_kernels.logit_edits import apply_penalties
-from paged_kernels.norm import rms_norm
+from paged_kernels.norm import norm
 from paged_kernels.norm_value import Norm
 from paged_kernels.page_copy import copy_pages, make_page_layers
 from paged_kernels.reference import reference
@@ -74,8 +74,8 @@ def layer_cases(batch: int, hidden: int, head_dim: int, intermediate: int) -> It
         f"rms_norm {hidden}",
         batch,
         2 * row,
-        lambda pdl: rms_norm(x, weight, 1e-5, out=out, launch_pdl=pdl),
-        lambda: reference.rms_norm(x, weight, 1e-5),
+        lambda pdl: norm(x, Norm(weight, 1e-5), out=out, launch_pdl=pdl),
+        lambda: reference.norm(x, Norm(weight, 1e-5)),
     )
     gate_up, gated = randn(batch, 2 * intermediate), randn(batch, intermediate)
     yield Case(
@@ -90,8 +90,8 @@ def layer_cases(batch: int, hidden: int, head_dim: int, intermediate: int) -> It
     kv_pages, table = randn(4 * batch, 2, num_kv_heads, PAGE_SIZE, head_dim), randn(4096, head_dim, dtype=torch.float32)
     positions = torch.randint(0, 4096, (batch,), device="cuda")
     slots = torch.randperm(4 * batch * PAGE_SIZE, device="cuda")[:batch]
-    norm = (Norm(randn(head_dim), 1e-6), Norm(randn(head_dim), 1e-6))
-    for label, qk_norm in (("", None), (" with norm", norm)):
+    norms = (Norm(randn(head_dim), 1e-6), Norm(randn(head_dim), 1e-6))
+    for label, qk_norm in (("", None), (" with norm", norms)):
         yield Case(
             f"rope_write_kv 32/8x{head_dim}{label}", batch, 2 * qkv.nbytes,
             lambda pdl, qk_norm=qk_norm: rope_write_kv(

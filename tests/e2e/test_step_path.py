@@ -39,8 +39,8 @@ FEATURES = (
     "runner/prompt_scores.py",
     "runner/token_masks.py",
 )
-MOST_FUNCTIONS = 70
-MOST_FILES = 21
+MOST_FUNCTIONS = 65
+MOST_FILES = 16
 _INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>")  # of a function that counts already
 
 

@@ -80,7 +80,7 @@ def test_a_lone_token_is_normed_on_the_way_to_the_router(routing: Routing) -> No
     experts, x, arrivals = layer(routing), tokens(1), make_arrivals(DEVICE)
     norm = tokens(1, seed=9)[0].abs() + 0.5
     normed, expert_ids, weights = norm_route_one(x, norm, 1e-5, experts, arrivals=arrivals)
-    torch.testing.assert_close(normed, reference.rms_norm(x, norm, 1e-5), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(normed, reference.norm(x, Norm(norm, 1e-5)), rtol=1e-5, atol=1e-6)
     expected_ids, expected = reference.route(normed, experts)
     assert torch.equal(expert_ids, expected_ids) and not arrivals.any()
     torch.testing.assert_close(weights, expected, rtol=2e-5, atol=1e-7)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paged_kernels.norm import add_scaled, norm, rms_norm
+from paged_kernels.norm import add_scaled, norm
 from paged_kernels.norm_value import Norm
 from paged_kernels.reference import reference
 
@@ -49,9 +49,9 @@ LARGE = [
 def test_equals_float64(rows: int, size: int, dtype: torch.dtype) -> None:
     x, weight = randn(rows, size, dtype=dtype) * 3, randn(size, dtype=dtype, seed=2)
     out = torch.full_like(x, float("nan"))
-    assert rms_norm(x, weight, EPS, out=out) is out
+    assert norm(x, Norm(weight, EPS), out=out) is out
     assert_close(out, oracle(x, weight))
-    assert_close(out, reference.rms_norm(x, weight, EPS).double())
+    assert_close(out, reference.norm(x, Norm(weight, EPS)).double())
 
 
 KINDS: dict[str, dict[str, bool]] = {
@@ -101,9 +101,9 @@ def test_a_scaled_norm_is_added_to_the_residual_stream(
 def test_works_in_place_and_on_strided_rows() -> None:
     wide, weight = randn(4, 40), randn(32, seed=2)
     x = wide[:, :32]
-    expected = reference.rms_norm(x.clone(), weight, EPS)
+    expected = reference.norm(x.clone(), Norm(weight, EPS))
     beside = wide[:, 32:].clone()
-    out = rms_norm(x, weight, EPS, out=x)
+    out = norm(x, Norm(weight, EPS), out=x)
     assert out.data_ptr() == wide.data_ptr()
     torch.testing.assert_close(out, expected)
     assert torch.equal(wide[:, 32:], beside)
@@ -111,23 +111,23 @@ def test_works_in_place_and_on_strided_rows() -> None:
 
 def test_leading_dimensions_are_rows() -> None:
     x, weight = randn(2, 3, 16), randn(16, seed=2)
-    torch.testing.assert_close(rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS))
-    assert rms_norm(x[:0], weight, EPS).shape == (0, 3, 16)
+    torch.testing.assert_close(norm(x, Norm(weight, EPS)), reference.norm(x, Norm(weight, EPS)))
+    assert norm(x[:0], Norm(weight, EPS)).shape == (0, 3, 16)
 
 
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="do not fit a weight"):
-        rms_norm(randn(2, 8), randn(4), EPS)
+        norm(randn(2, 8), Norm(randn(4), EPS))
     with pytest.raises(ValueError, match="do not fit a weight"):
-        rms_norm(randn(2, 8), randn(8).half(), EPS)
+        norm(randn(2, 8), Norm(randn(8).half(), EPS))
     with pytest.raises(ValueError, match="do not fit a bias"):
         norm(randn(2, 8), Norm(randn(8), EPS, randn(4)))
     with pytest.raises(ValueError, match="do not fit, or"):
         add_scaled(randn(2, 8), randn(2, 4), None, 1.0)
     with pytest.raises(ValueError, match="not of x's shape"):
-        rms_norm(randn(2, 8), randn(8), EPS, out=randn(1, 8))
+        norm(randn(2, 8), Norm(randn(8), EPS), out=randn(1, 8))
     with pytest.raises(ValueError, match="contiguous"):
-        rms_norm(randn(8, 2).T, randn(8), EPS)
+        norm(randn(8, 2).T, Norm(randn(8), EPS))
 
 
 @pytest.mark.gpu
@@ -140,8 +140,8 @@ def test_a_chain_of_dependent_launches_is_bit_equal_to_a_plain_one() -> None:
     for launch_pdl in (False, True):
         here, there = x.clone(), torch.empty_like(x)
         for _ in range(50):
-            rms_norm(here, weight, EPS, out=there, launch_pdl=launch_pdl)
-            rms_norm(there, weight, EPS, out=here, launch_pdl=launch_pdl)
+            norm(here, Norm(weight, EPS), out=there, launch_pdl=launch_pdl)
+            norm(there, Norm(weight, EPS), out=here, launch_pdl=launch_pdl)
         results.append((here, there))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])

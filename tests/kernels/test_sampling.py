@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels import reference_sampling
+from paged_kernels import reference_rows
 from paged_kernels.logit_edits import add_bias, apply_penalties
 from paged_kernels.reference import reference
 from paged_kernels.sampling import (
@@ -164,11 +164,11 @@ def drawn(
 
 def race(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """float64 scores of reference.sample."""
-    key = reference_sampling._splitmix64(seeds, positions)
+    key = reference_rows._splitmix64(seeds, positions)
     low, high = (key & 0xFFFFFFFF)[:, None], (key >> 32 & 0xFFFFFFFF)[:, None]
     hashed = torch.arange(logits.shape[1], device=DEVICE) * 0x9E3779B1 + low & 0xFFFFFFFF
     uniform = (
-        ((reference_sampling._fmix32(reference_sampling._fmix32(hashed) ^ high).float() + 0.5) * 2.0**-32)
+        ((reference_rows._fmix32(reference_rows._fmix32(hashed) ^ high).float() + 0.5) * 2.0**-32)
         .clamp(max=1 - 2.0**-24)
         .double()
     )

@@ -34,7 +34,7 @@ def test_the_reference_bans_what_is_not_in_a_rows_set(vocab: int) -> None:
 def test_the_reference_takes_many_rows_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = case(100)
     whole = reference.apply_token_mask(*arguments)
-    monkeypatch.setattr("paged_kernels.reference_sampling.SAMPLING_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("paged_kernels.reference_logits.SAMPLING_BYTES", 1)  # a row at a time
     assert torch.equal(reference.apply_token_mask(*arguments), whole)
 
 

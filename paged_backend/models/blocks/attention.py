@@ -23,6 +23,7 @@ class Attention:
         self.qkv = empty.linear(qkv_site, spec.qkv_bias)
         self.qk_norm = _allocate_qk_norm(spec, layer.norm, empty)
         self.sinks = empty(spec.num_heads) if spec.sinks else None
+        self._score_options = spec.scale, spec.sliding_window, spec.soft_cap, self.sinks
         self.out = empty.linear(out_site, spec.out_bias and spec.shard.first, partial=spec.shard.size > 1)
 
     @property
@@ -60,13 +61,12 @@ class Attention:
 
     def _attend(self, qkv: Tensor, pages: LayerPages, at: ForwardPass) -> Tensor:
         """[T, q_size + 2 kv_size] -> [T, q_size]; writes K and V into the pages first."""
-        ops, step, spec = at.ops, at.step, self.spec
-        group, rope = step.groups[pages.group], at.rope_of(spec.rope)
+        ops, step, spec, options = at.ops, at.step, self.spec, self._score_options
+        group, rope = step.groups[pages.group], at.ropes[spec.rope]
         where = step.positions, pages.tensor, group.slot_mapping
         q = ops.rope_write_kv(
             qkv, spec.num_heads, self.qk_norm, rope.table, *where, spec.interleaved, rope.query_factors
         )
-        options = spec.scale, spec.sliding_window, spec.soft_cap, self.sinks
         n, end = step.shape.num_decodes, step.shape.num_outputs
         parts = []
         if n:

@@ -79,9 +79,6 @@ class RopeTensors:
     query_factors: Tensor | None = None  # [max_len] float32, by which queries are multiplied; None: by nothing
 
 
-_NO_ROPE = RopeTensors()
-
-
 @dataclass(frozen=True)
 class ForwardPass:
     """One step on its way through the blocks."""
@@ -89,8 +86,4 @@ class ForwardPass:
     ops: Ops
     products: Products
     step: StepTensors
-    ropes: Mapping[str, RopeTensors]
-
-    def rope_of(self, name: str | None) -> RopeTensors:
-        """The positions that an AttentionSpec names; None: a layer without any."""
-        return _NO_ROPE if name is None else self.ropes[name]
+    ropes: Mapping[str | None, RopeTensors]  # by their names in AttentionSpec.rope

@@ -19,6 +19,7 @@ class Residual:
         self._branch = branch
         self.before = None if branch.before is None else allocate_norm(norm, hidden_size, empty)
         self.after = None if branch.after is None else allocate_norm(norm, hidden_size, empty)
+        self.is_plain = self.after is None and branch.multiplier == 1  # the answer is added as it is
 
     def parameters(self) -> dict[str, Tensor]:
         """Name in the checkpoint, within the layer -> the tensor that it fills."""
@@ -29,11 +30,6 @@ class Residual:
             if prefix and norm
             for name, tensor in norm_parameters(prefix, norm).items()
         }
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the answer is added as it is."""
-        return self.after is None and self._branch.multiplier == 1
 
     def add_product(self, x: Tensor, linear: Linear, residual: Tensor, at: ForwardPass) -> Tensor:
         """The stream [T, hidden] after the block whose last product is linear(x), x [T, in]. residual, the stream

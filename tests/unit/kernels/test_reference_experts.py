@@ -27,7 +27,7 @@ def test_the_layer_is_the_weighted_sum_over_each_tokens_experts(routing: Routing
     experts = expert_layer(EXPERTS, HIDDEN, SIZE, routing, gate, bias=True, correction=routing.scores == "sigmoid")
     norm = torch.rand(HIDDEN, generator=torch.Generator().manual_seed(2)) + 0.5
     found = reference.norm_add_experts(x.clone(), Norm(norm, 1e-5), experts)
-    normed = reference.rms_norm(x, norm, 1e-5)
+    normed = reference.norm(x, Norm(norm, 1e-5))
     expected = x.double() + written_out(normed, *reference.route(normed, experts), experts)
     assert (found.double() - expected).norm() <= 1e-6 * expected.norm()
 

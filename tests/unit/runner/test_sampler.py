@@ -122,7 +122,7 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(name: str) -> None:
 def test_many_rows_in_turns_get_the_tokens_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits_of(len(VARIETY))
     whole = sample(variety(), logits).token_ids
-    monkeypatch.setattr("paged_kernels.reference_sampling.SAMPLING_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("paged_kernels.reference_logits.SAMPLING_BYTES", 1)  # a row at a time
     assert torch.equal(sample(variety(), logits).token_ids, whole)
 
 

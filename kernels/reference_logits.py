@@ -1,4 +1,4 @@
-"""From logits to tokens in plain torch."""
+"""Logits in plain torch: what changes them, and what is told of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SAMPLING_BYTES = 512 * 2**20  # upper bound of sampling's temporaries: many rows
 _BYTES_PER_LOGIT = 64  # temporaries of its hungriest op
 
 
-class SamplingOps:
+class LogitOps:
     """Rows of logits [M, V] are independent of each other; what changes them takes float32 and returns new ones."""
 
     def add_bias(self, logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class SamplingOps:
 
         masks [R, ceil(V / 32)] int32; rows [M], -1: no ban.
         """
-        at_once = _rows_at_once(logits)
+        at_once = rows_at_once(logits)
         if len(logits) > at_once:
             return torch.cat(
                 [
@@ -63,7 +63,7 @@ class SamplingOps:
         history [M, H] holds num_tokens [M] tokens, the first prompt_lens [M] of them the prompt; the penalties are [M]
         float32.
         """
-        at_once = _rows_at_once(logits)
+        at_once = rows_at_once(logits)
         if len(logits) > at_once:
             columns = (logits, history, prompt_lens, num_tokens, repetition, presence, frequency)
             return torch.cat(
@@ -109,71 +109,6 @@ class SamplingOps:
         """
         return logits
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """[M, V] -> [M] int64: the most likely token."""
-        return logits.argmax(-1)
-
-    def choose(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        rows: Tensor,
-        truncation: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """The most likely token of rows with temperature 0, a draw from truncate(logits / temperature) for the others:
-        [M, V] -> [M].
-
-        positions and rows [M]: of the token to choose, and which entry of the state is whose. State, [R]: temperature
-        float32, seeds int64, truncation (None: no row has any): top_k integers, top_p and min_p float32. Asks the
-        device which rows draw: on CUDA the host waits.
-        """
-        token_ids = self.argmax(logits)
-        heat = temperature[rows]
-        cut = torch.zeros_like(heat, dtype=torch.bool)
-        if truncation is not None:
-            top_k, top_p, min_p = (column[rows] for column in truncation)
-            cut = (top_k > 0) | (top_p < 1) | (min_p > 0)
-        for at in torch.nonzero((heat > 0) & ~cut).squeeze(1).split(_rows_at_once(logits)):
-            token_ids[at] = self.sample(
-                self.apply_temperature(logits[at].float(), heat[at]), seeds[rows[at]], positions[at]
-            )
-        for at in torch.nonzero((heat > 0) & cut).squeeze(1).split(_rows_at_once(logits)):
-            if len(at):
-                widest = int(top_k[at].max()) if bool((top_k[at] > 0).all()) else 0
-                part = self.truncate(
-                    self.apply_temperature(logits[at].float(), heat[at]), top_k[at], top_p[at], min_p[at], widest
-                )
-                token_ids[at] = self.sample(part, seeds[rows[at]], positions[at])
-        return token_ids
-
-    def apply_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """logits / temperature: [M, V], [M] float32 > 0."""
-        return logits / temperature[:, None]
-
-    def sample(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """Draws a token from softmax(logits): [M, V], [M] int64, [M] int -> [M] int64.
-
-        An exponential race: token t finishes at E(t) / p(t) with E(t) = -log(1 - v(t)), and the first to finish wins,
-        which is the argmax of logit - log E(t) (Gumbel-max). v(t) is a hash of seed, position and t, so that a
-        sequence's tokens depend on nothing else, and no state is kept:
-
-            key  = splitmix64's output number `position`, seeded with `seed` (Steele et al., 2014): k0 its lower, k1 its
-            upper 32 bits h(t) = fmix32(fmix32(t * 0x9E3779B1 + k0) ^ k1), with murmur3's finaliser fmix32, everything
-            modulo 2^32 v(t) = min((float32(h) + 0.5) * 2^-32, 1 - 2^-24)
-        """
-        return self.race(logits, seeds, positions).argmax(-1)
-
-    def race(self, logits: Tensor, seeds: Tensor, positions: Tensor, first: int = 0) -> Tensor:
-        """logit - log E(t) of `sample`, for the tokens first, first + 1 …: [M, L], [M] int64, [M] int -> [M, L]."""
-        key = _splitmix64(seeds, positions)
-        low, high = (key & 0xFFFFFFFF)[:, None], (key >> 32 & 0xFFFFFFFF)[:, None]
-        tokens = torch.arange(first, first + logits.shape[1], device=logits.device)
-        hashed = _fmix32(_fmix32(tokens * 0x9E3779B1 + low & 0xFFFFFFFF) ^ high)
-        uniform = ((hashed.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-        return logits - torch.log(-torch.log1p(-uniform))
-
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         """log softmax(logits) at token_ids: [M, V], [M] -> [M] float32."""
         wide = logits.float()
@@ -208,7 +143,7 @@ class SamplingOps:
 
         edited: logits, or -inf for tokens that must not come.
         """
-        at_once = _rows_at_once(logits)
+        at_once = rows_at_once(logits)
         if len(logits) > at_once:
             ids, values = zip(
                 *(
@@ -223,23 +158,6 @@ class SamplingOps:
         return top.indices, top.values - wide.logsumexp(-1, keepdim=True)
 
 
-def _rows_at_once(logits: Tensor) -> int:
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of which sampling's temporaries stay within SAMPLING_BYTES."""
     return max(SAMPLING_BYTES // (_BYTES_PER_LOGIT * logits.shape[1]), 1)
-
-
-def _splitmix64(seeds: Tensor, positions: Tensor) -> Tensor:
-    """int64 stands for uint64: sums and products wrap alike, right shifts need a mask."""
-    z = seeds + (positions.long() + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ z >> 30 & (1 << 34) - 1) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ z >> 27 & (1 << 37) - 1) * _signed(0x94D049BB133111EB)
-    return z ^ z >> 31 & (1 << 33) - 1
-
-
-def _fmix32(h: Tensor) -> Tensor:
-    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ h >> 16
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
