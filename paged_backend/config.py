@@ -17,6 +17,9 @@ from paged_backend.units import read_bytes
 
 DEMO_MODEL = "demo"
 
+MODEL_PROPOSERS = ("draft", "mtp")
+"""Kinds of speculation that a model guesses for."""
+
 Bytes = Annotated[int, BeforeValidator(lambda value: read_bytes(value) if isinstance(value, str) else value)]
 """A number of bytes, or a string with a unit."""
 
@@ -141,10 +144,11 @@ class EngineConfig(BaseModel):
         description="Longest time in milliseconds that text which is ready may wait to be joined with later text "
         "when the sender falls behind.",
     )
-    speculation: Literal["off", "ngram", "draft"] = Field(
+    speculation: Literal["off", "ngram", "draft", "mtp"] = Field(
         "off",
         description="Guess a sequence's next tokens and check them in one step; no token changes. ngram: what came "
-        "after the same words earlier in its text. draft: what draft_model would say.",
+        "after the same words earlier in its text. draft: what draft_model would say. mtp: what the "
+        "checkpoint's layer of multi-token prediction says.",
     )
     draft_model: str = Field(
         "",
@@ -256,9 +260,9 @@ class EngineConfig(BaseModel):
         if (self.speculation == "draft") != bool(self.draft_model):
             missing = f"is unused with speculation={self.speculation}" if self.draft_model else "is empty"
             raise ValueError(f"draft_model: {missing}; speculation=draft and a draft_model go together")
-        if self.speculation == "draft" and self.tensor_parallel_size > 1:
+        if self.speculation in MODEL_PROPOSERS and self.tensor_parallel_size > 1:
             raise ValueError(
-                f"speculation: draft is for one GPU a replica, tensor_parallel_size must be 1, not "
+                f"speculation: {self.speculation} is for one GPU a replica, tensor_parallel_size must be 1, not "
                 f"{self.tensor_parallel_size}"
             )
         return self

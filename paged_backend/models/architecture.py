@@ -74,6 +74,7 @@ class Architecture:
     renames: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()  # beginnings of names of tensors that are for other inputs than text
     shard: Shard = WHOLE  # the layers are this rank's parts
+    num_mtp_layers: int = 0  # of multi-token prediction, behind the last layer in the checkpoint
 
     def of_rank(self, shard: Shard) -> Architecture:
         """What one of the ranks that share the model computes.
@@ -150,6 +151,7 @@ def read_architecture(folder: Path) -> Architecture:
         quantization=quantization,
         renames=family.renames,
         unread=family.unread,
+        num_mtp_layers=getattr(file, "num_nextn_predict_layers", None) or 0,
     )
 
 

@@ -31,7 +31,7 @@ class Checkpoint:
     eos_ids: tuple[int, ...]  # an answer ends at each; without the tokenizer's own
     bos_id: int | None
     warnings: tuple[str, ...] = ()  # sentences for the operator
-    draft: ProposerCheckpoint | None = None  # of the model that makes drafts, if one does
+    proposer: ProposerCheckpoint | None = None  # of the model that makes drafts, if one does
 
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint:
@@ -55,8 +55,8 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     generation = GenerationConfig.read(folder)
     stops = find_stop_ids(architecture, generation, None)
     bos_id = architecture.bos_id if generation.bos_token_id is None else generation.bos_token_id
-    draft = open_proposer(config, architecture, folder) if config.speculation == "draft" else None
-    return Checkpoint(folder, architecture, generation, tuple(stops), bos_id, (warning,) if warning else (), draft)
+    proposer = open_proposer(config, architecture, folder)
+    return Checkpoint(folder, architecture, generation, tuple(stops), bos_id, (warning,) if warning else (), proposer)
 
 
 def _online(name: Literal["fp8", "int4"], found: Quantization | None) -> Quantization:

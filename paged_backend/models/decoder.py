@@ -94,6 +94,7 @@ class Decoder:
         self._ropes = ropes
         self._ops = ops
         self._adapted = adapted
+        self._layers: list[Layer | _Tapped] = list(weights.layers)
         # rounded, as transformers does it
         self._embedding_multiplier = torch.tensor(weights.ends.embedding_multiplier, dtype=self.dtype).item()
 
@@ -101,6 +102,16 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         """Of weights, activations and logits."""
         return self._weights.embedding.dtype
+
+    def tap(self, after: Sequence[int], max_tokens: int) -> Tensor:
+        """From now on a step leaves what its tokens are after so many layers, one beside the other: [max_tokens,
+        len(after) * hidden]. To be called once.
+        """
+        hidden_size = self._weights.embedding.shape[1]
+        found = self._weights.embedding.new_zeros(max_tokens, len(after) * hidden_size)
+        for number, columns in zip(after, torch.split(found, hidden_size, dim=1), strict=True):
+            self._layers[number - 1] = _Tapped(self._layers[number - 1], columns)
+        return found
 
     def forward(self, step: StepTensors, kv_pages: Sequence[LayerPages], out: Tensor | None = None) -> Tensor:
         """Computes a step's tokens, writes their K and V into kv_pages (of each layer) and returns the logits of
@@ -125,7 +136,7 @@ class Decoder:
             adapted.begin(step)
         at = ForwardPass(self._ops, adapted or self._ops, step, self._ropes)
         x = self._ops.embedding(step.input_ids, self._weights.embedding, self._embedding_multiplier)
-        for layer, pages in zip(self._weights.layers, kv_pages, strict=True):
+        for layer, pages in zip(self._layers, kv_pages, strict=True):
             x = layer.forward(x, pages, at)
         return x
 
@@ -142,3 +153,16 @@ class Decoder:
     def normed(self, x: Tensor) -> Tensor:
         """[k, hidden] of `hidden` -> the same after the final norm: what transformers calls the last hidden state."""
         return self._ops.norm(x, self._weights.final_norm)
+
+
+class _Tapped:
+    """A layer whose answer somebody else reads, too, after the next layer has written over it."""
+
+    def __init__(self, layer: Layer | _Tapped, found: Tensor) -> None:
+        """found: [max_tokens, hidden]."""
+        self._layer, self._found = layer, found
+
+    def forward(self, x: Tensor, pages: LayerPages, at: ForwardPass) -> Tensor:
+        x = self._layer.forward(x, pages, at)
+        self._found[: len(x)].copy_(x)
+        return x

@@ -6,33 +6,62 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 from tokenizers import Tokenizer
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.architecture import Architecture, read_architecture
+from paged_backend.models.mtp import MTP_LAYER, allocate_mtp, mtp_architecture
 from paged_backend.models.rope import check_rope
-from paged_backend.models.weights import settle_weights
+from paged_backend.models.weights import allocate_weights, settle_weights
 
 _TOKENIZER = "tokenizer.json"
+
+
+Kind = Literal["draft", "mtp"]
 
 
 @dataclass(frozen=True)
 class ProposerCheckpoint:
     """Where a proposer's weights lie, and what its layers are."""
 
+    kind: Kind
     folder: Path
     architecture: Architecture
     warning: str = ""  # a sentence for the operator
 
 
-def open_proposer(config: EngineConfig, target: Architecture, target_folder: Path) -> ProposerCheckpoint:
-    """The checkpoint of `config.draft_model`.
+def open_proposer(config: EngineConfig, target: Architecture, target_folder: Path) -> ProposerCheckpoint | None:
+    """What `config.speculation` guesses with; None: no model.
 
     Raises:
-        EngineError: it is none that the decoder can run, or has another vocabulary than the target.
+        EngineError: there is no such checkpoint, or it is none that can be computed, or has another vocabulary than the
+            target.
     """
+    if config.speculation == "draft":
+        return _open_other_model(config, target, target_folder)
+    if config.speculation == "mtp":
+        return _open_mtp(config, target, target_folder)
+    return None
+
+
+def _open_mtp(config: EngineConfig, target: Architecture, folder: Path) -> ProposerCheckpoint:
+    architecture = mtp_architecture(target, folder, by_name=config.load_format == "auto")
+    if config.load_format == "auto":
+        try:
+            architecture, _ = settle_weights(architecture, folder)
+            decoder = allocate_weights(architecture, torch.float32, torch.device("meta"))
+            allocate_mtp(decoder, architecture.hidden_size).check(folder)
+        except EngineError as error:  # by the layer's name in the files
+            sentence = str(error).replace(MTP_LAYER, f"model.layers.{target.num_layers}.")
+            raise EngineError(f"speculation: mtp: {sentence}") from None
+    return ProposerCheckpoint("mtp", folder, architecture)
+
+
+def _open_other_model(config: EngineConfig, target: Architecture, target_folder: Path) -> ProposerCheckpoint:
     folder = Path(config.draft_model).expanduser()
     if not folder.is_dir():
         raise EngineError(f"draft_model: no folder {config.draft_model}")
@@ -48,7 +77,7 @@ def open_proposer(config: EngineConfig, target: Architecture, target_folder: Pat
     if not architecture.has_head:
         raise EngineError("draft_model: the checkpoint has no head, it makes embeddings and no text")
     _check_vocabulary(architecture, target, folder, target_folder)
-    return ProposerCheckpoint(folder, architecture, warning)
+    return ProposerCheckpoint("draft", folder, architecture, warning)
 
 
 def _check_vocabulary(architecture: Architecture, target: Architecture, folder: Path, target_folder: Path) -> None:

@@ -45,7 +45,7 @@ from paged_backend.runner.placement import (
     place,
     place_words,
 )
-from paged_backend.runner.proposer_builder import ProposerBuilder
+from paged_backend.runner.proposer_builder import Target, builder_of
 from paged_backend.runner.sampler import Sampler
 from paged_backend.runner.sequence_limit import about_limit, affordable, sequence_limits
 from paged_backend.runner.sizing_lock import alone_on
@@ -104,12 +104,7 @@ class RunnerBuilder:
         self._captures_later = captures_later and ranks.size == 1
         self._uses_kernels = kernels_reach(config.page_size, self._place)
         self._architecture = with_formats_of(self._architecture, self._place, self._uses_kernels)
-        self._proposer: ProposerBuilder | None = None  # None: no model makes drafts
-        if checkpoint.draft is not None:
-            self._proposer = ProposerBuilder(
-                config, checkpoint.draft, self._architecture, self._place, self._uses_kernels
-            )
-        self._proposer_weights: Weights | None = None
+        self._proposer = builder_of(config, checkpoint, self._architecture, self._place, self._uses_kernels)
         self._allow(config.max_num_sequences)
         self.size: PoolSize | None = None  # as decided
         self.needs = MemoryNeeds()  # as measured
@@ -270,7 +265,7 @@ class RunnerBuilder:
                 if scaled:
                     self._tell(scaled)
         if self._proposer is not None:
-            self._proposer_weights = self._proposer.read_weights(self._tell)
+            self._proposer.read_weights(weights, self._tell)
         return weights, adapter_slots
 
     def _measure(self, weights: Weights, adapter_slots: AdapterStore | None, at_most: PoolSize) -> None:
@@ -366,9 +361,9 @@ class RunnerBuilder:
         )
         decoder = Decoder(weights, rope_tensors(a.ropes, size.max_model_len, place.device), ops, adapted)
         runner = ModelRunner(self._checkpoint.folder, a, limits, decoder, Sampler(ops), kv_pages, rows, adapter_slots)
-        if self._proposer is not None and self._proposer_weights is not None:
-            proposer = self._proposer.assemble(self._proposer_weights, size, rows, self._shapes)
-            runner.speculate(proposer, config.num_drafts)
+        if self._proposer is not None:
+            target = Target(weights, decoder, rows, self._shapes, largest_step)
+            runner.speculate(self._proposer.assemble(size, target), config.num_drafts)
         return runner
 
     def _warm_up(self, runner: ModelRunner) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from paged_backend.batch import MOST_DRAFTING
 from paged_backend.models.decoder import Decoder
+from paged_backend.models.proposal_head import ProposalHead
 from paged_backend.models.step import LayerPages, StepShape, StepTensors
 from paged_backend.runner.step_plan import plan_of_padding
 from paged_backend.runner.step_tensors import DeviceRows
@@ -67,8 +68,51 @@ class DraftModel(Proposer):
     def propose(self, token_ids: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
         """A pass over one token of each row for every draft, the newest token first."""
         for number in range(self._passes.begin(lengths, rows, counts)):
-            step, mine = self._passes.step(number)
+            mine = self._passes.rows(number)
+            step = self._passes.step(number, mine)
             token = self._ops.argmax(self._decoder.logits(self._decoder.hidden(step, self._kv_pages)))
+            self._ops.write_tokens(token_ids, mine, lengths[rows] + number, token)
+
+
+class HeadProposer(Proposer):
+    """A head on the target's hidden states (models/proposal_head.py): its drafts follow from the state that it has
+    behind each row's newest token but one.
+    """
+
+    def __init__(
+        self, head: ProposalHead, ops: Ops, pages: LayerPages, tapped: Tensor, rows: DeviceRows, max_len: int
+    ) -> None:
+        """tapped: [max_tokens, taps * hidden], where each step leaves what the head reads (Decoder.tap). max_len: of a
+        sequence, in tokens.
+        """
+        super().__init__([pages])
+        self._head, self._ops, self._pages, self._tapped, self._rows = head, ops, pages, tapped, rows
+        self._passes = DraftPasses(rows, max_len)
+        # of each row; one more takes what nobody's last entry is
+        self._states = tapped.new_zeros(rows.num_rows + 1, head.hidden_size, dtype=head.dtype)
+
+    def observe(self, step: StepTensors) -> None:
+        """Enters the step's tokens with those after them, which are known or were sampled just now. Behind a wrong
+        draft stands what is entered anew once the right token is.
+        """
+        plan, rows, num_tokens = step.plan, self._rows, step.shape.num_tokens
+        assert rows.lengths is not None
+        row_of = torch.repeat_interleave(plan["rows"], plan["counts"], output_size=num_tokens).clamp(min=0)
+        following = replace(step, input_ids=rows.token_ids[row_of, step.positions + 1])
+        states = self._head.forward(following, self._head.entering(self._tapped[:num_tokens]), self._pages)
+        sampled, lens = plan["sample_rows"], step.seq_lens[: step.shape.num_outputs]
+        newest = (sampled >= 0) & (rows.lengths[sampled.clamp(min=0)] == lens + 1)
+        self._states[torch.where(newest, sampled, rows.num_rows)] = states[plan["logit_indices"]]
+
+    def propose(self, token_ids: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """The first draft needs no pass: the newest token was entered when it was sampled."""
+        states, token = self._states[rows], rows
+        for number in range(self._passes.begin(lengths, rows, counts)):
+            mine = self._passes.rows(number)
+            if number:
+                step = replace(self._passes.step(number - 1, mine), input_ids=token)
+                states = self._head.forward(step, states, self._pages)
+            token = self._head.guesses(states).to(rows.dtype)
             self._ops.write_tokens(token_ids, mine, lengths[rows] + number, token)
 
 
@@ -93,16 +137,17 @@ class DraftPasses:
         self._longest = min(int(lengths[rows].max()) + self._rows.num_drafts, self._max_len) if known else self._max_len
         return int(counts.max()) if known else self._rows.num_drafts
 
-    def step(self, number: int) -> tuple[StepTensors, Tensor]:
-        """Pass `number`, from 0: the tokens so many places behind the rows' newest, and int32 [k] the rows that have a
-        draft behind that, -1 in the place of others, which compute nothing.
-        """
-        mine = torch.where(self._counts > number, self._drafting, -1)
-        step = self._step_of(len(mine))
-        step.plan["rows"][: len(mine)] = mine
-        step.plan["starts"].fill_(-1 - number)
+    def rows(self, number: int) -> Tensor:
+        """int32 [k]: the rows that have a draft `number`, from 0; -1 in the place of the others."""
+        return torch.where(self._counts > number, self._drafting, -1)
+
+    def step(self, behind: int, rows: Tensor) -> StepTensors:
+        """The tokens so many places behind the newest of `rows`; those of -1 compute nothing."""
+        step = self._step_of(len(rows))
+        step.plan["rows"][: len(rows)] = rows
+        step.plan["starts"].fill_(-1 - behind)
         self._rows.gather(step)
-        return step, mine
+        return step
 
     def _step_of(self, num_rows: int) -> StepTensors:
         if num_rows not in self._steps:

@@ -1,29 +1,46 @@
-"""From a draft model's checkpoint to a proposer beside the target: its weights, its store, its ops."""
+"""From a checkpoint to a proposer beside the target: its weights, its store, its ops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from paged_backend.config import EngineConfig
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.checkpoint import Checkpoint
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.proposer_checkpoint import ProposerCheckpoint
+from paged_backend.models.mtp import MtpHead, allocate_mtp
+from paged_backend.models.proposer_checkpoint import Kind, ProposerCheckpoint
 from paged_backend.models.rope import rope_tensors
 from paged_backend.models.step import LayerPages, StepShape
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.runner.kv_store import PoolSize, allocate_kv_store, page_bytes_of
 from paged_backend.runner.make_ops import make_ops, with_formats_of
 from paged_backend.runner.placement import Placement, dtype_name
-from paged_backend.runner.proposer import DraftModel, Proposer
+from paged_backend.runner.proposer import DraftModel, HeadProposer, Proposer
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.units import spell_bytes
 from paged_kernels.rank_ops import Ranks
+from paged_kernels.reference import Ops
 
 
-class ProposerBuilder:
+@dataclass(frozen=True)
+class Target:
+    """What a proposer stands beside."""
+
+    weights: Weights
+    decoder: Decoder
+    rows: DeviceRows
+    shapes: Sequence[StepShape]  # of steps
+    max_tokens: int  # of a step
+
+
+class ProposerBuilder(ABC):
     """Builds one proposer, with the target's types on its device."""
+
+    words: str  # what guesses, for the log
 
     def __init__(
         self,
@@ -38,6 +55,7 @@ class ProposerBuilder:
 
     @property
     def weight_bytes(self) -> int:
+        """At most."""
         return weight_bytes(self._architecture, self._place.dtype)
 
     @property
@@ -46,37 +64,85 @@ class ProposerBuilder:
         a = self._architecture
         return page_bytes_of(a.attention, a.num_layers, self._config.page_size, self._place.kv_dtype)
 
-    def read_weights(self, tell: Callable[[str], None]) -> Weights:
+    def read_weights(self, target: Weights, tell: Callable[[str], None]) -> None:
         """
         Raises:
             EngineError: a tensor is missing or broken, or does not fit.
         """
-        a, config = self._architecture, self._config
-        weights = allocate_weights(a, self._place.dtype, self._place.device)
+        a = self._architecture
         tell(
-            f"draft model: {a.name}, {a.num_layers} layers, in {dtype_name(self._place.dtype)}, at most "
-            f"{config.num_drafts} drafts a sequence and step; K and V of {spell_bytes(self.page_bytes)} a page beside "
-            "the model's"
+            f"{self.words}: {a.name}, {a.num_layers} {'layers' if a.num_layers > 1 else 'layer'}, in "
+            f"{dtype_name(self._place.dtype)}, at most {self._config.num_drafts} drafts a sequence and step; K and V "
+            f"of {spell_bytes(self.page_bytes)} a page beside the model's"
         )
         if self._checkpoint.warning:
-            tell(f"draft model: {self._checkpoint.warning}")
-        if config.load_format == "dummy":
-            tell(f"draft model: {randomise_weights(weights, a, config.seed)}")
-        else:
-            tell(f"draft model: {load_weights(weights, self._checkpoint.folder, tell)}")
-        return weights
+            tell(f"{self.words}: {self._checkpoint.warning}")
+        tell(f"{self.words}: {self._read(target, tell)}")
 
-    def assemble(self, weights: Weights, size: PoolSize, rows: DeviceRows, shapes: Sequence[StepShape]) -> Proposer:
-        """A proposer with a store of its own for the pool's pages, which the rows copy, too. shapes: of steps."""
-        a, place, config = self._architecture, self._place, self._config
+    def assemble(self, size: PoolSize, target: Target) -> Proposer:
+        """A proposer with a store of its own for the pool's pages, which the rows copy, too."""
+        a, place = self._architecture, self._place
         store = allocate_kv_store(
-            size.num_pages, a.attention, a.num_layers, config.page_size, place.kv_dtype, place.device
+            size.num_pages, a.attention, a.num_layers, self._config.page_size, place.kv_dtype, place.device
         )
-        ops = make_ops(a, place, self._uses_kernels, shapes, Ranks())
-        rows.copy_pages_also(partial(ops.copy_pages, store))
-        kv_pages = [LayerPages(tensor) for tensor in store]
-        decoder = Decoder(weights, rope_tensors(a.ropes, size.max_model_len, place.device), ops)
-        return DraftModel(decoder, ops, kv_pages, rows, size.max_model_len)
+        ops = make_ops(a, place, self._uses_kernels, target.shapes, Ranks())
+        target.rows.copy_pages_also(partial(ops.copy_pages, store))
+        return self._assemble(ops, [LayerPages(tensor) for tensor in store], size.max_model_len, target)
+
+    @abstractmethod
+    def _read(self, target: Weights, tell: Callable[[str], None]) -> str:
+        """Returns a sentence on what was read."""
+
+    @abstractmethod
+    def _assemble(self, ops: Ops, kv_pages: Sequence[LayerPages], max_len: int, target: Target) -> Proposer:
+        """After `read_weights`, perhaps several times. max_len: of a sequence, in tokens."""
+
+
+class DraftModelBuilder(ProposerBuilder):
+    words = "draft model"
+
+    def _read(self, target: Weights, tell: Callable[[str], None]) -> str:
+        a, config = self._architecture, self._config
+        self._weights = allocate_weights(a, self._place.dtype, self._place.device)
+        if config.load_format == "dummy":
+            return randomise_weights(self._weights, a, config.seed)
+        return load_weights(self._weights, self._checkpoint.folder, tell)
+
+    def _assemble(self, ops: Ops, kv_pages: Sequence[LayerPages], max_len: int, target: Target) -> Proposer:
+        ropes = rope_tensors(self._architecture.ropes, max_len, self._place.device)
+        return DraftModel(Decoder(self._weights, ropes, ops), ops, kv_pages, target.rows, max_len)
+
+
+class MtpBuilder(ProposerBuilder):
+    words = "multi-token prediction"
+
+    def _read(self, target: Weights, tell: Callable[[str], None]) -> str:
+        a = self._architecture
+        weights = allocate_mtp(allocate_weights(a, self._place.dtype, self._place.device), a.hidden_size)
+        if self._config.load_format == "dummy":
+            weights.randomise(a, self._config.seed)
+        else:
+            weights.load(self._checkpoint.folder)
+        self._weights = weights.sharing(target)
+        return f"weights: {spell_bytes(weights.decoder.num_bytes)}, of which what is the model's, too, is kept once"
+
+    def _assemble(self, ops: Ops, kv_pages: Sequence[LayerPages], max_len: int, target: Target) -> Proposer:
+        ropes = rope_tensors(self._architecture.ropes, max_len, self._place.device)
+        head = MtpHead(self._weights, target.weights, ops, ropes)
+        tapped = target.decoder.tap(head.taps, target.max_tokens)
+        return HeadProposer(head, ops, kv_pages[0], tapped, target.rows, max_len)
+
+
+_BUILDERS: Mapping[Kind, type[ProposerBuilder]] = {"draft": DraftModelBuilder, "mtp": MtpBuilder}
+
+
+def builder_of(
+    config: EngineConfig, checkpoint: Checkpoint, target: Architecture, place: Placement, uses_kernels: bool
+) -> ProposerBuilder | None:
+    """None: no model makes drafts."""
+    if checkpoint.proposer is None:
+        return None
+    return _BUILDERS[checkpoint.proposer.kind](config, checkpoint.proposer, target, place, uses_kernels)
 
 
 def _within(architecture: Architecture, target: Architecture) -> Architecture:

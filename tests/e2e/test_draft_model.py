@@ -17,6 +17,7 @@ from paged_backend.engine.engine import Engine
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.runner.model_runner import ModelRunner
+from tests.drafts_heard import Listener, sizes
 from tests.engine_answers import answers, load
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import load_runner
@@ -32,23 +33,6 @@ SAMPLINGS: dict[str, dict[str, object]] = {
 OTHER_HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 
 
-class Listener:
-    """Notes what a proposer writes behind which text."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.rows = engine._runner._rows  # type: ignore[attr-defined]
-        self._propose = self.rows._propose
-        self.rows._propose = self
-        self.heard: list[tuple[list[int], list[int]]] = []
-
-    def __call__(self, token_ids: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
-        self._propose(token_ids, lengths, rows, counts)
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-            length = int(lengths[row])
-            text = token_ids[row, : length + count].tolist()
-            self.heard.append((text[:length], text[length:]))
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("target"), "Qwen3ForCausalLM", head_dim=32)
@@ -62,10 +46,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drafting(target: Path, draft_model: Path, directory: Path, **options: object) -> Engine:
     chosen = {"speculation": "draft", "draft_model": str(draft_model), "num_speculative_tokens": NUM_DRAFTS}
     return load(target, directory, **(sizes() | chosen | options))
-
-
-def sizes(**options: object) -> dict[str, object]:
-    return {"max_num_sequences": 8, "num_pages": 64, "page_size": 16, "max_model_len": 256} | options
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
@@ -149,7 +129,7 @@ def test_its_memory_is_a_part_of_the_pool(target: Path, small: Path) -> None:
     (pool,) = [sentence for sentence in sentences if sentence.startswith("pool:")]
     # 8 pages of 16 float32 tokens, K and V: 3 layers of 2 heads of 32, and 1 layer of a head of 16
     assert "208 KiB, 16 KiB of it the draft model's" in pool
-    assert any(sentence.startswith("draft model: LlamaForCausalLM, 1 layers") for sentence in sentences)
+    assert any(sentence.startswith("draft model: LlamaForCausalLM, 1 layer") for sentence in sentences)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +169,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(tmp_path: Path) -> None
     with pytest.raises(EngineError, match=r"draft_model: its tokenizer is not the model's: token 'a' has id 1 there"):
         open_checkpoint(config)
     save_words(folders[1], ["a", "b"])
-    assert open_checkpoint(config).draft is not None
+    assert open_checkpoint(config).proposer is not None
 
 
 def save_words(folder: Path, words: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """GLM-4.5, 4.6 and their Air: half of each head is rotated, dense layers first, then experts in groups beside a shared
 one.
 
-A checkpoint's layer of multi-token prediction, behind the last of the decoder's, is left unread.
+A checkpoint's layer of multi-token prediction, behind the last of the decoder's, is left unread unless it is to guess
+tokens (models/mtp.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from paged_backend.models.families.family import Family, dense_layers
 from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec
 from paged_kernels.experts import Routing
 
+_MAX_MTP_LAYERS = 64  # the published ones have 1
 _MAX_SHARED = 64  # experts that every token goes through; the published ones have 1
 
 
@@ -30,6 +32,7 @@ class Glm4MoeFile(ExpertsFile):
     routed_scaling_factor: Positive = 1.0
     first_k_dense_replace: Annotated[int, Field(ge=0)] = 1
     use_qk_norm: bool = False
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=_MAX_MTP_LAYERS)] | None = None
 
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:

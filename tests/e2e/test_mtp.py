@@ -1,0 +1,171 @@
+"""Multi-token prediction through the real engine: its guesses are those of the definition, written down here over
+transformers' layers, whatever happened to the sequence before; and no token depends on them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import rms_norm
+from transformers import AutoModelForCausalLM
+
+from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
+from paged_backend.models.checkpoint import open_checkpoint
+from tests.drafts_heard import Listener, sizes
+from tests.engine_answers import answers, load
+from tests.oracle import random_prompts, save_checkpoint
+
+NUM_DRAFTS = 3
+LENGTHS = [1, 15, 18, 40]  # none that the prefix cache has all but a token of
+NUM_LAYERS = 2
+OPTIONS: dict[str, Any] = {
+    "num_hidden_layers": NUM_LAYERS,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "use_qk_norm": True,
+    "num_nextn_predict_layers": 1,
+}
+
+
+def save_with_mtp(folder: Path, own_ends: bool) -> Path:
+    """A checkpoint with a layer of multi-token prediction, as it is published: with copies of embedding and head, or
+    without.
+    """
+    save_checkpoint(folder, "Glm4MoeForCausalLM", **OPTIONS)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(5)
+    last, prefix = f"model.layers.{NUM_LAYERS - 1}.", f"model.layers.{NUM_LAYERS}."
+    size = tensors["model.norm.weight"].shape[0]
+    shapes = {prefix + name.removeprefix(last): t.shape for name, t in tensors.items() if name.startswith(last)}
+    norms = ("enorm", "hnorm", "shared_head.norm")
+    shapes |= {f"{prefix}{name}.weight": torch.Size([size]) for name in norms}
+    shapes[f"{prefix}eh_proj.weight"] = torch.Size([size, 2 * size])
+    for name, shape in shapes.items():
+        if "norm" in name:
+            tensors[name] = torch.rand(shape, generator=generator) + 0.5
+        else:
+            tensors[name] = 0.2 * torch.randn(shape, generator=generator)
+    if own_ends:
+        tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        # another than the model's, to be told apart from it
+        tensors[f"{prefix}shared_head.head.weight"] = torch.randn(tensors["lm_head.weight"].shape, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+class Definition:
+    """DeepSeek-V3's report, section 2.2, in float32, one sequence at a time, without any cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors = load_file(folder / "model.safetensors")
+        self._prefix = f"model.layers.{NUM_LAYERS}."
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval().model
+        # a decoder of one layer more has the layer among its own
+        deeper = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=NUM_LAYERS + 1, **options).eval().model
+        self._block = deeper.layers[NUM_LAYERS]
+        self._eps = self._model.config.rms_norm_eps
+
+    @torch.inference_mode()
+    def guesses(self, text: list[int], count: int) -> list[int]:
+        ids = torch.tensor(text)[None]
+        states = list(self._model(ids).last_hidden_state[0, :-1])  # after the final norm
+        following = list(text[1:])
+        head = self._own("shared_head.head.weight", "lm_head.weight")
+        for _ in range(count):
+            state = self._states(torch.stack(states), torch.tensor(following))[-1]
+            following.append(int((self._norm(state, "shared_head.norm") @ head.T).argmax()))
+            states.append(state)
+        return following[-count:]
+
+    def _states(self, states: Tensor, following: Tensor) -> Tensor:
+        """[T, hidden], [T] -> [T, hidden]"""
+        embedded = self._own("embed_tokens.weight", "model.embed_tokens.weight")[following]
+        joined = torch.cat([self._norm(embedded, "enorm"), self._norm(states, "hnorm")], dim=1)
+        x = (joined @ self._tensors[f"{self._prefix}eh_proj.weight"].T)[None]
+        positions = torch.arange(len(states))[None]
+        mask = torch.full((len(states), len(states)), -torch.inf).triu(1)[None, None]
+        rope = self._model.rotary_emb(x, positions)
+        answer = self._block(x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+        return (answer[0] if isinstance(answer, tuple) else answer)[0]
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        weight = self._tensors[f"{self._prefix}{name}.weight"]
+        return rms_norm(x, weight.shape, weight, self._eps)
+
+    def _own(self, name: str, others: str) -> Tensor:
+        return self._tensors.get(self._prefix + name, self._tensors[others])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["own ends", "the model's ends"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_mtp(tmp_path_factory.mktemp("checkpoint"), request.param)
+
+
+@pytest.mark.parametrize(("page_size", "num_pages"), [(1, 120), (16, 64)], ids=["preempted", "cached"])
+def test_its_guesses_are_those_of_the_definition(folder: Path, tmp_path: Path, page_size: int, num_pages: int) -> None:
+    """Behind right guesses and wrong ones, prompts in chunks, pages from the prefix cache and preemptions."""
+    options = sizes(max_batched_tokens=24, page_size=page_size, num_pages=num_pages, prefix_cache=page_size > 1)
+    engine = load(folder, tmp_path, speculation="mtp", num_speculative_tokens=NUM_DRAFTS, **options)
+    listener = Listener(engine)
+    for _ in range(2):
+        answers(engine, random_prompts(LENGTHS), max_tokens=22, ignore_eos=True)
+    stats = engine.stats()
+    assert stats.num_preemptions > 0 or stats.prefix_hits > 0
+    assert len(listener.heard) > 30 and {len(drafts) for _, drafts in listener.heard} >= {1, NUM_DRAFTS}
+    definition = Definition(folder)
+    for text, drafts in listener.heard:
+        if len(text) > 1:
+            assert drafts == definition.guesses(text, len(drafts))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0.0}, {"seed": 3, "temperature": 0.7}, {"seed": 5, "frequency_penalty": 0.3, "top_p": 0.95}],
+    ids=["greedy", "seeded", "penalties"],
+)
+def test_no_token_depends_on_it(folder: Path, tmp_path: Path, sampling: dict[str, object]) -> None:
+    asked = {"max_tokens": 24, "ignore_eos": True} | sampling
+    prompts = random_prompts(LENGTHS)
+    expected = answers(load(folder, tmp_path, **sizes()), prompts, **asked)
+    engine = load(folder, tmp_path, speculation="mtp", debug_checks=True, **sizes())
+    assert answers(engine, prompts, **asked) == expected
+    assert engine.stats().drafts_proposed > 0
+
+
+def test_a_checkpoint_without_such_a_layer_is_refused(tmp_path: Path) -> None:
+    config = EngineConfig.parse({"model": str(save_checkpoint(tmp_path, "LlamaForCausalLM")), "speculation": "mtp"})
+    with pytest.raises(EngineError, match=r"speculation: mtp needs a layer of multi-token prediction"):
+        open_checkpoint(config)
+
+
+def test_a_layer_that_is_not_there_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    folder = save_with_mtp(tmp_path, own_ends=False)
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    config = EngineConfig.parse({"model": str(folder), "speculation": "mtp"})
+    for name in ("eh_proj.weight", "self_attn.q_proj.weight"):
+        tensors = {key: tensor for key, tensor in whole.items() if key != f"model.layers.{NUM_LAYERS}.{name}"}
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(EngineError, match=f"mtp: checkpoint: tensor model.layers.{NUM_LAYERS}.{name} is missing"):
+            open_checkpoint(config)
+
+
+def test_it_can_be_measured_without_weights(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint", "Glm4MoeForCausalLM", **OPTIONS)
+    engine = load(folder, tmp_path, speculation="mtp", load_format="dummy", **sizes())
+    prompts = [np.arange(9, dtype=np.int32)]
+    assert len(answers(engine, prompts, max_tokens=20, ignore_eos=True)[0]) == 20
+    assert engine.stats().drafts_proposed > 0
