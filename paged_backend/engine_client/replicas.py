@@ -44,8 +44,10 @@ class Replicas:
         self._prefixes: KnownPrefixes | None = None
         self._families: OrderedDict[int, int] = OrderedDict()  # -> the replica that has it
         self._moved: dict[int, int] = {}  # a request's id -> its id in the replica that took it over
-        self._aborted: set[int] = set()  # requests that were in a lost replica, and in no other yet
-        self._lock = threading.Lock()  # of the three
+        # requests that a replica had which is lost, and which may be on their way to another
+        self._aborted: set[int] = set()
+        self._settled: set[int] = set()  # lost replicas of which no request is on its way any more
+        self._lock = threading.Lock()  # of the four
         self._num_asked = count()
         self._num_gone = 0
         self._tells_loss = False
@@ -102,7 +104,7 @@ class Replicas:
         for replica, client in enumerate(self._clients):
             client.on_loss = self._tell_loss if replica == 0 else lambda: None
             client.on_gone = partial(self._note_gone, replica)
-            client.heir = self._take_over
+            client.heir = partial(self._take_over, replica)
             client.start(
                 partial(_call, on_stats, replica), partial(on_restart, replica), partial(on_inherit, replica), together
             )
@@ -154,14 +156,16 @@ class Replicas:
     def abort(self, request_id: int) -> None:
         """See EngineClient.abort. Of a replica that is lost the request is in another, or on its way there."""
         while True:
-            client = self._clients[number_of(request_id) % len(self._clients)]
+            replica = number_of(request_id) % len(self._clients)
+            client = self._clients[replica]
             client.abort(request_id)
             if client.alive:
                 return
             with self._lock:
                 moved = self._moved.pop(request_id, None)
                 if moved is None:
-                    self._aborted.add(request_id)
+                    if replica not in self._settled:
+                        self._aborted.add(request_id)
                     return
             request_id = moved
 
@@ -210,38 +214,44 @@ class Replicas:
 
     # ---- when there is none any more
 
-    def _take_over(self, requests: list[LiveRequest]) -> list[LiveRequest]:
+    def _take_over(self, replica: int, requests: list[LiveRequest]) -> list[LiveRequest]:
         """Of a replica that will have no engine. Returns those that no other can have."""
-        left = []
-        for live in requests:
-            before = live.submit.request_id
-            clients = sorted((client for client in self._clients if client.alive), key=lambda one: one.num_under_way)
-            for client in clients:
-                try:
-                    now = client.adopt(self._forgetting(live, before))
-                except RequestError:
-                    continue
-                with self._lock:
-                    self._moved[before] = now
-                    aborted = before in self._aborted
-                if aborted:
-                    self.abort(before)
-                break
-            else:
-                left.append(live)
+        left = [live for live in requests if not self._move(live)]
+        with self._lock:
+            self._settled.add(replica)
+            left = [live for live in left if live.submit.request_id not in self._aborted]
+            self._aborted = {one for one in self._aborted if number_of(one) % len(self._clients) != replica}
         return left
 
-    def _forgetting(self, live: LiveRequest, before: int) -> LiveRequest:
-        """The request, which at its end takes along what is known of its move."""
-        receive = live.receive
+    def _move(self, live: LiveRequest) -> bool:
+        """To a replica that takes it; False: there is none."""
+        before, over = live.submit.request_id, threading.Event()
+        receive = self._forgetting(live.receive, before, over)
+        for client in sorted((client for client in self._clients if client.alive), key=lambda one: one.num_under_way):
+            try:
+                now = client.adopt(replace(live, receive=receive))
+            except RequestError:
+                continue
+            with self._lock:
+                if not over.is_set():
+                    self._moved[before] = now
+                aborted = before in self._aborted
+            if aborted:
+                self.abort(before)
+            return True
+        return False
+
+    def _forgetting(self, receive: Receiver, before: int, over: threading.Event) -> Receiver:
+        """At its end a request takes along what is known of its move."""
 
         def heard(piece: Piece) -> None:
             if piece.finish is not None:
                 with self._lock:
+                    over.set()
                     self._moved.pop(before, None)
             receive(piece)
 
-        return replace(live, receive=heard)
+        return heard
 
     def _note_gone(self, replica: int) -> None:
         self.on_replica_gone(replica)

@@ -181,7 +181,30 @@ def test_a_request_that_is_aborted_on_its_way_to_another_replica_is_aborted_ther
     monkeypatch.setattr(two._clients[1], "adopt", adopt)
     os.kill(two._clients[0].engine_pid, signal.SIGKILL)
     wait(lambda: adopted and len(two._clients[1]._live) == 1)
-    assert not two._moved
+    wait(lambda: two._settled == {0})
+    assert not two._moved and not two._aborted
+
+
+def test_nothing_is_kept_of_requests_that_are_over(two: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that ends in its new replica before it is known which number it has there, and of aborts that come
+    late.
+    """
+    (short, heard), (long, _) = ask(two, "tokens=40 delay=0.05"), ask(two, "tokens=2000 delay=0.05")
+    assert number_of(short) % 2 == 0
+
+    def adopt(live: LiveRequest) -> int:
+        now = EngineClient.adopt(two._clients[1], live)
+        assert heard.finished.wait(20)
+        return now
+
+    monkeypatch.setattr(two._clients[1], "adopt", adopt)
+    wait(lambda: len(heard.ids) > 3)
+    os.kill(two._clients[0].engine_pid, signal.SIGKILL)
+    wait(lambda: two._settled == {0})
+    assert len(heard.ids) == 40 and not two._moved
+    for request_id in (short, long):
+        two.abort(request_id)
+    assert not two._aborted and not len(two._clients[1]._live)
 
 
 def test_the_loss_of_the_last_replica_is_the_loss_of_the_model(two: Replicas) -> None:
