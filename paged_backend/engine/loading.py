@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from paged_backend.models.shard import Shard
 from paged_backend.models.tokenizer import export
 from paged_backend.runner.builder import build_runner
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
-from paged_backend.runner.parallel.rank_processes import LeadingRunner, RankProcesses, RankStart, end_engine
+from paged_backend.runner.parallel.rank_processes import LeadingRunner, RankProcesses, RankStart
 from paged_backend.runner.placement import device_of, leave_a_core
 from paged_backend.scheduler.adapter_slots import AdapterSlots
 from paged_backend.scheduler.grammar_masks import GrammarMasks
@@ -57,7 +57,6 @@ def load_engine(
     config: EngineConfig,
     directory: Path,
     others: RankProcesses | None = None,
-    on_rank_death: Callable[[], None] = end_engine,
     captures_later: bool = False,
 ) -> tuple[Engine, Scheduler, Ready]:
     """The real engine: checkpoint, pool, scheduler. Exports the tokenizer for the front ends into `directory`.
@@ -71,7 +70,7 @@ def load_engine(
     started = time.monotonic()
     kv_events = _kv_events(config, directory)  # before the weights are read: the port may be taken
     checkpoint, tokenizer_path = _open(config, directory / "tokenizer.json")
-    runner, stepped = _build(config, checkpoint, directory, others, on_rank_death, captures_later)
+    runner, stepped = _build(config, checkpoint, directory, others, captures_later)
     limits = runner.limits
     scheduler = Scheduler(
         _scheduler_limits(config, limits),
@@ -117,7 +116,6 @@ def _build(
     checkpoint: Checkpoint,
     directory: Path,
     others: RankProcesses | None,
-    on_rank_death: Callable[[], None],
     captures_later: bool,
 ) -> tuple[ModelRunner, Runner]:
     """This process's runner, and the one to launch steps with, which tells the other ranks of them if there are any."""
@@ -129,9 +127,11 @@ def _build(
     checkpoint.architecture.of_rank(Shard(0, config.tensor_parallel_size))  # what cannot be divided, and
     device = device_of(config, 0)  # GPUs that are not there are refused before anybody is waited for
     others = others or RankProcesses(config)
-    others.start(RankStart(str(directory), str(checkpoint.folder), checkpoint.eos_ids), on_rank_death)
     leave_a_core(os.environ, config.tensor_parallel_size * config.replicas)
-    runner = build_runner(config, log.info, checkpoint, ProcessRanks(0, config.tensor_parallel_size, directory, device))
+    with others.blamed():
+        others.start(RankStart(str(directory), str(checkpoint.folder), checkpoint.eos_ids))
+        ranks = ProcessRanks(0, config.tensor_parallel_size, directory, device)
+        runner = build_runner(config, log.info, checkpoint, ranks)
     return runner, LeadingRunner(runner, others)
 
 

@@ -372,9 +372,10 @@ def end_with(status_of: Callable[[], int]) -> NoReturn:
 
 
 def _device_words(error: BaseException) -> str:
-    """What torch or CUDA said: its first line, which quotes no prompt, as other exceptions may."""
+    """What we say ourselves, torch or CUDA: its first line, which quotes no prompt, as other exceptions may."""
     first = (str(error).splitlines() or [""])[0]
-    return f": {first}" if type(error).__module__.split(".")[0] == "torch" or first.startswith("CUDA") else ""
+    ours = isinstance(error, EngineError) or type(error).__module__.split(".")[0] == "torch"
+    return f": {first}" if ours or first.startswith("CUDA") else ""
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@ and made of the same parts.
 
 Pages are refused and memory runs out at random moments, which follow from the seed and the engine's number. Whatever
 else goes wrong is written into the register, a line of JSON each: that it was born, that it is ready, mishaps,
-and faults.
+and faults, also those of its other ranks. That a rank was ended by a signal is none, nor what an engine ends of then.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -28,6 +29,7 @@ from paged_backend.scheduler.page_pool import PagePool
 from paged_backend.scheduler.scheduler import Scheduler
 
 _TELL_EVERY_SECONDS = 0.5
+ENDED_BY_SIGNAL = "ended by signal"  # in what a rank 0 says of another rank
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,24 @@ class Register:
     def note(self, **line: Any) -> None:
         with Path(self._path).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class FaultLog(logging.Handler):
+    """Errors that an engine or a rank logs are faults of its own, but for a rank's end by a signal. stderr has all."""
+
+    def __init__(self, register: Register) -> None:
+        super().__init__(logging.ERROR)
+        self._register = register
+
+    def emit(self, record: logging.LogRecord) -> None:
+        words = self.format(record)
+        self._register.note(**({"ranks_ended": 1} if ENDED_BY_SIGNAL in words else {"fault": words}))
+
+
+def listen(register: Register) -> None:
+    """Errors of this process are written into the register from now on."""
+    log = logging.getLogger("paged")
+    log.handlers, log.propagate = [FaultLog(register), logging.StreamHandler()], False
 
 
 class Mishaps:
@@ -85,6 +105,7 @@ class Mishaps:
 def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
     """An engine's life, from the line on stdin to its end."""
     register = Register(orders.register)
+    listen(register)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     found = wait_to_be_engine(directory, flags)
     if found is None:
@@ -109,8 +130,9 @@ def run(orders: Orders, directory: Path, flags: Sequence[str] = ()) -> int:
         else:
             register.note(out_of_memory=1)
         return 1
-    except BaseException:
-        register.note(fault=traceback.format_exc())
+    except BaseException as error:
+        if ENDED_BY_SIGNAL not in str(error):
+            register.note(fault=traceback.format_exc())
         return 1
 
 

@@ -4,9 +4,9 @@ forks for each engine that is wanted.
 What is forked stands still while its stand-in (newborn.py) is stopped, and ends with it; a stand-in that is stopped is
 killed when its engine has ended.
 
-What is forked is the engine process with its own sockets, memory and threads; only importing torch is saved, which
-takes seconds a start on a CPU. Kills in their thousands need that. How long a restart takes with paged's own command is
-measured by tests/bench/bench_reliability.py.
+What is forked is the engine process with its own sockets, memory and threads, and its other ranks, which it forks
+itself; only importing torch is saved, which takes seconds a start on a CPU. Kills in their thousands need that. How
+long a restart takes with paged's own command is measured by tests/bench/bench_reliability.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from pathlib import Path
 from types import TracebackType
 
 from paged_backend.config import EngineConfig
-from tests.chaos.chaotic_engine import Orders, run
+from paged_backend.runner.parallel import rank_processes
+from tests.chaos.chaotic_engine import Orders, Register, listen, run
 
 _POLL_MS = 10
 _START_SECONDS = 120
+_MOST_DESCRIPTORS = 4096
 
 
 class Nursery:
@@ -142,7 +144,29 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
         os.close(descriptor)
     sys.stdin = open(0)  # noqa: SIM115 - for as long as the process lives
     told = json.loads(message)
+    rank_processes._spawn = lambda *of_rank: ForkedRank(orders, *of_rank)  # type: ignore[assignment,return-value]
     os._exit(run(orders, Path(told["directory"]), told["flags"]))
+
+
+class ForkedRank:
+    """As much of subprocess.Popen as its engine asks for, which forks it before it has threads."""
+
+    def __init__(self, orders: Orders, rank: int, descriptor: int, model_name: str) -> None:
+        engine = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.closerange(3, descriptor)  # with the engine's own end, of which the rank must notice the end
+            os.closerange(descriptor + 1, _MOST_DESCRIPTORS)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            listen(Register(orders.register))
+            sys.argv = ["", str(rank), str(descriptor), str(engine), model_name]
+            from paged_backend.runner.parallel import rank_process
+
+            rank_process.main()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """On one thread; timeout: is asked of none that is forked."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def main() -> None:
@@ -150,6 +174,7 @@ def main() -> None:
 
     # torch is not for those who only want a Nursery: their memory is measured
     from paged_backend.engine.loading import load_engine
+    from paged_backend.runner.parallel import process_ranks, rank_process  # noqa: F401
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and who waits for them does so for ever
     with tempfile.TemporaryDirectory() as folder:  # much is imported when it is first wanted

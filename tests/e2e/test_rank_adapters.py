@@ -39,8 +39,8 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "tensor_parallel_size": request.param,
         }
     )
-    others = RankProcesses(config)
-    engine, *_ = load_engine(config, tmp_path_factory.mktemp("several"), others, lambda: None)
+    others = RankProcesses(config, on_death=lambda: None)
+    engine, *_ = load_engine(config, tmp_path_factory.mktemp("several"), others)
     yield folder, engine
     others.close()
     torch.distributed.destroy_process_group()

@@ -63,7 +63,7 @@ def children_of(pid: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         try:
             stat = (folder / "stat").read_text() if folder.name.isdigit() else ""
-            ranks = b"rank_process" in (folder / "cmdline").read_bytes() if stat else False
+            ranks = "(paged-rank)" in stat or b"rank_process" in (folder / "cmdline").read_bytes() if stat else False
         except OSError:  # it has ended
             continue
         if ranks and int(stat.rpartition(")")[2].split()[1]) == pid:

@@ -71,10 +71,9 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     config = EngineConfig.parse({"model": str(folder), **OPTIONS})
     alone, *_ = load_engine(config, tmp_path_factory.mktemp("alone"))
     config = config.model_copy(update={"tensor_parallel_size": size})
-    others, deaths = RankProcesses(config), list[float]()
-    several, *_ = load_engine(
-        config, tmp_path_factory.mktemp("several"), others, lambda: deaths.append(time.monotonic())
-    )
+    deaths: list[float] = []
+    others = RankProcesses(config, on_death=lambda: deaths.append(time.monotonic()))
+    several, *_ = load_engine(config, tmp_path_factory.mktemp("several"), others)
     yield Engines(folder, several, alone, others, deaths)
     others.close()
     torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -38,6 +39,9 @@ from paged_backend.runner.parallel.rank_processes import RankStart
 from paged_backend.runner.placement import device_of, leave_a_core
 
 RANK_NAME = "paged-rank"
+# A rank that fails because another has gone, or rank 0, is ended meanwhile: its own words would be of closed
+# connections. And rank 0 has the time to tell front ends what all ranks refuse.
+_LAST_WORDS_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
@@ -94,11 +98,12 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.INFO, handlers=[stderr])
     try:
         status = serve_rank(rank, Receiver(socket.socket(fileno=descriptor)))
-    except EngineError as error:
-        log.error("error: rank %d: %s", rank, error)
-        status = 1
-    except BaseException:
-        log.exception("error: rank %d stopped", rank)
+    except BaseException as error:
+        time.sleep(_LAST_WORDS_SECONDS)
+        if isinstance(error, EngineError):
+            log.error("error: rank %d: %s", rank, error)
+        else:
+            log.exception("error: rank %d stopped", rank)
         status = 1
     logging.shutdown()
     os._exit(status)

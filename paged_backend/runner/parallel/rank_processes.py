@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from paged_backend.runner.model_runner import ModelRunner
 
 _EXIT_SECONDS = 10.0
+_BLAME_SECONDS = 2.0  # from a failure until it is known that a rank has ended
 
 log = logging.getLogger("paged")
 
@@ -42,11 +44,14 @@ class RankStart(msgspec.Struct, frozen=True):
 
 class RankProcesses:
     """The ranks 1 … size - 1. They die with this process, or with the thread of it that made this; none outlives it by
-    more than the time of its own exit.
+    more than the time of its own exit. And it ends with any of them, also a standby, which would be of no use without.
     """
 
-    def __init__(self, config: EngineConfig, model_name: str = "paged") -> None:
-        """model_name: for their log lines.
+    def __init__(
+        self, config: EngineConfig, model_name: str = "paged", on_death: Callable[[], None] | None = None
+    ) -> None:
+        """model_name: for their log lines. on_death: called, on a thread of its own, when one of them has ended
+        although nobody asked it to; None: this process ends.
 
         Raises:
             EngineError: a process cannot be started.
@@ -55,32 +60,36 @@ class RankProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._senders: list[Sender] = []
         self._closing = False
+        self._on_death = on_death or end_engine
+        self._death = ""  # the first that was noticed, in words
+        self._died = threading.Event()
         options = config.model_dump_json().encode()
         for rank in range(1, self.size):
             mine, theirs = socket.socketpair()
             with theirs:
                 self._processes.append(_spawn(rank, theirs.fileno(), model_name))
             self._senders.append(Sender(mine))
-            self._senders[-1].send(options)
+            with suppress(OSError):  # it has ended already: whoever watches it finds out
+                self._senders[-1].send(options)
+        for rank, process in enumerate(self._processes, 1):
+            threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def start(self, start: RankStart, on_death: Callable[[], None]) -> None:
-        """Lets them load. on_death: called, on a thread of its own, when one of them has ended although nobody asked it
-        to.
+    def start(self, start: RankStart) -> None:
+        """Lets them load.
+
+        Raises:
+            OSError: a rank has gone.
         """
-        for rank, process in enumerate(self._processes, 1):
-            threading.Thread(
-                target=self._watch, args=(rank, process, on_death), name=f"rank-{rank}", daemon=True
-            ).start()
         self.send(msgspec.msgpack.encode(start))
 
     def send(self, message: bytes) -> None:
         """
         Raises:
-            EngineError: a rank has gone.
+            OSError: a rank has gone.
         """
         self.send_each(lambda rank: message)
 
@@ -88,13 +97,27 @@ class RankProcesses:
         """To every other rank its own.
 
         Raises:
-            EngineError: a rank has gone.
+            OSError: a rank has gone.
         """
         for rank, sender in enumerate(self._senders, 1):
-            try:
-                sender.send(message_of(rank))
-            except OSError as error:
-                raise EngineError(f"rank {rank} is not there any more: {error.strerror}") from None
+            sender.send(message_of(rank))
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """What fails within because a rank has ended is said of that rank: a library knows only of a closed connection,
+        and may know it sooner. Usually this process has ended then, and nothing is said at all.
+
+        Raises:
+            EngineError: a rank has ended.
+        """
+        try:
+            yield
+        except EngineError:
+            raise
+        except Exception as error:
+            if not self._died.wait(_BLAME_SECONDS):
+                raise
+            raise EngineError(self._death) from error
 
     def close(self) -> None:
         """Ends them and waits for their exit."""
@@ -108,13 +131,13 @@ class RankProcesses:
                 process.kill()
                 process.wait()
 
-    def _watch(self, rank: int, process: subprocess.Popen[bytes], on_death: Callable[[], None]) -> None:
+    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         status = process.wait()
         if not self._closing:
-            log.error(
-                "error: rank %d (process %d) ended %s: so does the engine", rank, process.pid, _exit_words(status)
-            )
-            on_death()
+            self._death = self._death or f"rank {rank} (process {process.pid}) ended {_exit_words(status)}"
+            log.error("error: %s: so does the engine", self._death)
+            self._died.set()
+            self._on_death()
 
 
 class LeadingRunner:
@@ -128,14 +151,20 @@ class LeadingRunner:
         Raises:
             EngineError: a rank has gone.
         """
-        if any(isinstance(ask, AdapterUse) and ask.arrivals for ask in batch.asks):
-            self._others.send_each(lambda rank: encode_batch(_part_of(batch, rank)))
-        else:
-            self._others.send(encode_batch(batch))
-        self._runner.launch(batch)
+        with self._others.blamed():
+            if any(isinstance(ask, AdapterUse) and ask.arrivals for ask in batch.asks):
+                self._others.send_each(lambda rank: encode_batch(_part_of(batch, rank)))
+            else:
+                self._others.send(encode_batch(batch))
+            self._runner.launch(batch)
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
-        return self._runner.finished(keep)
+        """
+        Raises:
+            EngineError: a rank has gone.
+        """
+        with self._others.blamed():
+            yield from self._runner.finished(keep)
 
 
 def _part_of(batch: Batch, rank: int) -> Batch:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.distributed._symmetric_memory
 
+from paged_backend.batch import Batch, StepResult
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.life_line import wait_for_ranks
@@ -26,10 +28,11 @@ from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.kv_groups import group_layers
 from paged_backend.runner.builder import RunnerBuilder
 from paged_backend.runner.kv_store import PoolSize, of_smallest
-from paged_backend.runner.parallel import process_ranks
+from paged_backend.runner.parallel import process_ranks, rank_processes
 from paged_backend.runner.parallel.agreement import agreed
 from paged_backend.runner.parallel.channel import Receiver, Sender
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
+from paged_backend.runner.parallel.rank_processes import LeadingRunner, RankProcesses
 from paged_backend.runner.placement import device_of, devices_of, place_words
 from paged_kernels.rank_ops import Ranks
 from tests.oracle import save_checkpoint
@@ -243,6 +246,71 @@ def test_a_missing_message_is_noticed() -> None:
     sender.send(b"second")
     with pytest.raises(EngineError, match="message 1 of rank 0 came where 0 was due"):
         receiver.receive()
+
+
+@pytest.fixture
+def sleepers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], RankProcesses]]:
+    """Makes other ranks that do nothing. Their deaths end nobody."""
+    made: list[RankProcesses] = []
+
+    def spawn(rank: int, descriptor: int, model_name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
+
+    def make() -> RankProcesses:
+        made.append(RankProcesses(EngineConfig(tensor_parallel_size=3), on_death=lambda: None))
+        return made[-1]
+
+    monkeypatch.setattr(rank_processes, "_spawn", spawn)
+    yield make
+    for others in made:
+        for process in others._processes:
+            process.kill()
+        others.close()
+
+
+class _Broken:
+    """A runner whose steps fail, after something has happened."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        self._happens = happens
+
+    def launch(self, batch: Batch) -> None:
+        self._happens()
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
+        self._happens()
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+        yield
+
+
+@pytest.mark.parametrize("work", ["launch", "finished"])
+def test_what_fails_because_a_rank_has_ended_is_said_of_that_rank(
+    sleepers: Callable[[], RankProcesses], monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    monkeypatch.setattr(rank_processes, "encode_batch", lambda batch: b"a step")
+    others = sleepers()
+    pid = others.pids[1]
+    runner: Any = LeadingRunner(_Broken(lambda: os.kill(pid, signal.SIGKILL)), others)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=rf"^rank 2 \(process {pid}\) ended by signal 9$"):
+        runner.launch(SimpleNamespace(asks=())) if work == "launch" else list(runner.finished(0))
+
+
+def test_what_fails_while_all_ranks_live_is_its_own_fault(
+    sleepers: Callable[[], RankProcesses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_processes, "_BLAME_SECONDS", 0.05)
+    runner: Any = LeadingRunner(_Broken(lambda: None), sleepers())  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        list(runner.finished(0))
+
+
+def test_ranks_that_end_before_they_are_told_to_load_are_noticed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standby's: it would fail when it is needed."""
+    monkeypatch.setattr(rank_processes, "_spawn", lambda *of_rank: subprocess.Popen(["false"]))
+    died = threading.Event()
+    RankProcesses(EngineConfig(tensor_parallel_size=2), on_death=died.set)
+    assert died.wait(20)
 
 
 def test_the_end_of_an_engines_ranks_is_waited_for(tmp_path: Path) -> None:
