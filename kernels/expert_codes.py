@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.activation import activated
 from paged_kernels.experts import ExpertLinear, Experts, Gate, reaches_experts
 from paged_kernels.quant_tile import CODE_OF
 
@@ -29,12 +30,20 @@ def load_scales(at, known):
 
 
 @triton.jit
-def apply_gate(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """silu(gate) * up, or with a limit above 0 the clamped form: kernels/experts.py."""
+def apply_gate(gate, up, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """activation(gate) * up, or with a limit above 0 the clamped form, or without `up` activation(gate):
+    kernels/experts.py.
+    """
     if LIMIT > 0:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-    return gate / (1.0 + tl.exp(-ALPHA * gate)) * up
+    if ACTIVATION == "silu":
+        found = gate / (1.0 + tl.exp(-ALPHA * gate))
+    else:
+        found = activated(gate, ACTIVATION)
+    if GATED:
+        found = found * up
+    return found
 
 
 def format_constants(linear: ExpertLinear) -> dict[str, object]:
@@ -63,7 +72,13 @@ def parameters(linear: ExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...
 
 
 def gate_constants(gate: Gate) -> dict[str, object]:
-    return {"INTERLEAVED": gate.interleaved, "LIMIT": gate.limit or 0.0, "ALPHA": gate.alpha}
+    return {
+        "GATED": gate.gated,
+        "INTERLEAVED": gate.interleaved,
+        "ACTIVATION": gate.activation,
+        "LIMIT": gate.limit or 0.0,
+        "ALPHA": gate.alpha,
+    }
 
 
 def check_experts(x: torch.Tensor, experts: Experts) -> None:
@@ -73,7 +88,7 @@ def check_experts(x: torch.Tensor, experts: Experts) -> None:
     """
     hidden, size = x.shape[1], experts.down.num_columns
     for name, linear, rows, columns in (
-        ("gate_up", experts.gate_up, 2 * size, hidden),
+        ("gate_up", experts.gate_up, experts.gate.num_products * size, hidden),
         ("down", experts.down, hidden, size),
     ):
         if linear.num_rows != rows or linear.num_columns != columns:

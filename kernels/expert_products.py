@@ -122,13 +122,14 @@ def _finished(
 def _products_kernel(
     x, weight, scale, zero, row_scale, bias, order, tiles, pair_weights, out, num_tiles, x_stride, out_stride,
     N: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    STAGES: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
-    ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GATED: out[place] = gate(weight . x[token of place]). Otherwise out[pair of place] = its weight * (weight .
-    x[place]). K, BLOCK and GROUP are in bytes, or numbers of a plain weight.
+    """FIRST: out[place] = gate(weight . x[token of place]), of two products if GATED. Or else out[pair of place] = its
+    weight * (weight . x[place]). K, BLOCK and GROUP are in bytes, or numbers of a plain weight.
     """
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
@@ -146,7 +147,7 @@ def _products_kernel(
             place = tl.load(tile + 1) + tl.arange(0, TOKENS)
             known = tl.arange(0, TOKENS) < tl.load(tile + 2)
             pair = tl.load(order + place, mask=known, other=0)
-            source = pair // TOP_K if GATED else place
+            source = pair // TOP_K if FIRST else place
             row = (item % num_blocks) * ROWS + tl.arange(0, ROWS)
             there = row < N
             of_row = 2 * row if INTERLEAVED else row
@@ -197,7 +198,8 @@ def _products_kernel(
                 total_up = _finished(
                     total_up, of_scale, of_rows, of_bias, of_up, there, CODES, GROUPED, ROW_SCALES, BIAS
                 )
-                total = apply_gate(total, total_up, LIMIT, ALPHA)
+            if FIRST:
+                total = apply_gate(total, total_up, GATED, ACTIVATION, LIMIT, ALPHA)
                 target = place
             else:
                 total *= tl.load(pair_weights + pair, mask=known, other=0.0)[None, :]
@@ -297,7 +299,7 @@ def add_experts(
     packed = any(linear.format.codes != "plain" for linear in (experts.gate_up, experts.down))
     first, second = (
         shape or product_shape(pairs, linear, gated=gated, element_bytes=x.element_size(), packed=packed)
-        for linear, gated in ((experts.gate_up, True), (experts.down, False))
+        for linear, gated in ((experts.gate_up, experts.gate.gated), (experts.down, False))
     )
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty(max_tiles(pairs, experts.num_experts, first.tokens), 3, dtype=torch.int32, device=x.device)
@@ -325,12 +327,12 @@ def _multiply_tiles(
     num_programs: int, *, top_k: int, gate: Gate | None, launch_pdl: bool,
 ) -> None:  # fmt: skip
     order, tiles, weights = grouped
-    rows, constants = out.shape[1], gate_constants(gate or Gate())
+    rows, constants = out.shape[1], gate_constants(gate or Gate(gated=False))
     items = len(tiles) * triton.cdiv(rows, shape.rows)
     _products_kernel[(min(items, num_programs * shape.in_place_of_one),)](
         x, *parameters(linear, x), order, tiles, weights, out, len(tiles), x.stride(0), out.stride(0),
         N=rows, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=shape.block, STAGES=shape.stages,
-        GATED=gate is not None,
+        FIRST=gate is not None,
         **format_constants(linear), **constants, LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear.format),
         PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip

@@ -104,8 +104,8 @@ def _gate_up_kernel(
     x, expert_ids, weight, scale, zero, row_scale, bias, out,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
-    ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of one chosen expert's gated vector: out[choice, N]."""
     pdl_release(LAUNCH_PDL)
@@ -117,35 +117,44 @@ def _gate_up_kernel(
     pdl_wait(LAUNCH_PDL)
     expert = tl.load(expert_ids + choice).to(tl.int64)
     num_scales: tl.constexpr = SCALE_ROWS * ((K + GROUP - 1) // GROUP)
-    weight += expert * (2 * N * K)
+    num_rows: tl.constexpr = 2 * N if GATED else N
+    weight += expert * (num_rows * K)
     scale += expert * num_scales
     zero += expert * num_scales
-    row_scale += expert * (2 * N)
-    bias += expert * (2 * N)
+    row_scale += expert * num_rows
+    bias += expert * num_rows
     gate_parts = tl.zeros([ROWS, BLOCK // LANES], tl.float32)
     up_parts = tl.zeros([ROWS, BLOCK // LANES], tl.float32)
     w = _fetched(weight, of_gate, there, 0, K, BLOCK)
-    u = _fetched(weight, of_up, there, 0, K, BLOCK)
+    u = w
+    if GATED:
+        u = _fetched(weight, of_up, there, 0, K, BLOCK)
     for begin in tl.static_range(0, K, BLOCK):
         next_w, next_u = w, u
         if begin + BLOCK < K:
             next_w = _fetched(weight, of_gate, there, begin + BLOCK, K, BLOCK)
-            next_u = _fetched(weight, of_up, there, begin + BLOCK, K, BLOCK)
+            if GATED:
+                next_u = _fetched(weight, of_up, there, begin + BLOCK, K, BLOCK)
         gate_parts += _partial_sums(
             w, x, scale, zero, of_gate, there, begin,
             K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
         )  # fmt: skip
-        up_parts += _partial_sums(
-            u, x, scale, zero, of_up, there, begin,
-            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
-        )  # fmt: skip
+        if GATED:
+            up_parts += _partial_sums(
+                u, x, scale, zero, of_up, there, begin,
+                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+            )  # fmt: skip
         w, u = next_w, next_u
     gate = tl.sum(gate_parts, 1) * _scales_of_rows(scale, row_scale, of_gate, there, ROWS, CODES, GROUPED, ROW_SCALES)
-    up = tl.sum(up_parts, 1) * _scales_of_rows(scale, row_scale, of_up, there, ROWS, CODES, GROUPED, ROW_SCALES)
+    up = tl.sum(up_parts, 1)
+    if GATED:
+        up *= _scales_of_rows(scale, row_scale, of_up, there, ROWS, CODES, GROUPED, ROW_SCALES)
     if BIAS:
         gate += tl.load(bias + of_gate, mask=there, other=0.0).to(tl.float32)
-        up += tl.load(bias + of_up, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + choice * N + row, apply_gate(gate, up, LIMIT, ALPHA).to(out.dtype.element_ty), mask=there)
+        if GATED:
+            up += tl.load(bias + of_up, mask=there, other=0.0).to(tl.float32)
+    found = apply_gate(gate, up, GATED, ACTIVATION, LIMIT, ALPHA)
+    tl.store(out + choice * N + row, found.to(out.dtype.element_ty), mask=there)
 
 
 @kernel

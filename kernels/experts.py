@@ -35,7 +35,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class Gate:
-    """What an expert makes of its gate and up products: silu(gate) * up, or gpt-oss's clamped form, which has a limit.
+    """What an expert makes of its gate and up products: activation(gate) * up, or gpt-oss's clamped form, which has a
+    limit; or activation(up) of its one product, if it is not gated.
 
     With a limit: gate is at most `limit`, up between -limit and limit, and the result is gate * sigmoid(alpha * gate) *
         (up + 1).
@@ -44,6 +45,13 @@ class Gate:
     limit: float | None = None
     alpha: float = 1.0
     interleaved: bool = False  # rows of gate and up alternate; otherwise all of gate's come first
+    activation: str = "silu"  # one of reference_layers.py's ACTIVATIONS; with a limit silu alone
+    gated: bool = True
+
+    @property
+    def num_products(self) -> int:
+        """Rows of the first matrix, for each number that comes out."""
+        return 2 if self.gated else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +148,7 @@ class Experts:
     router: Linear  # [E, hidden]
     correction: Tensor | None  # float32 [E], added to the scores for the choice alone
     routing: Routing
-    gate_up: ExpertLinear  # [E, 2 intermediate, hidden]
+    gate_up: ExpertLinear  # [E, gate.num_products * intermediate, hidden]
     gate: Gate
     down: ExpertLinear  # [E, hidden, intermediate]
     partial: bool = False  # the answer is this rank's part of a sum over ranks (rank_ops.py)

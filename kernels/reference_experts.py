@@ -9,7 +9,7 @@ from torch.nn import functional
 from paged_kernels.codes import dequantise
 from paged_kernels.experts import ExpertLinear, Experts, Gate, Routing
 from paged_kernels.norm_value import Norm
-from paged_kernels.reference_layers import LayerOps
+from paged_kernels.reference_layers import ACTIVATIONS, LayerOps
 
 
 class ExpertOps(LayerOps):
@@ -65,10 +65,13 @@ def choose_experts(logits: Tensor, correction: Tensor | None, routing: Routing) 
 
 
 def apply_gate(gate_up: Tensor, gate: Gate) -> Tensor:
-    """[T, 2 n] -> [T, n]."""
+    """[T, 2 n] -> [T, n], or [T, n] -> [T, n] if it is not gated."""
+    activation = ACTIVATIONS[gate.activation]
+    if not gate.gated:
+        return activation(gate_up)
     first, up = (gate_up[:, ::2], gate_up[:, 1::2]) if gate.interleaved else gate_up.chunk(2, dim=-1)
     if gate.limit is None:
-        return functional.silu(first) * up
+        return activation(first) * up
     first, up = first.clamp(max=gate.limit), up.clamp(-gate.limit, gate.limit)
     return first * torch.sigmoid(gate.alpha * first) * (up + 1)
 

@@ -10,6 +10,12 @@ from paged_kernels.codes import dequantise, quantise
 from paged_kernels.experts import MXFP4, ExpertLinear, Experts, Gate, Routing, stack_linears
 from paged_kernels.linear import Format, Linear
 
+ACTIVATIONS = {  # of float64 numbers, written out
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+}
 # as experts are published, and as they are rounded while they are loaded; groups are smaller, as the layers are
 SMALL_FORMATS = {
     "mxfp4": MXFP4,
@@ -62,8 +68,8 @@ def expert_layer(
         correction=randn(num_experts, scale=0.3).float() if correction else None,
         routing=routing,
         gate_up=ExpertLinear(
-            randn(num_experts, 2 * size, hidden, scale=hidden**-0.5),
-            randn(num_experts, 2 * size, scale=0.5) if bias else None,
+            randn(num_experts, gate.num_products * size, hidden, scale=hidden**-0.5),
+            randn(num_experts, gate.num_products * size, scale=0.5) if bias else None,
         ),
         gate=gate,
         down=ExpertLinear(
@@ -117,12 +123,15 @@ def gated(experts: Experts, expert: int, x: torch.Tensor) -> torch.Tensor:
     product = x @ matrix(experts.gate_up, expert).T
     if experts.gate_up.bias is not None:
         product = product + experts.gate_up.bias[expert].double()
+    activation = ACTIVATIONS[experts.gate.activation]
+    if not experts.gate.gated:
+        return activation(product)
     size = product.shape[1] // 2
     gate, up = (
         (product[:, ::2], product[:, 1::2]) if experts.gate.interleaved else (product[:, :size], product[:, size:])
     )
     if experts.gate.limit is None:
-        return gate / (1 + torch.exp(-gate)) * up
+        return activation(gate) * up
     gate, up = gate.clamp(max=experts.gate.limit), up.clamp(min=-experts.gate.limit, max=experts.gate.limit)
     return gate / (1 + torch.exp(-experts.gate.alpha * gate)) * (up + 1)
 

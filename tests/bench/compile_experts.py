@@ -142,7 +142,8 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
         gated = part == "gate_up"
         shape = expert_products.product_shape(num_tokens * top_k, linear, gated=gated)
         constants = {"N": size if gated else hidden, "TOP_K": top_k, "TOKENS": shape.tokens, "ROWS": shape.rows}
-        constants |= {"BLOCK": shape.block, "STAGES": shape.stages, "GATED": gated, **_gate(gated and hidden == size)}
+        constants |= {"BLOCK": shape.block, "STAGES": shape.stages, "FIRST": gated, **_gate(gated and hidden == size)}
+        constants |= {"GATED": gated}
         constants |= {
             **expert_codes.format_constants(linear),
             "LAUNCH_PDL": True,

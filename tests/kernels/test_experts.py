@@ -23,6 +23,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # an expert's gated vector and answer are rounded once each, and their sum
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 3e-6}
 SWIGLU, CLAMPED = Gate(), Gate(limit=0.5, alpha=1.702, interleaved=True)
+GEGLU, RELU2 = Gate(activation="gelu_tanh"), Gate(activation="relu2", gated=False)
+GATES = {"swiglu": (SWIGLU, False), "clamped and bias": (CLAMPED, True), "geglu and bias": (GEGLU, True)}
+GATES |= {"gelu": (Gate(activation="gelu"), False), "relu2": (RELU2, False), "relu2 and bias": (RELU2, True)}
+GATES |= {"gated relu2": (Gate(activation="relu2"), False)}
 HIDDEN, SIZE, EXPERTS, TOP_K = 32, 32, 8, 3
 FEW = Routing(TOP_K, "softmax", renormalised=True)
 TILE = ProductShape(tokens=16, rows=16, block=32, stages=2, num_warps=1)
@@ -86,7 +90,7 @@ def test_a_lone_token_is_normed_on_the_way_to_the_router(routing: Routing) -> No
     torch.testing.assert_close(weights, expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("gate", "bias"), [(SWIGLU, False), (CLAMPED, True)], ids=["swiglu", "clamped and bias"])
+@pytest.mark.parametrize(("gate", "bias"), GATES.values(), ids=GATES)
 @pytest.mark.parametrize("kind", ["spread", "the same for all", "some get none"])
 @pytest.mark.parametrize("num_tokens", [1, 19])
 def test_products_of_ragged_groups_equal_float64(num_tokens: int, kind: str, gate: Gate, bias: bool) -> None:
@@ -102,7 +106,9 @@ def test_products_of_ragged_groups_equal_float64(num_tokens: int, kind: str, gat
 
 @pytest.mark.parametrize("format", SMALL_FORMATS.values(), ids=SMALL_FORMATS)
 @pytest.mark.parametrize(
-    ("num_tokens", "gate", "bias"), [(1, SWIGLU, False), (7, CLAMPED, True)], ids=["one, swiglu", "7, clamped and bias"]
+    ("num_tokens", "gate", "bias"),
+    [(1, SWIGLU, False), (7, CLAMPED, True), (1, RELU2, True), (7, RELU2, False)],
+    ids=["one, swiglu", "7, clamped and bias", "one, relu2 and bias", "7, relu2"],
 )
 def test_products_with_packed_weights_equal_those_with_their_numbers(
     num_tokens: int, format: Format, gate: Gate, bias: bool

@@ -124,7 +124,7 @@ class MoeMlp:
         """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over."""
         norm, shared = self.residual.before, None
         if self.shared_gate_up is not None:
-            shared = at.products.norm_gated_linear(x, norm, self.shared_gate_up)
+            shared = at.products.norm_gated_linear(x, norm, self.shared_gate_up, self.spec.gate.activation)
         if shared is not None and self.shared_scale is not None:
             shared = shared * at.ops.norm_linear(x, norm, self.shared_scale).sigmoid()
         if self.residual.is_plain:

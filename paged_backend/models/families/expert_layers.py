@@ -12,16 +12,18 @@ from paged_backend.models.layer_spec import LayerSpec, MlpSpec, MoeSpec
 
 
 def with_experts(layers: Sequence[LayerSpec], moe: MoeSpec, sparse: Sequence[bool]) -> tuple[LayerSpec, ...]:
-    """The layers, with experts in the place of the dense perceptron where `sparse` says so.
+    """The layers, with experts in the place of the dense perceptron where `sparse` says so; they have its activation.
 
     Raises:
-        EngineError: the router is asked for more experts, or more groups of them, than there are; or their activation
-            is not silu.
+        EngineError: the router is asked for more experts, or more groups of them, than there are; or a clamped gate has
+            another activation than silu.
     """
     _check_routing(moe)
     for layer in layers:
-        if isinstance(layer.mlp, MlpSpec) and layer.mlp.activation != "silu":
-            raise EngineError(f"hidden_act: {layer.mlp.activation} is not supported for experts; supported: silu")
+        if isinstance(layer.mlp, MlpSpec):
+            moe = replace(moe, gate=replace(moe.gate, activation=layer.mlp.activation))
+    if moe.gate.limit is not None and moe.gate.activation != "silu":
+        raise EngineError(f"hidden_act: {moe.gate.activation} is not supported for a clamped gate; supported: silu")
     return tuple(
         replace(layer, mlp=moe) if has_experts else layer for layer, has_experts in zip(layers, sparse, strict=True)
     )

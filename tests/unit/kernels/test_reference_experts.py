@@ -13,7 +13,14 @@ from paged_kernels.reference import reference
 from tests.expert_cases import expert_layer, gated, routing_cases, written_out
 
 HIDDEN, SIZE, EXPERTS = 16, 12, 8
-GATES = {"swiglu": Gate(), "clamped": Gate(limit=0.5, alpha=1.702, interleaved=True)}
+GATES = {
+    "swiglu": Gate(),
+    "clamped": Gate(limit=0.5, alpha=1.702, interleaved=True),
+    "geglu": Gate(activation="gelu"),
+    "geglu with tanh": Gate(activation="gelu_tanh"),
+    "relu2": Gate(activation="relu2"),
+    "relu2 without a gate": Gate(activation="relu2", gated=False),
+}
 
 
 @pytest.fixture

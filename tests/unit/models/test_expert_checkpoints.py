@@ -41,6 +41,15 @@ def load(folder: Path) -> Weights:
     return weights
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu2"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_experts_have_the_activation_that_the_config_names(name: str, activation: str, tmp_path: Path) -> None:
+    """The shared one and the layers without experts, too."""
+    folder = save(tmp_path, name, hidden_act=activation)
+    prompts = random_prompts((3, 20))
+    assert Driver(load_runner(folder)).generate(prompts, 8, chunk=7) == Oracle(folder).greedy(prompts, 8)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_experts_stored_together_are_those_stored_one_by_one(name: str, tmp_path: Path) -> None:
     """Published files have them one by one; transformers 5 keeps them together and saves them so when it is told to."""
