@@ -101,23 +101,6 @@ def reaches_experts(format: Format) -> bool:
     return group == 0 or (group >= 16 and group & (group - 1) == 0)
 
 
-def stack_linears(linears: list[Linear]) -> ExpertLinear:
-    """Those of expert 0, 1, …, of one shape and one format, in new memory."""
-
-    def stacked(tensors: list[Tensor | None]) -> Tensor | None:
-        found = [tensor for tensor in tensors if tensor is not None]
-        return torch.stack(found) if found else None
-
-    return ExpertLinear(
-        torch.stack([linear.weight for linear in linears]),
-        stacked([linear.bias for linear in linears]),
-        linears[0].format,
-        stacked([linear.scale for linear in linears]),
-        stacked([linear.zero for linear in linears]),
-        stacked([linear.row_scale for linear in linears]),
-    )
-
-
 def empty_experts(
     num_experts: int,
     num_rows: int,

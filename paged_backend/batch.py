@@ -205,11 +205,6 @@ class Batch:
     def num_tokens(self) -> int:
         return int(self.counts.sum())
 
-    @property
-    def decode_only(self) -> bool:
-        """Every sequence computes its newest token and nothing else."""
-        return bool((self.counts == 1).all() and self.samples.all())
-
     def ask(self, kind: type[A]) -> A | None:
         """The ask of that kind; None: nobody asks."""
         return next((ask for ask in self.asks if isinstance(ask, kind)), None)

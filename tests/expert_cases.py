@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from paged_kernels.codes import dequantise, quantise
-from paged_kernels.experts import MXFP4, ExpertLinear, Experts, Gate, Routing, stack_linears
+from paged_kernels.experts import MXFP4, ExpertLinear, Experts, Gate, Routing
 from paged_kernels.linear import Format, Linear
 
 ACTIVATIONS = {  # of float64 numbers, written out
@@ -94,6 +94,23 @@ def on(experts: Experts, device: torch.device, dtype: torch.dtype | None = None)
     correction = None if experts.correction is None else experts.correction.to(device)
     return replace(
         experts, router=router, correction=correction, gate_up=linear(experts.gate_up), down=linear(experts.down)
+    )
+
+
+def stack_linears(linears: list[Linear]) -> ExpertLinear:
+    """Those of expert 0, 1, …, of one shape and one format, in new memory."""
+
+    def stacked(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.stack(found) if found else None
+
+    return ExpertLinear(
+        torch.stack([linear.weight for linear in linears]),
+        stacked([linear.bias for linear in linears]),
+        linears[0].format,
+        stacked([linear.scale for linear in linears]),
+        stacked([linear.zero for linear in linears]),
+        stacked([linear.row_scale for linear in linears]),
     )
 
 

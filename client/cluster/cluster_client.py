@@ -103,11 +103,6 @@ class ClusterClient:
         """Requests that another server was asked before their first token."""
         return self._way.num_asked_anew
 
-    async def tokenizer_loaded(self) -> bool:
-        """Waits until it is known whether prompts are tokenised here."""
-        await asyncio.gather(*self._tasks[1:])
-        return isinstance(self._way.tokenizer, GatewayTokenizer)
-
     async def _load_tokenizer(self) -> None:
         """Once a server says what model it has; until then servers are asked to tokenise."""
         name = self._tokenizer_name

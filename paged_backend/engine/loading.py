@@ -26,7 +26,7 @@ from paged_backend.models.checkpoint import Checkpoint, open_checkpoint
 from paged_backend.models.generation_config import GenerationConfig, find_stop_ids, recommended_sampling
 from paged_backend.models.pooling_config import recommended_pooling
 from paged_backend.models.shard import Shard
-from paged_backend.models.tokenizer import export
+from paged_backend.models.tokenizer import export_tokenizer
 from paged_backend.runner.builder import build_runner
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
 from paged_backend.runner.parallel.rank_processes import LeadingRunner, RankProcesses, RankStart
@@ -157,7 +157,7 @@ def _open(config: EngineConfig, path: Path) -> tuple[Checkpoint, Path | None]:
     are read, which takes longest.
     """
     checkpoint = open_checkpoint(config)
-    tokenizer = export(checkpoint.folder, path)
+    tokenizer = export_tokenizer(checkpoint.folder, path)
     stop_ids = find_stop_ids(
         checkpoint.architecture, checkpoint.generation, None if tokenizer is None else tokenizer.eos_id
     )

@@ -28,13 +28,7 @@ class ExportedTokenizer:
     eos_id: int | None  # the tokenizer's own, with which answers end
 
 
-def export_tokenizer(folder: Path, path: Path) -> Path | None:
-    """As `export`, but returns its path alone."""
-    exported = export(folder, path)
-    return None if exported is None else exported.path
-
-
-def export(folder: Path, path: Path) -> ExportedTokenizer | None:
+def export_tokenizer(folder: Path, path: Path) -> ExportedTokenizer | None:
     """Writes the tokenizer that transformers loads from `folder` to `path`, as the Rust library's JSON; None if the
     folder has no tokenizer. If it has a chat template, that goes to chat_template.json beside it; the log tells a
     mistake in it.

@@ -70,7 +70,8 @@ def reader(
     """
     tmp_path.mkdir(exist_ok=True)
     tokenizer.save_pretrained(tmp_path / "checkpoint")
-    path = export_tokenizer(tmp_path / "checkpoint", tmp_path / "tokenizer.json")
+    path = tmp_path / "tokenizer.json"
+    export_tokenizer(tmp_path / "checkpoint", path)
     return PromptReader(
         EngineConfig.parse(options), Ready(str(path), len(tokenizer), max_model_len, 8192, 16, 512), render_here
     )

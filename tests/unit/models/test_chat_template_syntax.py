@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from paged_backend.models.chat_template_syntax import template_mistakes
-from paged_backend.models.tokenizer import export
+from paged_backend.models.tokenizer import export_tokenizer
 from tests.log_records import lines_logged_by
 from tests.small_tokenizers import byte_level
 
@@ -68,7 +68,7 @@ def test_the_log_names_the_file_when_the_tokenizer_is_loaded(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("paged"), "propagate", True)
     save(tmp_path, template)
-    assert export(tmp_path, tmp_path / "exported.json") is not None
+    assert export_tokenizer(tmp_path, tmp_path / "exported.json") is not None
     (line,) = lines_logged_by("tokenizer", caplog)
     assert line.startswith(source)
     assert line.endswith("the chat template 'default' cannot be used, requests with messages are refused")

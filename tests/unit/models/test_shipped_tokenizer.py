@@ -60,9 +60,8 @@ def checkpoint(folder: Path, tokenizer: Tokenizer, model_type: str, **config: An
 )
 def test_token_ids_are_those_of_the_shipped_file(tmp_path: Path, model_type: str, name: str, make: Any) -> None:
     tokenizer = make()
-    path = export_tokenizer(
-        checkpoint(tmp_path / "checkpoint", tokenizer, model_type, tokenizer_class=name), tmp_path / "exported.json"
-    )
+    path = tmp_path / "exported.json"
+    export_tokenizer(checkpoint(tmp_path / "checkpoint", tokenizer, model_type, tokenizer_class=name), path)
     exported = Tokenizer.from_file(str(path))
     for text in TEXTS:
         for special in (False, True):
@@ -98,7 +97,8 @@ def test_added_tokens_of_the_config_are_known_too(tmp_path: Path) -> None:
         tokenizer_class="PreTrainedTokenizerFast",
         added_tokens_decoder=added,
     )
-    path = export_tokenizer(folder, tmp_path / "exported.json")
+    path = tmp_path / "exported.json"
+    export_tokenizer(folder, path)
     known = Tokenizer.from_file(str(path)).get_added_tokens_decoder()
     assert [(known[token_id].content, known[token_id].special) for token_id in (turn, new)] == [
         ("<|turn|>", True),

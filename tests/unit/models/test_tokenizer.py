@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.models import tokenizer_files
-from paged_backend.models.tokenizer import export
+from paged_backend.models.tokenizer import export_tokenizer
 from tests.small_tokenizers import byte_level
 
 TEXTS = ["the answer", "to the question, wörld 日本語 😀", "  and\n so on"]
@@ -88,18 +88,18 @@ def save_tekken(folder: Path, **config: Any) -> None:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(EngineError) as caught:
-        export(folder, folder.parent / "tokenizer.json")
+        export_tokenizer(folder, folder.parent / "tokenizer.json")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_checkpoint_without_a_tokenizer_has_none(folder: Path) -> None:
-    assert export(folder, folder.parent / "tokenizer.json") is None
+    assert export_tokenizer(folder, folder.parent / "tokenizer.json") is None
 
 
 def test_tokenizer_json_is_exported_with_the_tokenizers_own_eos(folder: Path) -> None:
     save_byte_level(folder)
-    exported = export(folder, folder.parent / "tokenizer.json")
+    exported = export_tokenizer(folder, folder.parent / "tokenizer.json")
     assert exported is not None
     ours = Tokenizer.from_file(str(exported.path))
     assert [ours.encode(text).ids for text in TEXTS] == [byte_level().encode(text).ids for text in TEXTS]
@@ -147,7 +147,7 @@ def test_tokenizer_model_is_tokenised_as_transformers_does(folder: Path) -> None
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), **options
     )
-    exported = export(folder, folder.parent / "tokenizer.json")
+    exported = export_tokenizer(folder, folder.parent / "tokenizer.json")
     assert exported is not None
     assert exported.eos_id == 2
     ours, theirs = (
@@ -171,7 +171,7 @@ def test_tekken_json_is_tokenised_as_mistral_common_does(folder: Path) -> None:
     mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
     request = pytest.importorskip("mistral_common.protocol.instruct.request")
     save_tekken(folder)
-    exported = export(folder, folder.parent / "tokenizer.json")
+    exported = export_tokenizer(folder, folder.parent / "tokenizer.json")
     assert exported is not None
     theirs = mistral.MistralTokenizer.from_file(str(folder / "tekken.json"))
     raw = theirs.instruct_tokenizer.tokenizer

@@ -219,7 +219,8 @@ def test_the_template_takes_parts_and_refuses_other_roles(tiny_folder: Path) -> 
 def test_the_server_reads_messages_as_training_does(
     tiny_folder: Path, tmp_path: Path, some: list[Conversation]
 ) -> None:
-    path = export_tokenizer(tiny_folder, tmp_path / "tokenizer.json")
+    path = tmp_path / "tokenizer.json"
+    export_tokenizer(tiny_folder, path)
     reader = PromptReader(EngineConfig.parse({}), Ready(str(path), 4096, 2048, 8192, 16, 512))
 
     def read(said: list[dict[str, str]], **options: Any) -> list[int]:
