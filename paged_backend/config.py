@@ -17,7 +17,7 @@ from paged_backend.units import read_bytes
 
 DEMO_MODEL = "demo"
 
-MODEL_PROPOSERS = ("draft", "mtp")
+MODEL_PROPOSERS = ("draft", "mtp", "eagle3")
 """Kinds of speculation that a model guesses for."""
 
 Bytes = Annotated[int, BeforeValidator(lambda value: read_bytes(value) if isinstance(value, str) else value)]
@@ -144,16 +144,16 @@ class EngineConfig(BaseModel):
         description="Longest time in milliseconds that text which is ready may wait to be joined with later text "
         "when the sender falls behind.",
     )
-    speculation: Literal["off", "ngram", "draft", "mtp"] = Field(
+    speculation: Literal["off", "ngram", "draft", "mtp", "eagle3"] = Field(
         "off",
         description="Guess a sequence's next tokens and check them in one step; no token changes. ngram: what came "
         "after the same words earlier in its text. draft: what draft_model would say. mtp: what the "
-        "checkpoint's layer of multi-token prediction says.",
+        "checkpoint's layer of multi-token prediction says. eagle3: what the EAGLE-3 head in draft_model says.",
     )
     draft_model: str = Field(
         "",
-        description="Folder of a small checkpoint with the model's vocabulary, which guesses for speculation=draft. "
-        "Its weights, and its K and V beside the model's, take memory.",
+        description="Folder of a small checkpoint with the model's vocabulary, which guesses for speculation=draft, "
+        "or of an EAGLE-3 head. Its weights, and its K and V beside the model's, take memory.",
     )
     num_speculative_tokens: int = Field(
         4, ge=1, le=15, description="Guesses of a sequence in a step, at most; fewer while they are wrong."
@@ -257,9 +257,11 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _a_proposer_has_its_checkpoint(self) -> EngineConfig:
-        if (self.speculation == "draft") != bool(self.draft_model):
-            missing = f"is unused with speculation={self.speculation}" if self.draft_model else "is empty"
-            raise ValueError(f"draft_model: {missing}; speculation=draft and a draft_model go together")
+        if (self.speculation in ("draft", "eagle3")) != bool(self.draft_model):
+            unused = f"is unused with speculation={self.speculation}; speculation=draft or eagle3 takes one"
+            raise ValueError(
+                f"draft_model: {unused if self.draft_model else f'is empty; speculation={self.speculation} needs one'}"
+            )
         if self.speculation in MODEL_PROPOSERS and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"speculation: {self.speculation} is for one GPU a replica, tensor_parallel_size must be 1, not "

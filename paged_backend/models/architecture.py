@@ -21,6 +21,7 @@ from paged_backend.models.quantization.quantization import MXFP4, Quantization
 from paged_backend.models.quantization.reading import read_quantization
 from paged_backend.models.shard import Cut, Shard, padded_rows, vocabulary_cut
 
+_CONFIG = "config.json"
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -123,15 +124,18 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         EngineError: the file is missing or broken, or asks for something that is not supported; the sentence names it.
     """
-    path = folder / "config.json"
-    content = read_json(path)
-    kind = checked(ConfigKind, content, path.name)
-    family = _family_of(kind)
+    content = read_json(folder / _CONFIG)
+    return architecture_of(folder, content, _family_of(checked(ConfigKind, content, _CONFIG)))
+
+
+def architecture_of(folder: Path, content: dict[str, Any], family: Family) -> Architecture:
+    """As `read_architecture`, of a config.json whose family is known."""
+    kind = checked(ConfigKind, content, _CONFIG)
     if family.has_other_parts:
         part = language_part(content, tied_head=family.tied_head, may_be_flat=family.may_be_flat)
     else:
         part = content
-    file = checked(family.config, part, path.name)
+    file = checked(family.config, part, _CONFIG)
     config = _transformers_config(family, file)
     _check_options(config)
     layers, quantization = family.layers(config), _quantization(folder, content, kind, family)

@@ -14,14 +14,16 @@ from tokenizers import Tokenizer
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.architecture import Architecture, read_architecture
+from paged_backend.models.eagle3 import Eagle3, allocate_eagle3, read_eagle3
 from paged_backend.models.mtp import MTP_LAYER, allocate_mtp, mtp_architecture
 from paged_backend.models.rope import check_rope
+from paged_backend.models.weight_files import find_tensors
 from paged_backend.models.weights import allocate_weights, settle_weights
 
 _TOKENIZER = "tokenizer.json"
 
 
-Kind = Literal["draft", "mtp"]
+Kind = Literal["draft", "mtp", "eagle3"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class ProposerCheckpoint:
     folder: Path
     architecture: Architecture
     warning: str = ""  # a sentence for the operator
+    eagle: Eagle3 | None = None  # of an EAGLE-3 head
 
 
 def open_proposer(config: EngineConfig, target: Architecture, target_folder: Path) -> ProposerCheckpoint | None:
@@ -45,7 +48,28 @@ def open_proposer(config: EngineConfig, target: Architecture, target_folder: Pat
         return _open_other_model(config, target, target_folder)
     if config.speculation == "mtp":
         return _open_mtp(config, target, target_folder)
+    if config.speculation == "eagle3":
+        return _open_eagle3(config, target)
     return None
+
+
+def _open_eagle3(config: EngineConfig, target: Architecture) -> ProposerCheckpoint:
+    folder = _folder(config)
+    try:
+        architecture, eagle = read_eagle3(folder, target)
+        if config.load_format == "auto":
+            stored = find_tensors(folder)
+            allocate_eagle3(architecture, eagle, stored, torch.float32, torch.device("meta")).check(folder)
+    except EngineError as error:
+        raise EngineError(f"draft_model: {error}") from None
+    return ProposerCheckpoint("eagle3", folder, architecture, eagle=eagle)
+
+
+def _folder(config: EngineConfig) -> Path:
+    folder = Path(config.draft_model).expanduser()
+    if not folder.is_dir():
+        raise EngineError(f"draft_model: no folder {config.draft_model}")
+    return folder
 
 
 def _open_mtp(config: EngineConfig, target: Architecture, folder: Path) -> ProposerCheckpoint:
@@ -62,9 +86,7 @@ def _open_mtp(config: EngineConfig, target: Architecture, folder: Path) -> Propo
 
 
 def _open_other_model(config: EngineConfig, target: Architecture, target_folder: Path) -> ProposerCheckpoint:
-    folder = Path(config.draft_model).expanduser()
-    if not folder.is_dir():
-        raise EngineError(f"draft_model: no folder {config.draft_model}")
+    folder = _folder(config)
     try:
         architecture = read_architecture(folder)
         for rope in architecture.ropes.values():

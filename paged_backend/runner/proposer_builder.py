@@ -7,14 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from paged_backend.config import EngineConfig
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.checkpoint import Checkpoint
 from paged_backend.models.decoder import Decoder
+from paged_backend.models.eagle3 import Eagle3Head, Eagle3Weights, allocate_eagle3
 from paged_backend.models.mtp import MtpHead, allocate_mtp
+from paged_backend.models.proposal_head import ProposalHead
 from paged_backend.models.proposer_checkpoint import Kind, ProposerCheckpoint
 from paged_backend.models.rope import rope_tensors
 from paged_backend.models.step import LayerPages, StepShape
+from paged_backend.models.weight_files import find_tensors
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_backend.runner.kv_store import PoolSize, allocate_kv_store, page_bytes_of
 from paged_backend.runner.make_ops import make_ops, with_formats_of
@@ -128,12 +133,47 @@ class MtpBuilder(ProposerBuilder):
 
     def _assemble(self, ops: Ops, kv_pages: Sequence[LayerPages], max_len: int, target: Target) -> Proposer:
         ropes = rope_tensors(self._architecture.ropes, max_len, self._place.device)
-        head = MtpHead(self._weights, target.weights, ops, ropes)
-        tapped = target.decoder.tap(head.taps, target.max_tokens)
-        return HeadProposer(head, ops, kv_pages[0], tapped, target.rows, max_len)
+        return _on(target, MtpHead(self._weights, target.weights, ops, ropes), ops, kv_pages[0], max_len)
 
 
-_BUILDERS: Mapping[Kind, type[ProposerBuilder]] = {"draft": DraftModelBuilder, "mtp": MtpBuilder}
+class Eagle3Builder(ProposerBuilder):
+    words = "EAGLE-3 head"
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._allocate(torch.device("meta")).num_bytes
+
+    def _allocate(self, device: torch.device) -> Eagle3Weights:
+        folder, eagle = self._checkpoint.folder, self._checkpoint.eagle
+        assert eagle is not None
+        stored = find_tensors(folder) if self._config.load_format == "auto" else {}
+        return allocate_eagle3(self._architecture, eagle, stored, self._place.dtype, device)
+
+    def _read(self, target: Weights, tell: Callable[[str], None]) -> str:
+        self._weights = self._allocate(self._place.device)
+        if self._config.load_format == "dummy":
+            self._weights.randomise(self._architecture.initializer_range, self._config.seed)
+        else:
+            self._weights.load(self._checkpoint.folder, len(target.embedding))
+        return f"weights: {spell_bytes(self._weights.num_bytes)}"
+
+    def _assemble(self, ops: Ops, kv_pages: Sequence[LayerPages], max_len: int, target: Target) -> Proposer:
+        eagle = self._checkpoint.eagle
+        assert eagle is not None
+        ropes = rope_tensors(self._architecture.ropes, max_len, self._place.device)
+        return _on(target, Eagle3Head(self._weights, eagle, target.weights, ops, ropes), ops, kv_pages[0], max_len)
+
+
+def _on(target: Target, head: ProposalHead, ops: Ops, pages: LayerPages, max_len: int) -> Proposer:
+    tapped = target.decoder.tap(head.taps, target.max_tokens)
+    return HeadProposer(head, ops, pages, tapped, target.rows, max_len)
+
+
+_BUILDERS: Mapping[Kind, type[ProposerBuilder]] = {
+    "draft": DraftModelBuilder,
+    "mtp": MtpBuilder,
+    "eagle3": Eagle3Builder,
+}
 
 
 def builder_of(

@@ -135,7 +135,7 @@ def test_its_memory_is_a_part_of_the_pool(target: Path, small: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"speculation": "draft"}, r"draft_model: is empty; speculation=draft and a draft_model go together"),
+        ({"speculation": "draft"}, r"draft_model: is empty; speculation=draft needs one"),
         ({"draft_model": "x"}, r"draft_model: is unused with speculation=off"),
         (
             {"speculation": "draft", "draft_model": "x", "tensor_parallel_size": 2},
