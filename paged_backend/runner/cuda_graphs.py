@@ -33,6 +33,7 @@ from paged_backend.runner.transfers import Sampled
 
 T = TypeVar("T")
 _CAPTURED_FEATURES = (0, Feature.RANDOM, Feature.RANDOM | Feature.TRUNCATE)
+_OBSERVED = -1  # beside the kinds of sampling: no features have it
 _PROGRESS_SECONDS = 1.0
 _FIRST_DECODES = 8  # steps of up to so many decodes are captured before the first request
 _MOST_PADDING = 4  # until a shape is captured, its steps run in one of up to so many times its tokens
@@ -182,8 +183,13 @@ class StepGraphs:
             )
             for shape in shapes
         }
+        self._observe: Callable[[StepTensors], None] | None = None
         self._waiting = list(shapes)  # to be captured, the next first
         self._graphs_of_next: Iterator[None] = iter(())  # of the shape that is being captured
+
+    def capture_also(self, observe: Callable[[StepTensors], None]) -> None:
+        """From now on each shape has one more graph: what a proposer does with a step that was sampled."""
+        self._observe = observe
 
     @property
     def num_waiting(self) -> int:
@@ -229,6 +235,13 @@ class StepGraphs:
         graph, sampled = captured
         graph.replay()
         return sampled
+
+    def observe(self, shape: StepShape) -> bool:
+        """What `capture_also` was told of, after `sample`. False: it is not captured."""
+        found = self._steps[shape].samplings.get(_OBSERVED)
+        if found is not None:
+            found[0].replay()
+        return found is not None
 
     def run_all(self, tell: Callable[[str], None]) -> None:
         """Runs a step of padding in each shape, the largest first: that compiles kernels and makes libraries choose
@@ -281,10 +294,14 @@ class StepGraphs:
             yield
 
     def _works(self, captured: _Captured) -> dict[int | None, Callable[[], Any]]:
-        """What there is to capture of a shape, in order: None: the forward pass; features: such sampling."""
+        """What there is to capture of a shape, in order: None: the forward pass; features: such sampling; _OBSERVED:
+        what a proposer does with it.
+        """
         works: dict[int | None, Callable[[], Any]] = {None: partial(self._forward, captured)}
         for features in _CAPTURED_FEATURES:
             works[features] = partial(self._sampler.sample, captured.logits, captured.sampling(features), self._rows)
+        if self._observe is not None:
+            works[_OBSERVED] = partial(self._observe, captured.step)
         return works
 
     def _forward(self, captured: _Captured) -> Tensor:

@@ -18,13 +18,14 @@ from torch import Tensor
 from paged_backend.batch import Batch, StepResult
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.decoder import Decoder
-from paged_backend.models.step import LayerPages, StepShape
+from paged_backend.models.step import LayerPages, StepShape, StepTensors
 from paged_backend.runner.adapter_store import AdapterStore
 from paged_backend.runner.ask_table import room_of
 from paged_backend.runner.asks import ComputedStep
 from paged_backend.runner.cuda_graphs import DeviceCapture, StepGraphs
 from paged_backend.runner.later_captures import LaterCaptures
 from paged_backend.runner.proposer import Proposer
+from paged_backend.runner.proposer_graphs import ProposalGraphs
 from paged_backend.runner.sampler import Sampler, prompt_tokens_at_once
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
@@ -90,6 +91,7 @@ class ModelRunner:
         left to `later`.
         """
         started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
+        capture = DeviceCapture()
         logits = self._kv_pages[0].tensor.new_empty(
             (max(shape.num_outputs for shape in shapes), self.architecture.num_logits), dtype=self._decoder.dtype
         )
@@ -101,12 +103,18 @@ class ModelRunner:
             shapes,
             self.limits.max_model_len,
             logits,
-            DeviceCapture(),
+            capture,
         )
+        if self._proposer is not None:
+            self._graphs.capture_also(self._proposer.observe)
         self._graphs.run_all(tell)
         torch.cuda.synchronize()
         now = shapes[::-1] if first is None else first
         self._graphs.capture(now)
+        if self._proposer is not None:
+            proposals = ProposalGraphs(self._proposer, self._rows, capture)
+            proposals.capture()
+            self._rows.propose_with(proposals.propose)
         torch.cuda.synchronize()
         taken = (free - torch.cuda.mem_get_info()[0]) / 2**20
         later = f"; {len(shapes) - len(now)} more while serving" if len(now) < len(shapes) else ""
@@ -186,7 +194,11 @@ class ModelRunner:
         found = tuple(room_of(ask).compute(ask, ComputedStep(self, hidden, sampled)) for ask in batch.asks)
         self._in_flight.append(self._result_buffers.send_back(batch, plan.output_indices, sampled, found))
         if self._proposer is not None:
-            self._proposer.observe(step)
+            self._observe(self._proposer, step, captured)
+
+    def _observe(self, proposer: Proposer, step: StepTensors, captured: StepShape | None) -> None:
+        if self._graphs is None or captured is None or not self._graphs.observe(captured):
+            proposer.observe(step)
 
     def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
         """The oldest steps with their results, until only `keep` are in flight. Waits for the device where it must."""

@@ -110,6 +110,10 @@ class DeviceRows:
         self._propose, self.num_drafts = propose, num_drafts
         self.lengths = self._zeros(self.num_rows)
 
+    def propose_with(self, propose: Propose) -> None:
+        """From now on it makes the drafts, as many."""
+        self._propose = propose
+
     def copy_pages_also(self, copy_pages: Callable[[Tensor], None]) -> None:
         """Pages lie in a second store, too, in which this does a batch's page_copies."""
         first = self._copy_pages
