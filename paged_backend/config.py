@@ -144,11 +144,12 @@ class EngineConfig(BaseModel):
         description="Longest time in milliseconds that text which is ready may wait to be joined with later text "
         "when the sender falls behind.",
     )
-    speculation: Literal["off", "ngram", "draft", "mtp", "eagle3"] = Field(
+    speculation: Literal["off", "ngram", "draft", "mtp", "eagle3", "auto"] = Field(
         "off",
         description="Guess a sequence's next tokens and check them in one step; no token changes. ngram: what came "
         "after the same words earlier in its text. draft: what draft_model would say. mtp: what the "
-        "checkpoint's layer of multi-token prediction says. eagle3: what the EAGLE-3 head in draft_model says.",
+        "checkpoint's layer of multi-token prediction says. eagle3: what the EAGLE-3 head in draft_model says. "
+        "auto: the best of these that there is, as far as it is measured to pay.",
     )
     draft_model: str = Field(
         "",
@@ -257,12 +258,13 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _a_proposer_has_its_checkpoint(self) -> EngineConfig:
-        if (self.speculation in ("draft", "eagle3")) != bool(self.draft_model):
-            unused = f"is unused with speculation={self.speculation}; speculation=draft or eagle3 takes one"
+        needed = self.speculation in ("draft", "eagle3")
+        if self.speculation != "auto" and needed != bool(self.draft_model):
+            unused = f"is unused with speculation={self.speculation}; speculation=draft, eagle3 or auto takes one"
             raise ValueError(
                 f"draft_model: {unused if self.draft_model else f'is empty; speculation={self.speculation} needs one'}"
             )
-        if self.speculation in MODEL_PROPOSERS and self.tensor_parallel_size > 1:
+        if (self.draft_model or self.speculation in MODEL_PROPOSERS) and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"speculation: {self.speculation} is for one GPU a replica, tensor_parallel_size must be 1, not "
                 f"{self.tensor_parallel_size}"

@@ -73,7 +73,7 @@ def load_engine(
     runner, stepped = _build(config, checkpoint, directory, others, captures_later)
     limits = runner.limits
     scheduler = Scheduler(
-        _scheduler_limits(config, limits),
+        _scheduler_limits(config, limits, drafts_from_text=checkpoint.proposer is None),
         guides=GrammarMasks(Grammars(tokenizer_path, limits.vocab_size, limits.eos_ids)),
         adapters=None
         if runner.adapter_slots is None
@@ -161,11 +161,14 @@ def _open(config: EngineConfig, path: Path) -> tuple[Checkpoint, Path | None]:
     stop_ids = find_stop_ids(
         checkpoint.architecture, checkpoint.generation, None if tokenizer is None else tokenizer.eos_id
     )
+    if config.speculation == "auto":
+        made = "the text itself" if checkpoint.proposer is None else f"a model ({checkpoint.proposer.kind})"
+        log.info("speculation=auto: drafts are made by %s", made)
     log.info("%s", _about_ends(stop_ids, None if tokenizer is None else path))
     return replace(checkpoint, eos_ids=tuple(stop_ids)), None if tokenizer is None else path
 
 
-def _scheduler_limits(config: EngineConfig, limits: RunnerLimits) -> SchedulerLimits:
+def _scheduler_limits(config: EngineConfig, limits: RunnerLimits, drafts_from_text: bool) -> SchedulerLimits:
     return SchedulerLimits(
         page_size=config.page_size,
         num_pages=limits.num_pages,
@@ -182,6 +185,8 @@ def _scheduler_limits(config: EngineConfig, limits: RunnerLimits) -> SchedulerLi
         seed=config.seed,
         windows=limits.windows,
         num_drafts=config.num_drafts,
+        drafts_from_text=drafts_from_text,
+        drafts_must_pay=config.speculation == "auto",
     )
 
 

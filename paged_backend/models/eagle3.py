@@ -74,6 +74,12 @@ class Eagle3:
     target_vocab_size: int
 
 
+def is_eagle3(folder: Path) -> bool:
+    """Whether a checkpoint is a head, and no model of its own."""
+    path = folder / "config.json"
+    return path.is_file() and (read_json(path).get("architectures") or ["none"])[0] in _ARCHITECTURES
+
+
 def read_eagle3(folder: Path, target: Architecture) -> tuple[Architecture, Eagle3]:
     """A head as a model of one layer and of its own vocabulary.
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.architecture import Architecture, read_architecture
-from paged_backend.models.eagle3 import Eagle3, allocate_eagle3, read_eagle3
+from paged_backend.models.eagle3 import Eagle3, allocate_eagle3, is_eagle3, read_eagle3
 from paged_backend.models.mtp import MTP_LAYER, allocate_mtp, mtp_architecture
 from paged_backend.models.rope import check_rope
 from paged_backend.models.weight_files import find_tensors
@@ -50,7 +50,23 @@ def open_proposer(config: EngineConfig, target: Architecture, target_folder: Pat
         return _open_mtp(config, target, target_folder)
     if config.speculation == "eagle3":
         return _open_eagle3(config, target)
+    if config.speculation == "auto":
+        return _open_best(config, target, target_folder)
     return None
+
+
+def _open_best(config: EngineConfig, target: Architecture, target_folder: Path) -> ProposerCheckpoint | None:
+    """What is asked for, or comes with the target and can be computed."""
+    if config.draft_model:
+        if is_eagle3(_folder(config)):
+            return _open_eagle3(config, target)
+        return _open_other_model(config, target, target_folder)
+    if config.tensor_parallel_size > 1:
+        return None
+    try:
+        return _open_mtp(config, target, target_folder)
+    except EngineError:  # there is none, or none that can be served
+        return None
 
 
 def _open_eagle3(config: EngineConfig, target: Architecture) -> ProposerCheckpoint:

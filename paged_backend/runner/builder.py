@@ -353,7 +353,7 @@ class RunnerBuilder:
             copy_pages,
             num_groups,
         )
-        if config.speculation == "ngram":
+        if config.num_drafts and self._checkpoint.proposer is None:
             rows.speculate(ops.propose_ngram, config.num_drafts)
         largest_step = max(config.max_batched_tokens, max(shape.num_tokens for shape in self._shapes))
         adapted = (

@@ -23,6 +23,8 @@ class SchedulerLimits:
     eos_ids: tuple[int, ...] = ()
     seed: int = 0
     num_drafts: int = 0  # of a row in a step, at most; 0: no speculation
+    drafts_from_text: bool = False  # they are copied from the row's own tokens: a text that repeats nothing has none
+    drafts_must_pay: bool = False  # it is measured whether steps with drafts bring more tokens a second
     # tokens that each KV group keeps of a sequence, the largest first; None: all
     windows: tuple[int | None, ...] = (None,)
 

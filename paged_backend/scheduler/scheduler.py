@@ -171,6 +171,8 @@ class Scheduler:
             self._running.expect(rows, drafts.counts)
             counts = counts + drafts.counts
         self._step += 1
+        if self._speculation.measures:
+            self._speculation.begins(self._step, self._clock())
         return Batch(
             step=self._step,
             rows=rows,
@@ -186,6 +188,8 @@ class Scheduler:
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in what a step brought, in the order of steps."""
+        if self._speculation.measures:
+            self._speculation.ends(batch, self._clock())
         return self._commit.commit(batch, result)
 
     def refusals(self) -> StepOutput | None:

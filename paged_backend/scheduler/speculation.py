@@ -3,8 +3,9 @@
 Drafts are guesses at a sequence's next tokens, which the device makes (kernels/ngram.py) and checks: a draft is
 right if it is the token that is sampled there anyway, with the random number that its position has. So no token ever
 depends on whether there were drafts, how many, or how good they were; only how soon it comes does. That leaves this
-room free to decide by what pays: drafts get what the others leave of a step's budget and of the pages, and a sequence
-whose drafts are wrong pauses, longer each time.
+room free to decide by what pays: drafts get what the others leave of a step's budget and of the pages, a text that does
+not repeat itself has none from itself (repetition.py), a sequence whose drafts are wrong pauses, longer each time, and
+where it is to be found out whether drafts pay at all, they are had as far as they do (step_costs.py).
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import MOST_DRAFTING, Drafts, Feature
+from paged_backend.batch import MOST_DRAFTING, Batch, Drafts, Feature
 from paged_backend.messages import Submit
 from paged_backend.scheduler.features import SchedulerFeature
 from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.repetition import num_alike
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
+from paged_backend.scheduler.step_costs import StepCosts
 
-_LONGEST_PAUSE = 15  # steps
+_LONGEST_PAUSE = 15  # steps that might have had drafts
+_LONGEST_IF_IT_MUST_PAY = 63
+_LATEST = 0.2  # what the newest draft counts
+_UNKNOWN_SHARE = 0.5
+_FORGOTTEN = 0.01  # of the share, towards _UNKNOWN_SHARE, with each step whose drafts would not have paid
 # What comes next depends on all tokens before, and the host must know them.
 _KEEPS_STILL = Feature.GUIDED | Feature.BEAM
 
@@ -32,8 +39,10 @@ class _Pace:
 
     most: int
     now: int
+    longest_pause: int
     pause: int = 0  # steps without any, from now on
     next_pause: int = 1
+    share: float = _UNKNOWN_SHARE  # of the drafts after right ones that are right, too, lately
 
     def next(self) -> int:
         if self.pause:
@@ -47,7 +56,14 @@ class _Pace:
             self.now, self.next_pause = self.most, 1
         elif num_drafts:
             self.now, self.pause = 1, self.next_pause
-            self.next_pause = min(2 * self.next_pause + 1, _LONGEST_PAUSE)
+            self.next_pause = min(2 * self.next_pause + 1, self.longest_pause)
+        for _ in range(num_right):
+            self.share += _LATEST * (1 - self.share)
+        if num_right < num_drafts:
+            self.share -= _LATEST * self.share
+
+    def forget(self) -> None:
+        self.share += _FORGOTTEN * (_UNKNOWN_SHARE - self.share)
 
 
 class Speculation(SchedulerFeature):
@@ -55,9 +71,12 @@ class Speculation(SchedulerFeature):
 
     def __init__(self, limits: SchedulerLimits, running: RunningSequences) -> None:
         self._most = limits.num_drafts
+        self._from_text = limits.drafts_from_text
         self._budget = limits.max_batched_tokens
         self._running = running
         self._paces: dict[Sequence, _Pace] = {}
+        self._costs = StepCosts(limits.num_drafts) if limits.drafts_must_pay else None  # None: drafts are had anyway
+        self.measures = limits.drafts_must_pay  # `begins` and `ends` are to be called
         self.in_use = False  # some living sequence may have drafts
         self.num_proposed = 0
         self.num_accepted = 0
@@ -70,7 +89,8 @@ class Speculation(SchedulerFeature):
         # one is over with a token; of the other a token may be replaced when it is known
         if sampling.pooling is not None or sampling.max_thinking_tokens is not None:
             return False
-        self._paces[sequence] = _Pace(self._most, self._most)
+        longest_pause = _LONGEST_PAUSE if self._costs is None else _LONGEST_IF_IT_MUST_PAY
+        self._paces[sequence] = _Pace(self._most, self._most, longest_pause)
         self.in_use = True
         return True
 
@@ -86,32 +106,63 @@ class Speculation(SchedulerFeature):
         drafts = np.zeros_like(counts)
         if len(rows) <= MOST_DRAFTING and bool((counts == 1).all()):
             left = self._budget - len(rows)
-            for entry, row in enumerate(rows.tolist()):
-                if left > 0:
-                    drafts[entry] = self._drafts_of(row, left)
+            for entry, (row, wanted) in enumerate(zip(rows.tolist(), self._wanted(rows), strict=True)):
+                if wanted and left > 0:
+                    drafts[entry] = self._with_pages(row, min(wanted, left))
                     left -= int(drafts[entry])
         return Drafts(drafts, unsure) if drafts.any() or unsure.any() else None
 
-    def _drafts_of(self, row: int, most: int) -> int:
-        """So many that the row reaches neither its limit nor the end of its pages, even if all of those in flight are
-        right.
-        """
-        table = self.rows
-        runner = table.sequences[row]
-        pace = None if runner is None else self._paces.get(runner)
+    def _wanted(self, rows: Int32) -> list[int]:
+        """Drafts of each row, as far as they pay."""
+        wanted = [self._wanted_of(row) for row in rows.tolist()]
+        if self._costs is None or not any(wanted):
+            return wanted
+        paces = [self._pace_of(row) for row in rows.tolist()]
+        most = self._costs.most_drafts(wanted, [0.0 if pace is None else pace.share for pace in paces])
+        if not most:
+            for pace, num_drafts in zip(paces, wanted, strict=True):
+                if pace is not None and num_drafts:
+                    pace.forget()
+        return [min(num_drafts, most) for num_drafts in wanted]
+
+    def _wanted_of(self, row: int) -> int:
+        """So many that the row does not reach its limit, even if all of those in flight are right."""
+        table, pace = self.rows, self._pace_of(row)
         start = int(table.num_computed[row])
         if pace is None or table.num_tokens[row] != start + 1:
             return 0
+        most = int(table.length_limit[row]) - 2 - start
+        if self._from_text:
+            most = min(most, num_alike(table.token_ids[row, : table.num_known[row]]) - 1)
+        return min(pace.next(), most) if most > 0 else 0
+
+    def _pace_of(self, row: int) -> _Pace | None:
+        runner = self.rows.sequences[row]
+        return None if runner is None else self._paces.get(runner)
+
+    def _with_pages(self, row: int, wanted: int) -> int:
+        """As many of the drafts as the row can have pages for, even if all of those in flight are right."""
+        table = self.rows
+        runner, start = table.sequences[row], int(table.num_computed[row])
         assert runner is not None
-        wanted = min(pace.next(), most, int(table.length_limit[row]) - 2 - start)
         while wanted > 0 and table.capacity[row] < start + 1 + wanted:
             room, groups = self._running.pages.pool.num_available, len(self._running.pages.windows)
             if room < self._running.headroom() + groups or not self._running.append_page(runner):
                 wanted = int(table.capacity[row]) - start - 1
         return max(wanted, 0)
 
+    def begins(self, step: int, now: float) -> None:
+        """A step is about to be launched."""
+        assert self._costs is not None
+        self._costs.begins(step, now)
+
+    def ends(self, batch: Batch, now: float) -> None:
+        """Its result is here."""
+        assert self._costs is not None
+        self._costs.ends(batch, now)
+
     def note(self, sequence: Sequence, num_drafts: int, num_right: int) -> None:
-        """A step's result is here."""
+        """How many of a sequence's drafts were right in a step."""
         pace = self._paces.get(sequence)
         if pace is not None:
             pace.note(num_drafts, num_right)

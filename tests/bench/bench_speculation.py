@@ -1,7 +1,9 @@
-"""What n-gram speculation saves: the embedded model on texts that repeat themselves and on a text that does not, with
-speculation and without, in one run, taking turns. Prints JSON lines: tokens a second of each, steps, drafts.
+"""What speculation saves: the embedded model on texts that repeat themselves and on texts that do not, with each kind
+of speculation and without, in one run, taking turns. Prints JSON lines: tokens a second of each, drafts.
 
     python -m tests.bench.bench_speculation --device cpu --rounds 5
+
+Beside other work, --clock cpu counts the seconds that this process has computed, with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,27 +29,31 @@ from paged_backend.request import SamplingParams
 STORY = "<|user|>Tell me a story about a fox and a lantern.<|end|><|assistant|>"
 
 
-def load(device: str, num_drafts: int, max_model_len: int) -> Engine:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def load(device: str, speculation: str, num_drafts: int, max_model_len: int) -> Engine:
     options: dict[str, object] = {"device": device, "max_model_len": max_model_len, "max_num_sequences": 64}
     options |= {"prefix_cache": False, "num_pages": 64 * max_model_len // 16}
-    if num_drafts:
-        options |= {"speculation": "ngram", "num_speculative_tokens": num_drafts}
+    options |= {"speculation": speculation, "num_speculative_tokens": num_drafts}
     engine, *_ = load_engine(EngineConfig.parse(options), Path(tempfile.mkdtemp()))
     return engine
 
 
-def answer(engine: Engine, prompts: list[Int32], sampling: SamplingParams) -> tuple[list[list[int]], float]:
+def answer(
+    engine: Engine, prompts: list[Int32], sampling: SamplingParams, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[list[int]], float]:
     """The answers' tokens, and the seconds from the first token on."""
     tokens: list[list[int]] = [[] for _ in prompts]
     for request_id, prompt in enumerate(prompts):
         engine.submit(Submit(request_id, prompt.tobytes(), sampling, (), "", time.monotonic()))
-    begun = time.perf_counter()
+    begun = clock()
     while not engine.idle:
         for output in engine.step():
-            begun = begun if any(tokens) else time.perf_counter()
+            begun = begun if any(tokens) else clock()
             for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
                 tokens[request_id].append(token)
-    return tokens, time.perf_counter() - begun
+    return tokens, clock() - begun
 
 
 def workloads(engine: Engine, max_tokens: int) -> dict[str, tuple[Int32, SamplingParams]]:
@@ -61,6 +68,7 @@ def workloads(engine: Engine, max_tokens: int) -> dict[str, tuple[Int32, Samplin
     return {
         "a story begun again": (np.concatenate([story, np.array(told[0], np.int32), story, begun]), greedy),
         "in circles": (story, circles),
+        "a story": (story, greedy),
         "drawn tokens": (story, free),
     }
 
@@ -72,29 +80,37 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=4, help="num_speculative_tokens")
     parser.add_argument("--max-tokens", type=int, default=300)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4], help="at once")
+    parser.add_argument("--kinds", nargs="+", default=["ngram", "auto"], help="values of speculation")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
-    engines = {"off": load(args.device, 0, 1024), "ngram": load(args.device, args.drafts, 1024)}
+    engines = {kind: load(args.device, kind, args.drafts, 1024) for kind in ("off", *args.kinds)}
     for name, (prompt, sampling) in workloads(engines["off"], args.max_tokens).items():
         for num_sequences in args.sequences:
-            prompts = [prompt] * num_sequences
-            rates: dict[str, list[float]] = {kind: [] for kind in engines}
-            before = engines["ngram"].stats()
-            told = {}
-            for number in range(args.rounds + 1):
-                for kind, engine in engines.items():
-                    told[kind], seconds = answer(engine, prompts, sampling)
-                    if number:  # the first is to warm up
-                        rates[kind].append((sum(map(len, told[kind])) - num_sequences) / seconds)
-            after = engines["ngram"].stats()
-            assert told["off"] == told["ngram"], "speculation changed a token"
-            off, on = (statistics.median(rates[kind]) for kind in ("off", "ngram"))
-            row = {"bench": "speculation", "text": name, "sequences": num_sequences, "tokens": len(told["off"][0])}
-            row |= {"off_tokens_per_s": round(off), "ngram_tokens_per_s": round(on), "times": round(on / off, 2)}
-            row |= {
-                "proposed": (after.drafts_proposed - before.drafts_proposed) // (args.rounds + 1),
-                "accepted": (after.drafts_accepted - before.drafts_accepted) // (args.rounds + 1),
-            }
-            print(json.dumps(row), flush=True)
+            row = {"bench": "speculation", "text": name, "sequences": num_sequences}
+            print(json.dumps(row | compare(engines, [prompt] * num_sequences, sampling, args)), flush=True)
+
+
+def compare(
+    engines: dict[str, Engine], prompts: list[Int32], sampling: SamplingParams, args: argparse.Namespace
+) -> dict[str, object]:
+    """Tokens a second of each engine, the first one's times; drafts of a round."""
+    rates: dict[str, list[float]] = {kind: [] for kind in engines}
+    before = {kind: engine.stats() for kind, engine in engines.items()}
+    told = {}
+    for number in range(args.rounds + 1):
+        for kind, engine in engines.items():
+            told[kind], seconds = answer(engine, prompts, sampling, CLOCKS[args.clock])
+            assert told[kind] == told["off"], f"speculation={kind} changed a token"
+            if number:  # the first is to warm up
+                rates[kind].append((sum(map(len, told[kind])) - len(prompts)) / seconds)
+    off = statistics.median(rates["off"])
+    row: dict[str, object] = {"tokens": len(told["off"][0]), "off_tokens_per_s": round(off)}
+    for kind in args.kinds:
+        after = engines[kind].stats()
+        row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 2)
+        row[f"{kind}_proposed"] = (after.drafts_proposed - before[kind].drafts_proposed) // (args.rounds + 1)
+        row[f"{kind}_accepted"] = (after.drafts_accepted - before[kind].drafts_accepted) // (args.rounds + 1)
+    return row
 
 
 if __name__ == "__main__":

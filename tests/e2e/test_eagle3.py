@@ -202,6 +202,14 @@ def test_no_token_depends_on_it(target: Path, tmp_path: Path, sampling: dict[str
     assert engine.stats().drafts_proposed > 0 and engine.stats().num_preemptions > 0
 
 
+def test_auto_knows_a_head_from_a_model(target: Path, tmp_path: Path) -> None:
+    head, _ = head_of("other layers", tmp_path)
+    for folder, kind in ((head, "eagle3"), (target, "draft")):
+        options = {"model": str(target), "speculation": "auto", "draft_model": str(folder)}
+        found = open_checkpoint(EngineConfig.parse(options)).proposer
+        assert found is not None and found.kind == kind
+
+
 def test_by_default_it_reads_a_low_a_middle_and_a_high_layer(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "target", "LlamaForCausalLM", num_hidden_layers=12)
     options = {"speculation": "eagle3", "draft_model": str(save_head(tmp_path / "head", 3))}

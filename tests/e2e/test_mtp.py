@@ -151,6 +151,18 @@ def test_a_checkpoint_without_such_a_layer_is_refused(tmp_path: Path) -> None:
         open_checkpoint(config)
 
 
+def test_auto_takes_what_the_checkpoint_brings(folder: Path, tmp_path: Path) -> None:
+    def proposer(checkpoint: Path, **options: object) -> str | None:
+        found = open_checkpoint(EngineConfig.parse({"model": str(checkpoint), "speculation": "auto", **options}))
+        return None if found.proposer is None else found.proposer.kind
+
+    plain = save_checkpoint(tmp_path / "plain", "Glm4MoeForCausalLM", **(OPTIONS | {"num_nextn_predict_layers": 0}))
+    assert proposer(folder) == "mtp"
+    assert proposer(folder, tensor_parallel_size=2) is None
+    assert proposer(folder, draft_model=str(plain)) == "draft"
+    assert proposer(plain) is None
+
+
 def test_a_layer_that_is_not_there_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     folder = save_with_mtp(tmp_path, own_ends=False)
     path = folder / "model.safetensors"

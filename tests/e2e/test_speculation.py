@@ -208,15 +208,19 @@ def test_a_stop_token_inside_a_run_ends_it(plain: Drafting, drafting: Drafting) 
         assert_same(drafting.ask(prompts, NUM_DRAFTS, 1, temperature=0.0, stop_token_ids=stops), expected)
 
 
+@pytest.mark.parametrize("speculation", ["ngram", "auto"])
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"seed": 3, "temperature": 0.4}], ids=["greedy", "seeded"])
-def test_guesses_from_the_text_change_no_token(checkpoint: Path, tmp_path: Path, sampling: dict[str, object]) -> None:
+def test_guesses_from_the_text_change_no_token(
+    checkpoint: Path, tmp_path: Path, speculation: str, sampling: dict[str, object]
+) -> None:
     prompts = [np.concatenate([prompt, prompt[:7], prompt[:5]]) for prompt in random_prompts(LENGTHS)]
     options = {"max_num_sequences": 8, "num_pages": 64, "page_size": 16, "max_model_len": 256}
     asked = {"max_tokens": 60, "ignore_eos": True, "frequency_penalty": -1.0} | sampling
     expected = answers(load(checkpoint, tmp_path, **options), prompts, **asked)
-    engine = load(checkpoint, tmp_path, speculation="ngram", num_speculative_tokens=5, debug_checks=True, **options)
+    engine = load(checkpoint, tmp_path, speculation=speculation, num_speculative_tokens=5, debug_checks=True, **options)
     assert answers(engine, prompts, **asked) == expected
     stats = engine.stats()
-    assert stats.drafts_proposed > stats.drafts_accepted > 0
+    if speculation == "ngram":  # whether drafts pay depends on the machine
+        assert stats.drafts_proposed > stats.drafts_accepted > 0
     assert answers(engine, prompts, speculation="off", **asked) == expected
     assert engine.stats().drafts_proposed == stats.drafts_proposed, "a request that wants no drafts had some"

@@ -32,6 +32,8 @@ class Scheduling(RuleBasedStateMachine):
         windows=st.sampled_from([(None,), (None,), (5,), (None, 5), (None, 9, 1), (7, 2, 2)]),
         num_drafts=st.sampled_from([0, 0, 1, 3, 8]),
         quality=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        drafts_from_text=st.booleans(),
+        drafts_must_pay=st.booleans(),
     )
     def start(
         self,
@@ -46,6 +48,8 @@ class Scheduling(RuleBasedStateMachine):
         windows: tuple[int | None, ...],
         num_drafts: int,
         quality: float,
+        drafts_from_text: bool,
+        drafts_must_pay: bool,
     ) -> None:
         num_pages = -(-max_model_len // page_size) * len(windows) + spare_pages
         self.now = 0.0
@@ -63,8 +67,11 @@ class Scheduling(RuleBasedStateMachine):
             eos_ids=(EOS,),
             windows=windows,
             num_drafts=num_drafts,
+            drafts_from_text=drafts_from_text,
+            drafts_must_pay=drafts_must_pay,
         )
-        self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
+        self.random = np.random.default_rng(num_pages)
+        self.scheduler = Scheduler(self.limits, clock=self.clock)
         propose = Proposer(quality, 97, windows)
         self.runner = SimulatedRunner(
             rows, num_pages, page_size, max_model_len, budget, windows=windows, propose=propose
@@ -76,6 +83,11 @@ class Scheduling(RuleBasedStateMachine):
         self.searches: dict[int, list[list[int]]] = {}
         self.widths: dict[int, int] = {}
         self.arrival_index = 0
+
+    def clock(self) -> float:
+        """Steps take what they take, some longer than others."""
+        self.now += float(self.random.exponential(0.001))
+        return self.now
 
     @rule(
         prompt=st.lists(st.integers(6, 8), min_size=1, max_size=39),  # few tokens: many common prefixes

@@ -124,3 +124,16 @@ def test_an_empty_folder_that_an_uninstallation_left_behind_is_no_model_reposito
     (tmp_path / "paged_model_repository").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert (demo_model_folder() / "config.json").is_file()
+
+
+def test_a_draft_model_is_for_those_who_ask_it() -> None:
+    small = {"draft_model": "/models/small"}
+    for speculation in ("draft", "auto"):
+        assert EngineConfig.parse({"speculation": speculation} | small).num_drafts == 4
+        with pytest.raises(EngineError, match="tensor_parallel_size"):
+            EngineConfig.parse({"speculation": speculation, "tensor_parallel_size": 2} | small)
+    assert EngineConfig.parse({"speculation": "auto", "tensor_parallel_size": 2}).num_drafts == 4
+    assert EngineConfig.parse({"num_speculative_tokens": 3}).num_drafts == 0
+    for options in ({"speculation": "draft"}, {"speculation": "ngram"} | small, small):
+        with pytest.raises(EngineError, match="draft_model"):
+            EngineConfig.parse(options)

@@ -1,0 +1,76 @@
+"""How far a text repeats itself at its end is what the proposer finds there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paged_backend.scheduler.repetition import LONGEST, SEARCHED, SHORTEST, num_alike
+from paged_kernels import reference_rows
+from paged_kernels.reference import reference
+
+
+def ends_alike(tokens: list[int]) -> int:
+    """As num_alike, one place after another."""
+    best = 0
+    for place in range(1, len(tokens)):
+        alike = 0
+        while alike < min(LONGEST, place) and tokens[place - 1 - alike] == tokens[-1 - alike]:
+            alike += 1
+        best = max(best, alike)
+    return best if best >= SHORTEST else 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([], 0),
+        ([1], 0),
+        ([1, 1], 0),
+        ([1, 1, 1], 2),
+        ([1, 2, 3, 1, 2], 2),
+        ([2, 3, 1, 2], 0),
+        ([1, 2, 3, 4, 9, 2, 3, 4], 3),
+        ([5] * 40, LONGEST),
+        (list(range(20)) * 2, LONGEST),
+    ],
+    ids=str,
+)
+def test_it_counts_the_tokens_that_come_again(tokens: list[int], expected: int) -> None:
+    assert num_alike(np.array(tokens, np.int32)) == expected
+
+
+@given(st.lists(st.integers(0, 2), max_size=40))
+def test_it_is_what_a_search_of_every_place_finds(tokens: list[int]) -> None:
+    assert num_alike(np.array(tokens, np.int32)) == ends_alike(tokens)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
+def test_the_proposer_copies_from_a_place_where_so_many_are_alike(tokens: list[int]) -> None:
+    """Where none are it repeats the newest token."""
+    history = torch.full((1, len(tokens) + 1), -1, dtype=torch.int32)
+    history[0, :-1] = torch.tensor(tokens)
+    one = torch.ones(1, dtype=torch.int32)
+    reference.propose_ngram(history, one * len(tokens), one * 0, one)
+    draft, alike = int(history[0, -1]), num_alike(np.array(tokens, np.int32))
+    if not alike:
+        assert draft == tokens[-1]
+    else:
+        places = [place for place in range(alike, len(tokens)) if tokens[place - alike : place] == tokens[-alike:]]
+        assert draft == tokens[places[-1]]
+
+
+def test_what_lies_too_far_back_is_not_seen() -> None:
+    text = np.arange(SEARCHED + 10, dtype=np.int32)
+    for first in (9, 10, 12):  # before the newest SEARCHED tokens lie the first ten of the text
+        tokens = text.copy()
+        tokens[-2:] = tokens[first : first + 2]
+        assert num_alike(tokens) == (2 if first >= 10 else 0)
+
+
+def test_its_limits_are_the_proposers() -> None:
+    kernels = reference_rows.NGRAM_LONGEST, reference_rows.NGRAM_SHORTEST, reference_rows.NGRAM_SEARCHED
+    assert kernels == (LONGEST, SHORTEST, SEARCHED)
