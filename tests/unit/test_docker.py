@@ -10,6 +10,8 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+from paged_backend.config import EngineConfig
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 EXTRAS = ("structured", "openai", "cluster", "bench", "tracing")
@@ -60,6 +62,15 @@ def test_compose_has_server_and_gateway_that_are_restarted_and_closed_to_network
     assert "HF_TOKEN" in services["server"]["environment"]
     assert any(word.startswith("--model=") for word in services["server"]["command"])
     assert services["gateway"]["environment"]["PAGED_API_KEY"].startswith("${PAGED_API_KEY:?")
+
+
+def test_compose_lets_the_server_have_several_gpus(compose: dict[str, Any]) -> None:
+    server = compose["services"]["server"]
+    (device,) = server["deploy"]["resources"]["reservations"]["devices"]
+    assert device["count"] == "${PAGED_NUM_GPUS:-1}"
+    for option in ("tensor_parallel_size", "replicas"):
+        default = EngineConfig.model_fields[option].default
+        assert f"--set={option}=${{PAGED_{option.upper()}:-{default}}}" in server["command"]
 
 
 def test_prometheus_asks_services_that_are_there(compose: dict[str, Any]) -> None:
