@@ -25,6 +25,8 @@ from tests.server.front_end_server import MODEL, WITH_FAKE_ENGINE, Answer, Front
 
 pytestmark = pytest.mark.server
 TOKENIZER = fake_engine.make_tokenizer()
+# what an unload may wait for in vain: 10 s for an engine's exit, 20 s for requests; else it takes 1.1 s an instance
+_NOBODY_WAITED_SECONDS = 9.0
 
 
 def _expected(prompt: str, num_tokens: int) -> str:
@@ -76,17 +78,18 @@ class _Streams:
 @pytest.mark.parametrize("instances", [1, 4])
 def test_streams_do_not_notice_that_their_engine_was_killed(tmp_path: Path, instances: int) -> None:
     with serving(tmp_path, instances=instances) as server:
-        prompts = [f"tokens=200 delay=0.01 {number}" for number in range(8)]
+        # the first of them still runs when the last has begun, on a busy machine too
+        prompts = [f"tokens=200 delay=0.05 {number}" for number in range(8)]
         streams = _Streams(server, prompts)
-        server.wait_for('paged_requests{state="running"}', 8)
+        server.wait_for('paged_requests{state="running"}', 8, seconds=20)
         os.kill(server.engine_pids()[0], signal.SIGKILL)
-        streams.wait(20)
+        streams.wait(60)
         for prompt, answer in zip(prompts, streams.answers, strict=True):
             assert answer.error is None
             assert answer.num_finals == 1
             assert answer.text == _expected(prompt, 200)
-        server.wait_for("paged_engine_restarts_total", 1)
-        assert server.unload() < 3 + 1.5 * instances
+        server.wait_for("paged_engine_restarts_total", 1, seconds=20)
+        assert server.unload() < _NOBODY_WAITED_SECONDS
         server.load()
         assert server.ask("tokens=3").text == _expected("tokens=3", 3)
 
@@ -135,7 +138,7 @@ def test_unload_is_quick_after_errors_and_cancellations(tmp_path: Path) -> None:
             server.wait_for('paged_requests{state="running"}', 10)
             client.stop_stream(cancel_requests=True)
         server.wait_for('paged_requests{state="running"}', 0)
-        assert server.unload() < 4
+        assert server.unload() < _NOBODY_WAITED_SECONDS
         assert server.engine_pids() == []
         assert not folder.exists()
 
@@ -208,7 +211,7 @@ def test_without_decoupled_responses_infer_works_streams_are_refused_and_the_unl
         refused = server.ask("tokens=3", stream=True)
         assert "stream: true is not possible" in str(refused.error)
         assert server.ask("tokens=3", stream=False, exclude_input_in_output=True).text == _expected("tokens=3", 3)
-        assert server.unload() < 6
+        assert server.unload() < _NOBODY_WAITED_SECONDS
 
 
 def test_a_partial_config_at_a_load_is_refused_in_a_sentence(tmp_path: Path) -> None:
