@@ -5,10 +5,10 @@ JSON report.
 
 In each round some front ends, processes of their own (tests/front_end_process.py), share a real engine with a model of
 one layer, which a nursery forks. All of them ask all the time, some for a grammar's words; and at random moments one is
-killed after another, with engines (SIGKILL, or SIGSTOP for ever), standbys and the processes that work on grammars
-between them, until one front end is left. No answer of those that live may be lost, refused, wrong or cut. When they
-have all theirs, no page may be held: the dead ones' requests must be forgotten. The last one leaves in peace or is
-killed: no process and, after peace, no file may be left.
+killed after another, with engines (SIGKILL, or SIGSTOP for ever), also one that has just been started, standbys, other
+ranks of both, and the processes that work on grammars between them, until one front end is left. No answer of those
+that live may be lost, refused, wrong or cut. When they have all theirs, no page may be held: the dead ones' requests
+must be forgotten. The last one leaves in peace or is killed: no process and, after peace, no file may be left.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from paged_backend.process_id import ProcessId
 from tests.chaos.chaotic_engine import Orders
 from tests.chaos.nursery import Nursery
 from tests.chaos.wishes import save_shallow
+from tests.e2e.test_rank_deaths import children_of
 from tests.front_end_process import FrontEndProcess
 
 _PROMPTS = [
@@ -44,6 +45,12 @@ _COUNTED = {
     "standby": "standbys killed",
     "grammar process": "grammar processes killed",
     "stopped engine": "engines stopped for ever",
+    "loading engine": "engines killed soon after a death",
+}
+_COUNTED_OF_RANKS = {
+    "rank": "other ranks killed",
+    "stopped rank": "other ranks stopped for ever",
+    "standby's rank": "standbys' ranks killed",
 }
 _STUCK_SECONDS = 60.0
 _GONE_SECONDS = 5.0
@@ -61,12 +68,13 @@ class Round:
         chance: random.Random,
         register: Path,
     ) -> None:
-        """folder: of the sockets. register: where engines write down that they were born (chaotic_engine.py)."""
+        """folder: of the sockets. register: where engines and ranks are written down (nursery.py)."""
         self.counts: Counter[str] = Counter({"pages held for the dead": 0, "processes left": 0, "files left": 0})
         self.faults: list[str] = []
         self._truth, self._chance, self._folder = truth, chance, folder
         self._register, self._register_at = register, register.stat().st_size
         key = uuid.uuid4().hex
+        self._ranks = options["tensor_parallel_size"] > 1
         self._living = [FrontEndProcess(key, count, folder, **options) for _ in range(count)]
         self._asked: dict[FrontEndProcess, list[str]] = {front_end: [] for front_end in self._living}
         self._processes: set[ProcessId] = set()  # engines and standbys
@@ -75,15 +83,16 @@ class Round:
         try:
             if self._wait("the front ends start", lambda: all(front_end.told for front_end in self._living)):
                 victims = ["front end"] * (len(self._living) - 1) + [
-                    "engine",
-                    "standby",
-                    "grammar process",
-                    "stopped engine",
+                    *_COUNTED,
+                    *(_COUNTED_OF_RANKS if self._ranks else ()),
                 ]
                 self._chance.shuffle(victims)
                 self._ask()
                 for victim in victims:
                     time.sleep(self._chance.choice([0.0, 0.05, 0.3, 0.8]))
+                    if victim == "loading engine":
+                        self._strike("engine")
+                        time.sleep(self._chance.choice([0.1, 0.3, 0.6]))
                     self._strike(victim)
                     self._ask()
                 self._check()
@@ -118,12 +127,27 @@ class Round:
             self.counts["front ends killed"] += 1
             return
         owner = next((front_end for front_end in self._living if front_end.told["owner"]), None)
-        pid = owner and (owner.told["standby"] if victim == "standby" else owner.told["engine"])
-        for process in _grammar_processes() if victim == "grammar process" else [pid] if pid else []:
+        pid = owner and (owner.told["standby"] if victim.startswith("standby") else owner.told["engine"])
+        victims = [pid] if pid else []
+        if victim == "grammar process":
+            victims = _grammar_processes()
+        elif victim in _COUNTED_OF_RANKS:
+            victims = [rank for of_engine in self._forked_by(pid) for rank in children_of(of_engine)][:1] if pid else []
+        for process in victims:
             self._processes.update(filter(None, [ProcessId.of(process)]))
             with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGSTOP if victim == "stopped engine" else signal.SIGKILL)
-                self.counts[_COUNTED[victim]] += 1
+                os.kill(process, signal.SIGSTOP if victim.startswith("stopped") else signal.SIGKILL)
+                self.counts[(_COUNTED | _COUNTED_OF_RANKS)[victim]] += 1
+
+    def _forked_by(self, stand_in: int) -> list[int]:
+        """The engine that the nursery has forked for it, if it is known."""
+        return [line["engine"] for line in self._registered("engine") if line["stand_in"] == stand_in]
+
+    def _registered(self, key: str) -> list[dict[str, Any]]:
+        """The lines of this round that tell of it."""
+        with self._register.open() as file:
+            file.seek(self._register_at)
+            return [line for line in map(json.loads, file) if key in line]
 
     def _check(self) -> None:
         def answered() -> bool:
@@ -161,9 +185,9 @@ class Round:
             self.faults[-1] += f" {[_described(pid) for pid in self._left()]}"
 
     def _left(self) -> list[int]:
-        with self._register.open() as file:
-            file.seek(self._register_at)
-            born = [line["born"] for line in map(json.loads, file) if "born" in line]
+        born = [line["engine"] for line in self._registered("engine")] + [
+            line["rank"] for line in self._registered("rank")
+        ]
         stand_ins = [process.pid for process in self._processes if process.alive]
         return stand_ins + [pid for pid in born if "tests.chaos.nursery" in _described(pid)] + _grammar_processes()
 
@@ -205,7 +229,7 @@ def find_truth(folder: Path, options: dict[str, Any]) -> dict[str, list[int]]:
         front_end.leave()
 
 
-def run_kills(kills: int, seconds: float, seed: int, count: int) -> tuple[dict[str, Any], list[str]]:
+def run_kills(kills: int, seconds: float, seed: int, count: int, ranks: int = 1) -> tuple[dict[str, Any], list[str]]:
     """(the report, the faults). Ends after so many killed front ends, or seconds."""
     counts: Counter[str] = Counter()
     faults: list[str] = []
@@ -224,6 +248,8 @@ def run_kills(kills: int, seconds: float, seed: int, count: int) -> tuple[dict[s
             "max_engine_restarts": 100,
             "engine_hang_seconds": 4,
             "debug_checks": True,
+            "device": "cpu",
+            "tensor_parallel_size": ranks,
         }
         sockets = folder / "s"
         sockets.mkdir()
@@ -246,6 +272,7 @@ def run_kills(kills: int, seconds: float, seed: int, count: int) -> tuple[dict[s
     return {
         "bench": "front end kills",
         "seed": seed,
+        "ranks": ranks,
         "seconds": round(time.monotonic() - started),
         **counts,
         "faults": len(faults),
@@ -258,8 +285,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="no round begins after so long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--front-ends", type=int, default=8, help="in each round")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor_parallel_size")
     plan = parser.parse_args()
-    report, faults = run_kills(plan.kills, plan.seconds, plan.seed, plan.front_ends)
+    report, faults = run_kills(plan.kills, plan.seconds, plan.seed, plan.front_ends, plan.ranks)
     print(json.dumps(report), flush=True)
     sys.exit(1 if faults else 0)
 

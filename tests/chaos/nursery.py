@@ -136,6 +136,7 @@ def _fork(connection: socket.socket, others: list[socket.socket], orders: Orders
     if pid:
         for descriptor in descriptors:
             os.close(descriptor)
+        Register(orders.register).note(engine=pid, stand_in=_peer(connection))
         return pid
     for other in [connection, *others]:
         other.close()
@@ -154,7 +155,9 @@ class ForkedRank:
     def __init__(self, orders: Orders, rank: int, descriptor: int, model_name: str) -> None:
         engine = os.getpid()
         self.pid = os.fork()
-        if self.pid == 0:
+        if self.pid:
+            Register(orders.register).note(rank=self.pid)
+        else:
             os.closerange(3, descriptor)  # with the engine's own end, of which the rank must notice the end
             os.closerange(descriptor + 1, _MOST_DESCRIPTORS)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

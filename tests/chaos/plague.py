@@ -51,7 +51,7 @@ class Diary:
             born = ProcessId.of(line["born"])
             self.engines += [] if born is None else [born]
             self.counts["engines"] += 1
-        else:
+        elif not line.keys() & {"engine", "rank"}:  # forked by the nursery
             self.counts.update(line)
 
 

@@ -12,8 +12,14 @@ from tests.chaos.server_kills import run_kills as run_server_kills
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
+RANKS = pytest.mark.parametrize("ranks", [1, 2], ids=lambda ranks: f"{ranks} ranks" if ranks > 1 else "one rank")
+
+
 @pytest.mark.long
-def test_no_answer_is_wrong_lost_or_ended_twice_while_the_engine_is_killed_and_runs_out_of_everything() -> None:
+@RANKS
+def test_no_answer_is_wrong_lost_or_ended_twice_while_the_engine_is_killed_and_runs_out_of_everything(
+    ranks: int,
+) -> None:
     plan = Plan(
         door="front-end",
         seconds=0,
@@ -24,6 +30,7 @@ def test_no_answer_is_wrong_lost_or_ended_twice_while_the_engine_is_killed_and_r
         workers=24,
         kill_every=1.5,
         out_of_memory=0.002,
+        ranks=ranks,
     )
     report, faults = run_campaign(plan)
     print(report)
@@ -33,8 +40,11 @@ def test_no_answer_is_wrong_lost_or_ended_twice_while_the_engine_is_killed_and_r
 
 
 @pytest.mark.long
-def test_no_answer_of_the_living_is_lost_while_front_ends_engines_standbys_and_grammar_processes_are_killed() -> None:
-    report, faults = run_kills(kills=5, seconds=120, seed=1, count=4)
+@RANKS
+def test_no_answer_of_the_living_is_lost_while_front_ends_engines_standbys_and_grammar_processes_are_killed(
+    ranks: int,
+) -> None:
+    report, faults = run_kills(kills=5, seconds=120, seed=1, count=4, ranks=ranks)
     print(report)
     assert not faults, faults[0]
     assert report["front ends killed"] >= 5
