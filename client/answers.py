@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 
-@dataclass(frozen=True)
-class Usage:
+Outputs = dict[str, Sequence[Any]]  # a response's tensors: name → values
+
+
+class Usage(msgspec.Struct, frozen=True):  # as Delta made for every piece: ten times as fast as a frozen dataclass
     """Tokens of one request so far."""
 
     num_input_tokens: int = 0  # of the prompt
@@ -37,8 +40,7 @@ LogprobEntry = tuple[TokenLogprob, ...]
 """Of one position: the chosen token, then the likeliest others as far as they were asked for."""
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """A piece of one sequence. The last one of a sequence has a finish_reason."""
 
     text: str
@@ -51,8 +53,7 @@ class Delta:
     prompt_logprobs: tuple[LogprobEntry | None, ...] = ()
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """A whole answer, or what came of it before the stream was left. With n > 1 it is the first sequence, and
     `sequences` has all of them.
     """

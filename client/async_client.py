@@ -10,11 +10,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol
 
-from paged_client.answers import Answer, Delta
+from paged_client.answers import Answer, Delta, Outputs
 from paged_client.async_grpc_transport import AsyncGrpcTransport
 from paged_client.client import DEFAULT_MODEL, DEFAULT_URL, parse_url
 from paged_client.errors import InvalidRequestError, PagedError
-from paged_client.grpc_transport import Outputs
 from paged_client.http_transport import AsyncHttpTransport
 from paged_client.progress import Progress
 from paged_client.question import HEALTH_QUESTION, Messages, Prompt, Question, question_of, task_question

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from paged_client.answers import Answer, Delta
+from paged_client.answers import Answer, Delta, Outputs
 from paged_client.errors import PagedError
-from paged_client.grpc_transport import GrpcTransport, Outputs
+from paged_client.grpc_transport import GrpcTransport
 from paged_client.http_transport import HttpTransport
 from paged_client.progress import Progress
 from paged_client.question import Messages, Prompt, Question, question_of, task_question

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from paged_client.answers import Outputs
 from paged_client.errors import PagedError, UnreachableError, error_of
 from paged_client.question import Question
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient, InferResult
     from tritonclient.utils import InferenceServerException
 
-Outputs = dict[str, list[Any]]
 _READY_SECONDS = 5.0  # for the server to say whether it is
 _BACKOFF_MS = 1000
 _MAX_MESSAGE_BYTES = 2**31 - 1  # as tritonclient has it

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from paged_client.answers import Outputs
 from paged_client.errors import PagedError, ServerError, UnreachableError, error_of
 from paged_client.question import Question
 from paged_client.retry_policy import within
@@ -21,7 +22,6 @@ from paged_client.retry_policy import within
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
-Outputs = dict[str, list[Any]]
 _READY_SECONDS = 5.0  # for the server to say whether it is
 _HEADERS = {"Content-Type": "application/json"}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
-from paged_client.answers import Answer, Delta, LogprobEntry, Usage, deltas_of
+import msgspec
+
+from paged_client.answers import Answer, Delta, LogprobEntry, Outputs, Usage, deltas_of
 
 
 @dataclass
@@ -52,9 +53,9 @@ class Progress:
     @property
     def answer(self) -> Answer:
         first, *others = (sequence.answer(self._usage, self._prompt_logprobs) for sequence in self._sequences)
-        return replace(first, others=tuple(others), embedding=self._embedding)
+        return msgspec.structs.replace(first, others=tuple(others), embedding=self._embedding)
 
-    def take(self, outputs: dict[str, list[Any]], final: bool) -> list[Delta]:
+    def take(self, outputs: Outputs, final: bool) -> list[Delta]:
         """A response's Deltas, without those that have nothing to say."""
         self.over = final
         if not outputs:
@@ -64,7 +65,8 @@ class Progress:
             for delta in deltas_of(outputs, self._usage.num_output_tokens)
             if delta.text or delta.token_ids or delta.finish_reason
         ]
-        self._embedding = tuple(outputs.get("embedding", ())) or self._embedding
+        if "embedding" in outputs:
+            self._embedding = tuple(outputs["embedding"])
         for delta in deltas:
             while delta.sequence_index >= len(self._sequences):
                 self._sequences.append(_Sequence())

@@ -20,6 +20,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
+import msgspec
+
 from paged_client.answers import Answer, Delta, Usage
 from paged_client.cluster.routing import Inquiry, Router, Ticket
 from paged_client.cluster.servers import Server, Servers
@@ -82,7 +84,7 @@ class _Reported:
         num_output_tokens = self.usage.num_output_tokens + len(delta.token_ids)
         first = self.usage if num_output_tokens > len(delta.token_ids) else delta.usage
         self.usage = Usage(delta.usage.num_input_tokens, first.num_cached_tokens, num_output_tokens)
-        return replace(delta, sequence_index=index, usage=self.usage)
+        return msgspec.structs.replace(delta, sequence_index=index, usage=self.usage)
 
     @property
     def begun(self) -> bool:
@@ -227,7 +229,7 @@ async def whole(stream: ClusterStream) -> Answer:
             texts.setdefault(delta.sequence_index, []).append(delta)
     usage = stream._reported.usage
     first, *others = (_answer(texts[index], usage) for index in sorted(texts)) if texts else (Answer(usage=usage),)
-    return replace(first, others=tuple(others))
+    return msgspec.structs.replace(first, others=tuple(others))
 
 
 def _answer(deltas: Sequence[Delta], usage: Usage) -> Answer:

@@ -9,7 +9,8 @@ from fastapi import Request
 
 from paged_client.openai.protocol import ChatBody
 
-Chunks = AsyncGenerator[dict[str, Any], None]
+Chunks = AsyncGenerator[list[dict[str, Any]], None]
+"""Of a stream: those of each piece together, so that they can be written together."""
 
 
 class ChatSource(Protocol):

@@ -42,7 +42,9 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]) -> None:
-        """source: where the events come from. Both are closed, whatever happens."""
+        """events: each what is to be written together. source: where they come from. Both are closed, whatever
+        happens.
+        """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events

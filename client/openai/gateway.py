@@ -261,27 +261,32 @@ class _Gateway:
 
     async def _chunks(
         self,
-        piece: tuple[int, Delta] | None,
+        first: tuple[int, Delta] | None,
         pieces: Pieces,
         reply: Reply,
         params: Mapping[str, str],
         options: StreamOptions,
     ) -> Chunks:
-        """Pieces, of which `piece` is the first, as OpenAI's chunks. An error is the last."""
+        """Pieces, of which `first` has come already, as OpenAI's chunks. An error is the last."""
         usages: dict[int, Usage] = {}
-        try:
-            while piece is not None:
-                number, delta = piece
-                usages[number] = delta.usage
-                for chunk in reply.chunks(number, delta):
-                    if options.include_usage:
-                        chunk["usage"] = reply.usage(usages.values()) if options.continuous_usage_stats else None
-                    yield chunk
-                piece = await anext(pieces, None)
+
+        def chunks_of(number: int, delta: Delta) -> list[dict[str, Any]]:
+            usages[number] = delta.usage
+            chunks = list(reply.chunks(number, delta))
             if options.include_usage:
-                yield reply.usage_chunk(usages.values())
+                for chunk in chunks:
+                    chunk["usage"] = reply.usage(usages.values()) if options.continuous_usage_stats else None
+            return chunks
+
+        try:
+            if first is not None:
+                yield chunks_of(*first)
+            async for number, delta in pieces:
+                yield chunks_of(number, delta)
+            if options.include_usage:
+                yield [reply.usage_chunk(usages.values())]
         except PagedError as error:
-            yield refusal_of(error, params).body()
+            yield [refusal_of(error, params).body()]
         finally:
             for usage in usages.values():
                 self._metrics.count(usage)
@@ -316,8 +321,9 @@ class _Chat:
 
 async def _events(chunks: Chunks) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
-        async for chunk in chunks:
-            yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        async for of_piece in chunks:
+            if of_piece:
+                yield b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in of_piece])
     yield _DONE
 
 

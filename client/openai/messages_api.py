@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -80,15 +81,22 @@ def _chat(body: CountBody) -> ChatBody:
 
 
 async def _events(events: MessageEvents, chunks: Chunks) -> AsyncGenerator[bytes, None]:
-    async for chunk in chunks:
-        if "error" in chunk:
-            status = 503 if chunk["error"].get("code") == "overloaded" else 500
-            yield _event(error_body(str(chunk["error"]["message"]), status))
-            return
-        for event in events.take(chunk):
-            yield _event(event)
-    for event in events.finish():
-        yield _event(event)
+    async with aclosing(chunks):
+        async for of_piece in chunks:
+            said = []
+            for chunk in of_piece:
+                if "error" in chunk:
+                    status = 503 if chunk["error"].get("code") == "overloaded" else 500
+                    yield _written([*said, error_body(str(chunk["error"]["message"]), status)])
+                    return
+                said += events.take(chunk)
+            if said:
+                yield _written(said)
+    yield _written(events.finish())
+
+
+def _written(events: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(map(_event, events))
 
 
 def _event(said: Mapping[str, Any]) -> bytes:

@@ -1,8 +1,8 @@
-"""How long the events of a stream are gathered before they are written together: not at all while the process keeps up,
-and longer the further it is behind.
+"""How often the events of a stream are written: those that come faster than anybody can read are gathered, and the
+longer the further the process is behind.
 
-A write is a system call, and with many streams it is what most of the gateway's time goes into. The first event of a
-stream, and its last ones, never wait.
+A write is a system call, and with many streams it is what most of the gateway's own time goes into. The first event of
+a stream, its last ones, and any that comes later than a pause after the write before, never wait.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Awaitable, Callable
 _LOOK_SECONDS = 0.05  # between two looks at how late the loop is
 _LATE_SECONDS = 0.002  # a loop that comes so much too late has a queue
 _IN_TIME_SECONDS = 0.001
-_SHORTEST_SECONDS = 0.005
+_SHORTEST_SECONDS = 0.01  # a screen shows less than 100 pictures a second
 _LONGEST_SECONDS = 0.04  # at 25 writes a second a text still flows
 
 
 class Pace:
     """Of one event loop."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, seconds: float = _SHORTEST_SECONDS) -> None:
+        self.seconds = seconds  # between two writes of a stream, at least
 
     async def watch(self) -> None:
         """Adapts it, for as long as it is awaited."""
@@ -34,9 +34,9 @@ class Pace:
     def note(self, late: float) -> None:
         """late: seconds that a timer came after its time."""
         if late > _LATE_SECONDS:
-            self.seconds = min(max(2 * self.seconds, _SHORTEST_SECONDS), _LONGEST_SECONDS)
+            self.seconds = min(2 * self.seconds, _LONGEST_SECONDS)
         elif late < _IN_TIME_SECONDS:
-            self.seconds = self.seconds / 2 if self.seconds > _SHORTEST_SECONDS else 0.0
+            self.seconds = max(self.seconds / 2, _SHORTEST_SECONDS)
 
 
 class PacedWriter:
@@ -45,11 +45,12 @@ class PacedWriter:
     def __init__(self, pace: Pace, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._pace = pace
         self._write = write
+        self._loop = asyncio.get_running_loop()  # which is a system call at each event, before Python 3.12
+        self._written_at = float("-inf")  # loop.time()
         self._waiting: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
-        self._begun = False
 
     async def put(self, event: bytes) -> None:
         """
@@ -60,12 +61,12 @@ class PacedWriter:
             self._flushing.result()
             self._flushing = None
         self._waiting.append(event)
-        seconds = self._pace.seconds if self._begun else 0.0
-        if not seconds:
-            self._begun = True
-            await self.flush()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._begin_flush)
+        if self._timer is None:
+            due = self._written_at + self._pace.seconds
+            if due <= self._loop.time():
+                await self.flush()
+            else:
+                self._timer = self._loop.call_at(due, self._begin_flush)
 
     async def flush(self) -> None:
         """Writes what waits."""
@@ -73,6 +74,7 @@ class PacedWriter:
         async with self._writing:
             waiting, self._waiting = self._waiting, []
             if waiting:
+                self._written_at = self._loop.time()
                 await self._write(b"".join(waiting))
 
     async def close(self) -> None:
@@ -84,7 +86,7 @@ class PacedWriter:
 
     def _begin_flush(self) -> None:
         self._timer = None
-        self._flushing = asyncio.ensure_future(self.flush())
+        self._flushing = self._loop.create_task(self.flush())
 
     def _forget_timer(self) -> None:
         timer, self._timer = self._timer, None

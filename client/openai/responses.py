@@ -8,9 +8,10 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from paged_client.answers import Answer, Delta, LogprobEntry, TokenLogprob, Usage
 from paged_client.openai.translation import Asked
@@ -128,7 +129,8 @@ class CompletionReply(_Reply):
 
     def usage(self, usages: Iterable[Usage]) -> dict[str, Any]:
         return super().usage(
-            replace(usage, num_output_tokens=0) if self._asked.prompt_only else usage for usage in usages
+            msgspec.structs.replace(usage, num_output_tokens=0) if self._asked.prompt_only else usage
+            for usage in usages
         )
 
     def _prompt_entries(self, prompt: int, entries: Sequence[LogprobEntry | None]) -> list[LogprobEntry]:

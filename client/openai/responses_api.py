@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -79,22 +80,28 @@ def _whole(builder: ResponseBuilder, answer: Mapping[str, Any], keep: Any) -> di
 
 async def _events(builder: ResponseBuilder, chunks: Chunks, keep: Any) -> AsyncGenerator[bytes, None]:
     reason, usage = None, None
-    for event in builder.begin():
-        yield _event(event)
-    async for chunk in chunks:
-        if "error" in chunk:
-            for event in builder.fail(chunk["error"]):
-                yield _event(event)
-            return
-        usage = chunk.get("usage") or usage
-        for choice in chunk["choices"]:
-            reason = choice["finish_reason"] or reason
-            for event in builder.take(choice["delta"]):
-                yield _event(event)
-    for event in builder.finish(reason, usage):
-        if event["type"] in ("response.completed", "response.incomplete"):
-            keep(event["response"])
-        yield _event(event)
+    said = [*builder.begin()]
+    async with aclosing(chunks):
+        async for of_piece in chunks:
+            for chunk in of_piece:
+                if "error" in chunk:
+                    yield _written([*said, *builder.fail(chunk["error"])])
+                    return
+                usage = chunk.get("usage") or usage
+                for choice in chunk["choices"]:
+                    reason = choice["finish_reason"] or reason
+                    said += builder.take(choice["delta"])
+            if said:
+                yield _written(said)
+                said = []
+    said += builder.finish(reason, usage)
+    if said[-1]["type"] in ("response.completed", "response.incomplete"):
+        keep(said[-1]["response"])
+    yield _written(said)
+
+
+def _written(events: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(map(_event, events))
 
 
 def _event(said: Mapping[str, Any]) -> bytes:

@@ -80,6 +80,17 @@ def send(stream: IO[bytes], message: msgspec.Struct) -> None:
     stream.flush()
 
 
+_FIRST = Rendering(
+    template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    messages=[{"role": "user", "content": ""}],
+    tools=None,
+    add_generation_prompt=True,
+    continue_final_message=False,
+    variables={},
+    max_bytes=0,
+)
+
+
 def _bound_memory() -> None:
     """RLIMIT_DATA, not RLIMIT_AS: libraries reserve addresses that they never use."""
     status = Path("/proc/self/status").read_text()
@@ -94,8 +105,7 @@ def main() -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries that print must not spoil an answer
-    import transformers.utils.chat_template_utils  # noqa: F401
-
+    render_here(_FIRST)  # which loads all that the first caller would wait for
     _bound_memory()
     send(answers, Rendered())  # ready
     requests = sys.stdin.buffer

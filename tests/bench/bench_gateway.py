@@ -27,6 +27,7 @@ from pathlib import Path
 from tests.bench.yardstick import print_row
 
 ROOT = Path(__file__).parents[2]
+PATHS = ("/v1/chat/completions", "/v1/completions")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _HEAD = "POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
 
@@ -126,18 +127,20 @@ def measure_pieces(python: str, url: str, path: str, num_pieces: int, streams: i
         return 1e6 * (it.processor_seconds() - before) / (num_pieces * streams * rounds)
 
 
-async def direct(url: str, count: int) -> list[float]:
-    """Seconds to the first response over gRPC alone, by the same client library."""
+async def first_tokens(url: str, port: int, path: str, count: int) -> list[tuple[float, float]]:
+    """(over gRPC alone, by the same client library; through the gateway): seconds to a first piece, in turns. Neither
+    is asked before the other's answer is over.
+    """
     from paged_client import AsyncPagedClient
 
-    firsts = []
+    found = []
     async with AsyncPagedClient(url) as client:
         for _ in range(count):
-            started = time.perf_counter()
-            async for _ in client.stream("Hi", max_tokens=1):
-                firsts.append(time.perf_counter() - started)
-                break
-    return firsts
+            started, alone = time.perf_counter(), 0.0
+            async for _ in client.stream(messages=[{"role": "user", "content": "Hi"}], max_tokens=1):
+                alone = alone or time.perf_counter() - started
+            found.append((alone, (await load(port, path, 1, 1))[0]))
+    return found
 
 
 def say(**found: object) -> None:
@@ -151,10 +154,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--firsts", type=int, default=300, help="first tokens; a sixth of them are not counted")
     asked = parser.parse_args()
     pythons = asked.python or [sys.executable]
     with stand_in(asked.pieces) as url:
-        for path in ("/v1/chat/completions", "/v1/completions"):
+        for path in PATHS:
             found: dict[str, list[float]] = {python: [] for python in pythons}
             for _ in range(asked.repeats):
                 for python in pythons:
@@ -169,13 +173,14 @@ def main() -> None:
                     pieces_a_second=round(1e6 / middle),
                     all=[round(c, 1) for c in costs],
                 )
-    with stand_in(1) as url:
-        alone = asyncio.run(direct(url, 300))[50:]
+    for path in PATHS:
         for python in pythons:
-            with gateway(python, url) as it:
-                through = asyncio.run(load(it.port, "/v1/chat/completions", 1, 300))[50:]
-            ms = [round(1000 * statistics.median(times), 2) for times in (alone, through)]
-            say(figure="first token", python=python, grpc_ms=ms[0], gateway_ms=ms[1], added_ms=round(ms[1] - ms[0], 2))
+            with stand_in(1) as url, gateway(python, url) as it:
+                pairs = asyncio.run(first_tokens(url, it.port, path, asked.firsts))[asked.firsts // 6 :]
+            alone, through = zip(*pairs, strict=True)
+            added = statistics.median(behind - before for before, behind in pairs)
+            ms = {"grpc_ms": statistics.median(alone), "gateway_ms": statistics.median(through), "added_ms": added}
+            say(figure="first token", path=path, python=python, **{name: round(1000 * s, 2) for name, s in ms.items()})
 
 
 if __name__ == "__main__":
