@@ -314,7 +314,14 @@ class _Chat:
         asked, _ = await self.asked(body)
         sampling = {"chat_template_kwargs": asked.sampling.get("chat_template_kwargs")}
         try:
-            return len(await model.client.tokenize(messages=asked.messages, tools=asked.tools, sampling=sampling))
+            continued = {"continue_final_message": True, "add_generation_prompt": False}
+            tokens = await model.client.tokenize(
+                messages=asked.messages,
+                tools=asked.tools,
+                sampling=sampling,
+                **(continued if asked.continue_final_message else {}),
+            )
+            return len(tokens)
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
 

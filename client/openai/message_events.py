@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from paged_client.openai.formats.markers import Markers
 
 Event = dict[str, Any]
 
@@ -22,15 +24,46 @@ _ERROR_TYPES = {
 }
 
 
-def whole_message(model: str, answer: Mapping[str, Any]) -> dict[str, Any]:
-    """answer: a chat completion."""
+class _StopSequences:
+    """Takes the stop sequence that ended an answer out of its text, where the server leaves it so that it can be
+    told.
+    """
+
+    def __init__(self, sequences: Sequence[str]) -> None:
+        self._markers = Markers(sequences)
+        self._pending = ""  # it may be the beginning of one
+        self.found: str | None = None
+
+    def feed(self, text: str) -> str:
+        """What is certainly before it."""
+        return self._before(self._markers.split(self._pending + text))
+
+    def finish(self) -> str:
+        """The same, where nothing more comes."""
+        return self._before(self._markers.split_end(self._pending))
+
+    def _before(self, split: tuple[str, str, str]) -> str:
+        if self.found is not None:
+            return ""
+        plain, marker, self._pending = split
+        self.found = marker or None
+        return plain
+
+
+def whole_message(model: str, answer: Mapping[str, Any], stops: Sequence[str] = ()) -> dict[str, Any]:
+    """answer: a chat completion. stops: the body's stop sequences."""
     (choice,) = answer["choices"]
     said = choice["message"]
     content: list[dict[str, Any]] = []
-    if said.get("reasoning"):
-        content.append({"type": "thinking", "thinking": said["reasoning"], "signature": ""})
-    if said.get("content"):
-        content.append({"type": "text", "text": said["content"]})
+    ending = _StopSequences(stops)
+
+    def without_stop(text: str) -> str:
+        return ending.feed(text) + ending.finish()
+
+    if thought := without_stop(said.get("reasoning") or ""):
+        content.append({"type": "thinking", "thinking": thought, "signature": ""})
+    if text := without_stop(said.get("content") or ""):
+        content.append({"type": "text", "text": text})
     for call in said.get("tool_calls") or ():
         function = call["function"]
         content.append(
@@ -39,7 +72,7 @@ def whole_message(model: str, answer: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_head(model),
         "content": content,
-        "stop_reason": _STOP_REASONS.get(choice["finish_reason"]),
+        **_stop(choice["finish_reason"], ending.found),
         "usage": _usage(answer["usage"]),
     }
 
@@ -47,8 +80,11 @@ def whole_message(model: str, answer: Mapping[str, Any]) -> dict[str, Any]:
 class MessageEvents:
     """One message's stream. Fed a chat's chunks in order; each block is stopped before the next begins."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, stops: Sequence[str] = ()) -> None:
+        """stops: the body's stop sequences."""
         self._model = model
+        self._ending = _StopSequences(stops)
+        self._heard = ""  # the kind of block that text came for last
         self._begun = False
         self._index = -1  # of the last block
         self._kind = ""  # of the block that grows
@@ -67,21 +103,41 @@ class MessageEvents:
             self._reason = choice["finish_reason"] or self._reason
             delta = choice["delta"]
             if delta.get("reasoning"):
-                yield from self._grow("thinking", {"type": "thinking", "thinking": "", "signature": ""})
-                yield self._delta({"type": "thinking_delta", "thinking": delta["reasoning"]})
+                yield from self._hear("thinking", delta["reasoning"])
             if delta.get("content"):
-                yield from self._grow("text", {"type": "text", "text": ""})
-                yield self._delta({"type": "text_delta", "text": delta["content"]})
+                yield from self._hear("text", delta["content"])
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)
 
     def finish(self) -> Iterator[Event]:
+        yield from self._say(self._ending.finish())
         yield from self._stop()
-        reason = {"stop_reason": _STOP_REASONS.get(self._reason or ""), "stop_sequence": None}
-        yield {"type": "message_delta", "delta": reason, "usage": _usage(self._usage)}
+        yield {
+            "type": "message_delta",
+            "delta": _stop(self._reason, self._ending.found),
+            "usage": _usage(self._usage),
+        }
         yield {"type": "message_stop"}
 
+    def _hear(self, kind: str, text: str) -> Iterator[Event]:
+        if kind != self._heard:
+            yield from self._say(self._ending.finish())
+            self._heard = kind
+        yield from self._say(self._ending.feed(text))
+
+    def _say(self, text: str) -> Iterator[Event]:
+        """A piece of the kind that was heard."""
+        if not text:
+            return
+        if self._heard == "thinking":
+            yield from self._grow("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            yield self._delta({"type": "thinking_delta", "thinking": text})
+        else:
+            yield from self._grow("text", {"type": "text", "text": ""})
+            yield self._delta({"type": "text_delta", "text": text})
+
     def _call(self, call: Mapping[str, Any]) -> Iterator[Event]:
+        yield from self._say(self._ending.finish())
         function = call.get("function") or {}
         if function.get("name"):
             yield from self._stop()
@@ -109,6 +165,13 @@ class MessageEvents:
 def error_body(message: str, status: int) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def _stop(finish_reason: str | None, stop_sequence: str | None) -> dict[str, Any]:
+    reason = _STOP_REASONS.get(finish_reason or "")
+    if stop_sequence is None or reason != "end_turn":
+        return {"stop_reason": reason, "stop_sequence": None}
+    return {"stop_reason": "stop_sequence", "stop_sequence": stop_sequence}
 
 
 def _head(model: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from paged_client.openai.protocol import ChatBody
 from paged_client.openai.readable import ReadableBody
 
 _FIRST = Field(fail_fast=True)
+_EFFORTS = {"max": "xhigh"}  # the most that templates know
 
 
 class Thinking(BaseModel):
@@ -20,6 +21,13 @@ class Thinking(BaseModel):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class OutputConfig(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: dict[str, Any] | None = None
 
 
 class CountBody(ReadableBody):
@@ -31,6 +39,7 @@ class CountBody(ReadableBody):
     tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesBody(CountBody):
@@ -56,28 +65,48 @@ def chat_of_messages(body: CountBody) -> ChatBody:
     system = [{"role": "system", "content": _text("system", body.system)}] if body.system else []
     messages = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
     choice = body.tool_choice or {}
+    output = body.output_config or OutputConfig()
     given: dict[str, Any] = {
         "model": body.model,
         "messages": [*system, *messages],
         "tools": [_tool(position, tool) for position, tool in enumerate(body.tools or ())] or None,
         "tool_choice": _choice(choice) if body.tools and choice else None,
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
-        "chat_template_kwargs": None if body.thinking is None else _switches(body.thinking.type != "disabled"),
+        "chat_template_kwargs": _switches(body.thinking, output) or None,
+        # an answer whose beginning the caller has written
+        "continue_final_message": _is_begun(messages[-1]),
         "include_reasoning": body.thinking is not None and body.thinking.type != "disabled",
     }
     if isinstance(body, MessagesBody):
         if body.thinking is not None and body.thinking.type == "enabled":
             given["max_thinking_tokens"] = body.thinking.budget_tokens
         given |= {"max_tokens": body.max_tokens, "stream": body.stream, "stop": body.stop_sequences or None}
+        given["include_stop_str_in_output"] = True if body.stop_sequences else None  # so that it can be told
+        given["response_format"] = None if output.format is None else _response_format(output.format)
         given |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
         if body.stream:
             given["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     return ChatBody.model_validate({name: value for name, value in given.items() if value is not None})
 
 
-def _switches(thinks: bool) -> dict[str, bool]:
-    """By the names that templates have for it."""
-    return {"enable_thinking": thinks, "thinking": thinks}
+def _is_begun(last: Mapping[str, Any]) -> bool:
+    return bool(last["role"] == "assistant" and last["content"] and not last.get("tool_calls"))
+
+
+def _switches(thinking: Thinking | None, output: OutputConfig) -> dict[str, Any]:
+    """By the names that templates have for them."""
+    thinks = {} if thinking is None else dict.fromkeys(("enable_thinking", "thinking"), thinking.type != "disabled")
+    return (
+        thinks if output.effort is None else {**thinks, "reasoning_effort": _EFFORTS.get(output.effort, output.effort)}
+    )
+
+
+def _response_format(given: Mapping[str, Any]) -> dict[str, Any]:
+    match given:
+        case {"type": "json_schema", "schema": dict() as schema}:
+            return {"type": "json_schema", "json_schema": {"schema": schema}}
+    where = "output_config.format"
+    raise RefusalError(f"{where}: expected type json_schema with a schema", param=where)
 
 
 def _messages(position: int, message: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ _RENAMED = {
     "max_thinking_tokens": "thinking.budget_tokens",
     "stop": "stop_sequences",
     "chat_template_kwargs": "thinking",
+    "response_format": "output_config.format",
 }
 _OF_TOOLS = {"name": "name", "parameters": "input_schema"}
 
@@ -34,15 +35,13 @@ def add_message_paths(app: FastAPI, source: ChatSource, strict: bool) -> None:
     async def create(body: MessagesBody, request: Request) -> Response:
         unused, chat = unused_keys(body, strict), _chat(body)
         try:
-            return with_warning(await _answer(source, request, body.model, chat), unused)
+            return with_warning(await _answer(source, request, body, chat), unused)
         except RefusalError as refusal:
             if refusal.param != "max_thinking_tokens" or strict:
                 raise _renamed(refusal) from None
         # Anthropic's clients always send it, whatever the model
         unlimited = chat.model_copy(update={"max_thinking_tokens": None})
-        return with_warning(
-            await _answer(source, request, body.model, unlimited), [*unused, _RENAMED["max_thinking_tokens"]]
-        )
+        return with_warning(await _answer(source, request, body, unlimited), [*unused, _RENAMED["max_thinking_tokens"]])
 
     @app.post(f"{PATH}/count_tokens")
     async def count(body: CountBody) -> Response:
@@ -52,11 +51,12 @@ def add_message_paths(app: FastAPI, source: ChatSource, strict: bool) -> None:
             raise _renamed(refusal) from None
 
 
-async def _answer(source: ChatSource, request: Request, model: str, chat: ChatBody) -> Response:
+async def _answer(source: ChatSource, request: Request, body: MessagesBody, chat: ChatBody) -> Response:
+    stops = body.stop_sequences or ()
     if not chat.stream:
-        return JSONResponse(whole_message(model, await source.whole(request, chat)))
+        return JSONResponse(whole_message(body.model, await source.whole(request, chat), stops))
     chunks, pieces = await source.chunks(request, chat)
-    return EventStream(_events(MessageEvents(model), chunks), pieces)
+    return EventStream(_events(MessageEvents(body.model, stops), chunks), pieces)
 
 
 def _renamed(refusal: RefusalError) -> RefusalError:

@@ -226,6 +226,9 @@ def _text(position: int, part: Any) -> str:
 
 def _tool_call(call: Any) -> Any:
     match call:
+        # a call without arguments, as some clients write it
+        case {"function": {"arguments": None | "", **function}}:
+            return {**call, "function": {**function, "arguments": {}}}
         case {"function": {"arguments": str() as arguments, **function}}:
             try:
                 return {**call, "function": {**function, "arguments": json.loads(arguments)}}

@@ -83,8 +83,42 @@ def rebuilt(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "end_turn",
         ),
         (THINKS, THOUGHT, "<think>", {}, [{"type": "text", "text": "Yes."}], "end_turn"),
+        (
+            HERMES,
+            ("Hel", "lo.\n\nHu", "man:"),
+            "",
+            {"stop_sequences": ["Humus", "\n\nHuman:"]},
+            [{"type": "text", "text": "Hello."}],
+            "stop_sequence",
+        ),
+        (
+            HERMES,
+            ("Hel", "lo.\n\nHu"),
+            "",
+            {"stop_sequences": ["Humus", "\n\nHuman:"]},
+            [{"type": "text", "text": "Hello.\n\nHu"}],
+            "end_turn",
+        ),
+        (HERMES, ("E", "ND"), "", {"stop_sequences": ["END"]}, [], "stop_sequence"),
+        (
+            THINKS,
+            ("Hm E", "N</think>Yes.E", "ND"),
+            "<think>",
+            {"thinking": {"type": "enabled", "budget_tokens": 1024}, "stop_sequences": ["END"]},
+            [{"type": "thinking", "thinking": "Hm EN", "signature": ""}, {"type": "text", "text": "Yes."}],
+            "stop_sequence",
+        ),
     ],
-    ids=["text", "call", "thought", "thought not asked for"],
+    ids=[
+        "text",
+        "call",
+        "thought",
+        "thought not asked for",
+        "stop sequence",
+        "nearly a stop sequence",
+        "stop sequence alone",
+        "stop sequence behind a thought",
+    ],
 )
 def test_a_message_is_the_same_whole_and_streamed(
     template: str, texts: Any, end: str, keys: dict[str, Any], content: list[dict[str, Any]], reason: str
@@ -100,6 +134,8 @@ def test_a_message_is_the_same_whole_and_streamed(
     assert events[0]["message"]["usage"]["input_tokens"] == 5
     assert without_ids(rebuilt(events)) == content
     assert (events[-2]["delta"]["stop_reason"], events[-2]["usage"]) == (reason, whole["usage"])
+    stopped_by = keys["stop_sequences"][-1] if reason == "stop_sequence" else None
+    assert whole["stop_sequence"] == events[-2]["delta"]["stop_sequence"] == stopped_by
     starts = [event["index"] for event in events if event["type"] == "content_block_start"]
     assert (
         starts
@@ -148,6 +184,35 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
     assert chat.tools is not None and chat.tools[0]["function"]["parameters"] == TOOL["input_schema"]
 
 
+def test_a_form_and_an_effort_are_the_chats() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    model = Model(HERMES, '{"city": "Paris"}')
+    assert (
+        ask(model, output_config={"effort": "max", "format": {"type": "json_schema", "schema": schema}}).status == 200
+    )
+    assert model.sampling["structured_outputs"]["json"] == schema
+    assert model.sampling["chat_template_kwargs"] == {"reasoning_effort": "xhigh"}
+
+
+@pytest.mark.parametrize(
+    ("last", "goes_on"),
+    [
+        ({"role": "assistant", "content": "Once there"}, True),
+        ({"role": "assistant", "content": [{"type": "text", "text": "{"}]}, True),
+        ({"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""}]}, False),
+        ({"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}, False),
+        ({"role": "user", "content": "Go on."}, False),
+    ],
+    ids=["text", "block", "thought", "call", "user"],
+)
+def test_an_answer_that_the_caller_has_begun_is_gone_on_with(last: dict[str, Any], goes_on: bool) -> None:
+    model = Model(HERMES, "x")
+    assert ask(model, messages=[*HI, last]).status == 200
+    assert bool(model.asked[-1].tensors.get("continue_final_message")) == goes_on
+    call(model, "/v1/messages/count_tokens", {"model": "m", "messages": [*HI, last]})
+    assert ("continue_final_message" in model.probes[-1].tensors) == goes_on
+
+
 def test_tokens_are_counted_without_an_answer() -> None:
     model = Model(HERMES, "x")
     assert call(model, "/v1/messages/count_tokens", {"model": "m", "messages": HI, "tools": [TOOL]}).json == {
@@ -182,6 +247,12 @@ def test_tokens_are_counted_without_an_answer() -> None:
             "there is no tool 'g'",
         ),
         ({"model": "other"}, 404, "not_found_error", "does not exist"),
+        (
+            {"output_config": {"format": {"type": "grammar"}}},
+            400,
+            "invalid_request_error",
+            "output_config.format: expected type json_schema",
+        ),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
 )
