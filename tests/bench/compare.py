@@ -5,11 +5,12 @@ table to stderr.
     python -m tests.bench.compare v0.1 HEAD --rounds 5 -- bench_engine --model qwen3-0.6b --batches 1 256
 
 OLD and NEW are commits, or folders with a tree each. A commit is checked out in a temporary folder and removed
-afterwards. Behind `--` stands a benchmark of tests/bench and its options; without one it is `bench_scheduler` with 256
-and 1,024 sequences. Every round runs both, the one that goes first changing from round to round, so that what else the
-machine does meets both. A ratio is NEW / OLD of the same round: its median, the lowest and the highest of the rounds.
-steady: the ratios of all rounds lie on one side of 1, by more than 2 %. The yardsticks' ratio says whether the machine
-itself changed between the two.
+afterwards; each has a Python environment of its own, from which a server's front ends take their packages, too. If one
+of them has no such benchmark, the other's is run for both. Behind `--` stands a benchmark of tests/bench and its
+options; without one it is `bench_scheduler` with 256 and 1,024 sequences. Every round runs both, the one that goes
+first changing from round to round, so that what else the machine does meets both. A ratio is NEW / OLD of the same
+round: its median, the lowest and the highest of the rounds. steady: the ratios of all rounds lie on one side of 1, by
+more than 2 %. The yardsticks' ratio says whether the machine itself changed between the two.
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from site import getsitepackages
+from venv import EnvBuilder
 
 _DEFAULT = (["bench_scheduler", "--sequences", "256"], ["bench_scheduler", "--sequences", "1024"])
 _SURE = 0.02
-_PACKAGES = {"paged_backend": "paged_backend", "paged_kernels": "kernels", "paged_client": "client"}
+_PACKAGES = {
+    "paged_backend": "paged_backend",
+    "paged_kernels": "kernels",
+    "paged_client": "client",
+    "paged_model_repository": "model_repository",
+}
 
 Rows = list[dict[str, object]]
 
@@ -117,20 +125,29 @@ def tree_of(commit: str, folder: Path) -> Iterator[Path]:
         subprocess.run(["git", "worktree", "remove", "--force", str(folder)], check=True)
 
 
-def run(tree: Path, links: Path, command: Sequence[str]) -> Rows:
-    """The rows that a benchmark of that tree prints. links: an empty or earlier folder, in which its packages get the
-    names by which they are imported.
+def environment(packages: Path, benches: Path, folder: Path) -> Path:
+    """A new Python environment's interpreter. It has what this one has, but packages of one tree, and `tests` of
+    another if that has the benchmark. PYTHONPATH would not do: a Triton Server's front ends do not heed it.
     """
-    links.mkdir(exist_ok=True)
+    EnvBuilder(symlinks=True).create(folder / "venv")
+    links = folder / "names"
+    links.mkdir()
     for name, source in _PACKAGES.items():
-        if not (links / name).is_symlink():
-            (links / name).symlink_to(tree / source)
-    paths = os.pathsep.join([str(links), str(tree), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        (links / name).symlink_to(packages / source)
+    (links / "tests").symlink_to(benches / "tests")
+    (own,) = (folder / "venv").glob("lib/python*/site-packages")
+    lines = [f"import site; site.addsitedir({path!r})" for path in getsitepackages()]
+    (own / "names.pth").write_text("\n".join([*lines, f"import sys; sys.path.insert(0, {str(links)!r})"]))
+    return folder / "venv" / "bin" / "python"
+
+
+def run(python: Path, command: Sequence[str]) -> Rows:
+    """The rows that a benchmark prints."""
     name, *options = command
     said = subprocess.run(
-        [sys.executable, "-m", f"tests.bench.{name}", *options],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": paths},
+        [python, "-m", f"tests.bench.{name}", *options],
+        cwd=python.parents[2] / "names",
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -139,12 +156,26 @@ def run(tree: Path, links: Path, command: Sequence[str]) -> Rows:
 
 
 def compare(old: Path, new: Path, folder: Path, command: Sequence[str], rounds: int) -> list[Ratio]:
-    """Runs the benchmark in both trees, `rounds` times. folder: for what it needs meanwhile."""
-    trees = {"old": old, "new": new}
+    """Runs the benchmark in both trees, `rounds` times. folder: for what it needs meanwhile.
+
+    Raises:
+        ValueError: neither has it; or they cannot be compared, see `ratios`.
+    """
+    bench = Path("tests", "bench", f"{command[0]}.py")
+    having = [tree for tree in (new, old) if (tree / bench).is_file()]
+    if not having:
+        raise ValueError(f"neither of them has a {bench}")
+    pythons = {}
+    for which, tree in (("old", old), ("new", new)):
+        own = folder / f"{which}-{command[0]}"
+        if not own.exists():
+            own.mkdir()
+            environment(tree, tree if tree in having else having[0], own)
+        pythons[which] = own / "venv" / "bin" / "python"
     runs: dict[str, list[Rows]] = {"old": [], "new": []}
     for number in range(rounds):
         for which in ("old", "new") if number % 2 == 0 else ("new", "old"):
-            runs[which].append(run(trees[which], folder / f"{which}-names", command))
+            runs[which].append(run(pythons[which], command))
     return ratios(runs["old"], runs["new"])
 
 

@@ -51,6 +51,35 @@ def test_both_trees_run_in_alternation_each_with_its_own_packages(tmp_path: Path
     assert not lines[3].endswith("*")
 
 
+def test_a_benchmark_that_one_tree_lacks_is_the_others_with_its_own_packages(tmp_path: Path) -> None:
+    old, new = make_tree(tmp_path / "old-tree", "a", 99.0), make_tree(tmp_path / "new-tree", "b", 49.0)
+    (old / "tests/bench/bench_toy.py").unlink()
+    ms, _ = compare(old, new, tmp_path, ["bench_toy"], 1)
+    assert (tmp_path / "order").read_text() == "bb"
+    assert (ms.old, ms.new) == (100, 51)
+
+
+def test_a_benchmark_that_neither_tree_has_is_refused(tmp_path: Path) -> None:
+    old, new = make_tree(tmp_path / "old-tree", "a", 99.0), make_tree(tmp_path / "new-tree", "b", 49.0)
+    with pytest.raises(ValueError, match="neither of them has a .*bench_none.py"):
+        compare(old, new, tmp_path, ["bench_none"], 1)
+
+
+def test_processes_without_pythonpath_see_their_trees_packages_too(tmp_path: Path) -> None:
+    """As a Triton Server's front ends are started: `python3` of the environment's folder of programs."""
+    old, new = make_tree(tmp_path / "old-tree", "a", 99.0), make_tree(tmp_path / "new-tree", "b", 49.0)
+    for tree in (old, new):
+        (tree / "tests/bench/bench_child.py").write_text(
+            "import json, pathlib, subprocess, sys\n"
+            "program = 'import paged_backend; print(paged_backend.MS)'\n"
+            "python3 = pathlib.Path(sys.executable).with_name('python3')\n"
+            "said = subprocess.run([python3, '-c', program], env={}, cwd='/', capture_output=True, check=True).stdout\n"
+            "print(json.dumps({'bench': 'child', 'ms': float(said)}))\n"
+        )
+    (ms,) = compare(old, new, tmp_path, ["bench_child"], 1)
+    assert (ms.old, ms.new) == (99, 49)
+
+
 def test_runs_with_other_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rows of the runs: \[1, 2\]"):
         ratios([[{"ms": 1}]], [[{"ms": 1}, {"ms": 2}]])
