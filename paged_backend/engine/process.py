@@ -92,9 +92,9 @@ class Inbox:
             except msgspec.DecodeError as error:
                 log.warning("%d bytes that are no message of a front end are dropped: %s", len(received), error)
 
-    def wait(self, seconds: float) -> None:
-        """Returns when a message has arrived, or after `seconds`."""
-        self._socket.poll(int(seconds * 1000))
+    def wait(self, seconds: float) -> bool:
+        """True when a message has arrived, False after `seconds`."""
+        return bool(self._socket.poll(int(seconds * 1000)))
 
 
 class Outbox:
@@ -221,7 +221,8 @@ class EngineProcess:
         self._queue[:] = self._scheduler.num_waiting, self._scheduler.num_running
         spare_time_used = self._engine.use_spare_time()
         if self._engine.idle:
-            self._inbox.wait(0 if spare_time_used else _IDLE_WAIT_SECONDS)
+            if self._inbox.wait(0 if spare_time_used else _IDLE_WAIT_SECONDS):
+                return  # the rest has time, the caller's first token has not
         else:
             for output in self._engine.step():
                 self._outbox.put(output)

@@ -157,7 +157,7 @@ class LiveRequests:
                 f"the engine died {_GUILTY_AFTER} times while it ran this request alone among those that were "
                 "running when it died before"
             )
-            self._deliver(request_id, Piece(finish=Finish(request_id, "", ErrorKind.INTERNAL, message)))
+            self.hand_out({request_id: Piece(finish=Finish(request_id, "", ErrorKind.INTERNAL, message))})
 
     def shut(self) -> None:
         """No request is taken any more."""
@@ -188,22 +188,16 @@ class LiveRequests:
     def hand_out(self, pieces: Mapping[int, Piece]) -> None:
         """Gives every request its piece of a message."""
         with self._lock:
-            asked = [(self._of(request_id, piece), request_id, piece) for request_id, piece in pieces.items()]
-        for live, request_id, piece in asked:
-            if live is not None:
-                self._tell(live, request_id, piece)
+            get, take = self._requests.get, self._requests.pop
+            asked = [
+                (get(request_id) if piece.finish is None else take(request_id, None), piece)
+                for request_id, piece in pieces.items()
+            ]
+        for live, piece in asked:
+            if live is not None:  # else it was aborted, and the engine had not heard of it yet
+                self._tell(live, piece)
 
-    def _deliver(self, request_id: int, piece: Piece) -> None:
-        with self._lock:
-            live = self._of(request_id, piece)
-        if live is not None:
-            self._tell(live, request_id, piece)
-
-    def _of(self, request_id: int, piece: Piece) -> LiveRequest | None:
-        """Whose piece it is, over with its last one. None: aborted, and the engine had not heard of it yet."""
-        return self._requests.get(request_id) if piece.finish is None else self._requests.pop(request_id, None)
-
-    def _tell(self, live: LiveRequest, request_id: int, piece: Piece) -> None:
+    def _tell(self, live: LiveRequest, piece: Piece) -> None:
         live.token_ids += piece.token_ids
         if live.deaths and len(live.token_ids) >= live.num_resumed + CLEARED_AFTER_TOKENS:
             live.deaths = live.strikes = 0
@@ -211,7 +205,7 @@ class LiveRequests:
             live.receive(piece)
         except Exception:  # one request's trouble must not silence the others
             log.exception("a request's receiver failed")
-            self.abort(request_id)
+            self.abort(live.submit.request_id)
 
 
 def lose(requests: Iterable[LiveRequest]) -> None:
@@ -229,9 +223,12 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
     Raises:
         ValueError, IndexError: its parts do not fit together.
     """
-    pieces: dict[int, Piece] = {}
     request_ids: list[int] = np.frombuffer(tokens.request_ids, np.int64).tolist()
     token_ids: list[int] = np.frombuffer(tokens.token_ids, np.int32).tolist()
+    pieces: dict[int, Piece] = {}
+    if not tokens.logprobs and len(request_ids) == len(set(request_ids)):  # most messages by far
+        pieces = {request_id: Piece([token_id]) for request_id, token_id in zip(request_ids, token_ids, strict=True)}
+        request_ids, token_ids = [], []
     logprobs: list[float] = np.frombuffer(tokens.logprobs, np.float32).tolist()
     ranks: list[int] = np.frombuffer(tokens.ranks, np.int32).tolist()
     for entry, (request_id, token_id) in enumerate(zip(request_ids, token_ids, strict=True)):

@@ -99,7 +99,7 @@ class Answer:
     # ---- its way in
 
     def begin(self) -> None:
-        """On a prompt thread: tokenises and submits."""
+        """On the thread that asked, or a prompt thread: tokenises and submits."""
         if self._over:
             return
         try:
@@ -135,9 +135,9 @@ class Answer:
             self._candidates = [[] for _ in range(count)]
         context = prompt.token_ids[-_CONTEXT_TOKENS:].tolist()
         wants_logprobs = sampling.logprobs is not None
-        stops = stops_of(sampling)
+        prompts, stops = services.prompts, stops_of(sampling)
         self._strands = [
-            Strand(index, AnswerText(services.prompts.tokenizer, context, sampling, stops), wants_logprobs)
+            Strand(index, AnswerText(prompts.tokenizer, context, sampling, stops, prompts.token_texts), wants_logprobs)
             for index in range(count)
         ]
         if prompt.answer_ids is not None:
@@ -192,7 +192,11 @@ class Answer:
             embedding = next((report for report in piece.prompts if isinstance(report, PromptEmbedding)), None)
         if embedding is not None:
             delta, strand.num_tokens = embedding_delta(delta, embedding, self._request), 0
-        self._count(len(delta.token_ids), embedding is not None)
+        if delta.token_ids or embedding is not None:
+            self._count(len(delta.token_ids), embedding is not None)
+        if not strand.over and self._candidates is None:  # most pieces by far
+            self._pass_on(delta)
+            return
         if delta.error is not None:
             self._end_with(delta)
             self._abort()
@@ -218,6 +222,8 @@ class Answer:
     def _pass_on(self, delta: Delta) -> None:
         if self._candidates is not None and not delta.last:
             self._candidates[delta.index].append(delta)
+        elif self._prompt_parts is None:
+            self._services.streamer.put(self._channel, delta)
         else:
             self._put(delta)
 
@@ -230,8 +236,6 @@ class Answer:
         self._services.streamer.put(self._channel, delta)
 
     def _count(self, num_tokens: int, is_embedding: bool) -> None:
-        if not num_tokens and not is_embedding:
-            return
         tally = self._services.tally
         self._last_token_time = time.monotonic()
         if not self._first_token_time:
@@ -240,7 +244,7 @@ class Answer:
                 tally.observe("paged_time_to_first_token_seconds", self._first_token_time - self._request.arrival)
             tally.add("paged_prompt_tokens_total", self._prompt_len)
             tally.observe("paged_request_prompt_tokens", self._prompt_len)
-        tally.add("paged_generation_tokens_total", num_tokens)
+        tally.add_tokens(num_tokens)
 
     # ---- its ends
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import msgspec
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.decoders import DecodeStream
 
 from paged_backend.request import SamplingParams
@@ -21,19 +21,51 @@ _MAX_PENDING = 12
 _UNSETTLED_CHARS = 3
 
 
+class TokenTexts:
+    """What tokens are spelled like wherever they stand, by their ids, where the tokenizer has it so: that of byte-level
+    ones is the bytes of all tokens in a row, so a token of whole characters adds them to any text that is whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._anywhere = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        # by whether special tokens are skipped; None: it depends on others, or there is no text
+        self._known: dict[bool, dict[int, str | None]] = {False: {}, True: {}}
+
+    def known(self, skip_special_tokens: bool) -> dict[int, str | None]:
+        """Of tokens that were looked up before."""
+        return self._known[skip_special_tokens]
+
+    def look_up(self, token_id: int, skip_special_tokens: bool) -> str | None:
+        """The text of whole characters that the token adds to any; None: that depends."""
+        text = None
+        if self._anywhere:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=skip_special_tokens)
+        self._known[skip_special_tokens][token_id] = found = text if text and _REPLACEMENT not in text else None
+        return found
+
+
 class Detokenizer:
     """One sequence's text: the strings returned by `step` and `flush` add up to what `Tokenizer.decode` makes of all
     its tokens.
 
-    `DecodeStream` carries the common case. It holds back a run of invalid bytes for ever, at quadratic cost, and raises
-    when a later byte invalidates a character it has sent; then we decode a short window ourselves, until the text is
-    whole again.
+    A token whose text is the same anywhere is looked up. `DecodeStream` carries the rest of the common case. It holds
+    back a run of invalid bytes for ever, at quadratic cost, and raises when a later byte invalidates a character it has
+    sent; then we decode a short window ourselves, until the text is whole again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
-        """prompt_ids: at least the last tokens before the answer."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool,
+        texts: TokenTexts | None = None,
+    ) -> None:
+        """prompt_ids: at least the last tokens before the answer. texts: of that tokenizer, shared by many."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._texts = texts or TokenTexts(tokenizer)
+        self._known = self._texts.known(skip_special_tokens)
         self._recent = self._context(prompt_ids)  # tokens that decide how the next one is spelled, then those held back
         self._num_pending = 0
         self._stream: DecodeStream | None = DecodeStream(ids=self._recent, skip_special_tokens=skip_special_tokens)
@@ -41,6 +73,12 @@ class Detokenizer:
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""
+        if (
+            not self._num_pending
+        ):  # tokens that are looked up leave no trace: they do not change how the next are spelled
+            text = self._known[token_id] if token_id in self._known else self._texts.look_up(token_id, self._skip)
+            if text is not None:
+                return text
         self._recent.append(token_id)
         self._num_pending += 1
         if self._stream is None:
@@ -203,18 +241,25 @@ class AnswerText:
         prompt_ids: Sequence[int],
         sampling: SamplingParams,
         stops: StopStrings | None = None,
+        texts: TokenTexts | None = None,
     ) -> None:
-        """stops: `stops_of(sampling)`, the same for all sequences of a request; None: of its own."""
+        """stops: `stops_of(sampling)`, the same for all sequences of a request; None: of its own. texts: see
+        Detokenizer.
+        """
         self._sampling = sampling
         self._tokenizer = tokenizer
         self._detokenizer = (
             None
             if tokenizer is None or not sampling.detokenize
-            else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
+            else Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens, texts)
         )
         # the tree is shared, and grows no more; how far a text has come in it is not
         self._stops = copy(stops or stops_of(sampling))
         self._num_tokens = 0
+        # the text of one token, where an answer's end is all that can make a difference: most calls by far
+        self.step: Callable[[int], str] | None = (
+            self._detokenizer.step if self._detokenizer is not None and self._stops is None else None
+        )
 
     def add(self, token_ids: Sequence[int], finish_reason: str | None) -> Passage:
         """finish_reason: set if these tokens are the engine's last: "stop" (the last token is a stop token, whose text
@@ -222,9 +267,6 @@ class AnswerText:
         """
         if self._detokenizer is None:
             return Passage("", len(token_ids), False)
-        if finish_reason is None and self._stops is None and len(token_ids) == 1:  # most calls by far
-            self._num_tokens += 1
-            return Passage(self._detokenizer.step(token_ids[0]), 1, False)
         silent = finish_reason == "stop" and not self._sampling.include_stop_str_in_output
         texts: list[str] = []
         for index, token_id in enumerate(token_ids):

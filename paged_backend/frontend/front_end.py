@@ -96,7 +96,7 @@ class FrontEnd:
         self._answers[id(answer)] = answer
         refusal = self._refusal()
         if refusal is None:
-            self.prompts.later(answer.begin, request.chat is not None)
+            self.prompts.soon(answer.begin, request)
         else:
             answer.fail(refusal)
 

@@ -194,6 +194,8 @@ class Tally:
         self._gauges: dict[int, dict[Series, float]] = {}
         self._increments: dict[Series, float] = defaultdict(float)
         self._observations: dict[Series, list[float]] = defaultdict(list)
+        self._tokens: dict[int, int] = defaultdict(int)  # generated since the start, by the thread that counted them
+        self._num_drained = 0  # of them
         self._last_stats: dict[int, Stats] = {}  # by replica
         self._inherits: set[int] = set()  # replicas
 
@@ -204,6 +206,12 @@ class Tally:
     def add(self, name: str, amount: float = 1, label: str = "") -> None:
         with self._lock:
             self._increments[name, label] += amount
+
+    def add_tokens(self, number: int) -> None:
+        """To paged_generation_tokens_total, once for each token of each stream: without a lock, as each thread has a
+        number of its own.
+        """
+        self._tokens[threading.get_ident()] += number
 
     def observe(self, name: str, value: float) -> None:
         with self._lock:
@@ -246,6 +254,9 @@ class Tally:
     def drain(self) -> Measurements:
         """Everything since the last call."""
         with self._lock:
+            if (num_tokens := sum(list(self._tokens.values()))) > self._num_drained:
+                self._increments["paged_generation_tokens_total", ""] += num_tokens - self._num_drained
+                self._num_drained = num_tokens
             drained = Measurements(self._gauges, dict(self._increments), dict(self._observations))
             self._gauges, self._increments, self._observations = {}, defaultdict(float), defaultdict(list)
         return drained

@@ -29,6 +29,7 @@ class Strand:
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self._text = text
+        self._step = None if wants_logprobs else text.step
         self._wants_logprobs = wants_logprobs
 
     def pass_over(self, token_ids: list[int]) -> None:
@@ -43,6 +44,8 @@ class Strand:
     def take(self, piece: Piece, prompt_len: int) -> tuple[Delta, bool]:
         """What the piece adds; and whether the engine must be told to stop."""
         finish = piece.finish
+        if finish is None and self._step is not None and len(piece.token_ids) == 1:  # most pieces by far
+            return self._one_token(piece, prompt_len, self._step(piece.token_ids[0])), False
         passage = self._text.add(piece.token_ids, None if finish is None else finish.reason)
         if passage.stopped:
             finish = Finish(0, "stop")
@@ -67,6 +70,18 @@ class Strand:
             error=None if finish is None or finish.error is None else RequestError(finish.message, finish.error),
         )
         return delta, passage.stopped and piece.finish is None
+
+    def _one_token(self, piece: Piece, prompt_len: int, text: str) -> Delta:
+        if piece.num_cached_tokens is not None:
+            self.num_cached_tokens = piece.num_cached_tokens
+        self.num_tokens += 1
+        return Delta(
+            index=self.index,
+            text=text,
+            token_ids=(piece.token_ids[0],),
+            num_input_tokens=prompt_len,
+            num_cached_tokens=self.num_cached_tokens,
+        )
 
 
 def beam_pieces(piece: Piece, found: Found) -> Iterator[Piece]:

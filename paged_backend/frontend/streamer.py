@@ -98,7 +98,7 @@ class Streamer:
         with self._lock:
             if channel.closed:
                 return False
-            if self._add(channel, delta):
+            if self._add(channel, delta, time.monotonic()):
                 self._lined_up.notify()
         return True
 
@@ -115,7 +115,8 @@ class Streamer:
         finally:
             del self._collected[thread]
             with self._lock:
-                entered = [self._add(channel, delta) for channel, delta in collected if not channel.closed]
+                now = time.monotonic()
+                entered = [self._add(channel, delta, now) for channel, delta in collected if not channel.closed]
                 self._lined_up.notify(sum(entered))
 
     def wait_until_all_ended(self, seconds: float) -> bool:
@@ -131,22 +132,22 @@ class Streamer:
         for thread in self._threads:
             thread.join()
 
-    def _add(self, channel: Channel, delta: Delta) -> bool:
+    def _add(self, channel: Channel, delta: Delta, now: float) -> bool:
         """True if a sender has one more channel to serve."""
         channel.deltas.append(delta)
         channel.closed = delta.last
         if delta.last or (channel.stream and (delta.text or delta.finish_reason is not None or channel.eager)):
             channel.due = True
-            return self._line_up(channel)
+            return self._line_up(channel, now)
         return False
 
-    def _line_up(self, channel: Channel) -> bool:
+    def _line_up(self, channel: Channel, now: float) -> bool:
         """Puts a channel with something due in the line where it belongs; one that is being sent comes back by itself.
         True if it stood in none.
         """
         urgent = channel.closed or not channel.started
         if channel.place is _Place.NOWHERE:
-            channel.waiting_since = time.monotonic()
+            channel.waiting_since = now
             channel.place = _Place.URGENT if urgent else _Place.REGULAR
             (self._urgent if urgent else self._regular).append(channel)
             return True
@@ -177,7 +178,7 @@ class Streamer:
             if not sent:
                 channel.closed = final = True
             elif channel.due:
-                self._line_up(channel)
+                self._line_up(channel, time.monotonic())
         if final:
             self._end(channel, sent)
         return True
@@ -192,12 +193,14 @@ class Streamer:
             if self._stopping:
                 return None
             self._lined_up.wait()
-        regular_is_late = bool(self._regular) and time.monotonic() - self._regular[0].waiting_since > self._max_delay
-        take_urgent = bool(self._urgent) and not (self._urgent_was_last and regular_is_late)
+        take_urgent = bool(self._urgent) and not (self._urgent_was_last and self._regular_is_late())
         self._urgent_was_last = take_urgent
         channel = (self._urgent if take_urgent else self._regular).popleft()
         channel.place = _Place.SENDING
         return channel
+
+    def _regular_is_late(self) -> bool:
+        return bool(self._regular) and time.monotonic() - self._regular[0].waiting_since > self._max_delay
 
     def _send(self, channel: Channel, deltas: list[Delta], final: bool) -> bool:
         """False if the channel's send raised."""

@@ -30,6 +30,7 @@ from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.model_config import check_tensors, may_stream
 from paged_backend.frontend.prompt_logprobs import PromptTable
 from paged_backend.frontend.request_reader import asks_for_health, id_parameter, read_request, wants_error_code
+from paged_backend.frontend.response_tensors import ResponseTensors
 from paged_backend.frontend.server_death import end_with_server, leave_soon
 from paged_backend.frontend.shared_memory import keep_shared_memory_private
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
@@ -91,6 +92,7 @@ class TritonPythonModel:
             self._front_end = FrontEnd(config, _key(args), num_instances, command, leave.start, name)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
+        self._tensors = ResponseTensors(pb_utils.Tensor)
         self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})
         if args["model_instance_name"].endswith("_0_0"):  # the first of them speaks for all
             _warn_of(model_config)
@@ -129,9 +131,8 @@ class TritonPythonModel:
                 RequestError("the request could not be read", ErrorKind.INTERNAL), self._send_bare(parameters, sender)
             )
             return
-        self._front_end.ask(
-            request, _send_to(sender, request.outputs, self._front_end.token_bytes), sender.is_cancelled
-        )
+        send = _send_to(sender, request.outputs, self._front_end.token_bytes, self._tensors)
+        self._front_end.ask(request, send, sender.is_cancelled)
 
     def _read(self, inference: Any, parameters: str) -> Request:
         """
@@ -149,7 +150,8 @@ class TritonPythonModel:
 
     def _send_bare(self, parameters: str, sender: Any) -> Send:
         """For an answer of which nothing is known but how its error is to be told."""
-        return _send_to(sender, Outputs(error_code=wants_error_code(parameters)), self._front_end.token_bytes)
+        outputs = Outputs(error_code=wants_error_code(parameters))
+        return _send_to(sender, outputs, self._front_end.token_bytes, self._tensors)
 
 
 def spare_collector() -> None:
@@ -192,15 +194,25 @@ def _num_instances(model_config: Mapping[str, Any]) -> int:
     )
 
 
-def _send_to(sender: Any, outputs: Outputs, token_bytes: Callable[[int], bytes]) -> Send:
+def _send_to(
+    sender: Any, outputs: Outputs, token_bytes: Callable[[int], bytes], response_tensors: ResponseTensors
+) -> Send:
+    only_text = outputs == Outputs()  # most responses by far
+
     def send(deltas: tuple[Delta, ...], final: bool) -> None:
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        sender.send(response_of(deltas, outputs, token_bytes), flags=flags)
+        first = deltas[0]
+        if only_text and len(deltas) == 1 and first.error is None and first.prompt is None:
+            response = pb_utils.InferenceResponse([response_tensors.strings("text_output", (first.text,))])
+        else:
+            response = response_of(deltas, outputs, token_bytes, response_tensors)
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
     return send
 
 
-def response_of(deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable[[int], bytes]) -> Any:
+def response_of(
+    deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable[[int], bytes], response_tensors: ResponseTensors
+) -> Any:
     """The InferenceResponse for deltas of several sequences, or one with an error: text_output always, the others as
     asked for, an entry per sequence.
 
@@ -212,43 +224,32 @@ def response_of(deltas: Sequence[Delta], outputs: Outputs, token_bytes: Callable
         code = _CODES[first.error.kind]
         words = f"{_GRPC_NAMES.get(code, code)}: {first.error}" if outputs.error_code else str(first.error)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(words, getattr(pb_utils.TritonError, code)))
-    tensors = [_strings("text_output", [delta.text for delta in deltas])]
+    strings, numbers = response_tensors.strings, response_tensors.numbers
+    tensors = [strings("text_output", [delta.text for delta in deltas])]
     if outputs.sequence_index:
-        tensors.append(_numbers("sequence_index", [delta.index for delta in deltas], np.int32))
+        tensors.append(numbers("sequence_index", [delta.index for delta in deltas], np.int32))
     if outputs.finish_reason:
-        tensors.append(_strings("finish_reason", [str(delta.finish_reason) for delta in deltas]))
+        tensors.append(strings("finish_reason", [str(delta.finish_reason) for delta in deltas]))
     if outputs.cumulative_logprob:
-        tensors.append(_numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
+        tensors.append(numbers("cumulative_logprob", [delta.cumulative_logprob for delta in deltas], np.float32))
     if outputs.logprobs:
         spelled = _speller(token_bytes)
-        tensors.append(
-            _strings(
-                "logprobs",
-                [_json_list(_logprob_entries(entry, spelled) for entry in delta.logprobs) for delta in deltas],
-            )
-        )
+        lists = [_json_list(_logprob_entries(entry, spelled) for entry in delta.logprobs) for delta in deltas]
+        tensors.append(strings("logprobs", lists))
     if isinstance(first.prompt, Embedding):
         tensors.append(pb_utils.Tensor("embedding", first.prompt.values))
     if outputs.prompt_logprobs:
         tables = [delta.prompt for delta in deltas if isinstance(delta.prompt, PromptTable)]
-        tensors += [_strings("prompt_logprobs", [_prompt_json(table, _speller(token_bytes))]) for table in tables]
+        tensors += [strings("prompt_logprobs", [_prompt_json(table, _speller(token_bytes))]) for table in tables]
     if outputs.num_input_tokens:
-        tensors.append(_numbers("num_input_tokens", [first.num_input_tokens], np.uint32))
+        tensors.append(numbers("num_input_tokens", [first.num_input_tokens], np.uint32))
     if outputs.num_output_tokens:
-        tensors.append(_numbers("num_output_tokens", [len(delta.token_ids) for delta in deltas], np.uint32))
+        tensors.append(numbers("num_output_tokens", [len(delta.token_ids) for delta in deltas], np.uint32))
     if outputs.output_ids:
-        tensors.append(_numbers("output_ids", [token_id for delta in deltas for token_id in delta.token_ids], np.int32))
+        tensors.append(numbers("output_ids", [token_id for delta in deltas for token_id in delta.token_ids], np.int32))
     if outputs.num_cached_tokens:
-        tensors.append(_numbers("num_cached_tokens", [first.num_cached_tokens], np.uint32))
+        tensors.append(numbers("num_cached_tokens", [first.num_cached_tokens], np.uint32))
     return pb_utils.InferenceResponse(tensors)
-
-
-def _strings(name: str, texts: Sequence[str]) -> Any:
-    return pb_utils.Tensor(name, np.array([text.encode() for text in texts], np.object_))
-
-
-def _numbers(name: str, values: Sequence[float], dtype: Any) -> Any:
-    return pb_utils.Tensor(name, np.array(values, dtype))
 
 
 def _logprob_entries(entry: TokenScores, spelled: Callable[[int], dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from paged_backend.frontend.detokenizer import AnswerText, Detokenizer, StopStrings, stops_of
+from paged_backend.frontend.detokenizer import AnswerText, Detokenizer, StopStrings, TokenTexts, stops_of
 from paged_backend.request import SamplingParams
 from tests.small_tokenizers import byte_fallback, byte_level
 
@@ -73,6 +73,34 @@ def test_any_tokens_are_decoded_exactly_unless_a_later_byte_rewrites_what_was_se
     text = "".join(_steps(tokenizer, [5, 6], ids))
     whole = _after_prompt(tokenizer, [5, 6], ids)
     assert text == whole or (tokenizer is BYTE_FALLBACK and "\ufffd" in whole)
+
+
+@given(pieces=st.lists(st.tuples(st.binary(max_size=6), st.booleans()), max_size=12), prompt=st.sampled_from(PROMPTS))
+def test_streams_that_share_what_tokens_are_spelled_like_have_their_own_text(
+    pieces: list[tuple[bytes, bool]], prompt: str
+) -> None:
+    """Special tokens skipped in one and shown in the other, tokens looked up and not in any order."""
+    prompt_ids, texts = BYTE_LEVEL.encode(prompt).ids, TokenTexts(BYTE_LEVEL)
+    streams = {skip: Detokenizer(BYTE_LEVEL, prompt_ids, skip, texts) for skip in (False, True)}
+    ids, sent = [], {False: "", True: ""}
+    end = BYTE_LEVEL.token_to_id("</s>")
+    for content, special in pieces:
+        ids += [*_bytes_as_tokens(BYTE_LEVEL, content), *BYTE_LEVEL.encode("the quesé").ids, *[end] * special]
+    for skip, stream in streams.items():
+        sent[skip] = "".join(stream.step(token_id) for token_id in ids) + stream.flush()
+        assert sent[skip] == _after_prompt(BYTE_LEVEL, prompt_ids, ids, skip)
+
+
+def test_only_whole_characters_of_byte_level_tokens_are_looked_up() -> None:
+    whole, half = BYTE_LEVEL.encode("the").ids[0], _bytes_as_tokens(BYTE_LEVEL, "é".encode())[0]
+    end = BYTE_LEVEL.token_to_id("</s>")
+    texts = TokenTexts(BYTE_LEVEL)
+    assert texts.look_up(whole, True) == BYTE_LEVEL.decode([whole])
+    assert texts.look_up(half, True) is None
+    assert (texts.look_up(end, True), texts.look_up(end, False)) == (None, "</s>")
+    assert texts.known(True) == {whole: BYTE_LEVEL.decode([whole]), half: None, end: None}
+    # there, a token at the beginning has no space, and runs of bytes depend on each other
+    assert TokenTexts(BYTE_FALLBACK).look_up(BYTE_FALLBACK.encode("the").ids[0], True) is None
 
 
 @TOKENIZERS

@@ -73,7 +73,8 @@ def test_prompts_that_are_still_to_be_read_wait_too(front_end: FrontEnd, monkeyp
         refusals.extend(delta.error for delta in deltas if delta.error is not None)
 
     for _ in range(100):
-        asked = {"text": "tokens=2", "input_ids": None, "sampling": SamplingParams(), "outputs": Outputs()}
+        sampling = SamplingParams(bad_words=("ten",))  # has to be tokenised, too: not done at once
+        asked = {"text": "tokens=2", "input_ids": None, "sampling": sampling, "outputs": Outputs()}
         request = Request(**asked, stream=False, prepend_prompt=False, arrival=time.monotonic())
         front_end.ask(request, send, lambda: False)
     go_on.set()

@@ -130,8 +130,8 @@ def test_a_restarted_engine_that_is_soon_further_than_the_last_one_never_makes_a
 
 def test_draining_takes_everything_once() -> None:
     tally = _tally()
-    tally.add("paged_generation_tokens_total", 5)
-    tally.add("paged_generation_tokens_total", 2)
+    tally.add_tokens(5)
+    tally.add_tokens(2)
     tally.observe("paged_request_seconds", 1.5)
     first = tally.drain()
     assert first.increments == {("paged_generation_tokens_total", ""): 7}

@@ -40,17 +40,18 @@ def _read(
     reader: PromptReader, text: str | None = None, ids: tuple[int, ...] | None = None, **sampling: object
 ) -> Prompt:
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
-    input_ids = None if ids is None else np.array(ids, np.int64)
-    return reader.read(
-        Request(
-            text=text,
-            input_ids=input_ids,
-            sampling=params,
-            outputs=Outputs(),
-            stream=True,
-            prepend_prompt=False,
-            arrival=0.0,
-        )
+    return reader.read(_request(text, None if ids is None else np.array(ids, np.int64), params))
+
+
+def _request(text: str | None, input_ids: np.ndarray | None, sampling: SamplingParams) -> Request:
+    return Request(
+        text=text,
+        input_ids=input_ids,
+        sampling=sampling,
+        outputs=Outputs(),
+        stream=True,
+        prepend_prompt=False,
+        arrival=0.0,
     )
 
 
@@ -299,6 +300,47 @@ def test_tokenisation_does_not_stop_other_threads(tmp_path: Path) -> None:
     reader.close()
     # a second or more of tokenisation that kept the interpreter to itself would leave two or three
     assert num_turns > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "bad_words", "at_once"),
+    [
+        ("the", None, (), True),
+        ("x" * 2048, None, (), True),
+        ("x" * 2049, None, (), False),
+        (None, 2048, (), True),
+        (None, 2049, (), False),
+        ("the", None, ("question",), False),
+    ],
+    ids=["short", "longest", "too long", "most ids", "too many ids", "bad words"],
+)
+def test_short_prompts_are_read_at_once_and_long_ones_on_a_thread(
+    tmp_path: Path, text: str | None, ids: int | None, bad_words: tuple[str, ...], at_once: bool
+) -> None:
+    reader = _reader(byte_level(), tmp_path)
+    threads: list[str] = []
+    input_ids = None if ids is None else np.full(ids, 5, np.int64)
+    request = _request(text, input_ids, SamplingParams(bad_words=bad_words))
+    reader.soon(lambda: threads.append(threading.current_thread().name), request)
+    assert (threads == [threading.current_thread().name]) == at_once
+    reader.close()
+    assert len(threads) == 1
+
+
+def test_a_short_prompt_waits_behind_those_that_wait(tmp_path: Path) -> None:
+    reader = _reader(byte_level(), tmp_path)
+    go_on, begun = threading.Event(), []
+    for number in range(3):  # two threads, and one waits
+        reader.later(lambda number=number: (begun.append(number), go_on.wait(20)))
+    reader.soon(lambda: begun.append("short"), _request("the", None, SamplingParams()))
+    assert "short" not in begun
+    go_on.set()
+    deadline = time.monotonic() + 20
+    while len(begun) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    reader.close()
+    assert begun.index("short") > begun.index(1)
 
 
 def test_the_prompts_text_can_be_had_from_its_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.embeddings import embedding_delta
 from paged_backend.frontend.prompt_logprobs import PromptTable
+from paged_backend.frontend.response_tensors import ResponseTensors
 from paged_backend.log_lines import without_stamp
 from paged_backend.messages import PromptEmbedding
 from paged_backend.request import Outputs, Request, SamplingParams
@@ -240,7 +241,7 @@ def _series(family: str, **labels: str) -> FakeMetric:
     ],
 )
 def test_each_kind_of_error_has_its_code(triton_io: types.ModuleType, kind: ErrorKind, code: str) -> None:
-    response = triton_io.response_of([Delta(error=RequestError("why", kind))], Outputs(), spelled)
+    response = triton_io.response_of([Delta(error=RequestError("why", kind))], Outputs(), spelled, new_tensors())
     assert (response.error.message, response.error.code, response.tensors) == ("why", code, {})
 
 
@@ -254,10 +255,10 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
         num_cached_tokens=2,
         finish_reason="stop",
     )
-    response = triton_io.response_of([delta], Outputs(), spelled)
+    response = triton_io.response_of([delta], Outputs(), spelled, new_tensors())
     assert {name: array.tolist() for name, array in response.tensors.items()} == {"text_output": ["é".encode()]}
     everything = Outputs(**dict.fromkeys(Outputs.__struct_fields__, True))
-    arrays = triton_io.response_of([delta], everything, spelled).tensors
+    arrays = triton_io.response_of([delta], everything, spelled, new_tensors()).tensors
     logprobs = json.loads(arrays.pop("logprobs")[0])
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "text_output": ["é".encode()],
@@ -287,6 +288,10 @@ def test_every_output_asked_for_is_sent_and_no_other(triton_io: types.ModuleType
     ]
 
 
+def new_tensors() -> ResponseTensors:
+    return ResponseTensors(FakeTensor)
+
+
 def spelled(token_id: int) -> bytes:
     return b"\xf0\x9f" if token_id == 8 else f" <{token_id}>".encode()
 
@@ -301,7 +306,9 @@ def test_no_more_than_a_tokens_logprobs_are_written_at_once(
     written: list[int] = []
     dumps = json.dumps
     monkeypatch.setattr(json, "dumps", lambda value: (written.append(len(value or ())), dumps(value))[1])
-    arrays = triton_io.response_of([delta], Outputs(prompt_logprobs=True, logprobs=True), spelled).tensors
+    arrays = triton_io.response_of(
+        [delta], Outputs(prompt_logprobs=True, logprobs=True), spelled, new_tensors()
+    ).tensors
     assert len(written) == 150 and max(written) <= 4
     entries = json.loads(arrays["prompt_logprobs"][0])
     assert len(entries) == 100 and entries[0] is None
@@ -336,6 +343,7 @@ def test_an_embedding_is_shortened_normalised_and_sent_once(
             [delta],
             Outputs(output_ids=True, num_input_tokens=True, num_output_tokens=True, finish_reason=True),
             spelled,
+            new_tensors(),
         ).tensors
         np.testing.assert_allclose(arrays["embedding"], np.array(expected, np.float32), rtol=1e-6)
         assert arrays["embedding"].dtype == np.float32
@@ -346,7 +354,7 @@ def test_an_embedding_is_shortened_normalised_and_sent_once(
 
 
 def test_an_unfinished_response_says_none_as_the_vllm_backend_does(triton_io: types.ModuleType) -> None:
-    response = triton_io.response_of([Delta(text="a")], Outputs(finish_reason=True), spelled)
+    response = triton_io.response_of([Delta(text="a")], Outputs(finish_reason=True), spelled, new_tensors())
     assert response.tensors["finish_reason"].tolist() == [b"None"]
 
 
@@ -567,7 +575,7 @@ def test_several_sequences_have_an_entry_each(triton_io: types.ModuleType) -> No
         Delta(index=3, text="", token_ids=(5, 6), finish_reason="length"),
     )
     outputs = Outputs(finish_reason=True, num_output_tokens=True, output_ids=True, sequence_index=True)
-    arrays = triton_io.response_of(deltas, outputs, str).tensors
+    arrays = triton_io.response_of(deltas, outputs, str, new_tensors()).tensors
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "text_output": [b"b", b""],
         "sequence_index": [1, 3],
