@@ -24,9 +24,7 @@ from paged_kernels.reference import Ops
 
 
 class Layer:
-    """Attention and perceptron, one after the other or side by side, as a LayerSpec says. Parameters are uninitialised
-    until `parameters` are filled.
-    """
+    """Attention and perceptron, one after the other or side by side, as a LayerSpec says: fill its `parameters`."""
 
     def __init__(self, spec: LayerSpec, hidden_size: int, empty: Allocate) -> None:
         self._parallel = spec.parallel
