@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from paged_backend.arrays import Int32
@@ -67,6 +68,15 @@ def save_checkpoint(
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return folder
+
+
+def save_over(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file in the place of one that a model may still have mapped: writing into it would change
+    that model, or end the process.
+    """
+    beside = path.with_suffix(".new")
+    save_file(tensors, beside, metadata={"format": "pt"})
+    beside.replace(path)
 
 
 def random_prompts(lengths: Sequence[int], vocab_size: int = _SMALL["vocab_size"], seed: int = 0) -> list[Int32]:

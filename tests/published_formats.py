@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.oracle import save_checkpoint
+from tests.oracle import save_checkpoint, save_over
 from tests.quantised_checkpoints import SIZES, CompressedModel
 
 FP8 = torch.float8_e4m3fn
@@ -50,7 +50,7 @@ def save_published(folder: Path, published: Published, plain: tuple[str, ...] = 
         module.weight.data.copy_(meant)
         if published.rounded is not None:
             module.register_forward_pre_hook(lambda _, inputs: published.rounded(inputs[0]))  # type: ignore[misc]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_over(tensors, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": published.config}))
     return CompressedModel(model)

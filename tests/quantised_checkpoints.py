@@ -13,11 +13,11 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.oracle import save_checkpoint
+from tests.oracle import save_checkpoint, save_over
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
 # of static activations: 448 and 127 of them reach beyond what the model computes
@@ -62,11 +62,7 @@ def save_compressed(
     compressor = ModelCompressor.from_pretrained_model(stored)
     assert compressor is not None
     compressor.compress_model(stored)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in stored.state_dict().items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_over({name: tensor.contiguous() for name, tensor in stored.state_dict().items()}, folder / "model.safetensors")
     compressor.update_config(str(folder))
     return CompressedModel(model)
 
@@ -90,6 +86,13 @@ def _choose_scales(module: Any) -> None:
     if hasattr(module, "input_zero_point"):
         module.input_zero_point.data.zero_()
     module.quantization_status = QuantizationStatus.FROZEN
+
+
+def behead(folder: Path) -> None:
+    """Leaves the layers alone, by the names that they have in a model of embeddings."""
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+    save_over({name: tensor.clone() for name, tensor in tensors.items() if name != "lm_head.weight"}, path)
 
 
 def edit_config(folder: Path, **quantization: Any) -> None:

@@ -163,7 +163,8 @@ def _quantization(folder: Path, content: Mapping[str, Any], kind: ConfigKind, fa
     """Of the whole, or of its language part."""
     part = content.get("text_config") if family.has_other_parts else None
     own = part.get("quantization_config") if isinstance(part, Mapping) else None
-    found = read_quantization(folder, kind.quantization_config or (own if isinstance(own, Mapping) else None))
+    whole = kind.quantization_config or kind.compression_config
+    found = read_quantization(folder, whole or (own if isinstance(own, Mapping) else None))
     return None if found is None else replace(found, renames=family.renames)
 
 
@@ -173,7 +174,9 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _family_of(file: ConfigKind) -> Family:
-    name = (file.architectures or ["none"])[0]
+    if not file.architectures:
+        raise EngineError(f"config.json: architectures is missing; supported: {', '.join(FAMILIES)}")
+    name = file.architectures[0]
     # Qwen3Model: the same without a head
     family = FAMILIES.get(name) or FAMILIES.get(f"{name.removesuffix('Model')}ForCausalLM")
     if family is None:

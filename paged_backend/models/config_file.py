@@ -113,6 +113,7 @@ class ConfigKind(CheckedFile):
     architectures: list[str] | None = None
     model_type: str | None = None
     quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None  # the same in older files of compressed-tensors
 
 
 class ConfigFile(ConfigKind):
@@ -151,7 +152,7 @@ class ConfigFile(ConfigKind):
 
     def for_transformers(self) -> dict[str, Any]:
         """What was given, for the class of transformers that knows the defaults of the rest."""
-        ours = {"architectures", "model_type", "quantization_config", "dtype", "torch_dtype"}
+        ours = {"architectures", "model_type", "quantization_config", "compression_config", "dtype", "torch_dtype"}
         return self.model_dump(exclude_unset=True, exclude=ours)
 
 
@@ -201,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise EngineError(f"{path.parent}: no {path.name}, so this is not a checkpoint") from None
+        raise EngineError(f"{path.parent}: no {path.name}, so {_what_instead(path.parent)}") from None
     except (OSError, ValueError) as error:
         raise EngineError(f"{path}: {reason_of(error)}") from None
     except RecursionError:
@@ -209,6 +210,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise EngineError(f"{path}: expected a JSON object")
     return content
+
+
+def _what_instead(folder: Path) -> str:
+    """What a folder without config.json is."""
+    if (folder / "adapter_config.json").is_file():
+        return "this is an adapter; its base model is served, with the adapter's folder in lora_directory"
+    return "this is not a checkpoint"
 
 
 def _spelled(value: Any) -> str:

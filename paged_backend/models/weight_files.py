@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -18,6 +18,9 @@ from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.quantization.scheme import FLOATS
 from paged_backend.models.shard import Cut
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INNER = "model."  # before the names of what is no head
+_LFS_POINTER = b"version https://git-lfs.github.com"
 _QUANTISED_ENDINGS = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale")
 
 
@@ -47,8 +50,20 @@ def find_tensors(folder: Path, renames: Mapping[str, str] = MappingProxyType({})
                     view = file.get_slice(name)
                     stored[renamed(name, renames)] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype(), name)
         except (SafetensorError, OSError) as error:
-            raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
+            raise EngineError(f"checkpoint: {path.name} is broken: {_why_broken(path, error)}") from None
     return stored
+
+
+def is_headless(stored: Collection[str]) -> bool:
+    """Whether it is a checkpoint of the layers alone, as models of embeddings are published: its names are those of the
+    inner model, which has no head.
+    """
+    return EMBEDDING.removeprefix(INNER) in stored and HEAD not in stored
+
+
+def whole_names(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """By the names that a checkpoint with a head has, also of one without."""
+    return {INNER + name: tensor for name, tensor in stored.items()} if is_headless(stored) else stored
 
 
 def read_tensors(
@@ -132,10 +147,10 @@ def check_tensors(
                 f"checkpoint: tensor {missing[0]} is missing; there are quantised ones such as {quantised}, "
                 "which config.json does not tell of"
             )
-        raise EngineError(
-            f"checkpoint: tensor {missing[0]} is missing"
-            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        if len(missing) == len(targets):
+            more += f"; there are others, such as {next(iter(stored))}" if stored else "; there are none"
+        raise EngineError(f"checkpoint: tensor {missing[0]} is missing{more}")
     for name, target in targets.items():
         shape, kind = list(stored[name].shape), stored[name].kind
         implied = cuts[name].whole_shape(target) if name in cuts else list(target.shape)
@@ -144,6 +159,13 @@ def check_tensors(
         supported = ("U8",) if target.dtype == torch.uint8 else tuple(FLOATS)
         if kind not in supported:
             raise EngineError(f"checkpoint: tensor {name} is of type {kind}; supported: {', '.join(supported)}")
+
+
+def _why_broken(path: Path, error: Exception) -> str:
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return "it is a pointer of Git LFS, not what it points to (git lfs pull)"
+    return reason_of(error)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -170,4 +192,6 @@ def _weight_files(folder: Path) -> list[Path]:
             "checkpoint: its weights are in Mistral's own format (consolidated.safetensors); Hugging Face's is "
             "supported (model.safetensors)"
         )
+    if any(folder.glob("*.gguf")):
+        raise EngineError("checkpoint: its weights are in GGUF, which is not supported; supported: safetensors")
     raise EngineError(f"checkpoint: {folder} has no model.safetensors and no model.safetensors.index.json")

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,14 +34,24 @@ from paged_backend.models.quantization.modules import (
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.shard import Cut, cuts_of_tensors
 from paged_backend.models.upload import Uploads
-from paged_backend.models.weight_files import OpenTensors, StoredTensor, check_tensors, find_tensors, read_tensors
+from paged_backend.models.weight_files import (
+    EMBEDDING,
+    HEAD,
+    INNER,
+    OpenTensors,
+    StoredTensor,
+    check_tensors,
+    find_tensors,
+    is_headless,
+    read_tensors,
+    whole_names,
+)
 from paged_backend.units import spell_bytes
 from paged_kernels.linear import Linear
 
 Progress = Callable[[str], None]
-Named = TypeVar("Named")
 
-_EMBEDDING, _HEAD, _LAYERS = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
+_LAYERS = "model.layers."
 _COMPARED_AT_ONCE = 2**24  # numbers
 _PROGRESS_SECONDS = 1.0
 
@@ -146,7 +155,7 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
         EngineError: a file or a tensor is missing, broken, of another shape, of a type that is not float, or holds NaN
         or infinity; or a quantised module's scales are not positive.
     """
-    stored = find_tensors(folder, weights.renames)
+    stored = whole_names(find_tensors(folder, weights.renames))
     targets, modules = _filled(weights, stored)
     check_tensors(stored, targets, weights.cuts)
     check_modules(stored, modules)
@@ -222,12 +231,16 @@ def settle_weights(architecture: Architecture, folder: Path) -> tuple[Architectu
     """
     stored = find_tensors(folder, architecture.renames)
     note = ""
-    if _is_headless(stored):
+    if is_headless(stored):
         architecture = replace(architecture, tied_head=True, has_head=False)
-    if architecture.tied_head and _EMBEDDING in stored and _HEAD in stored and not _equal(stored, _EMBEDDING, _HEAD):
+        if architecture.quantization is not None:  # its lists know the checkpoint's names
+            renames = {**architecture.quantization.renames, "": INNER}
+            architecture = replace(architecture, quantization=replace(architecture.quantization, renames=renames))
+    stored = whole_names(stored)
+    if architecture.tied_head and EMBEDDING in stored and HEAD in stored and not _equal(stored, EMBEDDING, HEAD):
         architecture = replace(architecture, tied_head=False)
         note = (
-            f"warning: config.json ties {_HEAD} to {_EMBEDDING}, but the checkpoint has two that differ: each is "
+            f"warning: config.json ties {HEAD} to {EMBEDDING}, but the checkpoint has two that differ: each is "
             "used as it is"
         )
     if architecture.quantization is not None:
@@ -314,47 +327,34 @@ def _filled(weights: Weights, stored: Mapping[str, StoredTensor]) -> tuple[dict[
 def _targets(weights: Weights, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Checkpoint name -> the tensor, or the rows of a packed one, that it fills. stored: what the checkpoint has."""
     num_tokens = weights.vocabulary.count
-    targets = {_EMBEDDING: weights.embedding[:num_tokens], **norm_parameters("model.norm", weights.final_norm)}
+    targets = {EMBEDDING: weights.embedding[:num_tokens], **norm_parameters("model.norm", weights.final_norm)}
     if weights.head.weight is not weights.embedding:
-        targets[_HEAD] = weights.head.weight[:num_tokens]
-    elif _EMBEDDING not in stored and _HEAD in stored:  # tied from the other end
-        targets[_HEAD] = targets.pop(_EMBEDDING)
+        targets[HEAD] = weights.head.weight[:num_tokens]
+    elif EMBEDDING not in stored and HEAD in stored:  # tied from the other end
+        targets[HEAD] = targets.pop(EMBEDDING)
     shapes = _shapes_by_layer(stored)
     for index, layer in enumerate(weights.layers):
         targets |= {
             f"{_LAYERS}{index}.{name}": target for name, target in layer.parameters(shapes.get(str(index), {})).items()
         }
-    return _inner_names(targets) if _is_headless(stored) else targets
+    return targets
 
 
 def _cuts(architecture: Architecture) -> Mapping[str, Cut]:
     """Of the tensors of the checkpoint that a rank has a part of, by name; none for a model that one rank has whole."""
     if architecture.shard.size == 1:
         return {}
-    cuts = dict.fromkeys((_EMBEDDING, _HEAD), architecture.vocabulary)
+    cuts = dict.fromkeys((EMBEDDING, HEAD), architecture.vocabulary)
     for index, layer in enumerate(architecture.layers):
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in cuts_of_tensors(layer.cuts()).items()}
-    return cuts if architecture.has_head else _inner_names(cuts)
+    return cuts
 
 
 def _shapes_by_layer(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, Sequence[int]]]:
     """A layer's number -> names within it -> shapes."""
     found: dict[str, dict[str, Sequence[int]]] = {}
     for name, tensor in stored.items():
-        inner = name.removeprefix("model.")
-        if inner.startswith(_LAYERS.removeprefix("model.")):
-            index, _, rest = inner.removeprefix(_LAYERS.removeprefix("model.")).partition(".")
+        if name.startswith(_LAYERS):
+            index, _, rest = name.removeprefix(_LAYERS).partition(".")
             found.setdefault(index, {})[rest] = tensor.shape
     return found
-
-
-def _inner_names(by_name: Mapping[str, Named]) -> dict[str, Named]:
-    """By the names that a checkpoint of the layers alone has."""
-    return {name.removeprefix("model."): value for name, value in by_name.items()}
-
-
-def _is_headless(stored: Collection[str]) -> bool:
-    """A checkpoint of the layers alone, as models of embeddings are published: its names are those of the inner model,
-    which has no head.
-    """
-    return _EMBEDDING.removeprefix("model.") in stored and _HEAD not in stored

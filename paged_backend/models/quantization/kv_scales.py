@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paged_backend.errors import EngineError
 from paged_backend.models.blocks.attention import Attention
-from paged_backend.models.weight_files import OpenTensors, StoredTensor, find_tensors
+from paged_backend.models.weight_files import OpenTensors, StoredTensor, find_tensors, whole_names
 from paged_kernels.linear import Linear
 
 _NAMES = {
@@ -34,7 +34,7 @@ def load_kv_scales(layers: Mapping[str, Attention], folder: Path, renames: Mappi
     Raises:
         EngineError: a scale is not one positive finite number, or a block has norms that a scale cannot go into.
     """
-    stored = find_tensors(folder, renames)
+    stored = whole_names(find_tensors(folder, renames))
     with OpenTensors(stored) as tensors:
         scales = {prefix: [_read(prefix, _NAMES[side], stored, tensors) for side in "kv"] for prefix in layers}
     count = sum(k is not None or v is not None for k, v in scales.values())

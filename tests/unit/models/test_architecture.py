@@ -44,7 +44,7 @@ def write(folder: Path, **options: Any) -> Path:
     ("options", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
-        ({"architectures": None}, ["architecture none"]),
+        ({"architectures": None}, ["config.json: architectures is missing; supported: LlamaForCausalLM"]),
         ({"architectures": ["DeciLMForCausalLM"], "intermediate_size": None}, ["DeciLMForCausalLM"]),
         ({"hidden_act": "quick_gelu"}, ["hidden_act", "quick_gelu"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),

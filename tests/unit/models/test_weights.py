@@ -211,6 +211,33 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         load(folder)
 
 
+def test_weights_in_gguf_are_refused_by_their_format(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
+    with pytest.raises(EngineError, match="GGUF"):
+        load(folder)
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_broken_file(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(EngineError, match=r"model\.safetensors is broken: it is a pointer of Git LFS"):
+        load(folder)
+
+
+def test_where_all_names_are_others_one_of_them_is_told(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = {f"base_model.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"is missing, and \d+ more; there are others, such as base_model\."):
+        load(folder)
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told_what_it_is(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    with pytest.raises(EngineError, match="no config.json, so this is an adapter; its base model is served"):
+        read_architecture(folder)
+
+
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(EngineError, match=r"no model\.safetensors"):

@@ -4,6 +4,7 @@ float32.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 
 from paged_backend.batch import Batch, NewRow
 from paged_backend.runner.step_plan import plan_step, shape_of
+from paged_kernels.codes import dequantise
 from tests.oracle import random_prompts
-from tests.quantised_checkpoints import save_compressed
+from tests.quantised_checkpoints import behead, save_compressed
 from tests.runner_driver import GREEDY, Driver, load_runner
 
 WEIGHTS_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -53,6 +55,30 @@ def test_tokens_equal_the_librarys(case: str, tmp_path: Path) -> None:
     prompts = random_prompts(LENGTHS)
     assert Driver(load_runner(tmp_path, tell=heard.append)).generate(prompts, 6, chunk=7) == truth.greedy(prompts, 6)
     assert [sentence for sentence in heard if sentence.startswith("quantization: compressed-tensors")]
+
+
+def test_expressions_mean_the_names_that_a_model_of_embeddings_has(tmp_path: Path) -> None:
+    save_compressed(tmp_path, CASES["W4A16-g32"])
+    whole = load_runner(tmp_path)._decoder._weights
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    group["targets"] = [r"re:layers\.\d+\..*_proj"]
+    path.write_text(json.dumps(config))
+    behead(tmp_path)
+    alone = load_runner(tmp_path)._decoder._weights
+    for one, other in zip(whole.linears, alone.linears, strict=True):
+        assert torch.equal(dequantise(one), dequantise(other))
+
+
+def test_older_files_call_it_compression_config(tmp_path: Path) -> None:
+    truth = save_compressed(tmp_path, CASES["W4A16-g32"])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    path.write_text(json.dumps(config))
+    prompts = random_prompts((12,))
+    assert Driver(load_runner(tmp_path)).generate(prompts, 6) == truth.greedy(prompts, 6)
 
 
 @pytest.mark.parametrize("case", ["W4A16-g128", "W8A8", "FP8-static", "FP8-dynamic", "FP8-block"])

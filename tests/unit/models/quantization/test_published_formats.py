@@ -21,9 +21,9 @@ from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.shard import Shard
 from paged_backend.models.weights import allocate_weights, load_weights
 from paged_kernels.codes import dequantise
-from tests.oracle import random_prompts
+from tests.oracle import random_prompts, save_checkpoint
 from tests.published_formats import FORMATS, save_published
-from tests.quantised_checkpoints import edit_config
+from tests.quantised_checkpoints import SIZES, behead, edit_config
 from tests.runner_driver import Driver, load_runner
 
 CPU = torch.device("cpu")
@@ -84,6 +84,21 @@ def test_modules_that_stay_as_they_are(tmp_path: Path) -> None:
     edit_config(tmp_path, modules_to_not_convert=["layers.0.mlp.down_proj", "*.self_attn.o_*"])
     with pytest.raises(EngineError, match=r"tensor model\.layers\.0\.self_attn\.o_proj\.weight is missing"):
         open_checkpoint(EngineConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "quantization=fp8"])
+def test_a_model_of_embeddings_has_no_head_and_the_names_of_its_layers_alone(name: str, tmp_path: Path) -> None:
+    options = {}
+    if name in FORMATS:
+        save_published(tmp_path, FORMATS[name], plain=("layers.0.self_attn.o_proj",))
+    else:
+        options["quantization"] = "fp8"
+        save_checkpoint(tmp_path, "Qwen3ForCausalLM", **SIZES)
+    whole = load_runner(tmp_path, **options)._decoder._weights
+    behead(tmp_path)
+    alone = load_runner(tmp_path, **options)._decoder._weights
+    for one, other in zip(whole.linears, alone.linears, strict=True):
+        assert torch.equal(dequantise(one), dequantise(other))
 
 
 def test_hf_quant_config_json_says_the_same(tmp_path: Path) -> None:
