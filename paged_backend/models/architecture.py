@@ -191,7 +191,7 @@ def _family_of(file: ConfigKind) -> Family:
 
 def _transformers_config(family: Family, file: ConfigFile) -> PreTrainedConfig:
     """transformers' config of what the file says, with the defaults of the rest."""
-    model_type = family.model_type
+    model_type = family.config_type or family.model_type
     if family.has_other_parts:
         model_type = file.model_type or family.text_model_types[0]
         if model_type not in family.text_model_types:

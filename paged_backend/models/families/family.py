@@ -52,6 +52,7 @@ class Family:
     # of language models within checkpoints of several parts: what text_config calls its `model_type`
     text_model_types: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()  # beginnings of the names of the other parts' tensors
+    config_type: str = ""  # the model_type whose class of transformers reads its config.json, where it has none itself
     tied_head: bool = True  # where config.json of several parts does not say
     may_be_flat: bool = False  # config.json of several parts may have no text_config, but its keys beside the others
 

@@ -12,6 +12,7 @@ from paged_backend.models.families.gpt_oss import GPT_OSS
 from paged_backend.models.families.granite import GRANITE
 from paged_backend.models.families.internlm3 import INTERNLM3
 from paged_backend.models.families.llama import LLAMA
+from paged_backend.models.families.mimo import MIMO
 from paged_backend.models.families.minimax_m2 import MINIMAX_M2
 from paged_backend.models.families.ministral3 import MINISTRAL3, MISTRAL3_WITH_IMAGES
 from paged_backend.models.families.mistral import MISTRAL
@@ -41,6 +42,7 @@ _DENSE = (
     GLM4,
     GRANITE,
     INTERNLM3,
+    MIMO,
     MINISTRAL3,
     MISTRAL3_WITH_IMAGES,
     OLMO2,

@@ -20,7 +20,7 @@ from paged_backend.models.layer_spec import MlpSpec, MoeSpec
 from paged_backend.request import SamplingParams
 from tests.adapter_oracle import ALL, AdapterOracle, save_adapter
 from tests.bench.geometries import GEOMETRIES
-from tests.oracle import Oracle, random_prompts
+from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import CONFIGS, published_config, save_published
 from tests.runner_driver import Driver, load_runner
 
@@ -145,6 +145,20 @@ def test_short_sequences_take_longropes_short_frequencies_where_none_can_be_long
     folder = save_published(tmp_path, "phi-4-mini")
     prompts = random_prompts((1, 7, 20))
     assert Driver(load_runner(folder, max_model_len=32)).generate(prompts, 8) == Oracle(folder).greedy(prompts, 8)
+
+
+def test_mimo_is_qwen2_by_another_name(tmp_path: Path) -> None:
+    own = {"attention_bias": True, "num_nextn_predict_layers": 1, "use_mrope": False, "head_dim": 16}
+    save_checkpoint(tmp_path, "Qwen2ForCausalLM", head_dim=16)
+    prompts = random_prompts((1, 30))
+    expected = Oracle(tmp_path).greedy(prompts, 8)
+    path = tmp_path / "config.json"
+    named = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own, **named}))
+    assert Driver(load_runner(tmp_path)).generate(prompts, 8, chunk=7) == expected
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_bias": False}))
+    with pytest.raises(EngineError, match="attention_bias: expected True, got false"):
+        read_architecture(tmp_path)
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
