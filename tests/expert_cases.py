@@ -122,7 +122,7 @@ def quantised(experts: Experts, format: Format) -> Experts:
         found = stack_linears([quantise(weight, format) for weight in given.weight])
         if found.zero is not None:
             shift = torch.randint(-2, 3, found.zero.shape, generator=generator)
-            found.zero.copy_(found.zero.int() + shift)
+            found.zero.copy_(found.zero.int() + shift.to(found.zero.device))
         return replace(found, bias=given.bias)
 
     return replace(experts, gate_up=linear(experts.gate_up), down=linear(experts.down))

@@ -79,6 +79,7 @@ def test_it_proposes_as_one_would(propose: Callable[..., None], text: list[int],
 
 @PROPOSE
 def test_what_lies_farther_back_is_not_found(propose: Callable[..., None]) -> None:
-    near = list(range(10, 10 + NGRAM_SEARCHED - 2))
+    """Both of two tokens must be among those that are searched."""
+    near = list(range(10, 10 + NGRAM_SEARCHED - 4))
     assert proposed(propose, [[1, 2, 3, *near, 1, 2]], [2]) == [[2, 2]]
-    assert proposed(propose, [[1, 2, 3, *near[5:], 1, 2]], [2]) == [[3, near[5]]]
+    assert proposed(propose, [[1, 2, 3, *near[1:], 1, 2]], [2]) == [[3, near[1]]]
