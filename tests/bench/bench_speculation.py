@@ -1,5 +1,6 @@
 """What speculation saves: the embedded model on texts that repeat themselves and on texts that do not, with each kind
-of speculation and without, in one run, taking turns. Prints JSON lines: tokens a second of each, drafts.
+of speculation and without, in one run, taking turns. Prints JSON lines: tokens a second of each, drafts, and the share
+of answers that are the same: all in float32; in 16 bits several tokens at once round otherwise than one.
 
     python -m tests.bench.bench_speculation --device cpu --rounds 5
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import statistics
 import tempfile
 import time
@@ -100,14 +102,14 @@ def compare(
     for number in range(args.rounds + 1):
         for kind, engine in engines.items():
             told[kind], seconds = answer(engine, prompts, sampling, CLOCKS[args.clock])
-            assert told[kind] == told["off"], f"speculation={kind} changed a token"
             if number:  # the first is to warm up
                 rates[kind].append((sum(map(len, told[kind])) - len(prompts)) / seconds)
     off = statistics.median(rates["off"])
     row: dict[str, object] = {"tokens": len(told["off"][0]), "off_tokens_per_s": round(off)}
     for kind in args.kinds:
-        after = engines[kind].stats()
+        after, same = engines[kind].stats(), sum(map(operator.eq, told["off"], told[kind]))
         row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 2)
+        row[f"{kind}_same_answers"] = same / len(prompts)
         row[f"{kind}_proposed"] = (after.drafts_proposed - before[kind].drafts_proposed) // (args.rounds + 1)
         row[f"{kind}_accepted"] = (after.drafts_accepted - before[kind].drafts_accepted) // (args.rounds + 1)
     return row

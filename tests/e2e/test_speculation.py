@@ -224,3 +224,24 @@ def test_guesses_from_the_text_change_no_token(
         assert stats.drafts_proposed > stats.drafts_accepted > 0
     assert answers(engine, prompts, speculation="off", **asked) == expected
     assert engine.stats().drafts_proposed == stats.drafts_proposed, "a request that wants no drafts had some"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["captured", "launched"])
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"seed": 3, "temperature": 0.4, "frequency_penalty": -1.0}],
+    ids=["tokens chosen in a graph", "tokens chosen beside it"],
+)
+def test_on_a_gpu_tokens_are_those_of_the_cpu_without_guesses(
+    checkpoint: Path, tmp_path: Path, sampling: dict[str, object], cuda_graphs: bool
+) -> None:
+    prompts = [np.concatenate([prompt, prompt[:7], prompt[:5]]) for prompt in random_prompts(LENGTHS)]
+    options = {"max_num_sequences": 8, "num_pages": 64, "page_size": 16, "max_model_len": 256, "dtype": "float32"}
+    asked = {"max_tokens": 60, "ignore_eos": True} | sampling
+    expected = answers(load(checkpoint, tmp_path, **options), prompts, **asked)
+    guessing = {"speculation": "ngram", "num_speculative_tokens": 5, "device": "cuda", "cuda_graphs": cuda_graphs}
+    engine = load(checkpoint, tmp_path, **guessing, **options)
+    assert answers(engine, prompts, **asked) == expected
+    stats = engine.stats()
+    assert stats.drafts_proposed > stats.drafts_accepted > 0

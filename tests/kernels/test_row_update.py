@@ -145,24 +145,19 @@ def accepted_one_by_one(runs: list[tuple[int, list[int], list[int]]]) -> list[in
     return out
 
 
-@pytest.mark.parametrize("accept", [accept_tokens, reference.accept_tokens], ids=["kernel", "reference"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("seed", range(6))
-def test_rows_get_their_tokens_up_to_the_first_wrong_draft(
-    accept: Callable[..., torch.Tensor], dtype: torch.dtype, seed: int
-) -> None:
-    random = np.random.default_rng(seed)
-    num_rows = 40
-    runs = []
-    for row in random.permutation(num_rows)[: 3 + 6 * seed].tolist():
-        num_drafts = int(random.integers(0, MOST_DRAFTS + 1)) if seed else 0
-        runs.append((row, random.integers(0, 2, num_drafts).tolist(), random.integers(0, 2, num_drafts + 1).tolist()))
-    runs += [(-1, [], [0])] * 3  # padding
+ACCEPT = pytest.mark.parametrize("accept", [accept_tokens, reference.accept_tokens], ids=["kernel", "reference"])
+
+
+def assert_accepted(
+    accept: Callable[..., torch.Tensor], runs: list[tuple[int, list[int], list[int]]], starts: list[int],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """starts: where each row's first token of the step goes."""
+    num_rows = len(starts)
     rows = [row for row, _, sampled in runs for _ in sampled]
     sampled = [token for _, _, tokens in runs for token in tokens]
     inputs = [token for _, drafts, _ in runs for token in [9, *drafts]]
-    starts = random.integers(1, 20, num_rows)
-    positions = [int(starts[row]) + place for row, _, tokens in runs for place in range(len(tokens))]
+    positions = [starts[row] + place for row, _, tokens in runs for place in range(len(tokens))]
     history, lengths = torch.full((num_rows, 64), 99, dtype=torch.int32, device=DEVICE), ints([50] * num_rows)
     out = accept(
         history, lengths, ints(rows), ints(positions), torch.tensor(sampled, dtype=dtype, device=DEVICE), ints(inputs)
@@ -175,6 +170,32 @@ def test_rows_get_their_tokens_up_to_the_first_wrong_draft(
     assert out[real].tolist() == [token for row, token in zip(rows, expected, strict=True) if row >= 0]
     assert torch.equal(history, wanted)
     assert lengths.tolist() == lens
+
+
+@ACCEPT
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_get_their_tokens_up_to_the_first_wrong_draft(
+    accept: Callable[..., torch.Tensor], dtype: torch.dtype, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    num_rows = 40
+    runs = []
+    for row in random.permutation(num_rows)[: 3 + 6 * seed].tolist():
+        num_drafts = int(random.integers(0, MOST_DRAFTS + 1)) if seed else 0
+        runs.append((row, random.integers(0, 2, num_drafts).tolist(), random.integers(0, 2, num_drafts + 1).tolist()))
+    runs += [(-1, [], [0])] * 3  # padding
+    assert_accepted(accept, runs, random.integers(1, 20, num_rows).tolist(), dtype)
+
+
+@ACCEPT
+def test_one_wrong_draft_ends_a_row_however_many_right_ones_are_behind_it(accept: Callable[..., torch.Tensor]) -> None:
+    """Each of the most that a row may have, in turn; and a row of none but right ones."""
+    sampled = [5] * (MOST_DRAFTS + 1)
+    drafts = [[6 if place == wrong else 5 for place in range(MOST_DRAFTS)] for wrong in range(MOST_DRAFTS + 1)]
+    assert_accepted(
+        accept, [(row, of_row, sampled) for row, of_row in enumerate(drafts)], [3] * len(drafts), torch.int32
+    )
 
 
 @pytest.mark.gpu
