@@ -17,6 +17,7 @@ from paged_backend.models.blocks.moe import NOTHING, MoeMlp, Shapes
 from paged_backend.models.blocks.products import AdaptedProducts
 from paged_backend.models.layer_spec import EndsSpec, LayerSpec, MlpSpec
 from paged_backend.models.step import LayerPages, StepTensors
+from paged_backend.models.tapped import Tapped
 from paged_kernels.experts import ExpertLinear
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
@@ -92,7 +93,7 @@ class Decoder:
         self._ropes = ropes
         self._ops = ops
         self._adapted = adapted
-        self._layers: list[Layer | _Tapped] = list(weights.layers)
+        self._layers: list[Layer | Tapped] = list(weights.layers)
         # rounded, as transformers does it
         self._embedding_multiplier = torch.tensor(weights.ends.embedding_multiplier, dtype=self.dtype).item()
 
@@ -108,7 +109,7 @@ class Decoder:
         hidden_size = self._weights.embedding.shape[1]
         found = self._weights.embedding.new_zeros(max_tokens, len(after) * hidden_size)
         for number, columns in zip(after, torch.split(found, hidden_size, dim=1), strict=True):
-            self._layers[number - 1] = _Tapped(self._layers[number - 1], columns)
+            self._layers[number - 1] = Tapped(self._layers[number - 1], columns)
         return found
 
     def forward(self, step: StepTensors, kv_pages: Sequence[LayerPages], out: Tensor | None = None) -> Tensor:
@@ -151,16 +152,3 @@ class Decoder:
     def normed(self, x: Tensor) -> Tensor:
         """[k, hidden] of `hidden` -> the same after the final norm: what transformers calls the last hidden state."""
         return self._ops.norm(x, self._weights.final_norm)
-
-
-class _Tapped:
-    """A layer whose answer somebody else reads, too, after the next layer has written over it."""
-
-    def __init__(self, layer: Layer | _Tapped, found: Tensor) -> None:
-        """found: [max_tokens, hidden]."""
-        self._layer, self._found = layer, found
-
-    def forward(self, x: Tensor, pages: LayerPages, at: ForwardPass) -> Tensor:
-        x = self._layer.forward(x, pages, at)
-        self._found[: len(x)].copy_(x)
-        return x

@@ -119,13 +119,19 @@ def _open_other_model(config: EngineConfig, target: Architecture, target_folder:
 
 
 def _check_vocabulary(architecture: Architecture, target: Architecture, folder: Path, target_folder: Path) -> None:
-    if architecture.vocab_size != target.vocab_size:
-        raise EngineError(
-            f"draft_model: vocab_size {architecture.vocab_size} is not the model's ({target.vocab_size}): a draft's "
-            "token ids must mean the same"
-        )
+    """The same ids for the same tokens. Models of one vocabulary may be padded to several sizes; their tokenizers tell.
+
+    Raises:
+        EngineError: ids differ, or sizes do and there are no tokenizers to tell.
+    """
+    sizes = architecture.vocab_size, target.vocab_size
     paths = folder / _TOKENIZER, target_folder / _TOKENIZER
     if not all(path.is_file() for path in paths):
+        if sizes[0] != sizes[1]:
+            raise EngineError(
+                f"draft_model: vocab_size {sizes[0]} is not the model's ({sizes[1]}), and without a {_TOKENIZER} of "
+                "both nothing says that their ids mean the same"
+            )
         return
     own, others = (_tokens(path) for path in paths)
     if own != others:

@@ -52,26 +52,41 @@ class Proposer(ABC):
 
 
 class DraftModel(Proposer):
-    """A small model of the same vocabulary: its drafts are the tokens that it would choose itself."""
+    """A small model of the same vocabulary: its drafts are the tokens that it would choose itself.
+
+    Vocabularies are padded to sizes of their own: ids that only one of the models has stand for no text.
+    """
 
     def __init__(
-        self, decoder: Decoder, ops: Ops, kv_pages: Sequence[LayerPages], rows: DeviceRows, max_len: int
+        self,
+        decoder: Decoder,
+        ops: Ops,
+        kv_pages: Sequence[LayerPages],
+        passes: DraftPasses,
+        vocab_sizes: tuple[int, int],
     ) -> None:
-        """max_len: of a sequence, in tokens."""
+        """vocab_sizes: its own and the target's. ops: for logits of the ids that both have."""
         super().__init__(kv_pages)
-        self._decoder, self._ops = decoder, ops
-        self._passes = DraftPasses(rows, max_len)
+        self._decoder, self._ops, self._passes = decoder, ops, passes
+        self._num_shared = min(vocab_sizes)
+        self._knows_all = vocab_sizes[0] == max(vocab_sizes)  # ids that the target may choose
 
     def observe(self, step: StepTensors) -> None:
-        self._decoder.hidden(step, self._kv_pages)
+        self._hidden(step)
 
     def propose(self, token_ids: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
         """A pass over one token of each row for every draft, the newest token first."""
         for number in range(self._passes.begin(lengths, rows, counts)):
             mine = self._passes.rows(number)
             step = self._passes.step(number, mine)
-            token = self._ops.argmax(self._decoder.logits(self._decoder.hidden(step, self._kv_pages)))
+            logits = self._decoder.logits(self._hidden(step))
+            token = self._ops.argmax(logits[:, : self._num_shared])
             self._ops.write_tokens(token_ids, mine, lengths[rows] + number, token)
+
+    def _hidden(self, step: StepTensors) -> Tensor:
+        if not self._knows_all:
+            step = replace(step, input_ids=step.input_ids.clamp(max=self._num_shared - 1))
+        return self._decoder.hidden(step, self._kv_pages)
 
 
 class HeadProposer(Proposer):

@@ -24,7 +24,7 @@ from paged_backend.models.weights import Weights, allocate_weights, load_weights
 from paged_backend.runner.kv_store import PoolSize, allocate_kv_store, page_bytes_of
 from paged_backend.runner.make_ops import make_ops, with_formats_of
 from paged_backend.runner.placement import Placement, dtype_name
-from paged_backend.runner.proposer import DraftModel, HeadProposer, Proposer
+from paged_backend.runner.proposer import DraftModel, DraftPasses, HeadProposer, Proposer
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.units import spell_bytes
 from paged_kernels.rank_ops import Ranks
@@ -40,6 +40,10 @@ class Target:
     rows: DeviceRows
     shapes: Sequence[StepShape]  # of steps
     max_tokens: int  # of a step
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weights.embedding)
 
 
 class ProposerBuilder(ABC):
@@ -90,7 +94,8 @@ class ProposerBuilder(ABC):
         store = allocate_kv_store(
             size.num_pages, a.attention, a.num_layers, self._config.page_size, place.kv_dtype, place.device
         )
-        ops = make_ops(a, place, self._uses_kernels, target.shapes, Ranks())
+        num_logits = min(a.vocab_size, target.vocab_size)
+        ops = make_ops(replace(a, vocab_size=num_logits), place, self._uses_kernels, target.shapes, Ranks())
         target.rows.copy_pages_also(partial(ops.copy_pages, store))
         return self._assemble(ops, [LayerPages(tensor) for tensor in store], size.max_model_len, target)
 
@@ -115,7 +120,8 @@ class DraftModelBuilder(ProposerBuilder):
 
     def _assemble(self, ops: Ops, kv_pages: Sequence[LayerPages], max_len: int, target: Target) -> Proposer:
         ropes = rope_tensors(self._architecture.ropes, max_len, self._place.device)
-        return DraftModel(Decoder(self._weights, ropes, ops), ops, kv_pages, target.rows, max_len)
+        decoder, passes = Decoder(self._weights, ropes, ops), DraftPasses(target.rows, max_len)
+        return DraftModel(decoder, ops, kv_pages, passes, (self._architecture.vocab_size, target.vocab_size))
 
 
 class MtpBuilder(ProposerBuilder):

@@ -71,7 +71,7 @@ def test_its_guesses_are_what_transformers_would_say(
     listener = Listener(engine)
     prompts = random_prompts([5, 40, 33])
     prompts.append(np.concatenate([prompts[1], prompts[0]]))
-    for _ in range(2):
+    for engine._steps_ahead in (0, 1):  # as on a CPU, and as on a GPU
         answers(engine, prompts, max_tokens=24, ignore_eos=True)
     stats = engine.stats()
     assert stats.prefix_hits > 0 and (stats.num_preemptions > 0 or page_size > 1)
@@ -170,6 +170,23 @@ def test_a_draft_model_with_another_tokenizer_is_refused(tmp_path: Path) -> None
         open_checkpoint(config)
     save_words(folders[1], ["a", "b"])
     assert open_checkpoint(config).proposer is not None
+
+
+@pytest.mark.parametrize("size", [150, 250])
+def test_a_vocabulary_may_be_padded_to_another_size(target: Path, tmp_path: Path, size: int) -> None:
+    """The model's random weights choose ids beyond the vocabulary, too, which the draft model has not, or more."""
+    padded = save_checkpoint(tmp_path / "padded", "LlamaForCausalLM", seed=7, vocab_size=size, **OTHER_HEADS)
+    folder = save_checkpoint(tmp_path / "target", "Qwen3ForCausalLM", head_dim=32)
+    for path in (padded, folder):
+        save_words(path, ["a", "b"])
+    prompts = random_prompts(LENGTHS)
+    expected = answers(load(folder, tmp_path, **sizes()), prompts, max_tokens=40, ignore_eos=True)
+    assert max(max(answer) for answer in expected) > 150
+    engine = drafting(folder, padded, tmp_path)
+    listener = Listener(engine)
+    assert answers(engine, prompts, max_tokens=40, ignore_eos=True) == expected
+    draft_ids = [token for _, drafts in listener.heard for token in drafts]
+    assert len(draft_ids) > 20 and max(draft_ids) < min(size, 199)
 
 
 def save_words(folder: Path, words: Sequence[str]) -> None:
