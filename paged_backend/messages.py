@@ -180,6 +180,9 @@ ToEngine = Hello | Submit | Abort | Goodbye | Shutdown
 # engine -> front end
 
 
+PROPOSERS = ("ngram", "draft", "mtp", "eagle3")
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The answer to Hello: everything a front end must know to check requests and speak the model's language."""
 
@@ -194,6 +197,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     pooling: Literal["last", "mean"] = "last"  # of embeddings, where a request does not say
     embedding_size: int = 0  # numbers of an embedding; 0: of an engine that makes none
     makes_text: bool = True  # False: the checkpoint has no head, and makes embeddings alone
+    proposer: str = ""  # who makes drafts, one of PROPOSERS; empty: nobody
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -228,6 +232,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     num_steps: int
     drafts_proposed: int = 0  # since the start
     drafts_accepted: int = 0  # of which were right
+    drafts_checked: int = 0  # times that a sequence had any in a step
     queue_times: tuple[float, ...] = ()  # seconds from arrival to admission, of requests admitted since the last Stats
 
 

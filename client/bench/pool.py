@@ -25,6 +25,9 @@ COUNTERS = (
     "paged_prefix_cache_queries_total",
     "paged_prefix_cache_hits_total",
     "paged_generation_tokens_total",
+    "paged_drafts_proposed_total",
+    "paged_drafts_accepted_total",
+    "paged_drafts_checked_total",
 )
 
 

@@ -47,7 +47,14 @@ def print_report(console: Console, facts: Facts, runs: Sequence[Run]) -> None:
     shown = median_runs(runs)
     several = len({run.target for run in shown}) > 1
     some, some_pool = any(run.figures for run in shown), any(run.pool for run in shown)
-    for title, columns, wanted in (("Speed", _SPEED, True), ("Latency", _LATENCY, some), ("KV pool", _POOL, some_pool)):
+    guessed = any(run.pool and run.pool.counters.get(f"{_DRAFTS}checked_total") for run in shown)
+    tables = (
+        ("Speed", _SPEED, True),
+        ("Latency", _LATENCY, some),
+        ("KV pool", _POOL, some_pool),
+        ("Speculation", _SPECULATION, guessed),
+    )
+    for title, columns, wanted in tables:
         if wanted:
             console.print(_table(title, columns, shown, several))
     if ratios(shown):
@@ -225,6 +232,11 @@ def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "–"
 
 
+def _num_drafts(pool: PoolFigures, name: str) -> float:
+    return pool.counters.get(f"{_DRAFTS}{name}_total", 0)
+
+
+_DRAFTS = "paged_drafts_"
 _SPEED = (
     _Column("tokens/s", lambda figures, _: f"{figures.tokens_per_second:,.0f}"),
     _Column("tokens/s a\nrequest, p50", lambda figures, _: f"{figures.request_speed.p50:,.1f}"),
@@ -260,5 +272,13 @@ _POOL = (
                 pool.counters.get("paged_prefix_cache_queries_total", 0),
             )
         ),
+    ),
+)
+_SPECULATION = (
+    _Column("guessed", _of_pool(lambda pool: f"{_num_drafts(pool, 'proposed'):,.0f}")),
+    _Column("right", _of_pool(lambda pool: _share(_num_drafts(pool, "accepted"), _num_drafts(pool, "proposed")))),
+    _Column(
+        "right a\nsequence's step",
+        _of_pool(lambda pool: f"{_num_drafts(pool, 'accepted') / max(_num_drafts(pool, 'checked'), 1):.2f}"),
     ),
 )

@@ -78,6 +78,15 @@ class History:
         return (last.prefix_hits - first.prefix_hits) / queries if queries else None
 
 
+def right_drafts(snapshot: Snapshot) -> tuple[float, float] | None:
+    """Since the start: the share of drafts that were right, and how many of a sequence in a step; None: there were
+    none.
+    """
+    if not snapshot.drafts_checked:
+        return None
+    return snapshot.drafts_accepted / snapshot.drafts_proposed, snapshot.drafts_accepted / snapshot.drafts_checked
+
+
 def hit_rate_since_start(snapshot: Snapshot) -> float | None:
     return snapshot.prefix_hits / snapshot.prefix_queries if snapshot.prefix_queries else None
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from paged_backend.engine.snapshot import CACHED, FREE, SHARED, LiveRequest, Snapshot
 from paged_client.top.engines import View
-from paged_client.top.history import History, hit_rate_since_start, utilisation
+from paged_client.top.history import History, hit_rate_since_start, right_drafts, utilisation
 from paged_client.top.page_map import GLYPHS, HELD_GLYPH, draw, glyph_of, style_of, zoomed
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -156,13 +156,15 @@ def _curves(history: History, width: int, lines: int) -> Table:
 
 def _facts(snapshot: Snapshot, history: History, width: int, most_lines: int) -> Text:
     """A line, or more where one has no room for all."""
-    facts = (
+    facts = [
         ("utilisation", _percent(utilisation(snapshot))),
         ("running", f"{snapshot.num_running}"),
         ("waiting", f"{snapshot.num_waiting}"),
         ("preemptions", f"{snapshot.num_preemptions:,}"),
         ("prefix hits", f"{_percent(history.hit_rate)} ({_percent(hit_rate_since_start(snapshot))} since start)"),
-    )
+    ]
+    if (drafts := right_drafts(snapshot)) is not None:
+        facts.append(("drafts right", f"{_percent(drafts[0])} ({drafts[1]:.1f} a step)"))
     text, last_line = Text(no_wrap=True, overflow="ellipsis"), 0
     for name, value in facts:
         needed = len(name) + len(value) + 4

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from paged_client.top.engines import Choice, NoEngineError, View, follow
-from paged_client.top.history import History, hit_rate_since_start, utilisation
+from paged_client.top.history import History, hit_rate_since_start, right_drafts, utilisation
 
 _ADDRESS = "127.0.0.1"
 _PAGE = Path(__file__).with_name("page.html")
@@ -140,5 +140,6 @@ def event_of(view: View, history: History) -> dict[str, Any]:
         "inter_token_ms": history.inter_token_ms,
         "hit_rate": history.hit_rate,
         "hit_rate_since_start": hit_rate_since_start(snapshot),
+        "right_drafts": right_drafts(snapshot),
         "utilisation": utilisation(snapshot),
     }

@@ -98,8 +98,9 @@ class Engine:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             num_steps=self.num_steps,
-            drafts_proposed=scheduler.drafts_proposed,
-            drafts_accepted=scheduler.drafts_accepted,
+            drafts_proposed=scheduler.speculation.num_proposed,
+            drafts_accepted=scheduler.speculation.num_accepted,
+            drafts_checked=scheduler.speculation.num_checked,
             queue_times=scheduler.take_queue_times(),
         )
 

@@ -92,6 +92,7 @@ def load_engine(
         pooling=recommended_pooling(checkpoint.folder),
         embedding_size=checkpoint.architecture.hidden_size,
         makes_text=checkpoint.architecture.has_head,
+        proposer=_proposer(config, checkpoint),
     )
     if config.debug_checks:
         max_sequences = runner.num_rows
@@ -162,10 +163,16 @@ def _open(config: EngineConfig, path: Path) -> tuple[Checkpoint, Path | None]:
         checkpoint.architecture, checkpoint.generation, None if tokenizer is None else tokenizer.eos_id
     )
     if config.speculation == "auto":
-        made = "the text itself" if checkpoint.proposer is None else f"a model ({checkpoint.proposer.kind})"
-        log.info("speculation=auto: drafts are made by %s", made)
+        log.info("speculation=auto: drafts are made by %s", _proposer(config, checkpoint))
     log.info("%s", _about_ends(stop_ids, None if tokenizer is None else path))
     return replace(checkpoint, eos_ids=tuple(stop_ids)), None if tokenizer is None else path
+
+
+def _proposer(config: EngineConfig, checkpoint: Checkpoint) -> str:
+    """Who makes drafts; empty: nobody."""
+    if not config.num_drafts:
+        return ""
+    return "ngram" if checkpoint.proposer is None else checkpoint.proposer.kind
 
 
 def _scheduler_limits(config: EngineConfig, limits: RunnerLimits, drafts_from_text: bool) -> SchedulerLimits:

@@ -58,6 +58,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     first_token_seconds: tuple[float, ...]
     # between steps that brought tokens, since the last snapshot: what a streaming caller waits for his next token
     step_seconds: tuple[float, ...]
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0  # of which were right
+    drafts_checked: int = 0  # times that a sequence had any in a step
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -119,6 +119,9 @@ class Watch:
             ),
             first_token_seconds=tuple(self._first_token_seconds),
             step_seconds=tuple(self._step_seconds),
+            drafts_proposed=scheduler.speculation.num_proposed,
+            drafts_accepted=scheduler.speculation.num_accepted,
+            drafts_checked=scheduler.speculation.num_checked,
         )
         self._first_token_seconds.clear()
         self._step_seconds.clear()

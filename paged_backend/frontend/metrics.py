@@ -15,7 +15,7 @@ from enum import Enum
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind
-from paged_backend.messages import Ready, Stats
+from paged_backend.messages import PROPOSERS, Ready, Stats
 
 
 class Kind(Enum):
@@ -69,9 +69,26 @@ FAMILIES = (
     ),
     Family("paged_prefix_cache_queries_total", Kind.COUNTER, "Prompt tokens looked up in the prefix cache."),
     Family("paged_prefix_cache_hits_total", Kind.COUNTER, "Prompt tokens found in the prefix cache."),
-    Family("paged_drafts_proposed_total", Kind.COUNTER, "Guessed tokens that steps have checked (speculation)."),
     Family(
-        "paged_drafts_accepted_total", Kind.COUNTER, "Guessed tokens that were right: each saved a step of its request."
+        "paged_drafts_proposed_total",
+        Kind.COUNTER,
+        "Guessed tokens that steps have checked (speculation).",
+        "method",
+        PROPOSERS,
+    ),
+    Family(
+        "paged_drafts_accepted_total",
+        Kind.COUNTER,
+        "Guessed tokens that were right: each saved a step of its request.",
+        "method",
+        PROPOSERS,
+    ),
+    Family(
+        "paged_drafts_checked_total",
+        Kind.COUNTER,
+        "Times that a sequence had guessed tokens in a step: accepted ones over these is the mean accepted length.",
+        "method",
+        PROPOSERS,
     ),
     Family("paged_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of requests that got a first token."),
     Family("paged_generation_tokens_total", Kind.COUNTER, "Tokens generated."),
@@ -232,8 +249,10 @@ class Tally:
             self._increments["paged_preemptions_total", ""] += stats.num_preemptions - last.num_preemptions
             self._increments["paged_prefix_cache_queries_total", ""] += stats.prefix_queries - last.prefix_queries
             self._increments["paged_prefix_cache_hits_total", ""] += stats.prefix_hits - last.prefix_hits
-            self._increments["paged_drafts_proposed_total", ""] += stats.drafts_proposed - last.drafts_proposed
-            self._increments["paged_drafts_accepted_total", ""] += stats.drafts_accepted - last.drafts_accepted
+            if method := self._readies[replica].proposer:
+                self._increments["paged_drafts_proposed_total", method] += stats.drafts_proposed - last.drafts_proposed
+                self._increments["paged_drafts_accepted_total", method] += stats.drafts_accepted - last.drafts_accepted
+                self._increments["paged_drafts_checked_total", method] += stats.drafts_checked - last.drafts_checked
             self._observations["paged_queue_seconds", ""].extend(stats.queue_times)
 
     def inherit(self, replica: int = 0) -> None:

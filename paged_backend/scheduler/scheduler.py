@@ -255,12 +255,9 @@ class Scheduler:
         return self._admission.prefix_hits
 
     @property
-    def drafts_proposed(self) -> int:
-        return self._speculation.num_proposed
-
-    @property
-    def drafts_accepted(self) -> int:
-        return self._speculation.num_accepted
+    def speculation(self) -> Speculation:
+        """Its counts are to be looked at only."""
+        return self._speculation
 
     def take_queue_times(self) -> tuple[float, ...]:
         """Seconds from arrival to admission, of those admitted since the last call."""

@@ -80,6 +80,7 @@ class Speculation(SchedulerFeature):
         self.in_use = False  # some living sequence may have drafts
         self.num_proposed = 0
         self.num_accepted = 0
+        self.num_checked = 0  # times that a sequence had any in a step
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
         spec = sequence.spec
@@ -168,3 +169,4 @@ class Speculation(SchedulerFeature):
             pace.note(num_drafts, num_right)
         self.num_proposed += num_drafts
         self.num_accepted += num_right
+        self.num_checked += num_drafts > 0

@@ -5,8 +5,8 @@ Prints a JSON report.
     python -m tests.chaos.campaign --door front-end --requests 100000 --seed 1  # without a server around the front
     ends: more requests a second
 
-What is right is asked first, one request at a time: tokens follow from a request and its seed alone. Then workers ask
-the same requests over and over, and read them whole, or leave (by cancelling, by closing the connection, after a while
+What is right is asked first, one request at a time and without drafts: tokens follow from a request and its seed
+alone. Then workers ask the same requests over and over, and read them whole, or leave (by cancelling, by closing the
 or at some token), or read slowly, or do not stream, or give little time, or ask for nonsense, or for very much at once;
 meanwhile the engine, or any of its ranks, gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for a while or for ever,
 finds no page or no memory (chaotic_engine.py). Every answer that was read whole must have the right tokens, text,
@@ -117,6 +117,7 @@ class Plan:
     layers: int = 1
     ranks: int = 1
     replicas: int = 1
+    speculation: str = "off"
     only: int | None = None
 
 
@@ -292,7 +293,7 @@ def _manner(kind: str, chance: random.Random) -> tuple[dict[str, Any], dict[str,
 async def find_truth(door: Door, wishes: list[Wish]) -> list[tuple[Wish, Heard]]:
     truth = []
     for wish in wishes:
-        heard = await door.ask(wish.tensors, wish.parameters, note=lambda: None)
+        heard = await door.ask(wish.with_sampling(speculation="off"), wish.parameters, note=lambda: None)
         assert heard.finals == 1 and not heard.error, f"a request by itself fails: {wish}: {heard}"
         truth.append((wish, heard))
     return truth
@@ -355,6 +356,7 @@ def run_campaign(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             "max_loras": 1,
             "tensor_parallel_size": plan.ranks,
             "replicas": plan.replicas,
+            "speculation": plan.speculation,
         }
         door: Door = (ServerDoor if plan.door == "server" else FrontEndDoor)(options, plan.instances, command)
         started = time.monotonic()
@@ -399,6 +401,7 @@ def _report(
         "kills": plague.kills + diary.counts["out_of_memory"],
         "restarts": int(numbers.get("paged_engine_restarts_total/", 0)),
         "mishaps": dict(diary.counts),
+        "drafts": {name: int(numbers.get(f"paged_drafts_{name}_total/ngram", 0)) for name in ("proposed", "accepted")},
         "preemptions": int(numbers.get("paged_preemptions_total/", 0)),
         "streams_that_paused": len(pauses),
         "pause_seconds": shares,
@@ -453,6 +456,9 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=1, help="tensor_parallel_size: any of them is killed")
     parser.add_argument("--replicas", type=int, default=1, help="any of them is killed")
+    parser.add_argument(
+        "--speculation", choices=("off", "ngram", "auto"), default="off", help="with drafts in flight at every death"
+    )
     parser.add_argument("--only", type=int, help="one worker's requests, from a fault")
     parser.add_argument("--report", type=Path, help="a file for the report, with all faults")
     plan = parser.parse_args()

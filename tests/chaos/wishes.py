@@ -53,6 +53,7 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0, "lora_name": ADAPTERS[0]},
     {"temperature": 0.9, "seed": 14, "lora_name": ADAPTERS[1], "n": 2, "logprobs": 1},
     {"use_beam_search": True, "beam_width": 2, "lora_name": ADAPTERS[1], "prompt_logprobs": 0},
+    {"temperature": 0, "frequency_penalty": -2.0, "logprobs": 1},  # goes in circles
 )
 
 

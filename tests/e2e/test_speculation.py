@@ -106,7 +106,7 @@ class Drafting:
         for _ in self.runner.finished(0):  # what nobody waits for any more
             pass
         self.num_steps, self.num_preemptions = engine.num_steps, scheduler.num_preemptions
-        self.num_proposed, self.num_accepted = scheduler.drafts_proposed, scheduler.drafts_accepted
+        self.num_proposed, self.num_accepted = scheduler.speculation.num_proposed, scheduler.speculation.num_accepted
         return found
 
 

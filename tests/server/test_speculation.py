@@ -48,5 +48,10 @@ def test_answers_are_those_without_it(server: Server, sampling: dict[str, object
 def test_the_metrics_say_what_was_guessed_right(server: Server) -> None:
     with PagedClient(server.addresses.grpc_url) as client:
         client.generate(TEXT, max_tokens=100, **CIRCLES)
-    names = "paged_drafts_proposed_total", "paged_drafts_accepted_total"
-    assert wait_for_metrics(server.addresses.metrics_url, lambda values: values[names[0]] >= values[names[1]] > 0)
+    proposed, accepted, checked = (
+        f'paged_drafts_{name}_total{{method="ngram"}}' for name in ("proposed", "accepted", "checked")
+    )
+    assert wait_for_metrics(
+        server.addresses.metrics_url,
+        lambda values: values[proposed] >= values[accepted] > 0 and values[proposed] >= values[checked] > 0,
+    )

@@ -18,8 +18,8 @@ MEANINGS = {
     "held": r"held|num_held|_?pages_held\w*|held_pages|num_held_slots|_?held(_glyph)?",
     "turn": r"turns?",
     # a speculative token; the model that makes them, and what config.json calls its vocabulary
-    "draft": r"_?(num_|max_|most_|next_|with_)?drafts?(_of|_proposed|_accepted|_from_text|_must_pay)?"
-    r"|draft_model|draft_vocab_size",
+    "draft": r"_?(num_|max_|most_|next_|with_|right_)?drafts?"
+    r"(_of|_proposed|_accepted|_checked|_from_text|_must_pay)?|draft_model|draft_vocab_size",
     "berth": r"(?!)",
     "told": r"(?!)",
     "serial": r"(?!)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_the_widest_tables_fit_100_columns_with_no_number_cut(levels: list[Level
     assert f"{latency.p50:,.2f} / {latency.p90:,.2f} / {latency.p99:,.2f}" in text
     assert "12,345" in text or f"{1000 * runs[0].figures.first_token.p50:,.0f}" in text  # type: ignore[union-attr]
     assert text.count("…") == 2 * 3, "only the long name may be shortened"
+
+
+def test_drafts_have_a_table_where_there_were_any() -> None:
+    plain = run("a", STREAMS[0], 12.345)
+    assert plain.pool is not None and "Speculation" not in shown([plain])
+    counted = {"proposed": 1e6, "accepted": 4e5, "checked": 25e4}
+    counters = plain.pool.counters | {f"paged_drafts_{name}_total": value for name, value in counted.items()}
+    drafting = replace(plain, target="a_model_of_a_long_name", pool=replace(plain.pool, counters=counters))
+    text = shown([plain, drafting])
+    assert [line.split()[2:] for line in text.split("Speculation")[1].splitlines()[5:7]] == [
+        ["0", "–", "0.00"],
+        ["1,000,000", "40", "%", "1.60"],
+    ]
+    assert max(len(line) for line in text.splitlines()) <= 100
 
 
 def test_ratios_above_one_speak_for_the_first_server() -> None:

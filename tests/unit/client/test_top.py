@@ -32,7 +32,7 @@ from paged_client.top.engines import (
     port_of,
     spell_age,
 )
-from paged_client.top.history import History, hit_rate_since_start, utilisation
+from paged_client.top.history import History, hit_rate_since_start, right_drafts, utilisation
 from paged_client.top.page_map import colour_of, draw, zoomed
 from paged_client.top.processes import server_of
 from paged_client.top.view import Room, frame, sparkline
@@ -213,6 +213,15 @@ def test_a_frame_tells_everything() -> None:
         ["b", "42", "9", "0", "1", "2", "0.5", "s"],
         ["waiting", "43", "30", "0", "0", "0", "0.1", "s"],
     ]
+
+
+def test_what_was_guessed_right_is_told_where_anything_was() -> None:
+    history, latest = History(), snapshot(11.0, drafts_proposed=50, drafts_accepted=20, drafts_checked=16)
+    history.add(latest)
+    text = shown(View(None, latest), latest, history, 140)
+    assert "drafts right 40 % (1.2 a step)" in text
+    assert right_drafts(latest) == (0.4, 1.25)
+    assert right_drafts(snapshot()) is None
 
 
 @settings(deadline=None)

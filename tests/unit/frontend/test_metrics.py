@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from msgspec.structs import replace
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind
@@ -150,3 +151,27 @@ def test_a_replica_that_is_gone_runs_nothing_and_holds_no_page() -> None:
     assert (
         told[1]["paged_requests", "running"] == told[1]["paged_pages", "held"] == told[1]["paged_utilisation", ""] == 0
     )
+
+
+def test_drafts_are_counted_by_who_made_them() -> None:
+    tally = Tally(EngineConfig(), [replace(READY, proposer="mtp")])
+    for counts in ((8, 3, 2), (20, 11, 5)):
+        proposed, accepted, checked = counts
+        tally.take_stats(
+            replace(
+                STATS, drafts_proposed=proposed, drafts_accepted=accepted, drafts_checked=checked, num_steps=proposed
+            )
+        )
+    drained = tally.drain().increments
+    counted = {key: value for key, value in drained.items() if key[0].startswith("paged_drafts") and value}
+    assert counted == {
+        ("paged_drafts_proposed_total", "mtp"): 20,
+        ("paged_drafts_accepted_total", "mtp"): 11,
+        ("paged_drafts_checked_total", "mtp"): 5,
+    }
+
+
+def test_an_engine_without_speculation_has_no_drafts_to_count() -> None:
+    tally = _tally()
+    tally.take_stats(STATS)
+    assert not any(name.startswith("paged_drafts") for name, _ in tally.drain().increments)

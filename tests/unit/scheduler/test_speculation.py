@@ -229,7 +229,7 @@ def test_log_probabilities_of_a_run_are_those_of_its_tokens() -> None:
     assert output.top_logprobs == {0: {100: 0.0}, 1: {101: -1.0}, 2: {104: -4.0}, 3: {105: -5.0}}
     assert [(finish.request_id, finish.reason) for finish in output.finishes] == [(2, "stop")]
     scheduler.check()
-    assert (scheduler.drafts_proposed, scheduler.drafts_accepted) == (6, 4)
+    assert (scheduler.speculation.num_proposed, scheduler.speculation.num_accepted) == (6, 4)
 
 
 def _result(token_ids: list[int]) -> StepResult:
