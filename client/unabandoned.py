@@ -37,6 +37,13 @@ class Unabandoned(Generic[Result]):
             while True:
                 try:
                     value = yield None if waits_for is None else _Waiter(waits_for, self)
+                except asyncio.CancelledError as error:
+                    if waits_for is None or not waits_for.done():
+                        waits_for = operation.throw(error)
+                        continue
+                    self.is_cancelled = True  # just when the result had come, which is taken in all the same
+                    waits_for = operation.send(None)
+                    self._cancel()  # and there is more to wait for
                 except BaseException as error:
                     waits_for = operation.throw(error)
                 else:

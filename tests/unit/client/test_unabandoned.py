@@ -105,3 +105,34 @@ def test_a_time_limit_ends_it() -> None:
         assert operation.ended and operation.num_cancels == 1
 
     in_loop(test)
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["the last", "with another behind it"])
+def test_a_result_that_came_just_before_the_cancellation_is_taken_in(goes_on: bool) -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        first, second = loop.create_future(), loop.create_future()
+        taken: list[int] = []
+        cancelled: list[bool] = []
+
+        async def operation() -> None:
+            taken.append(await first)
+            if goes_on:
+                taken.append(await second)
+
+        def cancel() -> None:
+            cancelled.append(True)
+            loop.call_later(0.01, second.set_result, 2)
+
+        async def awaited() -> None:
+            await Unabandoned(operation(), cancel)
+
+        task = asyncio.ensure_future(awaited())
+        await asyncio.sleep(0.01)
+        first.set_result(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (taken, cancelled) == (([1, 2], [True]) if goes_on else ([1], []))
+
+    in_loop(test)
