@@ -226,10 +226,15 @@ class _Gateway:
         """As `answer`; once there is a first piece: while there is none, the status can say why."""
         asked = replace(asked, request_id=body.request_id or request.scope.get(REQUEST_ID, ""))
         pieces = self._pieces(self._models.find(body.model)[0].client, asked)
+        begun = False
         try:
             first = await unless_left(request.receive, _first(pieces))
+            begun = True
         except PagedError as error:
             raise refusal_of(error, asked.params) from None
+        finally:
+            if not begun:  # the first piece may have come in the very moment in which nobody waited any more
+                await pieces.aclose()
         return self._chunks(first, pieces, reply, asked.params, body.stream_options or StreamOptions()), pieces
 
     async def _whole(self, client: Backend, asked: Asked) -> list[Answer]:

@@ -108,7 +108,12 @@ class Reply:
         ]
 
 
-def call(
+def call(transport: Transport, path: str, body: Any = None, **options: Any) -> Reply:
+    """One request, as `answering` makes it."""
+    return asyncio.run(answering(transport, path, body, **options))
+
+
+async def answering(
     transport: Transport,
     path: str,
     body: Any = None,
@@ -123,7 +128,7 @@ def call(
     strict: bool = False,
     forms: FormOptions | None = None,
 ) -> Reply:
-    """One request. leave: asked over and over; True closes the connection."""
+    """One request's answer. leave: asked over and over; True closes the connection."""
     client = AsyncPagedClient("nowhere:1", retries=0)
     client._transport = transport
     app = make_app(
@@ -149,27 +154,24 @@ def call(
     }
     reply = Reply()
 
-    async def run() -> None:
-        waiting = [raw[start : start + 1000] for start in range(0, max(1, len(raw)), 1000)]
+    waiting = [raw[start : start + 1000] for start in range(0, max(1, len(raw)), 1000)]
 
-        async def receive() -> dict[str, Any]:
-            if waiting:
-                chunk = waiting.pop(0)
-                return {"type": "http.request", "body": chunk, "more_body": bool(waiting)}
-            while leave is None or not leave(reply):
-                await asyncio.sleep(0.001)
-            return {"type": "http.disconnect"}
+    async def receive() -> dict[str, Any]:
+        if waiting:
+            chunk = waiting.pop(0)
+            return {"type": "http.request", "body": chunk, "more_body": bool(waiting)}
+        while leave is None or not leave(reply):
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
 
-        async def send(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                reply.status = message["status"]
-                reply.headers = {name.decode(): value.decode() for name, value in message["headers"]}
-            else:
-                reply.text += message["body"].decode()
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            reply.status = message["status"]
+            reply.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            reply.text += message["body"].decode()
 
-        await asyncio.wait_for(app(scope, receive, send), 10)
-
-    asyncio.run(run())
+    await asyncio.wait_for(app(scope, receive, send), 120)  # a machine may have much else to do
     return reply
 
 

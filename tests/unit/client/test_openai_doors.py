@@ -25,7 +25,7 @@ from paged_client.openai.limits import FREE_BYTES, Bodies, BodyLimits
 from paged_client.openai.metrics import GatewayMetrics
 from paged_client.openai.protocol import CompletionBody
 from paged_client.question import Question
-from tests.unit.client.gateway_calls import WHOLE, Call, Outputs, Transport, call, complete, piece
+from tests.unit.client.gateway_calls import WHOLE, Call, Outputs, Transport, answering, call, complete, piece
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,38 @@ def test_of_many_prompts_only_so_many_are_asked_at_once(stream: bool) -> None:
             texts[choice["index"]] += choice["text"]
     assert texts == ["ab"] * 700
     assert 1 < transport.most <= 256
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_a_request_that_is_cancelled_at_any_moment_leaves_nothing_open(num_prompts: int) -> None:
+    """What is left for the loop to close at its end closes in no order, which is an error there."""
+    complaints: list[str] = []
+    body = {"model": "m", "prompt": ["x"] * num_prompts, "stream": True}
+
+    async def cancelled_after(moments: int, transport: Transport) -> bool:
+        """Rounds of the loop. Whether it was over already."""
+        serving = asyncio.ensure_future(answering(transport, "/v1/completions", body))
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        was_over = serving.done()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        return was_over
+
+    moments, over = 0, False
+    while not over:
+        transport = Transport(piece("a"), piece("b"), piece("c", "stop"))
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda loop, context: complaints.append(context["message"]))
+        try:
+            over = loop.run_until_complete(cancelled_after(moments, transport))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            loop.close()
+        assert complaints == [], f"cancelled after {moments} rounds of the loop"
+        assert transport.num_left == len(transport.asked)
+        moments += 1
+    assert moments > 10
 
 
 class Connection:
