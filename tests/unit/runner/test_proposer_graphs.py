@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from paged_backend.models.step import StepShape
+from paged_backend.models.step import StepShape, StepTensors
 from paged_backend.runner.cuda_graphs import StepGraphs
 from paged_backend.runner.model_runner import ModelRunner
+from paged_backend.runner.proposer import Proposer
 from paged_backend.runner.proposer_graphs import ProposalGraphs
+from paged_backend.runner.step_tensors import DeviceRows
 from tests.drafts_heard import Listener, sizes
 from tests.e2e.test_eagle3 import Definition, save_head
 from tests.engine_answers import answers, load
@@ -66,3 +68,35 @@ def test_drafts_are_the_same_in_captured_steps(folder: Path, tmp_path: Path, kin
         return
     definition = Definition(folder, draft_model, TAPS)
     assert all(drafts == definition.guesses(text, len(drafts)) for text, drafts in listener.heard)
+
+
+class Counting(Proposer):
+    """Notes for how many rows it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.asked: list[int] = []
+
+    def observe(self, step: StepTensors) -> None:
+        raise AssertionError("no step was computed")
+
+    def propose(self, token_ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> None:
+        self.asked.append(len(rows))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "largest_first"),
+    [(1, [1]), (2, [2, 1]), (3, [3, 2, 1]), (8, [8, 4, 2, 1]), (16, [16, 8, 4, 2, 1]), (1024, [16, 8, 4, 2, 1])],
+)
+def test_drafts_are_captured_for_no_more_rows_than_run_at_once(num_rows: int, largest_first: list[int]) -> None:
+    """Scratch memory of kernels and their plans hold the rows of steps, and no step has more."""
+    rows = DeviceRows(num_rows, 16, 4, 0, torch.device("cpu"))
+    proposer, capture = Counting(), RepeatingCapture()
+    rows.speculate(proposer.propose, 3)
+    graphs = ProposalGraphs(proposer, rows, capture)
+    graphs.capture()
+    assert proposer.asked == largest_first and len(capture.graphs) == len(largest_first)
+    assert rows.lengths is not None
+    for count in range(1, min(num_rows, 16) + 1):
+        graphs.propose(rows.token_ids, rows.lengths, torch.arange(count), torch.ones(count))
+        assert count <= proposer.asked[-1] < 2 * count
