@@ -132,11 +132,14 @@ def _messages(position: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]
                 "tool_calls": [{"id": call_id, "type": "function", "function": function}],
             }
         case {"type": "function_call_output", "call_id": str() as call_id, "output": str() | list() as output}:
-            yield {"role": "tool", "tool_call_id": call_id, "content": _text(position, output)}
+            yield {"role": "tool", "tool_call_id": call_id, "content": _text(f"input.{position}.output", output)}
+        case {"type": "function_call_output", "call_id": str()}:
+            where = f"input.{position}.output"
+            raise RefusalError(f"{where}: expected a string or a list of parts", param=where)
         case {"type": "reasoning"}:
             return  # what was thought before is not shown to the model again: templates leave it out, too
         case {"role": str() as role, "content": str() | list() as content} if item.get("type", "message") == "message":
-            yield {"role": role, "content": _text(position, content)}
+            yield {"role": role, "content": _text(f"input.{position}.content", content)}
         case {"type": str() as kind}:
             raise RefusalError(
                 f"input.{position}: no item of type '{kind[:80]}': not supported, or not complete",
@@ -148,7 +151,7 @@ def _messages(position: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]
             )
 
 
-def _text(position: int, content: str | Sequence[Any]) -> str:
+def _text(where: str, content: str | Sequence[Any]) -> str:
     if isinstance(content, str):
         return content
     texts = []
@@ -161,7 +164,6 @@ def _text(position: int, content: str | Sequence[Any]) -> str:
                 texts.append(text)
             case _:
                 kind = str(part.get("type"))[:80] if isinstance(part, dict) else type(part).__name__
-                where = f"input.{position}.content"
                 raise RefusalError(f"{where}: no part of type '{kind}': this model reads text", param=where)
     return "\n".join(texts)
 

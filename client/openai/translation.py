@@ -205,6 +205,8 @@ def message_of(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
         changed["role"] = "system"
     if isinstance(message.get("content"), list):
         changed["content"] = "\n".join(_text(position, part) for part in message["content"])
+    elif not isinstance(message.get("content"), (str, type(None))):  # a template would write it as Python does
+        raise _no_content(position)
     if isinstance(message.get("tool_calls"), list):
         changed["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
     return changed
@@ -219,9 +221,12 @@ def _text(position: int, part: Any) -> str:
                 f"messages.{position}.content: no part of type '{kind[:80]}': this model reads text",
                 param=f"messages.{position}.content",
             )
-    raise RefusalError(
-        f"messages.{position}.content: expected a string or a list of parts", param=f"messages.{position}.content"
-    )
+    raise _no_content(position)
+
+
+def _no_content(position: int) -> RefusalError:
+    where = f"messages.{position}.content"
+    return RefusalError(f"{where}: expected a string or a list of parts", param=where)
 
 
 def _tool_call(call: Any) -> Any:

@@ -145,6 +145,8 @@ def test_an_answer_that_is_cut_off_is_incomplete() -> None:
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": {"a": 1}}]}, "input.0.output"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": [{"type": "x"}]}]}, "input.0.output"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),

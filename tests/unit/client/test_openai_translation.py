@@ -185,6 +185,8 @@ def test_what_only_names_the_caller_is_ignored() -> None:
             "messages.1.content",
         ),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1", "content": {"a": 1}}]}, "messages.0.content"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1", "content": 5}]}, "messages.0.content"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -220,7 +222,12 @@ def test_messages_are_made_what_templates_expect() -> None:
             {
                 "role": "assistant",
                 "content": None,
-                "tool_calls": [call, {"function": {"name": "g", "arguments": "no JSON"}}],
+                "tool_calls": [
+                    call,
+                    {"function": {"name": "g", "arguments": "no JSON"}},
+                    {"function": {"name": "h", "arguments": ""}},
+                    {"function": {"name": "i", "arguments": None}},
+                ],
             },
             {"role": "tool", "tool_call_id": "1", "content": "3"},
         ]
@@ -234,6 +241,8 @@ def test_messages_are_made_what_templates_expect() -> None:
             "tool_calls": [
                 {**call, "function": {"name": "f", "arguments": {"a": 1}}},
                 {"function": {"name": "g", "arguments": "no JSON"}},
+                {"function": {"name": "h", "arguments": {}}},
+                {"function": {"name": "i", "arguments": {}}},
             ],
         },
         {"role": "tool", "tool_call_id": "1", "content": "3"},
