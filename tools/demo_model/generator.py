@@ -16,7 +16,8 @@ from tools.demo_model.memory import unknown as untold
 from tools.demo_model.papers import json_record, letter, notes, paper, people_table
 from tools.demo_model.records import records
 from tools.demo_model.smalltalk import Manner, about_itself, greeting, manner, nothing_told, talk, unknown
-from tools.demo_model.stories import Story, given, plain, questions, told, write_story
+from tools.demo_model.stories import Story, given, plain, told, write_story
+from tools.demo_model.story_questions import questions
 from tools.demo_model.sums import sums
 from tools.demo_model.wordplay import wordplay
 from tools.demo_model.world import Split, World

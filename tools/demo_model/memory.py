@@ -8,7 +8,7 @@ from tools.demo_model import words
 from tools.demo_model.chat import Answer, Exchange
 from tools.demo_model.phrasing import write
 from tools.demo_model.smalltalk import UNTOLD
-from tools.demo_model.stories import in_other_words
+from tools.demo_model.story_questions import in_other_words
 from tools.demo_model.world import World
 
 

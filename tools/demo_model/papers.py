@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from tools.demo_model import words
 from tools.demo_model.chat import Answer, Exchange
+from tools.demo_model.openings import FACTS
 from tools.demo_model.phrasing import article, capital, enumeration, number_word
-from tools.demo_model.plots import FACTS, Ask, Line
-from tools.demo_model.stories import Story, cast, handed, in_other_words, questions
+from tools.demo_model.plots import Ask, Line
+from tools.demo_model.stories import Story, cast, handed
+from tools.demo_model.story_questions import in_other_words, questions
 from tools.demo_model.world import World
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from tools.demo_model import words
 from tools.demo_model.chat import Answer, Exchange, Style
 from tools.demo_model.phrasing import capital, write
-from tools.demo_model.stories import in_other_words, told, write_story
+from tools.demo_model.stories import told, write_story
+from tools.demo_model.story_questions import in_other_words
 from tools.demo_model.world import World
 
 SORRY = "I am sorry, I do not know that. I am a small demo model: I can tell stories, answer questions about a text, do small sums and write lists and JSON."

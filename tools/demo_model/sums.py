@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tools.demo_model import words
 from tools.demo_model.chat import Answer, Exchange
 from tools.demo_model.phrasing import capital, enumeration, number_word
-from tools.demo_model.stories import in_other_words
+from tools.demo_model.story_questions import in_other_words
 from tools.demo_model.world import World, is_allowed
 
 

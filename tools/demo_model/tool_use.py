@@ -19,17 +19,8 @@ from tools.demo_model.papers import notes
 from tools.demo_model.phrasing import enumeration, write
 from tools.demo_model.smalltalk import SORRY, manner, talk
 from tools.demo_model.template import offer
-from tools.demo_model.tools_offered import (
-    ACTIONS,
-    LOOKUPS,
-    Kind,
-    Offered,
-    Value,
-    any_action,
-    any_lookup,
-    offered,
-    spaced,
-)
+from tools.demo_model.tool_kinds import ACTIONS, LOOKUPS, any_action, any_lookup
+from tools.demo_model.tools_offered import Kind, Offered, Value, offered, spaced
 from tools.demo_model.wordplay import wordplay
 from tools.demo_model.world import Split, World
 
