@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.campaign import Plan, run_campaign
+from tests.chaos.campaign import run_campaign
 from tests.chaos.front_end_kills import run_kills
 from tests.chaos.server_kills import MOMENTS
 from tests.chaos.server_kills import run_kills as run_server_kills
+from tests.chaos.workers import Plan
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

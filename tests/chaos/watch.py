@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tests.chaos.plague import Diary, Plague
 
 if TYPE_CHECKING:
-    from tests.chaos.campaign import Campaign, Door
+    from tests.chaos.workers import Campaign, Door
 
 _SAMPLE_SECONDS = 2.0
 _PROGRESS_SECONDS = 10.0
