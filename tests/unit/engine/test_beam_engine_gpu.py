@@ -17,21 +17,15 @@ from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Found, PromptLogprobs, Submit
 from paged_backend.request import SamplingParams
-from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.beam_callers import save_searched
+from tests.oracle import Oracle, random_prompts
 
-EOS = (11, 60)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(
-        tmp_path_factory.mktemp("checkpoint"),
-        "LlamaForCausalLM",
-        eos_token_id=list(EOS),
-        initializer_range=0.08,
-        num_hidden_layers=2,
-    )
+    return save_searched(tmp_path_factory.mktemp("checkpoint"))
 
 
 def load(folder: Path, tmp_path: Path, device: str, **options: Any) -> Engine:
