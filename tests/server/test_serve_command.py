@@ -8,9 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,52 +25,10 @@ import pytest
 from paged_backend.errors import EngineError
 from paged_backend.server import files as server_files
 from paged_backend.server.launch import Server, ServerSettings, StoppedEarlyError
-from tests.server import fake_engine
-from tests.server.front_end_server import WITH_FAKE_ENGINE
+from tests.server.serve_command import CONFIG, MODEL, Command, ask, command_of, save_nothing, wait_until
 
 pytest.importorskip("tritonclient.grpc")
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
-
-CONFIG = """
-name: "paged_llm"
-backend: "python"
-max_batch_size: 0
-model_transaction_policy { decoupled: true }
-input [ { name: "text_input" data_type: TYPE_STRING dims: [ 1 ] } ]
-output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] } ]
-instance_group [ { count: 2 kind: KIND_MODEL } ]
-"""
-MODEL = """
-import json, os, sys, time
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def initialize(self, arguments):
-        page_size = json.loads(arguments["model_config"])["parameters"]["page_size"]["string_value"]
-        print("paged: stand-in starts with", page_size, file=sys.stderr, flush=True)
-        time.sleep(float(os.environ.get("LOAD_SECONDS", "0")))
-        if "LOAD_ERROR" in os.environ:
-            print("paged: error:", os.environ["LOAD_ERROR"], file=sys.stderr, flush=True)
-            raise RuntimeError("not shown")
-
-    def execute(self, requests):
-        for request in requests:
-            sender = request.get_response_sender()
-            for word in pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy()[0].split():
-                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("text_output", np.array([word], object))]))
-                time.sleep(float(os.environ.get("WORD_SECONDS", "0")))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-"""
-PAGED = """
-import sys
-from pathlib import Path
-from paged_backend.server import files as server_files
-repository = Path(sys.argv.pop(1))
-server_files.repository_folder = lambda: repository
-from paged_client.cli import main
-main()
-"""
 
 
 @pytest.fixture
@@ -87,80 +43,7 @@ def stand_in(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A folder that passes for a checkpoint at first sight."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
-    return folder
-
-
-class Command:
-    """A `paged serve` process."""
-
-    def __init__(self, stand_in: Path, checkpoint: Path, folder: Path, *arguments: str, **environment: str) -> None:
-        self.temporary = folder / f"temporary_{time.monotonic_ns()}"
-        self.temporary.mkdir()
-        options = ["serve", f"--model={checkpoint}", "--set=page_size=32", *arguments]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PAGED, str(stand_in), *options],
-            env={**os.environ, "TMPDIR": str(self.temporary), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_until_ready(self) -> dict[str, str]:
-        """Reads the ready block: {"HTTP": url, "gRPC": url, "metrics": url, "curl": command}."""
-        assert self.process.stdout is not None
-        block = {}
-        while line := self.process.stdout.readline():
-            words = line.split(maxsplit=1)
-            if words and words[0] in ("HTTP", "gRPC", "metrics", "curl"):
-                block[words[0]] = words[1].strip()
-            if line.startswith("Ctrl-C"):
-                return block
-        raise AssertionError(f"never ready: {self.process.communicate()[1]}")
-
-    def server_folder(self) -> Path:
-        return next(self.temporary.glob("paged-serve-*"))
-
-    def finish(self, seconds: float = 30) -> tuple[int, str]:
-        """Exit code and stderr."""
-        stderr = self.process.communicate(timeout=seconds)[1]
-        return self.process.returncode, stderr
-
-    def servers(self) -> list[int]:
-        """tritonserver and its stubs: every process whose environment or command names our temporary folder."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != self.process.pid:
-                try:
-                    known = (
-                        str(self.temporary).encode()
-                        in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                    )
-                except OSError:
-                    continue
-                if known:
-                    found.append(int(entry.name))
-        return found
-
-    def front_ends(self) -> list[int]:
-        """The stubs that run a model; without the short-lived ones that tritonserver asks for their version."""
-        commands = {pid: _command_of(pid).split("\0") for pid in self.servers()}
-        return [
-            pid
-            for pid, command in commands.items()
-            if command[0].endswith("/triton_python_backend_stub") and any("model.py" in word for word in command)
-        ]
-
-
-def _command_of(pid: int) -> str:
-    """Its words, each ended by a null byte; empty if it is gone."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
+    return save_nothing(tmp_path / "checkpoint")
 
 
 Start = Callable[..., Command]
@@ -182,20 +65,6 @@ def start(stand_in: Path, checkpoint: Path, tmp_path: Path) -> Iterator[Start]:
             if command.process.poll() is None or pid != command.process.pid:
                 os.kill(pid, signal.SIGKILL)
         command.process.wait()
-
-
-def ask(url: str, words: str) -> str:
-    with urlopen(f"{url}/v2/models/paged_llm/generate_stream", json.dumps({"text_input": words}).encode()) as answer:
-        return " ".join(re.findall(r'"text_output":"(\w+)"', answer.read().decode()))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Counts naps, not time: a machine may have stood still meanwhile."""
-    for _ in range(round(seconds / 0.05)):
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
 
 
 def test_the_ready_block_tells_where_the_server_answers(start: Start) -> None:
@@ -307,7 +176,7 @@ def test_a_busy_port_is_refused_at_once(start: Start) -> None:
 def test_a_server_that_dies_is_reported(start: Start) -> None:
     command = start()
     command.wait_until_ready()
-    tritonserver = next(pid for pid in command.servers() if _command_of(pid).split("\0")[0].endswith("/tritonserver"))
+    tritonserver = next(pid for pid in command.servers() if command_of(pid).split("\0")[0].endswith("/tritonserver"))
     os.kill(tritonserver, signal.SIGKILL)
     exit_code, stderr = command.finish()
     assert exit_code == 1
@@ -407,150 +276,3 @@ def test_a_start_can_be_abandoned_from_another_thread(checkpoint: Path, monkeypa
     threading.Timer(2, server.terminate).start()
     with pytest.raises(StoppedEarlyError):
         server.start()
-
-
-def test_a_death_is_a_line_with_cause_and_count_and_the_last_one_ends_the_server(
-    tmp_path: Path, checkpoint: Path
-) -> None:
-    """Without --log-verbose: an operator must hear of it at once, and an orchestrator must see that the process has
-    ended.
-    """
-    repository = tmp_path / "front_ends"
-    (repository / "paged_llm" / "1").mkdir(parents=True)
-    shutil.copy(server_files.repository_folder() / "paged_llm" / "config.pbtxt", repository / "paged_llm")
-    (repository / "paged_llm" / "1" / "model.py").write_text(WITH_FAKE_ENGINE)
-    ports = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
-    command = Command(
-        repository,
-        checkpoint,
-        tmp_path,
-        "--instances=1",
-        "--set=max_engine_restarts=1",
-        "--set=standby_engine=false",
-        *ports,
-    )
-    command.wait_until_ready()
-    for number in (0, 1):
-        deadline = time.monotonic() + 30
-        while not (
-            engines := [pid for pid in command.servers() if re.search(rf"fake_engine.*/{number}\0$", _command_of(pid))]
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(1)
-        os.kill(engines[0], signal.SIGKILL)
-    code, stderr = command.finish()
-    assert code == 1
-    first, second = (line for line in stderr.splitlines() if "error: the engine died" in line)
-    assert re.search(
-        r"process ended by SIGKILL; restart 1 of at most 1 within 10 minutes \(max_engine_restarts\)$", first
-    )
-    assert re.search(
-        r"process ended by SIGKILL.*; no restart is left, there were 1 within 10 minutes \(max_engine_restarts 1\)$",
-        second,
-    )
-    assert "the server ends, for there is no engine any more" in stderr
-    assert command.servers() == []
-
-
-FREE_PORTS = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
-
-
-def with_fake_engine(folder: Path) -> Path:
-    """A model repository with the shipped model, whose engine is the fake one."""
-    repository = folder / "front_ends"
-    (repository / "paged_llm" / "1").mkdir(parents=True)
-    shutil.copy(server_files.repository_folder() / "paged_llm" / "config.pbtxt", repository / "paged_llm")
-    (repository / "paged_llm" / "1" / "model.py").write_text(WITH_FAKE_ENGINE)
-    return repository
-
-
-class Stream(threading.Thread):
-    """A generate_stream request whose pieces are told with their times."""
-
-    def __init__(self, url: str, prompt: str) -> None:
-        super().__init__(daemon=True)
-        self.url, self.prompt = f"{url}/v2/models/paged_llm/generate_stream", prompt
-        self.text, self.last = "", 0.0
-        self.start()
-
-    def run(self) -> None:
-        body = json.dumps(
-            {"text_input": self.prompt, "stream": True, "max_tokens": 400, "exclude_input_in_output": True}
-        )
-        with contextlib.suppress(OSError, HTTPException), urlopen(self.url, body.encode()) as answer:
-            for line in answer:
-                if line.startswith(b"data: "):
-                    self.text += json.loads(line[6:]).get("text_output", "")
-                    self.last = time.monotonic()
-
-
-@pytest.mark.parametrize("instances", [pytest.param(1, marks=pytest.mark.long), 3])
-def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(
-    stand_in: Path, checkpoint: Path, tmp_path: Path, instances: int
-) -> None:
-    command = Command(with_fake_engine(tmp_path), checkpoint, tmp_path, f"--instances={instances}", *FREE_PORTS)
-    url = command.wait_until_ready()["HTTP"]
-    streams = [Stream(url, f"tokens=350 delay=0.02 {number}") for number in range(6)]
-    assert wait_until(lambda: all(stream.text for stream in streams), 20)
-    front_ends = command.front_ends()
-    assert len(front_ends) == instances
-    assert {path.stat().st_mode & 0o777 for path in Path("/dev/shm").glob(f"{command.server_folder().name}-*")} == {
-        0o600
-    }
-    os.kill(front_ends[0], signal.SIGKILL)
-    killed = time.monotonic()
-    assert wait_until(lambda: not is_ready(url), 5)
-    code, stderr = command.finish(60)
-    assert code == 1
-    assert time.monotonic() - killed < 20  # the streams took seven, and the server's exit timeout is thirty
-    assert (
-        f"error: front end process {front_ends[0]} died, with its callers' requests; no more requests are taken, "
-        f"{instances - 1} others finish theirs" in stderr
-    )
-    assert stderr.splitlines()[-1].endswith("the server must be started again")
-    assert command.servers() == []
-    for stream in streams:
-        stream.join(5)
-    survivors = [stream for stream in streams if stream.last > killed + 1]
-    assert bool(survivors) == (instances > 1)
-    tokenizer = fake_engine.make_tokenizer()
-    for stream in survivors:
-        assert stream.text == tokenizer.decode(fake_engine.answer_ids(tokenizer, stream.prompt, 350))
-
-
-@pytest.mark.parametrize("victim", ["a front end", "tritonserver"])
-def test_a_server_that_lost_a_front_end_or_crashed_is_replaced_at_the_same_ports_if_told_so(
-    checkpoint: Path, tmp_path: Path, victim: str
-) -> None:
-    """Triton Server 2.51.0 aborts when a front end does not run for a second while it gets a request."""
-    command = Command(
-        with_fake_engine(tmp_path), checkpoint, tmp_path, "--instances=2", "--on-front-end-death=restart", *FREE_PORTS
-    )
-    block = command.wait_until_ready()
-    if victim == "a front end":
-        killed = command.front_ends()[1]
-        os.kill(killed, signal.SIGKILL)
-        words = f"front end process {killed} died, with its callers' requests; the server must be started again"
-    else:
-        status = Path(f"/proc/{command.front_ends()[0]}/stat").read_text()
-        os.kill(int(status.rpartition(")")[2].split()[1]), signal.SIGABRT)  # their parent
-        words = "tritonserver was killed by SIGABRT; --log-verbose shows its log"
-    assert command.wait_until_ready() == block
-    stream = Stream(block["HTTP"], "tokens=5")
-    stream.join(20)
-    tokenizer = fake_engine.make_tokenizer()
-    assert stream.text == tokenizer.decode(fake_engine.answer_ids(tokenizer, "tokens=5", 5))
-    command.process.send_signal(signal.SIGTERM)
-    code, stderr = command.finish()
-    assert code == 0
-    assert f"{words}: restart 1 of at most 4" in stderr
-    assert command.servers() == []
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urlopen(f"{url}/v2/models/paged_llm/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (OSError, HTTPException):
-        return False

@@ -20,8 +20,8 @@ import httpx
 from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 from tests.body_mutations import Asked, Mutation, bodies, check_refusal, mutations
+from tests.server.gateway_process import KEY, gateway_to
 from tests.server.test_chat_tools import TEMPLATE
-from tests.server.test_openai_gateway import KEY, gateway_to
 
 pytestmark = [pytest.mark.server]
 
