@@ -16,7 +16,7 @@ from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, language_part, read_json
 from paged_backend.models.families.family import Family, head_dim_of
 from paged_backend.models.families.registry import FAMILIES
-from paged_backend.models.layer_spec import ALL_LAYERS, WHOLE, AttentionSpec, EndsSpec, LayerSpec, MoeSpec
+from paged_backend.models.layer_spec import ALL_LAYERS, WHOLE, AttentionSpec, EndsSpec, LayerSpec, MoeSpec, MtpForm
 from paged_backend.models.quantization.quantization import MXFP4, Quantization
 from paged_backend.models.quantization.reading import read_quantization
 from paged_backend.models.shard import Cut, Shard, padded_rows, vocabulary_cut
@@ -75,7 +75,7 @@ class Architecture:
     renames: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()  # beginnings of names of tensors that are for other inputs than text
     shard: Shard = WHOLE  # the layers are this rank's parts
-    num_mtp_layers: int = 0  # of multi-token prediction, behind the last layer in the checkpoint
+    mtp: MtpForm | None = None  # None: the checkpoint brings no layer of multi-token prediction
 
     def of_rank(self, shard: Shard) -> Architecture:
         """What one of the ranks that share the model computes.
@@ -155,7 +155,7 @@ def architecture_of(folder: Path, content: dict[str, Any], family: Family) -> Ar
         quantization=quantization,
         renames=family.renames,
         unread=family.unread,
-        num_mtp_layers=getattr(file, "num_nextn_predict_layers", None) or 0,
+        mtp=family.mtp if getattr(file, "num_nextn_predict_layers", None) else None,
     )
 
 

@@ -37,6 +37,7 @@ Size = Annotated[int, Field(ge=1, le=_MAX_SIZE)]
 Length = Annotated[int, Field(ge=1, le=MAX_POSITIONS)]
 TokenId = Annotated[int, Field(ge=-(2**31), le=MAX_POSITIONS)]  # some checkpoints say -1 for none
 TokenIds = Annotated[list[TokenId], BeforeValidator(_as_list)]  # one id or several
+MtpLayers = Annotated[int, Field(ge=0, le=64)] | None  # of multi-token prediction; the published ones have 1
 Positive = Annotated[float, Field(gt=0)]
 Experts = Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

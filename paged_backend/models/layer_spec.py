@@ -275,6 +275,21 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class MtpForm:
+    """Where a family's checkpoints have their layer of multi-token prediction, and how it joins what it reads (mtp.py).
+    The defaults are DeepSeek-V3's.
+    """
+
+    place: str = "model.layers.{num_layers}."  # of its modules, behind the decoder's layers
+    token_norm: str = "enorm"
+    state_norm: str = "hnorm"
+    join: str = "eh_proj"
+    final_norm: str = "shared_head.norm"
+    state_first: bool = False  # of the two that are joined
+    carries_normed: bool = False  # what it reads in the model's place, for further guesses, is its normed state
+
+
+@dataclass(frozen=True)
 class EndsSpec:
     """What stands before the first layer and behind the last."""
 

@@ -1,11 +1,12 @@
 """The layer of multi-token prediction that a checkpoint brings behind its decoder's last (DeepSeek-V3's report, 2024,
-section 2.2; GLM-4.5 has one).
+section 2.2; GLM-4.5 has one, and so has MiMo).
 
     entry = eh_proj [enorm(embedding of the next token) ; hnorm(the model's normed state)]
     state = layer(entry)        guess = head(shared_head.norm(state))
 
 It lies at model.layers.N, N = num_hidden_layers, as a layer of the decoder with the modules above beside its own. Its
-embedding and head are the model's, of which some checkpoints have a second copy there.
+embedding and head are the model's, of which some checkpoints have a second copy there. What other families do
+otherwise, their MtpForm says.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.blocks.forward_pass import ForwardPass, RopeTensors
+from paged_backend.models.layer_spec import MtpForm
 from paged_backend.models.proposal_head import ProposalHead
 from paged_backend.models.step import LayerPages
 from paged_backend.models.weight_files import check_tensors, find_tensors, read_tensors
@@ -37,16 +39,17 @@ def mtp_architecture(target: Architecture, folder: Path, *, by_name: bool) -> Ar
     Raises:
         EngineError: the checkpoint brings no such layer, or in a form that is not read.
     """
-    if not target.num_mtp_layers:
+    form = target.mtp
+    if form is None:
         raise EngineError(
             f"speculation: mtp needs a layer of multi-token prediction, and this checkpoint of {target.name} brings "
             "none (num_nextn_predict_layers)"
         )
     if target.quantization is not None and not target.quantization.online:
         raise EngineError(f"speculation: mtp is not supported for quantised checkpoints ({target.quantization.name})")
-    prefix = f"model.layers.{target.num_layers}."
+    prefix = form.place.format(num_layers=target.num_layers)
     renames = {
-        f"{prefix}shared_head.norm.": "model.norm.",
+        f"{prefix}{form.final_norm}.": "model.norm.",
         f"{prefix}shared_head.head.": "lm_head.",
         f"{prefix}embed_tokens.": "model.embed_tokens.",
         prefix: MTP_LAYER,
@@ -73,6 +76,7 @@ def mtp_architecture(target: Architecture, folder: Path, *, by_name: bool) -> Ar
 class MtpWeights:
     """A layer of multi-token prediction; uninitialised until it is loaded."""
 
+    form: MtpForm
     decoder: Weights
     token_norm: Norm
     state_norm: Norm
@@ -82,9 +86,9 @@ class MtpWeights:
     def targets(self) -> dict[str, Tensor]:
         """Name in the checkpoint, as `renames` has it -> the tensor that it fills; but for the decoder's."""
         return {
-            f"{MTP_LAYER}enorm.weight": self.token_norm.weight,
-            f"{MTP_LAYER}hnorm.weight": self.state_norm.weight,
-            f"{MTP_LAYER}eh_proj.weight": self.join.weight,
+            f"{MTP_LAYER}{self.form.token_norm}.weight": self.token_norm.weight,
+            f"{MTP_LAYER}{self.form.state_norm}.weight": self.state_norm.weight,
+            f"{MTP_LAYER}{self.form.join}.weight": self.join.weight,
         }
 
     def check(self, folder: Path) -> None:
@@ -126,11 +130,13 @@ class MtpWeights:
         return replace(self, decoder=decoder)
 
 
-def allocate_mtp(decoder: Weights, hidden_size: int) -> MtpWeights:
-    """decoder: of `mtp_architecture`."""
+def allocate_mtp(decoder: Weights, architecture: Architecture) -> MtpWeights:
+    """decoder: of the architecture, which is that of `mtp_architecture`."""
+    form, hidden_size = architecture.mtp, architecture.hidden_size
+    assert form is not None
     eps, empty = decoder.final_norm.eps, decoder.embedding.new_empty
     token_norm, state_norm = (Norm(empty(hidden_size), eps) for _ in range(2))
-    return MtpWeights(decoder, token_norm, state_norm, Linear(empty(hidden_size, 2 * hidden_size)))
+    return MtpWeights(form, decoder, token_norm, state_norm, Linear(empty(hidden_size, 2 * hidden_size)))
 
 
 class MtpHead(ProposalHead):
@@ -148,9 +154,12 @@ class MtpHead(ProposalHead):
     def _layer(self, token_ids: Tensor, states: Tensor, pages: LayerPages, at: ForwardPass) -> Tensor:
         ops, weights = self._ops, self._weights
         tokens = ops.norm(ops.embedding(token_ids, weights.decoder.embedding), weights.token_norm)
-        entries = torch.cat([tokens, ops.norm(states, weights.state_norm)], dim=1)
-        return weights.decoder.layers[0].forward(ops.linear(entries, weights.join), pages, at)
+        joined = [tokens, ops.norm(states, weights.state_norm)]
+        entries = torch.cat(joined[::-1] if weights.form.state_first else joined, dim=1)
+        x = weights.decoder.layers[0].forward(ops.linear(entries, weights.join), pages, at)
+        return ops.norm(x, weights.decoder.final_norm) if weights.form.carries_normed else x
 
     def guesses(self, states: Tensor) -> Tensor:
         decoder = self._weights.decoder
-        return self._ops.argmax(self._ops.norm_linear(states, decoder.final_norm, decoder.head))
+        norm = None if self._weights.form.carries_normed else decoder.final_norm
+        return self._ops.argmax(self._ops.norm_linear(states, norm, decoder.head))

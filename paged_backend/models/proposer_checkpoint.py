@@ -94,9 +94,10 @@ def _open_mtp(config: EngineConfig, target: Architecture, folder: Path) -> Propo
         try:
             architecture, _ = settle_weights(architecture, folder)
             decoder = allocate_weights(architecture, torch.float32, torch.device("meta"))
-            allocate_mtp(decoder, architecture.hidden_size).check(folder)
+            allocate_mtp(decoder, architecture).check(folder)
         except EngineError as error:  # by the layer's name in the files
-            sentence = str(error).replace(MTP_LAYER, f"model.layers.{target.num_layers}.")
+            assert target.mtp is not None
+            sentence = str(error).replace(MTP_LAYER, target.mtp.place.format(num_layers=target.num_layers))
             raise EngineError(f"speculation: mtp: {sentence}") from None
     return ProposerCheckpoint("mtp", folder, architecture)
 

@@ -129,7 +129,7 @@ class MtpBuilder(ProposerBuilder):
 
     def _read(self, target: Weights, tell: Callable[[str], None]) -> str:
         a = self._architecture
-        weights = allocate_mtp(allocate_weights(a, self._place.dtype, self._place.device), a.hidden_size)
+        weights = allocate_mtp(allocate_weights(a, self._place.dtype, self._place.device), a)
         if self._config.load_format == "dummy":
             weights.randomise(a, self._config.seed)
         else:

@@ -4,6 +4,7 @@ transformers' layers, whatever happened to the sequence before; and no token dep
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,33 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def save_with_mtp(folder: Path, own_ends: bool) -> Path:
+# the layer's modules in the order: of the token, of the state, of both, of what comes out
+DEEPSEEK = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+MIMO = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+
+
+def save_mimo(folder: Path) -> Path:
+    """As MiMo-7B is published: a Qwen2 by another name, with the layer under names of its own."""
+    save_with_mtp(folder, own_ends=False, architecture="Qwen2ForCausalLM", num_hidden_layers=NUM_LAYERS, head_dim=16)
+    ours = dict(zip(DEEPSEEK, MIMO, strict=True))
+    path, prefix = folder / "model.safetensors", f"model.layers.{NUM_LAYERS}."
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        module = name.removeprefix(prefix).removesuffix(".weight")
+        renamed = name.replace(module, ours.get(module, module)).replace(prefix, "model.mtp_layers.0.")
+        tensors[renamed if name.startswith(prefix) else name] = tensor
+    save_file(tensors, path, metadata={"format": "pt"})
+    named = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "num_nextn_predict_layers": 1}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | named | {"attention_bias": True}))
+    return folder
+
+
+def save_with_mtp(folder: Path, own_ends: bool, architecture: str = "Glm4MoeForCausalLM", **options: Any) -> Path:
     """A checkpoint with a layer of multi-token prediction, as it is published: with copies of embedding and head, or
     without.
     """
-    save_checkpoint(folder, "Glm4MoeForCausalLM", **OPTIONS)
+    save_checkpoint(folder, architecture, **(options or OPTIONS))
     path = folder / "model.safetensors"
     tensors = load_file(path)
     generator = torch.Generator().manual_seed(5)
@@ -66,15 +89,33 @@ def save_with_mtp(folder: Path, own_ends: bool) -> Path:
 
 
 class Definition:
-    """DeepSeek-V3's report, section 2.2, in float32, one sequence at a time, without any cache."""
+    """DeepSeek-V3's report, section 2.2, in float32, one sequence at a time, without any cache. MiMo's joins the two in
+    the other order, and goes on with the normed state.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self._tensors = load_file(folder / "model.safetensors")
+    def __init__(self, folder: Path, directory: Path) -> None:
+        """directory: where the layer is written as one of transformers' own."""
         self._prefix = f"model.layers.{NUM_LAYERS}."
+        self._mimo = "mimo" in (folder / "config.json").read_text()
+        self._names = dict(zip(DEEPSEEK, MIMO if self._mimo else DEEPSEEK, strict=True))
+        self._tensors = {
+            name.replace("model.mtp_layers.0.", self._prefix): tensor
+            for name, tensor in load_file(folder / "model.safetensors").items()
+        }
+        if self._mimo:
+            config = json.loads((folder / "config.json").read_text())
+            named = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+            folder = directory / "qwen2"
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(config | named))
+            save_file(self._tensors, folder / "model.safetensors", metadata={"format": "pt"})
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
         self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval().model
         # a decoder of one layer more has the layer among its own
-        deeper = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=NUM_LAYERS + 1, **options).eval().model
+        more: dict[str, Any] = {"num_hidden_layers": NUM_LAYERS + 1}
+        if self._mimo:
+            more["layer_types"] = ["full_attention"] * (NUM_LAYERS + 1)
+        deeper = AutoModelForCausalLM.from_pretrained(folder, **more, **options).eval().model
         self._block = deeper.layers[NUM_LAYERS]
         self._eps = self._model.config.rms_norm_eps
 
@@ -86,15 +127,17 @@ class Definition:
         head = self._own("shared_head.head.weight", "lm_head.weight")
         for _ in range(count):
             state = self._states(torch.stack(states), torch.tensor(following))[-1]
-            following.append(int((self._norm(state, "shared_head.norm") @ head.T).argmax()))
-            states.append(state)
+            normed = self._norm(state, "shared_head.norm")
+            following.append(int((normed @ head.T).argmax()))
+            states.append(normed if self._mimo else state)
         return following[-count:]
 
     def _states(self, states: Tensor, following: Tensor) -> Tensor:
         """[T, hidden], [T] -> [T, hidden]"""
         embedded = self._own("embed_tokens.weight", "model.embed_tokens.weight")[following]
-        joined = torch.cat([self._norm(embedded, "enorm"), self._norm(states, "hnorm")], dim=1)
-        x = (joined @ self._tensors[f"{self._prefix}eh_proj.weight"].T)[None]
+        both = [self._norm(embedded, "enorm"), self._norm(states, "hnorm")]
+        joined = torch.cat(both[::-1] if self._mimo else both, dim=1)
+        x = (joined @ self._tensors[f"{self._prefix}{self._names['eh_proj']}.weight"].T)[None]
         positions = torch.arange(len(states))[None]
         mask = torch.full((len(states), len(states)), -torch.inf).triu(1)[None, None]
         rope = self._model.rotary_emb(x, positions)
@@ -102,16 +145,17 @@ class Definition:
         return (answer[0] if isinstance(answer, tuple) else answer)[0]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight = self._tensors[f"{self._prefix}{name}.weight"]
+        weight = self._tensors[f"{self._prefix}{self._names[name]}.weight"]
         return rms_norm(x, weight.shape, weight, self._eps)
 
     def _own(self, name: str, others: str) -> Tensor:
         return self._tensors.get(self._prefix + name, self._tensors[others])
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["own ends", "the model's ends"])
+@pytest.fixture(scope="module", params=["own ends", "the model's ends", "mimo"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_mtp(tmp_path_factory.mktemp("checkpoint"), request.param)
+    path = tmp_path_factory.mktemp("checkpoint")
+    return save_mimo(path) if request.param == "mimo" else save_with_mtp(path, request.param == "own ends")
 
 
 @pytest.mark.parametrize(("page_size", "num_pages"), [(1, 120), (16, 64)], ids=["preempted", "cached"])
@@ -125,7 +169,7 @@ def test_its_guesses_are_those_of_the_definition(folder: Path, tmp_path: Path, p
     stats = engine.stats()
     assert stats.num_preemptions > 0 or stats.prefix_hits > 0
     assert len(listener.heard) > 30 and {len(drafts) for _, drafts in listener.heard} >= {1, NUM_DRAFTS}
-    definition = Definition(folder)
+    definition = Definition(folder, tmp_path)
     for text, drafts in listener.heard:
         if len(text) > 1:
             assert drafts == definition.guesses(text, len(drafts))

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from paged_backend.errors import EngineError
 from paged_backend.models.config_file import ConfigFile
-from paged_backend.models.layer_spec import ALL_LAYERS, AttentionSpec, EndsSpec, LayerSpec, MlpSpec, NormSpec
+from paged_backend.models.layer_spec import ALL_LAYERS, AttentionSpec, EndsSpec, LayerSpec, MlpSpec, MtpForm, NormSpec
 
 # as config.json calls them
 _ACTIVATIONS = {
@@ -55,6 +55,8 @@ class Family:
     config_type: str = ""  # the model_type whose class of transformers reads its config.json, where it has none itself
     tied_head: bool = True  # where config.json of several parts does not say
     may_be_flat: bool = False  # config.json of several parts may have no text_config, but its keys beside the others
+
+    mtp: MtpForm | None = None  # of checkpoints that bring a layer of multi-token prediction
 
     @property
     def has_other_parts(self) -> bool:

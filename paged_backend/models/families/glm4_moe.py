@@ -12,13 +12,12 @@ from typing import Annotated
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from paged_backend.models.config_file import Experts, ExpertsFile, Positive
+from paged_backend.models.config_file import Experts, ExpertsFile, MtpLayers, Positive
 from paged_backend.models.families.expert_layers import with_experts
 from paged_backend.models.families.family import Family, dense_layers
-from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec
+from paged_backend.models.layer_spec import LayerSpec, MoeNames, MoeSpec, MtpForm
 from paged_kernels.experts import Routing
 
-_MAX_MTP_LAYERS = 64  # the published ones have 1
 _MAX_SHARED = 64  # experts that every token goes through; the published ones have 1
 
 
@@ -32,7 +31,7 @@ class Glm4MoeFile(ExpertsFile):
     routed_scaling_factor: Positive = 1.0
     first_k_dense_replace: Annotated[int, Field(ge=0)] = 1
     use_qk_norm: bool = False
-    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=_MAX_MTP_LAYERS)] | None = None
+    num_nextn_predict_layers: MtpLayers = None
 
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
@@ -64,5 +63,6 @@ GLM4_MOE = Family(
     layers,
     config=Glm4MoeFile,
     partial_rotary=True,
+    mtp=MtpForm(),
     models="GLM-4.5, GLM-4.6, GLM-4.7",
 )
