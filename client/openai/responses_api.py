@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from paged_client.openai.chat_source import ChatSource, Chunks
 from paged_client.openai.disconnect import EventStream
 from paged_client.openai.errors import RefusalError, refusal_of_body
+from paged_client.openai.protocol import ChatBody
 from paged_client.openai.response_events import ResponseBuilder
 from paged_client.openai.response_items import ResponsesBody, chat_body, messages_of
 from paged_client.openai.response_store import ResponseStore
@@ -37,6 +38,16 @@ def add_response_paths(app: FastAPI, source: ChatSource, store: ResponseStore, s
         except RefusalError as refusal:
             raise _renamed(refusal) from None
 
+    @app.post("/v1/responses/input_tokens")
+    async def count(body: ResponsesBody) -> Response:
+        unused = unused_keys(body, strict)
+        try:
+            _, chat = _asked(store, body)
+            found = {"object": "response.input_tokens", "input_tokens": await source.num_prompt_tokens(chat)}
+        except RefusalError as refusal:
+            raise _renamed(refusal) from None
+        return with_warning(JSONResponse(found), unused)
+
     @app.get("/v1/responses/{response_id}")
     async def retrieve(response_id: str) -> Response:
         return JSONResponse(store.get(response_id).response)
@@ -47,15 +58,20 @@ def add_response_paths(app: FastAPI, source: ChatSource, store: ResponseStore, s
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
-async def _answer(source: ChatSource, store: ResponseStore, body: ResponsesBody, request: Request) -> Response:
+def _asked(store: ResponseStore, body: ResponsesBody) -> tuple[list[dict[str, Any]], ChatBody]:
+    """The conversation so far, and the chat that goes on with it."""
     earlier: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
         earlier = store.get(body.previous_response_id, "previous_response_id").messages
-    keeps = store.keeps and body.store is not False
     try:
-        chat = chat_body(body, earlier)
+        return earlier, chat_body(body, earlier)
     except ValidationError as error:
         raise refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
+
+
+async def _answer(source: ChatSource, store: ResponseStore, body: ResponsesBody, request: Request) -> Response:
+    earlier, chat = _asked(store, body)
+    keeps = store.keeps and body.store is not False
     builder = ResponseBuilder(body, stored=keeps)
 
     def keep(response: dict[str, Any]) -> None:

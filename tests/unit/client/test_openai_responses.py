@@ -131,6 +131,15 @@ def test_tools_choices_and_forms_have_this_apis_shapes() -> None:
     assert model.sampling["chat_template_kwargs"]["reasoning_effort"] == "low"
 
 
+def test_tokens_are_counted_without_an_answer() -> None:
+    model = Model(HERMES, "x")
+    reply = call(model, "/v1/responses/input_tokens", {"model": "m", "input": "Hi", "tools": [TOOL]})
+    assert reply.json == {"object": "response.input_tokens", "input_tokens": 2}
+    assert model.asked == [] and "tools" in model.probes[-1].tensors
+    wrong = call(model, "/v1/responses/input_tokens", {"model": "m", "input": "Hi", "previous_response_id": "resp_x"})
+    assert (wrong.status, wrong.json["error"]["param"]) == (404, "previous_response_id")
+
+
 def test_an_answer_that_is_cut_off_is_incomplete() -> None:
     model = Model(HERMES, "Hel")
     model.events = ({**model.events[0], "finish_reason": ["length"]},)
