@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -111,8 +112,11 @@ class DeviceCapture:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # of a capture that ends badly, too: what comes first is what is told
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph, result
 
 

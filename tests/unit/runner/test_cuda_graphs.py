@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from paged_backend.models.step import StepShape
-from paged_backend.runner.cuda_graphs import Graph, StepGraphs, captured_shapes, first_shapes
+from paged_backend.runner.cuda_graphs import DeviceCapture, Graph, StepGraphs, captured_shapes, first_shapes
 from paged_backend.runner.later_captures import LaterCaptures
 from paged_backend.runner.model_runner import ModelRunner
 from tests.oracle import Oracle, random_prompts, save_checkpoint
@@ -204,3 +205,32 @@ def test_a_fault_in_a_capture_is_logged_with_its_place_and_ends_nothing(
     assert later.done
     assert "6 shapes of steps are not captured (operation not permitted" in caplog.text
     assert "Traceback" in caplog.text
+
+
+class BrokenGraph:
+    """Of a capture that a fault has made invalid: it cannot be ended well."""
+
+    ended = 0
+
+    def capture_begin(self, **options: Any) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        BrokenGraph.ended += 1
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_of_a_capture_that_fails_its_first_error_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = DeviceCapture.__new__(DeviceCapture)  # without a device
+    capture._pool, capture._stream = (0, 0), None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        capture(fails)
+    assert BrokenGraph.ended == 1
+    with pytest.raises(RuntimeError, match="previous error"):  # nothing hides what only the end tells
+        capture(lambda: None)
