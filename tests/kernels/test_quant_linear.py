@@ -102,7 +102,10 @@ def test_one_token_equals_float64(
     assert_close(out, oracle(x, linear, residual, gated, norm))
 
 
-TINY = [(3, 20, 256, torch.float16, QuantNarrowShape(16, 64, 2, 2, 1))]
+TINY = [
+    (3, 20, 256, torch.float16, QuantNarrowShape(16, 64, 2, 2, 1)),
+    (3, 32, 384, torch.float16, QuantNarrowShape(16, 128, 2, 2, 1)),  # whole tiles of rows, not of columns
+]
 LARGE = [
     pytest.param(tokens, rows, columns, torch.bfloat16, None, marks=pytest.mark.gpu)
     for tokens in (1, 2, 16, 31, 64, 128, 200)
