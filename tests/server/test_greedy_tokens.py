@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ import pytest
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.kv_groups import group_layers
 from paged_backend.server.launch import Server, ServerSettings
+from paged_backend.server.ports import Addresses
 from tests.expert_models import MODELS, save_expert_model
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import CONFIGS, save_published
-from tests.server.calls import run_all, wait_for_metrics
+from tests.server.calls import Answer, run_all, wait_for_metrics
 
 pytestmark = pytest.mark.server
 
@@ -190,11 +192,23 @@ def check_server(
         # alone they outgrow the scarce pool, whatever follows
         answers = run_all(server.addresses.grpc_url, requests, lead=lead)
         # what windows leave behind may be enough: e2e/test_kv_groups.py preempts such models
-        preempts = case.scarce and not any(windows)
-        wanted = (lambda values: values["paged_preemptions_total"] > 0) if preempts else (lambda values: True)
-        assert wait_for_metrics(server.addresses.metrics_url, wanted)
+        if case.scarce and not any(windows):
+            again = ask_until_preempted(server.addresses, requests[:lead])
+            assert [answer.token_ids for answer in again] == expected[:lead] * (len(again) // lead)
     assert [answer.error for answer in answers] == [None] * len(prompts)
     assert [answer.token_ids for answer in answers] == expected
     assert {answer.num_finals for answer in answers} == {1}
     if not case.prefix_cache:
         assert not any(answer.num_cached_tokens for answer in answers)
+
+
+def ask_until_preempted(addresses: Addresses, requests: Sequence[dict[str, Any]]) -> list[Answer]:
+    """On a busy machine they may arrive so far apart that one has its answer before the next needs pages: then they are
+    asked once more. Returns what was answered here.
+    """
+    again: list[Answer] = []
+    for _ in range(5):
+        if wait_for_metrics(addresses.metrics_url, lambda values: values["paged_preemptions_total"] > 0, seconds=5):
+            return again
+        again += run_all(addresses.grpc_url, requests)
+    raise AssertionError(f"nobody was preempted, also after {len(again)} more requests")

@@ -18,7 +18,7 @@ from paged_backend.models.adapter_layout import AdapterLayout
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights, settle_weights
 from tests.adapter_oracle import AdapterOracle, save_adapter
-from tests.oracle import Oracle, random_prompts, save_checkpoint
+from tests.oracle import Oracle, random_prompts, save_checkpoint, save_over
 from tests.runner_driver import Driver, load_runner
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24}
@@ -146,6 +146,15 @@ def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_scales_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj_scales"
+    save_over({**tensors, name: tensors[name][:, 1:].contiguous()}, folder / "model.safetensors")
+    with pytest.raises(EngineError, match=rf"tensor {name} has shape \[\d+, \d+, \d+\], config\.json implies"):
+        load(folder)
+
+
 def test_gpt_oss_in_another_format_is_refused_by_name(tmp_path: Path) -> None:
     folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain")
     config = json.loads((folder / "config.json").read_text())
@@ -215,7 +224,7 @@ def test_what_minimax_m2_does_not_compute_is_refused_by_name(key: str, value: ob
         ({"num_experts": 5000}, ["num_experts", "1024"]),
         ({"decoder_sparse_step": 0}, ["decoder_sparse_step"]),
         ({"mlp_only_layers": "none"}, ["mlp_only_layers"]),
-        ({"hidden_act": "gelu"}, ["hidden_act: gelu"]),
+        ({"hidden_act": "quick_gelu"}, ["hidden_act: quick_gelu"]),
         ({"quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config: mxfp4", "gpt-oss"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

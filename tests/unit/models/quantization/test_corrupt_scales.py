@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from paged_backend.errors import EngineError
+from tests.oracle import save_over
 from tests.published_formats import FORMATS, save_published
 from tests.quantised_checkpoints import save_compressed
 from tests.runner_driver import load_runner
@@ -62,6 +63,6 @@ def test_a_scale_that_is_none_is_refused_by_its_name(name: str, tmp_path: Path) 
     assert endings
     for ending in endings:
         for wrong, words in changes(name, ending, tensors[MODULE + ending]):
-            save_file({**tensors, MODULE + ending: wrong.contiguous()}, file, metadata={"format": "pt"})
+            save_over({**tensors, MODULE + ending: wrong.contiguous()}, file)
             with pytest.raises(EngineError, match=f"tensor {MODULE}{ending}.*{words}"):
                 load_runner(tmp_path)
