@@ -163,8 +163,10 @@ def _quantization(folder: Path, content: Mapping[str, Any], kind: ConfigKind, fa
     """Of the whole, or of its language part."""
     part = content.get("text_config") if family.has_other_parts else None
     own = part.get("quantization_config") if isinstance(part, Mapping) else None
-    whole = kind.quantization_config or kind.compression_config
-    found = read_quantization(folder, whole or (own if isinstance(own, Mapping) else None))
+    if kind.compression_config and not kind.quantization_config:
+        found = read_quantization(folder, kind.compression_config, "compression_config")
+    else:
+        found = read_quantization(folder, kind.quantization_config or (own if isinstance(own, Mapping) else None))
     return None if found is None else replace(found, renames=family.renames)
 
 

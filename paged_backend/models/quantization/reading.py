@@ -31,15 +31,17 @@ METHODS = tuple(_READERS)
 _OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
-def read_quantization(folder: Path, config: Mapping[str, Any] | None) -> Quantization | None:
-    """config: quantization_config of folder's config.json. Returns None for a checkpoint that is not quantised.
+def read_quantization(
+    folder: Path, config: Mapping[str, Any] | None, place: str = "quantization_config"
+) -> Quantization | None:
+    """config: what folder's config.json has under `place`. Returns None for a checkpoint that is not quantised.
 
     Raises:
         EngineError: it is, in a way that is not supported; the sentence names the key.
     """
     if config:
         method = str(config.get("quant_method") or _method_of(config))[:80]
-        return _read(method, config, "quantization_config")
+        return _read(method, config, place)
     path = folder / "hf_quant_config.json"
     if path.is_file():
         content = read_json(path).get("quantization")
