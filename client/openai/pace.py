@@ -1,5 +1,5 @@
-"""How often the events of a stream are written: those that come faster than anybody can read are gathered, and the
-longer the further the process is behind.
+"""How long the events of a stream are gathered before they are written together: not at all while the process keeps up,
+and longer the further it is behind.
 
 A write is a system call, and with many streams it is what most of the gateway's own time goes into. The first event of
 a stream, its last ones, and any that comes later than a pause after the write before, never wait.
@@ -13,14 +13,14 @@ from collections.abc import Awaitable, Callable
 _LOOK_SECONDS = 0.05  # between two looks at how late the loop is
 _LATE_SECONDS = 0.002  # a loop that comes so much too late has a queue
 _IN_TIME_SECONDS = 0.001
-_SHORTEST_SECONDS = 0.01  # a screen shows less than 100 pictures a second
+_SHORTEST_SECONDS = 0.005
 _LONGEST_SECONDS = 0.04  # at 25 writes a second a text still flows
 
 
 class Pace:
     """Of one event loop."""
 
-    def __init__(self, seconds: float = _SHORTEST_SECONDS) -> None:
+    def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds  # between two writes of a stream, at least
 
     async def watch(self) -> None:
@@ -34,9 +34,9 @@ class Pace:
     def note(self, late: float) -> None:
         """late: seconds that a timer came after its time."""
         if late > _LATE_SECONDS:
-            self.seconds = min(2 * self.seconds, _LONGEST_SECONDS)
+            self.seconds = min(max(2 * self.seconds, _SHORTEST_SECONDS), _LONGEST_SECONDS)
         elif late < _IN_TIME_SECONDS:
-            self.seconds = max(self.seconds / 2, _SHORTEST_SECONDS)
+            self.seconds = self.seconds / 2 if self.seconds > _SHORTEST_SECONDS else 0.0
 
 
 class PacedWriter:
