@@ -53,6 +53,10 @@ class Unabandoned(Generic[Result]):
                 raise asyncio.CancelledError from None
             result: Result = end.value
             return result
+        except Exception:
+            if self.is_cancelled:  # an error that nobody waits for: who has left must not try again
+                raise asyncio.CancelledError from None
+            raise
 
     def cancel(self) -> None:
         self.is_cancelled = True

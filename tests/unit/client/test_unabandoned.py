@@ -136,3 +136,30 @@ def test_a_result_that_came_just_before_the_cancellation_is_taken_in(goes_on: bo
         assert (taken, cancelled) == (([1, 2], [True]) if goes_on else ([1], []))
 
     in_loop(test)
+
+
+@pytest.mark.parametrize("came_before", [True, False], ids=["just before", "by the cancellation"])
+def test_an_error_does_not_hide_the_cancellation(came_before: bool) -> None:
+    """A task that goes on with the error would ask another server for a caller who has left."""
+
+    async def test() -> None:
+        future = asyncio.get_running_loop().create_future()
+
+        async def operation() -> None:
+            await future
+
+        def cancel() -> None:
+            future.set_exception(ConnectionError("the stream broke"))
+
+        async def awaited() -> None:
+            await Unabandoned(operation(), cancel)
+
+        task = asyncio.ensure_future(awaited())
+        await asyncio.sleep(0.01)
+        if came_before:
+            cancel()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    in_loop(test)
