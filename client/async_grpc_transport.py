@@ -15,7 +15,7 @@ import contextlib
 import math
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from paged_client.answers import Outputs
@@ -303,7 +303,7 @@ class _ResponseReader:
         return outputs, self._is_final
 
 
-@cache
+@lru_cache(1024)  # there may be a count for each length of a prompt
 def _values_of(datatype: str, count: int) -> Callable[[bytes], Sequence[Any]]:
     """What reads so many values from their bytes.
 
