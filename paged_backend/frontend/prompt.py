@@ -344,9 +344,10 @@ def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[i
 
 def _is_short(request: Request) -> bool:
     prompt = request.text if request.input_ids is None else request.input_ids
+    num_answered = 0 if request.answer_ids is None else len(request.answer_ids)  # stop strings are looked for in them
     return (
         request.task in ("generate", "embed")
         and prompt is not None
-        and len(prompt) <= _SHORT_PROMPT
+        and len(prompt) + num_answered <= _SHORT_PROMPT
         and not request.sampling.bad_words  # each is tokenised, too
     )

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -303,24 +304,37 @@ def test_tokenisation_does_not_stop_other_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "ids", "bad_words", "at_once"),
+    ("text", "ids", "num_answered", "bad_words", "at_once"),
     [
-        ("the", None, (), True),
-        ("x" * 2048, None, (), True),
-        ("x" * 2049, None, (), False),
-        (None, 2048, (), True),
-        (None, 2049, (), False),
-        ("the", None, ("question",), False),
+        ("the", None, 0, (), True),
+        ("x" * 2048, None, 0, (), True),
+        ("x" * 2049, None, 0, (), False),
+        (None, 2048, 0, (), True),
+        (None, 2049, 0, (), False),
+        ("the", None, 2045, (), True),
+        ("the", None, 2046, (), False),
+        ("the", None, 0, ("question",), False),
     ],
-    ids=["short", "longest", "too long", "most ids", "too many ids", "bad words"],
+    ids=[
+        "short",
+        "longest",
+        "too long",
+        "most ids",
+        "too many ids",
+        "the longest answer so far",
+        "too long an answer so far",
+        "bad words",
+    ],
 )
 def test_short_prompts_are_read_at_once_and_long_ones_on_a_thread(
-    tmp_path: Path, text: str | None, ids: int | None, bad_words: tuple[str, ...], at_once: bool
+    tmp_path: Path, text: str | None, ids: int | None, num_answered: int, bad_words: tuple[str, ...], at_once: bool
 ) -> None:
     reader = _reader(byte_level(), tmp_path)
     threads: list[str] = []
     input_ids = None if ids is None else np.full(ids, 5, np.int64)
     request = _request(text, input_ids, SamplingParams(bad_words=bad_words))
+    if num_answered:
+        request = msgspec.structs.replace(request, answer_ids=np.full(num_answered, 5, np.int64))
     reader.soon(lambda: threads.append(threading.current_thread().name), request)
     assert (threads == [threading.current_thread().name]) == at_once
     reader.close()
