@@ -65,7 +65,10 @@ def chat_of_messages(body: CountBody) -> ChatBody:
     system = [{"role": "system", "content": _text("system", body.system)}] if body.system else []
     messages = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
     choice = body.tool_choice or {}
-    output = body.output_config or OutputConfig()
+    output, begun = body.output_config or OutputConfig(), _is_begun(messages[-1])
+    if begun and output.format is not None:
+        where = "output_config.format"
+        raise RefusalError(f"{where}: not with an answer that the last message has begun", param=where)
     given: dict[str, Any] = {
         "model": body.model,
         "messages": [*system, *messages],
@@ -74,7 +77,7 @@ def chat_of_messages(body: CountBody) -> ChatBody:
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
         "chat_template_kwargs": _switches(body.thinking, output) or None,
         # an answer whose beginning the caller has written
-        "continue_final_message": _is_begun(messages[-1]),
+        "continue_final_message": begun,
         "include_reasoning": body.thinking is not None and body.thinking.type != "disabled",
     }
     if isinstance(body, MessagesBody):

@@ -253,6 +253,15 @@ def test_tokens_are_counted_without_an_answer() -> None:
             "invalid_request_error",
             "output_config.format: expected type json_schema",
         ),
+        (
+            {
+                "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+                "messages": [*HI, {"role": "assistant", "content": "{"}],
+            },
+            400,
+            "invalid_request_error",
+            "output_config.format: not with an answer that the last message has begun",
+        ),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
 )
