@@ -91,6 +91,10 @@ class MtpWeights:
             f"{MTP_LAYER}{self.form.join}.weight": self.join.weight,
         }
 
+    @property
+    def num_bytes(self) -> int:
+        return self.decoder.num_bytes + sum(tensor.numel() * tensor.element_size() for tensor in self.targets.values())
+
     def check(self, folder: Path) -> None:
         """
         Raises:

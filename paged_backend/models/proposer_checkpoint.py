@@ -73,6 +73,7 @@ def _open_eagle3(config: EngineConfig, target: Architecture) -> ProposerCheckpoi
     folder = _folder(config)
     try:
         architecture, eagle = read_eagle3(folder, target)
+        _check_ropes(architecture)
         if config.load_format == "auto":
             stored = find_tensors(folder)
             allocate_eagle3(architecture, eagle, stored, torch.float32, torch.device("meta")).check(folder)
@@ -106,8 +107,7 @@ def _open_other_model(config: EngineConfig, target: Architecture, target_folder:
     folder = _folder(config)
     try:
         architecture = read_architecture(folder)
-        for rope in architecture.ropes.values():
-            check_rope(rope)
+        _check_ropes(architecture)
         warning = ""
         if config.load_format == "auto":
             architecture, warning = settle_weights(architecture, folder)
@@ -117,6 +117,11 @@ def _open_other_model(config: EngineConfig, target: Architecture, target_folder:
         raise EngineError("draft_model: the checkpoint has no head, it makes embeddings and no text")
     _check_vocabulary(architecture, target, folder, target_folder)
     return ProposerCheckpoint("draft", folder, architecture, warning)
+
+
+def _check_ropes(architecture: Architecture) -> None:
+    for rope in architecture.ropes.values():
+        check_rope(rope)
 
 
 def _check_vocabulary(architecture: Architecture, target: Architecture, folder: Path, target_folder: Path) -> None:

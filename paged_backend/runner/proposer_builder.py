@@ -14,7 +14,7 @@ from paged_backend.models.architecture import Architecture
 from paged_backend.models.checkpoint import Checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.eagle3 import Eagle3Head, Eagle3Weights, allocate_eagle3
-from paged_backend.models.mtp import MtpHead, allocate_mtp
+from paged_backend.models.mtp import MtpHead, MtpWeights, allocate_mtp
 from paged_backend.models.proposal_head import ProposalHead
 from paged_backend.models.proposer_checkpoint import Kind, ProposerCheckpoint
 from paged_backend.models.rope import rope_tensors
@@ -127,15 +127,22 @@ class DraftModelBuilder(ProposerBuilder):
 class MtpBuilder(ProposerBuilder):
     words = "multi-token prediction"
 
-    def _read(self, target: Weights, tell: Callable[[str], None]) -> str:
+    @property
+    def weight_bytes(self) -> int:
+        return self._allocate(torch.device("meta")).num_bytes
+
+    def _allocate(self, device: torch.device) -> MtpWeights:
         a = self._architecture
-        weights = allocate_mtp(allocate_weights(a, self._place.dtype, self._place.device), a)
+        return allocate_mtp(allocate_weights(a, self._place.dtype, device), a)
+
+    def _read(self, target: Weights, tell: Callable[[str], None]) -> str:
+        weights = self._allocate(self._place.device)
         if self._config.load_format == "dummy":
-            weights.randomise(a, self._config.seed)
+            weights.randomise(self._architecture, self._config.seed)
         else:
             weights.load(self._checkpoint.folder)
         self._weights = weights.sharing(target)
-        return f"weights: {spell_bytes(weights.decoder.num_bytes)}, of which what is the model's, too, is kept once"
+        return f"weights: {spell_bytes(weights.num_bytes)}, of which what is the model's, too, is kept once"
 
     def _assemble(self, ops: Ops, kv_pages: Sequence[LayerPages], max_len: int, target: Target) -> Proposer:
         ropes = rope_tensors(self._architecture.ropes, max_len, self._place.device)

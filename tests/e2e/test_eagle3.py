@@ -225,6 +225,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "layers that are not there": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 7]}, r"reads what \[1, 2, 7\] of the"),
     "a norm before fc": ({"norm_before_fc": True}, r"norm_before_fc: expected False"),
     "two layers": ({"num_hidden_layers": 2}, r"num_hidden_layers: expected 1"),
+    "positions that are no numbers": (
+        {
+            "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0},
+            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+        },
+        r"rope_parameters: ",
+    ),
     "another width": ({"intermediate_size": 96, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, r"tensor .*has shape"),
 }
 

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.runner.builder import RunnerBuilder
+from paged_backend.units import spell_bytes
 from tests.drafts_heard import Listener, sizes
 from tests.engine_answers import answers, load
 from tests.oracle import random_prompts, save_checkpoint
@@ -205,6 +207,21 @@ def test_auto_takes_what_the_checkpoint_brings(folder: Path, tmp_path: Path) -> 
     assert proposer(folder, tensor_parallel_size=2) is None
     assert proposer(folder, draft_model=str(plain)) == "draft"
     assert proposer(plain) is None
+
+
+def test_its_memory_is_known_before_weights_are_read(folder: Path) -> None:
+    prefixes = f"model.layers.{NUM_LAYERS}.", "model.mtp_layers.0."
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    sizes_of = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
+    own = {name: size for name, size in sizes_of.items() if name.startswith(prefixes)}
+    has_ends = any("embed_tokens" in name for name in own)
+    expected = sum(own.values()) + (0 if has_ends else sum(sizes_of[name] for name in ends))
+    config = EngineConfig(model=str(folder), speculation="mtp", device="cpu", dtype="float32", num_pages=8)
+    sentences: list[str] = []
+    builder = RunnerBuilder(config, sentences.append, open_checkpoint(config))
+    assert builder._proposer is not None and builder._proposer.weight_bytes == expected
+    builder.build()
+    assert any(f"multi-token prediction: weights: {spell_bytes(expected)}," in sentence for sentence in sentences)
 
 
 def test_a_layer_that_is_not_there_is_refused_before_weights_are_read(tmp_path: Path) -> None:
