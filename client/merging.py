@@ -20,6 +20,7 @@ async def merged(
     """
     arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(1)
     places = asyncio.Semaphore(at_once)
+    over = False
 
     async def listen(number: int, open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]]) -> None:
         try:
@@ -28,6 +29,8 @@ async def merged(
                     await arrived.put((number, item))
             await arrived.put(None)
         except Exception as error:
+            if over:  # nobody would take it
+                raise
             await arrived.put(error)
 
     tasks = [asyncio.ensure_future(listen(number, open_stream)) for number, open_stream in enumerate(streams)]
@@ -42,6 +45,7 @@ async def merged(
             else:
                 yield event
     finally:
+        over = True
         await cancelled(tasks)
 
 
