@@ -196,13 +196,13 @@ def _dropped(
     return tuple(word for word in description.special_words if word not in markers)
 
 
-def reasoning_tokens(form: ChatForm, token_ids: tuple[int, ...], begun: bool) -> int | None:
+def reasoning_tokens(form: ChatForm, num_tokens: int, num_until_closed: int | None, begun: bool) -> int | None:
     """How many of an answer's tokens are reasoning, its closing one included; None: it cannot be told.
 
-    begun: something was reasoning.
+    num_until_closed: those up to the first `closer_id`; None: there is none. begun: something was reasoning.
     """
     if form.closer_id is None or (_is_harmony(form.answer.tools) and not begun):  # whose other messages end alike
         return None if begun else 0
-    if form.closer_id in token_ids:
-        return token_ids.index(form.closer_id) + 1
-    return len(token_ids) if begun else 0
+    if num_until_closed is not None:
+        return num_until_closed
+    return num_tokens if begun else 0

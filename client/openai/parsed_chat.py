@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from paged_client.answers import Answer, Delta, Usage
@@ -16,11 +16,18 @@ from paged_client.openai.translation import Asked
 
 @dataclass
 class _Choice:
-    """One choice of a stream."""
+    """One choice, so far as it has come."""
 
     parser: Parser
     reasoned: bool  # something was reasoning, or the prompt has begun it
-    token_ids: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    num_until_closed: int | None = None  # of them, up to the first that ends reasoning
+
+    def count(self, token_ids: Sequence[int], closer_id: int | None) -> None:
+        """Of one more piece. Nothing of it is kept: a stream that tells its usage with every piece asks as often."""
+        if self.num_until_closed is None and closer_id in token_ids:
+            self.num_until_closed = self.num_tokens + token_ids.index(closer_id) + 1
+        self.num_tokens += len(token_ids)
 
 
 class ParsedChatReply(ChatReply):
@@ -35,8 +42,9 @@ class ParsedChatReply(ChatReply):
     def _choice(self, index: int, prompt: int, answer: Answer) -> dict[str, Any]:
         parser = self._form.answer.parser()
         said = message_of(self._wanted([*parser.feed(answer.text), *parser.finish()]))
-        begun = bool(said.reasoning) or self._form.answer.begins_reasoning
-        self._count(reasoning_tokens(self._form, answer.token_ids, begun))
+        choice = _Choice(parser, bool(said.reasoning) or self._form.answer.begins_reasoning)
+        choice.count(answer.token_ids, self._form.closer_id)
+        self._num_reasoning = self._with_reasoning(self._num_reasoning, choice)
         return {
             "index": index,
             "message": self._message(said),
@@ -60,15 +68,16 @@ class ParsedChatReply(ChatReply):
     def usage(self, usages: Iterable[Usage]) -> dict[str, Any]:
         num_reasoning = self._num_reasoning
         for choice in self._choices.values():
-            found = reasoning_tokens(self._form, tuple(choice.token_ids), choice.reasoned)
-            num_reasoning = None if found is None or num_reasoning is None else num_reasoning + found
+            num_reasoning = self._with_reasoning(num_reasoning, choice)
         usage = super().usage(usages)
         if num_reasoning is not None and self._form.reasons:
             usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
         return usage
 
-    def _count(self, found: int | None) -> None:
-        self._num_reasoning = None if found is None or self._num_reasoning is None else self._num_reasoning + found
+    def _with_reasoning(self, num_reasoning: int | None, choice: _Choice) -> int | None:
+        """A choice's added to those of others; None: it cannot be told."""
+        found = reasoning_tokens(self._form, choice.num_tokens, choice.num_until_closed, choice.reasoned)
+        return None if found is None or num_reasoning is None else num_reasoning + found
 
     # ---- streamed
 
@@ -81,7 +90,7 @@ class ParsedChatReply(ChatReply):
                 yield self._chunk([opening])
         choice = self._choices[index]
         if self._form.reasons:
-            choice.token_ids += delta.token_ids
+            choice.count(delta.token_ids, self._form.closer_id)
         events = self._wanted(choice.parser.feed(delta.text))
         if delta.finish_reason:
             events += self._wanted(choice.parser.finish())
