@@ -236,6 +236,11 @@ def _num_drafts(pool: PoolFigures, name: str) -> float:
     return pool.counters.get(f"{_DRAFTS}{name}_total", 0)
 
 
+def _mean_accepted(pool: PoolFigures) -> str:
+    num_checked = _num_drafts(pool, "checked")
+    return f"{_num_drafts(pool, 'accepted') / num_checked:.2f}" if num_checked else "–"
+
+
 _DRAFTS = "paged_drafts_"
 _SPEED = (
     _Column("tokens/s", lambda figures, _: f"{figures.tokens_per_second:,.0f}"),
@@ -277,8 +282,5 @@ _POOL = (
 _SPECULATION = (
     _Column("guessed", _of_pool(lambda pool: f"{_num_drafts(pool, 'proposed'):,.0f}")),
     _Column("right", _of_pool(lambda pool: _share(_num_drafts(pool, "accepted"), _num_drafts(pool, "proposed")))),
-    _Column(
-        "right a\nsequence's step",
-        _of_pool(lambda pool: f"{_num_drafts(pool, 'accepted') / max(_num_drafts(pool, 'checked'), 1):.2f}"),
-    ),
+    _Column("mean accepted\nlength", _of_pool(_mean_accepted)),
 )

@@ -6,13 +6,14 @@ Prints a JSON report.
     ends: more requests a second
 
 What is right is asked first, one request at a time and without drafts: tokens follow from a request and its seed
-alone. Then workers ask the same requests over and over, and read them whole, or leave (by cancelling, by closing the
-or at some token), or read slowly, or do not stream, or give little time, or ask for nonsense, or for very much at once;
-meanwhile the engine, or any of its ranks, gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for a while or for ever,
-finds no page or no memory (chaotic_engine.py). Every answer that was read whole must have the right tokens, text,
-logprobs and finish reasons and exactly one final response; of those that broke off, what came must be a beginning of
-it; nonsense must be refused, by name. Before every step the engine checks its pool and page tables (debug_checks). In
-the end all pages must be free or cached, nothing may run, and memory and open files must not have grown.
+alone. Then workers ask the same requests over and over, and read them whole, or leave (by cancelling or by closing the
+connection, after a while or at some token), or read slowly, or do not stream, or give little time, or ask for nonsense,
+or for very much at once; meanwhile the engine, or any of its ranks, gets SIGKILL, SIGSEGV or SIGABRT, or is stopped for
+a while or for ever, or finds no page or no memory (chaotic_engine.py). Every answer that was read whole must have the
+right tokens, text, logprobs and finish reasons and exactly one final response; of those that broke off, what came must
+be a beginning of it; nonsense must be refused, by name. Before every step the engine checks its pool and page tables
+(debug_checks). In the end all pages must be free or cached, nothing may run, and memory and open files must not have
+grown.
 
 A worker's requests follow from the seed alone; a fault says worker and number, `--only WORKER` asks the same again.
 When the server itself dies or hangs (Triton Server 2.51.0 can, when a gRPC client leaves around the final response: its

@@ -75,7 +75,7 @@ def test_drafts_have_a_table_where_there_were_any() -> None:
     drafting = replace(plain, target="a_model_of_a_long_name", pool=replace(plain.pool, counters=counters))
     text = shown([plain, drafting])
     assert [line.split()[2:] for line in text.split("Speculation")[1].splitlines()[5:7]] == [
-        ["0", "–", "0.00"],
+        ["0", "–", "–"],
         ["1,000,000", "40", "%", "1.60"],
     ]
     assert max(len(line) for line in text.splitlines()) <= 100
