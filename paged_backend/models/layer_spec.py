@@ -286,7 +286,7 @@ class MtpForm:
     join: str = "eh_proj"
     final_norm: str = "shared_head.norm"
     state_first: bool = False  # of the two that are joined
-    carries_normed: bool = False  # what it reads in the model's place, for further guesses, is its normed state
+    reads_normed: bool = True  # the model's state after the final norm, and for further guesses its own after its norm
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,9 @@ def save_with_mtp(folder: Path, own_ends: bool, architecture: str = "Glm4MoeForC
 
 
 class Definition:
-    """DeepSeek-V3's report, section 2.2, in float32, one sequence at a time, without any cache. MiMo's joins the two in
-    the other order, and goes on with the normed state.
+    """DeepSeek-V3's report, section 2.2, in float32, one sequence at a time, without any cache; further guesses read
+    its normed state, as the first reads the model's. MiMo's joins the two in the other order, and reads both states
+    before their norms.
     """
 
     def __init__(self, folder: Path, directory: Path) -> None:
@@ -124,14 +125,18 @@ class Definition:
     @torch.inference_mode()
     def guesses(self, text: list[int], count: int) -> list[int]:
         ids = torch.tensor(text)[None]
-        states = list(self._model(ids).last_hidden_state[0, :-1])  # after the final norm
+        before: list[Tensor] = []
+        hook = self._model.norm.register_forward_pre_hook(lambda _, arguments: before.append(arguments[0]))
+        after = self._model(ids).last_hidden_state
+        hook.remove()
+        states = list((before[0] if self._mimo else after)[0, :-1])
         following = list(text[1:])
         head = self._own("shared_head.head.weight", "lm_head.weight")
         for _ in range(count):
             state = self._states(torch.stack(states), torch.tensor(following))[-1]
             normed = self._norm(state, "shared_head.norm")
             following.append(int((normed @ head.T).argmax()))
-            states.append(normed if self._mimo else state)
+            states.append(state if self._mimo else normed)
         return following[-count:]
 
     def _states(self, states: Tensor, following: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ class MiMoFile(ConfigFile):
     num_nextn_predict_layers: MtpLayers = None
 
 
+# states before their norms: MiMo's own fork of vLLM leaves the final norm to the head (its mimo.py)
 _MTP = MtpForm(
     place="model.mtp_layers.0.",
     token_norm="token_layernorm",
@@ -22,7 +23,7 @@ _MTP = MtpForm(
     join="input_proj",
     final_norm="final_layernorm",
     state_first=True,
-    carries_normed=True,
+    reads_normed=False,
 )
 MIMO = replace(
     QWEN2,
