@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -68,7 +69,7 @@ def _members_of(answer: Answer) -> dict[str, Any]:
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
-        "usage": vars(answer.usage),
+        "usage": msgspec.structs.asdict(answer.usage),
     }
     if answer.logprobs:
         members["logprobs"] = [[vars(token) for token in entry] for entry in answer.logprobs]
