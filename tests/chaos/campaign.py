@@ -225,7 +225,7 @@ def main() -> None:
         "--layers",
         type=int,
         default=1,
-        help="of the embedded model, which has 6: with fewer more is asked in the same time",
+        help="of the embedded model, which has 6: with fewer more is asked in the same time, and every draft is right",
     )
     parser.add_argument("--ranks", type=int, default=1, help="tensor_parallel_size: any of them is killed")
     parser.add_argument("--replicas", type=int, default=1, help="any of them is killed")
