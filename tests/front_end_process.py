@@ -23,6 +23,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine_client import starter as engine_starter
 from paged_backend.engine_client.client import EngineClient
 from paged_backend.engine_client.live_requests import Piece
+from paged_backend.engine_client.replicas import Replicas
 from paged_backend.messages import Prompt, Stats
 from paged_backend.request import SamplingParams
 from tests.server import fake_engine
@@ -45,7 +46,9 @@ class FrontEndProcess:
             json.dumps(options),
         ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.told: dict[str, Any] = {}  # front_end, owner, engine, alive, standby, held: the newest
+        # front_end, owner, engine, alive, standby, held, losses: the newest. Of several replicas the first's engine;
+        # and `engines`, of all
+        self.told: dict[str, Any] = {}
         self.answers: dict[str, dict[str, Any]] = {}
         self.num_tokens = 0
         threading.Thread(target=self._read, daemon=True).start()
@@ -95,7 +98,7 @@ def prompt_of(text: str, model: str) -> Prompt:
     return Prompt(np.frombuffer(text.partition("#")[0].encode(), np.uint8).astype(np.int32), sampling, ())
 
 
-def _ask(client: EngineClient, prompt: str, model: str, tokens: list[int]) -> None:
+def _ask(client: EngineClient | Replicas, prompt: str, model: str, tokens: list[int]) -> None:
     ids: list[int] = []
 
     def receive(piece: Piece) -> None:
@@ -113,23 +116,31 @@ def main() -> None:
     command = options.pop("command", COMMAND)
     tempfile.tempdir = folder
     engine_starter.STANDBY_AFTER_SECONDS = STANDBY_AFTER_SECONDS
-    client = EngineClient.connect(EngineConfig(**options), key, int(num_front_ends), command)
-    held = [0]
+    config = EngineConfig(**options)
+    client = (EngineClient if config.replicas == 1 else Replicas).connect(config, key, int(num_front_ends), command)
+    clients = client._clients if isinstance(client, Replicas) else [client]
+    held, losses = [0], [0]
 
-    def note(stats: Stats) -> None:
+    def note(stats: Stats, replica: int = 0) -> None:
         held[0] = stats.pages_held
 
+    def note_loss() -> None:
+        losses[0] += 1
+
+    client.on_loss = note_loss
     client.start(note)
     tokens: list[int] = []
 
     def tell() -> None:
         while True:
-            standby = client._supervisor._starter._standby
+            standby = clients[0]._supervisor._starter._standby
             now = {
                 "front_end": client.front_end,
-                "owner": client._supervisor.owner,
-                "engine": client.engine_pid,
+                "owner": clients[0]._supervisor.owner,
+                "engine": clients[0].engine_pid,
+                "engines": [one.engine_pid for one in clients if one.alive],
                 "alive": client.alive,
+                "losses": losses[0],
             }
             _say(**now, standby=standby.pid if standby is not None else None, num_tokens=len(tokens), held=held[0])
             time.sleep(0.05)

@@ -208,6 +208,10 @@ class EngineClient:
         self._live.adopt(live)
         return live.submit.request_id
 
+    def tells_loss(self) -> bool:
+        """True in one front end of all, the first that asks: it says that the model has no engine any more."""
+        return not self._closing.is_set() and self._supervisor.tells_loss()
+
     def close(self) -> None:
         """Says goodbye; the engine's owner ends the engine and waits for its exit, at most 10 s. No effect the second
         time.

@@ -158,6 +158,17 @@ class Election:
             generation.reason = reason
         return None
 
+    def tells_loss(self, seat: Seat) -> bool:
+        """True for the first front end that asks.
+
+        Raises:
+            EngineError: the folder cannot be used.
+        """
+        with self._file.locked() as state:
+            generation = self._of(state, seat)
+            first, generation.loss_told = not generation.loss_told, True
+        return first
+
     def leave(self, seat: Seat) -> None:
         """Gives the seat up; the last one removes the generation's sockets. To be called once."""
         with self._file.locked() as state:

@@ -48,9 +48,7 @@ class Replicas:
         self._aborted: set[int] = set()
         self._settled: set[int] = set()  # lost replicas of which no request is on its way any more
         self._lock = threading.Lock()  # of the four
-        self._num_asked = count()
         self._num_gone = 0
-        self._tells_loss = False
         self.on_loss: Callable[[], None] = lambda: None  # once among all front ends, when no replica is left
         # called in each front end when one of them has no engine any more
         self.on_replica_gone: Callable[[int], None] = lambda replica: None
@@ -68,6 +66,7 @@ class Replicas:
         except BaseException:
             self.close()
             raise
+        self._num_asked = count(self.front_end)  # front ends begin with different replicas
 
     @classmethod
     def connect(
@@ -102,7 +101,6 @@ class Replicas:
     ) -> None:
         """See EngineClient.start; all are told the number of the replica."""
         for replica, client in enumerate(self._clients):
-            client.on_loss = self._tell_loss if replica == 0 else lambda: None
             client.on_gone = partial(self._note_gone, replica)
             client.heir = partial(self._take_over, replica)
             client.start(
@@ -257,18 +255,8 @@ class Replicas:
         self.on_replica_gone(replica)
         with self._lock:
             self._num_gone += 1
-        self._end_if_all_are_gone()
-
-    def _tell_loss(self) -> None:
-        """Among all front ends the one that says so of the first replica says so of the model."""
-        self._tells_loss = True
-        self._end_if_all_are_gone()
-
-    def _end_if_all_are_gone(self) -> None:
-        with self._lock:
-            tells = self._tells_loss and self._num_gone == len(self._clients)
-            self._tells_loss &= not tells
-        if tells:
+            all_gone = self._num_gone == len(self._clients)
+        if all_gone and self._clients[0].tells_loss():  # front ends ask at the same replica's seat, whichever went last
             self.on_loss()
 
 

@@ -337,6 +337,14 @@ class EngineSupervisor:
             log.warning("%s", error)
             return None
 
+    def tells_loss(self) -> bool:
+        """See EngineClient.tells_loss. Also True if nobody can know who has asked: better twice than never."""
+        try:
+            return self._election.tells_loss(self._seat)
+        except EngineError as error:
+            log.warning("%s", error)
+            return True
+
     def close(self, link: EngineLink | None) -> None:
         """Says goodbye through `link`, if there is an engine at the moment; its owner ends it and waits for its exit,
         at most 10 s.

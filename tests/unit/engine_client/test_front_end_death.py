@@ -117,6 +117,20 @@ def test_an_heir_counts_the_restarts_that_were_before_it(start: Start) -> None:
     assert heir.told["engine"] == second and heir.answers["silent"]["error"]
 
 
+def test_the_loss_of_all_replicas_is_told_though_the_front_end_that_lost_the_first_was_killed(start: Start) -> None:
+    killed, *others = start(3, replicas=2, max_engine_restarts=0, prefix_cache=False)
+    first, second = killed.told["engines"]
+    os.kill(first, signal.SIGKILL)
+    _wait(lambda: all(front_end.told["engines"] == [second] for front_end in (killed, *others)))
+    killed.kill()
+    time.sleep(0.6)  # it owned the second engine, too, whose heir looks twice a second
+    os.kill(second, signal.SIGKILL)
+    _wait(lambda: not any(front_end.told["alive"] for front_end in others))
+    _wait(lambda: any(front_end.told["losses"] for front_end in others))
+    time.sleep(0.3)
+    assert sum(front_end.told["losses"] for front_end in others) == 1
+
+
 @pytest.mark.parametrize("state", ["serves", "is stopped"])
 def test_an_engine_and_its_standby_are_gone_when_all_front_ends_are(start: Start, state: str) -> None:
     front_ends = start(2)

@@ -24,10 +24,11 @@ from paged_backend.engine_client.replicas import Replicas, best_of
 from paged_backend.errors import ErrorKind, RequestError
 from paged_backend.messages import KV_SOCKET, number_of
 from paged_backend.scheduler.kv_events import Forgotten, Stored
-from tests.unit.engine_client.clients import COMMAND, ask
+from tests.unit.engine_client.clients import COMMAND, ask, prompt, short_folder
 
 PAGE_SIZE = 4
 PROMPT = np.arange(20, dtype=np.int32)
+CONFIG = EngineConfig(model="fake", replicas=2, max_engine_restarts=0, prefix_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +134,23 @@ def test_what_replicas_had_cached_is_forgotten_where_it_cannot_be_followed(cache
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replicas]:
     """Two fake engines, of which neither is restarted."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        config = EngineConfig(model="fake", replicas=2, max_engine_restarts=0, prefix_cache=False)
-        replicas = Replicas.connect(config, uuid.uuid4().hex, 1, COMMAND)
+    with short_folder(monkeypatch):
+        replicas = Replicas.connect(CONFIG, uuid.uuid4().hex, 1, COMMAND)
         replicas.start(lambda stats, replica: None)
         yield replicas
         replicas.close()
+
+
+def test_prompts_that_nobody_knows_go_to_each_in_turn_and_front_ends_begin_with_different_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with short_folder(monkeypatch):
+        key = uuid.uuid4().hex
+        front_ends = [Replicas(CONFIG, key, 2, COMMAND) for _ in range(2)]
+        chosen = [[front_end._choose(prompt("tokens=1"), "", None) for _ in range(3)] for front_end in front_ends]
+        for front_end in front_ends:
+            front_end.close()
+    assert chosen == [[0, 1, 0], [1, 0, 1]]
 
 
 def test_requests_of_a_replica_that_is_lost_go_on_in_another_and_can_still_be_aborted(two: Replicas) -> None:
