@@ -163,6 +163,19 @@ def wait_for_metrics(url: str, holds: Callable[[dict[str, float]], bool], second
     return True
 
 
+def settled_metrics(url: str, seconds: float = 20.0) -> dict[str, float]:
+    """The metrics, once they have stopped changing: all that was answered is in them."""
+    end = time.monotonic() + seconds
+    before = metrics(url)
+    while True:
+        time.sleep(0.8)
+        after = metrics(url)
+        if after == before:
+            return after
+        assert time.monotonic() < end, {name for name, value in after.items() if before.get(name) != value}
+        before = after
+
+
 def engine_pid(shm_prefix: str) -> int | None:
     """The engine's process, a grandchild of the server whose files in /dev/shm begin like that."""
     return next((engine.pid for engine in find_engines() if shm_prefix.removesuffix("-") in str(engine.folder)), None)

@@ -24,7 +24,7 @@ pytest.importorskip("tritonclient.grpc")
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import AsyncPagedClient, InvalidRequestError, PagedClient
 from tests.server import browser
-from tests.server.calls import metrics, wait_for_metrics
+from tests.server.calls import settled_metrics, wait_for_metrics
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
@@ -258,8 +258,7 @@ TEN_TURNS = {  # what is said, and what the answer must have in it
 
 
 def test_a_chat_of_ten_turns_remembers_and_top_shows_the_prefix_hits(server: Server) -> None:
-    time.sleep(0.6)  # what was asked before is in the metrics, which are published a few times a second
-    before = hits_and_queries(metrics(server.addresses.metrics_url))
+    before = hits_and_queries(settled_metrics(server.addresses.metrics_url))
     told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", stdin="\n".join(TEN_TURNS))
     assert told.returncode == 0, told.stderr
     *parts, rest = re.split(r"^prompt (\d+) tokens(?: \((\d+) cached\))?, answer .*\n", told.stdout, flags=re.MULTILINE)

@@ -296,10 +296,9 @@ def test_other_streams_are_unharmed_by_cancellations(server: FrontEndServer) -> 
 def test_metrics_carry_model_and_version_and_add_up(server: FrontEndServer) -> None:
     before = server.wait_until_counted()
     server.ask_all(["tokens=10 delay=0.001"] * 8, stream=True)
-    server.wait_for(
-        'paged_requests_finished_total{reason="length"}', before['paged_requests_finished_total{reason="length"}'] + 8
-    )
-    after = server.scrape()
+    after = server.wait_until_counted()
+    finished = 'paged_requests_finished_total{reason="length"}'
+    assert after[finished] - before[finished] == 8
     assert after["paged_generation_tokens_total"] - before["paged_generation_tokens_total"] == 80
     for name in (
         "paged_time_to_first_token_seconds_count",

@@ -13,7 +13,7 @@ import pytest
 
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client.top.engines import RunningEngine, find_engines
-from tests.server.calls import metrics, run_all, wait_for_metrics
+from tests.server.calls import Answer, metrics, run_all, wait_for_metrics
 from tests.server.test_engine_death import requests
 
 pytestmark = pytest.mark.server
@@ -29,12 +29,19 @@ OPTIONS: dict[str, Any] = {
     "replicas": 2,
 }
 RUNNING = 'paged_requests{{replica="{}",state="running"}}'
+CACHED = 'paged_pages{{replica="{}",state="cached"}}'
 
 
 def engines_of(server: Server) -> dict[int, RunningEngine]:
     """By replica."""
     name = server.shm_prefix.removesuffix("-")
     return {engine.replica: engine for engine in find_engines() if name in str(engine.folder)}
+
+
+def ask_twice(grpc_url: str) -> list[list[Answer]]:
+    """Prompts that share no page, one after another, and all of them once more."""
+    prompts = [f"{name} lived by the sea, far from everyone else, and liked to count the waves" for name in NAMES]
+    return [[run_all(grpc_url, [{"text_input": text, "max_tokens": 4}])[0] for text in prompts] for _ in range(2)]
 
 
 def test_streams_have_the_tokens_of_one_engine_whichever_replica_dies() -> None:
@@ -44,6 +51,12 @@ def test_streams_have_the_tokens_of_one_engine_whichever_replica_dies() -> None:
     killed: list[int] = []
     stop = threading.Event()
     with Server(ServerSettings(instances=2, options=OPTIONS)) as server:
+        first, again = ask_twice(server.addresses.grpc_url)
+        assert wait_for_metrics(
+            server.addresses.metrics_url, lambda values: all(values[CACHED.format(replica)] > 0 for replica in range(2))
+        ), "prompts that nobody knows go to each in turn"
+        assert all(answer.num_cached_tokens == 0 for answer in first)
+        assert all(answer.num_cached_tokens >= 16 for answer in again), "each went where its prompt was"
         other = engines_of(server)[0].pid
 
         def kill() -> None:
@@ -65,15 +78,6 @@ def test_streams_have_the_tokens_of_one_engine_whichever_replica_dies() -> None:
         assert wait_for_metrics(server.addresses.metrics_url, lambda values: values["paged_engine_restarts_total"] == 1)
         after = engines_of(server)
         assert after[0].pid == other and after[1].pid != killed[0]
-        prompts = [f"{name} lived by the sea, far from everyone else, and liked to count the waves" for name in NAMES]
-        first, again = (
-            [run_all(server.addresses.grpc_url, [{"text_input": text, "max_tokens": 4}])[0] for text in prompts]
-            for _ in range(2)
-        )
-        cached = metrics(server.addresses.metrics_url)
-    assert all(answer.num_cached_tokens == 0 for answer in first)
-    assert all(answer.num_cached_tokens >= 16 for answer in again), "each went where its prompt was"
-    assert all(cached[f'paged_pages{{replica="{replica}",state="cached"}}'] > 0 for replica in range(2))
     for before, found in zip(expected, answers, strict=True):
         assert (found.error, found.num_finals, found.token_ids) == (None, 1, before.token_ids)
     assert len(killed) == 1, "while both replicas had requests"
