@@ -45,7 +45,8 @@ def orthogonal(update: Tensor, dtype: torch.dtype) -> Tensor:
 class Optimizer:
     """Steps all parameters of a model. `state` and `load` carry it over to the next command."""
 
-    def __init__(self, model: DemoModel, rates: Rates) -> None:
+    def __init__(self, model: DemoModel, rates: Rates, dtype: torch.dtype) -> None:
+        """dtype: in which updates are made orthogonal."""
         self._rates = rates
         self._matrices = model.matrices
         self._momenta = [torch.zeros_like(matrix) for matrix in self._matrices]
@@ -57,7 +58,7 @@ class Optimizer:
         self._adam = torch.optim.AdamW(
             self._others.values(), lr=rates.other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=on_cuda
         )
-        self._dtype = torch.bfloat16 if on_cuda else torch.float32
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, share: float) -> None:

@@ -52,6 +52,21 @@ class Recipe:
         )
 
     @staticmethod
+    def agents_on_cpu() -> Recipe:
+        """The same for a machine that reads a thousandth of the tokens: smaller steps, more of them calls, and nothing
+        counts but answers.
+        """
+        return Recipe(
+            plan=ShardPlan(rows_per_shard=16, early_shards=0, mixture="agents, most of it calls"),
+            rates=Rates(matrix_rate=0.005, other_rate=7e-4),
+            rows_per_step=4,
+            token_weights=(0.0, 0.0, 0.5, 1.0),
+            warmup_tokens=300_000,
+            decay_share=0.9,
+            validation_rows=16,
+        )
+
+    @staticmethod
     def tiny() -> Recipe:
         """For tests, and for a look at whether it learns on a CPU."""
         return Recipe(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tools.demo_model.chat import Weight
-from tools.demo_model.model import DemoModel, documents_of, masked_attention
+from tools.demo_model.model import DemoModel, attention_by_document, documents_of, masked_attention
 from tools.demo_model.shards import ID_BITS
 
 _ROWS_AT_ONCE = 4
@@ -32,7 +32,8 @@ def validate(model: DemoModel, rows: Tensor, dtype: torch.dtype) -> dict[str, An
     wrong, codes_seen = [], []
     for some in rows.split(_ROWS_AT_ONCE):
         ids, codes = split_rows(some)
-        logits = model(ids, masked_attention(documents_of(ids)), dtype)[:, :-1].float()
+        attention = masked_attention if ids.is_cuda else attention_by_document
+        logits = model(ids, attention(documents_of(ids)), dtype)[:, :-1].float()
         losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         sums.index_add_(0, codes[:, 1:].flatten(), losses)
         counts.index_add_(0, codes[:, 1:].flatten(), torch.ones_like(losses))

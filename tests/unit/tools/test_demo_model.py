@@ -360,6 +360,22 @@ def test_a_conversation_does_not_see_its_neighbour() -> None:
         assert torch.equal(model(ids, masked_attention(documents_of(ids)))[:, 8:], together)
 
 
+def test_the_loss_of_a_cpu_is_the_loss_with_a_mask(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(0)
+    tiny = Recipe.tiny()
+    model = DemoModel(tiny.shape)
+    rows = torch.from_numpy(write_shard(tokenizer, replace(tiny.plan, rows_per_shard=2), 0))
+    weights = torch.tensor((0.0, 0.0, 0.5, 1.0))
+    gradients = []
+    for loss in (train._masked_loss, train._loss_by_document):
+        value = loss(model, weights, torch.float32)(rows)
+        value.backward()
+        gradients.append((value.detach(), *(parameter.grad for parameter in model.parameters())))
+        model.zero_grad(set_to_none=True)
+    for masked, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-6)
+
+
 def test_muons_updates_are_close_to_orthogonal() -> None:
     torch.manual_seed(0)
     for shape in ((2, 8, 24), (2, 24, 8)):
@@ -427,7 +443,7 @@ def test_a_training_that_is_cut_off_goes_on(tiny: Recipe, tmp_path: Path, monkey
     assert [point["tokens"] for point in points] == [1024 * index for index in range(1, 9)]
     assert points[-1]["validation"]["given"] < points[0]["validation"]["given"] - 0.3
     model = DemoModel(tiny.shape)
-    optimizer = train.Optimizer(model, tiny.rates)
+    optimizer = train.Optimizer(model, tiny.rates, torch.float32)
     load_state(tmp_path / "state", model, optimizer, read_progress(tmp_path / "state"))
     rows = torch.from_numpy(
         write_shard(
