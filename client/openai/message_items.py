@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.readable import ReadableBody
+from paged_client.openai.turns import settled
 
 _FIRST = Field(fail_fast=True)
+_BILLING_HEADER = "x-anthropic-billing-header:"
 _EFFORTS = {"max": "xhigh"}  # the most that templates know
 
 
@@ -62,8 +64,10 @@ def chat_of_messages(body: CountBody) -> ChatBody:
         RefusalError: what cannot be asked, by its name in the body.
         pydantic.ValidationError: as for a chat.
     """
-    system = [{"role": "system", "content": _text("system", body.system)}] if body.system else []
-    messages = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
+    told = _system(body.system)
+    system = [{"role": "system", "content": told}] if told else []
+    turns = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
+    messages = settled([*system, *turns])
     choice = body.tool_choice or {}
     output, begun = body.output_config or OutputConfig(), _is_begun(messages[-1])
     if begun and output.format is not None:
@@ -71,7 +75,7 @@ def chat_of_messages(body: CountBody) -> ChatBody:
         raise RefusalError(f"{where}: not with an answer that the last message has begun", param=where)
     given: dict[str, Any] = {
         "model": body.model,
-        "messages": [*system, *messages],
+        "messages": messages,
         "tools": [_tool(position, tool) for position, tool in enumerate(body.tools or ())] or None,
         "tool_choice": _choice(choice) if body.tools and choice else None,
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
@@ -112,12 +116,23 @@ def _response_format(given: Mapping[str, Any]) -> dict[str, Any]:
     raise RefusalError(f"{where}: expected type json_schema with a schema", param=where)
 
 
+def _system(given: str | list[dict[str, Any]] | None) -> str:
+    """The system prompt, without the line of Claude Code that tells its maker whom to bill: it changes from request to
+    request, and nothing after it would be found in the prefix cache.
+    """
+    if isinstance(given, list):
+        given = [block for block in given if not str(block.get("text")).startswith(_BILLING_HEADER)]
+    return _text("system", given)
+
+
 def _messages(position: int, message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One turn: results of tools are messages of their own, before what the user says."""
     where = f"messages.{position}"
     role, content = message.get("role"), message.get("content")
+    if role == "system":
+        return [{"role": role, "content": _text(f"{where}.content", content)}]
     if role not in ("user", "assistant"):
-        raise RefusalError(f"{where}.role: expected user or assistant", param=f"{where}.role")
+        raise RefusalError(f"{where}.role: expected user, assistant or system", param=f"{where}.role")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if not isinstance(content, list):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from paged_client.openai.response_items import ResponsesBody
+from paged_client.openai.response_tools import ResponseTools, text_of
 
 Event = dict[str, Any]
 
@@ -15,7 +16,8 @@ Event = dict[str, Any]
 class ResponseBuilder:
     """One response. Fed a chat's deltas in order; each item is done before the next begins."""
 
-    def __init__(self, body: ResponsesBody, *, stored: bool) -> None:
+    def __init__(self, body: ResponsesBody, tools: ResponseTools, *, stored: bool) -> None:
+        self._tools = tools
         self.id = f"resp_{body.request_id or secrets.token_hex(16)}"
         self._head = {
             "id": self.id,
@@ -39,6 +41,7 @@ class ResponseBuilder:
         }
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the last item, as long as it grows
+        self._written = ""  # arguments of an open call of a tool that takes plain text
         self._number = 0
 
     # ---- the whole
@@ -111,17 +114,21 @@ class ResponseBuilder:
     def _call(self, call: Mapping[str, Any]) -> Iterator[Event]:
         function = call.get("function") or {}
         if function.get("name"):
-            item = {
-                "id": f"fc_{secrets.token_hex(12)}",
-                "type": "function_call",
-                "call_id": call.get("id"),
-                "name": function["name"],
-            }
-            yield from self._begin_item({**item, "arguments": "", "status": "in_progress"})
+            yield from self._begin_item(self._new_call(call.get("id"), function["name"]))
         if function.get("arguments"):
             assert self._open is not None
+            if self._open["type"] == "custom_tool_call":
+                self._written += function["arguments"]
+                return
             self._open["arguments"] += function["arguments"]
             yield self._event("response.function_call_arguments.delta", **self._place, delta=function["arguments"])
+
+    def _new_call(self, call_id: Any, name: str) -> dict[str, Any]:
+        named = {"call_id": call_id, **self._tools.names(name), "status": "in_progress"}
+        if self._tools.is_text(name):
+            self._written = ""
+            return {"id": f"ctc_{secrets.token_hex(12)}", "type": "custom_tool_call", **named, "input": ""}
+        return {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **named, "arguments": ""}
 
     def _close(self, status: str) -> Iterator[Event]:
         item = self._open
@@ -132,6 +139,10 @@ class ResponseBuilder:
             yield self._event(
                 "response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]
             )
+        elif item["type"] == "custom_tool_call":
+            item["input"] = text_of(self._written)
+            yield self._event("response.custom_tool_call_input.delta", **place, delta=item["input"])
+            yield self._event("response.custom_tool_call_input.done", **place, input=item["input"])
         else:
             (part,) = item["content"]
             if item["type"] == "message":

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.readable import ReadableBody
+from paged_client.openai.response_tools import ResponseTools, calls_of
+from paged_client.openai.turns import settled
 
 _REFUSED = ("background", "conversation", "prompt")
 _FIRST = Field(fail_fast=True)
@@ -64,8 +66,8 @@ class ResponsesBody(ReadableBody):
     prompt: Any = None
 
 
-def chat_body(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> ChatBody:
-    """earlier: the messages of the response that goes before, its answer included.
+def chat_body(body: ResponsesBody, tools: ResponseTools, earlier: Sequence[dict[str, Any]]) -> ChatBody:
+    """tools: of the body. earlier: the messages of the response that goes before, its answer included.
 
     Raises:
         RefusalError: what cannot be asked, by its name in the body.
@@ -76,7 +78,7 @@ def chat_body(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> Chat
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     given = {
         "model": body.model,
-        "messages": [*system, *earlier, *messages_of(body.input)],
+        "messages": settled([*system, *earlier, *messages_of(body.input)]),
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -84,8 +86,8 @@ def chat_body(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> Chat
         "seed": body.seed,
         "stream": body.stream,
         "stream_options": {"include_usage": True} if body.stream else None,
-        "tools": [_tool(position, tool) for position, tool in enumerate(body.tools or ())] or None,
-        "tool_choice": _tool_choice(body.tool_choice) if body.tools else None,
+        "tools": tools.functions or None,
+        "tool_choice": tools.choice(body.tool_choice) if body.tools else None,
         "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": _response_format(body.text),
         "reasoning_effort": body.reasoning.effort if body.reasoning is not None else None,
@@ -104,36 +106,25 @@ def messages_of(items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     """
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
-    messages: list[dict[str, Any]] = []
-    for position, item in enumerate(items):
-        for message in _messages(position, item):
-            calls = message.get("tool_calls")
-            if calls and messages and messages[-1]["role"] == "assistant":
-                messages[-1].setdefault("tool_calls", []).extend(calls)
-            else:
-                messages.append(message)
+    messages = [message for position, item in enumerate(items) for message in _messages(position, item)]
     if not messages:
         raise RefusalError("input: there is nothing in it", param="input")
     return messages
 
 
 def _messages(position: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    calls = [*calls_of(item)]
+    if calls:
+        yield {"role": "assistant", "content": None, "tool_calls": calls}
+        return
     match item:
         case {
-            "type": "function_call",
+            "type": "function_call_output" | "custom_tool_call_output",
             "call_id": str() as call_id,
-            "name": str() as name,
-            "arguments": str() as arguments,
+            "output": str() | list() as output,
         }:
-            function = {"name": name, "arguments": arguments}
-            yield {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"id": call_id, "type": "function", "function": function}],
-            }
-        case {"type": "function_call_output", "call_id": str() as call_id, "output": str() | list() as output}:
             yield {"role": "tool", "tool_call_id": call_id, "content": _text(f"input.{position}.output", output)}
-        case {"type": "function_call_output", "call_id": str()}:
+        case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str()}:
             where = f"input.{position}.output"
             raise RefusalError(f"{where}: expected a string or a list of parts", param=where)
         case {"type": "reasoning"}:
@@ -166,28 +157,6 @@ def _text(where: str, content: str | Sequence[Any]) -> str:
                 kind = str(part.get("type"))[:80] if isinstance(part, dict) else type(part).__name__
                 raise RefusalError(f"{where}: no part of type '{kind}': this model reads text", param=where)
     return "\n".join(texts)
-
-
-def _tool(position: int, tool: Mapping[str, Any]) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        where = f"tools.{position}.type"
-        raise RefusalError(f"{where}: '{str(tool.get('type'))[:80]}' is not supported; only function is", param=where)
-    return {
-        "type": "function",
-        "function": {name: value for name, value in tool.items() if name != "type" and value is not None},
-    }
-
-
-def _tool_choice(choice: str | dict[str, Any] | None) -> Any:
-    match choice:
-        case {"type": "function", "name": str() as name}:
-            return {"type": "function", "function": {"name": name}}
-        case {"type": "allowed_tools", "mode": mode, "tools": [*tools]}:
-            named = [
-                {"type": "function", "function": {"name": tool.get("name")}} for tool in tools if isinstance(tool, dict)
-            ]
-            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
-    return choice
 
 
 def _response_format(text: Mapping[str, Any] | None) -> Any:

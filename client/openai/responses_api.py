@@ -18,6 +18,7 @@ from paged_client.openai.protocol import ChatBody
 from paged_client.openai.response_events import ResponseBuilder
 from paged_client.openai.response_items import ResponsesBody, chat_body, messages_of
 from paged_client.openai.response_store import ResponseStore
+from paged_client.openai.response_tools import ResponseTools, calls_of
 from paged_client.openai.unknown_keys import unused_keys, with_warning
 
 _PARAMS = {
@@ -33,20 +34,22 @@ def add_response_paths(app: FastAPI, source: ChatSource, store: ResponseStore, s
     @app.post("/v1/responses")
     async def create(body: ResponsesBody, request: Request) -> Response:
         unused = unused_keys(body, strict)
+        tools = _tools(body, strict)
         try:
-            return with_warning(await _answer(source, store, body, request), unused)
+            return with_warning(await _answer(source, store, body, tools, request), [*unused, *tools.left_out])
         except RefusalError as refusal:
             raise _renamed(refusal) from None
 
     @app.post("/v1/responses/input_tokens")
     async def count(body: ResponsesBody) -> Response:
         unused = unused_keys(body, strict)
+        tools = _tools(body, strict)
         try:
-            _, chat = _asked(store, body)
+            _, chat = _asked(store, body, tools)
             found = {"object": "response.input_tokens", "input_tokens": await source.num_prompt_tokens(chat)}
         except RefusalError as refusal:
             raise _renamed(refusal) from None
-        return with_warning(JSONResponse(found), unused)
+        return with_warning(JSONResponse(found), [*unused, *tools.left_out])
 
     @app.get("/v1/responses/{response_id}")
     async def retrieve(response_id: str) -> Response:
@@ -58,21 +61,31 @@ def add_response_paths(app: FastAPI, source: ChatSource, store: ResponseStore, s
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
-def _asked(store: ResponseStore, body: ResponsesBody) -> tuple[list[dict[str, Any]], ChatBody]:
+def _tools(body: ResponsesBody, strict: bool) -> ResponseTools:
+    tools = ResponseTools(body.tools or ())
+    for place in tools.left_out if strict else ():
+        where, _, kind = place.rpartition(".")
+        raise RefusalError(f"{where}.type: '{kind}' is not to be had here", param=f"{where}.type")
+    return tools
+
+
+def _asked(store: ResponseStore, body: ResponsesBody, tools: ResponseTools) -> tuple[list[dict[str, Any]], ChatBody]:
     """The conversation so far, and the chat that goes on with it."""
     earlier: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
         earlier = store.get(body.previous_response_id, "previous_response_id").messages
     try:
-        return earlier, chat_body(body, earlier)
+        return earlier, chat_body(body, tools, earlier)
     except ValidationError as error:
         raise refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
 
 
-async def _answer(source: ChatSource, store: ResponseStore, body: ResponsesBody, request: Request) -> Response:
-    earlier, chat = _asked(store, body)
+async def _answer(
+    source: ChatSource, store: ResponseStore, body: ResponsesBody, tools: ResponseTools, request: Request
+) -> Response:
+    earlier, chat = _asked(store, body, tools)
     keeps = store.keeps and body.store is not False
-    builder = ResponseBuilder(body, stored=keeps)
+    builder = ResponseBuilder(body, tools, stored=keeps)
 
     def keep(response: dict[str, Any]) -> None:
         if keeps:
@@ -127,11 +140,7 @@ def _event(said: Mapping[str, Any]) -> bytes:
 def _answer_message(response: Mapping[str, Any]) -> dict[str, Any]:
     """The answer as the next chat has it."""
     texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
-    calls = [
-        {"id": item["call_id"], "type": "function", "function": {"name": item["name"], "arguments": item["arguments"]}}
-        for item in response["output"]
-        if item["type"] == "function_call"
-    ]
+    calls = [call for item in response["output"] for call in calls_of(item)]
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) or (None if calls else "")}
     return message | ({"tool_calls": calls} if calls else {})
 

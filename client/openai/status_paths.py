@@ -30,6 +30,10 @@ def add_status_paths(app: FastAPI, models: Models, metrics: GatewayMetrics) -> N
         for method in methods:  # one route each: a route of several has one operation id in the schema for all of them
             app.add_api_route(path, health, methods=[method], include_in_schema=method == "GET")
 
+    @app.api_route("/", methods=["HEAD"], include_in_schema=False)
+    async def found() -> Response:
+        return Response()  # Anthropic's agents look whether anybody listens
+
     @app.get("/version")
     async def version() -> Response:
         return JSONResponse({"version": installed_version()})

@@ -184,6 +184,33 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
     assert chat.tools is not None and chat.tools[0]["function"]["parameters"] == TOOL["input_schema"]
 
 
+def test_a_system_that_speaks_between_turns_does_so_in_the_users_turn() -> None:
+    """As Claude Code asks: it also tells its maker whom to bill, otherwise each time, before the system prompt."""
+    body = {
+        "model": "m",
+        "system": [
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.84c; cc_entrypoint=cli;"},
+            {"type": "text", "text": "Be kind."},
+        ],
+        "messages": [
+            {"role": "system", "content": "And short."},
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {"role": "user", "content": "there"},
+            {"role": "system", "content": [{"type": "text", "text": "No tools."}]},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "system", "content": "It is late."},
+        ],
+    }
+    chat = chat_of_messages(CountBody.model_validate(body))
+    assert chat.messages == [
+        {"role": "system", "content": "Be kind.\nAnd short."},
+        {"role": "user", "content": "Hi\nthere\n<system-reminder>\nNo tools.\n</system-reminder>"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "<system-reminder>\nIt is late.\n</system-reminder>"},
+    ]
+    assert not chat.continue_final_message
+
+
 def test_a_form_and_an_effort_are_the_chats() -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     model = Model(HERMES, '{"city": "Paris"}')
@@ -227,10 +254,10 @@ def test_tokens_are_counted_without_an_answer() -> None:
     [
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
         (
-            {"messages": [{"role": "system", "content": "x"}]},
+            {"messages": [{"role": "tool", "content": "x"}]},
             400,
             "invalid_request_error",
-            "messages.0.role: expected user or assistant",
+            "messages.0.role: expected user, assistant or system",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},

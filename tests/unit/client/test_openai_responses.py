@@ -5,6 +5,7 @@ library.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from pydantic import TypeAdapter
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.response_items import messages_of
 from paged_client.openai.response_store import ResponseStore
+from paged_client.openai.turns import settled
+from paged_client.openai.unknown_keys import WARNING_HEADER
 from tests.unit.client.gateway_calls import Reply, call
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
 
@@ -109,7 +112,7 @@ def test_a_call_and_its_output_go_back_as_a_chat() -> None:
         {"type": "function_call", "call_id": "c2", "name": "get_weather", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "sun"},
     ]
-    user, turn, result = messages_of(items)
+    user, turn, result = settled(messages_of(items))
     assert user == {"role": "user", "content": "Weather?"}
     assert (turn["role"], turn["content"], [made["id"] for made in turn["tool_calls"]]) == (
         "assistant",
@@ -129,6 +132,83 @@ def test_tools_choices_and_forms_have_this_apis_shapes() -> None:
     assert model.sampling["structured_outputs"]["json"] == schema
     respond(model, reasoning={"effort": "low"})
     assert model.sampling["chat_template_kwargs"]["reasoning_effort"] == "low"
+
+
+def test_what_openai_runs_itself_is_left_out_with_a_warning() -> None:
+    model = Model(HERMES, "x")
+    tools = [{"type": "web_search", "external_web_access": False}, TOOL, {"type": "local_shell"}]
+    reply = respond(model, tools=tools)
+    assert reply.headers[WARNING_HEADER] == "ignored: tools.0.web_search, tools.2.local_shell"
+    assert [tool["function"]["name"] for tool in json.loads(str(model.asked[-1].tensors["tools"]))] == ["get_weather"]
+    refused = call(Model(HERMES, "x"), "/v1/responses", {"model": "m", "input": "Hi", "tools": tools}, strict=True)
+    assert (refused.status, refused.json["error"]["param"]) == (400, "tools.0.type")
+
+
+NAMESPACE = {"type": "namespace", "name": "crm", "description": "d", "tools": [TOOL]}
+PATCH = {
+    "type": "custom",
+    "name": "apply_patch",
+    "description": "Changes files.",
+    "format": {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin Patch"'},
+}
+
+
+def written(name: str, arguments: dict[str, Any]) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_a_namespaces_tool_comes_and_goes_by_its_names(stream: bool) -> None:
+    model = Model(HERMES, *re.findall(r"(?s).{1,7}", written("crm__get_weather", {"city": "Paris"})))
+    reply = respond(model, tools=[NAMESPACE], stream=stream)
+    (item,) = events_of(reply)[-1]["response"]["output"] if stream else reply.json["output"]
+    assert (item["namespace"], item["name"], json.loads(item["arguments"])) == ("crm", "get_weather", {"city": "Paris"})
+    ((turn, result),) = [
+        settled(messages_of([item, {"type": "function_call_output", "call_id": item["call_id"], "output": "sun"}]))
+    ]
+    assert turn["tool_calls"][0]["function"]["name"] == "crm__get_weather"
+    assert result == {"role": "tool", "tool_call_id": item["call_id"], "content": "sun"}
+    respond(model, tools=[NAMESPACE], tool_choice={"type": "function", "name": "get_weather", "namespace": "crm"})
+    tag = model.sampling["structured_outputs"]["structural_tag"]
+    assert tag["tool_choice"] == {"type": "function", "function": {"name": "crm__get_weather"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ['*** Begin Patch\n+"ü"\n*** End Patch', ""])
+def test_a_tool_that_takes_plain_text_is_given_it(text: str, stream: bool) -> None:
+    model = Model(HERMES, *re.findall(r"(?s).{1,7}", written("apply_patch", {"input": text})))
+    reply = respond(model, tools=[PATCH], stream=stream)
+    (told,) = json.loads(str(model.asked[-1].tensors["tools"]))
+    assert told["function"]["parameters"]["required"] == ["input"]
+    assert "*** Begin Patch" in told["function"]["description"]
+    events = events_of(reply) if stream else []
+    (item,) = events[-1]["response"]["output"] if stream else reply.json["output"]
+    assert (item["type"], item["name"], item["input"]) == ("custom_tool_call", "apply_patch", text)
+    if stream:
+        deltas = [event["delta"] for event in events if event["type"] == "response.custom_tool_call_input.delta"]
+        assert "".join(deltas) == text
+    output = {"type": "custom_tool_call_output", "call_id": item["call_id"], "output": "Done."}
+    turn, result = settled(messages_of([item, output]))
+    assert json.loads(turn["tool_calls"][0]["function"]["arguments"]) == {"input": text}
+    assert result["content"] == "Done."
+
+
+def test_what_an_agent_says_between_turns_reaches_any_template() -> None:
+    given = [
+        ("developer", "A"),
+        ("developer", "B"),
+        ("user", "1"),
+        ("user", "2"),
+        ("assistant", "3"),
+        ("developer", "C"),
+    ]
+    found = settled(messages_of([{"role": role, "content": text} for role, text in told]))
+    assert [(one["role"], one["content"]) for one in found] == [
+        ("developer", "A\nB"),
+        ("user", "1\n2"),
+        ("assistant", "3"),
+        ("user", "<system-reminder>\nC\n</system-reminder>"),
+    ]
 
 
 def test_tokens_are_counted_without_an_answer() -> None:
@@ -156,7 +236,12 @@ def test_an_answer_that_is_cut_off_is_incomplete() -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": {"a": 1}}]}, "input.0.output"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": [{"type": "x"}]}]}, "input.0.output"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "telepathy"}]}, "tools.0.type"),
+        ({"tools": [{"type": "namespace", "tools": []}]}, "tools.0.name"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools.0.tools"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]}, "tools.0.tools.0.name"),
+        ({"tools": [TOOL, TOOL]}, "tools.1.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
