@@ -194,7 +194,7 @@ def test_a_tool_that_takes_plain_text_is_given_it(text: str, stream: bool) -> No
 
 
 def test_what_an_agent_says_between_turns_reaches_any_template() -> None:
-    given = [
+    told = [
         ("developer", "A"),
         ("developer", "B"),
         ("user", "1"),

@@ -26,6 +26,7 @@ from paged_client import AsyncPagedClient
 from paged_client.openai.gateway import Offer, make_app
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model, tool
 
+MODEL, KEY = "m", "secret"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
 
@@ -39,7 +40,7 @@ def serving(model: Model) -> Iterator[str]:
     client = AsyncPagedClient("nowhere:1", retries=0)
     client._transport = model
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(make_app(client, Offer(("m",), "secret")), log_level="error", lifespan="off", ws="none")
+        config = uvicorn.Config(make_app(client, Offer((MODEL,), KEY)), log_level="error", lifespan="off", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
         thread.start()
@@ -55,9 +56,9 @@ def serving(model: Model) -> Iterator[str]:
 def test_openais_client_chats_with_tools_and_parses() -> None:
     with (
         serving(Model(HERMES, *CALL)) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
     ):
-        asked = {"model": "m", "messages": [{"role": "user", "content": "Weather?"}], "tools": [tool()]}
+        asked = {"model": MODEL, "messages": [{"role": "user", "content": "Weather?"}], "tools": [tool()]}
         made = client.chat.completions.create(**asked).choices[0].message.tool_calls[0]
         assert json.loads(made.function.arguments) == {"city": "Paris"}
         with client.chat.completions.stream(**asked) as stream:
@@ -74,54 +75,54 @@ def test_openais_client_chats_with_tools_and_parses() -> None:
 def test_openais_client_parses_a_form() -> None:
     with (
         serving(Model(HERMES, '{"city":', ' "Oslo"}')) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
     ):
         said = client.chat.completions.parse(
-            model="m", messages=[{"role": "user", "content": "x"}], response_format=Weather
+            model=MODEL, messages=[{"role": "user", "content": "x"}], response_format=Weather
         )
         assert said.choices[0].message.parsed == Weather(city="Oslo")
-        assert client.responses.parse(model="m", input="x", text_format=Weather).output_parsed == Weather(city="Oslo")
+        assert client.responses.parse(model=MODEL, input="x", text_format=Weather).output_parsed == Weather(city="Oslo")
 
 
 def test_openais_client_uses_responses() -> None:
     function = {"type": "function", "name": "get_weather", "parameters": SCHEMA}
     with (
         serving(Model(HERMES, *CALL)) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
     ):
-        text, made = client.responses.create(model="m", input="Weather?", tools=[function]).output
+        text, made = client.responses.create(model=MODEL, input="Weather?", tools=[function]).output
         assert (text.content[0].text, made.name, json.loads(made.arguments)) == (
             "Let me look.",
             "get_weather",
             {"city": "Paris"},
         )
-        with client.responses.stream(model="m", input="Weather?", tools=[function]) as stream:
+        with client.responses.stream(model=MODEL, input="Weather?", tools=[function]) as stream:
             kinds = [event.type for event in stream]
             final = stream.get_final_response()
         assert "response.function_call_arguments.delta" in kinds
         assert [item.type for item in final.output] == ["message", "function_call"]
         result = [{"type": "function_call_output", "call_id": final.output[1].call_id, "output": "sun"}]
-        assert client.responses.create(model="m", input=result, previous_response_id=final.id).status == "completed"
+        assert client.responses.create(model=MODEL, input=result, previous_response_id=final.id).status == "completed"
 
 
 def test_openais_client_reads_thoughts() -> None:
     with (
         serving(Model(THINKS, *THOUGHT, end="<think>")) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
     ):
-        thought, answer = client.responses.create(model="m", input="x", reasoning={"effort": "low"}).output
+        thought, answer = client.responses.create(model=MODEL, input="x", reasoning={"effort": "low"}).output
         assert (thought.type, thought.content[0].text, answer.content[0].text) == ("reasoning", "Hmm.", "Yes.")
-        chat = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}])
+        chat = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}])
         assert chat.choices[0].message.reasoning_content == "Hmm."
 
 
 def test_anthropics_client_uses_tools_and_streams() -> None:
     anthropic = pytest.importorskip("anthropic")
-    asked = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "Weather?"}]}
+    asked = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "Weather?"}]}
     asked["tools"] = [{"name": "get_weather", "input_schema": SCHEMA}]
     with (
         serving(Model(HERMES, *CALL)) as url,
-        anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as client,
+        anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as client,
     ):
         message = client.messages.create(**asked)
         text, use = message.content
@@ -139,7 +140,7 @@ def test_anthropics_client_uses_tools_and_streams() -> None:
             "tool_use",
             len(CALL),
         )
-        assert client.messages.count_tokens(model="m", messages=asked["messages"]).input_tokens == 2
+        assert client.messages.count_tokens(model=MODEL, messages=asked["messages"]).input_tokens == 2
         with pytest.raises(anthropic.NotFoundError):
             client.messages.create(**{**asked, "model": "other"})
     with (
