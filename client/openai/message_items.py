@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from paged_client.openai.conversation import settled
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.readable import ReadableBody
-from paged_client.openai.turns import settled
 
 _FIRST = Field(fail_fast=True)
 _BILLING_HEADER = "x-anthropic-billing-header:"
@@ -64,10 +64,10 @@ def chat_of_messages(body: CountBody) -> ChatBody:
         RefusalError: what cannot be asked, by its name in the body.
         pydantic.ValidationError: as for a chat.
     """
-    told = _system(body.system)
-    system = [{"role": "system", "content": told}] if told else []
-    turns = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
-    messages = settled([*system, *turns])
+    instructions = _system(body.system)
+    system = [{"role": "system", "content": instructions}] if instructions else []
+    given_messages = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
+    messages = settled([*system, *given_messages])
     choice = body.tool_choice or {}
     output, begun = body.output_config or OutputConfig(), _is_begun(messages[-1])
     if begun and output.format is not None:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from paged_client.openai.conversation import settled
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.readable import ReadableBody
 from paged_client.openai.response_tools import ResponseTools, calls_of
-from paged_client.openai.turns import settled
 
 _REFUSED = ("background", "conversation", "prompt")
 _FIRST = Field(fail_fast=True)

@@ -166,7 +166,7 @@ class Election:
         """
         with self._file.locked() as state:
             generation = self._of(state, seat)
-            first, generation.loss_told = not generation.loss_told, True
+            first, generation.loss_said = not generation.loss_said, True
         return first
 
     def leave(self, seat: Seat) -> None:

@@ -34,7 +34,7 @@ class Generation(msgspec.Struct):
     arrivals: int = 1
     over: bool = False  # the load failed, the engine died for good or the owner left: nobody may join
     reason: str = ""  # why the load failed
-    loss_told: bool = False  # a front end says that no replica has an engine any more
+    loss_said: bool = False  # a front end says that no replica has an engine any more
     # time.monotonic() of the newest ones, whoever owned the engine then; one clock for all processes of a machine
     restarts: tuple[float, ...] = ()
 

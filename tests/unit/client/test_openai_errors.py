@@ -130,7 +130,7 @@ def test_an_unknown_model_is_named(send: Callable[[str, Any], Reply], path: str)
         ("/v1/chat/completions", "stream_options", {"include_usage": "maybe"}, "stream_options.include_usage"),
         ("/v1/chat/completions", "tools", [tool(), {"type": "function", "function": {}}], "tools.1.function.name"),
         ("/v1/rerank", "documents", ["a", {"txt": "b"}], "documents.1"),
-        ("/v1/messages", "messages", [*HI, {"role": "system", "content": "x"}], "messages.1.role"),
+        ("/v1/messages", "messages", [*HI, {"role": "tool", "content": "x"}], "messages.1.role"),
         (
             "/v1/messages",
             "messages",

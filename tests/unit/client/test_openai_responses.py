@@ -17,10 +17,10 @@ pytest.importorskip("openai")
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from paged_client.openai.conversation import settled
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.response_items import messages_of
 from paged_client.openai.response_store import ResponseStore
-from paged_client.openai.turns import settled
 from paged_client.openai.unknown_keys import WARNING_HEADER
 from tests.unit.client.gateway_calls import Reply, call
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
