@@ -17,6 +17,7 @@ class Norm:
     bias: Tensor | None = None  # [n], added last
     centred: bool = False  # the mean is subtracted first: LayerNorm (Ba et al., 2016)
     plus_one: bool = False  # times 1 + weight, in float32 (Gemma)
+    partial: bool = False  # of this rank's part of a row, of which every rank has as many numbers (rank_ops.py)
 
     @cached_property
     def is_plain(self) -> bool:

@@ -120,6 +120,45 @@ class RankOps(Ops):
         normed = x if norm is None else self.norm(x, norm)
         return self.add_experts(normed, *self.route(normed, experts), experts, x)
 
+    # ---- attention: a norm of all heads together is of all ranks' heads
+
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        qk_norm: tuple[Norm, Norm] | None,
+        rope_table: Tensor | None,
+        positions: Tensor,
+        kv_pages: Tensor,
+        slot_mapping: Tensor,
+        interleaved: bool = False,
+        query_factors: Tensor | None = None,
+    ) -> Tensor:
+        """Where a norm is partial, qkv is written over."""
+        if qk_norm is not None and qk_norm[0].partial:
+            squares = self.mean_squares(qkv, (len(qk_norm[0].weight), len(qk_norm[1].weight)))
+            # every rank has as many numbers, and every KV head is on as many ranks
+            qkv, qk_norm = self.norm_parts(qkv, qk_norm, self._ranks.sum(squares) / self._ranks.size), None
+        where = positions, kv_pages, slot_mapping
+        return super().rope_write_kv(qkv, num_heads, qk_norm, rope_table, *where, interleaved, query_factors)
+
+    def mean_squares(self, x: Tensor, sizes: tuple[int, int]) -> Tensor:
+        """Of the first sizes[0] numbers of each row and of the next sizes[1]: [T, n] -> float32 [T, 2]."""
+        parts = x[:, : sum(sizes)].float().square().split(sizes, dim=1)
+        return torch.stack([part.mean(1) for part in parts], 1)
+
+    def norm_parts(self, x: Tensor, norms: tuple[Norm, Norm], mean_squares: Tensor) -> Tensor:
+        """x [T, n], written over: its first numbers after the first norm, the next ones after the second, by mean
+        squares [T, 2] that are given. Rounded as `norm` does it.
+        """
+        begin = 0
+        for norm, mean_square in zip(norms, mean_squares.unbind(1), strict=True):
+            assert norm.is_plain, "no family has another norm of all heads together"
+            part = x[:, begin : begin + len(norm.weight)]
+            part.copy_(norm.weight * (part.float() * torch.rsqrt(mean_square[:, None] + norm.eps)).to(x.dtype))
+            begin += len(norm.weight)
+        return x
+
     # ---- sampling: logits are this rank's part of the vocabulary, or what gather_logits made of them
 
     def gather_logits(self, logits: Tensor) -> Tensor:

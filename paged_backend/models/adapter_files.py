@@ -160,7 +160,7 @@ class _Part:
         cut = self._cuts.get(module)
         if cut is None:
             return a, b
-        return (a, b[cut.slices]) if cut.dim == OUT else (a[cut.slices], b)
+        return (a, cut.of(b)) if cut.dim == OUT else (cut.of(a), b)
 
 
 def _pack(packed: Tensor, rank: int, site: PlacedSite, index: int, a: Tensor, b: Tensor) -> None:

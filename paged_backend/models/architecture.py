@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,12 @@ class Architecture:
         if shard.size == 1:
             return self
         vocabulary_cut(shard, self.vocab_size)
-        return replace(self, layers=tuple(layer.of_rank(shard) for layer in self.layers), shard=shard)
+        layers = (layer.of_rank(shard, partial(self._group_of, index)) for index, layer in enumerate(self.layers))
+        return replace(self, layers=tuple(layers), shard=shard)
+
+    def _group_of(self, index: int, module: str) -> int:
+        """layer_spec.GroupOf of a layer."""
+        return 1 if self.quantization is None else self.quantization.group_of(f"model.layers.{index}.{module}")
 
     @property
     def vocabulary(self) -> Cut:

@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from paged_backend.errors import EngineError
-from paged_backend.models.shard import IN, OUT, Cut, Shard, even_cut
+from paged_backend.models.shard import IN, OUT, Cut, Shard, cuts_of_tensors, even_cut, side_by_side
 from paged_kernels.experts import Gate, Routing
 
 WHOLE = Shard()
+# a module's name within the layer -> so many of its rows, or columns, share scales and stay together on a rank
+GroupOf = Callable[[str], int]
 ALL_LAYERS = "all layers"  # the name of the rotary positions of a checkpoint that has only one kind of them
 
 
@@ -84,15 +88,8 @@ class AttentionSpec:
         several ranks keep the same.
 
         Raises:
-            EngineError: the heads, or the tensors in which the checkpoint has them, cannot be divided among so many
-                ranks.
+            EngineError: the heads cannot be divided among so many ranks.
         """
-        _refuse_packed(self.qkv_names, 3)
-        if self.sinks or self.qk_norm == "projection":
-            raise EngineError(
-                "tensor_parallel_size: attention with sinks, or with a norm of all heads together, cannot be "
-                "divided among ranks"
-            )
         num_heads = shard.divide(self.num_heads, "num_attention_heads")
         if shard.size <= self.num_kv_heads:
             return replace(
@@ -119,7 +116,14 @@ class AttentionSpec:
             self.kv_size,
             self.shard.size // self.kv_copies * self.kv_size,
         )
-        return {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv, "self_attn.o_proj": out}
+        packed = (q, kv, kv) if len(self.qkv_names) > 1 else (side_by_side((q, kv, kv)),)
+        found = dict(zip(_modules("self_attn", self.qkv_names), packed, strict=True)) | {"self_attn.o_proj": out}
+        return found | {"self_attn.q_norm": q, "self_attn.k_norm": kv} if self.qk_norm == "projection" else found
+
+    def tensor_cuts(self) -> dict[str, Cut]:
+        """The rank's part of each tensor of the checkpoint, by its name within the layer."""
+        found = cuts_of_tensors(self.cuts())
+        return found | {"self_attn.sinks": even_cut(self.shard, OUT, self.num_heads)} if self.sinks else found
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears."""
@@ -143,26 +147,31 @@ class MlpSpec:
     # in the checkpoint: two, or one with the rows of both; one if it is not gated
     in_names: tuple[str, ...] = ("gate_proj", "up_proj")
     out_name: str = "down_proj"
-    shard: Shard = WHOLE  # the intermediate size is this rank's
+    shard: Shard = WHOLE
+    cut: Cut | None = None  # the rows of gate and up that are this rank's; None: all
 
     @property
     def in_size(self) -> int:
         """Rows of the first product."""
         return (2 if self.gated else 1) * self.intermediate_size
 
-    def of_rank(self, shard: Shard) -> MlpSpec:
+    def of_rank(self, shard: Shard, group_of: GroupOf) -> MlpSpec:
         """With the rank's part of the intermediate size.
 
         Raises:
             EngineError: it cannot be divided among so many ranks.
         """
-        _refuse_packed(self.in_names, 2 if self.gated else 1)
-        return replace(self, intermediate_size=shard.divide(self.intermediate_size, "intermediate_size"), shard=shard)
+        names = (*self.in_names, self.out_name)
+        cut = shard.share(self.intermediate_size, "intermediate_size", _common_group(group_of, _modules("mlp", names)))
+        return replace(self, intermediate_size=cut.count, shard=shard, cut=cut)
 
     def cuts(self) -> dict[str, Cut]:
         """The rank's part of each matrix, by the module's name within the layer."""
-        rows, columns = (even_cut(self.shard, dim, self.intermediate_size) for dim in (OUT, IN))
-        return dict.fromkeys(_modules("mlp", self.in_names), rows) | {f"mlp.{self.out_name}": columns}
+        if self.cut is None:
+            return {}
+        packed = self.gated and len(self.in_names) == 1
+        rows = side_by_side((self.cut, self.cut)) if packed else self.cut
+        return dict.fromkeys(_modules("mlp", self.in_names), rows) | {f"mlp.{self.out_name}": replace(self.cut, dim=IN)}
 
     def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
         """In the order of the block's linears."""
@@ -203,38 +212,47 @@ class MoeSpec:
     together: bool = False  # the checkpoint always has the experts together, as [E, in, out], or in mxfp4 (gpt-oss)
     either_way: bool = False  # experts that a checkpoint has together may lie as [E, in, out], too: their shape says it
     names: MoeNames = field(default_factory=MoeNames)
-    shard: Shard = WHOLE  # the intermediate sizes are this rank's
+    shard: Shard = WHOLE
+    cut: Cut | None = None  # the rows of an expert's gate and up that are this rank's; None: all
+    shared_cut: Cut | None = None  # the same of the expert that every token goes through
 
-    def of_rank(self, shard: Shard) -> MoeSpec:
+    def of_rank(self, shard: Shard, group_of: GroupOf) -> MoeSpec:
         """With the router, and the rank's part of every expert: all ranks have as much to do, whichever experts are
         chosen.
 
         Raises:
             EngineError: the experts cannot be divided among so many ranks.
         """
-        if self.bias or self.gate.interleaved:
-            raise EngineError(
-                "tensor_parallel_size: experts with biases, or with rows of gate and up in turns, cannot be "
-                "divided among ranks"
-            )
-        size, shared_size = (
-            shard.divide(self.intermediate_size, "moe_intermediate_size"),
-            shard.divide(self.shared_size, "shared_expert_intermediate_size"),
+        names = self.names
+        of_first = (f"{names.root}.experts.0.{name}" for name in (names.gate, names.up, names.down))
+        cut = shard.share(self.intermediate_size, "moe_intermediate_size", _common_group(group_of, of_first))
+        of_shared = (f"{names.root}.{names.shared}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+        shared_cut = shard.share(
+            self.shared_size, "shared_expert_intermediate_size", _common_group(group_of, of_shared)
         )
-        return replace(self, intermediate_size=size, shared_size=shared_size, shard=shard)
+        return replace(
+            self,
+            intermediate_size=cut.count,
+            shared_size=shared_cut.count,
+            shard=shard,
+            cut=cut,
+            shared_cut=shared_cut,
+        )
 
     def cuts(self) -> dict[str, Cut]:
         """The rank's part of each matrix, by the module's name within the layer, where the checkpoint has experts one
         by one.
         """
+        if self.cut is None or self.shared_cut is None:
+            return {}
         names = self.names
         found: dict[str, Cut] = {}
         for expert in range(self.num_experts):
-            rows, columns = (even_cut(self.shard, dim, self.intermediate_size) for dim in (OUT, IN))
+            rows, columns = self.cut, replace(self.cut, dim=IN)
             root = f"{names.root}.experts.{expert}"
             found |= {f"{root}.{names.gate}": rows, f"{root}.{names.up}": rows, f"{root}.{names.down}": columns}
         if self.shared_size:
-            rows, columns = (even_cut(self.shard, dim, self.shared_size) for dim in (OUT, IN))
+            rows, columns = self.shared_cut, replace(self.shared_cut, dim=IN)
             root = f"{names.root}.{names.shared}"
             found |= {f"{root}.gate_proj": rows, f"{root}.up_proj": rows, f"{root}.down_proj": columns}
         return found
@@ -260,18 +278,24 @@ class LayerSpec:
     # the perceptron reads what attention read, instead of what it made of the stream; mlp_branch has no norm before
     parallel: bool = False
 
-    def of_rank(self, shard: Shard) -> LayerSpec:
+    def of_rank(self, shard: Shard, group_of: GroupOf) -> LayerSpec:
         """
         Raises:
             EngineError: a block cannot be divided among so many ranks.
         """
-        return replace(self, attention=self.attention.of_rank(shard), mlp=self.mlp.of_rank(shard))
+        return replace(self, attention=self.attention.of_rank(shard), mlp=self.mlp.of_rank(shard, group_of))
 
     def cuts(self) -> dict[str, Cut]:
         """The rank's part of each matrix, by the module's name within the layer; other tensors are whole on every
         rank.
         """
         return self.attention.cuts() | self.mlp.cuts()
+
+    def tensor_cuts(self) -> dict[str, Cut]:
+        """The same of each tensor of the checkpoint, by its name within the layer; but for experts that are stored
+        together (blocks/moe.py).
+        """
+        return self.attention.tensor_cuts() | cuts_of_tensors(self.mlp.cuts())
 
 
 @dataclass(frozen=True)
@@ -303,13 +327,6 @@ def _modules(block: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{block}.{name}" for name in names)
 
 
-def _refuse_packed(names: tuple[str, ...], num_parts: int) -> None:
-    """
-    Raises:
-        EngineError: the checkpoint has several matrices in one tensor, whose parts lie in several places.
-    """
-    if len(names) < num_parts:
-        raise EngineError(
-            f"tensor_parallel_size: checkpoints with several matrices in one tensor ({names[0]}) cannot be "
-            "divided among ranks"
-        )
+def _common_group(group_of: GroupOf, modules: Iterable[str]) -> int:
+    """Rows of the first matrices and columns of the last one, so many of which stay together in all of them."""
+    return math.lcm(*map(group_of, modules))

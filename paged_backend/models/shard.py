@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from paged_backend.errors import EngineError
@@ -36,6 +37,24 @@ class Shard:
             raise EngineError(f"tensor_parallel_size: {self.size} ranks cannot have equal parts of {what} ({count})")
         return count // self.size
 
+    def share(self, count: int, what: str, group: int = 1) -> Cut:
+        """A rank's part of `count` rows. group: so many of them, one after another, stay together; where that rules
+        equal parts out, some ranks have a group more than others.
+
+        Raises:
+            EngineError: a rank would have none, or there are no groups and no equal parts.
+        """
+        if count % (self.size * group) == 0 or group == 1:
+            return even_cut(self, OUT, self.divide(count, what))
+        num_groups = -(-count // group)
+        if num_groups < self.size:
+            raise EngineError(
+                f"tensor_parallel_size: {self.size} ranks are too many for {what} ({count}), of which {group} stay "
+                "together"
+            )
+        begin, end = (min(group * -(-rank * num_groups // self.size), count) for rank in (self.rank, self.rank + 1))
+        return Cut(OUT, begin, end - begin, count)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -47,11 +66,18 @@ class Cut:
     start: int
     count: int
     whole: int
+    # further stretches of the same dimension, where a tensor holds several matrices: where each starts, and its count
+    more: tuple[tuple[int, int], ...] = ()
 
     @property
-    def slices(self) -> tuple[slice, ...]:
-        """An index of the tensor, or of a view of its file, that gives the part."""
-        return (*(slice(None),) * self.dim, slice(self.start, self.start + self.count))
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """Where each stretch of the part starts and ends, in their order."""
+        return tuple((start, start + count) for start, count in ((self.start, self.count), *self.more))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor, or of a view of its file."""
+        parts = [tensor[(slice(None),) * self.dim + (slice(*stretch),)] for stretch in self.stretches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
     def whole_shape(self, part: Tensor) -> list[int]:
         """The shape of the tensor that `part` is cut from."""
@@ -75,6 +101,21 @@ def vocabulary_cut(shard: Shard, vocab_size: int) -> Cut:
 def padded_rows(shard: Shard, vocab_size: int) -> int:
     """Rows of the embedding that every rank has room for."""
     return -(-vocab_size // shard.size)
+
+
+def side_by_side(cuts: Sequence[Cut]) -> Cut:
+    """The part of a tensor that has several matrices one after another, of each of which this is a rank's part."""
+    first, offset, more = cuts[0], cuts[0].whole, []
+    for cut in cuts[1:]:
+        more.append((offset + cut.start, cut.count))
+        offset += cut.whole
+    return Cut(first.dim, first.start, first.count, offset, tuple(more))
+
+
+def in_groups(cut: Cut, size: int) -> Cut:
+    """The part of a tensor that has one entry for so many of the cut's; it begins and ends with groups."""
+    begin, end = cut.start // size, -(-(cut.start + cut.count) // size)
+    return Cut(cut.dim, begin, end - begin, -(-cut.whole // size))
 
 
 def even_cut(shard: Shard, dim: int, count: int) -> Cut:

@@ -82,7 +82,7 @@ def read_tensors(
                     if tensor.path == path and name in wanted:
                         yield (
                             name,
-                            file.get_slice(tensor.name)[cuts[name].slices]
+                            cuts[name].of(file.get_slice(tensor.name))
                             if name in cuts
                             else file.get_tensor(tensor.name),
                         )
@@ -98,8 +98,8 @@ class OpenTensors:
         self._files: dict[Path, Any] = {}
         self._open = ExitStack()
 
-    def read(self, name: str) -> Tensor:
-        """It is mapped: its bytes are read when they are used.
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        """It, or a part of it. It is mapped: its bytes are read when they are used.
 
         Raises:
             EngineError: its file is broken.
@@ -109,7 +109,8 @@ class OpenTensors:
         try:
             if path not in self._files:
                 self._files[path] = self._open.enter_context(safe_open(path, framework="pt"))
-            tensor: Tensor = self._files[path].get_tensor(stored.name)
+            file = self._files[path]
+            tensor: Tensor = file.get_tensor(stored.name) if cut is None else cut.of(file.get_slice(stored.name))
         except (SafetensorError, OSError) as error:
             raise EngineError(f"checkpoint: {path.name} is broken: {reason_of(error)}") from None
         return tensor

@@ -32,7 +32,7 @@ from paged_backend.models.quantization.modules import (
     split_quantised,
 )
 from paged_backend.models.quantization.quantization import Quantization
-from paged_backend.models.shard import Cut, cuts_of_tensors
+from paged_backend.models.shard import Cut
 from paged_backend.models.upload import Uploads
 from paged_backend.models.weight_files import (
     EMBEDDING,
@@ -157,13 +157,14 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
     """
     stored = whole_names(find_tensors(folder, weights.renames))
     targets, modules = _filled(weights, stored)
-    check_tensors(stored, targets, weights.cuts)
+    cuts = _cuts_in(weights, stored)
+    check_tensors(stored, targets, cuts)
     check_modules(stored, modules)
     needed = {*targets, *(name for module in modules for name in module.stored if name in stored)}
     started = time.monotonic()
     tell = LoadingProgress(progress, sum(math.prod(stored[name].shape) for name in needed), weights.num_bytes)
     with Uploads(weights.embedding.device) as uploads:
-        for name, tensor in read_tensors(stored, targets, weights.cuts):
+        for name, tensor in read_tensors(stored, targets, cuts):
             uploads.put(targets[name], tensor)
             tell.add(tensor.numel())
     with OpenTensors(stored) as tensors:
@@ -177,7 +178,7 @@ def load_weights(weights: Weights, folder: Path, progress: Progress) -> str:
 @torch.inference_mode()
 def _fill(module: Module, tensors: OpenTensors, stored: Collection[str], device: torch.device) -> int:
     """Fills a module from its tensors, which are gone afterwards. Returns how many numbers they had."""
-    own = {name: tensors.read(name).to(device) for name in module.stored if name in stored}
+    own = {name: tensors.read(name, module.cuts.get(name)).to(device) for name in module.stored if name in stored}
     module.fill(own)
     return sum(tensor.numel() for tensor in own.values())
 
@@ -341,12 +342,24 @@ def _targets(weights: Weights, stored: Mapping[str, StoredTensor]) -> dict[str, 
 
 
 def _cuts(architecture: Architecture) -> Mapping[str, Cut]:
-    """Of the tensors of the checkpoint that a rank has a part of, by name; none for a model that one rank has whole."""
+    """Of the tensors of the checkpoint that a rank has a part of, by name; none for a model that one rank has whole.
+    Those of experts that are stored together MoeMlp knows, once it is known how they lie.
+    """
     if architecture.shard.size == 1:
         return {}
     cuts = dict.fromkeys((EMBEDDING, HEAD), architecture.vocabulary)
     for index, layer in enumerate(architecture.layers):
-        cuts |= {f"model.layers.{index}.{name}": cut for name, cut in cuts_of_tensors(layer.cuts()).items()}
+        cuts |= {f"{_layer_prefix(index)}{name}": cut for name, cut in layer.tensor_cuts().items()}
+    return cuts
+
+
+def _cuts_in(weights: Weights, stored: Mapping[str, StoredTensor]) -> Mapping[str, Cut]:
+    """Weights.cuts, and those of experts that the checkpoint has together."""
+    cuts, shapes = dict(weights.cuts), _shapes_by_layer(stored)
+    for index, layer in enumerate(weights.layers):
+        if isinstance(layer.mlp, MoeMlp):
+            found = layer.mlp.cuts(shapes.get(str(index), {}))
+            cuts |= {f"{_layer_prefix(index)}{name}": cut for name, cut in found.items()}
     return cuts
 
 

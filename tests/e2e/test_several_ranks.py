@@ -59,7 +59,7 @@ class Engines:
 
 SEVERAL = [
     pytest.param(("LlamaForCausalLM", 2), id="llama, 2 ranks"),
-    # tests/unit/models/test_shard.py has 4 as threads
+    # tests/unit/models/test_shard.py has 4 and 8 as threads
     pytest.param(("Qwen3ForCausalLM", 4), id="qwen3, 4 ranks", marks=pytest.mark.long),
 ]
 

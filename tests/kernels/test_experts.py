@@ -129,6 +129,19 @@ def test_products_with_packed_weights_equal_those_with_their_numbers(
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_biases_of_the_first_products_alone(num_tokens: int) -> None:
+    """Of several ranks only the first has those behind the sum."""
+    experts, x, residual = layer(gate=CLAMPED), tokens(num_tokens), tokens(num_tokens, seed=6)
+    experts = replace(experts, down=replace(experts.down, bias=None))
+    expert_ids = choice("spread", num_tokens)
+    weights = weights_of(expert_ids)
+    expected = residual.double().cpu() + written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
+    assert_close(add_experts(x, expert_ids, weights, experts, residual.clone(), shape=TILE, num_programs=3), expected)
+    if num_tokens == 1:
+        assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
+
+
 @pytest.mark.parametrize("part", ["gate_up", "down"])
 def test_a_matrix_of_few_bits_beside_a_plain_one_shares_its_tiles(part: str) -> None:
     """More than 64 tokens of an expert, where the tiles of plain matrices alone would have 128."""

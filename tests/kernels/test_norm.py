@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from paged_kernels.norm import add_scaled, norm
+from paged_kernels.norm_shares import mean_squares, norm_parts
 from paged_kernels.norm_value import Norm
+from paged_kernels.rank_ops import RankOps, Ranks, VocabularyPart
 from paged_kernels.reference import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,3 +147,36 @@ def test_a_chain_of_dependent_launches_is_bit_equal_to_a_plain_one() -> None:
         results.append((here, there))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+SHARES = [(1, 48, 16, torch.float32), (3, 40, 24, torch.float16)]
+SHARES += [pytest.param(33, 3072, 512, torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize(("rows", "q_size", "k_size", "dtype"), SHARES)
+def test_norms_of_all_heads_are_those_of_the_parts_together(
+    rows: int, q_size: int, k_size: int, dtype: torch.dtype
+) -> None:
+    """Two ranks' parts by kernels, against the whole rows in plain torch; what lies behind the keys stays as it is."""
+    q, k, v = (randn(rows, 2 * size, dtype=dtype, seed=size) * 3 for size in (q_size, k_size, 8))
+    norms = [Norm(randn(2 * size, dtype=dtype, seed=size + 1), EPS) for size in (q_size, k_size)]
+    expected = [reference.norm(x, norm) for x, norm in zip((q, k), norms, strict=True)]
+    parts = [torch.cat([x.chunk(2, 1)[rank] for x in (q, k, v)], 1) for rank in range(2)]
+    squares = sum(mean_squares(part, (q_size, k_size)) for part in parts) / 2
+    for rank, part in enumerate(parts):
+        own = tuple(Norm(norm.weight.chunk(2)[rank], EPS, partial=True) for norm in norms)
+        plain = RankOps(Ranks(), VocabularyPart(0, 1, 1, 1)).norm_parts(part.clone(), own, squares)
+        found = norm_parts(part, own, squares)
+        assert_close(found, plain.double())
+        for x, whole in zip(found.split([q_size, k_size, 8], 1), (*expected, v), strict=True):
+            assert_close(x, whole.chunk(2, 1)[rank].double())
+
+
+def test_shares_of_rows_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows \(2, 8\) have no 8 and 4 numbers"):
+        mean_squares(randn(2, 8), (8, 4))
+    norms = tuple(Norm(randn(4), eps) for eps in (EPS, 2 * EPS))
+    with pytest.raises(ValueError, match="plain RMS norms of one kind"):
+        norm_parts(randn(2, 8), norms, randn(2, 2))
+    with pytest.raises(ValueError, match=r"mean squares \(1, 2\)"):
+        norm_parts(randn(2, 8), (norms[0], norms[0]), randn(1, 2))

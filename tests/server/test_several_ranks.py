@@ -20,6 +20,8 @@ from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.quantised_checkpoints import save_compressed
 from tests.server.calls import engine_pid, metrics, run_all, wait_for_metrics
 from tests.server.test_engine_death import requests
+from tests.unit.models.test_expert_checkpoints import save_mxfp4
+from tests.unit.models.test_shard import EIGHT_HEADS, LOCAL_EXPERTS
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
@@ -66,6 +68,12 @@ GROUPED = {"head_dim": 128, "intermediate_size": 512, "num_key_value_heads": 2, 
 
 def save_family(folder: Path, name: str) -> Any:
     """The checkpoint's folder is `folder`; what it answers is the result's `greedy`."""
+    if name == "gpt-oss in mxfp4":  # nine groups of 32 columns: some ranks have more than others
+        meant = folder.with_name("meant")
+        save_mxfp4(folder, meant, **EIGHT_HEADS, intermediate_size=288)
+        return Oracle(meant)
+    if name == "minimax-m2":
+        return Oracle(save_checkpoint(folder, "MiniMaxM2ForCausalLM", **EIGHT_HEADS, **LOCAL_EXPERTS, rotary_dim=8))
     if name == "int4 in groups":
         return save_compressed(folder, {"W4A16": ["Linear"]}, **GROUPED)
     if name == "experts":
@@ -75,8 +83,11 @@ def save_family(folder: Path, name: str) -> Any:
     return Oracle(folder)
 
 
-@pytest.mark.parametrize("size", [2, 4], ids=lambda size: f"{size} ranks")
-@pytest.mark.parametrize("name", ["dense", "experts", "int4 in groups"])
+FAMILIES = [(name, size) for name in ("dense", "experts", "int4 in groups", "gpt-oss in mxfp4") for size in (2, 4)]
+FAMILIES += [("gpt-oss in mxfp4", 8), ("minimax-m2", 8)]
+
+
+@pytest.mark.parametrize(("name", "size"), FAMILIES, ids=[f"{name}, {size} ranks" for name, size in FAMILIES])
 def test_tokens_of_a_family_are_those_of_transformers(name: str, size: int, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     prompts = random_prompts(LENGTHS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -87,4 +89,7 @@ def _allocate_qk_norm(spec: AttentionSpec, norm: NormSpec, empty: Allocate) -> t
     if spec.qk_norm is None:
         return None
     sizes = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (spec.q_size, spec.kv_size)
-    return allocate_norm(norm, sizes[0], empty), allocate_norm(norm, sizes[1], empty)
+    q_norm, k_norm = (allocate_norm(norm, size, empty) for size in sizes)
+    if spec.qk_norm == "projection" and spec.shard.size > 1:
+        return replace(q_norm, partial=True), replace(k_norm, partial=True)
+    return q_norm, k_norm

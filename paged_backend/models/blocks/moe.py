@@ -5,21 +5,23 @@ expert.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from paged_backend.errors import EngineError
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.residual import Residual
 from paged_backend.models.layer_spec import LayerSpec, MoeSpec
 from paged_backend.models.quantization.modules import Module, QuantisedModule, StackedExperts
+from paged_backend.models.shard import Cut, side_by_side
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.linear import Linear
 
 Shapes = Mapping[str, Sequence[int]]  # of a checkpoint's tensors, by their names within the layer
 NOTHING: Shapes = MappingProxyType({})
+_OUT, _IN = 1, 2  # dimensions of the matrices of all experts, [E, out, in]
 _FUSED, _FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
@@ -41,7 +43,7 @@ class MoeMlp:
             routing=spec.routing,
             gate_up=empty.experts(gate_up, (size, size), hidden_size, bias=spec.bias),
             gate=spec.gate,
-            down=empty.experts(down, (hidden_size,), size, bias=spec.bias),
+            down=empty.experts(down, (hidden_size,), size, bias=spec.bias and spec.shard.first),
             partial=partial,
         )
         sites = spec.sites(hidden_size)
@@ -76,7 +78,8 @@ class MoeMlp:
             first = f"{prefix}{names.root}.experts.0.{modules[0]}"
             scheme = self._quantization.scheme_of(first)  # of experts in mxfp4 there is none
             if together:
-                yield StackedExperts(prefix + fused, scheme, linear, self._is_transposed(linear, stored.get(fused)))
+                transposed = self._is_transposed(fused, stored.get(fused))
+                yield StackedExperts(prefix + fused, scheme, linear, transposed, self._cut(fused))
                 continue
             assert scheme is not None, f"{first} is packed by no scheme"
             num_rows = linear.num_rows // len(modules)
@@ -92,14 +95,7 @@ class MoeMlp:
 
         stored: the names that the checkpoint has, within the layer, and their shapes: experts lie there one by one,
             unless it has them together.
-
-        Raises:
-            EngineError: it has them together, and this rank is to have a part of each.
         """
-        if _FUSED in stored and self.spec.shard.size > 1:
-            raise EngineError(
-                f"tensor_parallel_size: experts that are stored together ({_FUSED}) cannot be divided among ranks"
-            )
         fused, names = self.spec.together or not stored or _FUSED in stored, self.spec.names
         root = "mlp" if fused else names.root
         found: dict[str, Tensor | None] = {
@@ -119,6 +115,18 @@ class MoeMlp:
         if self.shared_scale is not None:
             found[f"{root}.{names.shared}_gate.weight"] = self.shared_scale.weight
         return self.residual.parameters() | {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def cuts(self, stored: Shapes) -> dict[str, Cut]:
+        """This rank's part of the tensors that have all experts together, by their names within the layer."""
+        gate_up = self._cut(_FUSED)
+        if gate_up is None:
+            return {}
+        found = {f"{_FUSED}_bias": gate_up}  # with its rows; that of down is whole, on one rank
+        for name in (_FUSED, _FUSED_DOWN):
+            cut = self._cut(name)
+            if cut is not None and name in stored:
+                found[name] = replace(cut, dim=3 - cut.dim) if self._is_transposed(name, stored[name]) else cut
+        return found
 
     def forward(self, x: Tensor, at: ForwardPass) -> Tensor:
         """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over."""
@@ -141,19 +149,33 @@ class MoeMlp:
         found: dict[str, Tensor | None] = {}
         for name, linear in ((_FUSED, self.experts.gate_up), (_FUSED_DOWN, self.experts.down)):
             weight = _plain(linear)
-            if weight is not None and self._is_transposed(linear, stored.get(name)):
+            if weight is not None and self._is_transposed(name, stored.get(name)):
                 weight = weight.transpose(1, 2)
             found |= {name: weight, f"{name}_bias": linear.bias}
         return found
 
-    def _is_transposed(self, linear: ExpertLinear, shape: Sequence[int] | None) -> bool:
+    def _cut(self, name: str) -> Cut | None:
+        """This rank's part of the matrix [E, out, in] of all experts together; None: all of it."""
+        cut = self.spec.cut
+        if cut is None or name == _FUSED_DOWN:
+            return None if cut is None else replace(cut, dim=_IN)
+        if self.spec.gate.interleaved:
+            return Cut(_OUT, 2 * cut.start, 2 * cut.count, 2 * cut.whole)
+        rows = replace(cut, dim=_OUT)
+        return side_by_side((rows, rows))
+
+    def _is_transposed(self, name: str, shape: Sequence[int] | None) -> bool:
         """Whether the checkpoint has a matrix of all experts as [E, in, out]. shape: of its tensor; None: it has none.
 
         transformers' rule for what may lie either way: as it is, if that fits.
         """
         if not self.spec.either_way:
             return self.spec.together
-        return shape is not None and list(shape) != [self.spec.num_experts, linear.num_rows, linear.num_columns]
+        linear = self.experts.gate_up if name == _FUSED else self.experts.down
+        whole, cut = [self.spec.num_experts, linear.num_rows, linear.num_columns], self._cut(name)
+        if cut is not None:
+            whole[cut.dim] = cut.whole
+        return shape is not None and list(shape) != whole
 
     def _one_by_one(self) -> dict[str, Tensor | None]:
         names = self.spec.names

@@ -16,7 +16,7 @@ from paged_backend.models.quantization.float4 import in_order
 from paged_backend.models.quantization.float8 import has_nan
 from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.quantization.scheme import FLOATS, Scheme, StoredKind
-from paged_backend.models.shard import OUT, Cut
+from paged_backend.models.shard import OUT, Cut, in_groups
 from paged_backend.models.weight_files import StoredTensor
 from paged_kernels.codes import dequantise, pack_nibbles, quantise
 from paged_kernels.experts import ExpertLinear
@@ -24,6 +24,7 @@ from paged_kernels.linear import Linear
 
 _DUMMY_EXPONENT = 121  # of random numbers in mxfp4: 2 ** -6
 _NOT_A_NUMBER = 255  # as an exponent
+_ROWS = 1  # dimension of the matrices of all experts, [experts, out, in]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class QuantisedModule:
         """Name in the checkpoint -> what must be there."""
         return {f"{self.name}.{ending}": kind for ending, kind in self.scheme.stored(*self.shape).items()}
 
+    @property
+    def cuts(self) -> Mapping[str, Cut]:
+        """None: it is read whole, and its part is taken of what it means."""
+        return {}
+
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """tensors: by their names in the checkpoint, on the linear's device.
 
@@ -65,10 +71,16 @@ class QuantisedModule:
                 _check_numbers(name, kind, tensors[name])
         stored = {name[len(self.name) + 1 :]: tensor for name, tensor in tensors.items()}
         try:
-            part = self._rounded(stored) if self._rounds_its_part else self._own(self.scheme.read(stored, *self.shape))
+            if self._rounds_its_part:
+                parts = [self._rounded(stored)]
+            else:
+                parts = self._own(self.scheme.read(stored, *self.shape))
         except ValueError as error:
             raise EngineError(f"checkpoint: tensor {self.name}.{error}") from None
-        self._place(part)
+        begin = self.begin
+        for part in parts:
+            self._place(part, begin)
+            begin += part.num_rows
 
     def fill_at_random(self, deviation: float, generator: torch.Generator) -> None:
         """With normally distributed numbers, rounded as the format has it."""
@@ -78,7 +90,7 @@ class QuantisedModule:
         part = quantise(weight, self.scheme.format(self.linear.num_columns))
         if part.input_scale is not None:
             part.input_scale.fill_(0.05)
-        self._place(part)
+        self._place(part, self.begin)
 
     @property
     def _rounds_its_part(self) -> bool:
@@ -88,35 +100,37 @@ class QuantisedModule:
 
     def _rounded(self, stored: Mapping[str, Tensor]) -> Linear:
         assert self.cut is not None
-        own = {name: tensor[self.cut.slices] for name, tensor in stored.items()}
+        own = {name: self.cut.of(tensor) for name, tensor in stored.items()}
         return self.scheme.read(own, self.num_rows, self.linear.num_columns)
 
-    def _own(self, whole: Linear) -> Linear:
-        """This rank's part of a module.
+    def _own(self, whole: Linear) -> list[Linear]:
+        """This rank's part of a module, stretch by stretch.
 
         Raises:
             EngineError: it would begin or end inside of a group that shares a scale.
         """
         if self.cut is None:
-            return whole
+            return [whole]
         group = self.scheme.format(self.linear.num_columns).block[1]
         if whole.format.block[1] != group:
             raise EngineError(
                 f"tensor_parallel_size: {self.name} ({self.scheme.words}) has groups of {whole.format.block[1]} "
                 f"columns, its parts of {group}"
             )
-        begin, end = self.cut.start, self.cut.start + self.cut.count
+        block, cut = whole.format.block[0], self.cut
         try:
-            if whole.format.block[0] > 1 and self.cut.dim == OUT and begin % whole.format.block[0]:
-                raise ValueError(f"rows {begin} to {end} are not whole blocks of {whole.format.block[0]}")
-            return whole.rows(begin, end) if self.cut.dim == OUT else whole.columns(begin, end)
+            for begin, end in cut.stretches if cut.dim == OUT else ():
+                if begin % block:
+                    raise ValueError(f"rows {begin} to {end} are not whole blocks of {block}")
+            return [whole.rows(*part) if cut.dim == OUT else whole.columns(*part) for part in cut.stretches]
         except ValueError as error:
             raise EngineError(
                 f"tensor_parallel_size: {self.name} ({self.scheme.words}) cannot be divided so: {error}"
             ) from None
 
-    def _place(self, part: Linear) -> None:
-        target = self.linear.rows(self.begin, self.begin + part.num_rows)
+    def _place(self, part: Linear, begin: int) -> None:
+        """From row `begin` of the linear on."""
+        target = self.linear.rows(begin, begin + part.num_rows)
         if target.format.codes == "plain":
             target.weight.copy_(dequantise(part))
         else:
@@ -128,9 +142,7 @@ class QuantisedModule:
             target.row_scale.copy_(part.row_scale)
         # of modules that share their input: the widest, as it was measured
         if target.input_scale is not None and part.input_scale is not None:
-            target.input_scale.copy_(
-                torch.maximum(target.input_scale, part.input_scale) if self.begin else part.input_scale
-            )
+            target.input_scale.copy_(torch.maximum(target.input_scale, part.input_scale) if begin else part.input_scale)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,7 @@ class StackedExperts:
     scheme: Scheme | None  # of each expert's matrix; None: mxfp4
     linear: ExpertLinear
     transposed: bool  # floats lie as [experts, in, out]
+    cut: Cut | None = None  # what this rank has of the matrices [experts, out, in], if not all
 
     @property
     def words(self) -> str:
@@ -152,7 +165,7 @@ class StackedExperts:
     @property
     def stored(self) -> dict[str, StoredKind]:
         """Name in the checkpoint -> what must be there."""
-        count, rows, columns = len(self.linear.weight), self.linear.num_rows, self.linear.num_columns
+        count, rows, columns = self._whole_shape
         if self.scheme is not None:
             return {self.name: StoredKind(((count, columns, rows) if self.transposed else (count, rows, columns),))}
         groups = columns // self.linear.format.block[1]
@@ -161,8 +174,25 @@ class StackedExperts:
             f"{self.name}_scales": StoredKind(((count, rows, groups),), ("U8",)),
         }
 
+    @property
+    def cuts(self) -> Mapping[str, Cut]:
+        """The parts of the tensors that are read, by their names in the checkpoint."""
+        if self.cut is None:
+            return {}
+        if self.scheme is not None:
+            return {self.name: replace(self.cut, dim=3 - self.cut.dim) if self.transposed else self.cut}
+        cut = self.cut if self.cut.dim == _ROWS else in_groups(self.cut, self.linear.format.block[1])
+        return {f"{self.name}_blocks": cut, f"{self.name}_scales": cut}
+
+    @property
+    def _whole_shape(self) -> tuple[int, int, int]:
+        count, rows, columns = len(self.linear.weight), self.linear.num_rows, self.linear.num_columns
+        if self.cut is None:
+            return count, rows, columns
+        return (count, self.cut.whole, columns) if self.cut.dim == _ROWS else (count, rows, self.cut.whole)
+
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """As `QuantisedModule.fill`, one expert after another.
+        """As `QuantisedModule.fill`, one expert after another. tensors: their parts, where there are `cuts`.
 
         Raises:
             EngineError: numbers that are not finite.

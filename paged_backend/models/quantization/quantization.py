@@ -11,6 +11,7 @@ import torch
 
 from paged_backend.errors import EngineError
 from paged_backend.models.quantization.scheme import Scheme
+from paged_kernels.experts import MXFP4 as MXFP4_FORMAT
 from paged_kernels.experts import reaches_experts
 from paged_kernels.linear import PLAIN, Format
 
@@ -51,6 +52,18 @@ class Quantization:
             *(theirs + module.removeprefix(ours) for theirs, ours in self.renames.items() if module.startswith(ours)),
         ]
         return next((rule.scheme for rule in self.rules if any(rule.matches(name) for name in names)), None)
+
+    def group_of(self, module: str) -> int:
+        """So many rows, and so many columns, of a stored module share scales: no rank has a part of such a group. 1
+        where a row has one scale, and where floats are rounded while they are read, each part in groups of its own.
+        """
+        if self.name == MXFP4:
+            return MXFP4_FORMAT.block[1]
+        scheme = self.scheme_of(module)
+        if scheme is None or scheme.rounds:
+            return 1
+        rows, columns = scheme.format(0).block  # no stored format hangs on the number of columns
+        return math.lcm(rows, columns or 1)
 
     def format_of(self, modules: Sequence[str], out_sizes: Sequence[int], in_size: int) -> Format:
         """Of a linear that is packed from `modules`, with so many rows each.

@@ -89,19 +89,20 @@ def test_an_expert_of_another_size_is_named(tmp_path: Path) -> None:
         settle_weights(read_architecture(folder), folder)
 
 
-def save_mxfp4(folder: Path, plain: Path) -> Path:
+def save_mxfp4(folder: Path, plain: Path, **changed: Any) -> Path:
     """gpt-oss as it is published, of random bytes; in `plain` the same numbers as transformers makes them of those
-    bytes.
+    bytes. changed: entries of its config.
     """
-    options = {
+    options: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "head_dim": 16,
+        "sliding_window": 9,
     }
-    save_checkpoint(plain, "GptOssForCausalLM", **options, sliding_window=9)
+    save_checkpoint(plain, "GptOssForCausalLM", **options | changed)
     tensors, generator = load_file(plain / "model.safetensors"), torch.Generator().manual_seed(0)
     packed = dict(tensors)
     for name, tensor in tensors.items():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
@@ -24,11 +25,14 @@ from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import save_published
 from tests.runner_driver import GREEDY, Driver, load_runner
 from tests.thread_ranks import ThreadRanks, on_every_rank
+from tests.unit.models.test_expert_checkpoints import save_mxfp4
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 5, 33)
 MAX_TOKENS = 8
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "llama, one KV head, tied": ("LlamaForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -42,6 +46,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, norms of q and k": (
         "Qwen3ForCausalLM",
         {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+}
+# each rank has one query head of them, and four ranks the same KV head
+CASES_OF_EIGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-oss, sinks and biases": (
+        "GptOssForCausalLM",
+        {**EIGHT_HEADS, **LOCAL_EXPERTS, "attention_bias": True, "sliding_window": 9},
+    ),
+    "minimax-m2, norms of all heads together": (
+        "MiniMaxM2ForCausalLM",
+        {**EIGHT_HEADS, **LOCAL_EXPERTS, "rotary_dim": 8},
     ),
 }
 SAMPLINGS = {
@@ -90,8 +105,57 @@ def test_greedy_tokens_of_every_rank_are_those_of_transformers(folder: Path, siz
         assert num_gathers == 0
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("case", CASES_OF_EIGHT.values(), ids=CASES_OF_EIGHT)
+def test_sinks_biases_and_norms_of_all_heads_are_divided_with_the_heads(
+    case: tuple[str, dict[str, Any]], size: int, tmp_path: Path
+) -> None:
+    architecture, options = case
+    folder = save_checkpoint(tmp_path, architecture, num_hidden_layers=2, **options)
+    expected = Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS)
+    assert [answers for answers, _, _ in generate(folder, size, GREEDY)] == [expected] * size
+
+
+@pytest.mark.parametrize(("size", "counts"), [(2, [160, 128]), (4, [96, 64, 64, 64]), (8, [64] + [32] * 7)])
+def test_experts_in_mxfp4_are_divided_in_whole_groups(size: int, counts: list[int], tmp_path: Path) -> None:
+    """Nine groups of 32 numbers, as gpt-oss has ninety; each rank reads the bytes of its own."""
+    folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain", **EIGHT_HEADS, intermediate_size=288)
+    expected = Oracle(tmp_path / "plain").greedy(random_prompts(LENGTHS), MAX_TOKENS)
+    assert [answers for answers, _, _ in generate(folder, size, GREEDY)] == [expected] * size
+    experts = [weights.layers[1].mlp.experts for weights in shards(folder, size)]  # type: ignore[union-attr]
+    assert [(e.gate_up.num_rows, e.down.num_columns) for e in experts] == [(2 * count, count) for count in counts]
+    packed = load_file(folder / "model.safetensors")
+    scales = packed["model.layers.1.mlp.experts.down_proj_scales"]
+    assert torch.equal(torch.cat([e.down.scale.view(torch.uint8) for e in experts], 2), scales)
+    assert [e.down.bias is None for e in experts] == [False] + [True] * (size - 1), "added once"
+
+
+@pytest.mark.parametrize(("name", "size"), [("qwen3-moe", 4), ("Qwen3-VL-30B-A3B", 2)])
+def test_experts_that_are_stored_together_are_divided(name: str, size: int, tmp_path: Path) -> None:
+    """Gate above up, [experts, out, in] and [experts, in, out]."""
+    if name == "qwen3-moe":
+        one_by_one = save_checkpoint(tmp_path / "one", "Qwen3MoeForCausalLM", num_hidden_layers=2, **EXPERTS)
+        folder = tmp_path / "together"
+        AutoModelForCausalLM.from_pretrained(one_by_one, dtype=torch.float32).save_pretrained(
+            folder, save_original_format=False
+        )
+    else:
+        folder = save_published(tmp_path, name)
+    expected = Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS)
+    assert [answers for answers, _, _ in generate(folder, size, GREEDY)] == [expected] * size
+
+
+@pytest.mark.parametrize(("name", "size"), [("phi-4-mini", 2), ("GLM-4-32B-0414", 4)])
+def test_several_matrices_in_one_tensor_are_divided_each(name: str, size: int, tmp_path: Path) -> None:
+    """Against one rank: transformers changes Phi's positions while a sequence grows."""
+    folder = save_published(tmp_path, name)
+    expected = Driver(load_runner(folder, num_pages=64)).generate(random_prompts(LENGTHS), MAX_TOKENS, chunk=7)
+    assert [answers for answers, _, _ in generate(folder, size, GREEDY)] == [expected] * size
+
+
 @pytest.mark.parametrize(
-    "name", ["gemma-2-9b", "granite-3.3-8b", "c4ai-command-r7b-12-2024", "starcoder2-3b", "Qwen3-VL-4B"]
+    "name",
+    ["gemma-2-9b", "granite-3.3-8b", "c4ai-command-r7b-12-2024", "starcoder2-3b", "Qwen3-VL-4B", "OLMo-2-1124-7B"],
 )
 def test_norms_and_multipliers_behind_a_block_come_after_the_sum_over_ranks(name: str, tmp_path: Path) -> None:
     folder = save_published(tmp_path, name)
@@ -99,17 +163,11 @@ def test_norms_and_multipliers_behind_a_block_come_after_the_sum_over_ranks(name
     assert [answers for answers, _, _ in generate(folder, 2, GREEDY)] == [expected, expected]
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("phi-4-mini", "several matrices in one tensor"),
-        ("GLM-4-32B-0414", "gate_up_proj"),
-        ("OLMo-2-1124-7B", "a norm of all heads together"),
-    ],
-)
-def test_what_cannot_be_divided_among_ranks_is_refused(name: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=f"tensor_parallel_size: .*{words}"):
-        read_architecture(save_published(tmp_path, name)).of_rank(Shard(0, 2))
+def test_groups_that_are_fewer_than_ranks_are_refused(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain", intermediate_size=96)
+    message = r"4 ranks are too many for moe_intermediate_size \(96\), of which 32 stay together"
+    with pytest.raises(EngineError, match=f"^tensor_parallel_size: {message}$"):
+        read_architecture(folder).of_rank(Shard(0, 4))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)

@@ -129,9 +129,13 @@ def test_tokens_are_those_of_what_the_experts_mean(
     assert driver.generate(prompts, 6, chunk=7) == Oracle(meant).greedy(prompts, 6)
 
 
-@pytest.mark.parametrize("name", ["fp8-block", "awq-g32"])
-def test_a_rank_has_its_part_of_every_expert(name: str, tmp_path: Path) -> None:
-    stored, _ = save_experts(tmp_path, name, moe_intermediate_size=256)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("fp8-block", 256), ("awq-g32", 256), ("fp8-block", 384), ("awq-g32", 96), ("modelopt-nvfp4", 48)],
+)
+def test_a_rank_has_its_part_of_every_expert(name: str, size: int, tmp_path: Path) -> None:
+    """In whole groups, also where there is an odd number of them."""
+    stored, _ = save_experts(tmp_path, name, moe_intermediate_size=size)
     architecture = architecture_of(stored)
     whole, *ranks = (load(architecture.of_rank(shard), stored) for shard in (Shard(), Shard(0, 2), Shard(1, 2)))
     ups = [matrices(weights, "gate_up").chunk(2, 1)[1] for weights in ranks]
