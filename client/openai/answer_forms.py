@@ -18,6 +18,7 @@ from paged_client.openai.formats.families import (
 )
 from paged_client.openai.formats.harmony import ANALYSIS as HARMONY_ANALYSIS
 from paged_client.openai.formats.harmony import END as HARMONY_END
+from paged_client.openai.formats.harmony import as_template_has_them
 from paged_client.openai.formats.parser import AnswerForm
 from paged_client.openai.model_card import Description, ModelCard
 from paged_client.openai.protocol import ChatBody
@@ -135,7 +136,8 @@ def within_budget(asked: Asked, body: ChatBody, form: ChatForm) -> Asked:
 
 
 def constrained(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Asked:
-    """With what the server must know: the calls' form, and whether markers are to be seen.
+    """With what the server must know: the calls' form, whether markers are to be seen, and the messages as the
+    template has them.
 
     Raises:
         RefusalError: the answer has another form already.
@@ -144,6 +146,8 @@ def constrained(asked: Asked, wishes: ToolWishes | None, form: ChatForm) -> Aske
     params = dict(asked.params)
     if form.answer.dropped or form.answer.template is not None or _is_harmony(form.answer.tools):
         sampling["skip_special_tokens"] = False
+    if asked.messages is not None and _is_harmony(form.answer.tools):
+        asked = replace(asked, messages=as_template_has_them(asked.messages))
     if wishes is not None and wishes.enforces:
         taken = [
             name for name in sampling if name.startswith(("guided_", "structured_")) and sampling[name] is not None

@@ -23,11 +23,20 @@ def settled(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if settled and message["role"] != "tool" and (settled[-1]["role"] == message["role"] or at < num_before):
             message = _together(settled.pop(), message)
         settled.append(message)
-    return settled
+    return [_with_content(message) for message in settled]
+
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    """Null is for calls alone: a turn of which only the thoughts were told has none to take its place."""
+    return message if message["content"] or message.get("tool_calls") else {**message, "content": ""}
 
 
 def _together(before: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
-    texts = [each["content"] for each in (before, message) if each["content"]]
+    together = {"role": before["role"], "content": _joined(before, message, "content") or None}
     calls = [*before.get("tool_calls", ()), *message.get("tool_calls", ())]
-    together = {"role": before["role"], "content": "\n".join(texts) if texts else None}
-    return {**together, "tool_calls": calls} if calls else together
+    thought = _joined(before, message, "reasoning_content")
+    return together | ({"tool_calls": calls} if calls else {}) | ({"reasoning_content": thought} if thought else {})
+
+
+def _joined(before: dict[str, Any], message: dict[str, Any], member: str) -> str:
+    return "\n".join(filter(None, (before.get(member), message.get(member))))

@@ -137,34 +137,43 @@ def _messages(position: int, message: Mapping[str, Any]) -> list[dict[str, Any]]
         return [{"role": role, "content": content}]
     if not isinstance(content, list):
         raise RefusalError(f"{where}.content: expected a string or a list of blocks", param=f"{where}.content")
-    texts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
+    read = _Blocks()
     for at, block in enumerate(content):
-        _block(f"{where}.content.{at}", block, texts, calls, results)
-    own: dict[str, Any] = {"role": role, "content": "\n".join(texts) if texts else None}
-    if calls:
-        own["tool_calls"] = calls
-    return [*results, *([own] if texts or calls or not results else [])]
+        read.add(f"{where}.content.{at}", block)
+    own: dict[str, Any] = {"role": role, "content": "\n".join(read.texts) if read.texts else None}
+    if read.calls:
+        own["tool_calls"] = read.calls
+    if read.thoughts:
+        own["reasoning_content"] = "\n".join(read.thoughts)
+    return [*read.results, *([own] if len(own) > 2 or read.texts or not read.results else [])]
 
 
-def _block(
-    where: str, block: Any, texts: list[str], calls: list[dict[str, Any]], results: list[dict[str, Any]]
-) -> None:
-    match block:
-        case {"type": "text", "text": str() as text}:
-            texts.append(text)
-        case {"type": "tool_use", "id": str() as call_id, "name": str() as name, "input": dict() as arguments}:
-            function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            calls.append({"id": call_id, "type": "function", "function": function})
-        case {"type": "tool_result", "tool_use_id": str() as call_id}:
-            text = _text(f"{where}.content", block.get("content", ""))
-            results.append({"role": "tool", "tool_call_id": call_id, "content": text})
-        case {"type": "thinking" | "redacted_thinking"}:
-            pass  # templates leave earlier thoughts out
-        case _:
-            kind = str(block.get("type"))[:80] if isinstance(block, dict) else type(block).__name__
-            raise RefusalError(f"{where}: no block of type '{kind}': not supported, or not complete", param=where)
+class _Blocks:
+    """What the blocks of a turn have."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []  # templates show those of the turn that goes on, between calls
+        self.calls: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+
+    def add(self, where: str, block: Any) -> None:
+        match block:
+            case {"type": "text", "text": str() as text}:
+                self.texts.append(text)
+            case {"type": "tool_use", "id": str() as call_id, "name": str() as name, "input": dict() as arguments}:
+                function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+                self.calls.append({"id": call_id, "type": "function", "function": function})
+            case {"type": "tool_result", "tool_use_id": str() as call_id}:
+                text = _text(f"{where}.content", block.get("content", ""))
+                self.results.append({"role": "tool", "tool_call_id": call_id, "content": text})
+            case {"type": "thinking", "thinking": str() as thought}:
+                self.thoughts.append(thought)
+            case {"type": "redacted_thinking"}:
+                pass
+            case _:
+                kind = str(block.get("type"))[:80] if isinstance(block, dict) else type(block).__name__
+                raise RefusalError(f"{where}: no block of type '{kind}': not supported, or not complete", param=where)
 
 
 def _text(where: str, content: Any) -> str:

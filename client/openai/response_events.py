@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from paged_client.openai.response_items import ResponsesBody
+from paged_client.openai.response_items import SEALED_THOUGHTS, ResponsesBody, sealed
 from paged_client.openai.response_tools import ResponseTools, text_of
 
 Event = dict[str, Any]
@@ -18,6 +18,7 @@ class ResponseBuilder:
 
     def __init__(self, body: ResponsesBody, tools: ResponseTools, *, stored: bool) -> None:
         self._tools = tools
+        self._seals = isinstance(body.include, list) and SEALED_THOUGHTS in body.include
         self.id = f"resp_{body.request_id or secrets.token_hex(16)}"
         self._head = {
             "id": self.id,
@@ -150,6 +151,8 @@ class ResponseBuilder:
             else:
                 yield self._event("response.reasoning_text.done", **place, content_index=0, text=part["text"])
             yield self._event("response.content_part.done", **place, content_index=0, part={**part})
+        if item["type"] == "reasoning" and self._seals:
+            item["encrypted_content"] = sealed(item["content"][0]["text"])
         item["status"] = status
         yield self._event("response.output_item.done", output_index=place["output_index"], item={**item})
         self._open = None

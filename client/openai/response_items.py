@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +17,8 @@ from paged_client.openai.response_tools import ResponseTools, calls_of
 
 _REFUSED = ("background", "conversation", "prompt")
 _FIRST = Field(fail_fast=True)
+_SEAL = "paged:"  # begins what `sealed` writes
+SEALED_THOUGHTS = "reasoning.encrypted_content"  # of `include`
 
 
 class Reasoning(BaseModel):
@@ -128,7 +132,9 @@ def _messages(position: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]
             where = f"input.{position}.output"
             raise RefusalError(f"{where}: expected a string or a list of parts", param=where)
         case {"type": "reasoning"}:
-            return  # what was thought before is not shown to the model again: templates leave it out, too
+            thought = thought_of(item)
+            if thought:  # templates show those of the turn that goes on, between calls
+                yield {"role": "assistant", "content": None, "reasoning_content": thought}
         case {"role": str() as role, "content": str() | list() as content} if item.get("type", "message") == "message":
             yield {"role": role, "content": _text(f"input.{position}.content", content)}
         case {"type": str() as kind}:
@@ -140,6 +146,24 @@ def _messages(position: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]
             raise RefusalError(
                 f"input.{position}: expected an item with a type, or with role and content", param=f"input.{position}"
             )
+
+
+def thought_of(item: Mapping[str, Any]) -> str:
+    """What an item of type reasoning says; "": it does not."""
+    match item:
+        case {"content": [_, *_] as parts}:
+            return "\n".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+        case {"encrypted_content": str() as sealed} if sealed.startswith(_SEAL):
+            with suppress(ValueError):
+                return base64.b64decode(sealed.removeprefix(_SEAL), validate=True).decode()
+    return ""
+
+
+def sealed(thought: str) -> str:
+    """A thought for an agent that keeps no text of thoughts and gives back what it does not understand. It is coded,
+    not encrypted: the caller may read it anyway.
+    """
+    return _SEAL + base64.b64encode(thought.encode()).decode()
 
 
 def _text(where: str, content: str | Sequence[Any]) -> str:

@@ -16,7 +16,7 @@ from paged_client.openai.disconnect import EventStream
 from paged_client.openai.errors import RefusalError, refusal_of_body
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.response_events import ResponseBuilder
-from paged_client.openai.response_items import ResponsesBody, chat_body, messages_of
+from paged_client.openai.response_items import ResponsesBody, chat_body, messages_of, thought_of
 from paged_client.openai.response_store import ResponseStore
 from paged_client.openai.response_tools import ResponseTools, calls_of
 from paged_client.openai.unknown_keys import unused_keys, with_warning
@@ -141,8 +141,10 @@ def _answer_message(response: Mapping[str, Any]) -> dict[str, Any]:
     """The answer as the next chat has it."""
     texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
     calls = [call for item in response["output"] for call in calls_of(item)]
+    thoughts = [thought_of(item) for item in response["output"] if item["type"] == "reasoning"]
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) or (None if calls else "")}
-    return message | ({"tool_calls": calls} if calls else {})
+    message |= {"tool_calls": calls} if calls else {}
+    return message | ({"reasoning_content": "\n".join(thoughts)} if thoughts else {})
 
 
 def _renamed(refusal: RefusalError) -> RefusalError:

@@ -209,6 +209,8 @@ def message_of(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
         raise _no_content(position)
     if isinstance(message.get("tool_calls"), list):
         changed["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    if isinstance(message.get("reasoning"), str):  # the newer of the two names that an answer has it by
+        changed.setdefault("reasoning_content", message["reasoning"])
     return changed
 
 

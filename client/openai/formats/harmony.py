@@ -7,6 +7,8 @@ ids, with a vocabulary that it loads from elsewhere.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from paged_client.openai.formats.events import Calls, Content, Event, Reasoning
 from paged_client.openai.formats.markers import Markers
@@ -16,6 +18,23 @@ ANALYSIS = ("<|channel|>", "analysis", "<|message|>")  # begins a message of tho
 END = "<|end|>"  # ends any message after which another follows
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?(?P<name>[^\s<]+)")
+
+
+def as_template_has_them(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A chat's messages for gpt-oss's own template: what the model thought before a call is `thinking`, which it takes
+    only without content beside it, and an empty content is "".
+    """
+    return [_as_template_has_it(dict(message)) for message in messages]
+
+
+def _as_template_has_it(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] != "assistant":
+        return message
+    content = message.get("content") or ""
+    if not message.get("tool_calls"):
+        return {**message, "content": content}
+    thought = message.get("reasoning_content") or message.get("thinking") or ""
+    return {**message, "content": "", "thinking": "\n".join(filter(None, (thought, content)))}
 
 
 class HarmonyParser:

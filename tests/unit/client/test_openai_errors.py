@@ -196,6 +196,24 @@ def test_harmonys_thoughts_have_a_budget_and_are_counted(budget: int, tools: Any
     assert sampling["start_thinking_token_ids"] == [0, 1] and sampling["skip_special_tokens"] is False
 
 
+def test_harmonys_template_is_given_thoughts_and_words_before_a_call_as_it_takes_them() -> None:
+    """Its own template refuses content beside `thinking`, and looks for markers in a content that must be text."""
+    made = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    given = [
+        *HI,
+        {"role": "assistant", "content": "I look.", "reasoning": "Hmm.", "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sun"},
+        {"role": "assistant", "content": None, "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sun"},
+        {"role": "assistant", "content": None},
+    ]
+    model = Harmony(HARMONY, "Four.")
+    call(model, "/v1/chat/completions", {"model": "m", "messages": given, "tools": [tool()]})
+    messages = json.loads(str(model.asked[0].tensors["messages"]))
+    said = [(one["content"], one.get("thinking")) for one in messages if one["role"] == "assistant"]
+    assert said == [("", "Hmm.\nI look."), ("", ""), ("", None)]
+
+
 def test_a_harmony_answer_without_thoughts_has_no_reasoning_tokens() -> None:
     said = "<|channel|>commentary<|message|>I look it up.<|end|><|start|>assistant<|channel|>final<|message|>Four."
     model = Harmony(HARMONY, said, ids=[[0, 4, 2, 50, 3, 60, 70, 0, 80, 2, 90]])

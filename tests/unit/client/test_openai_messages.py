@@ -175,7 +175,7 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
     assert chat.messages == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "I look.", "tool_calls": [call_made]},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call_made], "reasoning_content": "hm"},
         {"role": "tool", "tool_call_id": "c1", "content": "sun"},
         {"role": "user", "content": "And?"},
     ]

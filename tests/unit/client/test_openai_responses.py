@@ -14,6 +14,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("openai")
 
+import openai
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -24,6 +25,7 @@ from paged_client.openai.response_store import ResponseStore
 from paged_client.openai.unknown_keys import WARNING_HEADER
 from tests.unit.client.gateway_calls import Reply, call
 from tests.unit.client.test_openai_tools import CALL, HERMES, THINKS, THOUGHT, Model
+from tests.unit.client.test_real_clients import KEY, MODEL, serving
 
 TOOL = {
     "type": "function",
@@ -191,6 +193,35 @@ def test_a_tool_that_takes_plain_text_is_given_it(text: str, stream: bool) -> No
     turn, result = settled(messages_of([item, output]))
     assert json.loads(turn["tool_calls"][0]["function"]["arguments"]) == {"input": text}
     assert result["content"] == "Done."
+
+
+def test_thoughts_before_a_call_are_there_when_its_result_is() -> None:
+    """Given back as text, or sealed, as Codex keeps them; templates show those of the turn that goes on."""
+    texts = ("<think>", "I must look.", "</think>", *CALL)
+    model = Model(THINKS, *texts)
+    body = {"tools": [TOOL], "include": ["reasoning.encrypted_content"]}
+    for stream in (False, True):
+        reply = respond(model, **body, stream=stream)
+        output = events_of(reply)[-1]["response"]["output"] if stream else reply.json["output"]
+        thought, text, made = output
+        for kept in (thought, {**thought, "content": None}, {**thought, "encrypted_content": None}):
+            result = {"type": "function_call_output", "call_id": made["call_id"], "output": "sun"}
+            respond(model, **body, input=[{"role": "user", "content": "Weather?"}, kept, text, made, result])
+            turn = asked(model)[1]
+            assert (turn["reasoning_content"], turn["content"]) == ("I must look.", text["content"][0]["text"])
+            assert [each["function"]["name"] for each in turn["tool_calls"]] == ["get_weather"]
+    assert "encrypted_content" not in respond(model, tools=[TOOL]).json["output"][0]
+    foreign = {"type": "reasoning", "summary": [], "encrypted_content": "gAAAA", "content": None}
+    respond(model, input=[{"role": "user", "content": "x"}, foreign, {"role": "user", "content": "y"}])
+    assert [message["content"] for message in asked(model)] == ["x\ny"]
+
+
+def test_thoughts_are_kept_with_a_stored_response() -> None:
+    model = Model(THINKS, "<think>", "Hm.", "</think>", "Hello.")
+    with serving(model) as url, openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        first = client.responses.create(model=MODEL, input="Hi")
+        client.responses.create(model=MODEL, input="And?", previous_response_id=first.id)
+    assert asked(model)[1] == {"role": "assistant", "content": "Hello.", "reasoning_content": "Hm."}
 
 
 def test_what_an_agent_says_between_turns_reaches_any_template() -> None:

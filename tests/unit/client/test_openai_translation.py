@@ -230,6 +230,7 @@ def test_messages_are_made_what_templates_expect() -> None:
                 ],
             },
             {"role": "tool", "tool_call_id": "1", "content": "3"},
+            {"role": "assistant", "content": "4", "reasoning": "Hm."},
         ]
     )
     assert asked.messages == [
@@ -246,6 +247,7 @@ def test_messages_are_made_what_templates_expect() -> None:
             ],
         },
         {"role": "tool", "tool_call_id": "1", "content": "3"},
+        {"role": "assistant", "content": "4", "reasoning": "Hm.", "reasoning_content": "Hm."},
     ]
     assert asked.prompts == (None,)
 
