@@ -126,30 +126,11 @@ class Asked:
 def bodies(model: str) -> dict[str, Asked]:
     """By name; a path has several where its fields exclude one another. model: that is served."""
     head = {"model": model}
-    chat = {**head, "messages": _CHAT, "max_completion_tokens": 4}
+    return _completions(head) | _chats(head) | _responses(head) | _messages(head) | _others(head)
+
+
+def _completions(head: Mapping[str, Any]) -> dict[str, Asked]:
     text = {**head, "prompt": "Once", "max_tokens": 4}
-    said = "/v1/chat/completions"
-    responses_input = [
-        {"role": "user", "content": [{"type": "input_text", "text": "Where is the fox?"}]},
-        {"type": "function_call", "call_id": "call_1", "name": "look_up", "arguments": "{}"},
-        {"type": "function_call_output", "call_id": "call_1", "output": "in the garden"},
-        {"type": "reasoning", "summary": []},
-    ]
-    called = {"type": "tool_use", "id": "t1", "name": "look_up", "input": {"thing": "fox"}}
-    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "garden"}]}
-    anthropic_turns = [
-        {"role": "user", "content": [{"type": "text", "text": "Where is the fox?"}]},
-        {"role": "assistant", "content": [called]},
-        {"role": "user", "content": [result]},
-    ]
-    anthropic = {
-        **head,
-        "messages": anthropic_turns,
-        "system": [{"type": "text", "text": "Be brief."}],
-        "tools": [{"name": "look_up", "description": "Looks up.", "input_schema": _SCHEMA}],
-        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
-        "thinking": {"type": "enabled", "budget_tokens": 100},
-    }
     return {
         "completions": Asked("/v1/completions", {**text, **_SAMPLING, "echo": True, "logprobs": 2}),
         "completions streamed": Asked(
@@ -164,6 +145,13 @@ def bodies(model: str) -> dict[str, Asked]:
         "completions choice": Asked("/v1/completions", {**text, "guided_choice": ["yes", "no"]}),
         "completions json": Asked("/v1/completions", {**text, "guided_json": _SCHEMA}),
         "completions structured": Asked("/v1/completions", {**text, "structured_outputs": {"json": _SCHEMA}}),
+    }
+
+
+def _chats(head: Mapping[str, Any]) -> dict[str, Asked]:
+    chat = {**head, "messages": _CHAT, "max_completion_tokens": 4}
+    said = "/v1/chat/completions"
+    return {
         "chat": Asked(
             said,
             {
@@ -196,6 +184,17 @@ def bodies(model: str) -> dict[str, Asked]:
         ),
         "chat form": Asked(said, {**chat, "response_format": _FORMAT, "max_tokens": 4, "modalities": ["text"]}),
         "chat streamed": Asked(said, {**chat, "stream": True, "stream_options": {"include_usage": True}}),
+    }
+
+
+def _responses(head: Mapping[str, Any]) -> dict[str, Asked]:
+    responses_input = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Where is the fox?"}]},
+        {"type": "function_call", "call_id": "call_1", "name": "look_up", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "call_1", "output": "in the garden"},
+        {"type": "reasoning", "summary": []},
+    ]
+    return {
         "responses": Asked(
             "/v1/responses",
             {
@@ -224,6 +223,26 @@ def bodies(model: str) -> dict[str, Asked]:
             {**head, "input": "x", "text": {"format": {"type": "json_schema", "name": "form", "schema": _SCHEMA}}},
         ),
         "responses streamed": Asked("/v1/responses", {**head, "input": "x", "max_output_tokens": 4, "stream": True}),
+    }
+
+
+def _messages(head: Mapping[str, Any]) -> dict[str, Asked]:
+    called = {"type": "tool_use", "id": "t1", "name": "look_up", "input": {"thing": "fox"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "garden"}]}
+    anthropic_turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Where is the fox?"}]},
+        {"role": "assistant", "content": [called]},
+        {"role": "user", "content": [result]},
+    ]
+    anthropic = {
+        **head,
+        "messages": anthropic_turns,
+        "system": [{"type": "text", "text": "Be brief."}],
+        "tools": [{"name": "look_up", "description": "Looks up.", "input_schema": _SCHEMA}],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        "thinking": {"type": "enabled", "budget_tokens": 100},
+    }
+    return {
         "messages": Asked(
             "/v1/messages",
             {
@@ -240,6 +259,12 @@ def bodies(model: str) -> dict[str, Asked]:
             "/v1/messages", {**head, "messages": anthropic_turns[:1], "max_tokens": 4, "stream": True}
         ),
         "count tokens": Asked("/v1/messages/count_tokens", anthropic),
+    }
+
+
+def _others(head: Mapping[str, Any]) -> dict[str, Asked]:
+    """Embeddings and what is made of them; tokens."""
+    return {
         "embeddings": Asked(
             "/v1/embeddings",
             {

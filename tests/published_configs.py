@@ -14,59 +14,28 @@ import torch
 from transformers import AutoConfig
 
 from tests.oracle import kind_of
+from tests.published_multimodal_configs import MULTIMODAL_CONFIGS
 
-_WIDTH = {
+_SIZES = {
     "vocab_size": 199,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
 }
-_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-_LENGTH = {"max_position_embeddings": 1024}
 _LONGROPE = {
     "type": "longrope",
     "short_factor": [1.0, 1.1, 1.25, 1.5, 2.0, 2.5],
     "long_factor": [1.1, 1.6, 2.9, 5.1, 9.2, 16.5],
 }
-_IMAGE_TOKENS = {
-    "image_token_id": 195,
-    "video_token_id": 196,
-    "vision_start_token_id": 197,
-    "vision_end_token_id": 198,
-}
-_QWEN3_VL_TEXT = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "head_dim": 32,
-    "hidden_act": "silu",
-    "model_type": "qwen3_vl_text",
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
-    "rope_theta": 5000000,
-    **_WIDTH,
-    **_ENDS,
-    **_LENGTH,
-    "initializer_range": 0.2,
-}
-_QWEN3_VL_VISION = {
-    "deepstack_visual_indexes": [0],
-    "depth": 1,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_size": 16,
-    "in_channels": 3,
-    "intermediate_size": 16,
-    "model_type": "qwen3_vl",
-    "num_heads": 2,
-    "num_position_embeddings": 16,
-    "out_hidden_size": 64,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
 
-CONFIGS: dict[str, dict[str, Any]] = {
+TEXT_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma-2-9b": {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
@@ -108,116 +77,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000,
         "sliding_window": 20,
         "sliding_window_pattern": 3,
-    },
-    "gemma-3-4b": {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
-        "boi_token_index": 5,
-        "eoi_token_index": 6,
-        "image_token_index": 7,
-        "mm_tokens_per_image": 4,
-        "initializer_range": 0.2,
-        "text_config": {
-            "model_type": "gemma3_text",
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-            "sliding_window": 20,
-            "sliding_window_pattern": 2,
-            "head_dim": 32,
-            **_WIDTH,
-            **_ENDS,
-            **_LENGTH,
-            "initializer_range": 0.2,
-        },
-        "vision_config": {
-            "hidden_size": 16,
-            "image_size": 56,
-            "intermediate_size": 16,
-            "model_type": "siglip_vision_model",
-            "num_attention_heads": 2,
-            "num_hidden_layers": 1,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
-    },
-    "Qwen3-VL-4B": {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
-        **_IMAGE_TOKENS,
-        "tie_word_embeddings": True,
-        "text_config": _QWEN3_VL_TEXT,
-        "vision_config": _QWEN3_VL_VISION,
-    },
-    "Qwen3-VL-30B-A3B": {
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "model_type": "qwen3_vl_moe",
-        **_IMAGE_TOKENS,
-        "tie_word_embeddings": False,
-        "text_config": {
-            **_QWEN3_VL_TEXT,
-            "model_type": "qwen3_vl_moe_text",
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "moe_intermediate_size": 24,
-            "norm_topk_prob": True,
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-        },
-        "vision_config": {**_QWEN3_VL_VISION, "model_type": "qwen3_vl_moe"},
-    },
-    "Qwen2.5-VL-7B": {  # published without a text_config
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        **_IMAGE_TOKENS,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "max_window_layers": 28,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"mrope_section": [2, 3, 3], "type": "mrope"},
-        "sliding_window": 32768,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "vision_config": {
-            "depth": 1,
-            "fullatt_block_indexes": [0],
-            "hidden_act": "silu",
-            "hidden_size": 16,
-            "in_chans": 3,
-            "intermediate_size": 16,
-            "model_type": "qwen2_5_vl",
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-        },
-    },
-    "Qwen2-VL-2B": {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        **_IMAGE_TOKENS,
-        "hidden_act": "silu",
-        "max_window_layers": 28,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"mrope_section": [2, 3, 3], "type": "mrope"},
-        "sliding_window": 32768,
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "vision_config": {
-            "depth": 1,
-            "embed_dim": 16,
-            "hidden_size": 64,
-            "in_chans": 3,
-            "mlp_ratio": 1,
-            "model_type": "qwen2_vl",
-            "num_heads": 2,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-        },
     },
     "phi-3-mini-4k": {
         "architectures": ["Phi3ForCausalLM"],
@@ -466,92 +325,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 1000042,
         "tie_word_embeddings": False,
     },
-    "Ministral-3-8B": {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "model_type": "mistral3",
-        "image_token_index": 10,
-        "multimodal_projector_bias": False,
-        "projector_hidden_act": "gelu",
-        "spatial_merge_size": 2,
-        "text_config": {
-            "attention_dropout": 0.0,
-            "head_dim": 32,
-            "hidden_act": "silu",
-            "model_type": "ministral3",
-            "rms_norm_eps": 1e-05,
-            "rope_parameters": {
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "factor": 16.0,
-                "llama_4_scaling_beta": 0.1,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "original_max_position_embeddings": 24,
-                "rope_theta": 1000000.0,
-                "rope_type": "yarn",
-                "type": "yarn",
-            },
-            "sliding_window": None,
-            "tie_word_embeddings": False,
-            **_WIDTH,
-            **_ENDS,
-            **_LENGTH,
-            "initializer_range": 0.2,
-        },
-        "vision_config": {
-            "head_dim": 8,
-            "hidden_size": 16,
-            "image_size": 56,
-            "intermediate_size": 16,
-            "model_type": "pixtral",
-            "num_attention_heads": 2,
-            "num_channels": 3,
-            "num_hidden_layers": 1,
-            "patch_size": 14,
-        },
-        "vision_feature_layer": -1,
-    },
-    "Mistral-Small-3.1-24B": {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "model_type": "mistral3",
-        "image_token_index": 10,
-        "multimodal_projector_bias": False,
-        "projector_hidden_act": "gelu",
-        "spatial_merge_size": 2,
-        "text_config": {
-            "attention_dropout": 0.0,
-            "head_dim": 24,
-            "hidden_act": "silu",
-            "model_type": "mistral",
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 1000000000.0,
-            "sliding_window": None,
-            **_WIDTH,
-            **_ENDS,
-            **_LENGTH,
-            "initializer_range": 0.2,
-        },
-        "vision_config": {
-            "head_dim": 8,
-            "hidden_size": 16,
-            "image_size": 56,
-            "intermediate_size": 16,
-            "model_type": "pixtral",
-            "num_attention_heads": 2,
-            "num_hidden_layers": 1,
-            "patch_size": 14,
-        },
-        "vision_feature_layer": -1,
-    },
 }
+CONFIGS = MULTIMODAL_CONFIGS | TEXT_CONFIGS
 
 
 def published_config(name: str) -> dict[str, Any]:
     """The cut-down config.json of a published model."""
-    config = dict(CONFIGS[name])
-    if "text_config" not in config:
-        config = {**_WIDTH, **_ENDS, **_LENGTH, "initializer_range": 0.2, **config}
-    return config
+    config = CONFIGS[name]
+    if "text_config" in config:
+        return {**config, "text_config": {**_SIZES, **config["text_config"]}}
+    return {**_SIZES, **config}
 
 
 def save_published(folder: Path, name: str, seed: int = 0) -> Path:

@@ -2,7 +2,8 @@
 table to stderr.
 
     python -m tests.bench.bench_linear [--model llama-3.2-1b] [--tokens 1,2,8,16,32,64,128] [--products qkv,out]
-    [--sweep] python -m tests.bench.bench_linear --formats fp8-channel,fp8-block,int4-g128,nvfp4 [--model llama-3.1-8b]
+    [--sweep]
+    python -m tests.bench.bench_linear --formats fp8-channel,fp8-block,int4-g128,nvfp4 [--model llama-3.1-8b]
     [--tokens 1,8,32,64,256,2048]
 
 A case is one product of a decoder layer with its companions: qkv, gate_up and the head with the norm before them, out
@@ -21,6 +22,8 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -86,7 +89,7 @@ class Case:
         self.wide = torch.empty(num_tokens, rows, device="cuda", dtype=torch.bfloat16)
         self.hot = torch.empty_like(self.x)
         self.workspace = make_linear_workspace(torch.device("cuda"))
-        self.rows, self.columns, self.num_tokens = rows, columns, num_tokens
+        self.name, self.rows, self.columns, self.num_tokens = product, rows, columns, num_tokens
 
     def time(self, launch: Callable[[torch.Tensor], object]) -> float:
         return replay_us(lambda i: launch(self.weights[i % len(self.weights)]), max(16, len(self.weights)), 9)
@@ -187,61 +190,44 @@ def main() -> None:
     )
     options = parser.parse_args()
     reading = read_bandwidth()
-    for product, (rows, columns) in products(options.model).items():
-        if product not in options.products.split(","):
+    asked = [one for one in products(options.model).items() if one[0] in options.products.split(",")]
+    for (product, (rows, columns)), tokens in itertools.product(asked, options.tokens.split(",")):
+        num_tokens = int(tokens)
+        head = {"bench": "linear", "model": options.model, "product": product}
+        if options.formats:
+            for name in options.formats.split(","):
+                found = quantised_row(product, rows, columns, num_tokens, name, reading)
+                print(json.dumps({**head, "tokens": num_tokens, **found}), flush=True)
             continue
-        for num_tokens in map(int, options.tokens.split(",")):
-            for name in filter(None, options.formats.split(",")):
-                found_row = quantised_row(product, rows, columns, num_tokens, name, reading)
-                print(
-                    json.dumps(
-                        {
-                            "bench": "linear",
-                            "model": options.model,
-                            "product": product,
-                            "tokens": num_tokens,
-                            **found_row,
-                        }
-                    ),
-                    flush=True,
-                )
-            if options.formats:
-                continue
-            case = Case(product, rows, columns, num_tokens)
-            floor = case.bytes / reading * 1e6
-            row = {
-                "bench": "linear",
-                "model": options.model,
-                "product": product,
-                "rows": rows,
-                "columns": columns,
-                "tokens": num_tokens,
-            }
-            row |= {"floor_us": round(floor, 2), "cublas_us": round(case.time(case.cublas), 2)}
-            found = []
-            for shape in dict.fromkeys(case.shapes(options.sweep)):
-                launch = case.vector if isinstance(shape, VectorShape) else case.narrow
-                try:
-                    found.append(
-                        (
-                            round(case.time(lambda weight, launch=launch, shape=shape: launch(weight, shape)), 2),
-                            str(shape),
-                        )
-                    )  # type: ignore[misc]
-                except Exception as error:  # a shape the hardware has no room for
-                    found.append((1e9, f"{shape}: {type(error).__name__} {str(error)[:60]}"))
-            row |= {
-                "tuned_us": {shape: us for us, shape in found[: 2 if num_tokens == 1 else 1]},
-                "read_tb_s": round(reading / 1e12, 3),
-            }
-            row |= {"best": sorted(found)[:4]} if options.sweep else {}
-            print(json.dumps({**row, "device": torch.cuda.get_device_name()}), flush=True)
-            best = "; ".join(f"{us} {shape}" for us, shape in sorted(found)[:4])
-            print(
-                f"{product:8} {rows}x{columns} x{num_tokens:3}: floor {floor:7.2f}, cublas "
-                f"{row['cublas_us']:7.2f}, ours {best}",
-                file=sys.stderr,
-            )
+        row = row_of(Case(product, rows, columns, num_tokens), reading, options.sweep)
+        print(json.dumps({**head, **row, "device": torch.cuda.get_device_name()}), flush=True)
+
+
+def row_of(case: Case, reading: float, sweep: bool) -> dict[str, Any]:
+    """Microseconds of cuBLAS and of our shapes. reading: bytes/s of the device's memory; sweep: of all shapes."""
+    found: list[tuple[float, str]] = []
+    for shape in dict.fromkeys(case.shapes(sweep)):
+        launch: Any = case.vector if isinstance(shape, VectorShape) else case.narrow
+        try:
+            found.append((round(case.time(partial(launch, shape=shape)), 2), str(shape)))
+        except Exception as error:  # a shape the hardware has no room for
+            found.append((1e9, f"{shape}: {type(error).__name__} {str(error)[:60]}"))
+    best = sorted(found)[:4]
+    row: dict[str, Any] = {
+        "rows": case.rows,
+        "columns": case.columns,
+        "tokens": case.num_tokens,
+        "floor_us": round(case.bytes / reading * 1e6, 2),
+        "cublas_us": round(case.time(case.cublas), 2),
+        "tuned_us": {shape: us for us, shape in found[: 2 if case.num_tokens == 1 else 1]},
+        "read_tb_s": round(reading / 1e12, 3),
+    }
+    print(
+        f"{case.name:8} {case.rows}x{case.columns} x{case.num_tokens:3}: floor {row['floor_us']:7.2f}, cublas "
+        f"{row['cublas_us']:7.2f}, ours {'; '.join(f'{us} {shape}' for us, shape in best)}",
+        file=sys.stderr,
+    )
+    return row | {"best": best} if sweep else row
 
 
 if __name__ == "__main__":

@@ -135,49 +135,77 @@ def row_cases(batch: int) -> Iterator[Case]:
     )
 
 
+class Sampling:
+    """A batch of logits, and how a token of each row is drawn."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.workspace = make_sampling_workspace(256, VOCAB, torch.device("cuda"))
+        self.flat, self.peaked = randn(batch, VOCAB, dtype=torch.float32), 2 * randn(batch, VOCAB, dtype=torch.float32)
+        self.peaked.scatter_add_(
+            1, torch.randint(0, VOCAB, (batch, 50), device="cuda"), torch.full((batch, 50), 10.0, device="cuda")
+        )
+        self.tokens = torch.empty(batch, dtype=torch.int64, device="cuda")
+        self.values = torch.empty(batch, device="cuda")
+        self.temperature = torch.full_like(self.values, 0.8)
+        self.seeds, self.positions = torch.arange(batch, device="cuda"), torch.arange(batch, device="cuda")
+
+    def case(self, name: str, launch: Callable[[bool], object], twin: Callable[[], object] | None = None) -> Case:
+        """It reads all logits once."""
+        return Case(name, self.batch, self.peaked.nbytes, launch, twin, reads_only=True)
+
+
 def sampling_cases(batch: int) -> Iterator[Case]:
-    workspace = make_sampling_workspace(256, VOCAB, torch.device("cuda"))
-    flat, peaked = randn(batch, VOCAB, dtype=torch.float32), 2 * randn(batch, VOCAB, dtype=torch.float32)
-    peaked.scatter_add_(
-        1, torch.randint(0, VOCAB, (batch, 50), device="cuda"), torch.full((batch, 50), 10.0, device="cuda")
-    )
-    half = peaked.to(BF16)
-    tokens, values = torch.empty(batch, dtype=torch.int64, device="cuda"), torch.empty(batch, device="cuda")
-    temperature, seeds, positions = (
-        torch.full_like(values, 0.8),
-        torch.arange(batch, device="cuda"),
-        torch.arange(batch, device="cuda"),
-    )
+    of = Sampling(batch)
+    yield from choice_cases(of)
+    yield from threshold_cases(of)
+    yield penalty_case(of)
 
-    def case(
-        name: str, launch: Callable[[bool], object], twin: Callable[[], object] | None = None, passes: int = 1
-    ) -> Case:
-        return Case(name, batch, passes * peaked.nbytes, launch, twin, reads_only=True)
 
-    yield case(
+def choice_cases(of: Sampling) -> Iterator[Case]:
+    peaked, workspace, tokens, values = of.peaked, of.workspace, of.tokens, of.values
+    half, temperature, drawn = peaked.to(BF16), of.temperature, (of.temperature, of.seeds, of.positions)
+    yield of.case(
         "argmax",
         lambda pdl: argmax(peaked, workspace=workspace, out=tokens, launch_pdl=pdl),
         lambda: reference.argmax(peaked),
     )
     yield Case(
         "argmax of bfloat16",
-        batch,
+        of.batch,
         half.nbytes,
         lambda pdl: argmax(half, workspace=workspace, out=tokens, launch_pdl=pdl),
         lambda: reference.argmax(half),
         True,
     )
-    yield case(
+    yield of.case(
         "logprobs",
         lambda pdl: logprobs(peaked, tokens, workspace=workspace, out=values, launch_pdl=pdl),
         lambda: reference.logprobs(peaked, tokens),
     )
-    yield case(
+    yield of.case(
         "sample",
-        lambda pdl: sample(peaked, temperature, seeds, positions, workspace=workspace, out=tokens, launch_pdl=pdl),
-        lambda: reference.sample(reference.apply_temperature(peaked, temperature), seeds, positions),
+        lambda pdl: sample(peaked, *drawn, workspace=workspace, out=tokens, launch_pdl=pdl),
+        lambda: reference.sample(reference.apply_temperature(peaked, temperature), of.seeds, of.positions),
     )
-    thresholds = torch.empty_like(values)
+    cut = truncation_thresholds(
+        peaked, torch.full_like(tokens, 50), torch.full_like(values, 0.9), torch.zeros_like(values), workspace=workspace
+    )
+    yield of.case(
+        "sample above thresholds",
+        lambda pdl: sample(peaked, *drawn, workspace=workspace, thresholds=cut, out=tokens, launch_pdl=pdl),
+    )
+    for n in (1, 20):
+        tops = (torch.empty(of.batch, n, dtype=torch.int64, device="cuda"), torch.empty(of.batch, n, device="cuda"))
+        yield of.case(
+            f"top_logprobs {n}",
+            lambda pdl, n=n, tops=tops: top_logprobs(peaked, n, workspace=workspace, out=tops, launch_pdl=pdl),
+            lambda n=n: reference.top_logprobs(peaked, n),
+        )
+
+
+def threshold_cases(of: Sampling) -> Iterator[Case]:
+    temperature, thresholds = of.temperature, torch.empty_like(of.values)
     cuts = {
         "top-k 50, top-p 0.9": (50, 0.9, 0.0),
         "top-p 0.9": (0, 0.9, 0.0),
@@ -185,48 +213,38 @@ def sampling_cases(batch: int) -> Iterator[Case]:
         "no cut": (0, 1.0, 0.0),
         "top-k 6000": (6000, 1.0, 0.0),
     }
-    for logits, shape in ((peaked, "peaked"), (flat, "flat")):
+    for logits, shape in ((of.peaked, "peaked"), (of.flat, "flat")):
         for label, (k, p, least) in cuts.items():
-            top_k, top_p, min_p = torch.full_like(tokens, k), torch.full_like(values, p), torch.full_like(values, least)
-            yield case(
+            cut = torch.full_like(of.tokens, k), torch.full_like(of.values, p), torch.full_like(of.values, least)
+            yield of.case(
                 f"thresholds, {label}, {shape}",
-                lambda pdl, a=logits, b=top_k, c=top_p, d=min_p: truncation_thresholds(
-                    a, b, c, d, workspace=workspace, temperature=temperature, out=thresholds, launch_pdl=pdl
+                lambda pdl, logits=logits, cut=cut: truncation_thresholds(
+                    logits, *cut, workspace=of.workspace, temperature=temperature, out=thresholds, launch_pdl=pdl
                 ),
-                lambda a=logits, b=top_k, c=top_p, d=min_p, k=k: reference.truncate(
-                    reference.apply_temperature(a, temperature), b, c, d, k
+                lambda logits=logits, cut=cut, k=k: reference.truncate(
+                    reference.apply_temperature(logits, temperature), *cut, k
                 ),
             )
-    cut = truncation_thresholds(
-        peaked, torch.full_like(tokens, 50), torch.full_like(values, 0.9), torch.zeros_like(values), workspace=workspace
+
+
+def penalty_case(of: Sampling) -> Case:
+    history = torch.randint(0, VOCAB, (of.batch, 2048), dtype=torch.int32, device="cuda")
+    penalty = torch.full_like(of.values, 1.1)
+    given = (
+        of.flat,
+        history,
+        torch.full_like(of.positions, 500),
+        torch.full_like(of.positions, 1000),
+        *(penalty,) * 3,
     )
-    yield case(
-        "sample above thresholds",
-        lambda pdl: sample(
-            peaked, temperature, seeds, positions, workspace=workspace, thresholds=cut, out=tokens, launch_pdl=pdl
-        ),
+    counts = torch.zeros(of.batch, VOCAB, dtype=torch.int32, device="cuda")
+    return Case(
+        "apply_penalties, 1,000 tokens",
+        of.batch,
+        of.batch * 1000 * 24,
+        lambda pdl: apply_penalties(*given, counts=counts, launch_pdl=pdl),
+        lambda: reference.apply_penalties(*given),
     )
-    for n in (1, 20):
-        tops = (torch.empty(batch, n, dtype=torch.int64, device="cuda"), torch.empty(batch, n, device="cuda"))
-        yield case(
-            f"top_logprobs {n}",
-            lambda pdl, n=n, tops=tops: top_logprobs(peaked, n, workspace=workspace, out=tops, launch_pdl=pdl),
-            lambda n=n: reference.top_logprobs(peaked, n),
-        )
-    history = torch.randint(0, VOCAB, (batch, 2048), dtype=torch.int32, device="cuda")
-    half_way, full, penalty = (
-        torch.full_like(positions, 500),
-        torch.full_like(positions, 1000),
-        torch.full_like(values, 1.1),
-    )
-    counts = torch.zeros(batch, VOCAB, dtype=torch.int32, device="cuda")
-    yield Case(
-        "apply_penalties, 1,000 tokens", batch, batch * 1000 * 24,
-        lambda pdl: apply_penalties(
-            flat, history, half_way, full, penalty, penalty, penalty, counts=counts, launch_pdl=pdl
-        ),
-        lambda: reference.apply_penalties(flat, history, half_way, full, penalty, penalty, penalty),
-    )  # fmt: skip
 
 
 def cases(batches: list[int]) -> Iterator[Case]:

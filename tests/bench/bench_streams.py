@@ -210,64 +210,73 @@ def main() -> None:
         **dict(option.split("=", 1) for option in args.options),
     }
     with Server(ServerSettings(instances=args.instances, options=options)) as server:
-        addresses = server.addresses
-        answers = run_all(
-            addresses.grpc_url,
-            [{"text_input": prompt, "max_tokens": 41, "sampling_parameters": _GREEDY} for prompt in _PROMPTS],
-        )
-        truth = [
-            {"prompt": p, "ids": answer.token_ids, "text": "".join(answer.text)}
-            for p, answer in zip(_PROMPTS, answers, strict=True)
-        ]
-        address = addresses.grpc_url if args.transport == "grpc" else addresses.http_url.removeprefix("http://")
-        shares = [args.streams // args.processes + (i < args.streams % args.processes) for i in range(args.processes)]
-        clients = []
-        for seed, share in enumerate(shares):
-            client = subprocess.Popen(
-                [sys.executable, "-m", "tests.bench.bench_streams", "--client"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            orders = {
-                "transport": args.transport,
-                "seconds": args.seconds,
-                "address": address,
-                "truth": truth,
-                "seed": seed,
-                "streams": share,
-            }
-            assert client.stdin is not None
-            client.stdin.write(json.dumps(orders))
-            client.stdin.close()
-            clients.append(client)
+        truth = ask_truth(server.addresses.grpc_url)
+        clients = start_clients(server, truth, args)
         memory = Memory(server.pid, server.shm_prefix)
-        started = time.monotonic()
-        while any(client.poll() is None for client in clients):
-            memory.sample()
-            time.sleep(_SAMPLE_SECONDS)
-            if time.monotonic() - started > args.seconds + 300:
-                for client in clients:
-                    client.kill()
-        seconds = time.monotonic() - started
+        seconds = watch(clients, memory, args.seconds)
         counts = [json.loads(client.stdout.read() or "{}") for client in clients if client.stdout is not None]
-    row: dict[str, Any] = {
-        "bench": "streams",
-        "transport": args.transport,
-        "streams": args.streams,
-        "seconds": round(seconds),
-    }
-    row |= {key: sum(count.get(key, 0) for count in counts) for key in Tallies().counts}
-    row |= {
-        "clients_lost": sum(not count for count in counts),
-        "first_fault": next((count["first_fault"] for count in counts if count.get("first_fault")), ""),
-    }
-    row |= {
-        "resident": memory.change(memory.resident),
-        "dev_shm": memory.change(memory.shared),
-        "samples": len(memory.resident),
-    }
-    print_row(row)
+    print_row(
+        {
+            "bench": "streams",
+            "transport": args.transport,
+            "streams": args.streams,
+            "seconds": round(seconds),
+            **{key: sum(count.get(key, 0) for count in counts) for key in Tallies().counts},
+            "clients_lost": sum(not count for count in counts),
+            "first_fault": next((count["first_fault"] for count in counts if count.get("first_fault")), ""),
+            "resident": memory.change(memory.resident),
+            "dev_shm": memory.change(memory.shared),
+            "samples": len(memory.resident),
+        }
+    )
+
+
+def ask_truth(grpc_url: str) -> list[dict[str, Any]]:
+    """The longest answer to each prompt."""
+    asked = [{"text_input": prompt, "max_tokens": 41, "sampling_parameters": _GREEDY} for prompt in _PROMPTS]
+    return [
+        {"prompt": prompt, "ids": answer.token_ids, "text": "".join(answer.text)}
+        for prompt, answer in zip(_PROMPTS, run_all(grpc_url, asked), strict=True)
+    ]
+
+
+def start_clients(server: Server, truth: list[dict[str, Any]], args: argparse.Namespace) -> list[subprocess.Popen[str]]:
+    """They share the streams."""
+    addresses = server.addresses
+    address = addresses.grpc_url if args.transport == "grpc" else addresses.http_url.removeprefix("http://")
+    clients = []
+    for seed in range(args.processes):
+        client = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.bench_streams", "--client"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        orders = {
+            "transport": args.transport,
+            "seconds": args.seconds,
+            "address": address,
+            "truth": truth,
+            "seed": seed,
+            "streams": args.streams // args.processes + (seed < args.streams % args.processes),
+        }
+        assert client.stdin is not None
+        client.stdin.write(json.dumps(orders))
+        client.stdin.close()
+        clients.append(client)
+    return clients
+
+
+def watch(clients: list[subprocess.Popen[str]], memory: Memory, seconds: float) -> float:
+    """Samples the memory until all clients have ended, which are to run that long. Returns how long they did."""
+    started = time.monotonic()
+    while any(client.poll() is None for client in clients):
+        memory.sample()
+        time.sleep(_SAMPLE_SECONDS)
+        if time.monotonic() - started > seconds + 300:
+            for client in clients:
+                client.kill()
+    return time.monotonic() - started
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -242,31 +242,12 @@ def scheduling(content: bytes) -> None:
     after and before every step.
     """
     setup = struct.unpack("6B", content[:6].ljust(6, b"\1"))
-    page_size, spare, max_len, rows, budget = (
-        1 << setup[0] % 4,
-        setup[1] % 8,
-        2 + setup[2] % 30,
-        1 + setup[3] % 5,
-        1 + setup[4] % 40,
-    )
-    num_pages = -(-max_len // page_size) + spare
-    limits = SchedulerLimits(
-        page_size,
-        num_pages,
-        max_len,
-        rows,
-        budget,
-        max_queue_size=6,
-        prefix_cache=bool(setup[5] & 1),
-        preemption=bool(setup[5] & 2),
-    )
+    limits = _small_limits(setup)
+    rows, max_len = limits.max_num_sequences, limits.max_model_len
+    sizes = rows, limits.num_pages, limits.page_size, max_len, limits.max_batched_tokens
     scheduler = Scheduler(limits, clock=lambda: 0.0)
-    runner = SimulatedRunner(rows, num_pages, page_size, max_len, budget)
-    engine = Engine(
-        scheduler,
-        CheckedRunner(runner, TableBounds(rows, num_pages, page_size, max_len, budget), scheduler.check),
-        setup[5] >> 2 & 1,
-    )
+    runner = SimulatedRunner(*sizes)
+    engine = Engine(scheduler, CheckedRunner(runner, TableBounds(*sizes), scheduler.check), setup[5] >> 2 & 1)
     expected: dict[int, list[int]] = {}
     answers: dict[int, list[int]] = {}
 
@@ -307,7 +288,27 @@ def scheduling(content: bytes) -> None:
         if engine.idle:
             break
         step()
-    assert engine.idle and not expected and scheduler.pool.num_available == num_pages
+    assert engine.idle and not expected and scheduler.pool.num_available == limits.num_pages
+
+
+def _small_limits(setup: Sequence[int]) -> SchedulerLimits:
+    page_size, spare, max_len, rows, budget = (
+        1 << setup[0] % 4,
+        setup[1] % 8,
+        2 + setup[2] % 30,
+        1 + setup[3] % 5,
+        1 + setup[4] % 40,
+    )
+    return SchedulerLimits(
+        page_size,
+        -(-max_len // page_size) + spare,
+        max_len,
+        rows,
+        budget,
+        max_queue_size=6,
+        prefix_cache=bool(setup[5] & 1),
+        preemption=bool(setup[5] & 2),
+    )
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

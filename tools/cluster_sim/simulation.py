@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class SimulatedServer:
         self.scheduler.record_pages(events)
         self._events = events
         self._num_steps = 0
+        self.page_size = limits.page_size
         self.pages = FindablePages(limits.page_size)
         self.busy = False
 
@@ -84,61 +85,75 @@ def simulate(
     trace: Sequence[Request], num_servers: int, router: Router, cost: StepCost, limits: SchedulerLimits
 ) -> Outcome:
     """Replays a trace."""
-    servers = [SimulatedServer(limits) for _ in range(num_servers)]
-    outcome = Outcome()
-    numbers = itertools.count()
-    queue: list[tuple[float, int, str, Any]] = [
-        (request.seconds, next(numbers), "arrival", request) for request in trace
-    ]
-    heapq.heapify(queue)
-    live: dict[int, tuple[Request, Choice]] = {}  # by request id
-    news: deque[tuple[int, list[Note]]] = deque()
+    return _Replay(trace, [SimulatedServer(limits) for _ in range(num_servers)], router, cost).run()
 
-    def start(number: int, now: float) -> None:
-        server = servers[number]
-        server.now = now
-        batch = server.begin()
+
+class _Replay:
+    """Owns the clock: what happens next, and at what time."""
+
+    def __init__(
+        self, trace: Sequence[Request], servers: Sequence[SimulatedServer], router: Router, cost: StepCost
+    ) -> None:
+        self._servers, self._router, self._cost = servers, router, cost
+        self._outcome = Outcome()
+        self._live: dict[int, tuple[Request, Choice]] = {}  # by request id
+        self._serials = itertools.count()  # of what happens at the same time, the first comes first
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        for request_id, request in enumerate(trace):
+            self._plan(request.seconds, partial(self._arrive, request_id, request))
+
+    def run(self) -> Outcome:
+        while self._queue:
+            self._outcome.end, _, happen = heapq.heappop(self._queue)
+            happen()
+        assert not self._live, "a request was never answered"
+        return self._outcome
+
+    @property
+    def _now(self) -> float:
+        return self._outcome.end
+
+    def _plan(self, seconds: float, happen: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (seconds, next(self._serials), happen))
+
+    def _arrive(self, request_id: int, request: Request) -> None:
+        hashes = block_hashes_of(request.token_ids, self._servers[0].page_size)
+        choice = self._router.choose(hashes, len(request.token_ids))
+        self._live[request_id] = request, choice
+        server = self._servers[choice.server]
+        server.now = self._now
+        sampling = SamplingParams(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
+        server.scheduler.submit(Submit(request_id, request.token_ids.tobytes(), sampling, (), "", self._now))
+        if not server.busy:
+            self._begin_step(choice.server)
+
+    def _begin_step(self, number: int) -> None:
+        batch = self._servers[number].begin()
         if batch is not None:
-            heapq.heappush(queue, (now + cost.seconds(batch), next(numbers), "step", (number, batch)))
+            self._plan(self._now + self._cost.seconds(batch), partial(self._end_step, number, batch))
 
-    while queue:
-        now, serial, kind, what = heapq.heappop(queue)
-        outcome.end = now
-        if kind == "arrival":
-            hashes = block_hashes_of(what.token_ids, limits.page_size)
-            choice = router.choose(hashes, len(what.token_ids))
-            live[serial] = what, choice
-            number = choice.server
-            sampling = SamplingParams(max_tokens=what.output_tokens, temperature=0.0, ignore_eos=True)
-            servers[number].now = now
-            servers[number].scheduler.submit(Submit(serial, what.token_ids.tobytes(), sampling, (), "", now))
-            if not servers[number].busy:
-                start(number, now)
-        elif kind == "news":
-            number, notes = news.popleft()
-            router.hear(number, servers[number].pages.take(notes))
-        else:
-            number, batch = what
-            server = servers[number]
-            server.now = now
-            output = server.end(batch)
-            for request_id, num_known in output.started.items():
-                request, choice = live[request_id]
-                outcome.first_seconds.append(now - request.seconds)
-                outcome.prompt_tokens += len(request.token_ids)
-                outcome.hit_tokens += num_known
-                router.begun(choice)
-            outcome.output_tokens += len(output.request_ids)
-            for finish in output.finishes:
-                assert finish.error is None, finish
-                request, choice = live.pop(finish.request_id)
-                outcome.total_seconds.append(now - request.seconds)
-                router.over(choice)
-            if server.notes:
-                news.append((number, server.notes[:]))
-                server.notes.clear()
-                heapq.heappush(queue, (now + EVENT_SECONDS, next(numbers), "news", None))
-            if server.scheduler.has_work:
-                start(number, now)
-    assert not live, "a request was never answered"
-    return outcome
+    def _end_step(self, number: int, batch: Batch) -> None:
+        server, outcome = self._servers[number], self._outcome
+        server.now = self._now
+        output = server.end(batch)
+        for request_id, num_known in output.started.items():
+            request, choice = self._live[request_id]
+            outcome.first_seconds.append(self._now - request.seconds)
+            outcome.prompt_tokens += len(request.token_ids)
+            outcome.hit_tokens += num_known
+            self._router.begun(choice)
+        outcome.output_tokens += len(output.request_ids)
+        for finish in output.finishes:
+            assert finish.error is None, finish
+            request, choice = self._live.pop(finish.request_id)
+            outcome.total_seconds.append(self._now - request.seconds)
+            self._router.over(choice)
+        if server.notes:
+            self._plan(self._now + EVENT_SECONDS, partial(self._hear, number, server.notes[:]))
+            server.notes.clear()
+        if server.scheduler.has_work:
+            self._begin_step(number)
+
+    def _hear(self, number: int, notes: list[Note]) -> None:
+        """A router knows now of a server's pages."""
+        self._router.hear(number, self._servers[number].pages.take(notes))

@@ -1,0 +1,1 @@
+"""`paged openai` as typed, before a real tritonserver, asked by OpenAI's own client library."""
