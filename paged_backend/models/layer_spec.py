@@ -247,8 +247,8 @@ class MoeSpec:
             return {}
         names = self.names
         found: dict[str, Cut] = {}
+        rows, columns = self.cut, replace(self.cut, dim=IN)
         for expert in range(self.num_experts):
-            rows, columns = self.cut, replace(self.cut, dim=IN)
             root = f"{names.root}.experts.{expert}"
             found |= {f"{root}.{names.gate}": rows, f"{root}.{names.up}": rows, f"{root}.{names.down}": columns}
         if self.shared_size:

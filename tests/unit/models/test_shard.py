@@ -21,6 +21,8 @@ from paged_backend.models.shard import Shard
 from paged_backend.models.weights import Weights, allocate_weights, load_weights, randomise_weights
 from paged_backend.request import SamplingParams
 from paged_backend.runner.builder import build_runner
+from paged_backend.runner.model_runner import ModelRunner
+from tests.adapter_oracle import save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import save_published
 from tests.runner_driver import GREEDY, Driver, load_runner
@@ -161,6 +163,28 @@ def test_norms_and_multipliers_behind_a_block_come_after_the_sum_over_ranks(name
     folder = save_published(tmp_path, name)
     expected = Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS)
     assert [answers for answers, _, _ in generate(folder, 2, GREEDY)] == [expected, expected]
+
+
+def test_adapters_of_several_matrices_in_one_tensor_are_divided_with_them(tmp_path: Path) -> None:
+    folder = save_published(tmp_path / "model", "phi-4-mini")
+    save_adapter(tmp_path / "adapters" / "a", folder, 0, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
+    options = {"lora_directory": str(tmp_path / "adapters"), "max_lora_rank": 4, "num_pages": 64}
+    prompts = random_prompts(LENGTHS)
+
+    def answers(runner: ModelRunner, rank: int) -> list[list[int]]:
+        assert runner.adapter_slots is not None
+        runner.adapter_slots.fill(0, runner.adapter_slots.read("a").part_of(rank))
+        return Driver(runner).generate(prompts, MAX_TOKENS, chunk=7, adapter_slots=(0, -1, 0))
+
+    expected = answers(load_runner(folder, **options), 0)
+    assert expected != Driver(load_runner(folder, num_pages=64)).generate(prompts, MAX_TOKENS, chunk=7)
+    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", tensor_parallel_size=2, **options)
+    checkpoint = open_checkpoint(config)
+
+    def one(ranks: ThreadRanks) -> list[list[int]]:
+        return answers(build_runner(config, lambda sentence: None, checkpoint, ranks), ranks.rank)
+
+    assert on_every_rank(2, one) == [expected, expected]
 
 
 def test_groups_that_are_fewer_than_ranks_are_refused(tmp_path: Path) -> None:

@@ -56,10 +56,14 @@ def test_kept_numbers_mean_what_dequantised_ones_are(name: str, tmp_path: Path) 
     assert kept.num_bytes < plain.num_bytes / 2
 
 
-@pytest.mark.parametrize("name", ["fp8-block", "modelopt-nvfp4", "awq-g32", "gptq-8-v2"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("fp8-block", 512), ("modelopt-nvfp4", 512), ("awq-g32", 512), ("gptq-8-v2", 512)]
+    + [("fp8-block", 384), ("awq-g32", 544)],  # an odd number of groups: one rank has more than the other
+)
 @pytest.mark.parametrize("dequantised", [False, True], ids=["kept", "dequantised"])
-def test_a_rank_has_its_part_of_every_quantised_matrix(name: str, dequantised: bool, tmp_path: Path) -> None:
-    save_published(tmp_path, FORMATS[name], intermediate_size=512, num_attention_heads=8, num_key_value_heads=8)
+def test_a_rank_has_its_part_of_every_quantised_matrix(name: str, size: int, dequantised: bool, tmp_path: Path) -> None:
+    save_published(tmp_path, FORMATS[name], intermediate_size=size, num_attention_heads=8, num_key_value_heads=8)
     architecture = open_checkpoint(EngineConfig(model=str(tmp_path))).architecture
     assert architecture.quantization is not None
     architecture = replace(architecture, quantization=replace(architecture.quantization, dequantised=dequantised))
