@@ -140,7 +140,9 @@ class _ServingOptions:
     model_name: Annotated[str, typer.Option(metavar="NAME", help="What clients call the model.")] = "paged_llm"
     instances: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=64, help="Front ends (they tokenise and stream) on the one engine; default: 4."),
+        typer.Option(
+            metavar="N", min=1, max=64, help="Front ends (they tokenise and stream) on the one engine; default: 4."
+        ),
     ] = None
     drain_seconds: Annotated[
         int, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for requests in flight.")
@@ -148,8 +150,8 @@ class _ServingOptions:
     on_front_end_death: Annotated[
         OnFrontEndDeath,
         typer.Option(
-            help="When tritonserver or one of its front ends dies: exit with code 1, for an orchestrator; or restart the "
-            "server."
+            help="When tritonserver or one of its front ends dies: exit with code 1, for an orchestrator; or restart "
+            "the server."
         ),
     ] = OnFrontEndDeath.EXIT
 

@@ -35,9 +35,9 @@ def serve_openai(
     """Speak OpenAI's API for a running server: completions, chats, responses, embeddings, models; and Anthropic's
     messages.
 
-    Any client of OpenAI's works with the base URL that is printed; Anthropic's take it without /v1. vLLM's sampling keys (top_k, min_p, ignore_eos,
-    guided_json …) are taken too. Tool calls and reasoning are read from the model's text, as its family writes them.
-    /health says whether the model is ready.
+    Any client of OpenAI's works with the base URL that is printed; Anthropic's take it without /v1. vLLM's sampling
+    keys (top_k, min_p, ignore_eos, guided_json …) are taken too. Tool calls and reasoning are read from the model's
+    text, as its family writes them. /health says whether the model is ready.
 
     Needs the packages of the extra `openai`.
     """
