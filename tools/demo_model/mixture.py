@@ -10,8 +10,8 @@ from tools.demo_model.chat import Conversation, Dialogue
 from tools.demo_model.generator import EARLY, MAIN, conversations
 from tools.demo_model.world import Split
 
-# Conversations, calls, thoughts: with about 330, 250 and 120 tokens each, 55, 30 and 15 % of the tokens; or 28, 56, 16.
-_AGENTS = {"agents": (41, 29, 30), "agents, most of it calls": (18, 50, 32)}
+# Conversations, calls, thoughts: with about 330, 250 and 120 tokens each, 55, 30 and 15 % of the tokens; or 22, 59, 19.
+_AGENTS = {"agents": (41, 29, 30), "agents, most of it calls": (15, 50, 35)}
 MIXTURES = ("early", "conversations", *_AGENTS)
 
 

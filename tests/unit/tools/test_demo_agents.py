@@ -262,8 +262,8 @@ def test_the_template_describes_schemas_of_other_shapes(folder: Path) -> None:
         tools=[{"type": "function", "function": function}, {"type": "function", "function": {"name": "g"}}],
         tokenize=False,
     )
-    line = '- f(when?: any, many: [integer], either?: string|number "this or that", free?: any)'
-    assert said == f"<|bos|><|system|>Tools:\n{line}\n- g(){EOS}<|user|>x{EOS}"
+    line = '- "f"("when"?: any, "many": [integer], "either"?: string|number "this or that", "free"?: any)'
+    assert said == f'<|bos|><|system|>Tools:\n{line}\n- "g"(){EOS}<|user|>x{EOS}'
 
 
 def test_the_gateway_finds_calls_and_reasoning_in_the_template() -> None:
