@@ -34,7 +34,7 @@ _ANSWER_SECONDS = 120.0
 def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Console) -> None:
     """Streams a conversation to `console` (or, if there is a prompt or the model has no chat template, the continuation
     of a text), then prints the first answer's tokens/s, what the prefix cache knew of the later questions' prompts, and
-    what the pool held.
+    what the pool held. Returns early if the server is told to stop.
 
     Raises:
         EngineError: the server refused or broke off an answer.
@@ -46,6 +46,8 @@ def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Conso
             if not speeds:
                 speeds = [_continue(client, prompt or DEMO_PROMPT, max_tokens, console)]
     except PagedError as error:
+        if server.stopping:
+            return
         raise EngineError(f"the server refused the question: {error}") from None
     first, *later = speeds
     console.print(f"\n{first.answer()}", soft_wrap=True)

@@ -118,9 +118,9 @@ def test_messages_are_answered_as_the_templates_text(server: Server, url: str) -
         assert chat.usage.num_input_tokens == text.usage.num_input_tokens
         with pytest.raises(
             InvalidRequestError,
-            match="^messages: the model's chat template refuses them: role tool is none of system, user and assistant$",
+            match="^messages: the model's chat template refuses them: role critic is none of system, user",
         ) as refused:
-            client.generate(messages=[*QUESTION, {"role": "tool", "content": "x"}])
+            client.generate(messages=[*QUESTION, {"role": "critic", "content": "x"}])
     assert refused.value.field == "messages"
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,23 @@ def test_the_demo_tells_a_story_and_answers_questions_about_it(tmp_path: Path) -
     assert re.search(r"^pool: [1-9]\d* pages of 16 tokens; .* cached now", report, re.MULTILINE)
     assert all(line.startswith("paged: ") for line in finished.stderr.splitlines()), finished.stderr
     assert list(temporary.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_demo_after_the_answer_that_is_on_its_way(tmp_path: Path) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "paged_client.cli", "demo"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert demo.stdout is not None
+    first = demo.stdout.readline()
+    demo.send_signal(signal.SIGINT)
+    said, errors = demo.communicate(timeout=60)
+    assert first.startswith("> ") and said.count("> ") <= 1, "it went on asking"
+    assert (demo.returncode, errors.splitlines()[-1]) == (0, "paged: stopped"), errors
+    assert "error" not in errors and list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_goes_on_with_a_text_if_the_model_has_no_chat_template(tmp_path: Path) -> None:
