@@ -66,6 +66,10 @@ class TokenMasks:
 
     rows: Int32  # [k] distinct
     words: Int32  # [k, ceil(vocab / 32)] a bit per token, the first in the lowest; 0: must not be chosen
+    # [d, 2] (row of a sampled sequence, how many of its drafts come before the token), and the masks behind drafts:
+    # [d, ceil(vocab / 32)], for this step alone. What is sampled behind another row's drafts has the row's mask.
+    ahead: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    words_ahead: Int32 = field(default_factory=lambda: np.empty((0, 0), np.int32))
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,8 @@ class Drafts:
 
     counts: Int32  # [num_sequences] how many of the tokens computed are drafts; 0 where nothing is sampled
     unsure: Int32  # [num_sequences] the first position may be so many less than Batch.starts: the device knows it
+    # of some rows, behind their newest tokens: drafts that the host made; the device makes the others
+    given: tuple[TokenEdit, ...] = ()
 
 
 @dataclass(frozen=True)

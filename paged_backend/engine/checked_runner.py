@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, StepResult
+from paged_backend.batch import Batch, Drafts, StepResult, TokenMasks
 from paged_backend.engine.engine import Runner
 
 
@@ -74,19 +74,7 @@ class CheckedRunner:
             f"position {int(ends.max()) - 1}, the longest sequence has {bounds.max_model_len} tokens",
         )
         if batch.drafts is not None:
-            drafts = batch.drafts
-            _require(
-                bool((drafts.counts >= 0).all() and (drafts.counts < batch.counts).all()),
-                f"{drafts.counts.tolist()} of {batch.counts.tolist()} tokens are drafts",
-            )
-            _require(
-                bool((drafts.counts[~batch.samples] == 0).all()),
-                "a sequence has drafts whose newest token is not computed",
-            )
-            _require(
-                bool((drafts.unsure >= 0).all() and (drafts.unsure <= batch.starts).all()),
-                f"the first positions {batch.starts.tolist()} may be {drafts.unsure.tolist()} less",
-            )
+            _check_speculation(batch, batch.drafts)
         _require(
             batch.num_tokens <= bounds.max_batched_tokens,
             f"{batch.num_tokens} tokens in one step, the budget is {bounds.max_batched_tokens}",
@@ -183,6 +171,32 @@ class CheckedRunner:
             and self._group_tables[group][row, index] == page
             and (index + 1) * self._bounds.page_size <= lengths[row]
         )
+
+
+def _check_speculation(batch: Batch, drafts: Drafts) -> None:
+    _require(
+        bool((drafts.counts >= 0).all() and (drafts.counts < batch.counts).all()),
+        f"{drafts.counts.tolist()} of {batch.counts.tolist()} tokens are drafts",
+    )
+    _require(
+        bool((drafts.counts[~batch.samples] == 0).all()), "a sequence has drafts whose newest token is not computed"
+    )
+    _require(
+        bool((drafts.unsure >= 0).all() and (drafts.unsure <= batch.starts).all()),
+        f"the first positions {batch.starts.tolist()} may be {drafts.unsure.tolist()} less",
+    )
+    counts = dict(zip(batch.rows.tolist(), drafts.counts.tolist(), strict=True))
+    sure = drafts.unsure == 0
+    newest = dict(zip(batch.rows[sure].tolist(), batch.starts[sure].tolist(), strict=True))
+    for edit in drafts.given:
+        _require(
+            edit.row in newest and edit.start == newest[edit.row] + 1 and len(edit.token_ids) == counts[edit.row],
+            f"{len(edit.token_ids)} drafts at {edit.start} of row {edit.row} are not behind its newest token",
+        )
+    masks = batch.ask(TokenMasks)
+    ahead = [] if masks is None else masks.ahead.tolist()
+    expected = [[edit.row, place] for edit in drafts.given for place in range(1, counts[edit.row] + 1)]
+    _require(sorted(ahead) == sorted(expected), f"masks behind drafts {sorted(ahead)}, of which there are {expected}")
 
 
 def _within(values: Int32, end: int) -> bool:

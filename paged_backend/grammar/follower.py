@@ -20,7 +20,7 @@ import numpy as np
 
 from paged_backend.arrays import Int32
 from paged_backend.errors import ErrorKind
-from paged_backend.grammar.follower_process import Begin, Drop, Follow, Followed, Forget, ToFollower
+from paged_backend.grammar.follower_process import Begin, Drop, Follow, Followed, Forget, Look, ToFollower
 from paged_backend.grammar.guide import Compiled, Guide, Refusal
 
 # of a processor's time, for one mask; it has its own, stricter pace, which it can keep between the library's calls only
@@ -53,6 +53,7 @@ class _Asked:
     guide: Guide
     num_tokens: int  # of the answer
     seconds: float  # that it may take
+    looks: bool = False  # at drafts behind them
 
 
 class Follower:
@@ -95,6 +96,15 @@ class Follower:
                 guide, len(answer), _MASK_SECONDS + _TOKEN_SECONDS * len(reported) + (_LOAD_SECONDS if begins else 0)
             )
         )
+
+    def look(self, guide: Guide, num_tokens: int, guesses: Int32, most: int) -> None:
+        """Has it look at up to so many drafts behind the answer, which it was asked about last. Goes out as with
+        `ask`.
+        """
+        if self._link is None or guide.asked != (self._epoch, num_tokens) or not guide.looks:
+            return
+        self._link.send(Look(guide.number, np.ascontiguousarray(guesses, np.int32).tobytes(), most))
+        self._asked.append(_Asked(guide, num_tokens, _MASK_SECONDS, looks=True))
 
     def _beginning(self, guide: Guide, compiled: Compiled, token_ids: bytes) -> Begin:
         if not guide.noted:
@@ -142,7 +152,10 @@ class Follower:
             self._link.flush()
             for reply in self._link.replies():
                 asked = self._asked.popleft()
-                asked.guide.take(reply, asked.num_tokens)
+                if asked.looks:
+                    asked.guide.take_look(reply, asked.num_tokens)
+                else:
+                    asked.guide.take(reply, asked.num_tokens)
         except EOFError:
             self._lose()
             return
@@ -166,7 +179,10 @@ class Follower:
             self._head, self._head_since, self._head_cpu = head, now, None
         elif now > self._head_since + _LOOK_SECONDS:
             spent = self._spent(link)
-            if spent > head.seconds:
+            if spent > head.seconds and head.looks:
+                head.guide.looks = False
+                self._restart()
+            elif spent > head.seconds:
                 message = (
                     f"it is too slow to follow: what may come after {head.num_tokens} tokens takes more than "
                     f"{head.seconds:g} s to find out"
@@ -188,7 +204,9 @@ class Follower:
 
     def _lose(self) -> None:
         """The process died, or stands still: who knows why."""
-        if self._asked:
+        if self._asked and self._asked[0].looks:
+            self._asked[0].guide.looks = False
+        elif self._asked:
             guide = self._asked[0].guide
             guide.deaths += 1
             if guide.deaths >= _MAX_DEATHS:

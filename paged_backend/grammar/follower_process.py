@@ -1,7 +1,7 @@
 """Follows grammars where a slow one holds up no engine: in a process of its own, forked by nursery.py. It holds each
 guided sequence's way through its grammar, is told the tokens of the answer, and says what may come next.
 
-Messages are msgpack, each after its length (4 bytes, little-endian). Every Begin and Follow is answered by one
+Messages are msgpack, each after its length (4 bytes, little-endian). Every Begin, Follow and Look is answered by one
 Followed, in their order, so that the engine knows at which it is.
 """
 
@@ -23,6 +23,10 @@ from paged_backend.grammar.utf8 import CLEAN, advance
 from paged_backend.grammar.vocabulary import GrammarError, Vocabulary
 
 MAX_BYTES = 2**31  # for all grammars and their sequences, beyond what the vocabulary has
+# Drafts are a luxury: a look takes little longer than this of a processor's time, and a sequence of which a mask has
+# taken longer than the other has none.
+_LOOK_SECONDS = 0.002
+_MASK_SECONDS = 0.001
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -45,6 +49,14 @@ class Follow(msgspec.Struct, frozen=True, tag=True, array_like=True):
     token_ids: bytes
 
 
+class Look(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What may come if its next tokens were drafts, which are not its tokens yet."""
+
+    guide: int
+    guesses: bytes  # int32, at what comes next
+    most: int  # drafts
+
+
 class Forget(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A sequence is over."""
 
@@ -57,16 +69,19 @@ class Drop(msgspec.Struct, frozen=True, tag=True, array_like=True):
     grammar: int
 
 
-ToFollower = Begin | Follow | Forget | Drop
+ToFollower = Begin | Follow | Look | Forget | Drop
 
 
 class Followed(msgspec.Struct, frozen=True, array_like=True):
-    """What may come after all tokens that a sequence was said to have."""
+    """What may come after all tokens that a sequence was said to have; of a look, after each draft."""
 
-    mask: bytes = b""  # int32 [words] a bit per token of the vocabulary, the first in the lowest; 0: must not come
+    # int32 [words] a bit per token of the vocabulary, the first in the lowest; 0: must not come. Of a look, one behind
+    # the other
+    mask: bytes = b""
     over: bool = False  # complete, and nothing may follow
     refusal: str = ""
     kind: ErrorKind = ErrorKind.INVALID
+    drafts: bytes = b""  # int32, of a look: each may come, and something may come after it
 
 
 decode_to_follower = msgspec.msgpack.Decoder(ToFollower).decode
@@ -113,6 +128,7 @@ class _Way:
         self._mask = np.full_like(self._stop_bits, -1)
         self._num_accepted = 0
         self._seconds = 0.0  # of a processor's time, so far
+        self._looks = True  # drafts are looked at
         self._state = CLEAN  # of the bytes so far (utf8.py)
 
     def follow(self, token_ids: Sequence[int]) -> Followed:
@@ -125,9 +141,51 @@ class _Way:
             self._accept(token_id)
         mask, over = self._look_ahead()
         self._mask = mask
-        self._seconds += time.thread_time() - begun
+        seconds = time.thread_time() - begun
+        self._seconds += seconds
+        self._looks = self._looks and seconds <= _MASK_SECONDS * (1 + len(token_ids))
         check_pace(self._seconds, self._num_accepted)  # ambiguous grammars take longer with every token
         return Followed(mask.tobytes(), over)
+
+    def look(self, guesses: list[int], most: int) -> Followed:
+        """Goes on with drafts, as far as they may come, and back to where it was. They are the guesses, and where none
+        is left that may come, what the grammar leaves no choice of.
+
+        Whether a request is refused depends on its tokens alone: no draft is a reason, nor counts its time.
+        """
+        drafts: list[int] = []
+        masks: list[Int32] = []
+        mask, state, num_accepted = self._mask, self._state, self._num_accepted
+        end = time.thread_time() + _LOOK_SECONDS
+        try:
+            while self._looks and len(drafts) < most and time.thread_time() < end:
+                draft = self._next_draft(guesses)
+                if draft is None:
+                    break
+                self._accept(draft)
+                self._mask, over = self._look_ahead()
+                if over:  # the token that ends an answer is its last: none is sampled after it
+                    break
+                drafts.append(draft)
+                masks.append(self._mask)
+        except GrammarError:  # a dead end, which is told when it is reached
+            pass
+        except (MemoryError, RuntimeError, ValueError):
+            self._looks = False
+        finally:
+            if self._num_accepted > num_accepted:
+                self._matcher.rollback(self._num_accepted - num_accepted)
+            self._mask, self._state, self._num_accepted = mask, state, num_accepted
+        return Followed(b"".join(ahead.tobytes() for ahead in masks), drafts=np.array(drafts, np.int32).tobytes())
+
+    def _next_draft(self, guesses: list[int]) -> int | None:
+        """Takes it from the guesses, or replaces them by what must come; None: there is neither. A token that would
+        stop the sequence is no draft: nothing comes after it.
+        """
+        allowed = self._mask & ~self._stop_bits
+        if not guesses or not may_come(allowed, guesses[0]):
+            guesses[:] = self._matcher.find_jump_forward_tokens()
+        return guesses.pop(0) if guesses and may_come(allowed, guesses[0]) else None
 
     def _accept(self, token_id: int) -> None:
         state = advance(self._state, self._vocabulary.spelled[token_id])
@@ -180,6 +238,10 @@ class GrammarFollower:
                 self._grammars.pop(message.grammar, None)
             case Begin() | Follow():
                 return self._followed(message)
+            case Look():
+                way = self._ways.get(message.guide)
+                guesses = np.frombuffer(message.guesses, np.int32).tolist()
+                return Followed() if way is None else way.look(guesses, message.most)
         return None
 
     def _followed(self, message: Begin | Follow) -> Followed:

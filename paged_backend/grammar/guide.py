@@ -40,7 +40,9 @@ class Refusal:
 
 
 class Guide:
-    """Used by one thread. `mask` and `over` are those after the first `num_followed` tokens of the answer."""
+    """Used by one thread. `mask` and `over` are those after the first `num_followed` tokens of the answer, and `drafts`
+    may come there.
+    """
 
     def __init__(
         self, key: str, compiling: Future[Compiled], stop_ids: Sequence[int], min_tokens: int, own: Int32 | None = None
@@ -57,10 +59,13 @@ class Guide:
         self.over = False  # complete, and nothing may follow
         # [words] a bit per token of the vocabulary, the first in the lowest; 0: must not come
         self.mask: Int32 = np.zeros(0, np.int32)
+        self.drafts: Int32 = np.zeros(0, np.int32)  # [k] of which it is known what may come after them
+        self.masks_ahead: Int32 = np.zeros((0, 0), np.int32)  # [k, words] after each
         self.num_followed = -1
         self.asked = (-1, 0)  # which process, about how many tokens
         self.noted = False  # its end will be told
         self.deaths = 0  # of processes that were at it
+        self.looks = True  # it is looked at drafts
         self._compiling = compiling
 
     @property
@@ -93,10 +98,21 @@ class Guide:
             self.refusal = Refusal(followed.kind, followed.refusal)
             return
         self.mask, self.over, self.num_followed = np.frombuffer(followed.mask, np.int32), followed.over, num_tokens
+        self.drafts = self.drafts[:0]
 
-    def check_last(self, token_id: int) -> None:
-        """A token that ends the sequence is not followed, but may have come because nothing was left to choose from.
-        Sets `refusal` then.
+    def take_look(self, followed: Followed, num_tokens: int) -> None:
+        """What a look behind so many tokens has found."""
+        if self.refusal is None and self.num_followed == num_tokens:
+            self.drafts = np.frombuffer(followed.drafts, np.int32)
+            self.masks_ahead = np.frombuffer(followed.mask, np.int32).reshape(len(self.drafts), len(self.mask))
+
+    def mask_after(self, num_drafts: int) -> Int32:
+        """What may come if so many drafts do."""
+        return self.masks_ahead[num_drafts - 1] if num_drafts else self.mask
+
+    def check_last(self, token_id: int, num_before: int) -> None:
+        """A token that ends the sequence, behind so many of the answer, is not followed, but may have come because
+        nothing was left to choose from. Sets `refusal` then.
         """
-        if not may_come(self.mask, token_id):
+        if not may_come(self.mask_after(num_before - self.num_followed), token_id):
             self.refusal = Refusal(ErrorKind.INVALID, dead_end(self.own is not None))

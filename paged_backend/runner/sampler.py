@@ -107,7 +107,12 @@ class Sampler:
             penalties = (p.floats("repetition"), p.floats("presence"), p.floats("frequency"))
             logits = ops.apply_penalties(logits, history, p.integers("prompt_len"), positions, *penalties)
         if step.masked:
-            logits = ops.apply_token_mask(logits, rows.token_masks, torch.where(p.integers("masked") > 0, mine, -1))
+            masked = torch.where(p.integers("masked") > 0, mine, -1)
+            if step.masks_ahead is not None:
+                masks, outputs = step.masks_ahead
+                logits = ops.apply_token_mask(logits, masks, outputs)
+                masked = torch.where(outputs < 0, masked, -1)
+            logits = ops.apply_token_mask(logits, rows.token_masks, masked)
         return logits
 
 

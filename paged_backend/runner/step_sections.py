@@ -54,13 +54,15 @@ def sections_of(batch: Batch, plan: StepPlan) -> dict[str, Int32]:
     sections = _new_row_sections(batch.new_rows) if batch.new_rows else {}
     if len(batch.page_updates):
         sections["page_updates"] = batch.page_updates
-    if batch.token_edits:
-        sections |= _edit_sections(batch.token_edits)
+    given = () if batch.drafts is None else batch.drafts.given
+    if batch.token_edits or given:
+        sections |= _edit_sections(batch.token_edits + given)
     if len(batch.page_copies):
         sections["page_copies"] = batch.page_copies
     if batch.drafts is not None and batch.drafts.counts.any():
-        drafting = batch.drafts.counts > 0
-        sections["drafting"] = np.stack([batch.rows[drafting], batch.drafts.counts[drafting]])
+        drafting = (batch.drafts.counts > 0) & ~np.isin(batch.rows, [edit.row for edit in given])
+        if drafting.any():
+            sections["drafting"] = np.stack([batch.rows[drafting], batch.drafts.counts[drafting]])
     for ask in batch.asks:
         sections |= room_of(ask).sections(ask, batch, plan)
     return sections

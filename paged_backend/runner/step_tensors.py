@@ -39,6 +39,9 @@ class SampleTensors:
     beams: Tensor | None = None  # int32 [b] outputs of which the likeliest continuations are wanted
     num_candidates: int = 0  # so many
     masked: bool = False  # some row may choose certain tokens only
+    # Masks behind drafts, int32 [d, words], and of each row its own among them, int32 [M], -1: it is the row's; None:
+    # there are none
+    masks_ahead: tuple[Tensor, Tensor] | None = None
     # int32 [M] at least: the token that each was sampled behind; None: there are no drafts, no row comes twice
     input_ids: Tensor | None = None
 
@@ -286,6 +289,9 @@ class DeviceRows:
             beams=None if beams is None else self._sent["beams"],
             num_candidates=0 if beams is None else beams.num_candidates,
             masked=bool(features & Feature.MASK and self._widest("masked", sampled)),
+            masks_ahead=(self._sent["masks_ahead"], self._sent["outputs_ahead"])
+            if "masks_ahead" in self._sent
+            else None,
             input_ids=None if self.lengths is None else step.input_ids,
         )
 
@@ -317,7 +323,7 @@ class DeviceRows:
         if "adapter_slots" in sent:
             rows, adapter_slots = sent["adapter_slots"]
             self.adapter_slots[rows] = adapter_slots
-        if batch.token_edits:
+        if "edit_spans" in sent:
             self._ops.write_spans(self.token_ids, sent["edit_spans"], sent["edited_tokens"])
         if "page_copies" in sent:
             self._copy_pages(sent["page_copies"])

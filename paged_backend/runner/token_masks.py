@@ -1,4 +1,6 @@
-"""Masks of next tokens on the device: they lie in the rows until others come, and the sampler applies them there."""
+"""Masks of next tokens on the device: they lie in the rows until others come, and the sampler applies them there. Those
+behind drafts are the step's.
+"""
 
 from __future__ import annotations
 
@@ -18,4 +20,16 @@ class MaskRoom(AskRoom):
         count, width = ask.words.shape
         places = np.arange(count, dtype=np.int32) * width
         spans = np.stack([ask.rows, np.zeros_like(places), places, np.full_like(places, width)], axis=1)
-        return {"mask_spans": spans, "masks": ask.words}
+        sections = {"mask_spans": spans, "masks": ask.words}
+        if len(ask.ahead):
+            sections |= {"masks_ahead": ask.words_ahead, "outputs_ahead": _outputs_ahead(ask.ahead, batch, plan)}
+        return sections
+
+
+def _outputs_ahead(ahead: Int32, batch: Batch, plan: StepPlan) -> Int32:
+    """Of each output the mask behind drafts that is its own; -1: none."""
+    firsts = dict(zip(batch.rows[batch.samples].tolist(), plan.first_outputs.tolist(), strict=True))
+    outputs = np.full(plan.shape.num_outputs, -1, np.int32)
+    for mask, (row, num_before) in enumerate(ahead.tolist()):
+        outputs[firsts[row] + num_before] = mask
+    return outputs

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Answer, Ask, Batch
+from paged_backend.batch import Answer, Ask, Batch, Drafts
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import FeatureOutput, Finish, Found, Submit
 from paged_backend.scheduler.rows import Rows
@@ -29,13 +29,14 @@ _NONE = np.empty(0, np.intp)
 @dataclass(frozen=True)
 class StepRows:
     """The rows of a step that is being put together: it computes counts[i] tokens of rows[i] from starts[i], and
-    samples the successor where samples[i].
+    samples the successor where samples[i]; and drafts beside them.
     """
 
     rows: Int32
     starts: Int32
     counts: Int32
     samples: NDArray[np.bool_]
+    drafts: Drafts | None
 
 
 class Takings(Protocol):

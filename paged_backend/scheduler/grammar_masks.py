@@ -1,10 +1,12 @@
 """Sequences that may choose certain tokens only: those whose answers follow a grammar (which may start, which are at
-their end, what each may say next), and those with a list of allowed tokens, which the device is told once.
+their end, what each may say next, and behind drafts), and those with a list of allowed tokens, which the device is
+told once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,10 @@ from paged_backend.scheduler.sequence import Sequence, Status
 
 class GrammarMasks(SchedulerFeature):
     """Owns each sequence's guide through its grammar. A sequence with one waits until it is compiled (waiting.py), and
-    then runs only with all its tokens
-    known: the mask of the next depends on them. A sequence without a grammar may have one mask for all its tokens."""
+    then runs only with all its tokens known: the mask of the next depends on them. Drafts of it are known, too, and
+    have been looked at, so that what is sampled behind each has its own mask. A sequence without a grammar may have one
+    mask for all its tokens.
+    """
 
     asks = TokenMasks
 
@@ -32,6 +36,8 @@ class GrammarMasks(SchedulerFeature):
         self._guides: dict[Sequence, Guide] = {}
         self._unmasked: list[int] = []  # rows whose next mask is not known yet
         self._allowed: dict[Sequence, Int32] = {}  # [ceil(vocab / 32)] a bit a token, of sequences without a grammar
+        # of a row that has all its tokens known: guesses at the next ones, and how many drafts it may have
+        self.guesses: Callable[[int], tuple[Int32, int]] = lambda row: (np.empty(0, np.int32), 0)
         self._started: list[Sequence] = []  # of these, since the step before: the device does not have their masks yet
 
     # ---- a request comes, waits, ends
@@ -100,7 +106,9 @@ class GrammarMasks(SchedulerFeature):
         guide = self._guides.get(sequence)
         if guide is None:
             return None
-        guide.check_last(token_id)
+        row = sequence.row
+        num_known = len(sequence.token_ids) if row is None else int(self.rows.num_known[row])
+        guide.check_last(token_id, num_known - 1 - sequence.spec.prompt_len)
         return None if guide.refusal is None else _refused(sequence, guide)
 
     # ---- once a step
@@ -138,9 +146,16 @@ class GrammarMasks(SchedulerFeature):
         behind = (table.num_tokens[rows] > table.num_known[rows]) | np.isin(rows, self._unmasked)
         return np.flatnonzero(behind & (table.features[rows] & Feature.GUIDED != 0))
 
+    def drafts(self, row: int) -> Int32:
+        """Those that a row of a grammar may have in its next step."""
+        sequence = self.rows.sequences[row]
+        assert sequence is not None
+        return self._guides[sequence].drafts
+
     def ask(self, step: StepRows) -> TokenMasks | None:
         """None: every row may sample any token, or has been given its mask before."""
-        rows = self.rows
+        rows, num_drafts = self.rows, _drafts_of(step)
+        ahead: dict[tuple[int, int], Int32] = {}
         masks = {runner.row: self._allowed[sequence] for sequence in self._started for runner in sequence.runners}
         self._started = []
         for row in self._guided(step.rows[step.samples]).tolist():
@@ -149,13 +164,30 @@ class GrammarMasks(SchedulerFeature):
             guide = self._guides[sequence]
             assert guide.knows(int(rows.num_known[row]) - sequence.spec.prompt_len), "a row samples without its mask"
             masks[row] = guide.mask
-        return TokenMasks(np.array(list(masks), np.int32), np.stack(list(masks.values()))) if masks else None
+            ahead |= {(row, place): guide.mask_after(place) for place in range(1, num_drafts.get(row, 0) + 1)}
+        if not masks:
+            return None
+        asked = TokenMasks(np.array(list(masks), np.int32), np.stack(list(masks.values())))
+        if ahead:
+            asked = replace(asked, ahead=np.array(list(ahead), np.int32), words_ahead=np.stack(list(ahead.values())))
+        return asked
 
     def settle(self, batch: Batch, ask: Ask, answer: Answer | None, takings: Takings) -> None:
-        """Has the answers of the step's rows followed: early, so that masks come while others are attended to."""
+        """Has the answers of the step's rows followed: early, so that masks come while others are attended to. Then
+        drafts are looked at.
+        """
         sampled = batch.rows[batch.samples]
         present = sampled[self.rows.request_id[sampled] == batch.request_ids[batch.samples]]
-        self._follow(self._guided(present))
+        guided = self._guided(present)
+        self._follow(guided)
+        for row in guided.tolist():
+            sequence = self.rows.sequences[row]
+            if sequence is not None:
+                guesses, most = self.guesses(row)
+                if most:
+                    num_answered = int(self.rows.num_known[row]) - sequence.spec.prompt_len
+                    self._follower.look(self._guides[sequence], num_answered, guesses, most)
+        self._follower.collect()
 
     def _guided(self, rows: Int32) -> Int32:
         guided: Int32 = rows[self.rows.features[rows] & Feature.GUIDED != 0]
@@ -180,6 +212,11 @@ class GrammarMasks(SchedulerFeature):
         assert set(self._allowed) <= alive - set(self._guides), (
             "allowed tokens of a sequence that is over, or beside a grammar"
         )
+
+
+def _drafts_of(step: StepRows) -> dict[int, int]:
+    """How many each row has."""
+    return {} if step.drafts is None else dict(zip(step.rows.tolist(), step.drafts.counts.tolist(), strict=True))
 
 
 def _allowed(request: Submit) -> Int32 | None:

@@ -17,17 +17,31 @@ LONGEST, SHORTEST = 8, 2  # tokens
 SEARCHED = 16_384  # newest tokens
 
 
+def continuation(token_ids: Int32) -> Int32:
+    """What came after the last place where a text went as it ends now: as many tokens as are drafts of it, none where
+    nothing repeats. As the kernel finds them. token_ids: int32 [n], all that are known.
+    """
+    tokens = token_ids[-SEARCHED:]
+    alike, place = _last_alike(tokens)
+    found: Int32 = tokens[place + np.arange(max(alike - 1, 0)) % max(len(tokens) - place, 1)]
+    return found
+
+
 def num_alike(token_ids: Int32) -> int:
     """How many of the newest tokens, LONGEST at most, stand in the same order before another place of the text's newest
     SEARCHED tokens; 0 where fewer than SHORTEST do.
 
     token_ids: int32 [n], all that are known.
     """
-    tokens = token_ids[-SEARCHED:]
+    return _last_alike(token_ids[-SEARCHED:])[0]
+
+
+def _last_alike(tokens: Int32) -> tuple[int, int]:
+    """How many tokens are alike, and the last place before which they are; (0, 0): fewer than SHORTEST are."""
     places = np.flatnonzero(tokens[:-1] == tokens[-1]) + 1 if len(tokens) else np.empty(0, np.intp)
-    alike = 0
+    alike, last = 0, 0
     while len(places) and alike < LONGEST:
-        alike += 1
+        alike, last = alike + 1, int(places[-1])
         places = places[places > alike]
         places = places[tokens[places - alike - 1] == tokens[-alike - 1]]
-    return alike if alike >= SHORTEST else 0
+    return (alike, last) if alike >= SHORTEST else (0, 0)

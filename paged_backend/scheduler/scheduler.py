@@ -67,10 +67,11 @@ class Scheduler:
         self._clock = clock
         self._running = running = RunningSequences(limits)
         self._quarantine = Quarantine()
-        self._speculation = Speculation(limits, running)
+        guides = guides or GrammarMasks()
+        self._speculation = Speculation(limits, running, guides)
         every = (
             self._quarantine,
-            guides or GrammarMasks(),
+            guides,
             adapters or AdapterSlots(),
             PromptLogprobsFeature(),
             EmbeddingsFeature(),
@@ -166,7 +167,7 @@ class Scheduler:
         table = self._running.table
         drafts = self._speculation.drafts(rows, counts) if self._speculation.in_use else None
         starts, samples = self._running.advance(rows, counts)
-        asks = self._features.asks(StepRows(rows, starts, counts, samples)) if self._features.active else ()
+        asks = self._features.asks(StepRows(rows, starts, counts, samples, drafts)) if self._features.active else ()
         if drafts is not None:
             self._running.expect(rows, drafts.counts)
             counts = counts + drafts.counts

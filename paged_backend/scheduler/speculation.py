@@ -1,11 +1,12 @@
 """Sequences whose steps may bring several tokens: how many drafts of each a step computes.
 
-Drafts are guesses at a sequence's next tokens, which the device makes (kernels/ngram.py) and checks: a draft is
-right if it is the token that is sampled there anyway, with the random number that its position has. So no token ever
-depends on whether there were drafts, how many, or how good they were; only how soon it comes does. That leaves this
-room free to decide by what pays: drafts get what the others leave of a step's budget and of the pages, a text that does
-not repeat itself has none from itself (repetition.py), a sequence whose drafts are wrong pauses, longer each time, and
-where it is to be found out whether drafts pay at all, they are had as far as they do (step_costs.py).
+Drafts are guesses at a sequence's next tokens, which the device makes (kernels/ngram.py) and checks; those of a
+sequence with a grammar the host makes, since each place needs its mask (grammar_masks.py). A draft is right if it is
+the token that is sampled there anyway, with the random number that its position has. So no token ever depends on
+whether there were drafts, how many, or how good they were; only how soon it comes does. That leaves this room free to
+decide by what pays: drafts get what the others leave of a step's budget and of the pages, a text that does not repeat
+itself has none from itself (repetition.py), a sequence whose drafts are wrong pauses, longer each time, and where it is
+to be found out whether drafts pay at all, they are had as far as they do (step_costs.py).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import MOST_DRAFTING, Batch, Drafts, Feature
+from paged_backend.batch import MOST_DRAFTING, Batch, Drafts, Feature, TokenEdit
 from paged_backend.messages import Submit
 from paged_backend.scheduler.features import SchedulerFeature
+from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.limits import SchedulerLimits
-from paged_backend.scheduler.repetition import num_alike
+from paged_backend.scheduler.repetition import continuation, num_alike
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
 from paged_backend.scheduler.step_costs import StepCosts
@@ -29,8 +31,9 @@ _LONGEST_IF_IT_MUST_PAY = 63
 _LATEST = 0.2  # what the newest draft counts
 _UNKNOWN_SHARE = 0.5
 _FORGOTTEN = 0.01  # of the share, towards _UNKNOWN_SHARE, with each step whose drafts would not have paid
-# What comes next depends on all tokens before, and the host must know them.
-_KEEPS_STILL = Feature.GUIDED | Feature.BEAM
+
+
+_NONE = np.empty(0, np.int32)
 
 
 @dataclass
@@ -69,7 +72,9 @@ class _Pace:
 class Speculation(SchedulerFeature):
     """Owns the pace of each sequence that may have drafts, and the counts of drafts."""
 
-    def __init__(self, limits: SchedulerLimits, running: RunningSequences) -> None:
+    def __init__(self, limits: SchedulerLimits, running: RunningSequences, guides: GrammarMasks) -> None:
+        self._guides = guides
+        guides.guesses = self._guesses
         self._most = limits.num_drafts
         self._from_text = limits.drafts_from_text
         self._budget = limits.max_batched_tokens
@@ -85,7 +90,9 @@ class Speculation(SchedulerFeature):
     def enter(self, sequence: Sequence, request: Submit) -> bool:
         spec = sequence.spec
         sampling = spec.sampling
-        if not self._most or sampling.speculation == "off" or spec.features & _KEEPS_STILL:
+        if not self._most or sampling.speculation == "off":
+            return False
+        if spec.features & Feature.BEAM:  # what comes next depends on the others' tokens, too
             return False
         # one is over with a token; of the other a token may be replaced when it is known
         if sampling.pooling is not None or sampling.max_thinking_tokens is not None:
@@ -105,13 +112,17 @@ class Speculation(SchedulerFeature):
         """
         unsure = self.rows.unsure[rows]
         drafts = np.zeros_like(counts)
+        given: list[TokenEdit] = []
         if len(rows) <= MOST_DRAFTING and bool((counts == 1).all()):
             left = self._budget - len(rows)
             for entry, (row, wanted) in enumerate(zip(rows.tolist(), self._wanted(rows), strict=True)):
                 if wanted and left > 0:
                     drafts[entry] = self._with_pages(row, min(wanted, left))
                     left -= int(drafts[entry])
-        return Drafts(drafts, unsure) if drafts.any() or unsure.any() else None
+                    if drafts[entry] and self._is_guided(row):
+                        token_ids = self._guides.drafts(row)[: drafts[entry]]
+                        given.append(TokenEdit(row, int(self.rows.num_known[row]), token_ids))
+        return Drafts(drafts, unsure, tuple(given)) if drafts.any() or unsure.any() else None
 
     def _wanted(self, rows: Int32) -> list[int]:
         """Drafts of each row, as far as they pay."""
@@ -132,10 +143,24 @@ class Speculation(SchedulerFeature):
         start = int(table.num_computed[row])
         if pace is None or table.num_tokens[row] != start + 1:
             return 0
+        if self._is_guided(row):
+            return len(self._guides.drafts(row))
         most = int(table.length_limit[row]) - 2 - start
         if self._from_text:
             most = min(most, num_alike(table.token_ids[row, : table.num_known[row]]) - 1)
         return min(pace.next(), most) if most > 0 else 0
+
+    def _is_guided(self, row: int) -> bool:
+        """Its drafts must be known before its step is launched, and have masks, so that the host makes them."""
+        return bool(self.rows.features[row] & Feature.GUIDED)
+
+    def _guesses(self, row: int) -> tuple[Int32, int]:
+        """For a guided row: what may come next by its own text, and how many drafts its next step may have."""
+        pace, num_known = self._pace_of(row), int(self.rows.num_known[row])
+        if pace is None or len(self._running) > MOST_DRAFTING:
+            return _NONE, 0
+        most = min(pace.next(), int(self.rows.length_limit[row]) - 1 - num_known)
+        return continuation(self.rows.token_ids[row, :num_known])[: max(most, 0)], max(most, 0)
 
     def _pace_of(self, row: int) -> _Pace | None:
         runner = self.rows.sequences[row]

@@ -26,8 +26,19 @@ from paged_backend.config import EngineConfig, demo_model_folder
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
-from paged_backend.request import SamplingParams
+from paged_backend.request import SamplingParams, parse_sampling
 
+# a form as agents ask for it: the same keys again and again
+PEOPLE = {
+    "type": "array",
+    "minItems": 30,
+    "items": {
+        "type": "object",
+        "properties": {"first_name": {"enum": ["Ada", "Tom", "Mia"]}, "age": {"type": "integer", "maximum": 99}},
+        "required": ["first_name", "age"],
+        "additionalProperties": False,
+    },
+}
 STORY = "<|user|>Tell me a story about a fox and a lantern.<|end|><|assistant|>"
 
 
@@ -67,11 +78,14 @@ def workloads(engine: Engine, max_tokens: int) -> dict[str, tuple[Int32, Samplin
     begun = np.array(told[0][: len(told[0]) // 3], np.int32)
     free = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=1, ignore_eos=True)
     circles = SamplingParams(max_tokens=max_tokens, temperature=0.0, frequency_penalty=-2.0, ignore_eos=True)
+    outputs = {"json": PEOPLE, "disable_any_whitespace": True}
+    form = parse_sampling({"max_tokens": max_tokens, "temperature": 0.0, "structured_outputs": outputs})
     return {
         "a story begun again": (np.concatenate([story, np.array(told[0], np.int32), story, begun]), greedy),
         "in circles": (story, circles),
         "a story": (story, greedy),
         "drawn tokens": (story, free),
+        "a form": (story, form),
     }
 
 
@@ -83,10 +97,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=300)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4], help="at once")
     parser.add_argument("--kinds", nargs="+", default=["ngram", "auto"], help="values of speculation")
+    parser.add_argument("--texts", nargs="+", help="some of the texts, by the names that are printed")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
     engines = {kind: load(args.device, kind, args.drafts, 1024) for kind in ("off", *args.kinds)}
-    for name, (prompt, sampling) in workloads(engines["off"], args.max_tokens).items():
+    texts = workloads(engines["off"], args.max_tokens)
+    for name in args.texts or texts:
+        prompt, sampling = texts[name]
         for num_sequences in args.sequences:
             row = {"bench": "speculation", "text": name, "sequences": num_sequences}
             print(json.dumps(row | compare(engines, [prompt] * num_sequences, sampling, args)), flush=True)

@@ -4,6 +4,7 @@ while everything else goes on.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -266,6 +267,59 @@ def test_a_follower_that_is_killed_is_replaced_and_answers_go_on(grammars: Gramm
     assert guide.refusal is None and may_come(guide.mask, *ids("z")) and not may_come(guide.mask, EOS)
     follow(grammars, guide, "abc")
     assert may_come(guide.mask, EOS) and not may_come(guide.mask, *ids("z"))
+
+
+def look(grammars: Grammars, guide: Guide, text: str) -> None:
+    """Until a look at the text as drafts has been answered, or given up."""
+    grammars.follower.look(guide, guide.num_followed, np.array(ids(text), np.int32), 4)
+    end = time.monotonic() + 200
+    while grammars.follower._asked and time.monotonic() < end:
+        grammars.follower.wait()
+        time.sleep(0.001)
+
+
+def test_drafts_are_looked_at_behind_the_answer_and_an_older_look_is_of_no_use(grammars: Grammars) -> None:
+    guide = grammars.guide(PLAIN, (EOS,), 0)
+    follow(grammars, guide, "a")
+    look(grammars, guide, "bc")
+    assert guide.drafts.tolist() == ids("b") + ids("c") and len(guide.masks_ahead) == 2
+    assert may_come(guide.mask_after(1), *ids("z")) and not may_come(guide.mask_after(1), EOS)
+    assert may_come(guide.mask_after(2), EOS) and not may_come(guide.mask_after(2), *ids("z"))
+    follow(grammars, guide, "ab")
+    assert not len(guide.drafts)
+    grammars.follower.look(guide, 1, np.array(ids("c"), np.int32), 4)
+    assert not grammars.follower._asked
+
+
+def test_a_mask_without_end_behind_a_draft_is_given_up_and_the_answer_goes_on(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each mask behind a draft took a minute of the processor's time."""
+    guide = grammars.guide(PLAIN, (EOS,), 0)
+    follow(grammars, guide, "a")
+    link = grammars.follower._link
+    assert isinstance(link, FollowerLink)
+    clock = itertools.count(0, 60)
+    monkeypatch.setattr(link, "cpu_seconds", lambda: float(next(clock)))
+    os.kill(link._worker.pid, signal.SIGSTOP)
+    look(grammars, guide, "b")
+    assert guide.refusal is None and not guide.looks and not guide.deaths and guide.knows(1)
+    follow(grammars, guide, "ab")
+    look(grammars, guide, "c")
+    assert guide.refusal is None and not len(guide.drafts)
+
+
+def test_a_process_that_dies_at_a_look_is_no_fault_of_the_grammar(grammars: Grammars) -> None:
+    guide = grammars.guide(PLAIN, (EOS,), 0)
+    follow(grammars, guide, "a")
+    link = grammars.follower._link
+    assert isinstance(link, FollowerLink)
+    os.kill(link._worker.pid, signal.SIGSTOP)
+    Timer(0.2, os.kill, (link._worker.pid, signal.SIGKILL)).start()
+    look(grammars, guide, "b")
+    assert not guide.deaths and not guide.looks and guide.knows(1)
+    follow(grammars, guide, "ab")
+    assert guide.refusal is None
 
 
 # ---- whose turn it is

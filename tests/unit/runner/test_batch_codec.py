@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from paged_backend.batch import Ask, Batch, NewRow, PromptScoring, PromptSpan, TokenEdit, TokenMasks
+from paged_backend.batch import Ask, Batch, Drafts, NewRow, PromptScoring, PromptSpan, TokenEdit, TokenMasks
 from paged_backend.request import SamplingParams
 from paged_backend.runner.parallel.batch_codec import decode_batch, encode_batch
 from paged_backend.runner.warm_up import largest_batches, warm_up_batches
@@ -69,11 +69,19 @@ def test_a_batch_with_everything_comes_back() -> None:
         page_updates=ints,
         features=3,
         asks=(
-            TokenMasks(np.array([3], np.int32), np.array([[7, -1]], np.int32)),
+            TokenMasks(
+                np.array([3], np.int32),
+                np.array([[7, -1]], np.int32),
+                np.array([[3, 1]], np.int32),
+                np.array([[5, 2]], np.int32),
+            ),
             PromptScoring((PromptSpan(2**40 + 1, 0, 3, 4, 2),)),
         ),
         token_edits=(TokenEdit(1, 2, np.array([9], np.int32)),),
         page_copies=np.array([[1, 2]], np.int32),
+        drafts=Drafts(
+            np.array([1, 0], np.int32), np.array([0, 2], np.int32), (TokenEdit(3, 5, np.array([8], np.int32)),)
+        ),
     )
     assert same(batch, decode_batch(encode_batch(batch)))
 
