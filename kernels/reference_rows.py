@@ -136,10 +136,23 @@ class RowOps(LogitOps):
         uniform = ((hashed.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
         return logits - torch.log(-torch.log1p(-uniform))
 
-    def write_tokens(self, history: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """history[rows[m], positions[m]] = token_ids[m]: [R, H], [M] distinct, [M], [M]. A row of -1 is padding."""
+    def write_tokens(
+        self,
+        history: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        *,
+        num_tokens: Tensor | None = None,
+    ) -> None:
+        """history[rows[m], positions[m]] = token_ids[m]: [R, H], [M] distinct, [M], [M]; and num_tokens[rows[m]] =
+        positions[m] + 1 if given, [R]. A row of -1 is padding.
+        """
         stored = rows >= 0
-        history[rows[stored], positions[stored]] = token_ids[stored].to(history.dtype)
+        mine, at = rows[stored], positions[stored]
+        history[mine, at] = token_ids[stored].to(history.dtype)
+        if num_tokens is not None:
+            num_tokens[mine] = (at + 1).to(num_tokens.dtype)
 
     def accept_tokens(
         self, history: Tensor, lengths: Tensor, rows: Tensor, positions: Tensor, token_ids: Tensor, input_ids: Tensor

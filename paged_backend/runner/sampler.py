@@ -49,7 +49,7 @@ class Sampler:
         else:
             token_ids = ops.argmax(edited)
         if rows.lengths is None or step.input_ids is None:
-            ops.write_tokens(rows.token_ids, step.rows, step.positions, token_ids)
+            ops.write_tokens(rows.token_ids, step.rows, step.positions, token_ids, num_tokens=rows.lengths)
             accepted = token_ids
         else:
             accepted = ops.accept_tokens(

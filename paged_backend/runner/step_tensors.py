@@ -215,7 +215,7 @@ class DeviceRows:
         step = self.make_step(
             self.update(batch, plan), plan.shape, page_tables, plan.max_decode_len, longest, plan.prefill_lens
         )
-        self.gather(step)
+        self.gather(step, sure=batch.drafts is None)
         return step
 
     def make_step(
@@ -251,9 +251,9 @@ class DeviceRows:
         """
         return [self.token_ids.new_zeros(num_sequences, -(-max_len // self.page_size)) for _ in self._group_tables]
 
-    def gather(self, step: StepTensors) -> None:
+    def gather(self, step: StepTensors, sure: bool = False) -> None:
         """Fills a step's tensors from the rows of its plan. All but page tables and slots are the same for every KV
-        group.
+        group. sure: no start of the plan hangs on a length that only the device knows.
         """
         plan = step.plan
         for page_table, group in zip(self._group_tables, step.groups, strict=True):
@@ -270,7 +270,7 @@ class DeviceRows:
                 slot_mapping=group.slot_mapping,
                 page_table=group.page_table,
                 seq_lens=step.seq_lens,
-                lengths=self.lengths,
+                lengths=None if sure else self.lengths,
             )
 
     def sampling(self, batch: Batch, step: StepTensors) -> SampleTensors:
@@ -292,7 +292,7 @@ class DeviceRows:
             masks_ahead=(self._sent["masks_ahead"], self._sent["outputs_ahead"])
             if "masks_ahead" in self._sent
             else None,
-            input_ids=None if self.lengths is None else step.input_ids,
+            input_ids=None if batch.drafts is None else step.input_ids,
         )
 
     def prompt_tokens(self) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,7 @@ class SchedulerFeature:
     """
 
     asks: type[Ask] | None = None  # what it asks of steps, whose answers it takes; None: it asks nothing
+    in_steps = True  # False: nothing of what is asked "once a step" concerns it
     rows: Rows  # of the scheduler that it is a feature of, as are its row changes
     changes: RowChanges
 
@@ -137,7 +138,7 @@ class SchedulerFeature:
 
 class LiveFeatures:
     """Owns who uses what. Invariant (`check`): `active` are the features that some living sequence uses, in the order
-    of `every`.
+    of `every`, but for those that steps do not concern.
     """
 
     def __init__(self, every: tuple[SchedulerFeature, ...], rows: Rows, changes: RowChanges) -> None:
@@ -207,7 +208,9 @@ class LiveFeatures:
         for feature in used:
             self._num_users[self.every.index(feature)] += change
         self.active = tuple(
-            feature for feature, num_users in zip(self.every, self._num_users, strict=True) if num_users
+            feature
+            for feature, num_users in zip(self.every, self._num_users, strict=True)
+            if num_users and feature.in_steps
         )
 
     def check(self, living: Iterable[Sequence]) -> None:
@@ -216,7 +219,7 @@ class LiveFeatures:
         assert set(self._used) <= set(alive), "a sequence that is over uses a feature"
         counts = [sum(feature in used for used in self._used.values()) for feature in self.every]
         assert counts == self._num_users and self.active == tuple(
-            feature for feature, count in zip(self.every, counts, strict=True) if count
+            feature for feature, count in zip(self.every, counts, strict=True) if count and feature.in_steps
         )
         for feature in self.every:
             feature.check(alive)

@@ -8,13 +8,53 @@ suffix decoding, Oliaro et al., 2024.)
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32
 
 # as the kernel has them (paged_kernels.reference_rows); this wing imports no torch
 LONGEST, SHORTEST = 8, 2  # tokens
 SEARCHED = 16_384  # newest tokens
+_HASHES = 2**16  # of pairs: a new one is taken for an old one with probability 1/4 where SEARCHED pairs are noted
+_FEW = 16  # tokens that are noted one by one
+
+
+class Repetition:
+    """How far one sequence's text repeats itself, asked as it grows. Owns a note of the pairs of tokens that it has, a
+    byte a hash: a text whose newest pair is new need not be searched.
+    """
+
+    def __init__(self) -> None:
+        self._has = bytearray(0)  # [_HASHES] once it is asked
+        self._num_noted = 1  # tokens whose pairs are noted
+
+    def num_alike(self, token_ids: Int32) -> int:
+        """As the function. token_ids: the text that it was asked about before, and what came since."""
+        num_new = len(token_ids) - self._num_noted
+        if num_new > _FEW:
+            self._note_many(token_ids[max(self._num_noted - 1, len(token_ids) - SEARCHED - 1, 0) : -1].astype(np.int64))
+            num_new = 1
+        self._num_noted = max(self._num_noted, len(token_ids))
+        seen = num_new < 1  # for all that is known
+        has = self._has = self._has or bytearray(_HASHES)
+        tokens: list[int] = token_ids[-1 - num_new :].tolist() if num_new > 0 else []
+        for first, second in pairwise(tokens):
+            place = _hash(first, second)
+            seen = has[place] > 0
+            has[place] = 1
+        return num_alike(token_ids) if seen else 0
+
+    def _note_many(self, tokens: NDArray[np.int64]) -> None:
+        self._has = self._has or bytearray(_HASHES)
+        np.frombuffer(self._has, np.uint8)[_hash(tokens[:-1], tokens[1:])] = 1
+
+
+def _hash(first: Any, second: Any) -> Any:
+    return (first * 40503 + second * 60493) & (_HASHES - 1)
 
 
 def continuation(token_ids: Int32) -> Int32:

@@ -11,7 +11,7 @@ to be found out whether drafts pay at all, they are had as far as they do (step_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from paged_backend.messages import Submit
 from paged_backend.scheduler.features import SchedulerFeature
 from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.limits import SchedulerLimits
-from paged_backend.scheduler.repetition import continuation, num_alike
+from paged_backend.scheduler.repetition import Repetition, continuation
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
 from paged_backend.scheduler.step_costs import StepCosts
@@ -43,6 +43,8 @@ class _Pace:
     most: int
     now: int
     longest_pause: int
+    guided: bool  # its drafts must be known before its step is launched, and have masks: the host makes them
+    repetition: Repetition = field(default_factory=Repetition)  # of its text
     pause: int = 0  # steps without any, from now on
     next_pause: int = 1
     share: float = _UNKNOWN_SHARE  # of the drafts after right ones that are right, too, lately
@@ -72,6 +74,8 @@ class _Pace:
 class Speculation(SchedulerFeature):
     """Owns the pace of each sequence that may have drafts, and the counts of drafts."""
 
+    in_steps = False
+
     def __init__(self, limits: SchedulerLimits, running: RunningSequences, guides: GrammarMasks) -> None:
         self._guides = guides
         guides.guesses = self._guesses
@@ -98,7 +102,7 @@ class Speculation(SchedulerFeature):
         if sampling.pooling is not None or sampling.max_thinking_tokens is not None:
             return False
         longest_pause = _LONGEST_PAUSE if self._costs is None else _LONGEST_IF_IT_MUST_PAY
-        self._paces[sequence] = _Pace(self._most, self._most, longest_pause)
+        self._paces[sequence] = _Pace(self._most, self._most, longest_pause, bool(spec.features & Feature.GUIDED))
         self.in_use = True
         return True
 
@@ -110,26 +114,29 @@ class Speculation(SchedulerFeature):
         """For a step that computes counts[i] tokens of rows[i], all of which have their pages. Pages for drafts are
         taken, if nobody else misses them. None: there are no drafts, and all lengths are known.
         """
+        listed = rows.tolist()
+        wanted = self._wanted(listed) if len(rows) <= MOST_DRAFTING and counts.max() == 1 else []
+        if not any(wanted):
+            unsure = self.rows.unsure[rows]
+            return Drafts(np.zeros_like(counts), unsure) if unsure.any() else None
+        drafts, given = np.zeros_like(counts), []
+        left = self._budget - len(rows)
+        for entry, (row, most) in enumerate(zip(listed, wanted, strict=True)):
+            num_drafts = self._with_pages(row, min(most, left)) if most and left > 0 else 0
+            drafts[entry] = num_drafts
+            left -= num_drafts
+            if num_drafts and self.rows.features[row] & Feature.GUIDED:
+                token_ids = self._guides.drafts(row)[:num_drafts]
+                given.append(TokenEdit(row, int(self.rows.num_known[row]), token_ids))
         unsure = self.rows.unsure[rows]
-        drafts = np.zeros_like(counts)
-        given: list[TokenEdit] = []
-        if len(rows) <= MOST_DRAFTING and bool((counts == 1).all()):
-            left = self._budget - len(rows)
-            for entry, (row, wanted) in enumerate(zip(rows.tolist(), self._wanted(rows), strict=True)):
-                if wanted and left > 0:
-                    drafts[entry] = self._with_pages(row, min(wanted, left))
-                    left -= int(drafts[entry])
-                    if drafts[entry] and self._is_guided(row):
-                        token_ids = self._guides.drafts(row)[: drafts[entry]]
-                        given.append(TokenEdit(row, int(self.rows.num_known[row]), token_ids))
         return Drafts(drafts, unsure, tuple(given)) if drafts.any() or unsure.any() else None
 
-    def _wanted(self, rows: Int32) -> list[int]:
+    def _wanted(self, rows: list[int]) -> list[int]:
         """Drafts of each row, as far as they pay."""
-        wanted = [self._wanted_of(row) for row in rows.tolist()]
+        paces = [self._pace_of(row) for row in rows]
+        wanted = [0 if pace is None else self._wanted_of(row, pace) for row, pace in zip(rows, paces, strict=True)]
         if self._costs is None or not any(wanted):
             return wanted
-        paces = [self._pace_of(row) for row in rows.tolist()]
         most = self._costs.most_drafts(wanted, [0.0 if pace is None else pace.share for pace in paces])
         if not most:
             for pace, num_drafts in zip(paces, wanted, strict=True):
@@ -137,22 +144,18 @@ class Speculation(SchedulerFeature):
                     pace.forget()
         return [min(num_drafts, most) for num_drafts in wanted]
 
-    def _wanted_of(self, row: int) -> int:
+    def _wanted_of(self, row: int, pace: _Pace) -> int:
         """So many that the row does not reach its limit, even if all of those in flight are right."""
-        table, pace = self.rows, self._pace_of(row)
+        table = self.rows
         start = int(table.num_computed[row])
-        if pace is None or table.num_tokens[row] != start + 1:
+        if int(table.num_tokens[row]) != start + 1:
             return 0
-        if self._is_guided(row):
+        if pace.guided:
             return len(self._guides.drafts(row))
         most = int(table.length_limit[row]) - 2 - start
         if self._from_text:
-            most = min(most, num_alike(table.token_ids[row, : table.num_known[row]]) - 1)
+            most = min(most, pace.repetition.num_alike(table.token_ids[row, : int(table.num_known[row])]) - 1)
         return min(pace.next(), most) if most > 0 else 0
-
-    def _is_guided(self, row: int) -> bool:
-        """Its drafts must be known before its step is launched, and have masks, so that the host makes them."""
-        return bool(self.rows.features[row] & Feature.GUIDED)
 
     def _guesses(self, row: int) -> tuple[Int32, int]:
         """For a guided row: what may come next by its own text, and how many drafts its next step may have."""

@@ -27,9 +27,9 @@ class StepCosts:
 
     def __init__(self, num_drafts: int) -> None:
         """num_drafts: of a row in a step, at most."""
-        self._plain = np.zeros(MOST_DRAFTING + 1)  # by rows
+        self._plain = [0.0] * (MOST_DRAFTING + 1)  # by rows
         self._drafting = np.zeros(MOST_DRAFTING * (1 + num_drafts) + 1)  # by rows and drafts together
-        self._since_plain = np.zeros(MOST_DRAFTING + 1, np.int32)  # steps with drafts, by rows
+        self._since_plain = [0] * (MOST_DRAFTING + 1)  # steps with drafts, by rows
         self._begun: dict[int, float] = {}  # steps in flight
         self._ended = 0.0  # the newest that has
         # One that takes longer than so many without drafts was held up by something else: no drafts could pay for it.
@@ -45,16 +45,21 @@ class StepCosts:
         begun = self._begun.pop(batch.step, now)
         seconds = now - max(begun, self._ended)
         self._ended = now
-        drafts = 0 if batch.drafts is None else int(batch.drafts.counts.sum())
         rows = batch.num_sequences
-        if rows > MOST_DRAFTING or batch.num_tokens - drafts != rows or seconds <= 0:
+        if rows > MOST_DRAFTING or seconds <= 0:
+            return
+        drafts = 0 if batch.drafts is None else int(batch.drafts.counts.sum())
+        if batch.num_tokens - drafts != rows:
             return
         usual = self._plain[rows]
         seconds = min(seconds, self._most_times * usual) if usual else seconds
-        column = self._drafting if drafts else self._plain
-        before = column[rows + drafts] or usual or seconds
-        column[rows + drafts] = before + _LATEST * (seconds - before)
-        self._since_plain[rows] = self._since_plain[rows] + 1 if drafts else 0
+        if drafts:
+            before = float(self._drafting[rows + drafts]) or usual or seconds
+            self._drafting[rows + drafts] = before + _LATEST * (seconds - before)
+            self._since_plain[rows] += 1
+        else:
+            self._plain[rows] = (usual or seconds) + _LATEST * (seconds - (usual or seconds))
+            self._since_plain[rows] = 0
 
     def most_drafts(self, wanted: Sequence[int], shares: Sequence[float]) -> int:
         """How many drafts a row may have in a step: rows i would have wanted[i], each right with probability
@@ -63,7 +68,7 @@ class StepCosts:
         rows, most = len(wanted), max(wanted)
         if not most:
             return 0
-        plain = float(self._plain[rows])
+        plain = self._plain[rows]
         if not plain or self._since_plain[rows] >= _PLAIN_AFTER:
             return 0
         capped = np.minimum(np.arange(most + 1)[:, None], np.array(wanted))  # [most + 1, rows]

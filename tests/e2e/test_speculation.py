@@ -19,6 +19,7 @@ from paged_backend.request import SamplingParams
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
+from paged_kernels.reference_rows import RowOps
 from tests.engine_answers import answers, load
 from tests.oracle import random_prompts, save_checkpoint
 from tests.runner_driver import load_runner
@@ -224,6 +225,19 @@ def test_guesses_from_the_text_change_no_token(
         assert stats.drafts_proposed > stats.drafts_accepted > 0
     assert answers(engine, prompts, speculation="off", **asked) == expected
     assert engine.stats().drafts_proposed == stats.drafts_proposed, "a request that wants no drafts had some"
+
+
+def test_a_step_without_drafts_is_checked_for_none(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing repeats, an engine that may guess does what one does that may not."""
+    asked = {"max_tokens": 30, "ignore_eos": True, "frequency_penalty": 2.0, "repetition_penalty": 100.0}
+    options = {"max_num_sequences": 8, "num_pages": 64, "page_size": 16, "max_model_len": 256}
+    prompts = [np.arange(3 + 40 * number, 20 + 40 * number, dtype=np.int32) for number in range(3)]
+    expected = answers(load(checkpoint, tmp_path, **options), prompts, **asked)
+    engine = load(checkpoint, tmp_path, speculation="ngram", **options)
+    monkeypatch.setattr(RowOps, "accept_tokens", None)
+    assert answers(engine, prompts, **asked) == expected and engine.stats().drafts_proposed == 0
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_backend.scheduler.repetition import LONGEST, SEARCHED, SHORTEST, num_alike
+from paged_backend.scheduler.repetition import LONGEST, SEARCHED, SHORTEST, Repetition, continuation, num_alike
 from paged_kernels import reference_rows
 from paged_kernels.reference import reference
 
@@ -46,6 +46,42 @@ def test_it_counts_the_tokens_that_come_again(tokens: list[int], expected: int) 
 @given(st.lists(st.integers(0, 2), max_size=40))
 def test_it_is_what_a_search_of_every_place_finds(tokens: list[int]) -> None:
     assert num_alike(np.array(tokens, np.int32)) == ends_alike(tokens)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=25), max_size=6))
+def test_a_text_that_grows_repeats_itself_as_far_as_a_search_finds(parts: list[list[int]]) -> None:
+    repetition, text = Repetition(), np.empty(0, np.int32)
+    for part in parts:
+        text = np.append(text, np.array(part, np.int32)).astype(np.int32)
+        assert repetition.num_alike(text) == num_alike(text)
+        assert repetition.num_alike(text) == num_alike(text)  # asked again
+
+
+def test_a_long_text_that_grows_is_searched_where_it_repeats_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    monkeypatch.setattr(
+        "paged_backend.scheduler.repetition.num_alike", lambda text: (searched.append(len(text)), num_alike(text))[1]
+    )
+    begun = SEARCHED + 100
+    text = np.random.default_rng(0).permutation(151_000)[: begun + 200].astype(np.int32)
+    text[begun + 50 : begun + 60] = text[begun - 1000 : begun - 990]
+    repetition = Repetition()
+    for length in range(begun, len(text)):
+        expected = num_alike(text[:length])
+        assert repetition.num_alike(text[:length]) == expected
+        assert bool(expected) == (begun + 52 <= length <= begun + 60)
+    assert set(range(begun + 52, begun + 61)) <= set(searched) and len(searched) < 120
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
+def test_the_host_guesses_what_the_proposer_does(tokens: list[int]) -> None:
+    guesses = continuation(np.array(tokens, np.int32))
+    assert len(guesses) == max(num_alike(np.array(tokens, np.int32)) - 1, 0)
+    history = torch.full((1, len(tokens) + len(guesses)), -1, dtype=torch.int32)
+    history[0, : len(tokens)] = torch.tensor(tokens)
+    one = torch.ones(1, dtype=torch.int32)
+    reference.propose_ngram(history, one * len(tokens), one * 0, one * len(guesses))
+    assert history[0, len(tokens) :].tolist() == guesses.tolist()
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))

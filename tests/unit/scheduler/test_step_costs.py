@@ -203,4 +203,4 @@ def test_prompts_and_many_rows_are_no_concern_here() -> None:
     batch = batch_of(clock.step, 2, 0)
     batch.counts[:] = 7
     clock.costs.ends(batch, clock.now + 5)
-    assert not clock.costs._plain.any() and not clock.costs._drafting.any() and not clock.costs._begun
+    assert not any(clock.costs._plain) and not clock.costs._drafting.any() and not clock.costs._begun
