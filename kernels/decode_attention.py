@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.attention_layout import check_layout
 from paged_kernels.decode_pieces import merge_pieces, put_piece
 from paged_kernels.decode_plan import (
     AT_LENGTH,
@@ -332,7 +333,7 @@ def _check(
     q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, workspace: DecodeWorkspace
 ) -> None:
     num_sequences, num_q_heads, head_dim = q.shape
-    _, two, num_kv_heads, page_size, kv_head_dim = kv_pages.shape
+    _, two, num_kv_heads, _, kv_head_dim = kv_pages.shape
     if (two, num_kv_heads, kv_head_dim) != (2, workspace.num_kv_heads, workspace.head_dim) or head_dim != kv_head_dim:
         raise ValueError(
             f"kv_pages {tuple(kv_pages.shape)} do not fit the workspace's {workspace.num_kv_heads} KV heads of "
@@ -343,16 +344,6 @@ def _check(
             f"q {tuple(q.shape)}, out {tuple(out.shape)} and page_table {tuple(page_table.shape)} do not fit "
             "each other or the workspace"
         )
-    if page_size & (page_size - 1):
-        raise ValueError(f"page_size {page_size} is no power of two")
-    if (
-        kv_pages.stride()[3:] != (head_dim, 1)
-        or q.stride()[1:] != (head_dim, 1)
-        or out.stride()[1:] != (head_dim, 1)
-        or page_table.stride(1) != 1
-    ):
-        raise ValueError("heads and pages must be contiguous")
+    check_layout(q, kv_pages, page_table, out)
     if kv_pages.itemsize == 1 and kv_pages.dtype != torch.float8_e4m3fn:
         raise ValueError(f"kv_pages {kv_pages.dtype}: of the types of 8 bits only float8_e4m3fn is known")
-    if q.dtype != out.dtype:
-        raise ValueError(f"q {q.dtype} and out {out.dtype} must have one dtype")

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.attention_layout import check_layout
 from paged_kernels.jit import kernel
 
 
@@ -270,7 +271,7 @@ def _check(
     seq_lens: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    _, two, num_kv_heads, page_size, head_dim = kv_pages.shape
+    _, two, num_kv_heads, _, head_dim = kv_pages.shape
     if two != 2 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or out.shape != q.shape:
         raise ValueError(
             f"q {tuple(q.shape)}, out {tuple(out.shape)} and kv_pages {tuple(kv_pages.shape)} do not fit each other"
@@ -280,14 +281,4 @@ def _check(
             f"{page_table.shape[0]} page table rows, {seq_lens.shape[0]} lengths and {query_starts.shape[0]} "
             "query starts do not fit each other"
         )
-    if page_size & (page_size - 1):
-        raise ValueError(f"page_size {page_size} is no power of two")
-    if (
-        kv_pages.stride()[3:] != (head_dim, 1)
-        or q.stride()[1:] != (head_dim, 1)
-        or out.stride()[1:] != (head_dim, 1)
-        or page_table.stride(1) != 1
-    ):
-        raise ValueError("heads and pages must be contiguous")
-    if q.dtype != out.dtype:
-        raise ValueError(f"q {q.dtype} and out {out.dtype} must have one dtype")
+    check_layout(q, kv_pages, page_table, out)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paged_backend.models.blocks.attention import Attention
+from paged_backend.models.blocks.attention import Attention, plan_attention
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass, RopeTensors
 from paged_backend.models.blocks.mlp import Mlp
 from paged_backend.models.blocks.moe import NOTHING, MoeMlp, Shapes
@@ -123,14 +123,8 @@ class Decoder:
         """As `forward`, but returns what the last layer makes of all the step's tokens, [T, hidden], which the next
         step may write over.
         """
-        shape = step.shape
-        self._ops.plan_attention(
-            step.seq_lens[: shape.num_outputs],
-            step.query_starts[: shape.num_sequences],
-            shape.num_decodes,
-            step.max_query_len,
-        )
-        adapted = self._adapted if shape.adapted else None
+        plan_attention(self._ops, step)
+        adapted = self._adapted if step.shape.adapted else None
         if adapted is not None:
             adapted.begin(step)
         at = ForwardPass(self._ops, adapted or self._ops, step, self._ropes)

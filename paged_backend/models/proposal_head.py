@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from paged_backend.models.blocks.attention import plan_attention
 from paged_backend.models.blocks.forward_pass import ForwardPass, RopeTensors
 from paged_backend.models.step import LayerPages, StepTensors
 from paged_kernels.reference import Ops
@@ -36,13 +37,7 @@ class ProposalHead(ABC):
         """[T, hidden_size] -> [T, hidden_size]; writes K and V into the pages. step: its input_ids are the tokens after
         those at its positions.
         """
-        shape = step.shape
-        self._ops.plan_attention(
-            step.seq_lens[: shape.num_outputs],
-            step.query_starts[: shape.num_sequences],
-            shape.num_decodes,
-            step.max_query_len,
-        )
+        plan_attention(self._ops, step)
         return self._layer(step.input_ids, states, pages, ForwardPass(self._ops, self._ops, step, self._ropes))
 
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,3 @@ def recorded(path: Path, seed: int) -> Iterator[list[Request]]:
             )
             for one in asked
         ]
-
-
-def dice_of(seed: int) -> random.Random:
-    return random.Random(seed)

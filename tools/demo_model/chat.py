@@ -94,10 +94,6 @@ class Conversation:
             turns += [Turn("user", exchange.user), Turn("assistant", self.style.words_of(exchange), weight)]
         return turns
 
-    @property
-    def num_characters(self) -> int:
-        return len(self.text or "") + sum(len(turn.text) for turn in self.turns)
-
 
 @dataclass(frozen=True)
 class Dialogue:

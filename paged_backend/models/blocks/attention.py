@@ -10,9 +10,21 @@ from torch import Tensor
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass
 from paged_backend.models.blocks.residual import Residual, allocate_norm, norm_parameters
 from paged_backend.models.layer_spec import AttentionSpec, LayerSpec, NormSpec
-from paged_backend.models.step import LayerPages
+from paged_backend.models.step import LayerPages, StepTensors
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
+from paged_kernels.reference import Ops
+
+
+def plan_attention(ops: Ops, step: StepTensors) -> None:
+    """To be called before the first layer: how a step's attention is shared out is the same in all."""
+    shape = step.shape
+    ops.plan_attention(
+        step.seq_lens[: shape.num_outputs],
+        step.query_starts[: shape.num_sequences],
+        shape.num_decodes,
+        step.max_query_len,
+    )
 
 
 class Attention:
