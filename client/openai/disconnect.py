@@ -13,6 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from paged_client.openai.pace import Pace, PacedWriter
 
+_SILENCE_SECONDS = 15.0  # a quarter of the time after which nginx gives up
+_NOTHING = b":\n\n"  # a comment, which readers of server-sent events pass over
+
 Result = TypeVar("Result")
 
 
@@ -65,12 +68,14 @@ class EventStream(Response):
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         writer = PacedWriter(pace, write)
+        beside = asyncio.ensure_future(writer.stay_alive(_SILENCE_SECONDS, _NOTHING))
         try:
             async for event in self._events:
                 await writer.put(event)
             await writer.flush()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
+            await _end(beside)
             await writer.close()
 
 

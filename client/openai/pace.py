@@ -77,6 +77,21 @@ class PacedWriter:
                 self._written_at = self._loop.time()
                 await self._write(b"".join(waiting))
 
+    async def stay_alive(self, seconds: float, nothing: bytes) -> None:
+        """Writes `nothing` wherever nothing else was written for so long, for as long as it is awaited: proxies close a
+        connection that is silent, as it is while a model writes what can be told only when it is whole.
+        """
+        since = self._loop.time()
+        while True:
+            since = max(since, self._written_at)
+            silent = self._loop.time() - since
+            if silent < seconds:
+                await asyncio.sleep(seconds - silent)
+                continue
+            async with self._writing:
+                since = self._loop.time()
+                await self._write(nothing)
+
     async def close(self) -> None:
         """Nothing is written any more."""
         self._forget_timer()

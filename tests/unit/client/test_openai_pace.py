@@ -107,3 +107,23 @@ def test_nothing_is_written_after_the_close() -> None:
         return written
 
     assert asyncio.run(run()) == [b"0"]
+
+
+def test_a_stream_that_is_silent_says_that_it_is_there() -> None:
+    async def run() -> list[bytes]:
+        written: list[bytes] = []
+
+        async def sink(events: bytes) -> None:
+            written.append(events)
+
+        writer = PacedWriter(Pace(), sink)
+        beside = asyncio.ensure_future(writer.stay_alive(0.2, b":"))
+        for number in range(4):
+            await writer.put(b"%d" % number)
+            await asyncio.sleep(0.02)
+        while len(written) < 6:
+            await asyncio.sleep(0.01)
+        beside.cancel()
+        return written
+
+    assert asyncio.run(asyncio.wait_for(run(), 60))[-2:] == [b":", b":"]
