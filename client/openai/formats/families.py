@@ -45,7 +45,7 @@ def _bare_json(calls: Calls, opener: str, types: Types) -> Reader:
 
 def _bare_python(calls: Calls, opener: str, types: Types) -> Reader:
     def read(text: str) -> list[tuple[str, str]]:
-        found = pythonic_calls(text)
+        found = pythonic_calls(text, types)
         if any(name not in types for name, _ in found):
             raise ValueError("not a tool")
         return found

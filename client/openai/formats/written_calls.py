@@ -5,15 +5,24 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Iterable
 
 
-def pythonic_calls(text: str) -> list[tuple[str, str]]:
+def pythonic_calls(text: str, names: Iterable[str] = ()) -> list[tuple[str, str]]:
     """`[f(a=1), g(b="x")]` → name and arguments as JSON of each.
+
+    names: of tools, which need not be Python's.
 
     Raises:
         ValueError: it is something else.
         SyntaxError: it is no Python.
     """
+    stand_ins: dict[str, str] = {}  # the names that are no Python, by what is read for them
+    for name in sorted(names, key=len, reverse=True):
+        if name in text and not all(part.isidentifier() for part in name.split(".")):
+            stand_in = f"_stand_in_{len(stand_ins)}_"
+            stand_ins[stand_in] = name
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?=\()", stand_in, text)
     tree = ast.parse(text.strip(), mode="eval").body
     nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
     if not nodes:
@@ -24,9 +33,13 @@ def pythonic_calls(text: str) -> list[tuple[str, str]]:
             raise ValueError("not a call with named arguments")
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
         try:
-            found.append((ast.unparse(node.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)))
+            said = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         except TypeError:
             raise ValueError("a value that JSON has not") from None
+        name = ast.unparse(node.func)
+        for stand_in, meant in stand_ins.items():  # in an argument it was a text that looked like a call
+            said = said.replace(stand_in, json.dumps(meant, ensure_ascii=False)[1:-1])
+        found.append((stand_ins.get(name, name), said))
     return found
 
 

@@ -21,6 +21,7 @@ from paged_client.openai.formats.families import (
     types_of,
 )
 from paged_client.openai.formats.parser import AnswerForm
+from paged_client.openai.formats.written_calls import pythonic_calls
 
 TOOLS = [
     {
@@ -368,3 +369,10 @@ def test_a_chat_template_tells_how_the_model_thinks() -> None:
     assert reasoning_format_of("{{ '<think>\\n' }}</think>") == THINK
     assert reasoning_format_of("[THINK]…[/THINK]") == REASONING_FORMATS[1]
     assert reasoning_format_of("{{ message.content }}") is None
+
+
+def test_a_tool_may_have_a_name_that_python_has_not() -> None:
+    text = '[look-up(q="look-up(x)"), a.b(n=1)]'
+    assert pythonic_calls(text, ["look", "look-up", "a.b"]) == [("look-up", '{"q": "look-up(x)"}'), ("a.b", '{"n": 1}')]
+    with pytest.raises(ValueError, match="not a call"):
+        pythonic_calls(text, ["a.b"])
