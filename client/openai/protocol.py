@@ -15,6 +15,7 @@ MAX_PROMPTS = 2048  # in one request, as OpenAI has it
 _FIRST = Field(fail_fast=True)  # a list of a million wrong things is one mistake, not a million
 _FIRST_OF_SOME = Field(fail_fast=True, min_length=1)
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], _FIRST_OF_SOME]
 
@@ -136,7 +137,7 @@ class ChatBody(Body):
     top_logprobs: int | None = None
     tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # for the template
+    reasoning_effort: Effort | None = None  # for the template
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None  # vLLM's; False: it is left out
     max_thinking_tokens: Annotated[int, Field(ge=0)] | None = None  # then the end of thinking is forced
@@ -146,11 +147,11 @@ class ChatBody(Body):
     continue_final_message: bool = False  # vLLM's
     add_generation_prompt: bool | None = None  # vLLM's
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's: the template's variables, such as enable_thinking
+    verbosity: Any = None  # a hint that is not followed, and the answer says so
     # Refused if given: the answer would be another.
     audio: Any = None
     functions: Any = None
     function_call: Any = None
-    verbosity: Any = None
     web_search_options: Any = None
     chat_template: Any = None  # vLLM's
     documents: Any = None  # vLLM's

@@ -34,7 +34,7 @@ class ReadableBody(BaseModel):
         """
         if isinstance(body, dict):
             _check_keys(body)
-            if _fault(body):
+            if fault(body):
                 raise _refusal(body)
         return body
 
@@ -47,7 +47,7 @@ def _check_keys(body: dict[str, Any]) -> None:
             raise RefusalError(reason, param=param)
 
 
-def _fault(value: Any) -> str:
+def fault(value: Any) -> str:
     """What is wrong somewhere in it; "": nothing is."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -63,15 +63,15 @@ def _fault(value: Any) -> str:
 def _refusal(body: dict[str, Any]) -> RefusalError:
     """Names the innermost member that is wrong; of what is too deep, the body's field."""
     steps: list[str] = []
-    value, fault = body, _fault(body)
-    while len(steps) < _MOST_STEPS and not (steps and "deeply" in fault):
-        found = next(((step, member, _fault(member)) for step, member in _members(value) if _fault(member)), None)
+    value, wrong = body, fault(body)
+    while len(steps) < _MOST_STEPS and not (steps and "deeply" in wrong):
+        found = next(((step, member, fault(member)) for step, member in _members(value) if fault(member)), None)
         if found is None:
             break
-        step, value, fault = found
+        step, value, wrong = found
         steps.append(str(step)[:_LONGEST_STEP])
     param = ".".join(steps) or None
-    return RefusalError(f"{param or 'the body'}: it holds {fault}", param=param)
+    return RefusalError(f"{param or 'the body'}: it holds {wrong}", param=param)
 
 
 def _members(value: Any) -> Iterable[tuple[Any, Any]]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import MAX_PROMPTS, Body, ChatBody, CompletionBody, SamplingKeys
+from paged_client.openai.readable import fault
 from paged_client.question import Prompt
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default, and vLLM's
-_REFUSED = ("audio", "functions", "function_call", "verbosity", "web_search_options", "chat_template", "documents")
+_REFUSED = ("audio", "functions", "function_call", "web_search_options", "chat_template", "documents")
 _INSTEAD = {"functions": "; use tools", "function_call": "; use tool_choice"}
 _SYSTEM_ROLES = ("system", "developer")  # the same, by the older name that templates know
+EFFORTS = {"max": "xhigh"}  # the most that templates know
 _PARAMS_OF_PROMPT = {"text_input": "prompt", "input_ids": "prompt"}
 
 
@@ -115,7 +117,7 @@ def template_kwargs(body: ChatBody) -> dict[str, Any] | None:
     if body.reasoning_effort is None:
         return body.chat_template_kwargs
     thinks = body.reasoning_effort != "none"
-    effort = {"reasoning_effort": body.reasoning_effort} if thinks else {}
+    effort = {"reasoning_effort": EFFORTS.get(body.reasoning_effort, body.reasoning_effort)} if thinks else {}
     return {**effort, "enable_thinking": thinks, "thinking": thinks, **(body.chat_template_kwargs or {})}
 
 
@@ -237,8 +239,18 @@ def _tool_call(call: Any) -> Any:
         case {"function": {"arguments": None | "", **function}}:
             return {**call, "function": {**function, "arguments": {}}}
         case {"function": {"arguments": str() as arguments, **function}}:
-            try:
-                return {**call, "function": {**function, "arguments": json.loads(arguments)}}
-            except (ValueError, RecursionError):
-                return call
+            return {**call, "function": {**function, "arguments": _arguments(arguments)}}
     return call
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """As templates walk through them. A model may have written anything else, and the caller tells it what was wrong
+    with it: then the conversation goes on, with the text as the only argument.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {"arguments": text}
+    if found is None:
+        return {}
+    return found if isinstance(found, dict) and not fault(found) else {"arguments": text}

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from paged_client.openai.errors import RefusalError
+from paged_client.openai.readable import MAX_KEYS
 
 WARNING_HEADER = "x-paged-warning"
 _NEAR = 0.85  # of difflib's ratio: one or two letters of a name
@@ -42,6 +43,8 @@ def unused_keys(body: BaseModel, strict: bool) -> list[str]:
     names = [name for name, _ in unused]
     if getattr(body, "spaces_between_special_tokens", None) is False:
         names.append("spaces_between_special_tokens")
+    if getattr(body, "verbosity", None) is not None:
+        names.append("verbosity")
     return names
 
 
@@ -58,9 +61,16 @@ def warning_of(names: list[str]) -> str:
 
 
 def _unused(body: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
-    """Each unknown key that has a value, and the known one that it looks like."""
-    known = type(body).model_fields
-    for name, value in (body.model_extra or {}).items():
+    """Each unknown key that has a value, and the known one that it looks like.
+
+    Raises:
+        RefusalError: there are too many to look at.
+    """
+    known, given = type(body).model_fields, body.model_extra or {}
+    if len(given) > MAX_KEYS:
+        where = prefix.removesuffix(".")
+        raise RefusalError(f"{where}: {len(given)} keys; the most allowed is {MAX_KEYS}", param=where)
+    for name, value in given.items():
         if value is not None:
             near = [] if name in _OTHERS else difflib.get_close_matches(name[:_LONGEST_NAME], known, 1, _NEAR)
             yield prefix + name[:_LONGEST_NAME], next((prefix + nearest for nearest in near), "")

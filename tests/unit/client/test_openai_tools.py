@@ -17,6 +17,7 @@ pytest.importorskip("prometheus_client")
 from paged_client import AsyncPagedClient
 from paged_client.openai.answer_forms import FormOptions
 from paged_client.openai.model_card import ModelCard
+from paged_client.openai.unknown_keys import WARNING_HEADER
 from paged_client.question import Question
 from tests.unit.client.gateway_calls import HI, Call, Outputs, Transport, call, described
 
@@ -284,3 +285,21 @@ def test_the_model_is_asked_once_for_all_callers() -> None:
         assert len(model.probes) == 5
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": "\\ud83d"}', '{"a": NaN}', "[1]", '"x"', "{" * 3000, '{"a": '], ids=lambda text: text[:9]
+)
+def test_a_conversation_goes_on_after_a_call_whose_arguments_are_no_object(text: str) -> None:
+    """As an agent says it: what the model wrote, and then what is wrong with that."""
+    model = Model(HERMES, "Sorry.")
+    made = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
+    messages = [*HI, {"role": "assistant", "tool_calls": [made]}, {"role": "tool", "tool_call_id": "c", "content": "?"}]
+    assert call(model, "/v1/chat/completions", {"model": "m", "messages": messages}).status == 200
+    (found,) = json.loads(str(model.asked[0].tensors["messages"]))[1]["tool_calls"]
+    assert found["function"]["arguments"] == {"arguments": text}
+
+
+def test_a_hint_that_is_not_followed_is_told() -> None:
+    reply = call(Model(HERMES, "x"), "/v1/chat/completions", {"model": "m", "messages": HI, "verbosity": "low"})
+    assert (reply.status, reply.headers[WARNING_HEADER]) == (200, "ignored: verbosity")

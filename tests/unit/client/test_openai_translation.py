@@ -227,7 +227,7 @@ def test_messages_are_made_what_templates_expect() -> None:
             "content": None,
             "tool_calls": [
                 {**call, "function": {"name": "f", "arguments": {"a": 1}}},
-                {"function": {"name": "g", "arguments": "no JSON"}},
+                {"function": {"name": "g", "arguments": {"arguments": "no JSON"}}},
                 {"function": {"name": "h", "arguments": {}}},
                 {"function": {"name": "i", "arguments": {}}},
             ],
