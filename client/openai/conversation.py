@@ -16,14 +16,16 @@ def settled(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Code marks it there. Results of tools stay apart.
     """
     num_before = next((at for at, one in enumerate(messages) if one["role"] not in _SYSTEM), len(messages))
-    settled: list[dict[str, Any]] = []
+    groups: list[list[dict[str, Any]]] = []
     for at, message in enumerate(messages):
         if message["role"] in _SYSTEM and at >= num_before:
             message = {"role": "user", "content": f"<system-reminder>\n{message['content']}\n</system-reminder>"}
-        if settled and message["role"] != "tool" and (settled[-1]["role"] == message["role"] or at < num_before):
-            message = _together(settled.pop(), message)
-        settled.append(message)
-    return [_with_content(message) for message in settled]
+        same = bool(groups) and (groups[-1][0]["role"] == message["role"] or at < num_before)
+        if same and message["role"] != "tool":
+            groups[-1].append(message)
+        else:
+            groups.append([message])
+    return [_with_content(group[0] if len(group) == 1 else _together(group)) for group in groups]
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
@@ -31,12 +33,17 @@ def _with_content(message: dict[str, Any]) -> dict[str, Any]:
     return message if message["content"] or message.get("tool_calls") else {**message, "content": ""}
 
 
-def _together(before: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
-    together = {"role": before["role"], "content": _joined(before, message, "content") or None}
-    calls = [*before.get("tool_calls", ()), *message.get("tool_calls", ())]
-    thought = _joined(before, message, "reasoning_content")
+def unread(kind: str) -> str:
+    """What a model that reads text is told in a tool's result instead of a picture or the like: it may go on."""
+    return f"[{kind}: left out, since only text can be read here]"
+
+
+def _together(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    together = {"role": group[0]["role"], "content": _joined(group, "content") or None}
+    calls = [call for each in group for call in each.get("tool_calls", ())]
+    thought = _joined(group, "reasoning_content")
     return together | ({"tool_calls": calls} if calls else {}) | ({"reasoning_content": thought} if thought else {})
 
 
-def _joined(before: dict[str, Any], message: dict[str, Any], member: str) -> str:
-    return "\n".join(filter(None, (before.get(member), message.get(member))))
+def _joined(group: Sequence[dict[str, Any]], member: str) -> str:
+    return "\n".join(filter(None, (each.get(member) for each in group)))

@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from paged_client.openai.kept_items import item_id
+from paged_client.openai.plain_text import PlainText
 from paged_client.openai.response_items import SEALED_THOUGHTS, ResponsesBody, sealed
-from paged_client.openai.response_tools import ResponseTools, text_of
+from paged_client.openai.response_tools import ResponseTools
 
 Event = dict[str, Any]
 
@@ -18,8 +20,9 @@ class ResponseBuilder:
 
     def __init__(self, body: ResponsesBody, tools: ResponseTools, *, stored: bool) -> None:
         self._tools = tools
-        self._seals = isinstance(body.include, list) and SEALED_THOUGHTS in body.include
-        self.id = f"resp_{body.request_id or secrets.token_hex(16)}"
+        self._seals = SEALED_THOUGHTS in (body.include or ())
+        # callers may choose the same request_id: nobody gets another's conversation by it
+        self.id = "resp_" + "-".join(filter(None, [body.request_id, secrets.token_hex(16)]))
         self._head = {
             "id": self.id,
             "object": "response",
@@ -42,7 +45,7 @@ class ResponseBuilder:
         }
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the last item, as long as it grows
-        self._written = ""  # arguments of an open call of a tool that takes plain text
+        self._text = PlainText()  # of an open call of a tool that takes plain text
         self._number = 0
 
     # ---- the whole
@@ -53,6 +56,7 @@ class ResponseBuilder:
         return {
             **self._head,
             "status": status,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "error": error,
             "incomplete_details": details,
             "output": output,
@@ -81,7 +85,7 @@ class ResponseBuilder:
 
     def fail(self, error: Mapping[str, Any]) -> Iterator[Event]:
         """The answer broke off."""
-        said = {"code": error.get("code") or "server_error", "message": error.get("message")}
+        said = {"code": "server_error", "message": error.get("message")}  # OpenAI has no other code that fits
         yield self._event("response.failed", response=self.response("failed", error=said))
 
     def _event(self, kind: str, **members: Any) -> Event:
@@ -101,7 +105,7 @@ class ResponseBuilder:
 
     def _grow(self, kind: str, text: str) -> Iterator[Event]:
         if self._open is None or self._open["type"] != kind:
-            yield from self._begin_item(_new_item(kind))
+            yield from self._begin_item(self._new_item(kind))
             assert self._open is not None
             part = _part(kind)
             self._open["content"] = [part]
@@ -119,17 +123,30 @@ class ResponseBuilder:
         if function.get("arguments"):
             assert self._open is not None
             if self._open["type"] == "custom_tool_call":
-                self._written += function["arguments"]
+                yield from self._grow_text(self._text.feed(function["arguments"]))
                 return
             self._open["arguments"] += function["arguments"]
             yield self._event("response.function_call_arguments.delta", **self._place, delta=function["arguments"])
 
+    def _grow_text(self, text: str) -> Iterator[Event]:
+        assert self._open is not None
+        if text:
+            self._open["input"] += text
+            yield self._event("response.custom_tool_call_input.delta", **self._place, delta=text)
+
     def _new_call(self, call_id: Any, name: str) -> dict[str, Any]:
         named = {"call_id": call_id, **self._tools.names(name), "status": "in_progress"}
         if self._tools.is_text(name):
-            self._written = ""
-            return {"id": f"ctc_{secrets.token_hex(12)}", "type": "custom_tool_call", **named, "input": ""}
-        return {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **named, "arguments": ""}
+            self._text = PlainText()
+            return {**self._head_of("custom_tool_call"), **named, "input": ""}
+        return {**self._head_of("function_call"), **named, "arguments": ""}
+
+    def _new_item(self, kind: str) -> dict[str, Any]:
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+        return {**self._head_of(kind), **more, "status": "in_progress", "content": []}
+
+    def _head_of(self, kind: str) -> dict[str, Any]:
+        return {"id": item_id(kind, self.id, str(len(self._output))), "type": kind}
 
     def _close(self, status: str) -> Iterator[Event]:
         item = self._open
@@ -141,8 +158,7 @@ class ResponseBuilder:
                 "response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]
             )
         elif item["type"] == "custom_tool_call":
-            item["input"] = text_of(self._written)
-            yield self._event("response.custom_tool_call_input.delta", **place, delta=item["input"])
+            yield from self._grow_text(self._text.finish())
             yield self._event("response.custom_tool_call_input.done", **place, input=item["input"])
         else:
             (part,) = item["content"]
@@ -156,24 +172,6 @@ class ResponseBuilder:
         item["status"] = status
         yield self._event("response.output_item.done", output_index=place["output_index"], item={**item})
         self._open = None
-
-
-def _new_item(kind: str) -> dict[str, Any]:
-    if kind == "message":
-        return {
-            "id": f"msg_{secrets.token_hex(12)}",
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
-    return {
-        "id": f"rs_{secrets.token_hex(12)}",
-        "type": "reasoning",
-        "status": "in_progress",
-        "summary": [],
-        "content": [],
-    }
 
 
 def _part(kind: str) -> dict[str, Any]:

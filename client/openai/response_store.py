@@ -14,29 +14,33 @@ from paged_client.openai.errors import RefusalError
 @dataclass(frozen=True)
 class StoredResponse:
     response: dict[str, Any]
-    messages: list[dict[str, Any]]  # the conversation, this answer included, without instructions
-    num_bytes: int
+    items: list[dict[str, Any]]  # the conversation before it, each with an id, without instructions
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """Everything that a later response goes on from."""
+        return [*self.items, *self.response["output"]]
 
 
 class ResponseStore:
     def __init__(self, max_responses: int, max_bytes: int) -> None:
-        """max_responses: 0: nothing is kept."""
+        """max_responses: 0: nothing is kept. max_bytes: of all, as JSON, which is how they are kept."""
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._stored: OrderedDict[str, bytes] = OrderedDict()
 
     @property
     def keeps(self) -> bool:
         return self._max_responses > 0
 
-    def put(self, response: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-        num_bytes = len(msgspec.json.encode([response, messages]))
-        if not self.keeps or num_bytes > self._max_bytes:
+    def put(self, response: dict[str, Any], items: list[dict[str, Any]]) -> None:
+        stored = msgspec.json.encode(StoredResponse(response, items))
+        if not self.keeps or len(stored) > self._max_bytes:
             return
         self._forget(response["id"])
-        self._stored[response["id"]] = StoredResponse(response, messages, num_bytes)
-        self._num_bytes += num_bytes
+        self._stored[response["id"]] = stored
+        self._num_bytes += len(stored)
         while len(self._stored) > self._max_responses or self._num_bytes > self._max_bytes:
             self._forget(next(iter(self._stored)))
 
@@ -57,7 +61,7 @@ class ResponseStore:
                 f"there is no response '{name}', or not any more", 404, param=param, code="response_not_found"
             )
         self._stored.move_to_end(response_id)
-        return self._stored[response_id]
+        return msgspec.json.decode(self._stored[response_id], type=StoredResponse)
 
     def delete(self, response_id: str) -> None:
         """
@@ -68,6 +72,4 @@ class ResponseStore:
         self._forget(response_id)
 
     def _forget(self, response_id: str) -> None:
-        found = self._stored.pop(response_id, None)
-        if found is not None:
-            self._num_bytes -= found.num_bytes
+        self._num_bytes -= len(self._stored.pop(response_id, b""))

@@ -4,11 +4,12 @@ their calls back in this API's shapes.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paged_client.openai.errors import RefusalError
+from paged_client.openai.plain_text import TEXT_ARGUMENT, arguments_of
 
 # What OpenAI runs itself or knows by heart: a model that is served here has not learned them. Agents offer them always.
 _LEFT_OUT = (
@@ -24,8 +25,9 @@ _LEFT_OUT = (
     "shell",
     "apply_patch",
     "tool_search",
+    "programmatic_tool_calling",
 )
-_TEXT = "input"  # the one argument of a tool that takes plain text
+_DATE = re.compile(r"_\d{4}_\d{2}_\d{2}$")  # of a tool's version, behind its type
 _BETWEEN = "__"  # a namespace and the name in it
 
 
@@ -41,13 +43,14 @@ class ResponseTools:
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self.functions: list[dict[str, Any]] = []
         self.left_out: list[str] = []
+        self._names: set[str] = set()  # in the chat
         self._of_namespaces: dict[str, tuple[str, str]] = {}  # namespace and name, by the chat's name
         self._texts: set[str] = set()  # names in the chat of tools that take plain text
         for position, tool in enumerate(tools):
             where = f"tools.{position}"
             if tool.get("type") == "namespace":
                 self._add_namespace(where, tool)
-            elif tool.get("type") in _LEFT_OUT:
+            elif _is_left_out(tool):
                 self.left_out.append(f"{where}.{tool['type']}")
             else:
                 self._add(where, tool, "")
@@ -68,14 +71,17 @@ class ResponseTools:
             raise RefusalError(f"{where}.type: {said}", param=f"{where}.type")
         if not isinstance(name, str) or not name:
             raise RefusalError(f"{where}.name: missing", param=f"{where}.name")
+        if not isinstance(tool.get("parameters"), (dict, type(None))):
+            raise RefusalError(f"{where}.parameters: expected a JSON schema", param=f"{where}.parameters")
         flat = chat_name(name, namespace)
-        if any(function["function"]["name"] == flat for function in self.functions):
+        if flat in self._names:
             raise RefusalError(f"{where}.name: there are two tools '{flat[:80]}'", param=f"{where}.name")
+        self._names.add(flat)
         if namespace:
             self._of_namespaces[flat] = (namespace, name)
         if kind == "custom":
             self._texts.add(flat)
-            function = {"description": _described(tool), "parameters": _TEXT_ARGUMENT}
+            function = {"description": _described(tool), "parameters": TEXT_ARGUMENT}
         else:
             kept = ("description", "parameters", "strict")
             function = {key: tool[key] for key in kept if tool.get(key) is not None}
@@ -87,7 +93,7 @@ class ResponseTools:
             case {"type": "function" | "custom", "name": str()}:
                 return _named(choice)
             case {"type": "allowed_tools", "mode": mode, "tools": [*tools]}:
-                named = [_named(tool) for tool in tools if isinstance(tool, dict)]
+                named = [_named(tool) for tool in tools if isinstance(tool, dict) and not _is_left_out(tool)]
                 return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
         return choice
 
@@ -101,29 +107,14 @@ class ResponseTools:
         return {"name": own, "namespace": namespace} if namespace else {"name": own}
 
 
-_TEXT_ARGUMENT = {
-    "type": "object",
-    "properties": {_TEXT: {"type": "string"}},
-    "required": [_TEXT],
-    "additionalProperties": False,
-}
+def _is_left_out(tool: Mapping[str, Any]) -> bool:
+    kind = tool.get("type")
+    return isinstance(kind, str) and _DATE.sub("", kind) in _LEFT_OUT
 
 
 def chat_name(name: str, namespace: Any) -> str:
     """A tool's name in a chat, which has no namespaces."""
     return f"{namespace}{_BETWEEN}{name}" if isinstance(namespace, str) and namespace else name
-
-
-def text_of(arguments: str) -> str:
-    """What a tool that takes plain text is given; arguments: JSON as the model wrote it."""
-    try:
-        found = json.loads(arguments)
-    except ValueError:
-        return arguments
-    match found:
-        case {"input": str() as text}:
-            return text
-    return arguments
 
 
 def calls_of(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -132,7 +123,7 @@ def calls_of(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         case {"type": "function_call", "call_id": str() as call_id, "name": str() as name, "arguments": str() as given}:
             arguments = given
         case {"type": "custom_tool_call", "call_id": str() as call_id, "name": str() as name, "input": str() as given}:
-            arguments = json.dumps({_TEXT: given}, ensure_ascii=False)
+            arguments = arguments_of(given)
         case _:
             return
     function = {"name": chat_name(name, item.get("namespace")), "arguments": arguments}
@@ -150,5 +141,5 @@ def _described(tool: Mapping[str, Any]) -> str:
     texts = [str(tool.get("description") or "")]
     match tool.get("format"):
         case {"type": "grammar", "definition": str() as definition, **others}:
-            texts.append(f"{_TEXT} follows this grammar ({str(others.get('syntax'))[:20]}):\n{definition}")
+            texts.append(f"input follows this grammar ({str(others.get('syntax'))[:20]}):\n{definition}")
     return "\n\n".join(filter(None, texts))

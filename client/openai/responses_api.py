@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
 from paged_client.openai.chat_source import ChatSource, Chunks
 from paged_client.openai.disconnect import EventStream
 from paged_client.openai.errors import RefusalError, refusal_of_body
+from paged_client.openai.kept_items import given_items, kept, page_of
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.response_events import ResponseBuilder
-from paged_client.openai.response_items import ResponsesBody, chat_body, messages_of, thought_of
+from paged_client.openai.response_items import ResponsesBody, chat_body, without_effect
 from paged_client.openai.response_store import ResponseStore
-from paged_client.openai.response_tools import ResponseTools, calls_of
+from paged_client.openai.response_tools import ResponseTools
 from paged_client.openai.unknown_keys import unused_keys, with_warning
 
 _PARAMS = {
@@ -30,30 +32,53 @@ _PARAMS = {
 }
 
 
+@dataclass(frozen=True)
+class _Conversation:
+    """What a body asks, and the conversation in which it does."""
+
+    body: ResponsesBody
+    tools: ResponseTools
+    earlier: list[dict[str, Any]]  # items of the response that goes before, its answer included
+    given: list[Mapping[str, Any]]  # the body's own items
+    chat: ChatBody
+    ignored: list[str]  # places in the body
+
+
 def add_response_paths(app: FastAPI, source: ChatSource, store: ResponseStore, strict: bool) -> None:
     @app.post("/v1/responses")
     async def create(body: ResponsesBody, request: Request) -> Response:
-        unused = unused_keys(body, strict)
-        tools = _tools(body, strict)
+        asked = _asked(store, body, strict)
         try:
-            return with_warning(await _answer(source, store, body, tools, request), [*unused, *tools.left_out])
+            return with_warning(await _answer(source, store, asked, request), asked.ignored)
         except RefusalError as refusal:
             raise _renamed(refusal) from None
 
     @app.post("/v1/responses/input_tokens")
     async def count(body: ResponsesBody) -> Response:
-        unused = unused_keys(body, strict)
-        tools = _tools(body, strict)
+        asked = _asked(store, body, strict)
         try:
-            _, chat = _asked(store, body, tools)
-            found = {"object": "response.input_tokens", "input_tokens": await source.num_prompt_tokens(chat)}
+            num_tokens = await source.num_prompt_tokens(asked.chat)
         except RefusalError as refusal:
             raise _renamed(refusal) from None
-        return with_warning(JSONResponse(found), [*unused, *tools.left_out])
+        found = {"object": "response.input_tokens", "input_tokens": num_tokens}
+        return with_warning(JSONResponse(found), asked.ignored)
 
     @app.get("/v1/responses/{response_id}")
-    async def retrieve(response_id: str) -> Response:
+    async def retrieve(response_id: str, stream: bool = False) -> Response:
+        if stream:  # a caller that waits for events would take anything else for an answer without any
+            said = "stream: not supported: an answer that is over comes whole"
+            raise RefusalError(said, param="stream", code="unsupported_parameter")
         return JSONResponse(store.get(response_id).response)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def input_items(
+        response_id: str,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    ) -> Response:
+        items = store.get(response_id).items
+        return JSONResponse(page_of(items, newest_first=order == "desc", after=after, limit=limit))
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(response_id: str) -> Response:
@@ -61,40 +86,42 @@ def add_response_paths(app: FastAPI, source: ChatSource, store: ResponseStore, s
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
-def _tools(body: ResponsesBody, strict: bool) -> ResponseTools:
+def _asked(store: ResponseStore, body: ResponsesBody, strict: bool) -> _Conversation:
+    """
+    Raises:
+        RefusalError: what cannot be asked, by its name in the body.
+    """
+    unused = unused_keys(body, strict)
     tools = ResponseTools(body.tools or ())
-    for place in tools.left_out if strict else ():
-        where, _, kind = place.rpartition(".")
-        raise RefusalError(f"{where}.type: '{kind}' is not to be had here", param=f"{where}.type")
-    return tools
-
-
-def _asked(store: ResponseStore, body: ResponsesBody, tools: ResponseTools) -> tuple[list[dict[str, Any]], ChatBody]:
-    """The conversation so far, and the chat that goes on with it."""
     earlier: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
-        earlier = store.get(body.previous_response_id, "previous_response_id").messages
+        earlier = store.get(body.previous_response_id, "previous_response_id").conversation
+    given = given_items(body.input, store)
+    left_out: list[str] = []
     try:
-        return earlier, chat_body(body, tools, earlier)
+        chat = chat_body(body, tools, earlier, given, left_out)
     except ValidationError as error:
-        raise refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
+        refusal = refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()])
+        raise _renamed(refusal) from None
+    ignored = [*tools.left_out, *left_out]
+    if strict and ignored:
+        where, _, kind = ignored[0].rpartition(".")
+        raise RefusalError(f"{where}.type: '{kind}' is not to be had here", param=f"{where}.type")
+    return _Conversation(body, tools, earlier, given, chat, [*unused, *without_effect(body), *ignored])
 
 
-async def _answer(
-    source: ChatSource, store: ResponseStore, body: ResponsesBody, tools: ResponseTools, request: Request
-) -> Response:
-    earlier, chat = _asked(store, body, tools)
-    keeps = store.keeps and body.store is not False
-    builder = ResponseBuilder(body, tools, stored=keeps)
+async def _answer(source: ChatSource, store: ResponseStore, asked: _Conversation, request: Request) -> Response:
+    keeps = store.keeps and asked.body.store is not False
+    builder = ResponseBuilder(asked.body, asked.tools, stored=keeps)
 
     def keep(response: dict[str, Any]) -> None:
         if keeps:
-            store.put(response, [*earlier, *messages_of(body.input), _answer_message(response)])
+            store.put(response, [*asked.earlier, *kept(asked.given, builder.id)])
 
-    if chat.stream:
-        chunks, pieces = await source.chunks(request, chat)
+    if asked.chat.stream:
+        chunks, pieces = await source.chunks(request, asked.chat)
         return EventStream(_events(builder, chunks, keep), pieces)
-    return JSONResponse(_whole(builder, await source.whole(request, chat), keep))
+    return JSONResponse(_whole(builder, await source.whole(request, asked.chat), keep))
 
 
 def _whole(builder: ResponseBuilder, answer: Mapping[str, Any], keep: Any) -> dict[str, Any]:
@@ -135,16 +162,6 @@ def _written(events: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _event(said: Mapping[str, Any]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (said["type"].encode(), msgspec.json.encode(said))
-
-
-def _answer_message(response: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer as the next chat has it."""
-    texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
-    calls = [call for item in response["output"] for call in calls_of(item)]
-    thoughts = [thought_of(item) for item in response["output"] if item["type"] == "reasoning"]
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) or (None if calls else "")}
-    message |= {"tool_calls": calls} if calls else {}
-    return message | ({"reasoning_content": "\n".join(thoughts)} if thoughts else {})
 
 
 def _renamed(refusal: RefusalError) -> RefusalError:

@@ -18,6 +18,7 @@ import openai
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from paged_client.errors import UnavailableError
 from paged_client.openai.conversation import settled
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.response_items import messages_of
@@ -114,7 +115,7 @@ def test_a_call_and_its_output_go_back_as_a_chat() -> None:
         {"type": "function_call", "call_id": "c2", "name": "get_weather", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "sun"},
     ]
-    user, turn, result = settled(messages_of(items))
+    user, turn, result = settled(messages_of(items, []))
     assert user == {"role": "user", "content": "Weather?"}
     assert (turn["role"], turn["content"], [made["id"] for made in turn["tool_calls"]]) == (
         "assistant",
@@ -166,7 +167,7 @@ def test_a_call_of_a_namespaces_tool_comes_and_goes_by_its_names(stream: bool) -
     (item,) = events_of(reply)[-1]["response"]["output"] if stream else reply.json["output"]
     assert (item["namespace"], item["name"], json.loads(item["arguments"])) == ("crm", "get_weather", {"city": "Paris"})
     ((turn, result),) = [
-        settled(messages_of([item, {"type": "function_call_output", "call_id": item["call_id"], "output": "sun"}]))
+        settled(messages_of([item, {"type": "function_call_output", "call_id": item["call_id"], "output": "sun"}], []))
     ]
     assert turn["tool_calls"][0]["function"]["name"] == "crm__get_weather"
     assert result == {"role": "tool", "tool_call_id": item["call_id"], "content": "sun"}
@@ -190,7 +191,7 @@ def test_a_tool_that_takes_plain_text_is_given_it(text: str, stream: bool) -> No
         deltas = [event["delta"] for event in events if event["type"] == "response.custom_tool_call_input.delta"]
         assert "".join(deltas) == text
     output = {"type": "custom_tool_call_output", "call_id": item["call_id"], "output": "Done."}
-    turn, result = settled(messages_of([item, output]))
+    turn, result = settled(messages_of([item, output], []))
     assert json.loads(turn["tool_calls"][0]["function"]["arguments"]) == {"input": text}
     assert result["content"] == "Done."
 
@@ -233,7 +234,7 @@ def test_what_an_agent_says_between_turns_reaches_any_template() -> None:
         ("assistant", "3"),
         ("developer", "C"),
     ]
-    found = settled(messages_of([{"role": role, "content": text} for role, text in told]))
+    found = settled(messages_of([{"role": role, "content": text} for role, text in told], []))
     assert [(one["role"], one["content"]) for one in found] == [
         ("developer", "A\nB"),
         ("user", "1\n2"),
@@ -259,10 +260,72 @@ def test_an_answer_that_is_cut_off_is_incomplete() -> None:
     assert response.incomplete_details.reason == "max_output_tokens"
 
 
+def space(name: str, tool: str) -> dict[str, Any]:
+    return {"type": "namespace", "name": name, "tools": [{**TOOL, "name": tool}]}
+
+
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
+
+
+def test_an_agent_goes_on_whatever_its_tools_find_and_whatever_openai_ran_before() -> None:
+    model = Model(HERMES, "x")
+    items = [
+        {"role": "user", "content": "Look."},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "a"}, IMAGE]},
+    ]
+    reply = respond(model, input=items)
+    assert reply.headers[WARNING_HEADER] == "ignored: input.1.web_search_call, input.3.output.1.input_image"
+    user, turn, result = asked(model)
+    assert (user["content"], len(turn["tool_calls"])) == ("Look.", 1)
+    assert result["content"] == "a\n[image: left out, since only text can be read here]"
+    body = {"model": "m", "input": items}
+    refused = call(Model(HERMES, "x"), "/v1/responses", body, strict=True)
+    assert (refused.status, refused.json["error"]["param"]) == (400, "input.1.type")
+    pictured = respond(model, input=[{"role": "user", "content": [IMAGE]}])
+    assert (pictured.status, pictured.json["error"]["param"]) == (400, "input.0.content")
+
+
+def test_what_is_known_and_not_followed_is_told() -> None:
+    hints = {"truncation": "auto", "text": {"verbosity": "low"}, "include": ["reasoning.encrypted_content", "?"]}
+    model = Model(HERMES, "x")
+    reply = respond(model, **hints, reasoning={"effort": "max"}, max_tool_calls=1, metadata={"a": "b"})
+    assert reply.headers[WARNING_HEADER] == "ignored: include.?, truncation, text.verbosity"
+    assert (reply.json["truncation"], reply.json["metadata"]) == ("disabled", {"a": "b"})
+    assert model.sampling["chat_template_kwargs"]["reasoning_effort"] == "xhigh"
+
+
+def test_tools_that_are_left_out_may_be_allowed() -> None:
+    model = Model(HERMES, *CALL)
+    hosted = {"type": "web_search_2025_08_26"}
+    choice = {
+        "type": "allowed_tools",
+        "mode": "required",
+        "tools": [{"type": "function", "name": "get_weather"}, hosted],
+    }
+    assert respond(model, tools=[TOOL, hosted], tool_choice=choice).status == 200
+    allowed = model.sampling["structured_outputs"]["structural_tag"]["tool_choice"]["allowed_tools"]
+    assert [tool["function"]["name"] for tool in allowed["tools"]] == ["get_weather"]
+
+
+def test_an_answer_that_breaks_off_is_told_in_openais_words() -> None:
+    model = Model(HERMES, "Hel", "lo.")
+    model.events = (model.events[0], UnavailableError("the engine is gone"))
+    last = events_of(respond(model, stream=True))[-1]
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert last["response"]["error"] == {"code": "server_error", "message": "the engine is gone"}
+
+
 @pytest.mark.parametrize(
     ("keys", "param"),
     [
         ({"input": []}, "input"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": {"a": 1}}]}, "input.0.output"),
@@ -272,6 +335,8 @@ def test_an_answer_that_is_cut_off_is_incomplete() -> None:
         ({"tools": [{"type": "namespace", "name": "n"}]}, "tools.0.tools"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]}, "tools.0.tools.0.name"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name"),
+        ({"tools": [space("a", "b__c"), space("a__b", "c")]}, "tools.1.tools.0.name"),
+        ({"tools": [{"type": "web_search"}, {**TOOL, "parameters": 5}]}, "tools.1.parameters"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
@@ -291,20 +356,24 @@ def test_what_cannot_be_had_is_refused_by_this_apis_names(keys: dict[str, Any], 
 
 def test_conversations_are_kept_as_long_as_there_is_room() -> None:
     store = ResponseStore(2, 10_000)
+
+    def put(name: str, *texts: str) -> None:
+        store.put({"id": name, "output": []}, [{"id": text, "content": text} for text in texts])
+
     for name in ("a", "b", "c"):
-        store.put({"id": name}, [{"role": "user", "content": name}])
+        put(name, name)
     with pytest.raises(RefusalError, match="there is no response 'a', or not any more") as gone:
         store.get("a", "previous_response_id")
     assert (gone.value.status, gone.value.param, gone.value.code) == (404, "previous_response_id", "response_not_found")
-    assert store.get("b").messages == [{"role": "user", "content": "b"}]
-    store.put({"id": "large"}, [{"content": "x" * 9_940}])
-    assert store.get("large").num_bytes > 9_900
+    assert store.get("b").conversation == [{"id": "b", "content": "b"}]
+    put("large", "x" * 4_930)
+    assert store._num_bytes > 9_900
     with pytest.raises(RefusalError):
         store.get("b")
-    store.put({"id": "too large"}, [{"content": "x" * 20_000}])
+    put("too large", "x" * 20_000)
     store.delete("large")
     assert store._num_bytes == 0
     off = ResponseStore(0, 10_000)
-    off.put({"id": "a"}, [])
+    off.put({"id": "a", "output": []}, [])
     with pytest.raises(RefusalError, match="previous_response_id: responses are not kept here"):
         off.get("a", "previous_response_id")
