@@ -351,7 +351,11 @@ def check_refusal(status: int, text: str, path: str, mutation: Mutation) -> None
     said = json.loads(text)
     error = said["error"]
     if path.startswith("/v1/messages"):
-        assert set(said) == {"type", "error"} and said["type"] == "error" and set(error) == {"type", "message"}, told
+        assert (
+            set(said) == {"type", "error", "request_id"}
+            and said["type"] == "error"
+            and set(error) == {"type", "message"}
+        ), told
         assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error"), told
         named = error["message"].partition(":")[0]
     else:

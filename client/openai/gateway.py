@@ -165,7 +165,7 @@ async def chat_of(card: ModelCard, options: FormOptions, body: ChatBody, asked: 
 def _say_errors_in_openais_words(app: FastAPI) -> None:
     @app.exception_handler(RefusalError)
     async def refused(request: Request, refusal: RefusalError) -> Response:
-        return response_of(refusal, request.url.path)
+        return response_of(refusal, request.scope)
 
     @app.exception_handler(CallerLeftError)
     async def left(request: Request, error: CallerLeftError) -> Response:
@@ -173,13 +173,13 @@ def _say_errors_in_openais_words(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> Response:
-        return response_of(refusal_of_body(error.errors()), request.url.path)
+        return response_of(refusal_of_body(error.errors()), request.scope)
 
     @app.exception_handler(HTTPException)
     async def astray(request: Request, error: HTTPException) -> Response:
         broken = error.status_code == 400  # other than by a syntax error: bytes that are no text, nesting without end
         reason = "the body is not valid JSON" if broken else f"{request.method} {request.url.path}: {error.detail}"
-        response = response_of(RefusalError(reason, error.status_code), request.url.path)
+        response = response_of(RefusalError(reason, error.status_code), request.scope)
         response.headers.update(error.headers or {})  # what is allowed instead
         return response
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from paged_client.openai.formats.markers import Markers
@@ -17,11 +18,20 @@ _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
 }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends an answer, as the body has it."""
+
+    max_tokens: int
+    stop_sequences: Sequence[str] = ()
 
 
 class _StopSequences:
@@ -50,12 +60,12 @@ class _StopSequences:
         return plain
 
 
-def whole_message(model: str, answer: Mapping[str, Any], stops: Sequence[str] = ()) -> dict[str, Any]:
-    """answer: a chat completion. stops: the body's stop sequences."""
+def whole_message(model: str, answer: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    """answer: a chat completion."""
     (choice,) = answer["choices"]
     said = choice["message"]
     content: list[dict[str, Any]] = []
-    ending = _StopSequences(stops)
+    ending = _StopSequences(limits.stop_sequences)
 
     def without_stop(text: str) -> str:
         return ending.feed(text) + ending.finish()
@@ -72,7 +82,7 @@ def whole_message(model: str, answer: Mapping[str, Any], stops: Sequence[str] = 
     return {
         **_head(model),
         "content": content,
-        **_stop(choice["finish_reason"], ending.found),
+        **_stop(choice["finish_reason"], ending.found, answer["usage"], limits),
         "usage": _usage(answer["usage"]),
     }
 
@@ -80,10 +90,10 @@ def whole_message(model: str, answer: Mapping[str, Any], stops: Sequence[str] = 
 class MessageEvents:
     """One message's stream. Fed a chat's chunks in order; each block is stopped before the next begins."""
 
-    def __init__(self, model: str, stops: Sequence[str] = ()) -> None:
-        """stops: the body's stop sequences."""
+    def __init__(self, model: str, limits: Limits) -> None:
         self._model = model
-        self._ending = _StopSequences(stops)
+        self._limits = limits
+        self._ending = _StopSequences(limits.stop_sequences)
         self._heard = ""  # the kind of block that text came for last
         self._begun = False
         self._index = -1  # of the last block
@@ -114,7 +124,7 @@ class MessageEvents:
         yield from self._stop()
         yield {
             "type": "message_delta",
-            "delta": _stop(self._reason, self._ending.found),
+            "delta": _stop(self._reason, self._ending.found, self._usage, self._limits),
             "usage": _usage(self._usage),
         }
         yield {"type": "message_stop"}
@@ -162,13 +172,19 @@ class MessageEvents:
             yield {"type": "content_block_stop", "index": self._index}
 
 
-def error_body(message: str, status: int) -> dict[str, Any]:
+def error_body(message: str, status: int, request_id: str = "") -> dict[str, Any]:
+    """request_id: "": not told."""
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    named = {"request_id": request_id} if request_id else {}
+    return {"type": "error", "error": {"type": kind, "message": message}, **named}
 
 
-def _stop(finish_reason: str | None, stop_sequence: str | None) -> dict[str, Any]:
+def _stop(
+    finish_reason: str | None, stop_sequence: str | None, usage: Mapping[str, Any], limits: Limits
+) -> dict[str, Any]:
     reason = _STOP_REASONS.get(finish_reason or "")
+    if reason == "max_tokens" and usage and usage["completion_tokens"] < limits.max_tokens:
+        reason = "model_context_window_exceeded"  # the conversation wants to be shortened
     if stop_sequence is None or reason != "end_turn":
         return {"stop_reason": reason, "stop_sequence": None}
     return {"stop_reason": "stop_sequence", "stop_sequence": stop_sequence}
@@ -189,18 +205,22 @@ def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
     if not usage:
         return {"input_tokens": 0, "output_tokens": 0}
     cached = usage["prompt_tokens_details"]["cached_tokens"]
+    details = usage.get("completion_tokens_details")
+    thought = {"output_tokens_details": {"thinking_tokens": details["reasoning_tokens"]}} if details else {}
     return {
         "input_tokens": usage["prompt_tokens"] - cached,
         "cache_read_input_tokens": cached,
         "cache_creation_input_tokens": 0,
         "output_tokens": usage["completion_tokens"],
+        **thought,
     }
 
 
 def _object(arguments: str) -> Any:
-    """A call that was cut off has arguments that are no JSON: then there are none."""
+    """A call that was cut off has arguments that are no JSON: then there are none. Half a character is replaced."""
     try:
         found = json.loads(arguments)
-    except ValueError:
+        found = json.loads(json.dumps(found, ensure_ascii=False, allow_nan=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,19 +10,27 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from paged_client.openai.conversation import settled
 from paged_client.openai.errors import RefusalError
+from paged_client.openai.message_blocks import chat_messages, text_of
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.readable import ReadableBody
+from paged_client.openai.translation import EFFORTS
 
 _FIRST = Field(fail_fast=True)
 _BILLING_HEADER = "x-anthropic-billing-header:"
-_EFFORTS = {"max": "xhigh"}  # the most that templates know
+# Types of tools that Anthropic runs itself or knows by heart: bash_20250124, web_search_20250305, computer_toolset_…
+_OWN_TOOL = re.compile(r"_\d{8}$|_toolset$")
 
 
 class Thinking(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    display: Literal["summarized", "omitted"] | None = None  # nothing is summarised
+
+    @property
+    def is_shown(self) -> bool:
+        return self.type != "disabled" and self.display != "omitted"
 
 
 class OutputConfig(BaseModel):
@@ -58,16 +66,20 @@ class MessagesBody(CountBody):
     container: None = None
 
 
-def chat_of_messages(body: CountBody) -> ChatBody:
+def chat_of_messages(body: CountBody, left_out: list[str]) -> ChatBody:
     """
+    left_out: takes the places of what is not shown to the model.
+
     Raises:
         RefusalError: what cannot be asked, by its name in the body.
         pydantic.ValidationError: as for a chat.
     """
     instructions = _system(body.system)
     system = [{"role": "system", "content": instructions}] if instructions else []
-    given_messages = [message for position, one in enumerate(body.messages) for message in _messages(position, one)]
-    messages = settled([*system, *given_messages])
+    messages = settled(
+        [*system, *(each for at, one in enumerate(body.messages) for each in chat_messages(at, one, left_out))]
+    )
+    tools = [_tool(at, tool) for at, tool in enumerate(body.tools or ()) if not _is_left_out(at, tool, left_out)]
     choice = body.tool_choice or {}
     output, begun = body.output_config or OutputConfig(), _is_begun(messages[-1])
     if begun and output.format is not None:
@@ -76,13 +88,13 @@ def chat_of_messages(body: CountBody) -> ChatBody:
     given: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
-        "tools": [_tool(position, tool) for position, tool in enumerate(body.tools or ())] or None,
+        "tools": tools or None,
         "tool_choice": _choice(choice) if body.tools and choice else None,
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
         "chat_template_kwargs": _switches(body.thinking, output) or None,
         # an answer whose beginning the caller has written
         "continue_final_message": begun,
-        "include_reasoning": body.thinking is not None and body.thinking.type != "disabled",
+        "include_reasoning": body.thinking is not None and body.thinking.is_shown,
     }
     if isinstance(body, MessagesBody):
         if body.thinking is not None and body.thinking.type == "enabled":
@@ -104,7 +116,7 @@ def _switches(thinking: Thinking | None, output: OutputConfig) -> dict[str, Any]
     """By the names that templates have for them."""
     thinks = {} if thinking is None else dict.fromkeys(("enable_thinking", "thinking"), thinking.type != "disabled")
     return (
-        thinks if output.effort is None else {**thinks, "reasoning_effort": _EFFORTS.get(output.effort, output.effort)}
+        thinks if output.effort is None else {**thinks, "reasoning_effort": EFFORTS.get(output.effort, output.effort)}
     )
 
 
@@ -122,73 +134,15 @@ def _system(given: str | list[dict[str, Any]] | None) -> str:
     """
     if isinstance(given, list):
         given = [block for block in given if not str(block.get("text")).startswith(_BILLING_HEADER)]
-    return _text("system", given)
+    return text_of("system", given)
 
 
-def _messages(position: int, message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One turn: results of tools are messages of their own, before what the user says."""
-    where = f"messages.{position}"
-    role, content = message.get("role"), message.get("content")
-    if role == "system":
-        return [{"role": role, "content": _text(f"{where}.content", content)}]
-    if role not in ("user", "assistant"):
-        raise RefusalError(f"{where}.role: expected user, assistant or system", param=f"{where}.role")
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    if not isinstance(content, list):
-        raise RefusalError(f"{where}.content: expected a string or a list of blocks", param=f"{where}.content")
-    read = _Blocks()
-    for at, block in enumerate(content):
-        read.add(f"{where}.content.{at}", block)
-    own: dict[str, Any] = {"role": role, "content": "\n".join(read.texts) if read.texts else None}
-    if read.calls:
-        own["tool_calls"] = read.calls
-    if read.thoughts:
-        own["reasoning_content"] = "\n".join(read.thoughts)
-    return [*read.results, *([own] if len(own) > 2 or read.texts or not read.results else [])]
-
-
-class _Blocks:
-    """What the blocks of a turn have."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.thoughts: list[str] = []  # templates show those of the turn that goes on, between calls
-        self.calls: list[dict[str, Any]] = []
-        self.results: list[dict[str, Any]] = []
-
-    def add(self, where: str, block: Any) -> None:
-        match block:
-            case {"type": "text", "text": str() as text}:
-                self.texts.append(text)
-            case {"type": "tool_use", "id": str() as call_id, "name": str() as name, "input": dict() as arguments}:
-                function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-                self.calls.append({"id": call_id, "type": "function", "function": function})
-            case {"type": "tool_result", "tool_use_id": str() as call_id}:
-                text = _text(f"{where}.content", block.get("content", ""))
-                self.results.append({"role": "tool", "tool_call_id": call_id, "content": text})
-            case {"type": "thinking", "thinking": str() as thought}:
-                self.thoughts.append(thought)
-            case {"type": "redacted_thinking"}:
-                pass
-            case _:
-                kind = str(block.get("type"))[:80] if isinstance(block, dict) else type(block).__name__
-                raise RefusalError(f"{where}: no block of type '{kind}': not supported, or not complete", param=where)
-
-
-def _text(where: str, content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, (list, type(None))):
-        raise RefusalError(f"{where}: expected a string or a list of blocks", param=where)
-    texts = []
-    for block in content or ():
-        match block:
-            case {"type": "text", "text": str() as text}:
-                texts.append(text)
-            case _:
-                raise RefusalError(f"{where}: only blocks of type text are supported", param=where)
-    return "\n".join(texts)
+def _is_left_out(position: int, tool: Mapping[str, Any], left_out: list[str]) -> bool:
+    kind = tool.get("type")
+    if not isinstance(kind, str) or not _OWN_TOOL.search(kind):
+        return False
+    left_out.append(f"tools.{position}.{kind[:80]}")
+    return True
 
 
 def _tool(position: int, tool: Mapping[str, Any]) -> dict[str, Any]:

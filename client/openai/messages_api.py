@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from paged_client.openai.chat_source import ChatSource, Chunks
 from paged_client.openai.disconnect import EventStream
 from paged_client.openai.errors import RefusalError, refusal_of_body
-from paged_client.openai.message_events import MessageEvents, error_body, whole_message
+from paged_client.openai.message_events import Limits, MessageEvents, error_body, whole_message
 from paged_client.openai.message_items import CountBody, MessagesBody, chat_of_messages
 from paged_client.openai.protocol import ChatBody
 from paged_client.openai.unknown_keys import unused_keys, with_warning
@@ -27,13 +27,14 @@ _RENAMED = {
     "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
+_STATUSES = {"overloaded": 503, "not_ready": 503, "timeout": 504}  # by the code of an error in a stream
 _OF_TOOLS = {"name": "name", "parameters": "input_schema"}
 
 
 def add_message_paths(app: FastAPI, source: ChatSource, strict: bool) -> None:
     @app.post(PATH)
     async def create(body: MessagesBody, request: Request) -> Response:
-        unused, chat = unused_keys(body, strict), _chat(body)
+        chat, unused = _chat(body, strict)
         try:
             return with_warning(await _answer(source, request, body, chat), unused)
         except RefusalError as refusal:
@@ -45,18 +46,20 @@ def add_message_paths(app: FastAPI, source: ChatSource, strict: bool) -> None:
 
     @app.post(f"{PATH}/count_tokens")
     async def count(body: CountBody) -> Response:
+        chat, unused = _chat(body, strict)
         try:
-            return JSONResponse({"input_tokens": await source.num_prompt_tokens(_chat(body))})
+            found = {"input_tokens": await source.num_prompt_tokens(chat)}
+            return with_warning(JSONResponse(found), unused)
         except RefusalError as refusal:
             raise _renamed(refusal) from None
 
 
 async def _answer(source: ChatSource, request: Request, body: MessagesBody, chat: ChatBody) -> Response:
-    stops = body.stop_sequences or ()
+    limits = Limits(body.max_tokens, body.stop_sequences or ())
     if not chat.stream:
-        return JSONResponse(whole_message(body.model, await source.whole(request, chat), stops))
+        return JSONResponse(whole_message(body.model, await source.whole(request, chat), limits))
     chunks, pieces = await source.chunks(request, chat)
-    return EventStream(_events(MessageEvents(body.model, stops), chunks), pieces)
+    return EventStream(_events(MessageEvents(body.model, limits), chunks), pieces)
 
 
 def _renamed(refusal: RefusalError) -> RefusalError:
@@ -73,11 +76,17 @@ def _renamed(refusal: RefusalError) -> RefusalError:
     return RefusalError(f"{renamed}: {said}", refusal.status, param=renamed, code=refusal.code)
 
 
-def _chat(body: CountBody) -> ChatBody:
+def _chat(body: CountBody, strict: bool) -> tuple[ChatBody, list[str]]:
+    """And the names and places in the body of what is ignored."""
+    unused, left_out = unused_keys(body, strict), list[str]()
     try:
-        return chat_of_messages(body)
+        chat = chat_of_messages(body, left_out)
     except ValidationError as error:
         raise refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
+    if strict and left_out:
+        where, _, kind = left_out[0].rpartition(".")
+        raise RefusalError(f"{where}.type: '{kind}' is not to be had here", param=f"{where}.type")
+    return chat, [*unused, *left_out]
 
 
 async def _events(events: MessageEvents, chunks: Chunks) -> AsyncGenerator[bytes, None]:
@@ -86,7 +95,7 @@ async def _events(events: MessageEvents, chunks: Chunks) -> AsyncGenerator[bytes
             said = []
             for chunk in of_piece:
                 if "error" in chunk:
-                    status = 503 if chunk["error"].get("code") == "overloaded" else 500
+                    status = _STATUSES.get(chunk["error"].get("code"), 500)
                     yield _written([*said, error_body(str(chunk["error"]["message"]), status)])
                     return
                 said += events.take(chunk)

@@ -25,9 +25,12 @@ log = logging.getLogger("paged.openai")
 _ANTHROPICS = "/v1/messages"
 
 
-def response_of(refusal: RefusalError, path: str = "") -> Response:
-    """In OpenAI's words, or Anthropic's on its paths."""
-    body = error_body(str(refusal), refusal.status) if path.startswith(_ANTHROPICS) else refusal.body()
+def response_of(refusal: RefusalError, scope: Scope | None = None) -> Response:
+    """In OpenAI's words, or Anthropic's on its paths. scope: of the request, where the path may be one of these."""
+    if scope is not None and scope["path"].startswith(_ANTHROPICS):
+        body = error_body(str(refusal), refusal.status, scope.get(REQUEST_ID, ""))
+    else:
+        body = refusal.body()
     return JSONResponse(body, refusal.status, refusal.headers())
 
 
@@ -53,6 +56,8 @@ class GatewayMiddleware:
                     measured.begin(message["status"])
                     headers = MutableHeaders(scope=message)
                     headers["x-request-id"] = request_id
+                    if scope["path"].startswith(_ANTHROPICS):
+                        headers["request-id"] = request_id  # where Anthropic's clients look for it
                     if closing:
                         headers["connection"] = "close"
                 await send(message)
@@ -70,12 +75,12 @@ class GatewayMiddleware:
                 body = await place.read(headers, receive)
                 await self._app(scope, _replayed(body, receive), named)
             except RefusalError as refusal:
-                await response_of(refusal, scope["path"])(scope, receive, named)
+                await response_of(refusal, scope)(scope, receive, named)
             except Exception as error:  # its text may quote the prompt
                 log.error("%s failed: %s", request_id, _place_of(error))
                 if not measured.status:
                     failure = RefusalError("the gateway failed; its log says where", 500)
-                    await response_of(failure, scope["path"])(scope, receive, named)
+                    await response_of(failure, scope)(scope, receive, named)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,10 +20,13 @@ from paged_client.openai.unknown_keys import unused_keys, with_warning
 
 def add_model_paths(app: FastAPI, models: Models, strict: bool, list_adapters: bool) -> None:
     started = int(time.time())
+    since = datetime.fromtimestamp(started, timezone.utc).isoformat()
 
     def entry(name: str, description: Description, parent: str | None = None) -> dict[str, Any]:
         # as vLLM has them
         facts = {"root": parent or name, "parent": parent, "max_model_len": description.max_model_len}
+        # as Anthropic has them
+        facts |= {"type": "model", "display_name": name, "created_at": since, "lifecycle": "active"}
         return {"id": name, "object": "model", "created": started, "owned_by": "paged", **facts}
 
     def adapters_of(description: Description) -> tuple[str, ...]:
@@ -42,7 +46,10 @@ def add_model_paths(app: FastAPI, models: Models, strict: bool, list_adapters: b
             for one, description in described
             for adapter in adapters_of(description)
         ]
-        return JSONResponse({"object": "list", "data": entries})
+        ids = [each["id"] for each in entries] or [None]
+        return JSONResponse(
+            {"object": "list", "data": entries, "first_id": ids[0], "last_id": ids[-1], "has_more": False}
+        )
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:

@@ -67,7 +67,7 @@ def check_shape(reply: Reply, path: str, status: int, field: str) -> None:
     """field: that the error names, or something in it."""
     assert reply.status == status, (reply.status, reply.text)
     if path.startswith("/v1/messages"):
-        assert set(reply.json) == {"type", "error"} and reply.json["type"] == "error"
+        assert set(reply.json) == {"type", "error", "request_id"} and reply.json["type"] == "error"
         assert set(reply.json["error"]) == {"type", "message"} and reply.json["error"]["type"].endswith("_error")
         assert reply.json["error"]["message"].startswith((f"{field}:", f"{field}.")), reply.text
     else:

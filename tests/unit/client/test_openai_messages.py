@@ -99,6 +99,14 @@ def rebuilt(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             [{"type": "text", "text": "Hello.\n\nHu"}],
             "end_turn",
         ),
+        (
+            HERMES,
+            ("Hel", "lo.\n", "\n"),
+            "",
+            {"stop_sequences": ["\n\n"], "tools": [TOOL]},
+            [{"type": "text", "text": "Hello."}],
+            "stop_sequence",
+        ),
         (HERMES, ("E", "ND"), "", {"stop_sequences": ["END"]}, [], "stop_sequence"),
         (
             THINKS,
@@ -116,6 +124,7 @@ def rebuilt(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "thought not asked for",
         "stop sequence",
         "nearly a stop sequence",
+        "stop sequence of white space",
         "stop sequence alone",
         "stop sequence behind a thought",
     ],
@@ -170,7 +179,7 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
         "thinking": {"type": "disabled"},
     }
-    chat = chat_of_messages(CountBody.model_validate(body))
+    chat = chat_of_messages(CountBody.model_validate(body), [])
     call_made = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
     assert chat.messages == [
         {"role": "system", "content": "Be kind."},
@@ -201,7 +210,7 @@ def test_a_system_that_speaks_between_turns_does_so_in_the_users_turn() -> None:
             {"role": "system", "content": "It is late."},
         ],
     }
-    chat = chat_of_messages(CountBody.model_validate(body))
+    chat = chat_of_messages(CountBody.model_validate(body), [])
     assert chat.messages == [
         {"role": "system", "content": "Be kind.\nAnd short."},
         {"role": "user", "content": "Hi\nthere\n<system-reminder>\nNo tools.\n</system-reminder>"},
@@ -266,7 +275,7 @@ def test_tokens_are_counted_without_an_answer() -> None:
             "messages.0.content.0: no block of type 'image'",
         ),
         ({"tools": [{"name": "f"}]}, 400, "invalid_request_error", "tools.0.input_schema"),
-        ({"tools": [{"type": "web_search_20250305", "name": "f"}]}, 400, "invalid_request_error", "tools.0.type"),
+        ({"tools": [{"type": "telepathy", "name": "f"}]}, 400, "invalid_request_error", "tools.0.type"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}},
             400,
@@ -296,6 +305,13 @@ def test_errors_have_anthropics_shape(keys: dict[str, Any], status: int, kind: s
     reply = ask(Model(HERMES, "x"), **keys)
     assert (reply.status, reply.json["type"], reply.json["error"]["type"]) == (status, "error", kind)
     assert words in reply.json["error"]["message"]
+    assert reply.json["request_id"] == reply.headers["request-id"] == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/batches", "/v1/messages/batches/x"])
+def test_paths_that_are_not_there_have_anthropics_shape(path: str) -> None:
+    reply = call(Model(HERMES, "x"), path, {"requests": []})
+    assert (reply.status, reply.json["type"], reply.json["error"]["type"]) == (404, "error", "not_found_error")
 
 
 def test_anthropics_header_carries_the_key() -> None:
@@ -319,3 +335,7 @@ def test_anthropics_own_library_reads_it() -> None:
     adapter = TypeAdapter(types.RawMessageStreamEvent)
     for event in events_of(ask(Model(HERMES, *CALL), tools=[TOOL], stream=True)):
         adapter.validate_python(event)
+    listed = call(Model(HERMES, "x"), "/v1/models").json
+    assert not listed["has_more"] and listed["first_id"] == "m"
+    for entry in listed["data"]:
+        assert types.ModelInfo.model_validate(entry).display_name == entry["id"]

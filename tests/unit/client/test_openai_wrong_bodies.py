@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,11 +20,51 @@ from starlette.testclient import TestClient
 from paged_client import AsyncPagedClient, InvalidRequestError
 from paged_client.openai.gateway import Offer, make_app
 from paged_client.question import Question
-from tests.body_mutations import bodies, check_refusal, mutations
+from tests.body_mutations import Asked, bodies, check_refusal, mutations
 from tests.unit.client.gateway_calls import Call, Outputs, Transport, described
 from tests.unit.client.test_openai_tools import HERMES, THINKS
 
-BODIES = bodies("m")
+FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+PAGE = {"type": "document", "title": "T", "source": {"type": "content", "content": [{"type": "text", "text": "a"}]}}
+FOUND = {"type": "tool_result", "tool_use_id": "t", "is_error": True, "content": [PAGE, {"type": "image"}]}
+# What agents send beside: tools and items that only OpenAI or Anthropic have, pictures that tools have found.
+AGENTS = {
+    "responses agent": Asked(
+        "/v1/responses",
+        {
+            "model": "m",
+            "input": [
+                {"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": "+a"},
+                {"type": "custom_tool_call_output", "call_id": "c", "output": [{"type": "input_image"}]},
+                {"type": "web_search_call", "id": "w"},
+                {"type": "message", "role": "user", "content": "Go on."},
+            ],
+            "tools": [
+                {"type": "namespace", "name": "crm", "tools": [FUNCTION]},
+                {"type": "custom", "name": "patch", "format": {"type": "grammar", "definition": "start: /a/"}},
+                {"type": "web_search"},
+            ],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "patch"}]},
+            "include": ["reasoning.encrypted_content"],
+            "max_tool_calls": 1,
+        },
+    ),
+    "messages agent": Asked(
+        "/v1/messages",
+        {
+            "model": "m",
+            "max_tokens": 4,
+            "messages": [
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+                {"role": "user", "content": [FOUND]},
+                {"role": "assistant", "content": [{"type": "server_tool_use", "id": "s"}]},
+                {"role": "system", "content": "It is late."},
+            ],
+            "tools": [{"type": "bash_20250124", "name": "bash"}, {"name": "f", "input_schema": {"type": "object"}}],
+        },
+    ),
+}
+BODIES = bodies("m") | AGENTS
 SAMPLED = 120  # of some hundreds to two thousand a body
 HEADERS = {"Content-Type": "application/json"}
 
@@ -85,6 +126,33 @@ def refused(asking: TestClient, path: str, body: Mapping[str, Any], count: int |
 def test_something_wrong_in_a_body_is_refused_by_its_fields_name(asking: TestClient, name: str) -> None:
     asked = BODIES[name]
     assert refused(asking, asked.path, asked.body, SAMPLED) > SAMPLED / 8
+
+
+ITEM = {"role": "user", "content": "x"}
+TURN = {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}
+CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("path", "keys", "status"),
+    [
+        ("/v1/responses", {"input": [ITEM] * 100_000}, 200),
+        ("/v1/responses", {"input": [CALL] * 50_000}, 200),
+        ("/v1/responses", {"tools": [{"type": "function", "name": f"f{number}"} for number in range(50_000)]}, 200),
+        ("/v1/responses", {"reasoning": {f"k{number}": 1 for number in range(200_000)}}, 400),
+        ("/v1/messages", {"messages": [ITEM, TURN] * 20_000, "max_tokens": 4}, 200),
+        ("/v1/messages", {"messages": [TURN] * 40_000, "max_tokens": 4}, 200),
+    ],
+    ids=["items", "calls", "tools", "keys", "turns", "turns of one side"],
+)
+def test_a_body_of_very_many_things_keeps_nobody_waiting(
+    asking: TestClient, path: str, keys: dict[str, Any], status: int
+) -> None:
+    """One that took a time that grows with the square would keep all callers waiting: it is all one process's."""
+    body = json.dumps({"model": "m", "input": "x"} | keys if path == "/v1/responses" else {"model": "m"} | keys)
+    begun = time.process_time()
+    assert asking.post(path, content=body, headers=HEADERS).status_code == status
+    assert time.process_time() - begun < 15  # it is 1 to 2 s
 
 
 @pytest.mark.long
