@@ -55,7 +55,7 @@ class ResponsesBody(ReadableBody):
     """POST /v1/responses."""
 
     model: str
-    input: str | Annotated[list[dict[str, Any]], _FIRST] = []
+    input: str | Annotated[list[dict[str, Any]], _FIRST] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None

@@ -88,12 +88,18 @@ class ResponseTools:
         self.functions.append({"type": "function", "function": {"name": flat, **function}})
 
     def choice(self, choice: str | Mapping[str, Any] | None) -> Any:
-        """A body's tool_choice as a chat has it."""
+        """A body's tool_choice as a chat has it.
+
+        Raises:
+            RefusalError: it names a tool that has no name.
+        """
         match choice:
             case {"type": "function" | "custom", "name": str()}:
-                return _named(choice)
+                return _named("tool_choice", choice)
             case {"type": "allowed_tools", "mode": mode, "tools": [*tools]}:
-                named = [_named(tool) for tool in tools if isinstance(tool, dict) and not _is_left_out(tool)]
+                named = [
+                    _named(f"tool_choice.tools.{at}", tool) for at, tool in enumerate(tools) if not _is_left_out(tool)
+                ]
                 return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
         return choice
 
@@ -107,8 +113,8 @@ class ResponseTools:
         return {"name": own, "namespace": namespace} if namespace else {"name": own}
 
 
-def _is_left_out(tool: Mapping[str, Any]) -> bool:
-    kind = tool.get("type")
+def _is_left_out(tool: Any) -> bool:
+    kind = tool.get("type") if isinstance(tool, dict) else None
     return isinstance(kind, str) and _DATE.sub("", kind) in _LEFT_OUT
 
 
@@ -130,10 +136,11 @@ def calls_of(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"id": call_id, "type": "function", "function": function}
 
 
-def _named(tool: Mapping[str, Any]) -> dict[str, Any]:
-    name = tool.get("name")
-    flat = chat_name(name, tool.get("namespace")) if isinstance(name, str) else name
-    return {"type": "function", "function": {"name": flat}}
+def _named(where: str, tool: Any) -> dict[str, Any]:
+    name = tool.get("name") if isinstance(tool, dict) else None
+    if not isinstance(name, str):
+        raise RefusalError(f"{where}: expected a tool's type and name", param=where)
+    return {"type": "function", "function": {"name": chat_name(name, tool.get("namespace"))}}
 
 
 def _described(tool: Mapping[str, Any]) -> str:

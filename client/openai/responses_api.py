@@ -96,7 +96,7 @@ def _asked(store: ResponseStore, body: ResponsesBody, strict: bool) -> _Conversa
     earlier: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
         earlier = store.get(body.previous_response_id, "previous_response_id").conversation
-    given = given_items(body.input, store)
+    given = given_items([] if body.input is None else body.input, store)
     left_out: list[str] = []
     try:
         chat = chat_body(body, tools, earlier, given, left_out)

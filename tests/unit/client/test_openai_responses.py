@@ -338,6 +338,11 @@ def test_an_answer_that_breaks_off_is_told_in_openais_words() -> None:
         ({"tools": [space("a", "b__c"), space("a__b", "c")]}, "tools.1.tools.0.name"),
         ({"tools": [{"type": "web_search"}, {**TOOL, "parameters": 5}]}, "tools.1.parameters"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [1]}},
+            "tool_choice.tools.0",
+        ),
+        ({"input": None}, "input"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
