@@ -118,6 +118,33 @@ def test_paging_wastes_less_of_the_same_memory_than_reservation(tmp_path: Path) 
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
+def test_speculation_is_measured_beside_a_server_without_it(tmp_path: Path) -> None:
+    """Each server has its own page of metrics; the guesses are the first one's alone."""
+    drafting, plain = (
+        ServerSettings(instances=1, options={"num_pages": 512, "speculation": kind}, drain_seconds=1)
+        for kind in ("ngram", "off")
+    )
+    with Server(drafting) as first, Server(plain) as second:
+        ours, theirs = first.addresses, second.addresses
+        where = ("--url", ours.grpc_url, "--metrics-url", ours.metrics_url)
+        other = ("--against", theirs.grpc_url, "--against-metrics-url", theirs.metrics_url)
+        load = ("-c", "2", "-n", "8", "--input-tokens", "24", "--output-tokens", "120")
+        printed, results = bench(tmp_path, *where, *other, *load)
+    assert [run["target"] for run in results["runs"]] == ["paged_llm", "paged_llm (2)"]
+    fast, slow = results["runs"]
+    for run in (fast, slow):
+        assert (run["figures"]["num_requests"], run["figures"]["num_errors"]) == (8, 0)
+        assert run["pool"]["counters"]["paged_generation_tokens_total"] == run["figures"]["num_tokens"] == 8 * 120
+    counters = fast["pool"]["counters"]
+    assert counters["paged_drafts_proposed_total"] >= counters["paged_drafts_accepted_total"] > 0
+    assert not slow["pool"]["counters"].get("paged_drafts_proposed_total")
+    (ratio,) = results["ratios"]
+    expected = fast["figures"]["tokens_per_second"] / slow["figures"]["tokens_per_second"]
+    assert ratio["tokens_per_second"] == pytest.approx(expected)
+    assert "paged_llm against paged_llm (2)" in printed and "mean accepted" in printed
+
+
 def test_a_model_of_the_vllm_backends_tensors_is_measured_by_text_and_against_another(
     tmp_path: Path, foreign: Server
 ) -> None:
