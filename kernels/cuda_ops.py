@@ -14,6 +14,7 @@ from torch import Tensor
 from paged_kernels import activation as activations
 from paged_kernels import logit_edits, lora, ngram, page_copy, rope_kv, row_update, sampling, top_logprobs
 from paged_kernels import norm as norms
+from paged_kernels.cuda_latents import CudaLatents
 from paged_kernels.decode_attention import (
     make_decode_plan,
     make_decode_workspace,
@@ -22,12 +23,12 @@ from paged_kernels.decode_attention import (
 )
 from paged_kernels.expert_kernels import ExpertKernels
 from paged_kernels.experts import Experts
+from paged_kernels.latent_decode import make_latent_workspace
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.products import Products
 from paged_kernels.ranks import ranks
-from paged_kernels.reference import Ops
 from paged_kernels.truncation import truncation_thresholds
 
 # from here on they are usually short: twice the programs, since ends of sequences interrupt them more than merging
@@ -35,7 +36,7 @@ from paged_kernels.truncation import truncation_thresholds
 _MANY_SEQUENCES = 128
 
 
-class CudaOps(Ops):
+class CudaOps(CudaLatents):
     """Keeps scratch memory and the plan of the step at hand; steps run one after another on one stream.
 
     Launches overlap (programmatic dependent launch): a kernel may begin before those before it are complete, and
@@ -68,13 +69,19 @@ class CudaOps(Ops):
         max_outputs: int,
         kv_dtype: torch.dtype,
         device: torch.device,
+        latents: tuple[int, torch.dtype] | None = None,
     ) -> None:
         """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a
-        step, max_outputs that are sampled.
+        step, max_outputs that are sampled. latents: their rank and the type of queries, where layers keep those;
+        head_dim is then a latent's width.
         """
         self._pdl = device.type == "cuda"
-        few = make_decode_workspace(num_heads, num_kv_heads, head_dim, kv_dtype, device)
-        many = make_decode_workspace(num_heads, num_kv_heads, head_dim, kv_dtype, device, programs_per_multiprocessor=2)
+        if latents is not None:
+            few = many = make_latent_workspace(num_heads, *latents, device)
+        else:
+            of_heads = num_heads, num_kv_heads, head_dim, kv_dtype, device
+            few = make_decode_workspace(*of_heads)
+            many = make_decode_workspace(*of_heads, programs_per_multiprocessor=2)
         windows = dict.fromkeys(sliding_windows)
         self._plans_of_few, self._plans_of_many = (
             {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows}

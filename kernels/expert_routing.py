@@ -32,9 +32,10 @@ def _best_groups(
     NUM_EXPERTS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
 ):
-    """[TOKENS, EXPERTS], -inf for the experts of all groups but the best, each as good as its two best experts
-    together.
+    """[TOKENS, EXPERTS], -inf for the experts of all groups but the best, each as good as its GROUP_BEST best experts
+    together, one or two.
     """
     expert = tl.arange(0, EXPERTS)[None, :]
     size: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
@@ -45,7 +46,7 @@ def _best_groups(
         best = tl.max(inside, 1)
         at = tl.argmax(inside, 1)
         second = tl.max(tl.where(expert == at[:, None], float("-inf"), inside), 1)
-        both = best if size == 1 else best + second
+        both = best if size == 1 or GROUP_BEST == 1 else best + second
         worth = tl.where(group == g, both[:, None], worth)
     kept = tl.zeros([TOKENS, EXPERTS], tl.int32)
     for _ in tl.static_range(TOP_GROUPS):
@@ -61,7 +62,7 @@ def _choose(
     logits, correction, expert_ids, weights, token, num_tokens, scale,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr,
     SCORES: tl.constexpr, RENORMALISED: tl.constexpr, CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
 ):  # fmt: skip
     """Writes the experts and weights of TOKENS tokens from their logits [TOKENS, EXPERTS], which are -inf beyond
     NUM_EXPERTS.
@@ -79,7 +80,7 @@ def _choose(
         ranked += tl.load(correction + expert, mask=there, other=0.0)[None, :]
     ranked = tl.where(there[None, :], ranked, float("-inf"))
     if NUM_GROUPS > 1:
-        ranked = _best_groups(ranked, TOKENS, EXPERTS, NUM_EXPERTS, NUM_GROUPS, TOP_GROUPS)
+        ranked = _best_groups(ranked, TOKENS, EXPERTS, NUM_EXPERTS, NUM_GROUPS, TOP_GROUPS, GROUP_BEST)
     choice = tl.arange(0, CHOICES)
     ids = tl.zeros([TOKENS, CHOICES], tl.int32)
     chosen = tl.full([TOKENS, CHOICES], float("-inf") if SCORES == _OF_CHOSEN else 0.0, tl.float32)
@@ -108,7 +109,7 @@ def _route_kernel(
     K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr,
     RENORMALISED: tl.constexpr, BIAS: tl.constexpr, CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """PART experts' logits of TOKENS tokens; the last program of the tokens chooses."""
     pdl_release(LAUNCH_PDL)
@@ -145,6 +146,7 @@ def _route_kernel(
         _choose(
             found, correction, expert_ids, weights, token, num_tokens, scale,
             NUM_EXPERTS, EXPERTS, TOKENS, TOP_K, CHOICES, SCORES, RENORMALISED, CORRECTED, NUM_GROUPS, TOP_GROUPS,
+            GROUP_BEST,
         )  # fmt: skip
 
 
@@ -153,7 +155,8 @@ def _route_one_kernel(
     x, norm_weight, weight, bias, correction, normed, logits, arrivals, expert_ids, weights, eps, scale,
     K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
     TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr, RENORMALISED: tl.constexpr, BIAS: tl.constexpr,
-    CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """PART experts' logits of the one token, whose norm every program computes for itself; the first leaves it for the
     experts.
@@ -183,6 +186,7 @@ def _route_one_kernel(
         _choose(
             found[None, :], correction, expert_ids, weights, tl.arange(0, 1), 1, scale,
             NUM_EXPERTS, EXPERTS, 1, TOP_K, CHOICES, SCORES, RENORMALISED, CORRECTED, NUM_GROUPS, TOP_GROUPS,
+            GROUP_BEST,
         )  # fmt: skip
 
 
@@ -282,6 +286,7 @@ def _choice(experts: Experts) -> dict[str, object]:
         "TOP_K": routing.top_k, "CHOICES": triton.next_power_of_2(routing.top_k), "SCORES": _SCORES[routing.scores],
         "RENORMALISED": routing.renormalised, "BIAS": experts.router.bias is not None,
         "CORRECTED": experts.correction is not None, "NUM_GROUPS": routing.num_groups, "TOP_GROUPS": routing.top_groups,
+        "GROUP_BEST": routing.group_best,
     }  # fmt: skip
 
 

@@ -29,7 +29,8 @@ class Routing:
     scores: Scores  # over all experts before the choice, over the chosen ones after it, or each expert's own
     renormalised: bool = False  # the chosen scores are divided by their sum
     num_groups: int = 1  # experts lie in groups of equal size, one after another
-    top_groups: int = 1  # only the groups whose two best experts score highest are chosen from
+    top_groups: int = 1  # only the groups whose best experts score highest together are chosen from
+    group_best: Literal[1, 2] = 2  # so many of a group's best experts count
     scale: float = 1.0  # of the weights, in the end
 
 

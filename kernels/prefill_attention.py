@@ -107,7 +107,7 @@ def _attend(
 
 
 @triton.jit
-def _sequence_at(place, query_starts, num_sequences, TOKENS: tl.constexpr):
+def sequence_at(place, query_starts, num_sequences, TOKENS: tl.constexpr):
     """The last sequence whose places begin at `place` or before. Places never begin before those of a sequence ahead,
     so counting finds it.
     """
@@ -132,7 +132,7 @@ def _prefill_kernel(
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     place = tl.program_id(0) // HEADS
-    seq = _sequence_at(place, query_starts, num_sequences, TOKENS)
+    seq = sequence_at(place, query_starts, num_sequences, TOKENS)
     query_start = tl.load(query_starts + seq)
     query_end = tl.load(query_starts + seq + 1)
     query_len = query_end - query_start

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from paged_kernels.reference_adapters import AdapterOps
 from paged_kernels.reference_experts import ExpertOps
+from paged_kernels.reference_latents import LatentOps
 from paged_kernels.reference_logits import SAMPLING_BYTES
 from paged_kernels.reference_rows import RowOps
 
 __all__ = ["SAMPLING_BYTES", "Ops", "reference"]
 
 
-class Ops(ExpertOps, AdapterOps, RowOps):
+class Ops(ExpertOps, LatentOps, AdapterOps, RowOps):
     """All ops that the runner calls. Keeps no state."""
 
 

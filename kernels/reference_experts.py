@@ -84,8 +84,13 @@ def _multiply(x: Tensor, linear: ExpertLinear, expert: int) -> Tensor:
 
 
 def _within_best_groups(ranked: Tensor, routing: Routing) -> Tensor:
-    """-inf for experts outside the best groups; a group counts as much as its two best experts together."""
+    """-inf for experts outside the best groups; a group counts as much as its best experts together."""
     groups = ranked.view(len(ranked), routing.num_groups, -1)
-    best = groups.topk(min(2, groups.shape[2]), dim=-1).values.sum(-1).topk(routing.top_groups, dim=-1).indices
+    best = (
+        groups.topk(min(routing.group_best, groups.shape[2]), dim=-1)
+        .values.sum(-1)
+        .topk(routing.top_groups, dim=-1)
+        .indices
+    )
     outside = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, False)
     return groups.masked_fill(outside[..., None], -torch.inf).view_as(ranked)

@@ -40,6 +40,9 @@ def routing_cases(num_experts: int) -> dict[str, Routing]:
         "softmax renormalised": Routing(2, "softmax", renormalised=True),
         "softmax of chosen": Routing(4, "softmax_of_chosen"),
         "sigmoid": Routing(3, "sigmoid", renormalised=True),
+        "softmax in groups by their best": Routing(
+            3, "softmax", num_groups=num_experts // 4, top_groups=max(num_experts // 8, 1), scale=16.0, group_best=1
+        ),
         "sigmoid in groups": Routing(
             3, "sigmoid", renormalised=True, num_groups=num_experts // 2, top_groups=num_experts // 4, scale=2.5
         ),

@@ -17,7 +17,16 @@ from paged_backend.errors import EngineError, reason_of
 from paged_backend.models.config_file import MAX_POSITIONS, ConfigFile, ConfigKind, checked, language_part, read_json
 from paged_backend.models.families.family import Family, head_dim_of
 from paged_backend.models.families.registry import FAMILIES
-from paged_backend.models.layer_spec import ALL_LAYERS, WHOLE, AttentionSpec, EndsSpec, LayerSpec, MoeSpec, MtpForm
+from paged_backend.models.layer_spec import (
+    ALL_LAYERS,
+    WHOLE,
+    AttentionSpec,
+    EndsSpec,
+    LatentSpec,
+    LayerSpec,
+    MoeSpec,
+    MtpForm,
+)
 from paged_backend.models.quantization.quantization import MXFP4, Quantization
 from paged_backend.models.quantization.reading import read_quantization
 from paged_backend.models.shard import Cut, Shard, padded_rows, vocabulary_cut
@@ -114,7 +123,7 @@ class Architecture:
         return min(rope.max_len for rope in self.ropes.values())
 
     @property
-    def attention(self) -> AttentionSpec:
+    def attention(self) -> AttentionSpec | LatentSpec:
         """Of all layers, but for what differs between layers: their K and V lie in pages of one shape."""
         return self.layers[0].attention
 
@@ -143,7 +152,7 @@ def architecture_of(folder: Path, content: dict[str, Any], family: Family) -> Ar
         part = content
     file = checked(family.config, part, _CONFIG)
     config = _transformers_config(family, file)
-    _check_options(config)
+    _check_options(family, config)
     layers, quantization = family.layers(config), _quantization(folder, content, kind, family)
     _refuse_quantised_experts(layers, quantization)
     return Architecture(
@@ -189,7 +198,7 @@ def _family_of(file: ConfigKind) -> Family:
     family = FAMILIES.get(name) or FAMILIES.get(f"{name.removesuffix('Model')}ForCausalLM")
     if family is None:
         raise EngineError(f"architecture {name[:80]} is not supported; supported: {', '.join(FAMILIES)}")
-    if file.model_type not in (None, family.model_type):
+    if file.model_type not in (None, family.model_type, *family.also_called):
         raise EngineError(
             f"config.json: model_type is {str(file.model_type)[:80]}, but architectures says {name}, which is of "
             f"model_type {family.model_type}"
@@ -248,7 +257,7 @@ def _ropes(family: Family, config: PreTrainedConfig) -> dict[str, Rope]:
     return ropes
 
 
-def _check_options(config: PreTrainedConfig) -> None:
+def _check_options(family: Family, config: PreTrainedConfig) -> None:
     """Refuses, by name, what the decoder does not compute."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise EngineError(
@@ -259,7 +268,7 @@ def _check_options(config: PreTrainedConfig) -> None:
     if head_dim % 2 or not head_dim:
         raise EngineError(f"head_dim: {head_dim} is not supported, rotary positions need an even one")
     value_dim = getattr(config, "v_head_dim", None)
-    if value_dim not in (None, head_dim):
+    if value_dim not in (None, head_dim) and not family.keeps_latents:
         raise EngineError(f"v_head_dim: {value_dim} is not supported; supported: {head_dim}, as keys and queries have")
     _check_layer_types(config)
 

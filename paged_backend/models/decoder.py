@@ -12,10 +12,11 @@ from torch import Tensor
 
 from paged_backend.models.blocks.attention import Attention, plan_attention
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass, RopeTensors
+from paged_backend.models.blocks.mla import LatentAttention
 from paged_backend.models.blocks.mlp import Mlp
 from paged_backend.models.blocks.moe import NOTHING, MoeMlp, Shapes
 from paged_backend.models.blocks.products import AdaptedProducts
-from paged_backend.models.layer_spec import EndsSpec, LayerSpec, MlpSpec
+from paged_backend.models.layer_spec import AttentionSpec, EndsSpec, LayerSpec, MlpSpec
 from paged_backend.models.step import LayerPages, StepTensors
 from paged_backend.models.tapped import Tapped
 from paged_kernels.experts import ExpertLinear
@@ -29,7 +30,11 @@ class Layer:
 
     def __init__(self, spec: LayerSpec, hidden_size: int, empty: Allocate) -> None:
         self._parallel = spec.parallel
-        self.attention = Attention(spec, hidden_size, empty)
+        self.attention = (
+            Attention(spec, spec.attention, hidden_size, empty)
+            if isinstance(spec.attention, AttentionSpec)
+            else LatentAttention(spec, spec.attention, hidden_size, empty)
+        )
         self.mlp = (
             Mlp(spec, spec.mlp, hidden_size, empty)
             if isinstance(spec.mlp, MlpSpec)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture, architecture_of
+from paged_backend.models.blocks.attention import Attention
 from paged_backend.models.blocks.forward_pass import Allocate, ForwardPass, RopeTensors
 from paged_backend.models.blocks.residual import allocate_norm, norm_parameters
 from paged_backend.models.config_file import CheckedFile, ConfigFile, Size, checked, read_json
@@ -209,9 +210,10 @@ def allocate_eagle3(
     if not own_embedding and a.hidden_size != eagle.target_hidden_size:
         raise EngineError(f"checkpoint: tensor {_EMBEDDING} is missing, and the model's is of another size")
     layer = Layer(spec, a.hidden_size, empty)
-    qkv, _ = spec.attention.sites(a.hidden_size)
+    assert isinstance(layer.attention, Attention)
+    qkv, _ = layer.attention.spec.sites(a.hidden_size)
     wide = AdapterSite(qkv.modules, 2 * a.hidden_size, qkv.out_sizes)  # of an entry
-    layer.attention.qkv = empty.linear(wide, spec.attention.qkv_bias)
+    layer.attention.qkv = empty.linear(wide, layer.attention.spec.qkv_bias)
     norms = [allocate_norm(norm, a.hidden_size, empty) for norm in (spec.norm, spec.norm, a.ends.norm)]
     return Eagle3Weights(
         Linear(empty(a.hidden_size, len(eagle.taps) * eagle.target_hidden_size)),

@@ -83,6 +83,10 @@ class AttentionSpec:
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
+    def page_shape(self, page_size: int) -> tuple[int, ...]:
+        """Of what a layer keeps of a page's tokens."""
+        return 2, self.num_kv_heads, page_size, self.head_dim
+
     def of_rank(self, shard: Shard) -> AttentionSpec:
         """With the rank's query heads and the KV heads that those share. Where there are fewer KV heads than ranks,
         several ranks keep the same.
@@ -132,6 +136,69 @@ class AttentionSpec:
             _modules("self_attn", self.qkv_names), hidden_size, sizes if len(self.qkv_names) > 1 else (sum(sizes),)
         )
         return qkv, AdapterSite(("self_attn.o_proj",), self.q_size, (hidden_size,))
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Attention over latents (MLA; DeepSeek-V2, 2024, section 2.1): a token keeps `rank` numbers, of which every head
+    would make a key of nope_dim numbers and a value, and a rotated key of rotary_dim that all heads share.
+    """
+
+    num_heads: int
+    rank: int
+    nope_dim: int  # of a query, those that meet the latent
+    rotary_dim: int
+    value_dim: int
+    scale: float  # of the scores
+    q_rank: int | None = None  # queries come from so many normed numbers; None: from the hidden state
+    interleaved: bool = True  # rotated pairs are (2 i, 2 i + 1) instead of (i, i + half)
+    rope: str = ALL_LAYERS
+    num_kv_heads: int = 1  # as which absorbed queries see the latents
+    sliding_window: None = None  # a token attends to all before it
+    shard: Shard = WHOLE  # the heads are this rank's; latents are whole on every rank
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers that a token keeps."""
+        return self.rank + self.rotary_dim
+
+    @property
+    def query_dim(self) -> int:
+        return self.nope_dim + self.rotary_dim
+
+    def page_shape(self, page_size: int) -> tuple[int, ...]:
+        """Of what a layer keeps of a page's tokens."""
+        return page_size, self.head_dim
+
+    def of_rank(self, shard: Shard) -> LatentSpec:
+        """With the rank's heads.
+
+        Raises:
+            EngineError: the heads cannot be divided among so many ranks.
+        """
+        return replace(self, num_heads=shard.divide(self.num_heads, "num_attention_heads"), shard=shard)
+
+    def cuts(self) -> dict[str, Cut]:
+        """The rank's part of each matrix, by the module's name within the layer."""
+        queries = "q_proj" if self.q_rank is None else "q_b_proj"
+        return {
+            f"self_attn.{queries}": even_cut(self.shard, OUT, self.num_heads * self.query_dim),
+            "self_attn.kv_b_proj": even_cut(self.shard, OUT, self.num_heads * (self.nope_dim + self.value_dim)),
+            "self_attn.o_proj": even_cut(self.shard, IN, self.num_heads * self.value_dim),
+        }
+
+    def tensor_cuts(self) -> dict[str, Cut]:
+        """The rank's part of each tensor of the checkpoint, by its name within the layer."""
+        return cuts_of_tensors(self.cuts())
+
+    def sites(self, hidden_size: int) -> tuple[AdapterSite, ...]:
+        """In the order of the block's linears. No product makes keys and values, so that kv_b_proj is no site."""
+        num_queries, out_size = self.num_heads * self.query_dim, self.num_heads * self.value_dim
+        first = _modules("self_attn", ("q_proj" if self.q_rank is None else "q_a_proj", "kv_a_proj_with_mqa"))
+        sites = [AdapterSite(first, hidden_size, (self.q_rank or num_queries, self.head_dim))]
+        if self.q_rank is not None:
+            sites.append(AdapterSite(("self_attn.q_b_proj",), self.q_rank, (num_queries,)))
+        return *sites, AdapterSite(("self_attn.o_proj",), out_size, (hidden_size,))
 
 
 @dataclass(frozen=True)
@@ -270,7 +337,7 @@ class MoeSpec:
 class LayerSpec:
     """A layer adds attention's answer to the residual stream and then the perceptron's."""
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentSpec
     mlp: MlpSpec | MoeSpec
     norm: NormSpec = NormSpec()  # of every norm of the layer
     attention_branch: Branch = Branch("input_layernorm")

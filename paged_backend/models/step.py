@@ -12,7 +12,8 @@ from torch import Tensor
 class LayerPages:
     """Where a layer keeps K and V."""
 
-    # [num_pages, 2, num_kv_heads, page_size, head_dim]; layers of other KV groups may have other pages of it
+    # [num_pages, 2, num_kv_heads, page_size, head_dim], or of latents [num_pages, page_size, rank + rotary_dim]; layers
+    # of other KV groups may have other pages of it
     tensor: Tensor
     group: int = 0  # which of the KV groups has the layer (kv_groups.py)
 

@@ -89,8 +89,12 @@ class Weights(Parameters):
 
     @property
     def attentions(self) -> dict[str, Attention]:
-        """The attention blocks, by the beginnings of their tensors' names."""
-        return {_layer_prefix(number): layer.attention for number, layer in enumerate(self.layers)}
+        """The blocks that keep K and V, by the beginnings of their tensors' names."""
+        return {
+            _layer_prefix(number): layer.attention
+            for number, layer in enumerate(self.layers)
+            if isinstance(layer.attention, Attention)
+        }
 
     @property
     def linears(self) -> tuple[Linear, ...]:

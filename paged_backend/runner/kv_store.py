@@ -15,7 +15,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.kv_groups import KVGroups, group_layers
-from paged_backend.models.layer_spec import AttentionSpec
+from paged_backend.models.layer_spec import AttentionSpec, LatentSpec
 from paged_backend.units import spell_bytes
 
 _DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.25}
@@ -47,19 +47,20 @@ class PoolSize:
 
 def allocate_kv_store(
     num_pages: int,
-    attention: AttentionSpec,
+    attention: AttentionSpec | LatentSpec,
     num_layers: int,
     page_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[Tensor]:
-    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim] for each of a page's layers, whichever KV group's
-    the pages are; zeros, so that what was never written is finite.
+    """One tensor [num_pages, 2, num_kv_heads, page_size, head_dim], or of latents [num_pages, page_size, rank +
+    rotary_dim], for each of a page's layers, whichever KV group's the pages are; zeros, so that what was never written
+    is finite.
 
     Raises:
         EngineError: the device has not that much memory after all.
     """
-    shape = (num_pages, 2, attention.num_kv_heads, page_size, attention.head_dim)
+    shape = (num_pages, *attention.page_shape(page_size))
     try:
         return [_zeros(shape, dtype, device) for _ in range(num_layers)]
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -170,9 +171,9 @@ def _available(free: int, device: torch.device, needs: MemoryNeeds) -> tuple[int
     return max(free - needs.step - needs.graphs, 0), detail
 
 
-def page_bytes_of(attention: AttentionSpec, num_layers: int, page_size: int, kv_dtype: torch.dtype) -> int:
-    """K and V of page_size tokens in so many layers."""
-    return 2 * num_layers * attention.kv_size * page_size * kv_dtype.itemsize
+def page_bytes_of(attention: AttentionSpec | LatentSpec, num_layers: int, page_size: int, kv_dtype: torch.dtype) -> int:
+    """K and V, or latents, of page_size tokens in so many layers."""
+    return num_layers * math.prod(attention.page_shape(page_size)) * kv_dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.step import StepShape
 from paged_backend.runner.placement import FP8_CAPABILITY, Placement
 from paged_kernels.rank_ops import RankOps, Ranks, VocabularyPart
@@ -55,4 +56,5 @@ def make_ops(
         max_outputs=max(shape.num_outputs for shape in shapes),
         kv_dtype=place.kv_dtype,
         device=place.device,
+        latents=(a.attention.rank, place.dtype) if isinstance(a.attention, LatentSpec) else None,
     )

@@ -11,6 +11,7 @@ import torch
 from paged_backend.config import EngineConfig, gpu_names, spell_shares
 from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
+from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.quantization.quantization import MXFP4
 
 _WHO_IS_SEEN = "CUDA_VISIBLE_DEVICES says which are seen"
@@ -133,6 +134,11 @@ def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.devi
     ):
         raise EngineError("dtype: float32 is not supported for experts in mxfp4 on a GPU; supported: bfloat16, float16")
     kv_name = name if config.kv_dtype == "auto" else config.kv_dtype
+    if kv_name == "fp8_e4m3" and isinstance(architecture.attention, LatentSpec):
+        raise EngineError(
+            f"kv_dtype: fp8_e4m3 is not supported for the latents of {architecture.name}; supported: auto, bfloat16, "
+            "float16, float32"
+        )
     if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise EngineError(
             f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; "

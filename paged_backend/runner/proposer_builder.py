@@ -10,10 +10,12 @@ from functools import partial
 import torch
 
 from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.checkpoint import Checkpoint
 from paged_backend.models.decoder import Decoder
 from paged_backend.models.eagle3 import Eagle3Head, Eagle3Weights, allocate_eagle3
+from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.mtp import MtpHead, MtpWeights, allocate_mtp
 from paged_backend.models.proposal_head import ProposalHead
 from paged_backend.models.proposer_checkpoint import Kind, ProposerCheckpoint
@@ -201,13 +203,21 @@ def builder_of(
 def _within(architecture: Architecture, target: Architecture) -> Architecture:
     """No layer looks farther back than some layer of the target does, whose pages are kept so long: beyond that, its
     drafts are those of a model that has forgotten.
+
+    Raises:
+        EngineError: a layer cannot forget.
     """
     if None in target.sliding_windows:
         return architecture
     farthest = max(window or 0 for window in target.sliding_windows)
     layers = []
     for layer in architecture.layers:
-        own = layer.attention.sliding_window
+        attention = layer.attention
+        if isinstance(attention, LatentSpec):
+            raise EngineError(
+                f"draft_model: {architecture.name} attends to all tokens, and {target.name} keeps the last {farthest}"
+            )
+        own = attention.sliding_window
         window = farthest if own is None else min(own, farthest)
-        layers.append(replace(layer, attention=replace(layer.attention, sliding_window=window)))
+        layers.append(replace(layer, attention=replace(attention, sliding_window=window)))
     return replace(architecture, layers=tuple(layers))

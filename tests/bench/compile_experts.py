@@ -40,6 +40,9 @@ _GEOMETRIES = {  # hidden, intermediate, experts, of a token
 _KINDS = dict.fromkeys(("expert_ids", "order", "tiles", "arrivals"), "i32")
 _KINDS |= dict.fromkeys(("weights", "pair_weights", "logits", "correction"), "fp32")
 _SCALARS = {
+    "num_sequences": "i32",
+    "q_stride": "i32",
+    "table_stride": "i32",
     "num_tiles": "i32",
     "num_tokens": "i32",
     "x_stride": "i32",
@@ -175,7 +178,7 @@ def _routing(hidden: int, num_experts: int, top_k: int, num_tokens: int) -> Case
         "CORRECTED": False,
         "NUM_GROUPS": 1,
     }
-    constants |= {"TOP_GROUPS": 1, "LAUNCH_PDL": True, "PRECISION": "ieee"}
+    constants |= {"TOP_GROUPS": 1, "GROUP_BEST": 2, "LAUNCH_PDL": True, "PRECISION": "ieee"}
     return f"route, {num_tokens} tokens", expert_routing._route_kernel, constants, {}, 4
 
 

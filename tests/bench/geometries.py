@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.expert_geometries import EXPERT_GEOMETRIES
+from tests.bench.latent_geometries import LATENT_GEOMETRIES
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -104,6 +105,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     **EXPERT_GEOMETRIES,
+    **LATENT_GEOMETRIES,
 }
 
 

@@ -28,7 +28,7 @@ SETTINGS = {
     "pages of 64, large steps": {"page_size": 64, "num_pages": 64, "max_batched_tokens": 4096},
 }
 # the others in all but the first take as long again, and break no other way
-_IN_EVERY_SETTING = ("qwen3-30b-a3b", "gpt-oss-20b")
+_IN_EVERY_SETTING = ("qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3")
 CASES = [
     pytest.param(
         name,

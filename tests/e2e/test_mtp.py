@@ -40,6 +40,17 @@ OPTIONS: dict[str, Any] = {
     "num_nextn_predict_layers": 1,
 }
 
+LATENTS: dict[str, Any] = {
+    **{key: value for key, value in OPTIONS.items() if key not in ("head_dim", "use_qk_norm")},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 # the layer's modules in the order: of the token, of the state, of both, of what comes out
 DEEPSEEK = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
@@ -159,9 +170,11 @@ class Definition:
         return self._tensors.get(self._prefix + name, self._tensors[others])
 
 
-@pytest.fixture(scope="module", params=["own ends", "the model's ends", "mimo"])
+@pytest.fixture(scope="module", params=["own ends", "the model's ends", "mimo", "latents"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
+    if request.param == "latents":
+        return save_with_mtp(path, own_ends=False, architecture="DeepseekV3ForCausalLM", **LATENTS)
     return save_mimo(path) if request.param == "mimo" else save_with_mtp(path, request.param == "own ends")
 
 

@@ -17,6 +17,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Found, PromptLogprobs, Submit
 from paged_backend.models.decoder import Decoder
+from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.rope import rope_tensors
 from paged_backend.request import SamplingParams
 from paged_backend.runner.model_runner import ModelRunner
@@ -48,6 +49,25 @@ _GLM: dict[str, Any] = {
     "topk_group": 2,
     "use_qk_norm": True,
 }
+_LATENTS: dict[str, Any] = {
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+WITH_LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek-v3": ("DeepseekV3ForCausalLM", {**_LATENTS, "q_lora_rank": 40}),
+    "deepseek-v2": ("DeepseekV2ForCausalLM", {**_LATENTS, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
+}
 WITH_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", _CHOICE),
     "qwen3-moe": ("Qwen3MoeForCausalLM", EXPERTS),
@@ -74,6 +94,7 @@ def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps) -> 
         max_outputs=4,
         kv_dtype=torch.float32,
         device=runner.device,
+        latents=(a.attention.rank, torch.float32) if isinstance(a.attention, LatentSpec) else None,
     )
     weights = runner._decoder._weights
     adapted = (
@@ -119,6 +140,20 @@ def test_a_rank_that_has_the_vocabulary_but_for_one_token_chooses_as_one_that_ha
         sampling = SamplingParams(temperature=temperature)
         found.append(Driver(runner, num_rows=4).generate(random_prompts((1, 9)), 3, sampling, chunk=6, arrive_every=1))
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+@pytest.mark.parametrize("name", ["deepseek-v3", pytest.param("deepseek-v2", marks=pytest.mark.long)])
+def test_greedy_tokens_of_families_that_keep_latents_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Decodes of several sequences beside prompts in chunks."""
+    architecture, options = WITH_LATENTS[name]
+    folder = save_checkpoint(tmp_path, architecture, **SMALL | options)
+    runner = load_runner(
+        folder, page_size=4, num_pages=64, max_model_len=64, max_num_sequences=4, max_batched_tokens=64
+    )
+    use_kernels(runner)
+    prompts = random_prompts((1, 25, 14))
+    assert Driver(runner, num_rows=4).generate(prompts, 4, chunk=9, arrive_every=1) == Oracle(folder).greedy(prompts, 4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")

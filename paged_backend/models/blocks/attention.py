@@ -30,8 +30,8 @@ def plan_attention(ops: Ops, step: StepTensors) -> None:
 class Attention:
     """The first block of a layer. Parameters are uninitialised until `parameters` are filled."""
 
-    def __init__(self, layer: LayerSpec, hidden_size: int, empty: Allocate) -> None:
-        self.spec = spec = layer.attention
+    def __init__(self, layer: LayerSpec, spec: AttentionSpec, hidden_size: int, empty: Allocate) -> None:
+        self.spec = spec
         self.residual = Residual(layer.attention_branch, layer.norm, hidden_size, empty)
         qkv_site, out_site = spec.sites(hidden_size)
         self.qkv = empty.linear(qkv_site, spec.qkv_bias)

@@ -56,6 +56,8 @@ class Family:
     tied_head: bool = True  # where config.json of several parts does not say
     may_be_flat: bool = False  # config.json of several parts may have no text_config, but its keys beside the others
 
+    also_called: tuple[str, ...] = ()  # what else config.json's `model_type` may say
+    keeps_latents: bool = False  # values may have other sizes than keys: neither are kept
     mtp: MtpForm | None = None  # of checkpoints that bring a layer of multi-token prediction
 
     @property

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from paged_backend.models.config_file import Positive, Size
 from paged_backend.models.families import gemma2
 from paged_backend.models.families.family import IN_OTHER_PARTS, OTHER_PARTS, Family
-from paged_backend.models.layer_spec import LayerSpec
+from paged_backend.models.layer_spec import AttentionSpec, LayerSpec
 
 
 class Gemma3Config(gemma2.Gemma2Config):
@@ -22,10 +22,11 @@ class Gemma3Config(gemma2.Gemma2Config):
 
 
 def layers(config: PreTrainedConfig) -> tuple[LayerSpec, ...]:
-    specs = zip(gemma2.layers(config), config.layer_types, strict=True)
-    return tuple(
-        replace(spec, attention=replace(spec.attention, qk_norm="head", rope=layer_type)) for spec, layer_type in specs
-    )
+    found = []
+    for layer, layer_type in zip(gemma2.layers(config), config.layer_types, strict=True):
+        assert isinstance(layer.attention, AttentionSpec)
+        found.append(replace(layer, attention=replace(layer.attention, qk_norm="head", rope=layer_type)))
+    return tuple(found)
 
 
 GEMMA3 = Family(

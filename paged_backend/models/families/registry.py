@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from paged_backend.models.families.cohere2 import COHERE2
+from paged_backend.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from paged_backend.models.families.exaone4 import EXAONE4
 from paged_backend.models.families.gemma2 import GEMMA2
 from paged_backend.models.families.gemma3 import GEMMA3, GEMMA3_WITH_IMAGES
 from paged_backend.models.families.glm4 import GLM, GLM4
 from paged_backend.models.families.glm4_moe import GLM4_MOE
+from paged_backend.models.families.glm4_moe_lite import GLM4_MOE_LITE
 from paged_backend.models.families.gpt_oss import GPT_OSS
 from paged_backend.models.families.granite import GRANITE
 from paged_backend.models.families.internlm3 import INTERNLM3
@@ -55,5 +57,16 @@ _DENSE = (
     SMOLLM3,
     STARCODER2,
 )
-_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_VL_MOE, GLM4_MOE, MINIMAX_M2, GPT_OSS)
+_EXPERTS = (
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    QWEN3_VL_MOE,
+    GLM4_MOE,
+    MINIMAX_M2,
+    GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE_LITE,
+)
 FAMILIES = {family.architecture: family for family in (*_DENSE, *_EXPERTS)}

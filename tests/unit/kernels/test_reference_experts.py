@@ -49,7 +49,7 @@ def test_the_chosen_are_the_best_and_their_weights_what_the_scores_say(routing: 
         scores = logits[token].sigmoid() if routing.scores == "sigmoid" else logits[token].softmax(-1)
         ranked = scores + (0 if experts.correction is None else experts.correction.double())
         groups = ranked.view(routing.num_groups, -1)
-        best = groups.topk(2).values.sum(-1).topk(routing.top_groups).indices.tolist()
+        best = groups.topk(routing.group_best).values.sum(-1).topk(routing.top_groups).indices.tolist()
         allowed = [expert for expert in range(EXPERTS) if expert // groups.shape[1] in best]
         expected = sorted(allowed, key=lambda expert: -float(ranked[expert]))[: routing.top_k]
         assert expert_ids[token].tolist() == expected

@@ -35,6 +35,20 @@ MAX_TOKENS = 8
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+LATENTS = {
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "llama, one KV head, tied": ("LlamaForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -45,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeForCausalLM",
         {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
     ),
+    "deepseek-v3, latents": ("DeepseekV3ForCausalLM", {**LATENTS, "q_lora_rank": 24}),
+    "deepseek-v2, latents": ("DeepseekV2ForCausalLM", {**LATENTS, "q_lora_rank": None}),
     "qwen3, norms of q and k": (
         "Qwen3ForCausalLM",
         {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4},
