@@ -50,7 +50,8 @@ _PATIENCE_SECONDS = 1.0
 _RESTART_WINDOW_SECONDS = 600.0  # max_engine_restarts counts within it
 _QUICK_DEATH_SECONDS = 30.0  # after the restart before; the next restart then waits a little
 _LONGEST_PAUSE_SECONDS = 5.0
-_BEGIN_SECONDS = 30.0  # until a new engine has opened its socket, which it does before it loads anything
+# until a new engine has opened its socket, which it does before it loads anything; more where imports take long
+_BEGIN_SECONDS = 30.0
 _OWNER_SECONDS = 0.5  # between looks whether the owner lives
 _FRESHEN_SECONDS = 3600.0  # between touches of the folder's files; cleaners look at days
 _RANKS_SECONDS = 10.0  # they are killed with the engine; a GPU's driver may take a while to let one go
@@ -93,6 +94,7 @@ class EngineSupervisor:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._queue: NDArray[np.int64] | None = None  # of the newest engine, in memory that it shares
         self._load_seconds = 0.0  # how long the first load took, or what was seen of it
+        self._begin_seconds = 0.0  # until the slowest engine had begun to load, or what was seen of it
         self._restarts: deque[float] = deque()  # when the last ones were
 
     @property
@@ -155,7 +157,8 @@ class EngineSupervisor:
         hang_seconds = self._config.engine_hang_seconds
         if not self.owner:
             return math.inf, math.inf
-        return max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, _BEGIN_SECONDS
+        begin_seconds = max(_BEGIN_SECONDS, _LOAD_PATIENCE * self._begin_seconds)
+        return max(hang_seconds, _LOAD_PATIENCE * self._load_seconds) if hang_seconds > 0 else math.inf, begin_seconds
 
     def _meet(self, retry_policy: Callable[[], tuple[float, float]]) -> tuple[EngineLink, Ready]:
         """Says hello and waits as long as the engine's process lives, or patience lasts: a large model takes minutes to
@@ -167,10 +170,12 @@ class EngineSupervisor:
         if not self.owner:
             self._hold_on(self.engine_folder)
         link = EngineLink(self._context, self.engine_folder, self.front_end)
-        started = time.monotonic()
+        started, begun = time.monotonic(), False
         try:
             while not self._closing.is_set():
                 message = link.next_message()
+                if not begun and (self.engine_folder / ENGINE_SOCKET).exists():
+                    begun, self._begin_seconds = True, max(self._begin_seconds, time.monotonic() - started)
                 if isinstance(message, Ready):
                     self._queue = open_queue(self.engine_folder / QUEUE_FILE)
                     self._starter.note_ready()
@@ -185,11 +190,7 @@ class EngineSupervisor:
                 ready_seconds, begin_seconds = retry_policy()
                 if message is None and time.monotonic() > started + ready_seconds:
                     raise EngineError(f"it was not ready after {ready_seconds:.0f} s")
-                if (
-                    message is None
-                    and time.monotonic() > started + begin_seconds
-                    and not (self.engine_folder / ENGINE_SOCKET).exists()
-                ):
+                if message is None and not begun and time.monotonic() > started + begin_seconds:
                     raise EngineError(f"it had not begun to load after {begin_seconds:.0f} s")
             raise EngineError("the model is being unloaded")
         except BaseException:

@@ -191,6 +191,28 @@ def test_a_standby_that_hangs_is_not_waited_for(
         client.close()
 
 
+def test_an_engine_has_as_long_to_begin_as_the_first_one_took_and_more(
+    key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where imports take longer than patience lasts otherwise: without a standby, and with a single restart left."""
+    monkeypatch.setattr("paged_backend.engine_client.supervisor._BEGIN_SECONDS", 0.5)
+    program = folder / "engine.py"
+    program.write_text(
+        f"import runpy, time\ntime.sleep(2)\nrunpy.run_path({fake_engine.__file__!r}, run_name='__main__')\n"
+    )
+    config = EngineConfig(model="fake", max_engine_restarts=1, standby_engine=False)
+    client = EngineClient.connect(config, key, 1, [sys.executable, str(program)])
+    client.start(lambda stats: None)
+    try:
+        _, inbox = ask(client, "tokens=60 delay=0.02")
+        wait(lambda: len(inbox.ids) > 3)
+        os.kill(engine_pid(client), signal.SIGKILL)
+        assert inbox.finished.wait(60)
+        assert inbox.ids == fake_engine.answer_ids(TOKENIZER, "tokens=60 delay=0.02", 60)
+    finally:
+        client.close()
+
+
 @pytest.mark.parametrize("loss", ["state", "half of the state", "folder"])
 def test_what_a_cleaner_of_temporary_files_removes_is_made_again_and_the_engine_restarted(key: str, loss: str) -> None:
     clients = connect_all(key, 2)
