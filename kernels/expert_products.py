@@ -138,8 +138,12 @@ def _products_kernel(
     num_scales: tl.constexpr = SCALE_ROWS * ((K + GROUP - 1) // GROUP)
     SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
     PARTS: tl.constexpr = BLOCK // SHARED
-    # four bits times a power of two or a scale of fp8
-    EXACT: tl.constexpr = CODES == FP4 and scale.dtype.element_ty.primitive_bitwidth == 8
+    # Four bits times a scale of fp8, or a power of two that float16 may not have: from 2 ** 16 on it is an infinity
+    # there, and 0 times that no number.
+    EXACT: tl.constexpr = CODES == FP4 and (
+        scale.dtype.element_ty == tl.float8e4nv
+        or (scale.dtype.element_ty == tl.uint8 and x.dtype.element_ty != tl.float16)
+    )
     for item in range(tl.program_id(0), num_tiles * num_blocks, tl.num_programs(0)):
         tile = tiles + (item // num_blocks) * 3
         expert = tl.load(tile).to(tl.int64)

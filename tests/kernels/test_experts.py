@@ -142,6 +142,26 @@ def test_biases_of_the_first_products_alone(num_tokens: int) -> None:
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
 
 
+@pytest.mark.parametrize("tokens_of_tile", [16, 64])
+def test_scales_that_float16_does_not_have_are_applied_before_numbers_become_float16(tokens_of_tile: int) -> None:
+    """From 2 ** 16 on a scale is an infinity in float16, and 0 times that is no number; half of it is one."""
+    experts = expert_layer(5, 96, 96, FEW, SWIGLU, bias=False, dtype=torch.float16)
+    experts = quantised(experts, MXFP4)
+    for linear in (experts.gate_up, experts.down):
+        assert linear.scale is not None
+        linear.weight[:, ::3, :16] &= 0x99  # of a group of 32: 0 and 1 / 2, of both signs
+        linear.scale.view(torch.uint8)[:, ::3, 0] = 127 + 16
+    experts = on(experts, DEVICE)
+    x, residual = (tokens(7, 96, torch.float16, seed) for seed in (5, 6))
+    x[:, :32] *= 2**-14
+    expert_ids = choice("spread", 7, num_experts=5)
+    weights = weights_of(expert_ids) * 2**-14
+    expected = residual.double().cpu()
+    expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
+    tile = ProductShape(tokens=tokens_of_tile, rows=32, block=32, stages=2, num_warps=1)
+    assert_close(add_experts(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3), expected)
+
+
 @pytest.mark.parametrize("part", ["gate_up", "down"])
 def test_a_matrix_of_few_bits_beside_a_plain_one_shares_its_tiles(part: str) -> None:
     """More than 64 tokens of an expert, where the tiles of plain matrices alone would have 128."""
