@@ -27,6 +27,8 @@ from pathlib import Path
 from tests.kernels.test_peer_sum import run_rank
 run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
 """
+GPU_RANK = RANK.replace("run_rank", "replay_rank")
+REPLAYS = 30
 
 
 def part_of(rank: int, call: int) -> torch.Tensor:
@@ -99,3 +101,49 @@ def test_gpus_sum_as_float64_does() -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr
     assert "go through memory that all GPUs read" in result.stdout
+
+
+def replay_rank(rank: int, size: int, folder: Path) -> None:
+    """A GPU's part of sums of several lengths in one captured graph, replayed without a pause: whole numbers that grow
+    from replay to replay, so that sums are exact and one of a call before is wrong. Ranks lag behind in turn.
+    """
+    from paged_backend.runner.parallel.process_ranks import ProcessRanks
+
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    ranks = ProcessRanks(rank, size, folder, device)
+    assert "go through memory that all GPUs read" in ranks.share_memory(CAPACITY, torch.float32, device)
+    parts = [[(8 * part_of(other, call)).round() for call in range(len(NUMBERS))] for other in range(size)]
+    own, states = ([part.to(device) for part in parts[rank]], [torch.zeros_like(part).to(device) for part in parts[0]])
+    number = torch.zeros((), device=device)
+
+    def sums() -> None:
+        number.add_(1)
+        for part, state in zip(own, states, strict=True):
+            ranks.add_sum(part * number, state)
+
+    sums()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks for events meanwhile
+        sums()
+    for replay in range(REPLAYS):
+        if replay % size == rank:
+            torch.cuda._sleep(2_000_000)
+        graph.replay()
+    every = sum(range(1, REPLAYS + 2))
+    for call, state in enumerate(states):
+        expected = every * sum(parts[other][call] for other in range(1, size)) + every * parts[0][call]
+        assert torch.equal(state.cpu(), expected), f"rank {rank}, sum {call}"
+    os._exit(0)  # the libraries would take their time to part
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_rank_that_lags_gets_and_gives_the_sums_of_its_own_replay(tmp_path: Path) -> None:
+    ranks = [subprocess.Popen([sys.executable, "-c", GPU_RANK, str(rank), "2", str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [rank.wait(200) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
