@@ -43,7 +43,7 @@ from paged_client.openai.tokens import with_echo
 from paged_client.openai.tools import tool_wishes
 from paged_client.openai.tracing import TraceMiddleware
 from paged_client.openai.translation import Asked, asked_of_chat, asked_of_completion, with_adapter
-from paged_client.openai.unknown_keys import unused_keys, with_warning
+from paged_client.openai.unknown_keys import refuse_if_strict, unused_keys, with_warning
 from paged_client.question import Prompt
 
 _CALLER_LEFT = 499  # nginx's status for it; nobody reads it
@@ -124,7 +124,8 @@ def make_app(
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         unused = unused_keys(body, offer.strict)
         asked, reply = await chat.asked(body)
-        return with_warning(await gateway.answer(request, body, asked, reply), unused)
+        refuse_if_strict(asked.left_out, offer.strict)
+        return with_warning(await gateway.answer(request, body, asked, reply), [*unused, *asked.left_out])
 
     add_message_paths(app, chat, offer.strict)
     add_response_paths(app, chat, ResponseStore(offer.max_stored_responses, _MAX_STORED_BYTES), offer.strict)

@@ -18,7 +18,7 @@ from paged_client.openai.errors import RefusalError, refusal_of_body
 from paged_client.openai.message_events import Limits, MessageEvents, error_body, whole_message
 from paged_client.openai.message_items import CountBody, MessagesBody, chat_of_messages
 from paged_client.openai.protocol import ChatBody
-from paged_client.openai.unknown_keys import unused_keys, with_warning
+from paged_client.openai.unknown_keys import refuse_if_strict, unused_keys, with_warning
 
 PATH = "/v1/messages"
 _RENAMED = {
@@ -83,9 +83,7 @@ def _chat(body: CountBody, strict: bool) -> tuple[ChatBody, list[str]]:
         chat = chat_of_messages(body, left_out)
     except ValidationError as error:
         raise refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
-    if strict and left_out:
-        where, _, kind = left_out[0].rpartition(".")
-        raise RefusalError(f"{where}.type: '{kind}' is not to be had here", param=f"{where}.type")
+    refuse_if_strict(left_out, strict)
     return chat, [*unused, *left_out]
 
 

@@ -21,7 +21,7 @@ from paged_client.openai.response_events import ResponseBuilder
 from paged_client.openai.response_items import ResponsesBody, chat_body, without_effect
 from paged_client.openai.response_store import ResponseStore
 from paged_client.openai.response_tools import ResponseTools
-from paged_client.openai.unknown_keys import unused_keys, with_warning
+from paged_client.openai.unknown_keys import refuse_if_strict, unused_keys, with_warning
 
 _PARAMS = {
     "messages": "input",
@@ -104,9 +104,7 @@ def _asked(store: ResponseStore, body: ResponsesBody, strict: bool) -> _Conversa
         refusal = refusal_of_body([{**found, "loc": ("body", *found["loc"])} for found in error.errors()])
         raise _renamed(refusal) from None
     ignored = [*tools.left_out, *left_out]
-    if strict and ignored:
-        where, _, kind = ignored[0].rpartition(".")
-        raise RefusalError(f"{where}.type: '{kind}' is not to be had here", param=f"{where}.type")
+    refuse_if_strict(ignored, strict)
     return _Conversation(body, tools, earlier, given, chat, [*unused, *without_effect(body), *ignored])
 
 

@@ -29,7 +29,7 @@ async def tokenize(card: ModelCard, body: TokenizeBody) -> dict[str, Any]:
         if body.messages is None:
             token_ids = await card.client.tokenize(body.prompt, sampling=sampling)
         else:
-            messages = [message_of(position, message) for position, message in enumerate(body.messages)]
+            messages = [message_of(position, message, []) for position, message in enumerate(body.messages)]
             token_ids = await card.client.tokenize(
                 messages=messages,
                 tools=template_tools(body.tools),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from paged_client.openai.conversation import unread
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import MAX_PROMPTS, Body, ChatBody, CompletionBody, SamplingKeys
 from paged_client.openai.readable import fault
@@ -35,6 +36,7 @@ class Asked:
     echoed: tuple[str, ...] = ()  # what each prompt's choices begin with
     first_tokens: tuple[str, ...] = ()  # of each prompt whose log-probabilities are echoed: it has none itself
     prompt_only: bool = False  # nothing of the answer is wanted
+    left_out: tuple[str, ...] = ()  # places of parts that are not shown to the model, which is told so
     # the server's names of fields → the body's, where they differ
     params: Mapping[str, str] = field(default_factory=dict)
 
@@ -100,11 +102,14 @@ def asked_of_chat(body: ChatBody) -> Asked:
         "chat_template_kwargs": template_kwargs(body),
         "generation_defaults": defaults,
     }
+    left_out: list[str] = []
+    messages = [message_of(position, message, left_out) for position, message in enumerate(body.messages)]
     return Asked(
         prompts=(None,),
         sampling=_sampling(body) | own,
         num_choices=body.n or 1,
-        messages=[message_of(position, message) for position, message in enumerate(body.messages)],
+        messages=messages,
+        left_out=tuple(left_out),
         tools=None if body.tool_choice == "none" else template_tools(body.tools),
         continue_final_message=body.continue_final_message,
         cache_salt=body.cache_salt or "",
@@ -198,15 +203,20 @@ def template_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] |
     return tools or None
 
 
-def message_of(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """As chat templates expect it: text is a string, a tool call's arguments an object."""
+def message_of(position: int, message: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
+    """As chat templates expect it: text is a string, a tool call's arguments an object. left_out: takes the places of
+    parts of a tool's result that are no text.
+    """
     changed = dict(message)
     if not isinstance(message.get("role"), str):
         raise RefusalError(f"messages.{position}.role: missing", param=f"messages.{position}.role")
     if message["role"] in _SYSTEM_ROLES:
         changed["role"] = "system"
     if isinstance(message.get("content"), list):
-        changed["content"] = "\n".join(_text(position, part) for part in message["content"])
+        unreadable = left_out if message["role"] == "tool" else None
+        changed["content"] = "\n".join(
+            _text(position, at, part, unreadable) for at, part in enumerate(message["content"])
+        )
     elif not isinstance(message.get("content"), (str, type(None))):  # a template would write it as Python does
         raise _no_content(position)
     if isinstance(message.get("tool_calls"), list):
@@ -216,10 +226,14 @@ def message_of(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _text(position: int, part: Any) -> str:
+def _text(position: int, at: int, part: Any, left_out: list[str] | None) -> str:
+    """left_out: None: a part that is no text is refused."""
     match part:
         case {"type": "text", "text": str() as text} | {"type": "refusal", "refusal": str() as text}:
             return text
+        case {"type": "image_url" | "input_audio" | "video_url" | "file" as kind} if left_out is not None:
+            left_out.append(f"messages.{position}.content.{at}.{kind}")
+            return unread(kind.removesuffix("_url").removeprefix("input_"))
         case {"type": str() as kind}:
             raise RefusalError(
                 f"messages.{position}.content: no part of type '{kind[:80]}': this model reads text",

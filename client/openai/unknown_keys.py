@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -46,6 +46,17 @@ def unused_keys(body: BaseModel, strict: bool) -> list[str]:
     if getattr(body, "verbosity", None) is not None:
         names.append("verbosity")
     return names
+
+
+def refuse_if_strict(left_out: Sequence[str], strict: bool) -> None:
+    """left_out: places in a body of what is not shown to the model, each with its type at the end.
+
+    Raises:
+        RefusalError: there is one, by its place.
+    """
+    if strict and left_out:
+        where, _, kind = left_out[0].rpartition(".")
+        raise RefusalError(f"{where}.type: '{kind}' is not to be had here", param=f"{where}.type")
 
 
 def with_warning(response: Response, names: list[str]) -> Response:

@@ -303,3 +303,19 @@ def test_a_conversation_goes_on_after_a_call_whose_arguments_are_no_object(text:
 def test_a_hint_that_is_not_followed_is_told() -> None:
     reply = call(Model(HERMES, "x"), "/v1/chat/completions", {"model": "m", "messages": HI, "verbosity": "low"})
     assert (reply.status, reply.headers[WARNING_HEADER]) == (200, "ignored: verbosity")
+
+
+def test_a_picture_that_a_tool_has_found_ends_no_conversation() -> None:
+    made = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    result = {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "a"}, picture]}
+    body = {"model": "m", "messages": [*HI, {"role": "assistant", "tool_calls": [made]}, result]}
+    model = Model(HERMES, "x")
+    reply = call(model, "/v1/chat/completions", body)
+    assert (reply.status, reply.headers[WARNING_HEADER]) == (200, "ignored: messages.2.content.1.image_url")
+    told = json.loads(str(model.asked[0].tensors["messages"]))[2]["content"]
+    assert told == "a\n[image: left out, since only text can be read here]"
+    refused = call(Model(HERMES, "x"), "/v1/chat/completions", body, strict=True)
+    assert (refused.status, refused.json["error"]["param"]) == (400, "messages.2.content.1.type")
+    shown = {"model": "m", "messages": [{"role": "user", "content": [picture]}]}
+    assert call(Model(HERMES, "x"), "/v1/chat/completions", shown).json["error"]["param"] == "messages.0.content"
