@@ -67,7 +67,7 @@ def load_tools(path: Path) -> dict[str, Tool]:
     except Exception as error:  # whatever a file may raise
         raise ValueError(f"--tools {path}: {type(error).__name__}: {error}") from None
     found = {
-        name: _tool(function)
+        name: tool_of(function)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == path.stem and not name.startswith("_")
     }
@@ -76,7 +76,11 @@ def load_tools(path: Path) -> dict[str, Tool]:
     return found
 
 
-def _tool(function: Callable[..., Any]) -> Tool:
+def tool_of(function: Callable[..., Any]) -> Tool:
+    """
+    Raises:
+        ValueError: an argument has no type.
+    """
     name, doc = function.__name__, inspect.cleandoc(function.__doc__ or "")
     text, _, rest = doc.partition("\nArgs:")
     about = dict(re.findall(r"^\s+(\w+)(?: \([^)]*\))?: (.+)$", rest, re.MULTILINE))

@@ -249,16 +249,35 @@ def demo(
         typer.Option("--prompt", "-p", metavar="TEXT", help="A text to continue, instead of the conversation."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 200,
+    tools: Annotated[
+        bool,
+        typer.Option("--tools", help="Let the model think and call functions, through the gateway for OpenAI's API."),
+    ] = False,
     log_verbose: Verbose = False,
 ) -> None:
     """See it work: start a server on free ports, ask for a story and questions about it, print speed and memory use,
     stop.
 
-    Needs no GPU and no download: the small model comes with paged.
+    With --tools it starts the gateway, too, and asks through OpenAI's own library what needs a calculator, a list of
+    towns, or neither. Nothing but functions that come with paged is run.
+
+    Needs no GPU and no download: the small model comes with paged. Ctrl-C stops it.
     """
+    if tools and prompt is not None:
+        raise typer.BadParameter("not together with --tools, which asks questions of its own", param_hint="--prompt")
     settings = ServerSettings(model=model, options=parse_options(options or []), instances=1, show_log=log_verbose)
-    with _one_sentence_on_failure(), _running(settings) as server:
-        run_demo(server, prompt, max_tokens, Console(highlight=False))
+    console = Console(highlight=False)
+    with _one_sentence_on_failure():
+        if not tools:
+            with _running(settings) as server:
+                run_demo(server, prompt, max_tokens, console)
+            return
+        # imports the gateway's reading of answers, which the story does not need
+        from paged_client.demo_agent import check_packages, run_agent_demo
+
+        check_packages()
+        with _running(settings) as server:
+            run_agent_demo(server, max_tokens, console)
 
 
 app.command()(generate)

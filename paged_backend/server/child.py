@@ -1,4 +1,4 @@
-"""tritonserver as a child process that cannot outlive us."""
+"""tritonserver, or a gateway before it, as a child process that cannot outlive us."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from paged_backend.errors import EngineError
 
 _LAST_LINES_SECONDS = 5.0
-# Runs as a process of its own that becomes tritonserver: the kernel ends it when the thread that started it is gone.
+# Runs as a process of its own that becomes the server: the kernel ends it when the thread that started it is gone.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -26,7 +27,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class ServerChild:
-    """tritonserver as a process in a session of its own, and the thread that reads what it writes.
+    """A server as a process in a session of its own, and the thread that reads what it writes.
 
     The thread starts the process, because the kernel's parent-death signal follows the thread.
     """
@@ -52,7 +53,7 @@ class ServerChild:
         threading.Thread(target=self._run, name="paged-server", daemon=True).start()
         self._started.wait()
         if self._error is not None:
-            raise EngineError(f"tritonserver could not be started: {self._error.strerror}")
+            raise EngineError(f"{Path(command[0]).name} could not be started: {self._error.strerror}")
 
     @property
     def pid(self) -> int:

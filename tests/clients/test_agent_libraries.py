@@ -2,8 +2,8 @@
 server for all.
 
 Each is skipped where it is not installed: they pull in much, and some of them each other's older versions, so no extra
-names them. The embedded model does not know tools by itself: `required` makes it call one through the grammar, and what
-is tested is that the library's way there and back works.
+names them. `required` makes the model call a tool through the grammar, whatever it would do by itself, and what is
+tested is that the library's way there and back works.
 
     pip install langchain-openai openai-agents instructor litellm llama-index-llms-openai-like 'lm-eval[api]' 'numpy<2'
     pytest -m long tests/clients
