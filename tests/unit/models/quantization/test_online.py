@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.models.shard import Cut
 from paged_backend.models.weight_files import OpenTensors
 from paged_backend.models.weights import allocate_weights, load_weights, randomise_weights, weight_bytes
 from paged_kernels.codes import dequantise
@@ -86,9 +87,9 @@ def test_no_more_than_one_module_is_in_memory_beside_the_weights(
     most = 0
     read = OpenTensors.read
 
-    def counted(tensors: OpenTensors, name: str) -> torch.Tensor:
+    def counted(tensors: OpenTensors, name: str, cut: Cut | None = None) -> torch.Tensor:
         nonlocal most
-        tensor = read(tensors, name)
+        tensor = read(tensors, name, cut)
         alive.append((name, weakref.ref(tensor)))
         most = max(most, len({name for name, reference in alive if reference() is not None}))
         return tensor
