@@ -54,7 +54,9 @@ def test_streams_have_the_tokens_of_one_rank_whatever_dies() -> None:
         killer.start()
         answers = run_all(server.addresses.grpc_url, asked)
         killer.join()
-        assert wait_for_metrics(server.addresses.metrics_url, lambda values: values["paged_engine_restarts_total"] == 1)
+        assert wait_for_metrics(
+            server.addresses.metrics_url, lambda values: values["paged_engine_restarts_total"] >= 1, 120
+        )
     for before, after in zip(expected, answers, strict=True):
         assert (after.error, after.num_finals, after.token_ids) == (None, 1, before.token_ids)
     assert len(killed) == 1
