@@ -36,6 +36,7 @@ def look_up(thing: Literal["lamp", "fox"], times: int = 1) -> str:
     return f"The {thing} is in the garden."
 '''
 DIM, PLAIN = r"\x1b\[2m", r"\x1b\[0m"
+RED = "\x1b[31m"  # what went wrong
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,13 @@ def test_a_call_is_run_only_if_a_person_says_so_and_its_result_goes_to_the_model
     terminal.type("Where is the lamp?\n")
     thing = called(terminal, "y")
     terminal.wait_for(f"{DIM}The {thing} is in the garden\\.{PLAIN}")
-    answered = terminal.wait_for(r"tokens/s.*\r\n> ")
-    assert "error" not in answered, answered
+    answered = terminal.wait_for(r"answer \d+ tokens.*\r\n> ")
+    assert RED not in answered, answered
     assert log.read_text() == f"{thing}\n"
     terminal.type("And now?\n")
     called(terminal, "n")
     terminal.wait_for(f"{DIM}error: the user does not allow this call{PLAIN}")
-    assert "error" not in terminal.wait_for(r"tokens/s.*\r\n> ")
+    assert RED not in terminal.wait_for(r"answer \d+ tokens.*\r\n> ")
     assert log.read_text() == f"{thing}\n", "it was not run"
     terminal.type("\x04")
     assert terminal.exit_status() == 0
