@@ -22,18 +22,11 @@ pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 pytest.importorskip("xgrammar")
 
-from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client.demo_agent import AGENT_QUESTIONS
-from paged_client.openai.formats.families import tool_format_of
 from tests.server.gateway_process import Gateway, gateway_to
 
-TEMPLATE = (demo_model_folder() / "chat_template.jinja").read_text()
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(tool_format_of(TEMPLATE) is None, reason="the embedded chat template knows no tools yet"),
-]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 MODEL = "paged_llm"
 TEXT = {"type": "string"}

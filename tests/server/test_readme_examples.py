@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 
 pytestmark = pytest.mark.server
@@ -96,9 +95,8 @@ def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) ->
         assert "http://127.0.0.1:9000/v1" in gateway.stdout.readline()
         called = run([sys.executable, "-c", block("README.md", "python", "from openai")], folder)
         talked = run([sys.executable, "-c", block("docs/openai.md", "python", "while True")], folder).splitlines()
-        if "tools" in (demo_model_folder() / "chat_template.jinja").read_text():
-            assert "'get_price'" in called and '{"item": "lantern"}' in called
-            assert "get_price" in talked[0] and "24" in talked[-1]
+        assert "'get_price'" in called and '{"item": "lantern"}' in called
+        assert "get_price" in talked[0] and "24" in talked[-1]
         said = run(["bash", "-e", "-c", block("docs/openai.md", "sh", "chat/completions")], folder)
         assert json.loads(said)["choices"][0]["message"]["content"]
     finally:
