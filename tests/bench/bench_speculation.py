@@ -102,6 +102,9 @@ def main() -> None:
     args = parser.parse_args()
     engines = {kind: load(args.device, kind, args.drafts, 1024) for kind in ("off", *args.kinds)}
     texts = workloads(engines["off"], args.max_tokens)
+    unknown = [name for name in args.texts or () if name not in texts]
+    if unknown:
+        parser.error(f"--texts {unknown[0]!r}: expected some of {', '.join(map(repr, texts))}")
     for name in args.texts or texts:
         prompt, sampling = texts[name]
         for num_sequences in args.sequences:
