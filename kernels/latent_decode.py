@@ -204,24 +204,14 @@ def latent_decode_attention(
 def _check(
     q: torch.Tensor, latent_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, workspace: DecodeWorkspace
 ) -> None:
-    num_sequences, num_heads, width = q.shape
-    rank = workspace.head_dim
-    check_latents(rank, width - rank)
-    if latent_pages.ndim != 3 or latent_pages.shape[2] != width or not latent_pages.is_contiguous():
-        raise ValueError(f"latent_pages {tuple(latent_pages.shape)} are not contiguous latents of {width} numbers")
-    page_size = latent_pages.shape[1]
-    if page_size & (page_size - 1):
-        raise ValueError(f"page_size {page_size} is no power of two")
+    check_latents(q, latent_pages, page_table, out)
+    num_sequences, num_heads, _ = q.shape
     if (
         num_heads != workspace.num_kv_heads * workspace.group
-        or out.shape != (num_sequences, num_heads, rank)
+        or out.shape[2] != workspace.head_dim
         or page_table.shape[0] != num_sequences
     ):
         raise ValueError(
             f"q {tuple(q.shape)}, out {tuple(out.shape)} and page_table {tuple(page_table.shape)} do not fit "
             "each other or the workspace"
         )
-    if q.stride()[1:] != (width, 1) or out.stride()[1:] != (rank, 1) or page_table.stride(1) != 1:
-        raise ValueError("heads and page tables must be contiguous")
-    if q.dtype != out.dtype:
-        raise ValueError(f"q {q.dtype} and out {out.dtype} must have one dtype")

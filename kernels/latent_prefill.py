@@ -107,20 +107,9 @@ def _check(
     q: torch.Tensor, latent_pages: torch.Tensor, page_table: torch.Tensor, query_starts: torch.Tensor,
     seq_lens: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    num_tokens, num_heads, width = q.shape
-    rank = out.shape[2]
-    check_latents(rank, width - rank)
-    if latent_pages.ndim != 3 or latent_pages.shape[2] != width or not latent_pages.is_contiguous():
-        raise ValueError(f"latent_pages {tuple(latent_pages.shape)} are not contiguous latents of {width} numbers")
-    page_size = latent_pages.shape[1]
-    if page_size & (page_size - 1):
-        raise ValueError(f"page_size {page_size} is no power of two")
-    if out.shape[:2] != (num_tokens, num_heads) or out.dtype != q.dtype:
-        raise ValueError(f"q {tuple(q.shape)} {q.dtype} and out {tuple(out.shape)} {out.dtype} do not fit each other")
+    check_latents(q, latent_pages, page_table, out)
     if not page_table.shape[0] == seq_lens.shape[0] == query_starts.shape[0] - 1:
         raise ValueError(
             f"{page_table.shape[0]} page table rows, {seq_lens.shape[0]} lengths and {query_starts.shape[0]} "
             "query starts do not fit each other"
         )
-    if q.stride()[1:] != (width, 1) or out.stride()[1:] != (rank, 1) or page_table.stride(1) != 1:
-        raise ValueError("heads and page tables must be contiguous")

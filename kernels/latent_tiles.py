@@ -11,6 +11,7 @@ power of two, and padded they would be nearly twice as many.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -87,7 +88,23 @@ def head_blocks(num_heads: int, most: int = _MOST_ROWS) -> int:
     return next(count for count in range(1, num_heads + 1) if num_heads % count == 0 and num_heads // count <= most)
 
 
-def check_latents(rank: int, rotary: int) -> None:
-    """Raises ValueError for latents that are not tiles of powers of two, or do not fit into shared memory."""
-    if any(size < 16 or size & (size - 1) for size in (rank, rotary)) or rank > 512 or rotary > 64:
-        raise ValueError(f"latents of {rank} + {rotary} numbers are not of powers of two, 16 to 512 and 16 to 64")
+def check_latents(q: torch.Tensor, latent_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor) -> None:
+    """What both attention kernels take for granted: of latents that are tiles of powers of two, which fit into shared
+    memory, and of how tensors lie.
+
+    Raises:
+        ValueError: they are others, or are of two types.
+    """
+    (num_tokens, num_heads, width), rank = q.shape, out.shape[2]
+    if any(size < 16 or size & (size - 1) for size in (rank, width - rank)) or rank > 512 or width - rank > 64:
+        sizes = f"{rank} + {width - rank}"
+        raise ValueError(f"latents of {sizes} numbers are not of powers of two, 16 to 512 and 16 to 64")
+    if latent_pages.ndim != 3 or latent_pages.shape[2] != width or not latent_pages.is_contiguous():
+        raise ValueError(f"latent_pages {tuple(latent_pages.shape)} are not contiguous latents of {width} numbers")
+    page_size = latent_pages.shape[1]
+    if page_size & (page_size - 1):
+        raise ValueError(f"page_size {page_size} is no power of two")
+    if out.shape[:2] != (num_tokens, num_heads) or out.dtype != q.dtype:
+        raise ValueError(f"q {tuple(q.shape)} {q.dtype} and out {tuple(out.shape)} {out.dtype} do not fit each other")
+    if q.stride()[1:] != (width, 1) or out.stride()[1:] != (rank, 1) or page_table.stride(1) != 1:
+        raise ValueError("heads and page tables must be contiguous")

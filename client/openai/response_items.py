@@ -13,7 +13,7 @@ from paged_client.openai.conversation import settled, unread
 from paged_client.openai.errors import RefusalError
 from paged_client.openai.protocol import ChatBody, Effort
 from paged_client.openai.readable import ReadableBody
-from paged_client.openai.response_tools import ResponseTools, calls_of
+from paged_client.openai.response_tools import ResponseTools, call_of
 
 _REFUSED = ("background", "conversation", "prompt")
 _ROLES = ("user", "assistant", "system", "developer")
@@ -172,9 +172,9 @@ def messages_of(items: Sequence[Mapping[str, Any]], left_out: list[str]) -> list
 
 def _messages(position: int, item: Mapping[str, Any], left_out: list[str]) -> Iterator[dict[str, Any]]:
     where = f"input.{position}"
-    calls = [*calls_of(item)]
-    if calls:
-        yield {"role": "assistant", "content": None, "tool_calls": calls}
+    call = call_of(item)
+    if call is not None:
+        yield {"role": "assistant", "content": None, "tool_calls": [call]}
         return
     match item:
         case {

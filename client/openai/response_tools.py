@@ -5,7 +5,7 @@ their calls back in this API's shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paged_client.openai.errors import RefusalError
@@ -123,17 +123,17 @@ def chat_name(name: str, namespace: Any) -> str:
     return f"{namespace}{_BETWEEN}{name}" if isinstance(namespace, str) and namespace else name
 
 
-def calls_of(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chat's call that an item of an earlier answer is; nothing, if it is none."""
+def call_of(item: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The chat's call that an item of an earlier answer is; None: it is none."""
     match item:
         case {"type": "function_call", "call_id": str() as call_id, "name": str() as name, "arguments": str() as given}:
             arguments = given
         case {"type": "custom_tool_call", "call_id": str() as call_id, "name": str() as name, "input": str() as given}:
             arguments = arguments_of(given)
         case _:
-            return
+            return None
     function = {"name": chat_name(name, item.get("namespace")), "arguments": arguments}
-    yield {"id": call_id, "type": "function", "function": function}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def _named(where: str, tool: Any) -> dict[str, Any]:

@@ -180,14 +180,20 @@ class GrammarMasks(SchedulerFeature):
         present = sampled[self.rows.request_id[sampled] == batch.request_ids[batch.samples]]
         guided = self._guided(present)
         self._follow(guided)
-        for row in guided.tolist():
-            sequence = self.rows.sequences[row]
-            if sequence is not None:
-                guesses, most = self.guesses(row)
-                if most:
-                    num_answered = int(self.rows.num_known[row]) - sequence.spec.prompt_len
-                    self._follower.look(self._guides[sequence], num_answered, guesses, most)
-        self._follower.collect()
+        looks = [self._look(row) for row in guided.tolist()]
+        if any(looks):
+            self._follower.collect()
+
+    def _look(self, row: int) -> bool:
+        """Has drafts of a row looked at, if it may have some. Whether it has."""
+        sequence = self.rows.sequences[row]
+        if sequence is None or not self._guides[sequence].looks:
+            return False
+        guesses, most = self.guesses(row)
+        if most:
+            num_answered = int(self.rows.num_known[row]) - sequence.spec.prompt_len
+            self._follower.look(self._guides[sequence], num_answered, guesses, most)
+        return most > 0
 
     def _guided(self, rows: Int32) -> Int32:
         guided: Int32 = rows[self.rows.features[rows] & Feature.GUIDED != 0]

@@ -31,8 +31,6 @@ _LONGEST_IF_IT_MUST_PAY = 63
 _LATEST = 0.2  # what the newest draft counts
 _UNKNOWN_SHARE = 0.5
 _FORGOTTEN = 0.01  # of the share, towards _UNKNOWN_SHARE, with each step whose drafts would not have paid
-
-
 _NONE = np.empty(0, np.int32)
 
 
@@ -163,7 +161,9 @@ class Speculation(SchedulerFeature):
         if pace is None or len(self._running) > MOST_DRAFTING:
             return _NONE, 0
         most = min(pace.next(), int(self.rows.length_limit[row]) - 1 - num_known)
-        return continuation(self.rows.token_ids[row, :num_known])[: max(most, 0)], max(most, 0)
+        if most <= 0:
+            return _NONE, 0
+        return continuation(self.rows.token_ids[row, :num_known])[:most], most
 
     def _pace_of(self, row: int) -> _Pace | None:
         runner = self.rows.sequences[row]

@@ -54,6 +54,12 @@ def exists(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_has_two_versions_of_a_place(page: Path) -> None:
+    """As a merge leaves them that nobody has settled."""
+    assert re.findall(r"^(?:<<<<<<<|=======|>>>>>>>).*$", page.read_text(), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     links = [link for link in LINK.findall(prose(page)) if not re.match(r"[a-z]+:", link)]
     assert [link for link in links if broken(page, link)] == []

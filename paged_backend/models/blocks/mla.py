@@ -56,8 +56,8 @@ class LatentAttention:
 
     def forward(self, x: Tensor, pages: LayerPages, at: ForwardPass, normed: Tensor | None = None) -> Tensor:
         """[T, hidden] -> [T, hidden], the residual stream before and after; x may be written over. pages: where the
-        layer's latents are.
-        normed: the stream after the norm before, if it was computed already."""
+        layer's latents are. normed: the stream after the norm before, if it was computed already.
+        """
         spec = self.spec
         before = (x, self.residual.before) if normed is None else (normed, None)
         first = at.products.norm_linear(*before, self.first)
