@@ -20,6 +20,8 @@ CODE_OF = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3, "fp4": 4}
 PLAIN, FP8, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INT4, FP4 = tl.constexpr(3), tl.constexpr(4)
 FP4_FACTOR = tl.constexpr(16384.0)  # 2 ** 14, for the bias
+FP4_REST = tl.constexpr(2.0**32)  # what `scaled_fp4` leaves to the sums
+_FP4_SCALE = tl.constexpr(2.0**94)  # the rest of 2 ** 126
 INT4_OFFSET = tl.constexpr(128.0)
 INT4_MIDDLE = tl.constexpr(8.0)  # what means 0 where no zero is given
 
@@ -192,6 +194,51 @@ def _bfloat16_of_fp4(w):
         }""",
         "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _bits_of_fp4(w):
+    """e2m1 -> bfloat16 with the bits in their places and no more, so that it is too small by 2 ** 126."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, bits;
+        prmt.b32 a, $4, 0, 0x1404;
+        prmt.b32 b, $4, 0, 0x3424;
+        shr.b32 bits, a, 2;
+        and.b32 bits, bits, 0x01c001c0;
+        shl.b32 $0, a, 4;
+        lop3.b32 $0, $0, 0x80008000, bits, 0xea;
+        shr.b32 bits, a, 6;
+        and.b32 bits, bits, 0x01c001c0;
+        lop3.b32 $2, a, 0x80008000, bits, 0xea;
+        shr.b32 bits, b, 2;
+        and.b32 bits, bits, 0x01c001c0;
+        shl.b32 $1, b, 4;
+        lop3.b32 $1, $1, 0x80008000, bits, 0xea;
+        shr.b32 bits, b, 6;
+        and.b32 bits, bits, 0x01c001c0;
+        lop3.b32 $3, b, 0x80008000, bits, 0xea;
+        }""",
+        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def scaled_fp4(w, s, PACKED: tl.constexpr):
+    """Bytes of e2m1 times their scales, low nibbles and high ones: bfloat16, FP4_REST too small, which the sums are to
+    be multiplied by. One product puts the exponent right and scales.
+
+    w: uint8; s: float32 of w's shape or one that is broadcast to it, of magnitude at most 2 ** 33. Exact for scales of
+    up to five significant bits from 2 ** -93 on, as those of fp8 and powers of two are.
+    """
+    if PACKED:
+        low, high = _bits_of_fp4(w)
+        factor = (s * _FP4_SCALE).to(tl.bfloat16)
+    else:  # as the interpreter can, which has no arithmetic in bfloat16
+        low = (((w & 7).to(tl.uint32) << 22) | ((w & 8).to(tl.uint32) << 28)).to(tl.float32, bitcast=True)
+        high = (((w & 0x70).to(tl.uint32) << 18) | ((w & 0x80).to(tl.uint32) << 24)).to(tl.float32, bitcast=True)
+        factor = s * _FP4_SCALE
+    return (low * factor).to(tl.bfloat16), (high * factor).to(tl.bfloat16)
 
 
 @triton.jit
