@@ -3,9 +3,10 @@ it.
 
 One row: a matrix-vector kernel, with the norm before and everything behind in the same launch. Few rows: a kernel that
 reads each weight once. Many: cuBLAS. Quantised weights are read as they are stored by one row and by few
-(quant_vector.py, quant_linear.py). For many rows fp8 goes to 8-bit tensor cores, and activations are rounded in the
-launch of the norm: cuBLASLt where a row has one scale, block_linear.py where blocks have; others are dequantised into
-16 bits before cuBLAS.
+(quant_vector.py, quant_linear.py). From two rows on fp8 goes to 8-bit tensor cores if activations are of fp8 too, and
+these are rounded in the launch of the norm: few by fp8_narrow.py; many by cuBLASLt where a row of the weight has one
+scale, and by block_linear.py where blocks have. Many rows of other formats meet a weight that was dequantised into 16
+bits before cuBLAS.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paged_kernels import activation as activations
-from paged_kernels import norm, quant_linear, quant_vector, small_linear
+from paged_kernels import fp8_narrow, norm, quant_linear, quant_vector, small_linear
 from paged_kernels.block_linear import GROUP, block_linear
 from paged_kernels.codes import dequantise
 from paged_kernels.dequantise import dequantised
@@ -25,10 +26,12 @@ from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.round_rows import round_rows
 
-# Up to which an fp8 weight is multiplied without rounding activations, which the 8-bit products of many tokens want.
-# On an H200 the latter take less time for 256 tokens than the former for 64 if rows have a scale each, and more if
-# blocks have; between 16 and 64 was not measured (tests/bench/bench_linear.py --formats). Other formats: MAX_TOKENS.
-_FEW_TOKENS = {"rows": 16, "blocks": 64}
+# Up to which an 8-bit product is fp8_narrow.py's, as measured on an H200 with Llama-3.1-8B's matrices: it takes less
+# time than cuBLASLt for 64 tokens, and more for 128 (gate and up 37 us against 46, then 47 against 42); for 256 less
+# than block_linear.py where rows are split, and little more elsewhere (down 57 against 77, gate and up 107 against
+# 100). quant_linear.py, whose activations need no rounding, is as fast for 16 tokens where a matrix is small, or a
+# little faster beside blocks, and slower where it is large (out 10 against 11, or 12; gate and up 46 against 33).
+_NARROW_TOKENS = {"rows": 64, "blocks": fp8_narrow.MAX_TOKENS}
 
 
 class Products:
@@ -76,7 +79,7 @@ class Products:
                 residual += bias
             return residual.addmm_(x, weight.t())
         if gated:
-            return activations.gate(functional.linear(x, weight, bias), activation, launch_pdl=pdl)
+            return activations.gate(functional.linear(x, weight, bias), activation, out=out, launch_pdl=pdl)
         if out is None:
             return functional.linear(x, weight, bias)
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
@@ -93,9 +96,7 @@ class Products:
     ) -> Tensor:
         pdl, num_tokens = self._pdl, len(x)
         has_fp8_product = _has_fp8_product(x, linear)
-        kind = "blocks" if linear.format.block[1] else "rows"
-        most = _FEW_TOKENS[kind] if has_fp8_product else quant_linear.MAX_TOKENS
-        few = num_tokens <= most and quant_linear.reaches(linear)
+        few = num_tokens <= (1 if has_fp8_product else quant_linear.MAX_TOKENS) and quant_linear.reaches(linear)
         vector = num_tokens == 1 and quant_linear.sums_in_registers(x, linear, gated)
         # which takes the norm in
         rounds = not few and norm_before is not None and norm_before.is_plain and has_fp8_product
@@ -112,50 +113,59 @@ class Products:
                 return quant_vector.quant_vector_linear(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
             return quant_linear.quant_narrow_linear(x, linear, workspace=self._workspace, launch_pdl=pdl, **behind)
         if has_fp8_product:
-            result = self._fp8(x, linear, norm_before, None if gated else residual, None if gated else out)
-        else:
-            if norm_before is not None:
-                x = norm.norm(x, norm_before, launch_pdl=pdl)
-            weight = (
-                dequantised(linear, x.dtype, launch_pdl=pdl)
-                if quant_linear.reaches(linear)
-                else dequantise(linear).to(x.dtype)
+            return self._fp8(x, linear, norm_before, gated, activation, residual, out)
+        if norm_before is not None:
+            x = norm.norm(x, norm_before, launch_pdl=pdl)
+        weight = (
+            dequantised(linear, x.dtype, launch_pdl=pdl)
+            if quant_linear.reaches(linear)
+            else dequantise(linear).to(x.dtype)
+        )
+        # not as a programmatic dependent: those of one token read the weight before the launches that make it are
+        # complete
+        if num_tokens == 1:
+            out = out if residual is None else residual
+            return small_linear.vector_linear(
+                x, weight, linear.bias, gated=gated, activation=activation, residual=residual, out=out
             )
-            # not as a programmatic dependent: those of one token read the weight before the launches that make it are
-            # complete
-            if num_tokens == 1:
-                out = out if residual is None else residual
-                return small_linear.vector_linear(
-                    x, weight, linear.bias, gated=gated, activation=activation, residual=residual, out=out
-                )
-            return self(x, Linear(weight, linear.bias), gated=gated, activation=activation, residual=residual, out=out)
-        if gated:
-            gate = activations.gate(result, activation, launch_pdl=pdl)
-            return gate if out is None else out.copy_(gate)
-        return result
+        return self(x, Linear(weight, linear.bias), gated=gated, activation=activation, residual=residual, out=out)
 
     def _fp8(
-        self, x: Tensor, linear: Linear, norm_before: Norm | None, residual: Tensor | None, out: Tensor | None
+        self,
+        x: Tensor,
+        linear: Linear,
+        norm_before: Norm | None,
+        gated: bool,
+        activation: str,
+        residual: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         """By 8-bit tensor cores; activations are rounded as the format says."""
-        rounding = linear.format.rounding
+        rounding, pdl = linear.format.rounding, self._pdl
         assert rounding is not None and linear.scale is not None
-        numbers, scales = round_rows(x, rounding, linear.input_scale, norm=norm_before, launch_pdl=self._pdl)
-        if linear.format.block[1]:
-            out = (
-                x.new_empty(len(x), linear.num_rows)
-                if out is None and residual is None
-                else out
-                if residual is None
-                else residual
-            )
-            return block_linear(numbers, scales, linear, out, residual=residual, launch_pdl=self._pdl)
-        product = torch._scaled_mm(
-            numbers, linear.weight.t(), scale_a=scales, scale_b=linear.scale.t(), bias=linear.bias, out_dtype=x.dtype
-        )
-        if residual is not None:
-            return residual.add_(product)
-        return product if out is None else out.copy_(product)
+        kind = "blocks" if linear.format.block[1] else "rows"
+        narrow = len(x) <= _NARROW_TOKENS[kind]
+        by_cublas = kind == "rows" and not narrow
+        if gated and (by_cublas or not fp8_narrow.reaches(linear, gated)):  # with the gate in a launch of its own
+            product = self._fp8(x, linear, norm_before, False, activation, None, None)
+            return activations.gate(product, activation, out=out, launch_pdl=pdl)
+        numbers, scales = round_rows(x, rounding, linear.input_scale, norm=norm_before, launch_pdl=pdl)
+        if by_cublas:
+            scales = scales.flatten()[:, None]  # with the strides that it wants
+            product = torch._scaled_mm(
+                numbers, linear.weight.t(), scale_a=scales, scale_b=linear.scale.t(), bias=linear.bias,
+                out_dtype=x.dtype,
+            )  # fmt: skip
+            if residual is not None:
+                return residual.add_(product)
+            return product if out is None else out.copy_(product)
+        out = out if residual is None else residual
+        if out is None:
+            out = x.new_empty(len(x), linear.num_rows // (2 if gated else 1))
+        behind: dict[str, Any] = {"gated": gated, "activation": activation, "residual": residual, "launch_pdl": pdl}
+        if narrow:
+            return fp8_narrow.fp8_narrow_linear(numbers, scales, linear, out, workspace=self._workspace, **behind)
+        return block_linear(numbers, scales, linear, out, **behind)
 
 
 def _has_fp8_product(x: Tensor, linear: Linear) -> bool:

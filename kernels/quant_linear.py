@@ -4,8 +4,8 @@ registers. Activations are not rounded.
 `quant_narrow_linear` takes up to 256 tokens, `quant_vector_linear` (quant_vector.py) one: as the two of
 small_linear.py, with the same companions in the same launch. With so few tokens a product takes the time in which the
 weight is read, so that a format is as much faster as it has fewer bytes; and rounding activations, which 8-bit tensor
-cores need, would gain nothing. Two numbers in a byte lie so (linear.py) that the low nibbles of a tile are consecutive
-columns, and the high ones too.
+cores need, gains nothing for one (for more, of fp8: fp8_narrow.py). Two numbers in a byte lie so (linear.py) that the
+low nibbles of a tile are consecutive columns, and the high ones too.
 
 Formats that are not read here: groups that are no power of two. Sums are float32. In `quant_narrow_linear` what a
 large group sums up to is scaled, and so are whole rows; numbers of smaller groups are scaled one by one, and rounded to

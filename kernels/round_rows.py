@@ -17,11 +17,12 @@ from paged_kernels.norm_value import Norm
 
 _LEAST_SCALE = tl.constexpr(1e-12)
 _FP8_MAX = tl.constexpr(448.0)
+PADDED = 128  # scales of a group of columns are consecutive, one a token, in memory for a multiple of so many tokens
 
 
 @kernel
 def _round_kernel(
-    x, norm_weight, input_scale, out, scales, x_stride, eps,
+    x, norm_weight, input_scale, out, scales, x_stride, scales_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, NORM: tl.constexpr,
     STATIC: tl.constexpr, POWER_OF_TWO: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +48,18 @@ def _round_kernel(
     numbers = tl.reshape(grouped / scale[:, None], (BLOCK,))
     numbers = tl.minimum(tl.maximum(numbers, -_FP8_MAX), _FP8_MAX)
     tl.store(out + row * SIZE + column, numbers.to(out.dtype.element_ty), mask=inside)
-    tl.store(scales + row * NUM_GROUPS + part, scale, mask=part < NUM_GROUPS)
+    tl.store(scales + part * scales_stride + row, scale, mask=part < NUM_GROUPS)
+
+
+def empty_scales(num_tokens: int, num_groups: int, device: torch.device) -> torch.Tensor:
+    """float32 [T, groups] as round_rows lays them out."""
+    padded = triton.cdiv(num_tokens, PADDED) * PADDED
+    return torch.empty(num_groups, padded, dtype=torch.float32, device=device).t()[:num_tokens]
+
+
+def lies_padded(scales: torch.Tensor) -> bool:
+    """Whether they are laid out as `empty_scales` does."""
+    return (len(scales) == 1 or scales.stride(0) == 1) and scales.stride(1) >= triton.cdiv(len(scales), PADDED) * PADDED
 
 
 def round_rows(
@@ -59,7 +71,7 @@ def round_rows(
     launch_pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm(x), if asked for, as float8_e4m3fn numbers [T, K], and float32 scales [T, groups]: the row is about numbers
-    * its group's scale.
+    * its group's scale. They are a view of [groups, T up to a multiple of 128]: kernels read a group's of many tokens.
 
     x: [T, K], rows contiguous, may be strided; rounding: to fp8, of whole tokens or groups of a power of two of
     columns; input_scale: float32 [1] of a static rounding; norm: a plain one of [K]. Raises ValueError for a rounding
@@ -79,11 +91,11 @@ def round_rows(
     group = rounding.group or block
     num_groups = triton.cdiv(size, group)
     out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x.device)
+    scales = empty_scales(num_tokens, num_groups, x.device)
     if num_tokens:
         _round_kernel[(num_tokens,)](
             x, x if norm is None else norm.weight, scales if input_scale is None else input_scale, out, scales,
-            x.stride(0), 0.0 if norm is None else norm.eps,
+            x.stride(0), scales.stride(1), 0.0 if norm is None else norm.eps,
             SIZE=size, BLOCK=block, GROUP=group, NUM_GROUPS=num_groups, NORM=norm is not None, STATIC=rounding.static,
             POWER_OF_TWO=rounding.power_of_two, LAUNCH_PDL=launch_pdl, num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip
