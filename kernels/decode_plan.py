@@ -149,8 +149,10 @@ def make_decode_workspace(
         2 if kv_dtype.itemsize == 1 else _programs_per_multiprocessor(multiprocessors, num_kv_heads, head_dim)
     )
     num_work_items = max(1, programs * multiprocessors // num_kv_heads)
-    # fewer, larger steps of softmax: there is more of it for each key. With more rows the tensor cores read all keys
-    wide = programs == 1 and 4 < group <= 16
+    # Fewer, larger steps: on an H200, whose memory is faster than steps of half the size with four warps are, 32
+    # sequences of 2,048 tokens take 66 us instead of 75, 256 of 1,024 251 instead of 291; a lone one of 8,192 takes 18
+    # instead of 16.6 (tests/bench/bench_decode_attention.py --pdl). With more rows the tensor cores read all keys
+    wide = programs == 1 and group <= 16
     # and values from shared memory, where four such tiles would not fit
     return DecodeWorkspace(
         num_kv_heads=num_kv_heads,

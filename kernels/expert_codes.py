@@ -47,15 +47,17 @@ def apply_gate(gate, up, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: t
 
 
 def format_constants(linear: ExpertLinear) -> dict[str, object]:
-    """Of all kernels of experts. K and GROUP are in bytes of a row, or in numbers of a plain one."""
-    format, row_size = linear.format, linear.weight.shape[2]
+    """Of all kernels of experts. K and GROUP are in bytes of a row, or in numbers of a plain one, or in words."""
+    format = linear.format
+    together = 8 if format.order == "words" else 2 if format.nibbles else 1
+    row_size = linear.num_columns // together
     grouped, scaled = bool(format.block[1]), linear.scale is not None
     return {
         "K": row_size,
-        "GROUP": format.group(linear.num_columns) // (2 if format.nibbles else 1) if scaled else row_size,
+        "GROUP": format.group(linear.num_columns) // together if scaled else row_size,
         "BLOCK_ROWS": format.block[0],
         "SCALE_ROWS": 1 if linear.scale is None else linear.scale.shape[1],
-        "CODES": CODE_OF[format.codes],
+        "CODES": CODE_OF["words" if format.order == "words" else format.codes],
         "GROUPED": grouped and scaled,
         "ZEROS": linear.zero is not None,
         "ROW_SCALES": linear.row_scale is not None,
@@ -64,11 +66,13 @@ def format_constants(linear: ExpertLinear) -> dict[str, object]:
 
 
 def parameters(linear: ExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Weight, scale, zero, row_scale and bias; x where there is none. Exponents come as bytes."""
-    scale = linear.scale
+    """Weight, scale, zero, row_scale and bias; x where there is none. Exponents come as bytes, words as int32."""
+    scale, weight = linear.scale, linear.weight
+    if linear.format.order == "words":
+        weight = weight.view(torch.int32)
     if scale is not None and scale.dtype == torch.float8_e8m0fnu:
         scale = scale.view(torch.uint8)
-    return linear.weight, *(x if t is None else t for t in (scale, linear.zero, linear.row_scale, linear.bias))
+    return weight, *(x if t is None else t for t in (scale, linear.zero, linear.row_scale, linear.bias))
 
 
 def gate_constants(gate: Gate) -> dict[str, object]:

@@ -33,7 +33,7 @@ class ExpertKernels:
 
     def add(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
         """reference.add_experts; residual is written over."""
-        if len(x) == 1:
+        if len(x) == 1 and not experts.has_words:
             return expert_vectors.add_experts_of_one(x, expert_ids, weights, experts, residual, launch_pdl=self._pdl)
         return expert_products.add_experts(
             x, expert_ids, weights, experts, residual, num_programs=self._num_programs, launch_pdl=self._pdl

@@ -33,13 +33,26 @@ from paged_kernels.expert_codes import (
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.grouping import group_by_owner, max_tiles
 from paged_kernels.jit import kernel, pdl_begin, pdl_release, pdl_wait
-from paged_kernels.quant_tile import FP4, INT4, PLAIN, corrected, is_packed, load_zeros, numbers, packs
+from paged_kernels.quant_tile import (
+    FP4,
+    FP4_REST,
+    INT4,
+    PLAIN,
+    WORDS,
+    corrected,
+    factors_of_words,
+    is_packed,
+    load_zeros,
+    numbers,
+    numbers_of_words,
+    packs,
+)
 
 _ROWS = 64  # of the weight: what one instruction of the tensor cores takes
-_ROWS_OF_FEW = 32  # packed, for the fewest tokens: two warps, neither makes numbers of what the other has
 _SHARED_BYTES = 108 * 1024  # of a program: two of them share a multiprocessor
 _FEW_TOKENS = tl.constexpr(32)  # of a tile, up to which sums are scaled instead of numbers, if they can be
 _MAX_STAGES = 6
+_WORDS = 16  # of a row at once, 128 numbers
 _COMBINED = 1024  # numbers of a token that one program adds up
 
 
@@ -47,9 +60,11 @@ _COMBINED = 1024  # numbers of a token that one program adds up
 def _load_of_groups(
     scale, zero, row, there, begin,
     K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zeros of a tile of the weight from column `begin` on, float32 [ROWS, PARTS] each."""
+    """Scales and zeros of a tile of the weight from column `begin` on, float32 [ROWS, PARTS] each. JOINED: factors in
+    the place of scales, as `numbers_of_words` takes them.
+    """
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     part = begin + tl.arange(0, PARTS) * SHARED
     at = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (part // GROUP)[None, :]
@@ -57,6 +72,8 @@ def _load_of_groups(
     s, z = tl.full(at.shape, 1.0, tl.float32), tl.zeros(at.shape, tl.float32)
     if GROUPED:
         s = load_scales(scale + at, known)
+    if JOINED:
+        s = factors_of_words(s)
     if ZEROS:
         z = load_zeros(zero + at, known, CODES)
     return s, z
@@ -77,13 +94,18 @@ def _add_product(
     K: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     EXACT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total [ROWS, TOKENS] + a tile of the weight, BLOCK of K numbers or bytes of its rows @ values [BLOCK, TOKENS],
-    those that low nibbles or whole numbers multiply, and those that high ones do.
+    """total [ROWS, TOKENS] + a tile of the weight, BLOCK of K numbers, bytes or words of its rows @ values, those that
+    low nibbles or whole numbers multiply, and those that high ones do, [BLOCK, TOKENS]; of words all, [8 * BLOCK,
+    TOKENS].
     """
     column = begin + tl.arange(0, BLOCK)
     w = tl.load(weight + row[:, None] * K + column[None, :], mask=there[:, None] & (column < K)[None, :], other=0.0)
     if CODES == PLAIN:
         total = tl.dot(w, low, total, input_precision=PRECISION)
+    elif CODES == WORDS:
+        total = tl.dot(
+            numbers_of_words(w, _of_columns(s, BLOCK), low.dtype, PACKED), low, total, input_precision=PRECISION
+        )
     else:
         later: tl.constexpr = GROUPED and s.shape[1] == 1 and total.shape[1] <= _FEW_TOKENS
         scaled: tl.constexpr = GROUPED and not later
@@ -129,7 +151,8 @@ def _products_kernel(
     LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """FIRST: out[place] = gate(weight . x[token of place]), of two products if GATED. Or else out[pair of place] = its
-    weight * (weight . x[place]). K, BLOCK and GROUP are in bytes, or numbers of a plain weight.
+    weight * (weight . x[place]). K, BLOCK and GROUP are in bytes, numbers of a plain weight, or
+    words.
     """
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
@@ -138,12 +161,10 @@ def _products_kernel(
     num_scales: tl.constexpr = SCALE_ROWS * ((K + GROUP - 1) // GROUP)
     SHARED: tl.constexpr = GROUP if GROUPED and GROUP < BLOCK else BLOCK
     PARTS: tl.constexpr = BLOCK // SHARED
-    # Four bits times a scale of fp8, or a power of two that float16 may not have: from 2 ** 16 on it is an infinity
-    # there, and 0 times that no number.
-    EXACT: tl.constexpr = CODES == FP4 and (
-        scale.dtype.element_ty == tl.float8e4nv
-        or (scale.dtype.element_ty == tl.uint8 and x.dtype.element_ty != tl.float16)
-    )
+    TOGETHER: tl.constexpr = 8 if CODES == WORDS else 1  # columns of x for a column of the weight
+    JOINED: tl.constexpr = CODES == WORDS and PACKED
+    HALVES: tl.constexpr = (CODES == INT4) | (CODES == FP4)
+    EXACT: tl.constexpr = CODES == FP4 and scale.dtype.element_ty == tl.float8e4nv  # four bits times a scale of fp8
     for item in range(tl.program_id(0), num_tiles * num_blocks, tl.num_programs(0)):
         tile = tiles + (item // num_blocks) * 3
         expert = tl.load(tile).to(tl.int64)
@@ -163,24 +184,26 @@ def _products_kernel(
             total = tl.zeros([ROWS, TOKENS], tl.float32)
             total_up = tl.zeros([ROWS, TOKENS], tl.float32)
             s, z = _load_of_groups(
-                of_scale, of_zero, of_row, there, 0, K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS
+                of_scale, of_zero, of_row, there, 0,
+                K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, JOINED,
             )  # fmt: skip
             up_s, up_z = s, z
             if GATED:
                 up_s, up_z = _load_of_groups(
-                    of_scale, of_zero, of_up, there, 0, K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS
+                    of_scale, of_zero, of_up, there, 0,
+                    K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, JOINED,
                 )  # fmt: skip
             for begin in tl.range(0, K, BLOCK, num_stages=STAGES):
                 next_s, next_z = _load_of_groups(
                     of_scale, of_zero, of_row, there, begin + BLOCK,
-                    K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+                    K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, JOINED,
                 )  # fmt: skip
-                column = begin + tl.arange(0, BLOCK)
-                inside = known[None, :] & (column < K)[:, None]
-                at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
+                column = begin * TOGETHER + tl.arange(0, BLOCK * TOGETHER)
+                inside = known[None, :] & (column < K * TOGETHER)[:, None]
+                at = column // GROUP * (2 * GROUP) + column % GROUP if HALVES else column
                 low = tl.load(tokens_at + at[:, None], mask=inside, other=0.0)
                 high = low
-                if CODES >= INT4:
+                if HALVES:
                     high = tl.load(tokens_at + (at + GROUP)[:, None], mask=inside, other=0.0)
                 total = _add_product(
                     total, of_weight, of_row, there, s, z, low, high, begin,
@@ -190,13 +213,15 @@ def _products_kernel(
                 if GATED:
                     next_s, next_z = _load_of_groups(
                         of_scale, of_zero, of_up, there, begin + BLOCK,
-                        K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+                        K, PARTS, SHARED, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, JOINED,
                     )  # fmt: skip
                     total_up = _add_product(
                         total_up, of_weight, of_up, there, up_s, up_z, low, high, begin,
                         K, BLOCK, CODES, GROUPED, ZEROS, EXACT, PACKED, PRECISION,
                     )  # fmt: skip
                     up_s, up_z = next_s, next_z
+            if JOINED:
+                total, total_up = total * FP4_REST, total_up * FP4_REST
             total = _finished(total, of_scale, of_rows, of_bias, of_row, there, CODES, GROUPED, ROW_SCALES, BIAS)
             if GATED:
                 total_up = _finished(
@@ -250,26 +275,42 @@ class ProductShape:
     in_place_of_one: int = 1
 
 
-def product_shape(
-    num_pairs: int, linear: ExpertLinear, *, gated: bool, element_bytes: int = 2, packed: bool = False
-) -> ProductShape:
-    """num_pairs: tokens times the experts of each; element_bytes: of an activation; packed: the other matrix, which has
-    the same tiles, is of few bits. Tiles have as many tokens as an expert gets on the average, from 16 on: weights are
-    read fast while there are few, and multiplied fast when there are many. The pipeline is as deep as lets two programs
-    share a multiprocessor. Chosen by the registers and the shared memory that it takes when compiled for sm_90; not
-    measured.
+def tokens_of_tiles(num_pairs: int, *linears: ExpertLinear) -> int:
+    """Of the tiles that matrices of the same experts share. num_pairs: tokens times the experts of each.
+
+    As many as an expert gets on the average, from 16 on: weights are read fast while there are few, and multiplied fast
+    when there are many.
     """
-    num_experts, format = len(linear.weight), linear.format
-    share = num_pairs / num_experts
-    packed |= format.codes != "plain"  # more than 64 tokens beside numbers on their way would not fit registers
-    tokens = 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 64 or packed else 128
-    narrow = tokens >= 64 or element_bytes == 4 or format.nibbles
-    block = 64 if narrow else 128
-    if tokens == 16 and packs(format) and element_bytes == 2:
-        return ProductShape(tokens, _ROWS_OF_FEW, block, _MAX_STAGES - 2, 2, in_place_of_one=3)
+    share, formats = num_pairs / len(linears[0].weight), [linear.format for linear in linears]
+    whole_bytes = any(format.codes in ("fp8", "int8") for format in formats)
+    if share <= (16 if whole_bytes else 8):
+        return 16
+    if share <= 64:
+        return 32 if share <= 32 else 64
+    # more tokens beside other numbers on their way would not fit registers
+    return 128 if all(format.codes == "plain" or format.order == "words" for format in formats) else 64
+
+
+def product_shape(tokens: int, linear: ExpertLinear, *, gated: bool, element_bytes: int = 2) -> ProductShape:
+    """tokens: of a tile, 16 to 128; element_bytes: of an activation.
+
+    What measured best on an H200 with the experts of Qwen3-30B-A3B and gpt-oss-20b and 16 to 2,048 tokens at once
+    (tests/bench/bench_moe.py); int8 and float32 were only compiled.
+    """
+    format = linear.format
+    if format.order == "words":
+        return ProductShape(tokens, _ROWS, _WORDS, 3, 4, in_place_of_one=2 if tokens <= 32 else 1)
+    if packs(format) and element_bytes == 2 and tokens <= 32:
+        block = 64 if format.nibbles else 128
+        if tokens == 16:
+            return ProductShape(tokens, _ROWS // 2, block, 3, 2, in_place_of_one=4)  # no warp makes another's numbers
+        return ProductShape(tokens, _ROWS, block, 3, 2, in_place_of_one=2)
+    if format.codes == "plain" and element_bytes == 2 and tokens == 32:
+        return ProductShape(tokens, 2 * _ROWS, 64, 3, 8)
+    block = 64 if tokens >= 64 or element_bytes == 4 or format.nibbles else 128
     values = tokens * block * element_bytes * (2 if format.nibbles else 1)
     weight_bytes = _ROWS * block * (2 if gated else 1) * linear.weight.element_size()
-    stages = int(_SHARED_BYTES // (weight_bytes + values))
+    stages = int(_SHARED_BYTES // (weight_bytes + values))  # so deep that two programs share a multiprocessor
     return ProductShape(tokens, _ROWS, block, max(2, min(_MAX_STAGES, stages)), 8 if tokens == 128 else 4)
 
 
@@ -300,9 +341,9 @@ def add_experts(
     if num_tokens == 0:
         return residual
     pairs = num_tokens * top_k
-    packed = any(linear.format.codes != "plain" for linear in (experts.gate_up, experts.down))
+    in_tile = tokens_of_tiles(pairs, experts.gate_up, experts.down)
     first, second = (
-        shape or product_shape(pairs, linear, gated=gated, element_bytes=x.element_size(), packed=packed)
+        shape or product_shape(in_tile, linear, gated=gated, element_bytes=x.element_size())
         for linear, gated in ((experts.gate_up, experts.gate.gated), (experts.down, False))
     )
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)

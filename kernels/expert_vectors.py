@@ -25,7 +25,7 @@ from paged_kernels.expert_codes import (
 )
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
-from paged_kernels.quant_tile import FP4, FP4_FACTOR, INT4, INT4_MIDDLE, INT4_OFFSET, PLAIN, shifted_floats
+from paged_kernels.quant_tile import INT4, PLAIN, is_packed, load_zeros, numbers
 
 _LANES = 16  # bytes of a weight that a thread sums before they are scaled
 
@@ -53,33 +53,31 @@ def _of_parts(of_groups, PARTS: tl.constexpr):
 def _partial_sums(
     w, x, scale, zero, row, there, begin,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Summed along the second dimension they are a fetched tile times x: float32 [ROWS, BLOCK / LANES]."""
     PARTS: tl.constexpr = BLOCK // LANES
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    OFFSET: tl.constexpr = INT4_OFFSET + (0.0 if ZEROS else INT4_MIDDLE) if CODES == INT4 else 0.0
     column = begin + tl.arange(0, BLOCK)
     inside = column < K
     at = column // GROUP * (2 * GROUP) + column % GROUP if CODES >= INT4 else column
     low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     high = low
+    low_w, high_w = w, w
+    if CODES != PLAIN:
+        low_w, high_w = numbers(w, CODES, PACKED)
+    product = low_w.to(tl.float32) * low[None, :]
     if CODES >= INT4:
         high = tl.load(x + at + GROUP, mask=inside, other=0.0).to(tl.float32)
-        product = (shifted_floats(w & 15, CODES) - OFFSET) * low[None, :]
-        product += (shifted_floats(w >> 4, CODES) - OFFSET) * high[None, :]
-    else:
-        product = shifted_floats(w, CODES) * low[None, :]
+        product += high_w.to(tl.float32) * high[None, :]
     found = tl.sum(tl.reshape(product, (ROWS, PARTS, LANES)), 2)
-    if CODES == FP4:
-        found *= FP4_FACTOR
     SHARED: tl.constexpr = min(GROUP, BLOCK) if GROUPED else BLOCK
     group = begin + tl.arange(0, BLOCK // SHARED) * SHARED
     of_group = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (group // GROUP)[None, :]
     known = there[:, None] & (group < K)[None, :]
     if ZEROS:
         sums = tl.sum(tl.reshape(low + high if CODES >= INT4 else low, (PARTS, LANES)), 1)
-        found -= _of_parts(tl.load(zero + of_group, mask=known, other=0).to(tl.float32), PARTS) * sums[None, :]
+        found -= _of_parts(load_zeros(zero + of_group, known, CODES), PARTS) * sums[None, :]
     if GROUPED:
         found *= _of_parts(load_scales(scale + of_group, known), PARTS)
     return found
@@ -105,7 +103,8 @@ def _gate_up_kernel(
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, PACKED: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of one chosen expert's gated vector: out[choice, N]."""
     pdl_release(LAUNCH_PDL)
@@ -137,12 +136,12 @@ def _gate_up_kernel(
                 next_u = _fetched(weight, of_up, there, begin + BLOCK, K, BLOCK)
         gate_parts += _partial_sums(
             w, x, scale, zero, of_gate, there, begin,
-            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+            K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, PACKED,
         )  # fmt: skip
         if GATED:
             up_parts += _partial_sums(
                 u, x, scale, zero, of_up, there, begin,
-                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, PACKED,
             )  # fmt: skip
         w, u = next_w, next_u
     gate = tl.sum(gate_parts, 1) * _scales_of_rows(scale, row_scale, of_gate, there, ROWS, CODES, GROUPED, ROW_SCALES)
@@ -162,7 +161,7 @@ def _down_kernel(
     gated, expert_ids, weights, weight, scale, zero, row_scale, bias, residual,
     N: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr,
-    ZEROS: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    ZEROS: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of the result: residual += the weighted sum over the chosen experts."""
     pdl_release(LAUNCH_PDL)
@@ -193,7 +192,7 @@ def _down_kernel(
             parts += factor[:, None] * _partial_sums(
                 w, gated + choice * COLUMNS, scale + expert * num_scales, zero + expert * num_scales, row, there,
                 step % BLOCKS * BLOCK,
-                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS,
+                K, ROWS, BLOCK, LANES, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, PACKED,
             )  # fmt: skip
             if BIAS and step % BLOCKS == 0:
                 total += of_choice * tl.load(bias + expert * N + row, mask=there, other=0.0).to(tl.float32)
@@ -211,6 +210,7 @@ def add_experts_of_one(
     experts: Experts,
     residual: torch.Tensor,
     *,
+    shape: tuple[int, int, int] | None = None,
     launch_pdl: bool = False,
 ) -> torch.Tensor:
     """reference.add_experts for one token: residual, which is written over.
@@ -233,16 +233,17 @@ def add_experts_of_one(
     check_experts(x, experts)
     size, hidden = experts.down.num_columns, x.shape[1]
     gated = torch.empty(top_k, size, dtype=x.dtype, device=x.device)
-    rows, block, lanes = vector_shape(experts.gate_up)
+    rows, block, lanes = shape or vector_shape(experts.gate_up)
     _gate_up_kernel[(triton.cdiv(size, rows), top_k)](
         x, expert_ids, *parameters(experts.gate_up, x), gated, N=size, ROWS=rows, BLOCK=block, LANES=lanes,
-        **format_constants(experts.gate_up), **gate_constants(experts.gate), LAUNCH_PDL=launch_pdl, num_warps=4,
+        **format_constants(experts.gate_up), **gate_constants(experts.gate),
+        PACKED=is_packed(x, experts.gate_up.format), LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
-    rows, block, lanes = vector_shape(experts.down)
+    rows, block, lanes = shape or vector_shape(experts.down)
     _down_kernel[(triton.cdiv(hidden, rows),)](
         gated, expert_ids, weights, *parameters(experts.down, x), residual,
         N=hidden, TOP_K=top_k, ROWS=rows, BLOCK=block, LANES=lanes,
-        **format_constants(experts.down), LAUNCH_PDL=launch_pdl, num_warps=4,
+        **format_constants(experts.down), PACKED=is_packed(x, experts.down.format), LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
     return residual
 

@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from paged_kernels.codes import WORDS_GROUP
 from paged_kernels.linear import PLAIN, Format, Linear, empty_linear
 
 Scores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
 
 # gpt-oss's experts as they are published: groups of 32 numbers of 4 bits share a power of two (OCP Microscaling Formats
 # v1.0, 2023)
-MXFP4 = Format("fp4", (1, 32), scale_dtype=torch.float8_e8m0fnu)
+MXFP4 = Format("fp4", (1, 32), scale_dtype=torch.float8_e8m0fnu, order="words")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def reaches_experts(format: Format) -> bool:
     or whole rows.
     """
     group = format.block[1]
+    if format.order == "words":
+        return format.codes == "fp4" and group == WORDS_GROUP and format.scale_dtype == torch.float8_e8m0fnu
     return group == 0 or (group >= 16 and group & (group - 1) == 0)
 
 
@@ -140,3 +143,8 @@ class Experts:
     @property
     def num_experts(self) -> int:
         return len(self.router.weight)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether eight numbers lie in a word of one of the matrices."""
+        return "words" in (self.gate_up.format.order, self.down.format.order)

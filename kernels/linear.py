@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Codes = Literal["plain", "fp8", "int8", "int4", "fp4"]
+Order = Literal["halves", "words"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Format:
     """How a weight's numbers are stored.
 
     plain: as floats of the activations' type. fp8: float8_e4m3fn. int8: int8, or uint8 with a zero. int4: unsigned, two
-    in a byte. fp4: e2m1, two in a byte. Two in a byte: of the columns that share a scale the first half is in low
-    nibbles, the second in high ones, so that a kernel reads either without shuffling.
+    in a byte. fp4: e2m1, two in a byte. Two in a byte, in halves: of the columns that share a scale the first half is
+    in low nibbles, the second in high ones, so that a kernel reads either without shuffling. In words: of fp4 alone,
+    eight numbers lie in 32 bits as tensor cores want them (codes.py's `pack_words`).
     """
 
     codes: Codes = "plain"
@@ -41,6 +43,7 @@ class Format:
     zeros: bool = False  # each scale has a zero of its own; without one it is 0, for int4 8
     row_scales: bool = False  # a scale of each row on top
     scale_dtype: torch.dtype = torch.float32
+    order: Order = "halves"  # of two numbers in a byte
 
     def scale_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
         """Of the scales of a weight of that shape."""

@@ -13,7 +13,7 @@ from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.quant_linear import check_product, finished, format_constants
-from paged_kernels.quant_tile import INT4, INT4_MIDDLE, floats
+from paged_kernels.quant_tile import INT4, is_packed, load_zeros, numbers
 
 _LANES = 16  # bytes of the weight that a thread sums before it scales
 
@@ -31,14 +31,17 @@ def _dot(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     LANES: tl.constexpr,
+    ZEROS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Sums of LANES bytes each of a tile of the weight [ROWS, PARTS * LANES] times the token: [ROWS, PARTS] float32."""
+    low_w, high_w = numbers(w, CODES, PACKED)
+    product = low_w.to(tl.float32) * low[None, :]
     if CODES >= INT4:
-        product = floats(w & 15, CODES) * low[None, :] + floats(w >> 4, CODES) * high[None, :]
-    else:
-        product = floats(w, CODES) * low[None, :]
+        product += high_w.to(tl.float32) * high[None, :]
     total = tl.sum(tl.reshape(product, (ROWS, PARTS, LANES)), 2)
-    total -= zero * sums[None, :]
+    if ZEROS:
+        total -= zero * sums[None, :]
     if GROUPED:
         total *= scale
     return total
@@ -50,13 +53,12 @@ def _vector_kernel(
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     ROW_SCALES: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr, ADD: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    BIAS: tl.constexpr, ADD: tl.constexpr, PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """N rows of the result, from N (GATED: 2 N) rows of the weight. K and BLOCK are in bytes of a row, GROUP in bytes
     that share a scale.
     """
     pdl_release(LAUNCH_PDL)
-    MIDDLE: tl.constexpr = INT4_MIDDLE if CODES == INT4 else 0.0
     PARTS: tl.constexpr = BLOCK // LANES
     NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -94,26 +96,26 @@ def _vector_kernel(
                 factor = tl.load(norm_weight + low_at + GROUP, mask=inside, other=0.0).to(tl.float32)
                 high *= factor + 1.0 if PLUS_ONE else factor
         sums = tl.zeros([PARTS], tl.float32)
-        if ZEROS or CODES == INT4:
+        if ZEROS:
             sums = tl.sum(tl.reshape(low + high if CODES >= INT4 else low, (PARTS, LANES)), 1)
         group = ((begin + part) // GROUP)[None, :]
         scaled = there & (begin + part < K)[None, :]
-        s, z, up_s, up_z = 1.0, MIDDLE, 1.0, MIDDLE
+        s, z, up_s, up_z = 1.0, 0.0, 1.0, 0.0
         if GROUPED:
             s = tl.load(scale + groups + group, mask=scaled, other=0.0).to(tl.float32)
             if GATED:
                 up_s = tl.load(scale + up_groups + group, mask=scaled, other=0.0).to(tl.float32)
         if ZEROS:
-            z = tl.load(zero + groups + group, mask=scaled, other=0).to(tl.float32)
+            z = load_zeros(zero + groups + group, scaled, CODES)
             if GATED:
-                up_z = tl.load(zero + up_groups + group, mask=scaled, other=0).to(tl.float32)
+                up_z = load_zeros(zero + up_groups + group, scaled, CODES)
         mask = there & (begin + BLOCK + column < K)[None, :]
         next_w = tl.load(at + begin + BLOCK, mask=mask, other=0.0, eviction_policy="evict_first")
         if GATED:
             next_u = tl.load(at + N * K + begin + BLOCK, mask=mask, other=0.0, eviction_policy="evict_first")
-        total += _dot(w, low, high, sums, s, z, CODES, GROUPED, ROWS, PARTS, LANES)
+        total += _dot(w, low, high, sums, s, z, CODES, GROUPED, ROWS, PARTS, LANES, ZEROS, PACKED)
         if GATED:
-            total_u += _dot(u, low, high, sums, up_s, up_z, CODES, GROUPED, ROWS, PARTS, LANES)
+            total_u += _dot(u, low, high, sums, up_s, up_z, CODES, GROUPED, ROWS, PARTS, LANES, ZEROS, PACKED)
 
     result = tl.sum(total, 1)
     up = tl.sum(total_u, 1)
@@ -179,7 +181,7 @@ def quant_vector_linear(
         x if residual is None else residual,
         out, 0.0 if norm is None else norm.eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block,
         LANES=lanes, **constants, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated,
-        ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None, LAUNCH_PDL=launch_pdl,
-        num_warps=shape.num_warps,
+        ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None,
+        PACKED=is_packed(x, linear.format), LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
     )  # fmt: skip
     return out

@@ -55,6 +55,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.uint8: "u8",
+    torch.int32: "i32",
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
@@ -132,7 +133,7 @@ def _vectors(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int)
         gated = part == "gate_up"
         rows, block, lanes = expert_vectors.vector_shape(linear)
         constants = {"N": size if gated else hidden, "ROWS": rows, "BLOCK": block, "LANES": lanes}
-        constants |= {**expert_codes.format_constants(linear), "LAUNCH_PDL": True}
+        constants |= {**expert_codes.format_constants(linear), "LAUNCH_PDL": True, "PACKED": packs(linear.format)}
         constants |= _gate(hidden == size) if gated else {"TOP_K": top_k}
         kernel = expert_vectors._gate_up_kernel if gated else expert_vectors._down_kernel
         found.append((f"one {part}", kernel, constants, _kinds(linear), 4))
@@ -143,7 +144,8 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
     found: list[Case] = []
     for part, linear in layer.items():
         gated = part == "gate_up"
-        shape = expert_products.product_shape(num_tokens * top_k, linear, gated=gated)
+        tokens = expert_products.tokens_of_tiles(num_tokens * top_k, *layer.values())
+        shape = expert_products.product_shape(tokens, linear, gated=gated)
         constants = {"N": size if gated else hidden, "TOP_K": top_k, "TOKENS": shape.tokens, "ROWS": shape.rows}
         constants |= {"BLOCK": shape.block, "STAGES": shape.stages, "FIRST": gated, **_gate(gated and hidden == size)}
         constants |= {"GATED": gated}
@@ -196,7 +198,7 @@ def main() -> None:
         hidden, size, num_experts, top_k = _GEOMETRIES[model]
         for format in options.formats.split(","):
             layer = _layer(hidden, size, num_experts, format)
-            cases = _vectors(layer, hidden, size, top_k)
+            cases = [] if layer["down"].format.order == "words" else _vectors(layer, hidden, size, top_k)
             for num_tokens in map(int, options.tokens.split(",")):
                 cases += _products(layer, hidden, size, top_k, num_tokens)
                 if format == "plain":

@@ -49,6 +49,15 @@ _GPT_OSS: dict[str, Any] = {
         "truncate": False,
         "original_max_position_embeddings": 4096,
     },
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
 }
 
 EXPERT_GEOMETRIES: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from paged_kernels.codes import pack_words, unpack_words
 from paged_kernels.expert_kernels import ExpertKernels
 from paged_kernels.expert_products import ProductShape, add_experts
 from paged_kernels.expert_routing import make_arrivals, norm_route_one, route
@@ -122,10 +123,10 @@ def test_products_with_packed_weights_equal_those_with_their_numbers(
     weights = weights_of(expert_ids)
     expected = residual.double().cpu()
     expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    tile = ProductShape(tokens=16 if num_tokens == 1 else 64, rows=32, block=32, stages=2, num_warps=1)
+    tile = ProductShape(16 if num_tokens == 1 else 64, 32, 8 if experts.has_words else 32, stages=2, num_warps=1)
     found = add_experts(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3)
     assert_close(found, expected)
-    if num_tokens == 1:
+    if num_tokens == 1 and not experts.has_words:
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
 
 
@@ -149,7 +150,9 @@ def test_scales_that_float16_does_not_have_are_applied_before_numbers_become_flo
     experts = quantised(experts, MXFP4)
     for linear in (experts.gate_up, experts.down):
         assert linear.scale is not None
-        linear.weight[:, ::3, :16] &= 0x99  # of a group of 32: 0 and 1 / 2, of both signs
+        group = linear.weight[:, ::3, :16]
+        codes = unpack_words(group.flatten(0, 1)) & 9  # of a group of 32: 0 and 1 / 2, of both signs
+        linear.weight[:, ::3, :16] = pack_words(codes).view(group.shape)
         linear.scale.view(torch.uint8)[:, ::3, 0] = 127 + 16
     experts = on(experts, DEVICE)
     x, residual = (tokens(7, 96, torch.float16, seed) for seed in (5, 6))
@@ -158,7 +161,7 @@ def test_scales_that_float16_does_not_have_are_applied_before_numbers_become_flo
     weights = weights_of(expert_ids) * 2**-14
     expected = residual.double().cpu()
     expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    tile = ProductShape(tokens=tokens_of_tile, rows=32, block=32, stages=2, num_warps=1)
+    tile = ProductShape(tokens=tokens_of_tile, rows=32, block=8, stages=2, num_warps=1)
     assert_close(add_experts(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3), expected)
 
 

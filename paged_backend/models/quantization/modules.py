@@ -18,7 +18,7 @@ from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.quantization.scheme import FLOATS, Scheme, StoredKind
 from paged_backend.models.shard import OUT, Cut, in_groups
 from paged_backend.models.weight_files import StoredTensor
-from paged_kernels.codes import dequantise, pack_nibbles, quantise
+from paged_kernels.codes import dequantise, pack_codes, quantise
 from paged_kernels.experts import ExpertLinear
 from paged_kernels.linear import Linear
 
@@ -221,13 +221,13 @@ class StackedExperts:
             _copy(target, quantise(weight.normal_(0, deviation, generator=generator), target.format))
 
     def _fill_from_blocks(self, blocks: Tensor, scales: Tensor) -> None:
-        """A block's byte has two neighbours there, and half a group lies between them here (kernels/linear.py)."""
+        """A block's byte has two neighbours there; here numbers lie as codes.py's `pack_words` has them."""
         if bool((scales == _NOT_A_NUMBER).any()):
             raise EngineError(f"checkpoint: tensor {self.name}_scales holds numbers that are not finite (NaN)")
         assert self.linear.scale is not None
         self.linear.scale.view(torch.uint8).copy_(scales)
         for weight, block in zip(self.linear.weight, blocks, strict=True):
-            weight.copy_(pack_nibbles(in_order(block.flatten(1)), self.linear.format.block[1]))
+            weight.copy_(pack_codes(in_order(block.flatten(1)), self.linear.format))
 
 
 Module = QuantisedModule | StackedExperts
