@@ -96,7 +96,8 @@ class Products:
     ) -> Tensor:
         pdl, num_tokens = self._pdl, len(x)
         has_fp8_product = _has_fp8_product(x, linear)
-        few = num_tokens <= (1 if has_fp8_product else quant_linear.MAX_TOKENS) and quant_linear.reaches(linear)
+        most = 1 if has_fp8_product else quant_linear.most_tokens(linear)
+        few = num_tokens <= most and quant_linear.reaches(linear)
         vector = num_tokens == 1 and quant_linear.sums_in_registers(x, linear, gated)
         # which takes the norm in
         rounds = not few and norm_before is not None and norm_before.is_plain and has_fp8_product

@@ -23,13 +23,22 @@ import triton.language as tl
 from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
-from paged_kernels.quant_tile import CODE_OF, INT4, corrected, is_packed, load_zeros, numbers, scaled_numbers
+from paged_kernels.quant_tile import (
+    CODE_OF,
+    FP4,
+    FP4_REST,
+    INT4,
+    INT4_MIDDLE,
+    corrected,
+    is_packed,
+    numbers,
+    scaled_fp4,
+)
 from paged_kernels.small_linear import LinearWorkspace, fetch_lines, leave_part, sum_of_parts
 
 _MAX_SPLIT = 16
 _MULTIPROCESSORS = 132  # of an H200
 MAX_TOKENS = 256  # of quant_narrow_linear
-TOKENS_AT_ONCE = 64  # of one of its programs
 
 
 @triton.jit
@@ -49,45 +58,64 @@ def finished(
 
 
 @triton.jit
-def _times(
-    total, values, high_values, at, row, there, begin, scale, zero,
-    K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, AFTER: tl.constexpr,
-    WHOLE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+def _scales(
+    scale, zero, row, there, begin,
+    K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    GROUPED: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """total [ROWS, TOKENS] and STEP bytes of each row of the weight times the tokens. AFTER: they share a scale, and
-    their sum is scaled instead of each. WHOLE: nothing is masked.
+    """Scales and zeros [ROWS, PARTS] of the bytes from `begin` on, as they are stored."""
+    NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    part = begin + tl.arange(0, PARTS) * SHARED
+    index = (row // BLOCK_ROWS * NUM_GROUPS)[:, None] + (part // GROUP)[None, :]
+    known = there & (part < K)[None, :]
+    s, z = index, index
+    if GROUPED:
+        s = tl.load(scale + index, mask=known, other=0.0)
+    if ZEROS:
+        z = tl.load(zero + index, mask=known, other=0)
+    return s, z
+
+
+@triton.jit
+def _times(
+    total, values, high_values, at, row, there, begin, s, z,
+    K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, SHARED: tl.constexpr,
+    CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, AFTER: tl.constexpr, STAGED: tl.constexpr,
+    FP4_AT_ONCE: tl.constexpr, WHOLE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total [ROWS, TOKENS] and STEP bytes of each row of the weight times the tokens. s, z: of `_scales`. AFTER: they
+    share a scale, and their sum is scaled instead of each. STAGED: see QuantNarrowShape. WHOLE: nothing is masked.
     """
     DTYPE: tl.constexpr = values.dtype
+    PARTS: tl.constexpr = STEP // SHARED
     column = begin + tl.arange(0, STEP)
     if WHOLE:
         w = tl.load(at + column[None, :], eviction_policy="evict_first")
     else:
         w = tl.load(at + column[None, :], mask=there & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
-    if AFTER:
-        NUM_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-        index = (row // BLOCK_ROWS * NUM_GROUPS + begin // GROUP)[:, None]
-        known = there & (begin + tl.arange(0, 1)[None, :] < K)
-        s = tl.load(scale + index, mask=known, other=0.0).to(tl.float32)
-        z = 0.0
-        if ZEROS:
-            z = load_zeros(zero + index, known, CODES)
-        low, high = numbers(w, CODES, PACKED)
-        low = corrected(low, s, z, False, ZEROS, True, DTYPE)  # whole numbers below 256 are exact
-        product = tl.dot(low, tl.trans(values), input_precision=PRECISION)
-        if CODES >= INT4:
-            high = corrected(high, s, z, False, ZEROS, True, DTYPE)
-            product = tl.dot(high, tl.trans(high_values), product, input_precision=PRECISION)
-        total += product * s
+    s_wide, z_wide = 1.0, 0.0
+    if ZEROS:
+        z_wide = (z.to(tl.float32) - (INT4_MIDDLE if CODES == INT4 else 0.0))[:, :, None]
+    if GROUPED and not AFTER:
+        s_wide = s.to(tl.float32)[:, :, None]
+    if FP4_AT_ONCE:
+        low, high = scaled_fp4(tl.reshape(w, (ROWS, PARTS, SHARED)), s_wide, PACKED, not STAGED)
+        low, high = low.to(DTYPE), high.to(DTYPE)
     else:
-        low, high = scaled_numbers(
-            w, row, there, begin, scale, zero, K, ROWS, STEP, GROUP, BLOCK_ROWS, CODES, GROUPED, ZEROS, DTYPE,
-            PACKED,
-        )  # fmt: skip
-        total = tl.dot(low, tl.trans(values), total, input_precision=PRECISION)
-        if CODES >= INT4:
-            total = tl.dot(high, tl.trans(high_values), total, input_precision=PRECISION)
-    return total
+        # Four bits times a scale of fp8 are exact in bfloat16, and whole numbers below 256; other products are not.
+        EXACT: tl.constexpr = AFTER or (CODES == FP4 and s.dtype == tl.float8e4nv)
+        low, high = numbers(w, CODES, PACKED, not STAGED)
+        low, high = tl.reshape(low, (ROWS, PARTS, SHARED)), tl.reshape(high, (ROWS, PARTS, SHARED))
+        low = corrected(low, s_wide, z_wide, GROUPED and not AFTER, ZEROS, EXACT, DTYPE)
+        high = corrected(high, s_wide, z_wide, GROUPED and not AFTER, ZEROS, EXACT, DTYPE)
+    found = tl.zeros(total.shape, tl.float32) if AFTER else total
+    found = tl.dot(tl.reshape(low, (ROWS, STEP)), tl.trans(values), found, input_precision=PRECISION)
+    if CODES >= INT4:
+        high = tl.reshape(high, (ROWS, STEP))
+        found = tl.dot(high, tl.trans(high_values), found, input_precision=PRECISION)
+    if AFTER:
+        found = total + found * s.to(tl.float32)
+    return found
 
 
 @kernel(ints=["num_tokens"])
@@ -99,9 +127,11 @@ def _narrow_kernel(
     GROUPED: tl.constexpr, ZEROS: tl.constexpr, ROW_SCALES: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FETCH: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    AFTER: tl.constexpr, STAGED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the result for TOKENS tokens, or a part of their sums: SPAN bytes of each row of the weight, the
     part-th of SPLIT. FETCH: lines of 128 bytes of each row that are brought to the L2 cache before the token is there.
+    AHEAD: scales are loaded a step before they are wanted, which the pipeline of so narrow loads does not do.
     """
     pdl_release(LAUNCH_PDL)
     tile = tl.program_id(0) // SPLIT
@@ -118,14 +148,34 @@ def _narrow_kernel(
     pdl_wait(LAUNCH_PDL)
     known = (token < num_tokens)[:, None]
     tokens_at = x + (token * x_stride)[:, None]
-    AFTER: tl.constexpr = GROUPED and GROUP >= 64 and GROUP <= BLOCK
     STEP: tl.constexpr = GROUP if AFTER else BLOCK
+    SHARED: tl.constexpr = GROUP if GROUP < STEP else STEP
+    PARTS: tl.constexpr = STEP // SHARED
     WHOLE: tl.constexpr = N % ROWS == 0 and SPAN * SPLIT == K and SPAN % BLOCK == 0
+    FP8_SCALES: tl.constexpr = GROUPED and scale.dtype.element_ty == tl.float8e4nv
+    FP4_AT_ONCE: tl.constexpr = CODES == FP4 and FP8_SCALES and not AFTER and x.dtype.element_ty != tl.float16
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     total_u = tl.zeros([ROWS, TOKENS], tl.float32)
+    next_s, next_z = _scales(scale, zero, row, there, part * SPAN, K, PARTS, SHARED, GROUP, BLOCK_ROWS, GROUPED, ZEROS)
+    next_up_s, next_up_z = next_s, next_z
+    if GATED:
+        next_up_s, next_up_z = _scales(
+            scale, zero, row + N, there, part * SPAN, K, PARTS, SHARED, GROUP, BLOCK_ROWS, GROUPED, ZEROS
+        )
     for offset in tl.range(0, SPAN, BLOCK, num_stages=STAGES):
         for inner in tl.static_range(0, BLOCK, STEP):
             begin = part * SPAN + offset + inner
+            s, z, up_s, up_z = next_s, next_z, next_up_s, next_up_z
+            of_scales = begin + STEP if AHEAD else begin
+            next_s, next_z = _scales(
+                scale, zero, row, there, of_scales, K, PARTS, SHARED, GROUP, BLOCK_ROWS, GROUPED, ZEROS
+            )
+            if GATED:
+                next_up_s, next_up_z = _scales(
+                    scale, zero, row + N, there, of_scales, K, PARTS, SHARED, GROUP, BLOCK_ROWS, GROUPED, ZEROS
+                )
+            if not AHEAD:
+                s, z, up_s, up_z = next_s, next_z, next_up_s, next_up_z
             column = begin + tl.arange(0, STEP)
             taken = known if WHOLE else known & (column < K)[None, :]
             low_at = column
@@ -138,22 +188,26 @@ def _narrow_kernel(
             if CODES >= INT4:
                 high_values = tl.load(tokens_at + (low_at + GROUP)[None, :], mask=taken, other=0.0)
             total = _times(
-                total, values, high_values, at, row, there, begin, scale, zero, K, ROWS, STEP, GROUP, BLOCK_ROWS, CODES,
-                GROUPED, ZEROS, AFTER, WHOLE, PACKED, PRECISION,
+                total, values, high_values, at, row, there, begin, s, z, K, ROWS, STEP, SHARED, CODES,
+                GROUPED, ZEROS, AFTER, STAGED, FP4_AT_ONCE, WHOLE, PACKED, PRECISION,
             )  # fmt: skip
             if GATED:
                 total_u = _times(
-                    total_u, values, high_values, at + N * K, row + N, there, begin, scale, zero, K, ROWS, STEP, GROUP,
-                    BLOCK_ROWS, CODES, GROUPED, ZEROS, AFTER, WHOLE, PACKED, PRECISION,
+                    total_u, values, high_values, at + N * K, row + N, there, begin, up_s, up_z, K, ROWS, STEP, SHARED,
+                    CODES, GROUPED, ZEROS, AFTER, STAGED, FP4_AT_ONCE, WHOLE, PACKED, PRECISION,
                 )  # fmt: skip
+    if FP4_AT_ONCE:
+        total *= FP4_REST
+        total_u *= FP4_REST
 
     place = (row % ROWS)[:, None] * TOKENS + token[None, :]
     last = True
+    sums_of = tl.program_id(1) * (tl.num_programs(0) // SPLIT) + tile
     if SPLIT > 1:
-        last = leave_part(total, total_u, place, partials, arrivals, tile, part, SPLIT, ROWS * TOKENS, GATED)
+        last = leave_part(total, total_u, place, partials, arrivals, sums_of, part, SPLIT, ROWS * TOKENS, GATED)
     if last:
         if SPLIT > 1:
-            total, total_u = sum_of_parts(place, partials, arrivals, tile, ROWS, TOKENS, SPLIT, GATED)
+            total, total_u = sum_of_parts(place, partials, arrivals, sums_of, ROWS, TOKENS, SPLIT, GATED)
         result = finished(total, row[:, None], there, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
         if GATED:
             result = activated(result, ACTIVATION) * finished(
@@ -170,7 +224,12 @@ def _narrow_kernel(
 @dataclass(frozen=True)
 class QuantNarrowShape:
     """How quant_narrow_linear divides its work: a tile's rows, its bytes of a row, parts of a row, stages of the
-    pipeline, warps, and lines of 128 bytes of a row that are fetched ahead.
+    pipeline, warps, lines of 128 bytes of a row that are fetched ahead, and tokens.
+
+    after: the sum of a group of 128 columns or more is scaled, not each number.
+    ahead: scales are loaded a step ahead.
+    staged: bytes become floats where they were loaded to, and shared memory brings those to where the tensor cores want
+        them, instead of the bytes one by one.
     """
 
     rows: int
@@ -179,20 +238,55 @@ class QuantNarrowShape:
     stages: int
     num_warps: int
     fetch: int = 0
+    tokens: int = 64
+    after: bool = True
+    ahead: bool = False
+    staged: bool = False
 
 
-def quant_narrow_shape(num_tokens: int, num_rows: int, row_bytes: int, nibbles: bool, gated: bool) -> QuantNarrowShape:
+def quant_narrow_shape(
+    num_tokens: int, num_rows: int, row_bytes: int, codes: str, gated: bool, packed: bool
+) -> QuantNarrowShape:
     """For up to 16 tokens two warps a program, so that neither makes floats of what the other has made floats of too;
     for more the four that the tensor cores of Hopper want. Up to 16 tokens as many programs as keep every
     multiprocessor reading; for more a row is seldom split: sums of parts cost gate and up of Llama-3.1-8B a third at 64
     tokens of fp8 on an H200 (tests/bench/bench_linear.py --formats; the bound of 128 programs lies between two that
-    were measured, 96 and 320).
+    were measured, 96 and 320). Four bits: `_nibble_shape`. packed: as `is_packed` says.
     """
-    rows, warps, block = (32, 2, 128) if num_tokens <= 16 else (64, 4, 64 if nibbles else 128)
-    tiles, split = triton.cdiv(num_rows, rows), 1
-    while tiles * split < (640 if num_tokens <= 16 else 128) and row_bytes // (split * 2) >= 512 and split < _MAX_SPLIT:
+    few, nibbles = num_tokens <= 16, codes in ("int4", "fp4")
+    if packed and (codes == "fp4" or (nibbles and not few and not (num_tokens <= 32 and num_rows > 2**16))):
+        return _nibble_shape(num_tokens, num_rows, row_bytes, codes, gated)
+    rows, warps, block = (32, 2, 128) if few else (64, 4, 64 if nibbles else 128)
+    split = _split(triton.cdiv(num_rows, rows), row_bytes, 640 if few else 128, 512)
+    return QuantNarrowShape(rows, block, split, stages=4, num_warps=warps, fetch=4 if few else 0)
+
+
+def _nibble_shape(num_tokens: int, num_rows: int, row_bytes: int, codes: str, gated: bool) -> QuantNarrowShape:
+    """fp4, and int4 of more than 16 tokens, as measured on an H200 with Llama-3.1-8B's matrices of 4,096 rows, of
+    14,336 gated ones and of 128,256. From 8 warps on, and for many tokens, sums are not worth scaling.
+    """
+    if codes == "fp4" and num_tokens <= 16:
+        rows, warps, stages, programs = (32, 2, 4, 640) if num_tokens == 1 else (64, 4, 4, 448)
+    elif num_tokens <= 32:
+        rows, warps, stages, programs = (64, 4, 4, 192) if codes == "int4" and row_bytes > 4096 else (128, 4, 3, 192)
+    elif codes == "fp4" or (num_tokens > 64 and num_rows >= 96 * 128):
+        rows, warps, stages, programs = 128, 8, 3, 112
+    else:
+        rows, warps, stages, programs = 64 if gated or num_tokens > 64 else 128, 4, 3, 192
+    split = _split(triton.cdiv(num_rows, rows) * triton.cdiv(num_tokens, 128), row_bytes, programs, 256)
+    after = num_tokens <= 64 and warps < 8
+    return QuantNarrowShape(
+        rows, 64, split, stages, warps, fetch=4 if warps == 2 else 0, tokens=128, after=after, ahead=True,
+        staged=warps > 2,
+    )  # fmt: skip
+
+
+def _split(tiles: int, row_bytes: int, programs: int, least: int) -> int:
+    """Parts of a row, so that there are as many programs, of at least so many bytes of a row."""
+    split = 1
+    while tiles * split < programs and row_bytes // (split * 2) >= least and split < _MAX_SPLIT:
         split *= 2
-    return QuantNarrowShape(rows, block, split, stages=4, num_warps=warps, fetch=4 if num_tokens <= 16 else 0)
+    return split
 
 
 def reaches(linear: Linear) -> bool:
@@ -203,13 +297,23 @@ def reaches(linear: Linear) -> bool:
     return linear.format.codes != "plain" and (group == 0 or (group >= 16 and group & (group - 1) == 0))
 
 
+def most_tokens(linear: Linear) -> int:
+    """Up to how many quant_narrow_linear takes less time than floats of the whole weight and cuBLAS. Gate and up of
+    Llama-3.1-8B for 256 tokens on an H200: int4 163 us against 180, NVFP4 314 against 233.
+    """
+    return 128 if linear.format.codes == "fp4" else MAX_TOKENS
+
+
 def sums_in_registers(x: torch.Tensor, linear: Linear, gated: bool) -> bool:
     """Whether quant_vector_linear is the faster one for a token, as measured on an H200 with Llama-3.1-8B's matrices:
-    for NVFP4, and for fp8 of 4,096 rows (8.8 us against 10.8, 20.6 against 24.1), not of 6,144 and more (13.5 against
-    12.4). The bound between is what gives each multiprocessor a program without splitting rows.
+    for NVFP4 of few numbers (42 us against 28 for 4,096 x 14,336), and for fp8 of 4,096 rows (8.8 us against 10.8, 20.6
+    against 24.1), not of 6,144 and more (13.5 against 12.4). The bound between is what gives each multiprocessor a
+    program without splitting rows.
     """
-    if not is_packed(x, linear.format) or linear.format.codes == "fp4":
+    if not is_packed(x, linear.format):
         return True
+    if linear.format.codes == "fp4":
+        return linear.weight.numel() < 2**24
     return linear.format.codes == "fp8" and linear.num_rows // (2 if gated else 1) < 32 * _MULTIPROCESSORS
 
 
@@ -242,22 +346,26 @@ def quant_narrow_linear(
     num_rows = linear.num_rows // 2 if gated else linear.num_rows
     out = x.new_empty(num_tokens, num_rows) if out is None else out
     check_product(x, linear, residual, out, num_rows, MAX_TOKENS)
-    shape = shape or quant_narrow_shape(num_tokens, num_rows, row_bytes, linear.format.nibbles, gated)
-    tiles, tokens = triton.cdiv(num_rows, shape.rows), min(TOKENS_AT_ONCE, max(8, triton.next_power_of_2(num_tokens)))
-    split = shape.split if num_tokens <= TOKENS_AT_ONCE and tiles <= len(workspace.arrivals) else 1
-    while tiles * split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials) and split > 1:
+    codes, packed = linear.format.codes, is_packed(x, linear.format)
+    shape = shape or quant_narrow_shape(num_tokens, num_rows, row_bytes, codes, gated, packed)
+    tiles, tokens = triton.cdiv(num_rows, shape.rows), min(shape.tokens, max(8, triton.next_power_of_2(num_tokens)))
+    sums = tiles * triton.cdiv(num_tokens, tokens)
+    split = shape.split if sums <= len(workspace.arrivals) else 1
+    while sums * split * (2 if gated else 1) * shape.rows * tokens > len(workspace.partials) and split > 1:
         split //= 2
     span = triton.cdiv(triton.cdiv(row_bytes, split), shape.block) * shape.block
+    constants = format_constants(linear)
     _narrow_kernel[(tiles * split, triton.cdiv(num_tokens, tokens))](
         x, linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
         linear.scale if linear.row_scale is None else linear.row_scale, x if linear.bias is None else linear.bias,
         x if residual is None else residual, out, workspace.partials, workspace.arrivals, num_tokens, x.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0),
         N=num_rows, K=row_bytes, TOKENS=tokens, ROWS=shape.rows, BLOCK=shape.block, SPLIT=split, SPAN=span,
-        **format_constants(linear), STAGES=shape.stages, GATED=gated, ACTIVATION=activation,
+        **constants, STAGES=shape.stages, GATED=gated, ACTIVATION=activation,
         BIAS=linear.bias is not None, ADD=residual is not None, FETCH=shape.fetch if launch_pdl else 0,
-        LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear.format), PRECISION="ieee",
-        num_warps=shape.num_warps,
+        LAUNCH_PDL=launch_pdl, PACKED=packed, PRECISION="ieee",
+        AFTER=shape.after and constants["GROUPED"] and 64 <= constants["GROUP"] <= shape.block,
+        STAGED=shape.staged, AHEAD=shape.ahead, num_warps=shape.num_warps,
     )  # fmt: skip
     return out
 

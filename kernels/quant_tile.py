@@ -68,17 +68,18 @@ def floats(codes, CODES: tl.constexpr):
 
 
 @triton.jit
-def numbers(w, CODES: tl.constexpr, PACKED: tl.constexpr):
+def numbers(w, CODES: tl.constexpr, PACKED: tl.constexpr, PURE: tl.constexpr = True):
     """Bytes as floats without scale and zero, int4 less INT4_MIDDLE: those of whole bytes or low nibbles, and of high
-    ones. float32; PACKED: bfloat16, four bytes at once.
+    ones. float32; PACKED: bfloat16, four bytes at once. Not PURE: where the bytes were loaded to; otherwise the
+    compiler may move them first to where their floats are wanted, byte by byte.
     """
     if PACKED and CODES == FP8:
-        low = _bfloat16_of_fp8(w.to(tl.uint8, bitcast=True))
+        low = _bfloat16_of_fp8(w.to(tl.uint8, bitcast=True), PURE)
         high = low
     elif PACKED and CODES == INT4:
-        low, high = _bfloat16_of_int4(w)
+        low, high = _bfloat16_of_int4(w, PURE)
     elif PACKED and CODES == FP4:
-        low, high = _bfloat16_of_fp4(w)
+        low, high = _bfloat16_of_fp4(w, PURE)
     else:
         low = floats(w & 15 if CODES >= INT4 else w, CODES)
         high = floats(w >> 4 if CODES >= INT4 else w, CODES)
@@ -112,7 +113,7 @@ def corrected(found, s, z, SCALED: tl.constexpr, ZEROS: tl.constexpr, EXACT: tl.
 
 
 @triton.jit
-def _bfloat16_of_fp8(w):
+def _bfloat16_of_fp8(w, PURE: tl.constexpr):
     """e4m3 -> bfloat16, five instructions for two: the bits move to where bfloat16 has them, and its exponent, which is
     too small by 120 then, is put right by a product with 2 ** 120.
     """
@@ -132,12 +133,12 @@ def _bfloat16_of_fp8(w):
         lop3.b32 high, high, 0x80008000, bits, 0xea;
         fma.rn.bf16x2 $1, high, power, none;
         }""",
-        "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
+        "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=PURE, pack=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _bfloat16_of_int4(w):
+def _bfloat16_of_int4(w, PURE: tl.constexpr):
     """Nibbles 0 to 15 -> -8 to 7 in bfloat16, low ones and high ones, twelve instructions for eight: a nibble is put
     into the last bits of 128, and 136 is subtracted.
     """
@@ -159,12 +160,12 @@ def _bfloat16_of_int4(w):
         fma.rn.bf16x2 $2, c, one, less;
         fma.rn.bf16x2 $3, d, one, less;
         }""",
-        "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=PURE, pack=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _bfloat16_of_fp4(w):
+def _bfloat16_of_fp4(w, PURE: tl.constexpr):
     """e2m1 -> bfloat16, low nibbles and high ones: as `_bfloat16_of_fp8`, with 2 ** 126."""
     return tl.inline_asm_elementwise(
         """{
@@ -192,12 +193,12 @@ def _bfloat16_of_fp4(w):
         lop3.b32 b, b, 0x80008000, bits, 0xea;
         fma.rn.bf16x2 $3, b, power, none;
         }""",
-        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=PURE, pack=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _bits_of_fp4(w):
+def _bits_of_fp4(w, PURE: tl.constexpr):
     """e2m1 -> bfloat16 with the bits in their places and no more, so that it is too small by 2 ** 126."""
     return tl.inline_asm_elementwise(
         """{
@@ -219,20 +220,20 @@ def _bits_of_fp4(w):
         and.b32 bits, bits, 0x01c001c0;
         lop3.b32 $3, b, 0x80008000, bits, 0xea;
         }""",
-        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=PURE, pack=4,
     )  # fmt: skip
 
 
 @triton.jit
-def scaled_fp4(w, s, PACKED: tl.constexpr):
+def scaled_fp4(w, s, PACKED: tl.constexpr, PURE: tl.constexpr = True):
     """Bytes of e2m1 times their scales, low nibbles and high ones: bfloat16, FP4_REST too small, which the sums are to
     be multiplied by. One product puts the exponent right and scales.
 
     w: uint8; s: float32 of w's shape or one that is broadcast to it, of magnitude at most 2 ** 33. Exact for scales of
-    up to five significant bits from 2 ** -93 on, as those of fp8 and powers of two are.
+    up to five significant bits from 2 ** -93 on, as those of fp8 and powers of two are. PURE: as of `numbers`.
     """
     if PACKED:
-        low, high = _bits_of_fp4(w)
+        low, high = _bits_of_fp4(w, PURE)
         factor = (s * _FP4_SCALE).to(tl.bfloat16)
     else:  # as the interpreter can, which has no arithmetic in bfloat16
         low = (((w & 7).to(tl.uint32) << 22) | ((w & 8).to(tl.uint32) << 28)).to(tl.float32, bitcast=True)

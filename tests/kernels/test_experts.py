@@ -207,7 +207,9 @@ def test_a_token_that_is_no_number_chooses_experts_that_exist_and_leaves_the_oth
     assert int(chosen.min()) >= 0 and int(chosen.max()) < 5
     found = ExpertKernels(DEVICE).norm_add(x, None, experts)
     others = torch.arange(20, device=DEVICE) != 7
-    assert torch.equal(found[others], expected[others]) and found[7].isnan().all()
+    # where a token lies in its tile depends on what the others chose, and the last bits on that
+    torch.testing.assert_close(found[others], expected[others], rtol=0, atol=1e-5)
+    assert found[7].isnan().all()
 
 
 def test_no_token_makes_no_launch() -> None:

@@ -105,6 +105,9 @@ def test_one_token_equals_float64(
 TINY = [
     (3, 20, 256, torch.float16, QuantNarrowShape(16, 64, 2, 2, 1)),
     (3, 32, 384, torch.float16, QuantNarrowShape(16, 128, 2, 2, 1)),  # whole tiles of rows, not of columns
+    # two tiles of tokens
+    (9, 20, 384, torch.float32, QuantNarrowShape(16, 64, 2, 2, 1, tokens=8, ahead=True, staged=True)),
+    (3, 32, 256, torch.float16, QuantNarrowShape(32, 128, 1, 2, 1, after=False, ahead=True)),
 ]
 LARGE = [
     pytest.param(tokens, rows, columns, torch.bfloat16, None, marks=pytest.mark.gpu)
