@@ -25,7 +25,7 @@ from paged_kernels.expert_codes import (
 )
 from paged_kernels.experts import ExpertLinear, Experts
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
-from paged_kernels.quant_tile import INT4, PLAIN, is_packed, load_zeros, numbers
+from paged_kernels.quant_tile import INT4, PLAIN, is_packed_alone, load_zeros, numbers
 
 _LANES = 16  # bytes of a weight that a thread sums before they are scaled
 
@@ -237,13 +237,14 @@ def add_experts_of_one(
     _gate_up_kernel[(triton.cdiv(size, rows), top_k)](
         x, expert_ids, *parameters(experts.gate_up, x), gated, N=size, ROWS=rows, BLOCK=block, LANES=lanes,
         **format_constants(experts.gate_up), **gate_constants(experts.gate),
-        PACKED=is_packed(x, experts.gate_up.format), LAUNCH_PDL=launch_pdl, num_warps=4,
+        PACKED=is_packed_alone(x, experts.gate_up.format), LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
     rows, block, lanes = shape or vector_shape(experts.down)
     _down_kernel[(triton.cdiv(hidden, rows),)](
         gated, expert_ids, weights, *parameters(experts.down, x), residual,
         N=hidden, TOP_K=top_k, ROWS=rows, BLOCK=block, LANES=lanes,
-        **format_constants(experts.down), PACKED=is_packed(x, experts.down.format), LAUNCH_PDL=launch_pdl, num_warps=4,
+        **format_constants(experts.down), PACKED=is_packed_alone(x, experts.down.format), LAUNCH_PDL=launch_pdl,
+        num_warps=4,
     )  # fmt: skip
     return residual
 

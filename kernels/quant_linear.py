@@ -200,7 +200,7 @@ def _narrow_kernel(
         total *= FP4_REST
         total_u *= FP4_REST
 
-    place = (row % ROWS)[:, None] * TOKENS + token[None, :]
+    place = (row % ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
     last = True
     sums_of = tl.program_id(1) * (tl.num_programs(0) // SPLIT) + tile
     if SPLIT > 1:

@@ -31,6 +31,13 @@ def is_packed(x: torch.Tensor, format: Format) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and packs(format)
 
 
+def is_packed_alone(x: torch.Tensor, format: Format) -> bool:
+    """The same of products without tensor cores: of two numbers in a byte. Those of fp8 take less time by the card's
+    own conversion to float32 there: on an H200 Llama-3.1-8B gave 283 tokens/s instead of 315.
+    """
+    return format.nibbles and is_packed(x, format)
+
+
 def packs(format: Format) -> bool:
     """Whether bytes of the format can become bfloat16 four at once: not those of int8, which have a bit more than its
     mantissa.

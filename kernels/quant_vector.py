@@ -13,7 +13,7 @@ from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.quant_linear import check_product, finished, format_constants
-from paged_kernels.quant_tile import INT4, is_packed, load_zeros, numbers
+from paged_kernels.quant_tile import INT4, is_packed_alone, load_zeros, numbers
 
 _LANES = 16  # bytes of the weight that a thread sums before it scales
 
@@ -182,6 +182,6 @@ def quant_vector_linear(
         out, 0.0 if norm is None else norm.eps, N=num_rows, K=row_bytes, ROWS=shape.rows, BLOCK=shape.block,
         LANES=lanes, **constants, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, GATED=gated,
         ACTIVATION=activation, BIAS=linear.bias is not None, ADD=residual is not None,
-        PACKED=is_packed(x, linear.format), LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
+        PACKED=is_packed_alone(x, linear.format), LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
     )  # fmt: skip
     return out

@@ -133,7 +133,7 @@ def _vectors(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int)
         gated = part == "gate_up"
         rows, block, lanes = expert_vectors.vector_shape(linear)
         constants = {"N": size if gated else hidden, "ROWS": rows, "BLOCK": block, "LANES": lanes}
-        constants |= {**expert_codes.format_constants(linear), "LAUNCH_PDL": True, "PACKED": packs(linear.format)}
+        constants |= {**expert_codes.format_constants(linear), "LAUNCH_PDL": True, "PACKED": linear.format.nibbles}
         constants |= _gate(hidden == size) if gated else {"TOP_K": top_k}
         kernel = expert_vectors._gate_up_kernel if gated else expert_vectors._down_kernel
         found.append((f"one {part}", kernel, constants, _kinds(linear), 4))

@@ -20,7 +20,7 @@ from paged_kernels.quant_linear import (
     reaches,
 )
 from paged_kernels.quant_vector import QuantVectorShape, quant_vector_linear
-from paged_kernels.small_linear import make_linear_workspace
+from paged_kernels.small_linear import LinearWorkspace, make_linear_workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
@@ -141,6 +141,16 @@ def test_few_tokens_equal_float64(
         assert_close(out[:, :num_rows], oracle(x, linear, residual, gated))
         assert out[:, num_rows:].isnan().all()
     assert not workspace.arrivals.any()
+
+
+def test_parts_of_several_tiles_of_tokens_stay_within_their_workspace() -> None:
+    """Two tiles of tokens times two of rows in two parts just fill it."""
+    shape, x = QuantNarrowShape(16, 64, 2, 2, 1, tokens=8), randn(9, 256, dtype=torch.float16)
+    linear = make_linear(20, 256, FORMATS["fp8-channel"], torch.float16, False)
+    memory = torch.full((2048,), float("nan"), device=DEVICE)
+    workspace = LinearWorkspace(memory[:1024], torch.zeros(4, dtype=torch.int32, device=DEVICE))
+    assert_close(quant_narrow_linear(x, linear, workspace=workspace, shape=shape), oracle(x, linear, None, False))
+    assert memory[:1024].isfinite().all() and memory[1024:].isnan().all()
 
 
 def test_refuses_what_does_not_fit() -> None:
