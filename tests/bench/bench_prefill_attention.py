@@ -97,16 +97,18 @@ def contiguous(case: Case, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor
 
 
 def float32_attention(case: Case, tensors: Tensors) -> torch.Tensor:
-    q, k, v = (x.float() for x in contiguous(case, tensors))
-    out = torch.empty_like(q)
-    group, (query_len, length) = case.num_q_heads // case.num_kv_heads, case.lens[0]
-    visible = torch.ones(query_len, length, dtype=torch.bool, device="cuda").tril(length - query_len)
-    for head in range(case.num_q_heads):
-        scores = (q[:, head] @ k[:, head // group].transpose(1, 2) * case.head_dim**-0.5).masked_fill_(
-            ~visible, float("-inf")
-        )
-        out[:, head] = scores.softmax(-1) @ v[:, head // group]
-    return out.transpose(1, 2).reshape(tensors.q.shape)
+    """Sequence by sequence, of any lengths."""
+    out, group = torch.empty_like(tensors.q, dtype=torch.float32), case.num_q_heads // case.num_kv_heads
+    starts = tensors.query_starts.tolist()
+    for index, (query_len, length) in enumerate(case.lens):
+        pages = tensors.page_table[index, : -(-length // case.page_size)].long()
+        keys, values = tensors.kv_pages[pages].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+        visible = torch.ones(query_len, length, dtype=torch.bool, device="cuda").tril(length - query_len)
+        for head in range(case.num_q_heads):
+            q = tensors.q[starts[index] : starts[index + 1], head].float()
+            scores = (q @ keys[head // group].T * case.head_dim**-0.5).masked_fill_(~visible, float("-inf"))
+            out[starts[index] : starts[index + 1], head] = scores.softmax(-1) @ values[head // group]
+    return out
 
 
 def microseconds(launch: Callable[[], object]) -> float:
@@ -114,7 +116,9 @@ def microseconds(launch: Callable[[], object]) -> float:
 
 
 def peer_us(case: Case, tensors: Tensors, backend: SDPBackend) -> float | None:
-    """None where the backend does not take the case."""
+    """None where the backend does not take the case, as none takes sequences of several lengths."""
+    if len(set(case.lens)) > 1:
+        return None
     q, k, v = contiguous(case, tensors)
     square = case.lens[0][0] == case.lens[0][1]
     mask = None if square else causal_lower_right(q.shape[2], k.shape[2])
