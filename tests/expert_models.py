@@ -41,9 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+_NOT_OF_FLOATS = ("architectures", "model_type", "quantization_config")  # given apart, or not of a model of floats
+
+
 def shrunk(name: str) -> dict[str, Any]:
     """The published config of a model with less width and depth, and nothing else changed."""
-    published = {key: value for key, value in GEOMETRIES[name].items() if key not in ("architectures", "model_type")}
+    published = {key: value for key, value in GEOMETRIES[name].items() if key not in _NOT_OF_FLOATS}
     own = {key: value for key, value in SHRUNK.items() if key in published or key.endswith("_token_id")}
     return {**published, **own, "initializer_range": 0.2, **MODELS[name]}
 

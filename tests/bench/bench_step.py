@@ -4,8 +4,9 @@ Prints JSON lines, profiles to stderr.
     python -m tests.bench.bench_step --model llama-3.1-8b --batches 1 8 32 128 256 --context 256 [--profile]
 
 Random weights at true geometries; every sequence has `--context` tokens when the clock starts. ms: median wall time of
-a step through scheduler, runner and results (the engine's own loop). floor_ms: weights and K and V read at the
-bandwidth measured in this run, or the products at the rate of a large one measured in this run, whichever is more.
+a step through scheduler, runner and results (the engine's own loop). floor_ms: weights, as they are stored, and K and V
+read at the bandwidth measured in this run, or the products at the rate of a large one measured in this run, whichever
+is more (step_floor.py).
 --profile lists the kernels of a step, and how long the GPU had nothing to run between the first and the last of the
 steps.
 """
@@ -30,9 +31,11 @@ from paged_backend.config import EngineConfig
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
+from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.request import SamplingParams
 from tests.bench.bench_decode_attention import read_bandwidth, replay_us
 from tests.bench.geometries import GEOMETRIES, write_geometry
+from tests.bench.step_floor import step_floor
 
 _STEPS = 60
 _PROFILED = 12
@@ -42,18 +45,6 @@ def matmul_rate() -> float:
     """Operations a second of a large bfloat16 product."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     return 2 * 8192**3 / (replay_us(lambda _: torch.mm(a, b), 4, 5) * 1e-6)
-
-
-def floor_seconds(model: str, batch: int, context: int, bandwidth: float, rate: float) -> float:
-    """The larger of two: the bytes that must be read, the operations of the products; attention's bytes come on top of
-    either.
-    """
-    g = GEOMETRIES[model]
-    q_size, kv_size = g["num_attention_heads"] * g["head_dim"], g["num_key_value_heads"] * g["head_dim"]
-    layer = g["hidden_size"] * (2 * q_size + 2 * kv_size + 3 * g["intermediate_size"])
-    parameters = g["num_hidden_layers"] * layer + g["vocab_size"] * g["hidden_size"]
-    kv_bytes = batch * context * 2 * kv_size * g["num_hidden_layers"] * 2
-    return max(2 * parameters / bandwidth, 2 * parameters * batch / rate) + kv_bytes / bandwidth
 
 
 class Steps:
@@ -144,6 +135,7 @@ def main() -> None:
     options |= dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
+        architecture, kv_bytes = open_checkpoint(config).architecture, 1 if config.kv_dtype.startswith("fp8") else 2
         engine = load_engine(config, Path(folder))[0]
     steps = Steps(engine, GEOMETRIES[args.model]["vocab_size"])
     sampling = SamplingParams(max_tokens=2000, temperature=args.temperature, top_p=args.top_p, ignore_eos=True)
@@ -152,7 +144,9 @@ def main() -> None:
         steps.start(batch, args.context, sampling)
         steps.run(10)
         ms = 1000 * statistics.median(steps.run(_STEPS))
-        floor = 1000 * floor_seconds(args.model, batch, args.context + 40, bandwidth, rate)
+        floor = 1000 * step_floor(
+            architecture, batch, args.context + 40, bandwidth=bandwidth, rate=rate, kv_bytes=kv_bytes
+        )
         first = first or (ms, floor)
         row = {
             "bench": "step",

@@ -161,6 +161,13 @@ EXPERT_GEOMETRIES: dict[str, dict[str, Any]] = {
     },
     "minimax-m2": {
         "architectures": ["MiniMaxM2ForCausalLM"],
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "float8_e4m3fn",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        },
         "model_type": "minimax_m2",
         "vocab_size": 200064,
         "hidden_size": 3072,

@@ -51,6 +51,8 @@ _V3: dict[str, Any] = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
+# weights in blocks, as both are published
+_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 LATENT_GEOMETRIES: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": {
@@ -87,6 +89,7 @@ LATENT_GEOMETRIES: dict[str, dict[str, Any]] = {
     },
     "deepseek-v3": {
         **_V3,
+        "quantization_config": _FP8,
         "vocab_size": 129280,
         "num_attention_heads": 128,
         "num_key_value_heads": 128,
@@ -100,6 +103,7 @@ LATENT_GEOMETRIES: dict[str, dict[str, Any]] = {
     },
     "kimi-k2": {
         **_V3,
+        "quantization_config": _FP8,
         "model_type": "kimi_k2",
         "vocab_size": 163840,
         "max_position_embeddings": 131072,
