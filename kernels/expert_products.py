@@ -147,12 +147,12 @@ def _products_kernel(
     STAGES: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     SCALE_ROWS: tl.constexpr, CODES: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
     ROW_SCALES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ONE: tl.constexpr,
     LAUNCH_PDL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """FIRST: out[place] = gate(weight . x[token of place]), of two products if GATED. Or else out[pair of place] = its
     weight * (weight . x[place]). K, BLOCK and GROUP are in bytes, numbers of a plain weight, or
-    words.
+    words. ONE: of a lone token, whose choices are `tiles`, one each.
     """
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
@@ -166,12 +166,12 @@ def _products_kernel(
     HALVES: tl.constexpr = (CODES == INT4) | (CODES == FP4)
     EXACT: tl.constexpr = CODES == FP4 and scale.dtype.element_ty == tl.float8e4nv  # four bits times a scale of fp8
     for item in range(tl.program_id(0), num_tiles * num_blocks, tl.num_programs(0)):
-        tile = tiles + (item // num_blocks) * 3
+        tile = tiles + (item // num_blocks) * (1 if ONE else 3)
         expert = tl.load(tile).to(tl.int64)
         if expert >= 0:
-            place = tl.load(tile + 1) + tl.arange(0, TOKENS)
-            known = tl.arange(0, TOKENS) < tl.load(tile + 2)
-            pair = tl.load(order + place, mask=known, other=0)
+            place = (item // num_blocks if ONE else tl.load(tile + 1)) + tl.arange(0, TOKENS)
+            known = tl.arange(0, TOKENS) < (1 if ONE else tl.load(tile + 2))
+            pair = place if ONE else tl.load(order + place, mask=known, other=0)
             source = pair // TOP_K if FIRST else place
             row = (item % num_blocks) * ROWS + tl.arange(0, ROWS)
             there = row < N
@@ -346,9 +346,11 @@ def add_experts(
         shape or product_shape(in_tile, linear, gated=gated, element_bytes=x.element_size())
         for linear, gated in ((experts.gate_up, experts.gate.gated), (experts.down, False))
     )
-    order = torch.empty(pairs, dtype=torch.int32, device=x.device)
-    tiles = torch.empty(max_tiles(pairs, experts.num_experts, first.tokens), 3, dtype=torch.int32, device=x.device)
-    group_by_owner(expert_ids.view(-1), experts.num_experts, order, tiles, first.tokens, launch_pdl=launch_pdl)
+    order = tiles = expert_ids.view(-1)
+    if num_tokens > 1:
+        order = torch.empty_like(tiles)
+        tiles = torch.empty(max_tiles(pairs, experts.num_experts, first.tokens), 3, dtype=torch.int32, device=x.device)
+        group_by_owner(expert_ids.view(-1), experts.num_experts, order, tiles, first.tokens, launch_pdl=launch_pdl)
     gated = torch.empty(pairs, experts.down.num_columns, dtype=x.dtype, device=x.device)
     answers = torch.empty(pairs, x.shape[1], dtype=x.dtype, device=x.device)
     grouped = order, tiles, weights
@@ -377,7 +379,7 @@ def _multiply_tiles(
     _products_kernel[(min(items, num_programs * shape.in_place_of_one),)](
         x, *parameters(linear, x), order, tiles, weights, out, len(tiles), x.stride(0), out.stride(0),
         N=rows, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, BLOCK=shape.block, STAGES=shape.stages,
-        FIRST=gate is not None,
+        FIRST=gate is not None, ONE=tiles.dim() == 1,
         **format_constants(linear), **constants, LAUNCH_PDL=launch_pdl, PACKED=is_packed(x, linear.format),
         PRECISION="ieee", num_warps=shape.num_warps,
     )  # fmt: skip

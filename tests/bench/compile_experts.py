@@ -148,7 +148,7 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
         shape = expert_products.product_shape(tokens, linear, gated=gated)
         constants = {"N": size if gated else hidden, "TOP_K": top_k, "TOKENS": shape.tokens, "ROWS": shape.rows}
         constants |= {"BLOCK": shape.block, "STAGES": shape.stages, "FIRST": gated, **_gate(gated and hidden == size)}
-        constants |= {"GATED": gated}
+        constants |= {"GATED": gated, "ONE": num_tokens == 1}
         constants |= {
             **expert_codes.format_constants(linear),
             "LAUNCH_PDL": True,
