@@ -231,6 +231,8 @@ def add_experts_of_one(
             " are not one token of one type"
         )
     check_experts(x, experts)
+    if experts.has_words:
+        raise ValueError("numbers in words are read by expert_products.py alone")
     size, hidden = experts.down.num_columns, x.shape[1]
     gated = torch.empty(top_k, size, dtype=x.dtype, device=x.device)
     rows, block, lanes = shape or vector_shape(experts.gate_up)

@@ -149,7 +149,7 @@ def _narrow_kernel(
     known = (token < num_tokens)[:, None]
     tokens_at = x + (token * x_stride)[:, None]
     STEP: tl.constexpr = GROUP if AFTER else BLOCK
-    SHARED: tl.constexpr = GROUP if GROUP < STEP else STEP
+    SHARED: tl.constexpr = GROUP if GROUPED and GROUP < STEP else STEP
     PARTS: tl.constexpr = STEP // SHARED
     WHOLE: tl.constexpr = N % ROWS == 0 and SPAN * SPLIT == K and SPAN % BLOCK == 0
     FP8_SCALES: tl.constexpr = GROUPED and scale.dtype.element_ty == tl.float8e4nv
@@ -291,10 +291,11 @@ def _split(tiles: int, row_bytes: int, programs: int, least: int) -> int:
 
 def reaches(linear: Linear) -> bool:
     """Whether these kernels read the linear's format: groups of a power of two of columns, at least 16, or whole
-    rows.
+    rows; two numbers in a byte in halves.
     """
-    group = linear.format.block[1]
-    return linear.format.codes != "plain" and (group == 0 or (group >= 16 and group & (group - 1) == 0))
+    format, group = linear.format, linear.format.block[1]
+    known = format.codes != "plain" and format.order == "halves"
+    return known and (group == 0 or (group >= 16 and group & (group - 1) == 0))
 
 
 def most_tokens(linear: Linear) -> int:

@@ -236,6 +236,9 @@ def test_refuses_what_does_not_fit() -> None:
         add_experts(tokens(2, 48), expert_ids, weights, on(unread, DEVICE), tokens(2, 48))
     with pytest.raises(ValueError, match="are not one token"):
         add_experts_of_one(x, expert_ids, weights, experts, x.clone())
+    words = on(quantised(expert_layer(EXPERTS, HIDDEN, SIZE, FEW, SWIGLU, bias=False), MXFP4), DEVICE)
+    with pytest.raises(ValueError, match="numbers in words"):
+        add_experts_of_one(x[:1], expert_ids[:1], weights[:1], words, x[:1].clone())
 
 
 GEOMETRIES = {

@@ -112,7 +112,8 @@ def test_a_small_workspace_is_not_overrun() -> None:
     """Then rows are not divided into so many parts."""
     linear = make_linear(64, 512, FORMATS["channel"], torch.float32, False)
     numbers, scales = rounded_rows(randn(20, 512), Rounding("fp8"))
-    workspace = LinearWorkspace(torch.empty(4 * 64 * 32, device=DEVICE), torch.zeros(8, dtype=torch.int32).to(DEVICE))
+    memory = torch.full((2 * 4 * 64 * 32,), float("nan"), device=DEVICE)
+    workspace = LinearWorkspace(memory[: len(memory) // 2], torch.zeros(8, dtype=torch.int32).to(DEVICE))
     residual = randn(20, 64, seed=3)
     expected = oracle_of_rounded(numbers, scales, linear, False, residual)
     shape = Fp8NarrowShape(32, 32, 128, 8, 2, 1)
@@ -121,6 +122,7 @@ def test_a_small_workspace_is_not_overrun() -> None:
         is residual
     )
     assert_close(residual, expected)
+    assert memory[len(memory) // 2 :].isnan().all()
 
 
 def test_refusals() -> None:

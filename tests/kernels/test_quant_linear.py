@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from paged_kernels.codes import dequantise, quantise
+from paged_kernels.experts import MXFP4
 from paged_kernels.linear import Format, Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.quant_linear import (
@@ -143,6 +144,15 @@ def test_few_tokens_equal_float64(
     assert not workspace.arrivals.any()
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if "channel" in name])
+@pytest.mark.parametrize("num_columns", [64, 96, 176])
+def test_rows_shorter_than_a_tile_equal_float64(num_columns: int, name: str) -> None:
+    """Of two numbers in a byte also those of 176, which are 88 bytes of a tile of 128."""
+    linear, x = make_linear(16, num_columns, FORMATS[name], torch.float32, True), randn(3, num_columns)
+    found = quant_narrow_linear(x, linear, workspace=make_linear_workspace(DEVICE))
+    assert_close(found, oracle(x, linear, None, False))
+
+
 def test_parts_of_several_tiles_of_tokens_stay_within_their_workspace() -> None:
     """Two tiles of tokens times two of rows in two parts just fill it."""
     shape, x = QuantNarrowShape(16, 64, 2, 2, 1, tokens=8), randn(9, 256, dtype=torch.float16)
@@ -158,6 +168,9 @@ def test_refuses_what_does_not_fit() -> None:
     assert not reaches(linear)
     with pytest.raises(ValueError, match=r"block=\(1, 48\).* is not read by these kernels"):
         quant_vector_linear(randn(1, 96), linear)
+    linear = make_linear(8, 64, MXFP4, torch.float32, False)
+    with pytest.raises(ValueError, match=r"order='words'.* is not read by these kernels"):
+        quant_narrow_linear(randn(2, 64), linear, workspace=make_linear_workspace(DEVICE))
     linear = make_linear(8, 64, Format("fp8"), torch.float32, False)
     with pytest.raises(ValueError, match="1 to 1 tokens"):
         quant_vector_linear(randn(2, 64), linear)
