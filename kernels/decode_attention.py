@@ -315,6 +315,8 @@ def paged_decode_attention(
         max(32 if packed else 16, triton.next_power_of_2(head_dim)),
     )
     kv_pages = kv_pages.view(torch.int16) if packed else kv_pages
+    # wide heads become float32 in shared memory, too, where the last stage would not fit beside them
+    grows = head_pad > 128 and q.itemsize > kv_pages.itemsize > 1
     _decode_kernel[(workspace.num_work_items * workspace.num_kv_heads,)](
         q, kv_pages, page_table, out, q if sinks is None else sinks, plan.line, plan.starts, plan.records,
         workspace.arrivals, workspace.partial_acc, workspace.partial_lse,
@@ -325,7 +327,7 @@ def paged_decode_attention(
         SOFT_CAP=soft_cap != 0.0, SINKS=sinks is not None, ROWS=max(16, group_pad),
         FEW_PARTS=max(2, 2048 // (group_pad * head_pad)), PARTS=max(4, 8192 // (group_pad * head_pad)), PACKED=packed,
         LAUNCH_PDL=launch_pdl, PLAN_SETTLED=plan_settled, COMPILED=q.is_cuda, PRECISION="ieee",
-        num_warps=workspace.num_warps, num_stages=workspace.num_stages,
+        num_warps=workspace.num_warps, num_stages=workspace.num_stages - grows,
     )  # fmt: skip
 
 

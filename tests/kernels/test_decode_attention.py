@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from paged_kernels import decode_attention
 from paged_kernels.decode_attention import (
     DecodePlan,
     make_decode_plan,
@@ -209,6 +210,24 @@ def test_refuses_what_it_cannot_compute() -> None:
         )
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("num_q_heads", [8, 64])
+def test_keys_that_become_float32_fit_beside_the_pipeline(
+    num_q_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles on their way, a tile of keys or values in the queries' type, and scores: as compiled for sm_90, to a few
+    bytes.
+    """
+    case = Case((40,), num_q_heads, 2, head_dim, kv_dtype=torch.bfloat16)
+    tensors, plan, seen = make(case, seed=4), plan_for(case), dict[str, int]()
+    launcher = {(plan.workspace.num_work_items * 2,): lambda *arguments, **constants: seen.update(constants)}
+    monkeypatch.setattr(decode_attention, "_decode_kernel", launcher)
+    paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, tensors.q, plan, scale=1.0)
+    tile, rows, width = seen["TILE"], seen["ROWS"], seen["HEAD_PAD"]
+    on_their_way = (seen["num_stages"] - 1) * (2 * tile * 2 + rows * 4) * width
+    assert on_their_way + 4 * tile * width + 4 * rows * tile <= 227 * 1024
+
+
 RAGGED = (1, 0, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 0, 4097, 333, 2, 0)
 LARGE = {
     **{
@@ -238,6 +257,11 @@ LARGE = {
     "8 bits, float16": Case(RAGGED, 32, 2, 128, dtype=torch.float16, kv_dtype=torch.float8_e4m3fn),
     "8 bits, float32": Case(RAGGED, 8, 2, 64, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn),
     "8 bits, one head": Case(RAGGED, 48, 1, 128, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
+    **{
+        f"16 bits, float32, head_dim {n}": Case(RAGGED, 8, 2, n, dtype=torch.float32, kv_dtype=torch.bfloat16)
+        for n in (64, 128, 192, 256)
+    },
+    "16 bits, float32, many queries": Case(RAGGED, 64, 2, 256, dtype=torch.float32, kv_dtype=torch.bfloat16),
     "32 bits": Case(RAGGED, 8, 2, 64, dtype=torch.bfloat16, kv_dtype=torch.float32),
     "soft cap": Case(RAGGED, 16, 8, 256, soft_cap=2.0, dtype=torch.bfloat16),
     "sinks": Case(RAGGED, 64, 8, 64, sinks=True, dtype=torch.bfloat16),
