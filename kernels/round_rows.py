@@ -46,7 +46,7 @@ def _round_kernel(
         if POWER_OF_TWO:
             scale = tl.exp2(tl.ceil(tl.log2(scale)))
     numbers = tl.reshape(grouped / scale[:, None], (BLOCK,))
-    numbers = tl.minimum(tl.maximum(numbers, -_FP8_MAX), _FP8_MAX)
+    numbers = tl.clamp(numbers, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + row * SIZE + column, numbers.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + part * scales_stride + row, scale, mask=part < NUM_GROUPS)
 

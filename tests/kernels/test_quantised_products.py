@@ -175,6 +175,17 @@ def test_rounded_rows_are_those_of_the_reference(rounding: Rounding) -> None:
     assert bool((numbers.float().abs() <= expected.float().abs() * 1.13 + 2.0**-9).all())
 
 
+@pytest.mark.gpu
+def test_what_is_no_number_stays_none_when_it_is_rounded() -> None:
+    x = randn(3, 256, dtype=torch.bfloat16)
+    x[1, 5], x[2] = float("nan"), float("inf")
+    for rounding in (Rounding("fp8"), Rounding("fp8", 128), Rounding("fp8", static=True)):
+        numbers, scales = round_rows(x, rounding, torch.full((1,), 0.01, device=DEVICE))
+        assert numbers[1].isnan().nonzero().flatten().tolist() == [5] and not numbers[0].isnan().any()
+        assert rounding.static or numbers[2].isnan().all()
+        assert bool(scales[:2].isfinite().all())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_dequantised_weights_are_what_the_reference_says(name: str) -> None:
     linear = make_linear(16, 256, FORMATS[name], torch.float32, bias=False)
