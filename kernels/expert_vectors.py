@@ -210,7 +210,6 @@ def add_experts_of_one(
     experts: Experts,
     residual: torch.Tensor,
     *,
-    shape: tuple[int, int, int] | None = None,
     launch_pdl: bool = False,
 ) -> torch.Tensor:
     """reference.add_experts for one token: residual, which is written over.
@@ -235,13 +234,13 @@ def add_experts_of_one(
         raise ValueError("numbers in words are read by expert_products.py alone")
     size, hidden = experts.down.num_columns, x.shape[1]
     gated = torch.empty(top_k, size, dtype=x.dtype, device=x.device)
-    rows, block, lanes = shape or vector_shape(experts.gate_up)
+    rows, block, lanes = vector_shape(experts.gate_up)
     _gate_up_kernel[(triton.cdiv(size, rows), top_k)](
         x, expert_ids, *parameters(experts.gate_up, x), gated, N=size, ROWS=rows, BLOCK=block, LANES=lanes,
         **format_constants(experts.gate_up), **gate_constants(experts.gate),
         PACKED=is_packed_alone(x, experts.gate_up.format), LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
-    rows, block, lanes = shape or vector_shape(experts.down)
+    rows, block, lanes = vector_shape(experts.down)
     _down_kernel[(triton.cdiv(hidden, rows),)](
         gated, expert_ids, weights, *parameters(experts.down, x), residual,
         N=hidden, TOP_K=top_k, ROWS=rows, BLOCK=block, LANES=lanes,

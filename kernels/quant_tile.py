@@ -19,10 +19,8 @@ from paged_kernels.linear import Format
 CODE_OF = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3, "fp4": 4, "words": 5}
 PLAIN, FP8, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INT4, FP4, WORDS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
-FP4_FACTOR = tl.constexpr(16384.0)  # 2 ** 14, for the bias
 FP4_REST = tl.constexpr(2.0**32)  # what `scaled_fp4` leaves to the sums
 _FP4_SCALE = tl.constexpr(2.0**94)  # the rest of 2 ** 126
-INT4_OFFSET = tl.constexpr(128.0)
 INT4_MIDDLE = tl.constexpr(8.0)  # what means 0 where no zero is given
 
 
@@ -46,31 +44,20 @@ def packs(format: Format) -> bool:
 
 
 @triton.jit
-def shifted_floats(codes, CODES: tl.constexpr):
-    """What is stored plainly, in a byte, or in the lower half of one, float32: int4 is INT4_OFFSET too large, fp4 is
-    FP4_FACTOR too small. n below 128 is the end of 128 + n, whose exponent is known; e2m1 lies as float16 does.
+def floats(codes, CODES: tl.constexpr):
+    """What is stored in a byte, or in the lower half of one, without scale and zero: float32. int4: n below 128 is the
+    end of 128 + n, whose exponent is known; e2m1 lies as float16 does, 2 ** 14 too small.
     """
     if CODES == INT4:
-        found = ((codes.to(tl.uint32) << 16) | 0x43000000).to(tl.float32, bitcast=True)
+        found = ((codes.to(tl.uint32) << 16) | 0x43000000).to(tl.float32, bitcast=True) - 128.0
     elif CODES == FP4:
         bits = ((codes & 7).to(tl.uint16) << 9) | ((codes & 8).to(tl.uint16) << 12)
-        found = bits.to(tl.float16, bitcast=True).to(tl.float32)
+        found = bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
     elif CODES == INT8:
         # the conversion of bytes is slow: added to the last bits of 1.5 * 2 ** 23, which is subtracted
         found = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
     else:
         found = codes.to(tl.float32)
-    return found
-
-
-@triton.jit
-def floats(codes, CODES: tl.constexpr):
-    """What is stored in a byte, or in the lower half of one, without scale and zero: float32."""
-    found = shifted_floats(codes, CODES)
-    if CODES == INT4:
-        found -= INT4_OFFSET
-    elif CODES == FP4:
-        found *= FP4_FACTOR
     return found
 
 
@@ -86,7 +73,9 @@ def numbers(w, CODES: tl.constexpr, PACKED: tl.constexpr, PURE: tl.constexpr = T
     elif PACKED and CODES == INT4:
         low, high = _bfloat16_of_int4(w, PURE)
     elif PACKED and CODES == FP4:
-        low, high = _bfloat16_of_fp4(w, PURE)
+        low, high = _bits_of_fp4(w, PURE)
+        exponent = tl.full((1, 1), 2.0**126, tl.bfloat16)
+        low, high = low * exponent, high * exponent
     else:
         low = floats(w & 15 if CODES >= INT4 else w, CODES)
         high = floats(w >> 4 if CODES >= INT4 else w, CODES)
@@ -168,39 +157,6 @@ def _bfloat16_of_int4(w, PURE: tl.constexpr):
         fma.rn.bf16x2 $3, d, one, less;
         }""",
         "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=PURE, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _bfloat16_of_fp4(w, PURE: tl.constexpr):
-    """e2m1 -> bfloat16, low nibbles and high ones: as `_bfloat16_of_fp8`, with 2 ** 126."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, bits, power, none;
-        mov.b32 power, 0x7e807e80;
-        mov.b32 none, 0x80008000;
-        prmt.b32 a, $4, 0, 0x1404;
-        prmt.b32 b, $4, 0, 0x3424;
-        shr.b32 bits, a, 2;
-        and.b32 bits, bits, 0x01c001c0;
-        shl.b32 $0, a, 4;
-        lop3.b32 $0, $0, 0x80008000, bits, 0xea;
-        fma.rn.bf16x2 $0, $0, power, none;
-        shr.b32 bits, a, 6;
-        and.b32 bits, bits, 0x01c001c0;
-        lop3.b32 a, a, 0x80008000, bits, 0xea;
-        fma.rn.bf16x2 $2, a, power, none;
-        shr.b32 bits, b, 2;
-        and.b32 bits, bits, 0x01c001c0;
-        shl.b32 $1, b, 4;
-        lop3.b32 $1, $1, 0x80008000, bits, 0xea;
-        fma.rn.bf16x2 $1, $1, power, none;
-        shr.b32 bits, b, 6;
-        and.b32 bits, bits, 0x01c001c0;
-        lop3.b32 b, b, 0x80008000, bits, 0xea;
-        fma.rn.bf16x2 $3, b, power, none;
-        }""",
-        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=PURE, pack=4,
     )  # fmt: skip
 
 

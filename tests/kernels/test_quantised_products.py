@@ -25,7 +25,7 @@ from paged_kernels.products import Products
 from paged_kernels.reference import reference
 from paged_kernels.round_rows import empty_scales, round_rows
 from tests.kernels.test_cuda_ops import SMALL, use_kernels
-from tests.kernels.test_quant_linear import FORMATS, make_linear, randn
+from tests.kernels.test_quant_linear import FORMATS, make_linear, oracle, randn
 from tests.oracle import random_prompts
 from tests.published_formats import FORMATS as FORMATS_OF_PUBLISHERS
 from tests.published_formats import save_published
@@ -51,13 +51,7 @@ def oracle_of_rounded(
     wide = (
         numbers.double() * scales.double().repeat_interleave(128 if linear.format.block[1] else columns, 1)[:, :columns]
     )
-    result = wide @ dequantise(linear).double().T
-    if linear.bias is not None:
-        result = result + linear.bias.double()
-    if gated:
-        gate, up = result.chunk(2, -1)
-        result = torch.nn.functional.silu(gate) * up
-    return result if residual is None else result + residual.double()
+    return oracle(wide, linear, residual, gated)
 
 
 def error_of(out: torch.Tensor, expected: torch.Tensor) -> float:
