@@ -54,13 +54,11 @@ class Tracing:
         name: str,
         kind: SpanKind,
         parent: Context | None,
-        start: float | None = None,
+        start_ns: int | None = None,
         attributes: Mapping[str, Any] | None = None,
     ) -> Span:
-        """A span that the caller ends. start: seconds, time.monotonic(); None: now."""
-        return self._tracer.start_span(
-            name, parent, kind, attributes, start_time=None if start is None else epoch_ns(start)
-        )
+        """A span that the caller ends. start_ns: nanoseconds since 1970; None: now."""
+        return self._tracer.start_span(name, parent, kind, attributes, start_time=start_ns)
 
     def caller(self, headers: Mapping[str, str]) -> Context:
         """The span in whose course a request was sent, by its W3C headers; what is no such header is left out."""
@@ -82,9 +80,18 @@ class Tracing:
         closing.join(_CLOSE_SECONDS)
 
 
-def epoch_ns(monotonic_seconds: float) -> int:
-    """A time of time.monotonic() as spans have it: nanoseconds since 1970."""
-    return time.time_ns() - time.monotonic_ns() + int(monotonic_seconds * 1e9)
+class EpochClock:
+    """Times of time.monotonic() as spans have them: nanoseconds since 1970.
+
+    The two clocks are read once, one after the other, and some time may pass in between: spans of one request need one
+    EpochClock, or one would begin before the other ended.
+    """
+
+    def __init__(self) -> None:
+        self._ahead_ns = time.time_ns() - time.monotonic_ns()
+
+    def ns(self, monotonic_seconds: float) -> int:
+        return self._ahead_ns + int(monotonic_seconds * 1e9)
 
 
 def trace_headers(given: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 from paged_backend.errors import ErrorKind
 from paged_backend.frontend.metrics import reason_of
 from paged_backend.request import Request
-from paged_backend.tracing import Tracing, epoch_ns
+from paged_backend.tracing import EpochClock, Tracing
 
 PHASES = ("tokenize", "queue", "prefill", "decode", "send")
 ASKED = {  # sampling key -> attribute; https://opentelemetry.io/docs/specs/semconv/registry/attributes/gen-ai/
@@ -84,17 +84,18 @@ class RequestSpans:
         """A request that is over. Takes a tenth of a millisecond; the SDK's thread does the sending."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
-        tracing, attributes = self._tracing, self._attributes(request, times, outcome)
+        tracing, clock = self._tracing, EpochClock()
+        attributes = self._attributes(request, times, outcome)
         name = f"{attributes['gen_ai.operation.name']} {attributes['gen_ai.request.model']}"
-        whole = tracing.start(name, SpanKind.SERVER, tracing.caller(request.trace), times.arrival, attributes)
+        whole = tracing.start(name, SpanKind.SERVER, tracing.caller(request.trace), clock.ns(times.arrival), attributes)
         if whole.is_recording():
             if outcome.reason in _ERRORS:
                 whole.set_attribute("error.type", outcome.reason)
                 whole.set_status(Status(StatusCode.ERROR))
             inside = set_span_in_context(whole)
             for phase, start, end in times.phases():
-                tracing.start(phase, SpanKind.INTERNAL, inside, start).end(epoch_ns(end))
-        whole.end(epoch_ns(times.sent))
+                tracing.start(phase, SpanKind.INTERNAL, inside, clock.ns(start)).end(clock.ns(end))
+        whole.end(clock.ns(times.sent))
 
     def close(self) -> None:
         self._tracing.close()

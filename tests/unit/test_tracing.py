@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind
 from paged_backend import tracing
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
-from paged_backend.tracing import check_tracing, epoch_ns, open_tracing, trace_headers
+from paged_backend.tracing import EpochClock, check_tracing, open_tracing, trace_headers
 from tests.otlp_collector import collector
 
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -47,15 +47,15 @@ def test_spans_go_where_the_tunable_or_a_variable_says(
             monkeypatch.setenv(variable, seen.url + path)
         tracing_on = open_tracing("" if by_variable else seen.url + path, "here", {"a": "b"})
         assert tracing_on is not None
-        started = time.monotonic()
-        tracing_on.start("one", SpanKind.SERVER, tracing_on.caller({"traceparent": PARENT}), started - 5).end(
-            epoch_ns(started - 3)
+        clock, started = EpochClock(), time.monotonic()
+        tracing_on.start("one", SpanKind.SERVER, tracing_on.caller({"traceparent": PARENT}), clock.ns(started - 5)).end(
+            clock.ns(started - 3)
         )
         tracing_on.close()
         (span,) = seen.wait(1)
     assert seen.paths == ["/v1/traces"]
     assert (span.name, span.trace_id, span.parent_id, span.service) == ("one", TRACE_ID, SPAN_ID, "here")
-    assert span.end - span.start == pytest.approx(2, abs=0.01) and span.end == pytest.approx(time.time() - 3, abs=2)
+    assert span.end - span.start == pytest.approx(2, abs=1e-5) and span.end == pytest.approx(time.time() - 3, abs=2)
 
 
 def test_the_environment_names_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
