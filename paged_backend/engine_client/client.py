@@ -261,7 +261,7 @@ class EngineClient:
                     return message.message
                 self._take(message)
             elif not self._supervisor.engine_runs():
-                while (message := link.next_message(0)) is not None:  # its last words
+                while (message := link.next_message(wait=False)) is not None:  # its last words
                     self._take(message)
                 return f"its process ended {self._supervisor.exit_words()}"
             elif self._supervisor.owner and 0 < self._config.engine_hang_seconds < time.monotonic() - heard:

@@ -16,7 +16,7 @@ from paged_backend.errors import EngineError
 from paged_backend.messages import ENGINE_SOCKET, FromEngine, Hello, ToEngine, decode_from_engine, encode
 from paged_backend.process_id import ProcessId
 
-POLL_MS = 100
+_WAIT_MS = 100
 
 log = logging.getLogger("paged")
 
@@ -34,6 +34,7 @@ class EngineLink:
         self._open = True
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
+        self._inbox.rcvtimeo = _WAIT_MS  # a poll before each message took two thirds of the time of reading it
         self._outbox = context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         address = f"ipc://{folder}/front_end_{front_end}.sock"
@@ -51,13 +52,14 @@ class EngineLink:
             if self._open:
                 self._outbox.send(encode(message))
 
-    def next_message(self, wait_ms: int = POLL_MS) -> FromEngine | None:
+    def next_message(self, wait: bool = True) -> FromEngine | None:
         """None if nothing came for a while, or nothing that an engine says: any process of this user can write into the
-        socket.
+        socket. wait: False looks at what is there already.
         """
-        if not self._inbox.poll(wait_ms):
+        try:
+            received = self._inbox.recv(0 if wait else zmq.NOBLOCK)
+        except zmq.Again:
             return None
-        received = self._inbox.recv()
         try:
             message: FromEngine = decode_from_engine(received)
         except msgspec.DecodeError as error:

@@ -33,15 +33,15 @@ log = logging.getLogger("paged")
 class Piece(msgspec.Struct):
     """What one message brought for one request: tokens, and at its end a `Finish`.
 
-    The Finish of a request comes in the message of its last token. A struct of msgspec's: there is one for each token
-    of each stream, and they are made five times as fast as a dataclass with lists.
+    The Finish of a request comes in the message of its last token. A struct of msgspec's without lists of its own:
+    there is one for each token of each stream, and they are made five times as fast as a dataclass with lists.
     """
 
-    token_ids: list[int] = []
-    logprobs: list[TokenScores] = []  # per token, the chosen one first; empty if not asked for
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenScores, ...] = ()  # per token, the chosen one first; empty if not asked for
     num_cached_tokens: int | None = None  # with the first token
     admitted: float | None = None  # seconds, CLOCK_MONOTONIC: with the first token of a traced request
-    prompts: list[PromptReport] = []
+    prompts: tuple[PromptReport, ...] = ()
     found: Found | None = None  # a beam search's whole answer, with the finish
     finish: Finish | None = None
 
@@ -194,18 +194,16 @@ class LiveRequests:
                 for request_id, piece in pieces.items()
             ]
         for live, piece in asked:
-            if live is not None:  # else it was aborted, and the engine had not heard of it yet
-                self._tell(live, piece)
-
-    def _tell(self, live: LiveRequest, piece: Piece) -> None:
-        live.token_ids += piece.token_ids
-        if live.deaths and len(live.token_ids) >= live.num_resumed + CLEARED_AFTER_TOKENS:
-            live.deaths = live.strikes = 0
-        try:
-            live.receive(piece)
-        except Exception:  # one request's trouble must not silence the others
-            log.exception("a request's receiver failed")
-            self.abort(live.submit.request_id)
+            if live is None:  # it was aborted, and the engine had not heard of it yet
+                continue
+            live.token_ids += piece.token_ids
+            if live.deaths and len(live.token_ids) >= live.num_resumed + CLEARED_AFTER_TOKENS:
+                live.deaths = live.strikes = 0
+            try:
+                live.receive(piece)
+            except Exception:  # one request's trouble must not silence the others
+                log.exception("a request's receiver failed")
+                self.abort(live.submit.request_id)
 
 
 def lose(requests: Iterable[LiveRequest]) -> None:
@@ -227,24 +225,21 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
     token_ids: list[int] = np.frombuffer(tokens.token_ids, np.int32).tolist()
     pieces: dict[int, Piece] = {}
     if not tokens.logprobs and len(request_ids) == len(set(request_ids)):  # most messages by far
-        pieces = {request_id: Piece([token_id]) for request_id, token_id in zip(request_ids, token_ids, strict=True)}
+        pieces = {request_id: Piece((token_id,)) for request_id, token_id in zip(request_ids, token_ids, strict=True)}
         request_ids, token_ids = [], []
     logprobs: list[float] = np.frombuffer(tokens.logprobs, np.float32).tolist()
     ranks: list[int] = np.frombuffer(tokens.ranks, np.int32).tolist()
     for entry, (request_id, token_id) in enumerate(zip(request_ids, token_ids, strict=True)):
-        piece = pieces.get(request_id)
-        if piece is None:
-            piece = pieces[request_id] = Piece([token_id])
-        else:
-            piece.token_ids.append(token_id)
+        piece = pieces.setdefault(request_id, Piece())
+        piece.token_ids += (token_id,)
         if logprobs:
             top = {
                 other: (logprob, place)
                 for place, (other, logprob) in enumerate(tokens.top_logprobs.get(entry, {}).items(), 1)
             }
-            piece.logprobs.append(
+            piece.logprobs += (
                 {token_id: (logprobs[entry], ranks[entry])}
-                | {other: reported for other, reported in top.items() if other != token_id}
+                | {other: reported for other, reported in top.items() if other != token_id},
             )
     for request_id, num_cached_tokens in tokens.started.items():
         pieces.setdefault(request_id, Piece()).num_cached_tokens = num_cached_tokens
@@ -255,7 +250,7 @@ def pieces_of(tokens: Tokens) -> dict[int, Piece]:
         if isinstance(output, Found):
             piece.found = output
         else:
-            piece.prompts.append(output)
+            piece.prompts += (output,)
     for finish in tokens.finishes:
         pieces.setdefault(finish.request_id, Piece()).finish = finish
     return pieces

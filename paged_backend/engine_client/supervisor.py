@@ -182,7 +182,7 @@ class EngineSupervisor:
                     return link, message
                 if isinstance(message, Failed):
                     raise EngineError(message.message)
-                if message is None and not self.engine_runs() and (message := link.next_message(0)) is None:
+                if message is None and not self.engine_runs() and (message := link.next_message(wait=False)) is None:
                     raise EngineError(
                         f"the engine process ended {self.exit_words()} before it was ready; its log lines say why"
                     )

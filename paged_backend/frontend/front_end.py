@@ -25,7 +25,9 @@ from paged_backend.request import Request
 from paged_backend.tracing import open_tracing
 
 _CANCEL_POLL_SECONDS = 0.025
-_CANCEL_POLL_SHARE = 0.2  # of one core: asking is a round trip for each live request, which mostly waits
+# for each live request: asking is a round trip that costs a front end 34 us of CPU and the server as much, a third of
+# a response, so asking 64 callers every 25 ms took a quarter of what a front end spent
+_SECONDS_A_QUESTION = 0.001
 _DRAIN_SECONDS = 20.0  # the server gives all instances together 30 s to stop
 
 log = logging.getLogger("paged")
@@ -161,15 +163,12 @@ class FrontEnd:
 
     def _watch(self) -> None:
         """The side thread: asks the server who has left, and looks whose time is up: its own, or everybody's."""
-        spent = 0.0
-        while not self._stopping.wait(max(_CANCEL_POLL_SECONDS, spent / _CANCEL_POLL_SHARE)):
-            started = time.thread_time()
+        while not self._stopping.wait(max(_CANCEL_POLL_SECONDS, _SECONDS_A_QUESTION * len(self._answers))):
             for answer in list(self._answers.values()):
                 answer.poll_cancellation()
                 answer.poll_deadline(time.monotonic())
             if time.monotonic() > self._drain_by:
                 self._end_all()
-            spent = time.thread_time() - started
 
 
 def _warn_of_unknown_tokens(unknown: Mapping[str, int]) -> None:

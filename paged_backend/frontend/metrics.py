@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import ErrorKind
@@ -211,8 +212,10 @@ class Tally:
         self._gauges: dict[int, dict[Series, float]] = {}
         self._increments: dict[Series, float] = defaultdict(float)
         self._observations: dict[Series, list[float]] = defaultdict(list)
-        self._tokens: dict[int, int] = defaultdict(int)  # generated since the start, by the thread that counted them
-        self._num_drained = 0  # of them
+        # one more of paged_generation_tokens_total: called for each token of each stream, it is a function of C, which
+        # needs no lock, and counts its own calls
+        self.add_token: Callable[[], int] = count().__next__
+        self._num_drained = 0  # of those calls; draining is one itself
         self._last_stats: dict[int, Stats] = {}  # by replica
         self._inherits: set[int] = set()  # replicas
 
@@ -223,12 +226,6 @@ class Tally:
     def add(self, name: str, amount: float = 1, label: str = "") -> None:
         with self._lock:
             self._increments[name, label] += amount
-
-    def add_tokens(self, number: int) -> None:
-        """To paged_generation_tokens_total, once for each token of each stream: without a lock, as each thread has a
-        number of its own.
-        """
-        self._tokens[threading.get_ident()] += number
 
     def observe(self, name: str, value: float) -> None:
         with self._lock:
@@ -273,9 +270,10 @@ class Tally:
     def drain(self) -> Measurements:
         """Everything since the last call."""
         with self._lock:
-            if (num_tokens := sum(list(self._tokens.values()))) > self._num_drained:
-                self._increments["paged_generation_tokens_total", ""] += num_tokens - self._num_drained
-                self._num_drained = num_tokens
+            num_calls = self.add_token()
+            if num_calls > self._num_drained:
+                self._increments["paged_generation_tokens_total", ""] += num_calls - self._num_drained
+            self._num_drained = num_calls + 1
             drained = Measurements(self._gauges, dict(self._increments), dict(self._observations))
             self._gauges, self._increments, self._observations = {}, defaultdict(float), defaultdict(list)
         return drained

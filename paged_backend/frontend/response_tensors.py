@@ -19,8 +19,8 @@ _REMEMBERED = 1024  # in each sending thread: 0.2 MB of the front end's shared m
 _LONGEST_TEXT = 24  # characters; longer pieces hardly ever come again
 
 
-class ResponseTensors(threading.local):
-    """Each thread that sends has its own: two must not write one tensor into shared memory at once."""
+class ResponseTensors:
+    """For one thread."""
 
     def __init__(self, make: Callable[[str, Any], Any]) -> None:
         """make: the server's, of a name and an array."""
@@ -45,3 +45,11 @@ class ResponseTensors(threading.local):
 
     def _made_number(self, name: str, value: float, dtype: Any) -> Any:
         return self._make(name, np.array([value], dtype))
+
+
+class ThreadsTensors(threading.local):
+    """Each thread that sends has its own: two must not write one tensor into shared memory at once."""
+
+    def __init__(self, make: Callable[[str, Any], Any]) -> None:
+        """make: see ResponseTensors."""
+        self.own = ResponseTensors(make)

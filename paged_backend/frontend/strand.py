@@ -41,11 +41,25 @@ class Strand:
         if self._text.add(token_ids, None).stopped:
             raise RequestError("answer_ids: a stop string ends the answer within them")
 
+    def take_token(self, piece: Piece, prompt_len: int) -> Delta | None:
+        """What a piece adds that is a token in the midst of an answer, as most are by far. None: it is more than that,
+        and to be taken by `take`.
+        """
+        token_ids = piece.token_ids
+        if self._step is None or len(token_ids) != 1 or piece.finish is not None or piece.num_cached_tokens is not None:
+            return None
+        self.num_tokens += 1
+        return Delta(
+            index=self.index,
+            text=self._step(token_ids[0]),
+            token_ids=token_ids,
+            num_input_tokens=prompt_len,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
     def take(self, piece: Piece, prompt_len: int) -> tuple[Delta, bool]:
         """What the piece adds; and whether the engine must be told to stop."""
         finish = piece.finish
-        if finish is None and self._step is not None and len(piece.token_ids) == 1:  # most pieces by far
-            return self._one_token(piece, prompt_len, self._step(piece.token_ids[0])), False
         passage = self._text.add(piece.token_ids, None if finish is None else finish.reason)
         if passage.stopped:
             finish = Finish(0, "stop")
@@ -54,14 +68,14 @@ class Strand:
         self.num_tokens += passage.num_tokens
         logprobs: tuple[TokenScores, ...] = ()
         if self._wants_logprobs:
-            logprobs = tuple(piece.logprobs[: passage.num_tokens])
+            logprobs = piece.logprobs[: passage.num_tokens]
             self.cumulative_logprob += sum(next(iter(entry.values()))[0] for entry in logprobs)
         self.over = finish is not None
         self.finish_reason = None if finish is None or finish.error is not None else finish.reason
         delta = Delta(
             index=self.index,
             text=passage.text,
-            token_ids=tuple(piece.token_ids if finish is None else piece.token_ids[: passage.num_tokens]),
+            token_ids=piece.token_ids if finish is None else piece.token_ids[: passage.num_tokens],
             logprobs=logprobs,
             cumulative_logprob=self.cumulative_logprob,
             num_input_tokens=prompt_len,
@@ -71,28 +85,14 @@ class Strand:
         )
         return delta, passage.stopped and piece.finish is None
 
-    def _one_token(self, piece: Piece, prompt_len: int, text: str) -> Delta:
-        if piece.num_cached_tokens is not None:
-            self.num_cached_tokens = piece.num_cached_tokens
-        self.num_tokens += 1
-        return Delta(
-            index=self.index,
-            text=text,
-            token_ids=(piece.token_ids[0],),
-            num_input_tokens=prompt_len,
-            num_cached_tokens=self.num_cached_tokens,
-        )
-
 
 def beam_pieces(piece: Piece, found: Found) -> Iterator[Piece]:
     """What a beam search came to, sequence after sequence."""
     for sequence in found.sequences:
-        token_ids: list[int] = np.frombuffer(sequence.token_ids, np.int32).tolist()
+        token_ids = tuple(np.frombuffer(sequence.token_ids, np.int32).tolist())
         logprobs: list[float] = np.frombuffer(sequence.logprobs, np.float32).tolist()
         finish = Finish(found.request_id, "stop" if sequence.stopped else "length")
-        scores: list[TokenScores] = [
-            {token: (logprob, None)} for token, logprob in zip(token_ids, logprobs, strict=True)
-        ]
+        scores = tuple([{token: (logprob, None)} for token, logprob in zip(token_ids, logprobs, strict=True)])
         yield msgspec.structs.replace(piece, token_ids=token_ids, logprobs=scores, finish=finish)
 
 

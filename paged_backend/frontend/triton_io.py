@@ -30,7 +30,7 @@ from paged_backend.frontend.metrics import FAMILIES, Family, Kind, Series, Tally
 from paged_backend.frontend.model_config import check_tensors, may_stream
 from paged_backend.frontend.prompt_logprobs import PromptTable
 from paged_backend.frontend.request_reader import asks_for_health, id_parameter, read_request, wants_error_code
-from paged_backend.frontend.response_tensors import ResponseTensors
+from paged_backend.frontend.response_tensors import ResponseTensors, ThreadsTensors
 from paged_backend.frontend.server_death import end_with_server, leave_soon
 from paged_backend.frontend.shared_memory import keep_shared_memory_private
 from paged_backend.frontend.shutdown_watch import Departure, ServerArguments
@@ -92,7 +92,7 @@ class TritonPythonModel:
             self._front_end = FrontEnd(config, _key(args), num_instances, command, leave.start, name)
         except EngineError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._tensors = ResponseTensors(pb_utils.Tensor)
+        self._tensors = ThreadsTensors(pb_utils.Tensor)
         self._publisher = Publisher(self._front_end.tally, {"model": name, "version": version})
         if args["model_instance_name"].endswith("_0_0"):  # the first of them speaks for all
             _warn_of(model_config)
@@ -195,16 +195,16 @@ def _num_instances(model_config: Mapping[str, Any]) -> int:
 
 
 def _send_to(
-    sender: Any, outputs: Outputs, token_bytes: Callable[[int], bytes], response_tensors: ResponseTensors
+    sender: Any, outputs: Outputs, token_bytes: Callable[[int], bytes], threads_tensors: ThreadsTensors
 ) -> Send:
     only_text = outputs == Outputs()  # most responses by far
 
     def send(deltas: tuple[Delta, ...], final: bool) -> None:
-        first = deltas[0]
+        first, tensors = deltas[0], threads_tensors.own
         if only_text and len(deltas) == 1 and first.error is None and first.prompt is None:
-            response = pb_utils.InferenceResponse([response_tensors.strings("text_output", (first.text,))])
+            response = pb_utils.InferenceResponse([tensors.strings("text_output", (first.text,))])
         else:
-            response = response_of(deltas, outputs, token_bytes, response_tensors)
+            response = response_of(deltas, outputs, token_bytes, tensors)
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
     return send

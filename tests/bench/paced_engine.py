@@ -1,8 +1,9 @@
 """An engine process without a model, for benchmarks of the front ends: `python paced_engine.py DIRECTORY
 --step-ms=20`, spoken to like the real one.
 
-Every step brings each running request a token, drawn at random from the embedded model's vocabulary, until it has its
-max_tokens.
+Every step brings each running request a token of the embedded model's vocabulary until it has its max_tokens, drawn at
+random, but some as often as words are in a text (Zipf's law): what is remembered of tokens is worth what it is worth
+with a model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from paged_backend.config import demo_model_folder
 from paged_backend.life_line import live_by
@@ -31,8 +33,15 @@ from paged_backend.messages import (
 )
 
 STEP_OPTION = "--step-ms="
-_VOCABULARY = range(300, 4000)  # of the embedded model: no special tokens
+_FIRST_TOKEN, _NUM_TOKENS = 300, 3700  # of the embedded model: no special tokens
+_OFTEN = np.cumsum(1 / np.arange(1, _NUM_TOKENS + 1))  # the k-th in 1/k of all places
 _READY = Ready(str(demo_model_folder() / "tokenizer.json"), 4096, 2048, 2**20, 16, 2**16)
+
+
+def likely_tokens(random: np.random.Generator, count: int) -> NDArray[np.int32]:
+    """[count] token ids of the embedded model, as often as Zipf's law has them."""
+    places = np.searchsorted(_OFTEN, random.random(count) * _OFTEN[-1])
+    return (_FIRST_TOKEN + places).astype(np.int32)
 
 
 class PacedEngine:
@@ -81,7 +90,7 @@ class PacedEngine:
             if not left:
                 continue
             ids = np.array(list(left), np.int64)
-            tokens = self._random.integers(_VOCABULARY.start, _VOCABULARY.stop, len(ids), dtype=np.int32)
+            tokens = likely_tokens(self._random, len(ids))
             finishes = []
             for request_id in left:
                 left[request_id] -= 1

@@ -62,6 +62,32 @@ def test_a_deadline_holds_although_the_engine_says_nothing(front_end: FrontEnd) 
     assert str(delta.error) == "not finished after 0.1 s (request_deadline_seconds)"
 
 
+def test_callers_are_asked_whether_they_left_a_thousand_times_a_second_at_most(front_end: FrontEnd) -> None:
+    """Each question costs what a third of a response does, and hundreds of streams have better uses for that."""
+    num_requests, questions = 300, []
+    for number in range(num_requests):
+        request = Request(
+            text="silent",
+            input_ids=None,
+            sampling=SamplingParams(max_tokens=8),
+            outputs=Outputs(),
+            stream=True,
+            prepend_prompt=False,
+            arrival=time.monotonic(),
+        )
+
+        def is_cancelled(number: int = number) -> bool:
+            questions.append(number)
+            return False
+
+        front_end.ask(request, lambda deltas, final: None, is_cancelled)
+    questions.clear()
+    time.sleep(1.0)
+    num_asked = len(questions)
+    assert set(questions) == set(range(num_requests))
+    assert num_asked <= 1000 + 2 * num_requests  # a round that was under way, and one before it knew how many there are
+
+
 def test_prompts_that_are_still_to_be_read_wait_too(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine has not heard of them: a flood that comes faster than prompts are read has its bound, too."""
     go_on, refusals = threading.Event(), []

@@ -131,14 +131,17 @@ def test_a_restarted_engine_that_is_soon_further_than_the_last_one_never_makes_a
 
 def test_draining_takes_everything_once() -> None:
     tally = _tally()
-    tally.add_tokens(5)
-    tally.add_tokens(2)
+    tally.add("paged_generation_tokens_total", 5)
+    for _ in range(2):
+        tally.add_token()
     tally.observe("paged_request_seconds", 1.5)
     first = tally.drain()
     assert first.increments == {("paged_generation_tokens_total", ""): 7}
     assert first.observations == {("paged_request_seconds", ""): [1.5]}
     second = tally.drain()
     assert (second.gauges, second.increments, second.observations) == ({}, {}, {})
+    tally.add_token()
+    assert tally.drain().increments == {("paged_generation_tokens_total", ""): 1}
 
 
 def test_a_replica_that_is_gone_runs_nothing_and_holds_no_page() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paged_backend.frontend.response_tensors import ResponseTensors
+from paged_backend.frontend.response_tensors import ResponseTensors, ThreadsTensors
 
 
 class Made:
@@ -57,10 +57,10 @@ def test_no_more_than_a_thousand_are_remembered() -> None:
 
 def test_no_tensor_is_another_threads() -> None:
     """Two sends at once would write it into the server's memory at once."""
-    tensors = ResponseTensors(Made)
+    tensors = ThreadsTensors(Made)
     others: list[Any] = []
     for _ in range(2):
-        thread = threading.Thread(target=lambda: others.append(tensors.strings("text_output", ["a"])))
+        thread = threading.Thread(target=lambda: others.append(tensors.own.strings("text_output", ["a"])))
         thread.start()
         thread.join()
-    assert len({id(each) for each in (*others, tensors.strings("text_output", ["a"]))}) == 3
+    assert len({id(each) for each in (*others, tensors.own.strings("text_output", ["a"]))}) == 3

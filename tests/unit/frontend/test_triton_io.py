@@ -132,7 +132,7 @@ def test_nobody_asks_for_cancellation_during_or_after_the_final_response(
     model: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     monkeypatch.setattr("paged_backend.frontend.front_end._CANCEL_POLL_SECONDS", 0.0)
-    monkeypatch.setattr("paged_backend.frontend.front_end._CANCEL_POLL_SHARE", 1e9)
+    monkeypatch.setattr("paged_backend.frontend.front_end._SECONDS_A_QUESTION", 0.0)
     requests = [FakeRequest(text_input=f"tokens={5 + number % 20} delay=0.001", stream=True) for number in range(60)]
     for request in requests:
         request.sender.fails = fails
