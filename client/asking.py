@@ -117,12 +117,15 @@ class Speed:
 
     def answer(self) -> str:
         """The same of the answer alone."""
-        num_tokens = self.usage.num_output_tokens
+        num_tokens, (num_later, seconds) = self.usage.num_output_tokens, self.later
         first = f": the first after {1000 * (self._first - self._started):.0f} ms" if num_tokens else ""
-        timed = num_tokens > self._num_first and self._last - self._first >= _MEASURABLE_SECONDS
-        return f"{num_tokens} tokens{first}" + (
-            f", then {(num_tokens - self._num_first) / (self._last - self._first):.0f} tokens/s" if timed else ""
-        )
+        timed = num_later and seconds >= _MEASURABLE_SECONDS
+        return f"{num_tokens} tokens{first}" + (f", then {num_later / seconds:.0f} tokens/s" if timed else "")
+
+    @property
+    def later(self) -> tuple[int, float]:
+        """Tokens after the first piece, and the seconds that they took."""
+        return self.usage.num_output_tokens - self._num_first, self._last - self._first
 
 
 def _complain(reason: str) -> NoReturn:

@@ -6,37 +6,32 @@ import importlib.metadata
 import json
 import locale
 import os
-import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from types import FrameType
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.status import Status
 
 from paged_backend.errors import EngineError
-from paged_backend.log_lines import without_stamp
-from paged_backend.server.launch import FrontEndsLostError, Server, ServerSettings, StoppedEarlyError
+from paged_backend.server.launch import FrontEndsLostError, Server, ServerSettings
 from paged_client.bench.command import bench_app
 from paged_client.chat import chat
-from paged_client.demo import DEMO_PROMPT, run_demo
+from paged_client.demo import DEMO_PROMPT, run_demo, run_demo_twice
 from paged_client.generate import generate
 from paged_client.models import models
 from paged_client.openai.command import serve_openai
 from paged_client.option_groups import with_option_groups
+from paged_client.own_server import running
 from paged_client.settings import parse_options
 from paged_client.top.command import top
 
-_HURRIED_EXIT = 130
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WAIT_SECONDS = 0.2
 
 _MAX_RESTARTS = 4  # of servers that lost front ends; as max_engine_restarts
@@ -206,7 +201,7 @@ def _serve(settings: ServerSettings) -> None:
     Raises:
         EngineError: why it ended although nobody stopped it.
     """
-    with _running(settings) as server:
+    with running(settings) as server:
         print(ready_text(server), flush=True)
         while server.wait(_WAIT_SECONDS) is None and not server.stopping:
             pass
@@ -253,10 +248,20 @@ def demo(
         bool,
         typer.Option("--tools", help="Let the model think and call functions, through the gateway for OpenAI's API."),
     ] = False,
+    speculation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="The same with guesses, such as those of the model's draft head (eagle3), and again without them.",
+        ),
+    ] = None,
     log_verbose: Verbose = False,
 ) -> None:
     """See it work: start a server on free ports, ask for a story and questions about it, print speed and memory use,
     stop.
+
+    With --speculation eagle3 the draft head that comes with the model guesses what comes next. Then a second server is
+    asked the same without guesses, and told is what they saved.
 
     With --tools it starts the gateway, too, and asks through OpenAI's own library what needs a calculator, a list of
     towns, or neither. Nothing but functions that come with paged is run.
@@ -265,18 +270,25 @@ def demo(
     """
     if tools and prompt is not None:
         raise typer.BadParameter("not together with --tools, which asks questions of its own", param_hint="--prompt")
+    if tools and speculation is not None:
+        raise typer.BadParameter("not together with --tools", param_hint="--speculation")
     settings = ServerSettings(model=model, options=parse_options(options or []), instances=1, show_log=log_verbose)
     console = Console(highlight=False)
     with _one_sentence_on_failure():
+        if speculation is not None:
+            run_demo_twice(
+                running, settings, speculation, partial(run_demo, prompt=prompt, max_tokens=max_tokens), console
+            )
+            return
         if not tools:
-            with _running(settings) as server:
+            with running(settings) as server:
                 run_demo(server, prompt, max_tokens, console)
             return
         # imports the gateway's reading of answers, which the story does not need
         from paged_client.demo_agent import check_packages, run_agent_demo
 
         check_packages()
-        with _running(settings) as server:
+        with running(settings) as server:
             run_agent_demo(server, max_tokens, console)
 
 
@@ -305,73 +317,6 @@ def ready_text(server: Server) -> str:
             "Ctrl-C stops it.",
         ]
     )
-
-
-class _Narrator:
-    """Shows log lines on stderr; on a terminal, progress ("… 45 % …") replaces itself until the server is ready."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._status: Status | None = None
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        if not self._console.is_terminal:
-            yield
-            return
-        with self._console.status("starting tritonserver", spinner="dots") as self._status:
-            yield
-        self._status = None
-
-    def show(self, line: str) -> None:
-        """On a terminal without the time and the model's name, which say nothing to those who watch the lines
-        appear.
-        """
-        line = without_stamp(line) if self._console.is_terminal else line
-        if self._status is not None and re.search(r"\d ?%", line) and line.startswith("paged: "):
-            self._status.update(line.removeprefix("paged: "))
-        else:
-            self._console.print(line, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _running(settings: ServerSettings) -> Iterator[Server]:
-    """A started server that SIGINT, SIGTERM and SIGHUP end: the first drains, a second hurries."""
-    narrator = _Narrator()
-    server = Server(settings, narrator.show)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if server.stopping:
-            server.kill()
-        else:
-            server.terminate()
-
-    # nohup
-    wanted = [
-        number for number in _STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, on_signal) for number in wanted}
-    try:
-        with narrator.waiting():
-            server.start()
-        yield server
-        if not server.stopping and server.wait(0) is not None:
-            raise server.failure()
-        narrator.show("paged: stopping: waiting for requests in flight (Ctrl-C again to hurry)")
-        exit_code = server.stop()
-        if exit_code == -signal.SIGKILL:
-            raise typer.Exit(_HURRIED_EXIT)
-        if exit_code != 0:
-            # of whatever kind: it was told to stop, and is not to be started again
-            raise EngineError(str(server.failure()))
-        narrator.show("paged: stopped")
-    except StoppedEarlyError:
-        narrator.show("paged: stopped")
-        raise typer.Exit() from None
-    finally:
-        server.stop()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -6,12 +6,14 @@ import re
 import threading
 import time
 import urllib.request
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
 from paged_backend.errors import EngineError
-from paged_backend.server.launch import Server
+from paged_backend.server.launch import Server, ServerSettings
 from paged_client.asking import Speed, printable
 from paged_client.client import PagedClient, Stream
 from paged_client.errors import InvalidRequestError, PagedError
@@ -31,10 +33,18 @@ _SETTLE_SECONDS = 0.6  # gauges are published a few times a second
 _ANSWER_SECONDS = 120.0
 
 
-def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Console) -> None:
+@dataclass(frozen=True)
+class Answered:
+    """One answer, and how fast it came."""
+
+    text: str
+    speed: Speed
+
+
+def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Console) -> list[Answered]:
     """Streams a conversation to `console` (or, if there is a prompt or the model has no chat template, the continuation
-    of a text), then prints the first answer's tokens/s, what the prefix cache knew of the later questions' prompts, and
-    what the pool held. Returns early if the server is told to stop.
+    of a text), then prints the first answer's tokens/s, what the prefix cache knew of the later questions' prompts,
+    what the pool held, and how many guesses were right, if any were made. Nothing if the server is told to stop.
 
     Raises:
         EngineError: the server refused or broke off an answer.
@@ -42,14 +52,14 @@ def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Conso
     client = PagedClient(server.addresses.grpc_url, model=server.settings.model_name, timeout=_ANSWER_SECONDS)
     try:
         with client, PoolWatch(server.addresses.metrics_url) as pool:
-            speeds = _converse(client, max_tokens, console) if prompt is None else []
-            if not speeds:
-                speeds = [_continue(client, prompt or DEMO_PROMPT, max_tokens, console)]
+            answers = _converse(client, max_tokens, console) if prompt is None else []
+            if not answers:
+                answers = [_continue(client, prompt or DEMO_PROMPT, max_tokens, console)]
     except PagedError as error:
         if server.stopping:
-            return
+            return []
         raise EngineError(f"the server refused the question: {error}") from None
-    first, *later = speeds
+    first, *later = (answered.speed for answered in answers)
     console.print(f"\n{first.answer()}", soft_wrap=True)
     if later:
         num_cached, num_tokens = (
@@ -60,18 +70,60 @@ def run_demo(server: Server, prompt: str | None, max_tokens: int, console: Conso
             soft_wrap=True,
         )
     console.print(pool.summary(), soft_wrap=True)
+    if guesses := pool.guesses():
+        console.print(guesses, soft_wrap=True)
+    return answers
 
 
-def _converse(client: PagedClient, max_tokens: int, console: Console) -> list[Speed]:
-    """How fast each question was answered; nothing if the model has no chat template."""
+def run_demo_twice(
+    running: Callable[[ServerSettings], AbstractContextManager[Server]],
+    settings: ServerSettings,
+    speculation: str,
+    demo: Callable[..., list[Answered]],
+    console: Console,
+) -> None:
+    """The conversation on a server that guesses, then unseen on one that does not; prints what guessing saved.
+
+    running: starts a server and stops it. demo: `run_demo` with a prompt and lengths.
+    """
+    with running(replace(settings, options={**settings.options, "speculation": speculation})) as server:
+        guessing = demo(server, console=console)
+    if not guessing:
+        return
+    console.print("\nThe same without speculation:", soft_wrap=True)
+    others = {name: value for name, value in settings.options.items() if name != "draft_model"}
+    with running(replace(settings, options={**others, "speculation": "off"})) as server:
+        plain = demo(server, console=Console(quiet=True))
+    if plain:
+        console.print(compare(guessing, plain), soft_wrap=True)
+
+
+def compare(guessing: Sequence[Answered], plain: Sequence[Answered]) -> str:
+    """Two lines on the same conversation with speculation and without."""
+    with_it, without = _pace(guessing), _pace(plain)
+    same = sum(one.text == other.text for one, other in zip(guessing, plain, strict=True))
+    return (
+        f"all answers, after their first tokens: {with_it:.0f} tokens/s with speculation, {without:.0f} without it "
+        f"({with_it / without:.2f} times)\n{same} of {len(plain)} answers are the same, word for word"
+    )
+
+
+def _pace(answers: Sequence[Answered]) -> float:
+    """Tokens a second after each answer's first."""
+    counts, seconds = zip(*(answered.speed.later for answered in answers), strict=True)
+    return sum(counts) / max(sum(seconds), 1e-9)
+
+
+def _converse(client: PagedClient, max_tokens: int, console: Console) -> list[Answered]:
+    """What each question was answered; nothing if the model has no chat template."""
     messages: list[dict[str, str]] = []
-    speeds = []
+    answers = []
     for question in DEMO_QUESTIONS:
         console.print(f"> {question}", style="bold", markup=False, soft_wrap=True)
         messages.append({"role": "user", "content": question})
         stream = client.stream(messages=messages, max_tokens=max_tokens, temperature=0)
         try:
-            speeds.append(_show(stream, console))
+            answers.append(_show(stream, console))
         except InvalidRequestError as error:
             if error.field != "messages":
                 raise
@@ -80,21 +132,21 @@ def _converse(client: PagedClient, max_tokens: int, console: Console) -> list[Sp
             )
             return []
         messages.append({"role": "assistant", "content": stream.answer.text})
-    return speeds
+    return answers
 
 
-def _continue(client: PagedClient, prompt: str, max_tokens: int, console: Console) -> Speed:
+def _continue(client: PagedClient, prompt: str, max_tokens: int, console: Console) -> Answered:
     console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
     return _show(client.stream(prompt, max_tokens=max_tokens, temperature=0.7, seed=1), console)
 
 
-def _show(stream: Stream, console: Console) -> Speed:
+def _show(stream: Stream, console: Console) -> Answered:
     speed = Speed()
     for delta in stream:
         speed.take(delta)
         console.print(printable(delta.text), end="", markup=False, soft_wrap=True)
     console.print()
-    return speed
+    return Answered(stream.answer.text, speed)
 
 
 @dataclass
@@ -140,18 +192,31 @@ class PoolWatch:
             f"{self.last.get(_CACHED, 0):.0f} cached now"
         )
 
+    def guesses(self) -> str:
+        """One line on speculation; empty if nothing was guessed."""
+        proposed, accepted, checked = (
+            self.last.get(f"paged_drafts_{name}_total", 0.0) for name in ("proposed", "accepted", "checked")
+        )
+        if not checked:
+            return ""
+        return (
+            f"speculation: {accepted:.0f} of {proposed:.0f} guesses were right, {accepted / checked:.1f} in each step "
+            "that had any"
+        )
+
 
 def read_gauges(url: str) -> dict[str, float]:
-    """`paged_…` series of a metrics page; labels other than the pool's state are dropped. Empty if the page cannot be
-    read.
+    """`paged_…` series of a metrics page; labels other than the pool's state are dropped, and counts that differ in
+    them added up. Empty if the page cannot be read.
     """
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             page = answer.read().decode()
     except OSError:
         return {}
-    gauges = {}
+    gauges: dict[str, float] = {}
     for found in _METRIC.finditer(page):
         state = re.search(r'state="\w+"', found["labels"] or "")
-        gauges[found["name"] + (f"{{{state[0]}}}" if state else "")] = float(found["value"])
+        name = found["name"] + (f"{{{state[0]}}}" if state else "")
+        gauges[name] = float(found["value"]) + (gauges.get(name, 0.0) if name.endswith("_total") else 0.0)
     return gauges

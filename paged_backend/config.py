@@ -148,13 +148,14 @@ class EngineConfig(BaseModel):
         "off",
         description="Guess a sequence's next tokens and check them in one step; no token changes. ngram: what came "
         "after the same words earlier in its text. draft: what draft_model would say. mtp: what the "
-        "checkpoint's layer of multi-token prediction says. eagle3: what the EAGLE-3 head in draft_model says. "
+        "checkpoint's layer of multi-token prediction says. eagle3: what an EAGLE-3 head says (draft_model). "
         "auto: the best of these that there is, as far as it is measured to pay.",
     )
     draft_model: str = Field(
         "",
         description="Folder of a small checkpoint with the model's vocabulary, which guesses for speculation=draft, "
-        "or of an EAGLE-3 head. Its weights, and its K and V beside the model's, take memory.",
+        "or of an EAGLE-3 head; empty: the head in the folder draft_head of the model's own, if it has one. Its "
+        "weights, and its K and V beside the model's, take memory.",
     )
     num_speculative_tokens: int = Field(
         4, ge=1, le=15, description="Guesses of a sequence in a step, at most; fewer while they are wrong."
@@ -258,12 +259,13 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _a_proposer_has_its_checkpoint(self) -> EngineConfig:
-        needed = self.speculation in ("draft", "eagle3")
-        if self.speculation != "auto" and needed != bool(self.draft_model):
-            unused = f"is unused with speculation={self.speculation}; speculation=draft, eagle3 or auto takes one"
+        if self.draft_model and self.speculation not in ("draft", "eagle3", "auto"):
             raise ValueError(
-                f"draft_model: {unused if self.draft_model else f'is empty; speculation={self.speculation} needs one'}"
+                f"draft_model: is unused with speculation={self.speculation}; speculation=draft, eagle3 or auto takes "
+                "one"
             )
+        if self.speculation == "draft" and not self.draft_model:
+            raise ValueError("draft_model: is empty; speculation=draft needs one")
         if (self.draft_model or self.speculation in MODEL_PROPOSERS) and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"speculation: {self.speculation} is for one GPU a replica, tensor_parallel_size must be 1, not "

@@ -21,7 +21,8 @@ from paged_backend.models.weight_files import find_tensors
 from paged_backend.models.weights import allocate_weights, settle_weights
 
 _TOKENIZER = "tokenizer.json"
-
+HEAD_FOLDER = "draft_head"
+"""Where a checkpoint's folder may have an EAGLE-3 head for it, which then needs no name."""
 
 Kind = Literal["draft", "mtp", "eagle3"]
 
@@ -49,7 +50,7 @@ def open_proposer(config: EngineConfig, target: Architecture, target_folder: Pat
     if config.speculation == "mtp":
         return _open_mtp(config, target, target_folder)
     if config.speculation == "eagle3":
-        return _open_eagle3(config, target)
+        return _open_eagle3(config, target, _head_folder(config, target_folder))
     if config.speculation == "auto":
         return _open_best(config, target, target_folder)
     return None
@@ -59,18 +60,19 @@ def _open_best(config: EngineConfig, target: Architecture, target_folder: Path) 
     """What is asked for, or comes with the target and can be computed."""
     if config.draft_model:
         if is_eagle3(_folder(config)):
-            return _open_eagle3(config, target)
+            return _open_eagle3(config, target, _folder(config))
         return _open_other_model(config, target, target_folder)
     if config.tensor_parallel_size > 1:
         return None
+    if is_eagle3(target_folder / HEAD_FOLDER):
+        return _open_eagle3(config, target, target_folder / HEAD_FOLDER)
     try:
         return _open_mtp(config, target, target_folder)
     except EngineError:  # there is none, or none that can be served
         return None
 
 
-def _open_eagle3(config: EngineConfig, target: Architecture) -> ProposerCheckpoint:
-    folder = _folder(config)
+def _open_eagle3(config: EngineConfig, target: Architecture, folder: Path) -> ProposerCheckpoint:
     try:
         architecture, eagle = read_eagle3(folder, target)
         _check_ropes(architecture)
@@ -78,8 +80,19 @@ def _open_eagle3(config: EngineConfig, target: Architecture) -> ProposerCheckpoi
             stored = find_tensors(folder)
             allocate_eagle3(architecture, eagle, stored, torch.float32, torch.device("meta")).check(folder)
     except EngineError as error:
-        raise EngineError(f"draft_model: {error}") from None
+        raise EngineError(f"{'draft_model' if config.draft_model else HEAD_FOLDER}: {error}") from None
     return ProposerCheckpoint("eagle3", folder, architecture, eagle=eagle)
+
+
+def _head_folder(config: EngineConfig, target_folder: Path) -> Path:
+    if config.draft_model:
+        return _folder(config)
+    folder = target_folder / HEAD_FOLDER
+    if not folder.is_dir():
+        raise EngineError(
+            f"draft_model: is empty, and the model's folder has no {HEAD_FOLDER}; speculation=eagle3 needs a head"
+        )
+    return folder
 
 
 def _folder(config: EngineConfig) -> Path:

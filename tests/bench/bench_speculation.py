@@ -27,6 +27,7 @@ from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams, parse_sampling
+from paged_backend.scheduler.sequence import Sequence
 
 # a form as agents ask for it: the same keys again and again
 PEOPLE = {
@@ -69,6 +70,26 @@ def answer(
     return tokens, clock() - begun
 
 
+class Places:
+    """Which guesses are right, by their place behind the newest token: a guess is checked if those before it were."""
+
+    def __init__(self, engine: Engine, num_drafts: int) -> None:
+        self._right, self._checked = np.zeros(num_drafts, int), np.zeros(num_drafts, int)
+        speculation = engine._scheduler.speculation
+        self._note, speculation.note = speculation.note, self._count  # type: ignore[method-assign]
+
+    def _count(self, sequence: Sequence, num_drafts: int, num_right: int) -> None:
+        self._right[:num_right] += 1
+        self._checked[: min(num_drafts, num_right + 1)] += 1
+        self._note(sequence, num_drafts, num_right)
+
+    def shares(self) -> list[float]:
+        """Right of those checked, since the last call."""
+        found = (self._right / np.maximum(self._checked, 1)).round(2).tolist()
+        self._right[:], self._checked[:] = 0, 0
+        return found
+
+
 def workloads(engine: Engine, max_tokens: int) -> dict[str, tuple[Int32, SamplingParams]]:
     """Name -> prompt and sampling of each sequence. The model goes in circles where what was said is made likelier."""
     words = Tokenizer.from_file(str(demo_model_folder() / "tokenizer.json"))
@@ -101,6 +122,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
     engines = {kind: load(args.device, kind, args.drafts, 1024) for kind in ("off", *args.kinds)}
+    places = {kind: Places(engines[kind], args.drafts) for kind in args.kinds}
     texts = workloads(engines["off"], args.max_tokens)
     unknown = [name for name in args.texts or () if name not in texts]
     if unknown:
@@ -109,13 +131,17 @@ def main() -> None:
         prompt, sampling = texts[name]
         for num_sequences in args.sequences:
             row = {"bench": "speculation", "text": name, "sequences": num_sequences}
-            print(json.dumps(row | compare(engines, [prompt] * num_sequences, sampling, args)), flush=True)
+            print(json.dumps(row | compare(engines, places, [prompt] * num_sequences, sampling, args)), flush=True)
 
 
 def compare(
-    engines: dict[str, Engine], prompts: list[Int32], sampling: SamplingParams, args: argparse.Namespace
+    engines: dict[str, Engine],
+    places: dict[str, Places],
+    prompts: list[Int32],
+    sampling: SamplingParams,
+    args: argparse.Namespace,
 ) -> dict[str, object]:
-    """Tokens a second of each engine, the first one's times; drafts of a round."""
+    """Tokens a second of each engine, the first one's times; drafts of a round, and which of them were right."""
     rates: dict[str, list[float]] = {kind: [] for kind in engines}
     before = {kind: engine.stats() for kind, engine in engines.items()}
     told = {}
@@ -132,6 +158,7 @@ def compare(
         row[f"{kind}_same_answers"] = same / len(prompts)
         row[f"{kind}_proposed"] = (after.drafts_proposed - before[kind].drafts_proposed) // (args.rounds + 1)
         row[f"{kind}_accepted"] = (after.drafts_accepted - before[kind].drafts_accepted) // (args.rounds + 1)
+        row[f"{kind}_right_by_place"] = places[kind].shares()
     return row
 
 

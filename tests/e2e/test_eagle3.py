@@ -1,24 +1,23 @@
-"""EAGLE-3 heads through the real engine: their guesses are those of the definition, written down here in plain torch
-over transformers' states, whatever happened to the sequence before; and no token depends on them.
+"""EAGLE-3 heads through the real engine: their guesses are those of the definition (tests/eagle3_definition.py),
+whatever happened to the sequence before; and no token depends on them.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
-from transformers import AutoModelForCausalLM
 
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
 from tests.drafts_heard import Listener, sizes
+from tests.eagle3_definition import Definition
 from tests.engine_answers import answers, load
 from tests.oracle import random_prompts, save_checkpoint
 
@@ -26,7 +25,7 @@ NUM_DRAFTS = 3
 LENGTHS = [1, 15, 18, 40]  # none that the prefix cache has all but a token of
 VOCABULARY, DRAFT_VOCABULARY = 199, 60
 NUM_LAYERS, TARGET_SIZE = 6, 64
-HEADS, KV_HEADS, HEAD_DIM, EPS, THETA = 4, 1, 16, 1e-5, 10_000.0
+HEADS, KV_HEADS, HEAD_DIM = 4, 1, 16
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "model_type": "llama",
@@ -37,8 +36,8 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_DIM,
     "max_position_embeddings": 1024,
-    "rms_norm_eps": EPS,
-    "rope_theta": THETA,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
     "vocab_size": VOCABULARY,
     "draft_vocab_size": DRAFT_VOCABULARY,
     "torch_dtype": "float32",
@@ -97,71 +96,6 @@ def save_head(folder: Path, num_taps: int, layer: str = "midlayer", **options: A
     return folder
 
 
-class Definition:
-    """The paper's section 3, in float32, one sequence at a time, without any cache."""
-
-    def __init__(self, target: Path, head: Path, taps: tuple[int, ...]) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-        tensors = load_file(head / "model.safetensors")
-        self._tensors = {name.removeprefix("midlayer.").removeprefix("layers.0."): t for name, t in tensors.items()}
-        self._normed_residual = json.loads((head / "config.json").read_text()).get("norm_before_residual", False)
-        self._embedding = self._tensors.get("embed_tokens.weight", self._model.get_input_embeddings().weight)
-        self._taps = taps
-
-    @torch.inference_mode()
-    def guesses(self, text: list[int], count: int) -> list[int]:
-        layers = self._model(torch.tensor(text)[None], output_hidden_states=True).hidden_states
-        read = [layers[after][0] if after < NUM_LAYERS else self._last(text) for after in self._taps]
-        states = list(self._product(torch.cat(read, dim=1), "fc")[:-1])
-        following = list(text[1:])
-        for _ in range(count):
-            state = self._layer(torch.stack(states), torch.tensor(following))[-1]
-            guess = int(self._product(self._norm(state, "norm"), "lm_head").argmax())
-            following.append(guess + int(self._tensors["d2t"][guess]) if "d2t" in self._tensors else guess)
-            states.append(state)
-        return following[-count:]
-
-    def _last(self, text: list[int]) -> Tensor:
-        """[T, hidden]: transformers gives the normed answer of the last layer."""
-        found: list[Tensor] = []
-        hook = self._model.model.norm.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0][0]))
-        self._model(torch.tensor(text)[None])
-        hook.remove()
-        return found[0]
-
-    def _layer(self, states: Tensor, following: Tensor) -> Tensor:
-        """[T, hidden], [T] -> [T, hidden]"""
-        normed = self._norm(states, "hidden_norm")
-        x = torch.cat([self._norm(self._embedding[following], "input_layernorm"), normed], dim=1)
-        q, k, v = (
-            self._product(x, f"self_attn.{letter}_proj").view(len(x), -1, HEAD_DIM).transpose(0, 1) for letter in "qkv"
-        )
-        attended = scaled_dot_product_attention(
-            _rotated(q), _rotated(k).expand(HEADS, -1, -1), v.expand(HEADS, -1, -1), is_causal=True
-        )
-        answer = self._product(attended.transpose(0, 1).reshape(len(x), -1), "self_attn.o_proj")
-        y = (normed if self._normed_residual else states) + answer
-        inner = self._norm(y, "post_attention_layernorm")
-        gated = silu(self._product(inner, "mlp.gate_proj")) * self._product(inner, "mlp.up_proj")
-        return y + self._product(gated, "mlp.down_proj")
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight = self._tensors[f"{name}.weight"]
-        return rms_norm(x, weight.shape, weight, EPS)
-
-    def _product(self, x: Tensor, name: str) -> Tensor:
-        return linear(x, self._tensors[f"{name}.weight"])
-
-
-def _rotated(x: Tensor) -> Tensor:
-    """[heads, T, D] with the rotary positions 0, 1, 2 … (Su et al., 2021), halves as pairs."""
-    angles = torch.arange(x.shape[1])[:, None] * THETA ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat(
-        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1
-    )
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("target")
@@ -208,6 +142,26 @@ def test_auto_knows_a_head_from_a_model(target: Path, tmp_path: Path) -> None:
         options = {"model": str(target), "speculation": "auto", "draft_model": str(folder)}
         found = open_checkpoint(EngineConfig.parse(options)).proposer
         assert found is not None and found.kind == kind
+
+
+def test_a_head_in_the_models_folder_needs_no_name(target: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(target, tmp_path / "checkpoint")
+    options = {"model": str(checkpoint), "speculation": "eagle3"}
+    with pytest.raises(EngineError, match=r"draft_model: is empty, and the model's folder has no draft_head"):
+        open_checkpoint(EngineConfig.parse(options))
+    head = save_head(checkpoint / "draft_head", 3, eagle_aux_hidden_state_layer_ids=[2, 3, 5])
+    for speculation, found in (("eagle3", head), ("auto", head), ("ngram", None), ("off", None)):
+        proposer = open_checkpoint(EngineConfig.parse(options | {"speculation": speculation})).proposer
+        assert (None if proposer is None else (proposer.kind, proposer.folder)) == (found and ("eagle3", found))
+    named = save_head(tmp_path / "named", 3, eagle_aux_hidden_state_layer_ids=[2, 3, 5])
+    proposer = open_checkpoint(EngineConfig.parse(options | {"draft_model": str(named)})).proposer
+    assert proposer is not None and proposer.folder == named
+    save_head(head, 3, eagle_aux_hidden_state_layer_ids=[2, 3, 7])
+    for speculation in ("eagle3", "auto"):
+        with pytest.raises(EngineError, match=r"^draft_head: the head reads what \[2, 3, 7\] of the"):
+            open_checkpoint(EngineConfig.parse(options | {"speculation": speculation}))
+    ranks = EngineConfig.parse(options | {"speculation": "auto", "tensor_parallel_size": 2})
+    assert open_checkpoint(ranks).proposer is None
 
 
 def test_by_default_it_reads_a_low_a_middle_and_a_high_layer(tmp_path: Path) -> None:

@@ -34,11 +34,12 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_demo_tells_a_story_and_answers_questions_about_it(tmp_path: Path) -> None:
+def test_the_demo_tells_a_story_answers_questions_about_it_and_says_what_guesses_saved(tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
-    finished = run(temporary, "demo")
+    finished = run(temporary, "demo", "--speculation", "eagle3")
     assert finished.returncode == 0, finished.stderr
-    conversation, report = finished.stdout.rsplit("\n\n", 1)
+    told, comparison = finished.stdout.split("\nThe same without speculation:\n")
+    conversation, report = told.rsplit("\n\n", 1)
     story, name, colour, place = re.split(r"^> .*\n", conversation, flags=re.MULTILINE)[1:]
     assert len(re.findall(r"[A-Z][^.!?]*[.!?]", story)) >= 5  # sentences
     assert f"a {colour.split()[-1].rstrip('.')} lantern" in story
@@ -47,6 +48,9 @@ def test_the_demo_tells_a_story_and_answers_questions_about_it(tmp_path: Path) -
     assert re.search(r"^\d+ tokens: the first after \d+ ms, then \d+ tokens/s\n", report)
     assert re.search(r"^prefix cache: [1-9]\d* of \d+ prompt tokens", report, re.MULTILINE)
     assert re.search(r"^pool: [1-9]\d* pages of 16 tokens; .* cached now", report, re.MULTILINE)
+    guesses = re.search(r"^speculation: (\d+) of (\d+) guesses were right", report, re.MULTILINE)
+    assert guesses is not None and int(guesses[1]) > int(guesses[2]) / 3
+    assert re.match(r"all answers.*: \d+ tokens/s with speculation, \d+ without it .*\n4 of 4 answers are", comparison)
     assert all(line.startswith("paged: ") for line in finished.stderr.splitlines()), finished.stderr
     assert list(temporary.iterdir()) == []
 

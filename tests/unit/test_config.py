@@ -133,6 +133,7 @@ def test_a_draft_model_is_for_those_who_ask_it() -> None:
         with pytest.raises(EngineError, match="tensor_parallel_size"):
             EngineConfig.parse({"speculation": speculation, "tensor_parallel_size": 2} | small)
     assert EngineConfig.parse({"speculation": "auto", "tensor_parallel_size": 2}).num_drafts == 4
+    assert EngineConfig.parse({"speculation": "eagle3"}).num_drafts == 4  # the model's folder may have a head
     assert EngineConfig.parse({"num_speculative_tokens": 3}).num_drafts == 0
     for options in ({"speculation": "draft"}, {"speculation": "ngram"} | small, small):
         with pytest.raises(EngineError, match="draft_model"):

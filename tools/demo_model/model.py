@@ -93,8 +93,12 @@ class DemoModel(nn.Module):
         """Logits [..., vocab] from last states [..., hidden], in their type."""
         return functional.linear(x, self.embedding.to(x.dtype))
 
-    def states(self, ids: Tensor, attention: Attention, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the head reads, [B, T, hidden] in `dtype`, and how unevenly the experts were used."""
+    def states(
+        self, ids: Tensor, attention: Attention, dtype: torch.dtype, answers: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the head reads, [B, T, hidden] in `dtype`, and how unevenly the experts were used. answers: gets what
+        each layer has made of the tokens, [B, T, hidden].
+        """
         shape, (rows, length) = self.shape, ids.shape
         cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
         x = functional.embedding(ids, self.embedding).to(dtype)
@@ -118,6 +122,8 @@ class DemoModel(nn.Module):
                 inner = (inner.unflatten(-1, (shape.num_experts, -1)) * shares[..., None].to(dtype)).flatten(-2)
                 uneven = uneven + unevenness / shape.num_layers
             x = x + functional.linear(inner, down)
+            if answers is not None:
+                answers.append(x)
         return rms_norm(x, self.final_norm), uneven
 
     def _perceptrons(self, dtype: torch.dtype) -> list[Tensor]:
@@ -202,6 +208,8 @@ def attention_by_document(documents: Tensor) -> Attention:
 
 def _attention_of_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal. q: [heads, n, head_dim]; k, v: [KV heads, n, head_dim]."""
+    if not torch.is_grad_enabled():  # torch's own is faster forwards, and slower backwards
+        return functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
     (heads, length, head_dim), groups = q.shape, k.shape[0]
     scores = q.reshape(groups, -1, head_dim) @ k.transpose(1, 2)
     scores = scores.view(groups, -1, length, length).float() * head_dim**-0.5

@@ -1,8 +1,10 @@
-"""The demo model's files, in transformers' layout."""
+"""The demo model's files, in transformers' layout, and its draft head's, in that of published EAGLE-3 heads."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from tools.demo_model.draft_head import DraftHead, HeadShape
 from tools.demo_model.model import EPS, THETA, DemoModel, Shape
 from tools.demo_model.vocabulary import BOS_ID, EOS_ID, LATER_TOKENS, for_transformers, with_later_tokens
 
@@ -79,10 +82,65 @@ def save(model: DemoModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtyp
     config.dtype = dtype
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID).save_pretrained(folder)
-    part = folder / "model.safetensors.part"  # a run that is cut off leaves the last whole file
-    save_file(hugging_face_weights(model, dtype), part, metadata={"format": "pt"})
-    part.rename(folder / "model.safetensors")
+    _save_weights(hugging_face_weights(model, dtype), folder)
     for_transformers(tokenizer, model.shape.max_model_len).save_pretrained(folder)
+
+
+def _save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    part = folder / "model.safetensors.part"  # a run that is cut off leaves the last whole file
+    save_file(weights, part, metadata={"format": "pt"})
+    part.rename(folder / "model.safetensors")
+
+
+def head_config(head: HeadShape, shape: Shape) -> dict[str, Any]:
+    """As published heads say it. Layers are counted from 0, by the last that was computed."""
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": head.hidden_size,
+        "intermediate_size": head.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": head.num_heads,
+        "num_key_value_heads": head.num_kv_heads,
+        "head_dim": head.head_dim,
+        "max_position_embeddings": shape.max_model_len,
+        "rms_norm_eps": EPS,
+        "rope_theta": THETA,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "vocab_size": shape.vocab_size,
+        "draft_vocab_size": head.vocab_size,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [after - 1 for after in head.taps]},
+        "torch_dtype": "bfloat16",
+    }
+
+
+def save_head(head: DraftHead, shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes configuration and weights of a head for a model of this shape."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(head_config(head.shape, shape), indent=2) + "\n")
+    weights = {
+        "fc": head.fusion[0],
+        "midlayer.input_layernorm": head.token_norm,
+        "midlayer.hidden_norm": head.state_norm,
+        "midlayer.self_attn.q_proj": head.q[0],
+        "midlayer.self_attn.k_proj": head.k[0],
+        "midlayer.self_attn.v_proj": head.v[0],
+        "midlayer.self_attn.o_proj": head.o[0],
+        "midlayer.post_attention_layernorm": head.mlp_norm,
+        "midlayer.mlp.gate_proj": head.gate[0],
+        "midlayer.mlp.up_proj": head.up[0],
+        "midlayer.mlp.down_proj": head.down[0],
+        "norm": head.final_norm,
+        "lm_head": head.head,
+    }
+    found = {f"{name}.weight": weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    known = head.token_ids.cpu()
+    found["d2t"] = known - torch.arange(len(known))
+    found["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill(0, known, True)
+    _save_weights(found, folder)
 
 
 def load(model: DemoModel, folder: Path) -> Tokenizer:

@@ -7,12 +7,12 @@ products.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from tools.demo_model.model import DemoModel
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from the reference
 _NUM_STEPS = 5
@@ -42,10 +42,20 @@ def orthogonal(update: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.transpose(1, 2) if tall else x).to(update.dtype)
 
 
+class HasMatrices(Protocol):
+    """An nn.Module, some of whose parameters are stacked matrices."""
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """[n, out, in] each."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
 class Optimizer:
     """Steps all parameters of a model. `state` and `load` carry it over to the next command."""
 
-    def __init__(self, model: DemoModel, rates: Rates, dtype: torch.dtype) -> None:
+    def __init__(self, model: HasMatrices, rates: Rates, dtype: torch.dtype) -> None:
         """dtype: in which updates are made orthogonal."""
         self._rates = rates
         self._matrices = model.matrices
@@ -54,7 +64,7 @@ class Optimizer:
         self._names = [names[id(matrix)] for matrix in self._matrices]
         owned = {id(matrix) for matrix in self._matrices}
         self._others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in owned}
-        on_cuda = model.embedding.is_cuda
+        on_cuda = self._matrices[0].is_cuda
         self._adam = torch.optim.AdamW(
             self._others.values(), lr=rates.other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=on_cuda
         )

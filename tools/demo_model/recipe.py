@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from tools.demo_model.draft_head import HeadShape
 from tools.demo_model.model import Shape
 from tools.demo_model.optimizer import Rates
 from tools.demo_model.shards import ShardPlan
@@ -79,7 +80,23 @@ class Recipe:
         )
 
 
-def timed_share(recipe: Recipe, num_tokens: int, elapsed: float) -> float:
+@dataclass(frozen=True)
+class HeadRecipe:
+    """For a head that guesses what the model says. Tokens of answers count, all alike; others not."""
+
+    shape: HeadShape = field(default_factory=HeadShape)
+    plan: ShardPlan = field(default_factory=lambda: ShardPlan(rows_per_shard=16, early_shards=0, mixture="agents"))
+    rates: Rates = field(default_factory=lambda: Rates(matrix_rate=0.02, other_rate=2e-3))
+    rows_per_step: int = 2
+    passes: int = 2  # over a shard: to ask the model costs as much as a step
+    warmup_tokens: int = 100_000
+    decay_share: float = 0.7
+    counted_rows: int = 256  # that say which tokens the head may guess
+    validation_rows: int = 8
+    seed: int = 0
+
+
+def timed_share(recipe: Recipe | HeadRecipe, num_tokens: int, elapsed: float) -> float:
     """As `rate_share` where the end is a time: `elapsed` is the share of it that has passed."""
     rise = min(1.0, (num_tokens + 1) / recipe.warmup_tokens)
     return max(0.0, min(rise, (1 - elapsed) / recipe.decay_share))
