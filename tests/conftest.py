@@ -7,9 +7,12 @@ import os
 import pytest
 import torch
 
+from tests.interpreter import look_builtins_up_once
+
 # kernels run in the Triton language's interpreter, which must be asked for before anything imports triton
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    look_builtins_up_once()
 
 # Tiny models gain nothing from a second thread, and threads that wait for each other actively are slow wherever
 # something else runs. Servers inherit it.

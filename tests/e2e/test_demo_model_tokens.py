@@ -120,7 +120,10 @@ def check_answers(
     assert logprobs == pytest.approx(asked.logprobs[which], rel=0, abs=tolerance)
 
 
-@pytest.mark.parametrize(("page_size", "budget"), [(1, 2048), (16, 100), (256, 700)])
+@pytest.mark.parametrize(
+    ("page_size", "budget"),
+    [(16, 100), pytest.param(1, 2048, marks=pytest.mark.long), pytest.param(256, 700, marks=pytest.mark.long)],
+)
 def test_far_facts_are_found_whatever_the_pages_and_chunks_are(
     asked: Asked, tmp_path: Path, page_size: int, budget: int
 ) -> None:

@@ -17,7 +17,8 @@ from tests.engine_answers import answers, load
 from tests.kernels.test_cuda_ops import SMALL, use_kernels
 from tests.oracle import random_prompts, save_checkpoint
 
-HEAD = {"hidden_size": 48, "target_hidden_size": 64, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+FEW = {"intermediate_size": SMALL["intermediate_size"]}
+HEAD = {"hidden_size": 48, **FEW, "target_hidden_size": 64, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
 
 
 def use_kernels_in_proposer(engine: Engine) -> None:
@@ -50,7 +51,7 @@ def use_kernels_in_proposer(engine: Engine) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["draft", "eagle3"])
 def test_guesses_on_kernels_are_those_on_plain_torch(tmp_path: Path, kind: str) -> None:
-    target = save_checkpoint(tmp_path / "target", "Qwen3ForCausalLM", head_dim=16, num_hidden_layers=4)
+    target = save_checkpoint(tmp_path / "target", "Qwen3ForCausalLM", head_dim=16, num_hidden_layers=4, **FEW)
     if kind == "draft":
         draft_model = save_checkpoint(tmp_path / "draft", "LlamaForCausalLM", seed=7, **SMALL)
     else:
@@ -63,6 +64,6 @@ def test_guesses_on_kernels_are_those_on_plain_torch(tmp_path: Path, kind: str) 
         if kernels:
             use_kernels_in_proposer(engine)
         listener = Listener(engine)
-        answers(engine, random_prompts((9,)), max_tokens=8, ignore_eos=True)
+        answers(engine, random_prompts((9,)), max_tokens=5, ignore_eos=True)
         heard.append(listener.heard)
     assert heard[0] == heard[1] and len(heard[0]) > 1

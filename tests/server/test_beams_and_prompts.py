@@ -40,7 +40,7 @@ def server() -> Iterator[Server]:
         "max_batched_tokens": 48,
         "max_engine_restarts": 100,
     }
-    with Server(ServerSettings(instances=2, options=options)) as running:
+    with Server(ServerSettings(instances=2, options=options, drain_seconds=3)) as running:
         yield running
 
 

@@ -35,7 +35,9 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=["one front end", "four front ends"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.long), 4], ids=["one front end", "four front ends"]
+)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     options = {"num_pages": NUM_PAGES, "max_num_sequences": 64, "dtype": "float32", "max_model_len": 512}
     # what was left at its end keeps 2.51 from unloading

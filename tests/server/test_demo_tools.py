@@ -152,6 +152,7 @@ def test_the_demo_calls_what_it_needs_and_answers_from_the_results(tmp_path: Pat
     assert num_calls == [1, 1, 2, 0], said
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_the_demo_and_its_gateway(tmp_path: Path) -> None:
     running = subprocess.Popen(
         DEMO, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

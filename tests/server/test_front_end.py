@@ -26,7 +26,7 @@ pytestmark = pytest.mark.server
 TOKENIZER = fake_engine.make_tokenizer()
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=["1 instance", "4 instances"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long), 4], ids=["1 instance", "4 instances"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]:
     # every request brings parameters of the server's
     forwarded = [f"--{protocol}-header-forward-pattern=x-.*|user-agent" for protocol in ("http", "grpc")]

@@ -25,7 +25,11 @@ PROMPT = "Once upon a time there was a clever baker called Mira. One day she"
 SEED = 2**63 + 5
 
 
-@pytest.fixture(scope="module", params=["true", "false"], ids=["prefix cache", "no prefix cache"])
+@pytest.fixture(
+    scope="module",
+    params=["true", pytest.param("false", marks=pytest.mark.long)],
+    ids=["prefix cache", "no prefix cache"],
+)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     options = {
         "num_pages": 400,

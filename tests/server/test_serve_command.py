@@ -82,7 +82,9 @@ def test_the_ready_block_tells_where_the_server_answers(start: Start) -> None:
     assert all(line.startswith("paged: ") for line in stderr.splitlines()), stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=["SIGTERM", "SIGINT"]
+)
 def test_a_stop_lets_the_stream_in_flight_end_and_leaves_nothing_behind(start: Start, number: signal.Signals) -> None:
     command = start(WORD_SECONDS="0.3")
     url = command.wait_until_ready()["HTTP"]

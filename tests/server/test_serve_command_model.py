@@ -72,6 +72,7 @@ def test_ctrl_c_ends_the_demo_after_the_answer_that_is_on_its_way(tmp_path: Path
     assert "error" not in errors and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_demo_goes_on_with_a_text_if_the_model_has_no_chat_template(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(demo_model_folder(), checkpoint)
@@ -84,7 +85,7 @@ def test_the_demo_goes_on_with_a_text_if_the_model_has_no_chat_template(tmp_path
     assert report.count("\n") == 2 and "prefix cache" not in report
 
 
-@pytest.mark.parametrize("damage", ["cut short", "another architecture"])
+@pytest.mark.parametrize("damage", ["cut short", pytest.param("another architecture", marks=pytest.mark.long)])
 def test_a_checkpoint_that_only_the_engine_can_refuse_is_one_sentence(tmp_path: Path, damage: str) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(demo_model_folder(), checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ MEANINGS = {
 ONLY_IN = {"turn": {"client/chat.py"}}
 
 
+@cache
 def names() -> set[tuple[str, str]]:
     """(file, name) of every identifier."""
     found = set()
