@@ -40,12 +40,16 @@ class _Pace:
 
     most: int
     now: int
+    shortest_pause: int  # after drafts of which none was right
     longest_pause: int
     guided: bool  # its drafts must be known before its step is launched, and have masks: the host makes them
     repetition: Repetition = field(default_factory=Repetition)  # of its text
     pause: int = 0  # steps without any, from now on
-    next_pause: int = 1
+    next_pause: int = field(init=False)
     share: float = _UNKNOWN_SHARE  # of the drafts after right ones that are right, too, lately
+
+    def __post_init__(self) -> None:
+        self.next_pause = self.shortest_pause
 
     def next(self) -> int:
         if self.pause:
@@ -56,7 +60,7 @@ class _Pace:
     def note(self, num_drafts: int, num_right: int) -> None:
         """After a pause one draft is tried; where it is right there are more."""
         if num_right:
-            self.now, self.next_pause = self.most, 1
+            self.now, self.next_pause = self.most, self.shortest_pause
         elif num_drafts:
             self.now, self.pause = 1, self.next_pause
             self.next_pause = min(2 * self.next_pause + 1, self.longest_pause)
@@ -99,8 +103,11 @@ class Speculation(SchedulerFeature):
         # one is over with a token; of the other a token may be replaced when it is known
         if sampling.pooling is not None or sampling.max_thinking_tokens is not None:
             return False
-        longest_pause = _LONGEST_PAUSE if self._costs is None else _LONGEST_IF_IT_MUST_PAY
-        self._paces[sequence] = _Pace(self._most, self._most, longest_pause, bool(spec.features & Feature.GUIDED))
+        guided = bool(spec.features & Feature.GUIDED)
+        # a text that goes on otherwise than before does so for a while; a model that was wrong may be right at once
+        shortest = 1 if guided or self._from_text else 0
+        longest = _LONGEST_PAUSE if self._costs is None else _LONGEST_IF_IT_MUST_PAY
+        self._paces[sequence] = _Pace(self._most, self._most, shortest, longest, guided)
         self.in_use = True
         return True
 

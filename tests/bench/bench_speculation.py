@@ -40,6 +40,7 @@ PEOPLE = {
         "additionalProperties": False,
     },
 }
+SUM = "<|user|>There are 24 boxes with 36 eggs in each. How many eggs are there?<|end|><|assistant|><think>"
 STORY = "<|user|>Tell me a story about a fox and a lantern.<|end|><|assistant|>"
 
 
@@ -93,7 +94,7 @@ class Places:
 def workloads(engine: Engine, max_tokens: int) -> dict[str, tuple[Int32, SamplingParams]]:
     """Name -> prompt and sampling of each sequence. The model goes in circles where what was said is made likelier."""
     words = Tokenizer.from_file(str(demo_model_folder() / "tokenizer.json"))
-    story = np.array(words.encode(STORY, add_special_tokens=False).ids, np.int32)
+    story, thought = (np.array(words.encode(text, add_special_tokens=False).ids, np.int32) for text in (STORY, SUM))
     greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     told, _ = answer(engine, [story], greedy)
     begun = np.array(told[0][: len(told[0]) // 3], np.int32)
@@ -107,6 +108,7 @@ def workloads(engine: Engine, max_tokens: int) -> dict[str, tuple[Int32, Samplin
         "a story": (story, greedy),
         "drawn tokens": (story, free),
         "a form": (story, form),
+        "a sum, thought first": (thought, greedy),
     }
 
 

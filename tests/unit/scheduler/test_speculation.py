@@ -101,6 +101,14 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none(steps_ahead: int) -> N
     assert steps[0.0, 4] <= steps[1.0, 0] + 1 + steps_ahead
 
 
+def test_a_model_that_was_wrong_is_asked_again_at_once_then_ever_more_rarely() -> None:
+    bench = Bench(quality=0.0)
+    bench.submit(1, [1, 2, 3], max_tokens=40)
+    bench.run()
+    counts = [0 if batch.drafts is None else int(batch.drafts.counts.sum()) for batch in bench.batches[1:]]
+    assert counts[:33] == [4, 1, 0, 1, *3 * [0], 1, *7 * [0], 1, *15 * [0], 1, 0]
+
+
 @QUALITIES
 @AHEAD
 def test_a_stop_inside_a_run_ends_the_answer_there(quality: float, steps_ahead: int) -> None:
