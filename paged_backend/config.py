@@ -90,6 +90,13 @@ class EngineConfig(BaseModel):
     max_batched_tokens: int = Field(
         2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks."
     )
+    max_step_seconds: float = Field(
+        0.2,
+        ge=0,
+        description="While some sequence decodes, a step has only as many prompt tokens as are expected to end within "
+        "so many seconds, at least 32; what steps take is measured while serving. 0: as many as fit into "
+        "max_batched_tokens.",
+    )
     max_queue_size: int = Field(4096, ge=1, description="Requests that may wait; one more is refused as UNAVAILABLE.")
     max_waiting_seconds: float = Field(
         600.0, gt=0, description="A request that has not started after this long is refused as UNAVAILABLE."

@@ -15,6 +15,7 @@ import numpy as np
 from paged_backend.batch import Batch, BeamCandidates, BeamRows, StepResult
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.beam_search import BeamSearch, Candidates
+from paged_backend.scheduler.limits import SchedulerLimits
 
 
 def next_token(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> int:
@@ -205,3 +206,30 @@ class SimulatedRunner:
 
     def _slot(self, row: int, group: int, position: int) -> tuple[int, int]:
         return self._tables[row][group * self._table_width + position // self._page_size], position % self._page_size
+
+
+class TimedRunner(SimulatedRunner):
+    """One whose device computes a step after the other, each in as many seconds as a test says; the host takes none."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        seconds: Callable[[Batch], float],
+        vocab_size: int = 97,
+        propose: Callable[[list[int], int], list[int]] | None = None,
+    ) -> None:
+        sizes = limits.num_pages, limits.page_size, limits.max_model_len, limits.max_batched_tokens
+        super().__init__(limits.max_num_sequences, *sizes, vocab_size, limits.windows, propose)
+        self.now = 0.0  # as the host knows it: the end of the newest step whose result it has read
+        self._seconds = seconds
+        self._ends: list[float] = []
+
+    def launch(self, batch: Batch) -> None:
+        super().launch(batch)
+        begins = max([self.now, *self._ends[-1:]])
+        self._ends.append(begins + self._seconds(batch))
+
+    def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
+        for batch, result in super().finished(keep):
+            self.now = max(self.now, self._ends[batch.step - 1])
+            yield batch, result

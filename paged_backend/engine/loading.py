@@ -15,6 +15,7 @@ import torch
 import zmq
 from tokenizers import Tokenizer
 
+from paged_backend.batch import Batch
 from paged_backend.config import EngineConfig, kv_event_addresses
 from paged_backend.engine.checked_runner import CheckedRunner, TableBounds
 from paged_backend.engine.engine import Engine, Runner
@@ -36,6 +37,7 @@ from paged_backend.scheduler.grammar_masks import GrammarMasks
 from paged_backend.scheduler.kv_events import KvEvents
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
+from paged_backend.scheduler.step_budget import LEAST_TOKENS
 
 log = logging.getLogger("paged")
 
@@ -79,6 +81,9 @@ def load_engine(
         if runner.adapter_slots is None
         else AdapterSlots(len(runner.adapter_slots), runner.adapter_slots),
     )
+    if runner.timed is not None:
+        scheduler.expect(*runner.timed)
+    log.info("%s", about_pace(config.max_step_seconds, runner.timed))
     log.info("engine ready after %.1f s", time.monotonic() - started)
     ready = Ready(
         tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
@@ -182,6 +187,7 @@ def _scheduler_limits(config: EngineConfig, limits: RunnerLimits, drafts_from_te
         max_model_len=limits.max_model_len,
         max_num_sequences=limits.max_num_sequences,
         max_batched_tokens=config.max_batched_tokens,
+        max_step_seconds=config.max_step_seconds,
         vocab_size=limits.vocab_size,
         max_queue_size=config.max_queue_size,
         max_waiting_seconds=config.max_waiting_seconds,
@@ -195,6 +201,19 @@ def _scheduler_limits(config: EngineConfig, limits: RunnerLimits, drafts_from_te
         drafts_from_text=drafts_from_text,
         drafts_must_pay=config.speculation == "auto",
     )
+
+
+def about_pace(max_step_seconds: float, timed: tuple[Batch, float] | None) -> str:
+    """A sentence for the log. timed: a step of prompts, and the seconds that it took."""
+    if not max_step_seconds:
+        return "max_step_seconds=0: prompts have all tokens of a step, however long sequences that decode wait for it"
+    said = (
+        f"beside sequences that decode, steps have as many prompt tokens as are expected to end within "
+        f"{max_step_seconds:g} s (max_step_seconds), {LEAST_TOKENS} at least"
+    )
+    if timed is None:
+        return f"{said}; what steps take is learnt from the first ones"
+    return f"{said}; {timed[0].num_tokens} take {timed[1]:.3f} s now"
 
 
 def _recommended(config: EngineConfig, generation: GenerationConfig, max_model_len: int) -> dict[str, float]:

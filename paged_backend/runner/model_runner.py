@@ -30,7 +30,7 @@ from paged_backend.runner.sampler import Sampler, prompt_tokens_at_once
 from paged_backend.runner.step_plan import plan_step, shape_of
 from paged_backend.runner.step_tensors import DeviceRows
 from paged_backend.runner.transfers import InFlightStep, ResultBuffers
-from paged_backend.runner.warm_up import warm_up_batches
+from paged_backend.runner.warm_up import time_largest, warm_up_batches
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class ModelRunner:
         self._result_buffers = ResultBuffers(self.device)
         self._scored_at_once = prompt_tokens_at_once(rows.num_rows, limits.vocab_size)
         self._proposer: Proposer | None = None  # None: no model makes drafts
+        self.timed: tuple[Batch, float] | None = None  # a step of many prompt tokens, and its seconds; None: not yet
 
     def speculate(self, proposer: Proposer, num_drafts: int) -> None:
         """From now on a model makes the drafts, so many of a row and step at most. To be called before any step."""
@@ -137,7 +138,8 @@ class ModelRunner:
             limits.num_pages,
             limits.vocab_size,
         )
-        self.run(warm_up_batches(*sizes, adapters=self.adapter_slots is not None, num_drafts=self.num_drafts))
+        batches = warm_up_batches(*sizes, adapters=self.adapter_slots is not None, num_drafts=self.num_drafts)
+        self.timed = time_largest(self.run, batches)
 
     def run(self, batches: Iterable[Batch]) -> None:
         """Runs steps one after another; nobody wants their results."""

@@ -4,7 +4,8 @@ that no request waits for that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -99,6 +100,22 @@ def warm_up_batches(
         yield _beside_decodes(batch, few)
         if num_drafts > 0:
             yield _with_drafts(batch, few, num_drafts)
+
+
+def time_largest(run: Callable[[list[Batch]], None], batches: Iterable[Batch]) -> tuple[Batch, float] | None:
+    """Runs the steps, and the one with the most tokens once more, when nothing is left to be compiled for it. Returns
+    that one and its seconds; None: there was no step.
+    """
+    largest: Batch | None = None
+    for batch in batches:
+        run([batch])
+        if largest is None or batch.num_tokens > largest.num_tokens:
+            largest = batch
+    if largest is None:
+        return None
+    started = time.monotonic()
+    run([largest])
+    return largest, time.monotonic() - started
 
 
 def largest_batches(

@@ -53,18 +53,19 @@ class Admission:
         """Lets waiting sequences start while rows, pages and what (rows, counts) leave of the budget last. Returns both
         with theirs.
         """
-        budget = self._fairness.start_budget(counts)
         table = self._running.table
+        if not table.num_free:
+            return rows, counts
+        budget = self._fairness.start_budget(rows, counts)
         new_rows: list[int] = []
         new_counts: list[int] = []
-        while budget.left > 0:
-            start = self._fairness.next_start(budget)
-            row = None if start is None else self._start(start.sequence)
-            if start is None or row is None:
+        while (start := self._fairness.next_start(budget)) is not None:
+            row = self._start(start.sequence)
+            if row is None:
                 break
             self._fairness.started(start)
             num_computed = int(table.num_computed[row])
-            count = budget.take(int(table.num_tokens[row]) - num_computed, start.is_short)
+            count = budget.take(int(table.num_tokens[row]) - num_computed, num_computed, start.is_short)
             self._running.publish(row, num_computed + count)
             new_rows.append(row)
             new_counts.append(count)

@@ -17,6 +17,8 @@ from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.quarantine import Quarantine
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
+from paged_backend.scheduler.step_budget import StepBudget, StepBudgets
+from paged_backend.scheduler.step_costs import StepCosts
 from paged_backend.scheduler.waiting import WaitingQueue
 
 _SHORT_SHARE = 8  # a prompt is short up to this part of a step's budget
@@ -27,45 +29,45 @@ def short_len(budget: int) -> int:
     return max(1, budget // _SHORT_SHARE)
 
 
-def reserved_for_short(wanted: Int32, budget: int, waiting_short_tokens: int) -> int:
-    """How many tokens of a step are reserved for short prompts that wait: at most half of what decodes leave.
-
-    wanted: [n] tokens that each running sequence could compute.
-    """
-    return max(0, min((budget - int((wanted == 1).sum())) // 2, waiting_short_tokens))
-
-
-def share_out(wanted: Int32, budget: int, waiting_short_tokens: int) -> tuple[NDArray[np.intp], Int32]:
+def share_out(
+    wanted: Int32, starts: Int32, budget: StepBudget, short: int, waiting_short_tokens: int
+) -> tuple[NDArray[np.intp], Int32]:
     """(order, counts): who computes how much in a step. Decodes first, then what is left of short prompts, then long
-    prompts in the order given.
+    prompts in the order given. Short ones, with those that wait, have half of what decodes leave for sure, and long
+    ones the other half.
 
-    wanted: [n] tokens each sequence could compute, at least 1. waiting_short_tokens: of short prompts that could start
-    in this step, for which some tokens are reserved. Those that get nothing are not in `order`.
+    wanted: [n] tokens each sequence could compute, at least 1, the first at starts[n]. budget: what decodes leave.
+    short: the longest prompt that counts as short. waiting_short_tokens: of short prompts that could start in this
+    step, for which some tokens are reserved. Those that get nothing are not in `order`.
     """
-    short = short_len(budget)
     order = np.argsort((wanted > 1).astype(np.int8) + (wanted > short), kind="stable")
-    wanted = wanted[order]
-    reserved = reserved_for_short(wanted, budget, waiting_short_tokens)
-    before = np.cumsum(wanted) - wanted
-    limits = np.where(wanted > short, budget - reserved, budget)
-    counts = np.clip(limits - before, 0, wanted).astype(np.int32)
+    num_decodes, first_long = int((wanted == 1).sum()), int((wanted <= short).sum())
+    wants, firsts = wanted[order].tolist(), starts[order].tolist()
+    shorts, longs = range(num_decodes, first_long), range(first_long, len(wants))
+    counts = np.ones(len(wants), np.int32)
+    counts[num_decodes:] = 0
+    reserved = budget.split(*budget.half(sum(wants[entry] for entry in shorts) + waiting_short_tokens))
+    for entry in shorts:
+        counts[entry] = reserved.take(wants[entry], firsts[entry])
+    for entry in (*longs, *shorts):
+        taken = int(counts[entry])
+        counts[entry] += budget.take(wants[entry] - taken, firsts[entry] + taken)
     return order[counts > 0], counts[counts > 0]
 
 
 @dataclass
 class StartBudget:
-    """What is left of a step's tokens for sequences that start in it; `reserved` of them for short prompts."""
+    """What is left of a step for sequences that start in it, and what of it is reserved for short prompts."""
 
-    left: int
-    reserved: int
+    free: StepBudget
+    reserved: StepBudget
 
-    def take(self, wanted: int, is_short: bool) -> int:
-        """Returns how many of the tokens that a starting sequence wants it gets, at least 1."""
-        count = min(self.left if is_short else self.left - self.reserved, wanted)
-        self.left -= count
-        if is_short:
-            self.reserved -= min(self.reserved, count)
-        return count
+    def take(self, wanted: int, start: int, is_short: bool) -> int:
+        """Returns how many of the tokens that a starting sequence wants it gets, the first at position `start`: at
+        least 1 if there is room for one like it.
+        """
+        count = self.reserved.take(wanted, start) if is_short else 0
+        return count + self.free.take(wanted - count, start + count)
 
 
 @dataclass(frozen=True)
@@ -83,32 +85,46 @@ class Fairness:
     """
 
     def __init__(
-        self, limits: SchedulerLimits, waiting: WaitingQueue, running: RunningSequences, quarantine: Quarantine
+        self,
+        limits: SchedulerLimits,
+        waiting: WaitingQueue,
+        running: RunningSequences,
+        quarantine: Quarantine,
+        costs: StepCosts,
     ) -> None:
         self._limits = limits
-        self._budget = limits.max_batched_tokens
+        self._short_len = short_len(limits.max_batched_tokens)
+        self._budgets = StepBudgets(limits, running, costs)
         self._waiting = waiting
         self._running = running
         self._quarantine = quarantine
         self._short_is_next = False
 
-    def share_out(self, wanted: Int32) -> tuple[NDArray[np.intp], Int32]:
+    def share_out(self, rows: Int32, wanted: Int32) -> tuple[NDArray[np.intp], Int32]:
         """(order, counts) of the sequences that run; see the function."""
-        return share_out(wanted, self._budget, self._startable_short_tokens())
+        decodes = wanted == 1
+        if decodes.all():
+            return np.arange(len(rows)), wanted
+        budget = self._budgets.left(rows[decodes], wanted[decodes])
+        starts = self._running.table.num_computed[rows]
+        return share_out(wanted, starts, budget, self._short_len, self._startable_short_tokens())
 
-    def start_budget(self, counts: Int32) -> StartBudget:
-        """What a step leaves for those that start in it. counts: [n] tokens of each that runs."""
-        return StartBudget(
-            self._budget - int(counts.sum()),
-            reserved_for_short(counts, self._budget, self._startable_short_tokens()),
-        )
+    def start_budget(self, rows: Int32, counts: Int32) -> StartBudget:
+        """What a step leaves for those that start in it, which computes counts[i] tokens of rows[i] already: for short
+        prompts, half of what decodes leave.
+        """
+        free, decodes = self._budgets.left(rows, counts), counts == 1
+        whole = free if decodes.all() else self._budgets.left(rows[decodes], counts[decodes])
+        return StartBudget(free, free.split(*whole.half(self._startable_short_tokens())))
 
     def next_start(self, budget: StartBudget) -> NextStart | None:
         """The sequence whose start comes next, if `budget` has a token for one like it; it stays in the queue. None:
         nobody.
         """
         sequence, short = self._first(), self._waiting.first_short()
-        if sequence is not short and budget.reserved >= budget.left:
+        if not budget.free.has_room:
+            if not budget.reserved.has_room:
+                return None
             sequence = short  # nothing of this step is left for a long one, which stays next
         return None if sequence is None else NextStart(sequence, sequence is short, short is not None)
 

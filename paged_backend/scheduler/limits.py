@@ -15,6 +15,7 @@ class SchedulerLimits:
     max_num_sequences: int
     max_batched_tokens: int
     vocab_size: int = 2**31  # ids below this have an embedding
+    max_step_seconds: float = 0.0  # with prompt tokens, while somebody decodes; 0: as long as they take
     max_queue_size: int = 4096
     max_waiting_seconds: float = 600.0
     request_deadline_seconds: float = 3600.0

@@ -46,6 +46,7 @@ from paged_backend.scheduler.quarantine import Quarantine
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
 from paged_backend.scheduler.speculation import Speculation
+from paged_backend.scheduler.step_costs import StepCosts
 from paged_backend.scheduler.thinking_budget import ThinkingBudgets
 from paged_backend.scheduler.waiting import WaitingQueue
 
@@ -68,7 +69,8 @@ class Scheduler:
         self._running = running = RunningSequences(limits)
         self._quarantine = Quarantine()
         guides = guides or GrammarMasks()
-        self._speculation = Speculation(limits, running, guides)
+        self._costs = costs = StepCosts(limits.num_drafts, limits.windows, every_step=limits.drafts_must_pay)
+        self._speculation = Speculation(limits, running, guides, costs.drafts if limits.drafts_must_pay else None)
         every = (
             self._quarantine,
             guides,
@@ -81,7 +83,7 @@ class Scheduler:
         )
         self._features = LiveFeatures(every, running.table, running.changes)
         self._waiting = waiting = WaitingQueue(short_len(limits.max_batched_tokens), self._quarantine.__contains__)
-        self._fairness = Fairness(limits, waiting, running, self._quarantine)
+        self._fairness = Fairness(limits, waiting, running, self._quarantine, costs)
         self._living = Lifecycle(waiting, running, self._features)
         self._intake = Intake(limits, self._features)
         self._admission = Admission(limits, self._living, self._fairness, clock)
@@ -160,7 +162,7 @@ class Scheduler:
         if (counts == 1).all():
             return rows, counts
         rows, counts = rows[counts > 0], counts[counts > 0]
-        order, counts = self._fairness.share_out(counts)
+        order, counts = self._fairness.share_out(rows, counts)
         return rows[order], counts
 
     def _batch(self, rows: Int32, counts: Int32) -> Batch:
@@ -172,8 +174,8 @@ class Scheduler:
             self._running.expect(rows, drafts.counts)
             counts = counts + drafts.counts
         self._step += 1
-        if self._speculation.measures:
-            self._speculation.begins(self._step, self._clock())
+        if self._costs.measures_next:
+            self._costs.begins(self._step, self._clock())
         return Batch(
             step=self._step,
             rows=rows,
@@ -189,8 +191,8 @@ class Scheduler:
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in what a step brought, in the order of steps."""
-        if self._speculation.measures:
-            self._speculation.ends(batch, self._clock())
+        if self._costs.begun:
+            self._costs.ends(batch, self._clock())
         return self._commit.commit(batch, result)
 
     def refusals(self) -> StepOutput | None:
@@ -204,6 +206,12 @@ class Scheduler:
     def tell_of_suspects(self, tell: Callable[[int | None], None]) -> None:
         """`tell` hears of a suspect request before its first step, and None once it is cleared or gone."""
         self._quarantine.tell = tell
+
+    def expect(self, batch: Batch, seconds: float) -> None:
+        """Steps with prompts will take as long as this one, which has run before the first request came: what is
+        expected until steps are measured that serve requests.
+        """
+        self._costs.prompts.learn(batch.starts, batch.counts, seconds)
 
     def record_pages(self, events: KvEvents) -> None:
         """Tells `events` which pages can be found in the prefix cache. Called before the first request."""

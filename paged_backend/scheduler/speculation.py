@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import MOST_DRAFTING, Batch, Drafts, Feature, TokenEdit
+from paged_backend.batch import MOST_DRAFTING, Drafts, Feature, TokenEdit
 from paged_backend.messages import Submit
 from paged_backend.scheduler.features import SchedulerFeature
 from paged_backend.scheduler.grammar_masks import GrammarMasks
@@ -24,7 +24,7 @@ from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.repetition import Repetition, continuation
 from paged_backend.scheduler.running import RunningSequences
 from paged_backend.scheduler.sequence import Sequence
-from paged_backend.scheduler.step_costs import StepCosts
+from paged_backend.scheduler.step_costs import DraftCosts
 
 _LONGEST_PAUSE = 15  # steps that might have had drafts
 _LONGEST_IF_IT_MUST_PAY = 63
@@ -78,7 +78,10 @@ class Speculation(SchedulerFeature):
 
     in_steps = False
 
-    def __init__(self, limits: SchedulerLimits, running: RunningSequences, guides: GrammarMasks) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, running: RunningSequences, guides: GrammarMasks, costs: DraftCosts | None
+    ) -> None:
+        """costs: of steps, if drafts are had as far as they pay; None: they are had anyway."""
         self._guides = guides
         guides.guesses = self._guesses
         self._most = limits.num_drafts
@@ -86,8 +89,7 @@ class Speculation(SchedulerFeature):
         self._budget = limits.max_batched_tokens
         self._running = running
         self._paces: dict[Sequence, _Pace] = {}
-        self._costs = StepCosts(limits.num_drafts) if limits.drafts_must_pay else None  # None: drafts are had anyway
-        self.measures = limits.drafts_must_pay  # `begins` and `ends` are to be called
+        self._costs = costs
         self.in_use = False  # some living sequence may have drafts
         self.num_proposed = 0
         self.num_accepted = 0
@@ -186,16 +188,6 @@ class Speculation(SchedulerFeature):
             if room < self._running.headroom() + groups or not self._running.append_page(runner):
                 wanted = int(table.capacity[row]) - start - 1
         return max(wanted, 0)
-
-    def begins(self, step: int, now: float) -> None:
-        """A step is about to be launched."""
-        assert self._costs is not None
-        self._costs.begins(step, now)
-
-    def ends(self, batch: Batch, now: float) -> None:
-        """Its result is here."""
-        assert self._costs is not None
-        self._costs.ends(batch, now)
 
     def note(self, sequence: Sequence, num_drafts: int, num_right: int) -> None:
         """How many of a sequence's drafts were right in a step."""

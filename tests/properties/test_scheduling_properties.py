@@ -25,7 +25,7 @@ class Scheduling(RuleBasedStateMachine):
         spare_pages=st.integers(0, 12),
         max_model_len=st.integers(2, 40),
         rows=st.integers(1, 6),
-        budget=st.integers(1, 48),
+        budget=st.integers(1, 80),
         steps_ahead=st.integers(0, 1),
         prefix_cache=st.booleans(),
         preemption=st.booleans(),
@@ -34,6 +34,7 @@ class Scheduling(RuleBasedStateMachine):
         quality=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
         drafts_from_text=st.booleans(),
         drafts_must_pay=st.booleans(),
+        max_step_seconds=st.sampled_from([0.0, 1e-9, 0.03, 0.1]),
     )
     def start(
         self,
@@ -50,6 +51,7 @@ class Scheduling(RuleBasedStateMachine):
         quality: float,
         drafts_from_text: bool,
         drafts_must_pay: bool,
+        max_step_seconds: float,
     ) -> None:
         num_pages = -(-max_model_len // page_size) * len(windows) + spare_pages
         self.now = 0.0
@@ -69,6 +71,7 @@ class Scheduling(RuleBasedStateMachine):
             num_drafts=num_drafts,
             drafts_from_text=drafts_from_text,
             drafts_must_pay=drafts_must_pay,
+            max_step_seconds=max_step_seconds,
         )
         self.random = np.random.default_rng(num_pages)
         self.scheduler = Scheduler(self.limits, clock=self.clock)

@@ -74,7 +74,11 @@ def test_steps_with_adapters_are_those_of_a_server_that_has_some() -> None:
 def test_answers_after_a_warm_up_are_those_of_transformers(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, "LlamaForCausalLM")
     runner = load_runner(folder)
+    assert runner.timed is None
     runner.warm_up(64, 512)
+    assert runner.timed is not None
+    batch, seconds = runner.timed
+    assert batch.num_tokens > 500 and seconds > 0, "the step that tells what steps take"
     prompts = random_prompts((1, 9, 40))
     assert Driver(runner).generate(prompts, 8, chunk=7, arrive_every=1) == Oracle(folder).greedy(prompts, 8)
 

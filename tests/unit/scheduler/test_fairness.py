@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from paged_backend.arrays import Int32
 from paged_backend.scheduler.fairness import share_out, short_len
+from paged_backend.scheduler.step_budget import StepBudget
+from paged_backend.scheduler.step_costs import PromptCosts
 from tests.simulated_runner import solo
 from tests.unit.scheduler.bench import VOCAB, Bench
 
@@ -103,19 +107,26 @@ def test_a_short_prompt_of_lower_priority_does_not_overtake() -> None:
     assert list(bench.finishes)[-1] == 100
 
 
+def shared(wanted: list[int], budget: int, waiting_short_tokens: int) -> tuple[NDArray[np.intp], Int32]:
+    """As a step of that many tokens is shared out, nobody's time being short."""
+    left = StepBudget(PromptCosts(), budget - wanted.count(1))
+    starts = np.zeros(len(wanted), np.int32)
+    return share_out(np.array(wanted, np.int32), starts, left, short_len(budget), waiting_short_tokens)
+
+
 def test_nothing_of_the_budget_is_kept_for_nobody() -> None:
-    order, counts = share_out(np.array([30, 1, 3, 50], np.int32), 64, 0)
+    order, counts = shared([30, 1, 3, 50], 64, 0)
     assert (order.tolist(), counts.tolist()) == ([1, 2, 0, 3], [1, 3, 30, 30])
 
 
 def test_up_to_half_of_what_decodes_leave_is_kept_for_short_prompts_that_wait() -> None:
     assert short_len(64) == 8
-    order, counts = share_out(np.array([40, 1, 1, 50], np.int32), 64, 1000)
+    order, counts = shared([40, 1, 1, 50], 64, 1000)
     assert (order.tolist(), counts.tolist()) == ([1, 2, 0], [1, 1, 31])
-    order, counts = share_out(np.array([40, 1, 1, 50], np.int32), 64, 5)
+    order, counts = shared([40, 1, 1, 50], 64, 5)
     assert (order.tolist(), counts.tolist()) == ([1, 2, 0, 3], [1, 1, 40, 17])
 
 
 def test_a_budget_of_one_token_is_shared_out() -> None:
-    order, counts = share_out(np.array([5], np.int32), 1, 9)
+    order, counts = shared([5], 1, 9)
     assert (order.tolist(), counts.tolist()) == ([0], [1])

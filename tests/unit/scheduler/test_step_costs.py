@@ -4,19 +4,19 @@ device is a simulated one, whose steps take what a test says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from paged_backend.batch import MOST_DRAFTING, Batch, Drafts, StepResult
+from paged_backend.batch import MOST_DRAFTING, Batch, Drafts
 from paged_backend.engine.engine import Engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.scheduler import Scheduler
 from paged_backend.scheduler.step_costs import StepCosts
-from tests.simulated_runner import Proposer, SimulatedRunner, solo
+from tests.simulated_runner import Proposer, TimedRunner, solo
 
 VOCAB = 97
 MAX_TOKENS = 400
@@ -24,27 +24,16 @@ AHEAD = pytest.mark.parametrize("steps_ahead", [0, 1], ids=lambda n: f"{n} steps
 ROWS = pytest.mark.parametrize("rows", [1, 8], ids=lambda n: f"{n} rows")
 
 
-class Device(SimulatedRunner):
-    """Computes one step after another, each in so many seconds for its tokens; the host takes none."""
+class Device(TimedRunner):
+    """Its steps take so many seconds for their tokens; counts those that have drafts."""
 
     def __init__(self, limits: SchedulerLimits, quality: float, seconds: Callable[[int], float]) -> None:
-        sizes = limits.num_pages, limits.page_size, limits.max_model_len, limits.max_batched_tokens
-        super().__init__(limits.max_num_sequences, *sizes, VOCAB, (None,), Proposer(quality, VOCAB))
-        self.now = 0.0
-        self.num_drafting = 0  # steps with drafts
-        self._seconds = seconds
-        self._ends: list[float] = []
+        super().__init__(limits, lambda batch: seconds(batch.num_tokens), VOCAB, Proposer(quality, VOCAB))
+        self.num_drafting = 0
 
     def launch(self, batch: Batch) -> None:
         super().launch(batch)
         self.num_drafting += batch.drafts is not None and bool(batch.drafts.counts.any())
-        begins = max([self.now, *self._ends[-1:]])
-        self._ends.append(begins + self._seconds(batch.num_tokens))
-
-    def finished(self, keep: int) -> Iterator[tuple[Batch, StepResult]]:
-        for batch, result in super().finished(keep):
-            self.now = max(self.now, self._ends[batch.step - 1])
-            yield batch, result
 
 
 def served(
@@ -139,7 +128,7 @@ def batch_of(step: int, rows: int, num_drafts: int) -> Batch:
 
 class Clock:
     def __init__(self) -> None:
-        self.costs = StepCosts(num_drafts=4)
+        self.costs = StepCosts(num_drafts=4, every_step=True)
         self.now = 0.0
         self.step = 0
 
@@ -152,11 +141,11 @@ class Clock:
 
 def test_a_step_without_drafts_comes_first_and_again_now_and_then() -> None:
     clock = Clock()
-    assert clock.costs.most_drafts([4, 4], [0.9, 0.9]) == 0
+    assert clock.costs.drafts.most_drafts([4, 4], [0.9, 0.9]) == 0
     clock.take(2, 0, 0.01)
     had = []
     for _ in range(100):
-        most = clock.costs.most_drafts([4, 4], [0.9, 0.9])
+        most = clock.costs.drafts.most_drafts([4, 4], [0.9, 0.9])
         had.append(most)
         clock.take(2, most, 0.011)
     assert had.count(0) == 3 and set(had) == {0, 4}
@@ -166,10 +155,10 @@ def test_of_several_numbers_of_drafts_the_one_that_brings_the_most_tokens_a_seco
     clock = Clock()
     for num_drafts, seconds in ((0, 0.010), (1, 0.011), (2, 0.012), (3, 0.030), (4, 0.031)):
         clock.take(1, num_drafts, seconds)
-    assert clock.costs.most_drafts([4], [0.9]) == 2
-    assert clock.costs.most_drafts([1], [0.9]) == 1
-    assert clock.costs.most_drafts([4], [0.05]) == 0
-    assert clock.costs.most_drafts([0], [0.9]) == 0
+    assert clock.costs.drafts.most_drafts([4], [0.9]) == 2
+    assert clock.costs.drafts.most_drafts([1], [0.9]) == 1
+    assert clock.costs.drafts.most_drafts([4], [0.05]) == 0
+    assert clock.costs.drafts.most_drafts([0], [0.9]) == 0
 
 
 def test_what_did_not_pay_is_tried_again_some_time() -> None:
@@ -180,7 +169,7 @@ def test_what_did_not_pay_is_tried_again_some_time() -> None:
             clock.take(1, num_drafts, 0.06)
         clock.take(1, 0, 0.01)
     refused = 0
-    while not clock.costs.most_drafts([4], [0.9]):
+    while not clock.costs.drafts.most_drafts([4], [0.9]):
         refused += 1
         clock.take(1, 0, 0.01)
     assert 30 < refused < 100
@@ -192,7 +181,7 @@ def test_a_step_that_was_held_up_says_little_about_the_next() -> None:
     for _ in range(10):
         clock.take(1, 4, 0.012)
     clock.take(1, 4, 100.0)
-    assert clock.costs.most_drafts([4], [0.9]) > 0
+    assert clock.costs.drafts.most_drafts([4], [0.9]) > 0
 
 
 def test_prompts_and_many_rows_are_no_concern_here() -> None:
@@ -203,4 +192,5 @@ def test_prompts_and_many_rows_are_no_concern_here() -> None:
     batch = batch_of(clock.step, 2, 0)
     batch.counts[:] = 7
     clock.costs.ends(batch, clock.now + 5)
-    assert not any(clock.costs._plain) and not clock.costs._drafting.any() and not clock.costs._begun
+    drafts = clock.costs.drafts
+    assert not any(drafts._plain) and not drafts._drafting.any() and not clock.costs.begun
