@@ -13,6 +13,9 @@ they join some. Where the processors are busy the wall's figures mean nothing, a
 
 first_ms: from perf_analyzer's request to the first response, p50 and p90. With one stream the stand-in answers at once,
 so that this is what a first token costs beside the engine.
+
+bare: the yardstick, what Triton Server takes for as many responses of a model that does nothing but send (bench_sends):
+its cpu_us is that of server and front ends together.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from paged_client.bench.load import Level, LoadLimits, Prompting, run_load
 from paged_client.bench.perf_analyzer import PerfAnalyzer, find_perf_analyzer
 from paged_client.bench.target import Target
 from paged_client.bench.workload import Span, Workload, make_requests
-from tests.bench import paced_engine
+from tests.bench import bench_sends, paced_engine
 from tests.bench.yardstick import print_row, python_loops
 from tests.server.front_end_server import MODEL, FrontEndServer, serving
 
@@ -130,8 +132,10 @@ def main() -> None:
         with serving(folder, instances=args.front_ends, model_py=model_py(args.step_ms, names)) as server:
             for streams in args.streams:
                 row = measure(tool, server, names, streams, args.tokens, args.rounds)
-                print_row({**row, "step_ms": args.step_ms})
-                time.sleep(0.5)
+                bare = bench_sends.measure(
+                    tool, bench_sends.Setting(args.front_ends), streams, args.tokens, args.rounds
+                )
+                print_row({**row, "step_ms": args.step_ms, "bare": bare})
 
 
 if __name__ == "__main__":

@@ -187,12 +187,14 @@ def measure(
     arrivals = np.sort(np.concatenate([trace.arrivals for trace in traces]))
     if len(arrivals) != num_streams * rounds * num_responses:
         raise SystemExit(f"{len(arrivals)} responses came, {num_streams * rounds * num_responses} were sent")
+    first = np.percentile([(trace.arrivals[0] - trace.sent) / 1e6 for trace in traces], [50, 90, 99])
     return {
         "responses_per_second": round((len(arrivals) - 1) / (arrivals[-1] - arrivals[0]) * 1e9),
         "cpu_us": round(spent / len(arrivals) * 1e6, 1),
-        "first_response_ms_p99": round(
-            float(np.percentile([(trace.arrivals[0] - trace.sent) / 1e6 for trace in traces], 99)), 1
-        ),
+        **{
+            f"first_response_ms_{name}": round(float(ms), 2)
+            for name, ms in zip(("p50", "p90", "p99"), first, strict=True)
+        },
     }
 
 
