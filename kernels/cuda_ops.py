@@ -18,6 +18,7 @@ from paged_kernels.cuda_latents import CudaLatents
 from paged_kernels.decode_attention import (
     make_decode_plan,
     make_decode_workspace,
+    packed_queries,
     paged_decode_attention,
     plan_decode_attention,
 )
@@ -70,10 +71,11 @@ class CudaOps(CudaLatents):
         kv_dtype: torch.dtype,
         device: torch.device,
         latents: tuple[int, torch.dtype] | None = None,
+        num_drafts: int = 0,
     ) -> None:
         """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a
         step, max_outputs that are sampled. latents: their rank and the type of queries, where layers keep those;
-        head_dim is then a latent's width.
+        head_dim is then a latent's width. num_drafts: of a sequence in a step, at most.
         """
         self._pdl = device.type == "cuda"
         if latents is not None:
@@ -82,11 +84,16 @@ class CudaOps(CudaLatents):
             of_heads = num_heads, num_kv_heads, head_dim, kv_dtype, device
             few = make_decode_workspace(*of_heads)
             many = make_decode_workspace(*of_heads, programs_per_multiprocessor=2)
+        runs = few
+        if latents is None and num_drafts:
+            queries = packed_queries(num_heads // num_kv_heads, head_dim, num_drafts)
+            runs = make_decode_workspace(*of_heads, queries=queries) if queries > 1 else few
         windows = dict.fromkeys(sliding_windows)
-        self._plans_of_few, self._plans_of_many = (
+        self._plans_of_few, self._plans_of_many, self._plans_of_runs = (
             {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows}
-            for workspace in (few, many)
+            for workspace in (few, many, runs)
         )
+        self._packs_runs = runs is not few
         self._plans = self._plans_of_few
         self._products = Products(device)
         self._experts = ExpertKernels(device)
@@ -208,14 +215,24 @@ class CudaOps(CudaLatents):
             slots_settled=True,
         )
 
-    def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
+    def plan_attention(
+        self,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        num_decodes: int,
+        max_query_len: int,
+        drafting_rows: Tensor | None = None,
+    ) -> None:
         """Divides a step's decoding sequences among the multiprocessors and notes where the others' queries are.
         seq_lens 0: padding.
         """
         self._plans = self._plans_of_many if num_decodes >= _MANY_SEQUENCES else self._plans_of_few
+        rows = drafting_rows if self._packs_runs else None
+        if rows is not None:
+            self._plans = self._plans_of_runs
         if num_decodes:
             for plan in self._plans.values():
-                plan_decode_attention(seq_lens[:num_decodes], plan)
+                plan_decode_attention(seq_lens[:num_decodes], plan, rows)
         self._prefill = (
             (query_starts[num_decodes:] - num_decodes, seq_lens[num_decodes:], max_query_len) if max_query_len else None
         )

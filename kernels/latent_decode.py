@@ -1,9 +1,10 @@
 """Decode attention over latents: one new token per sequence against the latents of its sequence in the page pool.
 
 The picture is decode_attention.py's: all sequences' tiles lie in one line, which work items share equally, and
-decode_plan.py's plan says where each begins. A program takes a block of heads instead of a KV head: a tile of latents
-is read once for all of them. There is more to do for a tile than to read it, so that a pipeline that is emptied at the
-border of two sequences costs little, and the loop is written as two: sequences, and their tiles.
+decode_plan.py's plan says where each begins; a run is always a single decode. A program takes a block of heads instead
+of a KV head: a tile of latents is read once for all of them. There is more to do for a tile than to read it, so that a
+pipeline that is emptied at the border of two sequences costs little, and the loop is written as two: sequences, and
+their tiles.
 
 A sequence that lies in one work item goes straight to `out`; pieces of one that several share go to a workspace, and a
 second launch merges them by log-sum-exp, in the line's order: a piece is as large as RANK numbers of every head in
@@ -22,9 +23,9 @@ import triton.language as tl
 from paged_kernels.decode_plan import (
     AT_LENGTH,
     AT_RECORD,
-    AT_SEQ,
+    AT_RUN,
     AT_TILE,
-    LAST_SEQ,
+    LAST_RUN,
     LAST_TO,
     RECORD_WORDS,
     DecodePlan,
@@ -53,7 +54,7 @@ def _decode_kernel(
     count = tl.minimum(tl.load(line + 1) - item * share, share)
     start = starts + item * RECORD_WORDS
     record = tl.load(start + AT_RECORD)
-    seq = tl.load(start + AT_SEQ)
+    seq = tl.load(start + AT_RUN)
     length = tl.load(start + AT_LENGTH)
     tile = tl.load(start + AT_TILE)
     pdl_wait(LAUNCH_PDL and PLAN_SETTLED)
@@ -112,7 +113,7 @@ def _merge_kernel(
     start = starts + item * RECORD_WORDS
     last = tl.load(start + LAST_TO)
     if last > item:
-        seq = tl.load(start + LAST_SEQ)
+        seq = tl.load(start + LAST_RUN)
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
         there = head < NUM_HEADS
         dim = tl.arange(0, RANK)
@@ -157,6 +158,7 @@ def make_latent_workspace(
     return DecodeWorkspace(
         num_kv_heads=blocks,
         group=group,
+        queries=1,
         head_dim=rank,
         tile=tile or (16 if wide else 32),
         num_work_items=items,

@@ -173,11 +173,20 @@ class LayerOps:
         self.write_kv(k, v, kv_pages, slot_mapping)
         return q.contiguous()
 
-    def plan_attention(self, seq_lens: Tensor, query_starts: Tensor, num_decodes: int, max_query_len: int) -> None:
+    def plan_attention(
+        self,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        num_decodes: int,
+        max_query_len: int,
+        drafting_rows: Tensor | None = None,
+    ) -> None:
         """Called once a step, before its first attention: kernels share out the work here, plain torch needs no plan.
 
         seq_lens [S] and query_starts [S + 1] of all sequences, the first num_decodes of which have one query;
-        max_query_len: longest of the others.
+        max_query_len: longest of the others. drafting_rows: int32 [num_decodes], given where some of those are drafts:
+        which row each is of. Neighbours of one row are its newest tokens, each a token longer than the one before, and
+        may be computed together; -1 is padding.
         """
 
     def decode_attention(

@@ -61,6 +61,7 @@ class StepShape:
     num_prefills: int = 0
     num_prefill_tokens: int = 0
     adapted: bool = False  # for sequences with adapters, and others beside them
+    drafts: bool = False  # some decodes are drafts, right behind their rows' newest tokens
 
     @property
     def num_outputs(self) -> int:

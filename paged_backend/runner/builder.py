@@ -34,7 +34,7 @@ from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes
 from paged_backend.runner.cuda_graphs import captured_shapes, first_shapes
 from paged_backend.runner.kernel_cache import keep_kernels
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
-from paged_backend.runner.make_ops import kernels_reach, make_ops, with_formats_of
+from paged_backend.runner.make_ops import kernels_reach, make_ops, packs_runs, with_formats_of
 from paged_backend.runner.measured_memory import NUM_PAGES, in_one_sentence, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
 from paged_backend.runner.parallel.agreement import agreed
@@ -177,7 +177,11 @@ class RunnerBuilder:
         config = self._config = self._config.model_copy(update={"max_num_sequences": max_num_sequences})
         self._max_sequences = min(max_num_sequences or 1, config.max_batched_tokens)  # of a step
         self._shapes = captured_shapes(
-            self._max_sequences, config.max_batched_tokens, bool(config.lora_directory), config.num_drafts
+            self._max_sequences,
+            config.max_batched_tokens,
+            bool(config.lora_directory),
+            config.num_drafts,
+            packs_runs(self._architecture, self._uses_kernels, config.num_drafts),
         )
 
     @property
@@ -339,7 +343,7 @@ class RunnerBuilder:
             config.max_num_sequences,
             size.groups.windows,
         )
-        ops = make_ops(a, place, self._uses_kernels, self._shapes, self._ranks)
+        ops = make_ops(a, place, self._uses_kernels, self._shapes, self._ranks, config.num_drafts)
         copy_pages = partial(ops.copy_pages, store)
         kv_pages = [LayerPages(store[place], group) for group, place in size.groups.places]
         num_groups = len(size.groups.groups)

@@ -3,9 +3,10 @@
 Steps are captured in fixed shapes (step_plan.py): every number of decodes up to a rounding, alone, and a few numbers of
 decodes beside a few numbers of prompt tokens. A step runs in the smallest shape that holds it, the rest is padding;
 only one with many prompt tokens, which keeps the device busy anyway, is launched kernel by kernel. A server with
-adapters has each shape twice, with their kernels and without. Each shape has a graph up to the logits and one from
-there to the rows for each common kind of sampling. A graph reads its plan from one small tensor and everything else
-(last tokens, page tables, temperatures, adapters) from the device rows, so nothing of a step is baked in.
+adapters has each shape twice, with their kernels and without; where attention packs drafts (kernels/decode_plan.py),
+steps with drafts have shapes of their own. Each shape has a graph up to the logits and one from there to the rows for
+each common kind of sampling. A graph reads its plan from one small tensor and everything else (last tokens, page
+tables, temperatures, adapters) from the device rows, so nothing of a step is baked in.
 
 A start runs every shape once, which compiles what it needs, and captures `first_shapes`; an engine that serves captures
 the others meanwhile, a graph at a time (later_captures.py). A shape that steps ask for comes before the rest.
@@ -51,18 +52,20 @@ def decode_sizes(max_sequences: int) -> list[int]:
 
 
 def captured_shapes(
-    max_sequences: int, max_tokens: int, adapters: bool = False, num_drafts: int = 0
+    max_sequences: int, max_tokens: int, adapters: bool = False, num_drafts: int = 0, packs_runs: bool = False
 ) -> list[StepShape]:
     """All shapes, the smallest first. adapters: each once more, for steps in which some sequence has one: the others
-    stay as fast as they are.
+    stay as fast as they are. packs_runs: steps with drafts have shapes of their own, for the same reason.
     """
     drafting = min(min(max_sequences, MOST_DRAFTING) * (1 + num_drafts), max_tokens)  # each draft is a decode, too
-    decodes = [StepShape(size) for size in decode_sizes(max(max_sequences, drafting))]
+    decodes = [StepShape(size) for size in decode_sizes(max_sequences if packs_runs else max(max_sequences, drafting))]
+    if packs_runs:
+        decodes += [StepShape(size, drafts=True) for size in decode_sizes(drafting) if size > 1]
     beside = [size for size in (0, 16, 64, 128) if size < max_sequences] + [max_sequences]
     mixed = [
         StepShape(size, _PREFILLS, tokens) for size in beside for tokens in _PREFILL_TOKENS if tokens <= max_tokens
     ]
-    plain = sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs))
+    plain = sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs, not shape.drafts))
     return plain + [replace(shape, adapted=True) for shape in plain if adapters]
 
 
@@ -202,12 +205,13 @@ class StepGraphs:
 
     def fit(self, shape: StepShape) -> StepShape | None:
         """The smallest captured shape that has room; None: there is none. If it is not the smallest of all shapes that
-        have, that one will be captured next.
+        have, that one will be captured next. Drafts come to the same in a shape that has none.
         """
         best: StepShape | None = None
         for there in self._shapes:
             if (
                 there.adapted == shape.adapted
+                and there.drafts <= shape.drafts
                 and there.num_decodes >= shape.num_decodes
                 and there.num_prefills >= shape.num_prefills
                 and there.num_prefill_tokens >= shape.num_prefill_tokens

@@ -34,10 +34,27 @@ def with_formats_of(architecture: Architecture, place: Placement, uses_kernels: 
     return replace(architecture, quantization=quantization)
 
 
+def packs_runs(architecture: Architecture, uses_kernels: bool, num_drafts: int) -> bool:
+    """Whether attention computes several of a sequence's decodes together, that has so many drafts. Those over latents
+    it does not.
+    """
+    attention = architecture.attention
+    if not uses_kernels or not num_drafts or isinstance(attention, LatentSpec):
+        return False
+    from paged_kernels.decode_attention import packed_queries
+
+    return packed_queries(attention.num_heads // attention.num_kv_heads, attention.head_dim, num_drafts) > 1
+
+
 def make_ops(
-    architecture: Architecture, place: Placement, uses_kernels: bool, shapes: Sequence[StepShape], ranks: Ranks
+    architecture: Architecture,
+    place: Placement,
+    uses_kernels: bool,
+    shapes: Sequence[StepShape],
+    ranks: Ranks,
+    num_drafts: int = 0,
 ) -> Ops:
-    """For steps of these shapes. ranks: those that share the model."""
+    """For steps of these shapes. ranks: those that share the model. num_drafts: of a sequence in a step, at most."""
     a = architecture
     part = VocabularyPart(a.vocabulary.start, a.vocabulary.count, a.num_logits, a.vocab_size)
     if not uses_kernels:
@@ -57,4 +74,5 @@ def make_ops(
         kv_dtype=place.kv_dtype,
         device=place.device,
         latents=(a.attention.rank, place.dtype) if isinstance(a.attention, LatentSpec) else None,
+        num_drafts=num_drafts,
     )

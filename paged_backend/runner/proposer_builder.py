@@ -97,7 +97,10 @@ class ProposerBuilder(ABC):
             size.num_pages, a.attention, a.num_layers, self._config.page_size, place.kv_dtype, place.device
         )
         num_logits = min(a.vocab_size, target.vocab_size)
-        ops = make_ops(replace(a, vocab_size=num_logits), place, self._uses_kernels, target.shapes, Ranks())
+        with_shared_ids = replace(a, vocab_size=num_logits)
+        ops = make_ops(
+            with_shared_ids, place, self._uses_kernels, target.shapes, Ranks(), num_drafts=self._config.num_drafts
+        )
         target.rows.copy_pages_also(partial(ops.copy_pages, store))
         return self._assemble(ops, [LayerPages(tensor) for tensor in store], size.max_model_len, target)
 

@@ -9,7 +9,8 @@ there is room for: exactly as many as the batch has, or more where a step was ca
     tokens    | 1 1 1 ...       1  1  | 40   7   ...     0  | 17 |
 
 A row's drafts are decodes, too, that come right after it: each computes the token at its place behind the row's newest,
-so that no kernel need know of them. Where only the device knows a row's length, `starts` has -1 - j for the place j
+so that no kernel need know of them; attention may, which is told of the rows, and reads the keys and values of
+neighbours with one row once. Where only the device knows a row's length, `starts` has -1 - j for the place j
 behind the newest token.
 """
 
@@ -66,7 +67,11 @@ def shape_of(batch: Batch) -> StepShape:
     num_prefills = int(prefills.sum())
     use = batch.ask(AdapterUse) if batch.asks else None
     return StepShape(
-        len(counts) - num_prefills, num_prefills, int(counts[prefills].sum()), use is not None and use.in_use
+        len(counts) - num_prefills,
+        num_prefills,
+        int(counts[prefills].sum()),
+        adapted=use is not None and use.in_use,
+        drafts=batch.drafts is not None and bool(batch.drafts.counts.any()),
     )
 
 

@@ -2,17 +2,20 @@
 lines, and a table to stderr.
 
     python -m tests.bench.bench_decode_attention [--cases '1x8k;32x2k'] [--shape 64:3:2:4 ...] [--pdl] [--kv fp8]
+        [--verify 4]
 
 floor_us: the bytes of K and V over the measured read bandwidth. Each case replays a CUDA graph of launches over several
 KV stores, together larger than the L2 cache, with shuffled pages; medians. The plan, shared by a step's layers, is
 timed apart (plan_us). error: relative RMS against float64. --shape tile:stages:programs per multiprocessor:warps tries
 other launch shapes than the tuned one. --pdl: as within a step, the launches overlap and the plan is older than the
-launch before. --kv fp8: K and V of 8 bits (float8_e4m3fn), queries of 16.
+launch before. --kv fp8: K and V of 8 bits (float8_e4m3fn), queries of 16. --verify: each sequence has so many drafts,
+which are decodes, too; measured are decodes that each read the keys and values, and those of a sequence together.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -27,6 +30,7 @@ from paged_kernels.decode_attention import (
     DecodePlan,
     make_decode_plan,
     make_decode_workspace,
+    packed_queries,
     paged_decode_attention,
     plan_decode_attention,
 )
@@ -131,9 +135,12 @@ class Stores:
     kv_pages: list[torch.Tensor]
     page_tables: list[torch.Tensor]
     seq_lens: torch.Tensor
+    rows: torch.Tensor  # whose each decode is
 
 
-def make_stores(case: Case, kv_dtype: torch.dtype) -> Stores:
+def make_stores(case: Case, kv_dtype: torch.dtype, num_drafts: int) -> Stores:
+    """Each sequence's decodes one after another, the last of which sees all its tokens."""
+    decodes = 1 + num_drafts
     pages = [-(-n // PAGE_SIZE) for n in case.lengths]
     rounds = max(2, -(-ROTATED_BYTES // case.kv_bytes(kv_dtype)))
     kv_pages, page_tables = [], []
@@ -144,15 +151,19 @@ def make_stores(case: Case, kv_dtype: torch.dtype) -> Stores:
             ).to(kv_dtype)
         )
         shuffled = torch.randperm(sum(pages), dtype=torch.int32).split(pages)
-        page_tables.append(torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True, padding_value=-1).cuda())
-    q = torch.randn(len(case.lengths), case.num_q_heads, case.head_dim, device="cuda", dtype=torch.bfloat16)
-    return Stores(q, kv_pages, page_tables, torch.tensor(case.lengths, dtype=torch.int32, device="cuda"))
+        page_table = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True, padding_value=-1)
+        page_tables.append(page_table.repeat_interleave(decodes, dim=0).cuda())
+    q = torch.randn(len(case.lengths) * decodes, case.num_q_heads, case.head_dim, device="cuda", dtype=torch.bfloat16)
+    behind = torch.arange(num_drafts, -1, -1, dtype=torch.int32)
+    lengths = (torch.tensor(case.lengths, dtype=torch.int32)[:, None] - behind).flatten()
+    rows = torch.arange(len(case.lengths), dtype=torch.int32).repeat_interleave(decodes)
+    return Stores(q, kv_pages, page_tables, lengths.cuda(), rows.cuda())
 
 
 def float64_attention(case: Case, stores: Stores) -> torch.Tensor:
     out = torch.empty(stores.q.shape, dtype=torch.float64, device="cuda")
     store = stores.kv_pages[0].bfloat16()
-    for row, length in enumerate(case.lengths):
+    for row, length in enumerate(stores.seq_lens.tolist()):
         page = stores.page_tables[0][row, : -(-length // PAGE_SIZE)].long()
         # [heads, tokens, dim]
         keys, values = store[page].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, :length].double()
@@ -162,20 +173,22 @@ def float64_attention(case: Case, stores: Stores) -> torch.Tensor:
     return out
 
 
-def make_plan(case: Case, shape: str | None, kv_dtype: torch.dtype) -> DecodePlan:
+def make_plan(case: Case, shape: str | None, stores: Stores, queries: int) -> DecodePlan:
     tile, stages, programs, warps = (int(n) for n in shape.split(":")) if shape else (None,) * 4
     workspace = make_decode_workspace(
-        case.num_q_heads, case.num_kv_heads, case.head_dim, kv_dtype, torch.device("cuda"),
-        tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps,
+        case.num_q_heads, case.num_kv_heads, case.head_dim, stores.kv_pages[0].dtype, torch.device("cuda"),
+        queries=queries, tile=tile, num_stages=stages, programs_per_multiprocessor=programs, num_warps=warps,
     )  # fmt: skip
-    return make_decode_plan(workspace, len(case.lengths))
+    return make_decode_plan(workspace, len(stores.q))
 
 
 def measure(
-    name: str, shape: str | None, stores: Stores, expected: torch.Tensor, bandwidth: float, pdl: bool
+    name: str, shape: str | None, stores: Stores, expected: torch.Tensor, bandwidth: float, pdl: bool, queries: int
 ) -> dict[str, object]:
+    """queries: decodes of a sequence that are attended to together."""
     kv_dtype = stores.kv_pages[0].dtype
-    case, plan = CASES[name], make_plan(CASES[name], shape, kv_dtype)
+    case, plan = CASES[name], make_plan(CASES[name], shape, stores, queries)
+    rows = stores.rows if queries > 1 else None
     out = torch.full_like(stores.q, float("nan"))
 
     def launch(i: int) -> None:
@@ -191,7 +204,7 @@ def measure(
             plan_settled=pdl,
         )
 
-    plan_decode_attention(stores.seq_lens, plan)
+    plan_decode_attention(stores.seq_lens, plan, rows)
     launch(0)
     error = ((out.double() - expected).norm() / expected.norm()).item()
     rounds = len(stores.kv_pages)
@@ -199,9 +212,10 @@ def measure(
     floor_us = case.kv_bytes(kv_dtype) / bandwidth * 1e6
     return {
         "bench": "decode_attention", "case": name, "shape": shape or "tuned", "pdl": pdl,
-        "kv_dtype": str(kv_dtype).removeprefix("torch."), "us": round(us, 2), "floor_us": round(floor_us, 2),
+        "kv_dtype": str(kv_dtype).removeprefix("torch."), "drafts": len(stores.q) // len(case.lengths) - 1,
+        "queries": queries, "us": round(us, 2), "floor_us": round(floor_us, 2),
         "share": round(floor_us / us, 3), "target": case.target, "error": round(error, 5),
-        "plan_us": round(replay_us(lambda _: plan_decode_attention(stores.seq_lens, plan), 20), 2),
+        "plan_us": round(replay_us(lambda _: plan_decode_attention(stores.seq_lens, plan, rows), 20), 2),
         "read_tb_s": round(bandwidth / 1e12, 3), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
 
@@ -214,17 +228,20 @@ def main() -> None:
     )
     parser.add_argument("--pdl", action="store_true")
     parser.add_argument("--kv", choices=KV_DTYPES, default="bf16", help="type of K and V")
+    parser.add_argument("--verify", type=int, default=0, metavar="K", help="drafts of each sequence, at most 15")
     options = parser.parse_args()
     bandwidth = read_bandwidth()
     for name in options.cases.split(";"):
-        stores = make_stores(CASES[name], KV_DTYPES[options.kv])
-        expected = float64_attention(CASES[name], stores)
-        for shape in options.shape or [None]:
-            row = measure(name, shape, stores, expected, bandwidth, options.pdl)
+        case = CASES[name]
+        stores = make_stores(case, KV_DTYPES[options.kv], options.verify)
+        expected = float64_attention(case, stores)
+        packed = packed_queries(case.num_q_heads // case.num_kv_heads, case.head_dim, options.verify)
+        for shape, queries in itertools.product(options.shape or [None], dict.fromkeys((1, packed))):
+            row = measure(name, shape, stores, expected, bandwidth, options.pdl, queries)
             print(json.dumps(row), flush=True)
             print(
-                "{case:20} {shape:14} {us:8.1f} us  floor {floor_us:7.1f}  {share:.3f} (target {target})  error "
-                "{error:.5f}".format(**row),
+                "{case:20} {shape:14} {drafts:2} drafts, {queries:2} queries a run {us:8.1f} us  floor {floor_us:7.1f}"
+                "  {share:.3f} (target {target})  error {error:.5f}".format(**row),
                 file=sys.stderr,
             )
         del stores, expected

@@ -49,6 +49,7 @@ _SCALARS = {
     "out_stride": "i32",
     "eps": "fp32",
     "scale": "fp32",
+    "soft_cap": "fp32",
 }
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -61,7 +62,9 @@ _TYPES = {
 }
 
 
-def compiled(kernel: Kernel, constants: dict[str, Any], kinds: dict[str, str], num_warps: int) -> dict[str, Any]:
+def compiled(
+    kernel: Kernel, constants: dict[str, Any], kinds: dict[str, str], num_warps: int, num_stages: int = 3
+) -> dict[str, Any]:
     """Constants: all of the kernel's; activations are bfloat16."""
     names = kernel.jitted.arg_names
 
@@ -81,7 +84,8 @@ def compiled(kernel: Kernel, constants: dict[str, Any], kinds: dict[str, str], n
     source = ASTSource(
         kernel.jitted, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
     )
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {**_read_again(result.asm["ptx"]), "shared_bytes": result.metadata.shared, "num_warps": num_warps}
 
 

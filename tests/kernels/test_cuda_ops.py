@@ -22,10 +22,13 @@ from paged_backend.models.rope import rope_tensors
 from paged_backend.request import SamplingParams
 from paged_backend.runner.model_runner import ModelRunner
 from paged_backend.runner.sampler import Sampler
+from paged_kernels import cuda_ops
 from paged_kernels.cuda_ops import CudaOps
 from paged_kernels.cuda_rank_ops import CudaRankOps
+from paged_kernels.decode_attention import DecodePlan, plan_decode_attention
 from paged_kernels.rank_ops import Ranks, VocabularyPart
 from tests.adapter_oracle import AdapterOracle, save_adapter
+from tests.e2e.test_speculation import Drafting, Knowing
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import CONFIGS, save_published
 from tests.runner_driver import Driver, load_runner
@@ -81,8 +84,10 @@ WITH_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps) -> None:
-    """Puts the kernels, in the interpreter, in the place of plain torch. Of a runner of 4 rows and 64 tokens."""
+def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps, num_decodes: int = 4) -> None:
+    """Puts the kernels, in the interpreter, in the place of plain torch. Of a runner of 4 rows and 64 tokens;
+    num_decodes of a step, at most.
+    """
     a = runner.architecture
     ops = make(
         num_heads=a.attention.num_heads,
@@ -90,8 +95,8 @@ def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps) -> 
         head_dim=a.attention.head_dim,
         sliding_windows=a.sliding_windows,
         vocab_size=a.vocab_size,
-        max_sequences=4,
-        max_outputs=4,
+        max_sequences=num_decodes,
+        max_outputs=num_decodes,
         kv_dtype=torch.float32,
         device=runner.device,
         latents=(a.attention.rank, torch.float32) if isinstance(a.attention, LatentSpec) else None,
@@ -122,6 +127,43 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
     use_kernels(runner)
     prompts = random_prompts((1, 9, 14))
     assert Driver(runner, num_rows=4).generate(prompts, 4, chunk=6, arrive_every=1) == Oracle(folder).greedy(prompts, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        pytest.param("Qwen3ForCausalLM", {}, id="qwen3", marks=pytest.mark.long),
+        pytest.param("MistralForCausalLM", {"sliding_window": 7}, id="mistral: sliding window"),
+    ],
+)
+def test_drafts_that_attention_packs_change_no_token(
+    tmp_path: Path, architecture: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two sequences, each of which has fewer drafts at its end."""
+    folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
+    runner = load_runner(
+        folder, page_size=4, num_pages=128, max_model_len=64, max_num_sequences=8, max_batched_tokens=64
+    )
+    use_kernels(runner, partial(CudaOps, num_drafts=3), num_decodes=8)
+    given = []
+
+    def plan(seq_lens: torch.Tensor, plan: DecodePlan, rows: torch.Tensor | None = None) -> None:
+        given.append([] if rows is None else rows.tolist())
+        plan_decode_attention(seq_lens, plan, rows)
+
+    monkeypatch.setattr(cuda_ops, "plan_decode_attention", plan)
+    prompts = random_prompts((5, 9))
+    expected = Oracle(folder).greedy(prompts, 10)
+    propose = Knowing(0.7)
+    propose.texts = [[*prompt.tolist(), *answer] for prompt, answer in zip(prompts, expected, strict=True)]
+    runner._rows.speculate(propose, 3)
+    drafting = Drafting(runner, propose)
+    found = drafting.ask(prompts, 3, steps_ahead=1, temperature=0.0, max_tokens=10)
+    assert [answer.tokens for answer in found] == expected
+    assert drafting.num_accepted > 0
+    assert any(len(rows) > len(set(rows)) > 1 for rows in given), "no drafts of two sequences were packed"
+    assert [] in given, "a step without drafts was packed"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")

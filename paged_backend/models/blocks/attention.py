@@ -24,6 +24,7 @@ def plan_attention(ops: Ops, step: StepTensors) -> None:
         step.query_starts[: shape.num_sequences],
         shape.num_decodes,
         step.max_query_len,
+        step.plan["rows"][: shape.num_decodes] if shape.drafts else None,
     )
 
 

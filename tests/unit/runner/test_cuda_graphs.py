@@ -124,6 +124,19 @@ def test_a_step_runs_padded_only_up_to_four_times_its_tokens(runner: ModelRunner
     assert graphs.fit(StepShape(5)) == StepShape(8)
 
 
+def test_a_step_with_drafts_runs_in_any_shape_and_others_in_none_for_drafts(runner: ModelRunner) -> None:
+    shapes = captured_shapes(8, 16, num_drafts=1, packs_runs=True)
+    graphs = graphs_of(runner, shapes, RepeatingCapture())
+    graphs.capture([StepShape(16, drafts=True)])
+    assert graphs.fit(StepShape(6)) is None
+    assert graphs.fit(StepShape(6, drafts=True)) == StepShape(16, drafts=True)
+    graphs.capture([StepShape(8)])
+    assert graphs.fit(StepShape(6)) == graphs.fit(StepShape(6, drafts=True)) == StepShape(8)
+    graphs.capture([StepShape(8, drafts=True)])
+    assert graphs.fit(StepShape(6, drafts=True)) == StepShape(8, drafts=True)
+    assert graphs.fit(StepShape(6)) == StepShape(8)
+
+
 def test_the_shape_that_a_step_asks_for_is_captured_next(runner: ModelRunner) -> None:
     graphs = graphs_of(runner, DECODES, RepeatingCapture())
     graphs.capture(first_shapes(DECODES)[:1])

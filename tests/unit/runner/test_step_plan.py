@@ -51,7 +51,9 @@ def test_drafts_are_decodes_right_behind_their_row() -> None:
     """Two rows with drafts, one whose length only the device knows, beside a prompt and a plain decode."""
     drafts = Drafts(np.array([2, 0, 1, 0], np.int32), np.array([0, 0, 3, 0], np.int32))
     ragged = replace(batch([3, 5, 2, 1], [True, True, True, False]), drafts=drafts)
-    assert shape_of(ragged) == StepShape(6, 1, 5)
+    assert shape_of(ragged) == StepShape(6, 1, 5, drafts=True)
+    unsure = replace(ragged, drafts=Drafts(np.zeros(4, np.int32), drafts.unsure))
+    assert shape_of(unsure) == StepShape(1, 3, 10), "lengths that only the device knows are no drafts"
     plan = plan_step(ragged, StepShape(7, 1, 8))
     s = array_lengths(plan.shape)
     parts = dict(zip(s, np.split(plan.flat, np.cumsum(list(s.values()))[:-1]), strict=True))
@@ -103,6 +105,17 @@ def test_every_number_of_decodes_has_a_shape_with_little_padding(max_sequences: 
     both = captured_shapes(max_sequences, 4096, adapters=True)
     assert both[: len(shapes)] == shapes and not any(shape.adapted for shape in shapes)
     assert both[len(shapes) :] == [replace(shape, adapted=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("max_sequences", [1, 2, 5, 64, 256])
+def test_steps_with_drafts_have_shapes_of_their_own_where_drafts_are_packed(max_sequences: int) -> None:
+    shapes = captured_shapes(max_sequences, 4096, num_drafts=4, packs_runs=True)
+    assert [shape for shape in shapes if not shape.drafts] == captured_shapes(max_sequences, 4096)
+    drafting = [shape for shape in shapes if shape.drafts]
+    assert [shape.num_decodes for shape in drafting] == decode_sizes(5 * min(max_sequences, 16))[1:]
+    assert not any(shape.num_prefills for shape in drafting)
+    assert shapes == sorted(shapes, key=lambda shape: shape.num_tokens)
+    assert not any(shape.drafts for shape in captured_shapes(max_sequences, 4096, num_drafts=4))
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
