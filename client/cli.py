@@ -272,6 +272,8 @@ def demo(
         raise typer.BadParameter("not together with --tools, which asks questions of its own", param_hint="--prompt")
     if tools and speculation is not None:
         raise typer.BadParameter("not together with --tools", param_hint="--speculation")
+    if speculation in ("", "off"):
+        raise typer.BadParameter("name what guesses, such as eagle3, ngram or auto", param_hint="--speculation")
     settings = ServerSettings(model=model, options=parse_options(options or []), instances=1, show_log=log_verbose)
     console = Console(highlight=False)
     with _one_sentence_on_failure():

@@ -88,8 +88,8 @@ def run_demo_twice(
     """
     with running(replace(settings, options={**settings.options, "speculation": speculation})) as server:
         guessing = demo(server, console=console)
-    if not guessing:
-        return
+        if server.stopping:  # Ctrl-C came while the last answer was made
+            return
     console.print("\nThe same without speculation:", soft_wrap=True)
     others = {name: value for name, value in settings.options.items() if name != "draft_model"}
     with running(replace(settings, options={**others, "speculation": "off"})) as server:
@@ -99,19 +99,22 @@ def run_demo_twice(
 
 
 def compare(guessing: Sequence[Answered], plain: Sequence[Answered]) -> str:
-    """Two lines on the same conversation with speculation and without."""
-    with_it, without = _pace(guessing), _pace(plain)
+    """Two lines on the same conversation with speculation and without; one if nothing came after the first tokens."""
     same = sum(one.text == other.text for one, other in zip(guessing, plain, strict=True))
+    words = f"{same} of {len(plain)} answers are the same, word for word"
+    with_it, without = _pace(guessing), _pace(plain)
+    if not with_it or not without:
+        return words
     return (
         f"all answers, after their first tokens: {with_it:.0f} tokens/s with speculation, {without:.0f} without it "
-        f"({with_it / without:.2f} times)\n{same} of {len(plain)} answers are the same, word for word"
+        f"({with_it / without:.2f} times)\n{words}"
     )
 
 
 def _pace(answers: Sequence[Answered]) -> float:
-    """Tokens a second after each answer's first."""
+    """Tokens a second after each answer's first; 0: there were none."""
     counts, seconds = zip(*(answered.speed.later for answered in answers), strict=True)
-    return sum(counts) / max(sum(seconds), 1e-9)
+    return sum(counts) / sum(seconds) if sum(seconds) > 0 else 0.0
 
 
 def _converse(client: PagedClient, max_tokens: int, console: Console) -> list[Answered]:

@@ -93,6 +93,7 @@ class EngineConfig(BaseModel):
     max_step_seconds: float = Field(
         0.2,
         ge=0,
+        le=3600,
         description="While some sequence decodes, a step has only as many prompt tokens as are expected to end within "
         "so many seconds, at least 32; what steps take is measured while serving. 0: as many as fit into "
         "max_batched_tokens.",

@@ -269,7 +269,7 @@ class Answer:
     # ---- its ends
 
     def poll_cancellation(self) -> None:
-        """On the side thread, every few tens of milliseconds. Pages are given back at once when the caller has left;
+        """On the side thread, again and again (`FrontEnd.ask`). Pages are given back at once when the caller has left;
         the final response is sent later: Triton Server 2.51 aborts now and then when it comes while its gRPC thread is
         still at the cancellation (gRPC's "prior > 0" in sync.cc; once in 1,500 cancellations on two loaded cores, never
         in 30,000 with a tenth of a second between them).

@@ -90,8 +90,8 @@ class FrontEnd:
     def ask(self, request: Request, send: Send, is_cancelled: Callable[[], bool]) -> None:
         """Answers `request` by calls of `send` from other threads: deltas, the last ones final, whatever happens.
 
-        is_cancelled: asked every few tens of milliseconds, never during or after the final call of `send`; True ends
-            the request.
+        is_cancelled: asked every 25 ms, or of n live requests every n ms if that is longer; never during or after the
+            final call of `send`. True ends the request.
         """
         services = Services(self.config, self.client, self.prompts, self.tally, self.streamer, self._spans)
         answer = Answer(services, request, send, is_cancelled, self.forget)

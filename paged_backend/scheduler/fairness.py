@@ -32,9 +32,9 @@ def short_len(budget: int) -> int:
 def share_out(
     wanted: Int32, starts: Int32, budget: StepBudget, short: int, waiting_short_tokens: int
 ) -> tuple[NDArray[np.intp], Int32]:
-    """(order, counts): who computes how much in a step. Decodes first, then what is left of short prompts, then long
-    prompts in the order given. Short ones, with those that wait, have half of what decodes leave for sure, and long
-    ones the other half.
+    """(order, counts): who computes how much in a step. Decodes come first. Half of what they leave is for short
+    prompts, those that wait included, and half for long ones in the order given; what one kind does not need the other
+    gets.
 
     wanted: [n] tokens each sequence could compute, at least 1, the first at starts[n]. budget: what decodes leave.
     short: the longest prompt that counts as short. waiting_short_tokens: of short prompts that could start in this

@@ -21,7 +21,7 @@ LEAST_TOKENS = 32
 
 @dataclass
 class StepBudget:
-    """What is left of it."""
+    """What a step, or a part of it, has left for prompts."""
 
     costs: PromptCosts
     tokens: int

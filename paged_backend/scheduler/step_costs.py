@@ -31,6 +31,9 @@ _TOKENS_OF_A_READ = 1 / 2000
 # read late: no step counts for more.
 _MOST_TIMES = 2.0
 _CHANGE = 0.05  # how much what a step costs may change from one step to the next, as a part of it
+_LEAST_SECONDS = (
+    1e-15  # of a step, of a token or of one that is read: nothing is as fast, and sums with it stay numbers
+)
 _NOISE = 0.2  # how much a step may differ from others like it, as a part of its time
 
 
@@ -107,8 +110,11 @@ class PromptCosts:
         doubt = self._doubt @ work
         variance = float(work @ doubt) + (_NOISE * expected) ** 2
         self._doubt -= np.outer(doubt, doubt) / variance
+        correction = doubt * (surprise * expected / variance)
         # none may become nothing, for no step takes less than no time
-        self._seconds = np.maximum(self._seconds + doubt * (surprise * expected / variance), self._seconds / 2)
+        found = np.maximum(self._seconds + correction, np.maximum(self._seconds / 2, _LEAST_SECONDS))
+        # what that left of one must not make more of the step than the correction did
+        self._seconds = found * min(1.0, (expected + float(correction @ work)) / float(found @ work))
 
     def expected(self, starts: Int32, counts: Int32) -> float:
         """The seconds of such a step."""

@@ -299,6 +299,33 @@ def test_the_seconds_of_a_step_are_learnt_from_others(windows: tuple[int | None,
     assert costs.known and np.median(wrong) < 0.05 and np.quantile(wrong, 0.9) < 0.2
 
 
+@pytest.mark.parametrize("times", [2, 10, 1000])
+def test_a_first_step_that_was_held_up_is_forgotten(times: int) -> None:
+    """What is expected comes nearer with each step, and so has soon come down to what steps take."""
+    costs, starts = PromptCosts(), np.zeros(1, np.int32)
+    costs.learn(starts, np.array([40], np.int32), times * 0.014)
+    for _ in range(25):
+        count = max(min(costs.fitting(0.2, 0), 2048), LEAST_TOKENS)
+        counts, seconds = np.array([count], np.int32), 0.01 + 1e-4 * count
+        before = costs.expected(starts, counts)
+        costs.learn(starts, counts, seconds)
+        after = costs.expected(starts, counts)
+        assert min(before, seconds) < after * 1.000001 and after < max(before, seconds) * 1.000001
+    assert 1700 < count < 2000
+
+
+def test_steps_that_contradict_each_other_leave_numbers_that_can_be_used() -> None:
+    """A thousand times few tokens take long and many take none: what was expected of a token became nothing once, and
+    what fits into a step no number.
+    """
+    costs, starts = PromptCosts(), np.zeros(1, np.int32)
+    for _ in range(1500):
+        for count, seconds in ((2, 0.5), (2048, 0.001)):
+            costs.learn(starts, np.array([count], np.int32), seconds)
+            assert 0 <= costs.fitting(0.2, 100_000) <= costs.fitting(0.2, 0)
+            assert 0 < costs.expected(starts, np.array([count], np.int32)) < math.inf
+
+
 @pytest.mark.parametrize("windows", [(None,), (None, 512)], ids=str)
 @pytest.mark.parametrize("start", [0, 100, 100_000])
 def test_what_fits_fits_and_little_more_would(windows: tuple[int | None, ...], start: int) -> None:
