@@ -88,20 +88,29 @@ class Streamer:
     def put(self, channel: Channel, delta: Delta) -> bool:
         """Adds a piece. False if the channel had its last one already."""
         collected = self._collected.get(threading.get_ident())
-        if collected is not None:
-            collected.append((channel, delta))
-            return not channel.closed
+        if collected is None:
+            return self._put_now(channel, [delta])
+        collected.append((channel, delta))
+        if delta.finish_reason is not None and not delta.last:
+            # another sequence of the request goes on, perhaps on another thread, whose end must not come before this
+            mine = [piece for other, piece in collected if other is channel]
+            collected[:] = [entry for entry in collected if entry[0] is not channel]
+            return self._put_now(channel, mine)
+        return not channel.closed
+
+    def _put_now(self, channel: Channel, deltas: list[Delta]) -> bool:
         with self._lock:
             if channel.closed:
                 return False
-            if self._add(channel, delta, time.monotonic()):
-                self._lined_up.notify()
+            now = time.monotonic()
+            self._lined_up.notify(sum([self._add(channel, delta, now) for delta in deltas]))
         return True
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """What this thread puts meanwhile is lined up at the end, at once: the pieces of a step of hundreds of streams
-        wake the senders one time, who would otherwise fight with this thread for the interpreter at each of them.
+        wake the senders one time, who would otherwise fight with this thread for the interpreter at each of them. Only
+        the end of one sequence among several is not kept back.
         """
         thread = threading.get_ident()
         collected: list[tuple[Channel, Delta]] = []

@@ -339,3 +339,25 @@ def test_one_sequences_pieces_are_one_delta() -> None:
     assert by_sequence([Delta(index=3, text="a"), Delta(index=3, text="b", last=True)]) == (
         Delta(index=3, text="ab", last=True),
     )
+
+
+def test_the_last_end_of_a_request_does_not_overtake_another_sequences_end_on_another_thread(
+    streamer: Streamer,
+) -> None:
+    """Of n answers, each in an engine of its own, whose messages come on threads of their own."""
+    sent: list[Delta] = []
+    channel = streamer.open(lambda deltas, final: sent.extend(deltas), lambda sent: None, stream=True)
+
+    def other() -> None:
+        with streamer.together():
+            streamer.put(channel, Delta(index=1, text="c", finish_reason="stop", last=True))
+
+    with streamer.together():
+        streamer.put(channel, Delta(index=0, text="a"))
+        streamer.put(channel, Delta(index=0, text="b", finish_reason="stop"))
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert streamer.wait_until_all_ended(5)
+    texts = ["".join(delta.text for delta in sent if delta.index == index) for index in (0, 1)]
+    assert texts == ["ab", "c"] and [delta.last for delta in sent].count(True) == 1
