@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,17 @@ _LONGEST_TEXT = 24  # characters; longer pieces hardly ever come again
 
 
 class ResponseTensors:
-    """For one thread."""
+    """For one thread.
+
+    Nothing here refers back to it, so that the tensors go when it goes, and not when the garbage collector comes, which
+    it may not do before the interpreter ends: a tensor that outlives the server's memory crashes the stub.
+    """
 
     def __init__(self, make: Callable[[str, Any], Any]) -> None:
         """make: the server's, of a name and an array."""
         self._make = make
-        self._text = lru_cache(_REMEMBERED)(self._made_text)
-        self._number = lru_cache(_REMEMBERED)(self._made_number)
+        self._text = lru_cache(_REMEMBERED)(partial(_made_text, make))
+        self._number = lru_cache(_REMEMBERED)(partial(_made_number, make))
 
     def strings(self, name: str, texts: Sequence[str]) -> Any:
         """BYTES [len(texts)]."""
@@ -40,12 +44,6 @@ class ResponseTensors:
             return self._number(name, values[0], dtype)
         return self._make(name, np.array(values, dtype))
 
-    def _made_text(self, name: str, text: str) -> Any:
-        return self._make(name, np.array([text.encode()], np.object_))
-
-    def _made_number(self, name: str, value: float, dtype: Any) -> Any:
-        return self._make(name, np.array([value], dtype))
-
 
 class ThreadsTensors(threading.local):
     """Each thread that sends has its own: two must not write one tensor into shared memory at once."""
@@ -53,3 +51,11 @@ class ThreadsTensors(threading.local):
     def __init__(self, make: Callable[[str, Any], Any]) -> None:
         """make: see ResponseTensors."""
         self.own = ResponseTensors(make)
+
+
+def _made_text(make: Callable[[str, Any], Any], name: str, text: str) -> Any:
+    return make(name, np.array([text.encode()], np.object_))
+
+
+def _made_number(make: Callable[[str, Any], Any], name: str, value: float, dtype: Any) -> Any:
+    return make(name, np.array([value], dtype))

@@ -129,7 +129,7 @@ def size_pool(
         max_model_len = num_tokens
     pages_of_one = sum(pages_kept(window, max_model_len, config.page_size) for window in groups.windows)
     shared = f" in each of {num_groups} groups of layers ({groups.words})" if num_groups > 1 else ""
-    beside = f", {spell_bytes(num_pages * proposer_bytes)} of it the draft model's" if proposer_bytes else ""
+    beside = f", {spell_bytes(num_pages * proposer_bytes)} of it for the model that guesses" if proposer_bytes else ""
     decided_by = (
         f"pool: {num_pages} pages of {config.page_size} tokens = {num_tokens} tokens{shared}, "
         f"{spell_bytes(num_pages * page_bytes)}{beside}, "

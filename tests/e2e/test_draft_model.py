@@ -128,7 +128,7 @@ def test_its_memory_is_a_part_of_the_pool(target: Path, small: Path) -> None:
     load_runner(target, sentences.append, speculation="draft", draft_model=str(small), num_pages=8)
     (pool,) = [sentence for sentence in sentences if sentence.startswith("pool:")]
     # 8 pages of 16 float32 tokens, K and V: 3 layers of 2 heads of 32, and 1 layer of a head of 16
-    assert "208 KiB, 16 KiB of it the draft model's" in pool
+    assert "208 KiB, 16 KiB of it for the model that guesses" in pool
     assert any(sentence.startswith("draft model: LlamaForCausalLM, 1 layer") for sentence in sentences)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -64,3 +66,21 @@ def test_no_tensor_is_another_threads() -> None:
         thread.start()
         thread.join()
     assert len({id(each) for each in (*others, tensors.own.strings("text_output", ["a"]))}) == 3
+
+
+def test_tensors_go_with_their_thread_without_the_garbage_collector() -> None:
+    """A tensor that is left when the server has taken its memory away crashes the stub."""
+    tensors, made = ThreadsTensors(Made), []
+
+    def send() -> None:
+        made.append(weakref.ref(tensors.own.strings("text_output", ["a"])))
+        made.append(weakref.ref(tensors.own.numbers("num_cached_tokens", [1], np.uint32)))
+
+    gc.disable()
+    try:
+        sender = threading.Thread(target=send)
+        sender.start()
+        sender.join()
+        assert len(made) == 2 and not any(tensor() for tensor in made)
+    finally:
+        gc.enable()
