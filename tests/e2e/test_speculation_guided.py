@@ -168,7 +168,9 @@ def test_a_step_waits_for_no_draft(folder: Path, tmp_path: Path, expected: list[
     open_link = follower._open_link
     follower._open_link = lambda: Late(open_link())  # type: ignore[arg-type]
     assert ends(run(engine, KINDS)) == ends(expected)
-    assert engine.stats().drafts_proposed < 30  # the row without a grammar has some
+    # The row without a grammar has some; and where a grammar was compiled later than others, its first mask hastens what
+    # was found for those. In time there are more than 600.
+    assert engine.stats().drafts_proposed < 150
 
 
 def test_what_a_grammar_leaves_no_choice_of_needs_no_text(folder: Path, tmp_path: Path) -> None:
