@@ -168,8 +168,8 @@ def test_a_step_waits_for_no_draft(folder: Path, tmp_path: Path, expected: list[
     open_link = follower._open_link
     follower._open_link = lambda: Late(open_link())  # type: ignore[arg-type]
     assert ends(run(engine, KINDS)) == ends(expected)
-    # The row without a grammar has some; and where a grammar was compiled later than others, its first mask hastens what
-    # was found for those. In time there are more than 600.
+    # The row without a grammar has some; and where a grammar was compiled later than others, its first mask hastens
+    # what was found for those. In time there are more than 600.
     assert engine.stats().drafts_proposed < 150
 
 
