@@ -18,7 +18,6 @@ from paged_kernels.cuda_latents import CudaLatents
 from paged_kernels.decode_attention import (
     make_decode_plan,
     make_decode_workspace,
-    packed_queries,
     paged_decode_attention,
     plan_decode_attention,
 )
@@ -71,11 +70,12 @@ class CudaOps(CudaLatents):
         kv_dtype: torch.dtype,
         device: torch.device,
         latents: tuple[int, torch.dtype] | None = None,
-        num_drafts: int = 0,
+        queries: int = 1,
     ) -> None:
         """sliding_windows: of the layers; each distinct one is planned once a step. max_sequences that decode in a
         step, max_outputs that are sampled. latents: their rank and the type of queries, where layers keep those;
-        head_dim is then a latent's width. num_drafts: of a sequence in a step, at most.
+        head_dim is then a latent's width. queries: decodes of a sequence that attention takes at once where some are
+        drafts, at most.
         """
         self._pdl = device.type == "cuda"
         if latents is not None:
@@ -84,16 +84,13 @@ class CudaOps(CudaLatents):
             of_heads = num_heads, num_kv_heads, head_dim, kv_dtype, device
             few = make_decode_workspace(*of_heads)
             many = make_decode_workspace(*of_heads, programs_per_multiprocessor=2)
-        runs = few
-        if latents is None and num_drafts:
-            queries = packed_queries(num_heads // num_kv_heads, head_dim, num_drafts)
-            runs = make_decode_workspace(*of_heads, queries=queries) if queries > 1 else few
+        runs = few if queries == 1 else make_decode_workspace(*of_heads, queries=queries)
         windows = dict.fromkeys(sliding_windows)
         self._plans_of_few, self._plans_of_many, self._plans_of_runs = (
             {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows}
             for workspace in (few, many, runs)
         )
-        self._packs_runs = runs is not few
+        self._packs_runs = queries > 1
         self._plans = self._plans_of_few
         self._products = Products(device)
         self._experts = ExpertKernels(device)

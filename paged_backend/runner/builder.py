@@ -34,7 +34,7 @@ from paged_backend.runner.adapter_store import AdapterStore, adapter_store_bytes
 from paged_backend.runner.cuda_graphs import captured_shapes, first_shapes
 from paged_backend.runner.kernel_cache import keep_kernels
 from paged_backend.runner.kv_store import MemoryNeeds, PoolSize, allocate_kv_store, free_bytes, of_smallest, size_pool
-from paged_backend.runner.make_ops import kernels_reach, make_ops, packs_runs, with_formats_of
+from paged_backend.runner.make_ops import kernels_reach, make_ops, queries_at_once, with_formats_of
 from paged_backend.runner.measured_memory import NUM_PAGES, in_one_sentence, measure
 from paged_backend.runner.model_runner import ModelRunner, RunnerLimits
 from paged_backend.runner.parallel.agreement import agreed
@@ -181,7 +181,7 @@ class RunnerBuilder:
             config.max_batched_tokens,
             bool(config.lora_directory),
             config.num_drafts,
-            packs_runs(self._architecture, self._uses_kernels, config.num_drafts),
+            packs_runs=queries_at_once(self._architecture, self._uses_kernels, config.num_drafts) > 1,
         )
 
     @property

@@ -34,16 +34,14 @@ def with_formats_of(architecture: Architecture, place: Placement, uses_kernels: 
     return replace(architecture, quantization=quantization)
 
 
-def packs_runs(architecture: Architecture, uses_kernels: bool, num_drafts: int) -> bool:
-    """Whether attention computes several of a sequence's decodes together, that has so many drafts. Those over latents
-    it does not.
-    """
+def queries_at_once(architecture: Architecture, uses_kernels: bool, num_drafts: int) -> int:
+    """How many decodes of a sequence that has so many drafts attention computes together; of latents always one."""
     attention = architecture.attention
     if not uses_kernels or not num_drafts or isinstance(attention, LatentSpec):
-        return False
+        return 1
     from paged_kernels.decode_attention import packed_queries
 
-    return packed_queries(attention.num_heads // attention.num_kv_heads, attention.head_dim, num_drafts) > 1
+    return packed_queries(attention.num_heads // attention.num_kv_heads, attention.head_dim, num_drafts)
 
 
 def make_ops(
@@ -74,5 +72,5 @@ def make_ops(
         kv_dtype=place.kv_dtype,
         device=place.device,
         latents=(a.attention.rank, place.dtype) if isinstance(a.attention, LatentSpec) else None,
-        num_drafts=num_drafts,
+        queries=queries_at_once(a, uses_kernels, num_drafts),
     )

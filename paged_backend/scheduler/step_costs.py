@@ -31,10 +31,9 @@ _TOKENS_OF_A_READ = 1 / 2000
 # read late: no step counts for more.
 _MOST_TIMES = 2.0
 _CHANGE = 0.05  # how much what a step costs may change from one step to the next, as a part of it
-_LEAST_SECONDS = (
-    1e-15  # of a step, of a token or of one that is read: nothing is as fast, and sums with it stay numbers
-)
 _NOISE = 0.2  # how much a step may differ from others like it, as a part of its time
+# Of a step, of a token or of one that is read: nothing is as fast, and sums with it stay numbers.
+_LEAST_SECONDS = 1e-15
 
 
 class StepCosts:

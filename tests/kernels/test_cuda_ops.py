@@ -145,7 +145,7 @@ def test_drafts_that_attention_packs_change_no_token(
     runner = load_runner(
         folder, page_size=4, num_pages=128, max_model_len=64, max_num_sequences=8, max_batched_tokens=64
     )
-    use_kernels(runner, partial(CudaOps, num_drafts=3), num_decodes=8)
+    use_kernels(runner, partial(CudaOps, queries=4), num_decodes=8)
     given = []
 
     def plan(seq_lens: torch.Tensor, plan: DecodePlan, rows: torch.Tensor | None = None) -> None:

@@ -109,22 +109,25 @@ def oracle(case: Case, tensors: Tensors) -> torch.Tensor:
     return out
 
 
-def plan_for(case: Case, max_sequences: int | None = None) -> DecodePlan:
+def plan_for(case: Case, max_sequences: int | None = None, queries: int = 1) -> DecodePlan:
     workspace = make_decode_workspace(
         case.num_q_heads,
         case.num_kv_heads,
         case.head_dim,
         case.kv_dtype or case.dtype,
         DEVICE,
+        queries=queries,
         tile=case.tile,
         programs_per_multiprocessor=case.programs,
     )
     return make_decode_plan(workspace, max_sequences or len(case.lengths), case.window)
 
 
-def attend(case: Case, tensors: Tensors, plan: DecodePlan, **launch: bool) -> torch.Tensor:
+def attend(
+    case: Case, tensors: Tensors, plan: DecodePlan, rows: torch.Tensor | None = None, **launch: bool
+) -> torch.Tensor:
     out = torch.full_like(tensors.q, float("nan"))
-    plan_decode_attention(tensors.seq_lens, plan)
+    plan_decode_attention(tensors.seq_lens, plan, rows)
     options = {"scale": tensors.scale, "soft_cap": case.soft_cap, "sinks": tensors.sinks}
     paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, out, plan, **options, **launch)
     return out

@@ -12,14 +12,13 @@ import torch
 from paged_kernels.decode_attention import (
     DecodePlan,
     launch_constants,
-    make_decode_plan,
     make_decode_workspace,
     packed_queries,
     paged_decode_attention,
     plan_decode_attention,
 )
 from paged_kernels.reference import reference
-from tests.kernels.test_decode_attention import DEVICE, Case, Tensors, assert_close, gpu, make, oracle
+from tests.kernels.test_decode_attention import DEVICE, Case, Tensors, assert_close, attend, gpu, make, oracle, plan_for
 
 
 @dataclass(frozen=True)
@@ -59,26 +58,7 @@ def make_runs(runs: Runs, seed: int) -> tuple[Tensors, torch.Tensor]:
 
 
 def plan_of_runs(runs: Runs) -> DecodePlan:
-    case = runs.sequences
-    workspace = make_decode_workspace(
-        case.num_q_heads,
-        case.num_kv_heads,
-        case.head_dim,
-        case.kv_dtype or case.dtype,
-        DEVICE,
-        queries=runs.queries,
-        tile=case.tile,
-        programs_per_multiprocessor=case.programs,
-    )
-    return make_decode_plan(workspace, sum(runs.num_decodes), case.window)
-
-
-def attend(case: Case, tensors: Tensors, rows: torch.Tensor, plan: DecodePlan, **launch: bool) -> torch.Tensor:
-    out = torch.full_like(tensors.q, float("nan"))
-    plan_decode_attention(tensors.seq_lens, plan, rows)
-    options = {"scale": tensors.scale, "soft_cap": case.soft_cap, "sinks": tensors.sinks}
-    paged_decode_attention(tensors.q, tensors.kv_pages, tensors.page_table, out, plan, **options, **launch)
-    return out
+    return plan_for(runs.sequences, sum(runs.num_decodes), runs.queries)
 
 
 def small(lengths: tuple[int, ...], num_decodes: tuple[int, ...], queries: int, **options: object) -> Runs:
@@ -121,7 +101,7 @@ def test_each_decode_of_a_run_equals_float64(runs: Runs) -> None:
     tensors, rows = make_runs(runs, seed=1)
     case, plan = runs.decodes, plan_of_runs(runs)
     expected = oracle(case, tensors)
-    assert_close(case, attend(case, tensors, rows, plan), expected)
+    assert_close(case, attend(case, tensors, plan, rows), expected)
     assert not plan.workspace.arrivals.any(), "an arrival counter was left set"
     options = tensors.scale, case.window or None, case.soft_cap or None, tensors.sinks
     twin = reference.decode_attention(
@@ -147,7 +127,7 @@ def test_a_plan_of_runs_serves_steps_of_other_runs() -> None:
     for seed, (lengths, counts) in enumerate([((90, 3, 0, 50), (5, 1, 2, 4)), ((5,), (1,)), ((0, 70), (1, 5))]):
         runs = small(lengths, counts, 5)
         tensors, rows = make_runs(runs, seed)
-        assert_close(runs.decodes, attend(runs.decodes, tensors, rows, plan), oracle(runs.decodes, tensors))
+        assert_close(runs.decodes, attend(runs.decodes, tensors, plan, rows), oracle(runs.decodes, tensors))
 
 
 def test_queries_and_outputs_may_be_strided() -> None:
@@ -240,7 +220,7 @@ LARGE = {
 @pytest.mark.parametrize("runs", LARGE.values(), ids=LARGE.keys())
 def test_each_decode_of_a_run_equals_float64_on_the_gpu(runs: Runs) -> None:
     tensors, rows = make_runs(runs, seed=5)
-    assert_close(runs.decodes, attend(runs.decodes, tensors, rows, plan_of_runs(runs)), oracle(runs.decodes, tensors))
+    assert_close(runs.decodes, attend(runs.decodes, tensors, plan_of_runs(runs), rows), oracle(runs.decodes, tensors))
 
 
 @gpu
@@ -250,11 +230,11 @@ def test_a_captured_graph_follows_the_device_rows_and_lengths(launch_pdl: bool) 
     plan = plan_of_runs(Runs(Case((1,) * 20, 32, 8, 128, dtype=torch.bfloat16), (1,) * 20, 5))
     longest = Runs(Case((2000,) * 4, 32, 8, 128, dtype=torch.bfloat16), (5,) * 4, 5)
     tensors, rows = make_runs(longest, seed=7)
-    attend(longest.decodes, tensors, rows, plan, launch_pdl=launch_pdl)
+    attend(longest.decodes, tensors, plan, rows, launch_pdl=launch_pdl)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend(longest.decodes, tensors, rows, plan, launch_pdl=launch_pdl)
+        out = attend(longest.decodes, tensors, plan, rows, launch_pdl=launch_pdl)
     for lengths, counts in (((2000, 1, 77), (5, 1, 3)), ((1999, 2000, 64, 1025), (2, 5, 4, 5)), ((5,), (4,))):
         of_padding = 20 - sum(counts)
         case = Case((*lengths, 0), 32, 8, 128, dtype=torch.bfloat16)
