@@ -25,7 +25,7 @@ def activated(x, ACTIVATION: tl.constexpr):
         x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     else:
         tl.static_assert(ACTIVATION == "relu2")
-        x = tl.maximum(x, 0.0)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         x = x * x
     return x
 

@@ -1,8 +1,8 @@
 """Numbers as they are stored in few bits: to float32 and back, in plain torch. The specification of what the quantised
 kernels read.
 
-Sources: OCP 8-bit floating point, 2023 (e4m3: no infinity, the greatest number is 448); OCP microscaling formats, 2023
-    (e2m1).
+Sources: OCP 8-bit floating point, 2023 (e4m3: no infinity, the greatest number is 448); e2m1 is e2m1.py's, and
+    what lies in words words.py's.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from paged_kernels.e2m1 import MAGNITUDES, codes_of_e2m1, numbers_of_e2m1
 from paged_kernels.linear import Format, Linear, Rounding, empty_linear
+from paged_kernels.words import factors, fill_words, pack_words, unpack_words
 
 FP8_MAX = 448.0
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the three lower bits; the fourth is the sign
-WORDS_GROUP = 32  # columns that four words hold
 _LEAST_SCALE = 1e-12  # of a group of zeros
-_GREATEST = {"fp8": FP8_MAX, "int8": 127.0, "int4": 7.0, "fp4": 6.0}  # magnitude that scales are chosen for
+_GREATEST = {"fp8": FP8_MAX, "int8": 127.0, "int4": 7.0, "fp4": MAGNITUDES[-1]}  # magnitude that scales are chosen for
 
 # least and greatest number, half the range
 ACTIVATION_RANGES = {"fp8": (-FP8_MAX, FP8_MAX, FP8_MAX), "int8": (-128.0, 127.0, 127.5)}
@@ -38,45 +38,10 @@ def unpack_nibbles(packed: Tensor, group: int) -> Tensor:
     return torch.cat((parts & 15, parts >> 4), 2).reshape(len(packed), -1)
 
 
-def pack_words(codes: Tensor) -> Tensor:
-    """uint8 [rows, columns] below 16, of e2m1, columns a multiple of 32 -> uint8 [rows, columns / 2], words of 32 bits.
-
-    Word j of the four that hold 32 columns has columns 16 h + 8 g + 2 j + e, for h, g and e of 0 and 1: what a thread
-    of a quad has of a row of bfloat16 as the tensor cores' first operand (PTX ISA, "Matrix Fragments for mma.m16n8k16"
-    and "wgmma.mma_async.m64nNk16"), so that no number has to change places. e chooses the half of the word, i = 2 h + g
-    one of the four numbers in a half, sign s and e e m:
-
-        bit of a half   15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
-        number i         0  3  3  1  3  3  2  0  0  0  1  1  1  2  2  2
-                         s  s  m  s  e  e  s  e  e  m  e  e  m  e  e  m
-
-    One mask leaves number 0 of both halves where bfloat16 has sign, exponent and mantissa, of a value 2 ** -126 of its
-    own; shifted by three and six bits it does so with 1 and 2. The idea is that of triton_kernels for Hopper.
-    """
-    parts = codes.view(len(codes), -1, 2, 2, 4, 2).int().flatten(2, 3)  # row, 32 columns, i, j, e
-    sign, rest = parts & 8, parts & 7
-    halves = sign[:, :, 0] << 12 | rest[:, :, 0] << 6 | sign[:, :, 1] << 9 | rest[:, :, 1] << 3
-    halves |= sign[:, :, 2] << 6 | rest[:, :, 2]
-    halves |= sign[:, :, 3] << 11 | (rest[:, :, 3] & 1) << 13 | (rest[:, :, 3] & 6) << 9
-    words = halves[..., 0] | halves[..., 1] << 16
-    return words.view(torch.uint8).view(len(codes), -1)
-
-
-def unpack_words(packed: Tensor) -> Tensor:
-    """What `pack_words` was given."""
-    words = packed.contiguous().view(torch.int32).view(len(packed), -1, 4)
-    halves = torch.stack((words, words >> 16), 3)  # row, 32 columns, j, e
-    numbers = [
-        (halves >> 12 & 8) | (halves >> 6 & 7),
-        (halves >> 9 & 8) | (halves >> 3 & 7),
-        (halves >> 6 & 8) | (halves & 7),
-        (halves >> 11 & 8) | (halves >> 9 & 6) | (halves >> 13 & 1),
-    ]
-    return torch.stack(numbers, 2).to(torch.uint8).reshape(len(packed), -1)
-
-
 def pack_codes(codes: Tensor, format: Format) -> Tensor:
-    """uint8 [rows, columns] below 16 -> as a weight of `format`, int4 or fp4, has them: uint8 [rows, columns / 2]."""
+    """uint8 [rows, columns] below 16 -> as a weight of `format`, int4 or fp4, has them: uint8 [rows, stored columns /
+    2].
+    """
     return pack_words(codes) if format.order == "words" else pack_nibbles(codes, format.group(codes.shape[1]))
 
 
@@ -86,13 +51,12 @@ def decode(linear: Linear) -> Tensor:
     if not linear.format.nibbles:
         return linear.weight.float()
     if linear.format.order == "words":
-        numbers = unpack_words(linear.weight)
+        numbers = unpack_words(linear.weight, linear.num_columns)
     else:
         numbers = unpack_nibbles(linear.weight, linear.format.group(linear.num_columns))
     if codes == "int4":
         return numbers.float()
-    table = torch.tensor((*_E2M1, *(-x for x in _E2M1)), device=numbers.device)
-    return table[numbers.int()]
+    return numbers_of_e2m1(numbers)
 
 
 def dequantise(linear: Linear) -> Tensor:
@@ -104,7 +68,8 @@ def dequantise(linear: Linear) -> Tensor:
         numbers -= _spread(linear.zero.float(), linear)
     elif linear.format.codes == "int4":
         numbers -= 8
-    numbers *= _spread(linear.scale.float(), linear)
+    scale = factors(linear.scale) if linear.format.order == "words" else linear.scale.float()
+    numbers *= _spread(scale, linear)
     return numbers if linear.row_scale is None else numbers * linear.row_scale[:, None]
 
 
@@ -127,6 +92,11 @@ def quantise(weight: Tensor, format: Format) -> Linear:
     if linear.scale is None:
         return replace(linear, weight=weight)
     scale = _amax(wide, format) / _GREATEST[format.codes]
+    if format.order == "words":
+        exponents = scale.clamp(min=2.0**-126).log2().ceil()
+        codes = codes_of_e2m1(wide / _spread(exponents.exp2(), linear))
+        fill_words(linear, codes, (exponents + 127).to(torch.uint8))
+        return linear
     if linear.row_scale is not None:  # leaves scales of blocks at most FP8_MAX: they may be of 8 bits themselves
         linear.row_scale.copy_((scale.amax() / FP8_MAX).clamp(min=_LEAST_SCALE).expand(len(weight)))
         scale = scale / linear.row_scale[0]
@@ -160,9 +130,7 @@ def _encode(numbers: Tensor, linear: Linear) -> Tensor:
     if codes == "int4":
         nibbles = (numbers.round().clamp(-7, 7) + 8).to(torch.uint8)
     else:
-        table = torch.tensor(_E2M1, device=numbers.device)
-        middles = (table[1:] + table[:-1]) / 2
-        nibbles = torch.bucketize(numbers.abs(), middles).to(torch.uint8) | (numbers < 0).to(torch.uint8) << 3
+        nibbles = codes_of_e2m1(numbers)
     return pack_codes(nibbles, linear.format)
 
 

@@ -18,15 +18,8 @@ from paged_kernels.quant_tile import CODE_OF
 
 @triton.jit
 def load_scales(at, known):
-    """Of groups or rows: float32. Bytes are powers of two, as their exponents; 0 is 2 ** -127, which has none of its
-    own.
-    """
-    if at.dtype.element_ty == tl.uint8:
-        wide = tl.load(at, mask=known, other=127).to(tl.uint32)
-        found = tl.where(wide == 0, 0x00400000, wide << 23).to(tl.float32, bitcast=True)
-    else:
-        found = tl.load(at, mask=known, other=0.0).to(tl.float32)
-    return found
+    """Of groups or rows: float32."""
+    return tl.load(at, mask=known, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -35,8 +28,8 @@ def apply_gate(gate, up, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: t
     kernels/experts.py.
     """
     if LIMIT > 0:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1.0
     if ACTIVATION == "silu":
         found = gate / (1.0 + tl.exp(-ALPHA * gate))
     else:
@@ -47,9 +40,9 @@ def apply_gate(gate, up, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: t
 
 
 def format_constants(linear: ExpertLinear) -> dict[str, object]:
-    """Of all kernels of experts. K and GROUP are in bytes of a row, or in numbers of a plain one, or in words."""
+    """Of the kernels of experts that are not in words. K and GROUP are in bytes of a row, or numbers of a plain one."""
     format = linear.format
-    together = 8 if format.order == "words" else 2 if format.nibbles else 1
+    together = 2 if format.nibbles else 1
     row_size = linear.num_columns // together
     grouped, scaled = bool(format.block[1]), linear.scale is not None
     return {
@@ -57,7 +50,7 @@ def format_constants(linear: ExpertLinear) -> dict[str, object]:
         "GROUP": format.group(linear.num_columns) // together if scaled else row_size,
         "BLOCK_ROWS": format.block[0],
         "SCALE_ROWS": 1 if linear.scale is None else linear.scale.shape[1],
-        "CODES": CODE_OF["words" if format.order == "words" else format.codes],
+        "CODES": CODE_OF[format.codes],
         "GROUPED": grouped and scaled,
         "ZEROS": linear.zero is not None,
         "ROW_SCALES": linear.row_scale is not None,
@@ -66,13 +59,9 @@ def format_constants(linear: ExpertLinear) -> dict[str, object]:
 
 
 def parameters(linear: ExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Weight, scale, zero, row_scale and bias; x where there is none. Exponents come as bytes, words as int32."""
-    scale, weight = linear.scale, linear.weight
-    if linear.format.order == "words":
-        weight = weight.view(torch.int32)
-    if scale is not None and scale.dtype == torch.float8_e8m0fnu:
-        scale = scale.view(torch.uint8)
-    return weight, *(x if t is None else t for t in (scale, linear.zero, linear.row_scale, linear.bias))
+    """Weight, scale, zero, row_scale and bias; x where there is none."""
+    others = (linear.scale, linear.zero, linear.row_scale, linear.bias)
+    return linear.weight, *(x if tensor is None else tensor for tensor in others)
 
 
 def gate_constants(gate: Gate) -> dict[str, object]:
@@ -105,3 +94,23 @@ def check_experts(x: torch.Tensor, experts: Experts) -> None:
             raise ValueError(f"{name} is {linear.weight.dtype}, x is {x.dtype}")
         if linear.bias is not None and linear.bias.dtype != x.dtype:
             raise ValueError(f"{name}'s bias is {linear.bias.dtype}, x is {x.dtype}")
+
+
+def check_call(x: torch.Tensor, expert_ids: torch.Tensor, experts: Experts, residual: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: x and residual [T, hidden], the choice [T, k] and the experts do not fit each other.
+    """
+    num_tokens = len(expert_ids)
+    if (
+        x.shape != residual.shape
+        or x.dtype != residual.dtype
+        or x.stride(1) != 1
+        or residual.stride(1) != 1
+        or num_tokens != len(x)
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype}"
+            f" do not fit {num_tokens} tokens' choice"
+        )
+    check_experts(x, experts)

@@ -1,7 +1,7 @@
 """The one place that chooses kernels for a layer of experts, from the number of tokens.
 
 One token: a launch for norm and routing, two for the experts. Many: norm, routing, grouping (one or two launches), two
-grouped products, and the sum of each token's answers.
+grouped products, and the sum of each token's answers. In words (MXFP4) activations are split before both products.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paged_kernels import expert_products, expert_routing, expert_vectors
+from paged_kernels import expert_products, expert_routing, expert_vectors, expert_words
 from paged_kernels import norm as norms
 from paged_kernels.experts import Experts
 from paged_kernels.norm_value import Norm
@@ -33,7 +33,11 @@ class ExpertKernels:
 
     def add(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
         """reference.add_experts; residual is written over."""
-        if len(x) == 1 and not experts.has_words:
+        if experts.has_words:
+            return expert_words.add_experts_in_words(
+                x, expert_ids, weights, experts, residual, num_programs=self._num_programs, launch_pdl=self._pdl
+            )
+        if len(x) == 1:
             return expert_vectors.add_experts_of_one(x, expert_ids, weights, experts, residual, launch_pdl=self._pdl)
         return expert_products.add_experts(
             x, expert_ids, weights, experts, residual, num_programs=self._num_programs, launch_pdl=self._pdl

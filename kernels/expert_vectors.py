@@ -231,7 +231,7 @@ def add_experts_of_one(
         )
     check_experts(x, experts)
     if experts.has_words:
-        raise ValueError("numbers in words are read by expert_products.py alone")
+        raise ValueError("numbers in words are read by expert_words.py alone")
     size, hidden = experts.down.num_columns, x.shape[1]
     gated = torch.empty(top_k, size, dtype=x.dtype, device=x.device)
     rows, block, lanes = vector_shape(experts.gate_up)

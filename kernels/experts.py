@@ -10,14 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from paged_kernels.codes import WORDS_GROUP
 from paged_kernels.linear import PLAIN, Format, Linear, empty_linear
 
 Scores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
 
-# gpt-oss's experts as they are published: groups of 32 numbers of 4 bits share a power of two (OCP Microscaling Formats
-# v1.0, 2023)
-MXFP4 = Format("fp4", (1, 32), scale_dtype=torch.float8_e8m0fnu, order="words")
+# gpt-oss's experts: groups of 32 numbers of 4 bits share a power of two (OCP Microscaling Formats v1.0, 2023), which is
+# stored in two parts (words.py)
+MXFP4 = Format("fp4", (1, 32), row_scales=True, scale_dtype=torch.uint8, order="words")
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class ExpertLinear:
     scale: Tensor | None = None  # [E, *format.scale_shape], format.scale_dtype
     zero: Tensor | None = None  # uint8, as scale
     row_scale: Tensor | None = None  # float32 [E, out]
+    num_padded: int = 0  # stored columns that are none of the matrix
 
     @property
     def num_rows(self) -> int:
@@ -76,7 +76,7 @@ class ExpertLinear:
 
     @property
     def num_columns(self) -> int:
-        return self.weight.shape[2] * (2 if self.format.nibbles else 1)
+        return self.weight.shape[2] * (2 if self.format.nibbles else 1) - self.num_padded
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -91,7 +91,13 @@ class ExpertLinear:
             return None if tensor is None else tensor[expert]
 
         return Linear(
-            self.weight[expert], own(self.bias), self.format, own(self.scale), own(self.zero), own(self.row_scale)
+            self.weight[expert],
+            own(self.bias),
+            self.format,
+            own(self.scale),
+            own(self.zero),
+            own(self.row_scale),
+            num_padded=self.num_padded,
         )
 
 
@@ -101,7 +107,7 @@ def reaches_experts(format: Format) -> bool:
     """
     group = format.block[1]
     if format.order == "words":
-        return format.codes == "fp4" and group == WORDS_GROUP and format.scale_dtype == torch.float8_e8m0fnu
+        return format == MXFP4
     return group == 0 or (group >= 16 and group & (group - 1) == 0)
 
 
@@ -125,7 +131,9 @@ def empty_experts(
         return None if like is None else torch.empty(num_experts, *like.shape, dtype=like.dtype, device=device)
 
     weight = torch.empty(num_experts, *one.weight.shape, dtype=one.weight.dtype, device=device)
-    return ExpertLinear(weight, empty(one.bias), format, empty(one.scale), empty(one.zero), empty(one.row_scale))
+    return ExpertLinear(
+        weight, empty(one.bias), format, empty(one.scale), empty(one.zero), empty(one.row_scale), one.num_padded
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,5 +154,5 @@ class Experts:
 
     @property
     def has_words(self) -> bool:
-        """Whether eight numbers lie in a word of one of the matrices."""
+        """Whether one of the matrices is in words."""
         return "words" in (self.gate_up.format.order, self.down.format.order)

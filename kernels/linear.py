@@ -15,6 +15,7 @@ from torch import Tensor
 
 Codes = Literal["plain", "fp8", "int8", "int4", "fp4"]
 Order = Literal["halves", "words"]
+WORDS_BLOCK = 128  # columns of a weight in words that lie together
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Format:
 
     plain: as floats of the activations' type. fp8: float8_e4m3fn. int8: int8, or uint8 with a zero. int4: unsigned, two
     in a byte. fp4: e2m1, two in a byte. Two in a byte, in halves: of the columns that share a scale the first half is
-    in low nibbles, the second in high ones, so that a kernel reads either without shuffling. In words: of fp4 alone,
-    eight numbers lie in 32 bits as tensor cores want them (codes.py's `pack_words`).
+    in low nibbles, the second in high ones, so that a kernel reads either without shuffling. In words: experts of fp4;
+    numbers and scales lie as tensor cores want them (words.py), columns are padded to whole blocks of 128.
     """
 
     codes: Codes = "plain"
@@ -48,7 +49,11 @@ class Format:
     def scale_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
         """Of the scales of a weight of that shape."""
         rows, columns = self.block
-        return -(-num_rows // rows), -(-num_columns // (columns or num_columns))
+        return -(-num_rows // rows), -(-self.stored_columns(num_columns) // (columns or num_columns))
+
+    def stored_columns(self, num_columns: int) -> int:
+        """Columns that a weight of so many has in memory."""
+        return -(-num_columns // WORDS_BLOCK) * WORDS_BLOCK if self.order == "words" else num_columns
 
     def group(self, num_columns: int) -> int:
         """Columns that share a scale."""
@@ -78,6 +83,7 @@ class Linear:
     row_scale: Tensor | None = None  # float32 [out]
     input_scale: Tensor | None = None  # float32 [1]: of activations, if their rounding is static
     partial: bool = False  # the product is this rank's part of a sum over ranks (rank_ops.py)
+    num_padded: int = 0  # stored columns that are none of the matrix
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +91,7 @@ class Linear:
 
     @property
     def num_columns(self) -> int:
-        return self.weight.shape[1] * (2 if self.format.nibbles else 1)
+        return self.weight.shape[1] * (2 if self.format.nibbles else 1) - self.num_padded
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -153,15 +159,14 @@ def empty_linear(
         "fp4": torch.uint8,
     }
     scaled = format.codes != "plain"
-    shape = format.scale_shape(num_rows, num_columns)
+    shape, stored = format.scale_shape(num_rows, num_columns), format.stored_columns(num_columns)
     return Linear(
-        weight=empty(
-            num_rows, num_columns // 2 if format.nibbles else num_columns, of=weight_types.get(format.codes, dtype)
-        ),
+        weight=empty(num_rows, stored // 2 if format.nibbles else stored, of=weight_types.get(format.codes, dtype)),
         bias=empty(num_rows, of=dtype) if bias else None,
         format=format,
         scale=empty(*shape, of=format.scale_dtype) if scaled else None,
         zero=empty(*shape, of=torch.uint8) if scaled and format.zeros else None,
         row_scale=empty(num_rows, of=torch.float32) if scaled and format.row_scales else None,
         input_scale=empty(1, of=torch.float32) if format.rounding is not None and format.rounding.static else None,
+        num_padded=stored - num_columns,
     )

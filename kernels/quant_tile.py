@@ -16,9 +16,9 @@ import triton.language as tl
 
 from paged_kernels.linear import Format
 
-CODE_OF = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3, "fp4": 4, "words": 5}
+CODE_OF = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3, "fp4": 4}
 PLAIN, FP8, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-INT4, FP4, WORDS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+INT4, FP4 = tl.constexpr(3), tl.constexpr(4)
 FP4_REST = tl.constexpr(2.0**32)  # what `scaled_fp4` leaves to the sums
 _FP4_SCALE = tl.constexpr(2.0**94)  # the rest of 2 ** 126
 INT4_MIDDLE = tl.constexpr(8.0)  # what means 0 where no zero is given
@@ -203,80 +203,6 @@ def scaled_fp4(w, s, PACKED: tl.constexpr, PURE: tl.constexpr = True):
         high = (((w & 0x70).to(tl.uint32) << 18) | ((w & 0x80).to(tl.uint32) << 24)).to(tl.float32, bitcast=True)
         factor = s * _FP4_SCALE
     return (low * factor).to(tl.bfloat16), (high * factor).to(tl.bfloat16)
-
-
-@triton.jit
-def numbers_of_words(w, s, DTYPE: tl.constexpr, PACKED: tl.constexpr):
-    """Words of e2m1 (codes.py's `pack_words`) times their scales s: int32 and float32 [ROWS, BLOCK] -> DTYPE
-    [ROWS, 8 * BLOCK], columns in order.
-
-    PACKED: bfloat16, FP4_REST too small, which the sums are to be multiplied by; s: `factors_of_words`. In the layout
-    that tensor cores want the eight numbers of a word stay with the thread that has read it.
-    """
-    if PACKED:
-        a0, a1, b0, b1, c0, c1, d0, d1 = _bfloat16_of_word(w, s)
-    else:
-        a0, a1 = _of_word(w, s, 0, 0, DTYPE), _of_word(w, s, 0, 1, DTYPE)
-        b0, b1 = _of_word(w, s, 1, 0, DTYPE), _of_word(w, s, 1, 1, DTYPE)
-        c0, c1 = _of_word(w, s, 2, 0, DTYPE), _of_word(w, s, 2, 1, DTYPE)
-        d0, d1 = _of_word(w, s, 3, 0, DTYPE), _of_word(w, s, 3, 1, DTYPE)
-    low = tl.join(tl.join(a0, a1), tl.join(b0, b1))
-    high = tl.join(tl.join(c0, c1), tl.join(d0, d1))
-    ROWS: tl.constexpr = w.shape[0]
-    BLOCK: tl.constexpr = w.shape[1]
-    parts = tl.reshape(tl.join(low, high), (ROWS, BLOCK // 4, 4, 2, 2, 2))  # 32 columns, j, e, g, h
-    return tl.reshape(tl.permute(parts, (0, 1, 5, 4, 2, 3)), (ROWS, 8 * BLOCK))
-
-
-@triton.jit
-def factors_of_words(s):
-    """Scales that are powers of two, float32, as what numbers of `pack_words` are multiplied by: twice the same
-    bfloat16 in 32 bits. Those above 2 ** 33 count as that.
-    """
-    bits = (tl.minimum(s, 2.0**33) * _FP4_SCALE).to(tl.int32, bitcast=True)
-    return bits | (bits >> 16)
-
-
-@triton.jit
-def _of_word(w, s, I: tl.constexpr, E: tl.constexpr, DTYPE: tl.constexpr):
-    """Number I of half E of each word, scaled."""
-    half = w >> (16 * E)
-    if I == 3:
-        code = ((half >> 11) & 8) | ((half >> 9) & 6) | ((half >> 13) & 1)
-    else:
-        code = ((half >> (12 - 3 * I)) & 8) | ((half >> (6 - 3 * I)) & 7)
-    return (floats(code, FP4) * s).to(DTYPE)
-
-
-@triton.jit
-def _bfloat16_of_word(w, factors):
-    """The eight numbers of a word times both halves of a factor, twenty instructions."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, none;
-        mov.b32 none, 0x80008000;
-        and.b32 a, $8, 0x81c081c0;
-        fma.rn.bf16x2 a, a, $9, none;
-        mov.b32 {$0, $1}, a;
-        shl.b32 a, $8, 3;
-        and.b32 a, a, 0x81c081c0;
-        fma.rn.bf16x2 a, a, $9, none;
-        mov.b32 {$2, $3}, a;
-        shl.b32 a, $8, 6;
-        and.b32 a, a, 0x81c081c0;
-        fma.rn.bf16x2 a, a, $9, none;
-        mov.b32 {$4, $5}, a;
-        shl.b32 a, $8, 1;
-        and.b32 a, a, 0x80008000;
-        shr.b32 b, $8, 3;
-        lop3.b32 a, b, 0x01800180, a, 0xea;
-        shr.b32 b, $8, 7;
-        lop3.b32 a, b, 0x00400040, a, 0xea;
-        fma.rn.bf16x2 a, a, $9, none;
-        mov.b32 {$6, $7}, a;
-        }""",
-        "=&h,=&h,=&h,=&h,=&h,=&h,=h,=h,r,r", [w, factors], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit

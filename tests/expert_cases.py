@@ -91,7 +91,7 @@ def on(experts: Experts, device: torch.device, dtype: torch.dtype | None = None)
         scales = (given.scale, given.zero, given.row_scale)
         scale, zero, row_scale = (None if tensor is None else tensor.to(device) for tensor in scales)
         weight = given.weight.to(device, dtype if given.format.codes == "plain" else None)
-        return ExpertLinear(weight, moved(given.bias), given.format, scale, zero, row_scale)
+        return ExpertLinear(weight, moved(given.bias), given.format, scale, zero, row_scale, given.num_padded)
 
     router = Linear(experts.router.weight.to(device, dtype), moved(experts.router.bias))
     correction = None if experts.correction is None else experts.correction.to(device)
@@ -114,6 +114,7 @@ def stack_linears(linears: list[Linear]) -> ExpertLinear:
         stacked([linear.scale for linear in linears]),
         stacked([linear.zero for linear in linears]),
         stacked([linear.row_scale for linear in linears]),
+        linears[0].num_padded,
     )
 
 

@@ -24,7 +24,7 @@ GREEDY = SamplingParams(temperature=0.0)
 def load_runner(folder: Path, tell: Callable[[str], None] = lambda sentence: None, **options: Any) -> ModelRunner:
     """A float32 runner on the CPU; `options` are those of EngineConfig."""
     return build_runner(
-        EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 256, **options}), tell
+        EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", "num_pages": 512, **options}), tell
     )
 
 

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from paged_kernels import expert_codes, expert_products, expert_routing, expert_vectors
+from paged_kernels import expert_codes, expert_products, expert_routing, expert_tiles, expert_vectors, expert_words
 from paged_kernels.experts import ExpertLinear, Gate, empty_experts
 from paged_kernels.jit import Kernel
 from paged_kernels.quant_tile import packs
@@ -148,11 +148,11 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
     found: list[Case] = []
     for part, linear in layer.items():
         gated = part == "gate_up"
-        tokens = expert_products.tokens_of_tiles(num_tokens * top_k, *layer.values())
-        shape = expert_products.product_shape(tokens, linear, gated=gated)
+        tokens = expert_tiles.tokens_of_tiles(num_tokens * top_k, *layer.values())
+        shape = expert_tiles.product_shape(tokens, linear, gated=gated)
         constants = {"N": size if gated else hidden, "TOP_K": top_k, "TOKENS": shape.tokens, "ROWS": shape.rows}
         constants |= {"BLOCK": shape.block, "STAGES": shape.stages, "FIRST": gated, **_gate(gated and hidden == size)}
-        constants |= {"GATED": gated, "ONE": num_tokens == 1}
+        constants |= {"GATED": gated}
         constants |= {
             **expert_codes.format_constants(linear),
             "LAUNCH_PDL": True,
@@ -161,6 +161,22 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
         constants |= {"PRECISION": "ieee"}
         kernel = expert_products._products_kernel
         found.append((f"{part}, {num_tokens} tokens", kernel, constants, _kinds(linear), shape.num_warps))
+    return found
+
+
+def _words(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int, num_tokens: int) -> list[Case]:
+    found: list[Case] = []
+    kinds = {"x": "fp8e4nv", "x_scales": "fp32", "weight": "i32", "exponents": "i32", "row_scale": "fp32"}
+    tokens = expert_tiles.tokens_of_tiles(num_tokens * top_k, *layer.values())
+    for part, linear in layer.items():
+        gated, one = part == "gate_up", num_tokens == 1
+        shape = expert_tiles.lone_words_shape() if one else expert_tiles.product_shape(tokens, linear, gated=gated)
+        constants = {"N": size if gated else hidden, "K": linear.num_columns, "TOP_K": top_k, "TOKENS": shape.tokens}
+        constants |= {"ROWS": shape.rows, "STAGES": shape.stages, "FIRST": gated, "PARTS": 2 if one else 0}
+        constants |= {"BIAS": linear.bias is not None, **(_gate(hidden == size) if gated else _ungated())}
+        constants |= {"SPLIT": True, "PACKED": True, "LAUNCH_PDL": True}
+        name, out = f"{part}, {num_tokens} tokens", "fp32" if one else "bf16"
+        found.append((name, expert_words._words_kernel, constants, {**kinds, "out": out}, shape.num_warps))
     return found
 
 
@@ -192,6 +208,10 @@ def _gate(clamped: bool) -> dict[str, object]:
     return expert_codes.gate_constants(Gate(limit=7.0, alpha=1.702, interleaved=True) if clamped else Gate())
 
 
+def _ungated() -> dict[str, object]:
+    return expert_codes.gate_constants(Gate(gated=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(EXPERT_FORMATS))
@@ -202,9 +222,10 @@ def main() -> None:
         hidden, size, num_experts, top_k = _GEOMETRIES[model]
         for format in options.formats.split(","):
             layer = _layer(hidden, size, num_experts, format)
-            cases = [] if layer["down"].format.order == "words" else _vectors(layer, hidden, size, top_k)
+            words = layer["down"].format.order == "words"
+            cases = [] if words else _vectors(layer, hidden, size, top_k)
             for num_tokens in map(int, options.tokens.split(",")):
-                cases += _products(layer, hidden, size, top_k, num_tokens)
+                cases += (_words if words else _products)(layer, hidden, size, top_k, num_tokens)
                 if format == "plain":
                     cases.append(_routing(hidden, num_experts, top_k, num_tokens))
             for name, kernel, constants, kinds, num_warps in cases:

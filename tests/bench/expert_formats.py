@@ -37,7 +37,7 @@ def format_bytes(name: str, num_rows: int, num_columns: int) -> int:
         return 2 * num_rows * num_columns
     scales_rows, scales_columns = format.scale_shape(num_rows, num_columns)
     of_a_scale = format.scale_dtype.itemsize + (1 if format.zeros else 0)
-    numbers = num_rows * num_columns // (2 if format.nibbles else 1)
+    numbers = num_rows * format.stored_columns(num_columns) // (2 if format.nibbles else 1)
     return numbers + scales_rows * scales_columns * of_a_scale + (4 * num_rows if format.row_scales else 0)
 
 
@@ -45,8 +45,10 @@ def fill_at_random(linear: ExpertLinear) -> None:
     """With numbers of about the size that keeps activations as large as they are."""
     deviation = linear.num_columns**-0.5
     for tensor in linear.tensors:
-        if tensor is linear.scale and tensor.dtype == torch.float8_e8m0fnu:
-            tensor.view(torch.uint8).fill_(121)
+        if tensor is linear.scale and linear.format.order == "words":
+            tensor.zero_()
+        elif tensor is linear.row_scale and linear.format.order == "words":
+            tensor.fill_(2.0**-6)
         elif tensor is linear.row_scale:
             tensor.fill_(1.0)
         elif tensor is linear.scale:

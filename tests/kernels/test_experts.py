@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paged_kernels.codes import pack_words, unpack_words
 from paged_kernels.expert_kernels import ExpertKernels
-from paged_kernels.expert_products import ProductShape, add_experts
+from paged_kernels.expert_products import add_experts
 from paged_kernels.expert_routing import make_arrivals, norm_route_one, route
+from paged_kernels.expert_tiles import ProductShape
 from paged_kernels.expert_vectors import add_experts_of_one
+from paged_kernels.expert_words import add_experts_in_words
 from paged_kernels.experts import MXFP4, Experts, Gate, Routing
 from paged_kernels.linear import PLAIN, Format
 from paged_kernels.norm_value import Norm
@@ -123,11 +124,25 @@ def test_products_with_packed_weights_equal_those_with_their_numbers(
     weights = weights_of(expert_ids)
     expected = residual.double().cpu()
     expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    tile = ProductShape(16 if num_tokens == 1 else 64, 32, 8 if experts.has_words else 32, stages=2, num_warps=1)
-    found = add_experts(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3)
-    assert_close(found, expected)
+    tile = ProductShape(16 if num_tokens == 1 else 64, 32, 32, stages=2, num_warps=1)
+    add = add_experts_in_words if experts.has_words else add_experts
+    assert_close(add(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3), expected)
     if num_tokens == 1 and not experts.has_words:
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("gate", [CLAMPED, SWIGLU, RELU2], ids=["clamped", "swiglu", "relu2"])
+def test_a_number_that_is_none_stays_with_its_token(gate: Gate, num_tokens: int) -> None:
+    """No limit makes a number of it."""
+    experts, x = layer(gate=gate), tokens(num_tokens)
+    x[0, 5] = float("nan")
+    expert_ids = choice("the same for all", num_tokens)
+    kernels = [add_experts, add_experts_of_one] if num_tokens == 1 else [add_experts]
+    for add in kernels:
+        found = add(x, expert_ids, weights_of(expert_ids), experts, torch.zeros_like(x))
+        assert bool(found[0].isnan().all())
+        assert bool(found[1:].isfinite().all())
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7])
@@ -141,28 +156,6 @@ def test_biases_of_the_first_products_alone(num_tokens: int) -> None:
     assert_close(add_experts(x, expert_ids, weights, experts, residual.clone(), shape=TILE, num_programs=3), expected)
     if num_tokens == 1:
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
-
-
-@pytest.mark.parametrize("tokens_of_tile", [16, 64])
-def test_scales_that_float16_does_not_have_are_applied_before_numbers_become_float16(tokens_of_tile: int) -> None:
-    """From 2 ** 16 on a scale is an infinity in float16, and 0 times that is no number; half of it is one."""
-    experts = expert_layer(5, 96, 96, FEW, SWIGLU, bias=False, dtype=torch.float16)
-    experts = quantised(experts, MXFP4)
-    for linear in (experts.gate_up, experts.down):
-        assert linear.scale is not None
-        group = linear.weight[:, ::3, :16]
-        codes = unpack_words(group.flatten(0, 1)) & 9  # of a group of 32: 0 and 1 / 2, of both signs
-        linear.weight[:, ::3, :16] = pack_words(codes).view(group.shape)
-        linear.scale.view(torch.uint8)[:, ::3, 0] = 127 + 16
-    experts = on(experts, DEVICE)
-    x, residual = (tokens(7, 96, torch.float16, seed) for seed in (5, 6))
-    x[:, :32] *= 2**-14
-    expert_ids = choice("spread", 7, num_experts=5)
-    weights = weights_of(expert_ids) * 2**-14
-    expected = residual.double().cpu()
-    expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    tile = ProductShape(tokens=tokens_of_tile, rows=32, block=8, stages=2, num_warps=1)
-    assert_close(add_experts(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3), expected)
 
 
 @pytest.mark.parametrize("part", ["gate_up", "down"])
@@ -237,8 +230,12 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="are not one token"):
         add_experts_of_one(x, expert_ids, weights, experts, x.clone())
     words = on(quantised(expert_layer(EXPERTS, HIDDEN, SIZE, FEW, SWIGLU, bias=False), MXFP4), DEVICE)
-    with pytest.raises(ValueError, match="numbers in words"):
-        add_experts_of_one(x[:1], expert_ids[:1], weights[:1], words, x[:1].clone())
+    one = x[:1], expert_ids[:1], weights[:1]
+    for add in (add_experts_of_one, add_experts):
+        with pytest.raises(ValueError, match="numbers in words"):
+            add(*one, words, x[:1].clone())
+    with pytest.raises(ValueError, match="not both in words"):
+        add_experts_in_words(*one, replace(words, down=experts.down), x[:1].clone())
 
 
 GEOMETRIES = {

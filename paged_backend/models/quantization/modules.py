@@ -18,11 +18,12 @@ from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.quantization.scheme import FLOATS, Scheme, StoredKind
 from paged_backend.models.shard import OUT, Cut, in_groups
 from paged_backend.models.weight_files import StoredTensor
-from paged_kernels.codes import dequantise, pack_codes, quantise
+from paged_kernels.codes import dequantise, quantise
 from paged_kernels.experts import ExpertLinear
 from paged_kernels.linear import Linear
+from paged_kernels.words import fill_words
 
-_DUMMY_EXPONENT = 121  # of random numbers in mxfp4: 2 ** -6
+_DUMMY_SCALE = 2.0**-6  # of random numbers in mxfp4
 _NOT_A_NUMBER = 255  # as an exponent
 _ROWS = 1  # dimension of the matrices of all experts, [experts, out, in]
 
@@ -211,9 +212,10 @@ class StackedExperts:
     def fill_at_random(self, deviation: float, generator: torch.Generator) -> None:
         """As `QuantisedModule.fill_at_random`."""
         if self.scheme is None:
-            assert self.linear.scale is not None
+            assert self.linear.scale is not None and self.linear.row_scale is not None
             self.linear.weight.random_(generator=generator)
-            self.linear.scale.view(torch.uint8).fill_(_DUMMY_EXPONENT)
+            self.linear.scale.zero_()
+            self.linear.row_scale.fill_(_DUMMY_SCALE)
             return
         for expert in range(len(self.linear.weight)):
             target = self.linear.of(expert)
@@ -221,13 +223,11 @@ class StackedExperts:
             _copy(target, quantise(weight.normal_(0, deviation, generator=generator), target.format))
 
     def _fill_from_blocks(self, blocks: Tensor, scales: Tensor) -> None:
-        """A block's byte has two neighbours there; here numbers lie as codes.py's `pack_words` has them."""
+        """A block's byte has two neighbours there; here numbers lie as words.py has them."""
         if bool((scales == _NOT_A_NUMBER).any()):
             raise EngineError(f"checkpoint: tensor {self.name}_scales holds numbers that are not finite (NaN)")
-        assert self.linear.scale is not None
-        self.linear.scale.view(torch.uint8).copy_(scales)
-        for weight, block in zip(self.linear.weight, blocks, strict=True):
-            weight.copy_(pack_codes(in_order(block.flatten(1)), self.linear.format))
+        for expert, (block, exponents) in enumerate(zip(blocks, scales, strict=True)):
+            fill_words(self.linear.of(expert), in_order(block.flatten(1)), exponents)
 
 
 Module = QuantisedModule | StackedExperts

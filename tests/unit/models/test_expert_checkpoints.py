@@ -178,7 +178,8 @@ def test_random_weights_fill_mxfp4_too(tmp_path: Path) -> None:
     )
     randomise_weights(weights, read_architecture(tmp_path / "packed"), seed=0)
     _, down = weights.layers[0].packed_experts
-    assert down.scale is not None and set(down.scale.view(torch.uint8).flatten().tolist()) == {121}
+    assert down.scale is not None and set(down.scale.flatten().tolist()) == {0}
+    assert down.row_scale is not None and set(down.row_scale.flatten().tolist()) == {2.0**-6}
     assert len(down.weight.unique()) > 100
 
 

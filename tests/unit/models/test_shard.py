@@ -22,6 +22,7 @@ from paged_backend.models.weights import Weights, allocate_weights, load_weights
 from paged_backend.request import SamplingParams
 from paged_backend.runner.builder import build_runner
 from paged_backend.runner.model_runner import ModelRunner
+from paged_kernels.codes import dequantise
 from tests.adapter_oracle import save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import save_published
@@ -142,9 +143,9 @@ def test_experts_in_mxfp4_are_divided_in_whole_groups(size: int, counts: list[in
     assert [answers for answers, _, _ in generate(folder, size, GREEDY)] == [expected] * size
     experts = [weights.layers[1].mlp.experts for weights in shards(folder, size)]  # type: ignore[union-attr]
     assert [(e.gate_up.num_rows, e.down.num_columns) for e in experts] == [(2 * count, count) for count in counts]
-    packed = load_file(folder / "model.safetensors")
-    scales = packed["model.layers.1.mlp.experts.down_proj_scales"]
-    assert torch.equal(torch.cat([e.down.scale.view(torch.uint8) for e in experts], 2), scales)
+    (whole,) = (weights.layers[1].mlp.experts for weights in shards(folder, 1))  # type: ignore[union-attr]
+    parts = torch.cat([torch.stack([dequantise(e.down.of(i)) for i in range(e.num_experts)]) for e in experts], 2)
+    assert torch.equal(parts, torch.stack([dequantise(whole.down.of(i)) for i in range(whole.num_experts)]))
     assert [e.down.bias is None for e in experts] == [False] + [True] * (size - 1), "added once"
 
 

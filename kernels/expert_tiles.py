@@ -1,0 +1,73 @@
+"""How grouped products of experts divide their work: tokens of a tile, and shapes of launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paged_kernels.experts import ExpertLinear
+from paged_kernels.linear import WORDS_BLOCK
+from paged_kernels.quant_tile import packs
+
+_ROWS = 64  # of the weight: what one instruction of the tensor cores takes
+_SHARED_BYTES = 108 * 1024  # of a program: two of them share a multiprocessor
+_MAX_STAGES = 6
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """How a grouped product divides its work: tokens of a tile, rows and columns of the weight at once, stages of the
+    pipeline, warps; and how many of its programs have room where one of four warps and all stages has.
+    """
+
+    tokens: int
+    rows: int
+    block: int
+    stages: int
+    num_warps: int
+    in_place_of_one: int = 1
+
+
+def tokens_of_tiles(num_pairs: int, *linears: ExpertLinear) -> int:
+    """Of the tiles that matrices of the same experts share. num_pairs: tokens times the experts of each.
+
+    As many as an expert gets on the average, from 16 on: weights are read fast while there are few, and multiplied fast
+    when there are many.
+    """
+    share, formats = num_pairs / len(linears[0].weight), [linear.format for linear in linears]
+    if any(format.order == "words" for format in formats):
+        return 16 if share <= 8 else 32 if share <= 16 else 64
+    whole_bytes = any(format.codes in ("fp8", "int8") for format in formats)
+    if share <= (16 if whole_bytes else 8):
+        return 16
+    if share <= 64:
+        return 32 if share <= 32 else 64
+    # more tokens beside other numbers on their way would not fit registers
+    return 128 if all(format.codes == "plain" for format in formats) else 64
+
+
+def product_shape(tokens: int, linear: ExpertLinear, *, gated: bool, element_bytes: int = 2) -> ProductShape:
+    """tokens: of a tile, 16 to 128; element_bytes: of an activation.
+
+    What measured best on an H200 with the experts of Qwen3-30B-A3B and gpt-oss-20b and 16 to 2,048 tokens at once
+    (tests/bench/bench_moe.py); int8 and float32 were only compiled.
+    """
+    format = linear.format
+    if format.order == "words":
+        return ProductShape(tokens, 2 * _ROWS, WORDS_BLOCK, 3 if tokens == 64 else 4, 4, in_place_of_one=2)
+    if packs(format) and element_bytes == 2 and tokens <= 32:
+        block = 64 if format.nibbles else 128
+        if tokens == 16:
+            return ProductShape(tokens, _ROWS // 2, block, 3, 2, in_place_of_one=4)  # no warp makes another's numbers
+        return ProductShape(tokens, _ROWS, block, 3, 2, in_place_of_one=2)
+    if format.codes == "plain" and element_bytes == 2 and tokens == 32:
+        return ProductShape(tokens, 2 * _ROWS, 64, 3, 8)
+    block = 64 if tokens >= 64 or element_bytes == 4 or format.nibbles else 128
+    values = tokens * block * element_bytes * (2 if format.nibbles else 1)
+    weight_bytes = _ROWS * block * (2 if gated else 1) * linear.weight.element_size()
+    stages = int(_SHARED_BYTES // (weight_bytes + values))  # so deep that two programs share a multiprocessor
+    return ProductShape(tokens, _ROWS, block, max(2, min(_MAX_STAGES, stages)), 8 if tokens == 128 else 4)
+
+
+def lone_words_shape() -> ProductShape:
+    """Of a lone token's products with experts in words, on the same H200."""
+    return ProductShape(16, _ROWS, WORDS_BLOCK, 3, 4, in_place_of_one=3)
