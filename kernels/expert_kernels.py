@@ -15,7 +15,8 @@ from paged_kernels.experts import Experts
 from paged_kernels.norm_value import Norm
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2  # what shared memory has room for
-_PROGRAMS_INTERPRETED = 3
+_FP8_CAPABILITY = (8, 9)  # the Triton language has no fp8 on older devices
+_INTERPRETED = 2  # multiprocessors, as it were
 
 
 class ExpertKernels:
@@ -24,8 +25,11 @@ class ExpertKernels:
     def __init__(self, device: torch.device) -> None:
         self._pdl = device.type == "cuda"
         self._arrivals = expert_routing.make_arrivals(device)
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if self._pdl else 0
-        self._num_programs = multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR or _PROGRAMS_INTERPRETED
+        self._num_multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if self._pdl else _INTERPRETED
+        )
+        self._has_fp8 = not self._pdl or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+        self._num_programs = self._num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
 
     def route(self, x: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
         """reference.route."""
@@ -35,8 +39,9 @@ class ExpertKernels:
         """reference.add_experts; residual is written over."""
         if experts.has_words:
             return expert_words.add_experts_in_words(
-                x, expert_ids, weights, experts, residual, num_programs=self._num_programs, launch_pdl=self._pdl
-            )
+                x, expert_ids, weights, experts, residual, num_multiprocessors=self._num_multiprocessors,
+                by_fp8=self._has_fp8, launch_pdl=self._pdl,
+            )  # fmt: skip
         if len(x) == 1:
             return expert_vectors.add_experts_of_one(x, expert_ids, weights, experts, residual, launch_pdl=self._pdl)
         return expert_products.add_experts(

@@ -1,5 +1,5 @@
-"""A router's product and the choice of experts in one launch: the programs of a few tokens share out the experts'
-logits, the last one to arrive chooses.
+"""A router's product and the choice of experts in one launch: the programs of a few tokens share out the experts and,
+of each, the columns; the last one to arrive adds up and chooses.
 
 The choice takes the best expert, strikes it out and looks again, k times, over all experts of a token in registers; of
 equals the first is taken. For a lone token the norm before is part of the launch, and its result is left for the
@@ -21,7 +21,8 @@ _SCORES = {"softmax": 0, "softmax_of_chosen": 1, "sigmoid": 2}
 _SOFTMAX, _OF_CHOSEN, _SIGMOID = (tl.constexpr(value) for value in _SCORES.values())
 _MAX_TILES = 4096
 _CHOSEN_AT_ONCE = 4096  # tokens times experts that a program chooses from, in registers
-_FEW_TOKENS = 256  # up to here a tile has few tokens and its experts are shared out
+_FEW_TOKENS = 256  # up to here a tile has few tokens, and its experts and columns are shared out
+_FEW_COLUMNS = 512
 
 
 @triton.jit
@@ -107,42 +108,45 @@ def _choose(
 def _route_kernel(
     x, weight, bias, correction, logits, arrivals, expert_ids, weights, num_tokens, x_stride, scale,
     K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr,
-    RENORMALISED: tl.constexpr, BIAS: tl.constexpr, CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr, LAUNCH_PDL: tl.constexpr, PRECISION: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr,
+    SCORES: tl.constexpr, RENORMALISED: tl.constexpr, BIAS: tl.constexpr, CORRECTED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PART experts' logits of TOKENS tokens; the last program of the tokens chooses."""
+    """What SPAN columns add to PART experts' logits of TOKENS tokens: logits[span, token, expert]; the last program of
+    the tokens chooses.
+    """
     pdl_release(LAUNCH_PDL)
     tile = tl.program_id(0)
     token = tile * TOKENS + tl.arange(0, TOKENS)
     known = token < num_tokens
     row = tl.program_id(1) * PART + tl.arange(0, PART)
     there = row < NUM_EXPERTS
-    column = tl.arange(0, BLOCK)
+    SPANS: tl.constexpr = (K + SPAN - 1) // SPAN
+    span = tl.program_id(2)
+    column = span * SPAN + tl.arange(0, BLOCK)
     tokens_at = x + token.to(tl.int64)[:, None] * x_stride
     pdl_wait(LAUNCH_PDL)
     total = tl.zeros([TOKENS, PART], tl.float32)
-    for begin in tl.range(0, K, BLOCK, num_stages=STAGES):
+    for begin in tl.range(0, min(SPAN, K), BLOCK, num_stages=STAGES):
         inside = (begin + column < K)[None, :]
         values = tl.load(tokens_at + (begin + column)[None, :], mask=known[:, None] & inside, other=0.0)
         w = tl.load(weight + (row * K)[:, None] + (begin + column)[None, :], mask=there[:, None] & inside, other=0.0)
         total = tl.dot(values, tl.trans(w), total, input_precision=PRECISION)
-    if BIAS:
-        total += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        logits + token.to(tl.int64)[:, None] * EXPERTS + row[None, :],
-        tl.where(there[None, :], total, float("-inf")),
-        mask=known[:, None],
-    )
-    if arrive(arrivals + tile, tl.num_programs(1)):
+    of_span = num_tokens.to(tl.int64) * EXPERTS
+    at = logits + token.to(tl.int64)[:, None] * EXPERTS
+    tl.store(at + span * of_span + row[None, :], total, mask=known[:, None])
+    if arrive(arrivals + tile, tl.num_programs(1) * tl.num_programs(2)):
         tl.store(arrivals + tile, 0)
         all_experts = tl.arange(0, EXPERTS)
-        found = tl.load(
-            logits + token.to(tl.int64)[:, None] * EXPERTS + all_experts[None, :],
-            mask=known[:, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
+        found = tl.zeros([TOKENS, EXPERTS], tl.float32)
+        for other in tl.static_range(SPANS):
+            found += tl.load(
+                at + other * of_span + all_experts[None, :], mask=known[:, None], other=0.0, cache_modifier=".cg"
+            )
+        if BIAS:
+            found += tl.load(bias + all_experts, mask=all_experts < NUM_EXPERTS, other=0.0).to(tl.float32)[None, :]
+        found = tl.where((all_experts < NUM_EXPERTS)[None, :], found, float("-inf"))
         _choose(
             found, correction, expert_ids, weights, token, num_tokens, scale,
             NUM_EXPERTS, EXPERTS, TOKENS, TOP_K, CHOICES, SCORES, RENORMALISED, CORRECTED, NUM_GROUPS, TOP_GROUPS,
@@ -195,14 +199,14 @@ def make_arrivals(device: torch.device) -> torch.Tensor:
     return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
 
 
-def route_shape(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
-    """Tokens of a tile, experts of a program, and all experts, rounded up. A few tokens' experts are shared out, so
-    that more programs read the router.
+def route_shape(num_tokens: int, num_experts: int, num_columns: int) -> tuple[int, int, int, int]:
+    """Tokens of a tile, experts and columns of a program, and all experts, rounded up. A few tokens' experts and
+    columns are shared out, so that more programs read the router.
     """
     padded = _padded(num_experts)
     if num_tokens <= _FEW_TOKENS:
-        return 16, 16, padded
-    return min(64, max(16, _CHOSEN_AT_ONCE // padded)), min(64, padded), padded
+        return 16, 16, _FEW_COLUMNS, padded
+    return min(64, max(16, _CHOSEN_AT_ONCE // padded)), min(64, padded), num_columns, padded
 
 
 def route(
@@ -216,19 +220,20 @@ def route(
     """
     num_tokens = len(x)
     _check(x, experts)
-    tokens, part, padded = route_shape(num_tokens, experts.num_experts)
+    size = x.shape[1]
+    tokens, part, span, padded = route_shape(num_tokens, experts.num_experts, size)
     tiles = triton.cdiv(num_tokens, tokens)
     if tiles > len(arrivals):
         raise ValueError(f"{num_tokens} tokens in tiles of {tokens} are more than {len(arrivals)} tiles")
     expert_ids, weights = _found(x, experts)
     if num_tokens:
-        logits = torch.empty(num_tokens, padded, dtype=torch.float32, device=x.device)
-        size = x.shape[1]
-        _route_kernel[(tiles, padded // part)](
+        spans, block = triton.cdiv(size, span), min(128, max(16, triton.next_power_of_2(size)))
+        logits = torch.empty(spans, num_tokens, padded, dtype=torch.float32, device=x.device)
+        _route_kernel[(tiles, padded // part, spans)](
             x, *_parameters(experts, x), logits, arrivals, expert_ids, weights, num_tokens, x.stride(0),
             experts.routing.scale,
             K=size, NUM_EXPERTS=experts.num_experts, EXPERTS=padded, TOKENS=tokens, PART=part,
-            BLOCK=min(128, max(16, triton.next_power_of_2(size))), STAGES=3, **_choice(experts), LAUNCH_PDL=launch_pdl,
+            SPAN=span, BLOCK=block, STAGES=4, **_choice(experts), LAUNCH_PDL=launch_pdl,
             PRECISION="ieee", num_warps=4,
         )  # fmt: skip
     return expert_ids, weights

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from paged_kernels.expert_codes import apply_gate, check_call, gate_constants
 from paged_kernels.expert_products import combine, group
-from paged_kernels.expert_tiles import ProductShape, lone_words_shape, product_shape, tokens_of_tiles
+from paged_kernels.expert_tiles import WordsShape, words_shape
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.words import BLOCK, LEAST_EXPONENT, numbers_of_words
@@ -31,7 +31,8 @@ from paged_kernels.words import BLOCK, LEAST_EXPONENT, numbers_of_words
 _LOWEST, _HIGHEST = tl.constexpr(27 << 23), tl.constexpr(227 << 23)  # bits of 2 ** -100 and 2 ** 100, scales of rows
 _LEAST = tl.constexpr(2.0**LEAST_EXPONENT)
 _SIDE_BY_SIDE = tl.constexpr(32)  # tokens of a tile, up to which both parts of each are multiplied together
-_PARTS = 2  # of a lone token's columns
+_COMBINED = 256  # numbers of a token that one program adds up
+_REGISTERS = 128  # of a thread, so that four programs of four warps share a multiprocessor
 
 
 @triton.jit
@@ -99,15 +100,15 @@ def _split_kernel(
 
 @kernel(ints=["num_tiles"])
 def _words_kernel(
-    x, x_scales, weight, exponents, row_scale, bias, order, tiles, pair_weights, out, num_tiles, x_stride, out_stride,
+    x, x_scales, weight, exponents, row_scale, bias, order, tiles, pair_weights, out, num_tiles, x_stride,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, FIRST: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    SPLIT: tl.constexpr, PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    STAGES: tl.constexpr, FIRST: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """FIRST: out[place] = gate(weight . x[token of place]). Or else out[pair of place] = its weight * (weight .
-    x[place]). SPLIT: x is what `_split_kernel` makes of bfloat16, otherwise floats. PARTS: if not 0, of a lone token,
-    whose choices are `tiles`, one each: out[part, choice] = a part of the sums of weight . x, float32.
+    x[place]). SPLIT: x is what `_split_kernel` makes of bfloat16, otherwise floats. PARTS: if more than 1, of a lone
+    token, whose choices are `tiles`, one each: out[part, choice] = a part of the sums of weight . x, float32.
     """
     pdl_release(LAUNCH_PDL)
     pdl_wait(LAUNCH_PDL)
@@ -116,24 +117,25 @@ def _words_kernel(
     NUM_ROWS: tl.constexpr = 2 * N if GATED else N
     COLUMN_BLOCKS: tl.constexpr = (K + 127) // 128
     PADDED: tl.constexpr = COLUMN_BLOCKS * 128
-    ITEMS: tl.constexpr = NUM_BLOCKS * max(PARTS, 1)  # of a tile
-    SPAN: tl.constexpr = (COLUMN_BLOCKS + PARTS - 1) // max(PARTS, 1) if PARTS > 0 else COLUMN_BLOCKS
+    ITEMS: tl.constexpr = NUM_BLOCKS * PARTS  # of a tile
+    SPAN: tl.constexpr = (COLUMN_BLOCKS + PARTS - 1) // PARTS
     JOINT: tl.constexpr = SPLIT and TOKENS <= _SIDE_BY_SIDE
+    ALONE: tl.constexpr = PARTS > 1
     index = tl.arange(0, ROWS)
     column = tl.arange(0, 128)
     word = tl.arange(0, 16)
     for item in range(tl.program_id(0), num_tiles * ITEMS, tl.num_programs(0)):
-        tile = tiles + (item // ITEMS) * (1 if PARTS > 0 else 3)
+        tile = tiles + (item // ITEMS) * (1 if ALONE else 3)
         expert = tl.load(tile).to(tl.int64)
         if expert >= 0:
-            begin = item // ITEMS if PARTS > 0 else tl.load(tile + 1)
-            count = 1 if PARTS > 0 else tl.load(tile + 2)
+            begin = item // ITEMS if ALONE else tl.load(tile + 1)
+            count = 1 if ALONE else tl.load(tile + 2)
             place = begin + tl.arange(0, TOKENS)
             known = tl.arange(0, TOKENS) < count
-            pair = place if PARTS > 0 else tl.load(order + place, mask=known, other=0)
+            pair = place if ALONE else tl.load(order + place, mask=known, other=0)
             source = pair // TOP_K if FIRST else place
             rows = item % NUM_BLOCKS * HEIGHT
-            part = item // NUM_BLOCKS % max(PARTS, 1)
+            part = item // NUM_BLOCKS % PARTS
             row = rows + (index // 16 * 8 + index % 8 if GATED else index)
             row = tl.minimum(row, N - 1)  # what is beyond is not stored
             if GATED:
@@ -146,7 +148,7 @@ def _words_kernel(
                 both = tl.arange(0, 2 * TOKENS)  # parts of a token are neighbours
                 there = both // 2 < count
                 of_both = begin + both // 2
-                if FIRST and PARTS == 0:
+                if FIRST and not ALONE:
                     of_both = tl.load(order + of_both, mask=there, other=0)
                 if FIRST:
                     of_both = of_both // TOP_K
@@ -172,7 +174,7 @@ def _words_kernel(
             total *= (tl.load(row_scale + of_row) / _LEAST)[:, None]
             if SPLIT:
                 total *= tl.load(x_scales + source, mask=known, other=0.0)[None, :]
-            if PARTS > 0:
+            if ALONE:
                 fits = rows + (index // 16 * 8 + index % 8 if GATED else index) < N
                 to = out + (part * TOP_K + place)[None, :] * NUM_ROWS + row[:, None]
                 tl.store(to, total, mask=fits[:, None] & known[None, :])
@@ -189,7 +191,7 @@ def _words_kernel(
                 else:
                     result = total * tl.load(pair_weights + pair, mask=known, other=0.0)[None, :]
                 below = rows + tl.arange(0, HEIGHT)
-                to = out + (target.to(tl.int64) * out_stride)[None, :] + below[:, None]
+                to = out + target.to(tl.int64)[None, :] * N + below[:, None]
                 tl.store(to, result.to(out.dtype.element_ty), mask=(below < N)[:, None] & known[None, :])
 
 
@@ -199,7 +201,7 @@ def _combine_parts_kernel(
     N: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
-    """residual of a lone token += the weighted sum of its choices' answers, each of them the sum of PARTS."""
+    """residual of a lone token += the weighted sum of its answers, each of them the sum of PARTS and a bias."""
     pdl_release(LAUNCH_PDL)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < N
@@ -245,10 +247,10 @@ def _split(
 
 def add_experts_in_words(
     x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, experts: Experts, residual: torch.Tensor, *,
-    shape: ProductShape | None = None, num_programs: int = 8, launch_pdl: bool = False,
+    shape: WordsShape | None = None, num_multiprocessors: int = 3, by_fp8: bool = True, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """As expert_products.add_experts, of experts whose matrices are both in words. Of bfloat16 alone by 8-bit tensor
-    cores.
+    """As expert_products.add_experts, of experts whose matrices are both in words. by_fp8: bfloat16 goes to 8-bit
+    tensor cores, which the device has; everything else is multiplied as it is.
 
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
@@ -258,64 +260,44 @@ def add_experts_in_words(
         raise ValueError("gate_up and down are not both in words")
     if num_tokens == 0:
         return residual
-    pairs = num_tokens * top_k
-    splits, size, hidden = x.dtype == torch.bfloat16, experts.down.num_columns, x.shape[1]
-    parts = _PARTS if num_tokens == 1 and splits else 0
-    if parts:
-        shape = shape or lone_words_shape()
-        order = tiles = expert_ids.view(-1)
-    else:
-        in_tile = tokens_of_tiles(pairs, experts.gate_up, experts.down)
-        shape = shape or product_shape(in_tile, experts.gate_up, gated=experts.gate.gated)
+    pairs, size, hidden = num_tokens * top_k, experts.down.num_columns, x.shape[1]
+    shape, splits = shape or words_shape(num_tokens, pairs / experts.num_experts), by_fp8 and x.dtype == torch.bfloat16
+    parts = shape.parts if num_tokens == 1 and splits else 1
+    order = tiles = expert_ids.view(-1)
+    if parts == 1:
         order, tiles = group(expert_ids, experts.num_experts, shape.tokens, launch_pdl=launch_pdl)
-    grouped = order, tiles, weights
 
     def multiply(values: Values, linear: ExpertLinear, num_rows: int, gate: Gate | None) -> torch.Tensor:
-        if parts:
-            stored = linear.num_rows
-            out = torch.empty(parts * pairs, stored, dtype=torch.float32, device=x.device)
+        if parts > 1:
+            out = torch.empty(parts, pairs, linear.num_rows, dtype=torch.float32, device=x.device)
         else:
             out = torch.empty(pairs, num_rows, dtype=x.dtype, device=x.device)
-        _multiply(
-            values, linear, out, grouped, shape, num_programs, num_rows=num_rows, top_k=top_k, gate=gate, parts=parts,
-            launch_pdl=launch_pdl,
+        constants = gate_constants(gate or Gate(gated=False))
+        height = shape.rows // (2 if constants["GATED"] else 1)
+        items = len(tiles) * triton.cdiv(num_rows, height) * parts
+        assert linear.scale is not None and linear.row_scale is not None
+        _words_kernel[(min(items, num_multiprocessors * shape.programs),)](
+            *values, linear.weight.view(torch.int32), linear.scale.view(torch.int32), linear.row_scale,
+            x if linear.bias is None else linear.bias, order, tiles, weights, out, len(tiles), values[0].stride(0),
+            N=num_rows, K=linear.num_columns, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, STAGES=shape.stages,
+            FIRST=gate is not None, PARTS=parts, BIAS=linear.bias is not None, **constants, SPLIT=splits,
+            PACKED=splits and x.is_cuda, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
+            maxnreg=_REGISTERS if shape.tokens <= 16 else None,
         )  # fmt: skip
         return out
 
-    of_tokens = split_rows(x, launch_pdl=launch_pdl) if splits else (x, x)
-    gated = multiply(of_tokens, experts.gate_up, size, experts.gate)
-    if parts:
-        of_pairs = _split(
-            gated, pairs, size, parts, experts.gate_up.bias, tiles, experts.gate, top_k, launch_pdl
-        )  # fmt: skip
-    else:
-        of_pairs = split_rows(gated, launch_pdl=launch_pdl) if splits else (gated, gated)
-    answers = multiply(of_pairs, experts.down, hidden, None)
-    if not parts:
+    def split(given: torch.Tensor) -> Values:
+        return split_rows(given, launch_pdl=launch_pdl) if splits else (given, given)
+
+    gated = multiply(split(x), experts.gate_up, size, experts.gate)
+    if parts == 1:
+        answers = multiply(split(gated), experts.down, hidden, None)
         return combine(answers, residual, top_k, launch_pdl=launch_pdl)
-    bias = experts.down.bias
-    _combine_parts_kernel[(triton.cdiv(hidden, 256),)](
+    of_pairs = _split(gated, pairs, size, parts, experts.gate_up.bias, tiles, experts.gate, top_k, launch_pdl)
+    answers, bias = multiply(of_pairs, experts.down, hidden, None), experts.down.bias
+    _combine_parts_kernel[(triton.cdiv(hidden, _COMBINED),)](
         answers, x if bias is None else bias, tiles, weights, residual,
-        N=hidden, TOP_K=top_k, PARTS=parts, COLUMNS=256, BIAS=bias is not None, LAUNCH_PDL=launch_pdl, num_warps=4,
+        N=hidden, TOP_K=top_k, PARTS=parts, COLUMNS=_COMBINED, BIAS=bias is not None, LAUNCH_PDL=launch_pdl,
+        num_warps=4,
     )  # fmt: skip
     return residual
-
-
-def _multiply(
-    values: Values, linear: ExpertLinear, out: torch.Tensor, grouped: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    shape: ProductShape, num_programs: int, *, num_rows: int, top_k: int, gate: Gate | None, parts: int,
-    launch_pdl: bool,
-) -> None:  # fmt: skip
-    (x, scales), (order, tiles, weights) = values, grouped
-    assert linear.scale is not None and linear.row_scale is not None
-    constants, splits = gate_constants(gate or Gate(gated=False)), x.dtype == torch.float8_e4m3fn
-    height = shape.rows // (2 if constants["GATED"] else 1)
-    items = len(tiles) * triton.cdiv(num_rows, height) * max(1, parts)
-    _words_kernel[(min(items, num_programs * shape.in_place_of_one),)](
-        x, scales, linear.weight.view(torch.int32), linear.scale.view(torch.int32), linear.row_scale,
-        linear.row_scale if linear.bias is None else linear.bias, order, tiles, weights, out, len(tiles), x.stride(0),
-        out.stride(0),
-        N=num_rows, K=linear.num_columns, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, STAGES=shape.stages,
-        FIRST=gate is not None, PARTS=parts, BIAS=linear.bias is not None, **constants, SPLIT=splits,
-        PACKED=splits and x.is_cuda, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
-    )  # fmt: skip

@@ -20,6 +20,7 @@ from paged_kernels.linear import Linear
 GROUP = 32  # columns that share an exponent
 MOST_STEPS = 11
 LEAST_EXPONENT = -5  # of the numbers that `numbers_of_words` makes of those without exponent
+LEAST = tl.constexpr(LEAST_EXPONENT)
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
@@ -107,14 +108,12 @@ def numbers_of_words(w, s, DTYPE: tl.constexpr, PACKED: tl.constexpr):
             tl.broadcast_to(tl.permute(wide, (0, 2, 1))[:, :, None, :, None], (ROWS, 4, 2, 4, 4)), (ROWS, 128)
         )
         i, half, e = column // 32, column // 16 % 2, column % 4
-        index = (wide >> (16 * half + 4 * e)[None, :]) & 7
-        sign = (wide >> (8 * e + 7 - 4 * half)[None, :]) & 1
-        steps = (s[:, None] >> (8 * i)[None, :]) & 255
-        # e2m1 as float32 has it: 0 and 0.5 have no exponent of their own
-        exponent, odd = index >> 1, index & 1
-        value = tl.where(exponent > 0, (2 + odd) << exponent, 2 * odd).to(tl.float32) * 0.25
-        value = tl.where(sign > 0, -value, value) * tl.exp2((steps // 8 - 5).to(tl.float32))
-        found = value.to(DTYPE)
+        bits = ((wide >> (16 * half + 4 * e)[None, :]) & 7) << 22
+        bits |= (wide >> (8 * e + 7 - 4 * half)[None, :]) << 31
+        more = (s[:, None] >> (8 * i + 3)[None, :]) & 31
+        # exponent and mantissa where float32 has them: 2 ** 126 too small, 0.5 among those without an exponent
+        factor = ((more + (127 + 26 + LEAST)) << 23).to(tl.float32, bitcast=True)
+        found = (bits.to(tl.float32, bitcast=True) * 2.0**100 * factor).to(DTYPE)
     return found
 
 

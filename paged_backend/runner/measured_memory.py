@@ -8,7 +8,6 @@ Nothing here knows a model's layers.
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,7 +21,7 @@ from paged_backend.runner.warm_up import largest_batches
 
 NUM_PAGES = 2  # all that `largest_batches` name
 _BLOCK_BYTES = 2 * 2**20  # torch rounds what it asks the device for up to this, once for each layer of the pool
-_NUM_SAMPLES = 10  # of the shapes of captured steps
+_NUM_SAMPLES = 5  # of the shapes of captured steps
 
 
 class MemoryMeter:
@@ -60,9 +59,8 @@ def measure(
 
     The largest step's bytes are the most that torch had while it ran, with rows and all other lasting tensors of a
     runner; once more what the code of its kernels took, for that of other steps' kernels; and what rounding costs when
-    the pool is allocated. Captured steps' bytes are their tensors, which all of them share, and what some of them take
-    past torch, in proportion to their number: graphs as much as the later ones of these, since the first find memory
-    that the driver had left; and the code of their kernels.
+    the pool is allocated. Captured steps' bytes are their tensors, which all of them share, and the graphs' own in
+    proportion to their number.
     """
     meter = MemoryMeter(device)
     runner = make_runner()
@@ -95,24 +93,15 @@ def samples_of(shapes: Sequence[StepShape]) -> list[StepShape]:
     memory.
     """
     last = len(shapes) - 1
-    if last < _NUM_SAMPLES:
-        return list(shapes)
     indices = {round(last * number / (_NUM_SAMPLES - 1)) for number in range(_NUM_SAMPLES)}
     return [shapes[index] for index in sorted(indices)]
 
 
 def _measure_graphs(runner: ModelRunner, shapes: Sequence[StepShape], device: torch.device) -> int:
-    samples = samples_of(shapes)
-    first = samples[::-2]
-    meter = MemoryMeter(device)
-    runner.capture(samples, tell=lambda sentence: None, first=first)
-    tensors, begun = meter.kept()
-    while runner.later is not None and runner.later.advance(busy=False):
-        pass
-    more_tensors, others = meter.kept()
-    each = (others - begun) / max(1, len(samples) - len(first))
-    code = max(0.0, begun - each * len(first)) / len(samples)
-    return max(tensors, more_tensors) + math.ceil(len(shapes) * max(each + code, others / len(samples)))
+    meter, samples = MemoryMeter(device), samples_of(shapes)
+    runner.capture(samples, tell=lambda sentence: None)
+    tensors, others = meter.kept()
+    return tensors + -(-others * len(shapes) // len(samples))
 
 
 @contextmanager

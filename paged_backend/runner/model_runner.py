@@ -110,6 +110,7 @@ class ModelRunner:
             self._graphs.capture_also(self._proposer.observe)
         self._graphs.run_all(tell)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what those steps took: captured ones have memory of their own
         now = shapes[::-1] if first is None else first
         self._graphs.capture(now)
         if self._proposer is not None:

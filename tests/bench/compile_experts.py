@@ -167,29 +167,30 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
 def _words(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int, num_tokens: int) -> list[Case]:
     found: list[Case] = []
     kinds = {"x": "fp8e4nv", "x_scales": "fp32", "weight": "i32", "exponents": "i32", "row_scale": "fp32"}
-    tokens = expert_tiles.tokens_of_tiles(num_tokens * top_k, *layer.values())
+    shape = expert_tiles.words_shape(num_tokens, num_tokens * top_k / len(layer["down"].weight))
     for part, linear in layer.items():
         gated, one = part == "gate_up", num_tokens == 1
-        shape = expert_tiles.lone_words_shape() if one else expert_tiles.product_shape(tokens, linear, gated=gated)
+        parts = shape.parts if one else 1
         constants = {"N": size if gated else hidden, "K": linear.num_columns, "TOP_K": top_k, "TOKENS": shape.tokens}
-        constants |= {"ROWS": shape.rows, "STAGES": shape.stages, "FIRST": gated, "PARTS": 2 if one else 0}
+        constants |= {"ROWS": shape.rows, "STAGES": shape.stages, "FIRST": gated, "PARTS": parts}
         constants |= {"BIAS": linear.bias is not None, **(_gate(hidden == size) if gated else _ungated())}
         constants |= {"SPLIT": True, "PACKED": True, "LAUNCH_PDL": True}
-        name, out = f"{part}, {num_tokens} tokens", "fp32" if one else "bf16"
+        name, out = f"{part}, {num_tokens} tokens", "fp32" if parts > 1 else "bf16"
         found.append((name, expert_words._words_kernel, constants, {**kinds, "out": out}, shape.num_warps))
     return found
 
 
 def _routing(hidden: int, num_experts: int, top_k: int, num_tokens: int) -> Case:
-    tokens, part, padded = expert_routing.route_shape(num_tokens, num_experts)
+    tokens, part, span, padded = expert_routing.route_shape(num_tokens, num_experts, hidden)
     constants = {
         "K": hidden,
         "NUM_EXPERTS": num_experts,
         "EXPERTS": padded,
         "TOKENS": tokens,
         "PART": part,
+        "SPAN": span,
         "BLOCK": 128,
-        "STAGES": 3,
+        "STAGES": 4,
         "TOP_K": top_k,
     }
     constants |= {

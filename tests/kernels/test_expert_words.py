@@ -9,7 +9,7 @@ import torch
 
 from paged_kernels.codes import dequantise
 from paged_kernels.e2m1 import codes_of_e2m1, numbers_of_e2m1
-from paged_kernels.expert_tiles import ProductShape
+from paged_kernels.expert_tiles import WordsShape
 from paged_kernels.expert_words import add_experts_in_words, split_rows
 from paged_kernels.experts import MXFP4, Gate, Routing
 from paged_kernels.linear import empty_linear
@@ -108,8 +108,8 @@ def test_a_row_is_the_sum_of_its_parts(size: int) -> None:
 
 
 SHAPES = {
-    "side by side": ProductShape(16, 32, BLOCK, 2, 1),
-    "one after the other": ProductShape(64, 32, BLOCK, 2, 1),
+    "side by side": WordsShape(16, 32, 2, 1, 1, parts=2),
+    "one after the other": WordsShape(64, 32, 2, 1, 1),
 }
 
 
@@ -118,11 +118,12 @@ SHAPES = {
     "gate", [CLAMPED, Gate(), Gate(activation="relu2", gated=False)], ids=["clamped", "plain", "one"]
 )
 @pytest.mark.parametrize(
-    ("num_tokens", "shape"), [(1, SHAPES["side by side"]), *((40, shape) for shape in SHAPES.values())],
-    ids=["one token", *SHAPES],
+    ("num_tokens", "shape"),
+    [(1, SHAPES["side by side"]), *((40, shape) for shape in SHAPES.values())],
+    ids=["one token, in parts", *SHAPES],
 )  # fmt: skip
 def test_products_in_bfloat16_equal_those_of_float64(
-    num_tokens: int, shape: ProductShape, gate: Gate, bias: bool
+    num_tokens: int, shape: WordsShape, gate: Gate, bias: bool
 ) -> None:
     """Rows of 160 numbers are stored as 256; 40 tokens that choose 2 of 3 experts fill tiles of 16 and leave some."""
     plain = expert_layer(3, 160, 160, Routing(2, "softmax"), gate, bias=bias, dtype=torch.bfloat16)
@@ -135,7 +136,22 @@ def test_products_in_bfloat16_equal_those_of_float64(
     weights = torch.rand(num_tokens, 2, generator=generator).to(DEVICE) + 0.1
     expected = residual.double().cpu()
     expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    found = add_experts_in_words(x, expert_ids, weights, experts, residual.clone(), shape=shape, num_programs=3)
+    found = add_experts_in_words(x, expert_ids, weights, experts, residual.clone(), shape=shape)
+    error = (found.double().cpu() - expected).norm() / expected.norm()
+    assert error <= TOLERANCE, f"relative RMS error {error:.2e}"
+
+
+@pytest.mark.gpu
+def test_a_device_without_8_bit_tensor_cores_multiplies_bfloat16_as_it_is() -> None:
+    """The interpreter has no products in bfloat16."""
+    plain = expert_layer(3, 96, 96, Routing(2, "softmax"), CLAMPED, bias=True, dtype=torch.bfloat16)
+    experts = on(quantised(plain, MXFP4), DEVICE)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(5)).to(DEVICE, torch.bfloat16)
+    expert_ids = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]], dtype=torch.int32, device=DEVICE)
+    weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    expected = written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
+    given = x, expert_ids, weights, experts, torch.zeros_like(x)
+    found = add_experts_in_words(*given, shape=SHAPES["side by side"], by_fp8=False)
     error = (found.double().cpu() - expected).norm() / expected.norm()
     assert error <= TOLERANCE, f"relative RMS error {error:.2e}"
 

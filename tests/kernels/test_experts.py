@@ -12,7 +12,7 @@ import torch
 from paged_kernels.expert_kernels import ExpertKernels
 from paged_kernels.expert_products import add_experts
 from paged_kernels.expert_routing import make_arrivals, norm_route_one, route
-from paged_kernels.expert_tiles import ProductShape
+from paged_kernels.expert_tiles import ProductShape, WordsShape
 from paged_kernels.expert_vectors import add_experts_of_one
 from paged_kernels.expert_words import add_experts_in_words
 from paged_kernels.experts import MXFP4, Experts, Gate, Routing
@@ -81,6 +81,17 @@ def test_the_same_experts_are_chosen_with_the_same_weights(routing: Routing, num
     assert not arrivals.any()
 
 
+@pytest.mark.parametrize("num_tokens", [3, 300])
+def test_columns_of_a_wide_router_are_shared_out_among_few_tokens(num_tokens: int) -> None:
+    """Ranges of 512 columns, the last one of 40; those of many tokens are summed up by one program."""
+    experts = on(expert_layer(EXPERTS, 1064, 16, FEW, SWIGLU, bias=True), DEVICE)
+    x, arrivals = tokens(num_tokens, 1064), make_arrivals(DEVICE)
+    expected_ids, expected = reference.route(x, experts)
+    expert_ids, weights = route(x, experts, arrivals=arrivals)
+    assert torch.equal(expert_ids, expected_ids) and not arrivals.any()
+    torch.testing.assert_close(weights, expected, rtol=2e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("routing", routing_cases(EXPERTS).values(), ids=routing_cases(EXPERTS))
 def test_a_lone_token_is_normed_on_the_way_to_the_router(routing: Routing) -> None:
     experts, x, arrivals = layer(routing), tokens(1), make_arrivals(DEVICE)
@@ -124,9 +135,14 @@ def test_products_with_packed_weights_equal_those_with_their_numbers(
     weights = weights_of(expert_ids)
     expected = residual.double().cpu()
     expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    tile = ProductShape(16 if num_tokens == 1 else 64, 32, 32, stages=2, num_warps=1)
-    add = add_experts_in_words if experts.has_words else add_experts
-    assert_close(add(x, expert_ids, weights, experts, residual.clone(), shape=tile, num_programs=3), expected)
+    of_tile = 16 if num_tokens == 1 else 64
+    given = x, expert_ids, weights, experts
+    if experts.has_words:
+        found = add_experts_in_words(*given, residual.clone(), shape=WordsShape(of_tile, 32, 2, 1, 1, parts=2))
+    else:
+        tile = ProductShape(of_tile, 32, 32, stages=2, num_warps=1)
+        found = add_experts(*given, residual.clone(), shape=tile, num_programs=3)
+    assert_close(found, expected)
     if num_tokens == 1 and not experts.has_words:
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
 
