@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from paged_backend.arrays import Int32
 from paged_backend.batch import AdapterUse, Ask, Batch, NewRow, features_of
@@ -17,6 +18,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.request import SamplingParams
 from paged_backend.runner.builder import build_runner
 from paged_backend.runner.model_runner import ModelRunner
+from paged_backend.runner.step_plan import plan_step, shape_of
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -141,3 +143,20 @@ class Driver:
                 self._free_rows.append(sequence.row)
                 self._free_pages = [*self._random.permutation([*self._free_pages, *sequence.pages])]
         return [sequence for sequence in live if len(answers[sequence.index]) < sequence.max_tokens]
+
+
+def last_logits(runner: ModelRunner, prompts: list[np.ndarray]) -> torch.Tensor:
+    """[len(prompts), vocab] float32 on the CPU: after each prompt, computed alone."""
+    logits, limits = [], runner.limits
+    width, groups = -(-limits.max_model_len // limits.page_size), range(len(limits.windows))
+    for prompt in prompts:
+        count = -(-len(prompt) // limits.page_size)
+        places = [(0, group * width + index, group * count + index) for group in groups for index in range(count)]
+        pages = np.array(places, np.int32)
+        one, length = np.zeros(1, np.int32), np.array([len(prompt)], np.int32)
+        new = NewRow(0, prompt, len(prompt), GREEDY, 0, (), ())
+        batch = Batch(1, one, one, length, np.ones(1, np.bool_), one.astype(np.int64), (new,), pages)
+        with torch.inference_mode():
+            step = runner._rows.apply(batch, plan_step(batch, shape_of(batch)))
+            logits.append(runner._decoder.forward(step, runner._kv_pages).float().cpu())
+    return torch.cat(logits)

@@ -21,10 +21,9 @@ from paged_backend.request import SamplingParams
 from paged_backend.runner.builder import RunnerBuilder
 from paged_backend.runner.measured_memory import run_largest
 from paged_backend.runner.model_runner import ModelRunner
-from paged_backend.runner.step_plan import plan_step, shape_of
 from tests.adapter_oracle import save_adapter
 from tests.oracle import Oracle, RoundedCache, random_prompts, save_checkpoint
-from tests.runner_driver import GREEDY, Driver, load_runner
+from tests.runner_driver import GREEDY, Driver, last_logits, load_runner
 from tools.demo_model import exam
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -237,20 +236,6 @@ def test_no_step_with_adapters_makes_the_host_wait(folder: Path, tmp_path: Path)
     assert [len(answer) for answer in answers] == [30] * 4
 
 
-def _last_logits(runner: ModelRunner, prompts: list[np.ndarray]) -> torch.Tensor:
-    """[len(prompts), vocab] float32 on the CPU: after each prompt, computed alone."""
-    logits, page_size = [], runner.limits.page_size
-    for prompt in prompts:
-        pages = np.array([(0, index, index) for index in range(-(-len(prompt) // page_size))], np.int32)
-        one, length = np.zeros(1, np.int32), np.array([len(prompt)], np.int32)
-        new = NewRow(0, prompt, len(prompt), GREEDY, 0, (), ())
-        batch = Batch(1, one, one, length, np.ones(1, np.bool_), one.astype(np.int64), (new,), pages)
-        with torch.inference_mode():
-            step = runner._rows.apply(batch, plan_step(batch, shape_of(batch)))
-            logits.append(runner._decoder.forward(step, runner._kv_pages).float().cpu())
-    return torch.cat(logits)
-
-
 @pytest.mark.parametrize(("kv_dtype", "error"), [("auto", 0.02), ("fp8_e4m3", 0.05)])
 def test_bfloat16_agrees_with_float32_on_a_trained_model(kv_dtype: str, error: float) -> None:
     """The demo model and questions of its exam. Every token of the answers that float32 gives on the CPU is asked for
@@ -264,7 +249,7 @@ def test_bfloat16_agrees_with_float32_on_a_trained_model(kv_dtype: str, error: f
     sittings = [exam.sitting(tokenizer, conversation) for conversation in exam.held_out("given", 8)]
     items = [(sitting, item) for sitting in sittings for item in sitting.items[:3]]
     prompts = [np.array(sitting.ids[: item.prompt_len], np.int32) for sitting, item in items]
-    theirs, ours = _last_logits(cpu, prompts), _last_logits(cuda, prompts)
+    theirs, ours = last_logits(cpu, prompts), last_logits(cuda, prompts)
     print(f"relative RMS difference of the logits: {(ours - theirs).norm() / theirs.norm():.4f}")
     assert (ours - theirs).norm() <= error * theirs.norm()
     begun = [
