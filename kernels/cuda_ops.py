@@ -79,16 +79,17 @@ class CudaOps(CudaLatents):
         """
         self._pdl = device.type == "cuda"
         if latents is not None:
-            few = many = make_latent_workspace(num_heads, *latents, device)
+            alone = few = many = make_latent_workspace(num_heads, *latents, device)
         else:
             of_heads = num_heads, num_kv_heads, head_dim, kv_dtype, device
+            alone = make_decode_workspace(*of_heads, alone=True)
             few = make_decode_workspace(*of_heads)
             many = make_decode_workspace(*of_heads, programs_per_multiprocessor=2)
         runs = few if queries == 1 else make_decode_workspace(*of_heads, queries=queries)
         windows = dict.fromkeys(sliding_windows)
-        self._plans_of_few, self._plans_of_many, self._plans_of_runs = (
+        self._plans_of_one, self._plans_of_few, self._plans_of_many, self._plans_of_runs = (
             {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows}
-            for workspace in (few, many, runs)
+            for workspace in (alone, few, many, runs)
         )
         self._packs_runs = queries > 1
         self._plans = self._plans_of_few
@@ -224,6 +225,8 @@ class CudaOps(CudaLatents):
         seq_lens 0: padding.
         """
         self._plans = self._plans_of_many if num_decodes >= _MANY_SEQUENCES else self._plans_of_few
+        if num_decodes == 1:
+            self._plans = self._plans_of_one
         rows = drafting_rows if self._packs_runs else None
         if rows is not None:
             self._plans = self._plans_of_runs
