@@ -140,7 +140,8 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: s
 def test_drafts_that_attention_packs_change_no_token(
     tmp_path: Path, architecture: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two sequences, each of which has fewer drafts at its end."""
+    """Of two sequences, each of which has fewer drafts at its end; one that is left alone is attended to unpacked."""
+    monkeypatch.setattr(cuda_ops, "_APART", 4)
     folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
     runner = load_runner(
         folder, page_size=4, num_pages=128, max_model_len=64, max_num_sequences=8, max_batched_tokens=64
@@ -163,7 +164,7 @@ def test_drafts_that_attention_packs_change_no_token(
     assert [answer.tokens for answer in found] == expected
     assert drafting.num_accepted > 0
     assert any(len(rows) > len(set(rows)) > 1 for rows in given), "no drafts of two sequences were packed"
-    assert [] in given, "a step without drafts was packed"
+    assert [] in given, "a step without drafts, or of one sequence, was packed"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
