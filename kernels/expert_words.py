@@ -3,9 +3,9 @@
 A number of 4 bits times a power of two is one of float8_e4m3fn, if the exponents of a row differ by no more than 11
 (words.py sees to that): a byte of a table of eight, which one instruction looks up for four numbers at once. A bfloat16
 is the sum of two numbers of float8_e4m3fn, as soon as its row is scaled by a power of two: four of its eight
-significant bits each. Numbers below 2 ** -10 of the row's greatest are it but for 2 ** -18 of that. So both sides are
-multiplied as they are, no slower than in 16 bits, while a number of the weight takes 1.2 instructions instead of 2.5:
-these products lack no memory, they lack instructions.
+significant bits each. Only numbers below 2 ** -9 of the row's greatest lose anything, less than 2 ** -16 of that. So
+both sides are multiplied as they are, no slower than in 16 bits, while a number of the weight takes 1.2 instructions
+instead of 2.5: what these products are short of is instructions, not memory.
 
 The tensor cores of Hopper add products of fp8 with 14 bits, so what each 128 columns sum up to is added in float32
 (fp8_narrow.py). Up to 32 tokens of a tile, both parts of a token are multiplied side by side. Otherwise as
@@ -28,7 +28,9 @@ from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.words import BLOCK, LEAST_EXPONENT, numbers_of_words
 
-_LOWEST, _HIGHEST = tl.constexpr(27 << 23), tl.constexpr(227 << 23)  # bits of 2 ** -100 and 2 ** 100, scales of rows
+# bits of 2 ** -119 and 2 ** 127: the greatest of a row counts as between them, so that its scale and what is the
+# reciprocal of that are ordinary numbers
+_LOWEST, _HIGHEST = tl.constexpr(8 << 23), tl.constexpr(254 << 23)
 _LEAST = tl.constexpr(2.0**LEAST_EXPONENT)
 _SIDE_BY_SIDE = tl.constexpr(32)  # tokens of a tile, up to which both parts of each are multiplied together
 _COMBINED = 256  # numbers of a token that one program adds up

@@ -103,7 +103,11 @@ class Linear:
         )
 
     def rows(self, begin: int, end: int) -> Linear:
-        """A part of its rows, the same memory. begin is a multiple of the rows that share a scale."""
+        """A part of its rows, the same memory. begin is a multiple of the rows that share a scale.
+
+        Raises ValueError for a linear in words, whose rows do not lie one after another.
+        """
+        self._check_divisible()
         block = self.format.block[0]
         assert begin % block == 0, f"row {begin} is inside a block of {block}"
         in_blocks = slice(begin // block, -(-end // block))
@@ -120,8 +124,9 @@ class Linear:
         """A part of its columns, the same memory, without the bias. begin and end are multiples of the columns that
         share a scale, or there is one a row.
 
-        Raises ValueError for others.
+        Raises ValueError for others, and for a linear in words.
         """
+        self._check_divisible()
         group = self.format.group(self.num_columns)
         if self.format.block[1] and (begin % group or (end % group and end != self.num_columns)):
             raise ValueError(f"columns {begin} to {end} are not whole groups of {group}")
@@ -136,6 +141,10 @@ class Linear:
             scale=None if self.scale is None else self.scale[:, in_groups],
             zero=None if self.zero is None else self.zero[:, in_groups],
         )
+
+    def _check_divisible(self) -> None:
+        if self.format.order == "words":
+            raise ValueError("a linear in words cannot be divided")
 
 
 def empty_linear(

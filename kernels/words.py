@@ -69,8 +69,8 @@ def factors(scale: Tensor) -> Tensor:
 def fill_words(linear: Linear, codes: Tensor, exponents: Tensor) -> None:
     """Stores uint8 [out, in], e2m1 below 16, times powers of two, uint8 [out, in / 32], 127 more than their exponents.
 
-    A group that is 2 ** 12 times or more smaller than the greatest of its row is rounded to what the least power of two
-    for that row leaves: by at most 2 ** -14 of the row's greatest scale.
+    A group whose power of two is 2 ** 12 times or more smaller than the greatest of its row gets the least that there
+    is for that row, 2 ** 11 times smaller, and its numbers are rounded: by at most 2 ** -13 of the greatest power.
     """
     assert linear.scale is not None and linear.row_scale is not None
     used = (codes.view(len(codes), -1, GROUP) & 7).any(2)
