@@ -1,8 +1,8 @@
 """Numbers as they are stored in few bits: to float32 and back, in plain torch. The specification of what the quantised
 kernels read.
 
-Sources: OCP 8-bit floating point, 2023 (e4m3: no infinity, the greatest number is 448); e2m1 is e2m1.py's, and
-    what lies in words words.py's.
+Sources: OCP 8-bit floating point, 2023 (e4m3: no infinity, the greatest number is 448). e2m1: e2m1.py.
+    Words: words.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from paged_kernels.e2m1 import MAGNITUDES, codes_of_e2m1, numbers_of_e2m1
 from paged_kernels.linear import Format, Linear, Rounding, empty_linear
-from paged_kernels.words import factors, fill_words, pack_words, unpack_words
+from paged_kernels.words import fill_words, group_scales, unpack_words
 
 FP8_MAX = 448.0
+FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 _LEAST_SCALE = 1e-12  # of a group of zeros
 _GREATEST = {"fp8": FP8_MAX, "int8": 127.0, "int4": 7.0, "fp4": MAGNITUDES[-1]}  # magnitude that scales are chosen for
 
@@ -36,13 +37,6 @@ def unpack_nibbles(packed: Tensor, group: int) -> Tensor:
     """What `pack_nibbles` was given."""
     parts = packed.view(len(packed), -1, 1, group // 2)
     return torch.cat((parts & 15, parts >> 4), 2).reshape(len(packed), -1)
-
-
-def pack_codes(codes: Tensor, format: Format) -> Tensor:
-    """uint8 [rows, columns] below 16 -> as a weight of `format`, int4 or fp4, has them: uint8 [rows, stored columns /
-    2].
-    """
-    return pack_words(codes) if format.order == "words" else pack_nibbles(codes, format.group(codes.shape[1]))
 
 
 def decode(linear: Linear) -> Tensor:
@@ -68,7 +62,7 @@ def dequantise(linear: Linear) -> Tensor:
         numbers -= _spread(linear.zero.float(), linear)
     elif linear.format.codes == "int4":
         numbers -= 8
-    scale = factors(linear.scale) if linear.format.order == "words" else linear.scale.float()
+    scale = group_scales(linear.scale) if linear.format.order == "words" else linear.scale.float()
     numbers *= _spread(scale, linear)
     return numbers if linear.row_scale is None else numbers * linear.row_scale[:, None]
 
@@ -120,7 +114,7 @@ def _amax(x: Tensor, format: Format) -> Tensor:
 
 
 def _encode(numbers: Tensor, linear: Linear) -> Tensor:
-    """float32 [out, in] -> as linear.weight stores them."""
+    """float32 [out, in] -> as linear.weight stores them, which is not in words."""
     codes, zeros = linear.format.codes, linear.format.zeros
     if codes == "fp8":
         return numbers.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
@@ -131,7 +125,7 @@ def _encode(numbers: Tensor, linear: Linear) -> Tensor:
         nibbles = (numbers.round().clamp(-7, 7) + 8).to(torch.uint8)
     else:
         nibbles = codes_of_e2m1(numbers)
-    return pack_codes(nibbles, linear.format)
+    return pack_nibbles(nibbles, linear.format.group(numbers.shape[1]))
 
 
 def round_activations(x: Tensor, rounding: Rounding, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The one place that chooses kernels for a layer of experts, from the number of tokens.
 
 One token: a launch for norm and routing, two for the experts. Many: norm, routing, grouping (one or two launches), two
-grouped products, and the sum of each token's answers. In words (MXFP4) activations are split before both products.
+grouped products, and the sum of each token's answers. Of experts in words (MXFP4) one token takes two products and the
+sum as well; on 8-bit tensor cores activations are split before both products.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from paged_kernels import expert_products, expert_routing, expert_vectors, expert_words
 from paged_kernels import norm as norms
+from paged_kernels.codes import FP8_CAPABILITY
 from paged_kernels.experts import Experts
 from paged_kernels.norm_value import Norm
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2  # what shared memory has room for
-_FP8_CAPABILITY = (8, 9)  # the Triton language has no fp8 on older devices
 _INTERPRETED = 2  # multiprocessors, as it were
 
 
@@ -28,7 +29,7 @@ class ExpertKernels:
         self._num_multiprocessors = (
             torch.cuda.get_device_properties(device).multi_processor_count if self._pdl else _INTERPRETED
         )
-        self._has_fp8 = not self._pdl or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+        self._has_fp8 = not self._pdl or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
         self._num_programs = self._num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
 
     def route(self, x: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from paged_kernels.quant_tile import packs
 _ROWS = 64  # of the weight: what one instruction of the tensor cores takes
 _SHARED_BYTES = 108 * 1024  # of a program: two of them share a multiprocessor
 _MAX_STAGES = 6
+_FEW_REGISTERS = 128  # of a thread, so that four programs of four warps share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def product_shape(tokens: int, linear: ExpertLinear, *, gated: bool, element_byt
 @dataclass(frozen=True)
 class WordsShape:
     """How products with experts in words divide their work: tokens of a tile, rows of the weight at once, stages of the
-    pipeline, warps, programs that a multiprocessor has room for, and parts that a lone token's columns are shared
-    out in.
+    pipeline, warps, programs that a multiprocessor has room for, parts that a lone token's columns are shared out in,
+    and registers of a thread, if there is a limit.
     """
 
     tokens: int
@@ -76,12 +77,19 @@ class WordsShape:
     num_warps: int
     programs: int
     parts: int = 1
+    max_registers: int | None = None
 
 
-def words_shape(num_tokens: int, share: float) -> WordsShape:
-    """share: tokens of an expert on the average. Measured on the same H200 with the experts of gpt-oss-20b."""
+def words_shape(num_tokens: int, share: float, *, by_fp8: bool) -> WordsShape:
+    """share: tokens of an expert on the average. Those of fp8 measured best on the same H200 with the experts of
+    gpt-oss-20b; the others were only compiled: they spill no registers, and have room on cards with 99 KiB of shared
+    memory.
+    """
+    tokens = 16 if share <= 8 else 32 if share <= 16 else 64
+    if not by_fp8:
+        return WordsShape(tokens, _ROWS, 3, 8, 1)
     if num_tokens == 1:
-        return WordsShape(16, _ROWS, 4, 4, 6, parts=2)
-    if share <= 8:
-        return WordsShape(16, 2 * _ROWS, 3, 4, 4)
-    return WordsShape(32 if share <= 16 else 64, 2 * _ROWS, 4, 4, 4)
+        return WordsShape(16, _ROWS, 4, 4, 6, parts=2, max_registers=_FEW_REGISTERS)
+    if tokens == 16:
+        return WordsShape(tokens, 2 * _ROWS, 3, 4, 4, max_registers=_FEW_REGISTERS)
+    return WordsShape(tokens, 2 * _ROWS, 4, 4, 4)

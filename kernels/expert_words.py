@@ -26,15 +26,14 @@ from paged_kernels.expert_products import combine, group
 from paged_kernels.expert_tiles import WordsShape, words_shape
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
-from paged_kernels.words import BLOCK, LEAST_EXPONENT, numbers_of_words
+from paged_kernels.linear import WORDS_BLOCK
+from paged_kernels.words import BLOCK, WORDS, WORDS_REST, numbers_of_words
 
 # bits of 2 ** -119 and 2 ** 127: the greatest of a row counts as between them, so that its scale and what is the
 # reciprocal of that are ordinary numbers
 _LOWEST, _HIGHEST = tl.constexpr(8 << 23), tl.constexpr(254 << 23)
-_LEAST = tl.constexpr(2.0**LEAST_EXPONENT)
 _SIDE_BY_SIDE = tl.constexpr(32)  # tokens of a tile, up to which both parts of each are multiplied together
 _COMBINED = 256  # numbers of a token that one program adds up
-_REGISTERS = 128  # of a thread, so that four programs of four warps share a multiprocessor
 
 
 @triton.jit
@@ -117,15 +116,15 @@ def _words_kernel(
     HEIGHT: tl.constexpr = ROWS // 2 if GATED else ROWS  # of the result
     NUM_BLOCKS: tl.constexpr = (N + HEIGHT - 1) // HEIGHT
     NUM_ROWS: tl.constexpr = 2 * N if GATED else N
-    COLUMN_BLOCKS: tl.constexpr = (K + 127) // 128
-    PADDED: tl.constexpr = COLUMN_BLOCKS * 128
+    COLUMN_BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    PADDED: tl.constexpr = COLUMN_BLOCKS * BLOCK
     ITEMS: tl.constexpr = NUM_BLOCKS * PARTS  # of a tile
     SPAN: tl.constexpr = (COLUMN_BLOCKS + PARTS - 1) // PARTS
     JOINT: tl.constexpr = SPLIT and TOKENS <= _SIDE_BY_SIDE
     ALONE: tl.constexpr = PARTS > 1
     index = tl.arange(0, ROWS)
-    column = tl.arange(0, 128)
-    word = tl.arange(0, 16)
+    column = tl.arange(0, BLOCK)
+    word = tl.arange(0, WORDS)
     for item in range(tl.program_id(0), num_tiles * ITEMS, tl.num_programs(0)):
         tile = tiles + (item // ITEMS) * (1 if ALONE else 3)
         expert = tl.load(tile).to(tl.int64)
@@ -143,7 +142,7 @@ def _words_kernel(
             if GATED:
                 row = 2 * row + index // 8 % 2 if INTERLEAVED else row + index // 8 % 2 * N
             of_row = expert * NUM_ROWS + row
-            words_at = weight + expert * (COLUMN_BLOCKS * NUM_ROWS * 16) + row[:, None] * 16 + word[None, :]
+            words_at = weight + expert * (COLUMN_BLOCKS * NUM_ROWS * WORDS) + row[:, None] * WORDS + word[None, :]
             exponents_at = exponents + expert * (COLUMN_BLOCKS * NUM_ROWS) + row
             tokens_at = x + (source.to(tl.int64) * x_stride)[:, None] + column[None, :]
             if JOINT:
@@ -157,23 +156,23 @@ def _words_kernel(
                 both_at = x + (of_both.to(tl.int64) * x_stride + both % 2 * PADDED)[:, None] + column[None, :]
             total = tl.zeros([ROWS, TOKENS], tl.float32)
             for block in tl.range(part * SPAN, tl.minimum((part + 1) * SPAN, COLUMN_BLOCKS), num_stages=STAGES):
-                w = tl.load(words_at + block * (NUM_ROWS * 16))
+                w = tl.load(words_at + block * (NUM_ROWS * WORDS))
                 s = tl.load(exponents_at + block * NUM_ROWS)
                 numbers = numbers_of_words(w, s, x.dtype.element_ty, PACKED)
                 if JOINT:
-                    values = tl.load(both_at + block * 128, mask=there[:, None], other=0.0)
+                    values = tl.load(both_at + block * BLOCK, mask=there[:, None], other=0.0)
                     sums = tl.reshape(tl.dot(numbers, tl.trans(values)), (ROWS, TOKENS, 2))
                     of_high, of_low = tl.split(sums)
                     total += of_high + of_low
                 elif SPLIT:
-                    high = tl.load(tokens_at + block * 128, mask=known[:, None], other=0.0)
-                    low = tl.load(tokens_at + (block * 128 + PADDED), mask=known[:, None], other=0.0)
+                    high = tl.load(tokens_at + block * BLOCK, mask=known[:, None], other=0.0)
+                    low = tl.load(tokens_at + (block * BLOCK + PADDED), mask=known[:, None], other=0.0)
                     total += tl.dot(numbers, tl.trans(low), tl.dot(numbers, tl.trans(high)))
                 else:
-                    inside = known[:, None] & (block * 128 + column < K)[None, :]
-                    values = tl.load(tokens_at + block * 128, mask=inside, other=0.0)
+                    inside = known[:, None] & (column + block * BLOCK < K)[None, :]
+                    values = tl.load(tokens_at + block * BLOCK, mask=inside, other=0.0)
                     total = tl.dot(numbers, tl.trans(values), total, input_precision="ieee")
-            total *= (tl.load(row_scale + of_row) / _LEAST)[:, None]
+            total *= (tl.load(row_scale + of_row) * WORDS_REST)[:, None]
             if SPLIT:
                 total *= tl.load(x_scales + source, mask=known, other=0.0)[None, :]
             if ALONE:
@@ -227,22 +226,32 @@ def split_rows(x: torch.Tensor, *, launch_pdl: bool = False) -> Values:
     """x [T, K] of bfloat16, rows contiguous -> float8_e4m3fn [T, 2, K up to a multiple of 128] and float32 [T]: a row
     is the sum of both its parts times its scale, a power of two. A row with a number that is not finite has scale NaN.
     """
-    return _split(x, *x.shape, 0, None, x, Gate(), 1, launch_pdl)
+    constants = {"PARTS": 0, "BIAS": False, "TOP_K": 1, **gate_constants(Gate())}
+    return _launch_split(x, x, x, *x.shape, constants, launch_pdl)
 
 
-def _split(
-    x: torch.Tensor, num_rows: int, size: int, parts: int, bias: torch.Tensor | None, expert_ids: torch.Tensor,
-    gate: Gate, top_k: int, launch_pdl: bool,
+def _split_gated(sums: torch.Tensor, expert_ids: torch.Tensor, experts: Experts, *, launch_pdl: bool) -> Values:
+    """As `split_rows`, of what the gate makes of a lone token's products with gate_up, of which `sums`, float32
+    [parts, k, rows of gate_up], are the parts: k rows. expert_ids: int32 [k].
+    """
+    (parts, top_k, _), bias = sums.shape, experts.gate_up.bias
+    constants = {"PARTS": parts, "BIAS": bias is not None, "TOP_K": top_k, **gate_constants(experts.gate)}
+    bias = sums if bias is None else bias
+    return _launch_split(sums, bias, expert_ids, top_k, experts.down.num_columns, constants, launch_pdl)
+
+
+def _launch_split(
+    x: torch.Tensor, bias: torch.Tensor, expert_ids: torch.Tensor, num_rows: int, size: int,
+    constants: dict[str, object], launch_pdl: bool,
 ) -> Values:  # fmt: skip
-    padded = triton.cdiv(size, BLOCK) * BLOCK
+    padded = triton.cdiv(size, WORDS_BLOCK) * WORDS_BLOCK
     out = torch.empty(num_rows, 2, padded, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if num_rows:
         columns = triton.next_power_of_2(padded)
         _split_kernel[(num_rows,)](
-            x, x if bias is None else bias, expert_ids, out, scales, x.stride(0),
-            SIZE=size, PADDED=padded, COLUMNS=columns, PARTS=parts, BIAS=bias is not None, TOP_K=top_k,
-            **gate_constants(gate), LAUNCH_PDL=launch_pdl, num_warps=min(8, max(1, columns // 512)),
+            x, bias, expert_ids, out, scales, x.stride(0), SIZE=size, PADDED=padded, COLUMNS=columns, **constants,
+            LAUNCH_PDL=launch_pdl, num_warps=min(8, max(1, columns // 512)),
         )  # fmt: skip
     return out, scales
 
@@ -263,7 +272,8 @@ def add_experts_in_words(
     if num_tokens == 0:
         return residual
     pairs, size, hidden = num_tokens * top_k, experts.down.num_columns, x.shape[1]
-    shape, splits = shape or words_shape(num_tokens, pairs / experts.num_experts), by_fp8 and x.dtype == torch.bfloat16
+    splits = by_fp8 and x.dtype == torch.bfloat16
+    shape = shape or words_shape(num_tokens, pairs / experts.num_experts, by_fp8=splits)
     parts = shape.parts if num_tokens == 1 and splits else 1
     order = tiles = expert_ids.view(-1)
     if parts == 1:
@@ -284,7 +294,7 @@ def add_experts_in_words(
             N=num_rows, K=linear.num_columns, TOP_K=top_k, TOKENS=shape.tokens, ROWS=shape.rows, STAGES=shape.stages,
             FIRST=gate is not None, PARTS=parts, BIAS=linear.bias is not None, **constants, SPLIT=splits,
             PACKED=splits and x.is_cuda, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
-            maxnreg=_REGISTERS if shape.tokens <= 16 else None,
+            maxnreg=shape.max_registers,
         )  # fmt: skip
         return out
 
@@ -295,7 +305,7 @@ def add_experts_in_words(
     if parts == 1:
         answers = multiply(split(gated), experts.down, hidden, None)
         return combine(answers, residual, top_k, launch_pdl=launch_pdl)
-    of_pairs = _split(gated, pairs, size, parts, experts.gate_up.bias, tiles, experts.gate, top_k, launch_pdl)
+    of_pairs = _split_gated(gated, tiles, experts, launch_pdl=launch_pdl)
     answers, bias = multiply(of_pairs, experts.down, hidden, None), experts.down.bias
     _combine_parts_kernel[(triton.cdiv(hidden, _COMBINED),)](
         answers, x if bias is None else bias, tiles, weights, residual,

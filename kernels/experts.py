@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from paged_kernels.e2m1 import MXFP4_GROUP
 from paged_kernels.linear import PLAIN, Format, Linear, empty_linear
 
 Scores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
 
-# gpt-oss's experts: groups of 32 numbers of 4 bits share a power of two (OCP Microscaling Formats v1.0, 2023), which is
-# stored in two parts (words.py)
-MXFP4 = Format("fp4", (1, 32), row_scales=True, scale_dtype=torch.uint8, order="words")
+# gpt-oss's experts: numbers of 4 bits, of which 32 share a power of two that is stored in two parts (words.py)
+MXFP4 = Format("fp4", (1, MXFP4_GROUP), row_scales=True, scale_dtype=torch.uint8, order="words")
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class ExpertLinear:
     Everything is contiguous, and an expert's part is what the `Linear` of that expert has.
     """
 
-    weight: Tensor  # [E, out, in], of the activations' type; or as format.codes says
+    weight: Tensor  # [E, out, in], of the activations' type; or as `Linear` has it in its format
     bias: Tensor | None = None  # [E, out], of the activations' type
     format: Format = PLAIN
     scale: Tensor | None = None  # [E, *format.scale_shape], format.scale_dtype
     zero: Tensor | None = None  # uint8, as scale
     row_scale: Tensor | None = None  # float32 [E, out]
-    num_padded: int = 0  # stored columns that are none of the matrix
+    num_padded: int = 0  # as of `Linear`
 
     @property
     def num_rows(self) -> int:

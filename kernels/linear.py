@@ -74,7 +74,8 @@ class Linear:
     object.
     """
 
-    # [out, in], rows contiguous, of the type that format.codes says; two numbers in a byte: uint8 [out, in / 2]
+    # [out, in], rows contiguous, of the type that format.codes says; two numbers in a byte: uint8 [out, in / 2],
+    # in words [out, (in + num_padded) / 2], in words.py's order
     weight: Tensor
     bias: Tensor | None = None  # [out], of the activations' type
     format: Format = PLAIN
@@ -83,7 +84,7 @@ class Linear:
     row_scale: Tensor | None = None  # float32 [out]
     input_scale: Tensor | None = None  # float32 [1]: of activations, if their rounding is static
     partial: bool = False  # the product is this rank's part of a sum over ranks (rank_ops.py)
-    num_padded: int = 0  # stored columns that are none of the matrix
+    num_padded: int = 0  # columns that are stored behind those of the matrix, in words
 
     @property
     def num_rows(self) -> int:

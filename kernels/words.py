@@ -2,7 +2,7 @@
 
 `pack_words` says where a number lies, `numbers_of_words` reads it on the device. A group's power of two is stored in
 two parts: that of its row, a float32, and a byte with what is left of the exponent, 0 to 11, times eight. So much can
-be added to the exponent of an e2m1, and it is still a number of e4m3.
+be added to the exponent of an e2m1, and it is still a number of e4m3, if both are 2 ** 5 too small.
 Sources: OCP Microscaling Formats v1.0, 2023; PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk32".
 """
 
@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from paged_kernels.e2m1 import MXFP4_GROUP as GROUP
 from paged_kernels.e2m1 import codes_of_e2m1, numbers_of_e2m1
-from paged_kernels.linear import WORDS_BLOCK as BLOCK
-from paged_kernels.linear import Linear
+from paged_kernels.linear import WORDS_BLOCK, Linear
 
-GROUP = 32  # columns that share an exponent
-MOST_STEPS = 11
-LEAST_EXPONENT = -5  # of the numbers that `numbers_of_words` makes of those without exponent
-LEAST = tl.constexpr(LEAST_EXPONENT)
+BLOCK = tl.constexpr(WORDS_BLOCK)  # columns that lie together, which kernels read at once
+WORDS = tl.constexpr(WORDS_BLOCK // 8)  # of a row in a block
+WORDS_REST = tl.constexpr(2.0**5)  # what `numbers_of_words` leaves to the sums: 0.5 is e4m3's least normal number there
+MOST_STEPS = 11  # that the exponent of an e2m1 can grow, and it is still a number of e4m3
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
@@ -44,26 +44,33 @@ def pack_words(codes: Tensor) -> Tensor:
     The magnitude of number (h, e) is in bits 16 h + 4 e to 16 h + 4 e + 2, where an instruction takes it as the index
     of a byte; its sign in bit 8 e + 7 - 4 h, where a byte has it, or four below.
     """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % WORDS_BLOCK))
     parts = padded.view(len(codes), -1, 4, 2, 4, 4).int().transpose(2, 4)  # row, block, q, h, i, e
-    h = torch.arange(2, device=codes.device)[:, None, None]
-    e = torch.arange(4, device=codes.device)
+    h, e = _places(codes.device)
     bits = ((parts & 7) << (16 * h + 4 * e)) | ((parts >> 3) << (8 * e + 7 - 4 * h))
-    return in_blocks(bits.sum((3, 5), dtype=torch.int32).view(len(codes), -1).view(torch.uint8), BLOCK // 2)
+    return in_blocks(bits.sum((3, 5), dtype=torch.int32).view(len(codes), -1).view(torch.uint8), WORDS_BLOCK // 2)
 
 
 def unpack_words(packed: Tensor, num_columns: int) -> Tensor:
     """What `pack_words` was given, so many columns."""
-    words = in_rows(packed, BLOCK // 2).view(torch.int32).view(len(packed), -1, 4, 1, 4, 1)  # row, block, q, h, i, e
-    h = torch.arange(2, device=packed.device)[:, None, None]
-    e = torch.arange(4, device=packed.device)
+    words = in_rows(packed, WORDS_BLOCK // 2).view(torch.int32)
+    words = words.view(len(packed), -1, 4, 1, 4, 1)  # row, block, q, h, i, e
+    h, e = _places(packed.device)
     codes = ((words >> (16 * h + 4 * e)) & 7) | ((words >> (8 * e + 7 - 4 * h)) & 1) << 3
     return codes.to(torch.uint8).transpose(2, 4).reshape(len(packed), -1)[:, :num_columns]
 
 
-def factors(scale: Tensor) -> Tensor:
-    """Those of a linear in words, uint8 [rows, stored groups] -> the powers of two that they mean, float32, in rows."""
-    return (in_rows(scale, BLOCK // GROUP).float() / 8).exp2()
+def _places(device: torch.device) -> tuple[Tensor, Tensor]:
+    """h and e of a word's numbers, int32 [2, 1, 1] and [4]."""
+    h = torch.arange(2, dtype=torch.int32, device=device)
+    return h[:, None, None], torch.arange(4, dtype=torch.int32, device=device)
+
+
+def group_scales(scale: Tensor) -> Tensor:
+    """Linear.scale of a linear in words, uint8 [rows, stored groups], `in_blocks` -> the powers of two that it means,
+    float32 of that shape, in rows.
+    """
+    return (in_rows(scale, WORDS_BLOCK // GROUP).float() / 8).exp2()
 
 
 def fill_words(linear: Linear, codes: Tensor, exponents: Tensor) -> None:
@@ -82,37 +89,37 @@ def fill_words(linear: Linear, codes: Tensor, exponents: Tensor) -> None:
         codes = codes_of_e2m1(numbers_of_e2m1(codes) * below)
     padded = torch.nn.functional.pad(steps.clamp(min=0) * 8, (0, linear.scale.shape[1] - steps.shape[1]))
     linear.weight.copy_(pack_words(codes))
-    linear.scale.copy_(in_blocks(padded, BLOCK // GROUP))
+    linear.scale.copy_(in_blocks(padded, WORDS_BLOCK // GROUP))
     linear.row_scale.copy_((least[:, 0].float() - 127).exp2())
 
 
 @triton.jit
 def numbers_of_words(w, s, DTYPE: tl.constexpr, PACKED: tl.constexpr):
-    """Words int32 [ROWS, 16], and what is added to the exponents of their four groups, eight times, in the bytes of s,
-    int32 [ROWS] -> DTYPE [ROWS, 128], columns in order, 2 ** 5 too small.
+    """Words int32 [ROWS, WORDS], and what is added to the exponents of their four groups, eight times, in the bytes of
+    s, int32 [ROWS] -> DTYPE [ROWS, BLOCK], columns in order, WORDS_REST too small.
 
     PACKED: by instructions for four numbers at once, DTYPE is float8_e4m3fn. In the layout that tensor cores want the
     numbers stay with the thread that has read them.
     """
     ROWS: tl.constexpr = w.shape[0]
     if PACKED:
-        a, b, c, d, e, f, g, h = _fp8_of_words(w, tl.broadcast_to(s[:, None], (ROWS, 16)))
+        a, b, c, d, e, f, g, h = _fp8_of_words(w, tl.broadcast_to(s[:, None], (ROWS, WORDS)))
         low = tl.join(tl.join(a, e), tl.join(c, g))
         found = tl.join(low, tl.join(tl.join(b, f), tl.join(d, h)))  # row, word, then bits 2, 1 and 0 of 16 columns'
-        found = tl.reshape(tl.permute(found, (0, 2, 3, 4, 1)), (ROWS, 128))
+        found = tl.reshape(tl.permute(found, (0, 2, 3, 4, 1)), (ROWS, BLOCK))
     else:
-        column = tl.arange(0, 128)
+        column = tl.arange(0, BLOCK)
         # each word for all its columns: row, q, i, h, e
         wide = tl.reshape(w, (ROWS, 4, 4))
         wide = tl.reshape(
-            tl.broadcast_to(tl.permute(wide, (0, 2, 1))[:, :, None, :, None], (ROWS, 4, 2, 4, 4)), (ROWS, 128)
+            tl.broadcast_to(tl.permute(wide, (0, 2, 1))[:, :, None, :, None], (ROWS, 4, 2, 4, 4)), (ROWS, BLOCK)
         )
         i, half, e = column // 32, column // 16 % 2, column % 4
         bits = ((wide >> (16 * half + 4 * e)[None, :]) & 7) << 22
         bits |= (wide >> (8 * e + 7 - 4 * half)[None, :]) << 31
         more = (s[:, None] >> (8 * i + 3)[None, :]) & 31
-        # exponent and mantissa where float32 has them: 2 ** 126 too small, 0.5 among those without an exponent
-        factor = ((more + (127 + 26 + LEAST)) << 23).to(tl.float32, bitcast=True)
+        # exponent and mantissa are where float32 has them, 2 ** 126 too small: 2 ** 100, 2 ** 21 and WORDS_REST
+        factor = ((more + (127 + 21)) << 23).to(tl.float32, bitcast=True)
         found = (bits.to(tl.float32, bitcast=True) * 2.0**100 * factor).to(DTYPE)
     return found
 

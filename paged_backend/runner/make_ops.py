@@ -11,7 +11,8 @@ import torch
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.step import StepShape
-from paged_backend.runner.placement import FP8_CAPABILITY, Placement
+from paged_backend.runner.placement import Placement
+from paged_kernels.codes import FP8_CAPABILITY
 from paged_kernels.rank_ops import RankOps, Ranks, VocabularyPart
 from paged_kernels.reference import Ops, reference
 

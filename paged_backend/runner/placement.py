@@ -13,9 +13,9 @@ from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.quantization.quantization import MXFP4
+from paged_kernels.codes import FP8_CAPABILITY
 
 _WHO_IS_SEEN = "CUDA_VISIBLE_DEVICES says which are seen"
-FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from paged_kernels.jit import Kernel
 from paged_kernels.quant_tile import packs
 from tests.bench.expert_formats import EXPERT_FORMATS, format_of
 
-Case = tuple[str, Kernel, dict[str, Any], dict[str, str], int]  # name, kernel, constants, pointers' types, warps
+# name, kernel, constants and registers of a thread if there is a limit (maxnreg), pointers' types, warps
+Case = tuple[str, Kernel, dict[str, Any], dict[str, str], int]
 
 _GEOMETRIES = {  # hidden, intermediate, experts, of a token
     "qwen3-30b-a3b": (2048, 768, 128, 8),
@@ -65,8 +66,10 @@ _TYPES = {
 def compiled(
     kernel: Kernel, constants: dict[str, Any], kinds: dict[str, str], num_warps: int, num_stages: int = 3
 ) -> dict[str, Any]:
-    """Constants: all of the kernel's; activations are bfloat16."""
+    """Constants: all of the kernel's, and maxnreg as its launcher gives it; activations are bfloat16."""
     names = kernel.jitted.arg_names
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": constants.get("maxnreg")}
+    constants = {name: value for name, value in constants.items() if name in names}
 
     def kind(name: str) -> str:
         if name in constants:
@@ -84,7 +87,6 @@ def compiled(
     source = ASTSource(
         kernel.jitted, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {**_read_again(result.asm["ptx"]), "shared_bytes": result.metadata.shared, "num_warps": num_warps}
 
@@ -167,14 +169,14 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
 def _words(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int, num_tokens: int) -> list[Case]:
     found: list[Case] = []
     kinds = {"x": "fp8e4nv", "x_scales": "fp32", "weight": "i32", "exponents": "i32", "row_scale": "fp32"}
-    shape = expert_tiles.words_shape(num_tokens, num_tokens * top_k / len(layer["down"].weight))
+    shape = expert_tiles.words_shape(num_tokens, num_tokens * top_k / len(layer["down"].weight), by_fp8=True)
     for part, linear in layer.items():
         gated, one = part == "gate_up", num_tokens == 1
         parts = shape.parts if one else 1
         constants = {"N": size if gated else hidden, "K": linear.num_columns, "TOP_K": top_k, "TOKENS": shape.tokens}
         constants |= {"ROWS": shape.rows, "STAGES": shape.stages, "FIRST": gated, "PARTS": parts}
         constants |= {"BIAS": linear.bias is not None, **(_gate(hidden == size) if gated else _ungated())}
-        constants |= {"SPLIT": True, "PACKED": True, "LAUNCH_PDL": True}
+        constants |= {"SPLIT": True, "PACKED": True, "LAUNCH_PDL": True, "maxnreg": shape.max_registers}
         name, out = f"{part}, {num_tokens} tokens", "fp32" if parts > 1 else "bf16"
         found.append((name, expert_words._words_kernel, constants, {**kinds, "out": out}, shape.num_warps))
     return found

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from paged_kernels.codes import dequantise
+from paged_kernels.e2m1 import MXFP4_GROUP as GROUP
 from paged_kernels.e2m1 import codes_of_e2m1, numbers_of_e2m1
 from paged_kernels.expert_tiles import WordsShape
 from paged_kernels.expert_words import add_experts_in_words, split_rows
 from paged_kernels.experts import MXFP4, Gate, Routing
+from paged_kernels.linear import WORDS_BLOCK as BLOCK
 from paged_kernels.linear import empty_linear
-from paged_kernels.words import BLOCK, GROUP, MOST_STEPS, fill_words, pack_words, unpack_words
+from paged_kernels.words import MOST_STEPS, fill_words, pack_words, unpack_words
 from tests.expert_cases import expert_layer, on, quantised, written_out
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

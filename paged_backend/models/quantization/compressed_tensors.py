@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from paged_backend.errors import EngineError
-from paged_backend.models.quantization.float4 import MXFP4_GROUP, NVFP4_GROUP, Mxfp4, Nvfp4
+from paged_backend.models.quantization.float4 import NVFP4_GROUP, Mxfp4, Nvfp4
 from paged_backend.models.quantization.float8 import BLOCK, Float8
 from paged_backend.models.quantization.integers import Int8, Packed
 from paged_backend.models.quantization.patterns import any_of, strings_of
 from paged_backend.models.quantization.quantization import Quantization, Rule
 from paged_backend.models.quantization.scheme import Scheme
+from paged_kernels.e2m1 import MXFP4_GROUP
 from paged_kernels.linear import Rounding
 
 _FORMATS = "float-quantized, int-quantized, naive-quantized, pack-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized"

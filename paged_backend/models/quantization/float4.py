@@ -13,9 +13,10 @@ from torch import Tensor
 
 from paged_backend.models.quantization.scheme import Scheme, StoredKind, new_linear, scalar_shapes
 from paged_kernels.codes import pack_nibbles
+from paged_kernels.e2m1 import MXFP4_GROUP
 from paged_kernels.linear import Format, Linear
 
-NVFP4_GROUP, MXFP4_GROUP = 16, 32
+NVFP4_GROUP = 16
 
 
 @dataclass(frozen=True)
