@@ -32,6 +32,7 @@ from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import PagedClient
 from tests.server.gateway_process import KEY, Gateway, gateway_to
+from tests.server.served import served
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(180)]
 
@@ -56,7 +57,7 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     options = {"num_pages": 400, "dtype": "float32", "default_max_tokens": 64}
-    with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(instances=1, options=options)) as running:
         yield running
 
 

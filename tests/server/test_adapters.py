@@ -21,6 +21,7 @@ from paged_backend.server.launch import Server, ServerSettings
 from tests.adapter_oracle import AdapterOracle, save_adapter
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.server.calls import Answer, engine_pid, run_all, wait_for_metrics
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -53,10 +54,10 @@ def server(folder: Path) -> Iterator[Server]:
         "max_lora_rank": 8,
         "num_pages": 200,
         "dtype": "float32",
+        "max_engine_restarts": 100,
+        "standby_engine": True,
     }
-    with Server(
-        ServerSettings(model=str(folder), instances=2, options=options | {"max_engine_restarts": 100}, drain_seconds=3)
-    ) as running:
+    with served(ServerSettings(model=str(folder), instances=2, options=options)) as running:
         yield running
 
 

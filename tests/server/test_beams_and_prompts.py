@@ -23,6 +23,7 @@ from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.server.launch import Server, ServerSettings
 from tests.oracle import Oracle
 from tests.server.calls import engine_pid, wait_for_metrics
+from tests.server.served import served
 from tests.server.test_many_sequences import ask
 
 pytestmark = pytest.mark.server
@@ -39,8 +40,9 @@ def server() -> Iterator[Server]:
         "max_model_len": 256,
         "max_batched_tokens": 48,
         "max_engine_restarts": 100,
+        "standby_engine": True,
     }
-    with Server(ServerSettings(instances=2, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(instances=2, options=options)) as running:
         yield running
 
 

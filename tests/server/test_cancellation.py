@@ -16,6 +16,7 @@ import tritonclient.grpc.aio as grpc
 
 from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import Answer, run_all, stream, wait_for_metrics
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -40,8 +41,7 @@ asyncio.run(main())
 )
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     options = {"num_pages": NUM_PAGES, "max_num_sequences": 64, "dtype": "float32", "max_model_len": 512}
-    # what was left at its end keeps 2.51 from unloading
-    with Server(ServerSettings(instances=request.param, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(instances=request.param, options=options)) as running:
         yield running
 
 

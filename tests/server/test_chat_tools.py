@@ -17,7 +17,8 @@ pytest.importorskip("xgrammar")
 pytest.importorskip("fastapi")
 
 from paged_backend.config import demo_model_folder
-from paged_backend.server.launch import Server, ServerSettings
+from paged_backend.server.launch import ServerSettings
+from tests.server.served import served
 from tests.server.test_client_commands import Terminal
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
@@ -45,7 +46,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
     options = {"num_pages": 200, "dtype": "float32"}
-    with Server(ServerSettings(model=str(checkpoint), instances=1, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(model=str(checkpoint), instances=1, options=options)) as running:
         yield running.addresses.grpc_url
 
 

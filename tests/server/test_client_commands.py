@@ -25,6 +25,7 @@ from paged_backend.server.launch import Server, ServerSettings
 from paged_client import AsyncPagedClient, InvalidRequestError, PagedClient
 from tests.server import browser
 from tests.server.calls import settled_metrics, wait_for_metrics
+from tests.server.served import served
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
@@ -37,9 +38,7 @@ PAGED = [sys.executable, "-m", "paged_client.cli"]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(
-        ServerSettings(instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3)
-    ) as running:
+    with served(ServerSettings(instances=1, options={"num_pages": 200, "dtype": "float32"})) as running:
         yield running
 
 

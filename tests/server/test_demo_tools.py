@@ -22,9 +22,10 @@ pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 pytest.importorskip("xgrammar")
 
-from paged_backend.server.launch import Server, ServerSettings
+from paged_backend.server.launch import ServerSettings
 from paged_client.demo_agent import AGENT_QUESTIONS
 from tests.server.gateway_process import Gateway, gateway_to
+from tests.server.served import served
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -51,7 +52,7 @@ THINKING: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     options = {"num_pages": 400, "dtype": "float32"}
-    with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as server:
+    with served(ServerSettings(instances=1, options=options)) as server:
         with gateway_to(server.addresses.grpc_url, tmp_path_factory.mktemp("gateway")) as running:
             yield running
 

@@ -15,6 +15,7 @@ import pytest
 
 from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import engine_pid, metrics, run_all, wait_for_metrics
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -31,8 +32,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         "dtype": "float32",
         "max_model_len": 512,
         "max_engine_restarts": 100,
+        "standby_engine": True,
     }
-    with Server(ServerSettings(instances=request.param, options=options)) as running:
+    with served(ServerSettings(instances=request.param, options=options)) as running:
         yield running
 
 

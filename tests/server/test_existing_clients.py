@@ -23,6 +23,7 @@ from paged_backend.errors import EngineError
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import PagedClient
 from paged_client.bench.perf_analyzer import find_perf_analyzer
+from tests.server.served import served
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
@@ -48,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
-    with Server(
+    with served(
         ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"})
     ) as running:
         yield running

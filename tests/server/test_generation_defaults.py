@@ -18,6 +18,7 @@ from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import PagedClient
 from tests.server.gateway_process import Gateway, gateway_to
+from tests.server.served import served
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
@@ -34,9 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     checkpoint = tmp_path_factory.mktemp("checkpoint") / "model"
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "generation_config.json").write_text(json.dumps({"top_k": 1}))
-    with Server(
-        ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200}, drain_seconds=3)
-    ) as running:
+    with served(ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200})) as running:
         yield running
 
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
+from tests.server.served import served
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
@@ -43,7 +44,7 @@ def slow_schema(name: str) -> str:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     options = {"num_pages": 1000, "max_num_sequences": 24, "max_model_len": 1024}
-    with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(instances=1, options=options)) as running:
         yield running
 
 

@@ -16,12 +16,13 @@ import pytest
 
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.kv_groups import group_layers
-from paged_backend.server.launch import Server, ServerSettings
+from paged_backend.server.launch import ServerSettings
 from paged_backend.server.ports import Addresses
 from tests.expert_models import MODELS, save_expert_model
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.published_configs import CONFIGS, save_published
 from tests.server.calls import Answer, run_all, wait_for_metrics
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -188,7 +189,7 @@ def check_server(
         {"input_ids": prompt.tolist(), "max_tokens": len(answer), "temperature": 0.0}
         for prompt, answer in zip(prompts, expected, strict=True)
     ]
-    with Server(ServerSettings(model=str(folder), options=options, instances=case.front_ends)) as server:
+    with served(ServerSettings(model=str(folder), options=options, instances=case.front_ends)) as server:
         # alone they outgrow the scarce pool, whatever follows
         answers = run_all(server.addresses.grpc_url, requests, lead=lead)
         # what windows leave behind may be enough: e2e/test_kv_groups.py preempts such models

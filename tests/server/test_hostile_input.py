@@ -16,6 +16,7 @@ import tritonclient.grpc.aio as grpc
 from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import MODEL, Answer, stream
 from tests.server.hostile_requests import CASES
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -24,10 +25,8 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(
-        ServerSettings(
-            instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64}, drain_seconds=3
-        )
+    with served(
+        ServerSettings(instances=1, options={"num_pages": 64, "max_model_len": 512, "max_queue_size": 64})
     ) as running:
         yield running
 

@@ -18,6 +18,7 @@ import tritonclient.grpc.aio as grpc
 from paged_backend.frontend.strand import SEED_STEP
 from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import tensor, wait_for_metrics
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -38,7 +39,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         "max_model_len": 256,
         "prefix_cache": request.param,
     }
-    with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(instances=1, options=options)) as running:
         yield running
 
 

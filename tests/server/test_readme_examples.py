@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from paged_backend.server.launch import Server, ServerSettings
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -40,7 +41,7 @@ def in_use(port: int) -> bool:
 def server() -> Iterator[Server]:
     if any(in_use(port) for port in PORTS.values()):
         pytest.skip("the README's ports are in use")
-    with Server(ServerSettings(instances=1, options={"num_pages": 2048}, **PORTS)) as running:
+    with served(ServerSettings(instances=1, options={"num_pages": 2048}, **PORTS)) as running:
         yield running
 
 

@@ -14,6 +14,7 @@ import pytest
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client.top.engines import RunningEngine, find_engines
 from tests.server.calls import Answer, metrics, run_all, wait_for_metrics
+from tests.server.served import served
 from tests.server.test_engine_death import requests
 
 pytestmark = pytest.mark.server
@@ -26,6 +27,7 @@ OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "max_model_len": 512,
     "max_engine_restarts": 100,
+    "standby_engine": True,
     "replicas": 2,
 }
 RUNNING = 'paged_requests{{replica="{}",state="running"}}'
@@ -46,11 +48,11 @@ def ask_twice(grpc_url: str) -> list[list[Answer]]:
 
 def test_streams_have_the_tokens_of_one_engine_whichever_replica_dies() -> None:
     asked = requests()[:12]
-    with Server(ServerSettings(instances=2, options=OPTIONS | {"replicas": 1})) as alone:
+    with served(ServerSettings(instances=2, options=OPTIONS | {"replicas": 1})) as alone:
         expected = run_all(alone.addresses.grpc_url, asked)
     killed: list[int] = []
     stop = threading.Event()
-    with Server(ServerSettings(instances=2, options=OPTIONS)) as server:
+    with served(ServerSettings(instances=2, options=OPTIONS)) as server:
         first, again = ask_twice(server.addresses.grpc_url)
         assert wait_for_metrics(  # a replica's gauges come with its first numbers
             server.addresses.metrics_url,

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from paged_backend.server.launch import Server, ServerSettings
+from paged_backend.server.launch import ServerSettings
 from tests.e2e.test_rank_deaths import children_of
 from tests.expert_models import shrunk
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.quantised_checkpoints import save_compressed
 from tests.server.calls import engine_pid, metrics, run_all, wait_for_metrics
+from tests.server.served import served
 from tests.server.test_engine_death import requests
 from tests.unit.models.test_expert_checkpoints import save_mxfp4
 from tests.unit.models.test_shard import EIGHT_HEADS, LOCAL_EXPERTS
@@ -32,15 +33,16 @@ OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "max_model_len": 512,
     "max_engine_restarts": 100,
+    "standby_engine": True,
 }
 
 
 def test_streams_have_the_tokens_of_one_rank_whatever_dies() -> None:
     asked = requests()[:12]
-    with Server(ServerSettings(instances=2, options=OPTIONS)) as alone:
+    with served(ServerSettings(instances=2, options=OPTIONS)) as alone:
         expected = run_all(alone.addresses.grpc_url, asked)
     killed: list[int] = []
-    with Server(ServerSettings(instances=2, options=OPTIONS | {"tensor_parallel_size": 2})) as server:
+    with served(ServerSettings(instances=2, options=OPTIONS | {"tensor_parallel_size": 2})) as server:
 
         def kill() -> None:
             while not killed:
@@ -95,7 +97,7 @@ def test_tokens_of_a_family_are_those_of_transformers(name: str, size: int, tmp_
     prompts = random_prompts(LENGTHS)
     expected = save_family(folder, name).greedy(prompts, MAX_TOKENS)
     options = OPTIONS | {"tensor_parallel_size": size}
-    with Server(ServerSettings(model=str(folder), instances=2, options=options)) as server:
+    with served(ServerSettings(model=str(folder), instances=2, options=options)) as server:
         asked = [{"input_ids": prompt.tolist(), "max_tokens": MAX_TOKENS, "temperature": 0.0} for prompt in prompts]
         answers = run_all(server.addresses.grpc_url, asked)
     assert [answer.error for answer in answers] == [None] * len(prompts)

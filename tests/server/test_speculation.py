@@ -13,6 +13,7 @@ pytest.importorskip("tritonclient.grpc")
 from paged_backend.server.launch import Server, ServerSettings
 from paged_client import PagedClient
 from tests.server.calls import wait_for_metrics
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -23,7 +24,7 @@ TEXT = "The fox saw the lantern. The fox saw the lantern. The fox saw"
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     options = {"num_pages": 200, "speculation": "ngram", "num_speculative_tokens": 5, "debug_checks": True}
-    with Server(ServerSettings(instances=1, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(instances=1, options=options)) as running:
         yield running
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from paged_backend.server.launch import Server, ServerSettings
 from tests.server.calls import Answer, engine_pid, run_all, wait_for_metrics
+from tests.server.served import served
 
 pytestmark = pytest.mark.server
 
@@ -70,8 +71,9 @@ def server() -> Iterator[Server]:
         "dtype": "float32",
         "max_model_len": 384,
         "max_engine_restarts": 100,
+        "standby_engine": True,
     }
-    with Server(ServerSettings(instances=2, options=options, drain_seconds=3)) as running:
+    with served(ServerSettings(instances=2, options=options)) as running:
         yield running
 
 

@@ -18,9 +18,10 @@ pytest.importorskip("xgrammar")
 import httpx
 
 from paged_backend.config import demo_model_folder
-from paged_backend.server.launch import Server, ServerSettings
+from paged_backend.server.launch import ServerSettings
 from tests.body_mutations import Asked, Mutation, bodies, check_refusal, mutations
 from tests.server.gateway_process import KEY, gateway_to
+from tests.server.served import served
 from tests.server.test_chat_tools import TEMPLATE
 
 pytestmark = [pytest.mark.server]
@@ -41,7 +42,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)  # that takes tools and their results
     options = {"num_pages": 400, "dtype": "float32", "default_max_tokens": 4, "max_queue_size": 64}
     with (
-        Server(ServerSettings(model=str(checkpoint), instances=2, options=options, drain_seconds=3)) as server,
+        served(ServerSettings(model=str(checkpoint), instances=2, options=options)) as server,
         gateway_to(server.addresses.grpc_url, tmp_path_factory.mktemp("gateway")) as gateway,
         httpx.Client(base_url=gateway.url.removesuffix("/v1"), headers=HEADERS, timeout=60) as client,
     ):

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from paged_backend.config import demo_model_folder
 from paged_backend.server.launch import Server, ServerSettings
+from tests.server.served import served
 
 if TYPE_CHECKING:
     from tests.server.gateway_process import Gateway
@@ -27,10 +28,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
     _add_tokens(checkpoint / "tokenizer.json", "<pad>", "<added>")
-    with Server(
-        ServerSettings(
-            model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"}, drain_seconds=3
-        )
+    with served(
+        ServerSettings(model=str(checkpoint), instances=1, options={"num_pages": 200, "dtype": "float32"})
     ) as running:
         yield running
 
