@@ -65,6 +65,9 @@ def start(stand_in: Path, checkpoint: Path, tmp_path: Path) -> Iterator[Start]:
             if command.process.poll() is None or pid != command.process.pid:
                 os.kill(pid, signal.SIGKILL)
         command.process.wait()
+    for folder in tmp_path.rglob("paged-serve-*"):  # what the killed ones leave beside their folders
+        for region in Path("/dev/shm").glob(f"{folder.name}-*"):
+            region.unlink()
 
 
 def test_the_ready_block_tells_where_the_server_answers(start: Start) -> None:
