@@ -124,52 +124,30 @@ def numbers_of_words(w, s, DTYPE: tl.constexpr, PACKED: tl.constexpr):
     return found
 
 
+# Of the words of product i of four columns each: a table of the eight magnitudes with the group's exponent added, in
+# which magnitudes are looked up, four at once; then their signs.
+_OF_PRODUCT = """
+        prmt.b32 more, ${scale}, 0, 0x444{i};
+        mad.lo.u32 small, more, 0x01010100, 0x14100800;
+        mad.lo.u32 large, more, 0x01010101, 0x24201c18;
+        and.b32 at, ${word}, 0x77777777;
+        prmt.b32 four, small, large, at;
+        lop3.b32 ${low}, ${word}, 0x80808080, four, 0xea;
+        shr.u32 at, at, 16;
+        prmt.b32 four, small, large, at;
+        shl.b32 at, ${word}, 4;
+        lop3.b32 ${high}, at, 0x80808080, four, 0xea;"""
+_FP8_OF_WORDS = tl.constexpr(
+    "{\n        .reg .b32 more, small, large, at, four;"
+    + "".join(_OF_PRODUCT.format(i=i, low=2 * i, high=2 * i + 1, word=8 + i, scale=12 + i) for i in range(4))
+    + "\n        }"
+)
+
+
 @triton.jit
 def _fp8_of_words(w, s):
     """Four words of a row as eight times four numbers: number k of word c is column 16 k + c of the block."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 more, small, large, at, four;
-        prmt.b32 more, $12, 0, 0x4440;
-        mad.lo.u32 small, more, 0x01010100, 0x14100800;
-        mad.lo.u32 large, more, 0x01010101, 0x24201c18;
-        and.b32 at, $8, 0x77777777;
-        prmt.b32 four, small, large, at;
-        lop3.b32 $0, $8, 0x80808080, four, 0xea;
-        shr.u32 at, at, 16;
-        prmt.b32 four, small, large, at;
-        shl.b32 at, $8, 4;
-        lop3.b32 $1, at, 0x80808080, four, 0xea;
-        prmt.b32 more, $13, 0, 0x4441;
-        mad.lo.u32 small, more, 0x01010100, 0x14100800;
-        mad.lo.u32 large, more, 0x01010101, 0x24201c18;
-        and.b32 at, $9, 0x77777777;
-        prmt.b32 four, small, large, at;
-        lop3.b32 $2, $9, 0x80808080, four, 0xea;
-        shr.u32 at, at, 16;
-        prmt.b32 four, small, large, at;
-        shl.b32 at, $9, 4;
-        lop3.b32 $3, at, 0x80808080, four, 0xea;
-        prmt.b32 more, $14, 0, 0x4442;
-        mad.lo.u32 small, more, 0x01010100, 0x14100800;
-        mad.lo.u32 large, more, 0x01010101, 0x24201c18;
-        and.b32 at, $10, 0x77777777;
-        prmt.b32 four, small, large, at;
-        lop3.b32 $4, $10, 0x80808080, four, 0xea;
-        shr.u32 at, at, 16;
-        prmt.b32 four, small, large, at;
-        shl.b32 at, $10, 4;
-        lop3.b32 $5, at, 0x80808080, four, 0xea;
-        prmt.b32 more, $15, 0, 0x4443;
-        mad.lo.u32 small, more, 0x01010100, 0x14100800;
-        mad.lo.u32 large, more, 0x01010101, 0x24201c18;
-        and.b32 at, $11, 0x77777777;
-        prmt.b32 four, small, large, at;
-        lop3.b32 $6, $11, 0x80808080, four, 0xea;
-        shr.u32 at, at, 16;
-        prmt.b32 four, small, large, at;
-        shl.b32 at, $11, 4;
-        lop3.b32 $7, at, 0x80808080, four, 0xea;
-        }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [w, s], dtype=(tl.float8e4nv,) * 8, is_pure=True, pack=4,
+        _FP8_OF_WORDS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [w, s], dtype=(tl.float8e4nv,) * 8,
+        is_pure=True, pack=4,
     )  # fmt: skip
