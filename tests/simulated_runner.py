@@ -131,23 +131,21 @@ class SimulatedRunner:
         self._kv[targets] = self._kv[sources]
         steps = self._with_drafts(batch)
         for row, start, count, _, _ in steps:  # all writes before all reads, as the layers do it
-            for position in range(start, start + count):
-                for group in range(len(self._windows)):
-                    self._kv[self._slot(row, group, position)] = self._history[row, position]
+            for group in range(len(self._windows)):
+                self._kv[self._slots(row, group, start, start + count)] = self._history[row, start : start + count]
         sampled = []
-        contexts = []
+        contexts: list[np.ndarray] = []
         for row, start, count, samples, num_drafts in steps:
             end = start + count
             for group, window in enumerate(self._windows):
-                for position in range(max(start - window + 1, 0) if window else 0, end):
-                    assert self._kv[self._slot(row, group, position)] == self._history[row, position], (
-                        "K and V of another token"
-                    )
+                first = max(start - window + 1, 0) if window else 0
+                found = self._kv[self._slots(row, group, first, end)]
+                assert np.array_equal(found, self._history[row, first:end]), "K and V of another token"
             if samples:
                 ends = range(end - num_drafts, end + 1)
-                found = [self._context(row, end) for end in ends]
-                contexts.append(found[0])
-                sampled += self._accept(row, ends, [next_token(context, self.vocab_size) for context in found])
+                read = [self._context(row, end) for end in ends]
+                contexts.append(read[0])
+                sampled += self._accept(row, ends, [next_token(context, self.vocab_size) for context in read])
         self.num_tokens_computed += batch.num_tokens
         answers = tuple(self._candidates(ask, contexts) if isinstance(ask, BeamRows) else None for ask in batch.asks)
         self._in_flight.append((batch, StepResult(np.array(sampled, np.int32), answers=answers)))
@@ -178,14 +176,11 @@ class SimulatedRunner:
             steps.append((row, start, count, samples, num_drafts))
         return steps
 
-    def _context(self, row: int, end: int) -> list[int]:
+    def _context(self, row: int, end: int) -> np.ndarray:
         """What the "model" finds in the pages of a row's first `end` tokens."""
         firsts = [max(end - window, 0) if window else 0 for window in self._windows]
-        return [
-            self._kv[self._slot(row, group, position)]
-            for group, first in enumerate(firsts)
-            for position in range(first, end)
-        ]
+        kept = [self._kv[self._slots(row, group, first, end)] for group, first in enumerate(firsts)]
+        return np.concatenate(kept)
 
     def _accept(self, row: int, ends: range, token_ids: list[int]) -> list[int]:
         """token_ids: sampled behind the row's newest token and each draft. Those behind a wrong draft become -1."""
@@ -197,15 +192,19 @@ class SimulatedRunner:
                 return token_ids[: place + 1] + [-1] * (len(token_ids) - place - 1)
         return token_ids
 
-    def _candidates(self, ask: BeamRows, contexts: list[list[int]]) -> BeamCandidates:
+    def _candidates(self, ask: BeamRows, contexts: list[np.ndarray]) -> BeamCandidates:
         found = [continuations(contexts[entry], self.vocab_size, self.vocab_size) for entry in ask.sampled.tolist()]
         n = min(ask.num_candidates, self.vocab_size)
         return BeamCandidates(
             np.stack([one.token_ids[:n] for one in found]), np.stack([one.logprobs[:n] for one in found])
         )
 
-    def _slot(self, row: int, group: int, position: int) -> tuple[int, int]:
-        return self._tables[row][group * self._table_width + position // self._page_size], position % self._page_size
+    def _slots(self, row: int, group: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pages and places in them of the positions from `first` to before `end`."""
+        table, offset, size = self._tables[row], group * self._table_width, self._page_size
+        pages = np.array([table[offset + index] for index in range(first // size, (end - 1) // size + 1)])
+        positions = np.arange(first, end)
+        return pages[positions // size - first // size], positions % size
 
 
 class TimedRunner(SimulatedRunner):

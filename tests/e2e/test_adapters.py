@@ -120,14 +120,26 @@ def expected(folder: Path, asked: Sequence[tuple[np.ndarray, str | None]]) -> li
     return [found[index] for index in range(len(asked))]
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "room for all": {"max_loras": 6},
+    "two at a time, chunks": {"max_loras": 2, "max_batched_tokens": 48, "page_size": 4},
+    "one at a time": {"max_loras": 1, "prefix_cache": False},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("any_checkpoint", "options"),
     [
-        {"max_loras": 6},
-        {"max_loras": 2, "max_batched_tokens": 48, "page_size": 4},
-        {"max_loras": 1, "prefix_cache": False},
+        pytest.param(
+            kind,
+            options,
+            id=f"{kind}-{words}",
+            marks=() if kind.startswith("llama") or words.startswith("two") else pytest.mark.long,
+        )
+        for kind in CHECKPOINTS
+        for words, options in SETTINGS.items()
     ],
-    ids=["room for all", "two at a time, chunks", "one at a time"],
+    indirect=["any_checkpoint"],
 )
 def test_greedy_tokens_of_mixed_steps_are_those_of_peft_alone(
     any_checkpoint: Path, tmp_path: Path, options: dict[str, Any]

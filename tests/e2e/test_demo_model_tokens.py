@@ -135,7 +135,7 @@ def test_far_facts_are_found_whatever_the_pages_and_chunks_are(
     assert engine.stats().prefix_hits - before == pages * page_size
 
 
-@pytest.mark.parametrize(("page_size", "prefix_cache"), [(1, False), (16, True)])
+@pytest.mark.parametrize(("page_size", "prefix_cache"), [pytest.param(1, False, marks=pytest.mark.long), (16, True)])
 def test_far_facts_are_found_after_preemption(asked: Asked, tmp_path: Path, page_size: int, prefix_cache: bool) -> None:
     num_pages = (len(asked.prompts[0]) + len(asked.prompts[1]) + SPARE_TOKENS) // page_size
     engine = load(tmp_path, page_size=page_size, num_pages=num_pages, max_batched_tokens=512, prefix_cache=prefix_cache)

@@ -4,8 +4,11 @@ float32.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,32 +26,50 @@ CHECKPOINTS = {
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
 }
 
+Checkpoint = tuple[Path, list[np.ndarray], list[list[int]]]  # its folder, prompts, transformers' answers
+
+
+def cases(settings: Sequence[tuple[Any, ...]], *in_ci: tuple[Any, ...]) -> list[Any]:
+    """llama runs in CI in every setting; the others, whose blocks differ but not what is done with pages, in some."""
+    return [
+        pytest.param(name, *setting, marks=() if name == "llama" or setting in in_ci else pytest.mark.long)
+        for name in CHECKPOINTS
+        for setting in settings
+    ]
+
+
 load = partial(engine_answers.load, max_num_sequences=24)
 answers = partial(engine_answers.answers, max_tokens=MAX_TOKENS)
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS.values(), ids=CHECKPOINTS)
-def checkpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[np.ndarray], list[list[int]]]:
-    architecture, options = request.param
-    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **options)
-    prompts = random_prompts(LENGTHS)
-    prompts += [np.concatenate([prompts[-1][:130], prompt[:5]]) for prompt in prompts[4:8]]  # common beginnings
-    return folder, prompts, Oracle(folder).greedy(prompts, LONG_ANSWER)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Each is made once, whichever test asks first."""
+
+    @cache
+    def make(name: str) -> Checkpoint:
+        architecture, options = CHECKPOINTS[name]
+        folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **options)
+        prompts = random_prompts(LENGTHS)
+        prompts += [np.concatenate([prompts[-1][:130], prompt[:5]]) for prompt in prompts[4:8]]  # common beginnings
+        return folder, prompts, Oracle(folder).greedy(prompts, LONG_ANSWER)
+
+    return make
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
-@pytest.mark.parametrize("budget", [32, 4096])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(
+    ("name", "page_size", "budget", "prefix_cache"),
+    cases([*product((1, 16, 64), (32, 4096), (True, False))], (1, 32, True), (16, 4096, False)),
+)
 def test_greedy_tokens_are_those_of_transformers(
-    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]],
+    checkpoint: Callable[[str], Checkpoint],
     tmp_path: Path,
+    name: str,
     page_size: int,
     budget: int,
     prefix_cache: bool,
 ) -> None:
-    folder, prompts, expected = checkpoint
+    folder, prompts, expected = checkpoint(name)
     engine = load(
         folder,
         tmp_path,
@@ -63,10 +84,11 @@ def test_greedy_tokens_are_those_of_transformers(
     assert (engine.stats().prefix_hits > 0) == prefix_cache
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_keys_and_values_of_8_bits_give_the_tokens_of_a_model_whose_cache_is_rounded(
-    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path
+    checkpoint: Callable[[str], Checkpoint], tmp_path: Path, name: str
 ) -> None:
-    folder, prompts, unrounded = checkpoint
+    folder, prompts, unrounded = checkpoint(name)
     expected = Oracle(folder, RoundedCache).greedy(prompts, LONG_ANSWER)
     assert expected != unrounded
     engine = load(folder, tmp_path, kv_dtype="fp8_e4m3", num_pages=40, max_model_len=300, max_batched_tokens=64)
@@ -74,12 +96,14 @@ def test_keys_and_values_of_8_bits_give_the_tokens_of_a_model_whose_cache_is_rou
     assert engine.stats().num_preemptions > 0 and engine.stats().prefix_hits > 0
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(
+    ("name", "page_size", "prefix_cache"),
+    cases([*product((1, 16, 64), (True, False))], (16, True)),
+)
 def test_preemption_changes_no_token(
-    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path, page_size: int, prefix_cache: bool
+    checkpoint: Callable[[str], Checkpoint], tmp_path: Path, name: str, page_size: int, prefix_cache: bool
 ) -> None:
-    folder, prompts, expected = checkpoint
+    folder, prompts, expected = checkpoint(name)
     num_pages = {1: 330, 16: 24, 64: 8}[page_size]
     options = {
         "page_size": page_size,
@@ -93,10 +117,11 @@ def test_preemption_changes_no_token(
     assert engine.stats().num_preemptions > 0
 
 
+@pytest.mark.parametrize("name", cases([()]))
 def test_seeded_tokens_do_not_depend_on_company_pages_or_preemption(
-    checkpoint: tuple[Path, list[np.ndarray], list[list[int]]], tmp_path: Path
+    checkpoint: Callable[[str], Checkpoint], tmp_path: Path, name: str
 ) -> None:
-    folder, prompts, _ = checkpoint
+    folder, prompts, _ = checkpoint(name)
     sampling = {"temperature": 0.9, "seed": 11, "top_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 40}
     roomy = load(folder, tmp_path, num_pages=512)
     alone = [answers(roomy, [prompt], **sampling)[0] for prompt in prompts]

@@ -269,8 +269,15 @@ def test_every_answer_is_one_of_its_choices(folder: Path, tmp_path: Path) -> Non
     assert len({each.text for each in ended}) > 60
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1])
-@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize(
+    ("prefix_cache", "steps_ahead"),
+    [
+        pytest.param(True, 1, id="cache-1"),
+        pytest.param(False, 0, id="no cache-0"),
+        pytest.param(True, 0, id="cache-0", marks=pytest.mark.long),
+        pytest.param(False, 1, id="no cache-1", marks=pytest.mark.long),
+    ],
+)
 def test_preemption_and_the_prefix_cache_change_no_token(
     folder: Path, tmp_path: Path, prefix_cache: bool, steps_ahead: int
 ) -> None:

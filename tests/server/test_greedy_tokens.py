@@ -76,7 +76,7 @@ class Case:
     front_ends: int
 
 
-CASES = [  # the first of each checkpoint but LATER runs in CI, the others with -m long
+CASES = [  # the first of IN_CI's checkpoint runs in CI, the others with -m long
     Case("llama, tied, llama3 rope", 64, 32, True, True, 1),
     Case("llama, tied, llama3 rope", 16, 4096, True, False, 4),
     Case("llama, tied, llama3 rope", 1, 32, False, True, 1),
@@ -92,14 +92,15 @@ CASES = [  # the first of each checkpoint but LATER runs in CI, the others with 
 ]
 
 
-# The experts of qwen3 run in CI below, with the same norms in attention, and what LATER's first case sets is set there
-# and in the cases of the other checkpoints. Each setting with each checkpoint: tests/e2e, without a server.
-LATER = "qwen3, head_dim 32, yarn"
+# What a server adds is the same for all models: CI asks one of full attention here, with one front end, and one with
+# sliding windows below, with four. Each family and each setting are asked without a server, in tests/e2e and
+# tests/unit/models.
+IN_CI = ("llama, tied, llama3 rope", "gemma-3-4b")
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.long if name == LATER else ()) for name in CHECKPOINTS],
+    params=[pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in CHECKPOINTS],
 )
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -144,7 +145,6 @@ def test_greedy_tokens_are_those_of_transformers(
 
 # a family takes one after the other
 TUNABLES = ((16, 4096, True, False, 4), (1, 32, False, True, 1), (64, 32, True, True, 1))
-IN_CI = ("gemma-3-4b",)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,8 @@ def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_
     check_family(name, list(CONFIGS).index(name), save_published(tmp_path, name), prompts)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "qwen3-30b-a3b" else pytest.mark.long) for name in MODELS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_of_every_family_with_experts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     prompts = random_prompts([700, 1, 15, 16, 17, 64, 65, 129, 333, 40, 41, 42])
     prompts += [np.concatenate([prompts[0][:300], prompt[:9]]) for prompt in prompts[1:4]]  # common beginnings

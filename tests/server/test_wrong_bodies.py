@@ -74,7 +74,7 @@ def faults(client: httpx.Client, asked: Asked, count: int | None) -> list[str]:
 
 @pytest.mark.timeout(300)
 def test_something_wrong_in_a_body_is_answered_or_refused_by_its_fields_name(client: httpx.Client) -> None:
-    assert [found for asked in BODIES.values() for found in faults(client, asked, 25)] == []
+    assert [found for asked in BODIES.values() for found in faults(client, asked, 10)] == []
 
 
 @pytest.mark.long

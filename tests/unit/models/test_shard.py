@@ -135,7 +135,10 @@ def test_sinks_biases_and_norms_of_all_heads_are_divided_with_the_heads(
     assert [answers for answers, _, _ in generate(folder, size, GREEDY)] == [expected] * size
 
 
-@pytest.mark.parametrize(("size", "counts"), [(2, [160, 128]), (4, [96, 64, 64, 64]), (8, [64] + [32] * 7)])
+@pytest.mark.parametrize(
+    ("size", "counts"),
+    [(2, [160, 128]), (4, [96, 64, 64, 64]), pytest.param(8, [64] + [32] * 7, marks=pytest.mark.long)],
+)
 def test_experts_in_mxfp4_are_divided_in_whole_groups(size: int, counts: list[int], tmp_path: Path) -> None:
     """Nine groups of 32 numbers, as gpt-oss has ninety; each rank reads the bytes of its own."""
     folder = save_mxfp4(tmp_path / "packed", tmp_path / "plain", **EIGHT_HEADS, intermediate_size=288)
