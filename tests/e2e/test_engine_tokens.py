@@ -84,7 +84,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert (engine.stats().prefix_hits > 0) == prefix_cache
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", cases([()]))
 def test_keys_and_values_of_8_bits_give_the_tokens_of_a_model_whose_cache_is_rounded(
     checkpoint: Callable[[str], Checkpoint], tmp_path: Path, name: str
 ) -> None:
