@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paged_kernels.e2m1 import MAGNITUDES, codes_of_e2m1, numbers_of_e2m1
 from paged_kernels.linear import Format, Linear, Rounding, empty_linear
+from paged_kernels.quads import pack_quads, unpack_quads
 from paged_kernels.words import fill_words, group_scales, unpack_words
 
 FP8_MAX = 448.0
@@ -39,18 +40,28 @@ def unpack_nibbles(packed: Tensor, group: int) -> Tensor:
     return torch.cat((parts & 15, parts >> 4), 2).reshape(len(packed), -1)
 
 
+def store_nibbles(numbers: Tensor, format: Format) -> Tensor:
+    """uint8 [rows, columns] below 16 -> Linear.weight of a format that is not in words."""
+    if format.order == "quads":
+        return pack_quads(numbers)
+    return pack_nibbles(numbers, format.group(numbers.shape[1]))
+
+
+def stored_nibbles(linear: Linear) -> Tensor:
+    """Of a linear with two numbers in a byte, uint8 [out, in] below 16, columns in order."""
+    if linear.format.order == "words":
+        return unpack_words(linear.weight, linear.num_columns)
+    if linear.format.order == "quads":
+        return unpack_quads(linear.weight)
+    return unpack_nibbles(linear.weight, linear.format.group(linear.num_columns))
+
+
 def decode(linear: Linear) -> Tensor:
     """The numbers of a weight before any scale, float32 [out, in]."""
-    codes = linear.format.codes
     if not linear.format.nibbles:
         return linear.weight.float()
-    if linear.format.order == "words":
-        numbers = unpack_words(linear.weight, linear.num_columns)
-    else:
-        numbers = unpack_nibbles(linear.weight, linear.format.group(linear.num_columns))
-    if codes == "int4":
-        return numbers.float()
-    return numbers_of_e2m1(numbers)
+    numbers = stored_nibbles(linear)
+    return numbers.float() if linear.format.codes == "int4" else numbers_of_e2m1(numbers)
 
 
 def dequantise(linear: Linear) -> Tensor:
@@ -125,7 +136,7 @@ def _encode(numbers: Tensor, linear: Linear) -> Tensor:
         nibbles = (numbers.round().clamp(-7, 7) + 8).to(torch.uint8)
     else:
         nibbles = codes_of_e2m1(numbers)
-    return pack_nibbles(nibbles, linear.format.group(numbers.shape[1]))
+    return store_nibbles(nibbles, linear.format)
 
 
 def round_activations(x: Tensor, rounding: Rounding, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
-from paged_kernels.linear import Linear
+from paged_kernels.linear import WORDS_BLOCK, Linear
+from paged_kernels.quads import BLOCK, INT4_ZERO, WORDS, numbers_of_quads, words_of
 from paged_kernels.quant_linear import format_constants, reaches
 from paged_kernels.quant_tile import INT4, load_tile
 
 _ROWS, _BLOCK = 8, 256
+_ROWS_OF_QUADS = 32
 
 
 @kernel
@@ -46,14 +48,50 @@ def _dequantise_kernel(
     tl.store(place, (low * factor[:, None]).to(out.dtype.element_ty), mask=wanted)
 
 
+@kernel
+def _quads_kernel(
+    weight, scale, zero, out,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    PACKED: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+):  # fmt: skip
+    """A block of 128 columns of ROWS rows. GROUP: blocks that share a scale."""
+    pdl_release(LAUNCH_PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)
+    there = row < N
+    of_block = (block * N + row).to(tl.int64)
+    w = tl.load(weight + (of_block * WORDS)[:, None] + tl.arange(0, WORDS)[None, :], mask=there[:, None], other=0)
+    group = block // GROUP * N + row
+    z = tl.full([ROWS], INT4_ZERO, tl.int32)
+    if ZEROS:
+        z = tl.load(zero + group, mask=there, other=0).to(tl.int32)
+    s = tl.load(scale + group, mask=there, other=0.0).to(tl.float32)
+    # what is put in place two at once is exact in 16 bits
+    numbers = numbers_of_quads(w, z, out.dtype.element_ty if PACKED else tl.float32, PACKED).to(tl.float32) * s[:, None]
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    pdl_wait(LAUNCH_PDL)
+    place = out + (row.to(tl.int64) * K)[:, None] + column[None, :]
+    tl.store(place, numbers.to(out.dtype.element_ty), mask=there[:, None])
+
+
 def dequantised(linear: Linear, dtype: torch.dtype, *, launch_pdl: bool = False) -> torch.Tensor:
-    """What the linear means, [out, in] of `dtype`, in new memory. Raises ValueError for a format that quant_linear.py
-    does not read.
+    """What the linear means, [out, in] of `dtype`, in new memory. Raises ValueError for a format that neither
+    quant_linear.py nor int4_narrow.py reads.
     """
-    if not reaches(linear):
+    in_quads = linear.format.order == "quads"
+    if not in_quads and not reaches(linear):
         raise ValueError(f"{linear.format} is not read by these kernels")
-    num_rows, row_bytes = linear.weight.shape
+    num_rows = linear.num_rows
     out = torch.empty(num_rows, linear.num_columns, dtype=dtype, device=linear.weight.device)
+    if in_quads:
+        _quads_kernel[(triton.cdiv(num_rows, _ROWS_OF_QUADS), linear.num_columns // WORDS_BLOCK)](
+            words_of(linear), linear.scale, linear.scale if linear.zero is None else linear.zero, out,
+            N=num_rows, K=linear.num_columns, ROWS=_ROWS_OF_QUADS,
+            GROUP=linear.format.group(linear.num_columns) // WORDS_BLOCK, ZEROS=linear.zero is not None,
+            PACKED=out.is_cuda and dtype != torch.float32, LAUNCH_PDL=launch_pdl, num_warps=4,
+        )  # fmt: skip
+        return out
+    row_bytes = linear.weight.shape[1]
     _dequantise_kernel[(triton.cdiv(num_rows, _ROWS), triton.cdiv(row_bytes, _BLOCK))](
         linear.weight, linear.scale, linear.scale if linear.zero is None else linear.zero,
         linear.scale if linear.row_scale is None else linear.row_scale, out,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Codes = Literal["plain", "fp8", "int8", "int4", "fp4"]
-Order = Literal["halves", "words"]
+Order = Literal["halves", "words", "quads"]
 WORDS_BLOCK = 128  # columns of a weight in words that lie together
 
 
@@ -35,7 +35,9 @@ class Format:
     plain: as floats of the activations' type. fp8: float8_e4m3fn. int8: int8, or uint8 with a zero. int4: unsigned, two
     in a byte. fp4: e2m1, two in a byte. Two in a byte, in halves: of the columns that share a scale the first half is
     in low nibbles, the second in high ones, so that a kernel reads either without shuffling. In words: experts of fp4;
-    numbers and scales lie as tensor cores want them (words.py), columns are padded to whole blocks of 128.
+    numbers and scales lie as tensor cores want them (words.py), columns are padded to whole blocks of 128. In quads:
+    int4 with columns and groups that are multiples of 128; numbers of 128 columns lie as tensor cores want them
+    (quads.py), and in memory those columns of all rows come before the next, of weights, scales and zeros alike.
     """
 
     codes: Codes = "plain"
@@ -68,6 +70,13 @@ class Format:
 PLAIN = Format()
 
 
+def in_quads(format: Format, num_columns: int) -> bool:
+    """Whether a weight of that format and so many columns can lie in quads, which takes products of few tokens least
+    time.
+    """
+    return format.codes == "int4" and format.group(num_columns) % WORDS_BLOCK == 0 == num_columns % WORDS_BLOCK
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """x -> x @ W.T + bias, W [out, in] = weight's numbers * scale * row_scale. Two are the same only if they are one
@@ -75,7 +84,7 @@ class Linear:
     """
 
     # [out, in], rows contiguous, of the type that format.codes says; two numbers in a byte: uint8 [out, in / 2],
-    # in words [out, (in + num_padded) / 2], in words.py's order
+    # in words [out, (in + num_padded) / 2], in words.py's order; in quads [out, in / 128, 64]
     weight: Tensor
     bias: Tensor | None = None  # [out], of the activations' type
     format: Format = PLAIN
@@ -92,7 +101,7 @@ class Linear:
 
     @property
     def num_columns(self) -> int:
-        return self.weight.shape[1] * (2 if self.format.nibbles else 1) - self.num_padded
+        return self.weight[0].numel() * (2 if self.format.nibbles else 1) - self.num_padded
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -133,11 +142,11 @@ class Linear:
             raise ValueError(f"columns {begin} to {end} are not whole groups of {group}")
         if self.format.nibbles and not self.format.block[1]:
             raise ValueError("columns of a weight with one scale a row and two numbers in a byte cannot be divided")
-        halves = 2 if self.format.nibbles else 1
+        together = WORDS_BLOCK if self.format.order == "quads" else 2 if self.format.nibbles else 1
         in_groups = slice(begin // group, -(-end // group)) if self.format.block[1] else slice(None)
         return replace(
             self,
-            weight=self.weight[:, begin // halves : end // halves],
+            weight=self.weight[:, begin // together : end // together],
             bias=None,
             scale=None if self.scale is None else self.scale[:, in_groups],
             zero=None if self.zero is None else self.zero[:, in_groups],
@@ -168,14 +177,23 @@ def empty_linear(
         "int4": torch.uint8,
         "fp4": torch.uint8,
     }
+
+    def for_groups(of: torch.dtype) -> Tensor:
+        rows, groups = format.scale_shape(num_rows, num_columns)
+        return empty(groups, rows, of=of).T if format.order == "quads" else empty(rows, groups, of=of)
+
     scaled = format.codes != "plain"
-    shape, stored = format.scale_shape(num_rows, num_columns), format.stored_columns(num_columns)
+    stored = format.stored_columns(num_columns)
+    if format.order == "quads":
+        weight = empty(stored // WORDS_BLOCK, num_rows, WORDS_BLOCK // 2, of=torch.uint8).transpose(0, 1)
+    else:
+        weight = empty(num_rows, stored // 2 if format.nibbles else stored, of=weight_types.get(format.codes, dtype))
     return Linear(
-        weight=empty(num_rows, stored // 2 if format.nibbles else stored, of=weight_types.get(format.codes, dtype)),
+        weight=weight,
         bias=empty(num_rows, of=dtype) if bias else None,
         format=format,
-        scale=empty(*shape, of=format.scale_dtype) if scaled else None,
-        zero=empty(*shape, of=torch.uint8) if scaled and format.zeros else None,
+        scale=for_groups(format.scale_dtype) if scaled else None,
+        zero=for_groups(torch.uint8) if scaled and format.zeros else None,
         row_scale=empty(num_rows, of=torch.float32) if scaled and format.row_scales else None,
         input_scale=empty(1, of=torch.float32) if format.rounding is not None and format.rounding.static else None,
         num_padded=stored - num_columns,

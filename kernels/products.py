@@ -1,12 +1,12 @@
 """The one place that chooses a kernel for a product of a layer, from the number of rows, the matrix and what hangs on
 it.
 
-One row: a matrix-vector kernel, with the norm before and everything behind in the same launch. Few rows: a kernel that
-reads each weight once. Many: cuBLAS. Quantised weights are read as they are stored by one row and by few
-(quant_vector.py, quant_linear.py). From two rows on fp8 goes to 8-bit tensor cores if activations are of fp8 too, and
-these are rounded in the launch of the norm: few by fp8_narrow.py; many by cuBLASLt where a row of the weight has one
-scale, and by block_linear.py where blocks have. Many rows of other formats meet a weight that was dequantised into 16
-bits before cuBLAS.
+One row: a matrix-vector kernel, with the norm before and everything behind in the same launch. Few rows, and one where
+the matrix is large: a kernel that reads each weight once. Many: cuBLAS. Quantised weights are read as they are stored
+by one row and by few (quant_vector.py, quant_linear.py; int4_narrow.py where int4 lies in quads). From two rows on fp8
+goes to 8-bit tensor cores if activations are of fp8 too, and these are rounded in the launch of the norm: few by
+fp8_narrow.py; many by cuBLASLt where a row of the weight has one scale, and by block_linear.py where blocks have. Many
+rows of other formats meet a weight that was dequantised into 16 bits before cuBLAS.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paged_kernels import activation as activations
-from paged_kernels import fp8_narrow, norm, quant_linear, quant_vector, small_linear
+from paged_kernels import fp8_narrow, int4_narrow, norm, quant_linear, quant_vector, small_linear
 from paged_kernels.block_linear import GROUP, block_linear
 from paged_kernels.codes import dequantise
 from paged_kernels.dequantise import dequantised
@@ -68,11 +68,13 @@ class Products:
             "out": out,
             "launch_pdl": pdl,
         }
-        if norm_before is not None and (len(x) > 1 or norm_before.centred or norm_before.bias is not None):
+        narrow = small_linear.is_narrow(len(x), weight)
+        vector = len(x) == 1 and not narrow
+        if norm_before is not None and not (vector and not norm_before.centred and norm_before.bias is None):
             x, norm_before = norm.norm(x, norm_before, launch_pdl=pdl), None
-        if len(x) == 1:
+        if vector:
             return small_linear.vector_linear(x, weight, bias, norm=norm_before, **behind)
-        if small_linear.is_narrow(len(x), weight):
+        if narrow:
             return small_linear.narrow_linear(x, weight, bias, workspace=self._workspace, **behind)
         if residual is not None:
             if bias is not None:
@@ -96,9 +98,10 @@ class Products:
     ) -> Tensor:
         pdl, num_tokens = self._pdl, len(x)
         has_fp8_product = _has_fp8_product(x, linear)
+        in_quads = linear.format.order == "quads"
         most = 1 if has_fp8_product else quant_linear.most_tokens(linear)
-        few = num_tokens <= most and quant_linear.reaches(linear)
-        vector = num_tokens == 1 and quant_linear.sums_in_registers(x, linear, gated)
+        few = num_tokens <= most and (in_quads or quant_linear.reaches(linear))
+        vector = num_tokens == 1 and not in_quads and quant_linear.sums_in_registers(x, linear, gated)
         # which takes the norm in
         rounds = not few and norm_before is not None and norm_before.is_plain and has_fp8_product
         if norm_before is not None and (norm_before.centred or norm_before.bias is not None or not (vector or rounds)):
@@ -112,14 +115,15 @@ class Products:
             }
             if vector:
                 return quant_vector.quant_vector_linear(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
-            return quant_linear.quant_narrow_linear(x, linear, workspace=self._workspace, launch_pdl=pdl, **behind)
+            narrow = int4_narrow.int4_narrow_linear if in_quads else quant_linear.quant_narrow_linear
+            return narrow(x, linear, workspace=self._workspace, launch_pdl=pdl, **behind)
         if has_fp8_product:
             return self._fp8(x, linear, norm_before, gated, activation, residual, out)
         if norm_before is not None:
             x = norm.norm(x, norm_before, launch_pdl=pdl)
         weight = (
             dequantised(linear, x.dtype, launch_pdl=pdl)
-            if quant_linear.reaches(linear)
+            if in_quads or quant_linear.reaches(linear)
             else dequantise(linear).to(x.dtype)
         )
         # not as a programmatic dependent: those of one token read the weight before the launches that make it are

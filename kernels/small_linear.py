@@ -31,6 +31,7 @@ from paged_kernels.sampling import arrive
 MAX_TOKENS = 128
 _SHARED_BYTES = 200 * 1024  # of a multiprocessor, for the pipeline
 _MAX_SPLIT = 16
+_MANY_ROWS = 2**14
 _LANES = tl.constexpr(8)  # neighbours that a thread sums before anything else: 16 bytes of bfloat16
 
 
@@ -268,14 +269,16 @@ def narrow_shape(num_tokens: int, num_rows: int, num_columns: int, gated: bool) 
 
 
 def is_narrow(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Whether narrow_linear is at least as fast here as cuBLAS with separate kernels around it, as measured on an H100
-    by tests/bench/bench_linear.py.
+    """Whether narrow_linear is at least as fast here as what else there is: for several tokens cuBLAS with separate
+    kernels around it, as measured on an H100 by tests/bench/bench_linear.py; for one vector_linear, as measured in
+    steps of Llama-3.1-8B (gate and up 5 us of 60 less, the head 20 us of 240, qkv, out and down 1 to 2 more) and of
+    Llama-3.2-1B (of 2,048 columns, 2 to 5 us more each) on an H200.
     """
-    return (
-        weight.is_cuda
-        and weight.itemsize == 2
-        and (2 <= num_tokens <= 32 or (num_tokens <= 64 and weight.numel() >= 2**24))
-    )
+    if not weight.is_cuda or weight.itemsize != 2:
+        return False
+    if num_tokens == 1:
+        return weight.shape[0] >= _MANY_ROWS and weight.shape[1] > 2048
+    return num_tokens <= 32 or (num_tokens <= 64 and weight.numel() >= 2**24)
 
 
 def vector_linear(

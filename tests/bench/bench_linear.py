@@ -49,7 +49,7 @@ FORMATS = {
     "fp8-channel": Format("fp8", rounding=Rounding("fp8")),
     "fp8-block": Format("fp8", (128, 128), Rounding("fp8", 128)),
     "int8-channel": Format("int8"),
-    "int4-g128": Format("int4", (1, 128), scale_dtype=torch.bfloat16),
+    "int4-g128": Format("int4", (1, 128), scale_dtype=torch.bfloat16, order="quads"),
     "int4-g32-zeros": Format("int4", (1, 32), zeros=True, scale_dtype=torch.bfloat16),
     "nvfp4": Format("fp4", (1, 16), row_scales=True, scale_dtype=torch.float8_e4m3fn),
 }

@@ -18,7 +18,7 @@ from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.models.quantization.scheme import FLOATS, Scheme, StoredKind
 from paged_backend.models.shard import OUT, Cut, in_groups
 from paged_backend.models.weight_files import StoredTensor
-from paged_kernels.codes import dequantise, quantise
+from paged_kernels.codes import dequantise, quantise, store_nibbles, stored_nibbles
 from paged_kernels.experts import ExpertLinear
 from paged_kernels.linear import Linear
 from paged_kernels.words import fill_words
@@ -134,6 +134,8 @@ class QuantisedModule:
         target = self.linear.rows(begin, begin + part.num_rows)
         if target.format.codes == "plain":
             target.weight.copy_(dequantise(part))
+        elif target.format.order != part.format.order:
+            target.weight.copy_(store_nibbles(stored_nibbles(part), target.format))
         else:
             target.weight.copy_(part.weight)
         for into, numbers in ((target.scale, part.scale), (target.zero, part.zero)):

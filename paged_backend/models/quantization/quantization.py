@@ -13,7 +13,7 @@ from paged_backend.errors import EngineError
 from paged_backend.models.quantization.scheme import Scheme
 from paged_kernels.experts import MXFP4 as MXFP4_FORMAT
 from paged_kernels.experts import reaches_experts
-from paged_kernels.linear import PLAIN, Format
+from paged_kernels.linear import PLAIN, Format, in_quads
 
 MXFP4 = "mxfp4"  # the method of experts alone, which models/blocks/moe.py reads
 
@@ -94,6 +94,8 @@ class Quantization:
             format = replace(
                 format, block=(math.gcd(format.block[0], *list(accumulate(out_sizes))[:-1]), format.block[1])
             )
+        if in_quads(format, in_size):
+            format = replace(format, order="quads")
         if self.scale_dtype is not None and format.codes in ("int4", "int8") and format.block[1]:
             format = replace(format, scale_dtype=self.scale_dtype)
         return Format(rounding=format.rounding if self.rounds else None) if self.dequantised else format
@@ -108,7 +110,7 @@ class Quantization:
         """
         if len({self.scheme_of(module) for of_expert in modules for module in of_expert}) > 1:
             return PLAIN
-        format = replace(self.format_of(modules[0], out_sizes, in_size), rounding=None)
+        format = replace(self.format_of(modules[0], out_sizes, in_size), rounding=None, order="halves")
         return format if reaches_experts(format) else PLAIN
 
     @property
