@@ -30,6 +30,7 @@ _LONGEST_PAUSE = 15  # steps that might have had drafts
 _LONGEST_IF_IT_MUST_PAY = 63
 _LATEST = 0.2  # what the newest draft counts
 _UNKNOWN_SHARE = 0.5
+_RELIABLE_SHARE = 0.35  # of a model's drafts, at which one miss says little
 _FORGOTTEN = 0.01  # of the share, towards _UNKNOWN_SHARE, with each step whose drafts would not have paid
 _NONE = np.empty(0, np.int32)
 
@@ -58,16 +59,19 @@ class _Pace:
         return self.now
 
     def note(self, num_drafts: int, num_right: int) -> None:
-        """After a pause one draft is tried; where it is right there are more."""
-        if num_right:
-            self.now, self.next_pause = self.most, self.shortest_pause
-        elif num_drafts:
-            self.now, self.pause = 1, self.next_pause
-            self.next_pause = min(2 * self.next_pause + 1, self.longest_pause)
+        """After a pause one draft is tried; where it is right there are more. A model that is right often enough goes
+        on after a step in which it was not.
+        """
         for _ in range(num_right):
             self.share += _LATEST * (1 - self.share)
         if num_right < num_drafts:
             self.share -= _LATEST * self.share
+        reliable = self.shortest_pause == 0 and self.share >= _RELIABLE_SHARE
+        if num_right or (num_drafts and reliable):
+            self.now, self.next_pause = self.most, self.shortest_pause
+        elif num_drafts:
+            self.now, self.pause = 1, self.next_pause
+            self.next_pause = min(2 * self.next_pause + 1, self.longest_pause)
 
     def forget(self) -> None:
         self.share += _FORGOTTEN * (_UNKNOWN_SHARE - self.share)
