@@ -18,7 +18,6 @@ from paged_kernels.quads import pack_quads, unpack_quads
 from paged_kernels.words import fill_words, group_scales, unpack_words
 
 FP8_MAX = 448.0
-FP8_CAPABILITY = (8, 9)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 _LEAST_SCALE = 1e-12  # of a group of zeros
 _GREATEST = {"fp8": FP8_MAX, "int8": 127.0, "int4": 7.0, "fp4": MAGNITUDES[-1]}  # magnitude that scales are chosen for
 

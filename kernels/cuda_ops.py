@@ -21,6 +21,7 @@ from paged_kernels.decode_attention import (
     paged_decode_attention,
     plan_decode_attention,
 )
+from paged_kernels.device_traits import traits_of
 from paged_kernels.expert_kernels import ExpertKernels
 from paged_kernels.experts import Experts
 from paged_kernels.latent_decode import make_latent_workspace
@@ -81,7 +82,7 @@ class CudaOps(CudaLatents):
         head_dim is then a latent's width. queries: decodes of a sequence that attention takes at once where some are
         drafts, at most.
         """
-        self._pdl = device.type == "cuda"
+        self._pdl = traits_of(device).launches_dependents
         if latents is not None:
             alone = few = many = make_latent_workspace(num_heads, *latents, device)
         else:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.device_traits import traits_of
 from paged_kernels.jit import kernel
 
 _MOST_ROWS = 64  # query heads of a KV head times decodes of a run, of up to 128 dimensions: more sums fit no registers
@@ -184,7 +185,7 @@ def make_decode_workspace(
         raise ValueError(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")
     group = num_q_heads // num_kv_heads
     rows = group * queries
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    multiprocessors = traits_of(device).num_multiprocessors
     tall = queries > 1 and rows > 16
     programs = programs_per_multiprocessor or (
         1 if tall else launched_programs(multiprocessors, num_kv_heads, head_dim, kv_dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paged_kernels import expert_products, expert_routing, expert_vectors, expert_words
 from paged_kernels import norm as norms
-from paged_kernels.codes import FP8_CAPABILITY
+from paged_kernels.device_traits import traits_of
 from paged_kernels.experts import Experts
 from paged_kernels.norm_value import Norm
 
@@ -24,12 +24,11 @@ class ExpertKernels:
     """Keeps the counters of its kernels; layers run one after another on one stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pdl = device.type == "cuda"
+        traits = traits_of(device)
+        self._pdl = traits.launches_dependents
         self._arrivals = expert_routing.make_arrivals(device)
-        self._num_multiprocessors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if self._pdl else _INTERPRETED
-        )
-        self._has_fp8 = not self._pdl or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+        self._num_multiprocessors = traits.num_multiprocessors if traits.compiles else _INTERPRETED
+        self._has_fp8 = traits.has_fp8
         self._num_programs = self._num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
 
     def route(self, x: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 _LARGEST_INT32 = 2**31 - 1
+_STAGES = 3  # of a pipeline, where a launch does not say
 
 
 @triton.jit
@@ -90,12 +92,30 @@ class Kernel:
             values.append(value)
         variant = self._variants.get(tuple(key))
         if variant is None:  # compile, which launches too
-            options = {"launch_pdl": True} if constants.get("LAUNCH_PDL") else {}
-            compiled = self.jitted[grid](*arguments, **constants, **options)
+            compiled, constants = self._compile_and_launch(grid, arguments, constants)
             self._variants[tuple(key)] = compiled, tuple(constants[name] for name in self._constants)
             return
         compiled, given = variant
         compiled[(*grid, 1, 1)](*values, *given)
+
+    def _compile_and_launch(
+        self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """The compiled kernel, and the constants that it was compiled with: launch shapes are those of a card with 227
+        KiB of shared memory for a program, and where there is less a pipeline has fewer stages.
+
+        Raises OutOfResources if there is no room for one.
+        """
+        options = {"launch_pdl": True} if constants.get("LAUNCH_PDL") else {}
+        stages = "STAGES" if "STAGES" in constants else "num_stages"
+        while True:
+            try:
+                return self.jitted[grid](*arguments, **constants, **options), constants
+            except OutOfResources as error:
+                given = constants.get(stages, _STAGES)
+                if error.name != "shared memory" or given == 1:
+                    raise
+                constants = {**constants, stages: given - 1}
 
 
 def kernel(function: Any = None, *, ints: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Any:

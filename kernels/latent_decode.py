@@ -31,6 +31,7 @@ from paged_kernels.decode_plan import (
     DecodePlan,
     DecodeWorkspace,
 )  # fmt: skip
+from paged_kernels.device_traits import traits_of
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.latent_tiles import attend_latents, check_latents, head_blocks
 
@@ -152,7 +153,7 @@ def make_latent_workspace(
     """
     wide = dtype.itemsize > 2
     blocks = head_blocks(num_heads, 16) if wide else head_blocks(num_heads)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    multiprocessors = traits_of(device).num_multiprocessors
     items = num_work_items or max(1, multiprocessors // blocks)
     group = num_heads // blocks
     return DecodeWorkspace(

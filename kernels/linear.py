@@ -62,6 +62,11 @@ class Format:
         return self.block[1] or num_columns
 
     @property
+    def has_fp8(self) -> bool:
+        """Whether numbers or scales of the weight are of float8_e4m3fn."""
+        return torch.float8_e4m3fn in (self.scale_dtype, torch.float8_e4m3fn if self.codes == "fp8" else None)
+
+    @property
     def nibbles(self) -> bool:
         """Whether a byte of the weight holds two numbers."""
         return self.codes in ("int4", "fp4")

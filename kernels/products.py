@@ -22,6 +22,7 @@ from paged_kernels import fp8_narrow, int4_narrow, norm, quant_linear, quant_vec
 from paged_kernels.block_linear import GROUP, block_linear
 from paged_kernels.codes import dequantise
 from paged_kernels.dequantise import dequantised
+from paged_kernels.device_traits import traits_of
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
 from paged_kernels.round_rows import round_rows
@@ -39,7 +40,7 @@ class Products:
 
     def __init__(self, device: torch.device) -> None:
         self._workspace = small_linear.make_linear_workspace(device)
-        self._pdl = device.type == "cuda"
+        self._pdl = traits_of(device).launches_dependents
 
     def __call__(
         self,
@@ -188,5 +189,5 @@ def _has_fp8_product(x: Tensor, linear: Linear) -> bool:
         and x.dtype == torch.bfloat16
         and sizes
         and not format.rounding.group
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and traits_of(x.device).capability >= (9, 0)
     )

@@ -210,14 +210,14 @@ class RunnerBuilder:
             self._tell(f"quantization: {self._about_quantization(a.quantization)}")
         if place.device.type == "cuda" and not self._uses_kernels:
             self._tell(
-                "kernels: off, they want a page_size that is a power of two, and K and V of no more bits than "
-                "the weights; plain torch computes, slowly"
+                "kernels: off, they want a GPU of compute capability 8.0 or more, a page_size that is a power of two, "
+                "and K and V of no more bits than the weights; plain torch computes, slowly"
             )
 
     def _about_quantization(self, quantization: Quantization) -> str:
         """Which formats there are, and what they save."""
         a, dtype = self._architecture, self._place.dtype
-        if quantization.dequantised and quantization.rules:
+        if quantization.keeps_nothing:
             return (
                 f"{quantization.words}; dequantised into {dtype_name(dtype)} while loading: "
                 f"{name_of(self._place.device)} has no kernels for it"

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.step import StepShape
 from paged_backend.runner.placement import Placement
-from paged_kernels.codes import FP8_CAPABILITY
+from paged_kernels.device_traits import LEAST_CAPABILITY, traits_of
 from paged_kernels.rank_ops import RankOps, Ranks, VocabularyPart
 from paged_kernels.reference import Ops, reference
 
 
 def kernels_reach(page_size: int, place: Placement) -> bool:
     """Whether kernels compute."""
+    traits = traits_of(place.device)
     return (
-        place.device.type == "cuda"
+        traits.compiles
+        and traits.capability >= LEAST_CAPABILITY
         and page_size & (page_size - 1) == 0
         and place.kv_dtype.itemsize <= place.dtype.itemsize
     )
@@ -30,8 +30,9 @@ def with_formats_of(architecture: Architecture, place: Placement, uses_kernels: 
     """The architecture, its quantised weights in formats that the device computes with."""
     if architecture.quantization is None:
         return architecture
-    reads = uses_kernels and torch.cuda.get_device_capability(place.device) >= FP8_CAPABILITY
-    quantization = replace(architecture.quantization, dequantised=not reads, rounds=reads or place.device.type == "cpu")
+    has_fp8 = traits_of(place.device).has_fp8
+    rounds = (uses_kernels and has_fp8) or place.device.type == "cpu"
+    quantization = replace(architecture.quantization, dequantised=not uses_kernels, has_fp8=has_fp8, rounds=rounds)
     return replace(architecture, quantization=quantization)
 
 

@@ -13,7 +13,7 @@ from paged_backend.errors import EngineError
 from paged_backend.models.architecture import Architecture
 from paged_backend.models.layer_spec import LatentSpec
 from paged_backend.models.quantization.quantization import MXFP4
-from paged_kernels.codes import FP8_CAPABILITY
+from paged_kernels.device_traits import FP8_CAPABILITY, traits_of
 
 _WHO_IS_SEEN = "CUDA_VISIBLE_DEVICES says which are seen"
 
@@ -139,7 +139,7 @@ def _dtypes(config: EngineConfig, architecture: Architecture, device: torch.devi
             f"kv_dtype: fp8_e4m3 is not supported for the latents of {architecture.name}; supported: auto, bfloat16, "
             "float16, float32"
         )
-    if kv_name == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    if kv_name == "fp8_e4m3" and not traits_of(device).has_fp8:
         raise EngineError(
             f"kv_dtype: fp8_e4m3 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}; "
             f"{name_of(device)} has less"

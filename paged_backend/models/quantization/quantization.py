@@ -37,6 +37,7 @@ class Quantization:
     rules: tuple[Rule, ...]
     online: bool = False  # the checkpoint's are floats, which are rounded while they are read
     dequantised: bool = False  # weights become floats when they are read: for devices that have no kernels for them
+    has_fp8: bool = True  # the device's kernels read numbers of fp8; else weights that have any become floats
     rounds: bool = True  # activations are rounded as the format has it, also before a product with dequantised weights
     scale_dtype: torch.dtype | None = None  # of the scales of groups of 4- and 8-bit integers, as the files have them
     plain_modules: frozenset[str] = frozenset()  # that the files have as floats, whatever the rules say
@@ -98,7 +99,9 @@ class Quantization:
             format = replace(format, order="quads")
         if self.scale_dtype is not None and format.codes in ("int4", "int8") and format.block[1]:
             format = replace(format, scale_dtype=self.scale_dtype)
-        return Format(rounding=format.rounding if self.rounds else None) if self.dequantised else format
+        if self._becomes_floats(format):
+            return Format(rounding=format.rounding if self.rounds else None)
+        return format
 
     def format_of_experts(self, modules: Sequence[Sequence[str]], out_sizes: Sequence[int], in_size: int) -> Format:
         """Of one matrix of all experts of a layer. modules: of each expert, those that its matrix is packed from.
@@ -112,6 +115,15 @@ class Quantization:
             return PLAIN
         format = replace(self.format_of(modules[0], out_sizes, in_size), rounding=None, order="halves")
         return format if reaches_experts(format) else PLAIN
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether all that is quantised becomes floats when it is read."""
+        schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
+        return bool(schemes) and all(self._becomes_floats(scheme.format(0)) for scheme in schemes)
+
+    def _becomes_floats(self, format: Format) -> bool:
+        return self.dequantised or (format.has_fp8 and not self.has_fp8)
 
     @property
     def words(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from paged_backend.errors import EngineError, reason_of
+from paged_kernels.device_traits import traits_of
 from paged_kernels.peer_sum import PeerBuffers, make_peer_buffers, peer_buffer_bytes, peer_sum
 from paged_kernels.rank_ops import Ranks
 
@@ -54,13 +55,13 @@ class ProcessRanks(Ranks):
 
     def sum(self, x: Tensor) -> Tensor:
         if self._peers is not None and self._peers.takes(x):
-            return peer_sum(x, None, self._peers, launch_pdl=True)
+            return peer_sum(x, None, self._peers, launch_pdl=traits_of(x.device).launches_dependents)
         torch.distributed.all_reduce(x)
         return x
 
     def add_sum(self, x: Tensor, residual: Tensor) -> Tensor:
         if self._peers is not None and self._peers.takes(x) and residual.is_contiguous():
-            return peer_sum(x, residual, self._peers, launch_pdl=True)
+            return peer_sum(x, residual, self._peers, launch_pdl=traits_of(x.device).launches_dependents)
         return super().add_sum(x, residual)
 
     def share_memory(self, capacity: int, dtype: torch.dtype, device: torch.device) -> str:

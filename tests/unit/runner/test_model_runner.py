@@ -17,6 +17,7 @@ from paged_backend.request import SamplingParams
 from paged_backend.runner import placement
 from paged_backend.runner.builder import build_runner
 from paged_backend.runner.model_runner import ModelRunner
+from paged_kernels.device_traits import DeviceTraits, traits_of
 from tests.oracle import Oracle, random_prompts, save_checkpoint
 from tests.runner_driver import GREEDY, Driver, load_runner
 
@@ -209,7 +210,8 @@ def test_every_decision_is_told(folder: Path) -> None:
 
 
 def test_a_gpu_that_cannot_convert_8_bits_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    traits = {"cuda": DeviceTraits(True, (8, 6), 72), "cpu": traits_of(torch.device("cpu"))}
+    monkeypatch.setattr(placement, "traits_of", lambda device: traits[device.type])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A10")
     architecture = read_architecture(folder)
     with pytest.raises(

@@ -26,6 +26,7 @@ from paged_backend.errors import EngineError
 from paged_backend.life_line import wait_for_ranks
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.kv_groups import group_layers
+from paged_backend.runner import make_ops
 from paged_backend.runner.builder import RunnerBuilder
 from paged_backend.runner.kv_store import PoolSize, of_smallest
 from paged_backend.runner.parallel import process_ranks, rank_processes
@@ -34,6 +35,7 @@ from paged_backend.runner.parallel.channel import Receiver, Sender
 from paged_backend.runner.parallel.process_ranks import ProcessRanks
 from paged_backend.runner.parallel.rank_processes import LeadingRunner, RankProcesses
 from paged_backend.runner.placement import device_of, devices_of, place_words
+from paged_kernels.device_traits import DeviceTraits
 from paged_kernels.rank_ops import Ranks
 from tests.oracle import save_checkpoint
 from tests.thread_ranks import ThreadRanks, on_every_rank
@@ -76,6 +78,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(make_ops, "traits_of", lambda device: DeviceTraits(True, (9, 0), 132))
     return current
 
 

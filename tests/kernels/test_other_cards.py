@@ -1,0 +1,47 @@
+"""Cards that are not here: what the steps of a model launch compiles for them, and has room there. Nothing is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CARDS = {  # capability, KiB of shared memory that a program may have
+    "A100": ("8.0", "163"),
+    "A10": ("8.6", "99"),
+    "L4": ("8.9", "99"),
+    "H100": ("9.0", "227"),
+    "RTX 5090": ("12.0", "99"),
+}
+
+
+def compiled(card: str, *options: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of tests/bench/compile_step.py, and its sums."""
+    capability, shared = CARDS[card]
+    command = [sys.executable, "-m", "tests.bench.compile_step", "--capability", capability, "--shared-kib", shared]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    said = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-2000:]
+    *rows, sums = map(json.loads, said.stdout.splitlines())
+    assert sums["variants"] == len(rows) > 0 == sums["errors"]
+    return rows, sums
+
+
+def test_where_there_is_less_shared_memory_pipelines_have_fewer_stages() -> None:
+    rows, _ = compiled("L4", "--kernels", "small_linear", "--set", "max_num_sequences=2")
+    assert all(row["shared_kib"] <= 99 and not row["spilled"] for row in rows)
+    assert any(row.get("stages", 9) < row["constants"].get("STAGES", 0) for row in rows)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [(), ("quantization=int4",)], ids=["bfloat16", "int4"])
+@pytest.mark.parametrize("card", CARDS)
+def test_all_kernels_of_a_step_compile_and_have_room(card: str, options: tuple[str, ...]) -> None:
+    _, sums = compiled(card, *(word for option in options for word in ("--set", option)))
+    assert not sums["fewer_stages"] or card not in ("A100", "H100")
