@@ -14,6 +14,7 @@ FP8_CAPABILITY: Capability = (
     9,
 )  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
 _DEPENDENTS: Capability = (9, 0)  # Hopper
+_SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class DeviceTraits:
     def launches_dependents(self) -> bool:
         """Whether a kernel may begin while the one before it ends: programmatic dependent launch (jit.py)."""
         return self.compiles and self.capability >= _DEPENDENTS
+
+    @property
+    def shared_kib(self) -> int:
+        """Of shared memory that a program may have. Source: CUDA C++ Programming Guide, "Technical Specifications per
+        Compute Capability".
+        """
+        return _SHARED_KIB.get(self.capability, 227 if self.capability < (12, 0) else 99)
 
     @property
     def has_fp8(self) -> bool:

@@ -33,7 +33,7 @@ from paged_kernels.decode_plan import (
 )  # fmt: skip
 from paged_kernels.device_traits import traits_of
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
-from paged_kernels.latent_tiles import attend_latents, check_latents, head_blocks
+from paged_kernels.latent_tiles import FEW_ROWS, attend_latents, check_latents, head_blocks, most_rows
 
 _MERGED_HEADS = 4  # of a program that merges, and as many pieces at a time
 
@@ -149,10 +149,10 @@ def make_latent_workspace(
 
     Of 16-bit numbers a program has 64 rows, whose queries take 72 KiB of shared memory, and the latents of a tile of 32
     tokens 36 KiB: with three of them on their way no more than one program fits on a multiprocessor. Rows that stand
-    for no head cost nothing that waiting for latents would not cost. float32 is here to be compared with.
+    for no head cost nothing that waiting for latents would not cost. Fewer rows: `most_rows`.
     """
-    wide = dtype.itemsize > 2
-    blocks = head_blocks(num_heads, 16) if wide else head_blocks(num_heads)
+    wide, most = dtype.itemsize > 2, most_rows(dtype, device)
+    blocks = head_blocks(num_heads, most)
     multiprocessors = traits_of(device).num_multiprocessors
     items = num_work_items or max(1, multiprocessors // blocks)
     group = num_heads // blocks
@@ -163,7 +163,7 @@ def make_latent_workspace(
         head_dim=rank,
         tile=tile or (16 if wide else 32),
         num_work_items=items,
-        num_warps=num_warps or (4 if wide else 8),
+        num_warps=num_warps or (4 if most == FEW_ROWS else 8),
         num_stages=num_stages or (1 if wide else 3),
         arrivals=torch.zeros(0, dtype=torch.int32, device=device),  # nobody waits for others
         partial_acc=torch.empty(2 * items, blocks, group, rank, dtype=torch.float32, device=device),
@@ -189,8 +189,8 @@ def latent_decode_attention(
     rank, page_size = workspace.head_dim, latent_pages.shape[1]
     rotary = latent_pages.shape[2] - rank
     _check(q, latent_pages, page_table, out, workspace)
-    num_heads, wide = q.shape[1], q.itemsize > 2
-    rows = max(16, triton.next_power_of_2(workspace.group)) if wide or not q.is_cuda else 64
+    num_heads, most = q.shape[1], most_rows(q.dtype, q.device)
+    rows = most if q.is_cuda and most > FEW_ROWS else max(FEW_ROWS, triton.next_power_of_2(workspace.group))
     _decode_kernel[(workspace.num_work_items * workspace.num_kv_heads,)](
         q, latent_pages, page_table, out, plan.line, plan.starts, plan.records, workspace.partial_acc,
         workspace.partial_lse, scale, q.stride(0), out.stride(0), page_table.stride(0),

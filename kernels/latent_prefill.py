@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 
 from paged_kernels.jit import kernel
-from paged_kernels.latent_tiles import attend_latents, check_latents, head_blocks
+from paged_kernels.latent_tiles import FEW_ROWS, attend_latents, check_latents, head_blocks, most_rows
 from paged_kernels.prefill_attention import PrefillShape, sequence_at
 
 
@@ -89,8 +89,9 @@ def latent_prefill_attention(
     rank, num_heads, num_sequences = out.shape[2], q.shape[1], seq_lens.shape[0]
     if num_sequences == 0:
         return
-    # queries of 64 rows and three tiles of latents fill shared memory; float32 is here to be compared with
-    shape = shape or (PrefillShape(16, 16, 4, 1) if q.itemsize > 2 else PrefillShape(64, 32, 8, 3))
+    # queries of 64 rows and three tiles of latents fill shared memory
+    small = PrefillShape(FEW_ROWS, 16, 4, 1) if q.itemsize > 2 else PrefillShape(FEW_ROWS, 32, 4, 3)
+    shape = shape or (small if most_rows(q.dtype, q.device) == FEW_ROWS else PrefillShape(64, 32, 8, 3))
     blocks = head_blocks(num_heads, shape.rows)
     group = num_heads // blocks
     tokens = shape.rows // group

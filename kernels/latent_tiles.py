@@ -15,7 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.device_traits import traits_of
+
 _MOST_ROWS = 64  # of a program, for 16-bit numbers: so many rows of 512 sums in float32 fill half of the registers
+FEW_ROWS = 16
+_ROOM_KIB = 200  # of shared memory for most rows, in which their queries and some latents lie
 
 
 @triton.jit
@@ -81,6 +85,13 @@ def attend_latents(
         acc = tl.dot(weights.to(latents.dtype), latents, acc * alpha[:, None], input_precision=PRECISION)
         m = new_m
     return acc, m, l
+
+
+def most_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """Query heads, times tokens of a prompt, that a program attends with there: FEW_ROWS of float32, which is here to
+    be compared with, and where shared memory is short. 16 rows and three tiles of 32 latents take 91 KiB.
+    """
+    return FEW_ROWS if dtype.itemsize > 2 or traits_of(device).shared_kib < _ROOM_KIB else _MOST_ROWS
 
 
 def head_blocks(num_heads: int, most: int = _MOST_ROWS) -> int:
