@@ -21,13 +21,13 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.device_words import BLOCK, WORDS, WORDS_REST, numbers_of_words
 from paged_kernels.expert_codes import apply_gate, check_call, gate_constants
 from paged_kernels.expert_products import combine, group
 from paged_kernels.expert_tiles import WordsShape, words_shape
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import WORDS_BLOCK
-from paged_kernels.words import BLOCK, WORDS, WORDS_REST, numbers_of_words
 
 # bits of 2 ** -119 and 2 ** 127: the greatest of a row counts as between them, so that its scale and what is the
 # reciprocal of that are ordinary numbers

@@ -49,7 +49,7 @@ class RopeOptions(BaseModel):
     that it is refused, unlike others of config.json.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     rope_type: str | None = None
     type: str | None = None
@@ -79,7 +79,8 @@ class RopeOptions(BaseModel):
 class CheckedFile(BaseModel):
     """A JSON file of a checkpoint, of which only the declared keys count."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    # an engine reads the file of one family: a validator of each would cost every start a tenth of a second
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, defer_build=True)
 
 
 File = TypeVar("File", bound=CheckedFile)
