@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -18,6 +20,21 @@ if not torch.cuda.is_available():
 # something else runs. Servers inherit the variable; this process has read it already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays to the end, two million objects: nobody looks for garbage among them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # the end of the process: libraries complain of what is never freed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
+from paged_backend.process_id import ProcessId
 from paged_backend.server import files as server_files
 
 MODEL = "paged_llm"
@@ -240,7 +242,8 @@ def serving(
     stub_exits: Path | None = None,
     wait: bool = True,
 ) -> Iterator[FrontEndServer]:
-    """Starts a server in `folder`, with the model loaded unless `load` says no.
+    """Starts a server in `folder`, with the model loaded unless `load` says no. It is killed at the end, unless the
+    test has stopped it: a stop takes three to six seconds, most of them Triton Server's naps.
 
     arguments: more of tritonserver's. scratch: its folder for temporary files. model_py: the model's program; None: the
     shipped one, and `options` names the checkpoint. stub_exits: where each stub's exit status is to be written, a line
@@ -280,13 +283,22 @@ def serving(
     process = server.process
     try:
         yield server
-        process.terminate()
-        process.wait(40)
     finally:
-        # a test that failed may have left a gRPC stream open: Triton Server's stop would wait for it
+        stubs = [stub for pid in server.stub_pids() if (stub := ProcessId.of(pid)) is not None]
         process.kill()
         process.wait()
+        _wait_for_exits(stubs)  # they remove what they shared with it
         shutil.rmtree(folder / "repository", ignore_errors=True)
+
+
+def _wait_for_exits(processes: Collection[ProcessId]) -> None:
+    """At most 10 s; then they are killed: no test is about how they end."""
+    deadline = time.monotonic() + 10
+    for process in processes:
+        while process.alive:
+            if time.monotonic() > deadline:
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
 
 
 def _started(

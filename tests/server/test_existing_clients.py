@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 LITELLM = shutil.which("litellm")
 GENAI_PERF = shutil.which("genai-perf")
 AIPERF = shutil.which("aiperf")
-CURL = shutil.which("curl")
 PROMPT = "Once upon a time there was a clever baker called Mira. One day she"
 TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"""
 _LITELLM_SCRIPT = """
@@ -200,16 +199,3 @@ def test_aiperf_loads_the_gateway(base_url: str, kind: str, tmp_path: Path) -> N
     assert "error_request_count" not in measured or not measured["error_request_count"]["avg"]
     assert measured["output_sequence_length"]["avg"] == 16
     assert measured["time_to_first_token"]["avg"] > 0
-
-
-@pytest.mark.skipif(CURL is None, reason="curl is not installed")
-def test_curl_asks_the_gateway(base_url: str, expected: str) -> None:
-    asked = {"model": "paged_llm", "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
-    command = ["curl", "-sN", f"{base_url}/completions", "-H", "Content-Type: application/json", "-d"]
-    whole = json.loads(subprocess.check_output([*command, json.dumps(asked)], text=True))
-    assert whole["choices"][0]["text"] == expected
-    *events, done, end = subprocess.check_output([*command, json.dumps(asked | {"stream": True})], text=True).split(
-        "\n\n"
-    )
-    assert (done, end) == ("data: [DONE]", "")
-    assert "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events) == expected

@@ -48,7 +48,7 @@ def ask_twice(grpc_url: str) -> list[list[Answer]]:
 
 def test_streams_have_the_tokens_of_one_engine_whichever_replica_dies() -> None:
     asked = requests()[:12]
-    with served(ServerSettings(instances=2, options=OPTIONS | {"replicas": 1})) as alone:
+    with served(ServerSettings(instances=1, options=OPTIONS | {"replicas": 1, "standby_engine": False})) as alone:
         expected = run_all(alone.addresses.grpc_url, asked)
     killed: list[int] = []
     stop = threading.Event()

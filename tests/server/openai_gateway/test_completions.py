@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -46,6 +49,21 @@ def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_name(server: S
     assert engine_pid(server.shm_prefix) == pid
     (warning,) = [line for line in server.log_lines() if "no embedding of" in line]
     assert "2 tokens" in warning and "'<pad>' (id 4096)" in warning
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_gets_the_same_answer_whole_and_as_events(server: Server, gateway: Gateway) -> None:
+    expected = direct(server, PROMPT, temperature=0, max_tokens=20).text
+    asked = {"model": "paged_llm", "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
+    command = ["curl", "-sN", f"{gateway.url}/completions", "-H", f"Authorization: Bearer {KEY}"]
+    command += ["-H", "Content-Type: application/json", "-d"]
+    whole = json.loads(subprocess.check_output([*command, json.dumps(asked)], text=True))
+    assert whole["choices"][0]["text"] == expected
+    *events, done, end = subprocess.check_output([*command, json.dumps(asked | {"stream": True})], text=True).split(
+        "\n\n"
+    )
+    assert (done, end) == ("data: [DONE]", "")
+    assert "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events) == expected
 
 
 def test_a_completion_is_the_servers_answer(server: Server, client: Any) -> None:
