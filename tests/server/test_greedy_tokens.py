@@ -161,6 +161,14 @@ def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_
     check_family(name, list(CONFIGS).index(name), save_published(tmp_path, name), prompts)
 
 
+def test_greedy_tokens_of_a_model_with_experts_are_those_of_transformers(tmp_path: Path) -> None:
+    """Of few prompts: every family's are asked without a server, and of a server with -m long."""
+    name = "qwen3-30b-a3b"
+    folder, prompts = save_expert_model(tmp_path, name), random_prompts([700, 1, 16, 65])
+    expected = Oracle(folder).greedy(prompts, MAX_TOKENS)
+    check_server(Case(name, 16, 4096, True, False, 1), folder, prompts, expected, lead=1)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_of_every_family_with_experts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
