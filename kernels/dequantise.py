@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.device_quads import BLOCK, INT4_ZERO, WORDS, numbers_of_quads
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import WORDS_BLOCK, Linear
-from paged_kernels.quads import BLOCK, INT4_ZERO, WORDS, numbers_of_quads, words_of
+from paged_kernels.quads import words_of
 from paged_kernels.quant_linear import format_constants, reaches
 from paged_kernels.quant_tile import INT4, load_tile
 

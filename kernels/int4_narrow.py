@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from paged_kernels.activation import activated
+from paged_kernels.device_quads import BLOCK, INT4_ZERO, WORDS, numbers_of_quads
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import WORDS_BLOCK, Linear
-from paged_kernels.quads import BLOCK, INT4_ZERO, WORDS, numbers_of_quads, words_of
+from paged_kernels.quads import words_of
 from paged_kernels.sampling import arrive
 from paged_kernels.small_linear import LinearWorkspace, fetch_lines
 
