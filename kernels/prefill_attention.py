@@ -26,7 +26,10 @@ import triton
 import triton.language as tl
 
 from paged_kernels.attention_layout import check_layout
+from paged_kernels.device_traits import traits_of
 from paged_kernels.jit import kernel
+
+_ROOM_KIB = 200  # of shared memory, for 128 rows of heads of 256 and two tiles of 64 keys
 
 
 @triton.jit
@@ -206,13 +209,16 @@ class PrefillShape:
     max_registers: int | None = None
 
 
-def _launch_shape(head_dim: int, dtype: torch.dtype, num_rows: int) -> PrefillShape:
-    """Tuned on an H100 for 16-bit numbers; float32 has no tensor core to feed and is here to be compared with."""
+def _launch_shape(head_dim: int, q: torch.Tensor, num_rows: int) -> PrefillShape:
+    """Tuned on an H100 for 16-bit numbers, and on nothing where shared memory is short; float32 has no tensor core to
+    feed and is here to be compared with.
+    """
     head_pad = triton.next_power_of_2(head_dim)
-    if dtype == torch.float32:
+    if q.dtype == torch.float32:
         return PrefillShape(32, 32, 4, 1)
     if head_pad > 128:
-        return PrefillShape(128, 64, 8, 2)
+        has_room = traits_of(q.device).shared_kib >= _ROOM_KIB
+        return PrefillShape(128, 64, 8, 2) if has_room else PrefillShape(64, 32, 8, 2)
     if num_rows <= 64:
         return PrefillShape(64, 64, 4, 3)
     if head_pad <= 64:
@@ -249,7 +255,7 @@ def paged_prefill_attention(
     num_sequences = seq_lens.shape[0]
     if num_sequences == 0 or max_query_len <= 0:
         return
-    shape = shape or _launch_shape(head_dim, q.dtype, max_query_len * group)
+    shape = shape or _launch_shape(head_dim, q, max_query_len * group)
     rows = max(shape.rows, triton.next_power_of_2(group))
     tokens = rows // group
     _prefill_kernel[(num_kv_heads * (q.shape[0] // tokens + num_sequences),)](
