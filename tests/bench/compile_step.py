@@ -38,6 +38,7 @@ from paged_backend.config import EngineConfig
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.weights import allocate_weights
 from paged_backend.runner import builder, placement
+from paged_backend.runner.adapter_store import allocate_adapter_store
 from paged_backend.runner.cuda_graphs import StepGraphs
 from paged_backend.runner.placement import Placement
 from paged_kernels import device_traits, jit
@@ -118,7 +119,9 @@ def record(config: EngineConfig, traits: DeviceTraits) -> list[Variant]:
     built = builder.RunnerBuilder(config, lambda sentence: None, open_checkpoint(config))
     with torch.inference_mode():
         weights = allocate_weights(built._architecture, built._place.dtype, _META)
-        runner = built._assemble(weights, None, built._size_of(built.needs))
+        a, whole = built._architecture, built._checkpoint.architecture
+        adapters = allocate_adapter_store(built._config, a, whole, built._place.dtype, _META)
+        runner = built._assemble(weights, adapters, built._size_of(built.needs))
         logits = torch.empty(
             max(shape.num_outputs for shape in built._shapes), runner.architecture.num_logits,
             dtype=built._place.dtype, device=_META,
