@@ -151,9 +151,18 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("bias", [False, True])
+# a bias is added to what a gate takes, and to no number in words: a gate has one or none in CI, the other with -m long
 @pytest.mark.parametrize(
-    "gate", [CLAMPED, Gate(), Gate(activation="relu2", gated=False)], ids=["clamped", "plain", "one"]
+    ("gate", "bias"),
+    [
+        pytest.param(gate, bias, id=f"{name}-{bias}", marks=() if bias == in_ci else pytest.mark.long)
+        for name, gate, in_ci in (
+            ("clamped", CLAMPED, True),
+            ("plain", Gate(), False),
+            ("one", Gate(activation="relu2", gated=False), True),
+        )
+        for bias in (False, True)
+    ],
 )
 @pytest.mark.parametrize(
     ("num_tokens", "shape"),
