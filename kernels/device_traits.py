@@ -9,10 +9,7 @@ import torch
 
 Capability = tuple[int, int]
 LEAST_CAPABILITY: Capability = (8, 0)  # Ampere: the Triton language compiles for nothing older
-FP8_CAPABILITY: Capability = (
-    8,
-    9,
-)  # Ada and Hopper convert to and from it; the Triton language refuses it on older ones
+FP8_CAPABILITY: Capability = (8, 9)  # Ada; the Triton language refuses to convert to and from it on older ones
 _DEPENDENTS: Capability = (9, 0)  # Hopper
 _SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99}
 

@@ -133,14 +133,17 @@ class Int4NarrowShape:
     together: int = 1
 
 
-def int4_narrow_shape(num_tokens: int, linear: Linear) -> Int4NarrowShape:
+def int4_narrow_shape(num_tokens: int, linear: Linear, dtype: torch.dtype = torch.bfloat16) -> Int4NarrowShape:
     """Nearly what took least time on an H200 with each matrix of Llama-3.1-8B and 32, 64, 128 and 256 tokens, and for
     up to 16 in whole steps of one token, where a product runs beside the end of the kernel before it: what is fastest
     after itself (tiles of 64 rows, two blocks a stage) took 0.97 ms for 8 layers and the head instead of 0.86.
 
     Rows are split until there are enough programs, of four blocks of columns at least. Tiles are higher for few tokens,
-    and where a matrix has many rows.
+    and where a matrix has many rows. float32, which no tensor core multiplies, is here to be compared with: a larger
+    tile would fit no registers, and take minutes to compile.
     """
+    if dtype == torch.float32:
+        return Int4NarrowShape(rows=16, tokens=16, split=1, stages=1, num_warps=4)
     tokens = min(128, max(16, triton.next_power_of_2(num_tokens)))
     many_rows = linear.num_rows >= _MANY_ROWS and 32 <= tokens <= 64
     rows = 128 if many_rows or tokens == 16 else 64
@@ -179,7 +182,7 @@ def int4_narrow_linear(
     words = words_of(linear)
     _check(x, linear, residual, out, num_rows)
     assert linear.scale is not None
-    shape = shape or int4_narrow_shape(num_tokens, linear)
+    shape = shape or int4_narrow_shape(num_tokens, linear, x.dtype)
     tiles = triton.cdiv(num_rows, shape.rows // (2 if gated else 1))
     across = triton.cdiv(num_tokens, shape.tokens)
     split = shape.split if tiles * across <= len(workspace.arrivals) else 1

@@ -189,6 +189,9 @@ FORMATS = {
     "awq-g32": Published(
         {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, awq(32)
     ),
+    "awq-g128": Published(
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}, awq(128)
+    ),
     "gptq-4": Published(GPTQ, gptq(4, 32, True)),
     "gptq-8-v2": Published({**GPTQ, "bits": 8, "group_size": 128, "checkpoint_format": "gptq_v2"}, gptq(8, 128, False)),
 }

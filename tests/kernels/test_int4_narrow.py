@@ -126,6 +126,16 @@ def test_the_rule_of_shapes() -> None:
             assert shape.split == 1 or tiles * shape.split * shape.rows * shape.tokens <= room
 
 
+def test_tiles_of_float32_are_small() -> None:
+    """No tensor core multiplies them: what a thread has to do for a block of columns is written out for the compiler,
+    which takes minutes for a tile of 64 rows times 128 tokens, and puts 15 KB of its sums into memory.
+    """
+    linear = make_linear(4096, 256, FORMATS["g128"], torch.float32, False)
+    for num_tokens in (1, 17, 256):
+        shape = int4_narrow_shape(num_tokens, linear, torch.float32)
+        assert shape.rows * shape.tokens * 128 // (32 * shape.num_warps) <= 256
+
+
 def test_a_small_workspace_is_not_overrun() -> None:
     """Then rows are not divided into so many parts."""
     linear = make_linear(64, 1024, FORMATS["g128"], torch.float32, False)

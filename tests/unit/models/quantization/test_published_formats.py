@@ -58,8 +58,9 @@ def test_kept_numbers_mean_what_dequantised_ones_are(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("fp8-block", 512), ("modelopt-nvfp4", 512), ("awq-g32", 512), ("gptq-8-v2", 512)]
-    + [("fp8-block", 384), ("awq-g32", 544)],  # an odd number of groups: one rank has more than the other
+    [("fp8-block", 512), ("modelopt-nvfp4", 512), ("awq-g32", 512), ("awq-g128", 512), ("gptq-8-v2", 512)]
+    # an odd number of groups: one rank has more than the other
+    + [("fp8-block", 384), ("awq-g32", 544), ("awq-g128", 384)],
 )
 @pytest.mark.parametrize("dequantised", [False, True], ids=["kept", "dequantised"])
 def test_a_rank_has_its_part_of_every_quantised_matrix(name: str, size: int, dequantised: bool, tmp_path: Path) -> None:
