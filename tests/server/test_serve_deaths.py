@@ -100,10 +100,13 @@ class Stream(threading.Thread):
                     self.last = time.monotonic()
 
 
-@pytest.mark.parametrize("instances", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("instances", [2, *(pytest.param(count, marks=pytest.mark.long) for count in (1, 3))])
 def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(
     checkpoint: Path, tmp_path: Path, instances: int
 ) -> None:
+    """No more front ends than processors in CI: Triton Server 2.51.0 aborts when one does not run for a second while it
+    gets a request, and then nobody's stream ends well.
+    """
     command = Command(with_fake_engine(tmp_path), checkpoint, tmp_path, f"--instances={instances}", *FREE_PORTS)
     url = command.wait_until_ready()["HTTP"]
     streams = [Stream(url, f"tokens=350 delay=0.02 {number}") for number in range(6)]
