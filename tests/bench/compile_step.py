@@ -3,11 +3,12 @@ lines, the last with the sums; ends with 1 if a kernel cannot be compiled or has
 
     python -m tests.bench.compile_step --model llama-3.1-8b --capability 8.9 --shared-kib 99 [--set quantization=int4]
 
-A step of each captured shape, and all that sampling can be asked for, is computed with tensors that have no memory, by
-the product's own code; each kernel that would be launched is noted with its types and constants, and compiled once for
-every variant, by the installed Triton language. shared_kib: of a program, as the launcher would have it, with fewer
-stages where there is no room for all (kernels/jit.py); spilled: bytes of registers that ptxas puts into memory. Nothing
-is run, no time is measured.
+A step of each captured shape, all that sampling can be asked for, and what happens to rows between steps is computed
+with tensors that have no memory, by the product's own code; each kernel that would be launched is noted with its types
+and constants, and compiled once for every variant, by the installed Triton language. shared_kib: of a program, as the
+launcher would have it, with fewer stages where there is no room for all (kernels/jit.py); spilled: bytes of registers
+that ptxas puts into memory. Nothing is run, no time is measured. What several GPUs do together is not looked at, nor
+what a draft model or a head launches.
 Capabilities and shared memory of a program: A100 8.0, 163; A10 and RTX 3090 8.6, 99; L4, L40S and RTX 4090 8.9, 99;
 H100 and H200 9.0, 227; B200 10.0, 227; RTX PRO 6000 and RTX 5090 12.0, 99.
 """
@@ -41,6 +42,7 @@ from paged_backend.runner import builder, placement
 from paged_backend.runner.adapter_store import allocate_adapter_store
 from paged_backend.runner.cuda_graphs import StepGraphs
 from paged_backend.runner.placement import Placement
+from paged_backend.runner.step_tensors import DeviceRows
 from paged_kernels import device_traits, jit
 from paged_kernels.device_traits import DeviceTraits
 from tests.bench.geometries import GEOMETRIES, write_geometry
@@ -140,7 +142,21 @@ def record(config: EngineConfig, traits: DeviceTraits) -> list[Variant]:
                 masked=True, beams=torch.empty(1, dtype=torch.int32, device=_META), num_candidates=4,
             )  # fmt: skip
             runner._sampler.sample(captured.logits, everything, runner._rows)
+        _between_steps(runner._rows)
     return list(recorder.variants)
+
+
+def _between_steps(rows: DeviceRows) -> None:
+    """What brings rows up to date, and guesses from their text."""
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=_META)
+
+    for table in (rows.token_ids, rows._parameters, rows.token_masks):
+        rows._ops.write_spans(table, ints(8, 4), ints(64))
+    rows._ops.update_page_tables(rows.page_table, ints(8, 3))
+    rows._copy_pages(ints(8, 2))
+    rows._ops.propose_ngram(rows.token_ids, ints(rows.num_rows), ints(8), ints(8))
 
 
 def _kernels() -> list[jit.Kernel]:
@@ -240,7 +256,7 @@ def main() -> int:
     print(
         json.dumps(
             {
-                "model": args.model,
+                "model": options.get("model", args.model),
                 "capability": args.capability,
                 "variants": len(rows),
                 "errors": sum("error" in row for row in rows),

@@ -17,6 +17,7 @@ CARDS = {  # capability, KiB of shared memory that a program may have
     "A10": ("8.6", "99"),
     "L4": ("8.9", "99"),
     "H100": ("9.0", "227"),
+    "B200": ("10.0", "227"),
     "RTX 5090": ("12.0", "99"),
 }
 
@@ -39,9 +40,18 @@ def test_where_there_is_less_shared_memory_pipelines_have_fewer_stages() -> None
     assert any(row.get("stages", 9) < row["constants"].get("STAGES", 0) for row in rows)
 
 
+def test_what_brings_rows_up_to_date_is_compiled_too() -> None:
+    rows, _ = compiled("A10", "--kernels", "_update", "--set", "max_num_sequences=2")
+    assert {"row_update._write_spans_kernel", "row_update._update_page_tables_kernel"} <= {
+        row["kernel"] for row in rows
+    }
+
+
 MODELS = {
     "dense": ("llama-3.1-8b",),
     "int4": ("llama-3.1-8b", "--set", "quantization=int4"),
+    "fp8": ("llama-3.1-8b", "--set", "quantization=fp8"),
+    "adapters, drafts": ("llama-3.1-8b", "--set", "lora_directory=tests", "--set", "speculation=ngram"),
     "head of 256, windows": ("gemma-3-4b",),
     "experts": ("qwen3-30b-a3b",),
     "mxfp4, sinks": ("gpt-oss-20b",),
@@ -55,4 +65,11 @@ MODELS = {
 @pytest.mark.parametrize("model", MODELS)
 def test_all_kernels_of_a_step_compile_and_have_room(model: str, card: str) -> None:
     _, sums = compiled(card, "--model", *MODELS[model])
-    assert not sums["fewer_stages"] or card not in ("A100", "H100")
+    assert not sums["fewer_stages"] or card not in ("A100", "H100", "B200")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("card", [card for card, (capability, _) in CARDS.items() if capability not in ("8.0", "8.6")])
+def test_a_store_of_fp8_is_read_where_a_card_has_it(card: str) -> None:
+    compiled(card, "--set", "kv_dtype=fp8_e4m3", "--kernels", "attention")
