@@ -226,8 +226,11 @@ class RunnerBuilder:
         experts = ""
         if quantization.rules and not packs_experts(a):
             experts = f" (experts {'stay as they are' if quantization.online else 'are dequantised'})"
+        floats = ", ".join(quantization.words_of_floats)
+        if floats:
+            floats = f"; {floats}: dequantised, {name_of(self._place.device)} has no kernels for it"
         return (
-            f"{quantization.words}{experts}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in "
+            f"{quantization.words}{experts}{floats}; {spell_bytes(taken)} instead of {spell_bytes(plain)} in "
             f"{dtype_name(dtype)}, {spell_bytes(plain - taken)} saved"
         )
 

@@ -119,8 +119,16 @@ class Quantization:
     @property
     def keeps_nothing(self) -> bool:
         """Whether all that is quantised becomes floats when it is read."""
-        schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
-        return bool(schemes) and all(self._becomes_floats(scheme.format(0)) for scheme in schemes)
+        return bool(self._schemes) and len(self.words_of_floats) == len(self._schemes)
+
+    @property
+    def words_of_floats(self) -> tuple[str, ...]:
+        """For the log: the schemes whose weights become floats when they are read."""
+        return tuple(scheme.words for scheme in self._schemes if self._becomes_floats(scheme.format(0)))
+
+    @property
+    def _schemes(self) -> tuple[Scheme, ...]:
+        return tuple(dict.fromkeys(rule.scheme for rule in self.rules if rule.scheme is not None))
 
     def _becomes_floats(self, format: Format) -> bool:
         return self.dequantised or (format.has_fp8 and not self.has_fp8)
@@ -128,7 +136,7 @@ class Quantization:
     @property
     def words(self) -> str:
         """For the log: which schemes there are."""
-        schemes = dict.fromkeys(rule.scheme.words for rule in self.rules if rule.scheme is not None)
+        schemes = dict.fromkeys(scheme.words for scheme in self._schemes)
         return f"{self.name}: {', '.join(schemes)}" if schemes else f"{self.name}, of experts alone"
 
 

@@ -13,7 +13,9 @@ from triton.runtime.errors import OutOfResources
 from paged_backend.config import demo_model_folder
 from paged_backend.models.architecture import read_architecture
 from paged_backend.models.quantization.online import read_online
+from paged_backend.models.quantization.quantization import Quantization
 from paged_backend.runner import make_ops
+from paged_backend.runner.builder import RunnerBuilder
 from paged_backend.runner.placement import Placement
 from paged_kernels import cuda_ops
 from paged_kernels.cuda_ops import CudaOps
@@ -76,6 +78,25 @@ def test_without_fp8_its_weights_become_floats_and_others_stay(
         assert quantization.format_of(["model.layers.0.mlp.down_proj"], [64], 256).codes == stored
         assert quantization.keeps_nothing is (stored == "plain")
         assert quantization.rounds is traits.has_fp8
+
+
+def test_a_mixed_checkpoint_keeps_what_the_card_reads_and_the_log_names_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fp8, int4 = (read_online(name).rules[-1] for name in ("fp8", "int4"))
+    assert fp8.scheme is not None and int4.scheme is not None
+    mixed = Quantization("mixed", (replace(fp8, matches=lambda module: module.endswith("o_proj")), int4))
+    architecture = replace(read_architecture(demo_model_folder()), quantization=mixed)
+    place = Placement(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    for traits in (A10, L4):
+        monkeypatch.setattr(make_ops, "traits_of", lambda device, found=traits: found)
+        kept = make_ops.with_formats_of(architecture, place, True)
+        assert kept.quantization is not None and not kept.quantization.keeps_nothing
+        builder = SimpleNamespace(_architecture=kept, _place=place)
+        said = RunnerBuilder._about_quantization(builder, kept.quantization)  # type: ignore[arg-type]
+        lost = f"; {fp8.scheme.words}: dequantised, a card has no kernels for it; "
+        assert (lost in said) is not traits.has_fp8 and said.endswith(" saved")
 
 
 class _Jitted:
