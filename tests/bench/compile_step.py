@@ -36,6 +36,7 @@ from triton.compiler import ASTSource
 
 from paged_backend.batch import Feature
 from paged_backend.config import EngineConfig
+from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
 from paged_backend.models.weights import allocate_weights
 from paged_backend.runner import builder, placement
@@ -107,7 +108,10 @@ class Recorder:
 
 
 def record(config: EngineConfig, traits: DeviceTraits) -> list[Variant]:
-    """What all captured shapes of steps would launch on such a device."""
+    """What all captured shapes of steps would launch on such a device.
+
+    Raises EngineError if no kernels compute there.
+    """
     device_traits._INTERPRETER = traits  # which is what a device without memory is taken for
     device_traits.traits_of.cache_clear()
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment, method-assign]
@@ -119,6 +123,8 @@ def record(config: EngineConfig, traits: DeviceTraits) -> list[Variant]:
         found._launch = found._launch_compiled
     builder.place = lambda config, architecture: Placement(_META, *placement._dtypes(config, architecture, _META))
     built = builder.RunnerBuilder(config, lambda sentence: None, open_checkpoint(config))
+    if not built._uses_kernels:
+        raise EngineError("no kernels compute such a model there: plain torch does (make_ops.kernels_reach says when)")
     with torch.inference_mode():
         weights = allocate_weights(built._architecture, built._place.dtype, _META)
         a, whole = built._architecture, built._checkpoint.architecture
@@ -241,8 +247,11 @@ def main() -> int:
     options |= dict(option.split("=", 1) for option in args.options)
     major, minor = (int(part) for part in args.capability.split("."))
     with tempfile.TemporaryDirectory() as folder:
-        config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
-        variants = record(config, DeviceTraits(True, (major, minor), args.multiprocessors))
+        try:
+            config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
+            variants = record(config, DeviceTraits(True, (major, minor), args.multiprocessors))
+        except EngineError as error:
+            parser.error(str(error))
     counted = len(variants)
     variants = [variant for variant in variants if args.kernels in variant.name]
     print(f"{len(variants)} of {counted} variants", file=sys.stderr, flush=True)

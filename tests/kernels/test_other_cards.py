@@ -22,12 +22,16 @@ CARDS = {  # capability, KiB of shared memory that a program may have
 }
 
 
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.bench.compile_step", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 def compiled(card: str, *options: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of tests/bench/compile_step.py, and its sums."""
     capability, shared = CARDS[card]
-    command = [sys.executable, "-m", "tests.bench.compile_step", "--capability", capability, "--shared-kib", shared]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    said = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    said = run("--capability", capability, "--shared-kib", shared, *options)
     assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-2000:]
     *rows, sums = map(json.loads, said.stdout.splitlines())
     assert sums["variants"] == len(rows) > 0 == sums["errors"]
@@ -45,6 +49,19 @@ def test_what_brings_rows_up_to_date_is_compiled_too() -> None:
     assert {"row_update._write_spans_kernel", "row_update._update_page_tables_kernel"} <= {
         row["kernel"] for row in rows
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--capability", "7.5"), "no kernels compute such a model there: plain torch does"),
+        (("--set", "pagesize=16"), "unknown parameter 'pagesize': did you mean 'page_size'?"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_in_a_sentence(options: tuple[str, ...], sentence: str) -> None:
+    said = run(*options)
+    assert said.returncode == 2 and not said.stdout and "Traceback" not in said.stderr
+    assert said.stderr.splitlines()[-1].startswith(f"compile_step.py: error: {sentence}")
 
 
 MODELS = {
