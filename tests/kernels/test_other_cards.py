@@ -44,6 +44,7 @@ def test_where_there_is_less_shared_memory_pipelines_have_fewer_stages() -> None
     assert any(row.get("stages", 9) < row["constants"].get("STAGES", 0) for row in rows)
 
 
+@pytest.mark.long
 def test_what_brings_rows_up_to_date_is_compiled_too() -> None:
     rows, _ = compiled("A10", "--kernels", "_update", "--set", "max_num_sequences=2")
     assert {"row_update._write_spans_kernel", "row_update._update_page_tables_kernel"} <= {
@@ -51,6 +52,7 @@ def test_what_brings_rows_up_to_date_is_compiled_too() -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
