@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.activation import activated
 from paged_kernels.block_linear import GROUP
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
+from paged_kernels.narrow_rows import store_rows
 from paged_kernels.round_rows import lies_padded
 from paged_kernels.small_linear import LinearWorkspace, fetch_lines, leave_part
 
@@ -115,17 +115,10 @@ def _fp8_kernel(
             sum_of_all *= next_s[:, None] * next_x[None, :]
         if BIAS:
             sum_of_all += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)[:, None]
-        result = sum_of_all
-        if GATED:
-            pairs = tl.permute(tl.reshape(sum_of_all, (HEIGHT // 8, 2, 8, TOKENS)), (0, 2, 3, 1))
-            gate, up = tl.split(tl.reshape(pairs, (HEIGHT, TOKENS, 2)))
-            result = activated(gate, ACTIVATION) * up
-        below = tile * HEIGHT + tl.arange(0, HEIGHT)
-        wanted = (below < N)[:, None] & known[None, :]
-        if ADD:
-            residual_at = residual + below[:, None] + (token * residual_stride)[None, :]
-            result += tl.load(residual_at, mask=wanted, other=0.0).to(tl.float32)
-        tl.store(out + below[:, None] + (token * out_stride)[None, :], result.to(out.dtype.element_ty), mask=wanted)
+        store_rows(
+            sum_of_all, tile * HEIGHT, token, known, residual, residual_stride, out, out_stride, N, HEIGHT, TOKENS,
+            GATED, ACTIVATION, ADD,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.activation import activated
 from paged_kernels.device_quads import BLOCK, INT4_ZERO, WORDS, numbers_of_quads
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import WORDS_BLOCK, Linear
+from paged_kernels.narrow_rows import check_sides, store_rows
 from paged_kernels.quads import words_of
 from paged_kernels.sampling import arrive
 from paged_kernels.small_linear import LinearWorkspace, fetch_lines
@@ -104,17 +104,10 @@ def _int4_kernel(
             tl.store(arrivals + sums, 0)
         if BIAS:
             sum_of_all += tl.load(bias + row).to(tl.float32)[:, None]
-        result = sum_of_all
-        if GATED:
-            pairs = tl.permute(tl.reshape(sum_of_all, (HEIGHT // 8, 2, 8, TOKENS)), (0, 2, 3, 1))
-            gate, up = tl.split(tl.reshape(pairs, (HEIGHT, TOKENS, 2)))
-            result = activated(gate, ACTIVATION) * up
-        below = tile * HEIGHT + tl.arange(0, HEIGHT)
-        wanted = (below < N)[:, None] & known[None, :]
-        if ADD:
-            residual_at = residual + below[:, None] + (token * residual_stride)[None, :]
-            result += tl.load(residual_at, mask=wanted, other=0.0).to(tl.float32)
-        tl.store(out + below[:, None] + (token * out_stride)[None, :], result.to(out.dtype.element_ty), mask=wanted)
+        store_rows(
+            sum_of_all, tile * HEIGHT, token, known, residual, residual_stride, out, out_stride, N, HEIGHT, TOKENS,
+            GATED, ACTIVATION, ADD,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,7 +173,7 @@ def int4_narrow_linear(
     num_rows = linear.num_rows // 2 if gated else linear.num_rows
     out = x.new_empty(num_tokens, num_rows) if out is None else out
     words = words_of(linear)
-    _check(x, linear, residual, out, num_rows)
+    check_sides(x, linear, residual, out, num_rows, MAX_TOKENS)
     assert linear.scale is not None
     shape = shape or int4_narrow_shape(num_tokens, linear, x.dtype)
     tiles = triton.cdiv(num_rows, shape.rows // (2 if gated else 1))
@@ -203,24 +196,3 @@ def int4_narrow_linear(
         PACKED=x.is_cuda and x.dtype != torch.float32, LAUNCH_PDL=launch_pdl, num_warps=shape.num_warps,
     )  # fmt: skip
     return out
-
-
-def _check(
-    x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor, num_rows: int
-) -> None:  # fmt: skip
-    num_tokens, num_columns = x.shape
-    if not 1 <= num_tokens <= MAX_TOKENS or linear.num_columns != num_columns or linear.num_rows % num_rows:
-        raise ValueError(
-            f"x {tuple(x.shape)} (1 to {MAX_TOKENS} tokens) and a weight of {linear.num_rows} x "
-            f"{linear.num_columns} do not fit each other"
-        )
-    for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None and (
-            tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1
-        ):
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with "
-                "contiguous rows"
-            )
-    if x.stride(1) != 1 or (linear.bias is not None and linear.bias.dtype != x.dtype):
-        raise ValueError(f"rows of x must be contiguous, and bias of x's dtype {x.dtype}")

@@ -64,7 +64,7 @@ class Format:
     @property
     def has_fp8(self) -> bool:
         """Whether numbers or scales of the weight are of float8_e4m3fn."""
-        return torch.float8_e4m3fn in (self.scale_dtype, torch.float8_e4m3fn if self.codes == "fp8" else None)
+        return self.codes == "fp8" or self.scale_dtype == torch.float8_e4m3fn
 
     @property
     def nibbles(self) -> bool:

@@ -37,10 +37,10 @@ def unpack_quads(packed: Tensor) -> Tensor:
 def words_of(linear: Linear) -> Tensor:
     """A linear's words as they lie in memory, int32 [blocks, rows, 16].
 
-    Raises ValueError if it is not in quads, or a part of one.
+    Raises ValueError if it is not in quads, or some of the rows of one.
     """
-    tensors = [linear.weight.transpose(0, 1)] if linear.format.order == "quads" else []
-    tensors += [x.T for x in (linear.scale, linear.zero) if x is not None]
-    if linear.format.order != "quads" or not all(tensor.is_contiguous() for tensor in tensors):
+    in_quads = linear.format.order == "quads"
+    words = linear.weight.transpose(0, 1) if in_quads else linear.weight
+    if not in_quads or not words.is_contiguous():
         raise ValueError(f"{linear.format} of {linear.num_rows} x {linear.num_columns} is not in quads, and whole")
-    return tensors[0].view(torch.int32)
+    return words.view(torch.int32)

@@ -23,6 +23,7 @@ import triton.language as tl
 from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
+from paged_kernels.narrow_rows import check_sides
 from paged_kernels.quant_tile import (
     CODE_OF,
     FP4,
@@ -375,26 +376,6 @@ def check_product(
     x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor, num_rows: int, max_tokens: int
 ) -> None:
     """Raises ValueError if they do not fit each other or these kernels."""
-    num_tokens, num_columns = x.shape
-    if not reaches(linear):
-        raise ValueError(f"{linear.format} is not read by these kernels")
-    if (
-        not 1 <= num_tokens <= max_tokens
-        or linear.num_columns != num_columns
-        or not linear.weight.is_contiguous()
-        or linear.num_rows % num_rows
-    ):
-        raise ValueError(
-            f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and a weight of {linear.num_rows} x "
-            f"{linear.num_columns} do not fit each other"
-        )
-    for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None and (
-            tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1
-        ):
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with "
-                "contiguous rows"
-            )
-    if x.stride(1) != 1 or (linear.bias is not None and linear.bias.dtype != x.dtype):
-        raise ValueError(f"rows of x must be contiguous, and bias of x's dtype {x.dtype}")
+    if not reaches(linear) or not linear.weight.is_contiguous():
+        raise ValueError(f"{linear.format} of {linear.num_rows} x {linear.num_columns} is not read by these kernels")
+    check_sides(x, linear, residual, out, num_rows, max_tokens)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
+from paged_kernels.narrow_rows import check_outputs
 from paged_kernels.norm_value import Norm
 from paged_kernels.sampling import arrive
 
@@ -366,14 +367,7 @@ def _check(
             f"x {tuple(x.shape)} (1 to {max_tokens} tokens) and weight {tuple(weight.shape)}, which must be "
             "contiguous, do not fit each other"
         )
-    for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None and (
-            tensor.shape != (num_tokens, num_rows) or tensor.dtype != x.dtype or tensor.stride(1) != 1
-        ):
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} is not [{num_tokens}, {num_rows}] {x.dtype} with "
-                "contiguous rows"
-            )
+    check_outputs(x, residual, out, num_rows)
     if (
         weight.dtype != x.dtype
         or x.stride(1) != 1

@@ -63,15 +63,16 @@ def _propose_kernel(
 class Oracle:
     """Proposes what comes next, right with the probability `quality`."""
 
-    def __init__(self, vocab_size: int, ahead: int) -> None:
+    def __init__(self, vocab_size: int, ahead: int, num_drafts: int) -> None:
         self.quality = 1.0
         self._vocab_size, self._ahead = vocab_size, ahead
+        self._places = triton.next_power_of_2(num_drafts)
 
     def __call__(self, token_ids: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
         if len(rows):
             _propose_kernel[(len(rows),)](
                 token_ids, lengths, rows, counts, token_ids.stride(0), self._ahead, self.quality,
-                VOCAB=self._vocab_size, PLACES=triton.next_power_of_2(8),
+                VOCAB=self._vocab_size, PLACES=self._places,
             )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def main() -> None:
         kinds = {"oracle": "ngram", "off": "off"} | ({"auto": "auto"} if args.auto else {})
         engines = {kind: load(str(model), speculation, args) for kind, speculation in kinds.items()}
     ahead = {kind: make_successors(engine) for kind, engine in engines.items()}
-    oracle = Oracle(vocab_size, ahead["oracle"])
+    oracle = Oracle(vocab_size, ahead["oracle"], args.drafts)
     engines["oracle"]._runner._rows.propose_with(oracle)  # type: ignore[attr-defined]
     loads = {kind: Load(engine) for kind, engine in engines.items()}
     speculation = engines["oracle"]._scheduler.speculation
