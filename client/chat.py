@@ -23,6 +23,7 @@ from paged_client.asking import (
     sampling_of,
 )
 from paged_client.client import PagedClient
+from paged_client.ctrl_c import CtrlC
 from paged_client.errors import InvalidRequestError, PagedError, UnreachableError
 from paged_client.openai.formats.events import Call, Content, Event, Reasoning, message_of
 from paged_client.option_groups import with_option_groups
@@ -35,7 +36,7 @@ _HELP = """/reset          forget the conversation, keep the system message
 /retry          ask the last question again
 /help           this
 /exit           leave, as Ctrl-D does
-Ctrl-C          stops the answer; the conversation goes on"""
+Ctrl-C          stops the answer, or the tool that runs; the conversation goes on"""
 _PROMPT = "> "
 _MOST_CALLS = 8  # answers that ask for tools, to one question
 
@@ -146,6 +147,7 @@ class ChatSession:
         self._reader = reader
         self._console = console
         self._interactive = sys.stdin.isatty()
+        self._ctrl_c = CtrlC()
         self._any_failed = False
 
     @property
@@ -157,17 +159,19 @@ class ChatSession:
         if self._interactive:
             self._start_line_editor()
             self._note("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.")
-        while (line := self._read()) is not None:
-            if line.startswith("/"):
-                if not self._command(*line[1:].split(maxsplit=1)):
-                    return
-            elif line:
-                self._talk(line)
+        with self._ctrl_c:
+            while (line := self._read()) is not None:
+                if line.startswith("/"):
+                    if not self._command(*line[1:].split(maxsplit=1)):
+                        return
+                elif line:
+                    self._talk(line)
 
     def _read(self) -> str | None:
         """A line; None at the end of input. Ctrl-C at the prompt throws away what was typed."""
         try:
-            return input(_PROMPT if self._interactive else "").strip()
+            with self._ctrl_c.raises():
+                return input(_PROMPT if self._interactive else "").strip()
         except EOFError:
             if self._interactive:
                 self._console.print()
@@ -218,12 +222,12 @@ class ChatSession:
 
     def _listen(self, reading: Reading) -> list[Call]:
         """Shows an answer as it comes. Returns the calls that it makes."""
-        conversation, speed, stopped = self._conversation, Speed(), ""
+        conversation, speed = self._conversation, Speed()
         descriptions = [tool.description for tool in self._reader.tools.values()] or None
         stream = self._client.stream(messages=conversation.messages, tools=descriptions, **reading.sampling)
         parser, shown, events = reading.parser(), _Shown(self._console), list[Event]()
         try:
-            with stream:
+            with stream, self._ctrl_c.calls(stream.stop):
                 for delta in stream:
                     speed.take(delta)
                     new = [Content(delta.text)] if parser is None else parser.feed(delta.text)
@@ -231,13 +235,13 @@ class ChatSession:
                         new = [*new, *parser.finish()]
                     events += new
                     shown.take(new)
-        except KeyboardInterrupt:
-            stopped = "stopped: "
+        except KeyboardInterrupt:  # the second
+            stream.stop()
         except PagedError as error:
             self._fail(error, shown.begun)
             return []
         said, answer = message_of(events), stream.answer
-        calls = [] if stopped else list(said.calls)
+        calls = [] if stream.stopped else list(said.calls)
         if calls:
             conversation.call(said.content.strip(), calls)
         elif answer.text:
@@ -247,7 +251,7 @@ class ChatSession:
         ended = "; cut off at max_tokens" if answer.finish_reason == "length" else ""
         if shown.begun or not calls:
             self._console.print()
-        self._note(f"{stopped}{speed.line()}{ended}")
+        self._note(f"{'stopped: ' if stream.stopped else ''}{speed.line()}{ended}")
         return calls
 
     def _run(self, call: Call) -> str:
@@ -257,15 +261,23 @@ class ChatSession:
         if tool is None:
             found = f"error: there is no tool {call.name}"
         elif self._asked("run it? [y/N] "):
-            found = tool.run(call.arguments)
+            found = self._outcome(tool, call)
         else:
             found = "error: the user does not allow this call"
         self._note(printable(found))
         return found
 
+    def _outcome(self, tool: Tool, call: Call) -> str:
+        try:
+            with self._ctrl_c.raises():
+                return tool.run(call.arguments)
+        except KeyboardInterrupt:
+            return "error: the user stopped this call"
+
     def _asked(self, question: str) -> bool:
         try:
-            return input(question if self._interactive else "").strip().lower() in ("y", "yes")
+            with self._ctrl_c.raises():
+                return input(question if self._interactive else "").strip().lower() in ("y", "yes")
         except (EOFError, KeyboardInterrupt):
             return False
 

@@ -24,6 +24,7 @@ DEFAULT_MODEL = "paged_llm"
 
 class _Call(Protocol):
     def next(self, seconds: float | None) -> tuple[Outputs, bool]: ...
+    def wake(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -177,15 +178,24 @@ class PagedClient:
 
 
 class Stream:
-    """An answer on its way: an iterator of `Delta`. Also a context manager; `close` cancels what is not over."""
+    """An answer on its way: an iterator of `Delta`. Also a context manager; `close` cancels what is not over, and
+    `stop` does so from elsewhere.
+    """
+
+    _call: _Call | None = None  # of the class, too: an interrupted `__init__` is followed by `__del__`
 
     def __init__(self, transport: _Transport, question: Question, limits: Limits) -> None:
-        self._call: _Call | None = None
         self._transport = transport
         self._question = question
         self._retry_policy = RetryPolicy(limits)
         self._progress = Progress()
         self._arrived: deque[Delta] = deque()
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
 
     @property
     def answer(self) -> Answer:
@@ -196,12 +206,14 @@ class Stream:
         return self
 
     def __next__(self) -> Delta:
-        while not self._arrived and not self._progress.over:
+        while not (self._arrived or self._progress.over or self._stopped):
             try:
                 self._listen()
             except BaseException:
                 self.close()
                 raise
+        if self._stopped:
+            self.close()
         if self._arrived:
             return self._arrived.popleft()
         raise StopIteration
@@ -211,8 +223,12 @@ class Stream:
         try:
             if self._call is None:
                 self._call = self._transport.ask(self._question)
+            if self._stopped:  # before there was a call to wake
+                return
             outputs, final = self._call.next(self._retry_policy.seconds())
         except PagedError as error:
+            if self._stopped:  # which looks like a lost connection
+                return
             pause = self._retry_policy.pause(error, begun=self._progress.begun)
             if pause is None:
                 raise
@@ -241,6 +257,16 @@ class Stream:
         self._progress.over = True
         self._arrived.clear()
         self._leave()
+
+    def stop(self) -> None:
+        """Ends the iteration from another thread or a signal handler: waits for nothing, and wakes who waits for the
+        next piece. The one that iterates gets no more pieces, and cancels the request. A connection over HTTP that is
+        still being made is waited for.
+        """
+        self._stopped = True
+        call = self._call
+        if call is not None:
+            call.wake()
 
     def _leave(self) -> None:
         call, self._call = self._call, None

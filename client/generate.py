@@ -21,6 +21,7 @@ from paged_client.asking import (
     sampling_of,
 )
 from paged_client.client import PagedClient
+from paged_client.ctrl_c import CtrlC
 from paged_client.option_groups import with_option_groups
 
 
@@ -84,7 +85,7 @@ def _members_of(answer: Answer) -> dict[str, Any]:
 
 def _print_stream(client: PagedClient, text: str, sampling: dict[str, Any]) -> None:
     speed = Speed()
-    with client.stream(text, **sampling) as deltas:
+    with CtrlC() as ctrl_c, client.stream(text, **sampling) as deltas, ctrl_c.calls(deltas.stop):
         try:
             for delta in deltas:
                 speed.take(delta)
@@ -92,5 +93,7 @@ def _print_stream(client: PagedClient, text: str, sampling: dict[str, Any]) -> N
         finally:
             if deltas.answer.text:
                 print(flush=True)
+    if deltas.stopped:
+        raise KeyboardInterrupt
     if sys.stderr.isatty():
         Console(stderr=True, highlight=False, markup=False).print(speed.line(), style="dim", soft_wrap=True)

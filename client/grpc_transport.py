@@ -101,33 +101,45 @@ class GrpcCall:
         self._transport = transport
         self._client: InferenceServerClient | None = client
         self._over = False
-        arrived: queue.Queue[tuple[InferResult | None, InferenceServerException | None]] = queue.Queue()
-        self._arrived = arrived
-        _in_daemon_thread(lambda: client.start_stream(lambda result, error: arrived.put((result, error))))
+        # A SimpleQueue's lock cannot stay taken where KeyboardInterrupt is raised, as a Queue's can; and a signal
+        # handler may put something into it, whatever it interrupts. None: nothing came, see `wake`.
+        arrived: queue.SimpleQueue[tuple[InferResult | None, InferenceServerException | None] | None]
+        self._arrived = arrived = queue.SimpleQueue()
         try:
+            _in_daemon_thread(lambda: client.start_stream(lambda result, error: arrived.put((result, error))))
             client.async_stream_infer(
                 model, _inputs(question), enable_empty_final_response=True, parameters=dict(question.parameters)
             )
         except InferenceServerException as error:  # the stream broke first: why is in the queue
             if arrived.empty():
                 arrived.put((None, error))
+        except BaseException:  # KeyboardInterrupt: the request may be on its way
+            self.close()
+            raise
 
     def next(self, seconds: float | None) -> tuple[Outputs, bool]:
-        """The next response's outputs, and whether it is the last.
+        """The next response's outputs, and whether it is the last. No outputs after `wake`.
 
         Raises:
             TimeoutError: it did not come within `seconds`.
             PagedError: the request failed.
         """
         try:
-            result, error = self._arrived.get(timeout=seconds)
+            item = self._arrived.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError from None
+        if item is None:
+            return {}, False
+        result, error = item
         if error is not None or result is None:
             self._over = True
             raise _error_of(error, self._transport.address)
         self._over = _is_final(result)
         return _outputs_of(result), self._over
+
+    def wake(self) -> None:
+        """Ends `next`'s waiting; from anywhere, signal handlers included."""
+        self._arrived.put(None)
 
     def close(self) -> None:
         """Cancels the request if it is not over."""

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ class HttpCall:
         self._path = path
         self._question = question
         self._response: http.client.HTTPResponse | None = None
+        self._socket: socket.socket | None = None  # the connection forgets it if the server says that it will close
+        self._woken = False
         self._num_running = question.num_sequences
 
     def next(self, seconds: float | None) -> tuple[Outputs, bool]:
@@ -70,7 +73,7 @@ class HttpCall:
 
         Raises:
             TimeoutError: it did not come within `seconds`.
-            PagedError: the request failed.
+            PagedError: the request failed, or `wake` was called.
         """
         try:
             response = self._respond(seconds)
@@ -96,12 +99,22 @@ class HttpCall:
         connection = self._connection
         connection.timeout = seconds
         if self._response is None:
+            connection.connect()
+            self._socket = connection.sock
+            if self._woken:  # before there was a socket
+                self.wake()
             connection.request("POST", self._path, _body(self._question), _HEADERS)
-            self._socket = connection.sock  # the connection forgets it if the server says that it will close
             self._response = connection.getresponse()
-        else:
+        elif self._socket is not None:
             self._socket.settimeout(seconds)
         return self._response
+
+    def wake(self) -> None:
+        """Ends `next`'s waiting as a lost connection would; from anywhere, signal handlers included."""
+        self._woken = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # an SSLSocket's own would change what is read
 
     def close(self) -> None:
         """Cancels the request if it is not over."""

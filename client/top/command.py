@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from paged_backend.engine.snapshot import Snapshot
+from paged_client.ctrl_c import CtrlC
 from paged_client.top.engines import Choice, NoEngineError, View, choices_of_each, choose_engine, follow, port_of
 from paged_client.top.history import History
 from paged_client.top.view import Room, frame
@@ -85,9 +86,12 @@ def _show(choices: Sequence[Choice], whole: bool, once: bool) -> None:
                 frames = all_frames()
             console.print(frames)
             return
-        with Live(console=console, screen=True, auto_refresh=False, redirect_stderr=False) as live:
+        # an exception in the middle of drawing would leave the terminal on the other screen
+        with CtrlC() as ctrl_c, Live(console=console, screen=True, auto_refresh=False, redirect_stderr=False) as live:
             while True:
-                live.update(all_frames(), refresh=True)
+                with ctrl_c.raises():
+                    frames = all_frames()
+                live.update(frames, refresh=True)
     finally:
         for views in followed:
             views.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,16 @@ class Stream:
 
     def __init__(self, text: str) -> None:
         self._text = text
+        self.stopped = False
         self.answer = Answer(text, (1,), "stop", Usage(5, 0, 1))
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None: ...
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def __iter__(self) -> Iterator[Delta]:
         starts = range(0, len(self._text), 3)
@@ -179,6 +184,21 @@ def test_nothing_is_run_otherwise(
     tool = Tool(lambda **given: ran.append(given), tools["area"].arguments, tools["area"].description)
     _, _, conversation = talk(monkeypatch, {"area": tool}, (CALL, "Then not."), lines)
     assert not ran and conversation.turns[2]["content"] == "error: the user does not allow this call"
+
+
+def test_ctrl_c_stops_the_tool_that_runs_and_the_model_hears_of_it(
+    monkeypatch: pytest.MonkeyPatch, tools: dict[str, Tool]
+) -> None:
+    tool = Tool(lambda **_: signal.raise_signal(signal.SIGINT), tools["area"].arguments, tools["area"].description)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _, shown, conversation = talk(monkeypatch, {"area": tool}, (CALL, "Then not."), ("How large?", "y"))
+    except KeyboardInterrupt:  # of pytest's, otherwise
+        pytest.fail("Ctrl-C left the chat")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert conversation.turns[2]["content"] == "error: the user stopped this call"
+    assert "Then not." in shown and "stopped: " not in shown
 
 
 def test_a_model_that_only_calls_is_stopped_and_unknown_tools_are_told(
