@@ -80,16 +80,16 @@ class WordsShape:
     max_registers: int | None = None
 
 
-def words_shape(num_tokens: int, share: float, *, by_fp8: bool) -> WordsShape:
-    """share: tokens of an expert on the average. Those of fp8 measured best on the same H200 with the experts of
+def words_shapes(num_tokens: int, share: float, *, by_fp8: bool) -> tuple[WordsShape, WordsShape]:
+    """Of both products of a layer. share: tokens of an expert on the average. Those of fp8 measured best on the same H200 with the experts of
     gpt-oss-20b; the others were only compiled: they spill no registers, and have room on cards with 99 KiB of shared
     memory.
     """
     tokens = 16 if share <= 8 else 32 if share <= 16 else 64
     if not by_fp8:
-        return WordsShape(tokens, _ROWS, 3, 8, 1)
+        return (WordsShape(tokens, _ROWS, 3, 8, 1),) * 2
     if num_tokens == 1:
-        return WordsShape(16, _ROWS, 4, 4, 6, parts=2, max_registers=_FEW_REGISTERS)
+        return (WordsShape(16, _ROWS, 4, 4, 6, parts=2, max_registers=_FEW_REGISTERS),) * 2
     if tokens == 16:
-        return WordsShape(tokens, 2 * _ROWS, 3, 4, 4, max_registers=_FEW_REGISTERS)
-    return WordsShape(tokens, 2 * _ROWS, 4, 4, 4)
+        return (WordsShape(tokens, 2 * _ROWS, 3, 4, 4, max_registers=_FEW_REGISTERS),) * 2
+    return (WordsShape(tokens, 2 * _ROWS, 4, 4, 4),) * 2

@@ -24,7 +24,7 @@ import triton.language as tl
 from paged_kernels.device_words import BLOCK, WORDS, WORDS_REST, numbers_of_words
 from paged_kernels.expert_codes import apply_gate, check_call, gate_constants
 from paged_kernels.expert_products import combine, group
-from paged_kernels.expert_tiles import WordsShape, words_shape
+from paged_kernels.expert_tiles import WordsShape, words_shapes
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import WORDS_BLOCK
@@ -258,10 +258,11 @@ def _launch_split(
 
 def add_experts_in_words(
     x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, experts: Experts, residual: torch.Tensor, *,
-    shape: WordsShape | None = None, num_multiprocessors: int = 3, by_fp8: bool = True, launch_pdl: bool = False,
+    shapes: tuple[WordsShape, WordsShape] | None = None, num_multiprocessors: int = 3, by_fp8: bool = True, launch_pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """As expert_products.add_experts, of experts whose matrices are both in words. by_fp8: bfloat16 goes to 8-bit
-    tensor cores, which the device has; everything else is multiplied as it is.
+    tensor cores, which the device has; everything else is multiplied as it is. shapes: of both products, with one number
+    of tokens and of parts.
 
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
@@ -273,13 +274,15 @@ def add_experts_in_words(
         return residual
     pairs, size, hidden = num_tokens * top_k, experts.down.num_columns, x.shape[1]
     splits = by_fp8 and x.dtype == torch.bfloat16
-    shape = shape or words_shape(num_tokens, pairs / experts.num_experts, by_fp8=splits)
-    parts = shape.parts if num_tokens == 1 and splits else 1
+    first, second = shapes or words_shapes(num_tokens, pairs / experts.num_experts, by_fp8=splits)
+    parts = first.parts if num_tokens == 1 and splits else 1
     order = tiles = expert_ids.view(-1)
     if parts == 1:
-        order, tiles = group(expert_ids, experts.num_experts, shape.tokens, launch_pdl=launch_pdl)
+        order, tiles = group(expert_ids, experts.num_experts, first.tokens, launch_pdl=launch_pdl)
 
-    def multiply(values: Values, linear: ExpertLinear, num_rows: int, gate: Gate | None) -> torch.Tensor:
+    def multiply(
+        values: Values, linear: ExpertLinear, num_rows: int, gate: Gate | None, shape: WordsShape
+    ) -> torch.Tensor:
         if parts > 1:
             out = torch.empty(parts, pairs, linear.num_rows, dtype=torch.float32, device=x.device)
         else:
@@ -301,12 +304,12 @@ def add_experts_in_words(
     def split(given: torch.Tensor) -> Values:
         return split_rows(given, launch_pdl=launch_pdl) if splits else (given, given)
 
-    gated = multiply(split(x), experts.gate_up, size, experts.gate)
+    gated = multiply(split(x), experts.gate_up, size, experts.gate, first)
     if parts == 1:
-        answers = multiply(split(gated), experts.down, hidden, None)
+        answers = multiply(split(gated), experts.down, hidden, None, second)
         return combine(answers, residual, top_k, launch_pdl=launch_pdl)
     of_pairs = _split_gated(gated, tiles, experts, launch_pdl=launch_pdl)
-    answers, bias = multiply(of_pairs, experts.down, hidden, None), experts.down.bias
+    answers, bias = multiply(of_pairs, experts.down, hidden, None, second), experts.down.bias
     _combine_parts_kernel[(triton.cdiv(hidden, _COMBINED),)](
         answers, x if bias is None else bias, tiles, weights, residual,
         N=hidden, TOP_K=top_k, PARTS=parts, COLUMNS=_COMBINED, BIAS=bias is not None, LAUNCH_PDL=launch_pdl,

@@ -156,7 +156,7 @@ def compare(
     row: dict[str, object] = {"tokens": len(told["off"][0]), "off_tokens_per_s": round(off)}
     for kind in args.kinds:
         after, same = engines[kind].stats(), sum(map(operator.eq, told["off"], told[kind]))
-        row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 2)
+        row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 2) if off else None  # one token
         row[f"{kind}_same_answers"] = same / len(prompts)
         row[f"{kind}_proposed"] = (after.drafts_proposed - before[kind].drafts_proposed) // (args.rounds + 1)
         row[f"{kind}_accepted"] = (after.drafts_accepted - before[kind].drafts_accepted) // (args.rounds + 1)

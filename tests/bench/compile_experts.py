@@ -169,8 +169,8 @@ def _products(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int
 def _words(layer: dict[str, ExpertLinear], hidden: int, size: int, top_k: int, num_tokens: int) -> list[Case]:
     found: list[Case] = []
     kinds = {"x": "fp8e4nv", "x_scales": "fp32", "weight": "i32", "exponents": "i32", "row_scale": "fp32"}
-    shape = expert_tiles.words_shape(num_tokens, num_tokens * top_k / len(layer["down"].weight), by_fp8=True)
-    for part, linear in layer.items():
+    shapes = expert_tiles.words_shapes(num_tokens, num_tokens * top_k / len(layer["down"].weight), by_fp8=True)
+    for (part, linear), shape in zip(layer.items(), shapes, strict=True):
         gated, one = part == "gate_up", num_tokens == 1
         parts = shape.parts if one else 1
         constants = {"N": size if gated else hidden, "K": linear.num_columns, "TOP_K": top_k, "TOKENS": shape.tokens}

@@ -185,7 +185,7 @@ def test_products_in_bfloat16_equal_those_of_float64(
     weights = torch.rand(num_tokens, 2, generator=generator).to(DEVICE) + 0.1
     expected = residual.double().cpu()
     expected += written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
-    found = add_experts_in_words(x, expert_ids, weights, experts, residual.clone(), shape=shape)
+    found = add_experts_in_words(x, expert_ids, weights, experts, residual.clone(), shapes=(shape, shape))
     error = (found.double().cpu() - expected).norm() / expected.norm()
     assert error <= TOLERANCE, f"relative RMS error {error:.2e}"
 
@@ -200,7 +200,7 @@ def test_a_device_without_8_bit_tensor_cores_multiplies_bfloat16_as_it_is() -> N
     weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(6)).to(DEVICE)
     expected = written_out(x.cpu(), expert_ids, weights, on(experts, torch.device("cpu")))
     given = x, expert_ids, weights, experts, torch.zeros_like(x)
-    found = add_experts_in_words(*given, shape=SHAPES["side by side"], by_fp8=False)
+    found = add_experts_in_words(*given, shapes=(SHAPES["side by side"],) * 2, by_fp8=False)
     error = (found.double().cpu() - expected).norm() / expected.norm()
     assert error <= TOLERANCE, f"relative RMS error {error:.2e}"
 

@@ -165,7 +165,7 @@ def test_products_with_packed_weights_equal_those_with_their_numbers(
     of_tile = 16 if num_tokens == 1 else 64
     given = x, expert_ids, weights, experts
     if experts.has_words:
-        found = add_experts_in_words(*given, residual.clone(), shape=WordsShape(of_tile, 32, 2, 1, 1, parts=2))
+        found = add_experts_in_words(*given, residual.clone(), shapes=(WordsShape(of_tile, 32, 2, 1, 1, parts=2),) * 2)
     else:
         tile = ProductShape(of_tile, 32, 32, stages=2, num_warps=1)
         found = add_experts(*given, residual.clone(), shape=tile, num_programs=3)

@@ -27,6 +27,8 @@ def test_order_is_that_of_a_stable_sort(
     num_items: int, num_owners: int, tile: int, kind: str, two_launches: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grouping, "_FEW", 0 if two_launches else 2**30)
+    monkeypatch.setattr(grouping, "_CHUNK", 128)
+    monkeypatch.setattr(grouping, "_AT_ONCE", 256)
     owners = owners_of(kind, num_items, num_owners)
     order = torch.full((num_items,), 10_000, dtype=torch.int32, device=DEVICE)
     tiles = torch.full((grouping.max_tiles(num_items, num_owners, tile), 3), 10_000, dtype=torch.int32, device=DEVICE)
