@@ -35,12 +35,15 @@ class ExpertKernels:
         """reference.route."""
         return expert_routing.route(x, experts, arrivals=self._arrivals, launch_pdl=self._pdl)
 
-    def add(self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor) -> Tensor:
-        """reference.add_experts; residual is written over."""
+    def add(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts, residual: Tensor,
+        halves: expert_words.Values | None = None,
+    ) -> Tensor:  # fmt: skip
+        """reference.add_experts; residual is written over. halves: `expert_words.split_rows` of x, if that is known."""
         if experts.has_words:
             return expert_words.add_experts_in_words(
                 x, expert_ids, weights, experts, residual, num_multiprocessors=self._num_multiprocessors,
-                by_fp8=self._has_fp8, launch_pdl=self._pdl,
+                by_fp8=self._has_fp8, launch_pdl=self._pdl, halves=halves,
             )  # fmt: skip
         if len(x) == 1:
             return expert_vectors.add_experts_of_one(x, expert_ids, weights, experts, residual, launch_pdl=self._pdl)
@@ -50,11 +53,14 @@ class ExpertKernels:
 
     def norm_add(self, x: Tensor, norm: Norm | None, experts: Experts) -> Tensor:
         """reference.norm_add_experts; x is written over."""
+        halves = None
         if len(x) == 1 and norm is not None and norm.is_plain:
+            if experts.has_words and self._has_fp8 and x.dtype == torch.bfloat16:
+                halves = expert_words.empty_values(1, x.shape[1], x.device)
             normed, *chosen = expert_routing.norm_route_one(
-                x, norm.weight, norm.eps, experts, arrivals=self._arrivals, launch_pdl=self._pdl
+                x, norm.weight, norm.eps, experts, arrivals=self._arrivals, halves=halves, launch_pdl=self._pdl
             )
         else:
             normed = x if norm is None else norms.norm(x, norm, launch_pdl=self._pdl)
             chosen = list(self.route(normed, experts))
-        return self.add(normed, *chosen, experts, x)
+        return self.add(normed, *chosen, experts, x, halves)

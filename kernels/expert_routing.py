@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from paged_kernels.expert_words import Values, store_split
 from paged_kernels.experts import Experts
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.sampling import arrive
@@ -156,14 +157,15 @@ def _route_kernel(
 
 @kernel
 def _route_one_kernel(
-    x, norm_weight, weight, bias, correction, normed, logits, arrivals, expert_ids, weights, eps, scale,
+    x, norm_weight, weight, bias, correction, normed, parts, part_scales, logits, arrivals, expert_ids, weights, eps,
+    scale,
     K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
     TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCORES: tl.constexpr, RENORMALISED: tl.constexpr, BIAS: tl.constexpr,
     CORRECTED: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
+    PADDED: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """PART experts' logits of the one token, whose norm every program computes for itself; the first leaves it for the
-    experts.
+    experts, and, if PADDED is not 0, the two parts that they multiply (expert_words.py).
     """
     pdl_release(LAUNCH_PDL)
     row = tl.program_id(0) * PART + tl.arange(0, PART)
@@ -180,6 +182,8 @@ def _route_one_kernel(
     value = (scaling * shrunk.to(tl.float32)).to(normed.dtype.element_ty)
     if tl.program_id(0) == 0:
         tl.store(normed + column, value, mask=inside)
+        if PADDED > 0:
+            store_split(tl.where(inside, value.to(tl.float32), 0.0), parts, part_scales, 0, column, PADDED)
     total = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], 1)
     if BIAS:
         total += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
@@ -246,11 +250,13 @@ def norm_route_one(
     experts: Experts,
     *,
     arrivals: torch.Tensor,
+    halves: Values | None = None,
     launch_pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The plain norm of a token, and reference.route of it: [1, hidden] -> [1, hidden], int32 [1, k], float32 [1, k].
 
-    norm_weight: [hidden], of x's dtype. Otherwise as `route`; weights are read before the kernel ahead is complete.
+    norm_weight: [hidden], of x's dtype. halves: `empty_values`, if experts want `split_rows` of the norm. Otherwise as
+    `route`; weights are read before the kernel ahead is complete.
     """
     _check(x, experts)
     size, padded = x.shape[1], _padded(experts.num_experts)
@@ -262,12 +268,12 @@ def norm_route_one(
     normed = torch.empty_like(x)
     expert_ids, weights = _found(x, experts)
     logits = torch.empty(padded, dtype=torch.float32, device=x.device)
-    part = 1 if size > 2048 else 2
+    part, (out, scales) = 1 if size > 2048 else 2, halves or (normed, logits)
     _route_one_kernel[(triton.cdiv(padded, part),)](
-        x, norm_weight, *_parameters(experts, x), normed, logits, arrivals, expert_ids, weights, eps,
+        x, norm_weight, *_parameters(experts, x), normed, out, scales, logits, arrivals, expert_ids, weights, eps,
         experts.routing.scale,
         K=size, NUM_EXPERTS=experts.num_experts, EXPERTS=padded, PART=part, BLOCK=triton.next_power_of_2(size),
-        **_choice(experts), LAUNCH_PDL=launch_pdl, num_warps=4,
+        **_choice(experts), PADDED=out.shape[2] if halves else 0, LAUNCH_PDL=launch_pdl, num_warps=4,
     )  # fmt: skip
     return normed, expert_ids, weights
 

@@ -11,6 +11,7 @@ _ROWS = 64  # of the weight: what one instruction of the tensor cores takes
 _SHARED_BYTES = 108 * 1024  # of a program: two of them share a multiprocessor
 _MAX_STAGES = 6
 _FEW_REGISTERS = 128  # of a thread, so that four programs of four warps share a multiprocessor
+_SOME_REGISTERS = 168  # so that three do
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,21 @@ class WordsShape:
 
 
 def words_shapes(num_tokens: int, share: float, *, by_fp8: bool) -> tuple[WordsShape, WordsShape]:
-    """Of both products of a layer. share: tokens of an expert on the average. Those of fp8 measured best on the same H200 with the experts of
-    gpt-oss-20b; the others were only compiled: they spill no registers, and have room on cards with 99 KiB of shared
-    memory.
+    """Of both products of a layer. share: tokens of an expert on the average. Those of fp8 measured best on the same
+    H200 with the experts of gpt-oss-20b; the others were only compiled: they spill no registers, and have room on cards
+    with 99 KiB of shared memory.
     """
     tokens = 16 if share <= 8 else 32 if share <= 16 else 64
     if not by_fp8:
         return (WordsShape(tokens, _ROWS, 3, 8, 1),) * 2
     if num_tokens == 1:
         return (WordsShape(16, _ROWS, 4, 4, 6, parts=2, max_registers=_FEW_REGISTERS),) * 2
+    first, second = (WordsShape(tokens, 2 * _ROWS, 4, 4, 4),) * 2
     if tokens == 16:
-        return (WordsShape(tokens, 2 * _ROWS, 3, 4, 4, max_registers=_FEW_REGISTERS),) * 2
-    return (WordsShape(tokens, 2 * _ROWS, 4, 4, 4),) * 2
+        first = second = WordsShape(tokens, 2 * _ROWS, 3, 4, 4, max_registers=_FEW_REGISTERS)
+    # half as many items: of four programs for each multiprocessor most have one, and wait for those that have two
+    if 2 < share <= 8:
+        second = WordsShape(tokens, 2 * _ROWS, 4, 4, 3, max_registers=_SOME_REGISTERS)
+    if tokens == 32:
+        second = WordsShape(tokens, 2 * _ROWS, 3, 4, 3, max_registers=_SOME_REGISTERS)
+    return first, second

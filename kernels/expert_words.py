@@ -59,6 +59,28 @@ def _gated_sum(
     return apply_gate(gate, up, GATED, ACTIVATION, LIMIT, ALPHA)
 
 
+@triton.jit
+def store_split(wide, out, scales, row, column, PADDED: tl.constexpr):
+    """Leaves a row, float32 [columns] and 0 behind its end, as its two parts in out[row, 0 and 1, PADDED], and its
+    scale in scales[row]. A row with a number that is not finite has scale NaN.
+    """
+    power = tl.max(tl.abs(wide), 0).to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.minimum(tl.maximum(power, _LOWEST), _HIGHEST)
+    power -= 7 << 23  # the greatest becomes 128 to 256
+    scale = power.to(tl.float32, bitcast=True)
+    wide *= ((254 << 23) - power).to(tl.float32, bitcast=True)
+    # Four bits, rounded to nearest, and the four that are left. From a number that was converted and is converted back,
+    # ptxas of CUDA 12.8 makes a wrong kernel.
+    bits = wide.to(tl.int32, bitcast=True)
+    high = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    low = wide - high
+    there = column < PADDED
+    tl.store(out + row * (2 * PADDED) + column, high.to(out.dtype.element_ty), mask=there)
+    tl.store(out + row * (2 * PADDED) + PADDED + column, low.to(out.dtype.element_ty), mask=there)
+    lost = tl.max(tl.where(wide - wide == 0.0, 0, 1), 0)  # a number that is none, or infinite, makes all of the row so
+    tl.store(scales + row, tl.where(lost > 0, float("nan"), scale))
+
+
 @kernel
 def _split_kernel(
     x, bias, expert_ids, out, scales, x_stride,
@@ -82,21 +104,7 @@ def _split_kernel(
         wide = tl.where(column < SIZE, wide, 0.0).to(tl.bfloat16).to(tl.float32)
     else:
         wide = tl.load(x + row * x_stride + column, mask=column < SIZE, other=0.0).to(tl.float32)
-    power = tl.max(tl.abs(wide), 0).to(tl.int32, bitcast=True) & 0x7F800000
-    power = tl.minimum(tl.maximum(power, _LOWEST), _HIGHEST)
-    power -= 7 << 23  # the greatest becomes 128 to 256
-    scale = power.to(tl.float32, bitcast=True)
-    wide *= ((254 << 23) - power).to(tl.float32, bitcast=True)
-    # Four bits, rounded to nearest, and the four that are left. From a number that was converted and is converted back,
-    # ptxas of CUDA 12.8 makes a wrong kernel.
-    bits = wide.to(tl.int32, bitcast=True)
-    high = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
-    low = wide - high
-    there = column < PADDED
-    tl.store(out + row * (2 * PADDED) + column, high.to(out.dtype.element_ty), mask=there)
-    tl.store(out + row * (2 * PADDED) + PADDED + column, low.to(out.dtype.element_ty), mask=there)
-    lost = tl.max(tl.where(wide - wide == 0.0, 0, 1), 0)  # a number that is none, or infinite, makes all of the row so
-    tl.store(scales + row, tl.where(lost > 0, float("nan"), scale))
+    store_split(wide, out, scales, row, column, PADDED)
 
 
 @kernel(ints=["num_tiles"])
@@ -222,6 +230,14 @@ def _combine_parts_kernel(
 Values = tuple[torch.Tensor, torch.Tensor]  # rows, and their scales
 
 
+def empty_values(num_rows: int, size: int, device: torch.device) -> Values:
+    """Room for what `split_rows` makes of so many rows of `size` numbers."""
+    out = torch.empty(
+        num_rows, 2, triton.cdiv(size, WORDS_BLOCK) * WORDS_BLOCK, dtype=torch.float8_e4m3fn, device=device
+    )
+    return out, torch.empty(num_rows, dtype=torch.float32, device=device)
+
+
 def split_rows(x: torch.Tensor, *, launch_pdl: bool = False) -> Values:
     """x [T, K] of bfloat16, rows contiguous -> float8_e4m3fn [T, 2, K up to a multiple of 128] and float32 [T]: a row
     is the sum of both its parts times its scale, a power of two. A row with a number that is not finite has scale NaN.
@@ -244,10 +260,9 @@ def _launch_split(
     x: torch.Tensor, bias: torch.Tensor, expert_ids: torch.Tensor, num_rows: int, size: int,
     constants: dict[str, object], launch_pdl: bool,
 ) -> Values:  # fmt: skip
-    padded = triton.cdiv(size, WORDS_BLOCK) * WORDS_BLOCK
-    out = torch.empty(num_rows, 2, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    out, scales = empty_values(num_rows, size, x.device)
     if num_rows:
+        padded = out.shape[2]
         columns = triton.next_power_of_2(padded)
         _split_kernel[(num_rows,)](
             x, bias, expert_ids, out, scales, x.stride(0), SIZE=size, PADDED=padded, COLUMNS=columns, **constants,
@@ -258,11 +273,12 @@ def _launch_split(
 
 def add_experts_in_words(
     x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, experts: Experts, residual: torch.Tensor, *,
-    shapes: tuple[WordsShape, WordsShape] | None = None, num_multiprocessors: int = 3, by_fp8: bool = True, launch_pdl: bool = False,
+    shapes: tuple[WordsShape, WordsShape] | None = None, num_multiprocessors: int = 3, by_fp8: bool = True,
+    launch_pdl: bool = False, halves: Values | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """As expert_products.add_experts, of experts whose matrices are both in words. by_fp8: bfloat16 goes to 8-bit
-    tensor cores, which the device has; everything else is multiplied as it is. shapes: of both products, with one number
-    of tokens and of parts.
+    tensor cores, which the device has; everything else is multiplied as it is. shapes: of both products, with one
+    number of tokens and of parts. halves: `split_rows` of x, if it is known and will be needed.
 
     Raises ValueError for shapes, dtypes and formats that do not fit.
     """
@@ -304,7 +320,7 @@ def add_experts_in_words(
     def split(given: torch.Tensor) -> Values:
         return split_rows(given, launch_pdl=launch_pdl) if splits else (given, given)
 
-    gated = multiply(split(x), experts.gate_up, size, experts.gate, first)
+    gated = multiply(split(x) if halves is None else halves, experts.gate_up, size, experts.gate, first)
     if parts == 1:
         answers = multiply(split(gated), experts.down, hidden, None, second)
         return combine(answers, residual, top_k, launch_pdl=launch_pdl)

@@ -10,6 +10,7 @@ Beside other work, --clock cpu counts the seconds that this process has computed
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import operator
 import statistics
@@ -44,6 +45,7 @@ SUM = "<|user|>There are 24 boxes with 36 eggs in each. How many eggs are there?
 STORY = "<|user|>Tell me a story about a fox and a lantern.<|end|><|assistant|>"
 
 
+_SERIALS = itertools.count()
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -59,16 +61,17 @@ def answer(
     engine: Engine, prompts: list[Int32], sampling: SamplingParams, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[list[list[int]], float]:
     """The answers' tokens, and the seconds from the first token on."""
-    tokens: list[list[int]] = [[] for _ in prompts]
-    for request_id, prompt in enumerate(prompts):
+    # ids never come again: a step in flight may still bring a token of a request that has ended
+    tokens: dict[int, list[int]] = {next(_SERIALS): [] for _ in prompts}
+    for request_id, prompt in zip(tokens, prompts, strict=True):
         engine.submit(Submit(request_id, prompt.tobytes(), sampling, (), "", time.monotonic()))
     begun = clock()
     while not engine.idle:
         for output in engine.step():
-            begun = begun if any(tokens) else clock()
+            begun = begun if any(tokens.values()) else clock()
             for request_id, token in zip(output.request_ids.tolist(), output.token_ids.tolist(), strict=True):
                 tokens[request_id].append(token)
-    return tokens, clock() - begun
+    return [*tokens.values()], clock() - begun
 
 
 class Places:
@@ -156,7 +159,7 @@ def compare(
     row: dict[str, object] = {"tokens": len(told["off"][0]), "off_tokens_per_s": round(off)}
     for kind in args.kinds:
         after, same = engines[kind].stats(), sum(map(operator.eq, told["off"], told[kind]))
-        row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 2) if off else None  # one token
+        row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 2)
         row[f"{kind}_same_answers"] = same / len(prompts)
         row[f"{kind}_proposed"] = (after.drafts_proposed - before[kind].drafts_proposed) // (args.rounds + 1)
         row[f"{kind}_accepted"] = (after.drafts_accepted - before[kind].drafts_accepted) // (args.rounds + 1)

@@ -10,8 +10,9 @@ import torch
 from paged_kernels.codes import dequantise
 from paged_kernels.e2m1 import MXFP4_GROUP as GROUP
 from paged_kernels.e2m1 import codes_of_e2m1, numbers_of_e2m1
+from paged_kernels.expert_routing import make_arrivals, norm_route_one
 from paged_kernels.expert_tiles import WordsShape
-from paged_kernels.expert_words import add_experts_in_words, split_rows
+from paged_kernels.expert_words import add_experts_in_words, empty_values, split_rows
 from paged_kernels.experts import MXFP4, Gate, Routing
 from paged_kernels.linear import WORDS_BLOCK as BLOCK
 from paged_kernels.linear import empty_linear
@@ -145,6 +146,23 @@ def test_a_row_with_a_number_that_is_not_finite_has_no_scale() -> None:
     assert split_rows(x)[1].isnan().tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_launch_that_norms_a_lone_token_leaves_both_parts_of_it(broken: bool) -> None:
+    """Bit by bit what a launch of their own makes of the norm; 160 numbers are stored as 256."""
+    experts = on(expert_layer(8, 160, 96, Routing(3, "softmax"), Gate(), bias=False, dtype=torch.bfloat16), DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    x, norm = (torch.randn(size, generator=generator).to(DEVICE, torch.bfloat16) for size in ((1, 160), (160,)))
+    if broken:
+        x[0, 3] = float("nan")
+    parts, scales = halves = empty_values(1, 160, DEVICE)
+    parts.view(torch.uint8).fill_(0x7F), scales.fill_(-1.0)
+    arrivals = make_arrivals(DEVICE)
+    normed, _, _ = norm_route_one(x, norm, 1e-5, experts, arrivals=arrivals, halves=halves)
+    expected, expected_scales = split_rows(normed)
+    torch.testing.assert_close(scales, expected_scales, rtol=0.0, atol=0.0, equal_nan=True)
+    assert torch.equal(parts.view(torch.uint8), expected.view(torch.uint8)) or broken
+
+
 SHAPES = {
     "side by side": WordsShape(16, 64, 2, 1, 1, parts=2),
     "one after the other": WordsShape(64, 64, 2, 1, 1),
@@ -213,6 +231,6 @@ def test_a_number_that_is_none_stays_with_its_token(num_tokens: int) -> None:
     x[0, 5] = float("nan")
     expert_ids = torch.tensor([[0, 2]] * num_tokens, dtype=torch.int32, device=DEVICE)
     weights = torch.full((num_tokens, 2), 0.5, device=DEVICE)
-    found = add_experts_in_words(x, expert_ids, weights, experts, residual, shape=SHAPES["side by side"])
+    found = add_experts_in_words(x, expert_ids, weights, experts, residual, shapes=(SHAPES["side by side"],) * 2)
     assert bool(found[0].isnan().all())
     assert bool(found[1:].isfinite().all())
