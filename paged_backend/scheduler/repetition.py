@@ -32,6 +32,19 @@ class Repetition:
         self._has = bytearray(0)  # [_HASHES] once it is asked
         self._num_noted = 1  # tokens whose pairs are noted
 
+    def is_new(self, num_tokens: int, first: int, second: int) -> bool:
+        """Whether nothing repeats at the end of a text of so many tokens, the newest two of which are these; looked up
+        and noted in no time if it has grown by one. False: `num_alike` has to be asked.
+        """
+        if num_tokens != self._num_noted + 1 or not self._has:
+            return False
+        place = _hash(first, second)
+        if self._has[place]:
+            return False
+        self._has[place] = 1
+        self._num_noted = num_tokens
+        return True
+
     def num_alike(self, token_ids: Int32) -> int:
         """As the function. token_ids: the text that it was asked about before, and what came since."""
         num_new = len(token_ids) - self._num_noted

@@ -165,7 +165,10 @@ class Speculation(SchedulerFeature):
             return len(self._guides.drafts(row))
         most = int(table.length_limit[row]) - 2 - start
         if self._from_text:
-            most = min(most, pace.repetition.num_alike(table.token_ids[row, : int(table.num_known[row])]) - 1)
+            known, token_ids = int(table.num_known[row]), table.token_ids[row]
+            if pace.repetition.is_new(known, int(token_ids[known - 2]), int(token_ids[known - 1])):
+                return 0
+            most = min(most, pace.repetition.num_alike(token_ids[:known]) - 1)
         return min(pace.next(), most) if most > 0 else 0
 
     def _guesses(self, row: int) -> tuple[Int32, int]:

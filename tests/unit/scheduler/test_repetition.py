@@ -57,6 +57,26 @@ def test_a_text_that_grows_repeats_itself_as_far_as_a_search_finds(parts: list[l
         assert repetition.num_alike(text) == num_alike(text)  # asked again
 
 
+@given(st.lists(st.lists(st.integers(0, 2), max_size=25), max_size=6), st.lists(st.integers(0, 30), max_size=60))
+def test_a_newest_pair_that_is_called_new_repeats_nothing(parts: list[list[int]], later: list[int]) -> None:
+    """Whether a look comes before each search or not; `later` grows by one token at a time."""
+    repetition, text = Repetition(), np.empty(0, np.int32)
+    for part in [*parts, *([token] for token in later)]:
+        text = np.append(text, np.array(part, np.int32)).astype(np.int32)
+        if len(text) > 1 and repetition.is_new(len(text), *text[-2:].tolist()):
+            assert num_alike(text) == 0
+        else:
+            assert repetition.num_alike(text) == num_alike(text)
+
+
+def test_a_text_whose_pairs_are_new_is_not_searched() -> None:
+    repetition, text = Repetition(), np.arange(30, dtype=np.int32)
+    assert repetition.num_alike(text[:20]) == 0
+    assert [repetition.is_new(end, end - 2, end - 1) for end in range(21, 31)] == [True] * 10
+    assert not repetition.is_new(30, 28, 29)  # asked again
+    assert not repetition.is_new(31, 3, 4)
+
+
 def test_a_long_text_that_grows_is_searched_where_it_repeats_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     searched = []
     monkeypatch.setattr(
