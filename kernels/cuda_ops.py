@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paged_kernels import activation as activations
 from paged_kernels import logit_edits, lora, ngram, page_copy, rope_kv, row_update, sampling, top_logprobs
+from paged_kernels import lone_attention as lone
 from paged_kernels import norm as norms
 from paged_kernels.cuda_latents import CudaLatents
 from paged_kernels.decode_attention import (
@@ -26,6 +27,7 @@ from paged_kernels.expert_kernels import ExpertKernels
 from paged_kernels.experts import Experts
 from paged_kernels.latent_decode import make_latent_workspace
 from paged_kernels.linear import Linear
+from paged_kernels.lone_token import HeadRules, LoneToken
 from paged_kernels.norm_value import Norm
 from paged_kernels.prefill_attention import paged_prefill_attention
 from paged_kernels.products import Products
@@ -270,6 +272,34 @@ class CudaOps(CudaLatents):
             plan_settled=self._pdl,
         )
         return out
+
+    def lone_attention(
+        self,
+        qkv: Tensor,
+        heads: HeadRules,
+        kv_pages: Tensor,
+        at: LoneToken,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """One launch, or where it does not reach the reference's two. A row of length 0 stays undefined."""
+        if not lone.computes(qkv, heads, kv_pages):
+            return super().lone_attention(qkv, heads, kv_pages, at, scale, sliding_window, soft_cap, sinks)
+        return lone.lone_attention(
+            qkv,
+            heads,
+            kv_pages,
+            at,
+            self._plans_of_one[sliding_window].workspace,
+            scale=scale,
+            sliding_window=sliding_window or 0,
+            soft_cap=soft_cap or 0.0,
+            sinks=sinks,
+            launch_pdl=self._pdl,
+            store_settled=self._pdl,
+        )
 
     def prefill_attention(
         self,

@@ -66,7 +66,7 @@ __all__ = [
 
 
 @triton.jit
-def _load_pages(
+def load_pages(
     pages, base, length, before, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr
 ):  # fmt: skip
     """The page ids of a tile's tokens: [TILE], or one if a page holds whole tiles. Nothing is read if length is 0."""
@@ -128,7 +128,7 @@ def _decode_kernel(
     before = run % QUERIES
     base = first_token(length - before, TILE, WINDOW) + tile * TILE
     pages = page_table + (run // QUERIES).to(tl.int64) * table_stride  # the last decode's: it has them all
-    page = _load_pages(pages, base, length, before, PAGE_SIZE, TILE, WINDOW)
+    page = load_pages(pages, base, length, before, PAGE_SIZE, TILE, WINDOW)
     next_run = tl.load(records + (record + 1) * 2)
     next_length = tl.load(records + (record + 1) * 2 + 1)
     pdl_wait(LAUNCH_PDL and PLAN_SETTLED)
@@ -147,7 +147,7 @@ def _decode_kernel(
         before = run % QUERIES
         base = tl.where(ends, first_token(length - before, TILE, WINDOW), base + TILE)
         pages = page_table + (run // QUERIES).to(tl.int64) * table_stride
-        page = _load_pages(pages, base, tl.where(step + 1 < count, length, 0), before, PAGE_SIZE, TILE, WINDOW)
+        page = load_pages(pages, base, tl.where(step + 1 < count, length, 0), before, PAGE_SIZE, TILE, WINDOW)
         next_run = tl.load(records + (record + 1) * 2)
         next_length = tl.load(records + (record + 1) * 2 + 1)
 
@@ -212,7 +212,7 @@ def paged_decode_attention(
     workspace.
     """
     workspace = plan.workspace
-    _check(q, kv_pages, page_table, out, workspace)
+    check_decode(q, kv_pages, page_table, out, workspace)
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.stride(0) != 1):
         raise ValueError(f"sinks {tuple(sinks.shape)} are not one for each of {q.shape[1]} query heads, side by side")
     packed = q.is_cuda and q.itemsize == 2 and kv_pages.itemsize == 1
@@ -252,9 +252,10 @@ def launch_constants(workspace: DecodeWorkspace, page_size: int, pairs: bool) ->
     }
 
 
-def _check(
+def check_decode(
     q: torch.Tensor, kv_pages: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor, workspace: DecodeWorkspace
 ) -> None:
+    """Raises ValueError if the tensors do not fit each other or the workspace."""
     num_sequences, num_q_heads, head_dim = q.shape
     _, two, num_kv_heads, _, kv_head_dim = kv_pages.shape
     if (two, num_kv_heads, kv_head_dim) != (2, workspace.num_kv_heads, workspace.head_dim) or head_dim != kv_head_dim:

@@ -110,14 +110,33 @@ def _merge(
 
 
 @triton.jit
+def merge_run(
+    first, last, num_rows, head, target, out_stride, arrivals, partial_acc, partial_lse,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    FEW_PARTS: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Merges the pieces that work items `first` to `last` left of a run, and leaves its counter at zero for the next
+    launch.
+    """
+    for first_row in range(0, num_rows if QUERIES > 1 else 1, ROWS):
+        if last - first < FEW_PARTS:
+            _merge(first, last, first_row, num_rows, head, target, out_stride, partial_acc, partial_lse, HEADS,
+                   GROUP, ROWS, HEAD_DIM, HEAD_PAD, FEW_PARTS, QUERIES)  # fmt: skip
+        else:
+            _merge(first, last, first_row, num_rows, head, target, out_stride, partial_acc, partial_lse, HEADS,
+                   GROUP, ROWS, HEAD_DIM, HEAD_PAD, PARTS, QUERIES)  # fmt: skip
+    tl.store(arrivals + first * HEADS + head, 0)
+
+
+@triton.jit
 def merge_pieces(
     came_last, first_run, last_run, item, begun_in, begun_to, last_to, head, out, out_stride, arrivals, partial_acc,
     partial_lse,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     FEW_PARTS: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """The last of a run's programs to come merges its pieces and leaves the counter at zero for the next launch: of the
-    run this item began inside of (1 in came_last), and of the one it stopped inside of (2).
+    """The last of a run's programs to come merges its pieces: of the run this item began inside of (1 in came_last),
+    and of the one it stopped inside of (2).
     """
     for part in range(1, 3):
         if (came_last & part) > 0:
@@ -125,12 +144,5 @@ def merge_pieces(
             run = tl.where(part == 1, first_run, last_run)
             before = run % QUERIES
             target = out + (run // QUERIES - before).to(tl.int64) * out_stride
-            num_rows = GROUP * (before + 1)
-            for first_row in range(0, num_rows if QUERIES > 1 else 1, ROWS):
-                if last - first < FEW_PARTS:
-                    _merge(first, last, first_row, num_rows, head, target, out_stride, partial_acc, partial_lse, HEADS,
-                           GROUP, ROWS, HEAD_DIM, HEAD_PAD, FEW_PARTS, QUERIES)  # fmt: skip
-                else:
-                    _merge(first, last, first_row, num_rows, head, target, out_stride, partial_acc, partial_lse, HEADS,
-                           GROUP, ROWS, HEAD_DIM, HEAD_PAD, PARTS, QUERIES)  # fmt: skip
-            tl.store(arrivals + first * HEADS + head, 0)
+            merge_run(first, last, GROUP * (before + 1), head, target, out_stride, arrivals, partial_acc, partial_lse,
+                      HEADS, GROUP, ROWS, HEAD_DIM, HEAD_PAD, FEW_PARTS, PARTS, QUERIES)  # fmt: skip

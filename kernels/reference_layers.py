@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from paged_kernels.codes import dequantise, rounded
 from paged_kernels.linear import PLAIN, Linear
+from paged_kernels.lone_token import HeadRules, LoneToken
 from paged_kernels.norm_value import Norm
 
 ACTIVATIONS = {
@@ -242,6 +243,27 @@ class LayerOps:
             acc[live] = acc[live] * decay + weights @ v
             top[live] = new_top
         return (acc / torch.where(mass > 0, mass, 1)).view(num_sequences, num_heads, head_dim).to(q.dtype)
+
+    def lone_attention(
+        self,
+        qkv: Tensor,
+        heads: HeadRules,
+        kv_pages: Tensor,
+        at: LoneToken,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Of a step with one decode and nothing else: rope_write_kv, then decode_attention. qkv [1, (num_heads + 2
+        num_kv_heads) D] -> [1, num_heads, D].
+        """
+        where = at.position, kv_pages, at.slot
+        q = self.rope_write_kv(
+            qkv, heads.num_heads, heads.qk_norm, heads.rope_table, *where, heads.interleaved, heads.query_factors
+        )
+        options = scale, sliding_window, soft_cap, sinks
+        return self.decode_attention(q, kv_pages, at.page_table, at.seq_len, at.max_seq_len, *options)
 
     def prefill_attention(
         self,

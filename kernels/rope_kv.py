@@ -176,10 +176,10 @@ def rope_write_kv(
     num_tokens = qkv.shape[0]
     num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
     out = qkv.new_empty(num_tokens, num_heads, head_dim) if out is None else out
-    _check(qkv, num_heads, rope_table, positions, kv_pages, slot_mapping, out)
+    check_heads(qkv, num_heads, rope_table, positions, kv_pages, slot_mapping, out)
     q_norm, k_norm = (Norm(qkv, 0.0),) * 2 if qk_norm is None else qk_norm
     if qk_norm is not None:
-        _check_norms(q_norm, k_norm, head_dim)
+        check_norms(q_norm, k_norm, head_dim)
     if num_tokens == 0:
         return out
     half_pad = triton.next_power_of_2(head_dim // 2)
@@ -196,7 +196,8 @@ def rope_write_kv(
     return out
 
 
-def _check_norms(q_norm: Norm, k_norm: Norm, head_dim: int) -> None:
+def check_norms(q_norm: Norm, k_norm: Norm, head_dim: int) -> None:
+    """Raises ValueError for norms that are not of single heads, or not of one kind."""
     if q_norm.weight.shape != (head_dim,) or k_norm.weight.shape != (head_dim,):
         raise ValueError(
             f"norms of {tuple(q_norm.weight.shape)} and {tuple(k_norm.weight.shape)} numbers are not of heads of "
@@ -208,10 +209,11 @@ def _check_norms(q_norm: Norm, k_norm: Norm, head_dim: int) -> None:
         raise ValueError("queries and keys must have RMS norms of one kind, without bias")
 
 
-def _check(
+def check_heads(
     qkv: torch.Tensor, num_heads: int, rope_table: torch.Tensor | None, positions: torch.Tensor,
     kv_pages: torch.Tensor, slot_mapping: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
+    """Raises ValueError for shapes, strides or dtypes that do not fit; out: [T, num_heads, D]."""
     _, _, num_kv_heads, _, head_dim = kv_pages.shape
     if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim or head_dim % 2:
         raise ValueError(f"qkv rows of {qkv.shape[1]} are not {num_heads} + 2 * {num_kv_heads} heads of {head_dim}")

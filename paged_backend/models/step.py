@@ -76,3 +76,8 @@ class StepShape:
     @property
     def num_tokens(self) -> int:
         return self.num_decodes + self.num_prefill_tokens
+
+    @property
+    def is_lone(self) -> bool:
+        """Whether there is room for one decode and nothing else."""
+        return self.num_decodes == self.num_tokens == 1 and not self.drafts

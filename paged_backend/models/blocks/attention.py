@@ -12,6 +12,7 @@ from paged_backend.models.blocks.residual import Residual, allocate_norm, norm_p
 from paged_backend.models.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from paged_backend.models.step import LayerPages, StepTensors
 from paged_kernels.linear import Linear
+from paged_kernels.lone_token import HeadRules, LoneToken
 from paged_kernels.norm_value import Norm
 from paged_kernels.reference import Ops
 
@@ -78,6 +79,11 @@ class Attention:
         """[T, q_size + 2 kv_size] -> [T, q_size]; writes K and V into the pages first."""
         ops, step, spec, options = at.ops, at.step, self.spec, self._score_options
         group, rope = step.groups[pages.group], at.ropes[spec.rope]
+        if step.shape.is_lone:
+            heads = HeadRules(spec.num_heads, self.qk_norm, rope.table, spec.interleaved, rope.query_factors)
+            sequence = group.page_table[:1], step.seq_lens[:1], step.max_decode_len
+            token = LoneToken(step.positions, group.slot_mapping, *sequence)
+            return ops.lone_attention(qkv, heads, pages.tensor, token, *options).reshape(1, -1)
         where = step.positions, pages.tensor, group.slot_mapping
         q = ops.rope_write_kv(
             qkv, spec.num_heads, self.qk_norm, rope.table, *where, spec.interleaved, rope.query_factors
