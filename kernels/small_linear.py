@@ -32,6 +32,7 @@ from paged_kernels.sampling import arrive
 MAX_TOKENS = 128
 _SHARED_BYTES = 200 * 1024  # of a multiprocessor, for the pipeline
 _MAX_SPLIT = 16
+_MULTIPROCESSORS = 132  # of an H100 or H200
 _MANY_ROWS = 2**14
 _LANES = tl.constexpr(8)  # neighbours that a thread sums before anything else: 16 bytes of bfloat16
 
@@ -251,12 +252,13 @@ def vector_shape(num_rows: int, num_columns: int, gated: bool) -> VectorShape:
 
 
 def narrow_shape(num_tokens: int, num_rows: int, num_columns: int, gated: bool) -> NarrowShape:
-    """The shape that measured best on an H100, or nearly: tests/bench/bench_linear.py --tokens 32 --sweep. Deep
-    pipelines, and a split only for few tiles.
+    """The shape that measured best on an H100, or nearly: tests/bench/bench_linear.py --tokens 32 --sweep; when to
+    split, in steps of gpt-oss-20b on an H200. A pipeline so deep takes all of a multiprocessor, so columns are split
+    only as far as no program has to wait for another's place.
     """
     tiles = triton.cdiv(num_rows, 64)
     split = 1
-    while tiles * split < 96 and num_columns // (split * 2) >= 512 and split < _MAX_SPLIT:
+    while tiles * split * 2 <= _MULTIPROCESSORS and num_columns // (split * 2) >= 512 and split < _MAX_SPLIT:
         split *= 2
     stage_bytes = 128 * 2 * (64 * (2 if gated else 1) + max(16, triton.next_power_of_2(num_tokens)))
     return NarrowShape(

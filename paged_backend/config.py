@@ -153,7 +153,7 @@ class EngineConfig(BaseModel):
         "when the sender falls behind.",
     )
     speculation: Literal["off", "ngram", "draft", "mtp", "eagle3", "auto"] = Field(
-        "off",
+        "auto",
         description="Guess a sequence's next tokens and check them in one step; no token changes. ngram: what came "
         "after the same words earlier in its text. draft: what draft_model would say. mtp: what the "
         "checkpoint's layer of multi-token prediction says. eagle3: what an EAGLE-3 head says (draft_model). "

@@ -128,13 +128,26 @@ class MtpWeights:
     def sharing(self, target: Weights) -> MtpWeights:
         """With the model's embedding and head in the place of copies of them."""
         decoder = self.decoder
-        if torch.equal(decoder.embedding, target.embedding):
+        if _same(decoder.embedding, target.embedding):
             decoder = replace(decoder, embedding=target.embedding)
-        if decoder.head.weight.shape == target.head.weight.shape and torch.equal(
-            decoder.head.weight, target.head.weight
-        ):
-            decoder = replace(decoder, head=target.head)
-        return replace(self, decoder=decoder)
+        return replace(self, decoder=replace(decoder, head=kept_once(decoder.head, target.head)))
+
+
+def kept_once(own: Linear, other: Linear) -> Linear:
+    """`other`, if `own` is a copy of it, scales and all; else `own`."""
+    alike = own.format == other.format and len(own.tensors) == len(other.tensors)
+    return other if alike and all(map(_same, own.tensors, other.tensors)) else own
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both have the same numbers of the same type; those of 8 bits bit by bit, for which alone every device can
+    tell.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.itemsize == 1:
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
 
 
 def allocate_mtp(decoder: Weights, architecture: Architecture) -> MtpWeights:

@@ -34,7 +34,9 @@ class Beside:
     """A stream and prompts beside it, on an engine with one bound: what all turns brought."""
 
     def __init__(self, bound: float, options: dict[str, str], folder: Path, seed: int) -> None:
-        config = EngineConfig.parse({"device": "cpu", "prefix_cache": "false"} | options | {"max_step_seconds": bound})
+        config = EngineConfig.parse(
+            {"device": "cpu", "prefix_cache": "false", "speculation": "off"} | options | {"max_step_seconds": bound}
+        )
         self._engine, _, self._ready = load_engine(config, folder)
         self._random = np.random.default_rng(seed)
         self._num_requests = 0

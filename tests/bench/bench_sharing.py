@@ -126,6 +126,7 @@ def run_engine(checkpoint: str, kind: str, width: int, prompts: list[np.ndarray]
         "max_num_sequences": width * len(prompts),
         "prefix_cache": False,
         "max_batched_tokens": 4096,
+        "speculation": "off",
     }
     with tempfile.TemporaryDirectory() as folder:
         engine, scheduler, ready = load_engine(EngineConfig.parse(options), Path(folder))

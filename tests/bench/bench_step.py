@@ -131,6 +131,7 @@ def main() -> None:
         "prefix_cache": False,
         "max_model_len": 4096,
         "max_batched_tokens": 16384,
+        "speculation": "off",  # random weights repeat themselves
     }
     options |= dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory() as folder:

@@ -65,7 +65,8 @@ def test_it_lies_beside_the_model_and_is_small() -> None:
     for speculation in ("eagle3", "auto"):
         proposer = open_checkpoint(EngineConfig.parse({"speculation": speculation})).proposer
         assert proposer is not None and (proposer.kind, proposer.folder) == ("eagle3", folder)
-    assert open_checkpoint(EngineConfig()).proposer is None
+    for speculation in ("off", "ngram"):
+        assert open_checkpoint(EngineConfig.parse({"speculation": speculation})).proposer is None
 
 
 def test_answers_are_those_without_it_and_many_tokens_were_guessed(prompts: list[Int32], tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_its_memory_is_a_part_of_the_pool(target: Path, small: Path) -> None:
     ("options", "said"),
     [
         ({"speculation": "draft"}, r"draft_model: is empty; speculation=draft needs one"),
-        ({"draft_model": "x"}, r"draft_model: is unused with speculation=off"),
+        ({"speculation": "off", "draft_model": "x"}, r"draft_model: is unused with speculation=off"),
         (
             {"speculation": "draft", "draft_model": "x", "tensor_parallel_size": 2},
             r"speculation: draft is for one GPU a replica, tensor_parallel_size must be 1, not 2",

@@ -87,7 +87,7 @@ def finish(engine: Engine, heard: Sequence[Heard]) -> None:
 @pytest.fixture(scope="module")
 def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Heard]:
     """Of an engine without drafts, one kind of request after another."""
-    engine = load(folder, tmp_path_factory.mktemp("plain"))
+    engine = load(folder, tmp_path_factory.mktemp("plain"), speculation="off")
     asked = [KINDS[number % len(KINDS)] for number in range(64)]
     heard = ask(engine, asked)
     finish(engine, heard)

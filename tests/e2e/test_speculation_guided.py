@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
-    engine = load_speaker(folder, tmp_path_factory.mktemp("plain"))
+    engine = load_speaker(folder, tmp_path_factory.mktemp("plain"), speculation="off")
     found = run(engine, KINDS)
     assert engine.stats().drafts_proposed == 0
     return found

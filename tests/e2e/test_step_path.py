@@ -47,9 +47,8 @@ _INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>")  #
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
     """Two sequences that decode greedily."""
-    engine, *_ = load_engine(
-        EngineConfig.parse({"device": "cpu", "max_num_sequences": 4, "max_model_len": 256, "num_pages": 64}), tmp_path
-    )
+    options = {"device": "cpu", "max_num_sequences": 4, "max_model_len": 256, "num_pages": 64, "speculation": "off"}
+    engine, *_ = load_engine(EngineConfig.parse(options), tmp_path)
     for request_id in range(2):
         prompt = np.arange(5 + request_id, 25, dtype=np.int32)
         engine.submit(

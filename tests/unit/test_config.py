@@ -134,7 +134,8 @@ def test_a_draft_model_is_for_those_who_ask_it() -> None:
             EngineConfig.parse({"speculation": speculation, "tensor_parallel_size": 2} | small)
     assert EngineConfig.parse({"speculation": "auto", "tensor_parallel_size": 2}).num_drafts == 4
     assert EngineConfig.parse({"speculation": "eagle3"}).num_drafts == 4  # the model's folder may have a head
-    assert EngineConfig.parse({"num_speculative_tokens": 3}).num_drafts == 0
-    for options in ({"speculation": "draft"}, {"speculation": "ngram"} | small, small):
+    assert EngineConfig.parse({"speculation": "off", "num_speculative_tokens": 3}).num_drafts == 0
+    assert EngineConfig.parse({"num_speculative_tokens": 3} | small).num_drafts == 3  # auto
+    for options in ({"speculation": "draft"}, {"speculation": "ngram"} | small, {"speculation": "off"} | small):
         with pytest.raises(EngineError, match="draft_model"):
             EngineConfig.parse(options)

@@ -198,7 +198,7 @@ def test_preemption_keeps_the_allowed_tokens(folder: Path, oracle: Oracle, tmp_p
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_no_step_waits_for_the_result_of_the_step_before(folder: Path, tmp_path: Path, steps_ahead: int) -> None:
     """As sequences do that follow a grammar; the mask is sent once."""
-    engine = load(folder, tmp_path)
+    engine = load(folder, tmp_path, speculation="off")
     engine._steps_ahead = steps_ahead
     sent = []
     launch = engine._runner.launch

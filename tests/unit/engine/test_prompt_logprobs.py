@@ -146,7 +146,7 @@ def test_each_request_is_told_of_as_many_tokens_as_it_asked_for_beside_others(
 def test_a_preempted_prompt_is_told_once_and_right(folder: Path, oracle: Oracle, tmp_path: Path) -> None:
     """The older request's answer outgrows the pool while the younger ones' prompts are read in chunks."""
     prompts = random_prompts((40, 150, 140))
-    engine = load(folder, tmp_path, num_pages=20, max_model_len=200, max_batched_tokens=4)
+    engine = load(folder, tmp_path, num_pages=20, max_model_len=200, max_batched_tokens=4, speculation="off")
     submit(engine, 0, prompts[0], None, max_tokens=60)
     submit(engine, 1, prompts[1], 3)
     submit(engine, 2, prompts[2], 3)

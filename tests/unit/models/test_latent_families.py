@@ -71,7 +71,13 @@ def test_a_token_keeps_one_latent_a_layer_whatever_the_number_of_heads(
 ) -> None:
     folder, heard = write_geometry(name, tmp_path), list[str]()
     config = EngineConfig(
-        model=str(folder), device="cpu", load_format="dummy", dtype="bfloat16", page_size=1, num_pages=1000
+        model=str(folder),
+        device="cpu",
+        load_format="dummy",
+        dtype="bfloat16",
+        page_size=1,
+        num_pages=1000,
+        speculation="off",
     )
     builder = RunnerBuilder(config, heard.append, open_checkpoint(config))
     size = builder._size_of(MemoryNeeds())
