@@ -47,9 +47,9 @@ class CudaOps(CudaLatents):
     """Keeps scratch memory and the plan of the step at hand; steps run one after another on one stream.
 
     Launches overlap (programmatic dependent launch): a kernel may begin before those before it are complete, and
-    fetches weights, the plan of attention, page tables, positions and slots at once. That is safe because `embedding`,
-    torch's, stands between the kernels that write those and the layers, and waits for everything before it; what one
-    layer's kernel leaves for the next is read after waiting.
+    fetches weights, the plan of attention, page tables, positions, slots and what earlier steps stored at once. That is
+    safe because `embedding`, torch's, stands between the kernels that write those and the layers, and waits for
+    everything before it; what one layer's kernel leaves for the next is read after waiting.
     """
 
     write_spans = staticmethod(row_update.write_spans)
