@@ -31,7 +31,7 @@ from paged_kernels.expert_codes import (
 from paged_kernels.expert_tiles import ProductShape, product_shape, tokens_of_tiles
 from paged_kernels.experts import ExpertLinear, Experts, Gate
 from paged_kernels.grouping import group_by_owner, max_tiles
-from paged_kernels.jit import kernel, pdl_begin, pdl_release, pdl_wait
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.quant_tile import (
     FP4,
     INT4,
@@ -224,7 +224,8 @@ def _combine_kernel(
     LAUNCH_PDL: tl.constexpr,
 ):
     """residual[t] += the sum of answers[t * TOP_K …]."""
-    pdl_begin(LAUNCH_PDL)
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < N

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.jit import kernel, pdl_begin
+from paged_kernels.jit import kernel, pdl_release, pdl_wait
 
 _AT_ONCE = 4096  # items that a program of one launch looks at together
 _FEW = 16384  # items that one launch groups
@@ -59,7 +59,8 @@ def _group_kernel(
     BLOCK: tl.constexpr, TILES: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an owner."""
-    pdl_begin(LAUNCH_PDL)
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
     mine = tl.program_id(0)
     owner = tl.arange(0, OWNERS)
     counts = tl.zeros([OWNERS], tl.int32)
@@ -79,7 +80,8 @@ def _group_kernel(
 @kernel(ints=["num_items"])
 def _count_kernel(owners, counts, num_items, OWNERS: tl.constexpr, CHUNK: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     """One program a chunk of CHUNK items: counts[chunk, owner]."""
-    pdl_begin(LAUNCH_PDL)
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
     index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     owner = tl.arange(0, OWNERS)
     there = index < num_items
@@ -95,7 +97,8 @@ def _place_kernel(
     """Programs of chunks write their items, BLOCK at a time; as many behind them as there are owners write the
     tiles.
     """
-    pdl_begin(LAUNCH_PDL)
+    pdl_release(LAUNCH_PDL)
+    pdl_wait(LAUNCH_PDL)
     chunk = tl.program_id(0)
     owner = tl.arange(0, OWNERS)
     total = tl.zeros([OWNERS], tl.int32)
