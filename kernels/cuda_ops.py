@@ -58,6 +58,7 @@ class CudaOps(CudaLatents):
     write_tokens = staticmethod(row_update.write_tokens)
     accept_tokens = staticmethod(row_update.accept_tokens)
     propose_ngram = staticmethod(ngram.propose_ngram)
+    propose_repeated = staticmethod(ngram.propose_repeated)
     num_tiles = staticmethod(lora.num_tiles)
     num_splits = staticmethod(lora.num_splits)
     add_bias = staticmethod(logit_edits.add_bias)

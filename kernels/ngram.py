@@ -18,9 +18,10 @@ from paged_kernels.row_update import MOST_DRAFTS
 @kernel(unaligned=["rows", "counts"])
 def _propose_ngram_kernel(
     history, lengths, rows, counts, history_stride,
-    SEARCHED: tl.constexpr, LONGEST: tl.constexpr, SHORTEST: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
+    SEARCHED: tl.constexpr, LONGEST: tl.constexpr, SHORTEST: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr,
+    PLACES: tl.constexpr, LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
+    """SHORTEST: so many tokens must be alike. ALWAYS: where fewer are, the newest token is written; or else nothing."""
     pdl_begin(LAUNCH_PDL)
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
     count = tl.load(counts + tl.program_id(0))
@@ -45,7 +46,7 @@ def _propose_ngram_kernel(
     draft = tl.arange(0, PLACES)
     # what goes beyond the newest token begins again at the place: a text that repeats itself
     source = tl.where(top > 0, place + draft % tl.maximum(length - place, 1), length - 1)
-    mine = draft < count
+    mine = draft < tl.where((top > 0) | ALWAYS, count, 0)
     tl.store(tokens + length + draft, tl.load(tokens + source, mask=mine, other=0), mask=mine)
 
 
@@ -59,9 +60,25 @@ def propose_ngram(
     history: int32 [R, H]; lengths: int32 [R], at least 1; rows, distinct, and counts, up to MOST_DRAFTS: int32 [k].
     launch_pdl: as in row_update.write_spans.
     """
+    _launch(history, lengths, rows, counts, NGRAM_SHORTEST, True, launch_pdl)
+
+
+def propose_repeated(
+    history: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, *, launch_pdl: bool = False
+) -> None:
+    """As `propose_ngram`, of rows whose newest NGRAM_LONGEST tokens all stand at another place; nothing is written of
+    the others.
+    """
+    _launch(history, lengths, rows, counts, NGRAM_LONGEST, False, launch_pdl)
+
+
+def _launch(
+    history: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, shortest: int, always: bool,
+    launch_pdl: bool,
+) -> None:  # fmt: skip
     if len(rows):
         _propose_ngram_kernel[(len(rows),)](
             history, lengths, rows, counts, history.stride(0),
-            SEARCHED=NGRAM_SEARCHED, LONGEST=NGRAM_LONGEST, SHORTEST=NGRAM_SHORTEST, BLOCK=1024,
+            SEARCHED=NGRAM_SEARCHED, LONGEST=NGRAM_LONGEST, SHORTEST=shortest, ALWAYS=always, BLOCK=1024,
             PLACES=triton.next_power_of_2(MOST_DRAFTS), LAUNCH_PDL=launch_pdl, num_warps=8,
         )  # fmt: skip

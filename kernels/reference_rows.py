@@ -4,6 +4,8 @@ chosen from its logits go in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -185,17 +187,36 @@ class RowOps(LogitOps):
 
         history [R, H], lengths [R] at least 1; rows [k] distinct, counts [k].
         """
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-            length = int(lengths[row])
-            tokens = history[row, max(length - NGRAM_SEARCHED, 0) : length]
-            place = _place_alike(tokens)
-            at = torch.arange(count, device=history.device)
-            source = at * 0 - 1 if place is None else place + at % (len(tokens) - place)
-            history[row, length : length + count] = tokens[source]
+        for tokens, drafts in _texts(history, lengths, rows, counts):
+            place = _place_alike(tokens, NGRAM_SHORTEST)
+            drafts.copy_(tokens[-1:].expand_as(drafts) if place is None else _following(tokens, place, len(drafts)))
+
+    def propose_repeated(self, history: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """As `propose_ngram`, of rows that end as they went before for NGRAM_LONGEST tokens; the others' drafts, which
+        somebody else has made, stay.
+        """
+        for tokens, drafts in _texts(history, lengths, rows, counts):
+            place = _place_alike(tokens, NGRAM_LONGEST)
+            if place is not None:
+                drafts.copy_(_following(tokens, place, len(drafts)))
 
 
-def _place_alike(tokens: Tensor) -> int | None:
-    """The last place before which most tokens are those at the end; None: there is none."""
+def _texts(history: Tensor, lengths: Tensor, rows: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each row the tokens that are searched, and where its drafts lie."""
+    for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+        length = int(lengths[row])
+        yield history[row, max(length - NGRAM_SEARCHED, 0) : length], history[row, length : length + count]
+
+
+def _following(tokens: Tensor, place: int, count: int) -> Tensor:
+    """What comes from `place` on, [count]; beyond the end it begins again there."""
+    return tokens[place + torch.arange(count, device=tokens.device) % (len(tokens) - place)]
+
+
+def _place_alike(tokens: Tensor, least: int) -> int | None:
+    """The last place before which most tokens are those at the end, NGRAM_LONGEST at most and `least` at least; None:
+    there is none.
+    """
     places = torch.arange(1, len(tokens), device=tokens.device)
     found = None
     for back in range(1, NGRAM_LONGEST + 1):
@@ -203,7 +224,7 @@ def _place_alike(tokens: Tensor) -> int | None:
         places = places[tokens[places - back] == tokens[-back]] if back <= len(tokens) else places[:0]
         if len(places) == 0:
             break
-        if back >= NGRAM_SHORTEST:
+        if back >= least:
             found = int(places[-1])
     return found
 

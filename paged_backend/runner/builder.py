@@ -371,6 +371,8 @@ class RunnerBuilder:
         if self._proposer is not None:
             target = Target(weights, decoder, rows, self._shapes, largest_step)
             runner.speculate(self._proposer.assemble(size, target), config.num_drafts)
+            if config.speculation == "auto":
+                rows.repeat_with(ops.propose_repeated)
         return runner
 
     def _warm_up(self, runner: ModelRunner) -> None:

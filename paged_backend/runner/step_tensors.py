@@ -92,6 +92,7 @@ class DeviceRows:
         self.lengths: Tensor | None = None  # int32 [num_rows] tokens of each; None: no step ever has drafts
         self.num_drafts = 0  # of a row in a step, at most
         self._propose: Propose | None = None
+        self._repeat: Propose | None = None  # of some rows instead
         self._parameters = zeros(num_rows, len(COLUMN))
         self._zeros = zeros
         # int32 [num_rows, ceil(vocab / 32)] of the rows that may choose certain tokens only; no width before the first
@@ -116,6 +117,10 @@ class DeviceRows:
     def propose_with(self, propose: Propose) -> None:
         """From now on it makes the drafts, as many."""
         self._propose = propose
+
+    def repeat_with(self, repeat: Propose) -> None:
+        """From now on it comes behind the proposer: drafts of rows whose text repeats itself are its own."""
+        self._repeat = repeat
 
     def copy_pages_also(self, copy_pages: Callable[[Tensor], None]) -> None:
         """Pages lie in a second store, too, in which this does a batch's page_copies."""
@@ -203,6 +208,8 @@ class DeviceRows:
         if "drafting" in sent:
             assert self._propose is not None and self.lengths is not None
             self._propose(self.token_ids, self.lengths, *sent["drafting"])
+            if self._repeat is not None:
+                self._repeat(self.token_ids, self.lengths, *sent["drafting"])
         return sent["plan"]
 
     def apply(self, batch: Batch, plan: StepPlan) -> StepTensors:

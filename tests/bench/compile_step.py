@@ -162,7 +162,8 @@ def _between_steps(rows: DeviceRows) -> None:
         rows._ops.write_spans(table, ints(8, 4), ints(64))
     rows._ops.update_page_tables(rows.page_table, ints(8, 3))
     rows._copy_pages(ints(8, 2))
-    rows._ops.propose_ngram(rows.token_ids, ints(rows.num_rows), ints(8), ints(8))
+    for propose in (rows._ops.propose_ngram, rows._ops.propose_repeated):
+        propose(rows.token_ids, ints(rows.num_rows), ints(8), ints(8))
 
 
 def _kernels() -> list[jit.Kernel]:

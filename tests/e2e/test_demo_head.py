@@ -33,6 +33,7 @@ SHORTEST_ANSWER = 20  # of what the text says, so that there is something to gue
 MOST_BYTES = 3_000_000
 LEAST_SAVED = 0.35  # of the answers' tokens were guesses; stories take a turn that none can guess every few words
 MOST_SAVED_UNTRAINED = 0.05
+MORE_IN_CIRCLES = 1.3
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +71,23 @@ def test_it_lies_beside_the_model_and_is_small() -> None:
 
 
 def test_answers_are_those_without_it_and_many_tokens_were_guessed(prompts: list[Int32], tmp_path: Path) -> None:
-    plain, guessing = engine(tmp_path), engine(tmp_path, speculation="eagle3")
+    plain, guessing = engine(tmp_path, speculation="off"), engine(tmp_path, speculation="eagle3")
     for sampling in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.95, "seed": 5}):
         expected = answers(plain, prompts, max_tokens=MAX_TOKENS, **sampling)
         before = guessing.stats().drafts_accepted
         assert answers(guessing, prompts, max_tokens=MAX_TOKENS, **sampling) == expected
         assert guessing.stats().drafts_accepted - before > LEAST_SAVED * sum(map(len, expected))
+
+
+def test_a_text_that_repeats_itself_goes_on_as_it_did(prompts: list[Int32], tmp_path: Path) -> None:
+    """With auto, which is otherwise the head's: what was said is made likelier, so that the answer goes in circles."""
+    circles = {"temperature": 0.0, "frequency_penalty": -2.0, "ignore_eos": True}
+    plain, head, both = (engine(tmp_path, speculation=speculation) for speculation in ("off", "eagle3", "auto"))
+    both._scheduler.speculation._costs = None  # guesses are had whatever they take
+    expected = answers(plain, prompts[:2], max_tokens=150, **circles)
+    assert answers(head, prompts[:2], max_tokens=150, **circles) == expected
+    assert answers(both, prompts[:2], max_tokens=150, **circles) == expected
+    assert both.stats().drafts_accepted > MORE_IN_CIRCLES * head.stats().drafts_accepted
 
 
 def test_an_untrained_head_guesses_hardly_any(prompts: list[Int32], tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_no_token_depends_on_a_draft_model(
     options = sizes(page_size=page_size, num_pages=1024 // page_size)
     asked = {"max_tokens": 24, "ignore_eos": True} | sampling
     prompts = random_prompts(LENGTHS)
-    expected = answers(load(target, tmp_path, **options), prompts, **asked)
+    expected = answers(load(target, tmp_path, speculation="off", **options), prompts, **asked)
     engine = drafting(target, small, tmp_path, debug_checks=True, **options)
     assert answers(engine, prompts, **asked) == expected
     assert engine.stats().drafts_proposed > 0
@@ -180,7 +180,7 @@ def test_a_vocabulary_may_be_padded_to_another_size(target: Path, tmp_path: Path
     for path in (padded, folder):
         save_words(path, ["a", "b"])
     prompts = random_prompts(LENGTHS)
-    expected = answers(load(folder, tmp_path, **sizes()), prompts, max_tokens=40, ignore_eos=True)
+    expected = answers(load(folder, tmp_path, speculation="off", **sizes()), prompts, max_tokens=40, ignore_eos=True)
     assert max(max(answer) for answer in expected) > 150
     engine = drafting(folder, padded, tmp_path)
     listener = Listener(engine)

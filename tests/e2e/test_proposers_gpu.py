@@ -48,7 +48,9 @@ def test_drafts_are_those_of_the_definition_and_tokens_those_without_any(
 ) -> None:
     target, draft_model, guesses = saved(kind, tmp_path)
     prompts = random_prompts(LENGTHS)
-    wanted = answers(load(target, tmp_path, dtype="float32", **sizes()), prompts, max_tokens=24, ignore_eos=True)
+    wanted = answers(
+        load(target, tmp_path, dtype="float32", speculation="off", **sizes()), prompts, max_tokens=24, ignore_eos=True
+    )
     # prompts in captured steps, or in chunks
     budget = 160 if cuda_graphs else 24
     engine = drafting(kind, target, draft_model, tmp_path, cuda_graphs=cuda_graphs, max_batched_tokens=budget)

@@ -217,7 +217,7 @@ def test_guesses_from_the_text_change_no_token(
     prompts = [np.concatenate([prompt, prompt[:7], prompt[:5]]) for prompt in random_prompts(LENGTHS)]
     options = {"max_num_sequences": 8, "num_pages": 64, "page_size": 16, "max_model_len": 256}
     asked = {"max_tokens": 60, "ignore_eos": True, "frequency_penalty": -1.0} | sampling
-    expected = answers(load(checkpoint, tmp_path, **options), prompts, **asked)
+    expected = answers(load(checkpoint, tmp_path, **(options | {"speculation": "off"})), prompts, **asked)
     engine = load(checkpoint, tmp_path, speculation=speculation, num_speculative_tokens=5, debug_checks=True, **options)
     assert answers(engine, prompts, **asked) == expected
     stats = engine.stats()
@@ -234,7 +234,7 @@ def test_a_step_without_drafts_is_checked_for_none(
     asked = {"max_tokens": 30, "ignore_eos": True, "frequency_penalty": 2.0, "repetition_penalty": 100.0}
     options = {"max_num_sequences": 8, "num_pages": 64, "page_size": 16, "max_model_len": 256}
     prompts = [np.arange(3 + 40 * number, 20 + 40 * number, dtype=np.int32) for number in range(3)]
-    expected = answers(load(checkpoint, tmp_path, **options), prompts, **asked)
+    expected = answers(load(checkpoint, tmp_path, **(options | {"speculation": "off"})), prompts, **asked)
     engine = load(checkpoint, tmp_path, speculation="ngram", **options)
     monkeypatch.setattr(RowOps, "accept_tokens", None)
     assert answers(engine, prompts, **asked) == expected and engine.stats().drafts_proposed == 0
@@ -253,7 +253,7 @@ def test_on_a_gpu_tokens_are_those_of_the_cpu_without_guesses(
     prompts = [np.concatenate([prompt, prompt[:7], prompt[:5]]) for prompt in random_prompts(LENGTHS)]
     options = {"max_num_sequences": 8, "num_pages": 64, "page_size": 16, "max_model_len": 256, "dtype": "float32"}
     asked = {"max_tokens": 60, "ignore_eos": True} | sampling
-    expected = answers(load(checkpoint, tmp_path, **options), prompts, **asked)
+    expected = answers(load(checkpoint, tmp_path, **(options | {"speculation": "off"})), prompts, **asked)
     guessing = {"speculation": "ngram", "num_speculative_tokens": 5, "device": "cuda", "cuda_graphs": cuda_graphs}
     engine = load(checkpoint, tmp_path, **guessing, **options)
     assert answers(engine, prompts, **asked) == expected
