@@ -38,6 +38,13 @@ from tests.bench.geometries import GEOMETRIES, write_geometry
 from tests.bench.step_floor import step_floor
 
 _STEPS = 60
+_OPTIONS = {
+    "load_format": "dummy",
+    "prefix_cache": False,
+    "max_model_len": 4096,
+    "max_batched_tokens": 16384,
+    "speculation": "off",  # random weights repeat themselves
+}
 _PROFILED = 12
 
 
@@ -126,14 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     bandwidth, rate = read_bandwidth(), matmul_rate()
-    options: dict[str, Any] = {
-        "load_format": "dummy",
-        "prefix_cache": False,
-        "max_model_len": 4096,
-        "max_batched_tokens": 16384,
-        "speculation": "off",  # random weights repeat themselves
-    }
-    options |= dict(option.split("=", 1) for option in args.options)
+    options: dict[str, Any] = dict(_OPTIONS) | dict(option.split("=", 1) for option in args.options)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig.parse({"model": str(write_geometry(args.model, Path(folder) / "model")), **options})
         architecture, kv_bytes = open_checkpoint(config).architecture, 1 if config.kv_dtype.startswith("fp8") else 2
