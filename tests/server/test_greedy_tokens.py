@@ -28,7 +28,7 @@ pytestmark = pytest.mark.server
 
 NUM_PROMPTS = 64
 MAX_TOKENS = 20
-LONG_ANSWERS, LONG = 10, 180  # so many prompts get so long an answer: sequences outgrow the pages they started with
+LONG_ANSWERS, LONG = 10, 100  # so many prompts get so long an answer: sequences outgrow the pages they started with
 MAX_MODEL_LEN = 768
 
 CHECKPOINTS = {

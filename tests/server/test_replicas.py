@@ -26,8 +26,7 @@ OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
     "max_model_len": 512,
-    "max_engine_restarts": 100,
-    "standby_engine": True,
+    "max_engine_restarts": 100,  # without an engine that stands by: those of test_engine_death.py have one
     "replicas": 2,
 }
 RUNNING = 'paged_requests{{replica="{}",state="running"}}'
@@ -48,7 +47,7 @@ def ask_twice(grpc_url: str) -> list[list[Answer]]:
 
 def test_streams_have_the_tokens_of_one_engine_whichever_replica_dies() -> None:
     asked = requests()[:12]
-    with served(ServerSettings(instances=1, options=OPTIONS | {"replicas": 1, "standby_engine": False})) as alone:
+    with served(ServerSettings(instances=1, options=OPTIONS | {"replicas": 1})) as alone:
         expected = run_all(alone.addresses.grpc_url, asked)
     killed: list[int] = []
     stop = threading.Event()

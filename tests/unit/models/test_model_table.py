@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from typer.testing import CliRunner
 
 from paged_backend.models.families.registry import FAMILIES
+from paged_backend.models.quantization.reading import METHODS
 from paged_client.cli import app
 
 ROOT = Path(__file__).parents[3]
@@ -31,12 +29,6 @@ def test_the_page_shows_the_smallest_family_word_for_word() -> None:
 
 
 def test_the_command_prints_every_family_and_format() -> None:
-    told = json.loads(
-        subprocess.run(
-            [sys.executable, "-P", "-m", "paged_backend.models.table"], capture_output=True, check=True
-        ).stdout
-    )
-    assert [row["architecture"] for row in told["families"]] == list(FAMILIES)
     result = CliRunner().invoke(app, ["models"])
     assert result.exit_code == 0
-    assert all(word in result.stdout for word in (*FAMILIES, *told["formats"]))
+    assert all(word in result.stdout for word in (*FAMILIES, *METHODS))
