@@ -68,6 +68,7 @@ def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
     given = {
         "model": str(folder),
         "device": "cpu",
+        "speculation": "off",
         "num_pages": 256,
         "max_num_sequences": 24,
         "max_model_len": 160,

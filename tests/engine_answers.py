@@ -16,7 +16,9 @@ from paged_backend.request import SamplingParams
 
 def load(folder: Path, directory: Path, **options: object) -> Engine:
     """directory: where the engine may leave files."""
-    engine, *_ = load_engine(EngineConfig.parse({"model": str(folder), "device": "cpu", **options}), directory)
+    engine, *_ = load_engine(
+        EngineConfig.parse({"model": str(folder), "device": "cpu", "speculation": "off", **options}), directory
+    )
     return engine
 
 

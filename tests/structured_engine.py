@@ -122,6 +122,7 @@ def load_speaker(folder: Path, exports: Path, **options: Any) -> Engine:
     given = {
         "model": str(folder),
         "device": "cpu",
+        "speculation": "off",
         "num_pages": 1024,
         "max_num_sequences": 32,
         "max_model_len": 640,

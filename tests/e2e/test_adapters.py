@@ -77,6 +77,7 @@ def load(folder: Path, exports: Path, **options: Any) -> Engine:
         "model": str(folder),
         "lora_directory": str(adapters_of(folder)),
         "device": "cpu",
+        "speculation": "off",
         "max_num_sequences": 24,
         "max_lora_rank": 16,
         "num_pages": 256,

@@ -86,7 +86,10 @@ def knows(oracle: Oracle, ids: tuple[int, ...], items: list[exam.Item]) -> bool:
 
 def load(folder: Path, **options: object) -> Engine:
     engine, *_ = load_engine(
-        EngineConfig.parse({"device": "cpu", "max_num_sequences": 16, "max_model_len": 2048, **options}), folder
+        EngineConfig.parse(
+            {"device": "cpu", "speculation": "off", "max_num_sequences": 16, "max_model_len": 2048, **options}
+        ),
+        folder,
     )
     return engine
 

@@ -44,7 +44,7 @@ WISHES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), "LlamaForCausalLM", vocab_size=VOCAB)
-    options = {"model": str(folder), "device": "cpu", "num_pages": 100, "max_model_len": 128}
+    options = {"model": str(folder), "device": "cpu", "speculation": "off", "num_pages": 100, "max_model_len": 128}
     return load_engine(EngineConfig.parse(options), tmp_path_factory.mktemp("engine"))[0]
 
 

@@ -33,6 +33,7 @@ def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
     given = {
         "model": str(folder),
         "device": "cpu",
+        "speculation": "off",
         "num_pages": NUM_PAGES,
         "max_model_len": 256,
         "max_num_sequences": 4,

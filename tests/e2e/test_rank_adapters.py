@@ -32,6 +32,7 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "model": str(folder),
             "lora_directory": str(adapters_of(folder)),
             "device": "cpu",
+            "speculation": "off",
             "max_num_sequences": 24,
             "max_lora_rank": 16,
             "max_loras": 2,  # fewer than there are: they replace each other

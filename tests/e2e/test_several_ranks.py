@@ -30,6 +30,7 @@ MAX_TOKENS = 48  # several pages, so that sequences outgrow what they started wi
 # preempts
 OPTIONS = {
     "device": "cpu",
+    "speculation": "off",
     "num_pages": 24,
     "max_model_len": 300,
     "max_batched_tokens": 64,

@@ -241,7 +241,9 @@ def test_beams_and_prompt_logprobs_are_those_of_plain_torch(tmp_path: Path) -> N
             "max_num_sequences": 4,
             "max_batched_tokens": 64,
         }
-        engine, *_ = load_engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", **options), tmp_path)
+        engine, *_ = load_engine(
+            EngineConfig(model=str(folder), device="cpu", dtype="float32", speculation="off", **options), tmp_path
+        )
         if kernels:
             use_kernels(engine._runner)
         params = SamplingParams(

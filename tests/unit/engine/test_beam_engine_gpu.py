@@ -32,6 +32,7 @@ def load(folder: Path, tmp_path: Path, device: str, **options: Any) -> Engine:
     given = {
         "model": str(folder),
         "device": device,
+        "speculation": "off",
         "dtype": "float32",
         "num_pages": 512,
         "max_num_sequences": 48,

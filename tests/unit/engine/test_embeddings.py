@@ -44,7 +44,14 @@ def truth(oracle: Oracle, prompt: np.ndarray, pooling: str) -> np.ndarray:
 def load(folder: Path, tmp_path: Path, **options: object) -> tuple[Engine, Ready]:
     engine, _, ready = load_engine(
         EngineConfig.parse(
-            {"model": str(folder), "device": "cpu", "num_pages": 256, "max_num_sequences": 16, **options}
+            {
+                "model": str(folder),
+                "device": "cpu",
+                "speculation": "off",
+                "num_pages": 256,
+                "max_num_sequences": 16,
+                **options,
+            }
         ),
         tmp_path,
     )

@@ -54,7 +54,14 @@ class Heard:
 def load(folder: Path, tmp_path: Path, **options: object) -> Engine:
     engine, *_ = load_engine(
         EngineConfig.parse(
-            {"model": str(folder), "device": "cpu", "num_pages": 256, "max_num_sequences": 16, **options}
+            {
+                "model": str(folder),
+                "device": "cpu",
+                "speculation": "off",
+                "num_pages": 256,
+                "max_num_sequences": 16,
+                **options,
+            }
         ),
         tmp_path,
     )

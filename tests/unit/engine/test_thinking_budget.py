@@ -32,7 +32,16 @@ def oracle(folder: Path) -> Oracle:
 
 def load(folder: Path, tmp_path: Path, steps_ahead: int = 0, **options: object) -> Engine:
     engine, *_ = load_engine(
-        EngineConfig.parse({"model": str(folder), "device": "cpu", "num_pages": 64, "max_num_sequences": 8, **options}),
+        EngineConfig.parse(
+            {
+                "model": str(folder),
+                "device": "cpu",
+                "speculation": "off",
+                "num_pages": 64,
+                "max_num_sequences": 8,
+                **options,
+            }
+        ),
         tmp_path,
     )
     engine._steps_ahead = steps_ahead
