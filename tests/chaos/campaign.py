@@ -174,7 +174,11 @@ def _report(
         "kills": plague.kills + diary.counts["out_of_memory"],
         "restarts": int(numbers.get("paged_engine_restarts_total/", 0)),
         "mishaps": dict(diary.counts),
-        "drafts": {name: int(numbers.get(f"paged_drafts_{name}_total/ngram", 0)) for name in ("proposed", "accepted")},
+        "drafts": {
+            name.removeprefix("paged_drafts_").replace("_total/", " by "): int(value)
+            for name, value in numbers.items()
+            if name.startswith(("paged_drafts_proposed_total/", "paged_drafts_accepted_total/"))
+        },
         "preemptions": int(numbers.get("paged_preemptions_total/", 0)),
         "streams_that_paused": len(pauses),
         "pause_seconds": shares,
