@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+_STARTING_SERVERS = {Path(__file__).with_name(name) for name in ("server", "clients", "chaos")}
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is imported and collected stays to the end, two million objects: nobody looks for garbage among them."""
@@ -37,7 +41,28 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # the end of the process: libraries complain of what is never freed
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are given to workers in the order below, not those with the most tests first: those that start servers have
+    few tests, and would all wait together at the end.
+    """
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist
+        config.option.loadscopereorder = False
+
+
+def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files that start servers, which wait more than they compute, evenly between the others; else in their order."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    kinds: tuple[list[Path], list[Path]] = ([], [])
+    for path in files:
+        kinds[path.parent in _STARTING_SERVERS].append(path)
+    placed = [((place + 0.5) / len(kind), path) for kind in kinds for place, path in enumerate(kind)]
+    return [item for _, path in sorted(placed) for item in files[path]]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = _spread(items)
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:
         return
