@@ -87,18 +87,16 @@ class CudaOps(CudaLatents):
         """
         self._pdl = traits_of(device).launches_dependents
         if latents is not None:
-            alone = few = many = make_latent_workspace(num_heads, *latents, device)
+            few = many = make_latent_workspace(num_heads, *latents, device)
         else:
             of_heads = num_heads, num_kv_heads, head_dim, kv_dtype, device
-            # two: 4 % of a step of Qwen3-0.6B less than with one, 12 % over 8,192 tokens (H200, `lone_attention`)
-            alone = make_decode_workspace(*of_heads, alone=True, programs_per_multiprocessor=2)
             few = make_decode_workspace(*of_heads)
             many = make_decode_workspace(*of_heads, programs_per_multiprocessor=2)
         runs = few if queries == 1 else make_decode_workspace(*of_heads, queries=queries)
         windows = dict.fromkeys(sliding_windows)
-        self._plans_of_one, self._plans_of_few, self._plans_of_many, self._plans_of_runs = (
+        self._plans_of_few, self._plans_of_many, self._plans_of_runs = (
             {window: make_decode_plan(workspace, max_sequences, window or 0) for window in windows}
-            for workspace in (alone, few, many, runs)
+            for workspace in (few, many, runs)
         )
         self._packs_runs = queries > 1
         self._plans = self._plans_of_few
@@ -233,9 +231,10 @@ class CudaOps(CudaLatents):
         """Divides a step's decoding sequences among the multiprocessors and notes where the others' queries are.
         seq_lens 0: padding.
         """
-        self._plans = self._plans_of_many if num_decodes >= _MANY_SEQUENCES else self._plans_of_few
-        if num_decodes == 1:
-            self._plans = self._plans_of_one
+        # as many programs for one: 4 % of a step of Qwen3-0.6B less than with half as many, 12 % over 8,000 tokens
+        # (H200, `lone_attention`)
+        is_one_or_many = num_decodes == 1 or num_decodes >= _MANY_SEQUENCES
+        self._plans = self._plans_of_many if is_one_or_many else self._plans_of_few
         rows = drafting_rows if self._packs_runs and num_decodes > _APART else None
         if rows is not None:
             self._plans = self._plans_of_runs
@@ -294,7 +293,7 @@ class CudaOps(CudaLatents):
             heads,
             kv_pages,
             at,
-            self._plans_of_one[sliding_window].workspace,
+            self._plans[sliding_window].workspace,
             scale=scale,
             sliding_window=sliding_window or 0,
             soft_cap=soft_cap or 0.0,

@@ -173,10 +173,10 @@ class DecodePlan:
 
 def make_decode_workspace(
     num_q_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, device: torch.device,
-    *, alone: bool = False, queries: int = 1, tile: int | None = None, programs_per_multiprocessor: int | None = None,
+    *, queries: int = 1, tile: int | None = None, programs_per_multiprocessor: int | None = None,
     num_warps: int | None = None, num_stages: int | None = None,
 ) -> DecodeWorkspace:  # fmt: skip
-    """Allocate the scratch for a geometry. alone: of steps with a lone sequence. queries: decodes of a run, at most.
+    """Allocate the scratch for a geometry. queries: decodes of a run, at most.
     The other keyword arguments override the tuned launch shape (tests, benchmarks).
 
     Raises ValueError if the query heads are no multiple of the KV heads.
@@ -192,7 +192,7 @@ def make_decode_workspace(
     )
     num_work_items = max(1, programs * multiprocessors // num_kv_heads)
     key_bytes = triton.next_power_of_2(head_dim) * kv_dtype.itemsize
-    tuned = _tall_shape(rows, key_bytes, kv_dtype) if tall else _shape(rows, key_bytes, programs, alone)
+    tuned = _tall_shape(rows, key_bytes, kv_dtype) if tall else _shape(rows, key_bytes, programs)
     return DecodeWorkspace(
         num_kv_heads=num_kv_heads,
         group=group,
@@ -208,14 +208,13 @@ def make_decode_workspace(
     )
 
 
-def _shape(rows: int, key_bytes: int, programs: int, alone: bool) -> tuple[int, int, int]:
+def _shape(rows: int, key_bytes: int, programs: int) -> tuple[int, int, int]:
     """Tokens of a tile, warps and stages, for rows of queries and so many bytes of a token's keys."""
     # Fewer, larger steps: on an H200, whose memory is faster than steps of half the size with four warps are, 32
-    # sequences of 2,048 tokens take 66 us instead of 75, 256 of 1,024 251 instead of 291; but a lone one of 8,192 takes
-    # 18 instead of 16.6 (tests/bench/bench_decode_attention.py --pdl), and one of 256 has too few steps for many
-    # programs. With more rows the tensor cores read all keys and values from shared memory, where four such tiles would
-    # not fit
-    wide = programs == 1 and rows <= 16 and (rows > 4 or not alone)
+    # sequences of 2,048 tokens take 66 us instead of 75, 256 of 1,024 251 instead of 291
+    # (tests/bench/bench_decode_attention.py --pdl). With more rows the tensor cores read all keys and values from
+    # shared memory, where four such tiles would not fit
+    wide = programs == 1 and rows <= 16
     # So many stages that no more programs than these fit on a multiprocessor: a launch that begins while another runs
     # would else crowd some of them.
     return max(16, (32768 if wide else 16384) // key_bytes), 8 if wide else 4, 4 if programs == 1 and not wide else 3

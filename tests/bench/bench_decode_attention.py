@@ -177,8 +177,8 @@ def make_plan(case: Case, shape: str | None, stores: Stores, queries: int) -> De
     tile, stages, programs, warps = (int(n) for n in shape.split(":")) if shape else (None,) * 4
     workspace = make_decode_workspace(
         case.num_q_heads, case.num_kv_heads, case.head_dim, stores.kv_pages[0].dtype, torch.device("cuda"),
-        alone=len(stores.q) == 1, queries=queries, tile=tile, num_stages=stages,
-        programs_per_multiprocessor=programs, num_warps=warps,
+        queries=queries, tile=tile, num_stages=stages, num_warps=warps,
+        programs_per_multiprocessor=programs or (2 if len(stores.q) == 1 else None),  # as CudaOps has it
     )  # fmt: skip
     return make_decode_plan(workspace, len(stores.q))
 

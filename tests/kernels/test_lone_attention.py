@@ -105,7 +105,7 @@ def make(case: Case, seed: int = 0) -> Tensors:
 
 def workspace_for(case: Case) -> DecodeWorkspace:
     of_heads = case.num_q_heads, case.num_kv_heads, case.head_dim, case.dtype, DEVICE
-    return make_decode_workspace(*of_heads, alone=True, tile=case.tile, programs_per_multiprocessor=case.programs)
+    return make_decode_workspace(*of_heads, tile=case.tile, programs_per_multiprocessor=case.programs)
 
 
 def attend(case: Case, tensors: Tensors, workspace: DecodeWorkspace, **launch: bool) -> torch.Tensor:
