@@ -28,29 +28,34 @@ MEANINGS = {
 ONLY_IN = {"turn": {"client/chat.py"}}
 
 
+def is_misused(word: str, file: str, name: str) -> bool:
+    if word not in [part.removesuffix("s") for part in name.lower().split("_")]:
+        return False
+    return not re.fullmatch(MEANINGS[word], name.lower()) or file not in ONLY_IN.get(word, {file})
+
+
 @cache
-def names() -> set[tuple[str, str]]:
-    """(file, name) of every identifier."""
-    found = set()
+def suspects() -> dict[Path, set[str]]:
+    """By file, what may be the name of something, or in a comment or text, and has a word that means something else."""
+    found = {}
     for wing in WINGS:
         for path in (ROOT / wing).rglob("*.py"):
-            with path.open() as source:
-                found |= {
-                    (str(path.relative_to(ROOT)), token.string)
-                    for token in tokenize.generate_tokens(source.readline)
-                    if token.type == tokenize.NAME
-                }
+            file, used = str(path.relative_to(ROOT)), set(re.findall(r"\w+", path.read_text()))
+            found[path] = {name for name in used if any(is_misused(word, file, name) for word in MEANINGS)}
     return found
+
+
+@cache
+def names_in(path: Path) -> set[str]:
+    with path.open() as source:
+        return {token.string for token in tokenize.generate_tokens(source.readline) if token.type == tokenize.NAME}
 
 
 @pytest.mark.parametrize("word", MEANINGS)
 def test_a_word_has_one_meaning_in_names(word: str) -> None:
-    using = {
-        (file, name) for file, name in names() if word in [part.removesuffix("s") for part in name.lower().split("_")]
-    }
-    others = {
-        (file, name)
-        for file, name in using
-        if not re.fullmatch(MEANINGS[word], name.lower()) or file not in ONLY_IN.get(word, {file})
-    }
+    others = set()
+    for path, names in suspects().items():
+        file = str(path.relative_to(ROOT))
+        if mine := {name for name in names if is_misused(word, file, name)}:
+            others |= {(file, name) for name in mine & names_in(path)}
     assert not others, f"{word} means something else in {sorted(others)}"
