@@ -61,7 +61,28 @@ def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
     return [item for _, path in sorted(placed) for item in files[path]]
 
 
+def _left_out(items: list[pytest.Item]) -> list[pytest.Item]:
+    """By the mark `one_in`, the cases whose values' places in their lists add up to no multiple of n: so the values of
+    a parameter take turns with those of the others. Those that need a GPU stay, and one that is named alone.
+    """
+    cases: dict[tuple[Path, str], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("one_in"):
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    found: list[pytest.Item] = []
+    for of_one in cases.values():
+        (n,) = of_one[0].get_closest_marker("one_in").args
+        lists = [list(dict.fromkeys(ids)) for ids in zip(*(each.callspec._idlist for each in of_one), strict=True)]
+        for each in of_one:
+            place = sum(map(list.index, lists, each.callspec._idlist))
+            if place % n and not each.get_closest_marker("gpu"):
+                found.append(each)
+    return found
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in _left_out(items):
+        item.add_marker(pytest.mark.long)
     items[:] = _spread(items)
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:

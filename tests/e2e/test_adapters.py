@@ -141,7 +141,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             kind,
             options,
             id=f"{kind}-{words}",
-            marks=() if kind.startswith("llama") or words.startswith("two") else pytest.mark.long,
+            marks=() if kind.startswith("llama") and words.startswith("two") else pytest.mark.long,
         )
         for kind in CHECKPOINTS
         for words, options in SETTINGS.items()

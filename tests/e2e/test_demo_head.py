@@ -79,6 +79,8 @@ def test_answers_are_those_without_it_and_many_tokens_were_guessed(prompts: list
         assert guessing.stats().drafts_accepted - before > LEAST_SAVED * sum(map(len, expected))
 
 
+# in CI: tests/unit/scheduler/test_repetition.py
+@pytest.mark.long
 def test_a_text_that_repeats_itself_goes_on_as_it_did(prompts: list[Int32], tmp_path: Path) -> None:
     """With auto, which is otherwise the head's: what was said is made likelier, so that the answer goes in circles."""
     circles = {"temperature": 0.0, "frequency_penalty": -2.0, "ignore_eos": True}

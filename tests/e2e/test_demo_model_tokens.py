@@ -136,6 +136,7 @@ def test_far_facts_are_found_whatever_the_pages_and_chunks_are(
     assert engine.stats().prefix_hits - before == pages * page_size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("page_size", "prefix_cache"), [pytest.param(1, False, marks=pytest.mark.long), (16, True)])
 def test_far_facts_are_found_after_preemption(asked: Asked, tmp_path: Path, page_size: int, prefix_cache: bool) -> None:
     num_pages = (len(asked.prompts[0]) + len(asked.prompts[1]) + SPARE_TOKENS) // page_size

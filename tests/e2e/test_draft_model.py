@@ -48,6 +48,7 @@ def drafting(target: Path, draft_model: Path, directory: Path, **options: object
     return load(target, directory, **(sizes() | chosen | options))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_no_token_depends_on_a_draft_model(

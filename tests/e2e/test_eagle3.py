@@ -107,6 +107,7 @@ def head_of(form: str, folder: Path) -> tuple[Path, tuple[int, ...]]:
     return save_head(folder / "head", len(taps), "layers.0" if "layers.0" in form else "midlayer", **options), taps
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_its_guesses_are_those_of_the_definition(target: Path, tmp_path: Path, form: str) -> None:
     """Behind right guesses and wrong ones, prompts in chunks and pages from the prefix cache."""

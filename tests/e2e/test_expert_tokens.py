@@ -27,18 +27,15 @@ SETTINGS = {
     "pages of 1, small steps": {"page_size": 1, "num_pages": 1800, "max_batched_tokens": 32, "prefix_cache": False},
     "pages of 64, large steps": {"page_size": 64, "num_pages": 64, "max_batched_tokens": 4096},
 }
-# In CI all settings are met, by models that keep keys and values and by those that keep latents, and all models whose
-# tokens tests/unit/models does not ask for. The log-probabilities below are of every model.
-_LATER = ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "glm-4.5-air", "minimax-m2", "kimi-k2", "deepseek-v2", "deepseek-v3")
-_ALSO_IN_CI = (("qwen3-30b-a3b", "pages of 64, large steps"), ("deepseek-v3", "pages of 1, small steps"))
+# In CI one that keeps keys and values, with windows, and one that keeps latents. The log-probabilities below are of
+# every model.
+_IN_CI = (("gpt-oss-20b", "tight pages of 16"), ("deepseek-v3", "pages of 1, small steps"))
 CASES = [
     pytest.param(
         name,
         settings,
         id=f"{name}, {words}",
-        marks=[]
-        if (name, words) in _ALSO_IN_CI or (words.startswith("tight") and name not in _LATER)
-        else pytest.mark.long,
+        marks=[] if (name, words) in _IN_CI else pytest.mark.long,
     )
     for name in MODELS
     for words, settings in SETTINGS.items()

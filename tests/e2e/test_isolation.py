@@ -68,6 +68,7 @@ def ask(
     return tokens, tops, cached
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("poison", ["secrets", "huge", "nan"])
 @pytest.mark.parametrize("prompt", CANARIES, ids=lambda prompt: f"{len(prompt)} tokens")
 def test_what_a_page_held_before_changes_not_a_bit_of_anothers_logits(

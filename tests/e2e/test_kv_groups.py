@@ -51,6 +51,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder, prompts, Oracle(folder).greedy(prompts, MAX_TOKENS), windows
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(("page_size", "budget"), [(1, 4096), (16, 32), (64, 64)])
 def test_tokens_are_those_of_transformers(
@@ -74,6 +75,7 @@ def test_tokens_are_those_of_transformers(
     assert engine.stats().pages_held == 0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_preemption_changes_no_token(checkpoint: Checkpoint, tmp_path: Path, page_size: int) -> None:
     folder, prompts, expected, windows = checkpoint
@@ -116,6 +118,7 @@ def test_pages_that_a_window_has_left_are_released_while_the_sequence_runs(
     ), held
 
 
+@pytest.mark.one_in(3)
 def test_without_preemption_a_sequence_keeps_what_it_has(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder, prompts, expected, windows = checkpoint
     engine = load(folder, tmp_path, page_size=4, num_pages=len(windows) * 60, preemption=False)
@@ -123,6 +126,7 @@ def test_without_preemption_a_sequence_keeps_what_it_has(checkpoint: Checkpoint,
     assert engine.stats().num_preemptions == 0
 
 
+@pytest.mark.one_in(3)
 def test_beams_of_several_groups_are_those_of_a_roomy_pool(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder, prompts, _, windows = checkpoint
     found = []

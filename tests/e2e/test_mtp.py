@@ -178,6 +178,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_mimo(path) if request.param == "mimo" else save_with_mtp(path, request.param == "own ends")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("page_size", "num_pages"), [(1, 120), (16, 64)], ids=["preempted", "cached"])
 def test_its_guesses_are_those_of_the_definition(folder: Path, tmp_path: Path, page_size: int, num_pages: int) -> None:
     """Behind right guesses and wrong ones, prompts in chunks, pages from the prefix cache and preemptions."""
@@ -195,6 +196,7 @@ def test_its_guesses_are_those_of_the_definition(folder: Path, tmp_path: Path, p
             assert drafts == definition.guesses(text, len(drafts))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "sampling",
     [{"temperature": 0.0}, {"seed": 3, "temperature": 0.7}, {"seed": 5, "frequency_penalty": 0.3, "top_p": 0.95}],

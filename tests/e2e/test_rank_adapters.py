@@ -47,6 +47,8 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.distributed.destroy_process_group()
 
 
+# in CI ranks that are threads have adapters: tests/unit/models/test_shard.py
+@pytest.mark.long
 def test_every_sequence_has_the_tokens_of_its_adapter_alone(several: tuple[Path, Engine]) -> None:
     folder, engine = several
     asked = everybody(NAMES)

@@ -81,6 +81,8 @@ def _tell(rank: int, size: int, folder: Path, told: Any) -> None:
     told.put((rank, of_rank(rank, size, folder)))
 
 
+# in CI ranks that are threads choose: tests/unit/models/test_shard.py
+@pytest.mark.long
 @pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
 def test_every_rank_chooses_what_one_chooses_from_whole_logits(tmp_path: Path, size: int) -> None:
     context = multiprocessing.get_context("spawn")

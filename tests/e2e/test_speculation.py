@@ -171,6 +171,7 @@ def texts_of(prompts: Sequence[np.ndarray], found: list[Answer]) -> list[list[in
     return [[*prompt.tolist(), *answer.tokens] for prompt, answer in zip(prompts, found, strict=True)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_no_token_depends_on_drafts(plain: Drafting, drafting: Drafting, sampling: dict[str, object]) -> None:
     prompts = random_prompts(LENGTHS)
@@ -185,6 +186,7 @@ def test_no_token_depends_on_drafts(plain: Drafting, drafting: Drafting, samplin
             assert drafting.num_accepted == drafting.num_proposed and drafting.num_steps < plain.num_steps / 2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("sampling", [SAMPLINGS["greedy"], SAMPLINGS["seeded penalties"]], ids=["greedy", "seeded"])
 def test_no_token_depends_on_drafts_when_sequences_are_preempted(
     plain: Drafting, drafting: Drafting, page_size: int, sampling: dict[str, object]
@@ -209,6 +211,7 @@ def test_a_stop_token_inside_a_run_ends_it(plain: Drafting, drafting: Drafting) 
         assert_same(drafting.ask(prompts, NUM_DRAFTS, 1, temperature=0.0, stop_token_ids=stops), expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("speculation", ["ngram", "auto"])
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"seed": 3, "temperature": 0.4}], ids=["greedy", "seeded"])
 def test_guesses_from_the_text_change_no_token(

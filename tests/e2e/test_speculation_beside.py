@@ -98,7 +98,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Hea
 @pytest.mark.parametrize(
     "options",
     [
-        {"speculation": "ngram", "max_num_sequences": 64},
+        pytest.param({"speculation": "ngram", "max_num_sequences": 64}, marks=pytest.mark.long),
         {"speculation": "ngram", "max_num_sequences": 8, "num_pages": 40, "max_model_len": 160},
         {"speculation": "auto", "max_num_sequences": 12},
     ],

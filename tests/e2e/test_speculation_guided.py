@@ -93,6 +93,7 @@ def ends(found: list[Ended]) -> list[tuple[list[int], str]]:
     return [(one.token_ids, one.reason) for one in found]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize(
     "options",
@@ -117,6 +118,7 @@ def test_tokens_and_ends_are_those_without_drafts(
     assert options.get("speculation") == "auto" or stats.drafts_accepted > 50
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("quality", [1.0, 0.5])
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_guesses_right_and_wrong_change_no_token(

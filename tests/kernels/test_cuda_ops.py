@@ -116,8 +116,10 @@ def use_kernels(runner: ModelRunner, make: Callable[..., CudaOps] = CudaOps, num
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("Qwen3ForCausalLM", {}), ("MistralForCausalLM", {"sliding_window": 7})],
-    ids=["qwen3: norms of q and k", "mistral: sliding window"],
+    [
+        pytest.param("Qwen3ForCausalLM", {}, id="qwen3: norms of q and k", marks=pytest.mark.long),
+        pytest.param("MistralForCausalLM", {"sliding_window": 7}, id="mistral: sliding window"),
+    ],
 )
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
     folder = save_checkpoint(tmp_path, architecture, **SMALL, **options)
@@ -167,6 +169,8 @@ def test_drafts_that_attention_packs_change_no_token(
     assert [] in given, "a step without drafts, or of one sequence, was packed"
 
 
+# in CI: the kernels themselves, test_shard_sampling.py
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.long), 0.8])
 def test_a_rank_that_has_the_vocabulary_but_for_one_token_chooses_as_one_that_has_it_all(
@@ -270,6 +274,8 @@ def test_beams_and_prompt_logprobs_are_those_of_plain_torch(tmp_path: Path) -> N
     np.testing.assert_allclose(heard[0][1], heard[1][1], atol=1e-4)
 
 
+# in CI: the kernels themselves, test_lora.py
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 def test_with_adapters_greedy_tokens_are_those_of_peft(tmp_path: Path) -> None:
     """Two adapters and none in the same steps, of prompts and of single tokens, alone and beside each other."""

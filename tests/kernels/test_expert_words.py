@@ -170,6 +170,7 @@ SHAPES = {
 
 
 # a bias is added to what a gate takes, and to no number in words: a gate has one or none in CI, the other with -m long
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("gate", "bias"),
     [

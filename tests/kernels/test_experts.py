@@ -104,6 +104,7 @@ def test_a_lone_token_is_normed_on_the_way_to_the_router(routing: Routing) -> No
 
 
 # who is chosen matters to no gate: uneven groups of most gates wait for -m long
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("kind", "gate", "bias"),
     [
@@ -129,7 +130,7 @@ def test_products_of_ragged_groups_equal_float64(num_tokens: int, kind: str, gat
         assert_close(add_experts_of_one(x, expert_ids, weights, experts, residual.clone()), expected)
 
 
-# what is made of a product matters to no format: experts of one matrix wait for -m long in most
+# what is made of a product matters to no format: in CI each has one token or seven, and experts of one matrix only some
 @pytest.mark.parametrize(
     ("format", "num_tokens", "gate", "bias"),
     [
@@ -139,9 +140,11 @@ def test_products_of_ragged_groups_equal_float64(num_tokens: int, kind: str, gat
             gate,
             bias,
             id=f"{case}-{name}",
-            marks=() if gate.gated or name in ("int4 group 32, zeros", "nvfp4") else pytest.mark.long,
+            marks=()
+            if (num_tokens == 1) == (place % 2 == 0) and (gate.gated or name in ("int4 group 32, zeros", "nvfp4"))
+            else pytest.mark.long,
         )
-        for name, format in SMALL_FORMATS.items()
+        for place, (name, format) in enumerate(SMALL_FORMATS.items())
         for case, num_tokens, gate, bias in (
             ("one, swiglu", 1, SWIGLU, False),
             ("7, clamped and bias", 7, CLAMPED, True),

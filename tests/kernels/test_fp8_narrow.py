@@ -76,6 +76,7 @@ def check(
     assert not workspace.arrivals.any()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 @pytest.mark.parametrize("hanging", HANGING_ON)
 @pytest.mark.parametrize("name", FORMATS)

@@ -85,6 +85,7 @@ LARGE_VECTORS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("num_rows", "num_columns", "dtype", "shape"), TINY_VECTORS + LARGE_VECTORS)
@@ -117,6 +118,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("num_tokens", "num_rows", "num_columns", "dtype", "shape"), TINY + LARGE)

@@ -71,6 +71,7 @@ def rounding_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(products, "round_rows", normed_and_rounded)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("rounding_is_right")
 @pytest.mark.parametrize(
     ("name", "num_tokens"),
@@ -99,6 +100,7 @@ def test_products_are_those_of_the_reference(name: str, num_tokens: int) -> None
     assert error_of(residual, expected) < tolerance
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("rounding_is_right")
 @pytest.mark.parametrize("static", [False, True], ids=["per token", "static"])
 @pytest.mark.parametrize("num_tokens", [20, 70, pytest.param(2048, marks=pytest.mark.gpu)])
@@ -121,6 +123,7 @@ def test_tokens_times_weights_with_a_scale_a_row_are_those_of_the_reference(
     assert error_of(chooser(x, linear, residual=residual), expected) < 1e-2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("gated", [False, True], ids=["residual", "gate"])
 @pytest.mark.parametrize("block_rows", [16, 32])
 @pytest.mark.parametrize(
@@ -186,6 +189,7 @@ def test_dequantised_weights_are_what_the_reference_says(name: str) -> None:
     assert torch.allclose(dequantised(linear, torch.float32), dequantise(linear), rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 def test_a_decoder_whose_weights_stay_as_they_are_stored_answers_as_a_model_of_what_they_mean(tmp_path: Path) -> None:
     """Steps of one token and of several, by the kernels."""

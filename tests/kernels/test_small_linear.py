@@ -96,6 +96,7 @@ LARGE = [
 ] + [pytest.param(24, 896, 4864, torch.float16, None, marks=pytest.mark.gpu)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("num_tokens", "num_rows", "num_columns", "dtype", "shape"), TINY + LARGE)
 def test_few_tokens_equal_float64(

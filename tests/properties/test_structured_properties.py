@@ -20,8 +20,8 @@ import pytest
 from paged_backend.grammar.json_schema import unenforced
 from tests.structured_engine import Ended, load_speaker, run, save_speaker
 
-NUM_SCHEMAS = int(os.environ.get("PAGED_SCHEMAS", "200"))
-CHUNK = 100  # schemas run together
+NUM_SCHEMAS = int(os.environ.get("PAGED_SCHEMAS", "80"))
+CHUNK = 40  # schemas run together
 
 
 @pytest.fixture(scope="module")
@@ -189,17 +189,18 @@ def various(index: int) -> dict[str, Any]:
     return kinds[index % len(kinds)]
 
 
-def schemas() -> Iterator[tuple[int, dict[str, Any]]]:
-    for seed in range(NUM_SCHEMAS):
+def schemas(count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    for seed in range(count):
         schema = SchemaMaker(seed).schema()
         assert unenforced(schema) is None, schema
         yield seed, schema
 
 
-def test_every_finished_answer_validates(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [NUM_SCHEMAS, pytest.param(400, marks=pytest.mark.long)])
+def test_every_finished_answer_validates(folder: Path, tmp_path: Path, count: int) -> None:
     """An answer may also be cut off by max_tokens, or led by bad_words to where nothing is left; few are."""
     engine = load_speaker(folder, tmp_path, max_num_sequences=64, num_pages=4096)
-    every = list(schemas())
+    every = list(schemas(count))
     num_finished = 0
     for begin in range(0, len(every), CHUNK):
         chunk = every[begin : begin + CHUNK]

@@ -124,7 +124,9 @@ def test_files_hold_every_run_and_json_holds_no_nan(tmp_path: Path) -> None:
     assert float(rows[0]["pool_utilisation"]) == 0.975
 
 
-@pytest.mark.parametrize("targets", [["ours"], ["ours", "theirs"]], ids=["one server", "two"])
+@pytest.mark.parametrize(
+    "targets", [pytest.param(["ours"], marks=pytest.mark.long), ["ours", "theirs"]], ids=["one server", "two"]
+)
 def test_pictures_are_drawn_without_a_display(
     targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ AGENTS = {
     ),
 }
 BODIES = bodies("m") | AGENTS
-SAMPLED = 120  # of some hundreds to two thousand a body
+SAMPLED = 60  # of some hundreds to two thousand a body
 HEADERS = {"Content-Type": "application/json"}
 
 
@@ -137,11 +137,16 @@ CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     ("path", "keys", "status"),
     [
         ("/v1/responses", {"input": [ITEM] * 100_000}, 200),
-        ("/v1/responses", {"input": [CALL] * 50_000}, 200),
-        ("/v1/responses", {"tools": [{"type": "function", "name": f"f{number}"} for number in range(50_000)]}, 200),
+        pytest.param("/v1/responses", {"input": [CALL] * 50_000}, 200, marks=pytest.mark.long),
+        pytest.param(
+            "/v1/responses",
+            {"tools": [{"type": "function", "name": f"f{number}"} for number in range(50_000)]},
+            200,
+            marks=pytest.mark.long,
+        ),
         ("/v1/responses", {"reasoning": {f"k{number}": 1 for number in range(200_000)}}, 400),
         ("/v1/messages", {"messages": [ITEM, TURN] * 20_000, "max_tokens": 4}, 200),
-        ("/v1/messages", {"messages": [TURN] * 40_000, "max_tokens": 4}, 200),
+        pytest.param("/v1/messages", {"messages": [TURN] * 40_000, "max_tokens": 4}, 200, marks=pytest.mark.long),
     ],
     ids=["items", "calls", "tools", "keys", "turns", "turns of one side"],
 )

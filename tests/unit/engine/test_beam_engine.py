@@ -26,6 +26,7 @@ def oracle(folder: Path) -> Oracle:
     return Oracle(folder)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
 def test_answers_are_those_of_transformers(
@@ -50,6 +51,7 @@ def test_answers_are_those_of_transformers(
     assert [caller.tokens[100 + number] for number in range(len(prompts))] == oracle.greedy(prompts, MAX_TOKENS)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(("page_size", "budget"), [(1, 64), (4, 17), (64, 4096)])
 def test_pages_chunks_and_cache_change_no_answer(

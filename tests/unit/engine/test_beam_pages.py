@@ -58,6 +58,7 @@ def test_full_pages_are_shared_and_partial_ones_are_not(folder: Path, tmp_path: 
     caller.run()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(("page_size", "num_pages"), [(1, 160), (4, 44)])
 def test_preemption_changes_no_answer(

@@ -81,7 +81,7 @@ def test_the_streams_of_others_go_on_in_the_same_engine_when_its_owner_is_killed
         assert (front_end.told["engine"], front_end.told["owner"]) == (engine, number == 1)
 
 
-@pytest.mark.parametrize("first", ["engine", "owner"])
+@pytest.mark.parametrize("first", ["engine", pytest.param("owner", marks=pytest.mark.long)])
 def test_the_heir_restarts_the_engine_and_keeps_a_standby(start: Start, first: str) -> None:
     """Whichever of the two dies first, and when both die at once."""
     owner, *others = start(3)
@@ -146,6 +146,7 @@ def test_an_engine_and_its_standby_are_gone_when_all_front_ends_are(start: Start
     _wait(lambda: _gone(standby), 20)  # which notices when it reads on
 
 
+@pytest.mark.long
 def test_the_last_to_leave_in_peace_ends_an_inherited_engine_and_removes_the_folder(start: Start, folder: Path) -> None:
     front_ends = start(3)
     engine = front_ends[0].told["engine"]

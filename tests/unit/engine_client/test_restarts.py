@@ -74,6 +74,7 @@ def test_an_engine_that_says_nothing_is_killed_and_replaced(key: str) -> None:
         client.close()
 
 
+@pytest.mark.long
 def test_an_engine_that_hangs_while_it_loads_after_a_restart_is_killed_and_replaced(key: str) -> None:
     client = connect(key, model="slow", engine_hang_seconds=5)
     try:
@@ -166,7 +167,8 @@ def test_a_standby_that_was_killed_is_replaced_and_none_is_left_when_there_is_no
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("hang_seconds", [0, pytest.param(300, marks=pytest.mark.long)])  # 0: nobody else looks
+@pytest.mark.long
+@pytest.mark.parametrize("hang_seconds", [0, 300])  # 0: nobody else looks
 def test_a_standby_that_hangs_is_not_waited_for(
     key: str, folder: Path, monkeypatch: pytest.MonkeyPatch, hang_seconds: float
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_standby_that_hangs_is_not_waited_for(
         client.close()
 
 
+@pytest.mark.long
 def test_an_engine_has_as_long_to_begin_as_the_first_one_took_and_more(
     key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +216,9 @@ def test_an_engine_has_as_long_to_begin_as_the_first_one_took_and_more(
         client.close()
 
 
-@pytest.mark.parametrize("loss", ["state", pytest.param("half of the state", marks=pytest.mark.long), "folder"])
+@pytest.mark.parametrize(
+    "loss", ["state", *(pytest.param(name, marks=pytest.mark.long) for name in ("half of the state", "folder"))]
+)
 def test_what_a_cleaner_of_temporary_files_removes_is_made_again_and_the_engine_restarted(key: str, loss: str) -> None:
     clients = connect_all(key, 2)
     asked = [

@@ -216,6 +216,8 @@ def test_a_batch_size_that_means_nothing_is_remarked_on_once(
     assert capfd.readouterr().err.count("max_batch_size: 8 in config.pbtxt makes no batches") == 1
 
 
+# in CI: tests/unit/engine_client/test_client.py
+@pytest.mark.long
 def test_a_request_that_kills_engines_ends_with_an_error_and_the_model_stays_ready(model: Any) -> None:
     sender = _answered(model, text_input="die", seconds=30)
     assert sender.error is not None

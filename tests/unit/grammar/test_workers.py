@@ -99,6 +99,7 @@ def test_a_grammar_that_is_compiled_soon_and_followed_slowly_is_refused(compiler
     assert not refusal(compiler, PLAIN)
 
 
+@pytest.mark.long
 def test_a_grammar_that_takes_too_much_memory_is_refused_and_the_next_one_compiled(compiler: GrammarCompiler) -> None:
     assert refusal(compiler, HUGE) == "it cannot be compiled with 1024 MiB of memory"
     assert not refusal(compiler, PLAIN)
@@ -139,6 +140,7 @@ def test_a_grammar_whose_process_is_killed_is_compiled_by_another(compiler: Gram
     assert not compile_while(compiler, lambda pid: os.kill(pid, signal.SIGKILL))
 
 
+@pytest.mark.long
 def test_a_grammar_whose_process_and_its_nursery_are_killed_is_compiled_by_others(compiler: GrammarCompiler) -> None:
     nursery = compiler._workers._nursery
     assert nursery is not None
@@ -175,6 +177,7 @@ def test_a_grammar_whose_processes_are_all_killed_is_no_mistake_of_its_callers(
     assert not refusal(compiler, PLAIN)
 
 
+@pytest.mark.long
 def test_a_nursery_that_is_killed_while_it_starts_is_replaced(
     place: VocabularyPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def test_a_grammar_whose_masks_are_slow_is_refused(place: VocabularyPlace, monke
     assert refused.startswith("it is too slow to follow: 0 tokens took 0.00 s")
 
 
+@pytest.mark.long
 def test_a_process_that_cannot_start_is_our_failure(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="did not start"):
         GrammarCompiler(Workers(VocabularyPlace(str(tmp_path / "nothing.json"), VOCAB, ()))).compile(PLAIN)

@@ -132,6 +132,7 @@ LENGTHS = (1, 5, 16, 33, 50)
 MAX_TOKENS = 12
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_equal_transformers(case: str, tmp_path: Path) -> None:
     """Prompts in chunks of 7, new ones while others decode, pages and rows in random order."""

@@ -41,6 +41,7 @@ def load(folder: Path) -> Weights:
     return weights
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu2"])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_experts_have_the_activation_that_the_config_names(name: str, activation: str, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ TARGETS = {  # of adapters, where they are not q_proj, k_proj, v_proj, o_proj, g
 }
 
 
+@pytest.mark.one_in(3)
 def test_with_adapters_greedy_tokens_are_those_of_peft(checkpoint: tuple[str, Path], tmp_path: Path) -> None:
     """One sequence with an adapter of all modules and one without share their steps."""
     name, folder = checkpoint

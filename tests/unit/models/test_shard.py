@@ -116,6 +116,7 @@ def generate(
     return on_every_rank(size, one)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("size", [2, 4])
 def test_greedy_tokens_of_every_rank_are_those_of_transformers(folder: Path, size: int) -> None:
     expected = Oracle(folder).greedy(random_prompts(LENGTHS), MAX_TOKENS)
@@ -124,6 +125,7 @@ def test_greedy_tokens_of_every_rank_are_those_of_transformers(folder: Path, siz
         assert num_gathers == 0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("case", CASES_OF_EIGHT.values(), ids=CASES_OF_EIGHT)
 def test_sinks_biases_and_norms_of_all_heads_are_divided_with_the_heads(
@@ -175,6 +177,7 @@ def test_several_matrices_in_one_tensor_are_divided_each(name: str, size: int, t
     assert [answers for answers, _, _ in generate(folder, size, GREEDY)] == [expected] * size
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "name",
     ["gemma-2-9b", "granite-3.3-8b", "c4ai-command-r7b-12-2024", "starcoder2-3b", "Qwen3-VL-4B", "OLMo-2-1124-7B"],

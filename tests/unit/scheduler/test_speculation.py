@@ -72,6 +72,7 @@ class Bench:
         raise AssertionError("the engine does not come to rest")
 
 
+@pytest.mark.one_in(3)
 @QUALITIES
 @AHEAD
 @pytest.mark.parametrize("page_size", [1, 4, 16])

@@ -74,6 +74,7 @@ def busy(tokens: int) -> float:
     return 0.001 + 0.001 * tokens
 
 
+@pytest.mark.one_in(2)
 @AHEAD
 @ROWS
 @pytest.mark.parametrize("seconds", [flat, busy])
@@ -84,6 +85,7 @@ def test_wrong_drafts_cost_next_to_nothing(rows: int, steps_ahead: int, seconds:
     assert auto.now <= off.now * 1.02 + 4 * seconds(5 * rows)  # until it is found out
 
 
+@pytest.mark.one_in(2)
 @AHEAD
 @ROWS
 def test_right_drafts_are_had_where_they_are_cheap(rows: int, steps_ahead: int) -> None:
@@ -92,6 +94,7 @@ def test_right_drafts_are_had_where_they_are_cheap(rows: int, steps_ahead: int) 
     assert auto.now <= off.now / 3
 
 
+@pytest.mark.one_in(2)
 @AHEAD
 @ROWS
 def test_right_drafts_that_cost_more_than_they_bring_are_given_up(rows: int, steps_ahead: int) -> None:

@@ -85,6 +85,7 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+@pytest.mark.long
 def test_a_head_learns_what_the_model_says(model: DemoModel, tokenizer: Tokenizer) -> None:
     model.embedding *= 10  # sure of what it says
     head = DraftHead(HEAD_SHAPE, model, train_head.frequent_tokens(tokenizer, RECIPE))

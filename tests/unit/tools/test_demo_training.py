@@ -36,6 +36,7 @@ from tools.demo_model.world import Split
 # ---- shards
 
 
+@pytest.mark.long
 def test_a_shard_is_the_same_whoever_writes_it(tokenizer: Tokenizer) -> None:
     plan = ShardPlan(rows_per_shard=4, row_len=512, early_shards=1)
     with (

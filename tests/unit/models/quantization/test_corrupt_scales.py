@@ -53,6 +53,7 @@ def with_last(tensor: Tensor, value: float) -> Tensor:
     return tensor
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [*FORMATS, *CASES])
 def test_a_scale_that_is_none_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
     file = saved(tmp_path, name) / "model.safetensors"
