@@ -54,8 +54,8 @@ def server(folder: Path) -> Iterator[Server]:
         "max_lora_rank": 8,
         "num_pages": 200,
         "dtype": "float32",
+        "speculation": "off",
         "max_engine_restarts": 100,
-        "standby_engine": True,
     }
     with served(ServerSettings(model=str(folder), instances=2, options=options)) as running:
         yield running
@@ -146,7 +146,7 @@ def test_over_http_sequences_of_a_request_have_its_adapter(server: Server, folde
     assert raised.value.code == 400 and "no such adapter" in raised.value.read().decode()
 
 
-@pytest.mark.long  # CI kills one under forms and beams; tests/e2e/test_adapters.py goes on with adapters
+@pytest.mark.long  # CI kills one under other answers; tests/e2e/test_adapters.py goes on with adapters
 def test_an_engine_that_dies_changes_no_answer(server: Server, folder: Path) -> None:
     requests = asked([*ADAPTERS, None], max_tokens=60)
     expected = truth(folder, requests)

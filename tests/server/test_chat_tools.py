@@ -45,7 +45,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     checkpoint = tmp_path_factory.mktemp("checkpoint") / "talker"
     shutil.copytree(demo_model_folder(), checkpoint)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
-    options = {"num_pages": 200, "dtype": "float32"}
+    options = {"num_pages": 200, "dtype": "float32", "speculation": "off"}
     with served(ServerSettings(model=str(checkpoint), instances=1, options=options)) as running:
         yield running.addresses.grpc_url
 

@@ -100,6 +100,7 @@ everywhere = pytest.mark.parametrize("asker", [ask, ask_async], ids=["sync", "as
 transports = pytest.mark.parametrize("transport", ["grpc", "http"])
 
 
+@pytest.mark.one_in(2)
 @everywhere
 @transports
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
@@ -178,6 +179,7 @@ def test_a_client_knows_whether_its_model_is_ready(server: FrontEndServer, trans
             assert client.is_ready() is ready
 
 
+@pytest.mark.one_in(2)
 @everywhere
 @transports
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])

@@ -38,7 +38,9 @@ PAGED = [sys.executable, "-m", "paged_client.cli"]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with served(ServerSettings(instances=1, options={"num_pages": 200, "dtype": "float32"})) as running:
+    with served(
+        ServerSettings(instances=1, options={"num_pages": 200, "dtype": "float32", "speculation": "off"})
+    ) as running:
         yield running
 
 
@@ -135,6 +137,7 @@ def test_generate_prints_the_answer_and_nothing_else(server: Server, url: str) -
     assert (answer["text"], answer["finish_reason"], answer["usage"]["num_output_tokens"]) == (expected, "length", 12)
 
 
+@pytest.mark.one_in(2)
 def test_generate_prints_several_answers_one_after_the_other(server: Server, url: str) -> None:
     with PagedClient(url) as client:
         expected = [
@@ -163,7 +166,7 @@ def test_generate_says_what_is_wrong_in_one_sentence(server: Server) -> None:
         assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", f"paged: error: {sentence}\n")
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["stream", "json"])
+@pytest.mark.parametrize("options", [[], pytest.param(["--json"], marks=pytest.mark.long)], ids=["stream", "json"])
 def test_generate_has_a_sentence_for_a_full_disk_too(server: Server, options: list[str]) -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
@@ -176,6 +179,7 @@ def test_generate_has_a_sentence_for_a_full_disk_too(server: Server, options: li
     assert (ended.returncode, ended.stderr) == (1, "paged: error: standard output: No space left on device\n")
 
 
+@pytest.mark.long
 def test_generate_with_closed_streams_does_what_it_can(server: Server) -> None:
     words = [*PAGED, "generate", "-u", server.addresses.grpc_url]
     closed = subprocess.run(
@@ -256,6 +260,7 @@ TEN_TURNS = {  # what is said, and what the answer must have in it
 }
 
 
+@pytest.mark.long
 def test_a_chat_of_ten_turns_remembers_and_top_shows_the_prefix_hits(server: Server) -> None:
     before = hits_and_queries(settled_metrics(server.addresses.metrics_url))
     told = run("chat", "-u", server.addresses.grpc_url, "-t", "0", stdin="\n".join(TEN_TURNS))

@@ -87,6 +87,7 @@ def streamed(client: Any, messages: list[dict[str, Any]], **keys: Any) -> tuple[
     return message | ({"tool_calls": calls} if calls else {}), thought, reason
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("thinking", THINKING)
 @pytest.mark.parametrize("ask", [whole, streamed])
 def test_the_model_calls_the_right_tool_and_answers_from_its_result(gateway: Gateway, ask: Any, thinking: str) -> None:

@@ -73,6 +73,7 @@ def test_a_stop_lets_streams_finish_and_tells_those_that_would_not(tmp_path: Pat
     assert not list(Path("/dev/shm").glob(f"{prefix}*"))
 
 
+@pytest.mark.long
 def test_loading_and_unloading_leaves_nothing_behind(tmp_path: Path) -> None:
     """50 times by hand: python -m tests.chaos.reloads."""
     report = run_reloads(tmp_path, times=4)
@@ -89,7 +90,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]
         yield running
 
 
-@pytest.mark.parametrize("broken", ["model.py", "engine", "config"])
+@pytest.mark.parametrize(
+    "broken",
+    [pytest.param("model.py", marks=pytest.mark.long), "engine", pytest.param("config", marks=pytest.mark.long)],
+)
 def test_a_broken_reload_leaves_the_old_model_serving(server: FrontEndServer, broken: str) -> None:
     folder = server.log.parent / "repository" / MODEL
     files = {path: path.read_text() for path in (folder / "config.pbtxt", folder / "1" / "model.py")}

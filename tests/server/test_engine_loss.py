@@ -64,6 +64,8 @@ def test_a_lost_engine_unloads_the_model_which_can_be_loaded_again(tmp_path: Pat
         assert server.ask("tokens=3").error is None
 
 
+# in CI it does with `paged serve`, which asks for that: test_serve_deaths.py
+@pytest.mark.long
 def test_a_lost_engine_ends_the_server_if_the_operator_wants_that(tmp_path: Path) -> None:
     with serving(tmp_path, instances=2, options={"max_engine_restarts": "0", "on_engine_loss": "exit"}) as server:
         _kill_engine(server)

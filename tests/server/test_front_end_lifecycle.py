@@ -75,7 +75,9 @@ class _Streams:
                 client.close()
 
 
-@pytest.mark.parametrize("instances", [pytest.param(1, marks=pytest.mark.long), 4])
+# in CI: without a server in tests/unit/engine_client/test_restarts.py, with a model in test_engine_death.py
+@pytest.mark.long
+@pytest.mark.parametrize("instances", [1, 4])
 def test_streams_do_not_notice_that_their_engine_was_killed(tmp_path: Path, instances: int) -> None:
     with serving(tmp_path, instances=instances) as server:
         # the first of them still runs when the last has begun, on a busy machine too

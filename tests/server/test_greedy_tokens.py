@@ -92,15 +92,14 @@ CASES = [  # the first of IN_CI's checkpoint runs in CI, the others with -m long
 ]
 
 
-# What a server adds is the same for all models: CI asks one of full attention here, with one front end, and one with
-# sliding windows below, with four. Each family and each setting are asked without a server, in tests/e2e and
-# tests/unit/models.
-IN_CI = ("llama, tied, llama3 rope", "gemma-3-4b")
+# What a server adds is the same for all models: CI asks one. Each family and each setting are asked without a server,
+# in tests/e2e and tests/unit/models; tests/server/test_engine_death.py has several front ends.
+IN_CI = "llama, tied, llama3 rope"
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in CHECKPOINTS],
+    params=[pytest.param(name, marks=() if name == IN_CI else pytest.mark.long) for name in CHECKPOINTS],
 )
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -147,9 +146,8 @@ def test_greedy_tokens_are_those_of_transformers(
 TUNABLES = ((16, 4096, True, False, 4), (1, 32, False, True, 1), (64, 32, True, True, 1))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in CONFIGS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Beyond sliding windows and original lengths; of longrope only beyond, since max_model_len decides for all
     sequences.
@@ -161,8 +159,9 @@ def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_
     check_family(name, list(CONFIGS).index(name), save_published(tmp_path, name), prompts)
 
 
+@pytest.mark.long
 def test_greedy_tokens_of_a_model_with_experts_are_those_of_transformers(tmp_path: Path) -> None:
-    """Of few prompts: every family's are asked without a server, and of a server with -m long."""
+    """Of few prompts: every family's are asked below."""
     name = "qwen3-30b-a3b"
     folder, prompts = save_expert_model(tmp_path, name), random_prompts([700, 1, 16, 65])
     expected = Oracle(folder).greedy(prompts, MAX_TOKENS)

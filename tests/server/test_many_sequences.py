@@ -36,6 +36,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         "num_pages": 400,
         "max_num_sequences": 16,
         "dtype": "float32",
+        "speculation": "off",
         "max_model_len": 256,
         "prefix_cache": request.param,
     }

@@ -74,6 +74,7 @@ def test_a_full_queue_is_tried_again_by_openais_client(slow_gateway: Gateway) ->
             ] * 2
 
 
+@pytest.mark.one_in(2)
 def test_a_model_that_is_away_is_no_unknown_model(slow_server: FrontEndServer, slow_gateway: Gateway) -> None:
     """Unloaded, loading, and back: whoever asks is told to come again soon, and never that there is no such model."""
     seen: set[tuple[int, str | None, str | None]] = set()
@@ -185,6 +186,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_said_in_one_sentence(slow_server: FrontEndServer, tmp_path: Path) -> None:
     with gateway_to(slow_server.grpc, tmp_path) as gateway:
         port = gateway.url.removesuffix("/v1").rpartition(":")[2]
@@ -218,6 +220,7 @@ def test_what_is_wrong_is_said_in_one_sentence(slow_server: FrontEndServer, tmp_
             assert last.startswith("paged: error: ") and words in last
 
 
+@pytest.mark.long
 def test_an_open_door_is_warned_of(slow_server: FrontEndServer) -> None:
     anywhere = (
         "-u",

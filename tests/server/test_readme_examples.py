@@ -105,6 +105,7 @@ def test_openais_library_and_curl_get_an_answer(server: Server, folder: Path) ->
         gateway.communicate()
 
 
+@pytest.mark.long
 def test_perf_analyzer_measures_the_streams(server: Server, folder: Path) -> None:
     out = run(["bash", "-e", "-c", block("docs/benchmarking.md", "sh", "perf_analyzer -m")], folder)
     (num_successful,) = map(int, re.findall(r"Successful request count: (\d+)", out))

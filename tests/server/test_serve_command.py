@@ -198,6 +198,7 @@ def test_the_server_ends_when_its_starter_is_killed(start: Start) -> None:
     assert wait_until(lambda: not command.servers(), 15)
 
 
+@pytest.mark.long
 def test_servers_on_one_machine_do_not_disturb_each_other(start: Start) -> None:
     first, second = start(), start()
     urls = [command.wait_until_ready() for command in (first, second)]
@@ -208,6 +209,7 @@ def test_servers_on_one_machine_do_not_disturb_each_other(start: Start) -> None:
     assert ask(urls[1]["HTTP"], "still here") == "still here"
 
 
+@pytest.mark.long
 def test_log_verbose_shows_the_servers_own_log_and_arguments_are_passed_on(start: Start) -> None:
     command = start("--log-verbose", "--", "--metrics-interval-ms=1234")
     command.wait_until_ready()
@@ -246,6 +248,7 @@ def in_process(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_files, "repository_folder", lambda: stand_in)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("in_process")
 def test_a_server_outlives_the_thread_that_started_it(checkpoint: Path) -> None:
     server = Server(ServerSettings(model=str(checkpoint), options={"page_size": 32}, instances=1))
@@ -258,6 +261,7 @@ def test_a_server_outlives_the_thread_that_started_it(checkpoint: Path) -> None:
     assert server.stop() == 0  # again, without effect
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("in_process")
 def test_a_server_with_restricted_apis_becomes_ready(checkpoint: Path) -> None:
     arguments = ("--http-restricted-api=health,metadata:admin-key=secret",)

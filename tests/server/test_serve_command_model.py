@@ -34,11 +34,16 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_demo_tells_a_story_answers_questions_about_it_and_says_what_guesses_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compared", [pytest.param(True, marks=pytest.mark.long), False], ids=["twice", "once"])
+def test_the_demo_tells_a_story_answers_questions_about_it_and_says_what_guesses_saved(
+    tmp_path: Path, compared: bool
+) -> None:
+    """With --speculation everything is said once more without it, and compared."""
     temporary = tmp_path / "temporary"
-    finished = run(temporary, "demo", "--speculation", "eagle3")
+    options = ["--speculation", "eagle3"] if compared else ["--set", "speculation=eagle3"]
+    finished = run(temporary, "demo", *options)
     assert finished.returncode == 0, finished.stderr
-    told, comparison = finished.stdout.split("\nThe same without speculation:\n")
+    told, _, comparison = finished.stdout.partition("\nThe same without speculation:\n")
     conversation, report = told.rsplit("\n\n", 1)
     story, name, colour, place = re.split(r"^> .*\n", conversation, flags=re.MULTILINE)[1:]
     assert len(re.findall(r"[A-Z][^.!?]*[.!?]", story)) >= 5  # sentences
@@ -50,11 +55,15 @@ def test_the_demo_tells_a_story_answers_questions_about_it_and_says_what_guesses
     assert re.search(r"^pool: [1-9]\d* pages of 16 tokens; .* cached now", report, re.MULTILINE)
     guesses = re.search(r"^speculation: (\d+) of (\d+) guesses were right", report, re.MULTILINE)
     assert guesses is not None and int(guesses[1]) > int(guesses[2]) / 3
-    assert re.match(r"all answers.*: \d+ tokens/s with speculation, \d+ without it .*\n4 of 4 answers are", comparison)
+    assert bool(comparison) == compared
+    assert not compared or re.match(
+        r"all answers.*: \d+ tokens/s with speculation, \d+ without it .*\n4 of 4 answers are", comparison
+    )
     assert all(line.startswith("paged: ") for line in finished.stderr.splitlines()), finished.stderr
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_the_demo_after_the_answer_that_is_on_its_way(tmp_path: Path) -> None:
     demo = subprocess.Popen(
         [sys.executable, "-m", "paged_client.cli", "demo"],
@@ -85,7 +94,9 @@ def test_the_demo_goes_on_with_a_text_if_the_model_has_no_chat_template(tmp_path
     assert report.count("\n") == 2 and "prefix cache" not in report
 
 
-@pytest.mark.parametrize("damage", ["cut short", pytest.param("another architecture", marks=pytest.mark.long)])
+# in CI: a model that cannot be loaded in test_serve_command.py, an engine in tests/unit/engine/test_process.py
+@pytest.mark.long
+@pytest.mark.parametrize("damage", ["cut short", "another architecture"])
 def test_a_checkpoint_that_only_the_engine_can_refuse_is_one_sentence(tmp_path: Path, damage: str) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(demo_model_folder(), checkpoint)
@@ -96,7 +107,8 @@ def test_a_checkpoint_that_only_the_engine_can_refuse_is_one_sentence(tmp_path: 
         config = json.loads((checkpoint / "config.json").read_text())
         (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"]}))
     temporary = tmp_path / "temporary"
-    finished = run(temporary, "serve", f"--model={checkpoint}", "--http-port=0", "--grpc-port=0", "--metrics-port=0")
+    ports = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
+    finished = run(temporary, "serve", f"--model={checkpoint}", "--instances=1", *ports)
     assert (finished.returncode, finished.stdout) == (1, "")
     (sentence,) = [line for line in finished.stderr.splitlines() if "error" in line]
     assert re.match("paged: error: .*(model.safetensors|NoSuchForCausalLM)", sentence)

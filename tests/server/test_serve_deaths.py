@@ -137,7 +137,8 @@ def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(
         assert stream.text == tokenizer.decode(fake_engine.answer_ids(tokenizer, stream.prompt, 350))
 
 
-@pytest.mark.parametrize("victim", [pytest.param("a front end", marks=pytest.mark.long), "tritonserver"])
+@pytest.mark.long  # in CI how often, and when no more: tests/unit/client/test_serve_restarts.py
+@pytest.mark.parametrize("victim", ["a front end", "tritonserver"])
 def test_a_server_that_lost_a_front_end_or_crashed_is_replaced_at_the_same_ports_if_told_so(
     checkpoint: Path, tmp_path: Path, victim: str
 ) -> None:

@@ -32,8 +32,8 @@ def server() -> Iterator[Server]:
     "sampling",
     [
         CIRCLES,
-        CIRCLES | {"stop": ["ry. Wh", "e foxe", "0"]},
-        {"temperature": 0.7, "seed": 3, "top_p": 0.9},
+        pytest.param(CIRCLES | {"stop": ["ry. Wh", "e foxe", "0"]}, marks=pytest.mark.long),
+        pytest.param({"temperature": 0.7, "seed": 3, "top_p": 0.9}, marks=pytest.mark.long),
         {"temperature": 0.0, "guided_regex": "( the fox){3,9}", "max_tokens": 30},
     ],
     ids=["in circles", "a stop string", "seeded", "a form"],

@@ -72,6 +72,8 @@ def faults(client: httpx.Client, asked: Asked, count: int | None) -> list[str]:
         return [found for found in threads.map(fault, chosen) if found]
 
 
+# in CI: of the gateway alone, tests/unit/client/test_openai_wrong_bodies.py
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_something_wrong_in_a_body_is_answered_or_refused_by_its_fields_name(client: httpx.Client) -> None:
     assert [found for asked in BODIES.values() for found in faults(client, asked, 10)] == []
