@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -177,6 +178,11 @@ class Drafts:
     # of some rows, behind their newest tokens: drafts that the host made; the device makes the others
     given: tuple[TokenEdit, ...] = ()
 
+    @cached_property
+    def any(self) -> bool:
+        """There are drafts; False: some lengths are not known."""
+        return bool(self.counts.any())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -202,6 +208,7 @@ class Batch:
     page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))
     # None: every sampled row gets one token, and every row's length is known
     drafts: Drafts | None = None
+    read: bool = True  # by the model that makes drafts, if there is one
 
     @property
     def num_sequences(self) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,31 +63,43 @@ def plan_size(shape: StepShape) -> int:
 
 def shape_of(batch: Batch) -> StepShape:
     """Without padding."""
-    counts = batch.counts if batch.drafts is None else _parts_of(batch, batch.drafts).counts
-    prefills = counts > 1
-    num_prefills = int(prefills.sum())
+    drafting = batch.drafts is not None and batch.drafts.any
+    num_drafts = int(batch.drafts.counts.sum()) if batch.drafts is not None and drafting else 0
     use = batch.ask(AdapterUse) if batch.asks else None
+    num_tokens = int(batch.counts.sum())
+    num_prefills = num_prefill_tokens = 0
+    if num_tokens - num_drafts != len(batch.rows):  # a draft is a decode of its own
+        prefills = batch.counts > 1
+        if batch.drafts is not None:
+            prefills &= batch.drafts.counts == 0
+        num_prefills, num_prefill_tokens = int(prefills.sum()), int(batch.counts[prefills].sum())
     return StepShape(
-        len(counts) - num_prefills,
+        num_tokens - num_prefill_tokens,
         num_prefills,
-        int(counts[prefills].sum()),
+        num_prefill_tokens,
         adapted=use is not None and use.in_use,
-        drafts=batch.drafts is not None and bool(batch.drafts.counts.any()),
+        drafts=drafting,
     )
 
 
 def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
     """Lays a batch out in a shape, which must have room for it."""
     parts = batch if batch.drafts is None else _parts_of(batch, batch.drafts)
+    num_parts = len(parts.rows)
+    starts, part_firsts = parts.starts, np.arange(num_parts)
+    if not isinstance(parts, Batch):
+        starts, part_firsts = parts.device_starts, parts.firsts
+    if int(batch.counts.sum()) == num_parts:
+        return _plan_decodes(batch, parts, starts, part_firsts, shape)
     order = np.argsort(parts.counts > 1, kind="stable")
     num_decodes = int((parts.counts == 1).sum())
     # the sequence of the step that each part becomes
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
+    places = np.empty(num_parts, np.int64)
+    places[order] = np.arange(num_parts)
     places[order[num_decodes:]] += shape.num_decodes - num_decodes
     arrays = _empty_arrays(shape)
     arrays["rows"][places] = parts.rows
-    arrays["starts"][places] = parts.starts if isinstance(parts, Batch) else parts.device_starts
+    arrays["starts"][places] = starts
     arrays["counts"][places] = parts.counts
     arrays["counts"][-1] = shape.num_tokens - arrays["counts"][:-1].sum()
     np.cumsum(arrays["counts"], out=arrays["query_starts"][1:])
@@ -94,7 +107,7 @@ def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
     arrays["sample_rows"][places[parts.samples]] = parts.rows[parts.samples]
     lens = parts.starts + parts.counts
     prefills = order[num_decodes:]
-    firsts = places if isinstance(parts, Batch) else places[parts.firsts]
+    firsts = places[part_firsts]
     return StepPlan(
         shape=shape,
         flat=np.concatenate(list(arrays.values())),
@@ -104,6 +117,32 @@ def plan_step(batch: Batch, shape: StepShape) -> StepPlan:
         prefill_lens=tuple(zip(parts.counts[prefills].tolist(), lens[prefills].tolist(), strict=True)),
         max_decode_len=int(lens[order[:num_decodes]].max(initial=0)),
         max_len=int(lens.max()),
+    )
+
+
+def _plan_decodes(
+    batch: Batch, parts: Batch | _Parts, starts: Int32, firsts: NDArray[np.intp], shape: StepShape
+) -> StepPlan:
+    """As `plan_step`, where nobody computes more than a token: they lie as they come, and all else is as in a step of
+    padding. starts: as the device is told. firsts: of each sequence's parts.
+    """
+    rows, samples, num_parts = parts.rows, parts.samples, len(parts.rows)
+    flat = _padding(shape).copy()
+    flat[:num_parts] = rows
+    flat[shape.num_sequences : shape.num_sequences + num_parts] = starts
+    sample_rows = flat[len(flat) - shape.num_outputs :]
+    output_indices = np.flatnonzero(samples)
+    sample_rows[output_indices] = rows[output_indices]
+    max_len = int(parts.starts.max()) + 1
+    return StepPlan(
+        shape=shape,
+        flat=flat,
+        output_indices=output_indices,
+        first_outputs=firsts[batch.samples],
+        firsts=firsts.astype(np.int32),
+        prefill_lens=(),
+        max_decode_len=max_len,
+        max_len=max_len,
     )
 
 
@@ -120,6 +159,11 @@ class _Parts:
 
 
 def _parts_of(batch: Batch, drafts: Drafts) -> _Parts:
+    if not drafts.any:
+        device_starts = np.where(drafts.unsure > 0, np.int32(-1), batch.starts)
+        return _Parts(
+            batch.rows, batch.starts, batch.counts, batch.samples, device_starts, np.arange(batch.num_sequences)
+        )
     lens = drafts.counts + 1
     firsts = np.cumsum(lens) - lens
     entry = np.repeat(np.arange(len(lens)), lens)
@@ -128,6 +172,12 @@ def _parts_of(batch: Batch, drafts: Drafts) -> _Parts:
     counts = np.where(drafts.counts > 0, 1, batch.counts)[entry]
     device_starts = np.where(drafts.unsure[entry] > 0, -1 - behind, starts)
     return _Parts(batch.rows[entry], starts, counts, batch.samples[entry], device_starts, firsts)
+
+
+@cache
+def _padding(shape: StepShape) -> Int32:
+    """Is copied, not written."""
+    return plan_of_padding(shape)
 
 
 def plan_of_padding(shape: StepShape) -> Int32:

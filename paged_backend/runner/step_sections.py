@@ -59,9 +59,11 @@ def sections_of(batch: Batch, plan: StepPlan) -> dict[str, Int32]:
         sections |= _edit_sections(batch.token_edits + given)
     if len(batch.page_copies):
         sections["page_copies"] = batch.page_copies
-    if batch.drafts is not None and batch.drafts.counts.any():
-        drafting = (batch.drafts.counts > 0) & ~np.isin(batch.rows, [edit.row for edit in given])
-        if drafting.any():
+    if batch.drafts is not None and batch.drafts.any:
+        drafting = batch.drafts.counts > 0
+        if given:
+            drafting &= ~np.isin(batch.rows, [edit.row for edit in given])
+        if not given or drafting.any():
             sections["drafting"] = np.stack([batch.rows[drafting], batch.drafts.counts[drafting]])
     for ask in batch.asks:
         sections |= room_of(ask).sections(ask, batch, plan)

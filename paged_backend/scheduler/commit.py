@@ -4,8 +4,6 @@ part of it goes out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,13 +37,15 @@ class Commit:
         table = self._running.table
         rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
         runs = None
-        if batch.drafts is not None:
+        if batch.drafts is not None and batch.drafts.any:
             runs = _Runs(batch.drafts.counts[batch.samples], token_ids)
-            rows, request_ids = np.repeat(rows, runs.lens), np.repeat(request_ids, runs.lens)
         self._firsts = None if runs is None else runs.firsts
         present = table.request_id[rows] == request_ids
-        entries = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
-        wanted = self._num_tops(rows, request_ids) if batch.features & Feature.TOP_LOGPROBS else {}
+        chosen = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
+        of_each = request_ids if runs is None else np.repeat(request_ids, runs.lens)
+        wanted: dict[int, int] = {}
+        if batch.features & Feature.TOP_LOGPROBS:
+            wanted = self._num_tops(rows if runs is None else np.repeat(rows, runs.lens), of_each)
         asked = [
             (self._features.asked(ask), ask, answer) for ask, answer in zip(batch.asks, result.answers, strict=True)
         ]
@@ -53,21 +53,25 @@ class Commit:
         for feature, ask, answer in asked:
             feature.take(batch, ask, answer, self)
         if runs is None:
-            self._append(rows[entries], token_ids[entries])
+            entries = chosen
+            rows_of_each, newest = rows[entries], token_ids[entries]
+            stopped = (table.stop_ids[rows_of_each] == newest[:, None]).any(axis=1)
+            self._appended(rows_of_each, self._running.append(rows_of_each, newest), newest, stopped)
         else:
-            entries = self._append_runs(rows, token_ids, runs, entries)
+            entries = self._append_runs(rows, token_ids, runs, chosen)
         for feature, ask, answer in asked:
             feature.settle(batch, ask, answer, self)
         if not present.all():  # aborted, ended or preempted while the step was in flight
             landed = [entries]
-            for run in np.flatnonzero(~present)[:, None] if runs is None else runs.of(~present):
-                landed.append(run[: self._land(int(request_ids[run[0]]), token_ids[run])])
+            for index in np.flatnonzero(~present).tolist():
+                run = np.array([index]) if runs is None else runs.entries(np.array([index]), runs.num_brought)
+                landed.append(run[: self._land(int(request_ids[index]), token_ids[run])])
             entries = np.concatenate(landed)
         started, self._started = self._started, {}
         admitted, self._admitted = self._admitted, {}
         outputs, self._feature_outputs = tuple(self._feature_outputs), []
         return StepOutput(
-            request_ids=request_ids[entries],
+            request_ids=of_each[entries],
             token_ids=token_ids[entries],
             logprobs=None if result.logprobs is None else result.logprobs[entries],
             ranks=None if result.ranks is None else result.ranks[entries],
@@ -78,39 +82,34 @@ class Commit:
             finishes=self._living.take_finishes() if self._living.finishes else (),
         )
 
-    def _append(self, rows: Int32, token_ids: Int32) -> None:
+    def _append_runs(self, rows: Int32, token_ids: Int32, runs: _Runs, chosen: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The chosen ones of the rows may have several tokens: those up to the first stop. Returns their entries."""
         table = self._running.table
-        known = self._running.append(rows, token_ids)
+        stops = (table.stop_ids[rows[runs.owners]] == token_ids[:, None]).any(axis=1) & runs.brought
+        rows, num_drafts, num_right = rows[chosen], runs.num_drafts[chosen], runs.num_brought[chosen] - 1
+        for row, drafts, right in zip(rows.tolist(), num_drafts.tolist(), num_right.tolist(), strict=True):
+            if drafts:
+                self._speculation.note(table.sequences[row], drafts, right)
+        kept = runs.until(stops)
+        lens, entries = kept[chosen], runs.entries(chosen, kept)
+        known = self._running.append_runs(rows, lens, token_ids[entries], num_drafts, num_drafts - num_right)
+        lasts = entries[np.cumsum(lens) - 1]
+        self._appended(rows, known, token_ids[lasts], stops[lasts])
+        return entries
+
+    def _appended(self, rows: Int32, known: Int32, newest: Int32, stopped: NDArray[np.bool_]) -> None:
+        """So many tokens are known of each row, and whether the newest ends it."""
+        table = self._running.table
+        if self._speculation.listens:
+            self._speculation.heard(rows, known, newest)
         for row in rows[table.unanswered[rows]].tolist():
             table.unanswered[row] = False
             self._tell_start(table.sequences[row])
-        stopped = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         ended = stopped | (known >= table.length_limit[rows])
         for row, token_id, stop in zip(
-            rows[ended].tolist(), token_ids[ended].tolist(), stopped[ended].tolist(), strict=True
+            rows[ended].tolist(), newest[ended].tolist(), stopped[ended].tolist(), strict=True
         ):
             self._finish(table.sequences[row], token_id, stop)
-
-    def _append_runs(self, rows: Int32, token_ids: Int32, runs: _Runs, entries: NDArray[np.intp]) -> NDArray[np.intp]:
-        """As `_append`, where rows may have several tokens: those up to the first stop. Returns their entries."""
-        table, kept = self._running.table, [entries[:0]]
-        for run in runs.of(np.isin(np.arange(len(rows)), entries)):
-            row, num_drafts = int(rows[run[0]]), runs.num_drafts(run)
-            sequence = table.sequences[row]
-            assert sequence is not None
-            self._speculation.note(sequence, num_drafts, len(run) - 1)
-            num_wrong = num_drafts - (len(run) - 1)
-            run = run[: _end_of(token_ids[run], sequence.spec.stop_ids)]
-            known = self._running.append_run(row, token_ids[run], num_drafts, num_wrong)
-            if table.unanswered[row]:
-                table.unanswered[row] = False
-                self._tell_start(sequence)
-            token_id = int(token_ids[run[-1]])
-            stop = token_id in sequence.spec.stop_ids
-            if stop or known >= table.length_limit[row]:
-                self._finish(sequence, token_id, stop)
-            kept.append(run)
-        return np.concatenate(kept)
 
     def _land(self, request_id: int, token_ids: Int32) -> int:
         """Tokens of a step for a sequence that is not on its row any more: kept if the sequence was preempted, dropped
@@ -187,21 +186,30 @@ class Commit:
 class _Runs:
     """Which entries of a step with drafts belong together: each sampled sequence's, in their order."""
 
-    def __init__(self, drafts: Int32, token_ids: Int32) -> None:
-        """drafts: [num_sampled sequences] of each."""
-        self.lens = drafts + 1
+    def __init__(self, num_drafts: Int32, token_ids: Int32) -> None:
+        """num_drafts: [num_sampled sequences] of each."""
+        self.num_drafts = num_drafts
+        self.lens = num_drafts + 1
         self.firsts = np.cumsum(self.lens) - self.lens
-        self._drafts: dict[int, int] = dict(zip(self.firsts.tolist(), drafts.tolist(), strict=True))
-        self._brought = token_ids >= 0
+        self.owners = np.repeat(np.arange(len(num_drafts)), self.lens)  # of each entry
+        self.brought = token_ids >= 0  # entries
+        # tokens of each, one at least: they come before what is not there
+        self.num_brought = np.bincount(self.owners[self.brought], minlength=len(num_drafts))
+        self._behind = np.arange(len(token_ids)) - self.firsts[self.owners]
 
-    def of(self, chosen: NDArray[np.bool_]) -> Iterator[NDArray[np.intp]]:
-        """The entries of each sequence whose entries are chosen that have a token: one at least."""
-        for first, length in zip(self.firsts.tolist(), self.lens.tolist(), strict=True):
-            if chosen[first]:
-                yield first + np.flatnonzero(self._brought[first : first + length])
+    def until(self, stops: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """How many tokens of each are its sequence's: those up to the first of these entries."""
+        if not stops.any():
+            return self.num_brought
+        lens = self.num_brought.copy()
+        np.minimum.at(lens, self.owners[stops], self._behind[stops] + 1)
+        return lens
 
-    def num_drafts(self, run: NDArray[np.intp]) -> int:
-        return self._drafts[int(run[0])]
+    def entries(self, chosen: NDArray[np.intp], lens: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The first lens[i] entries of each chosen i."""
+        some = np.zeros_like(lens)
+        some[chosen] = lens[chosen]
+        return np.flatnonzero(self._behind < some[self.owners])
 
 
 def _end_of(token_ids: Int32, stop_ids: tuple[int, ...]) -> int:

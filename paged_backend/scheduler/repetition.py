@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from paged_backend.arrays import Int32
 
@@ -24,46 +23,70 @@ _FEW = 16  # tokens that are noted one by one
 
 
 class Repetition:
-    """How far one sequence's text repeats itself, asked as it grows. Owns a note of the pairs of tokens that it has, a
-    byte a hash: a text whose newest pair is new need not be searched.
+    """How far one sequence's text repeats itself, as it grows. Owns a note of the pairs of tokens that it has, a byte a
+    hash, so that a text whose newest pair is new need not be searched; and the place after which it goes on as it did
+    there, so that as long as it does it need not be searched again.
     """
 
     def __init__(self) -> None:
         self._has = bytearray(0)  # [_HASHES] once it is asked
-        self._num_noted = 1  # tokens whose pairs are noted
+        self._num_noted = -1  # tokens whose pairs are noted; -1: it was never asked
+        self._newest = 0  # the last of them
+        # of the text when `num_alike` was asked last: its tokens, how many are alike, and the place that they stand
+        # before; no fewer are than LONGEST, if it is so many
+        self._num_asked, self._alike, self._place = -1, 0, 0
 
-    def is_new(self, num_tokens: int, first: int, second: int) -> bool:
-        """Whether nothing repeats at the end of a text of so many tokens, the newest two of which are these; looked up
-        and noted in no time if it has grown by one. False: `num_alike` has to be asked.
+    def hears(self, num_tokens: int, token_id: int) -> bool:
+        """The text has so many tokens now, and this one is the newest. False: nothing repeats. True: `num_alike` has to
+        be asked, since its newest pair is an old one, or not all of its tokens were heard.
         """
-        if num_tokens != self._num_noted + 1 or not self._has:
-            return False
-        place = _hash(first, second)
+        if num_tokens != self._num_noted + 1:
+            return True
+        place = _hash(self._newest, token_id)
+        self._num_noted, self._newest = num_tokens, token_id
         if self._has[place]:
-            return False
+            return True
         self._has[place] = 1
-        self._num_noted = num_tokens
-        return True
+        return False
 
     def num_alike(self, token_ids: Int32) -> int:
-        """As the function. token_ids: the text that it was asked about before, and what came since."""
-        num_new = len(token_ids) - self._num_noted
-        if num_new > _FEW:
-            self._note_many(token_ids[max(self._num_noted - 1, len(token_ids) - SEARCHED - 1, 0) : -1].astype(np.int64))
-            num_new = 1
-        self._num_noted = max(self._num_noted, len(token_ids))
-        seen = num_new < 1  # for all that is known
+        """As the function. token_ids: int32 [n], the text that it was asked about before, and what came since."""
+        if len(token_ids) != self._num_asked:
+            if not self._note(token_ids):
+                self._alike = 0
+            elif not self._goes_on(token_ids):
+                self._alike, self._place = _last_alike(token_ids[-SEARCHED:])
+                self._place += max(len(token_ids) - SEARCHED, 0)
+            self._num_asked = len(token_ids)
+        return min(self._alike, LONGEST)
+
+    def _note(self, token_ids: Int32) -> bool:
+        """Notes what is new. False: the newest pair is."""
+        if len(token_ids) == self._num_noted:
+            return True  # for all that is known
         has = self._has = self._has or bytearray(_HASHES)
-        tokens: list[int] = token_ids[-1 - num_new :].tolist() if num_new > 0 else []
-        for first, second in pairwise(tokens):
-            place = _hash(first, second)
+        newest = token_ids[max(self._num_noted - 1, 0) :]
+        if len(newest) > _FEW:
+            tokens = newest[-SEARCHED - 1 : -1].astype(np.int64)
+            np.frombuffer(has, np.uint8)[_hash(tokens[:-1], tokens[1:])] = 1
+            newest = newest[-2:]
+        seen = False
+        for pair in pairwise(newest.tolist()):
+            place = _hash(*pair)
             seen = has[place] > 0
             has[place] = 1
-        return num_alike(token_ids) if seen else 0
+        self._num_noted, self._newest = len(token_ids), int(token_ids[-1]) if len(token_ids) else 0
+        return seen
 
-    def _note_many(self, tokens: NDArray[np.int64]) -> None:
-        self._has = self._has or bytearray(_HASHES)
-        np.frombuffer(self._has, np.uint8)[_hash(tokens[:-1], tokens[1:])] = 1
+    def _goes_on(self, token_ids: Int32) -> bool:
+        """What is new stands behind the place, too: then no other place has more tokens alike before it."""
+        num_new, place = len(token_ids) - self._num_asked, self._place
+        if not self._alike or num_new > _FEW or place - LONGEST < len(token_ids) - SEARCHED:
+            return False
+        if token_ids[place : place + num_new].tolist() != token_ids[-num_new:].tolist():
+            return False
+        self._alike, self._place = self._alike + num_new, place + num_new
+        return True
 
 
 def _hash(first: Any, second: Any) -> Any:
@@ -91,10 +114,20 @@ def num_alike(token_ids: Int32) -> int:
 
 def _last_alike(tokens: Int32) -> tuple[int, int]:
     """How many tokens are alike, and the last place before which they are; (0, 0): fewer than SHORTEST are."""
-    places = np.flatnonzero(tokens[:-1] == tokens[-1]) + 1 if len(tokens) else np.empty(0, np.intp)
-    alike, last = 0, 0
-    while len(places) and alike < LONGEST:
-        alike, last = alike + 1, int(places[-1])
-        places = places[places > alike]
-        places = places[tokens[places - alike - 1] == tokens[-alike - 1]]
-    return (alike, last) if alike >= SHORTEST else (0, 0)
+    if len(tokens) <= SHORTEST:
+        return 0, 0
+    places = np.flatnonzero((tokens[1:-1] == tokens[-1]) & (tokens[:-2] == tokens[-2])) + SHORTEST
+    if not len(places):
+        return 0, 0
+    alike = SHORTEST
+    while len(places) > 1 and alike < LONGEST:
+        farther = places[places > alike]
+        farther = farther[tokens[farther - alike - 1] == tokens[-alike - 1]]
+        if not len(farther):
+            break
+        places, alike = farther, alike + 1
+    last = int(places[-1])
+    if len(places) == 1:
+        while alike < min(LONGEST, last) and tokens[last - alike - 1] == tokens[-alike - 1]:
+            alike += 1
+    return alike, last

@@ -65,6 +65,7 @@ class RunningSequences:
         self.changes = RowChanges()
         self.runners: list[Sequence] = []  # in the order in which they started; to be looked at only
         self.rows = np.empty(0, np.int32)  # of the runners, in their order; never written, batches have it
+        self.num_unsure = 0  # drafts in flight of all rows; to be looked at only
         self._page_size = limits.page_size
 
     def __len__(self) -> int:
@@ -122,6 +123,7 @@ class RunningSequences:
             assert runner.row is not None
             self.rows = self.rows[self.rows != runner.row]
             self.changes.drop(runner.row)
+            self.num_unsure -= int(self.table.unsure[runner.row])
             self.table.vacate(runner)
             self.pages.release(runner.page_table)
             self.runners.remove(runner)
@@ -187,6 +189,7 @@ class RunningSequences:
         """The step that `advance` was told of computes drafts[i] drafts of rows[i], too, all of which may be right."""
         for column in (self.table.num_computed, self.table.num_tokens, self.table.unsure):
             column[rows] += drafts
+        self.num_unsure += int(drafts.sum())
 
     def append(self, rows: Int32, token_ids: Int32) -> Int32:
         """The ids of tokens that steps have sampled. Returns how many are known of each row now."""
@@ -199,21 +202,23 @@ class RunningSequences:
             self.publish(row, int(table.num_computed[row]))
         return known
 
-    def append_run(self, row: int, token_ids: Int32, num_drafts: int, num_wrong: int) -> int:
-        """As `append`, for the tokens that a step with drafts brought one row: what was expected and did not come is
-        not there. Returns how many are known now.
+    def append_runs(self, rows: Int32, lens: Int32, token_ids: Int32, num_drafts: Int32, num_wrong: Int32) -> Int32:
+        """As `append`, for a step with drafts: it brought rows[i] lens[i] tokens, whose ids lie end to end, and
+        num_wrong[i] of its num_drafts[i] drafts, which were expected, are not there.
         """
         table = self.table
-        known = int(table.num_known[row])
-        end = known + len(token_ids)
-        table.token_ids[row, known:end] = token_ids
-        table.num_known[row] = end
-        table.num_tokens[row] -= num_wrong
-        table.num_computed[row] -= num_wrong
-        table.unsure[row] -= num_drafts
-        if min(end, table.num_computed[row]) >= table.publish_at[row]:
+        known = table.num_known[rows] + lens
+        places = np.arange(len(token_ids)) + np.repeat(known - np.cumsum(lens), lens)
+        table.token_ids[np.repeat(rows, lens), places] = token_ids
+        table.num_known[rows] = known
+        table.num_tokens[rows] -= num_wrong
+        computed = table.num_computed[rows] - num_wrong
+        table.num_computed[rows] = computed
+        table.unsure[rows] -= num_drafts
+        self.num_unsure -= int(num_drafts.sum())
+        for row in rows[np.minimum(known, computed) >= table.publish_at[rows]].tolist():
             self.publish(row, int(table.num_computed[row]))
-        return end
+        return known
 
     def publish(self, row: int, num_computed: int) -> None:
         """Makes a row's pages findable as far as their tokens are known, and computed before or in this step: whoever
@@ -251,6 +256,7 @@ class RunningSequences:
         """Raises AssertionError if an invariant is broken. O(pages + sequences)."""
         self.pages.check(runner.page_table for runner in self.runners)
         assert self.rows.tolist() == [runner.row for runner in self.runners]
+        assert self.num_unsure == self.table.unsure.sum()
         for runner in self.runners:
             assert (
                 runner.leader.status is Status.RUNNING

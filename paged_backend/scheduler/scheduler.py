@@ -167,16 +167,15 @@ class Scheduler:
 
     def _batch(self, rows: Int32, counts: Int32) -> Batch:
         table = self._running.table
-        drafts = self._speculation.drafts(rows, counts) if self._speculation.in_use else None
+        speculation = self._speculation
+        drafts = speculation.drafts(rows, counts) if speculation.in_use else None
         starts, samples = self._running.advance(rows, counts)
         asks = self._features.asks(StepRows(rows, starts, counts, samples, drafts)) if self._features.active else ()
-        if drafts is not None:
+        if drafts is not None and drafts.any:
             self._running.expect(rows, drafts.counts)
             counts = counts + drafts.counts
         self._step += 1
-        if self._costs.measures_next:
-            self._costs.begins(self._step, self._clock())
-        return Batch(
+        batch = Batch(
             step=self._step,
             rows=rows,
             starts=starts,
@@ -186,8 +185,12 @@ class Scheduler:
             features=int(np.bitwise_or.reduce(table.features[rows])),
             asks=asks,
             drafts=drafts,
+            read=speculation.reads,
             **self._running.changes.take(),
         )
+        if self._costs.measures_next:
+            self._costs.begins(batch, self._clock())
+        return batch
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in what a step brought, in the order of steps."""

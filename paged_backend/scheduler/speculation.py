@@ -28,10 +28,9 @@ from paged_backend.scheduler.step_costs import DraftCosts
 
 _LONGEST_PAUSE = 15  # steps that might have had drafts
 _LONGEST_IF_IT_MUST_PAY = 63
-_LATEST = 0.2  # what the newest draft counts
+_LATEST = 0.2  # what the newest draft counts, and of those of earlier sequences the newest
 _UNKNOWN_SHARE = 0.5
 _RELIABLE_SHARE = 0.35  # of a model's drafts, at which one miss says little
-_FORGOTTEN = 0.01  # of the share, towards _UNKNOWN_SHARE, with each step whose drafts would not have paid
 _NONE = np.empty(0, np.int32)
 
 
@@ -44,10 +43,10 @@ class _Pace:
     shortest_pause: int  # after drafts of which none was right
     longest_pause: int
     guided: bool  # its drafts must be known before its step is launched, and have masks: the host makes them
+    share: float  # of the drafts after right ones that are right, too, lately
     repetition: Repetition = field(default_factory=Repetition)  # of its text
     pause: int = 0  # steps without any, from now on
     next_pause: int = field(init=False)
-    share: float = _UNKNOWN_SHARE  # of the drafts after right ones that are right, too, lately
 
     def __post_init__(self) -> None:
         self.next_pause = self.shortest_pause
@@ -73,9 +72,6 @@ class _Pace:
             self.now, self.pause = 1, self.next_pause
             self.next_pause = min(2 * self.next_pause + 1, self.longest_pause)
 
-    def forget(self) -> None:
-        self.share += _FORGOTTEN * (_UNKNOWN_SHARE - self.share)
-
 
 class Speculation(SchedulerFeature):
     """Owns the pace of each sequence that may have drafts, and the counts of drafts."""
@@ -93,11 +89,20 @@ class Speculation(SchedulerFeature):
         self._budget = limits.max_batched_tokens
         self._running = running
         self._paces: dict[Sequence, _Pace] = {}
+        self._num_guided = 0  # of them
+        self._repeating: list[int] = []  # rows that have just got a token with which their text may repeat itself
         self._costs = costs
-        self.in_use = False  # some living sequence may have drafts
+        self._usual_share = _UNKNOWN_SHARE  # of a model's drafts
+        self._has_model = self._most > 0 and not self._from_text
+        self.in_use = self._has_model  # `drafts` is to be asked of each step: sequences may have some, or a model reads
+        self.listens = False  # `heard` is to be called
+        # the newest step is one that a model which makes drafts reads: its rows may have some in the next
+        self.reads = False
         self.num_proposed = 0
         self.num_accepted = 0
         self.num_checked = 0  # times that a sequence had any in a step
+
+    # ---- sequences come and go
 
     def enter(self, sequence: Sequence, request: Submit) -> bool:
         spec = sequence.spec
@@ -113,50 +118,90 @@ class Speculation(SchedulerFeature):
         # a text that goes on otherwise than before does so for a while; a model that was wrong may be right at once
         shortest = 1 if guided or self._from_text else 0
         longest = _LONGEST_PAUSE if self._costs is None else _LONGEST_IF_IT_MUST_PAY
-        self._paces[sequence] = _Pace(self._most, self._most, shortest, longest, guided)
-        self.in_use = True
+        share = _UNKNOWN_SHARE if shortest else self._usual_share
+        self._paces[sequence] = _Pace(self._most, self._most, shortest, longest, guided, share)
+        self._num_guided += guided
+        self.listens, self.in_use = self._from_text, True
+        if self._costs is not None:
+            self._costs.wake()
         return True
 
     def leave(self, sequence: Sequence) -> None:
-        del self._paces[sequence]
-        self.in_use = bool(self._paces)
+        pace = self._paces.pop(sequence)
+        self._num_guided -= pace.guided
+        if not pace.shortest_pause:
+            self._usual_share += _LATEST * (pace.share - self._usual_share)
+        if not self._paces:
+            self.listens, self.in_use = False, self._has_model
+
+    # ---- before a step
 
     def drafts(self, rows: Int32, counts: Int32) -> Drafts | None:
         """For a step that computes counts[i] tokens of rows[i], all of which have their pages. Pages for drafts are
         taken, if nobody else misses them. None: there are no drafts, and all lengths are known.
         """
-        listed = rows.tolist()
-        wanted = self._wanted(listed) if len(rows) <= MOST_DRAFTING and counts.max() == 1 else []
+        wanted = self._of_texts(rows, counts) if self._from_text else self._of_a_model(rows, counts)
         if not any(wanted):
+            if not self._running.num_unsure:
+                return None
             unsure = self.rows.unsure[rows]
             return Drafts(np.zeros_like(counts), unsure) if unsure.any() else None
-        drafts, given = np.zeros_like(counts), []
+        numbers, given = [], []
         left = self._budget - len(rows)
-        for entry, (row, most) in enumerate(zip(listed, wanted, strict=True)):
+        for row, most in zip(rows.tolist(), wanted, strict=True):
             num_drafts = self._with_pages(row, min(most, left)) if most and left > 0 else 0
-            drafts[entry] = num_drafts
+            numbers.append(num_drafts)
             left -= num_drafts
-            if num_drafts and self.rows.features[row] & Feature.GUIDED:
+            if num_drafts and self._num_guided and self.rows.features[row] & Feature.GUIDED:
                 token_ids = self._guides.drafts(row)[:num_drafts]
                 given.append(TokenEdit(row, int(self.rows.num_known[row]), token_ids))
         unsure = self.rows.unsure[rows]
-        return Drafts(drafts, unsure, tuple(given)) if drafts.any() or unsure.any() else None
+        return Drafts(np.array(numbers, np.int32), unsure, tuple(given)) if any(numbers) or unsure.any() else None
 
-    def _wanted(self, rows: list[int]) -> list[int]:
-        """Drafts of each row, as far as they pay."""
-        paces = [self._pace_of(row) for row in rows]
-        wanted = [0 if pace is None else self._wanted_of(row, pace) for row, pace in zip(rows, paces, strict=True)]
+    def _of_texts(self, rows: Int32, counts: Int32) -> list[int]:
+        """Drafts of each row, as far as they pay; [] if nothing repeats, which takes no look at any row."""
+        if not (self._repeating or self._num_guided) or len(rows) > MOST_DRAFTING or counts.max() > 1:
+            return []
+        if self._costs is not None and self._costs.rests():
+            return []
+        wanted, shares = self._wanted(rows)
+        return self._paying(wanted, shares)
+
+    def _of_a_model(self, rows: Int32, counts: Int32) -> list[int]:
+        """As `_of_texts`. Where its drafts do not pay the model does not read the steps, either, but prompts: it has
+        guesses again once it has read a step.
+        """
+        has_read, prompts, costs = self.reads, bool(counts.max() > 1), self._costs
+        self.reads = costs is None or prompts
+        if len(rows) > MOST_DRAFTING or prompts:
+            return []
+        if costs is not None and costs.rests():
+            self.reads = not costs.resting
+            return []
+        wanted, shares = self._wanted(rows)
+        paying = self._paying(wanted, shares)
+        self.reads = costs is None or any(paying) or (bool(self._paces) and not any(wanted))
+        return paying if has_read else []
+
+    def _wanted(self, rows: Int32) -> tuple[list[int], list[float]]:
+        """Drafts that each row would have, and the share of its drafts that are right."""
+        sequences, wanted, shares = self.rows.sequences, [], []
+        for row in rows.tolist():
+            pace = self._paces.get(sequences[row])
+            wanted.append(0 if pace is None else self._wanted_of(row, pace))
+            shares.append(0.0 if pace is None else pace.share)
+        return wanted, shares
+
+    def _paying(self, wanted: list[int], shares: list[float]) -> list[int]:
         if self._costs is None or not any(wanted):
             return wanted
-        most = self._costs.most_drafts(wanted, [0.0 if pace is None else pace.share for pace in paces])
-        if not most:
-            for pace, num_drafts in zip(paces, wanted, strict=True):
-                if pace is not None and num_drafts:
-                    pace.forget()
+        most = self._costs.most_drafts(wanted, shares)
         return [min(num_drafts, most) for num_drafts in wanted]
 
     def _wanted_of(self, row: int, pace: _Pace) -> int:
         """So many that the row does not reach its limit, even if all of those in flight are right."""
+        if self._from_text and not pace.guided and row not in self._repeating:
+            return 0
         table = self.rows
         start = int(table.num_computed[row])
         if int(table.num_tokens[row]) != start + 1:
@@ -164,26 +209,21 @@ class Speculation(SchedulerFeature):
         if pace.guided:
             return len(self._guides.drafts(row))
         most = int(table.length_limit[row]) - 2 - start
-        if self._from_text:
-            known, token_ids = int(table.num_known[row]), table.token_ids[row]
-            if pace.repetition.is_new(known, int(token_ids[known - 2]), int(token_ids[known - 1])):
-                return 0
-            most = min(most, pace.repetition.num_alike(token_ids[:known]) - 1)
-        return min(pace.next(), most) if most > 0 else 0
+        wanted = min(pace.next(), most) if most > 0 else 0
+        if wanted and self._from_text:
+            wanted = min(wanted, max(pace.repetition.num_alike(table.token_ids[row, : table.num_known[row]]) - 1, 0))
+        return wanted
 
     def _guesses(self, row: int) -> tuple[Int32, int]:
         """For a guided row: what may come next by its own text, and how many drafts its next step may have."""
-        pace, num_known = self._pace_of(row), int(self.rows.num_known[row])
+        pace = self._paces.get(self.rows.sequences[row])  # type: ignore[arg-type]
+        num_known = int(self.rows.num_known[row])
         if pace is None or len(self._running) > MOST_DRAFTING:
             return _NONE, 0
         most = min(pace.next(), int(self.rows.length_limit[row]) - 1 - num_known)
         if most <= 0:
             return _NONE, 0
         return continuation(self.rows.token_ids[row, :num_known])[:most], most
-
-    def _pace_of(self, row: int) -> _Pace | None:
-        runner = self.rows.sequences[row]
-        return None if runner is None else self._paces.get(runner)
 
     def _with_pages(self, row: int, wanted: int) -> int:
         """As many of the drafts as the row can have pages for, even if all of those in flight are right."""
@@ -196,9 +236,24 @@ class Speculation(SchedulerFeature):
                 wanted = int(table.capacity[row]) - start - 1
         return max(wanted, 0)
 
-    def note(self, sequence: Sequence, num_drafts: int, num_right: int) -> None:
+    # ---- after it
+
+    def heard(self, rows: Int32, num_known: Int32, token_ids: Int32) -> None:
+        """A step has brought rows[i] a token or several: so many are known now, token_ids[i] is the newest. Nothing of
+        a text that does not repeat itself is looked at later on.
+        """
+        self._repeating = repeating = []
+        if len(rows) > MOST_DRAFTING:
+            return
+        sequences = self.rows.sequences
+        for row, known, token_id in zip(rows.tolist(), num_known.tolist(), token_ids.tolist(), strict=True):
+            pace = self._paces.get(sequences[row])
+            if pace is not None and pace.repetition.hears(known, token_id):
+                repeating.append(row)
+
+    def note(self, sequence: Sequence | None, num_drafts: int, num_right: int) -> None:
         """How many of a sequence's drafts were right in a step."""
-        pace = self._paces.get(sequence)
+        pace = self._paces.get(sequence)  # type: ignore[arg-type]
         if pace is not None:
             pace.note(num_drafts, num_right)
         self.num_proposed += num_drafts

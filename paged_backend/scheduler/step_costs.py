@@ -9,7 +9,9 @@ has, and the more stand before it.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,10 @@ from paged_backend.batch import MOST_DRAFTING, Batch
 
 _LATEST = 0.3  # what the newest step with drafts counts
 _LEAST_GAIN = 1.02  # for less it is not worth being wrong
-_PLAIN_AFTER = 32  # steps with drafts, then one without: what it takes changes, too
+# steps with drafts, then one without: what it takes changes, too; twice as many each time that drafts paid still
+_PLAIN_AFTER, _PLAIN_AFTER_AT_MOST = 32, 512
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 32, 1024  # steps that had no drafts for their costs, then they are tried again
+_PLAIN_EVERY = 8  # where there are no drafts, so many steps are not looked at, then one is
 # Guessed of the first step that is measured: that being a step took as long as so many tokens, and that each token that
 # its tokens read took such a part of one. Few for the first, much for the second: chunks that are too short at first
 # cost little, chunks that are too long stall those who decode.
@@ -42,35 +46,66 @@ class StepCosts:
     def __init__(
         self, num_drafts: int = 0, windows: tuple[int | None, ...] = (None,), every_step: bool = False
     ) -> None:
-        """num_drafts: of a row in a step, at most. windows: tokens that each KV group's layers read at most; None:
-        all.
+        """num_drafts: of a row in a step, at most. windows: tokens that each KV group's layers read at most; None: all.
+        every_step: it is to be found out what decode steps cost.
         """
         self.drafts = DraftCosts(num_drafts)
         self.prompts = PromptCosts(windows)
         self.measures_next = every_step  # `begins` is to be called for the next step
-        self.begun: dict[int, float] = {}  # steps in flight that are measured; while there are any, `ends` is called
+        # steps in flight that are measured, and when they were launched; while there are any, `ends` is called
+        self.begun: dict[int, tuple[Batch, float]] = {}
         self._every_step = every_step
         self._ended = 0.0  # the newest step that has
+        self._kind_of_ended = ""
+        self._num_skipped = _PLAIN_EVERY  # steps without drafts that were not looked at, in a row
+        self._surplus = 0.0  # seconds that the newest one took longer than usual, for the drafts of the next
 
-    def begins(self, step: int, now: float) -> None:
+    def begins(self, batch: Batch, now: float) -> None:
         """A step is about to be launched."""
-        self.begun[step] = now
+        self.begun[batch.step] = batch, now
         self.measures_next = self._every_step
 
     def ends(self, batch: Batch, now: float) -> None:
         """A step's result is here. It may have been launched while the step before was computed, and began then where
         that one ended.
         """
-        begun, ended = self.begun.pop(batch.step, now), self._ended
-        self._ended = now
-        seconds = now - max(begun, ended)
+        _, begun = self.begun.pop(batch.step, (batch, now))
+        seconds, self._ended = now - max(begun, self._ended), now
+        after, _ = self.begun.get(batch.step + 1, (None, now))
+        if self._num_skipped < _PLAIN_EVERY and batch.drafts is None and (after is None or after.drafts is None):
+            self._num_skipped += 1
+            return
+        kind, before = _kind_of(batch), self._kind_of_ended
+        self._kind_of_ended = kind
+        surplus, self._surplus = self._surplus, 0.0
         if seconds <= 0:
             return
-        num_drafts = 0 if batch.drafts is None else int(batch.drafts.counts.sum())
-        if batch.num_tokens - num_drafts == batch.num_sequences:
-            self.drafts.learn(batch.num_sequences, num_drafts, seconds)
-        else:
+        if kind == "prompts":
             self.prompts.learn(batch.starts, batch.counts, seconds)
+        # What the host does for a step falls into the time of the one before, which is computed meanwhile. So a step
+        # without drafts is what it is without speculation if those beside it have none, either; and a step with drafts
+        # behind one without took all that both took longer than usual.
+        elif batch.drafts is not None and kind == "drafts":
+            self.drafts.learn(batch.num_sequences, int(batch.drafts.counts.sum()), seconds + surplus)
+            self._num_skipped = _PLAIN_EVERY
+        elif after is not None and _drafting(after):
+            self._surplus = max(seconds - self.drafts.plain(batch.num_sequences), 0.0) if before != "drafts" else 0.0
+        elif kind == "plain" and (after is None or (before == "plain" and _kind_of(after) == "plain")):
+            self.drafts.learn(batch.num_sequences, 0, seconds)
+            self._num_skipped = 0
+
+
+def _drafting(batch: Batch) -> bool:
+    return batch.drafts is not None and batch.drafts.any
+
+
+def _kind_of(batch: Batch) -> Literal["prompts", "drafts", "read", "plain"]:
+    """read: by a model that makes drafts, which no step of speculation=off is."""
+    if _drafting(batch):
+        return "drafts"
+    if batch.num_tokens != batch.num_sequences:
+        return "prompts"
+    return "read" if batch.read else "plain"
 
 
 class PromptCosts:
@@ -146,20 +181,29 @@ class PromptCosts:
 
 
 class DraftCosts:
-    """Owns the seconds of decode steps with drafts and without, each a moving average; 0: not known yet.
+    """Owns the seconds of decode steps with drafts and without, each a moving average, and when drafts are had again
+    that did not pay.
 
     Steps of more than MOST_DRAFTING rows never have drafts and are no concern here.
     """
 
     def __init__(self, num_drafts: int) -> None:
         """num_drafts: of a row in a step, at most."""
-        self._plain = [0.0] * (MOST_DRAFTING + 1)  # by rows
-        self._drafting = np.zeros(MOST_DRAFTING * (1 + num_drafts) + 1)  # by rows and drafts together
+        self._plain = [0.0] * (MOST_DRAFTING + 1)  # by rows; 0: not known yet
+        self._drafting: dict[int, float] = {}  # by rows and drafts together
+        self._known: list[int] = []  # of those, in order
         self._since_plain = [0] * (MOST_DRAFTING + 1)  # steps with drafts, by rows
+        self._plain_after = [_PLAIN_AFTER] * (MOST_DRAFTING + 1)
         # One that takes longer than so many without drafts was held up by something else: no drafts could pay for it.
         self._most_times = 2.0 * (1 + num_drafts)
-        self._refused = 0  # steps that had no drafts for their costs, since they were tried
-        self._pause = _SHORTEST_PAUSE
+        self._rest = 0  # steps that have no drafts, whatever they would bring
+        self._pause = _SHORTEST_PAUSE  # the next rest
+        self._try_after = False  # the rest
+        self._woken = False
+
+    def plain(self, rows: int) -> float:
+        """Seconds of a step of so many rows without drafts; 0: not known yet."""
+        return self._plain[rows] if rows <= MOST_DRAFTING else 0.0
 
     def learn(self, rows: int, drafts: int, seconds: float) -> None:
         """A step took so many seconds that computed a token of each row, and so many drafts."""
@@ -168,36 +212,81 @@ class DraftCosts:
         usual = self._plain[rows]
         seconds = min(seconds, self._most_times * usual) if usual else seconds
         if drafts:
-            before = float(self._drafting[rows + drafts]) or usual or seconds
-            self._drafting[rows + drafts] = before + _LATEST * (seconds - before)
+            tokens = rows + drafts
+            if tokens not in self._drafting:
+                insort(self._known, tokens)
+            before = self._drafting.get(tokens) or usual or seconds
+            self._drafting[tokens] = before + _LATEST * (seconds - before)
             self._since_plain[rows] += 1
+            self._woken = True
         else:
             self._plain[rows] = (usual or seconds) + _LATEST * (seconds - (usual or seconds))
+            if self._since_plain[rows] >= self._plain_after[rows]:
+                self._plain_after[rows] = min(2 * self._plain_after[rows], _PLAIN_AFTER_AT_MOST)
             self._since_plain[rows] = 0
+
+    def rests(self) -> bool:
+        """Asked of each step that might have drafts, in its turn: True if it has none without `most_drafts` being
+        asked.
+        """
+        if not self._rest:
+            return False
+        self._rest -= 1
+        woken, self._woken = self._woken, False
+        return not woken
+
+    @property
+    def resting(self) -> bool:
+        """The next step has no drafts, either, unless something happens meanwhile."""
+        return self._rest > 0
+
+    def wake(self) -> None:
+        """Something has happened: `most_drafts` is asked of the next step. A rest goes on if nothing comes of it."""
+        self._woken = True
 
     def most_drafts(self, wanted: Sequence[int], shares: Sequence[float]) -> int:
         """How many drafts a row may have in a step: rows i would have wanted[i], each right with probability
         shares[i] if those before it are. 0: they do not pay, or a step without any is due.
         """
         rows, most = len(wanted), max(wanted)
-        if not most:
-            return 0
         plain = self._plain[rows]
-        if not plain or self._since_plain[rows] >= _PLAIN_AFTER:
+        if not most or not plain or self._since_plain[rows] >= self._plain_after[rows]:
             return 0
-        capped = np.minimum(np.arange(most + 1)[:, None], np.array(wanted))  # [most + 1, rows]
-        share = np.minimum(np.array(shares), 0.99)
-        brought = (1 + share * (1 - share**capped) / (1 - share)).sum(axis=1)
-        known = np.flatnonzero(self._drafting)
-        known = known[known > rows]
-        tokens, seconds = np.append(rows, known), np.append(plain, self._drafting[known])
-        rates = brought / np.interp(rows + capped.sum(axis=1), tokens, seconds)
-        best = int(rates.argmax())
-        if rates[best] >= _LEAST_GAIN * rates[0]:
-            self._refused, self._pause = 0, _SHORTEST_PAUSE
+        best = self._best(wanted, shares, plain)
+        if best:
+            self._rest, self._pause, self._try_after = 0, _SHORTEST_PAUSE, False
             return best
-        self._refused += 1
-        if self._refused <= self._pause:
+        self._plain_after[rows] = _PLAIN_AFTER
+        if self._rest:
             return 0
-        self._refused, self._pause = 0, min(2 * self._pause, _LONGEST_PAUSE)
-        return most
+        self._try_after = not self._try_after
+        if not self._try_after:  # it has rested
+            return most
+        self._rest, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        return 0
+
+    def _best(self, wanted: Sequence[int], shares: Sequence[float], plain: float) -> int:
+        """How many drafts bring the most tokens a second; 0: none do for _LEAST_GAIN."""
+        rows, drafting = len(wanted), [pair for pair in zip(wanted, shares, strict=True) if pair[0]]
+        likely = [1.0] * len(drafting)  # that all of a row's drafts so far are right
+        tokens, computed, best, best_rate = float(rows), rows, 0, _LEAST_GAIN * rows / plain
+        for count in range(1, max(wanted) + 1):
+            for index, (most, share) in enumerate(drafting):
+                if count <= most:
+                    likely[index] *= min(share, 0.99)
+                    tokens += likely[index]
+                    computed += 1
+            rate = tokens / self._seconds_of(computed, rows, plain)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
+
+    def _seconds_of(self, computed: int, rows: int, plain: float) -> float:
+        """Of a step that computes so many tokens, between those that are known."""
+        known, more = self._known, bisect_right(self._known, rows)
+        place = bisect_left(known, computed, more)
+        below = (known[place - 1], self._drafting[known[place - 1]]) if place > more else (rows, plain)
+        if place == len(known):
+            return below[1]
+        above = known[place], self._drafting[known[place]]
+        return below[1] + (above[1] - below[1]) * (computed - below[0]) / (above[0] - below[0])

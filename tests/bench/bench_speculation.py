@@ -27,6 +27,7 @@ from paged_backend.config import EngineConfig, demo_model_folder
 from paged_backend.engine.engine import Engine
 from paged_backend.engine.loading import load_engine
 from paged_backend.messages import Submit
+from paged_backend.models.proposer_checkpoint import HEAD_FOLDER
 from paged_backend.request import SamplingParams, parse_sampling
 from paged_backend.scheduler.sequence import Sequence
 
@@ -49,8 +50,17 @@ _SERIALS = itertools.count()
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def load(device: str, speculation: str, num_drafts: int, max_model_len: int) -> Engine:
+def without_head(folder: Path) -> Path:
+    """The embedded model in a new folder, where no head comes with it."""
+    for path in demo_model_folder().iterdir():
+        if path.name != HEAD_FOLDER:
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def load(device: str, speculation: str, num_drafts: int, max_model_len: int, model: Path | None = None) -> Engine:
     options: dict[str, object] = {"device": device, "max_model_len": max_model_len, "max_num_sequences": 64}
+    options |= {} if model is None else {"model": str(model)}
     options |= {"prefix_cache": False, "num_pages": 64 * max_model_len // 16}
     options |= {"speculation": speculation, "num_speculative_tokens": num_drafts}
     engine, *_ = load_engine(EngineConfig.parse(options), Path(tempfile.mkdtemp()))
@@ -124,9 +134,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4], help="at once")
     parser.add_argument("--kinds", nargs="+", default=["ngram", "auto"], help="values of speculation")
     parser.add_argument("--texts", nargs="+", help="some of the texts, by the names that are printed")
+    parser.add_argument("--no-head", action="store_true", help="auto has no head, and guesses from the text")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
-    engines = {kind: load(args.device, kind, args.drafts, 1024) for kind in ("off", *args.kinds)}
+    model = without_head(Path(tempfile.mkdtemp())) if args.no_head else None
+    engines = {kind: load(args.device, kind, args.drafts, 1024, model) for kind in ("off", *args.kinds)}
     places = {kind: Places(engines[kind], args.drafts) for kind in args.kinds}
     texts = workloads(engines["off"], args.max_tokens)
     unknown = [name for name in args.texts or () if name not in texts]
@@ -159,7 +171,7 @@ def compare(
     row: dict[str, object] = {"tokens": len(told["off"][0]), "off_tokens_per_s": round(off)}
     for kind in args.kinds:
         after, same = engines[kind].stats(), sum(map(operator.eq, told["off"], told[kind]))
-        row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 2)
+        row[f"{kind}_times"] = round(statistics.median(rates[kind]) / off, 3)
         row[f"{kind}_same_answers"] = same / len(prompts)
         row[f"{kind}_proposed"] = (after.drafts_proposed - before[kind].drafts_proposed) // (args.rounds + 1)
         row[f"{kind}_accepted"] = (after.drafts_accepted - before[kind].drafts_accepted) // (args.rounds + 1)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paged_backend.scheduler import repetition as repetition_module
 from paged_backend.scheduler.repetition import LONGEST, SEARCHED, SHORTEST, Repetition, continuation, num_alike
 from paged_kernels import reference_rows
 from paged_kernels.reference import reference
@@ -58,39 +59,63 @@ def test_a_text_that_grows_repeats_itself_as_far_as_a_search_finds(parts: list[l
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=25), max_size=6), st.lists(st.integers(0, 30), max_size=60))
-def test_a_newest_pair_that_is_called_new_repeats_nothing(parts: list[list[int]], later: list[int]) -> None:
+def test_a_text_that_is_heard_to_repeat_nothing_repeats_nothing(parts: list[list[int]], later: list[int]) -> None:
     """Whether a look comes before each search or not; `later` grows by one token at a time."""
     repetition, text = Repetition(), np.empty(0, np.int32)
     for part in [*parts, *([token] for token in later)]:
         text = np.append(text, np.array(part, np.int32)).astype(np.int32)
-        if len(text) > 1 and repetition.is_new(len(text), *text[-2:].tolist()):
+        if len(text) and not repetition.hears(len(text), int(text[-1])):
             assert num_alike(text) == 0
         else:
             assert repetition.num_alike(text) == num_alike(text)
 
 
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=4), st.booleans()), max_size=40))
+def test_who_is_asked_now_and_then_finds_what_a_search_does(parts: list[tuple[list[int], bool]]) -> None:
+    """A step may bring several tokens, and not each is asked about."""
+    repetition, text = Repetition(), np.empty(0, np.int32)
+    for part, asked in parts:
+        text = np.append(text, np.array(part, np.int32)).astype(np.int32)
+        if part:
+            repetition.hears(len(text), int(text[-1]))
+        if asked:
+            assert repetition.num_alike(text) == num_alike(text)
+
+
 def test_a_text_whose_pairs_are_new_is_not_searched() -> None:
     repetition, text = Repetition(), np.arange(30, dtype=np.int32)
+    assert repetition.hears(20, 19)  # of the tokens before it nothing was heard
     assert repetition.num_alike(text[:20]) == 0
-    assert [repetition.is_new(end, end - 2, end - 1) for end in range(21, 31)] == [True] * 10
-    assert not repetition.is_new(30, 28, 29)  # asked again
-    assert not repetition.is_new(31, 3, 4)
+    assert not any(repetition.hears(end, end - 1) for end in range(21, 31))
+    assert repetition.hears(33, 4)  # two were not heard
+
+
+def test_a_text_that_goes_on_as_before_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    search = repetition_module._last_alike
+    monkeypatch.setattr(
+        repetition_module, "_last_alike", lambda tokens: (searched.append(len(tokens)), search(tokens))[1]
+    )
+    repetition, text = Repetition(), np.array(list(range(50)) * 3 + [7], np.int32)
+    found = [repetition.num_alike(text[:end]) for end in range(50, len(text) + 1)]
+    assert found == [0, 0, *range(2, 8), *[8] * 93, 0]
+    assert searched == [52]
 
 
 def test_a_long_text_that_grows_is_searched_where_it_repeats_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     searched = []
+    search = repetition_module._last_alike
     monkeypatch.setattr(
-        "paged_backend.scheduler.repetition.num_alike", lambda text: (searched.append(len(text)), num_alike(text))[1]
+        repetition_module, "_last_alike", lambda tokens: (searched.append(len(tokens)), search(tokens))[1]
     )
     begun = SEARCHED + 100
     text = np.random.default_rng(0).permutation(151_000)[: begun + 200].astype(np.int32)
     text[begun + 50 : begun + 60] = text[begun - 1000 : begun - 990]
     repetition = Repetition()
     for length in range(begun, len(text)):
-        expected = num_alike(text[:length])
-        assert repetition.num_alike(text[:length]) == expected
-        assert bool(expected) == (begun + 52 <= length <= begun + 60)
-    assert set(range(begun + 52, begun + 61)) <= set(searched) and len(searched) < 120
+        found = repetition.num_alike(text[:length])
+        assert found == min(max(length - begun - 50, 0), LONGEST) * (begun + 52 <= length <= begun + 60)
+    assert 0 < len(searched) < 120
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from dataclasses import replace
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -13,8 +16,9 @@ from paged_backend.engine.engine import Engine
 from paged_backend.messages import Submit
 from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
+from paged_backend.scheduler.repetition import Repetition
 from paged_backend.scheduler.scheduler import Scheduler
-from tests.simulated_runner import Proposer, SimulatedRunner, next_token, solo
+from tests.simulated_runner import Proposer, SimulatedRunner, TimedRunner, next_token, solo
 
 VOCAB = 97
 QUALITIES = pytest.mark.parametrize("quality", [0.0, 0.6, 1.0], ids=["wrong", "partly right", "right"])
@@ -281,3 +285,83 @@ def test_the_made_up_drafts_are_as_good_as_they_say() -> None:
     for draft in drafts:
         assert draft == next_token(tokens, VOCAB)
         tokens.append(draft)
+
+
+class Calls:
+    """How often each of the scheduler's functions is called in a step."""
+
+    def __init__(self, num_sequences: int, quality: float, num_drafts: int, **limits: object) -> None:
+        sizes = SchedulerLimits(
+            page_size=64,
+            num_pages=256,
+            max_model_len=512,
+            max_num_sequences=16,
+            max_batched_tokens=64,
+            num_drafts=num_drafts,
+            **limits,  # type: ignore[arg-type]
+        )
+        vocab_size = 1_000_003  # no pair comes again
+        runner = TimedRunner(sizes, lambda batch: 0.001 * batch.num_tokens, vocab_size, Proposer(quality, vocab_size))
+        self.engine = Engine(Scheduler(sizes, clock=lambda: runner.now), runner, steps_ahead=1)
+        for request_id in range(num_sequences):
+            sampling = SamplingParams(max_tokens=200, temperature=0.0)
+            self.engine.submit(Submit(request_id, np.array([request_id], np.int32).tobytes(), sampling, (), "", 0.0))
+
+    def of_step(self) -> Counter[str]:
+        calls: Counter[str] = Counter()
+
+        def note(frame: FrameType, event: str, _: object) -> None:
+            code = frame.f_code
+            if event == "call" and "paged_backend/scheduler/" in code.co_filename and "comp>" not in code.co_name:
+                calls[code.co_qualname] += 1
+
+        sys.setprofile(note)
+        try:
+            self.engine.step()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+
+def usual(calls: Calls) -> Counter[str]:
+    """Of 40 steps, what most of them call: some have a page to take, or a cost to learn."""
+    for _ in range(60):
+        calls.engine.step()
+    [(found, times)] = Counter(tuple(sorted(calls.of_step().items())) for _ in range(40)).most_common(1)
+    assert times > 20
+    return Counter(dict(found))
+
+
+@pytest.mark.parametrize("num_sequences", [1, 8])
+@pytest.mark.parametrize("must_pay", [False, True], ids=["ngram", "auto"])
+def test_of_a_text_that_repeats_nothing_each_token_is_heard_and_no_row_looked_at(
+    num_sequences: int, must_pay: bool
+) -> None:
+    off = usual(Calls(num_sequences, 0.0, 0))
+    more = usual(Calls(num_sequences, 0.0, 4, drafts_from_text=True, drafts_must_pay=must_pay)) - off
+    clock = {"StepCosts.begins": 1, "StepCosts.ends": 1} if must_pay else {}
+    asked = {"Speculation.drafts": 1, "Speculation._of_texts": 1, "Speculation.heard": 1}
+    assert more == {"Repetition.hears": num_sequences, "_hash": num_sequences} | asked | clock
+
+
+@pytest.mark.parametrize("num_sequences", [1, 8])
+def test_while_a_models_drafts_do_not_pay_no_row_is_looked_at(num_sequences: int) -> None:
+    more = usual(Calls(num_sequences, 0.0, 4, drafts_must_pay=True)) - usual(Calls(num_sequences, 0.0, 0))
+    asked = {"Speculation.drafts": 1, "Speculation._of_a_model": 1, "DraftCosts.rests": 1, "DraftCosts.resting": 1}
+    assert more == asked | {"StepCosts.begins": 1, "StepCosts.ends": 1}
+
+
+def test_more_sequences_than_may_have_drafts_are_not_listened_to() -> None:
+    limits = {"max_num_sequences": MOST_DRAFTING + 1, "num_pages": 512, "drafts_from_text": True}
+    bench = Bench(1.0, **limits)
+    for request_id in range(MOST_DRAFTING + 1):
+        bench.submit(request_id, [request_id] * 3, max_tokens=5 if request_id else 40)
+    heard = []
+    hears = Repetition.hears
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Repetition, "hears", lambda *args: (heard.append(args), hears(*args))[1])
+        for _ in range(4):
+            bench.step()
+        assert not heard
+        bench.run()
+    assert heard and bench.tokens[0] == solo([0] * 3, 40, (), VOCAB)
