@@ -208,7 +208,7 @@ class Batch:
     page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))
     # None: every sampled row gets one token, and every row's length is known
     drafts: Drafts | None = None
-    read: bool = True  # by the model that makes drafts, if there is one
+    read: bool = True  # by the model that makes drafts, if there is one; it reads steps with prompts anyway
 
     @property
     def num_sequences(self) -> int:

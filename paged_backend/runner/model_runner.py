@@ -196,7 +196,7 @@ class ModelRunner:
             sampled = self._sampler.sample(logits, self._rows.sampling(batch, step), self._rows)
         found = tuple(room_of(ask).compute(ask, ComputedStep(self, hidden, sampled)) for ask in batch.asks)
         self._in_flight.append(self._result_buffers.send_back(batch, plan.output_indices, sampled, found))
-        if self._proposer is not None and batch.read:
+        if self._proposer is not None and (batch.read or plan.prefill_lens):
             self._observe(self._proposer, step, captured)
 
     def _observe(self, proposer: Proposer, step: StepTensors, captured: StepShape | None) -> None:

@@ -12,6 +12,7 @@ from paged_backend.batch import Batch, Feature, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import FeatureOutput, Finish, Found
 from paged_backend.scheduler.lifecycle import Lifecycle
+from paged_backend.scheduler.runs import Runs, end_of
 from paged_backend.scheduler.sequence import Sequence
 from paged_backend.scheduler.speculation import Speculation
 
@@ -28,7 +29,7 @@ class Commit:
         self._admitted: dict[int, float] = {}
         self._feature_outputs: list[FeatureOutput] = []
         self._result: StepResult | None = None  # the step's that is taken in
-        self._firsts: NDArray[np.intp] | None = None  # entries of its sampled sequences; None: one each
+        self._firsts: list[int] | None = None  # entries of its sampled sequences; None: one each
 
     def commit(self, batch: Batch, result: StepResult) -> StepOutput:
         """Takes in the token ids of a step: appends them, publishes full pages, ends sequences that met a stop or their
@@ -38,7 +39,7 @@ class Commit:
         rows, request_ids, token_ids = batch.rows[batch.samples], batch.request_ids[batch.samples], result.token_ids
         runs = None
         if batch.drafts is not None and batch.drafts.any:
-            runs = _Runs(batch.drafts.counts[batch.samples], token_ids)
+            runs = Runs(batch.drafts.counts[batch.samples], token_ids)
         self._firsts = None if runs is None else runs.firsts
         present = table.request_id[rows] == request_ids
         chosen = np.flatnonzero(present & (table.features[rows] & Feature.BEAM == 0))
@@ -54,18 +55,17 @@ class Commit:
             feature.take(batch, ask, answer, self)
         if runs is None:
             entries = chosen
-            rows_of_each, newest = rows[entries], token_ids[entries]
-            stopped = (table.stop_ids[rows_of_each] == newest[:, None]).any(axis=1)
-            self._appended(rows_of_each, self._running.append(rows_of_each, newest), newest, stopped)
+            self._append(rows[entries], token_ids[entries])
         else:
-            entries = self._append_runs(rows, token_ids, runs, chosen)
+            entries = self._append_runs(rows.tolist(), runs, chosen.tolist())
         for feature, ask, answer in asked:
             feature.settle(batch, ask, answer, self)
         if not present.all():  # aborted, ended or preempted while the step was in flight
             landed = [entries]
             for index in np.flatnonzero(~present).tolist():
-                run = np.array([index]) if runs is None else runs.entries(np.array([index]), runs.num_brought)
-                landed.append(run[: self._land(int(request_ids[index]), token_ids[run])])
+                run = [int(token_ids[index])] if runs is None else runs.token_ids(index)
+                first = index if runs is None else runs.firsts[index]
+                landed.append(np.arange(first, first + self._land(int(request_ids[index]), run)))
             entries = np.concatenate(landed)
         started, self._started = self._started, {}
         admitted, self._admitted = self._admitted, {}
@@ -82,36 +82,48 @@ class Commit:
             finishes=self._living.take_finishes() if self._living.finishes else (),
         )
 
-    def _append_runs(self, rows: Int32, token_ids: Int32, runs: _Runs, chosen: NDArray[np.intp]) -> NDArray[np.intp]:
-        """The chosen ones of the rows may have several tokens: those up to the first stop. Returns their entries."""
+    def _append(self, rows: Int32, token_ids: Int32) -> None:
         table = self._running.table
-        stops = (table.stop_ids[rows[runs.owners]] == token_ids[:, None]).any(axis=1) & runs.brought
-        rows, num_drafts, num_right = rows[chosen], runs.num_drafts[chosen], runs.num_brought[chosen] - 1
-        for row, drafts, right in zip(rows.tolist(), num_drafts.tolist(), num_right.tolist(), strict=True):
-            if drafts:
-                self._speculation.note(table.sequences[row], drafts, right)
-        kept = runs.until(stops)
-        lens, entries = kept[chosen], runs.entries(chosen, kept)
-        known = self._running.append_runs(rows, lens, token_ids[entries], num_drafts, num_drafts - num_right)
-        lasts = entries[np.cumsum(lens) - 1]
-        self._appended(rows, known, token_ids[lasts], stops[lasts])
-        return entries
-
-    def _appended(self, rows: Int32, known: Int32, newest: Int32, stopped: NDArray[np.bool_]) -> None:
-        """So many tokens are known of each row, and whether the newest ends it."""
-        table = self._running.table
+        known = self._running.append(rows, token_ids)
         if self._speculation.listens:
-            self._speculation.heard(rows, known, newest)
+            self._speculation.heard(rows.tolist(), known.tolist(), token_ids.tolist())
         for row in rows[table.unanswered[rows]].tolist():
             table.unanswered[row] = False
             self._tell_start(table.sequences[row])
+        stopped = (table.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         ended = stopped | (known >= table.length_limit[rows])
         for row, token_id, stop in zip(
-            rows[ended].tolist(), newest[ended].tolist(), stopped[ended].tolist(), strict=True
+            rows[ended].tolist(), token_ids[ended].tolist(), stopped[ended].tolist(), strict=True
         ):
             self._finish(table.sequences[row], token_id, stop)
 
-    def _land(self, request_id: int, token_ids: Int32) -> int:
+    def _append_runs(self, rows: list[int], runs: Runs, chosen: list[int]) -> NDArray[np.intp]:
+        """As `_append`, where rows, of which a step with drafts has few, may have several tokens: of the chosen ones
+        those up to the first stop. Returns their entries.
+        """
+        table, entries, known, newest = self._running.table, list[int](), list[int](), list[int]()
+        for index in chosen:
+            row, num_drafts, token_ids = rows[index], runs.num_drafts[index], runs.token_ids(index)
+            sequence = table.sequences[row]
+            assert sequence is not None
+            num_wrong = num_drafts + 1 - len(token_ids)
+            if num_drafts:
+                self._speculation.note(sequence, num_drafts, len(token_ids) - 1)
+            token_ids = token_ids[: end_of(token_ids, sequence.spec.stop_ids)]
+            known.append(self._running.append_run(row, token_ids, num_drafts, num_wrong))
+            newest.append(token_ids[-1])
+            entries += range(runs.firsts[index], runs.firsts[index] + len(token_ids))
+            if table.unanswered[row]:
+                table.unanswered[row] = False
+                self._tell_start(sequence)
+            stop = token_ids[-1] in sequence.spec.stop_ids
+            if stop or known[-1] >= table.length_limit[row]:
+                self._finish(sequence, token_ids[-1], stop)
+        if self._speculation.listens:
+            self._speculation.heard([rows[index] for index in chosen], known, newest)
+        return np.array(entries, np.intp)
+
+    def _land(self, request_id: int, token_ids: list[int]) -> int:
         """Tokens of a step for a sequence that is not on its row any more: kept if the sequence was preempted, dropped
         if it is over. Returns how many are kept: none behind a stop.
         """
@@ -119,11 +131,11 @@ class Commit:
         if sequence is None or not sequence.awaits_token:
             return 0
         sequence.num_awaited -= 1
-        token_ids = token_ids[: _end_of(token_ids, sequence.spec.stop_ids)]
-        sequence.token_ids = np.concatenate([sequence.token_ids, token_ids])
+        token_ids = token_ids[: end_of(token_ids, sequence.spec.stop_ids)]
+        sequence.token_ids = np.append(sequence.token_ids, np.array(token_ids, np.int32))
         if not sequence.answered:
             self._tell_start(sequence)
-        token_id = int(token_ids[-1])
+        token_id = token_ids[-1]
         stop = token_id in sequence.spec.stop_ids
         if stop or len(sequence.token_ids) >= sequence.spec.length_limit:
             self._finish(sequence, token_id, stop)
@@ -138,7 +150,7 @@ class Commit:
         """Its log-probability is that of what is certain."""
         assert self._result is not None
         result = self._result
-        place = place if self._firsts is None else int(self._firsts[place])
+        place = place if self._firsts is None else self._firsts[place]
         if result.token_ids[place] == token_id:
             return False
         result.token_ids[place] = token_id
@@ -181,41 +193,6 @@ class Commit:
             if sequence is not None and sequence.spec.sampling.logprobs:
                 wanted[entry] = sequence.spec.sampling.logprobs
         return wanted
-
-
-class _Runs:
-    """Which entries of a step with drafts belong together: each sampled sequence's, in their order."""
-
-    def __init__(self, num_drafts: Int32, token_ids: Int32) -> None:
-        """num_drafts: [num_sampled sequences] of each."""
-        self.num_drafts = num_drafts
-        self.lens = num_drafts + 1
-        self.firsts = np.cumsum(self.lens) - self.lens
-        self.owners = np.repeat(np.arange(len(num_drafts)), self.lens)  # of each entry
-        self.brought = token_ids >= 0  # entries
-        # tokens of each, one at least: they come before what is not there
-        self.num_brought = np.bincount(self.owners[self.brought], minlength=len(num_drafts))
-        self._behind = np.arange(len(token_ids)) - self.firsts[self.owners]
-
-    def until(self, stops: NDArray[np.bool_]) -> NDArray[np.intp]:
-        """How many tokens of each are its sequence's: those up to the first of these entries."""
-        if not stops.any():
-            return self.num_brought
-        lens = self.num_brought.copy()
-        np.minimum.at(lens, self.owners[stops], self._behind[stops] + 1)
-        return lens
-
-    def entries(self, chosen: NDArray[np.intp], lens: NDArray[np.intp]) -> NDArray[np.intp]:
-        """The first lens[i] entries of each chosen i."""
-        some = np.zeros_like(lens)
-        some[chosen] = lens[chosen]
-        return np.flatnonzero(self._behind < some[self.owners])
-
-
-def _end_of(token_ids: Int32, stop_ids: tuple[int, ...]) -> int:
-    """How many of a run's tokens are its sequence's: those up to the first that stops it."""
-    stops = np.flatnonzero(np.isin(token_ids, stop_ids)) if len(token_ids) > 1 else token_ids[:0]
-    return int(stops[0]) + 1 if len(stops) else len(token_ids)
 
 
 def _top_logprobs(result: StepResult, entries: NDArray[np.intp], wanted: dict[int, int]) -> dict[int, dict[int, float]]:

@@ -202,23 +202,24 @@ class RunningSequences:
             self.publish(row, int(table.num_computed[row]))
         return known
 
-    def append_runs(self, rows: Int32, lens: Int32, token_ids: Int32, num_drafts: Int32, num_wrong: Int32) -> Int32:
-        """As `append`, for a step with drafts: it brought rows[i] lens[i] tokens, whose ids lie end to end, and
-        num_wrong[i] of its num_drafts[i] drafts, which were expected, are not there.
+    def append_run(self, row: int, token_ids: list[int], num_drafts: int, num_wrong: int) -> int:
+        """As `append`, for the tokens that a step with drafts brought one row: what was expected and did not come is
+        not there. Returns how many are known now.
         """
         table = self.table
-        known = table.num_known[rows] + lens
-        places = np.arange(len(token_ids)) + np.repeat(known - np.cumsum(lens), lens)
-        table.token_ids[np.repeat(rows, lens), places] = token_ids
-        table.num_known[rows] = known
-        table.num_tokens[rows] -= num_wrong
-        computed = table.num_computed[rows] - num_wrong
-        table.num_computed[rows] = computed
-        table.unsure[rows] -= num_drafts
-        self.num_unsure -= int(num_drafts.sum())
-        for row in rows[np.minimum(known, computed) >= table.publish_at[rows]].tolist():
+        known = int(table.num_known[row])
+        end = known + len(token_ids)
+        table.token_ids[row, known:end] = token_ids
+        table.num_known[row] = end
+        if num_wrong:
+            table.num_tokens[row] -= num_wrong
+            table.num_computed[row] -= num_wrong
+        if num_drafts:
+            table.unsure[row] -= num_drafts
+            self.num_unsure -= num_drafts
+        if min(end, table.num_computed[row]) >= table.publish_at[row]:
             self.publish(row, int(table.num_computed[row]))
-        return known
+        return end
 
     def publish(self, row: int, num_computed: int) -> None:
         """Makes a row's pages findable as far as their tokens are known, and computed before or in this step: whoever

@@ -171,12 +171,15 @@ class Speculation(SchedulerFeature):
         """As `_of_texts`. Where its drafts do not pay the model does not read the steps, either, but prompts: it has
         guesses again once it has read a step.
         """
-        has_read, prompts, costs = self.reads, bool(counts.max() > 1), self._costs
-        self.reads = costs is None or prompts
-        if len(rows) > MOST_DRAFTING or prompts:
+        has_read, costs = self.reads, self._costs
+        self.reads = costs is None
+        if len(rows) > MOST_DRAFTING:
             return []
         if costs is not None and costs.rests():
             self.reads = not costs.resting
+            return []
+        if counts.max() > 1:
+            self.reads = True
             return []
         wanted, shares = self._wanted(rows)
         paying = self._paying(wanted, shares)
@@ -238,7 +241,7 @@ class Speculation(SchedulerFeature):
 
     # ---- after it
 
-    def heard(self, rows: Int32, num_known: Int32, token_ids: Int32) -> None:
+    def heard(self, rows: list[int], num_known: list[int], token_ids: list[int]) -> None:
         """A step has brought rows[i] a token or several: so many are known now, token_ids[i] is the newest. Nothing of
         a text that does not repeat itself is looked at later on.
         """
@@ -246,8 +249,8 @@ class Speculation(SchedulerFeature):
         if len(rows) > MOST_DRAFTING:
             return
         sequences = self.rows.sequences
-        for row, known, token_id in zip(rows.tolist(), num_known.tolist(), token_ids.tolist(), strict=True):
-            pace = self._paces.get(sequences[row])
+        for row, known, token_id in zip(rows, num_known, token_ids, strict=True):
+            pace = self._paces.get(sequences[row])  # type: ignore[arg-type]
             if pace is not None and pace.repetition.hears(known, token_id):
                 repeating.append(row)
 

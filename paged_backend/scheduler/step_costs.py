@@ -210,9 +210,9 @@ class DraftCosts:
         if rows > MOST_DRAFTING:
             return
         usual = self._plain[rows]
-        seconds = min(seconds, self._most_times * usual) if usual else seconds
         if drafts:
             tokens = rows + drafts
+            seconds = min(seconds, self._most_times * usual) if usual else seconds
             if tokens not in self._drafting:
                 insort(self._known, tokens)
             before = self._drafting.get(tokens) or usual or seconds
@@ -220,7 +220,8 @@ class DraftCosts:
             self._since_plain[rows] += 1
             self._woken = True
         else:
-            self._plain[rows] = (usual or seconds) + _LATEST * (seconds - (usual or seconds))
+            usual = usual or seconds
+            self._plain[rows] = usual + _LATEST * (min(seconds, _MOST_TIMES * usual) - usual)
             if self._since_plain[rows] >= self._plain_after[rows]:
                 self._plain_after[rows] = min(2 * self._plain_after[rows], _PLAIN_AFTER_AT_MOST)
             self._since_plain[rows] = 0

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from paged_backend.config import EngineConfig
 from paged_backend.errors import EngineError
 from paged_backend.models.checkpoint import open_checkpoint
+from paged_backend.scheduler.step_costs import DraftCosts
 from tests.drafts_heard import Listener, sizes
 from tests.eagle3_definition import Definition
 from tests.engine_answers import answers, load
@@ -135,6 +136,30 @@ def test_no_token_depends_on_it(target: Path, tmp_path: Path, sampling: dict[str
     engine = load(target, tmp_path, **options)
     assert answers(engine, prompts, **asked) == expected
     assert engine.stats().drafts_proposed > 0 and engine.stats().num_preemptions > 0
+
+
+def test_no_token_depends_on_steps_that_it_does_not_read(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto finds, in turns, that its guesses pay and that they do not."""
+    head, _ = head_of("other layers", tmp_path)
+    asked: dict[str, object] = {"max_tokens": 60, "ignore_eos": True, "temperature": 0.0}
+    prompts = random_prompts(LENGTHS)
+    expected = answers(load(target, tmp_path, speculation="off", **sizes()), prompts, **asked)
+    looks: list[list[int]] = []
+
+    def most_drafts(_: DraftCosts, wanted: list[int], shares: list[float]) -> int:
+        looks.append(wanted)
+        return 3 * (len(looks) // 5 % 2)
+
+    monkeypatch.setattr(DraftCosts, "most_drafts", most_drafts)
+    engine = load(target, tmp_path, speculation="auto", draft_model=str(head), **sizes())
+    proposer, read = engine._runner._proposer, []  # type: ignore[attr-defined]
+    observe = proposer.observe
+    proposer.observe = lambda step: (read.append(step), observe(step))
+    assert answers(engine, prompts, **asked) == expected
+    assert engine.stats().drafts_proposed > 0
+    assert 10 < len(read) < engine.num_steps - 10
 
 
 def test_auto_knows_a_head_from_a_model(target: Path, tmp_path: Path) -> None:
