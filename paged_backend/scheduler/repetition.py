@@ -19,6 +19,7 @@ from paged_backend.arrays import Int32
 LONGEST, SHORTEST = 8, 2  # tokens
 SEARCHED = 16_384  # newest tokens
 _HASHES = 2**16  # of pairs: a new one is taken for an old one with probability 1/4 where SEARCHED pairs are noted
+_FACTORS = 40503, 60493  # of a pair's tokens in its hash
 _FEW = 16  # tokens that are noted one by one
 
 
@@ -42,7 +43,8 @@ class Repetition:
         """
         if num_tokens != self._num_noted + 1:
             return True
-        place = _hash(self._newest, token_id)
+        # as _hash, without the call: this is asked of every token
+        place = (self._newest * _FACTORS[0] + token_id * _FACTORS[1]) & (_HASHES - 1)
         self._num_noted, self._newest = num_tokens, token_id
         if self._has[place]:
             return True
@@ -90,7 +92,7 @@ class Repetition:
 
 
 def _hash(first: Any, second: Any) -> Any:
-    return (first * 40503 + second * 60493) & (_HASHES - 1)
+    return (first * _FACTORS[0] + second * _FACTORS[1]) & (_HASHES - 1)
 
 
 def continuation(token_ids: Int32) -> Int32:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from paged_backend.arrays import Int32
-from paged_backend.batch import Batch, StepOutput, StepResult
+from paged_backend.batch import MOST_DRAFTING, Batch, StepOutput, StepResult
 from paged_backend.errors import ErrorKind
 from paged_backend.messages import Finish, Submit
 from paged_backend.scheduler.adapter_slots import AdapterSlots
@@ -188,7 +188,7 @@ class Scheduler:
             read=speculation.reads,
             **self._running.changes.take(),
         )
-        if self._costs.measures_next:
+        if self._costs.measures_next or (self._costs.every_step and len(rows) <= MOST_DRAFTING):
             self._costs.begins(batch, self._clock())
         return batch
 

@@ -51,10 +51,10 @@ class StepCosts:
         """
         self.drafts = DraftCosts(num_drafts)
         self.prompts = PromptCosts(windows)
-        self.measures_next = every_step  # `begins` is to be called for the next step
+        self.measures_next = False  # `begins` is to be called for the next step
+        self.every_step = every_step  # and for all that might have drafts
         # steps in flight that are measured, and when they were launched; while there are any, `ends` is called
         self.begun: dict[int, tuple[Batch, float]] = {}
-        self._every_step = every_step
         self._ended = 0.0  # the newest step that has
         self._kind_of_ended = ""
         self._num_skipped = _PLAIN_EVERY  # steps without drafts that were not looked at, in a row
@@ -62,8 +62,10 @@ class StepCosts:
 
     def begins(self, batch: Batch, now: float) -> None:
         """A step is about to be launched."""
+        if not self.begun:  # whatever was launched before was not measured
+            self._kind_of_ended = ""
         self.begun[batch.step] = batch, now
-        self.measures_next = self._every_step
+        self.measures_next = False
 
     def ends(self, batch: Batch, now: float) -> None:
         """A step's result is here. It may have been launched while the step before was computed, and began then where
