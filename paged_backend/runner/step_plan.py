@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,7 +174,7 @@ def _parts_of(batch: Batch, drafts: Drafts) -> _Parts:
     return _Parts(batch.rows[entry], starts, counts, batch.samples[entry], device_starts, firsts)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _padding(shape: StepShape) -> Int32:
     """Is copied, not written."""
     return plan_of_padding(shape)
