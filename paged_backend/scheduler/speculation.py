@@ -162,7 +162,7 @@ class Speculation(SchedulerFeature):
         """Drafts of each row, as far as they pay; [] if nothing repeats, which takes no look at any row."""
         if not (self._repeating or self._num_guided) or len(rows) > MOST_DRAFTING or counts.max() > 1:
             return []
-        if self._costs is not None and self._costs.rests():
+        if self._costs is not None and self._costs.rests() and not self._num_guided:
             return []
         wanted, shares = self._wanted(rows)
         return self._paying(wanted, shares)
@@ -175,7 +175,7 @@ class Speculation(SchedulerFeature):
         self.reads = costs is None
         if len(rows) > MOST_DRAFTING:
             return []
-        if costs is not None and costs.rests():
+        if costs is not None and costs.rests() and not self._num_guided:  # forms pay where others do not
             self.reads = not costs.resting
             return []
         if counts.max() > 1:
@@ -254,9 +254,9 @@ class Speculation(SchedulerFeature):
             if pace is not None and pace.repetition.hears(known, token_id):
                 repeating.append(row)
 
-    def note(self, sequence: Sequence | None, num_drafts: int, num_right: int) -> None:
+    def note(self, sequence: Sequence, num_drafts: int, num_right: int) -> None:
         """How many of a sequence's drafts were right in a step."""
-        pace = self._paces.get(sequence)  # type: ignore[arg-type]
+        pace = self._paces.get(sequence)
         if pace is not None:
             pace.note(num_drafts, num_right)
         self.num_proposed += num_drafts
