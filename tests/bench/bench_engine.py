@@ -3,8 +3,10 @@
     python -m tests.bench.bench_engine --model llama-3.2-1b --batches 1 32 256 --mix
 
 Steady: `--batches` requests at once, 128 random tokens in, 256 out, greedy, end of sequence ignored; the best of the
-repeats is not taken, their median is. Mix: nano-vllm's bench, 256 requests at once, lengths uniform in 100 … 1024 for
-prompt and answer (random, seed 0), temperature 0.6. The prefix cache is off. A warm-up of the same kind runs first.
+repeats is not taken, their median is. With `--rounds 4` each of them is followed by three more, one after the other, as
+`paged bench` asks a server: prompts are then computed beside streams. Mix: nano-vllm's bench, 256 requests at once,
+lengths uniform in 100 … 1024 for prompt and answer (random, seed 0), temperature 0.6. The prefix cache is off. A
+warm-up of the same kind runs first.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +42,28 @@ class Load:
         self._engine = engine
         self._serial = 0
 
-    def run(self, requests: list[tuple[np.ndarray, SamplingParams]]) -> dict[str, float]:
-        """All requests at once; tokens out, seconds, and seconds to the first token of the first request."""
+    def run(self, requests: list[tuple[np.ndarray, SamplingParams]], at_once: int | None = None) -> dict[str, float]:
+        """All requests at once, or so many: then another one takes the place of each that ends. Tokens out, seconds,
+        and seconds to the first token of the first request.
+        """
         started = time.perf_counter()
-        for prompt, sampling in requests:
-            self._serial += 1
-            self._engine.submit(
-                Submit(self._serial, prompt.astype(np.int32).tobytes(), sampling, (), "", time.monotonic())
-            )
+        waiting = deque(requests)
+        for _ in range(len(requests) if at_once is None else at_once):
+            self._submit(*waiting.popleft())
         num_tokens, first = 0, 0.0
         steps = self._engine.num_steps
         while not self._engine.idle:
             for output in self._engine.step():
                 num_tokens += len(output.token_ids)
                 first = first or (time.perf_counter() - started if num_tokens else 0.0)
+                for _ in output.finishes[: len(waiting)]:
+                    self._submit(*waiting.popleft())
         seconds = time.perf_counter() - started
         return {"tokens": num_tokens, "seconds": seconds, "first": first, "steps": self._engine.num_steps - steps}
+
+    def _submit(self, prompt: np.ndarray, sampling: SamplingParams) -> None:
+        self._serial += 1
+        self._engine.submit(Submit(self._serial, prompt.astype(np.int32).tobytes(), sampling, (), "", time.monotonic()))
 
 
 def steady(batch: int, vocab_size: int, seed: int) -> list[tuple[np.ndarray, SamplingParams]]:
@@ -80,6 +89,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32, 256])
     parser.add_argument("--mix", action="store_true", help="nano-vllm's mix of lengths too")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="requests of each stream, one after the other")
     parser.add_argument(
         "--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="any tunable of the engine"
     )
@@ -102,7 +112,8 @@ def main() -> None:
     common = {"bench": "engine", "model": args.model, "device": device}
     for batch in args.batches:
         load.run(steady(batch, vocab_size, 0))
-        runs = [load.run(steady(batch, vocab_size, repeat + 1)) for repeat in range(args.repeats)]
+        many = batch * args.rounds
+        runs = [load.run(steady(many, vocab_size, repeat + 1), batch) for repeat in range(args.repeats)]
         rates = sorted(run["tokens"] / run["seconds"] for run in runs)
         figures = {
             "tokens_per_second": round(statistics.median(rates), 1),
@@ -111,7 +122,7 @@ def main() -> None:
             "ms_per_step": round(statistics.median(1000 * run["seconds"] / run["steps"] for run in runs), 3),
             "first_token_ms": round(statistics.median(1000 * run["first"] for run in runs), 2),
         }
-        print_row({**common, "kind": "128 in, 256 out", "batch": batch, **figures})
+        print_row({**common, "kind": "128 in, 256 out", "batch": batch, "rounds": args.rounds, **figures})
     if args.mix:
         load.run(steady(256, vocab_size, 0))
         run = load.run(mix(vocab_size))
